@@ -1,0 +1,136 @@
+"""Documents to packed batches: one path for text, chats and rollouts.
+
+A row holds several documents side by side; attention, positions and targets never cross from one to the next. The stream
+of batches is a pure function of its source and position, so a run resumed in the middle sees the same rows.
+"""
+
+# Shapes in this file: R rows, T tokens a row.
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thinkstack.types import Batch, ConfigError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one document, and for each token 1 if it is to be learnt (the first never is: nothing predicts it)."""
+
+    ids: tuple[int, ...]
+    learnt: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.learnt) > 1, "a document predicts at least one token"
+
+    @property
+    def width(self) -> int:
+        """Columns the document takes in a row: one per prediction."""
+        return len(self.ids) - 1
+
+
+Source = Callable[[int], Sample]
+"""Where documents come from: the document of each index 0, 1, 2, ..., always the same one."""
+
+
+def pack(samples: Sequence[Sample], row_tokens: int) -> list[list[int]]:
+    """Choose rows: longest sample first, each into the fullest row that still takes it. Returns sample indices per row.
+
+    Raises ConfigError for a sample wider than a row.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(samples)), key=lambda i: -samples[i].width):
+        width = samples[index].width
+        if width > row_tokens:
+            raise ConfigError(f"a document of {width + 1} tokens does not fit a row of {row_tokens}; raise row_tokens")
+        row = min((r for r, room in enumerate(left) if room >= width), key=left.__getitem__, default=None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            left.append(row_tokens)
+        rows[row].append(index)
+        left[row] -= width
+    return rows
+
+
+def lay_out(samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int) -> Batch:
+    """Write `samples` into the rows that `pack` chose. Document ids are sample indices + 1; 0 marks padding."""
+    shape = (len(rows), row_tokens)
+    ids, positions, document_ids, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+    loss_mask = torch.zeros(shape)
+    for row, members in enumerate(rows):
+        start = 0
+        for index in members:
+            sample = samples[index]
+            span = slice(start, start + sample.width)
+            ids[row, span] = torch.tensor(sample.ids[:-1])
+            targets[row, span] = torch.tensor(sample.ids[1:])
+            loss_mask[row, span] = torch.tensor(sample.learnt[1:], dtype=torch.float32)
+            positions[row, span] = torch.arange(sample.width)
+            document_ids[row, span] = index + 1
+            start += sample.width
+    return Batch(ids=ids, positions=positions, document_ids=document_ids, targets=targets, loss_mask=loss_mask)
+
+
+def spread(values: Sequence[Sequence[float]], samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int) -> torch.Tensor:
+    """Per-token numbers of each sample, one per prediction, laid out like the batch: (R, T) fp32, 0 in padding."""
+    out = torch.zeros(len(rows), row_tokens)
+    for row, members in enumerate(rows):
+        start = 0
+        for index in members:
+            assert len(values[index]) == samples[index].width, "one number per prediction"
+            out[row, start : start + samples[index].width] = torch.tensor(values[index], dtype=torch.float32)
+            start += samples[index].width
+    return out
+
+
+class PackedStream:
+    """Batches of `rows` x `row_tokens` from a source, in order, resumable."""
+
+    def __init__(self, source: Source, rows: int, row_tokens: int, rank: int = 0, world_size: int = 1):
+        """With world_size > 1 this rank reads documents rank, rank + world_size, ..."""
+        self.source, self.num_rows, self.row_tokens = source, rows, row_tokens
+        self.rank, self.world_size = rank, world_size
+        self.position = 0
+        """Documents read so far by this rank."""
+        self.waiting: list[int] = []
+        """Documents that were read and did not fit the last batch."""
+
+    def take(self) -> Batch:
+        """The next batch."""
+        indices, samples = list(self.waiting), [self.source(index) for index in self.waiting]
+        while sum(sample.width for sample in samples) < self.num_rows * self.row_tokens:
+            indices.append(self.position * self.world_size + self.rank)
+            samples.append(self.source(indices[-1]))
+            self.position += 1
+        rows = pack(samples, self.row_tokens)
+        kept, left = rows[: self.num_rows], rows[self.num_rows :]
+        self.waiting = sorted(indices[place] for row in left for place in row)
+        return lay_out(samples, kept, self.row_tokens)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here."""
+        return {"position": self.position, "waiting": list(self.waiting)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.position, self.waiting = state["position"], list(state["waiting"])
+
+
+def text_source(paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int) -> list[Sample]:
+    """The user's text files as samples of at most a row each. Raises ConfigError for a file that is no UTF-8 text."""
+    samples = []
+    for path in paths:
+        try:
+            ids = encode(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the text file {path}: {error}; give plain UTF-8 text") from error
+        for start in range(0, len(ids), row_tokens):
+            chunk = (bos_id, *ids[start : start + row_tokens])
+            if len(chunk) > 1:
+                samples.append(Sample(chunk, (0,) + (1,) * (len(chunk) - 1)))
+    return samples

@@ -1,0 +1,205 @@
+"""The engine: token ids in, completions out. Rollouts, evaluation and chat all go through it.
+
+`step` is the whole of it: admit prompts, prefill them, decode one token for everybody, hand out what is finished. In fp32 on a
+CPU a request draws the same tokens alone or in a batch: rows of every product come in tiles, and draws depend on the request.
+"""
+
+# Shapes in this file: B rows, T tokens of a prompt, V vocabulary size.
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from thinkstack.engine.kv_cache import Decode, KVCache, Prefill
+from thinkstack.engine.sampler import sample, uniforms
+from thinkstack.engine.scheduler import MAX_STOP_IDS, Request, Scheduler, SlotTable
+from thinkstack.models.attention import causal_mask
+from thinkstack.models.moe import ROW_TILE
+from thinkstack.models.precision import refresh, working_copy
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Completion, ConfigError, RequestError, Sampling
+
+SPAN_TILE = 32
+"""The context read in one decoding step is rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Size and precision of an engine."""
+
+    max_batch: int = 64
+    """Sequences decoded at once."""
+    max_context: int = 0
+    """Tokens of prompt and answer together; 0 takes the model's max_positions."""
+    max_prefill_tokens: int = 8192
+    """Prompt tokens computed in one pass."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of weights and cache; fp32 is exact alone or in a batch."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise ConfigError(f"max_batch={self.max_batch} decodes nothing; use at least 1")
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(self, model: Transformer, cfg: EngineConfig = EngineConfig(), version: int = 0):
+        self.cfg = cfg
+        self.max_context = min(cfg.max_context or model.cfg.max_positions, model.cfg.max_positions)
+        self.dtype = torch.float32 if cfg.dtype == "fp32" else torch.bfloat16
+        num_slots = -(-cfg.max_batch // ROW_TILE) * ROW_TILE
+        self.cache = KVCache(model.cfg, num_slots, -(-self.max_context // SPAN_TILE) * SPAN_TILE, self.dtype)
+        self.table = SlotTable(num_slots, self.max_context)
+        self.scheduler = Scheduler(cfg.max_batch)
+        self.next_id = 0
+        self._source, self._model = model, working_copy(model, self.dtype)
+        self.version = version
+        """Version of the weights in use; every completion carries it."""
+
+    def load_weights(self, model: Transformer, version: int) -> None:
+        """Take over the weights of `model` (shared where the precision is the same). No request may be running."""
+        if self.table.count or self.scheduler.waiting:
+            raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
+        if model is self._source:
+            refresh(self._model, model)
+        else:
+            self._source, self._model = model, working_copy(model, self.dtype)
+        self.version = version
+
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
+        """Queue a prompt. Raises RequestError if it can never be served."""
+        total = len(prompt_ids) + sampling.max_tokens
+        if not prompt_ids:
+            raise RequestError("the prompt is empty; it needs at least a BOS token")
+        if total > self.max_context:
+            raise RequestError(
+                f"prompt is {len(prompt_ids):,} tokens; this model takes {self.max_context:,} including "
+                f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - self.max_context:,}"
+            )
+        if sampling.n > self.cfg.max_batch:
+            raise RequestError(f"n={sampling.n} answers exceed the engine's max_batch={self.cfg.max_batch}")
+        if len(sampling.stop_ids) > MAX_STOP_IDS:
+            raise RequestError(f"{len(sampling.stop_ids)} stop_ids given; at most {MAX_STOP_IDS} are supported")
+        request = Request(self.next_id, tuple(prompt_ids), sampling, [None] * sampling.n, self.version)
+        self.next_id += 1
+        self.scheduler.waiting.append(request)
+        return request
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Admit, prefill, decode one token for every running sequence, settle."""
+        admitted = self.scheduler.admit(self.table.count, self.cfg.max_prefill_tokens)
+        first_new = self.table.count
+        if admitted:
+            self._draw(self._prefill(admitted), slice(first_new, self.table.count))
+            self._settle()
+        if self.table.count:
+            self._draw(self._decode(), slice(0, self.table.count))
+            self._settle()
+
+    def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[list[Completion]]:
+        """Answer all prompts: sampling.n completions for each."""
+        requests = [self.submit(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        while not all(request.is_finished for request in requests):
+            self.step()
+        return [[c for c in request.completions if c is not None] for request in requests]
+
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""
+        if sampling.n != 1:
+            raise RequestError(f"a stream carries one answer, not n={sampling.n}")
+        request = self.submit(prompt_ids, sampling)
+        seen = 0
+        try:
+            while not request.is_finished:
+                self.step()
+                tokens = self._tokens_of(request)
+                yield from tokens[seen:]
+                seen = len(tokens)
+        finally:
+            if not request.is_finished:
+                self.abort(request)
+
+    def abort(self, request: Request) -> None:
+        """Stop drawing for `request`; its unfinished answers end with reason "abort"."""
+        if request in self.scheduler.waiting:
+            self.scheduler.waiting.remove(request)
+            empty = Completion(token_ids=(), log_probs=(), finish_reason="abort", weights_version=self.version)
+            request.completions = [empty] * request.sampling.n
+        for row in reversed(range(self.table.count)):
+            if self.table.owner[row][0] is request:
+                self._close(row, "abort")
+
+    def _tokens_of(self, request: Request) -> tuple[int, ...]:
+        done = request.completions[0]
+        if done is not None:
+            return done.token_ids
+        row = next((row for row, (owner, _) in enumerate(self.table.owner) if owner is request), None)
+        return () if row is None else tuple(self.table.tokens[row, : self.table.drawn[row]].tolist())
+
+    def _prefill(self, requests: list[Request]) -> Tensor:
+        """Compute each prompt once, open a row per answer; returns the logits of the new rows, (rows, V) fp32."""
+        width = -(-max(len(r.prompt_ids) for r in requests) // ROW_TILE) * ROW_TILE
+        ids = torch.zeros(len(requests), width, dtype=torch.int64)
+        rows = []
+        for index, request in enumerate(requests):
+            ids[index, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
+            request.weights_version = self.version
+            rows.append([self.table.open(request, answer) for answer in range(request.sampling.n)])
+        mask = causal_mask(width, None, self.dtype, ids.device)
+        view = Prefill(self.cache, torch.tensor([own[0] for own in rows]))
+        hidden = self._model.trunk(ids, cache=view, mask=mask).hidden
+        for request, own in zip(requests, rows, strict=True):
+            self.cache.copy(own[0], own[1:], len(request.prompt_ids))
+        last = torch.tensor([len(r.prompt_ids) - 1 for r in requests])
+        logits = self._head(hidden[torch.arange(len(requests)), last])
+        return logits.repeat_interleave(torch.tensor([len(own) for own in rows]), 0)
+
+    def _decode(self) -> Tensor:
+        """One forward pass over the last token of every running row; returns logits (rows, V) fp32."""
+        count = self.table.count
+        padded = -(-count // ROW_TILE) * ROW_TILE
+        length = torch.zeros(padded, dtype=torch.int64)
+        length[:count] = torch.from_numpy(self.table.length[:count])
+        ids = torch.zeros(padded, 1, dtype=torch.int64)
+        last = self.table.tokens[range(count), self.table.drawn[:count] - 1]
+        ids[:count, 0] = torch.from_numpy(last)
+        span = -(-(int(length.max()) + 1) // SPAN_TILE) * SPAN_TILE
+        closed = torch.arange(span) > length.unsqueeze(1)  # (B, S)
+        mask = torch.zeros(padded, 1, 1, span, dtype=self.dtype).masked_fill_(closed[:, None, None], -torch.inf)
+        view = Decode(self.cache, length, span)
+        hidden = self._model.trunk(ids, positions=length.unsqueeze(1), cache=view, mask=mask).hidden
+        self.table.length[:count] += 1
+        return self._head(hidden.squeeze(1))[:count]
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (B, V) fp32 of hidden states (B, D), computed on whole row tiles."""
+        count = hidden.shape[0]
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -count % ROW_TILE))
+        return self._model.head(padded)[:count].float()
+
+    def _draw(self, logits: Tensor, rows: slice) -> None:
+        """Draw the next token of each row in `rows`."""
+        table = self.table
+        uniform = uniforms(table.seed[rows], table.drawn[rows].astype("uint64"))
+        tokens, log_probs = sample(
+            logits,
+            torch.from_numpy(table.temperature[rows]),
+            torch.from_numpy(table.top_p[rows]),
+            torch.from_numpy(uniform),
+        )
+        table.append(rows, tokens.numpy(), log_probs.numpy())
+
+    def _settle(self) -> None:
+        """Close finished rows, from the last one down so that rows still to be closed do not move."""
+        for row, reason in reversed(self.table.finished().items()):
+            self._close(row, reason)
+
+    def _close(self, row: int, reason: Literal["stop", "length", "abort"]) -> None:
+        moved = self.table.close(row, reason)
+        if moved != row:
+            self.cache.copy(moved, [row], int(self.table.length[row]))

@@ -1,0 +1,28 @@
+"""One pre-norm transformer block: attention, then a dense or a mixture-of-experts feed-forward."""
+
+from torch import Tensor, nn
+
+from thinkstack.models.attention import GQA, MLA, AttentionContext
+from thinkstack.models.config import MLAConfig, ModelConfig
+from thinkstack.models.layers import RMSNorm, SwiGLU
+from thinkstack.models.moe import MoE, Routing
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.attention = MLA(cfg, layer) if isinstance(cfg.attention, MLAConfig) else GQA(cfg, layer)
+        self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.ffn = MoE(cfg) if cfg.is_moe_layer(layer) else SwiGLU(cfg.hidden_size, cfg.dense_size)
+
+    def forward(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Routing | None]:
+        """x: (B, T, D). Returns (x (B, T, D), what the router chose or None in a dense block)."""
+        x = x + self.attention(self.attention_norm(x), ctx)
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            out, routing = self.ffn(normed)
+            return x + out, routing
+        return x + self.ffn(normed), None

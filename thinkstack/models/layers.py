@@ -1,0 +1,149 @@
+"""Norm, rotary embedding and feed-forward: the pieces every block shares.
+
+RMSNorm and SwiGLU carry their own backward passes: on a CPU these operations are bound by memory, and autograd's composite
+passes move two to three times the bytes that the formulas need.
+"""
+
+# Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinkstack.models.config import RopeConfig, YarnConfig, yarn_mscale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * weight, computed in fp32 and returned in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        wide = x.float()
+        rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
+        normed = wide * rstd                                               # (..., D) fp32
+        ctx.save_for_backward(normed, rstd, weight)
+        return (normed * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        normed, rstd, weight = ctx.saved_tensors
+        wide = grad.float()
+        grad_normed = wide * normed
+        inner = torch.linalg.vecdot(grad_normed, weight.float()).div_(normed.shape[-1]).unsqueeze(-1)
+        grad_x = torch.addcmul(wide * weight.float(), normed, inner, value=-1).mul_(rstd)
+        grad_weight = grad_normed.reshape(-1, normed.shape[-1]).sum(0)
+        return grad_x.to(grad.dtype), grad_weight.to(weight.dtype), None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learnt scale (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width) in any float dtype; returns the same shape and dtype, computed in fp32."""
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return swiglu_backward(grad, *ctx.saved_tensors)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise (arXiv:2002.05202)."""
+    return _SwiGLU.apply(gate, up)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of swiglu with respect to gate and up."""
+    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward w2(silu(w1 x) * (w3 x)), in the paper's names."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D); returns (..., D)."""
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+def rope_frequencies(width: int, cfg: RopeConfig) -> Tensor:
+    """Angular frequencies in radians per token, (width / 2,) fp32, with YaRN's blend where it is configured.
+
+    Source: arXiv:2104.09864; for YaRN DeepSeek-V3 inference/model.py, precompute_freqs_cis.
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    frequencies = 1.0 / cfg.theta**exponents
+    if cfg.yarn is None:
+        return frequencies
+    low, high = yarn_range(width, cfg.theta, cfg.yarn)
+    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return frequencies / cfg.yarn.factor * ramp + frequencies * (1 - ramp)
+
+
+def yarn_range(width: int, theta: float, yarn: YarnConfig) -> tuple[float, float]:
+    """Pair indices between which YaRN blends: below the first nothing changes, above the second all is stretched."""
+
+    def pair_with(rotations: float) -> float:
+        return width * math.log(yarn.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), width - 1)
+    return low, high if high != low else high + 0.001
+
+
+def rope_table(positions: Tensor, width: int, cfg: RopeConfig) -> Tensor:
+    """Rotations cos + i sin for integer positions (B, T): (B, T, width / 2) complex64."""
+    angles = positions[..., None].float() * rope_frequencies(width, cfg).to(positions.device)
+    amplitude = torch.ones_like(angles)
+    if cfg.yarn is not None:
+        amplitude *= yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale) / yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim)
+    return torch.polar(amplitude, angles)
+
+
+class _Rotate(torch.autograd.Function):
+    """Pairs as complex numbers times the table; the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, interleaved: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(table)
+        ctx.interleaved = interleaved
+        return turn(x, table, interleaved)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return turn(grad, ctx.saved_tensors[0].conj(), ctx.interleaved), None, None
+
+
+def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    """Rotate heads x (B, T, H, R) by the table of their positions (B, T, R / 2), in fp32; returns x's shape and dtype."""
+    return _Rotate.apply(x, table.unsqueeze(2), interleaved)
+
+
+def turn(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    """The arithmetic of `rotate`, for a table that broadcasts to x's pairs."""
+    pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    if not interleaved:
+        pairs = pairs.transpose(-1, -2).contiguous()
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * table)
+    return (turned if interleaved else turned.transpose(-1, -2)).flatten(-2).to(x.dtype)

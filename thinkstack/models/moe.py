@@ -1,0 +1,139 @@
+"""DeepSeekMoE: routing, and experts as two batched matrix products.
+
+`route` chooses, `ExpertMLP` computes, `MoE` puts them beside the shared experts. What training needs of the choice
+(load counts, balance loss) is computed from the returned Routing by train/balance.py, not here.
+"""
+
+# Shapes in this file: B rows, T tokens, N = B*T, D hidden size, E experts, G groups, K experts per token,
+# I intermediate size, C capacity: rows kept per expert, a multiple of ROW_TILE.
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinkstack.models.config import MoEConfig, ModelConfig
+from thinkstack.models.layers import SwiGLU, swiglu_backward
+
+ROW_TILE = 16
+"""Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on its neighbours' number."""
+
+
+class Routing(NamedTuple):
+    """What a router decided for a batch of tokens."""
+
+    scores: Tensor
+    """(B, T, E) fp32 affinities, without bias; carries the gradient of the balance loss."""
+    experts: Tensor
+    """(B, T, K) int64 chosen experts."""
+
+
+def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Choose experts for each token by group-limited top-k.
+
+    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; it decides who is chosen and never enters the weight.
+    Returns (weights (N, K) fp32, experts (N, K) int64).
+    Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
+    """
+    choice = scores.detach() + bias
+    if cfg.top_groups < cfg.num_groups:
+        grouped = choice.unflatten(-1, (cfg.num_groups, -1))               # (N, G, E/G)
+        best = 2 if cfg.group_score == "top2" else 1
+        group_score = grouped.topk(best, dim=-1).values.sum(-1)            # (N, G)
+        kept = group_score.topk(cfg.top_groups, dim=-1).indices
+        closed = torch.ones_like(group_score, dtype=torch.bool).scatter(1, kept, False)
+        choice = grouped.masked_fill(closed[..., None], -math.inf).flatten(1)
+    experts = choice.topk(cfg.top_k, dim=-1).indices                       # (N, K)
+    weights = scores.gather(1, experts)
+    if cfg.normalise_weights:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)        # 1e-20: as transformers, all scores may be 0
+    return weights * cfg.route_scale, experts
+
+
+class Dispatch(NamedTuple):
+    """Where each (token, choice) pair sits in the experts' input."""
+
+    slot: Tensor
+    """(N*K,) row of the pair in the (E*C) rows of expert input."""
+    source: Tensor
+    """(E*C,) token of each row; unused rows name token 0."""
+    capacity: int
+    """C."""
+
+
+def dispatch(experts: Tensor, num_experts: int) -> Dispatch:
+    """Sort pairs by expert into equally many rows each. experts: (N, K) int64."""
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    capacity = -(-int(counts.max()) // ROW_TILE) * ROW_TILE
+    shift = torch.arange(num_experts, device=flat.device) * capacity - (counts.cumsum(0) - counts)
+    rows = torch.arange(flat.numel(), device=flat.device) + shift.repeat_interleave(counts)
+    slot = torch.empty_like(flat).index_copy_(0, order, rows)
+    source = flat.new_zeros(num_experts * capacity).index_copy_(0, rows, order // experts.shape[1])
+    return Dispatch(slot, source, capacity)
+
+
+class ExpertMLP(torch.autograd.Function):
+    """Sum over a token's experts of weight * SwiGLU_expert(token), all experts in one batched product per matrix.
+
+    Every expert gets as many rows as the busiest one needs, so nothing is dropped; moving tokens there and back is a
+    gather in both directions of the pass, never a scatter-add, so the result does not depend on the order of threads.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:  # type: ignore[override]
+        """x (N, D); weights (N, K) fp32; experts (N, K); w_in (E, 2I, D): gate rows, then up rows; w_out (E, D, I)."""
+        E, K = w_in.shape[0], experts.shape[1]
+        plan = dispatch(experts, E)
+        rows = x.index_select(0, plan.source).view(E, plan.capacity, -1)   # (E, C, D)
+        gate, up = torch.bmm(rows, w_in.transpose(1, 2)).chunk(2, -1)      # (E, C, I) each
+        inner = F.silu(gate) * up
+        out = torch.bmm(inner, w_out.transpose(1, 2)).flatten(0, 1)        # (E*C, D)
+        picked = out.index_select(0, plan.slot).unflatten(0, (-1, K))      # (N, K, D)
+        ctx.save_for_backward(rows, weights, plan.slot, plan.source, gate, up, inner, picked, w_in, w_out)
+        return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        rows, weights, slot, source, gate, up, inner, picked, w_in, w_out = ctx.saved_tensors
+        E, C = rows.shape[:2]
+        grad_weights = torch.linalg.vecdot(picked, grad.unsqueeze(1))      # (N, K)
+        row_weights = grad.new_zeros(E * C).index_copy_(0, slot, weights.flatten().to(grad.dtype))  # 0 in unused rows
+        grad_out = (grad.index_select(0, source) * row_weights.unsqueeze(-1)).view(E, C, -1)
+        grad_w_out = torch.bmm(grad_out.transpose(1, 2), inner)
+        grad_hidden = torch.cat(swiglu_backward(torch.bmm(grad_out, w_out), gate, up), -1)          # (E, C, 2I)
+        grad_w_in = torch.bmm(grad_hidden.transpose(1, 2), rows)
+        grad_rows = torch.bmm(grad_hidden, w_in).flatten(0, 1)             # (E*C, D)
+        grad_x = grad_rows.index_select(0, slot).unflatten(0, weights.shape).sum(1)
+        return grad_x, grad_weights.to(weights.dtype), None, grad_w_in, grad_w_out
+
+
+class MoE(nn.Module):
+    """Shared experts, plus the top_k routed experts of each token."""
+
+    bias: Tensor
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        assert cfg.moe is not None
+        self.cfg = moe = cfg.moe
+        self.router = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size))
+        # fp32 whatever the model's dtype: near 1, bf16 would round a bias step of 1e-3 away
+        self.register_buffer("bias", torch.zeros(moe.num_experts))
+        self.w_in = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_size, cfg.hidden_size))
+        self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.expert_size))
+        self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x: (B, T, D), normed. Returns (output (B, T, D), routing)."""
+        flat = x.flatten(0, 1)                                             # (N, D)
+        logits = F.linear(flat.float(), self.router.float())               # fp32, so that ties and ranks are stable
+        scores = logits.sigmoid() if self.cfg.scoring == "sigmoid" else logits.softmax(-1)
+        weights, experts = route(scores, self.bias, self.cfg)
+        out = ExpertMLP.apply(flat, weights, experts, self.w_in, self.w_out)
+        if self.shared is not None:
+            out = out + self.shared(flat)
+        return out.view_as(x), Routing(scores.unflatten(0, x.shape[:2]), experts.unflatten(0, x.shape[:2]))

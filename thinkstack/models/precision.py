@@ -1,0 +1,35 @@
+"""Working copies of a model in a lower precision: the weights that count stay fp32, the products run in bf16."""
+
+import copy
+
+import torch
+from torch import nn
+
+from thinkstack.models.moe import MoE
+from thinkstack.models.transformer import Transformer
+
+
+def working_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -> Transformer:
+    """The model itself for its own dtype, else a copy with matrices in `dtype`; norms, routers and biases stay fp32.
+
+    always: copy even for the model's own dtype.
+    """
+    if dtype == next(model.parameters()).dtype and not always:
+        return model
+    twin = copy.deepcopy(model)
+    keep = {id(module.router) for module in twin.modules() if isinstance(module, MoE)}
+    for parameter in twin.parameters():
+        if parameter.dim() > 1 and id(parameter) not in keep:
+            parameter.data = parameter.data.to(dtype)
+    return twin
+
+
+@torch.no_grad()
+def refresh(twin: nn.Module, model: nn.Module) -> None:
+    """Bring a working copy up to date with the model it was made from."""
+    if twin is model:
+        return
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.copy_(theirs)
+    for mine, theirs in zip(twin.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)

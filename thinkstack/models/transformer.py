@@ -1,0 +1,126 @@
+"""The one model of the package: it trains, generates, evaluates and serves every family.
+
+Single-device code; parallelism, compilation and casts are applied to a built model from outside.
+"""
+
+# Shapes in this file: B rows, T tokens, D hidden size, V vocabulary size.
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinkstack.models.attention import AttentionContext, LayerCache, causal_mask
+from thinkstack.models.block import Block
+from thinkstack.models.config import ModelConfig
+from thinkstack.models.layers import RMSNorm, rope_table
+from thinkstack.models.moe import Routing
+from thinkstack.models.mtp import MTPModule
+from thinkstack.types import RequestError
+
+
+class Trunk(NamedTuple):
+    """What the main model computed for a batch, before the head."""
+
+    hidden: Tensor
+    """(B, T, D) after the final norm."""
+    routing: list[Routing]
+    """One per mixture-of-experts layer, bottom up."""
+    context: AttentionContext
+    """Mask and rotary tables, for modules that go on from here."""
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer described by a ModelConfig."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> "Transformer":
+        """Draw all matrices from N(0, cfg.init_std), set norms to 1 and biases to 0; returns self."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.cfg.init_std, generator=generator)
+        for buffer in self.buffers():
+            buffer.zero_()
+        return self
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Next-token logits (B, T, V) for token ids (B, T) int64; arguments as in `trunk`."""
+        return self.head(self.trunk(ids, positions, document_ids, cache, mask).hidden)
+
+    def trunk(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Trunk:
+        """Run all blocks and the final norm.
+
+        ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; tokens attend only
+        within their document; by default a row is one document. cache and mask come together, from the engine: the mask
+        is additive, (B, 1, T, S), over all S tokens the cache will return.
+        Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
+        """
+        self.check(ids)
+        hidden = self.embed(ids)  # (B, T, D)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        if mask is None:
+            mask = causal_mask(ids.shape[1], document_ids, hidden.dtype, ids.device)
+        rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
+        context = AttentionContext(rope=rope, mask=mask, cache=cache)
+        routing = []
+        for block in self.layers:
+            hidden, chosen = block(hidden, context)
+            if chosen is not None:
+                routing.append(chosen)
+        return Trunk(self.norm(hidden), routing, context)
+
+    def look_ahead(self, trunk: Trunk, ids: Tensor, detached: bool = False) -> tuple[list[Tensor], list[Routing]]:
+        """Hidden states of the multi-token-prediction modules: the k-th (from 0) predicts token i + 2 + k at position i.
+
+        detached: let no gradient reach the trunk or the embedding. Returns (one (B, T, D) per module, one Routing per module with experts). The last k + 1 positions of a document
+        see a token of the next one or padding; the loss leaves them out.
+        """
+        hidden, states, routing = trunk.hidden.detach() if detached else trunk.hidden, [], []
+        for depth, module in enumerate(self.mtp):
+            following = F.pad(ids[:, depth + 1 :], (0, depth + 1))
+            embedded = self.embed(following).detach() if detached else self.embed(following)
+            hidden, chosen = module(hidden, embedded, trunk.context)
+            states.append(hidden)
+            if chosen is not None:
+                routing.append(chosen)
+        return states, routing
+
+    def check(self, ids: Tensor) -> None:
+        """Raise RequestError for ids that this model cannot read."""
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise RequestError(f"token ids have shape {tuple(ids.shape)}; expected (rows, tokens) with at least one token")
+        if ids.shape[1] > self.cfg.max_positions:
+            raise RequestError(f"{ids.shape[1]} tokens exceed this model's {self.cfg.max_positions}; shorten the prompt")
+        if not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= self.cfg.vocab_size:
+                raise RequestError(f"token id {high if low >= 0 else low} lies outside 0..{self.cfg.vocab_size - 1}")

@@ -1,0 +1,152 @@
+"""Generated problems with worked solutions: what every family shares.
+
+A family is a small state machine: a start state, a sequence of operations, and a rule that carries the state through them.
+Each worked line repeats what it needs, so a step is a local look-up, while the whole lies beyond a direct answer. A family
+file holds only its rule and its words; drawing, splitting, wording and mistakes live here.
+
+A problem is identified by the hash of its operands, whatever its wording or language; the hash alone decides whether it
+belongs to training or to test, so no generator, seed or index can mix the two.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from thinkstack.types import ConfigError, Problem
+
+SPLITS = ("train", "test")
+TEST_SHARE = 8
+"""One problem in this many belongs to test."""
+UNSEEN_WORDINGS = 2
+"""The last wordings of each family and language are never trained on."""
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """The operands of one problem: a start state and the operations on it."""
+
+    start: Any
+    ops: tuple[Any, ...]
+
+
+class Family(Protocol):
+    """What a family file defines."""
+
+    name: str
+    """Name in the task table."""
+    levels: tuple[int, ...]
+    """Difficulties; the level is the number of operations."""
+    chance: float
+    """Probability of a blind guess being right."""
+    wordings: dict[str, tuple[str, ...]]
+    """Per language, templates of the question; names in braces stand for what `parts` gives."""
+
+    def draw(self, rng: random.Random, level: int) -> Puzzle:
+        """A random puzzle with `level` operations."""
+
+    def advance(self, state: Any, op: Any) -> Any:
+        """The state after one operation."""
+
+    def other_states(self, state: Any) -> Sequence[Any]:
+        """States a careless solver could have written instead of `state`."""
+
+    def first_state(self, puzzle: Puzzle) -> Any:
+        """The state before the first operation."""
+
+    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+        """The operands in words or symbols, by the names that the wordings use."""
+
+    def line(self, state: Any, op: Any, result: Any, language: str) -> str:
+        """One worked step, with everything it needs repeated."""
+
+    def answer(self, puzzle: Puzzle, state: Any, language: str) -> str:
+        """The final state as the answer is written."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """A worked solution: its lines and the answer it arrives at."""
+
+    lines: tuple[str, ...]
+    answer: str
+    is_right: bool
+
+
+def digest(*parts: object) -> int:
+    """A 64-bit number from the text of `parts`: the only source of seeds and splits."""
+    text = "|".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def key_of(family: Family, puzzle: Puzzle) -> str:
+    """Hash of the canonical problem as 16 hexadecimal digits."""
+    return f"{digest(family.name, puzzle.start, *puzzle.ops):016x}"
+
+
+def split_of(key: str) -> str:
+    """The split that a problem with this key belongs to."""
+    return "test" if int(key, 16) % TEST_SHARE == 0 else "train"
+
+
+def draw_puzzle(family: Family, split: str, level: int, seed: object) -> Puzzle:
+    """The puzzle that (family, split, level, seed) names; always the same one."""
+    if split not in SPLITS:
+        raise ConfigError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if level not in family.levels:
+        raise ConfigError(f"{family.name} has no level {level}; its levels are {', '.join(map(str, family.levels))}")
+    for attempt in range(1000):
+        puzzle = family.draw(random.Random(digest(family.name, split, level, seed, attempt)), level)
+        if split_of(key_of(family, puzzle)) == split:
+            return puzzle
+    raise AssertionError(f"{family.name} level {level} has no {split} problem in 1,000 draws")
+
+
+def work(family: Family, puzzle: Puzzle, language: str, rng: random.Random | None = None) -> Working:
+    """Solve `puzzle` step by step; with `rng`, make one wrong step at a random place and carry the error on."""
+    wrong_step = rng.randrange(len(puzzle.ops)) if rng else -1
+    state, lines = family.first_state(puzzle), []
+    for index, op in enumerate(puzzle.ops):
+        result = family.advance(state, op)
+        if rng and index == wrong_step:
+            result = rng.choice(family.other_states(result))
+        lines.append(family.line(state, op, result, language))
+        state = result
+    answer = family.answer(puzzle, state, language)
+    return Working(tuple(lines), answer, answer == right_answer(family, puzzle, language))
+
+
+def right_answer(family: Family, puzzle: Puzzle, language: str) -> str:
+    """The reference answer."""
+    state = family.first_state(puzzle)
+    for op in puzzle.ops:
+        state = family.advance(state, op)
+    return family.answer(puzzle, state, language)
+
+
+def pose(family: Family, puzzle: Puzzle, language: str, wording: int) -> Problem:
+    """Put `puzzle` into words."""
+    templates = family.wordings.get(language)
+    if templates is None:
+        raise ConfigError(f"{family.name} has no wording in {language!r}; it speaks {', '.join(family.wordings)}")
+    return Problem(
+        question=templates[wording].format(**family.parts(puzzle, language)),
+        answer=right_answer(family, puzzle, language),
+        task=family.name,
+        language=language,
+        level=len(puzzle.ops),
+        key=key_of(family, puzzle),
+        wording=wording,
+    )
+
+
+def seen_wordings(family: Family, language: str) -> range:
+    """Indices of the wordings that training may use."""
+    return range(len(family.wordings[language]) - UNSEEN_WORDINGS)
+
+
+def unseen_wordings(family: Family, language: str) -> range:
+    """Indices of the wordings that training never uses."""
+    count = len(family.wordings[language])
+    return range(count - UNSEEN_WORDINGS, count)

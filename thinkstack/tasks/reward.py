@@ -1,0 +1,52 @@
+"""Rewards: pure functions of a problem and the text of an answer. Training and evaluation call the same ones."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from thinkstack.tasks.answers import is_correct
+from thinkstack.tasks.puzzles import digest
+from thinkstack.text.parse import parse_turn
+from thinkstack.types import ConfigError, Problem, Score
+
+MAX_ANSWER_CHARACTERS = 64
+"""A longer answer is no answer: it could hold several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How the parts of a reward are combined."""
+
+    combine: Literal["gated", "additive", "format_only", "random"] = "gated"
+    """"gated": accuracy counts only in the right format. "additive": accuracy + format_weight * format (R1 paper).
+    "format_only" and "random" are controls: the format alone, or a coin that looks at nothing but the answer's text."""
+    format_weight: float = 1.0
+    """Weight of the format part when additive."""
+
+    def __post_init__(self) -> None:
+        if self.format_weight < 0:
+            raise ConfigError(f"reward.format_weight={self.format_weight} would punish the right format; use 0 or more")
+
+
+def accuracy(problem: Problem, text: str) -> float:
+    """1 if the turn's one answer, outside its thinking, is right."""
+    answer = parse_turn(text).answer
+    if answer is None or len(answer) > MAX_ANSWER_CHARACTERS:
+        return 0.0
+    return float(is_correct(problem.answer, answer))
+
+
+def format_kept(text: str) -> float:
+    """1 if the turn is one think block and one answer block."""
+    return float(parse_turn(text).is_well_formed)
+
+
+def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
+    """Reward of one assistant turn (prefill and completion, without end token)."""
+    parts = {"accuracy": accuracy(problem, text), "format": format_kept(text)}
+    total = {
+        "gated": parts["accuracy"] * parts["format"],
+        "additive": parts["accuracy"] + cfg.format_weight * parts["format"],
+        "format_only": parts["format"],
+        "random": float(digest("random reward", problem.key, text) % 2),
+    }[cfg.combine]
+    return Score(total=total, parts=parts)

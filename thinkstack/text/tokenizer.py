@@ -1,0 +1,97 @@
+"""Tokenizers: train a byte-level BPE, or load one; text to ids and back.
+
+The vocabulary of a model of ours is made here: every digit is a token of its own, so that numbers are read and written
+place by place; control tokens stand outside the BPE, so no text can spell one (`encode` never returns them).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from thinkstack.types import ConfigError
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+CONTROL = (BOS, EOS, PAD, USER, ASSISTANT, THINK_OPEN, THINK_CLOSE)
+"""The control tokens of a vocabulary of ours, in the order of their ids from 0 (names and first three ids as in V3)."""
+
+FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer with control tokens kept apart from text."""
+
+    def __init__(self, spec: str):
+        """spec: the contents of a tokenizer.json."""
+        self.spec = spec
+        self._full = tokenizers.Tokenizer.from_str(spec)
+        plain = json.loads(spec)
+        self.control = {token["content"]: token["id"] for token in plain["added_tokens"]}
+        plain["added_tokens"], plain["post_processor"] = [], None
+        self._text = tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, control tokens included."""
+        return self._full.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Control tokens spelt in it come out as ordinary characters."""
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def control_id(self, token: str) -> int:
+        """Id of a control token. Raises ConfigError if this vocabulary lacks it."""
+        if token not in self.control:
+            raise ConfigError(f"this tokenizer has no control token {token!r}; it has {', '.join(self.control)}")
+        return self.control[token]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens spelt out; bytes that are not UTF-8 become U+FFFD."""
+        return self._full.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json into `folder`."""
+        (folder / FILE).write_text(self.spec, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json from `folder`."""
+        path = folder / FILE
+        if not path.is_file():
+            raise ConfigError(f"{folder} has no {FILE}; give the folder of a complete checkpoint")
+        return cls(path.read_text(encoding="utf-8"))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Sequence[str] = ()) -> Tokenizer:
+    """Train a byte-level BPE with single digits.
+
+    texts: the corpus, plain text. vocab_size: tokens including control tokens and the 256 bytes. whole: strings that are
+    cut out before merging, so that each becomes one ordinary token ("<answer>").
+    Raises ConfigError if vocab_size leaves no room for merges.
+    """
+    floor = 256 + len(CONTROL) + len(whole)
+    if vocab_size < floor:
+        raise ConfigError(f"vocab_size={vocab_size} is below {floor}: 256 bytes, control tokens and whole strings")
+    model = tokenizers.Tokenizer(models.BPE())
+    pieces = [*map(re.escape, whole), r"\p{N}", r" ?\p{L}+", r"\s+", r"[^\s\p{L}\p{N}]"]
+    model.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=token in (BOS, EOS, PAD), normalized=False) for token in CONTROL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    return Tokenizer(model.to_str())
+

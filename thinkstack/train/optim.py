@@ -1,0 +1,68 @@
+"""The optimizer: AdamW with warm-up, a schedule by optimizer step, and clipping."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from thinkstack.types import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (arXiv:1711.05101) as in the V3 report, section 4.2, unless said otherwise."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls over the last decay_share of the run."""
+    decay_share: float = 1.0
+    """Share of the run, at its end, in which the rate falls."""
+    final_share: float = 0.1
+    """Rate at the end, relative to the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors and biases do not decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm of a step; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate={self.learning_rate} trains nothing; use a positive number")
+        if not 0 <= self.decay_share <= 1:
+            raise ConfigError(f"decay_share={self.decay_share} must lie in 0..1")
+        if not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm={self.clip_norm} would undo every step; use a positive number (1.0 is usual)")
+
+
+def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `total_steps`."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    start = total_steps * (1 - cfg.decay_share)
+    if cfg.schedule == "constant" or step < start:
+        return cfg.learning_rate
+    progress = min((step - start) / max(total_steps - start, 1), 1.0)
+    left = 1 - progress if cfg.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return cfg.learning_rate * (cfg.final_share + (1 - cfg.final_share) * left)
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the model's parameters; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all gradients."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

@@ -1,0 +1,165 @@
+"""The nouns that cross folders, and the errors a person can cause.
+
+All records are frozen; who fills a field is written at the field. torch is imported for annotations only, so that the
+command line starts without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ConfigError(ValueError):
+    """A setting, file or checkpoint cannot be used; the message names the value and the way out."""
+
+
+class RequestError(ValueError):
+    """A request to a model cannot be served; the message names the value and the way out."""
+
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    """Who speaks."""
+    content: str
+    """What is said; of an assistant the answer only."""
+    reasoning: str | None = None
+    """The assistant's thinking, without tags; filled by text/parse.py, dropped from history by text/chat.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One task instance with a checkable answer; filled by tasks/."""
+
+    question: str
+    """What the user asks."""
+    answer: str
+    """The reference answer in canonical form."""
+    task: str
+    """Name of the family in tasks/table.py."""
+    language: str
+    """Language of the wording: "en" or "zh"."""
+    level: int
+    """Difficulty; what it counts is said by the family."""
+    key: str
+    """Hash of the canonical problem: operands only, neither wording nor language."""
+    wording: int
+    """Index of the wording within the family and language."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request draws tokens; filled by the caller of the engine."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keeps the smallest set of tokens with at least this probability; 1 keeps all."""
+    max_tokens: int = 256
+    """Most tokens an answer may have, its end token included."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer; the one that did is kept as its last token."""
+    seed: int = 0
+    """Fixes the draws of this request, alone or in a batch."""
+    n: int = 1
+    """Answers to draw from one prompt, which is prefilled once."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise RequestError(f"temperature={self.temperature} is negative; use 0 for the most likely token")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens={self.max_tokens} leaves no room for an answer; use at least 1")
+        if self.n < 1:
+            raise RequestError(f"n={self.n} asks for no answer; use at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One answer as the engine drew it."""
+
+    token_ids: tuple[int, ...]
+    """The drawn tokens, the end token included when one was drawn."""
+    log_probs: tuple[float, ...]
+    """Natural log-probability of each token under the distribution it was drawn from; as long as token_ids."""
+    finish_reason: FinishReason
+    """"stop": ended by a stop token; "length": cut off at max_tokens or the context; "abort": cancelled."""
+    weights_version: int
+    """The version of the weights that drew it, as given to Engine.load_weights."""
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.log_probs), "every token carries the log-probability it was drawn with"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a reward function says of one answer; filled by tasks/reward.py."""
+
+    total: float
+    """The number the policy is trained on; meaningless when unscorable."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Its named parts, before they are combined."""
+    unscorable: str | None = None
+    """Why no score exists (a checker that failed or ran out of time); None when scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One answer to one problem, with its place in a group; filled by stages/grpo.py."""
+
+    problem: Problem
+    group_id: int
+    """Answers to be compared with each other share it; it is drawn from a counter, never from the prompt's text."""
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    score: Score | None = None
+    """None until scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Packed sequences for one optimizer step. All tensors are (R, T): R rows of T positions.
+
+    Position t holds everything about predicting targets[t] from ids[..t]; nothing is shifted later on.
+    """
+
+    ids: Tensor
+    """int64 input tokens; padding holds the pad token and document 0."""
+    positions: Tensor
+    """int64, counted from 0 within each document."""
+    document_ids: Tensor
+    """int64, 1, 2, ... across the whole batch; 0 marks padding. Attention stays within a document."""
+    targets: Tensor
+    """int64 next token; meaningless where loss_mask is 0."""
+    loss_mask: Tensor
+    """fp32, 1 = this target is trained."""
+    weights: Tensor | None = None
+    """fp32 share of each target in the loss of the step, 0 where masked; made by train/loss.token_weights."""
+    advantages: Tensor | None = None
+    """fp32 advantage of each trained token; filled by stages/grpo.py."""
+    rollout_log_probs: Tensor | None = None
+    """fp32 log-probabilities as the engine drew the targets; filled by stages/grpo.py."""
+    old_log_probs: Tensor | None = None
+    """fp32 log-probabilities under the policy before the step; None means the current ones, detached."""
+    reference_log_probs: Tensor | None = None
+    """fp32 log-probabilities under the reference model; None when no KL term asks for them."""
+
+    def with_weights(self, weights: Tensor) -> Batch:
+        """The same batch with these weights."""
+        return replace(self, weights=weights)
+
+    def rows(self, index: Sequence[int] | slice) -> Batch:
+        """The same batch with only the rows in `index`."""
+        return Batch(**{name: None if value is None else value[index] for name, value in vars(self).items()})
