@@ -76,7 +76,9 @@ def lay_out(samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens
     return Batch(ids=ids, positions=positions, document_ids=document_ids, targets=targets, loss_mask=loss_mask)
 
 
-def spread(values: Sequence[Sequence[float]], samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int) -> torch.Tensor:
+def spread(
+    values: Sequence[Sequence[float]], samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int
+) -> torch.Tensor:
     """Per-token numbers of each sample, one per prediction, laid out like the batch: (R, T) fp32, 0 in padding."""
     out = torch.zeros(len(rows), row_tokens)
     for row, members in enumerate(rows):
@@ -121,7 +123,9 @@ class PackedStream:
         self.position, self.waiting = state["position"], list(state["waiting"])
 
 
-def text_source(paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int) -> list[Sample]:
+def text_source(
+    paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int
+) -> list[Sample]:
     """The user's text files as samples of at most a row each. Raises ConfigError for a file that is no UTF-8 text."""
     samples = []
     for path in paths:

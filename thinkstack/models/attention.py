@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
@@ -58,7 +57,7 @@ def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> 
     Plain matrix products: for the short rows of this package they beat torch's fused CPU kernels in the backward pass,
     and key and value heads may differ in width.
     """
-    scores = query @ key.transpose(-1, -2)                                 # (B, H, T, S)
+    scores = query @ key.transpose(-1, -2)  # (B, H, T, S)
     return torch.softmax(scores + mask, dim=-1) @ value
 
 
@@ -85,7 +84,7 @@ class MLA(nn.Module):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.shape.q_lora_rank else self.wq(x)
-        q = (q * self.scale).unflatten(-1, (self.shape.num_heads, -1))     # (B, T, H, N + R)
+        q = (q * self.scale).unflatten(-1, (self.shape.num_heads, -1))  # (B, T, H, N + R)
         q_nope, q_rope = q.split([self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim], -1)
         q_rope = rotate(q_rope, ctx.rope, self.interleaved)
         entries = self.entries(x, ctx.rope)
@@ -105,26 +104,26 @@ class MLA(nn.Module):
         """q_nope (B, T, H, N), q_rope (B, T, H, R), entries (B, S, W). Returns (B, T, H, V)."""
         a = self.shape
         latent, k_rope = entries.split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
-        kv = self.wkv_b(latent).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)            # (B, H, S, N + V)
+        kv = self.wkv_b(latent).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)  # (B, H, S, N + V)
         k_nope, v = kv.split([a.qk_nope_head_dim, a.v_head_dim], -1)
-        k_rope = k_rope.unsqueeze(1).expand(-1, a.num_heads, -1, -1)                        # (B, H, S, R)
-        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1)                 # (B, H, T, N + R)
+        k_rope = k_rope.unsqueeze(1).expand(-1, a.num_heads, -1, -1)  # (B, H, S, R)
+        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1)  # (B, H, T, N + R)
         k = torch.cat((k_nope, k_rope), -1)
         return weighted_values(q, k, v, mask).transpose(1, 2)
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
         """As attend_expanded, without ever making keys or values: wkv_b's halves move to the query and the output."""
         a = self.shape
-        w = self.wkv_b.weight.unflatten(0, (a.num_heads, -1))                               # (H, N + V, C)
+        w = self.wkv_b.weight.unflatten(0, (a.num_heads, -1))  # (H, N + V, C)
         w_uk, w_uv = w.split([a.qk_nope_head_dim, a.v_head_dim], 1)
         B, T = q_nope.shape[:2]
-        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)                    # (H, B*T, C)
-        q = torch.cat((q_latent.transpose(0, 1).unflatten(0, (B, T)), q_rope), -1)          # (B, T, H, W)
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # (H, B*T, C)
+        q = torch.cat((q_latent.transpose(0, 1).unflatten(0, (B, T)), q_rope), -1)  # (B, T, H, W)
         scores = torch.bmm(q.flatten(1, 2), entries.transpose(1, 2)).unflatten(1, (T, -1))  # (B, T, H, S)
         probs = torch.softmax(scores + mask.transpose(1, 2), dim=-1)
-        out = torch.bmm(probs.flatten(1, 2), entries[..., : a.kv_lora_rank])                # (B, T*H, C)
-        out = out.view(B * T, a.num_heads, -1).transpose(0, 1)                              # (H, B*T, C)
-        return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, (B, T))    # (B, T, H, V)
+        out = torch.bmm(probs.flatten(1, 2), entries[..., : a.kv_lora_rank])  # (B, T*H, C)
+        out = out.view(B * T, a.num_heads, -1).transpose(0, 1)  # (H, B*T, C)
+        return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, (B, T))  # (B, T, H, V)
 
 
 class GQA(nn.Module):
@@ -148,10 +147,10 @@ class GQA(nn.Module):
         entries = self.entries(x, ctx.rope)
         if ctx.cache is not None:
             entries = ctx.cache.extend(self.layer, entries)
-        k, v = entries.unflatten(-1, (2 * a.num_kv_heads, -1)).transpose(1, 2).chunk(2, 1)   # (B, KV, S, head_dim)
-        q = q.transpose(1, 2).unflatten(1, (a.num_kv_heads, -1))                             # (B, KV, H/KV, T, head_dim)
+        k, v = entries.unflatten(-1, (2 * a.num_kv_heads, -1)).transpose(1, 2).chunk(2, 1)  # (B, KV, S, head_dim)
+        q = q.transpose(1, 2).unflatten(1, (a.num_kv_heads, -1))  # (B, KV, H/KV, T, head_dim)
         heads = weighted_values(q.flatten(2, 3), k, v, grouped(ctx.mask, a.num_heads // a.num_kv_heads))
-        heads = heads.unflatten(2, (-1, x.shape[1])).flatten(1, 2)                           # (B, H, T, head_dim)
+        heads = heads.unflatten(2, (-1, x.shape[1])).flatten(1, 2)  # (B, H, T, head_dim)
         return self.wo(heads.transpose(1, 2).flatten(2))
 
     def entries(self, x: Tensor, rope: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         wide = x.float()
         rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
-        normed = wide * rstd                                               # (..., D) fp32
+        normed = wide * rstd  # (..., D) fp32
         ctx.save_for_backward(normed, rstd, weight)
         return (normed * weight.float()).to(x.dtype)
 
@@ -117,7 +117,9 @@ def rope_table(positions: Tensor, width: int, cfg: RopeConfig) -> Tensor:
     angles = positions[..., None].float() * rope_frequencies(width, cfg).to(positions.device)
     amplitude = torch.ones_like(angles)
     if cfg.yarn is not None:
-        amplitude *= yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale) / yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim)
+        amplitude *= yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale) / yarn_mscale(
+            cfg.yarn.factor, cfg.yarn.mscale_all_dim
+        )
     return torch.polar(amplitude, angles)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.config import MoEConfig, ModelConfig
+from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.layers import SwiGLU, swiglu_backward
 
 ROW_TILE = 16
@@ -39,16 +39,16 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
     """
     choice = scores.detach() + bias
     if cfg.top_groups < cfg.num_groups:
-        grouped = choice.unflatten(-1, (cfg.num_groups, -1))               # (N, G, E/G)
+        grouped = choice.unflatten(-1, (cfg.num_groups, -1))  # (N, G, E/G)
         best = 2 if cfg.group_score == "top2" else 1
-        group_score = grouped.topk(best, dim=-1).values.sum(-1)            # (N, G)
+        group_score = grouped.topk(best, dim=-1).values.sum(-1)  # (N, G)
         kept = group_score.topk(cfg.top_groups, dim=-1).indices
         closed = torch.ones_like(group_score, dtype=torch.bool).scatter(1, kept, False)
         choice = grouped.masked_fill(closed[..., None], -math.inf).flatten(1)
-    experts = choice.topk(cfg.top_k, dim=-1).indices                       # (N, K)
+    experts = choice.topk(cfg.top_k, dim=-1).indices  # (N, K)
     weights = scores.gather(1, experts)
     if cfg.normalise_weights:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)        # 1e-20: as transformers, all scores may be 0
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # 1e-20: as transformers, all scores may be 0
     return weights * cfg.route_scale, experts
 
 
@@ -88,11 +88,11 @@ class ExpertMLP(torch.autograd.Function):
         """x (N, D); weights (N, K) fp32; experts (N, K); w_in (E, 2I, D): gate rows, then up rows; w_out (E, D, I)."""
         E, K = w_in.shape[0], experts.shape[1]
         plan = dispatch(experts, E)
-        rows = x.index_select(0, plan.source).view(E, plan.capacity, -1)   # (E, C, D)
-        gate, up = torch.bmm(rows, w_in.transpose(1, 2)).chunk(2, -1)      # (E, C, I) each
+        rows = x.index_select(0, plan.source).view(E, plan.capacity, -1)  # (E, C, D)
+        gate, up = torch.bmm(rows, w_in.transpose(1, 2)).chunk(2, -1)  # (E, C, I) each
         inner = F.silu(gate) * up
-        out = torch.bmm(inner, w_out.transpose(1, 2)).flatten(0, 1)        # (E*C, D)
-        picked = out.index_select(0, plan.slot).unflatten(0, (-1, K))      # (N, K, D)
+        out = torch.bmm(inner, w_out.transpose(1, 2)).flatten(0, 1)  # (E*C, D)
+        picked = out.index_select(0, plan.slot).unflatten(0, (-1, K))  # (N, K, D)
         ctx.save_for_backward(rows, weights, plan.slot, plan.source, gate, up, inner, picked, w_in, w_out)
         return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
 
@@ -100,13 +100,13 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         rows, weights, slot, source, gate, up, inner, picked, w_in, w_out = ctx.saved_tensors
         E, C = rows.shape[:2]
-        grad_weights = torch.linalg.vecdot(picked, grad.unsqueeze(1))      # (N, K)
+        grad_weights = torch.linalg.vecdot(picked, grad.unsqueeze(1))  # (N, K)
         row_weights = grad.new_zeros(E * C).index_copy_(0, slot, weights.flatten().to(grad.dtype))  # 0 in unused rows
         grad_out = (grad.index_select(0, source) * row_weights.unsqueeze(-1)).view(E, C, -1)
         grad_w_out = torch.bmm(grad_out.transpose(1, 2), inner)
-        grad_hidden = torch.cat(swiglu_backward(torch.bmm(grad_out, w_out), gate, up), -1)          # (E, C, 2I)
+        grad_hidden = torch.cat(swiglu_backward(torch.bmm(grad_out, w_out), gate, up), -1)  # (E, C, 2I)
         grad_w_in = torch.bmm(grad_hidden.transpose(1, 2), rows)
-        grad_rows = torch.bmm(grad_hidden, w_in).flatten(0, 1)             # (E*C, D)
+        grad_rows = torch.bmm(grad_hidden, w_in).flatten(0, 1)  # (E*C, D)
         grad_x = grad_rows.index_select(0, slot).unflatten(0, weights.shape).sum(1)
         return grad_x, grad_weights.to(weights.dtype), None, grad_w_in, grad_w_out
 
@@ -129,8 +129,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x: (B, T, D), normed. Returns (output (B, T, D), routing)."""
-        flat = x.flatten(0, 1)                                             # (N, D)
-        logits = F.linear(flat.float(), self.router.float())               # fp32, so that ties and ranks are stable
+        flat = x.flatten(0, 1)  # (N, D)
+        logits = F.linear(flat.float(), self.router.float())  # fp32, so that ties and ranks are stable
         scores = logits.sigmoid() if self.cfg.scoring == "sigmoid" else logits.softmax(-1)
         weights, experts = route(scores, self.bias, self.cfg)
         out = ExpertMLP.apply(flat, weights, experts, self.w_in, self.w_out)

@@ -48,11 +48,13 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "Transformer":
         """Draw all matrices from N(0, cfg.init_std), set norms to 1 and biases to 0; returns self."""
-        for name, parameter in self.named_parameters():
+        for parameter in self.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, self.cfg.init_std, generator=generator)
+        if self.cfg.embed_init_std:
+            self.embed.weight.mul_(self.cfg.embed_init_std / self.cfg.init_std)
         for buffer in self.buffers():
             buffer.zero_()
         return self
@@ -101,8 +103,9 @@ class Transformer(nn.Module):
     def look_ahead(self, trunk: Trunk, ids: Tensor, detached: bool = False) -> tuple[list[Tensor], list[Routing]]:
         """Hidden states of the multi-token-prediction modules: the k-th (from 0) predicts token i + 2 + k at position i.
 
-        detached: let no gradient reach the trunk or the embedding. Returns (one (B, T, D) per module, one Routing per module with experts). The last k + 1 positions of a document
-        see a token of the next one or padding; the loss leaves them out.
+        detached: let no gradient reach the trunk or the embedding. Returns (one (B, T, D) per module, one Routing per
+        module with experts). The last k + 1 positions of a document see a token of the next one or padding; the loss
+        leaves them out.
         """
         hidden, states, routing = trunk.hidden.detach() if detached else trunk.hidden, [], []
         for depth, module in enumerate(self.mtp):
@@ -117,9 +120,13 @@ class Transformer(nn.Module):
     def check(self, ids: Tensor) -> None:
         """Raise RequestError for ids that this model cannot read."""
         if ids.dim() != 2 or ids.shape[1] == 0:
-            raise RequestError(f"token ids have shape {tuple(ids.shape)}; expected (rows, tokens) with at least one token")
+            raise RequestError(
+                f"token ids have shape {tuple(ids.shape)}; expected (rows, tokens) with at least one token"
+            )
         if ids.shape[1] > self.cfg.max_positions:
-            raise RequestError(f"{ids.shape[1]} tokens exceed this model's {self.cfg.max_positions}; shorten the prompt")
+            raise RequestError(
+                f"{ids.shape[1]} tokens exceed this model's {self.cfg.max_positions}; shorten the prompt"
+            )
         if not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.cfg.vocab_size:

@@ -48,7 +48,10 @@ OPENINGS = {
     "en": ("", "", "Step by step.", "Let me work it out.", "One step at a time."),
     "zh": ("", "", "一步一步来。", "我来算一算。", "先想一想。"),
 }
-UNTAGGED = {"en": ("It is {answer}.", "The answer is {answer}.", "{answer}"), "zh": ("是{answer}。", "答案是{answer}。", "{answer}")}
+UNTAGGED = {
+    "en": ("It is {answer}.", "The answer is {answer}.", "{answer}"),
+    "zh": ("是{answer}。", "答案是{answer}。", "{answer}"),
+}
 
 
 def documents(families: list[Family], cfg: CorpusConfig, seed: int, start: int = 0) -> Iterator[Document]:
@@ -103,8 +106,18 @@ THINGS = {
 }
 PLACES = {"en": ("the house", "the garden", "the school", "the market"), "zh": ("家里", "花园里", "学校里", "市场上")}
 PROSE = {
-    "en": ("{who} has {what} in {where}.", "In {where}, {who} found {what}.", "{who} gave {what} to {other}.", "{other} and {who} look for {what} in {where}."),
-    "zh": ("{who}在{where}有{what}。", "{who}在{where}找到了{what}。", "{who}把{what}给了{other}。", "{other}和{who}在{where}找{what}。"),
+    "en": (
+        "{who} has {what} in {where}.",
+        "In {where}, {who} found {what}.",
+        "{who} gave {what} to {other}.",
+        "{other} and {who} look for {what} in {where}.",
+    ),
+    "zh": (
+        "{who}在{where}有{what}。",
+        "{who}在{where}找到了{what}。",
+        "{who}把{what}给了{other}。",
+        "{other}和{who}在{where}找{what}。",
+    ),
 }
 TALK = {
     "en": (
@@ -130,6 +143,11 @@ def prose(rng: random.Random) -> Document:
     sentences = []
     for _ in range(rng.choice((2, 3))):
         who, other = rng.sample(PEOPLE[language], 2)
-        words = {"who": who, "other": other, "what": rng.choice(THINGS[language]), "where": rng.choice(PLACES[language])}
+        words = {
+            "who": who,
+            "other": other,
+            "what": rng.choice(THINGS[language]),
+            "where": rng.choice(PLACES[language]),
+        }
         sentences.append(rng.choice(PROSE[language]).format(**words))
     return Document("", (" " if language == "en" else "").join(sentences))

@@ -94,4 +94,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Sequence[str] 
     )
     model.train_from_iterator(texts, trainer)
     return Tokenizer(model.to_str())
-

@@ -116,7 +116,9 @@ class Trainer:
         for name, value in (item for part in parts for item in part.stats.items()):
             stats[name] = combine(name, stats.get(name), value)
         self._sum_gradients([part.gradients for part in parts])
-        counts = [sum_over_ranks(torch.stack(layer).sum(0)) for layer in zip(*(part.counts for part in parts), strict=True)]
+        counts = [
+            sum_over_ranks(torch.stack(layer).sum(0)) for layer in zip(*(part.counts for part in parts), strict=True)
+        ]
         return self._update(batch, stats, counts)
 
     def _map_workers(self, micros: list[Batch], plan: "_Pass") -> list["_Part"]:
@@ -197,7 +199,11 @@ class Trainer:
         numbers = {name: float(value) for name, value in stats.items()}
         if counts:
             numbers["router/max_violation"] = float(torch.stack([max_violation(count) for count in counts]).mean())
-        return numbers | {"train/grad_norm": float(norm), "train/learning_rate": rate, "train/skipped": float(self.bad_steps > 0)}
+        return numbers | {
+            "train/grad_norm": float(norm),
+            "train/learning_rate": rate,
+            "train/skipped": float(self.bad_steps > 0),
+        }
 
     def _skip(self, batch: Batch) -> None:
         """Count a step without finite gradient and keep its batch; give up after BAD_STEPS in a row."""
