@@ -1,0 +1,103 @@
+"""Settings from TOML to frozen dataclasses: layers merged in order, dotted overrides, strict keys, resolved dump."""
+
+import dataclasses
+import difflib
+import functools
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from thinkstack.types import ConfigError
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+
+
+def read_toml(path: Path) -> Tree:
+    """The tables of a TOML file. Raises ConfigError if it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def merge(base: Tree, overlay: Tree) -> Tree:
+    """`base` with the entries of `overlay` on top; tables are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        known = merged.get(key)
+        merged[key] = merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def override(tree: Tree, assignment: str) -> Tree:
+    """`tree` with one dotted assignment such as stages.zero.steps=20; the value is read as TOML, else as text."""
+    path, separator, text = assignment.partition("=")
+    if not separator or not path.strip():
+        raise ConfigError(f"cannot read the override {assignment!r}; write it as key.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    overlay: Tree = functools.reduce(lambda inner, key: {key: inner}, reversed(path.strip().split(".")), value)
+    return merge(tree, overlay)
+
+
+def build(kind: type[T], values: Tree, where: str = "") -> T:
+    """Make the dataclass `kind` from a table; `where` is the table's address in messages.
+
+    Raises ConfigError for an unknown key, a wrong type or a value that the dataclass refuses.
+    """
+    import pydantic
+
+    refuse_unknown_keys(kind, values, where)
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            raise ConfigError(str(cause)) from error
+        address = ".".join(filter(None, (where, *(str(part) for part in first["loc"] if not _is_type_name(part)))))
+        raise ConfigError(f"{address}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def _is_type_name(part: object) -> bool:
+    """Pydantic puts the class of a union's member into addresses."""
+    return isinstance(part, str) and part.endswith("Config")
+
+
+def refuse_unknown_keys(kind: Any, values: Tree, where: str) -> None:
+    """Raise ConfigError for the first key of `values`, at any depth, that `kind` does not have."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key, value in values.items():
+        address = f"{where}.{key}" if where else key
+        if key not in names:
+            raise ConfigError(f"unknown key {address}{did_you_mean(key, names, where)}")
+        nested = [member for member in _members(hints[key]) if dataclasses.is_dataclass(member)]
+        if nested and isinstance(value, dict):
+            best = min(nested, key=lambda member: len(set(value) - {f.name for f in dataclasses.fields(member)}))
+            refuse_unknown_keys(best, value, address)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def did_you_mean(name: str, known: typing.Iterable[str], where: str = "") -> str:
+    """The end of a message about an unknown name: the closest known one, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean {where + '.' if where else ''}{close[0]}?"
+    return f"; known: {', '.join(names)}"
+
+
+def dump(config: Any) -> Tree:
+    """A dataclass as nested tables, ready for JSON."""
+    return dataclasses.asdict(config)

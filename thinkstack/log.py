@@ -1,0 +1,172 @@
+"""What a run leaves behind and shows: its folder with provenance, metrics as JSON lines, and progress with time to go."""
+
+import datetime
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from thinkstack.types import ConfigError
+
+METRICS, PROVENANCE = "metrics.jsonl", "provenance.json"
+PLAIN_SECONDS = 15.0
+"""Without a terminal a progress line is printed at most this often."""
+
+log = logging.getLogger(__name__)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises ConfigError if the disk refuses."""
+    fresh = path.with_name(path.name + ".writing")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut off by a crash is left out. A missing file is empty."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Run:
+    """The folder of one stage: metrics.jsonl, provenance.json, and whatever the stage writes."""
+
+    def __init__(self, folder: Path):
+        """Makes the folder. Raises ConfigError if that is not possible."""
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {folder}: {error.strerror or error}; choose another folder with --out"
+            ) from error
+
+    def start(self, config: dict[str, Any], seed: int, machine: str) -> None:
+        """Keep where this run comes from, and say it in one line."""
+        commit = commit_of(Path(__file__).parent)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        facts = {"commit": commit, "date": now, "machine": machine, "seed": seed, "command": sys.argv, "config": config}
+        write_json(self.folder / PROVENANCE, facts)
+        log.info("%s: commit %s, seed %d, %s", self.folder, commit, seed, machine)
+
+    def log(self, step: int, metrics: dict[str, float], file: str = METRICS) -> None:
+        """Append one row to the metrics (or to another file of rows)."""
+        try:
+            with (self.folder / file).open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": step} | metrics) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {self.folder / file}: {error.strerror or error}; free space, then resume"
+            ) from error
+
+    def rows(self, file: str = METRICS) -> list[dict[str, Any]]:
+        """All rows logged so far."""
+        return read_lines(self.folder / file)
+
+    def rewind(self, step: int, file: str = METRICS) -> None:
+        """Forget rows after `step`: a resumed run writes them again."""
+        kept = [row for row in self.rows(file) if row["step"] <= step]
+        write_text(self.folder / file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def commit_of(folder: Path) -> str:
+    """The short git commit that `folder` is checked out from, "+" if changed; "unknown" without git."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Progress:
+    """One line that moves on a terminal; elsewhere a line every PLAIN_SECONDS. Both say how long it still takes."""
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.started = self.printed = time.monotonic()
+        self.note = ""
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn("{task.description:<22}"),
+                progress.BarColumn(bar_width=28),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+            )
+            self.bar = progress.Progress(*columns, console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+        return self
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Note that `count` more are done, and what to say about it."""
+        self.done += count
+        self.note = note or self.note
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, note=self.note)
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS or self.done == self.total:
+            self.printed = time.monotonic()
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """Progress as plain text."""
+        elapsed = time.monotonic() - self.started
+        left = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
+        return f"{self.title}: {self.done}/{self.total}, {clock(elapsed)} gone, {clock(left)} left  {self.note}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds of the block to times["time/{name}_seconds"]."""
+    start = time.perf_counter()
+    yield
+    key = f"time/{name}_seconds"
+    times[key] = times.get(key, 0.0) + time.perf_counter() - start

@@ -1,0 +1,44 @@
+"""The state of a trainer as named tensors and numbers, and back. Nothing in the package draws from a global generator,
+so weights, optimizer, step and the positions kept by the stages are all there is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkstack.models.precision import refresh
+from thinkstack.train.trainer import Trainer
+
+
+def trainer_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, balance biases and optimizer moments as tensors (not copied), counts as numbers."""
+    tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    for name, parameter in trainer.model.named_parameters():
+        for slot, value in trainer.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{slot}.{name}"] = value
+    return _unshared(tensors), {"step_count": trainer.step_count, "bad_steps": trainer.bad_steps}
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights appear under two names; safetensors wants each memory once."""
+    seen: set[int] = set()
+    return {
+        name: value for name, value in tensors.items() if not (value.data_ptr() in seen or seen.add(value.data_ptr()))
+    }
+
+
+@torch.no_grad()
+def restore_trainer(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Put a trainer of the same configuration back to the state that `trainer_state` took."""
+    for name, value in trainer.model.state_dict().items():
+        if f"model.{name}" in tensors:
+            value.copy_(tensors[f"model.{name}"])
+    for name, parameter in trainer.model.named_parameters():
+        slots = {key.split(".")[1] for key in tensors if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
+        if slots:
+            trainer.optimizer.state[parameter] = {
+                slot: tensors[f"optimizer.{slot}.{name}"].clone() for slot in sorted(slots)
+            }
+    for worker in trainer.workers:
+        refresh(worker, trainer.model)
+    trainer.step_count, trainer.bad_steps = numbers["step_count"], numbers["bad_steps"]
