@@ -1,7 +1,7 @@
 """Documents to packed batches: one path for text, chats and rollouts.
 
-A row holds several documents side by side; attention, positions and targets never cross from one to the next. The stream
-of batches is a pure function of its source and position, so a run resumed in the middle sees the same rows.
+A row holds several documents side by side; attention, positions and targets never cross from one to the next. The
+stream of batches is a pure function of its source and position, so a run resumed in the middle sees the same rows.
 """
 
 # Shapes in this file: R rows, T tokens a row.
@@ -18,7 +18,7 @@ from thinkstack.types import Batch, ConfigError
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one document, and for each token 1 if it is to be learnt (the first never is: nothing predicts it)."""
+    """Token ids of one document, and for each token 1 if it is to be learnt (never the first: nothing predicts it)."""
 
     ids: tuple[int, ...]
     learnt: tuple[int, ...]

@@ -162,4 +162,5 @@ class Batch:
 
     def rows(self, index: Sequence[int] | slice) -> Batch:
         """The same batch with only the rows in `index`."""
-        return Batch(**{name: None if value is None else value[index] for name, value in vars(self).items()})
+        cut = {name: value[index] for name, value in vars(self).items() if value is not None}
+        return replace(self, **cut)

@@ -1,7 +1,8 @@
 """The engine: token ids in, completions out. Rollouts, evaluation and chat all go through it.
 
-`step` is the whole of it: admit prompts, prefill them, decode one token for everybody, hand out what is finished. In fp32 on a
-CPU a request draws the same tokens alone or in a batch: rows of every product come in tiles, and draws depend on the request.
+`step` is the whole of it: admit prompts, prefill them, decode one token for everybody, hand out what is finished. In
+fp32 on a CPU a request draws the same tokens alone or in a batch: rows of every product come in tiles, and draws depend
+on the request.
 """
 
 # Shapes in this file: B rows, T tokens of a prompt, V vocabulary size.

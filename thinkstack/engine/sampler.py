@@ -27,8 +27,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     """Draw one token a row by inverting the cumulative distribution.
 
     logits: (B, V) fp32. temperature, top_p: (B,) fp32. uniform: (B,) float64 in [0, 1). Returns (tokens (B,) int64,
-    log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0 takes the most likely token and reports
-    its log-probability at temperature 1.
+    log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0 takes the most likely token and
+    reports its log-probability at temperature 1.
     """
     greedy = temperature == 0
     log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature).unsqueeze(1), -1)

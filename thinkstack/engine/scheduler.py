@@ -78,7 +78,7 @@ class SlotTable:
         return {int(row): "stop" if stopped[row] else "length" for row in numpy.flatnonzero(stopped | full)}
 
     def close(self, row: int, reason: FinishReason) -> int:
-        """Hand the row's answer to its request; the last row moves into the gap. Returns the row that moved (or `row`)."""
+        """Hand the row's answer to its request and move the last row into the gap; returns the row that moved."""
         request, answer = self.owner[row]
         drawn = int(self.drawn[row])
         request.completions[answer] = Completion(
@@ -89,9 +89,8 @@ class SlotTable:
         )
         self.count -= 1
         last = self.count
-        for column in (self.tokens, self.log_probs, self.drawn, self.length, self.limit):
-            column[row] = column[last]
-        for column in (self.seed, self.temperature, self.top_p, self.stop_ids):
+        columns: tuple[numpy.ndarray, ...] = (self.tokens, self.log_probs, self.drawn, self.length, self.limit)
+        for column in (*columns, self.seed, self.temperature, self.top_p, self.stop_ids):
             column[row] = column[last]
         self.owner[row] = self.owner[last]
         self.owner.pop()

@@ -1,14 +1,14 @@
 """Attention of the family: multi-head latent attention (MLA) and grouped-query attention (GQA).
 
-Both answer to one interface. `entries` makes what the cache holds of new tokens; `attend` reads entries. Without a cache
-the tokens attend among themselves (training); with one, the new entries are handed to it and all it holds is read back.
-MLA reads its latents in two ways that give the same numbers: expanded to keys and values per head (training, where every
-latent is used once per query of its own row), or absorbed into the query (decoding, where expanding the whole context
-for each new token would cost more than the model).
+Both answer to one interface. `entries` makes what the cache holds of new tokens; `attend` reads entries. Without a
+cache the tokens attend among themselves (training); with one, the new entries are handed to it and all it holds is
+read back. MLA reads its latents in two ways that give the same numbers: expanded to keys and values per head
+(training, where every latent is used once per query of its own row), or absorbed into the query (decoding, where
+expanding the whole context for each new token would cost more than the model).
 """
 
-# Shapes in this file: B rows, T new tokens, S tokens attended to, D hidden size, H heads, C kv_lora_rank, R rotated width,
-# N = qk_nope_head_dim, V = v_head_dim, W = cache_width.
+# Shapes in this file: B rows, T new tokens, S tokens attended to, D hidden size, H heads, C kv_lora_rank,
+# R rotated width, N = qk_nope_head_dim, V = v_head_dim, W = cache_width.
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,7 +52,7 @@ def causal_mask(length: int, document_ids: Tensor | None, dtype: torch.dtype, de
 
 
 def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention: query (B, H, T, K), already scaled; key (B, H, S, K); value (B, H, S, V). Returns (B, H, T, V).
+    """Softmax attention of query (B, H, T, K), already scaled, key (B, H, S, K), value (B, H, S, V) to (B, H, T, V).
 
     Plain matrix products: for the short rows of this package they beat torch's fused CPU kernels in the backward pass,
     and key and value heads may differ in width.

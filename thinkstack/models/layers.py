@@ -1,7 +1,7 @@
 """Norm, rotary embedding and feed-forward: the pieces every block shares.
 
-RMSNorm and SwiGLU carry their own backward passes: on a CPU these operations are bound by memory, and autograd's composite
-passes move two to three times the bytes that the formulas need.
+RMSNorm and SwiGLU carry their own backward passes: on a CPU these operations are bound by memory, and autograd's
+composite passes move two to three times the bytes that the formulas need.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
@@ -138,7 +138,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """Rotate heads x (B, T, H, R) by the table of their positions (B, T, R / 2), in fp32; returns x's shape and dtype."""
+    """Rotate heads x (B, T, H, R) by the table of their positions (B, T, R / 2), in fp32; keeps x's shape and dtype."""
     return _Rotate.apply(x, table.unsqueeze(2), interleaved)
 
 

@@ -18,7 +18,8 @@ from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.layers import SwiGLU, swiglu_backward
 
 ROW_TILE = 16
-"""Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on its neighbours' number."""
+"""Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on how many others
+there are."""
 
 
 class Routing(NamedTuple):
@@ -33,8 +34,8 @@ class Routing(NamedTuple):
 def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]:
     """Choose experts for each token by group-limited top-k.
 
-    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; it decides who is chosen and never enters the weight.
-    Returns (weights (N, K) fp32, experts (N, K) int64).
+    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; it decides who is chosen and never enters the
+    weight. Returns (weights (N, K) fp32, experts (N, K) int64).
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
     """
     choice = scores.detach() + bias

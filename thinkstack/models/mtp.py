@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that sees a position's hidden state and the next token, and predicts the one after.
+"""Multi-token prediction: one more block, which sees a hidden state and the next token, and predicts the one after.
 
 Embedding and head are the main model's (DeepSeek-V3 report, arXiv:2412.19437, section 2.2).
 """
@@ -25,7 +25,7 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
 
     def forward(self, hidden: Tensor, next_embedding: Tensor, ctx: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """hidden (B, T, D): the main model's, after its final norm. next_embedding (B, T, D): of the token that follows.
+        """hidden (B, T, D): the main model's, after its final norm. next_embedding (B, T, D): of the following token.
 
         Returns (normed hidden (B, T, D), ready for the head; routing).
         """

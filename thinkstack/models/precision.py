@@ -29,7 +29,6 @@ def refresh(twin: nn.Module, model: nn.Module) -> None:
     """Bring a working copy up to date with the model it was made from."""
     if twin is model:
         return
-    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.copy_(theirs)
-    for mine, theirs in zip(twin.buffers(), model.buffers(), strict=True):
+    pairs = zip((*twin.parameters(), *twin.buffers()), (*model.parameters(), *model.buffers()), strict=True)
+    for mine, theirs in pairs:
         mine.copy_(theirs)

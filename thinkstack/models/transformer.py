@@ -80,9 +80,9 @@ class Transformer(nn.Module):
     ) -> Trunk:
         """Run all blocks and the final norm.
 
-        ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; tokens attend only
-        within their document; by default a row is one document. cache and mask come together, from the engine: the mask
-        is additive, (B, 1, T, S), over all S tokens the cache will return.
+        ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; tokens attend
+        only within their document; by default a row is one document. cache and mask come together, from the engine: the
+        mask is additive, (B, 1, T, S), over all S tokens the cache will return.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
         self.check(ids)
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         return Trunk(self.norm(hidden), routing, context)
 
     def look_ahead(self, trunk: Trunk, ids: Tensor, detached: bool = False) -> tuple[list[Tensor], list[Routing]]:
-        """Hidden states of the multi-token-prediction modules: the k-th (from 0) predicts token i + 2 + k at position i.
+        """Hidden states of the multi-token-prediction modules: the k-th, from 0, predicts token i+2+k at position i.
 
         detached: let no gradient reach the trunk or the embedding. Returns (one (B, T, D) per module, one Routing per
         module with experts). The last k + 1 positions of a document see a token of the next one or padding; the loss

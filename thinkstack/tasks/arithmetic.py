@@ -1,10 +1,12 @@
 """Last-digit arithmetic: a digit carried through operations, written as a chain or as nested brackets.
 
-Factors are 3, 7 and 9 only: they permute the ten digits, so no state is forgotten on the way and every operation matters.
+Factors are 3, 7 and 9 only: they permute the ten digits, so no state is forgotten on the way and every operation
+matters.
 """
 
 import random
 from collections.abc import Sequence
+from typing import ClassVar
 
 from thinkstack.tasks.puzzles import Puzzle
 
@@ -33,7 +35,7 @@ class Chain:
     name = "chain"
     levels = (2, 3, 4, 5, 6)
     chance = 0.1
-    wordings = {
+    wordings: ClassVar[dict[str, tuple[str, ...]]] = {
         "en": (
             "Work from left to right and keep only the last digit: {puzzle}",
             "Keep the last digit at every step, left to right. {puzzle} = ?",
@@ -80,7 +82,7 @@ class Nested:
     name = "nested"
     levels = (2, 3, 4, 5, 6)
     chance = 0.1
-    wordings = {
+    wordings: ClassVar[dict[str, tuple[str, ...]]] = {
         "en": (
             "Start inside the brackets and keep only the last digit: {puzzle}",
             "Keep the last digit at every step, from the inside out. {puzzle} = ?",

@@ -1,4 +1,4 @@
-"""A pre-training corpus as the web is: questions with guesses, right and wrong workings and remarks, and plain sentences.
+"""A pre-training corpus as the web is: questions with guesses, right and wrong workings and remarks; plain sentences.
 
 Every document is named by (seed, index) and made when asked for; nothing is downloaded or stored.
 """

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import ClassVar
 
 from thinkstack.tasks.puzzles import Puzzle
 
@@ -14,7 +15,7 @@ class Cups:
     name = "cups"
     levels = (2, 3, 4, 5, 6)
     chance = 0.2
-    wordings = {
+    wordings: ClassVar[dict[str, tuple[str, ...]]] = {
         "en": (
             "Five cups, the ball is under cup {cup}. Swap {swaps}. Where is the ball?",
             "The ball is under cup {cup}. Swap {swaps}. Which cup has the ball?",

@@ -5,6 +5,7 @@ English only: Chinese kin terms depend on lineage and age, which these puzzles d
 
 import random
 from collections.abc import Sequence
+from typing import ClassVar
 
 from thinkstack.tasks.puzzles import Puzzle
 
@@ -37,7 +38,7 @@ COMPOSE = {
     "great-pibling": {"sibling": "great-pibling"},
     "cousin": {"sibling": "cousin"},
 }
-"""COMPOSE[r][s]: what X is to Z when X is the r of Y and Y is the s of Z. Pairs without exactly one name are left out."""
+"""COMPOSE[r][s]: what X is to Z when X is the r of Y and Y is the s of Z. Pairs without one sole name are left out."""
 
 GIVEN = ("parent", "child", "sibling")
 MEN = ("Ben", "Dan", "Hugo", "Jack", "Leo", "Max", "Sam", "Tom")
@@ -48,12 +49,12 @@ IS_WOMAN = {word: word == words[1] for words in TERMS.values() for word in words
 
 
 class Kinship:
-    """The state is the word for what the first person is to the last one reached; an operation is the next fact's word."""
+    """The state is the word for what the first person is to the last one reached, an operation the next fact's word."""
 
     name = "kinship"
     levels = (2, 3, 4, 5, 6)
     chance = 0.15
-    wordings = {
+    wordings: ClassVar[dict[str, tuple[str, ...]]] = {
         "en": (
             "{facts} What is {first} to {last}?",
             "{facts} {first} is what to {last}?",

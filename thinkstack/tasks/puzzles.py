@@ -1,8 +1,8 @@
 """Generated problems with worked solutions: what every family shares.
 
-A family is a small state machine: a start state, a sequence of operations, and a rule that carries the state through them.
-Each worked line repeats what it needs, so a step is a local look-up, while the whole lies beyond a direct answer. A family
-file holds only its rule and its words; drawing, splitting, wording and mistakes live here.
+A family is a small state machine: a start state, a sequence of operations, and a rule that carries the state through
+them. Each worked line repeats what it needs, so a step is a local look-up, while the whole lies beyond a direct answer.
+A family file holds only its rule and its words; drawing, splitting, wording and mistakes live here.
 
 A problem is identified by the hash of its operands, whatever its wording or language; the hash alone decides whether it
 belongs to training or to test, so no generator, seed or index can mix the two.
@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from thinkstack.types import ConfigError, Problem
 
@@ -40,7 +40,7 @@ class Family(Protocol):
     """Difficulties; the level is the number of operations."""
     chance: float
     """Probability of a blind guess being right."""
-    wordings: dict[str, tuple[str, ...]]
+    wordings: ClassVar[dict[str, tuple[str, ...]]]
     """Per language, templates of the question; names in braces stand for what `parts` gives."""
 
     def draw(self, rng: random.Random, level: int) -> Puzzle:

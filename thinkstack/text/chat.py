@@ -1,7 +1,7 @@
-"""Conversations to token ids: the R1-Zero plain template, the V3 and R1 chat templates, and templates shipped by others.
+"""Conversations to token ids: R1-Zero's plain template, V3's and R1's chat templates, and templates shipped by others.
 
-Structure comes from control tokens and fixed strings written here or in a shipped template; what people wrote is encoded
-apart from it, so it can never become a control token. Every prompt begins with exactly one BOS.
+Structure comes from control tokens and fixed strings written here or in a shipped template; what people wrote is
+encoded apart from it, so it can never become a control token. Every prompt begins with exactly one BOS.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,26 @@ ZERO_PREAMBLE = (
 class ChatFormat(Protocol):
     """How one model's conversations look in tokens."""
 
-    name: str
-    """Name in FORMATS, or "template"."""
-    prefill: str
-    """What the prompt has already written of the answer; reward and parser read prefill + completion."""
-    stop_ids: tuple[int, ...]
-    """Tokens that end the assistant's turn."""
+    @property
+    def name(self) -> str:
+        """Name that `chat_format` knows it by, or "template"."""
+
+    @property
+    def prefill(self) -> str:
+        """What the prompt has already written of the answer; reward and parser read prefill + completion."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end the assistant's turn."""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids that ask for the next assistant turn. Raises RequestError for an order of roles it cannot write."""
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The assistant's whole turn as text: prefill and decoded ids, without the token that ended it."""
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of a whole assistant turn for training, its end token included."""
 
 
 @dataclass(frozen=True)

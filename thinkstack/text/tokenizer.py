@@ -70,8 +70,8 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Sequence[str] = ()) -> Tokenizer:
     """Train a byte-level BPE with single digits.
 
-    texts: the corpus, plain text. vocab_size: tokens including control tokens and the 256 bytes. whole: strings that are
-    cut out before merging, so that each becomes one ordinary token ("<answer>").
+    texts: the corpus, plain text. vocab_size: tokens including control tokens and the 256 bytes. whole: strings that
+    are cut out before merging, so that each becomes one ordinary token ("<answer>").
     Raises ConfigError if vocab_size leaves no room for merges.
     """
     floor = 256 + len(CONTROL) + len(whole)

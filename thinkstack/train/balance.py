@@ -1,7 +1,7 @@
 """Keeping experts evenly used: the aux-loss-free bias, and the small sequence-wise loss beside it.
 
-Both read the Routing that the model returns; the model itself knows nothing of training. The bias moves once per optimizer
-step, after the step, from counts over all micro-batches and ranks.
+Both read the Routing that the model returns; the model itself knows nothing of training. The bias moves once per
+optimizer step, after the step, from counts over all micro-batches and ranks.
 """
 
 # Shapes in this file: R rows, T tokens a row, E experts, K experts per token, L layers with experts.
@@ -45,13 +45,13 @@ def moe_layers(model: Transformer) -> list[MoE]:
 def update_bias(layer: MoE, counts: Tensor, speed: float) -> None:
     """Raise the bias of underused experts by `speed` and lower that of overused ones, keeping the sum.
 
-    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; centred so that the common offset, which
-    chooses nothing, cannot drift.
+    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; centred so that the common offset,
+    which chooses nothing, cannot drift.
     """
     delta = speed * torch.sign(counts.mean() - counts)
     layer.bias += delta - delta.mean()
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """Load of the busiest expert over the mean load, minus 1, for counts (..., E). Source: arXiv:2408.15664, section 4.1."""
+    """Load of the busiest expert over the mean load, minus 1, for counts (..., E) (arXiv:2408.15664, section 4.1)."""
     return counts.amax(-1) / counts.mean(-1).clamp(min=1e-9) - 1

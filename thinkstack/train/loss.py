@@ -1,8 +1,8 @@
 """Losses as pure functions of flat vectors: one entry per trained token, whatever rows the tokens came from.
 
-Every loss is a weighted sum. The weights are made once for the whole optimizer step (`token_weights`) from global counts,
-so micro-batches and ranks only ever add up: there is no other denominator anywhere. Statistics add up the same way;
-names that end in "_max" are combined by maximum instead.
+Every loss is a weighted sum. The weights are made once for the whole optimizer step (`token_weights`) from global
+counts, so micro-batches and ranks only ever add up: there is no other denominator anywhere. Statistics add up the same
+way; names that end in "_max" are combined by maximum instead.
 """
 
 # Shapes in this file: R rows, T tokens a row, N = R*T, M trained tokens, D hidden size, V vocabulary size.
@@ -21,7 +21,7 @@ Reduction = Literal["token", "sequence", "fixed"]
 Stats = dict[str, Tensor]
 
 HEAD_CHUNK = 1024
-"""Tokens whose logits exist at once: bounds memory at HEAD_CHUNK * V * 4 bytes, and keeps small vocabularies in cache."""
+"""Tokens whose logits exist at once: bounds memory at HEAD_CHUNK * V * 4 bytes; keeps small vocabularies in cache."""
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-this before exp; how often is reported as policy/ratio_clamped."""
 
@@ -160,8 +160,8 @@ class PolicyLossConfig:
 def policy_loss(tokens: TrainedTokens, cfg: PolicyLossConfig) -> tuple[Tensor, Stats]:
     """-min(r A, clip(r) A), plus kl times the KL estimate, weighted per token.
 
-    r is the ratio to the old policy (1 on the first pass, where the loss is about 0 and its gradient is not). The engine's
-    probabilities are corrected for by a second, capped and detached weight; the two are never merged.
+    r is the ratio to the old policy (1 on the first pass, where the loss is about 0 and its gradient is not). The
+    engine's probabilities are corrected for by a second, capped and detached weight; the two are never merged.
     """
     assert tokens.advantages is not None and tokens.rollout_log_probs is not None
     old = tokens.log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs

@@ -1,7 +1,7 @@
 """One optimizer step over a batch of packed rows: micro-batches, working precision, clipping, expert balance, resume.
 
-The trainer knows tensors only. What is learnt is decided by the batch (which targets, with which weights) and by the loss
-function passed to `step`; pre-training and reinforcement learning differ in nothing else.
+The trainer knows tensors only. What is learnt is decided by the batch (which targets, with which weights) and by the
+loss function passed to `step`; pre-training and reinforcement learning differ in nothing else.
 """
 
 import logging
@@ -84,18 +84,21 @@ class _Part:
 class Trainer:
     """A model, its optimizer and the count of steps taken.
 
-    Micro-batches are dealt to `workers` threads in turn, each with its own working copy and one core: small matrices gain
-    more from two independent passes than from two threads in one. Sums are taken in the order of the workers, so a result
-    depends on their number, never on their timing.
+    Micro-batches are dealt to `workers` threads in turn, each with its own working copy and one core: small matrices
+    gain more from two independent passes than from two threads in one. Sums are taken in the order of the workers, so a
+    result depends on their number, never on their timing.
     """
 
     def __init__(self, model: Transformer, cfg: TrainerConfig, total_steps: int, dump_folder: Path | None = None):
-        """model: fp32 weights, trained in place. total_steps: what the schedule spans. dump_folder: where a batch without
-        finite gradients is written for inspection."""
+        """model: fp32 weights, trained in place. total_steps: what the schedule spans. dump_folder: where a batch
+        without finite gradients is written for inspection."""
         self.model, self.cfg, self.total_steps, self.dump_folder = model, cfg, total_steps, dump_folder
         dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
         self.workers = [working_copy(model, dtype, always=cfg.workers > 1) for _ in range(cfg.workers)]
         self.optimizer = make_optimizer(model, cfg.optim)
+        self.pool = None
+        if cfg.workers > 1:
+            self.pool = ThreadPoolExecutor(cfg.workers, initializer=torch.set_num_threads, initargs=(1,))
         self.step_count = 0
         self.bad_steps = 0
 
@@ -121,16 +124,16 @@ class Trainer:
         ]
         return self._update(batch, stats, counts)
 
-    def _map_workers(self, micros: list[Batch], plan: "_Pass") -> list["_Part"]:
+    def _map_workers(self, micros: list[Batch], plan: _Pass) -> list[_Part]:
         """Run worker w on micro-batches w, w + workers, ...; one result per worker that had any."""
         shares = [micros[worker :: len(self.workers)] for worker in range(len(self.workers))]
         jobs = [(worker, share) for worker, share in zip(self.workers, shares, strict=True) if share]
-        if len(self.workers) == 1:
-            return [self._run(*jobs[0], plan)]
-        with ThreadPoolExecutor(len(jobs), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda job: self._run(*job, plan), jobs))
+        if self.pool is None:
+            return [self._run(worker, share, plan) for worker, share in jobs]
+        tasks = [self.pool.submit(self._run, worker, share, plan) for worker, share in jobs]
+        return [task.result() for task in tasks]
 
-    def _run(self, model: Transformer, micros: list[Batch], plan: "_Pass") -> "_Part":
+    def _run(self, model: Transformer, micros: list[Batch], plan: _Pass) -> _Part:
         """Forward and backward passes of one worker."""
         part = _Part({}, [torch.zeros(layer.cfg.num_experts) for layer in moe_layers(model)], None)
         for micro in micros:
@@ -144,7 +147,7 @@ class Trainer:
                 part.gradients = add_gradients(part.gradients, model)
         return part
 
-    def _loss(self, model: Transformer, micro: Batch, plan: "_Pass") -> tuple[Tensor, Stats, list[Routing]]:
+    def _loss(self, model: Transformer, micro: Batch, plan: _Pass) -> tuple[Tensor, Stats, list[Routing]]:
         """The weighted sum of all losses of one micro-batch."""
         trunk = model.trunk(micro.ids, micro.positions, micro.document_ids)
         tokens = trained_tokens(model, trunk.hidden, micro, plan.trained_share, plan.temperature, plan.with_entropy)
@@ -216,7 +219,7 @@ class Trainer:
         log.warning("step %d has no finite gradient and is skipped%s", self.step_count, where)
         if self.bad_steps >= BAD_STEPS:
             raise TrainingError(
-                f"{BAD_STEPS} steps in a row at step {self.step_count} gave a loss or gradient that is not finite{where}; "
+                f"{BAD_STEPS} steps in a row at step {self.step_count} gave no finite loss or gradient{where}; "
                 f"lower learning_rate={self.cfg.optim.learning_rate} or use dtype=fp32, then resume"
             )
 
@@ -280,8 +283,8 @@ def trained_tokens(
 def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type: ignore[no-untyped-def]
     """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, their routings).
 
-    The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in the
-    same document. detached: no gradient reaches the trunk, the embedding or the head.
+    The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
+    the same document. detached: no gradient reaches the trunk, the embedding or the head.
     """
     states, routings = model.look_ahead(trunk, batch.ids, detached)
     head = model.head.weight.detach() if detached else model.head.weight
