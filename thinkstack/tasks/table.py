@@ -1,0 +1,106 @@
+"""The task families by name, and problems drawn from several of them.
+
+A problem is a function of (families, split, seed, index): a stream of them has no state but its position, and two runs
+that ask for the same indices ask the same questions.
+"""
+
+import difflib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from thinkstack.tasks import puzzles
+from thinkstack.tasks.arithmetic import Chain, Nested
+from thinkstack.tasks.cups import Cups
+from thinkstack.tasks.kinship import Kinship
+from thinkstack.tasks.puzzles import Family, digest
+from thinkstack.types import ConfigError, Problem
+
+FAMILIES: dict[str, Family] = {"chain": Chain(), "nested": Nested(), "cups": Cups(), "kinship": Kinship()}
+
+
+def families(names: Sequence[str]) -> list[Family]:
+    """The families called `names`, in that order. Raises ConfigError for an unknown name, or for none at all."""
+    if not names:
+        raise ConfigError(f"no task is named; choose from {', '.join(FAMILIES)}")
+    return [_family(name) for name in names]
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        close = difflib.get_close_matches(name, FAMILIES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(FAMILIES)}"
+        raise ConfigError(f"unknown task {name!r}; {hint}")
+    return FAMILIES[name]
+
+
+def problem_at(
+    families: Sequence[Family],
+    split: str,
+    seed: int,
+    index: int,
+    levels: Sequence[int] | None = None,
+    unseen_wordings: bool = False,
+) -> Problem:
+    """Problem `index` of the stream that the other arguments name.
+
+    Families take turns by index; level, language and wording are drawn. levels: allowed difficulties, of which a family
+    uses those it has; None allows all. unseen_wordings: use the wordings that training never uses.
+    Raises ConfigError for an unknown split, or if a family has none of the levels.
+    """
+    family = families[index % len(families)]
+    allowed = [level for level in family.levels if levels is None or level in levels]
+    if not allowed:
+        known = ", ".join(map(str, family.levels))
+        raise ConfigError(f"{family.name} has none of the levels {list(levels or ())}; its levels are {known}")
+    rng = random.Random(digest("problem", seed, split, index))
+    puzzle = puzzles.draw_puzzle(family, split, rng.choice(allowed), ("problem", seed, index))
+    language = rng.choice(tuple(family.wordings))
+    wordings = puzzles.unseen_wordings if unseen_wordings else puzzles.seen_wordings
+    return puzzles.pose(family, puzzle, language, rng.choice(wordings(family, language)))
+
+
+def problems(
+    families: Sequence[Family],
+    split: str,
+    seed: int,
+    count: int,
+    levels: Sequence[int] | None = None,
+    unseen_wordings: bool = False,
+) -> list[Problem]:
+    """The first `count` problems of a stream; arguments as in `problem_at`."""
+    return [problem_at(families, split, seed, index, levels, unseen_wordings) for index in range(count)]
+
+
+class ProblemStream:
+    """Problems 0, 1, 2, ... of one stream. Its state is its position and nothing else."""
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        split: str,
+        seed: int,
+        levels: Sequence[int] | None = None,
+        unseen_wordings: bool = False,
+    ):
+        """Arguments as in `problem_at`."""
+        self.families, self.split, self.seed = list(families), split, seed
+        self.levels, self.unseen_wordings = levels, unseen_wordings
+        self.position = 0
+        """Index of the next problem."""
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems."""
+        start, self.position = self.position, self.position + count
+        return [
+            problem_at(self.families, self.split, self.seed, index, self.levels, self.unseen_wordings)
+            for index in range(start, self.position)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here."""
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.position = state["position"]
