@@ -29,6 +29,10 @@ class ChatFormat(Protocol):
         """Name that `chat_format` knows it by, or "template"."""
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns the text of a turn into ids."""
+
+    @property
     def prefill(self) -> str:
         """What the prompt has already written of the answer; reward and parser read prefill + completion."""
 
