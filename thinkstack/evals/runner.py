@@ -1,0 +1,132 @@
+"""Ask a model held-out problems, several times each, and judge the answers with the function training uses.
+
+One pass of samples gives every figure; greedy evaluation is samples=1 at temperature 0. The prompt comes from the chat
+format that rollouts use, so training and evaluation differ in nothing but the problems.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from thinkstack.evals.figures import AnswerRecord, Evaluation, ProblemRecord, summarise
+from thinkstack.tasks import table
+from thinkstack.tasks.answers import normalise
+from thinkstack.tasks.puzzles import digest
+from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS
+from thinkstack.text.chat import ChatFormat
+from thinkstack.text.parse import parse_turn
+from thinkstack.types import Completion, ConfigError, Message, Problem, Sampling, Score
+
+Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[Completion]]]
+"""Engine.generate, or anything like it: prompts and samplings to sampling.n completions for each prompt."""
+ScoreFunction = Callable[[Problem, str], Score]
+"""Judges one turn; parts["accuracy"] says whether the answer is right, parts["format"] whether the form was kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is asked, how often, and how answers are drawn."""
+
+    num_problems: int = 200
+    """Held-out problems."""
+    samples: int = 16
+    """Answers drawn per problem."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token, and then one sample says all."""
+    top_p: float = 1.0
+    """Keeps the smallest set of tokens with at least this probability; 1 keeps all."""
+    max_tokens: int = 128
+    """Most tokens of an answer; longer ones are cut off and counted as truncated."""
+    seed: int = 0
+    """Chooses the problems and the draws."""
+    families: tuple[str, ...]
+    """Names of the families asked, in tasks/table.py."""
+    levels: tuple[int, ...] | None = None
+    """Difficulties asked; None asks all levels of each family."""
+    unseen_wordings: bool = False
+    """Ask in the wordings that training never uses."""
+
+    def __post_init__(self) -> None:
+        if self.num_problems < 1 or self.samples < 1:
+            raise ConfigError(f"num_problems={self.num_problems} and samples={self.samples} must be at least 1")
+        if not self.families:
+            raise ConfigError("an evaluation needs at least one task family")
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(
+                f"samples={self.samples} at temperature 0 draws the same answer every time; use samples=1"
+            )
+
+
+def held_out(cfg: EvalConfig) -> list[Problem]:
+    """The test problems that cfg names: always the same ones, and none that training can draw."""
+    families = table.families(cfg.families)
+    return table.problems(families, "test", cfg.seed, cfg.num_problems, cfg.levels, cfg.unseen_wordings)
+
+
+def evaluate(
+    engine_generate: Generate,
+    chat: ChatFormat,
+    problems: Sequence[Problem],
+    cfg: EvalConfig,
+    score: ScoreFunction,
+) -> Evaluation:
+    """Draw cfg.samples answers to each problem and compute all figures.
+
+    problems: those of `held_out`, or any others; cfg says how answers are drawn. score: the function training uses.
+    """
+    started = time.perf_counter()
+    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in problems]
+    completions = engine_generate(prompts, [sampling_of(problem, chat, cfg) for problem in problems])
+    records = [
+        ProblemRecord(
+            key=problem.key,
+            family=problem.task,
+            level=problem.level,
+            language=problem.language,
+            wording=problem.wording,
+            question=problem.question,
+            reference=problem.answer,
+            answers=tuple(judge(problem, completion, chat, score) for completion in drawn),
+        )
+        for problem, drawn in zip(problems, completions, strict=True)
+    ]
+    chance = {family.name: family.chance for family in table.families(cfg.families)}
+    return summarise(records, time.perf_counter() - started, chance)
+
+
+def sampling_of(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> Sampling:
+    """How answers to `problem` are drawn; the seed depends on the problem, not on its place in the list."""
+    return Sampling(
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        max_tokens=cfg.max_tokens,
+        stop_ids=chat.stop_ids,
+        seed=digest("evaluation", cfg.seed, problem.key, problem.language, problem.wording),
+        n=cfg.samples,
+    )
+
+
+def judge(problem: Problem, completion: Completion, chat: ChatFormat, score: ScoreFunction) -> AnswerRecord:
+    """Read and judge one answer. Right means accuracy 1: the form is counted beside it, not mixed into it."""
+    text = chat.text_of(completion.token_ids)
+    turn, verdict = parse_turn(text), score(problem, text)
+    readable = turn.answer is not None and len(turn.answer) <= MAX_ANSWER_CHARACTERS
+    return AnswerRecord(
+        text=text,
+        answer=normalise(turn.answer) if turn.answer is not None and readable else None,
+        correct=None if verdict.unscorable is not None else verdict.parts["accuracy"] == 1.0,
+        well_formed=turn.is_well_formed,
+        worked=is_worked(problem, turn.thinking),
+        truncated=completion.finish_reason == "length",
+        num_tokens=len(completion.token_ids),
+    )
+
+
+def is_worked(problem: Problem, thinking: str) -> bool:
+    """Whether the thinking works the problem out: at least max(1, level - 1) of its lines hold "=" or ">".
+
+    Every family writes a step as "... = result" or "...>result", one step a line, and a level is a number of steps. One
+    step may be missing (a last step left to the answer); remarks without a step do not count.
+    """
+    steps = sum("=" in line or ">" in line for line in thinking.splitlines())
+    return steps >= max(1, problem.level - 1)
