@@ -78,10 +78,10 @@ class Kinship:
         men, women = iter(rng.sample(MEN, len(MEN))), iter(rng.sample(WOMEN, len(WOMEN)))
         names = tuple(next(women if is_woman else men) for is_woman in people)
         words = [TERMS[relation][is_woman] for relation, is_woman in zip(relations, people, strict=False)]
-        return Puzzle((words[0], names), tuple(words[1:]))
+        return Puzzle(words[0], tuple(words[1:]), names)
 
     def first_state(self, puzzle: Puzzle) -> str:
-        return puzzle.start[0]
+        return puzzle.start
 
     def advance(self, state: str, op: str) -> str:
         """A pair the table leaves out keeps the state: only a wrong step can lead there."""
@@ -92,8 +92,8 @@ class Kinship:
         return [word for word in RELATION if word != state]
 
     def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
-        (first, names), words = puzzle.start, puzzle.ops
-        facts = [f"{a} is {b}'s {word}." for a, b, word in zip(names, names[1:], (first, *words), strict=False)]
+        names, words = puzzle.names, (puzzle.start, *puzzle.ops)
+        facts = [f"{a} is {b}'s {word}." for a, b, word in zip(names, names[1:], words, strict=False)]
         return {"facts": " ".join(facts), "first": names[0], "last": names[-1]}
 
     def line(self, state: str, op: str, result: str, language: str) -> str:

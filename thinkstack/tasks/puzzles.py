@@ -29,17 +29,25 @@ class Puzzle:
 
     start: Any
     ops: tuple[Any, ...]
+    names: tuple[str, ...] = ()
+    """What the question calls things; other names make the same problem, so the key leaves them out."""
 
 
 class Family(Protocol):
     """What a family file defines."""
 
-    name: str
-    """Name in the task table."""
-    levels: tuple[int, ...]
-    """Difficulties; the level is the number of operations."""
-    chance: float
-    """Probability of a blind guess being right."""
+    @property
+    def name(self) -> str:
+        """Name in the task table."""
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Difficulties; the level is the number of operations."""
+
+    @property
+    def chance(self) -> float:
+        """Probability of a blind guess being right."""
+
     wordings: ClassVar[dict[str, tuple[str, ...]]]
     """Per language, templates of the question; names in braces stand for what `parts` gives."""
 
