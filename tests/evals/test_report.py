@@ -1,0 +1,135 @@
+import base64
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from thinkstack.evals.figures import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarise
+from thinkstack.evals.plots import health_panels, running_mean
+from thinkstack.evals.report import markdown, table_rows, write_report
+from thinkstack.types import ConfigError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+NASTY = "<script>alert(1)</script> ``` | 从左到右"
+
+
+def record(correct, family="chain", level=2, language="en", text="x"):
+    answers = tuple(
+        AnswerRecord(
+            text=text,
+            answer=int(right),
+            correct=right,
+            well_formed=True,
+            worked=right,
+            truncated=False,
+            num_tokens=10,
+        )
+        for right in correct
+    )
+    return ProblemRecord(
+        key="00",
+        family=family,
+        level=level,
+        language=language,
+        wording=0,
+        question=NASTY,
+        reference="5",
+        answers=answers,
+    )
+
+
+BASE = summarise([record([True] + [False] * 15), record([False] * 16, "cups", 3, "zh", NASTY)], 1.0, {"chain": 0.1})
+ZERO = summarise([record([True] * 16), record([True] * 8 + [False] * 8, "cups", 3, "zh")], 1.0, {"chain": 0.1})
+CURVE = [curve_point(0, BASE, BASE), curve_point(10, ZERO)]
+METRICS = [
+    {"step": s, "reward/mean": s / 10, "policy/entropy_nats": 1.0 - s / 20, "train/skipped": 0.0} for s in range(10)
+]
+
+
+def written(folder, **changes):
+    arguments = {
+        "title": "A & B",
+        "columns": {"base": BASE, "zero": ZERO},
+        "greedy": {"zero": ZERO},
+        "curve": CURVE,
+        "metrics": METRICS,
+        "facts": {"machine": "2 cores"},
+    }
+    write_report(folder, **(arguments | changes))
+    return folder
+
+
+def test_the_table_holds_the_figures_in_percent():
+    rows = dict(table_rows({"base": BASE, "zero": ZERO}, {"zero": ZERO}))
+    # base: means 1/16 and 0; zero: 1 and 1/2
+    assert rows["pass@1"] == ["3.1 \N{PLUS-MINUS SIGN} 3.1", "75.0 \N{PLUS-MINUS SIGN} 25.0"]
+    assert rows["pass@16"] == ["50.0", "100.0"]
+    assert rows["cons@16"] == ["0.0", "100.0"]
+    assert rows["greedy"] == ["-", "75.0 \N{PLUS-MINUS SIGN} 25.0"]
+    assert rows["chain (chance 10.0)"] == ["6.2", "100.0"]
+    assert rows["cups"] == ["0.0", "50.0"]
+    assert rows["zh"] == ["0.0", "50.0"]
+    assert "not judged (number)" not in rows
+
+
+def test_a_report_is_complete_and_leaves_no_temporary_file(tmp_path):
+    folder = written(tmp_path / "report")
+    pictures = {"accuracy.png", "length.png", "worked.png", "families.png", "levels.png", "health.png"}
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "report.json", *pictures}
+    assert all((folder / name).read_bytes().startswith(PNG) for name in pictures)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(f"]({name})" in text for name in pictures)
+    assert "| machine | 2 cores |" in text
+
+
+def test_the_page_stands_alone_and_shows_what_models_wrote_as_text(tmp_path):
+    page = (written(tmp_path) / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "<title>A &amp; B</title>" in page
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    images = re.findall(r"base64,([A-Za-z0-9+/=]+)", page)
+    assert len(images) == 6
+    assert all(base64.b64decode(image).startswith(PNG) for image in images)
+
+
+def test_the_json_gives_the_evaluations_back(tmp_path):
+    data = json.loads((written(tmp_path) / "report.json").read_text(encoding="utf-8"))
+    assert Evaluation.from_dict(data["columns"]["zero"]) == replace(ZERO, records=())
+    assert data["curve"][0]["held_out_level"]["pass_at_1"] == pytest.approx(1 / 32)
+
+
+def test_no_text_of_a_model_closes_its_block_or_its_cell():
+    text = markdown("t", "s", ["base"], [("a|b", ["1"])], {}, {"base": BASE.shown}, {"k": NASTY})
+    assert "````text" in text
+    assert "| a\\|b | 1 |" in text
+    assert "| k | <script>alert(1)</script> ``` \\| 从左到右 |" in text
+
+
+def test_a_report_without_training_has_a_table_and_no_curves(tmp_path):
+    folder = written(tmp_path, columns={"base": BASE}, greedy={}, curve=[], metrics=[])
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "report.json", "levels.png"}
+
+
+def test_a_curve_with_unknown_figures_is_drawn(tmp_path):
+    hollow = [dict(point) | {"worked_accuracy": None, "stderr": None, "cons_at_16": None} for point in CURVE]
+    assert (written(tmp_path, curve=hollow) / "worked.png").exists()
+
+
+def test_a_report_about_nothing_and_a_greedy_stranger_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="at least one evaluation"):
+        written(tmp_path, columns={}, greedy={})
+    with pytest.raises(ConfigError, match="greedy evaluations of other"):
+        written(tmp_path, greedy={"other": ZERO})
+
+
+def test_health_shows_known_metrics_first_and_leaves_constants_out():
+    rows = [
+        {"step": s, "group/mixed": s, "policy/entropy_nats": -s, "train/skipped": s, "reward/mean": 1} for s in (1, 2)
+    ]
+    assert list(health_panels(rows)) == ["policy/entropy_nats", "group/mixed"]
+
+
+def test_running_mean_by_hand():
+    assert running_mean([0.0, 3.0, 6.0], reach=1) == [1.5, 3.0, 4.5]

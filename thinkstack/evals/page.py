@@ -1,0 +1,104 @@
+"""The report as one HTML page: no script, no request to anywhere, light and dark."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59606a; --line: #e2e5ea; --page: #f7f8fa; --card: #fff;
+  --accent: #0a66a8; --good: #1a7f4b; --bad: #b3372b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ec; --soft: #a2a9b3; --line: #343a43; --page: #15181c;
+  --card: #1d2126; --accent: #6cb8f0; --good: #5fd39a; --bad: #f08a7e; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+h1 { margin: 0 0 .25rem; font-size: 1.9rem; line-height: 1.2; }
+h2 { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
+h3 { margin: 1.25rem 0 .5rem; font-size: 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.25rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child { text-align: left; font-weight: 500; }
+thead th { color: var(--soft); font-weight: 600; }
+tbody tr:last-child > * { border-bottom: 0; }
+tr.first td { font-weight: 650; }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+figure { margin: 0; }
+figure img { display: block; width: 100%; height: auto; border-radius: 6px; background: #fff; }
+figcaption, .note { color: var(--soft); font-size: .9rem; }
+figcaption { margin-top: .5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.25rem; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
+pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: var(--page);
+  border: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .85rem/1.5 ui-monospace, "Cascadia Mono", Menlo, monospace; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p class="note">{{ setting }}</p>
+<h2>Results</h2>
+<div class="card scroll"><table>
+<thead><tr><th></th>{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for label, cells in rows %}<tr{% if loop.first %} class="first"{% endif %}><th scope="row">{{ label }}</th>
+{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+{% if plots %}<h2>Plots</h2>
+<div class="plots">
+{% for caption, image in plots %}<figure class="card"><img alt="{{ caption }}" src="data:image/png;base64,{{ image }}">
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>{% endif %}
+<h2>Answers</h2>
+<div class="card">
+{% for name, families in answers.items() %}<h3>{{ name }}</h3>
+{% for family, shown in families.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ family }}</summary>
+{% for answer in shown %}<p><strong>{{ answer.question }}</strong>
+<span class="note">right answer: {{ answer.reference }};</span>
+{% if answer.correct is none %}<span class="note">not judged</span>
+{% elif answer.correct %}<span class="right">right</span>{% else %}<span class="wrong">wrong</span>{% endif %}</p>
+<pre>{{ answer.text }}</pre>
+{% endfor %}</details>
+{% endfor %}{% endfor %}</div>
+<h2>Provenance</h2>
+<div class="card"><dl>
+{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% endfor %}</dl></div>
+</body>
+</html>
+"""
+
+
+def render_page(
+    folder: Path,
+    title: str,
+    setting: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    plots: Mapping[str, str],
+    answers: Mapping[str, Mapping[str, Sequence[object]]],
+    facts: Mapping[str, str],
+) -> str:
+    """The page; everything a model wrote is escaped, and the pictures in `folder` are put inside it.
+
+    plots: file name -> caption. answers: column -> family -> figures.ShownAnswer.
+    """
+    images = [
+        (caption, base64.b64encode((folder / name).read_bytes()).decode("ascii")) for name, caption in plots.items()
+    ]
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    return template.render(
+        title=title, setting=setting, columns=columns, rows=rows, plots=images, answers=answers, facts=facts
+    )

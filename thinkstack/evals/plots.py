@@ -1,0 +1,261 @@
+"""The report's pictures: learning curve, answer length, worked against direct answers, families, training health.
+
+Each function draws one PNG from plain numbers and returns nothing; `draw_all` calls those that have something to show.
+Figures are made without pyplot, so nothing global changes and no display is needed. Labels are in English only: the
+fonts that come with matplotlib lack Chinese.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from thinkstack.evals.figures import Evaluation
+
+Point = Mapping[str, Any]
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5f66")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart (black made grey)."""
+GREY, INK, FRAME = "#9aa0a8", "#1f2328", "#d0d4da"
+DPI = 144
+HEALTH = {
+    "reward/mean": "Mean reward",
+    "policy/entropy_nats": "Entropy (nats)",
+    "train/grad_norm": "Gradient norm",
+    "rollout/mean_tokens": "Tokens per answer",
+    "rollout/truncation_rate": "Truncated answers",
+    "policy/kl_nats": "KL to the reference (nats)",
+    "policy/clipped_high": "Clipped above",
+    "policy/clipped_low": "Clipped below",
+    "mismatch/abs_nats_max": "Largest engine/trainer gap (nats)",
+    "mismatch/mean_abs_nats": "Mean engine/trainer gap (nats)",
+    "router/max_violation": "Busiest expert over mean, minus 1",
+    "train/learning_rate": "Learning rate",
+}
+"""Training metrics worth a panel, in order, with the panel's title."""
+HEALTH_PANELS = 9
+
+
+def draw_all(
+    folder: Path, columns: Mapping[str, Evaluation], curve: Sequence[Point], metrics: Sequence[Point]
+) -> dict[str, str]:
+    """Draw every picture that has data; returns file name -> caption, in reading order."""
+    chance = next((evaluation.chance for evaluation in columns.values() if evaluation.chance), {})
+    drawn = {}
+    if curve:
+        draw_accuracy(folder / "accuracy.png", curve, chance)
+        drawn["accuracy.png"] = "Accuracy on held-out problems; the band is one standard error over problems."
+        draw_length(folder / "length.png", curve)
+        drawn["length.png"] = "Length of answers, and the share cut off at the limit."
+        draw_worked(folder / "worked.png", curve)
+        drawn["worked.png"] = "How many answers show their working, and how right worked and direct answers are."
+        if any(point.get("by_family") for point in curve):
+            draw_families(folder / "families.png", curve, chance)
+            drawn["families.png"] = "pass@1 of each family; dotted lines mark a blind guess."
+    pair = compared(columns)
+    if pair:
+        draw_levels(folder / "levels.png", pair, chance)
+        drawn["levels.png"] = "pass@1 by family and difficulty, with standard errors; dotted lines mark a blind guess."
+    panels = health_panels(metrics)
+    if panels:
+        draw_health(folder / "health.png", metrics, panels)
+        drawn["health.png"] = "Training health: every step pale, their running mean strong."
+    return drawn
+
+
+def compared(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """The columns set side by side per level: base and zero where both exist, else the first two."""
+    names = ["base", "zero"] if {"base", "zero"} <= set(columns) else list(columns)[:2]
+    return {name: columns[name] for name in names}
+
+
+def draw_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
+    """pass@1 with its standard error, cons@16, and a level never trained on where it was measured."""
+    canvas, axes = _canvas(1, 1, "Accuracy over RL steps")
+    panel = axes[0]
+    _line(panel, curve, "cons_at_16", COLOURS[1], "cons@16")
+    _line(panel, curve, "pass_at_1", COLOURS[0], "pass@1", error="stderr")
+    held_out = [dict(point["held_out_level"]) | {"step": point["step"]} for point in curve if "held_out_level" in point]
+    if held_out:
+        _line(panel, held_out, "pass_at_1", COLOURS[2], "pass@1, level never trained", error="stderr", dashes="--")
+    if chance:
+        guess = sum(chance.values()) / len(chance)
+        panel.axhline(guess, color=GREY, linewidth=1.2, linestyle=":", label="blind guess")
+    _percent(panel)
+    _finish(canvas, path, panel)
+
+
+def draw_length(path: Path, curve: Sequence[Point]) -> None:
+    """Tokens per answer above, truncation below."""
+    canvas, axes = _canvas(1, 2, "Length of answers over RL steps")
+    _line(axes[0], curve, "mean_tokens", COLOURS[0], "tokens per answer")
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_title("Tokens per answer", loc="left", fontsize=10, color=INK)
+    _line(axes[1], curve, "truncation_rate", COLOURS[1], "truncated")
+    _percent(axes[1])
+    highest = max((point["truncation_rate"] for point in curve if point.get("truncation_rate") is not None), default=0)
+    axes[1].set_ylim(0, max(highest * 1.15, 0.05))
+    axes[1].set_title("Answers cut off", loc="left", fontsize=10, color=INK)
+    _finish(canvas, path)
+
+
+def draw_worked(path: Path, curve: Sequence[Point]) -> None:
+    """Share of worked answers against the accuracy of worked and direct ones."""
+    canvas, axes = _canvas(1, 1, "Worked and direct answers over RL steps")
+    _line(axes[0], curve, "worked_share", GREY, "share of worked answers", dashes="--")
+    _line(axes[0], curve, "worked_accuracy", COLOURS[0], "accuracy of worked answers")
+    _line(axes[0], curve, "direct_accuracy", COLOURS[1], "accuracy of direct answers")
+    _percent(axes[0])
+    _finish(canvas, path, axes[0])
+
+
+def draw_families(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
+    """One line per family."""
+    canvas, axes = _canvas(1, 1, "Accuracy by family over RL steps")
+    names = sorted({name for point in curve for name in point.get("by_family", {})})
+    for index, name in enumerate(names):
+        points = [{"step": p["step"], name: p.get("by_family", {}).get(name)} for p in curve]
+        colour = COLOURS[index % len(COLOURS)]
+        _line(axes[0], points, name, colour, name)
+        if name in chance:
+            axes[0].axhline(chance[name], color=colour, linewidth=1, linestyle=":", alpha=0.6)
+    _percent(axes[0])
+    _finish(canvas, path, axes[0])
+
+
+def draw_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[str, float]) -> None:
+    """Bars of pass@1 per level, one panel a family, one colour a column."""
+    cells = {name: evaluation.by_family_level for name, evaluation in columns.items()}
+    families = sorted({family for cell in cells.values() for family in cell})
+    canvas, axes = _canvas(-(-len(families) // 2), min(len(families), 2), "Accuracy by difficulty", height=2.5)
+    width = 0.8 / len(columns)
+    for panel, family in zip(axes, families, strict=False):
+        levels = sorted({level for cell in cells.values() for level in cell.get(family, {})})
+        for index, (name, cell) in enumerate(cells.items()):
+            shown = [
+                (place, cell[family][level]) for place, level in enumerate(levels) if level in cell.get(family, {})
+            ]
+            panel.bar(
+                [place + (index - (len(cells) - 1) / 2) * width for place, _ in shown],
+                [part.pass_at_1 or 0.0 for _, part in shown],
+                width * 0.94,
+                yerr=[part.stderr or 0.0 for _, part in shown],
+                color=GREY if index == 0 else COLOURS[index - 1],
+                error_kw={"elinewidth": 1, "ecolor": INK},
+                label=name,
+            )
+        if family in chance:
+            panel.axhline(chance[family], color=INK, linewidth=1, linestyle=":")
+        panel.set_xticks(range(len(levels)), [str(level) for level in levels])
+        panel.set_title(family, loc="left", fontsize=10, color=INK)
+        panel.set_xlabel("steps to solve (level)", color=INK)
+        panel.grid(axis="x", visible=False)
+        _percent(panel)
+    for panel in axes[len(families) :]:
+        panel.set_visible(False)
+    _legend_on_top(canvas, axes[0])
+    _finish(canvas, path, steps=False)
+
+
+def health_panels(metrics: Sequence[Point]) -> dict[str, str]:
+    """Which metrics get a panel, with its title: the known ones first, then other rewards, groups and rollouts.
+
+    A metric that never changes gets none.
+    """
+    values: dict[str, set[float]] = {}
+    for row in metrics:
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                values.setdefault(key, set()).add(value)
+    present = {key for key, seen in values.items() if len(seen) > 1}
+    others = sorted(key for key in present - set(HEALTH) if key.split("/")[0] in ("reward", "group", "rollout"))
+    titles = {key: title for key, title in HEALTH.items() if key in present} | {key: key for key in others}
+    return dict(list(titles.items())[:HEALTH_PANELS])
+
+
+def draw_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str]) -> None:
+    """One small panel per metric."""
+    columns = min(3, len(panels))
+    canvas, axes = _canvas(-(-len(panels) // columns), columns, "Training health", height=2.1)
+    for panel, (key, title) in zip(axes, panels.items(), strict=False):
+        rows = [row for row in metrics if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
+        steps, values = [row["step"] for row in rows], [float(row[key]) for row in rows]
+        panel.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.3)
+        panel.plot(steps, running_mean(values, max(len(values) // 20, 1)), color=COLOURS[0], linewidth=1.8)
+        panel.set_title(title, loc="left", fontsize=9, color=INK)
+        panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    _finish(canvas, path)
+
+
+def running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value and up to `reach` neighbours on either side."""
+    windows = (values[max(index - reach, 0) : index + reach + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _canvas(rows: int, columns: int, title: str, height: float = 3.6) -> tuple[Canvas, list[Axes]]:
+    """An empty figure with a title, and its panels in reading order."""
+    canvas = Canvas(figsize=(8.2, height * rows + 0.6), dpi=DPI, layout="constrained", facecolor="white")
+    canvas.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(FRAME)
+        panel.grid(color=FRAME, linewidth=0.6, alpha=0.7)
+        panel.set_axisbelow(True)
+        panel.tick_params(colors="#59606a", labelsize=9, length=0)
+    return canvas, panels
+
+
+def _line(
+    panel: Axes,
+    points: Sequence[Point],
+    name: str,
+    colour: str,
+    label: str,
+    error: str | None = None,
+    dashes: str = "-",
+) -> None:
+    """One figure over steps, its last value written beside it; points without the figure leave a gap."""
+    steps = [point["step"] for point in points]
+    values = [math.nan if point.get(name) is None else float(point[name]) for point in points]
+    marker = "o" if len(points) <= 40 else None
+    panel.plot(steps, values, dashes, color=colour, linewidth=2, label=label, marker=marker, markersize=3.5)
+    if error:
+        spread = [point.get(error) or 0.0 for point in points]
+        low = [value - half for value, half in zip(values, spread, strict=True)]
+        high = [value + half for value, half in zip(values, spread, strict=True)]
+        panel.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _percent(panel: Axes) -> None:
+    panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    panel.set_ylim(0, 1.02)
+
+
+def _legend_on_top(canvas: Canvas, panel: Axes) -> None:
+    """One legend for all panels, level with the title."""
+    handles, labels = panel.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _finish(canvas: Canvas, path: Path, panel: Axes | None = None, steps: bool = True) -> None:
+    """Label the steps, add the panel's legend under it, and put the file in place whole."""
+    if steps:
+        for axes in canvas.axes:
+            place = axes.get_subplotspec()
+            if place is not None and place.is_last_row():
+                axes.set_xlabel("RL step", fontsize=9, color=INK)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=9 if len(canvas.axes) < 3 else 5, integer=True))
+    if panel is not None:
+        _, labels = panel.get_legend_handles_labels()
+        canvas.legend(loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK)
+    temporary = path.with_name(path.name + ".writing")
+    canvas.savefig(temporary, format="png")
+    temporary.replace(path)

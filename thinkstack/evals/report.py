@@ -1,0 +1,144 @@
+"""A report of one experiment: report.md, report.html, report.json and pictures, all from the same figures."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkstack.evals.figures import Evaluation, Figures, ShownAnswer
+from thinkstack.evals.page import render_page
+from thinkstack.evals.plots import compared, draw_all
+from thinkstack.log import write_json, write_text
+from thinkstack.types import ConfigError
+
+Rows = list[tuple[str, list[str]]]
+
+MISSING = "-"
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    columns: Mapping[str, Evaluation],
+    greedy: Mapping[str, Evaluation],
+    curve: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, str],
+) -> None:
+    """Write the report into `folder`.
+
+    columns: what is compared, in order ("base", "zero", then controls), each with its sampled evaluation. greedy:
+    greedy evaluations of some of them. curve: points of figures.curve_point. metrics: rows of metrics.jsonl. facts:
+    provenance (machine, seed, commit, command, time). Each file is written whole or not at all.
+    Raises ConfigError if nothing is compared or greedy names an unknown column.
+    """
+    if not columns:
+        raise ConfigError("a report needs at least one evaluation")
+    if unknown := set(greedy) - set(columns):
+        raise ConfigError(f"greedy evaluations of {', '.join(sorted(unknown))} have no column")
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = draw_all(folder, columns, curve, metrics)
+    rows, setting = table_rows(columns, greedy), setting_line(columns)
+    answers = {name: evaluation.shown for name, evaluation in compared(columns).items()}
+    write_text(folder / "report.md", markdown(title, setting, list(columns), rows, plots, answers, facts))
+    write_text(folder / "report.html", render_page(folder, title, setting, list(columns), rows, plots, answers, facts))
+    write_json(
+        folder / "report.json",
+        {
+            "title": title,
+            "facts": dict(facts),
+            "columns": {name: evaluation.to_dict() for name, evaluation in columns.items()},
+            "greedy": {name: evaluation.to_dict() for name, evaluation in greedy.items()},
+            "curve": [dict(point) for point in curve],
+        },
+    )
+
+
+def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluation]) -> Rows:
+    """The table: label, then a cell per column; figures in percent unless the label says otherwise."""
+    found = list(columns.values())
+    rows: Rows = [
+        ("pass@1", [accuracy(part) for part in found]),
+        ("cons@16", [percent(part.cons_at_16) for part in found]),
+        ("pass@16", [percent(part.pass_at_k.get(16)) for part in found]),
+        ("greedy", [accuracy(greedy[name]) if name in greedy else MISSING for name in columns]),
+        ("well-formed", [percent(part.format_rate) for part in found]),
+        ("truncated", [percent(part.truncation_rate) for part in found]),
+        ("tokens per answer (number)", [f"{part.mean_tokens:.1f}" for part in found]),
+        ("worked answers", [percent(part.worked_share) for part in found]),
+        ("pass@1 of worked answers", [percent(part.worked_accuracy) for part in found]),
+        ("pass@1 of direct answers", [percent(part.direct_accuracy) for part in found]),
+    ]
+    if any(part.unscorable for part in found):
+        rows.append(("not judged (number)", [str(part.unscorable) for part in found]))
+    chance = {name: value for part in reversed(found) for name, value in part.chance.items()}
+    for family in sorted({family for part in found for family in part.by_family}):
+        label = f"{family} (chance {percent(chance[family])})" if family in chance else family
+        rows.append((label, [accuracy(part.by_family.get(family)) for part in found]))
+    languages = sorted({language for part in found for language in part.by_language})
+    if len(languages) > 1:
+        rows += [(name, [accuracy(part.by_language.get(name)) for part in found]) for name in languages]
+    return rows
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, without the sign."""
+    return MISSING if value is None else f"{100 * value:.1f}"
+
+
+def accuracy(part: Figures | None) -> str:
+    """pass@1 with its standard error, in percent."""
+    if part is None or part.pass_at_1 is None:
+        return MISSING
+    error = "" if part.stderr is None else f" \N{PLUS-MINUS SIGN} {percent(part.stderr)}"
+    return percent(part.pass_at_1) + error
+
+
+def setting_line(columns: Mapping[str, Evaluation]) -> str:
+    """What the figures are computed from, in one sentence per distinct setting."""
+    settings: dict[str, list[str]] = {}
+    for name, part in columns.items():
+        settings.setdefault(f"{part.problems:,} held-out problems, {part.samples} answers each", []).append(name)
+    told = "; ".join(
+        setting if len(settings) == 1 else f"{', '.join(names)}: {setting}" for setting, names in settings.items()
+    )
+    return f"{told}. Percent; \N{PLUS-MINUS SIGN} is one standard error over problems."
+
+
+def markdown(
+    title: str,
+    setting: str,
+    columns: Sequence[str],
+    rows: Rows,
+    plots: Mapping[str, str],
+    answers: Mapping[str, Mapping[str, Sequence[ShownAnswer]]],
+    facts: Mapping[str, str],
+) -> str:
+    """The report as Markdown, its pictures beside it."""
+    lines = [f"# {title}", "", setting, "", *_table(["", *columns], [[label, *cells] for label, cells in rows])]
+    for name, caption in plots.items():
+        lines += ["", f"![{caption}]({name})"]
+    for column, families in answers.items():
+        lines += ["", f"## Answers: {column}"]
+        for family, shown in families.items():
+            for answer in shown:
+                verdict = {None: "not judged", True: "right", False: "wrong"}[answer.correct]
+                lines += ["", f"{family}, {verdict} (right answer: {_inline(answer.reference)})", ""]
+                lines += _fenced(f"{answer.question}\n\n{answer.text}")
+    lines += ["", "## Provenance", "", *_table(["", ""], [[name, value] for name, value in facts.items()])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    aligned = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(_inline(cell) for cell in row)} |" for row in (head, aligned, *body)]
+
+
+def _inline(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _fenced(text: str) -> list[str]:
+    """Text as a code block that nothing in it can close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return [f"{fence}text", text, fence]
