@@ -1,0 +1,160 @@
+"""Routing against a plain loop and worked examples; experts against autograd of a plain loop."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny import MLA_TINY
+from thinkstack.models.config import MoEConfig
+from thinkstack.models.moe import ROW_TILE, ExpertMLP, MoE, dispatch, route
+from thinkstack.types import ConfigError
+
+GROUPED = MoEConfig(num_experts=12, top_k=3, expert_size=4, num_groups=4, top_groups=2, route_scale=2.5)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def route_one(scores: list[float], bias: list[float], cfg: MoEConfig) -> dict[int, float]:
+    """The report's rule for one token, without tensors: expert -> weight."""
+    choice = [score + offset for score, offset in zip(scores, bias, strict=True)]
+    size = cfg.num_experts // cfg.num_groups
+    best = 2 if cfg.group_score == "top2" else 1
+    groups = [range(g * size, (g + 1) * size) for g in range(cfg.num_groups)]
+    ranked = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:best]))
+    allowed = [expert for group in ranked[: cfg.top_groups] for expert in group]
+    chosen = sorted(allowed, key=lambda e: -choice[e])[: cfg.top_k]
+    total = sum(scores[e] for e in chosen) if cfg.normalise_weights else 1.0
+    return {e: scores[e] / total * cfg.route_scale for e in chosen}
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        GROUPED,
+        replace(GROUPED, group_score="max", normalise_weights=False, scoring="softmax"),
+        replace(GROUPED, num_groups=1, top_groups=1),
+        replace(GROUPED, top_groups=4),
+    ],
+    ids=["v3", "v2", "one group", "all groups"],
+)
+def test_routing_agrees_with_a_plain_loop(cfg):
+    scores, bias = drawn(50, 12).sigmoid(), drawn(12, seed=1) / 4
+    weights, experts = route(scores, bias, cfg)
+    for row in range(50):
+        found = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
+        assert found == pytest.approx(route_one(scores[row].tolist(), bias.tolist(), cfg), rel=1e-5)
+
+
+def test_bias_steers_the_choice_but_not_the_weight():
+    cfg = MoEConfig(num_experts=4, top_k=1, expert_size=1, num_groups=2, top_groups=1)
+    weights, experts = route(torch.tensor([[0.9, 0.1, 0.2, 0.3]]), torch.tensor([0.0, 0.0, 0.0, 1.0]), cfg)
+    assert experts.tolist() == [[3]]
+    assert weights.tolist() == [[1.0]]
+
+
+def test_weights_come_from_the_scores_without_bias():
+    """E2.60: gates use the raw scores: 0.6 and 0.2 share 2 as 1.5 and 0.5, however large the bias."""
+    cfg = MoEConfig(num_experts=4, top_k=2, expert_size=1, route_scale=2.0)
+    weights, experts = route(torch.tensor([[0.6, 0.1, 0.2, 0.3]]), torch.tensor([5.0, 0.0, 9.0, 0.0]), cfg)
+    assert dict(zip(experts[0].tolist(), weights[0].tolist(), strict=True)) == pytest.approx({0: 1.5, 2: 0.5})
+
+
+def test_closed_groups_stay_closed_when_open_scores_are_negative():
+    """E2.60: a mask of 0.0 instead of -inf lets closed experts win as soon as biased scores are negative (litgpt)."""
+    cfg = MoEConfig(num_experts=4, top_k=2, expert_size=1, num_groups=2, top_groups=1)
+    _, experts = route(torch.tensor([[0.5, 0.4, 0.3, 0.2]]), torch.tensor([-2.0, -2.0, -4.0, -4.0]), cfg)
+    assert sorted(experts[0].tolist()) == [0, 1]
+
+
+def test_all_scores_at_zero_give_no_nan():
+    weights, _ = route(torch.zeros(1, 12), torch.zeros(12), GROUPED)
+    assert torch.equal(weights, torch.zeros(1, 3))
+
+
+def test_the_router_learns_through_the_weights_and_not_through_the_choice():
+    scores, bias = drawn(5, 12).sigmoid().requires_grad_(), torch.zeros(12)
+    weights, experts = route(scores, bias, replace(GROUPED, normalise_weights=False, route_scale=1.0))
+    weights.sum().backward()
+    assert torch.equal(scores.grad, torch.zeros(5, 12).scatter(1, experts, 1.0))
+
+
+def test_dispatch_gives_every_pair_a_row_of_its_expert():
+    experts = torch.tensor([[0, 2], [2, 1], [2, 0]])
+    plan = dispatch(experts, 4)
+    assert plan.capacity == ROW_TILE
+    assert len(set(plan.slot.tolist())) == 6
+    assert (plan.slot // plan.capacity).tolist() == experts.flatten().tolist()
+    assert plan.source[plan.slot].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_no_token_is_dropped_when_all_choose_one_expert():
+    plan = dispatch(torch.full((40, 1), 3), 4)
+    assert plan.capacity == 48
+    assert sorted(plan.slot.tolist()) == list(range(3 * 48, 3 * 48 + 40))
+
+
+def plain_experts(x, weights, experts, w_in, w_out):
+    rows = []
+    for token in range(x.shape[0]):
+        total = torch.zeros_like(x[token])
+        for weight, expert in zip(weights[token], experts[token].tolist(), strict=True):
+            gate, up = (w_in[expert] @ x[token]).chunk(2)
+            total = total + weight * (w_out[expert] @ (F.silu(gate) * up))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_experts_and_their_gradients_agree_with_autograd_of_a_loop(num_tokens):
+    """fp64, so that nothing but a wrong formula can differ. Expert 3 is chosen by nobody."""
+    x, w_in, w_out = drawn(num_tokens, 6).double(), drawn(4, 10, 6, seed=1).double(), drawn(4, 6, 5, seed=2).double()
+    weights = drawn(num_tokens, 2, seed=3).double()
+    experts = torch.stack(
+        [torch.randperm(3, generator=torch.Generator().manual_seed(t))[:2] for t in range(num_tokens)]
+    )
+    leaves = [tensor.requires_grad_() for tensor in (x, weights, w_in, w_out)]
+    fast = ExpertMLP.apply(x, weights, experts, w_in, w_out)
+    plain = plain_experts(x, weights, experts, w_in, w_out)
+    torch.testing.assert_close(fast, plain)
+    grad = drawn(num_tokens, 6, seed=4).double()
+    pairs = zip(torch.autograd.grad(fast, leaves, grad), torch.autograd.grad(plain, leaves, grad), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_router_scores_are_fp32_in_a_bf16_model():
+    """E2.45: bf16 scores tie and flip experts between rollout and trainer."""
+    layer = MoE(MLA_TINY).to(torch.bfloat16)
+    torch.nn.init.normal_(layer.router, generator=torch.Generator().manual_seed(0))
+    _, routing = layer(drawn(1, 4, 32).to(torch.bfloat16))
+    assert routing.scores.dtype == torch.float32
+
+
+def test_a_token_finds_the_same_experts_alone_or_in_a_batch():
+    """E2.64: a row of a product must not depend on how many other rows there are; fp32, exactly."""
+    layer, x = MoE(MLA_TINY), drawn(8, 16, 32)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    together, routing = layer(x)
+    for row in range(8):
+        alone, chosen = layer(x[row : row + 1])
+        assert torch.equal(chosen.experts[0], routing.experts[row])
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"num_groups": 5}, "does not split"),
+        ({"top_groups": 5}, "must lie in"),
+        ({"top_k": 7}, "cannot come from"),
+        ({"num_groups": 12, "top_groups": 12}, "needs two experts"),
+    ],
+)
+def test_impossible_shapes_of_experts_are_refused(changes, part):
+    with pytest.raises(ConfigError, match=part):
+        replace(GROUPED, **changes)

@@ -1,0 +1,193 @@
+"""The whole model: packing, causality, both readings of the MLA latents, multi-token prediction, refusals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import GQA_TINY, MLA_TINY, drawn_samples, tiny_model
+from thinkstack.data import lay_out, pack
+from thinkstack.models.attention import causal_mask
+from thinkstack.models.config import MLAConfig, YarnConfig, named
+from thinkstack.models.precision import refresh, working_copy
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import ConfigError, RequestError
+
+BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
+
+
+def drawn_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(48, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class WholeContext:
+    """A cache that begins empty and returns exactly what it was given."""
+
+    def extend(self, layer: int, entries: torch.Tensor) -> torch.Tensor:
+        return entries
+
+
+@pytest.mark.parametrize("q_lora_rank", [12, 0], ids=["query latent", "direct query"])
+def test_mla_absorbed_equals_expanded(q_lora_rank):
+    attention = replace(MLA_TINY.attention, q_lora_rank=q_lora_rank)
+    yarn = replace(MLA_TINY.rope, yarn=YarnConfig(original_max_positions=16))
+    model, ids = tiny_model(attention=attention, rope=yarn), drawn_ids(2, 20)
+    mask = causal_mask(20, None, torch.float32, ids.device)
+    expanded, absorbed = model(ids), model(ids, cache=WholeContext(), mask=mask)
+    torch.testing.assert_close(absorbed, expanded, rtol=1e-5, atol=2e-5)
+
+
+@BOTH
+def test_packed_documents_give_the_logits_of_separate_ones(cfg):
+    """E2.37: attention across documents, or positions that run on, would change them."""
+    model, samples = tiny_model(cfg), drawn_samples([9, 5, 12, 3])
+    batch = lay_out(samples, pack(samples, 16), 16)
+    packed = model(batch.ids, batch.positions, batch.document_ids)
+    for index, sample in enumerate(samples):
+        alone = model(torch.tensor([sample.ids[:-1]]))[0]
+        torch.testing.assert_close(packed[batch.document_ids == index + 1], alone, rtol=1e-5, atol=2e-5)
+
+
+@BOTH
+def test_no_token_sees_a_later_one(cfg):
+    model, ids = tiny_model(cfg), drawn_ids(1, 12)
+    changed = ids.clone()
+    changed[0, 7:] = (changed[0, 7:] + 1) % 48
+    torch.testing.assert_close(model(ids)[:, :7], model(changed)[:, :7])
+    assert not torch.allclose(model(ids)[:, 7], model(changed)[:, 7])
+
+
+def test_a_row_beside_padding_equals_the_row_alone():
+    """E2.36: padding columns must not shift positions or be attended to."""
+    model, ids = tiny_model(), drawn_ids(1, 10)
+    padded = torch.cat((ids, torch.zeros(1, 6, dtype=torch.int64)), 1)
+    documents = torch.tensor([[1] * 10 + [0] * 6])
+    torch.testing.assert_close(model(padded, None, documents)[:, :10], model(ids), rtol=1e-5, atol=2e-5)
+
+
+def test_the_causal_mask_of_two_documents():
+    mask = causal_mask(3, torch.tensor([[1, 1, 2]]), torch.float32, torch.device("cpu"))
+    shut = -torch.inf
+    assert mask[0, 0].tolist() == [[0, shut, shut], [0, 0, shut], [shut, shut, 0]]
+
+
+def test_training_and_inference_mode_agree():
+    """E2.26: dropout or router noise would make rollout and trainer disagree; there is none."""
+    model, ids = tiny_model(), drawn_ids(2, 8)
+    assert torch.equal(model.train()(ids), model.eval()(ids))
+
+
+def test_the_mtp_module_combines_the_hidden_state_with_the_next_token():
+    """V3 report, equations 21-23: h' = Block(M [norm(Emb(t_{i+1})); norm(h_i)]), embedding first."""
+    model, ids = tiny_model(), drawn_ids(1, 6)
+    trunk = model.trunk(ids)
+    states, routing = model.look_ahead(trunk, ids)
+    module = model.mtp[0]
+    following = model.embed(torch.tensor([[*ids[0, 1:].tolist(), 0]]))
+    merged = torch.cat((module.embedding_norm(following), module.hidden_norm(trunk.hidden)), -1)
+    expected = module.norm(module.block(merged @ module.merge.weight.T, trunk.context)[0])
+    torch.testing.assert_close(states[0], expected)
+    assert len(routing) == 1
+
+
+def test_the_mtp_state_sees_the_next_token_and_none_after():
+    model, ids = tiny_model(), drawn_ids(1, 8)
+    changed = ids.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 48
+    before, after = (model.look_ahead(model.trunk(x), x)[0][0] for x in (ids, changed))
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+def test_a_second_mtp_module_looks_one_token_further():
+    model, ids = tiny_model(mtp_layers=2), drawn_ids(1, 8)
+    changed = ids.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 48
+    before, after = (model.look_ahead(model.trunk(x), x)[0][1] for x in (ids, changed))
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_detached_mtp_sends_no_gradient_to_the_trunk(detached):
+    model, ids = tiny_model(), drawn_ids(1, 6)
+    states, _ = model.look_ahead(model.trunk(ids), ids, detached)
+    states[0].square().sum().backward()
+    touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == ({"mtp"} if detached else {"mtp", "embed", "layers", "norm"})
+
+
+def test_tied_embeddings_are_one_parameter():
+    model = tiny_model(GQA_TINY, tie_embeddings=True)
+    assert model.head.weight is model.embed.weight
+    assert sum(p is model.embed.weight for p in model.parameters()) == 1
+
+
+def test_drawing_weights_is_a_function_of_the_seed():
+    first, second, third = (tiny_model(seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], third["head.weight"])
+
+
+def test_initial_matrices_have_the_stated_spread():
+    model = Transformer(replace(named("v3-tiny"))).initialise(torch.Generator().manual_seed(0))
+    assert float(model.layers[2].ffn.w_in.detach().std()) == pytest.approx(0.1, rel=0.02)
+    assert float(model.embed.weight.detach().std()) == pytest.approx(0.3, rel=0.02)
+    assert torch.equal(model.norm.weight, torch.ones(128))
+
+
+def test_a_bf16_working_copy_keeps_norms_routers_and_biases_in_fp32():
+    """E2.60: near 1, bf16 would round a bias step of 1e-3 away; the router's ranks would tie."""
+    twin = working_copy(tiny_model(), torch.bfloat16)
+    block = twin.layers[1]
+    assert block.ffn.bias.dtype == block.ffn.router.dtype == block.ffn_norm.weight.dtype == torch.float32
+    assert block.ffn.w_in.dtype == twin.head.weight.dtype == torch.bfloat16
+
+
+def test_refreshing_a_copy_brings_weights_and_biases():
+    model = tiny_model()
+    twin = working_copy(model, torch.float32, always=True)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+        model.layers[1].ffn.bias.add_(1.0)
+    refresh(twin, model)
+    assert torch.equal(twin.head.weight, model.head.weight)
+    assert torch.equal(twin.layers[1].ffn.bias, model.layers[1].ffn.bias)
+
+
+@pytest.mark.parametrize(
+    ("ids", "part"),
+    [
+        (torch.tensor([[48]]), "token id 48 lies outside 0..47"),
+        (torch.tensor([[-1]]), "token id -1"),
+        (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
+        (torch.zeros(1, 97, dtype=torch.int64), "97 tokens exceed this model's 96"),
+    ],
+)
+def test_ids_that_cannot_be_read_are_refused(ids, part):
+    with pytest.raises(RequestError, match=part):
+        tiny_model()(ids)
+
+
+def test_v3_has_the_published_shape():
+    """V3 report, section 4.2."""
+    cfg = named("v3-671b")
+    assert isinstance(cfg.attention, MLAConfig)
+    assert (cfg.num_layers, cfg.hidden_size, cfg.attention.cache_width) == (61, 7168, 576)
+    assert [cfg.is_moe_layer(layer) for layer in (2, 3, 61)] == [False, True, True]
+
+
+def test_an_unknown_size_names_the_known_ones():
+    with pytest.raises(ConfigError, match="v3-tiny"):
+        named("v3-teeny")
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ConfigError, match="odd"):
+        replace(MLA_TINY, attention=replace(MLA_TINY.attention, qk_rope_head_dim=3))
+    with pytest.raises(ConfigError, match="multiple"):
+        replace(GQA_TINY.attention, num_kv_heads=3)
+    with pytest.raises(ConfigError, match="first_dense_layers"):
+        replace(MLA_TINY, num_layers=1, moe=replace(MLA_TINY.moe, first_dense_layers=2))
+    with pytest.raises(ConfigError, match="shrinks"):
+        YarnConfig(factor=0.5)
