@@ -1,0 +1,101 @@
+"""What a vocabulary of ours promises: single digits, whole strings, and control tokens that no text can spell."""
+
+import random
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+from thinkstack.text.tokenizer import CONTROL, EOS, PAD, Tokenizer, train_tokenizer
+from thinkstack.types import ConfigError
+
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "12 345",
+    "  two  spaces ",
+    "line\nbreak\r\n\ttab",
+    "从左到右 12",
+    "é ü \u00a0 \U0001f600",
+    "\ue000<0>",
+]
+
+
+def test_control_tokens_come_first_and_in_order():
+    assert [tiny_tokenizer().control_id(token) for token in CONTROL] == list(range(7))
+
+
+def test_each_digit_is_a_token_of_its_own():
+    tokenizer = tiny_tokenizer()
+    for text in ("2024", "12+34=46", "x1y22", "007"):
+        pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+        assert all(len(piece) == 1 for piece in pieces if any(c.isdigit() for c in piece))
+        assert len({tokenizer.encode(digit)[0] for digit in "0123456789"}) == 10
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_undoes_encoding(text):
+    assert tiny_tokenizer().decode(tiny_tokenizer().encode(text)) == text
+
+
+def test_decoding_undoes_encoding_of_any_characters():
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0xA0, 0xD7FF)))) for _ in range(20))
+        assert tiny_tokenizer().decode(tiny_tokenizer().encode(text)) == text
+
+
+def test_no_text_becomes_a_control_token():
+    """A user who types the end-of-sentence token must not end the model's turn."""
+    tokenizer, rng = tiny_tokenizer(), random.Random(0)
+    forbidden = set(tokenizer.control.values())
+    pieces = [*CONTROL, *(token[1:-1] for token in CONTROL), "<", ">", "|", "｜", " ", "think", "/", "x", "1", "\n"]
+    for _ in range(500):
+        text = "".join(rng.choice(pieces) for _ in range(8))
+        ids = tokenizer.encode(text)
+        assert not forbidden & set(ids)
+        assert tokenizer.decode(ids) == text
+
+
+def test_a_whole_string_is_one_ordinary_token():
+    ids = tiny_tokenizer().encode("<answer>7</answer>")
+    assert len(ids) == 3
+    assert not set(ids) & set(tiny_tokenizer().control.values())
+
+
+def test_control_tokens_are_spelt_out_when_decoded():
+    assert tiny_tokenizer().decode([tiny_tokenizer().control_id(EOS)]) == EOS
+
+
+def test_half_a_character_decodes_to_the_replacement_character():
+    tokenizer = train_tokenizer(["abc"], 300)
+    ids = tokenizer.encode("中")
+    assert len(ids) == 3
+    assert "\ufffd" in tokenizer.decode(ids[:2])
+
+
+def test_saving_and_loading_changes_nothing(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.spec == tiny_tokenizer().spec
+    assert loaded.encode("the last digit of 12") == tiny_tokenizer().encode("the last digit of 12")
+    assert loaded.vocab_size == tiny_tokenizer().vocab_size <= 360
+
+
+def test_training_is_a_function_of_its_texts():
+    texts = ["the ball is under cup 3", "what is the last digit"] * 3
+    assert train_tokenizer(texts, 300).spec == train_tokenizer(texts, 300).spec
+
+
+def test_what_is_missing_or_too_small_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="below 264"):
+        train_tokenizer(["a"], 263, whole=("<answer>",))
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ConfigError, match="no control token '<x>'"):
+        tiny_tokenizer().control_id("<x>")
+
+
+def test_pad_and_eos_differ():
+    """E2.31: where they are one token, masks made from the pad id silence every end of answer."""
+    assert tiny_tokenizer().control_id(PAD) != tiny_tokenizer().control_id(EOS)
