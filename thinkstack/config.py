@@ -50,11 +50,15 @@ def override(tree: Tree, assignment: str) -> Tree:
 def build(kind: type[T], values: Tree, where: str = "") -> T:
     """Make the dataclass `kind` from a table; `where` is the table's address in messages.
 
-    Raises ConfigError for an unknown key, a wrong type or a value that the dataclass refuses.
+    A table for a field that is a dataclass changes that field's default, not an empty one. Raises ConfigError for an
+    unknown key, a wrong type or a value that the dataclass refuses.
     """
     import pydantic
 
     refuse_unknown_keys(kind, values, where)
+    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(entry.default) and isinstance(values.get(entry.name), dict):
+            values = values | {entry.name: merge(dump(entry.default), values[entry.name])}
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:

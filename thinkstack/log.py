@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: its folder with provenance, metrics as JSON lines, and progress with time to go."""
+"""What a run leaves behind and shows: a folder with provenance, metrics as JSON lines, progress with time to go."""
 
 import datetime
 import json
@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -57,9 +57,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Run:
     """The folder of one stage: metrics.jsonl, provenance.json, and whatever the stage writes."""
 
-    def __init__(self, folder: Path):
-        """Makes the folder. Raises ConfigError if that is not possible."""
-        self.folder = folder
+    def __init__(self, folder: Path, is_stopping: Callable[[], bool] = lambda: False):
+        """Makes the folder. is_stopping: whether a person asked to stop; stages look after each step.
+
+        Raises ConfigError if the folder cannot be made or written to.
+        """
+        self.folder, self.is_stopping = folder, is_stopping
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".probe"

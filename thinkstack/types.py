@@ -22,6 +22,14 @@ class RequestError(ValueError):
     """A request to a model cannot be served; the message names the value and the way out."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+class Interrupted(RuntimeError):
+    """A person asked to stop; the stage has saved its state."""
+
+
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "abort"]
 

@@ -7,7 +7,7 @@ on the request.
 
 # Shapes in this file: B rows, T tokens of a prompt, V vocabulary size.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,11 +102,20 @@ class Engine:
             self._draw(self._decode(), slice(0, self.table.count))
             self._settle()
 
-    def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts were just finished."""
         requests = [self.submit(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
-        while not all(request.is_finished for request in requests):
+        finished = 0
+        while finished < len(requests):
             self.step()
+            before, finished = finished, sum(request.is_finished for request in requests)
+            if on_progress is not None and finished > before:
+                on_progress(finished - before)
         return [[c for c in request.completions if c is not None] for request in requests]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:

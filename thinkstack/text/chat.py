@@ -79,8 +79,11 @@ class ZeroFormat(_Base):
 
     preamble: str = ZERO_PREAMBLE
     """Instruction before the question; empty for models too small to follow one."""
-    name = "r1_zero"
     prefill = ""
+
+    @property
+    def name(self) -> str:
+        return "r1_zero" if self.preamble else "r1_zero_short"
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         turns = []

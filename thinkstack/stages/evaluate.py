@@ -1,0 +1,68 @@
+"""Measure a checkpoint on held-out problems: sampled, greedy, and in wordings it never saw."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+
+from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.engine.engine import EngineConfig
+from thinkstack.engine.pool import EnginePool
+from thinkstack.evals.figures import Evaluation, write_samples
+from thinkstack.evals.runner import EvalConfig, evaluate, held_out
+from thinkstack.log import Progress, Run, write_json
+from thinkstack.tasks.reward import RewardConfig, score
+from thinkstack.types import ConfigError
+
+SAMPLED, GREEDY, UNSEEN, SAMPLES = "sampled.json", "greedy.json", "unseen_wordings.json", "samples.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured."""
+
+    start: str
+    """Checkpoint or earlier stage to measure."""
+    families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
+    """Task families asked."""
+    num_problems: int = 200
+    """Held-out problems."""
+    samples: int = 16
+    """Answers drawn to each."""
+    max_tokens: int = 128
+    """Most tokens of an answer."""
+    max_batch: int = 128
+    """Answers drawn at once by each engine."""
+    workers: int = 2
+    """Engines side by side, one core each."""
+    seed: int = 0
+    """Chooses problems and draws."""
+
+
+def measure(cfg: EvaluateConfig, run: Run) -> None:
+    """Write the evaluations of cfg.start into run.folder."""
+    chat = load_chat(cfg.start)
+    engines = EnginePool(load_model(cfg.start), EngineConfig(max_batch=cfg.max_batch), cfg.workers)
+    sampled = EvalConfig(
+        families=cfg.families,
+        num_problems=cfg.num_problems,
+        samples=cfg.samples,
+        max_tokens=cfg.max_tokens,
+        seed=cfg.seed,
+    )
+    greedy = replace(sampled, samples=1, temperature=0.0)
+    asked = {SAMPLED: sampled, GREEDY: greedy, UNSEEN: replace(greedy, unseen_wordings=True)}
+    with Progress("evaluation", len(asked) * cfg.num_problems) as progress:
+        generate = partial(engines.generate, on_progress=progress.advance)
+        for file, config in asked.items():
+            found = evaluate(generate, chat, held_out(config), config, partial(score, cfg=RewardConfig()))
+            write_json(run.folder / file, found.to_dict())
+            if file == SAMPLED:
+                write_samples(run.folder / SAMPLES, found.records)
+
+
+def read_evaluation(run: Run, file: str) -> Evaluation:
+    """An evaluation that `measure` wrote. Raises ConfigError if it is not there."""
+    path = run.folder / file
+    if not path.exists():
+        raise ConfigError(f"{run.folder} holds no {file}; let its stage run first")
+    return Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,84 @@
+"""The answers of every step on disk, to browse and to replay: one gzipped JSON-lines file a step, one group a line."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkstack.stages.groups import by_group
+from thinkstack.text.chat import ChatFormat
+from thinkstack.types import ConfigError, Rollout
+
+FOLDER = "rollouts"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The file of one step."""
+    return folder / FOLDER / f"step_{step:06d}.jsonl.gz"
+
+
+def write_rollouts(
+    folder: Path, step: int, rollouts: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat
+) -> None:
+    """Keep the step's answers. advantages: by id() of a rollout; answers without one were not trained on."""
+    path = path_of(folder, step)
+    lines = [json.dumps(_group(group, advantages, chat), ensure_ascii=False) for group in by_group(rollouts)]
+    try:
+        path.parent.mkdir(exist_ok=True)
+        fresh = path.with_suffix(".writing")
+        fresh.write_bytes(gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0))
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; free space, then resume") from error
+
+
+def _group(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:
+    answers = [
+        {
+            "text": chat.text_of(rollout.completion.token_ids),
+            "reward": rollout.score.total if rollout.score and not rollout.score.unscorable else None,
+            "parts": rollout.score.parts if rollout.score else {},
+            "unscorable": rollout.score.unscorable if rollout.score else None,
+            "advantage": advantages.get(id(rollout)),
+            "finish_reason": rollout.completion.finish_reason,
+            "weights_version": rollout.completion.weights_version,
+            "token_ids": rollout.completion.token_ids,
+            "log_probs": rollout.completion.log_probs,
+        }
+        for rollout in group
+    ]
+    return {
+        "group_id": group[0].group_id,
+        "problem": vars(group[0].problem),
+        "prompt_ids": group[0].prompt_ids,
+        "answers": answers,
+    }
+
+
+def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The groups of one step. Raises ConfigError if that step was not kept, naming the steps that were."""
+    path = path_of(folder, step)
+    if not path.exists():
+        steps = sorted(int(p.name[5:11]) for p in (folder / FOLDER).glob("step_*.jsonl.gz"))
+        known = f"{steps[0]} to {steps[-1]} ({len(steps)} steps)" if steps else "none"
+        raise ConfigError(f"{folder} has no rollouts of step {step}; kept: {known}")
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+
+
+def show_group(group: dict[str, Any], width: int) -> str:
+    """One group as text for a terminal: the problem, then each answer with its reward by part and its advantage."""
+    problem = group["problem"]
+    lines = [
+        f"=== group {group['group_id']}: {problem['task']}, level {problem['level']}, {problem['language']}",
+        problem["question"],
+        f"right: {problem['answer']}",
+    ]
+    for number, answer in enumerate(group["answers"]):
+        parts = "  ".join(f"{name} {value:g}" for name, value in answer["parts"].items())
+        reward = f"unscorable: {answer['unscorable']}" if answer["reward"] is None else f"reward {answer['reward']:g} ({parts})"
+        advantage = "not trained on" if answer["advantage"] is None else f"advantage {answer['advantage']:+.3f}"
+        size = f"{len(answer['token_ids'])} tokens, {answer['finish_reason']}"
+        text = answer["text"] if len(answer["text"]) <= width else answer["text"][:width] + " ..."
+        lines += [f"--- {number}: {reward}  {advantage}  {size}", text]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,140 @@
+"""A conversation with a checkpoint: thinking and answer as they are drawn, and an honest word for what it cannot read."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.log import write_json
+from thinkstack.models.transformer import Transformer
+from thinkstack.tasks.corpus import TALK
+from thinkstack.tasks.puzzles import Family
+from thinkstack.tasks.table import problems
+from thinkstack.text.chat import ChatFormat
+from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
+from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
+from thinkstack.train.loss import token_log_probs
+from thinkstack.types import Message, Sampling
+
+READING = "reading.json"
+KNOWN_QUESTIONS = 400
+MARGIN = 1.25
+"""A question may be this much less likely than the least likely one of those the model was made for."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of an assistant turn."""
+
+    kind: str
+    """"thinking", "answer", or "text" for what stands outside both."""
+    text: str
+
+
+class Talk:
+    """A model, its format, and one conversation."""
+
+    def __init__(self, source: str, sampling: Sampling):
+        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: stop_ids and seed are filled in here."""
+        self.chat = load_chat(source)
+        self.model = load_model(source)
+        self.engine = Engine(self.model, EngineConfig(max_batch=1))
+        self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
+        self.limit = read_limit(source)
+        self.messages: list[Message] = []
+
+    def can_read(self, question: str) -> bool:
+        """Whether the question looks like what the model was trained on; True where no limit is known."""
+        return self.limit is None or question_nats(self.model, self.chat, question) <= self.limit
+
+    def ask(self, question: str) -> Iterator[Piece]:
+        """Stream the answer to the next message; the conversation remembers both."""
+        self.messages.append(Message(role="user", content=question))
+        prompt = self.chat.prompt(self.messages)
+        room = self.engine.max_context - len(prompt)
+        sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, room), 1))
+        whole = ""
+        for piece in split_turn(stream_text(self.chat, self.engine.stream(prompt, sampling))):
+            whole += piece.text if piece.kind != "thinking" else ""
+            yield piece
+        self.messages.append(Message(role="assistant", content=whole.strip()))
+
+    def forget(self) -> None:
+        """Begin a new conversation."""
+        self.messages.clear()
+
+
+def continue_text(source: str, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """Stream the continuation of plain text: exactly one BOS where the model knows one, no template."""
+    chat, model = load_chat(source), load_model(source)
+    ids = chat.tokenizer.begin_ids + chat.tokenizer.encode(prompt)
+    stops = replace(sampling, stop_ids=chat.stop_ids)
+    return stream_text(chat, Engine(model, EngineConfig(max_batch=1)).stream(ids, stops))
+
+
+def stream_text(chat: ChatFormat, ids: Iterator[int]) -> Iterator[str]:
+    """Text as it becomes certain: half characters wait for their other half."""
+    drawn: list[int] = []
+    sent = ""
+    for token in ids:
+        drawn.append(token)
+        text = chat.text_of(drawn)
+        if not text.endswith("\ufffd") and len(text) > len(sent):
+            yield text[len(sent) :]
+            sent = text
+    rest = chat.text_of(drawn)[len(sent) :]
+    if rest:
+        yield rest
+
+
+MARKS = {THINK_OPEN: "thinking", THINK_CLOSE: "text", ANSWER_OPEN: "answer", ANSWER_CLOSE: "text"}
+
+
+def split_turn(chunks: Iterator[str]) -> Iterator[Piece]:
+    """Sort streamed text into thinking, answer and the rest; tags are dropped, half tags wait for their other half."""
+    kind, buffer = "text", ""
+    for chunk in chunks:
+        buffer += chunk
+        while True:
+            places = [(buffer.index(mark), mark) for mark in MARKS if mark in buffer]
+            if not places:
+                break
+            place, mark = min(places)
+            if buffer[:place]:
+                yield Piece(kind, buffer[:place])
+            kind, buffer = MARKS[mark], buffer[place + len(mark) :]
+        held = max((size for mark in MARKS for size in range(1, len(mark)) if buffer.endswith(mark[:size])), default=0)
+        ready = buffer[: len(buffer) - held]
+        if ready:
+            yield Piece(kind, ready)
+        buffer = buffer[len(ready) :]
+    if buffer:
+        yield Piece(kind, buffer)
+
+
+@torch.no_grad()
+def question_nats(model: Transformer, chat: ChatFormat, question: str) -> float:
+    """Mean surprise of a question's tokens in nats, given the start of the prompt."""
+    prompt = chat.prompt([Message(role="user", content=question)])[: model.cfg.max_positions]
+    ids = torch.tensor([prompt])
+    hidden = model.trunk(ids[:, :-1]).hidden.flatten(0, 1)
+    log_probs, _ = token_log_probs(hidden, torch.arange(hidden.shape[0]), model.head.weight, ids[0, 1:])
+    return -float(log_probs.mean())
+
+
+def keep_limit(folder: Path, model: Transformer, chat: ChatFormat, suite: Sequence[Family]) -> None:
+    """Note in a checkpoint how surprising a question may be: MARGIN times the 99th percentile of questions it knows."""
+    known = problems(suite, "test", 0, KNOWN_QUESTIONS, unseen_wordings=True)
+    questions = [problem.question for problem in known] + [question for pairs in TALK.values() for question, _ in pairs]
+    nats = sorted(question_nats(model, chat, question) for question in questions)
+    write_json(folder / READING, {"question_nats_limit": MARGIN * nats[int(0.99 * len(nats))]})
+
+
+def read_limit(source: str) -> float | None:
+    """The limit that `keep_limit` wrote, or None."""
+    path = Path(source) / READING
+    return json.loads(path.read_text(encoding="utf-8"))["question_nats_limit"] if path.exists() else None
