@@ -1,0 +1,106 @@
+"""Answers are compared strictly and rewards cannot be had for less."""
+
+import inspect
+
+import pytest
+
+from thinkstack.tasks.answers import is_correct, normalise
+from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy, format_kept, score
+from thinkstack.types import ConfigError, Problem
+
+FOUR = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)
+RIGHT, WRONG = "<think>2+2=4</think><answer>4</answer>", "<think>2+2=5</think><answer>5</answer>"
+BARE = "<answer>4</answer>"
+
+
+@pytest.mark.parametrize("answer", ["4", " 4 ", "4.", "+4", "04", "４", "4。"])
+def test_the_same_integer_is_right_however_written(answer):
+    assert is_correct("4", answer)
+
+
+@pytest.mark.parametrize("answer", ["2+2", "4%", "4.0", "4 or 5", "3,4", "x=4", "-4", "", "four", "40", "4/1", "$4$"])
+def test_nothing_is_evaluated_or_guessed(answer):
+    """E2.53: a checker that evaluates lets the model answer with the question."""
+    assert not is_correct("4", answer)
+
+
+def test_thousands_may_be_marked():
+    assert is_correct("12345", "12,345")
+    assert not is_correct("12345", "1,2345")
+    assert normalise("1,2") == "1,2"
+
+
+@pytest.mark.parametrize("answer", ["uncle", "Uncle", " uncle.", "UNCLE"])
+def test_words_are_compared_without_case_or_full_stop(answer):
+    assert is_correct("uncle", answer)
+    assert not is_correct("aunt", answer)
+
+
+def test_no_answer_is_wrong():
+    assert not is_correct("4", None)
+    assert not is_correct("None", None)
+
+
+def test_the_reference_comes_first():
+    """E2.52: verifiers whose arguments are swapped accept what they should not; the order is part of the interface."""
+    assert list(inspect.signature(is_correct).parameters) == ["reference", "answer"]
+
+
+def test_accuracy_reads_the_answer_block_only():
+    """E2.54: the number standing in the thinking, or somewhere in the text, earns nothing."""
+    assert accuracy(FOUR, RIGHT) == 1.0
+    assert accuracy(FOUR, BARE) == 1.0
+    assert accuracy(FOUR, "<think>4</think>") == 0.0
+    assert accuracy(FOUR, "<think>4</think><answer>5</answer>") == 0.0
+    assert accuracy(FOUR, "4") == 0.0
+
+
+def test_two_answers_are_none():
+    """E2.54: naming every candidate must not win."""
+    assert accuracy(FOUR, "<think>x</think><answer>4</answer><answer>5</answer>") == 0.0
+    assert accuracy(FOUR, "<think>x</think><answer>4 5</answer>") == 0.0
+
+
+def test_a_long_answer_is_none():
+    padded = "0" * MAX_ANSWER_CHARACTERS + "4"
+    assert accuracy(FOUR, f"<think>x</think><answer>{padded}</answer>") == 0.0
+    assert accuracy(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
+
+
+def test_the_questions_own_text_is_not_an_answer():
+    """E2.54: copying the prompt, or its reference, outside the tags scores nothing."""
+    assert accuracy(FOUR, f"{FOUR.question} {FOUR.answer}") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("combine", "right", "bare", "wrong"),
+    [("gated", 1.0, 0.0, 0.0), ("additive", 1.5, 1.0, 0.5), ("format_only", 1.0, 0.0, 1.0)],
+)
+def test_how_accuracy_and_format_are_combined(combine, right, bare, wrong):
+    """E2.51: by default the format only gates; an additive bonus pays for empty form."""
+    cfg = RewardConfig(combine=combine, format_weight=0.5)
+    assert [score(FOUR, text, cfg).total for text in (RIGHT, BARE, WRONG)] == [right, bare, wrong]
+
+
+def test_the_format_is_not_additive_unless_asked_for():
+    assert RewardConfig().combine == "gated"
+
+
+def test_parts_are_reported_whatever_the_combination():
+    for combine in ("gated", "additive", "format_only", "random"):
+        parts = score(FOUR, WRONG, RewardConfig(combine=combine)).parts
+        assert parts == {"accuracy": 0.0, "format": 1.0}
+    assert format_kept(BARE) == 0.0
+
+
+def test_the_random_control_is_a_fair_coin_that_cannot_see_the_answer():
+    cfg = RewardConfig(combine="random")
+    texts = [f"<think>{index}</think><answer>4</answer>" for index in range(1000)]
+    totals = [score(FOUR, text, cfg).total for text in texts]
+    assert sum(totals) / 1000 == pytest.approx(0.5, abs=0.05)
+    assert totals == [score(FOUR, text, cfg).total for text in texts]
+
+
+def test_a_negative_format_weight_is_refused():
+    with pytest.raises(ConfigError, match="punish"):
+        RewardConfig(format_weight=-0.1)

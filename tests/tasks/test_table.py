@@ -1,0 +1,101 @@
+"""Problems by name and index."""
+
+from itertools import pairwise
+
+import pytest
+
+from thinkstack.tasks import puzzles
+from thinkstack.tasks.table import FAMILIES, ProblemStream, families, problem_at, problems
+from thinkstack.types import ConfigError
+
+ALL = families(list(FAMILIES))
+
+
+def test_every_family_stands_under_its_own_name():
+    assert [family.name for family in FAMILIES.values()] == list(FAMILIES)
+
+
+def test_a_misspelt_task_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown task 'chian'; did you mean chain\?"):
+        families(["chian"])
+    with pytest.raises(ConfigError, match="known: chain, nested, cups, kinship"):
+        families(["zzz"])
+    with pytest.raises(ConfigError, match="no task is named"):
+        families([])
+
+
+def test_families_take_turns():
+    assert [problem.task for problem in problems(ALL, "train", 0, 8)] == list(FAMILIES) * 2
+
+
+def test_a_restored_stream_goes_on_as_if_uninterrupted():
+    straight = ProblemStream(ALL, "train", 7).take(20)
+    first = ProblemStream(ALL, "train", 7)
+    head = first.take(9)
+    second = ProblemStream(ALL, "train", 7)
+    second.restore(first.state())
+    assert head + second.take(11) == straight
+
+
+def test_how_many_are_taken_at_once_changes_nothing():
+    stream = ProblemStream(ALL, "test", 3)
+    assert [stream.take(1)[0] for _ in range(6)] == problems(ALL, "test", 3, 6)
+
+
+def test_only_allowed_levels_are_drawn_and_all_of_them():
+    drawn = problems(ALL, "train", 1, 200, levels=[2, 5, 9])
+    assert {problem.level for problem in drawn} == {2, 5}
+
+
+def test_levels_that_a_family_lacks_are_refused():
+    with pytest.raises(ConfigError, match="chain has none of the levels"):
+        problem_at(ALL, "train", 0, 0, levels=[1])
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_wordings_are_all_seen_or_all_unseen(unseen):
+    for problem in problems(ALL, "test", 0, 400, unseen_wordings=unseen):
+        allowed = puzzles.unseen_wordings if unseen else puzzles.seen_wordings
+        assert problem.wording in allowed(FAMILIES[problem.task], problem.language)
+
+
+def test_both_languages_and_every_allowed_wording_occur():
+    drawn = problems(ALL, "train", 2, 800)
+    found = {(problem.task, problem.language, problem.wording) for problem in drawn}
+    expected = {
+        (family.name, language, wording)
+        for family in ALL
+        for language in family.wordings
+        for wording in puzzles.seen_wordings(family, language)
+    }
+    assert found == expected
+
+
+def test_the_splits_share_no_problem_whatever_the_seeds():
+    """12,000 problems of each split, with the same and with neighbouring seeds, seen and unseen wordings."""
+    keys = {
+        split: {
+            problem.key
+            for seed in range(6)
+            for problem in problems(ALL, split, seed, 2000, unseen_wordings=bool(seed % 2))
+        }
+        for split in puzzles.SPLITS
+    }
+    assert not keys["train"] & keys["test"]
+
+
+def test_neighbouring_seeds_give_unrelated_streams():
+    """Item i of seed s + 1 must not be item i + 1 of seed s, as with seeds made by addition."""
+    streams = [[p.key for p in problems(ALL, "train", seed, 200, levels=[6])] for seed in range(3)]
+    for first, second in pairwise(streams):
+        assert len(set(first) & set(second)) < 20
+
+
+def test_the_stream_is_pinned():
+    """A change of any draw changes every published number; it must be deliberate."""
+    assert [problem.key for problem in problems(ALL, "test", 0, 4)] == [
+        "cc625e3499bc5730",
+        "203fd58371039e68",
+        "601aaca011880778",
+        "febbb051443af520",
+    ]
