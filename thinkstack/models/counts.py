@@ -1,0 +1,82 @@
+"""What a model costs, from its ModelConfig alone: parameters, operations, cache. Nothing is allocated."""
+
+from thinkstack.models.config import MLAConfig, ModelConfig
+
+
+def count_parameters(cfg: ModelConfig) -> int:
+    """Trained numbers of the main model: embedding and head included (once if tied), MTP modules and the router's
+    balance bias (which no gradient reaches) not. This is the published convention: 671.03B for V3, 15.71B for V2-Lite.
+    """
+    blocks = sum(_block(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
+    tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
+    return tables + blocks + cfg.hidden_size
+
+
+def count_active_parameters(cfg: ModelConfig) -> int:
+    """Parameters of the main model that one token is multiplied with: top_k of the routed experts, the head, and not
+    the embedding, of which a token only looks up a row. The V3 report's 37B and the V2 report's 2.4B for V2-Lite.
+    """
+    blocks = sum(_block(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
+    return cfg.vocab_size * cfg.hidden_size + blocks + cfg.hidden_size - _idle(cfg)
+
+
+def mtp_parameters(cfg: ModelConfig) -> int:
+    """Parameters of the multi-token-prediction modules beyond the shared embedding and head (11.6B in V3)."""
+    D = cfg.hidden_size
+    return sum(
+        _block(cfg, cfg.is_moe_layer(cfg.num_layers + depth)) + 2 * D * D + 3 * D for depth in range(cfg.mtp_layers)
+    )
+
+
+def flops_per_token(cfg: ModelConfig, context: int) -> float:
+    """Floating-point operations of the forward pass for one token that attends to `context` tokens, itself included.
+
+    2 per active matrix element, plus 2 * context * num_heads * (query/key width + value width) per layer for scores
+    and weighted values (MLA expanded, as in training). Norms, activations and the router's choice are left out. A
+    causal sequence of T tokens has a mean context of T / 2; forward and backward together take three times this.
+    """
+    a = cfg.attention
+    widths = a.qk_head_dim + a.v_head_dim if isinstance(a, MLAConfig) else 2 * a.head_dim
+    vectors = cfg.hidden_size + cfg.num_layers * _vectors(cfg)
+    attention = 2.0 * context * a.num_heads * widths * cfg.num_layers
+    return 2.0 * (count_active_parameters(cfg) - vectors) + attention
+
+
+def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
+    """Bytes the engine's cache holds per token of context, all layers together: 70,272 for V3 in bf16."""
+    return cfg.num_layers * cfg.attention.cache_width * bytes_per_element
+
+
+def _block(cfg: ModelConfig, has_experts: bool) -> int:
+    """Parameters of one transformer block with its norms."""
+    D = cfg.hidden_size
+    if not has_experts:
+        return _attention(cfg) + _vectors(cfg) + 3 * D * cfg.dense_size
+    assert cfg.moe is not None
+    width = cfg.moe.num_experts * cfg.moe.expert_size + cfg.moe.shared_size
+    return _attention(cfg) + _vectors(cfg) + 3 * D * width + D * cfg.moe.num_experts
+
+
+def _attention(cfg: ModelConfig) -> int:
+    """Matrix elements of one attention layer."""
+    a, D = cfg.attention, cfg.hidden_size
+    if not isinstance(a, MLAConfig):
+        return 2 * D * a.head_dim * (a.num_heads + a.num_kv_heads)
+    queries = a.num_heads * a.qk_head_dim
+    query = a.q_lora_rank * (D + queries) if a.q_lora_rank else D * queries
+    expansion = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    return query + D * a.cache_width + expansion + a.num_heads * a.v_head_dim * D
+
+
+def _vectors(cfg: ModelConfig) -> int:
+    """Norm weights of one block: two of the residual stream, and those of MLA's latents."""
+    a = cfg.attention
+    return 2 * cfg.hidden_size + (a.q_lora_rank + a.kv_lora_rank if isinstance(a, MLAConfig) else 0)
+
+
+def _idle(cfg: ModelConfig) -> int:
+    """Routed-expert parameters of the main model that a token does not touch."""
+    if cfg.moe is None:
+        return 0
+    layers = sum(cfg.is_moe_layer(layer) for layer in range(cfg.num_layers))
+    return layers * (cfg.moe.num_experts - cfg.moe.top_k) * 3 * cfg.hidden_size * cfg.moe.expert_size
