@@ -1,0 +1,54 @@
+"""Learning rates by hand, and who decays."""
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from thinkstack.train.optim import OptimConfig, gradient_norm, learning_rate, make_optimizer
+from thinkstack.types import ConfigError
+
+
+def rates(cfg: OptimConfig, total: int) -> list[float]:
+    return [learning_rate(cfg, step, total) for step in range(total)]
+
+
+def test_warm_up_climbs_to_the_peak_and_never_starts_at_zero():
+    assert rates(OptimConfig(learning_rate=1.0, warmup_steps=4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_linear_schedule_falls_to_its_final_share():
+    cfg = OptimConfig(learning_rate=1.0, schedule="linear", decay_share=0.5, final_share=0.0)
+    assert rates(cfg, 8) == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(cfg, 8, 8) == learning_rate(cfg, 20, 8) == 0.0
+
+
+def test_a_cosine_schedule_is_half_way_in_the_middle():
+    cfg = OptimConfig(learning_rate=1.0, schedule="cosine", final_share=0.2)
+    assert learning_rate(cfg, 50, 100) == pytest.approx(0.6)
+    assert learning_rate(cfg, 100, 100) == pytest.approx(0.2)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    optimizer = make_optimizer(tiny_model(), OptimConfig(weight_decay=0.3))
+    for group in optimizer.param_groups:
+        assert {parameter.dim() > 1 for parameter in group["params"]} == {group["weight_decay"] == 0.3}
+
+
+def test_balance_biases_are_not_in_the_optimizer():
+    """E2.60: weight decay would pull them to 0, and a gradient must never move them."""
+    model = tiny_model()
+    known = {id(p) for group in make_optimizer(model, OptimConfig()).param_groups for p in group["params"]}
+    assert {id(buffer) for buffer in model.buffers()}.isdisjoint(known)
+    assert known == {id(parameter) for parameter in model.parameters()}
+
+
+def test_the_gradient_norm_spans_all_parameters():
+    first, second, third = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert gradient_norm([first, second, third]).item() == 5.0
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.0}, {"decay_share": 1.5}, {"clip_norm": 0.0}])
+def test_settings_that_train_nothing_are_refused(changes):
+    with pytest.raises(ConfigError):
+        OptimConfig(**changes)
