@@ -126,9 +126,9 @@ def test_a_report_about_nothing_and_a_greedy_stranger_are_refused(tmp_path):
 
 def test_health_shows_known_metrics_first_and_leaves_constants_out():
     rows = [
-        {"step": s, "group/mixed": s, "policy/entropy_nats": -s, "train/skipped": s, "reward/mean": 1} for s in (1, 2)
+        {"step": s, "group/trained": s, "policy/entropy_nats": -s, "train/skipped": s, "reward/mean": 1} for s in (1, 2)
     ]
-    assert list(health_panels(rows)) == ["policy/entropy_nats", "group/mixed"]
+    assert list(health_panels(rows)) == ["policy/entropy_nats", "group/trained"]
 
 
 def test_running_mean_by_hand():

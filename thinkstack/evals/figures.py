@@ -246,10 +246,10 @@ def read_samples(path: Path) -> list[ProblemRecord]:
     return records
 
 
-def curve_point(step: int, evaluation: Evaluation, held_out: Evaluation | None = None) -> dict[str, Any]:
+def curve_point(step: int, evaluation: Evaluation, held_out: Figures | None = None) -> dict[str, Any]:
     """One point of the learning curve, as plots.py reads it.
 
-    held_out: an evaluation on a level that training never asked, or None.
+    held_out: figures of a level that training never asks, or None.
     """
     point: dict[str, Any] = {"step": step} | {name: getattr(evaluation, name) for name in CURVE}
     point["by_family"] = {name: part.pass_at_1 for name, part in evaluation.by_family.items()}

@@ -27,13 +27,14 @@ HEALTH = {
     "policy/entropy_nats": "Entropy (nats)",
     "train/grad_norm": "Gradient norm",
     "rollout/mean_tokens": "Tokens per answer",
-    "rollout/truncation_rate": "Truncated answers",
+    "rollout/truncated": "Truncated answers",
+    "group/mixed": "Groups with something to compare",
     "policy/kl_nats": "KL to the reference (nats)",
+    "mismatch/mean_abs_nats": "Mean engine/trainer gap (nats)",
+    "router/max_violation": "Busiest expert over mean, minus 1",
     "policy/clipped_high": "Clipped above",
     "policy/clipped_low": "Clipped below",
     "mismatch/abs_nats_max": "Largest engine/trainer gap (nats)",
-    "mismatch/mean_abs_nats": "Mean engine/trainer gap (nats)",
-    "router/max_violation": "Busiest expert over mean, minus 1",
     "train/learning_rate": "Learning rate",
 }
 """Training metrics worth a panel, in order, with the panel's title."""

@@ -1,0 +1,94 @@
+"""Budgets of the design, and what no file may hold."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE, TESTS = ROOT / "thinkstack", ROOT / "tests"
+FILE_LINES, FUNCTION_LINES, TEST_LINES = 400, 60, 600
+SOURCES = sorted(path for kind in ("py", "js", "css") for path in PACKAGE.rglob(f"*.{kind}"))
+PYTHON = sorted(PACKAGE.rglob("*.py"))
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Letters in brackets keep this file from matching itself.
+MACHINE = re.compile(
+    r"/(wor[k]|far[m]|roo[t]|hom[e]|opt/wheel[s])/|bash_job[s]|\.librar[y]|p[y]pi\.o[r]g|python[h]osted|registry\.n[p]m|deb\.d[e]b"
+)
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def tracked():
+    """Text files of the repository, or of the folder where it came without git."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split("\0") if listed.returncode == 0 else []
+    paths = [ROOT / name for name in names if name] or [*SOURCES, *TESTS.rglob("*.py"), *ROOT.glob("*.*")]
+    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
+
+
+def long_functions(source):
+    """(name, lines) of functions over the budget."""
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    sizes = ((node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions)
+    return [(name, size) for name, size in sizes if size > FUNCTION_LINES]
+
+
+def unpickling(source):
+    """Names in `source` that run what a file says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNPICKLERS]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNPICKLERS:
+            found.append(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            found += [f"torch.{alias.name}" for alias in node.names if alias.name in ("load", "save")]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found.append("allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_source_file_fits_its_budget(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_functions_fit_their_budget(path):
+    assert long_functions(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=name_of)
+def test_a_test_file_fits_its_budget(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= TEST_LINES
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_nothing_is_unpickled(path):
+    assert unpickling(path.read_text(encoding="utf-8")) == []
+
+
+def test_no_file_names_the_machine_it_was_written_on():
+    found = [
+        f"{name_of(path)}:{number}: {line.strip()[:80]}"
+        for path in tracked()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
+        if MACHINE.search(line)
+    ]
+    assert found == []
+
+
+def test_these_tests_notice_what_they_forbid():
+    assert long_functions("def f():\n" + "    pass\n" * FUNCTION_LINES) == [("f", FUNCTION_LINES + 1)]
+    assert unpickling("import torch\nstate = torch.load(path)\nfrom pickle import loads") == ["pickle", "torch.load"]
+    assert unpickling("numpy.load(path, allow_pickle=True)") == ["allow_pickle"]
+    assert unpickling("# pickle is never used; weights are read by safetensors.torch.load_file(path)") == []
+    assert MACHINE.search("/wor" + "k/main/thinkstack")
+    assert not MACHINE.search("a network of workers at home")

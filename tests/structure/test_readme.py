@@ -1,0 +1,120 @@
+"""What the README says is so: its code map, its commands, its files."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "thinkstack"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAIN = "import sys; sys.argv[0] = 'thinkstack'; from thinkstack.cli import main; sys.exit(main())"
+HELP_SECONDS = 0.5
+
+
+def blocks(text, mark):
+    """Contents of the code blocks that follow the comment `mark`."""
+    return re.findall(rf"<!-- {re.escape(mark)} -->\s*```\w*\n(.*?)```", text, re.DOTALL)
+
+
+def code_map():
+    """Paths under thinkstack/ that the code map lists, as written: folders end in a slash."""
+    (block,) = blocks(README, "code map")
+    return re.findall(r"^ *([a-z_]+(?:\.py|/))", block, re.MULTILINE)
+
+
+def smoke_commands():
+    """Command lines of the README that are run here, without comments."""
+    lines = "".join(blocks(README, "command: smoke")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def thinkstack(arguments, folder, stdin=""):
+    return subprocess.run(
+        [sys.executable, "-c", MAIN, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def in_words(command, demo_folder):
+    """Arguments of one command line of the README, at smoke scale and with its run in `demo_folder`."""
+    words = shlex.split(command.replace("runs/demo", str(demo_folder)))
+    if words[:2] == ["make", "demo"]:
+        return ["demo", "--scale", "smoke", "--out", str(demo_folder)]
+    assert Path(words[0]).name == "thinkstack", f"the README shows a command this test cannot run: {command}"
+    return words[1:]
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """A finished demo at smoke scale."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    done = thinkstack(["demo", "--scale", "smoke", "--out", str(folder)], folder.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_every_place_in_the_code_map_exists():
+    assert code_map()
+    assert [place for place in code_map() if not (PACKAGE / place).exists()] == []
+
+
+def test_every_module_and_folder_is_in_the_code_map():
+    modules = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    folders = {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert sorted((modules | folders) - set(code_map())) == []
+
+
+def test_every_file_the_readme_and_the_docs_link_to_exists():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))]
+    assert [(page.name, link) for page, link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_docs_name_files_of_the_package_that_exist():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        (page.name, place)
+        for page in pages
+        for place in re.findall(r"`((?:thinkstack|tests)/[\w./-]+?)(?:::\w+)?`", page.read_text(encoding="utf-8"))
+    }
+    assert sorted((page, place) for page, place in named if not (ROOT / place).exists()) == []
+
+
+def test_the_makefile_runs_the_demo_that_is_tested_here():
+    assert "$(BIN)/thinkstack demo --out $(OUT)" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", smoke_commands())
+def test_a_command_of_the_readme_runs(command, demo_folder):
+    arguments = in_words(command, demo_folder)
+    if arguments[0] == "demo":
+        return  # the fixture ran it
+    done = thinkstack(arguments, demo_folder.parent, stdin="What is the last digit of 6-4*7, from left to right?\n")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_the_demo_leaves_a_report(demo_folder):
+    for name in ("report.md", "report.html", "report.json"):
+        assert (demo_folder / "report" / name).stat().st_size > 0
+
+
+def test_help_answers_in_under_half_a_second():
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = thinkstack(["--help"], ROOT)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < HELP_SECONDS
