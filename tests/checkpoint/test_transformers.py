@@ -1,0 +1,114 @@
+"""Our numbers against transformers: logits of every family, greedy text, prompts of a saved folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from thinkstack.checkpoint.hf import WEIGHTS
+from thinkstack.checkpoint.model import load_chat, load_model, save_model
+from thinkstack.engine.engine import Engine
+from thinkstack.models.config import named
+from thinkstack.text.tokenizer import BOS
+from thinkstack.types import Message, Sampling
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+from bench.parity import FAMILIES, drawn_model, family_error, logit_error  # noqa: E402
+
+CONVERSATION = [
+    ("system", "Be brief."),
+    ("user", "what is the last digit of 12 + 34?"),
+    ("assistant", "6"),
+    ("user", "Where is the ball now?\n从左到右"),
+]
+
+
+def opened(folder: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def drawn_ids(vocab_size: int, rows: int = 2, tokens: int = 40) -> torch.Tensor:
+    return torch.randint(vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name: str, tmp_path: Path):
+    error = family_error(FAMILIES[name], tmp_path / "model")
+    assert error.is_within_bounds, error
+
+
+@torch.no_grad()
+def test_the_bounds_notice_a_lost_balance_bias_and_a_lost_yarn(tmp_path: Path):
+    cfg = FAMILIES["v3, yarn with mscale, MTP"]
+    model, ids = drawn_model(cfg), drawn_ids(cfg.vocab_size)
+    save_model(tmp_path / "model", model)
+    theirs = opened(tmp_path / "model")(ids).logits
+    assert logit_error(model(ids), theirs).is_within_bounds
+    plain = drawn_model(replace(cfg, rope=replace(cfg.rope, yarn=None)))
+    assert not logit_error(plain(ids), theirs).is_within_bounds
+    for block in model.layers[1:]:
+        block.ffn.bias.zero_()
+    assert not logit_error(model(ids), theirs).is_within_bounds
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV2", "Llama"])
+@torch.no_grad()
+def test_a_folder_written_by_transformers_loads_and_comes_back_byte_for_byte(family: str, tmp_path: Path):
+    """transformers announces an MTP layer that it does not write; it is left out with a warning."""
+    common = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=6, qk_nope_head_dim=4)
+    experts = dict(n_routed_experts=4, moe_intermediate_size=16, n_group=2, topk_group=1, num_experts_per_tok=2)
+    if family != "Llama":
+        common |= latent | experts | dict(first_k_dense_replace=1)
+    if family == "DeepseekV2":
+        common |= dict(topk_method="group_limited_greedy")
+    config = getattr(transformers, f"{family}Config")(num_key_value_heads=2, max_position_embeddings=64, **common)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, ids = load_model(tmp_path / "theirs"), drawn_ids(64)
+    assert model.cfg.mtp_layers == 0
+    assert logit_error(model(ids), theirs(ids).logits).is_within_bounds
+    save_model(tmp_path / "ours", model)
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+
+
+@torch.no_grad()
+def test_v3_tiny_speaks_the_same_text_in_transformers(tmp_path: Path):
+    model = tiny_model(named("v3-tiny"), init_std=0.1)
+    save_model(tmp_path / "model", model, tiny_tokenizer(), "v3")
+    theirs, ids = opened(tmp_path / "model"), drawn_ids(640, rows=1, tokens=12)
+    assert logit_error(model(ids), theirs(ids).logits).is_within_bounds
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=1)
+    sampling = Sampling(temperature=0, max_tokens=24, stop_ids=(1,))
+    answer = Engine(load_model(tmp_path / "model")).generate([ids[0].tolist()], [sampling])[0][0]
+    assert list(answer.token_ids) == out[0, 12:].tolist()
+    assert len(set(answer.token_ids)) > 5
+
+
+@pytest.mark.parametrize("name", ["r1_zero_short", "v3", "r1"])
+def test_transformers_renders_our_prompt_with_one_bos(name: str, tmp_path: Path):
+    save_model(tmp_path / "model", tiny_model(named("v3-tiny")), tiny_tokenizer(), name)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    for length in (2, 4):
+        turns = CONVERSATION[:length]
+        rendered = theirs.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        chat = load_chat(tmp_path / "model")
+        assert rendered == chat.prompt([Message(role=role, content=content) for role, content in turns])
+        assert rendered.count(chat.tokenizer.control_id(BOS)) == 1
+    assert theirs.bos_token_id == 0 and theirs.eos_token_id == 1 and theirs.pad_token_id == 2
+
+
+def test_transformers_refuses_what_our_format_refuses(tmp_path: Path):
+    save_model(tmp_path / "model", tiny_model(named("v3-tiny")), tiny_tokenizer(), "r1")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    with pytest.raises(Exception, match="the last message must come from the user"):
+        theirs.apply_chat_template([{"role": "assistant", "content": "6"}], add_generation_prompt=True)
