@@ -21,10 +21,10 @@ def trainer_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tied weights appear under two names; safetensors wants each memory once."""
-    seen: set[int] = set()
-    return {
-        name: value for name, value in tensors.items() if not (value.data_ptr() in seen or seen.add(value.data_ptr()))
-    }
+    first_names: dict[int, str] = {}
+    for name, value in tensors.items():
+        first_names.setdefault(value.data_ptr(), name)
+    return {name: tensors[name] for name in first_names.values()}
 
 
 @torch.no_grad()

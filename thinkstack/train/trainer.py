@@ -114,6 +114,7 @@ class Trainer:
         stats: Stats = {}
         for name, value in (item for part in parts for item in part.stats.items()):
             stats[name] = combine(name, stats.get(name), value)
+        stats = join_ranks(stats)
         self._sum_gradients([part.gradients for part in parts])
         counts = [
             sum_over_ranks(torch.stack(layer).sum(0)) for layer in zip(*(part.counts for part in parts), strict=True)
@@ -247,6 +248,17 @@ def combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:
     if first is None:
         return second
     return torch.maximum(first, second) if name.endswith("_max") else first + second
+
+
+def join_ranks(stats: Stats) -> Stats:
+    """Statistics of the step over all ranks, combined as over micro-batches."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return stats
+    joined = {name: value.clone() for name, value in sorted(stats.items())}
+    for name, value in joined.items():
+        largest, total = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(value, op=largest if name.endswith("_max") else total)
+    return joined
 
 
 def trained_tokens(
