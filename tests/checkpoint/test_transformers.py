@@ -112,3 +112,34 @@ def test_transformers_refuses_what_our_format_refuses(tmp_path: Path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     with pytest.raises(Exception, match="the last message must come from the user"):
         theirs.apply_chat_template([{"role": "assistant", "content": "6"}], add_generation_prompt=True)
+
+
+@torch.no_grad()
+def test_mtp_modules_equal_those_of_transformers(tmp_path: Path, monkeypatch):
+    """transformers builds its MTP layers for speculation only; here they run over whole rows, two in a chain."""
+    layers = pytest.importorskip("transformers.modeling_layers")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip("this version of transformers has no MTP layers")
+    cfg = replace(FAMILIES["v3, yarn with mscale, MTP"], mtp_layers=2)
+    model, ids, length = drawn_model(cfg), drawn_ids(cfg.vocab_size), 40
+    save_model(tmp_path / "model", model)
+    # the class knows the MTP layer of the released model only, number 61
+    monkeypatch.setattr(
+        transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[34].*"]
+    )
+    main = opened(tmp_path / "model")
+    theirs = layers.MtpModel.from_pretrained(main)
+    states, _ = model.look_ahead(model.trunk(ids), ids)
+    hidden, positions = main.model(ids).last_hidden_state, torch.arange(length).unsqueeze(0)
+    mask = torch.full((1, 1, length, length), -torch.inf).triu(1)
+    for depth, layer in enumerate(theirs.layers):
+        following = torch.nn.functional.pad(ids[:, depth + 1 :], (0, depth + 1))
+        hidden = layer(
+            theirs.embed_tokens(following),
+            hidden,
+            position_embeddings=theirs.rotary_emb(hidden, position_ids=positions),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=None,
+        )
+        assert logit_error(model.head(states[depth]), theirs.shared_head(hidden)).is_within_bounds
