@@ -81,6 +81,7 @@ class Engine:
                 f"prompt is {len(prompt_ids):,} tokens; this model takes {self.max_context:,} including "
                 f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - self.max_context:,}"
             )
+        self._model.check(torch.tensor([list(prompt_ids)]))  # here, not in step, where it would end everybody's answers
         if sampling.n > self.cfg.max_batch:
             raise RequestError(f"n={sampling.n} answers exceed the engine's max_batch={self.cfg.max_batch}")
         if len(sampling.stop_ids) > MAX_STOP_IDS:
@@ -108,14 +109,21 @@ class Engine:
         samplings: Sequence[Sampling],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts were just finished."""
-        requests = [self.submit(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts just finished."""
+        requests: list[Request] = []
         finished = 0
-        while finished < len(requests):
-            self.step()
-            before, finished = finished, sum(request.is_finished for request in requests)
-            if on_progress is not None and finished > before:
-                on_progress(finished - before)
+        try:
+            for prompt, sampling in zip(prompts, samplings, strict=True):
+                requests.append(self.submit(prompt, sampling))
+            while finished < len(requests):
+                self.step()
+                before, finished = finished, sum(request.is_finished for request in requests)
+                if on_progress is not None and finished > before:
+                    on_progress(finished - before)
+        finally:
+            for request in requests:
+                if not request.is_finished:
+                    self.abort(request)  # only after an exception: nobody will ask for these answers
         return [[c for c in request.completions if c is not None] for request in requests]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
@@ -153,7 +161,8 @@ class Engine:
 
     def _prefill(self, requests: list[Request]) -> Tensor:
         """Compute each prompt once, open a row per answer; returns the logits of the new rows, (rows, V) fp32."""
-        width = -(-max(len(r.prompt_ids) for r in requests) // ROW_TILE) * ROW_TILE
+        longest = max(len(r.prompt_ids) for r in requests)
+        width = min(-(-longest // ROW_TILE) * ROW_TILE, self._model.cfg.max_positions)
         ids = torch.zeros(len(requests), width, dtype=torch.int64)
         rows = []
         for index, request in enumerate(requests):

@@ -1,5 +1,8 @@
-"""Several engines side by side, one core each, over the same weights: small models gain more from that than from threads
-inside a product. A request draws the same tokens wherever it runs, so the split changes nothing but time."""
+"""Several engines side by side, one core each, over the same weights.
+
+Small models gain more from that than from threads inside a product. A request draws the same tokens wherever it runs,
+so the split changes nothing but time.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait

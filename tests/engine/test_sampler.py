@@ -1,0 +1,104 @@
+"""Draws by hand: temperature, top-p, greedy, and random numbers that belong to a request."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+from thinkstack.engine.sampler import keep_nucleus, sample, uniforms
+from thinkstack.engine.scheduler import answer_seed
+from thinkstack.types import RequestError, Sampling
+
+LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()
+
+
+def draw(
+    uniform: float, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS
+) -> tuple[int, float]:
+    tokens, log_probs = sample(
+        logits, torch.tensor([temperature]), torch.tensor([top_p]), torch.tensor([uniform], dtype=torch.float64)
+    )
+    return int(tokens[0]), float(log_probs[0])
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (0.999999, 2)])
+def test_a_draw_inverts_the_cumulative_distribution(uniform, token):
+    assert draw(uniform)[0] == token
+
+
+def test_the_log_prob_is_that_of_the_token_drawn():
+    assert draw(0.6)[1] == pytest.approx(math.log(0.3), abs=1e-6)
+
+
+def test_temperature_divides_the_logits():
+    """E2.27: at T = 0.5 the probabilities are squared: 0.25, 0.09, 0.04 of 0.38."""
+    token, log_prob = draw(0.7, temperature=0.5)
+    assert (token, log_prob) == (1, pytest.approx(math.log(0.09 / 0.38), abs=1e-5))
+
+
+def test_temperature_zero_takes_the_most_likely_at_any_draw():
+    for uniform in (0.0, 0.9, 0.999):
+        assert draw(uniform, temperature=0.0) == (0, pytest.approx(math.log(0.5), abs=1e-6))
+
+
+def test_greedy_and_drawn_rows_share_a_batch():
+    tokens, _ = sample(
+        LOGITS.expand(2, 3), torch.tensor([0.0, 1.0]), torch.ones(2), torch.tensor([0.9, 0.9], dtype=torch.float64)
+    )
+    assert tokens.tolist() == [0, 2]
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert {draw(u, logits=logits)[0] for u in (0.0, 0.25, 0.4999, 0.5, 0.75, 1 - 2**-53)} == {1, 3}
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, 3), (0.81, 3), (0.79, 2), (0.51, 2), (0.49, 1), (1e-6, 1)])
+def test_the_nucleus_is_the_smallest_set_with_the_mass(top_p, kept):
+    out = keep_nucleus(LOGITS, torch.tensor([top_p]))
+    assert int(out.isfinite().sum()) == kept
+    assert float(out.exp().sum()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_nucleus_does_not_depend_on_the_order_of_tokens():
+    shuffled = LOGITS[:, [2, 0, 1]]
+    out = keep_nucleus(shuffled, torch.tensor([0.6]))
+    assert out[0].exp().tolist() == pytest.approx([0.0, 0.625, 0.375], abs=1e-6)
+
+
+def test_top_p_binds_its_own_row_only():
+    out = keep_nucleus(LOGITS.expand(2, 3), torch.tensor([0.4, 1.0]))
+    assert out.isfinite().sum(-1).tolist() == [1, 3]
+
+
+def test_the_log_prob_of_a_nucleus_is_renormalised():
+    """E2.28: it is the probability of what was drawn from, which the full softmax is not."""
+    assert draw(0.7, top_p=0.6) == (1, pytest.approx(math.log(0.375), abs=1e-5))
+
+
+def test_draws_are_uniform_and_depend_on_seed_and_counter():
+    seeds = numpy.array([answer_seed(s, a) for s in range(100) for a in range(4)], dtype=numpy.uint64)
+    drawn = numpy.stack([uniforms(seeds, numpy.full(400, c, dtype=numpy.uint64)) for c in range(50)])
+    assert drawn.min() >= 0.0 and drawn.max() < 1.0
+    assert len(numpy.unique(drawn)) == drawn.size
+    counts, _ = numpy.histogram(drawn, bins=20, range=(0, 1))
+    assert abs(counts - 1000).max() < 4.5 * 1000**0.5
+    assert abs(numpy.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 0.03
+
+
+def test_a_draw_keeps_its_value():
+    """Published runs name seeds; another generator would change every one of them."""
+    one = uniforms(numpy.array([answer_seed(0, 0)], dtype=numpy.uint64), numpy.array([0], dtype=numpy.uint64))
+    assert one.tolist() == [0.7497482413580301]
+
+
+@pytest.mark.parametrize("given", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_tokens": 0}, {"n": 0}])
+def test_meaningless_sampling_is_refused(given):
+    with pytest.raises(RequestError):
+        Sampling(**given)
+
+
+def test_seeds_of_any_size_are_taken():
+    for seed in (-1, 0, 2**63, 2**70):
+        assert 0 <= answer_seed(seed, 3) < 2**64

@@ -1,0 +1,159 @@
+"""Documents to rows: nothing lost, nothing crossed, and a stream that resumes."""
+
+import random
+
+import pytest
+import torch
+
+from tests.tiny import drawn_samples
+from thinkstack.data import PackedStream, Sample, lay_out, pack, spread, text_source
+from thinkstack.types import ConfigError
+
+
+def source(index: int) -> Sample:
+    rng = random.Random(index)
+    ids = (0, *(rng.randrange(1, 40) for _ in range(rng.randrange(1, 13))), index + 100)
+    return Sample(ids, (0,) + (1,) * (len(ids) - 1))
+
+
+def test_packing_puts_every_sample_in_exactly_one_row_that_holds_it():
+    samples = drawn_samples([random.Random(i).randrange(2, 20) for i in range(200)])
+    rows = pack(samples, 24)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    assert all(sum(samples[index].width for index in row) <= 24 for row in rows)
+
+
+def test_packing_leaves_little_room():
+    samples = drawn_samples([random.Random(i).randrange(2, 20) for i in range(200)])
+    assert sum(sample.width for sample in samples) / (24 * len(pack(samples, 24))) > 0.95
+
+
+def test_a_sample_fills_the_fullest_row_that_takes_it():
+    """Widths 5, 4, 3, 2 in rows of 7: the 2 goes beside the 5, the 3 beside the 4."""
+    assert pack(drawn_samples([6, 5, 4, 3]), 7) == [[0, 3], [1, 2]]
+
+
+def test_a_sample_wider_than_a_row_is_refused():
+    with pytest.raises(ConfigError, match="a document of 9 tokens does not fit a row of 7"):
+        pack(drawn_samples([9]), 7)
+
+
+def test_a_row_of_two_documents_written_out():
+    batch = lay_out([Sample((7, 8, 9), (0, 1, 1)), Sample((5, 6), (0, 1))], [[1, 0]], 5)
+    assert batch.ids.tolist() == [[5, 7, 8, 0, 0]]
+    assert batch.targets.tolist() == [[6, 8, 9, 0, 0]]
+    assert batch.positions.tolist() == [[0, 0, 1, 0, 0]]
+    assert batch.document_ids.tolist() == [[2, 1, 1, 0, 0]]
+    assert batch.loss_mask.tolist() == [[1, 1, 1, 0, 0]]
+
+
+def test_only_learnt_tokens_are_targets():
+    """A prompt is read, not learnt: the mask is that of the token predicted, not of the token read."""
+    batch = lay_out([Sample((7, 8, 9, 4), (0, 0, 1, 0))], [[0]], 3)
+    assert batch.loss_mask.tolist() == [[0, 1, 0]]
+
+
+def test_no_target_crosses_a_border():
+    """E2.37: the last token of a document predicts nothing, certainly not the first of the next."""
+    samples = drawn_samples([5, 3, 6])
+    batch = lay_out(samples, [[0, 1, 2]], 16)
+    assert int(batch.loss_mask.sum()) == sum(sample.width for sample in samples)
+    for index, sample in enumerate(samples):
+        inside = batch.document_ids[0] == index + 1
+        assert batch.targets[0, inside].tolist() == list(sample.ids[1:])
+
+
+def test_numbers_are_spread_as_tokens_are():
+    samples, rows = drawn_samples([5, 3, 6]), [[2, 0], [1]]
+    batch = lay_out(samples, rows, 10)
+    values = [[float(token) for token in sample.ids[1:]] for sample in samples]
+    assert torch.equal(spread(values, samples, rows, 10), batch.targets.float())
+
+
+def test_numbers_that_do_not_fit_their_tokens_are_a_bug():
+    """E2.23: one log-probability too few would shift all that follow."""
+    samples = drawn_samples([5])
+    with pytest.raises(AssertionError, match="one number per prediction"):
+        spread([[1.0] * 3], samples, [[0]], 10)
+
+
+def test_a_document_that_predicts_nothing_is_a_bug():
+    with pytest.raises(AssertionError):
+        Sample((1,), (0,))
+
+
+def same(first, second) -> bool:
+    names = ("ids", "positions", "document_ids", "targets", "loss_mask")
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(stop):
+    straight = PackedStream(source, 4, 16)
+    batches = [straight.take() for _ in range(8)]
+    first = PackedStream(source, 4, 16)
+    for _ in range(stop):
+        first.take()
+    second = PackedStream(source, 4, 16)
+    second.restore(first.state())
+    assert all(same(second.take(), batch) for batch in batches[stop:])
+
+
+def test_a_stream_loses_and_repeats_no_document():
+    """Each document carries its index as last token; what did not fit waits for the next batch."""
+    stream = PackedStream(source, 4, 16)
+    seen = []
+    for _ in range(30):
+        seen += [token - 100 for token in stream.take().targets.flatten().tolist() if token >= 100]
+    assert len(seen) == len(set(seen))
+    assert sorted(seen + stream.waiting) == list(range(stream.position))
+    assert len(stream.waiting) < 20
+
+
+def test_ranks_read_disjoint_documents():
+    seen = []
+    for rank in range(3):
+        stream = PackedStream(source, 4, 16, rank=rank, world_size=3)
+        for _ in range(5):
+            seen.append({token - 100 for token in stream.take().targets.flatten().tolist() if token >= 100})
+        assert all(index % 3 == rank for found in seen[-5:] for index in found)
+    assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+def test_rows_are_full():
+    batch = PackedStream(source, 8, 64).take()
+    assert batch.ids.shape == (8, 64)
+    assert float((batch.document_ids > 0).float().mean()) > 0.95
+
+
+def letters(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def test_text_files_become_chunks_that_begin_with_bos(tmp_path):
+    (tmp_path / "a.txt").write_text("abcde", encoding="utf-8")
+    found = text_source([tmp_path / "a.txt"], letters, bos_id=0, row_tokens=3)
+    assert [sample.ids for sample in found] == [(0, 97, 98, 99), (0, 100, 101)]
+    assert [sample.learnt for sample in found] == [(0, 1, 1, 1), (0, 1, 1)]
+    assert max(sample.width for sample in found) <= 3
+
+
+def test_an_empty_text_file_gives_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("", encoding="utf-8")
+    assert text_source([tmp_path / "a.txt"], letters, 0, 3) == []
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"a\.bin"):
+        text_source([tmp_path / "a.bin"], letters, 0, 3)
+    with pytest.raises(ConfigError, match="missing"):
+        text_source([tmp_path / "missing"], letters, 0, 3)
+
+
+def test_cutting_a_batch_keeps_what_is_missing_missing():
+    batch = lay_out(drawn_samples([5, 3, 6]), [[0], [1], [2]], 6)
+    piece = batch.with_weights(batch.loss_mask).rows([2, 0])
+    assert torch.equal(piece.ids, batch.ids[[2, 0]])
+    assert torch.equal(piece.weights, batch.loss_mask[[2, 0]])
+    assert piece.advantages is None
