@@ -75,22 +75,6 @@ def test_every_module_and_folder_is_in_the_code_map():
     assert sorted((modules | folders) - set(code_map())) == []
 
 
-def test_every_file_the_readme_and_the_docs_link_to_exists():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))]
-    assert [(page.name, link) for page, link in links if "://" not in link and not (page.parent / link).exists()] == []
-
-
-def test_the_docs_name_files_of_the_package_that_exist():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    named = {
-        (page.name, place)
-        for page in pages
-        for place in re.findall(r"`((?:thinkstack|tests)/[\w./-]+?)(?:::\w+)?`", page.read_text(encoding="utf-8"))
-    }
-    assert sorted((page, place) for page, place in named if not (ROOT / place).exists()) == []
-
-
 def test_the_makefile_runs_the_demo_that_is_tested_here():
     assert "$(BIN)/thinkstack demo --out $(OUT)" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
