@@ -2,18 +2,17 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tyro
+from tyro.conf import Positional
 
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
 
-Argument = tyro.conf.Positional
 
-
-def demo(
-    out: Path = Path("runs/demo"), scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()
-) -> None:
+def demo(out: Path = Path("runs/demo"), scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()) -> None:
     """Pre-train v3-tiny, run R1-Zero, measure both, write the report, then chat.
 
     Args:
@@ -31,7 +30,7 @@ def demo(
 
 
 def run(
-    recipe: Argument[str], /, out: Path, scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()
+    recipe: Positional[str], /, out: Path, scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()
 ) -> None:
     """Run a recipe: a name of the package or a TOML file.
 
@@ -51,7 +50,7 @@ def run(
 
 
 def chat(
-    model: Argument[str], /, temperature: float = 0.6, top_p: float = 0.95, max_new_tokens: int = 256, seed: int = 0
+    model: Positional[str], /, temperature: float = 0.6, top_p: float = 0.95, max_new_tokens: int = 256, seed: int = 0
 ) -> None:
     """Talk to a model: its thinking streams, then its answer. An empty line ends the talk, /new forgets it.
 
@@ -104,7 +103,13 @@ def _say(text: str, style: str = "") -> None:
 
 
 def generate(
-    model: Argument[str], /, prompt: str, temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 64, seed: int = 0
+    model: Positional[str],
+    /,
+    prompt: str,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
 ) -> None:
     """Continue a prompt as plain text, without a chat template.
 
@@ -127,7 +132,7 @@ def generate(
     print()
 
 
-def rollouts(run: Argument[Path], /, step: int, group: int | None = None, width: int = 400) -> None:
+def rollouts(run: Positional[Path], /, step: int, group: int | None = None, width: int = 400) -> None:
     """Show the answers of one training step: prompt, answers, rewards by part, advantages.
 
     Args:
@@ -144,7 +149,7 @@ def rollouts(run: Argument[Path], /, step: int, group: int | None = None, width:
             print(show_group(found, width))
 
 
-def inspect(model: Argument[str], /) -> None:
+def inspect(model: Positional[str], /) -> None:
     """Count what a model size or checkpoint is made of: parameters, compute, cache.
 
     Args:
@@ -158,7 +163,8 @@ def inspect(model: Argument[str], /) -> None:
 def main() -> None:
     """Entry point of the command `thinkstack`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    commands = {"demo": demo, "run": run, "chat": chat, "generate": generate, "rollouts": rollouts, "inspect": inspect}
+    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, inspect)
+    commands = {function.__name__: function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="thinkstack", description=__doc__)
     except (ConfigError, RequestError, TrainingError) as error:

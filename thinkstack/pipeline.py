@@ -1,4 +1,5 @@
-"""Run a recipe: stages in order, each from the artefacts of earlier ones; what is done is skipped, what was cut off goes on.
+"""Run a recipe: stages in order, each from the artefacts of earlier ones. What is done is skipped; what was cut off
+goes on.
 
 A recipe is a TOML file: `shared` settings for every stage that has them, then one table a stage, in order.
 """
@@ -84,7 +85,7 @@ def plan(tree: Tree, out: Path) -> list[Step]:
             values = merge(PRESETS[preset], values)
         if values.get("start") in {step.name for step in steps}:
             values["start"] = str(out / values["start"] / MODEL)
-        config = build(config_kind, values, f"stages.{name}")
+        config: Any = build(config_kind, values, f"stages.{name}")
         text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else ""], sort_keys=True)
         steps.append(Step(name, kind, config, hashlib.sha256(text.encode()).hexdigest()[:16]))
     if not steps:
@@ -143,4 +144,3 @@ def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
-

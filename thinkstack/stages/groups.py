@@ -19,9 +19,9 @@ SAME = 1e-6
 def group_advantages(rewards: Sequence[float | None], kind: AdvantageKind) -> list[float]:
     """Advantages of one group's answers.
 
-    rewards: None marks an unscorable answer, which enters neither mean nor deviation and gets 0. "centred": reward minus
-    the group's mean (arXiv:2503.20783). "standardised": that over the population standard deviation (arXiv:2402.03300,
-    section 4.1.1; the paper prints no epsilon). Equal rewards, and a group of one, give 0 exactly.
+    rewards: None marks an unscorable answer, which enters neither mean nor deviation and gets 0. "centred": reward
+    minus the group's mean (arXiv:2503.20783). "standardised": that over the population standard deviation
+    (arXiv:2402.03300, section 4.1.1; the paper prints no epsilon). Equal rewards, and a group of one, give 0 exactly.
     """
     scored = [reward for reward in rewards if reward is not None]
     if len(scored) < 2:
@@ -63,7 +63,7 @@ def advantages_of(rollouts: Sequence[Rollout], kind: AdvantageKind) -> list[floa
 
 
 def sample_of(rollout: Rollout) -> Sample:
-    """The very ids that were drawn, never decoded and encoded again; every drawn token is trained, the end token too."""
+    """The very ids that were drawn, never decoded and encoded again; each of them is trained, the end token too."""
     prompt, drawn = rollout.prompt_ids, rollout.completion.token_ids
     return Sample((*prompt, *drawn), (0,) * len(prompt) + (1,) * len(drawn))
 

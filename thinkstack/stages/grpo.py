@@ -59,8 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reference_steps": 400,
     },
 }
-"""Settings a preset lays under the user's own. "paper": R1 paper, section 2.2.1 and supplement 2.4; it leaves the clip of
-R1-Zero open, 0.2 is PPO's."""
+"""Settings a preset lays under the user's own. "paper": R1 paper, section 2.2.1 and supplement 2.4; it leaves the
+clip of R1-Zero open, 0.2 is PPO's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class GrpoConfig:
     minibatches: int = 1
     """Optimizer steps the groups of one drawing are split into; from the second on the clipped ratio differs from 1."""
     max_tokens: int = 128
-    """Most tokens of an answer; longer ones are cut off, earn what their text earns (nothing, as a rule) and are kept."""
+    """Most tokens of an answer; longer ones are cut off, earn what their text earns (mostly nothing) and are kept."""
     top_p: float = 1.0
     """Must be 1: tokens outside a nucleus would have probability 0 in the engine and more in the trainer."""
     advantage: AdvantageKind = "centred"
@@ -162,10 +162,11 @@ class Zero:
 
     def step(self) -> dict[str, float]:
         """One step of GRPO (cfg.minibatches optimizer steps): ask, score, compare, learn, hand the weights over."""
-        cfg, times, metrics = self.cfg, {}, {}
+        cfg = self.cfg
+        times: dict[str, float] = {}
         with timed(times, "rollout"):
             drawn = roll_out(self.engines.generate, self.chat, self.score, self.stream, self.counter, self.ask)
-        metrics |= describe(drawn)
+        metrics = describe(drawn)
         self.check(drawn, metrics)
         advantages = advantages_of(drawn.kept, cfg.advantage)
         with timed(times, "train"):
@@ -186,8 +187,9 @@ class Zero:
         if metrics.get("rollout/unscorable", 0.0) > self.cfg.unscorable_limit:
             reasons = {r.score.unscorable for r in drawn.drawn if r.score and r.score.unscorable}
             raise TrainingError(
-                f"{metrics['rollout/unscorable']:.0%} of the answers of step {self.trainer.step_count} could not be scored "
-                f"(limit {self.cfg.unscorable_limit:.0%}): {'; '.join(sorted(reasons)[:3])}; repair the checker, then resume"
+                f"{metrics['rollout/unscorable']:.0%} of the answers of step {self.trainer.step_count} could not "
+                f"be scored (limit {self.cfg.unscorable_limit:.0%}): {'; '.join(sorted(reasons)[:3])}; "
+                "repair the checker, then resume"
             )
 
     def add_log_probs(self, batch: Batch) -> Batch:
@@ -279,8 +281,9 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
             fruitless = 0 if done > before else fruitless + 1
             if fruitless >= FRUITLESS_DRAWINGS:
                 raise TrainingError(
-                    f"{fruitless} drawings in a row at step {done} had no group with answers of different reward: the problems "
-                    f"are too hard or too easy for this model, or the reward is wrong; look at {run.folder}/metrics.jsonl"
+                    f"{fruitless} drawings in a row at step {done} had no group with answers of different reward: the "
+                    "problems are too hard or too easy for this model, or the reward is wrong; look at "
+                    f"{run.folder}/metrics.jsonl"
                 )
             run.log(done, metrics)
             progress.advance(done - before, health_line(metrics))
@@ -298,7 +301,6 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
 def warn(run: Run, known: set[str]) -> set[str]:
     """Log early warnings that were not there a step ago; returns those that are there now."""
     found = early_warnings(run.rows())
-    kinds = {text.split(" ")[0]: text for text in found}
-    for kind in kinds.keys() - known:
-        log.warning("%s", kinds[kind])
-    return set(kinds)
+    for name in found.keys() - known:
+        log.warning("%s: %s", name, found[name])
+    return set(found)

@@ -61,32 +61,32 @@ def health_line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in wanted if key in metrics)
 
 
-def early_warnings(history: Sequence[dict[str, float]]) -> list[str]:
-    """What the last rows of metrics say is going wrong; empty when all is well."""
+def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
+    """What the last rows of metrics say is going wrong, by name; empty when all is well."""
     if not history:
-        return []
-    last, found = history[-1], []
+        return {}
+    last, found = history[-1], {}
     if last.get("policy/entropy_nats", 1.0) < ENTROPY_FLOOR_NATS:
-        found.append(
-            f"entropy {last['policy/entropy_nats']:.4f} nats is below {ENTROPY_FLOOR_NATS}: answers hardly differ any more, so "
+        found["entropy"] = (
+            f"{last['policy/entropy_nats']:.4f} nats is below {ENTROPY_FLOOR_NATS}: answers hardly differ any more, so "
             "groups stop teaching; lower the learning rate or raise clip_high"
         )
     if last.get("rollout/truncated", 0.0) > TRUNCATED_SHARE:
-        found.append(
-            f"{last['rollout/truncated']:.0%} of the answers are cut off at max_tokens and earn nothing; raise max_tokens, or "
-            "look at the rollouts for endless repetition"
+        found["truncation"] = (
+            f"{last['rollout/truncated']:.0%} of the answers are cut off at max_tokens and earn nothing; raise "
+            "max_tokens, or look at the rollouts for endless repetition"
         )
     lengths = [row["rollout/mean_tokens"] for row in history if "rollout/mean_tokens" in row]
     if len(lengths) >= 3 * WINDOW:
         first, now = statistics.fmean(lengths[:WINDOW]), statistics.fmean(lengths[-WINDOW:])
         if now > LENGTH_GROWTH * first:
-            found.append(
-                f"answers grew from {first:.0f} to {now:.0f} tokens; check in the rollouts that the length is thought"
+            found["length"] = (
+                f"answers grew from {first:.0f} to {now:.0f} tokens; check in the rollouts that this is thought"
             )
     tail = [row.get("group/mixed", 1.0) for row in history[-FLAT_STEPS:]]
     if len(tail) == FLAT_STEPS and max(tail) == 0:
-        found.append(
-            f"for {FLAT_STEPS} steps no group had answers of different reward: the problems are all too hard or too easy, or the "
-            "reward is wrong; look at the rollouts"
+        found["flat rewards"] = (
+            f"for {FLAT_STEPS} steps no group had answers of different reward; the problems are all too hard or too "
+            "easy, or the reward is wrong; look at the rollouts"
         )
     return found

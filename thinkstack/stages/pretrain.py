@@ -1,4 +1,4 @@
-"""Pre-training: a tokenizer, a fresh model, and next-token prediction over the package's own corpus and the user's texts.
+"""Pre-training: a tokenizer, a fresh model, and next-token prediction over the generated corpus and the user's texts.
 
 Leaves `model/` in Hugging Face layout. Given `start`, it goes on from that checkpoint instead.
 """

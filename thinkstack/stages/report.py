@@ -35,7 +35,7 @@ def report(cfg: ReportConfig, run: Run) -> None:
     unseen = {name: read_evaluation(Run(out / stage), UNSEEN) for name, stage in cfg.columns.items()}
     curve = read_lines(out / cfg.training / CURVE_FILE) if cfg.training else []
     metrics = Run(out / cfg.training).rows() if cfg.training else []
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8")) if (out / "manifest.json").exists() else {}
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     seconds = {name: record["seconds"] for name, record in manifest.items() if record["done"]}
     facts = describe_run(run, seconds)
     facts |= {f"greedy in unseen wordings, {name}": f"{found.pass_at_1:.3f}" for name, found in unseen.items()}

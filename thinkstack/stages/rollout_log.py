@@ -76,7 +76,9 @@ def show_group(group: dict[str, Any], width: int) -> str:
     ]
     for number, answer in enumerate(group["answers"]):
         parts = "  ".join(f"{name} {value:g}" for name, value in answer["parts"].items())
-        reward = f"unscorable: {answer['unscorable']}" if answer["reward"] is None else f"reward {answer['reward']:g} ({parts})"
+        reward = f"reward {answer['reward']} ({parts})"
+        if answer["reward"] is None:
+            reward = f"unscorable: {answer['unscorable']}"
         advantage = "not trained on" if answer["advantage"] is None else f"advantage {answer['advantage']:+.3f}"
         size = f"{len(answer['token_ids'])} tokens, {answer['finish_reason']}"
         text = answer["text"] if len(answer["text"]) <= width else answer["text"][:width] + " ..."

@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint: thinking and answer as they are drawn, and an honest word for what it cannot read."""
+"""A conversation with a checkpoint: thinking and answer as they are drawn, and a word on what it cannot read."""
 
 import json
 from collections.abc import Iterator, Sequence
