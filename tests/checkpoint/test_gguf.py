@@ -166,6 +166,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path):
         ({"llama__rope__scaling__type": "linear"}, "linear"),
         ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__rope__dimension_count": 4}, "rotated"),
+        ({"llama__attention__head_count": 0}, "head_count=0"),
         ({"llama__block_count": None}, "llama.block_count"),
         ({"llama__block_count": 2}, "blk.2."),
         ({"llama__block_count": 4}, "blk.3."),
@@ -181,6 +182,8 @@ def test_variants_are_refused_by_name(changes: dict[str, Any], word: str, tmp_pa
     [
         ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model='llama'"),
         ({"tokenizer__ggml__pre": "qwen2"}, "tokenizer.ggml.pre='qwen2'"),
+        ({"tokenizer__ggml__eos_token_id": 999}, "eos_token_id=999"),
+        ({"tokenizer__ggml__eos_token_id": 20}, "eos_token_id=20"),
         ({"tokenizer__chat_template": None}, "tokenizer.chat_template"),
     ],
 )

@@ -1,5 +1,6 @@
 """config.json both ways, in both spellings of transformers, and what is refused by name."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_llama_without_head_dim_divides_the_width():
         ("vocab_size", "many"),
         ("vocab_size", True),
         ("vocab_size", None),
+        ("num_attention_heads", 0),
+        ("hidden_size", -32),
+        ("rms_norm_eps", math.inf),
         ("norm_topk_prob", 1),
         ("eos_token_id", None),
         ("rope_scaling", [1]),

@@ -159,6 +159,22 @@ def test_a_full_disk_leaves_the_older_folder(tmp_path: Path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_unstorable_model_leaves_nothing(tmp_path: Path):
+    family = replace(MLA_TINY.moe, scoring="softmax", group_score="max", normalise_weights=False)
+    with pytest.raises(ConfigError, match=r"bias is not zero"):
+        save_model(tmp_path / "model", tiny_model(family="deepseek_v2", moe=family, mtp_layers=0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_beyond_the_memory_says_so(tmp_path: Path, monkeypatch):
+    def refuse(self: Transformer, device: str) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    saved(tmp_path / "model")
+    monkeypatch.setattr(Transformer, "to_empty", refuse)
+    assert "GB does not fit into memory" in refused(tmp_path / "model")
+
+
 def test_a_source_that_does_not_exist_is_refused(tmp_path: Path):
     assert "does not exist" in refused(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")

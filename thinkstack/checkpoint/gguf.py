@@ -69,6 +69,13 @@ class _File:
             raise ConfigError(f"{self.path}: {key}={value!r} has an unexpected type; fetch another conversion")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A width or a count. Raises ConfigError if it is missing or below 1."""
+        value = self.get(key, int, default)
+        if value < 1:
+            raise ConfigError(f"{self.path}: {key}={value} is below 1; fetch another conversion")
+        return value
+
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in fp32. Raises ConfigError if it is missing or its quantisation is unknown."""
         from gguf.quants import dequantize
@@ -139,9 +146,9 @@ def gguf_config(file: _File) -> ModelConfig:
         value = file.fields[key].contents() if key in file.fields else None
         if value not in (None, 0, "none"):
             raise ConfigError(f"{file.path}: {key}={value!r} is not supported; use a plain Llama")
-    hidden, heads = file.get("llama.embedding_length", int), file.get("llama.attention.head_count", int)
-    head_dim = file.get("llama.attention.key_length", int, hidden // heads)
-    if file.get("llama.rope.dimension_count", int, head_dim) != head_dim:
+    hidden, heads = file.size("llama.embedding_length"), file.size("llama.attention.head_count")
+    head_dim = file.size("llama.attention.key_length", hidden // heads)
+    if file.size("llama.rope.dimension_count", head_dim) != head_dim:
         raise ConfigError(f"{file.path}: only part of each head is rotated; this variant is not supported")
     if "token_embd.weight" not in file.tensors:
         raise ConfigError(f"{file.path} lacks the tensor token_embd.weight; fetch another conversion")
@@ -149,18 +156,18 @@ def gguf_config(file: _File) -> ModelConfig:
         family="llama",
         vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden,
-        num_layers=file.get("llama.block_count", int),
+        num_layers=file.size("llama.block_count"),
         attention=GQAConfig(
-            num_heads=heads, num_kv_heads=file.get("llama.attention.head_count_kv", int, heads), head_dim=head_dim
+            num_heads=heads, num_kv_heads=file.size("llama.attention.head_count_kv", heads), head_dim=head_dim
         ),
-        dense_size=file.get("llama.feed_forward_length", int),
+        dense_size=file.size("llama.feed_forward_length"),
         rope=RopeConfig(theta=round(file.get("llama.rope.freq_base", float, 10000.0), 3), interleaved=False),
         # kept as fp32 in the file: 9.999999747378752e-06 was 1e-05
         norm_eps=float(
             numpy.format_float_positional(numpy.float32(file.get("llama.attention.layer_norm_rms_epsilon", float)))
         ),
         tie_embeddings="output.weight" not in file.tensors,
-        max_positions=file.get("llama.context_length", int),
+        max_positions=file.size("llama.context_length"),
         bos_id=file.get("tokenizer.ggml.bos_token_id", int),
         eos_ids=(file.get("tokenizer.ggml.eos_token_id", int),),
     )
@@ -182,6 +189,10 @@ def _tokenizer(file: _File) -> Tokenizer:
         known = ", ".join(PRE_TOKENIZERS)
         raise ConfigError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not supported; known: {known}")
     tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise ConfigError(
+            f"{file.path} has {len(tokens)} tokens and {len(types)} token types; fetch another conversion"
+        )
     merges = [merge.split(" ", 1) for merge in file.get("tokenizer.ggml.merges", list)]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
@@ -212,12 +223,20 @@ def _tokenizer(file: _File) -> Tokenizer:
         "decoder": _BYTE_LEVEL,
         "model": model,
     }
-    return Tokenizer(json.dumps(spec, ensure_ascii=False))
+    try:
+        return Tokenizer(json.dumps(spec, ensure_ascii=False))
+    except Exception as error:  # tokenizers raises plain Exception for merges it cannot use
+        raise ConfigError(f"{file.path} holds a damaged tokenizer ({error}); fetch another conversion") from error
 
 
 def load_gguf_chat(path: Path) -> TemplateFormat:
     """The chat template in a GGUF. Raises ConfigError if it has none."""
     file = _File(path)
-    tokens = file.get("tokenizer.ggml.tokens", list)
-    bos, eos = (tokens[file.get(f"tokenizer.ggml.{name}_token_id", int)] for name in ("bos", "eos"))
-    return TemplateFormat(_tokenizer(file), file.get("tokenizer.chat_template", str), bos, eos)
+    tokenizer = _tokenizer(file)
+    names = {token_id: token for token, token_id in tokenizer.control.items()}
+    keys = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+    for key in keys:
+        if file.get(key, int) not in names:
+            raise ConfigError(f"{path}: {key}={file.get(key, int)} is no control token; fetch another conversion")
+    bos, eos = (names[file.get(key, int)] for key in keys)
+    return TemplateFormat(tokenizer, file.get("tokenizer.chat_template", str), bos, eos)

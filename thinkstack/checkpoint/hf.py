@@ -119,12 +119,19 @@ def _block(cfg: ModelConfig, layer: int, ours: str) -> Iterator[Stored]:
 
 
 def empty_model(cfg: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> Transformer:
-    """A model with uninitialised parameters in `dtype`; buffers (the balance bias) are fp32 zeros."""
+    """A model with uninitialised parameters in `dtype`; buffers (the balance bias) are fp32 zeros.
+
+    Raises ConfigError if the machine has not the memory for it.
+    """
     with torch.device("meta"):
         model = Transformer(cfg)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:
+        size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+        raise ConfigError(f"a model of {size:,.1f} GB does not fit into memory ({error}); use a smaller one") from error
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty gives each module its own tensor
     for buffer in model.buffers():
@@ -139,8 +146,8 @@ def save_weights(model: Transformer, folder: Path, max_shard_bytes: int = 5 * 10
     Raises ConfigError for a model that the family's files cannot hold; OSError and SafetensorError are left to the
     caller, who knows what else goes into the folder (state.write_folder).
     """
+    check_storable(model)
     state = model.state_dict()
-    _check_biases(model.cfg, state)
     shards = _plan(model.cfg, state, max_shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
@@ -175,12 +182,12 @@ def _part(state: Mapping[str, Tensor], item: Stored) -> Tensor:
     return state[item.source][item.part] if item.part else state[item.source]
 
 
-def _check_biases(cfg: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """A family without a balance bias on disk must not have one in memory, or it would be lost."""
-    if cfg.family != "deepseek_v2":
+def check_storable(model: Transformer) -> None:
+    """Raise ConfigError if the family's files have no place for something the model holds: V2's for balance biases."""
+    if model.cfg.family != "deepseek_v2":
         return
-    for name, tensor in state.items():
-        if name.endswith("ffn.bias") and bool(tensor.any()):
+    for name, tensor in model.named_buffers():
+        if bool(tensor.any()):
             raise ConfigError(f"{name} is not zero, and deepseek_v2 files have no place for it; use family deepseek_v3")
 
 

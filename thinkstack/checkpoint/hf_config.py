@@ -6,6 +6,7 @@ not compute is refused by name; keys that change nothing here (use_cache, ep_siz
 over.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -53,11 +54,17 @@ class _Reader:
             raise ConfigError(f"{self.where}: {key}={value!r} is not {kind_name}; correct it")
         return value
 
-    def integer(self, key: str, default: Any = REQUIRED) -> int:
-        return self._get(key, default, (int,), "a whole number")
+    def integer(self, key: str, default: Any = REQUIRED, least: int = 1) -> int:
+        value = self._get(key, default, (int,), "a whole number")
+        if value < least:
+            raise ConfigError(f"{self.where}: {key}={value} is below {least}; correct it")
+        return value
 
     def number(self, key: str, default: Any = REQUIRED) -> float:
-        return float(self._get(key, default, (int, float), "a number"))
+        value = float(self._get(key, default, (int, float), "a number"))
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{self.where}: {key}={value} is negative or not finite; correct it")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         return self._get(key, default, (bool,), "true or false")
@@ -109,12 +116,12 @@ def _read_model(family: str, read: _Reader) -> ModelConfig:
         attention=attention,
         dense_size=read.integer("intermediate_size"),
         moe=None if family == "llama" else _read_moe(family, read),
-        mtp_layers=read.integer("num_nextn_predict_layers", 0),
+        mtp_layers=read.integer("num_nextn_predict_layers", 0, least=0),
         rope=_read_rope(family, read),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         tie_embeddings=read.flag("tie_word_embeddings", False),
         max_positions=read.integer("max_position_embeddings"),
-        bos_id=read.integer("bos_token_id"),
+        bos_id=read.integer("bos_token_id", least=0),
         eos_ids=_read_eos(read),
         init_std=read.number("initializer_range", 0.02),
         embed_init_std=read.number(EMBED_INIT_STD, 0.0),
@@ -135,7 +142,7 @@ def _read_mla(read: _Reader) -> MLAConfig:
     read.require("num_key_value_heads", heads, "latent attention has as many key/value heads as query heads")
     return MLAConfig(
         num_heads=heads,
-        q_lora_rank=read.integer("q_lora_rank", 0),
+        q_lora_rank=read.integer("q_lora_rank", 0, least=0),
         kv_lora_rank=read.integer("kv_lora_rank"),
         qk_nope_head_dim=read.integer("qk_nope_head_dim"),
         qk_rope_head_dim=read.integer("qk_rope_head_dim"),
@@ -145,7 +152,7 @@ def _read_mla(read: _Reader) -> MLAConfig:
 
 def _read_moe(family: str, read: _Reader) -> MoEConfig | None:
     """Routing of V3 (sigmoid, bias, two best of a group) or V2 (softmax, best of a group); None without experts."""
-    if not read.integer("n_routed_experts", 0):
+    if not read.integer("n_routed_experts", 0, least=0):
         return None
     num_groups, top_groups = read.integer("n_group", 1), read.integer("topk_group", 1)
     if family == "deepseek_v3":
@@ -164,7 +171,7 @@ def _read_moe(family: str, read: _Reader) -> MoEConfig | None:
     return MoEConfig(
         num_experts=read.integer("n_routed_experts"),
         top_k=read.integer("num_experts_per_tok"),
-        num_shared_experts=read.integer("n_shared_experts", 0),
+        num_shared_experts=read.integer("n_shared_experts", 0, least=0),
         expert_size=read.integer("moe_intermediate_size"),
         num_groups=num_groups,
         top_groups=top_groups,
@@ -172,7 +179,7 @@ def _read_moe(family: str, read: _Reader) -> MoEConfig | None:
         group_score="top2" if is_v3 else "max",
         normalise_weights=read.flag("norm_topk_prob", is_v3),
         route_scale=read.number("routed_scaling_factor", 1.0),
-        first_dense_layers=read.integer("first_k_dense_replace", 0),
+        first_dense_layers=read.integer("first_k_dense_replace", 0, least=0),
     )
 
 

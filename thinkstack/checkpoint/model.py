@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from thinkstack.checkpoint import chat_template
-from thinkstack.checkpoint.hf import PICKLES, empty_model, load_weights, save_weights, tensor_files
+from thinkstack.checkpoint.hf import PICKLES, check_storable, empty_model, load_weights, save_weights, tensor_files
 from thinkstack.checkpoint.hf_config import from_hf, to_hf
 from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.models.config import ModelConfig
@@ -48,6 +48,7 @@ def save_model(
     left.
     """
     folder = Path(folder)
+    check_storable(model)
     config = to_hf(model.cfg) | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     texts = {CONFIG: config, GENERATION: _generation_config(model.cfg)}
     if tokenizer is not None:
