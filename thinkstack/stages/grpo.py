@@ -170,8 +170,9 @@ class Zero:
         self.check(drawn, metrics)
         advantages = advantages_of(drawn.kept, cfg.advantage)
         with timed(times, "train"):
-            for part in split_groups(drawn.kept, advantages, cfg.minibatches):
-                batch = self.add_log_probs(to_batch(*part, cfg.row_tokens))
+            parts = split_groups(drawn.kept, advantages, cfg.minibatches)
+            # all of them before the first update: the old policy is the one that drew the answers
+            for batch in [self.add_log_probs(to_batch(*part, cfg.row_tokens)) for part in parts]:
                 batch = batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens))
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)

@@ -1,0 +1,50 @@
+"""What a model is made of, in a table for people."""
+
+from pathlib import Path
+
+from thinkstack.checkpoint.hf_config import from_hf
+from thinkstack.checkpoint.model import CONFIG, load_model, locate, read_json
+from thinkstack.models.config import NAMED, MLAConfig, ModelConfig, named
+from thinkstack.models.counts import (
+    cache_bytes_per_token,
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+    mtp_parameters,
+)
+
+CONTEXT = 4096
+"""Tokens of context for the figures that depend on it, if the model takes as many."""
+
+
+def describe_model(source: str) -> str:
+    """Shape and counts of a named size or of a checkpoint; weights are not read unless they stand in a GGUF file.
+
+    Raises ConfigError for anything else.
+    """
+    cfg = named(source) if source in NAMED else _config_of(source)
+    context = min(CONTEXT, cfg.max_positions)
+    heads = f"{cfg.attention.num_heads} heads"
+    kind = "latent attention" if isinstance(cfg.attention, MLAConfig) else "grouped-query attention"
+    rows = [
+        ("family", cfg.family),
+        ("shape", f"{cfg.num_layers} layers of width {cfg.hidden_size:,}, {heads}, {kind}, {cfg.vocab_size:,} tokens"),
+        ("context", f"{cfg.max_positions:,} tokens"),
+        ("parameters", f"{count_parameters(cfg):,}"),
+        ("active per token", f"{count_active_parameters(cfg):,}"),
+        ("MTP modules", f"{mtp_parameters(cfg):,} parameters in {cfg.mtp_layers}"),
+        ("forward pass", f"{flops_per_token(cfg, context):,.0f} FLOP per token at context {context:,}"),
+        ("cache", f"{cache_bytes_per_token(cfg):,} bytes per token in bf16"),
+    ]
+    if cfg.moe is not None:
+        moe = cfg.moe
+        routed = f"{moe.top_k} of {moe.num_experts} routed + {moe.num_shared_experts} shared"
+        rows.insert(2, ("experts", f"{routed}, {moe.top_groups} of {moe.num_groups} groups, width {moe.expert_size:,}"))
+    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def _config_of(source: str) -> ModelConfig:
+    path = locate(source)
+    if path.suffix == ".gguf":
+        return load_model(source).cfg
+    return from_hf(read_json(Path(path) / CONFIG), str(path / CONFIG))
