@@ -154,6 +154,12 @@ def test_a_truncated_file_is_refused(keep: int, tmp_path: Path):
     assert "cut off or not a GGUF file" in refused(path)
 
 
+def test_damaged_text_is_named(tmp_path: Path):
+    path = write(tmp_path / "model.gguf", tiny_model(CFG))
+    path.write_bytes(path.read_bytes().replace(TEMPLATE.encode(), b"\xff" * len(TEMPLATE)))
+    assert "tokenizer.chat_template cannot be read" in refused(path, load_chat)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path):
     (tmp_path / "model.gguf").write_bytes(b"not a model at all" * 100)
     assert "cut off or not a GGUF file" in refused(tmp_path / "model.gguf")

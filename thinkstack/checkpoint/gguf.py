@@ -60,9 +60,16 @@ class _File:
         except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ConfigError(f"{path} is cut off or not a GGUF file ({error}); fetch it again") from error
 
+    def find(self, key: str, default: Any = None) -> Any:
+        """Metadata under `key`, of whatever type. Raises ConfigError if they are damaged."""
+        try:
+            return self.fields[key].contents() if key in self.fields else default
+        except (ValueError, IndexError) as error:
+            raise ConfigError(f"{self.path}: {key} cannot be read ({error}); fetch it again") from error
+
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """Metadata under `key`. Raises ConfigError if it is missing without a default or of another type."""
-        value = self.fields[key].contents() if key in self.fields else default
+        value = self.find(key, default)
         if value is None:
             raise ConfigError(f"{self.path} has no {key}; it is not a complete Llama GGUF: fetch another conversion")
         if not isinstance(value, kind):
@@ -143,7 +150,7 @@ def gguf_config(file: _File) -> ModelConfig:
     if architecture != "llama":
         raise ConfigError(f"{file.path} holds a {architecture!r} model; only 'llama' GGUF files are supported")
     for key in ("llama.rope.scaling.type", "llama.expert_count"):
-        value = file.fields[key].contents() if key in file.fields else None
+        value = file.find(key)
         if value not in (None, 0, "none"):
             raise ConfigError(f"{file.path}: {key}={value!r} is not supported; use a plain Llama")
     hidden, heads = file.size("llama.embedding_length"), file.size("llama.attention.head_count")
