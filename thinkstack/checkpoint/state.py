@@ -39,8 +39,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         raise ConfigError(f"cannot write {folder}: {error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

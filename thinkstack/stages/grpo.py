@@ -124,6 +124,7 @@ class GrpoConfig:
         for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        families(self.families)
         if self.top_p != 1:
             raise ConfigError(
                 f"top_p={self.top_p}: training rollouts must draw from the whole distribution, or the engine's "

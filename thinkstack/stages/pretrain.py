@@ -72,6 +72,16 @@ class PretrainConfig:
             raise ConfigError(f"steps={self.steps}, rows={self.rows} and row_tokens={self.row_tokens} must be positive")
         if not 0 <= self.text_share <= 1:
             raise ConfigError(f"text_share={self.text_share} is not a probability; use a number in 0..1")
+        families(self.families)
+        if not self.start and self.row_tokens > self.model_config.max_positions:
+            raise ConfigError(
+                f"row_tokens={self.row_tokens} exceeds the model's max_positions={self.model_config.max_positions}"
+            )
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model to begin with."""
+        return build(ModelConfig, merge(dump(named(self.size)), self.model), "model")
 
 
 def pretrain(cfg: PretrainConfig, run: Run) -> None:
@@ -110,9 +120,7 @@ def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
     """The model to train and the format of its questions: fresh ones, or those of cfg.start."""
     if cfg.start:
         return load_model(cfg.start), load_chat(cfg.start)
-    model_cfg = build(ModelConfig, merge(dump(named(cfg.size)), cfg.model), "model")
-    if cfg.row_tokens > model_cfg.max_positions:
-        raise ConfigError(f"row_tokens={cfg.row_tokens} exceeds the model's max_positions={model_cfg.max_positions}")
+    model_cfg = cfg.model_config
     corpus = documents(families(cfg.families), cfg.corpus, cfg.seed)
     texts = [f"{doc.question}\n{doc.text}" for doc in islice(corpus, TOKENIZER_DOCUMENTS)]
     texts += [Path(path).read_text(encoding="utf-8", errors="replace") for path in cfg.text_files]

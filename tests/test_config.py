@@ -1,0 +1,59 @@
+"""Settings: layers, overrides, and errors that name the value and the way out."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from thinkstack.config import build, dump, merge, override
+from thinkstack.types import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ConfigError(f"rate={self.rate} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    inner: Inner = Inner(rate=0.7)
+    levels: tuple[int, ...] = ()
+
+
+def test_tables_become_dataclasses_and_come_back():
+    built = build(Outer, {"name": "a", "levels": [1, 2]})
+    assert built == Outer(name="a", levels=(1, 2))
+    assert build(Outer, dump(built)) == built
+
+
+def test_a_partial_table_changes_the_default_of_its_field_not_that_of_its_class():
+    assert build(Outer, {"name": "a", "inner": {"steps": 9}}).inner == Inner(rate=0.7, steps=9)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a", "inner": {"stepz": 1}}, "unknown key run.inner.stepz; did you mean run.inner.steps?"),
+        ({"name": "a", "qqq": 1}, "unknown key run.qqq; known: name, inner, levels"),
+        ({"name": "a", "inner": {"steps": "many"}}, "run.inner.steps='many': input should be a valid integer"),
+        ({"name": "a", "inner": {"rate": -1.0}}, "rate=-1.0 must be positive"),
+        ({}, "run.name"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_way_out(values: dict, message: str):
+    with pytest.raises(ConfigError) as error:
+        build(Outer, values, "run")
+    assert message in str(error.value)
+
+
+def test_overrides_reach_any_depth_and_read_values_as_toml():
+    tree = override({"a": {"b": 1, "c": 2}}, "a.b=[1, 2]")
+    assert override(tree, "a.d=text") == {"a": {"b": [1, 2], "c": 2, "d": "text"}}
+    assert merge({"a": {"b": 1}}, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+    with pytest.raises(ConfigError, match=r"key\.key=value"):
+        override({}, "nonsense")

@@ -1,0 +1,100 @@
+"""Recipes: planning, resuming, and refusing what does not fit."""
+
+from pathlib import Path
+
+import pytest
+
+from thinkstack import pipeline
+from thinkstack.config import override
+from thinkstack.log import Run
+from thinkstack.pipeline import plan, read_manifest, read_recipe, run_recipe
+from thinkstack.types import ConfigError, Interrupted
+
+RECIPES = sorted(path.stem for path in (Path(pipeline.__file__).parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "_smoke" not in name])
+def test_every_recipe_of_the_package_can_be_planned(name: str, tmp_path: Path):
+    assert len(plan(read_recipe(name), tmp_path)) > 1
+
+
+def test_the_smoke_scale_changes_settings_and_keeps_the_stages(tmp_path: Path):
+    full, smoke = plan(read_recipe("demo"), tmp_path), plan(read_recipe("demo", "smoke"), tmp_path)
+    assert [step.name for step in full] == [step.name for step in smoke]
+    assert smoke[0].config.steps < full[0].config.steps
+
+
+def test_a_stage_starts_from_an_earlier_one_and_shared_settings_reach_all(tmp_path: Path):
+    steps = plan(override(read_recipe("demo"), "shared.seed=7"), tmp_path)
+    by_name = {step.name: step.config for step in steps}
+    assert by_name["zero"].start == str(tmp_path / "base" / "model")
+    assert by_name["base"].seed == by_name["zero"].seed == by_name["base-eval"].seed == 7
+
+
+def test_a_preset_lies_under_the_settings_of_the_recipe(tmp_path: Path):
+    steps = plan(
+        override(override(read_recipe("demo"), "stages.zero.preset=paper"), "stages.zero.group_size=8"), tmp_path
+    )
+    zero = next(step.config for step in steps if step.name == "zero")
+    assert zero.advantage == "standardised" and zero.group_size == 8
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stages.zero.stepz=1", "unknown key stages.zero.stepz; did you mean stages.zero.steps?"),
+        ("stages.zero.trainer.optim.learning_rte=1", "did you mean stages.zero.trainer.optim.learning_rate?"),
+        ("stages.zero.top_p=0.9", "top_p=0.9"),
+        ("stages.zero.stage=grop", "did you mean grpo?"),
+        ("stages.base.model.moe.num_exprts=3", "num_exprts"),
+        ("stages.base.families=['chian']", "did you mean chain?"),
+        ("stages.base.trainer.optim.learning_rate=-1", "learning_rate=-1"),
+        ("stage.base=1", "unknown key stage; did you mean stages?"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_runs(assignment: str, message: str, tmp_path: Path):
+    with pytest.raises(ConfigError) as error:
+        run_recipe(override(read_recipe("demo", "smoke"), assignment), tmp_path / "run")
+    assert message in str(error.value)
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to .*file.*--out"):
+        run_recipe(read_recipe("demo", "smoke"), tmp_path / "file" / "run")
+
+
+class Scripted:
+    """Stages that only note that they ran; the one called `stopped` is interrupted the first time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stopped: str = ""):
+        self.ran: list[str] = []
+        self.stopped = stopped
+        stages = {name: (kind, self.stage) for name, (kind, _) in pipeline.STAGES.items()}
+        monkeypatch.setattr(pipeline, "STAGES", stages)
+
+    def stage(self, cfg: object, run: Run) -> None:
+        self.ran.append(run.folder.name)
+        if run.folder.name == self.stopped:
+            self.stopped = ""
+            raise Interrupted
+
+
+def test_a_stopped_recipe_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script, tree = Scripted(monkeypatch, stopped="zero"), read_recipe("demo", "smoke")
+    with pytest.raises(Interrupted):
+        run_recipe(tree, tmp_path)
+    assert script.ran == ["base", "base-eval", "zero"]
+    assert not read_manifest(tmp_path)["zero"]["done"]
+    run_recipe(tree, tmp_path)
+    assert script.ran == ["base", "base-eval", "zero", "zero", "zero-eval", "report"]
+    run_recipe(tree, tmp_path)
+    assert len(script.ran) == 6, "what is done is not done again"
+
+
+def test_a_folder_made_with_other_settings_is_not_mixed_with_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Scripted(monkeypatch)
+    tree = read_recipe("demo", "smoke")
+    run_recipe(tree, tmp_path)
+    with pytest.raises(ConfigError, match=r"was made with other settings; choose another folder with --out"):
+        run_recipe(override(tree, "stages.zero.steps=3"), tmp_path)
