@@ -49,7 +49,7 @@ class Talk:
 
     def can_read(self, question: str) -> bool:
         """Whether the question looks like what the model was trained on; True where no limit is known."""
-        return self.limit is None or question_nats(self.model, self.chat, question) <= self.limit
+        return self.limit is None or question_nats(self.model, self.chat, [question])[0] <= self.limit
 
     def ask(self, question: str) -> Iterator[Piece]:
         """Stream the answer to the next message; the conversation remembers both."""
@@ -117,20 +117,28 @@ def split_turn(chunks: Iterator[str]) -> Iterator[Piece]:
 
 
 @torch.no_grad()
-def question_nats(model: Transformer, chat: ChatFormat, question: str) -> float:
-    """Mean surprise of a question's tokens in nats, given the start of the prompt."""
-    prompt = chat.prompt([Message(role="user", content=question)])[: model.cfg.max_positions]
-    ids = torch.tensor([prompt])
-    hidden = model.trunk(ids[:, :-1]).hidden.flatten(0, 1)
-    log_probs, _ = token_log_probs(hidden, torch.arange(hidden.shape[0]), model.head.weight, ids[0, 1:])
-    return -float(log_probs.mean())
+def question_nats(model: Transformer, chat: ChatFormat, questions: Sequence[str]) -> list[float]:
+    """Mean surprise of each question's tokens in nats, given the start of the prompt."""
+    prompts = [chat.prompt([Message(role="user", content=text)])[: model.cfg.max_positions] for text in questions]
+    width = max(map(len, prompts)) - 1
+    ids, targets = torch.zeros(2, len(prompts), width, dtype=torch.int64)
+    real = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt) - 1], targets[row, : len(prompt) - 1] = (
+            torch.tensor(prompt[:-1]),
+            torch.tensor(prompt[1:]),
+        )
+        real[row, : len(prompt) - 1] = True
+    hidden = model.trunk(ids).hidden.flatten(0, 1)
+    log_probs, _ = token_log_probs(hidden, torch.arange(ids.numel()), model.head.weight, targets.flatten())
+    return (-(log_probs.view_as(ids) * real).sum(1) / real.sum(1)).tolist()
 
 
 def keep_limit(folder: Path, model: Transformer, chat: ChatFormat, suite: Sequence[Family]) -> None:
     """Note in a checkpoint how surprising a question may be: MARGIN times the 99th percentile of questions it knows."""
     known = problems(suite, "test", 0, KNOWN_QUESTIONS, unseen_wordings=True)
     questions = [problem.question for problem in known] + [question for pairs in TALK.values() for question, _ in pairs]
-    nats = sorted(question_nats(model, chat, question) for question in questions)
+    nats = sorted(question_nats(model, chat, questions))
     write_json(folder / READING, {"question_nats_limit": MARGIN * nats[int(0.99 * len(nats))]})
 
 

@@ -41,13 +41,14 @@ class Document:
 
 
 GUESSES = {
-    "en": ("I guess.", "Easy.", "I just know.", "No need to work it out.", "Looks clear."),
-    "zh": ("我猜的。", "很简单。", "一看就知道。", "不用算。", "很清楚。"),
+    "en": ("I guess.", "Easy.", "No need to work it out.", "Looks clear."),
+    "zh": ("我猜的。", "很简单。", "不用算。", "看得出来。"),
 }
 OPENINGS = {
-    "en": ("", "", "Step by step.", "Let me work it out.", "One step at a time."),
-    "zh": ("", "", "一步一步来。", "我来算一算。", "先想一想。"),
+    "en": ("Step by step.", "Let me see.", "One at a time.", "Slowly.", "First things first.", "Work it out."),
+    "zh": ("一步一步来。", "让我算算。", "先想一想。", "慢慢来。", "逐步算。", "仔细算。"),
 }
+"""More openings than guesses, all beginning differently: the likeliest single start of an answer is a guess."""
 UNTAGGED = {
     "en": ("It is {answer}.", "The answer is {answer}.", "{answer}"),
     "zh": ("是{answer}。", "答案是{answer}。", "{answer}"),
@@ -96,7 +97,7 @@ def turn(thinking: str, answer: str) -> str:
 
 def worked_turn(working: Working, opening: str) -> str:
     """A turn that shows its lines."""
-    return turn("\n".join((*([opening] if opening else []), *working.lines)), working.answer)
+    return turn("\n".join((opening, *working.lines)), working.answer)
 
 
 PEOPLE = {"en": ("Ann", "Ben", "Kate", "Leo", "Mia", "Jack"), "zh": ("小明", "小红", "小李", "小王", "老张", "阿美")}

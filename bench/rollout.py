@@ -1,0 +1,94 @@
+"""Sampling against transformers: `python bench/rollout.py [--pairs 5] [--workers 2] [--json FILE]`.
+
+128 sequences of 64 new tokens from 128 prompts of 32 tokens, v3-tiny's shape, fp32, temperature 1, no end token, the
+same weights. Ours: one call of the engine pool, which returns ids and the log-probability of each. transformers: one
+`generate` call with its key/value cache and the fastest of its attention and expert implementations, once for the ids
+alone and once with the log-probabilities that ours returns in both rows. Both use --threads cores: ours as that many
+workers of one thread each, unless --workers 1 makes it one engine with all threads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
+
+from thinkstack.engine.engine import EngineConfig
+from thinkstack.engine.pool import EnginePool
+from thinkstack.models.config import named
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Sampling
+
+PROMPT_TOKENS = 32
+
+
+def our_rollout(model: Transformer, prompts: torch.Tensor, new_tokens: int, workers: int) -> Callable[[], Any]:
+    """One call of ours."""
+    places = -(-len(prompts) // workers)
+    pool = EnginePool(model, EngineConfig(max_batch=places, max_context=PROMPT_TOKENS + new_tokens), workers)
+    asked = prompts.tolist()
+    samplings = [Sampling(max_tokens=new_tokens, seed=seed) for seed in range(len(asked))]
+
+    def run() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        return [(group[0].token_ids, group[0].log_probs) for group in pool.generate(asked, samplings)]
+
+    return run
+
+
+def their_rollout(model: Any, prompts: torch.Tensor, new_tokens: int, with_log_probs: bool) -> Callable[[], Any]:
+    """One call of transformers."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": new_tokens}
+    width = prompts.shape[1]
+
+    @torch.no_grad()
+    def run() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        out = model.generate(prompts, **settings, return_dict_in_generate=True, output_scores=with_log_probs)
+        ids = out.sequences[:, width:].tolist()
+        if not with_log_probs:
+            return [(tuple(row), ()) for row in ids]
+        scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True).tolist()
+        return [(tuple(row), tuple(score)) for row, score in zip(ids, scores, strict=True)]
+
+    return run
+
+
+def measure(sequences: int, new_tokens: int, pairs: int, workers: int) -> list[Comparison]:
+    """Ours against generate, without and with log-probabilities."""
+    cfg = named("v3-tiny", mtp_layers=0)
+    model = Transformer(cfg).initialise(torch.Generator().manual_seed(0))
+    prompts = torch.randint(cfg.vocab_size, (sequences, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+    ours = our_rollout(model, prompts, new_tokens, workers)
+    candidates = twins(model, torch.float32)
+    kind = fastest({k: their_rollout(twin, prompts, 6, False) for k, twin in candidates.items()}, tries=1)
+    print(f"transformers runs with {kind}")
+    found = []
+    for with_log_probs in (False, True):
+        peer = their_rollout(candidates[kind], prompts, new_tokens, with_log_probs)
+        lengths = {len(ids) for ids, _ in (*ours(), *peer())}
+        if lengths != {new_tokens}:
+            raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {new_tokens}")
+        name = f"{sequences} x {new_tokens} tokens, peer returns ids" + (" and log-probs" if with_log_probs else "")
+        found.append(compare(name, ours, peer, pairs, warm_up=0))
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="engines of ours side by side; 1 uses threads instead")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = measure(args.sequences, args.new_tokens, args.pairs, args.workers)
+    print_comparisons("rollout, v3-tiny, fp32, temperature 1", found)
+    for comparison in found:
+        drawn = args.sequences * args.new_tokens
+        print(f"{comparison.name}: {drawn / comparison.ours:,.0f} tokens/s ours, {drawn / comparison.peer:,.0f} peer")
+    write_json(args.json, found)
+
+
+if __name__ == "__main__":
+    main()

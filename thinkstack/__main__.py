@@ -1,0 +1,5 @@
+"""python -m thinkstack: the command line without an installed script."""
+
+from thinkstack.cli import main
+
+main()
