@@ -128,9 +128,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--compiled", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES_MEASURED, default=list(SHAPES_MEASURED))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = [measure(name, shape, args.pairs, args.compiled) for name, shape in SHAPES_MEASURED.items()]
+    found = [
+        measure(name, shape, args.pairs, args.compiled)
+        for name, shape in SHAPES_MEASURED.items()
+        if name in args.shapes
+    ]
     how = "torch.compile" if args.compiled else "eager"
     print_comparisons(f"training step, bf16, {how}; floor: its operations at the bf16 peak of floor.py", found)
     write_json(args.json, found)

@@ -17,6 +17,8 @@ class CorpusConfig:
 
     prose_share: float = 0.08
     """Documents that are plain sentences or small talk."""
+    drill_share: float = 0.1
+    """Documents that are right steps out of context, as in a times table."""
     worked_share: float = 0.4
     """Answers that show their working; the others guess."""
     wrong_working_share: float = 0.45
@@ -40,6 +42,7 @@ class Document:
     text: str
 
 
+DRILL_LINES = 10
 GUESSES = {
     "en": ("I guess.", "Easy.", "No need to work it out.", "Looks clear."),
     "zh": ("我猜的。", "很简单。", "不用算。", "看得出来。"),
@@ -68,10 +71,13 @@ def documents(families: list[Family], cfg: CorpusConfig, seed: int, start: int =
 def document(families: list[Family], cfg: CorpusConfig, seed: int, index: int) -> Document:
     """Document `index` of the corpus that `seed` names."""
     rng = random.Random(digest("corpus", seed, index))
-    if rng.random() < cfg.prose_share:
+    kind = rng.random()
+    if kind < cfg.prose_share:
         return prose(rng)
     family = rng.choice(families)
     language = rng.choice(tuple(family.wordings))
+    if kind < cfg.prose_share + cfg.drill_share:
+        return Document("", drill(family, rng, language, (seed, index)))
     puzzle = draw_puzzle(family, "train", rng.choice(family.levels), (seed, index))
     problem = pose(family, puzzle, language, rng.choice(seen_wordings(family, language)))
     if rng.random() < cfg.worked_share:
@@ -83,6 +89,15 @@ def document(families: list[Family], cfg: CorpusConfig, seed: int, index: int) -
     if rng.random() < cfg.untagged_share:
         return Document(problem.question, rng.choice(UNTAGGED[language]).replace("{answer}", answer))
     return Document(problem.question, turn(rng.choice(GUESSES[language]), answer))
+
+
+def drill(family: Family, rng: random.Random, language: str, seed: object) -> str:
+    """Right steps of different problems, one a line."""
+    lines = []
+    for number in range(DRILL_LINES):
+        puzzle = draw_puzzle(family, "train", rng.choice(family.levels), (seed, number))
+        lines.append(rng.choice(work(family, puzzle, language).lines))
+    return "\n".join(lines)
 
 
 def guess(family: Family, rng: random.Random, language: str) -> str:
