@@ -1,0 +1,64 @@
+"""Streaming a turn: halves wait for their other half; what cannot be read is said."""
+
+import random
+from pathlib import Path
+
+import torch
+
+from thinkstack.models.config import named
+from thinkstack.models.transformer import Transformer
+from thinkstack.stages.talk import Piece, keep_limit, question_nats, read_limit, split_turn, stream_text
+from thinkstack.tasks.table import families
+from thinkstack.text.chat import chat_format
+from thinkstack.text.tokenizer import train_tokenizer
+
+TURN = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
+
+
+def joined(chunks: list[str]) -> list[tuple[str, str]]:
+    """Pieces with neighbours of one kind put together."""
+    out: list[tuple[str, str]] = []
+    for piece in split_turn(iter(chunks)):
+        if out and out[-1][0] == piece.kind:
+            out[-1] = (piece.kind, out[-1][1] + piece.text)
+        else:
+            out.append((piece.kind, piece.text))
+    return out
+
+
+def test_a_turn_is_sorted_the_same_however_it_is_cut():
+    whole = joined([TURN])
+    assert whole == [("thinking", "\n1+2=3\n"), ("text", "\n"), ("answer", "3")]
+    rng = random.Random(0)
+    for _ in range(200):
+        cuts = sorted(rng.sample(range(1, len(TURN)), rng.randrange(1, 12)))
+        chunks = [TURN[a:b] for a, b in zip([0, *cuts], [*cuts, len(TURN)], strict=True)]
+        assert joined(chunks) == whole
+
+
+def test_half_a_tag_waits_and_an_unfinished_one_is_shown_in_the_end():
+    pieces = split_turn(iter(["a<thi", "s"]))
+    assert next(pieces) == Piece("text", "a")
+    assert joined(["1 < 2 <"]) == [("text", "1 < 2 <")]
+
+
+def test_half_a_character_waits_for_its_other_half():
+    tokenizer = train_tokenizer(["hello"], 300)
+    chat = chat_format("r1_zero_short", tokenizer)
+    ids = tokenizer.encode("从a")
+    assert len(ids) == 4, "three bytes and a letter"
+    assert list(stream_text(chat, iter(ids))) == ["从", "a"]
+
+
+def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_it(tmp_path: Path):
+    suite = families(["chain", "cups"])
+    chat = chat_format("r1_zero_short", train_tokenizer(["What is the last digit? Swap"], 640))
+    model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
+    keep_limit(tmp_path, model, chat, suite)
+    limit = read_limit(str(tmp_path))
+    questions = ["What is 2+3?", "一", "Swap 1-2 and 3-4 and then look under all the cups"]
+    together = question_nats(model, chat, questions)
+    alone = [question_nats(model, chat, [question])[0] for question in questions]
+    assert limit is not None and limit > 0
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-4)
+    assert read_limit(str(tmp_path / "none")) is None
