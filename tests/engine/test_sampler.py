@@ -61,6 +61,10 @@ def test_the_nucleus_is_the_smallest_set_with_the_mass(top_p, kept):
     assert float(out.exp().sum()) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_a_set_with_exactly_the_mass_is_enough():
+    assert keep_nucleus(torch.zeros(1, 2).log_softmax(-1), torch.tensor([0.5])).isfinite().sum() == 1
+
+
 def test_the_nucleus_does_not_depend_on_the_order_of_tokens():
     shuffled = LOGITS[:, [2, 0, 1]]
     out = keep_nucleus(shuffled, torch.tensor([0.6]))
