@@ -1,10 +1,9 @@
-"""Sampling against transformers: `python bench/rollout.py [--pairs 5] [--workers 2] [--json FILE]`.
+"""Sampling against transformers: `python bench/rollout.py [--pairs 9] [--json FILE]`.
 
 128 sequences of 64 new tokens from 128 prompts of 32 tokens, v3-tiny's shape, fp32, temperature 1, no end token, the
-same weights. Ours: one call of the engine pool, which returns ids and the log-probability of each. transformers: one
-`generate` call with its key/value cache and the fastest of its attention and expert implementations, once for the ids
-alone and once with the log-probabilities that ours returns in both rows. Both use --threads cores: ours as that many
-workers of one thread each, unless --workers 1 makes it one engine with all threads.
+same weights, the same threads. Ours: one call of the engine, which returns ids and the log-probability of each.
+transformers: one `generate` call with its key/value cache and the fastest of its attention and expert implementations,
+once for the ids alone and once with the log-probabilities that ours returns in both rows.
 """
 
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from common import Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
 
-from thinkstack.engine.engine import EngineConfig
-from thinkstack.engine.pool import EnginePool
+from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Sampling
@@ -22,15 +20,14 @@ from thinkstack.types import Sampling
 PROMPT_TOKENS = 32
 
 
-def our_rollout(model: Transformer, prompts: torch.Tensor, new_tokens: int, workers: int) -> Callable[[], Any]:
+def our_rollout(model: Transformer, prompts: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
     """One call of ours."""
-    places = -(-len(prompts) // workers)
-    pool = EnginePool(model, EngineConfig(max_batch=places, max_context=PROMPT_TOKENS + new_tokens), workers)
+    engine = Engine(model, EngineConfig(max_batch=len(prompts), max_context=PROMPT_TOKENS + new_tokens))
     asked = prompts.tolist()
     samplings = [Sampling(max_tokens=new_tokens, seed=seed) for seed in range(len(asked))]
 
     def run() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        return [(group[0].token_ids, group[0].log_probs) for group in pool.generate(asked, samplings)]
+        return [(group[0].token_ids, group[0].log_probs) for group in engine.generate(asked, samplings)]
 
     return run
 
@@ -54,12 +51,12 @@ def their_rollout(model: Any, prompts: torch.Tensor, new_tokens: int, with_log_p
     return run
 
 
-def measure(sequences: int, new_tokens: int, pairs: int, workers: int) -> list[Comparison]:
+def measure(sequences: int, new_tokens: int, pairs: int) -> list[Comparison]:
     """Ours against generate, without and with log-probabilities."""
     cfg = named("v3-tiny", mtp_layers=0)
     model = Transformer(cfg).initialise(torch.Generator().manual_seed(0))
-    prompts = torch.randint(cfg.vocab_size, (sequences, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-    ours = our_rollout(model, prompts, new_tokens, workers)
+    prompts = torch.randint(8, cfg.vocab_size, (sequences, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+    ours = our_rollout(model, prompts, new_tokens)
     candidates = twins(model, torch.float32)
     kind = fastest({k: their_rollout(twin, prompts, 6, False) for k, twin in candidates.items()}, tries=1)
     print(f"transformers runs with {kind}")
@@ -76,13 +73,12 @@ def measure(sequences: int, new_tokens: int, pairs: int, workers: int) -> list[C
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="engines of ours side by side; 1 uses threads instead")
+    parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = measure(args.sequences, args.new_tokens, args.pairs, args.workers)
+    found = measure(args.sequences, args.new_tokens, args.pairs)
     print_comparisons("rollout, v3-tiny, fp32, temperature 1", found)
     for comparison in found:
         drawn = args.sequences * args.new_tokens

@@ -1,10 +1,10 @@
 """A training step against transformers: `python bench/train_step.py [--compiled] [--pairs 9] [--json FILE]`.
 
-Measured on both sides, on the same weights and the same rows of tokens, each row one document, in bf16 with the same
-number of threads: forward pass, mean cross-entropy of all next tokens, backward pass, gradient norm and clipping.
-Not in the step: the optimizer, data, multi-token prediction, the balance loss. Ours keeps norms and routers in fp32 and
-moves all gradients to fp32 before the norm, as the trainer does; transformers runs wholly in bf16, with the fastest of
-its attention and expert implementations for the shape. Both eager, or with --compiled both through torch.compile.
+Measured on both sides, on the same weights and the same rows of tokens, each row one document, products in bf16, on the
+same cores: forward pass, mean cross-entropy of all next tokens, backward pass, gradient norm, clipping, fused AdamW.
+Not in the step: data, multi-token prediction, expert balance. Ours is Trainer.step with one worker a core, fp32 master
+weights and fp32 gradients; transformers runs wholly in bf16, weights and optimizer too, with the fastest of its
+attention and expert implementations for the shape and its products on all cores. Both eager, or both compiled.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,15 @@ from floor import peak_gflops
 
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, named
 from thinkstack.models.counts import flops_per_token
-from thinkstack.models.precision import working_copy
 from thinkstack.models.transformer import Transformer
-from thinkstack.train.loss import next_token_loss, token_weights
-from thinkstack.train.trainer import add_gradients, trained_tokens
+from thinkstack.train.loss import next_token_loss
+from thinkstack.train.optim import OptimConfig
+from thinkstack.train.trainer import Trainer, TrainerConfig
 from thinkstack.types import Batch
 
 CLIP_NORM = 1.0
+RATE = 1e-5
+"""Learning rate: small, so that both sides stay on the same loss."""
 EXPERTS = ("eager", "grouped_mm")
 """transformers' batched_mm copies an expert per token and choice: gigabytes at these batches."""
 
@@ -39,7 +41,7 @@ class Shape:
 
 
 SHAPES_MEASURED = {
-    "v3-tiny": Shape(named("v3-tiny", mtp_layers=0), 16, 128),
+    "v3-tiny": Shape(named("v3-tiny", mtp_layers=0), 16, 256),
     "hidden 256, 8 layers, 32 experts top-4": Shape(
         ModelConfig(
             family="deepseek_v3",
@@ -66,8 +68,8 @@ def drawn_rows(shape: Shape) -> torch.Tensor:
     return torch.randint(shape.cfg.vocab_size, (shape.rows, shape.tokens + 1), generator=generator)
 
 
-def our_step(model: Transformer, ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
-    """One step of ours; returns the loss."""
+def our_step(model: Transformer, ids: torch.Tensor, workers: int, compiled: bool) -> Callable[[], float]:
+    """One step of our trainer; returns the loss."""
     rows, tokens = ids.shape[0], ids.shape[1] - 1
     batch = Batch(
         ids=ids[:, :-1].contiguous(),
@@ -76,31 +78,31 @@ def our_step(model: Transformer, ids: torch.Tensor, compiled: bool) -> Callable[
         document_ids=torch.arange(1, rows + 1).unsqueeze(1).repeat(1, tokens),
         loss_mask=torch.ones(rows, tokens),
     )
-    batch = batch.with_weights(token_weights(batch, "token"))
-    trunk: Callable[..., Any] = torch.compile(model.trunk) if compiled else model.trunk
-
-    def step() -> float:
-        hidden = trunk(batch.ids, batch.positions, batch.document_ids).hidden
-        loss, _ = next_token_loss(trained_tokens(model, hidden, batch, 1 / batch.ids.numel(), 1.0))
-        loss.backward()
-        gradients = [g for g in add_gradients(None, model) if g is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if norm > CLIP_NORM:
-            torch._foreach_mul_(gradients, CLIP_NORM / norm)
-        return loss.item()
-
-    return step
+    cfg = TrainerConfig(
+        optim=OptimConfig(learning_rate=RATE, clip_norm=CLIP_NORM),
+        micro_tokens=-(-rows // workers) * tokens,
+        workers=workers,
+        balance_weight=0.0,
+        bias_speed=0.0,
+    )
+    trainer = Trainer(model, cfg, total_steps=1)
+    if compiled:
+        for worker in trainer.workers:
+            worker.trunk = torch.compile(worker.trunk)  # type: ignore[method-assign]
+    return lambda: trainer.step(batch, next_token_loss)["loss/next_token_nats"]
 
 
 def their_step(model: Any, ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
     """One step of transformers; returns the loss."""
     forward = torch.compile(model) if compiled else model
     read, predicted = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> float:
         loss = forward(input_ids=read, labels=read, shift_labels=predicted, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
         value = loss.item()
         model.zero_grad(set_to_none=True)
         return value
@@ -108,12 +110,12 @@ def their_step(model: Any, ids: torch.Tensor, compiled: bool) -> Callable[[], fl
     return step
 
 
-def measure(name: str, shape: Shape, pairs: int, compiled: bool) -> Comparison:
+def measure(name: str, shape: Shape, pairs: int, compiled: bool, workers: int) -> Comparison:
     """Ours against the fastest twin."""
     model = Transformer(shape.cfg).initialise(torch.Generator().manual_seed(0))
     ids = drawn_rows(shape)
-    ours = our_step(working_copy(model, torch.bfloat16, always=True), ids, compiled)
     peers = {kind: their_step(twin, ids, compiled) for kind, twin in twins(model, torch.bfloat16, EXPERTS).items()}
+    ours = our_step(model, ids, workers, compiled)
     kind = fastest(peers)
     losses = ours(), peers[kind]()
     if abs(losses[0] - losses[1]) > 0.02 * losses[1]:
@@ -132,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = [
-        measure(name, shape, args.pairs, args.compiled)
+        measure(name, shape, args.pairs, args.compiled, args.threads)
         for name, shape in SHAPES_MEASURED.items()
         if name in args.shapes
     ]

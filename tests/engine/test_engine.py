@@ -8,7 +8,6 @@ import torch
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.data import Sample, lay_out, pack, spread
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.pool import EnginePool
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.trainer import batch_log_probs
@@ -302,13 +301,6 @@ def test_long_and_short_prompts_prefill_in_any_grouping():
     for limit in (1, 40):
         found = Engine(model, replace(SMALL, max_prefill_tokens=limit)).generate(asked, how)
         assert [c[0].token_ids for c in found] == [c[0].token_ids for c in expected]
-
-
-def test_workers_change_nothing_but_the_time():
-    model, asked, how = tiny_model(), prompts(9), samplings(9, n=2)
-    expected = Engine(model, SMALL).generate(asked, how)
-    found = EnginePool(model, SMALL, workers=2).generate(asked, how)
-    assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in group] for group in expected]
 
 
 def test_progress_counts_every_prompt_once():

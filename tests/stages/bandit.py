@@ -67,7 +67,6 @@ def arm_config(**changes: object) -> GrpoConfig:
         "group_size": 16,
         "max_tokens": 2,
         "row_tokens": 16,
-        "workers": 1,
         "way_steps": 0,
         "rollout_steps": 0,
         "trainer": TrainerConfig(

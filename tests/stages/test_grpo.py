@@ -46,7 +46,7 @@ def test_minibatches_after_the_first_are_off_policy(make_bandit):
     metrics = zero.step()
     assert zero.trainer.step_count == 4
     assert metrics["policy/clipped_low"] + metrics["policy/clipped_high"] > 0
-    assert zero.engines.engines[0].version == 4
+    assert zero.engine.version == 4
 
 
 def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
@@ -56,7 +56,7 @@ def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
     from thinkstack.stages.rollout import roll_out
 
     drawn = roll_out(
-        zero.engines.generate, zero.chat, zero.score, zero.stream, zero.counter, replace(zero.ask, refill=False)
+        zero.engine.generate, zero.chat, zero.score, zero.stream, zero.counter, replace(zero.ask, refill=False)
     ).kept
     pieces = split_groups(drawn, list(map(float, range(len(drawn)))), 3)
     assert sum(len(piece) for piece, _ in pieces) == len(drawn)
@@ -136,7 +136,7 @@ def test_a_few_unscorable_answers_are_counted_and_survived(make_bandit):
 def test_trap_25_answers_of_other_weights_are_not_trained_on(make_bandit):
     """Rollouts that outlive a weight update look on-policy and are not."""
     zero = make_bandit()
-    zero.engines.load_weights(zero.trainer.model, version=7)
+    zero.engine.load_weights(zero.trainer.model, version=7)
     with pytest.raises(AssertionError, match="answers of weights"):
         zero.step()
 

@@ -40,7 +40,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
         cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
         target = uniform.unsqueeze(1) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-        tokens = torch.where(greedy, logits.argmax(-1), tokens)
+        if bool(greedy.any()):
+            tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 

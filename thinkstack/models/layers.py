@@ -1,7 +1,7 @@
 """Norm, rotary embedding and feed-forward: the pieces every block shares.
 
 RMSNorm and SwiGLU carry their own backward passes: on a CPU these operations are bound by memory, and autograd's
-composite passes move two to three times the bytes that the formulas need.
+composite passes move two to three times the bytes that the formulas need. Without gradients the formulas are called as they are.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
@@ -47,7 +47,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) in any float dtype; returns the same shape and dtype, computed in fp32."""
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -65,7 +67,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (arXiv:2002.05202)."""
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +141,8 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     """Rotate heads x (B, T, H, R) by the table of their positions (B, T, R / 2), in fp32; keeps x's shape and dtype."""
-    return _Rotate.apply(x, table.unsqueeze(2), interleaved)
+    table = table.unsqueeze(2)
+    return _Rotate.apply(x, table, interleaved) if torch.is_grad_enabled() else turn(x, table, interleaved)
 
 
 def turn(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:

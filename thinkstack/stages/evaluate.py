@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.engine.engine import EngineConfig
-from thinkstack.engine.pool import EnginePool
+from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, write_json
@@ -30,10 +29,8 @@ class EvaluateConfig:
     """Answers drawn to each."""
     max_tokens: int = 128
     """Most tokens of an answer."""
-    max_batch: int = 128
-    """Answers drawn at once by each engine."""
-    workers: int = 2
-    """Engines side by side, one core each."""
+    max_batch: int = 384
+    """Answers drawn at once."""
     seed: int = 0
     """Chooses problems and draws."""
 
@@ -41,7 +38,7 @@ class EvaluateConfig:
 def measure(cfg: EvaluateConfig, run: Run) -> None:
     """Write the evaluations of cfg.start into run.folder."""
     chat = load_chat(cfg.start)
-    engines = EnginePool(load_model(cfg.start), EngineConfig(max_batch=cfg.max_batch), cfg.workers)
+    engine = Engine(load_model(cfg.start), EngineConfig(max_batch=cfg.max_batch))
     sampled = EvalConfig(
         families=cfg.families,
         num_problems=cfg.num_problems,
@@ -52,7 +49,7 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     greedy = replace(sampled, samples=1, temperature=0.0)
     asked = {SAMPLED: sampled, GREEDY: greedy, UNSEEN: replace(greedy, unseen_wordings=True)}
     with Progress("evaluation", len(asked) * cfg.num_problems) as progress:
-        generate = partial(engines.generate, on_progress=progress.advance)
+        generate = partial(engine.generate, on_progress=progress.advance)
         for file, config in asked.items():
             found = evaluate(generate, chat, held_out(config), config, partial(score, cfg=RewardConfig()))
             write_json(run.folder / file, found.to_dict())

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.state import load_state, save_state
-from thinkstack.engine.engine import EngineConfig
-from thinkstack.engine.pool import EnginePool
+from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.evals.figures import Evaluation, curve_point
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, timed
@@ -105,8 +104,6 @@ class GrpoConfig:
     """Share of unscorable answers of a step above which the run fails: then the checker is broken, not the model."""
     reference_steps: int = 400
     """Steps after which the reference is replaced by the policy; only with a KL term."""
-    workers: int = 2
-    """Engines side by side, one core each."""
     rollout_steps: int = 1
     """Every so many steps the answers are kept on disk; 0 keeps none."""
     way_steps: int = 10
@@ -121,7 +118,7 @@ class GrpoConfig:
     """Fixes problems and draws."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds", "workers"):
+        for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         families(self.families)
@@ -146,8 +143,7 @@ class Zero:
         self.stream = ProblemStream(suite, "train", cfg.seed, levels)
         self.counter = Counter()
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
-        max_batch = -(-cfg.prompts_per_step // cfg.workers) * cfg.group_size
-        self.engines = EnginePool(model, EngineConfig(max_batch=max_batch), cfg.workers)
+        self.engine = Engine(model, EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size))
         self.reference = copy.deepcopy(model).requires_grad_(False) if cfg.loss.kl else None
         self.score: ScoreFunction = partial(score, cfg=cfg.reward)
         self.ask = Asking(
@@ -166,7 +162,7 @@ class Zero:
         cfg = self.cfg
         times: dict[str, float] = {}
         with timed(times, "rollout"):
-            drawn = roll_out(self.engines.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+            drawn = roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
         metrics = describe(drawn)
         self.check(drawn, metrics)
         advantages = advantages_of(drawn.kept, cfg.advantage)
@@ -177,7 +173,7 @@ class Zero:
                 batch = batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens))
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)
-        self.engines.load_weights(self.trainer.weights(), version=self.trainer.step_count)
+        self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
         self.keep(drawn, advantages)
         tokens = sum(len(rollout.completion.token_ids) for rollout in drawn.drawn)
         return metrics | times | {"rollout/tokens_per_second": tokens / times["time/rollout_seconds"]}
@@ -222,7 +218,7 @@ class Zero:
             max_tokens=self.cfg.max_tokens,
             families=self.cfg.families,
         )
-        found = evaluate(self.engines.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
+        found = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
         self.run.log(
             self.trainer.step_count, curve_point(self.trainer.step_count, found, _only(found, self.cfg)), CURVE_FILE
         )
@@ -244,7 +240,7 @@ class Zero:
             prefix = "reference."
             kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             self.reference.load_state_dict(kept, strict=False)
-        self.engines.load_weights(self.trainer.weights(), version=self.trainer.step_count)
+        self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
 
 
 def split_groups(

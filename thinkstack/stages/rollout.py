@@ -13,7 +13,7 @@ from thinkstack.types import Completion, Message, Problem, Rollout, Sampling, Sc
 log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[Completion]]]
-"""Prompts and how to draw from them to completions: EnginePool.generate or anything that behaves like it."""
+"""Prompts and how to draw from them to completions: Engine.generate or anything that behaves like it."""
 ScoreFunction = Callable[[Problem, str], Score]
 """A problem and the text of a turn to its score: the same in training and evaluation."""
 

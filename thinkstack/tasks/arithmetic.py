@@ -102,33 +102,29 @@ class Nested:
     }
 
     def draw(self, rng: random.Random, level: int) -> Puzzle:
-        """An operation is (digit, sign, side): the digit stands to the left or to the right of what is inside."""
-        ops = []
-        for _ in range(level):
-            sign, digit = draw_operation(rng)
-            ops.append((digit, sign, rng.choice(("left", "right"))))
-        return Puzzle(rng.randrange(10), tuple(ops))
+        """The start stands innermost; each operation (sign, digit) goes around what is there, its digit to the left."""
+        start = rng.randrange(10)
+        return Puzzle(start, tuple(draw_operation(rng) for _ in range(level)))
 
     def first_state(self, puzzle: Puzzle) -> int:
         return puzzle.start
 
-    def advance(self, state: int, op: tuple[int, str, str]) -> int:
-        digit, sign, side = op
-        return apply(digit, sign, state) if side == "left" else apply(state, sign, digit)
+    def advance(self, state: int, op: tuple[str, int]) -> int:
+        sign, digit = op
+        return apply(digit, sign, state)
 
     def other_states(self, state: int) -> Sequence[int]:
         return other_digits(state)
 
     def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         inside = str(puzzle.start)
-        for index, (digit, sign, side) in enumerate(puzzle.ops):
-            inside = f"({inside})" if index else inside
-            inside = f"{digit}{sign}{inside}" if side == "left" else f"{inside}{sign}{digit}"
+        for index, (sign, digit) in enumerate(puzzle.ops):
+            inside = f"{digit}{sign}({inside})" if index else f"{digit}{sign}{inside}"
         return {"puzzle": inside}
 
-    def line(self, state: int, op: tuple[int, str, str], result: int, language: str) -> str:
-        digit, sign, side = op
-        return f"{digit}{sign}{state}={result}" if side == "left" else f"{state}{sign}{digit}={result}"
+    def line(self, state: int, op: tuple[str, int], result: int, language: str) -> str:
+        sign, digit = op
+        return f"{digit}{sign}{state}={result}"
 
     def answer(self, puzzle: Puzzle, state: int, language: str) -> str:
         return str(state)
