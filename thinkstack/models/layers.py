@@ -1,7 +1,7 @@
 """Norm, rotary embedding and feed-forward: the pieces every block shares.
 
 RMSNorm and SwiGLU carry their own backward passes: on a CPU these operations are bound by memory, and autograd's
-composite passes move two to three times the bytes that the formulas need. Without gradients the formulas are called as they are.
+composite passes move two to three times the bytes that the formulas need. Without gradients they are not used.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
