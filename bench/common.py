@@ -20,6 +20,8 @@ from thinkstack.models.transformer import Transformer
 ATTENTION = ("sdpa", "eager")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """What transformers offers on a CPU; a bench takes the fastest combination for the work it measures."""
+DEFAULT = "sdpa attention, grouped_mm experts"
+"""What transformers builds when nothing is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

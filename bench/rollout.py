@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
+from common import DEFAULT, Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
 
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
@@ -58,16 +58,20 @@ def measure(sequences: int, new_tokens: int, pairs: int) -> list[Comparison]:
     prompts = torch.randint(8, cfg.vocab_size, (sequences, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
     ours = our_rollout(model, prompts, new_tokens)
     candidates = twins(model, torch.float32)
-    kind = fastest({k: their_rollout(twin, prompts, 6, False) for k, twin in candidates.items()}, tries=1)
-    print(f"transformers runs with {kind}")
+    kinds = {
+        "default": DEFAULT,
+        "fastest": fastest({k: their_rollout(t, prompts, 6, False) for k, t in candidates.items()}),
+    }
     found = []
-    for with_log_probs in (False, True):
-        peer = their_rollout(candidates[kind], prompts, new_tokens, with_log_probs)
-        lengths = {len(ids) for ids, _ in (*ours(), *peer())}
-        if lengths != {new_tokens}:
-            raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {new_tokens}")
-        name = f"{sequences} x {new_tokens} tokens, peer returns ids" + (" and log-probs" if with_log_probs else "")
-        found.append(compare(name, ours, peer, pairs, warm_up=0))
+    for label, kind in kinds.items():
+        print(f"peer {label}: transformers with {kind}")
+        for with_log_probs in (False, True):
+            peer = their_rollout(candidates[kind], prompts, new_tokens, with_log_probs)
+            lengths = {len(ids) for ids, _ in (*ours(), *peer())}
+            if lengths != {new_tokens}:
+                raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {new_tokens}")
+            name = f"{sequences} x {new_tokens}, peer {label}, ids" + (" and log-probs" if with_log_probs else "")
+            found.append(compare(name, ours, peer, pairs, warm_up=0))
     return found
 
 

@@ -22,7 +22,7 @@ from thinkstack.types import Message, Sampling
 
 READING = "reading.json"
 KNOWN_QUESTIONS = 400
-MARGIN = 1.25
+MARGIN = 1.1
 """A question may be this much less likely than the least likely one of those the model was made for."""
 
 
