@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from common import DEFAULT, Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
+from floor import peak_gflops
 
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
+from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Sampling
 
@@ -62,6 +64,9 @@ def measure(sequences: int, new_tokens: int, pairs: int) -> list[Comparison]:
         "default": DEFAULT,
         "fastest": fastest({k: their_rollout(t, prompts, 6, False) for k, t in candidates.items()}),
     }
+    context = PROMPT_TOKENS + new_tokens // 2
+    operations = sequences * (PROMPT_TOKENS + new_tokens) * flops_per_token(cfg, context)
+    floor = operations / peak_gflops(torch.float32) / 1e9
     found = []
     for label, kind in kinds.items():
         print(f"peer {label}: transformers with {kind}")
@@ -71,7 +76,7 @@ def measure(sequences: int, new_tokens: int, pairs: int) -> list[Comparison]:
             if lengths != {new_tokens}:
                 raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {new_tokens}")
             name = f"{sequences} x {new_tokens}, peer {label}, ids" + (" and log-probs" if with_log_probs else "")
-            found.append(compare(name, ours, peer, pairs, warm_up=0))
+            found.append(compare(name, ours, peer, pairs, floor_seconds=floor, warm_up=0))
     return found
 
 
@@ -83,7 +88,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = measure(args.sequences, args.new_tokens, args.pairs)
-    print_comparisons("rollout, v3-tiny, fp32, temperature 1", found)
+    print_comparisons(
+        "rollout, v3-tiny, fp32, temperature 1; floor: its operations at the fp32 peak of floor.py", found
+    )
     for comparison in found:
         drawn = args.sequences * args.new_tokens
         print(f"{comparison.name}: {drawn / comparison.ours:,.0f} tokens/s ours, {drawn / comparison.peer:,.0f} peer")
