@@ -1,0 +1,63 @@
+"""What a run leaves behind."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from thinkstack.log import Progress, Run, read_lines, timed, write_text
+from thinkstack.types import ConfigError
+
+
+def test_rewinding_forgets_the_rows_after_a_step(tmp_path: Path):
+    run = Run(tmp_path / "run")
+    for step in range(1, 6):
+        run.log(step, {"loss": 1 / step})
+    before = (run.folder / "metrics.jsonl").read_text().splitlines()
+    run.rewind(3)
+    assert (run.folder / "metrics.jsonl").read_text().splitlines() == before[:3]
+
+
+def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "summary.json"
+    write_text(path, "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ConfigError, match="No space left on device; free space"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_provenance_says_where_a_run_comes_from(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = Run(tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        run.start({"steps": 3}, seed=7, machine="a laptop")
+    known = json.loads((run.folder / "provenance.json").read_text())
+    assert known["seed"] == 7 and known["config"] == {"steps": 3} and known["machine"] == "a laptop"
+    assert "seed 7" in caplog.text
+
+
+def test_progress_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch):
+    now = iter([100.0, 130.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    progress = Progress("training", total=40, done=10)  # resumed: ten were done before
+    progress.done = 20
+    assert progress.line() == "training: 20/40, 0:30 gone, 1:00 left  "
+
+
+def test_times_of_one_name_add_up():
+    times: dict[str, float] = {"time/train_seconds": 1.0}
+    with timed(times, "train"):
+        pass
+    assert times["time/train_seconds"] > 1.0
