@@ -91,7 +91,7 @@ def test_a_command_of_the_readme_runs(command, demo_folder):
     arguments = in_words(command, demo_folder)
     if arguments[0] == "demo":
         return  # the fixture ran it
-    done = thinkstack(arguments, demo_folder.parent, stdin="What is the last digit of 6-4*7, from left to right?\n")
+    done = thinkstack(arguments, demo_folder.parent, stdin="What is the last digit of 6+4*7, from left to right?\n")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
 

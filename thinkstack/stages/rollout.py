@@ -1,21 +1,17 @@
 """Drawing and scoring the answers of one GRPO step."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from thinkstack.evals.runner import Generate, ScoreFunction
 from thinkstack.stages.groups import by_group, is_mixed
 from thinkstack.tasks.puzzles import digest
 from thinkstack.text.chat import ChatFormat
-from thinkstack.types import Completion, Message, Problem, Rollout, Sampling, Score
+from thinkstack.types import Message, Problem, Rollout, Sampling
 
 log = logging.getLogger(__name__)
-
-Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[Completion]]]
-"""Prompts and how to draw from them to completions: Engine.generate or anything that behaves like it."""
-ScoreFunction = Callable[[Problem, str], Score]
-"""A problem and the text of a turn to its score: the same in training and evaluation."""
 
 
 class Problems(Protocol):

@@ -14,14 +14,14 @@ FACTORS = (3, 7, 9)
 
 
 def draw_operation(rng: random.Random) -> tuple[str, int]:
-    """One of + - x with its right-hand digit."""
-    sign = rng.choice("+-*")
+    """One of + * with its digit. No difference: the last digit of a negative number is a matter of taste."""
+    sign = rng.choice("+*")
     return sign, rng.choice(FACTORS) if sign == "*" else rng.randrange(10)
 
 
 def apply(left: int, sign: str, right: int) -> int:
     """The last digit of `left sign right`."""
-    return {"+": left + right, "-": left - right, "*": left * right}[sign] % 10
+    return {"+": left + right, "*": left * right}[sign] % 10
 
 
 def other_digits(digit: int) -> Sequence[int]:
@@ -30,7 +30,7 @@ def other_digits(digit: int) -> Sequence[int]:
 
 
 class Chain:
-    """6-4*7+5: from left to right, the last digit carried on."""
+    """6+4*7+5: from left to right, the last digit carried on."""
 
     name = "chain"
     levels = (2, 3, 4, 5, 6)
@@ -77,7 +77,7 @@ class Chain:
 
 
 class Nested:
-    """3-(4*(2+5)): from the inside out, the last digit carried on."""
+    """3*(4+(2*7)): from the inside out, the last digit carried on."""
 
     name = "nested"
     levels = (2, 3, 4, 5, 6)
