@@ -24,7 +24,7 @@ from thinkstack.train.trainer import Trainer, TrainerConfig
 from thinkstack.types import Batch
 
 CLIP_NORM = 1.0
-RATE = 1e-5
+RATE = 1e-9
 """Learning rate: small, so that both sides stay on the same loss."""
 EXPERTS = ("eager", "grouped_mm")
 """transformers' batched_mm copies an expert per token and choice: gigabytes at these batches."""
