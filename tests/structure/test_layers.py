@@ -16,7 +16,8 @@ ROWS = (
     {"stages"},
     {"pipeline", "server"},
     {"claims"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 """Lowest first. types stands below its row in the design: config and log raise its errors."""
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
