@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
+from thinkstack.checkpoint.model import save_model
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.talk import Piece, keep_limit, question_nats, read_limit, split_turn, stream_text
+from thinkstack.stages.talk import Piece, Talk, keep_limit, question_nats, read_limit, split_turn, stream_text
 from thinkstack.tasks.table import families
 from thinkstack.text.chat import chat_format
 from thinkstack.text.tokenizer import train_tokenizer
+from thinkstack.types import Sampling
 
 TURN = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
 
@@ -62,3 +64,17 @@ def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_i
     assert limit is not None and limit > 0
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-4)
     assert read_limit(str(tmp_path / "none")) is None
+
+
+def test_a_zero_is_asked_one_question_at_a_time_and_a_chat_model_remembers(tmp_path: Path):
+    """A zero trained on single questions answered the second one as if it went on from the first."""
+    tokenizer = train_tokenizer(["What is the last digit?"], 640)
+    model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
+    remembered = {}
+    for name in ("r1_zero_short", "v3"):
+        save_model(tmp_path / name, model, tokenizer, name)
+        talk = Talk(str(tmp_path / name), Sampling(max_tokens=4))
+        for question in ("one", "two"):
+            list(talk.ask(question))
+        remembered[name] = [message.content for message in talk.messages if message.role == "user"]
+    assert remembered == {"r1_zero_short": ["two"], "v3": ["one", "two"]}

@@ -14,7 +14,7 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.corpus import TALK
 from thinkstack.tasks.puzzles import Family
 from thinkstack.tasks.table import problems
-from thinkstack.text.chat import ChatFormat
+from thinkstack.text.chat import ChatFormat, ZeroFormat
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
 from thinkstack.train.loss import token_log_probs
@@ -53,6 +53,8 @@ class Talk:
 
     def ask(self, question: str) -> Iterator[Piece]:
         """Stream the answer to the next message; the conversation remembers both."""
+        if isinstance(self.chat, ZeroFormat):
+            self.forget()  # R1-Zero is trained on one question at a time; an earlier turn would only confuse it
         self.messages.append(Message(role="user", content=question))
         prompt = self.chat.prompt(self.messages)
         room = self.engine.max_context - len(prompt)
