@@ -51,8 +51,6 @@ def test_minibatches_after_the_first_are_off_policy(make_bandit):
 
 def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
     zero = make_bandit()
-    kept = make_bandit(name="other").ask  # only to show that building twice shares nothing
-    assert kept is not zero.ask
     from thinkstack.stages.rollout import roll_out
 
     drawn = roll_out(
@@ -143,12 +141,10 @@ def test_trap_25_answers_of_other_weights_are_not_trained_on(make_bandit):
 
 def test_trap_58_training_and_evaluation_judge_by_one_function():
     """Two extractors that drift apart make the reward rise and the benchmark stand still."""
-    from thinkstack.evals import runner
     from thinkstack.stages import evaluate, grpo
     from thinkstack.tasks.reward import score
 
     assert grpo.score is evaluate.score is score
-    assert runner.ScoreFunction is not None
 
 
 def test_trap_70_the_health_line_has_what_one_looks_at_first(make_bandit):

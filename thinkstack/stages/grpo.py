@@ -270,6 +270,7 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
     if zero.trainer.step_count == 0 and cfg.way_steps:
         zero.look()
     warned: set[str] = set()
+    history = run.rows()
     fruitless = 0
     with Progress("reinforcement learning", cfg.steps, zero.trainer.step_count) as progress:
         while zero.trainer.step_count < cfg.steps:
@@ -285,7 +286,8 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
                 )
             run.log(done, metrics)
             progress.advance(done - before, health_line(metrics))
-            warned = warn(run, warned)
+            history.append(metrics)
+            warned = warn(history, warned)
             if cfg.way_steps and done // cfg.way_steps > before // cfg.way_steps:
                 zero.look()
             if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.is_stopping():
@@ -296,9 +298,9 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
     keep_limit(run.folder / MODEL, model, chat, families(cfg.families))
 
 
-def warn(run: Run, known: set[str]) -> set[str]:
+def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:
     """Log early warnings that were not there a step ago; returns those that are there now."""
-    found = early_warnings(run.rows())
+    found = early_warnings(history)
     for name in found.keys() - known:
         log.warning("%s: %s", name, found[name])
     return set(found)

@@ -4,11 +4,11 @@ A problem is a function of (families, split, seed, index): a stream of them has 
 that ask for the same indices ask the same questions.
 """
 
-import difflib
 import random
 from collections.abc import Sequence
 from typing import Any
 
+from thinkstack.config import did_you_mean
 from thinkstack.tasks import puzzles
 from thinkstack.tasks.arithmetic import Chain, Nested
 from thinkstack.tasks.cups import Cups
@@ -28,9 +28,7 @@ def families(names: Sequence[str]) -> list[Family]:
 
 def _family(name: str) -> Family:
     if name not in FAMILIES:
-        close = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(FAMILIES)}"
-        raise ConfigError(f"unknown task {name!r}; {hint}")
+        raise ConfigError(f"unknown task {name!r}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
 
 
