@@ -1,5 +1,7 @@
 """Counts against published figures and against the tensors of built models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,12 +24,29 @@ def on_meta(cfg: ModelConfig) -> Transformer:
 
 def test_published_totals():
     assert round(count_parameters(named("v3-671b")) / 1e9, 2) == 671.03
+    assert round(count_parameters(named("v2-236b")) / 1e9, 2) == 235.74
     assert round(count_parameters(named("v2-lite")) / 1e9, 2) == 15.71
     assert round(count_parameters(named("smollm2-135m")) / 1e6, 1) == 134.5
 
 
+def test_published_totals_of_the_students():
+    """Those of the released safetensors files; the names are the rounder ones of the base models."""
+    published = {
+        "r1-distill-qwen-1.5b": 1_777_088_000,
+        "r1-distill-qwen-7b": 7_615_616_512,
+        "r1-distill-qwen-14b": 14_770_033_664,
+        "r1-distill-qwen-32b": 32_763_876_352,
+        "r1-distill-llama-8b": 8_030_261_248,
+        "r1-distill-llama-70b": 70_553_706_496,
+        "qwen3-8b": 8_190_735_360,
+        "qwen3-30b-a3b": 30_532_122_624,
+    }
+    assert {name: count_parameters(named(name)) for name in published} == published
+
+
 def test_published_active_parameters():
     assert round(count_active_parameters(named("v3-671b")) / 1e9) == 37
+    assert round(count_active_parameters(named("v2-236b")) / 1e9) == 21
     assert round(count_active_parameters(named("v2-lite")) / 1e9, 1) in (2.4, 2.5)
 
 
@@ -38,6 +57,11 @@ def test_published_training_cost_per_token():
 
 def test_published_cache_of_v3():
     assert cache_bytes_per_token(named("v3-671b")) == 70272
+
+
+def test_published_cache_beside_grouped_queries():
+    """The hardware paper prints 516.096 KB for 405B Llama 3.1: 126 layers, 8 key/value heads of 128."""
+    assert cache_bytes_per_token(named("r1-distill-llama-70b", num_layers=126)) == 516096
 
 
 def test_cache_of_grouped_queries_holds_a_key_and_a_value_per_head():
@@ -59,6 +83,14 @@ def test_active_parameters_leave_out_the_embedding_and_idle_experts():
     total = sum(parameter.numel() for parameter in model.parameters())
     in_mtp = sum(parameter.numel() for parameter in model.mtp.parameters())
     assert count_active_parameters(MLA_TINY) == total - in_mtp - 48 * 32 - one_expert * moe_layers * idle
+
+
+def test_biases_and_head_norms_are_counted_and_cost_no_operations():
+    H, KV, R, D, L = 4, 2, 8, 32, 3
+    rich = replace(GQA_TINY, attention=replace(GQA_TINY.attention, qkv_bias=True, out_bias=True, qk_norm=True))
+    assert count_parameters(rich) - count_parameters(GQA_TINY) == L * ((H + 2 * KV) * R + D + 2 * R)
+    assert count_parameters(rich) == sum(parameter.numel() for parameter in on_meta(rich).parameters())
+    assert flops_per_token(rich, 10) == flops_per_token(GQA_TINY, 10)
 
 
 def test_operations_of_a_dense_model_by_hand():

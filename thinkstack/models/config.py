@@ -4,105 +4,20 @@ Named sizes stand at the end. Field names follow the DeepSeek papers; checkpoint
 Hugging Face config.json of each family.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+from thinkstack.models.attention_config import (
+    GQAConfig,
+    Llama3RopeConfig,
+    MLAConfig,
+    RopeConfig,
+    YarnConfig,
+    yarn_mscale,
+)
 from thinkstack.types import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class YarnConfig:
-    """Context extension of the rotary part (YaRN, arXiv:2309.00071; DeepSeek-V3 report, section 4.3)."""
-
-    factor: float = 40.0
-    """New context length over the original one."""
-    original_max_positions: int = 4096
-    """Tokens of context before the extension."""
-    beta_fast: float = 32.0
-    """Dimensions that turn more often than this within the original context keep their frequency."""
-    beta_slow: float = 1.0
-    """Dimensions that turn less often than this are divided by `factor`."""
-    mscale: float = 1.0
-    """Numerator of the cos/sin amplitude; equal to mscale_all_dim in the V3 family, so the amplitude is 1."""
-    mscale_all_dim: float = 1.0
-    """Enters the softmax scale as (0.1 * mscale_all_dim * ln(factor) + 1) ** 2; 0 leaves the scale alone."""
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ConfigError(f"yarn.factor={self.factor} shrinks the context; use a factor >= 1 or leave yarn out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding."""
-
-    theta: float = 10000.0
-    """Base of the frequencies theta ** (-2i / d)."""
-    interleaved: bool = True
-    """True: pairs are (x0, x1), (x2, x3), ... (DeepSeek). False: pairs are (x_i, x_{i + d/2}) (Llama, Qwen)."""
-    yarn: YarnConfig | None = None
-    """Context extension, or None."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2 report, arXiv:2405.04434, section 2.1)."""
-
-    num_heads: int
-    """Attention heads."""
-    q_lora_rank: int
-    """Width of the query latent; 0 projects queries directly (V2-Lite)."""
-    kv_lora_rank: int
-    """Width of the key/value latent, which is what the cache holds."""
-    qk_nope_head_dim: int
-    """Width of a query/key head without position."""
-    qk_rope_head_dim: int
-    """Width of the rotated part of a query head, and of the one rotated key that all heads share."""
-    v_head_dim: int
-    """Width of a value head."""
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def rope_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def cache_width(self) -> int:
-        """Cached elements per token and layer, whatever the number of heads."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class GQAConfig:
-    """Grouped-query attention (Llama, Qwen)."""
-
-    num_heads: int
-    """Query heads."""
-    num_kv_heads: int
-    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
-    head_dim: int
-    """Width of every head."""
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
-                "every key/value head must serve the same number of query heads"
-            )
-
-    @property
-    def rope_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def cache_width(self) -> int:
-        """Cached elements per token and layer: one key and one value per key/value head."""
-        return 2 * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +77,7 @@ class MoEConfig:
 class ModelConfig:
     """One decoder-only model of the family."""
 
-    family: Literal["deepseek_v3", "deepseek_v2", "llama"]
+    family: Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "qwen3_moe"]
     """Which Hugging Face architecture the checkpoint belongs to; the model itself never looks at it."""
     vocab_size: int
     """Rows of the embedding; may exceed the tokenizer's size (V3 pads to 129,280)."""
@@ -215,11 +130,6 @@ class ModelConfig:
         if yarn is None or yarn.mscale_all_dim == 0:
             return width**-0.5
         return width**-0.5 * yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """Attention temperature of YaRN: 0.1 * mscale * ln(factor) + 1, and 1 without extension."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def v3_671b() -> ModelConfig:
@@ -334,12 +244,115 @@ def smollm2_135m() -> ModelConfig:
     )
 
 
+def v2_236b() -> ModelConfig:
+    """DeepSeek-V2 (inference/configs/config_236B.json; V2 report, section 3.1.2, for mscale)."""
+    return replace(
+        v2_lite(),
+        hidden_size=5120,
+        num_layers=60,
+        attention=v3_671b().attention,
+        dense_size=12288,
+        moe=replace(
+            v2_lite().moe,  # type: ignore[type-var]
+            num_experts=160,
+            expert_size=1536,
+            num_groups=8,
+            top_groups=3,
+            route_scale=16.0,
+        ),
+    )
+
+
+def llama3(hidden_size: int, num_layers: int, num_heads: int, dense_size: int) -> ModelConfig:
+    """Llama 3.1 and 3.3 as R1's students of that family (config.json of the released models)."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=128256,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        attention=GQAConfig(num_heads=num_heads, num_kv_heads=8, head_dim=128),
+        dense_size=dense_size,
+        rope=RopeConfig(theta=500000.0, interleaved=False, llama3=Llama3RopeConfig()),
+        norm_eps=1e-5,
+        max_positions=131072,
+        bos_id=128000,
+        eos_ids=(128001,),
+        init_std=0.02,
+    )
+
+
+def qwen2(
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dense_size: int,
+    vocab_size: int = 152064,
+    theta: float = 1e6,
+) -> ModelConfig:
+    """Qwen2.5 as R1's students of that family: heads of 128, untied (config.json of the released models)."""
+    return ModelConfig(
+        family="qwen2",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        attention=GQAConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, qkv_bias=True),
+        dense_size=dense_size,
+        rope=RopeConfig(theta=theta, interleaved=False),
+        max_positions=131072,
+        bos_id=151643,
+        eos_ids=(151643,),
+        init_std=0.02,
+    )
+
+
+def qwen3_8b() -> ModelConfig:
+    """Qwen3-8B, the student of R1-0528."""
+    return replace(
+        qwen2(4096, 36, 32, 8, 12288, vocab_size=151936),
+        family="qwen3",
+        attention=GQAConfig(num_heads=32, num_kv_heads=8, head_dim=128, qk_norm=True),
+        max_positions=40960,
+        eos_ids=(151645,),
+    )
+
+
+def qwen3_30b_a3b() -> ModelConfig:
+    """Qwen3-30B-A3B: heads wider together than the residual stream, experts in every layer, none shared."""
+    return replace(
+        qwen3_8b(),
+        family="qwen3_moe",
+        hidden_size=2048,
+        num_layers=48,
+        attention=GQAConfig(num_heads=32, num_kv_heads=4, head_dim=128, qk_norm=True),
+        dense_size=6144,
+        moe=MoEConfig(
+            num_experts=128,
+            top_k=8,
+            num_shared_experts=0,
+            expert_size=768,
+            scoring="softmax",
+            group_score="max",
+            first_dense_layers=0,
+        ),
+    )
+
+
 NAMED: dict[str, Callable[[], ModelConfig]] = {
     "v3-671b": v3_671b,
+    "v2-236b": v2_236b,
     "v2-lite": v2_lite,
     "v3-tiny": v3_tiny,
     "llama-tiny": llama_tiny,
     "smollm2-135m": smollm2_135m,
+    "r1-distill-qwen-1.5b": partial(qwen2, 1536, 28, 12, 2, 8960, vocab_size=151936, theta=10000.0),
+    "r1-distill-qwen-7b": partial(qwen2, 3584, 28, 28, 4, 18944, theta=10000.0),
+    "r1-distill-qwen-14b": partial(qwen2, 5120, 48, 40, 8, 13824),
+    "r1-distill-qwen-32b": partial(qwen2, 5120, 64, 40, 8, 27648),
+    "r1-distill-llama-8b": partial(llama3, 4096, 32, 32, 14336),
+    "r1-distill-llama-70b": partial(llama3, 8192, 80, 64, 28672),
+    "qwen3-8b": qwen3_8b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
 }
 
 

@@ -69,9 +69,12 @@ def _attention(cfg: ModelConfig) -> int:
 
 
 def _vectors(cfg: ModelConfig) -> int:
-    """Norm weights of one block: two of the residual stream, and those of MLA's latents."""
-    a = cfg.attention
-    return 2 * cfg.hidden_size + (a.q_lora_rank + a.kv_lora_rank if isinstance(a, MLAConfig) else 0)
+    """Norm weights and biases of one block: two norms of the residual stream, and the attention's own."""
+    a, D = cfg.attention, cfg.hidden_size
+    if isinstance(a, MLAConfig):
+        return 2 * D + a.q_lora_rank + a.kv_lora_rank
+    biases = a.qkv_bias * a.head_dim * (a.num_heads + 2 * a.num_kv_heads) + a.out_bias * D
+    return 2 * D + biases + a.qk_norm * 2 * a.head_dim
 
 
 def _idle(cfg: ModelConfig) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.config import RopeConfig, YarnConfig, yarn_mscale
+from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -90,14 +90,20 @@ class SwiGLU(nn.Module):
 
 
 def rope_frequencies(width: int, cfg: RopeConfig) -> Tensor:
-    """Angular frequencies in radians per token, (width / 2,) fp32, with YaRN's blend where it is configured.
+    """Angular frequencies in radians per token, (width / 2,) fp32, changed by the extension that is configured.
 
-    Source: arXiv:2104.09864; for YaRN DeepSeek-V3 inference/model.py, precompute_freqs_cis.
+    Source: arXiv:2104.09864; for YaRN DeepSeek-V3 inference/model.py, precompute_freqs_cis; for Llama 3
+    arXiv:2407.21783 and the rope_scaling of its released config.json.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / cfg.theta**exponents
+    if cfg.llama3 is not None:
+        turns = frequencies * (cfg.llama3.original_max_positions / (2 * math.pi))  # within the original context
+        low, high = cfg.llama3.low_freq_factor, cfg.llama3.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies / cfg.llama3.factor * (1 - kept) + frequencies * kept
     if cfg.yarn is None:
-        return frequencies
+        return frequencies / cfg.linear_factor
     low, high = yarn_range(width, cfg.theta, cfg.yarn)
     ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return frequencies / cfg.yarn.factor * ramp + frequencies * (1 - ramp)
