@@ -50,6 +50,9 @@ GQA = {
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
 }
+GQA_NORMS = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+QKV_BIASES, OUT_BIAS = ("attention.wq", "attention.wk", "attention.wv"), ("attention.wo",)
+"""Whose biases are stored, where a model has them."""
 DENSE = {"ffn.w1": "mlp.gate_proj", "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj"}
 SHARED = {
     "ffn.shared.w1": "mlp.shared_experts.gate_proj",
@@ -97,8 +100,10 @@ def _block(cfg: ModelConfig, layer: int, ours: str) -> Iterator[Stored]:
     table = dict(NORMS)
     if isinstance(cfg.attention, MLAConfig):
         table |= MLA | (MLA_LATENT if cfg.attention.q_lora_rank else MLA_DIRECT)
+        biases: tuple[str, ...] = ()
     else:
-        table |= GQA
+        table |= GQA | (GQA_NORMS if cfg.attention.qk_norm else {})
+        biases = QKV_BIASES * cfg.attention.qkv_bias + OUT_BIAS * cfg.attention.out_bias
     moe = cfg.moe if cfg.is_moe_layer(layer) else None
     if moe is None:
         table |= DENSE
@@ -106,9 +111,11 @@ def _block(cfg: ModelConfig, layer: int, ours: str) -> Iterator[Stored]:
         table |= SHARED
     for name, hf in table.items():
         yield Stored(f"{there}{hf}.weight", f"{ours}{name}.weight")
+    for name in biases:
+        yield Stored(f"{there}{table[name]}.bias", f"{ours}{name}.bias")
     if moe is not None:
         yield Stored(f"{there}mlp.gate.weight", f"{ours}ffn.router")
-        if cfg.family != "deepseek_v2":  # V2 balances by losses and stores no bias
+        if cfg.family == "deepseek_v3":  # the others balance by losses and store no bias
             yield Stored(f"{there}mlp.gate.e_score_correction_bias", f"{ours}ffn.bias")
         gate, up = slice(0, moe.expert_size), slice(moe.expert_size, None)
         for expert in range(moe.num_experts):
@@ -183,12 +190,14 @@ def _part(state: Mapping[str, Tensor], item: Stored) -> Tensor:
 
 
 def check_storable(model: Transformer) -> None:
-    """Raise ConfigError if the family's files have no place for something the model holds: V2's for balance biases."""
-    if model.cfg.family != "deepseek_v2":
+    """Raise ConfigError if the family has no place on disk for what the model holds: only V3 stores balance biases."""
+    if model.cfg.family == "deepseek_v3":
         return
     for name, tensor in model.named_buffers():
         if bool(tensor.any()):
-            raise ConfigError(f"{name} is not zero, and deepseek_v2 files have no place for it; use family deepseek_v3")
+            raise ConfigError(
+                f"{name} is not zero, and {model.cfg.family} files have no place for it; use family deepseek_v3"
+            )
 
 
 def load_weights(model: Transformer, folder: Path) -> None:

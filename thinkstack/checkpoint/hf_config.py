@@ -1,4 +1,4 @@
-"""ModelConfig to and from the config.json of DeepseekV3, DeepseekV2 and Llama.
+"""ModelConfig to and from the config.json of DeepseekV3, DeepseekV2, Llama, Qwen2 (2.5), Qwen3 and Qwen3Moe.
 
 Read are the spellings of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters); written is the former, the
 one of the released files, which both versions read. A value that would change the numbers and that this package does
@@ -6,81 +6,42 @@ not compute is refused by name; keys that change nothing here (use_cache, ep_siz
 over.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
+from thinkstack.checkpoint.hf_rope import read_rope, rope_keys
+from thinkstack.checkpoint.json_reader import REQUIRED, Reader
+from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from thinkstack.types import ConfigError
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """Families by model_type, with the class name of each in transformers."""
+
+DEEPSEEK = ("deepseek_v3", "deepseek_v2")
+"""Families with latent attention."""
 
 EMBED_INIT_STD = "thinkstack_embed_init_std"
 """Our own key: ModelConfig.embed_init_std, which Hugging Face has no word for."""
 
-REQUIRED = object()
-
 # Keys whose other values would need arithmetic that the model does not have: (key, the one value, the way out).
 _FIXED: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "silu", "use a model with SwiGLU"),
-    ("attention_bias", False, "use a model without biases in attention"),
     ("mlp_bias", False, "use a model without biases in the feed-forward"),
     ("attention_dropout", 0, "set it to 0; this package trains without dropout"),
     ("moe_layer_freq", 1, "use a model whose layers from first_k_dense_replace on all have experts"),
     ("partial_rotary_factor", 1, "use a model that rotates whole heads"),
-    ("sliding_window", None, "use a model with full attention"),
+    ("decoder_sparse_step", 1, "use a model whose layers all have experts but for the first ones"),
+    ("use_sliding_window", False, "use a model with full attention"),
+    ("dual_chunk_attention_config", None, "remove it; up to the trained context it changes nothing"),
 )
-
-
-class _Reader:
-    """Typed access to one JSON object; every complaint names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
-
-    def _get(self, key: str, default: Any, kinds: tuple[type, ...], kind_name: str) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            if default is REQUIRED:
-                raise ConfigError(f"{self.where} has no {key!r}; take the complete file of the checkpoint")
-            return default
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{self.where}: {key}={value!r} is not {kind_name}; correct it")
-        return value
-
-    def integer(self, key: str, default: Any = REQUIRED, least: int = 1) -> int:
-        value = self._get(key, default, (int,), "a whole number")
-        if value < least:
-            raise ConfigError(f"{self.where}: {key}={value} is below {least}; correct it")
-        return value
-
-    def number(self, key: str, default: Any = REQUIRED) -> float:
-        value = float(self._get(key, default, (int, float), "a number"))
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{self.where}: {key}={value} is negative or not finite; correct it")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        return self._get(key, default, (bool,), "true or false")
-
-    def text(self, key: str, default: Any = REQUIRED) -> str:
-        return self._get(key, default, (str,), "a string")
-
-    def object(self, key: str) -> "_Reader":
-        """The object under `key`, empty if there is none."""
-        return _Reader(self._get(key, {}, (dict,), "an object"), f"{self.where}: {key}")
-
-    def require(self, key: str, allowed: Any, way_out: str) -> None:
-        """Refuse a key that is present with another value than `allowed`."""
-        value = self.values.get(key)
-        if value is not None and value != allowed:
-            raise ConfigError(f"{self.where}: {key}={value!r} is not supported (only {allowed!r}); {way_out}")
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -88,7 +49,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
 
     Raises ConfigError for a family, a value or a combination that this package does not compute.
     """
-    read = _Reader(config, where)
+    read = Reader(config, where)
     family = read.text("model_type")
     if family not in ARCHITECTURES:
         raise ConfigError(f"{where}: model_type={family!r} is not supported; known: {', '.join(ARCHITECTURES)}")
@@ -100,14 +61,28 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         )
     for key, allowed, way_out in _FIXED:
         read.require(key, allowed, way_out)
+    _require_full_attention(family, read)
     try:
         return _read_model(family, read)
     except ConfigError as error:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
 
 
-def _read_model(family: str, read: _Reader) -> ModelConfig:
-    attention = _read_gqa(read) if family == "llama" else _read_mla(read)
+def _require_full_attention(family: str, read: Reader) -> None:
+    """Qwen files name a window and then say whether it is used; elsewhere naming it is using it."""
+    if not family.startswith("qwen"):
+        read.require("sliding_window", None, "use a model with full attention")
+    kinds = read.values.get("layer_types") or []
+    other = [kind for kind in kinds if kind != "full_attention"]
+    if other:
+        raise ConfigError(
+            f"{read.where}: layer_types has {other[0]!r}, which is not supported (only 'full_attention'); use a model "
+            "with full attention"
+        )
+
+
+def _read_model(family: str, read: Reader) -> ModelConfig:
+    attention = _read_mla(read) if family in DEEPSEEK else _read_gqa(family, read)
     return ModelConfig(
         family=family,  # type: ignore[arg-type]
         vocab_size=read.integer("vocab_size"),
@@ -115,9 +90,9 @@ def _read_model(family: str, read: _Reader) -> ModelConfig:
         num_layers=read.integer("num_hidden_layers"),
         attention=attention,
         dense_size=read.integer("intermediate_size"),
-        moe=None if family == "llama" else _read_moe(family, read),
+        moe=_read_experts(family, read),
         mtp_layers=read.integer("num_nextn_predict_layers", 0, least=0),
-        rope=_read_rope(family, read),
+        rope=read_rope(family, read),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         tie_embeddings=read.flag("tie_word_embeddings", False),
         max_positions=read.integer("max_position_embeddings"),
@@ -128,17 +103,26 @@ def _read_model(family: str, read: _Reader) -> ModelConfig:
     )
 
 
-def _read_gqa(read: _Reader) -> GQAConfig:
+def _read_gqa(family: str, read: Reader) -> GQAConfig:
+    """Qwen files must give what a Llama's may leave out: transformers' defaults there follow no other key."""
     heads, width = read.integer("num_attention_heads"), read.integer("hidden_size")
+    is_llama, is_qwen2 = family == "llama", family == "qwen2"
+    if is_qwen2:
+        read.require("attention_bias", True, "Qwen2 has biases on queries, keys and values")
+    has_biases = read.flag("attention_bias", False)
     return GQAConfig(
         num_heads=heads,
-        num_kv_heads=read.integer("num_key_value_heads", heads),
-        head_dim=read.integer("head_dim", width // heads),
+        num_kv_heads=read.integer("num_key_value_heads", heads if is_llama else REQUIRED),
+        head_dim=read.integer("head_dim", width // heads if is_llama or is_qwen2 else REQUIRED),
+        qkv_bias=is_qwen2 or has_biases,
+        out_bias=has_biases and not is_qwen2,
+        qk_norm=family.startswith("qwen3"),
     )
 
 
-def _read_mla(read: _Reader) -> MLAConfig:
+def _read_mla(read: Reader) -> MLAConfig:
     heads = read.integer("num_attention_heads")
+    read.require("attention_bias", False, "use a model without biases in latent attention")
     read.require("num_key_value_heads", heads, "latent attention has as many key/value heads as query heads")
     return MLAConfig(
         num_heads=heads,
@@ -150,7 +134,34 @@ def _read_mla(read: _Reader) -> MLAConfig:
     )
 
 
-def _read_moe(family: str, read: _Reader) -> MoEConfig | None:
+def _read_experts(family: str, read: Reader) -> MoEConfig | None:
+    """The mixture of experts of any family; None in a dense one."""
+    if family in DEEPSEEK:
+        return _read_deepseek_experts(family, read)
+    return _read_qwen_experts(read) if family == "qwen3_moe" else None
+
+
+def _read_qwen_experts(read: Reader) -> MoEConfig | None:
+    """Routing of Qwen3Moe: softmax, no groups, no shared experts; dense layers by their list."""
+    key = "num_local_experts" if "num_local_experts" in read.values else "num_experts"  # transformers 5 and 4
+    if not read.integer(key, least=0):
+        return None
+    dense = read.values.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))):
+        raise ConfigError(f"mlp_only_layers={dense!r} is not supported; dense layers must be the first ones: 0, 1, ...")
+    return MoEConfig(
+        num_experts=read.integer(key),
+        top_k=read.integer("num_experts_per_tok"),
+        num_shared_experts=0,
+        expert_size=read.integer("moe_intermediate_size"),
+        scoring="softmax",
+        group_score="max",
+        normalise_weights=read.flag("norm_topk_prob", False),
+        first_dense_layers=len(dense),
+    )
+
+
+def _read_deepseek_experts(family: str, read: Reader) -> MoEConfig | None:
     """Routing of V3 (sigmoid, bias, two best of a group) or V2 (softmax, best of a group); None without experts."""
     if not read.integer("n_routed_experts", 0, least=0):
         return None
@@ -183,7 +194,7 @@ def _read_moe(family: str, read: _Reader) -> MoEConfig | None:
     )
 
 
-def _read_eos(read: _Reader) -> tuple[int, ...]:
+def _read_eos(read: Reader) -> tuple[int, ...]:
     value = read.values.get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
@@ -193,55 +204,12 @@ def _read_eos(read: _Reader) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_rope(family: str, read: _Reader) -> RopeConfig:
-    """Rotary settings in either spelling; transformers 5 wins where a file has both."""
-    rope = read.object("rope_parameters" if read.values.get("rope_parameters") else "rope_scaling")
-    rope.require("partial_rotary_factor", 1, "use a model that rotates whole heads")
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    yarn = None
-    if kind == "yarn":
-        yarn = _read_yarn(family, rope)
-    elif kind != "default":
-        raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported; known: default, yarn")
-    interleaved = family != "llama" and read.flag("rope_interleave", True)
-    return RopeConfig(
-        theta=rope.number("rope_theta", read.number("rope_theta", 10000.0)), interleaved=interleaved, yarn=yarn
-    )
-
-
-def _read_yarn(family: str, rope: _Reader) -> YarnConfig:
-    rope.require("attention_factor", None, "give mscale and mscale_all_dim instead")
-    rope.require("truncate", True, "use whole pair indices as the bounds of the blend")
-    mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
-    if all_dim == 0 and mscale in (0, 1):
-        mscale = 1.0  # without mscale_all_dim the amplitude is that of mscale 1
-    elif mscale == 0 or all_dim == 0:
-        raise ConfigError(
-            f"{rope.where}: mscale={mscale} with mscale_all_dim={all_dim} is read differently by different programs; "
-            "give both or neither"
-        )
-    elif family == "llama":
-        raise ConfigError(
-            f"{rope.where}: mscale_all_dim={all_dim} scales the softmax in DeepSeek models only; leave mscale and "
-            "mscale_all_dim out of a Llama"
-        )
-    return YarnConfig(
-        factor=rope.number("factor"),
-        original_max_positions=rope.integer("original_max_position_embeddings"),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        mscale=mscale,
-        mscale_all_dim=all_dim,
-    )
-
-
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a model, keys as in the released files. Raises ConfigError for what the family cannot
     express.
     """
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[cfg.family]],
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": cfg.bos_id,
         "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids),
@@ -253,16 +221,13 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "model_type": cfg.family,
         "num_hidden_layers": cfg.num_layers,
         "rms_norm_eps": cfg.norm_eps,
-        "rope_scaling": None,
-        "rope_theta": cfg.rope.theta,
         "tie_word_embeddings": cfg.tie_embeddings,
         "use_cache": True,
         "vocab_size": cfg.vocab_size,
+        **rope_keys(cfg.rope),
         **_attention_keys(cfg),
-        **(_moe_keys(cfg.family, cfg.moe) if cfg.moe else {}),
+        **_expert_keys(cfg),
     }
-    if cfg.rope.yarn:
-        config["rope_scaling"] = _yarn_keys(cfg.rope.yarn)
     if cfg.mtp_layers or cfg.family == "deepseek_v3":
         config["num_nextn_predict_layers"] = cfg.mtp_layers
     if cfg.embed_init_std:
@@ -286,13 +251,16 @@ def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:
 def _attention_keys(cfg: ModelConfig) -> dict[str, Any]:
     a = cfg.attention
     if isinstance(a, GQAConfig):
-        return {
+        keys: dict[str, Any] = {
             "head_dim": a.head_dim,
-            "mlp_bias": False,
             "num_attention_heads": a.num_heads,
             "num_key_value_heads": a.num_kv_heads,
         }
-    keys: dict[str, Any] = {
+        if cfg.family == "qwen2":
+            return keys | {"use_sliding_window": False}
+        return keys | {"attention_bias": a.qkv_bias} | ({"mlp_bias": False} if cfg.family == "llama" else {})
+    keys = {
+        "attention_bias": False,
         "kv_lora_rank": a.kv_lora_rank,
         "num_attention_heads": a.num_heads,
         "num_key_value_heads": a.num_heads,
@@ -304,7 +272,22 @@ def _attention_keys(cfg: ModelConfig) -> dict[str, Any]:
     return keys if cfg.rope.interleaved else {**keys, "rope_interleave": False}
 
 
-def _moe_keys(family: str, moe: MoEConfig) -> dict[str, Any]:
+def _expert_keys(cfg: ModelConfig) -> dict[str, Any]:
+    moe = cfg.moe
+    if cfg.family == "qwen3_moe":
+        keys: dict[str, Any] = {"decoder_sparse_step": 1, "num_experts": moe.num_experts if moe else 0}
+        if moe is None:
+            return keys
+        return keys | {
+            "mlp_only_layers": list(range(moe.first_dense_layers)),
+            "moe_intermediate_size": moe.expert_size,
+            "norm_topk_prob": moe.normalise_weights,
+            "num_experts_per_tok": moe.top_k,
+        }
+    return _deepseek_expert_keys(cfg.family, moe) if moe else {}
+
+
+def _deepseek_expert_keys(family: str, moe: MoEConfig) -> dict[str, Any]:
     v2_method = "greedy" if moe.num_groups == 1 else "group_limited_greedy"
     return {
         "first_k_dense_replace": moe.first_dense_layers,
@@ -320,17 +303,3 @@ def _moe_keys(family: str, moe: MoEConfig) -> dict[str, Any]:
         "topk_group": moe.top_groups,
         "topk_method": "noaux_tc" if family == "deepseek_v3" else v2_method,
     }
-
-
-def _yarn_keys(yarn: YarnConfig) -> dict[str, Any]:
-    """mscale is left out with mscale_all_dim 0, where only the value 1 has a meaning that all programs share."""
-    keys = {
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_max_positions,
-        "type": "yarn",
-    }
-    amplitude = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
-    is_plain = yarn.mscale_all_dim == 0 and yarn.mscale == 1
-    return dict(sorted((keys if is_plain else {**keys, **amplitude}).items()))

@@ -1,0 +1,99 @@
+"""RopeConfig to and from the rotary keys of a Hugging Face config.json, in the spellings of transformers 4 and 5."""
+
+from typing import Any
+
+from thinkstack.checkpoint.json_reader import Reader
+from thinkstack.models.config import Llama3RopeConfig, RopeConfig, YarnConfig
+from thinkstack.types import ConfigError
+
+DEEPSEEK_TYPES, PLAIN_TYPES = ("default", "yarn"), ("default", "linear", "llama3", "yarn")
+"""Extensions of the context that latent attention and that the other families are computed with."""
+
+
+def read_rope(family: str, read: Reader) -> RopeConfig:
+    """Rotary settings in either spelling; transformers 5 wins where a file has both.
+
+    Raises ConfigError for an extension that this package, or the family, does not compute.
+    """
+    rope = read.object("rope_parameters" if read.values.get("rope_parameters") else "rope_scaling")
+    rope.require("partial_rotary_factor", 1, "use a model that rotates whole heads")
+    is_deepseek = family.startswith("deepseek")
+    kind, known = rope.text("rope_type", rope.text("type", "default")), DEEPSEEK_TYPES if is_deepseek else PLAIN_TYPES
+    if kind not in known:
+        raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported in {family}; known: {', '.join(known)}")
+    if family == "deepseek_v2":
+        read.require("rope_interleave", True, "DeepseekV2 pairs neighbours")
+    return RopeConfig(
+        theta=rope.number("rope_theta", read.number("rope_theta", 10000.0)),
+        interleaved=is_deepseek and read.flag("rope_interleave", True),
+        yarn=_read_yarn(is_deepseek, rope) if kind == "yarn" else None,
+        llama3=_read_llama3(rope) if kind == "llama3" else None,
+        linear_factor=rope.number("factor") if kind == "linear" else 1.0,
+    )
+
+
+def _read_llama3(rope: Reader) -> Llama3RopeConfig:
+    return Llama3RopeConfig(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_positions=rope.integer("original_max_position_embeddings"),
+    )
+
+
+def _read_yarn(is_deepseek: bool, rope: Reader) -> YarnConfig:
+    rope.require("attention_factor", None, "give mscale and mscale_all_dim instead")
+    rope.require("truncate", True, "use whole pair indices as the bounds of the blend")
+    mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    if all_dim == 0 and mscale in (0, 1):
+        mscale = 1.0  # without mscale_all_dim the amplitude is that of mscale 1
+    elif mscale == 0 or all_dim == 0:
+        raise ConfigError(
+            f"{rope.where}: mscale={mscale} with mscale_all_dim={all_dim} is read differently by different programs; "
+            "give both or neither"
+        )
+    elif not is_deepseek:
+        raise ConfigError(
+            f"{rope.where}: mscale_all_dim={all_dim} scales the softmax in DeepSeek models only; leave mscale and "
+            "mscale_all_dim out of this model"
+        )
+    return YarnConfig(
+        factor=rope.number("factor"),
+        original_max_positions=rope.integer("original_max_position_embeddings"),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+    )
+
+
+def rope_keys(rope: RopeConfig) -> dict[str, Any]:
+    """The rotary keys of a config.json, as in the released files."""
+    keys: dict[str, Any] = {"rope_scaling": None, "rope_theta": rope.theta}
+    if rope.yarn is not None:
+        keys["rope_scaling"] = _yarn_keys(rope.yarn)
+    if rope.llama3 is not None:
+        keys["rope_scaling"] = {
+            "factor": rope.llama3.factor,
+            "high_freq_factor": rope.llama3.high_freq_factor,
+            "low_freq_factor": rope.llama3.low_freq_factor,
+            "original_max_position_embeddings": rope.llama3.original_max_positions,
+            "rope_type": "llama3",
+        }
+    if rope.linear_factor != 1:
+        keys["rope_scaling"] = {"factor": rope.linear_factor, "type": "linear"}
+    return keys
+
+
+def _yarn_keys(yarn: YarnConfig) -> dict[str, Any]:
+    """mscale is left out with mscale_all_dim 0, where only the value 1 has a meaning that all programs share."""
+    keys = {
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_positions,
+        "type": "yarn",
+    }
+    amplitude = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
+    is_plain = yarn.mscale_all_dim == 0 and yarn.mscale == 1
+    return dict(sorted((keys if is_plain else {**keys, **amplitude}).items()))
