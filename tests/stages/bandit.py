@@ -3,8 +3,8 @@
 import random
 
 from thinkstack.stages.grpo import GrpoConfig
-from thinkstack.train.loss import PolicyLossConfig
 from thinkstack.train.optim import OptimConfig
+from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer import TrainerConfig
 from thinkstack.types import Message, Problem, Score
 

@@ -11,8 +11,8 @@ from tests.stages.bandit import arm_config, arm_score
 from thinkstack.stages.grpo import PRESETS, GrpoConfig, split_groups
 from thinkstack.stages.health import early_warnings, health_line
 from thinkstack.stages.rollout_log import read_rollouts, show_group
-from thinkstack.train.loss import PolicyLossConfig
 from thinkstack.train.optim import OptimConfig
+from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer import TrainerConfig
 from thinkstack.types import ConfigError, Score, TrainingError
 

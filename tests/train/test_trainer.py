@@ -12,8 +12,9 @@ from tests.tiny import MLA_TINY, drawn_batch, tiny_model
 from thinkstack.data import Sample, lay_out
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import moe_layers
-from thinkstack.train.loss import PolicyLossConfig, next_token_loss, policy_loss, token_weights
+from thinkstack.train.loss import next_token_loss, token_weights
 from thinkstack.train.optim import OptimConfig
+from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer import (
     BAD_STEPS,
     Trainer,

@@ -29,7 +29,8 @@ from thinkstack.stages.talk import keep_limit
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, families
 from thinkstack.text.chat import ChatFormat
-from thinkstack.train.loss import PolicyLossConfig, policy_loss, token_weights
+from thinkstack.train.loss import token_weights
+from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer, TrainerConfig, batch_log_probs
 from thinkstack.types import Batch, ConfigError, Interrupted, Rollout, Sampling, TrainingError

@@ -22,8 +22,6 @@ Stats = dict[str, Tensor]
 
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once: bounds memory at HEAD_CHUNK * V * 4 bytes; keeps small vocabularies in cache."""
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to +-this before exp; how often is reported as policy/ratio_clamped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +40,8 @@ class TrainedTokens:
     rollout_log_probs: Tensor | None = None
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    sequences: Tensor | None = None
+    """int64, equal for the tokens of one sequence; objectives that weigh whole answers need it."""
 
 
 def token_weights(batch: Batch, reduction: Reduction, fixed_length: int = 0) -> Tensor:
@@ -127,88 +127,3 @@ def next_token_loss(tokens: TrainedTokens) -> tuple[Tensor, Stats]:
     """Cross-entropy in nats."""
     loss = -(tokens.weights * tokens.log_probs).sum()
     return loss, {"loss/next_token_nats": loss.detach()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
-    """The clipped policy gradient of GRPO and its relatives (arXiv:2402.03300, section 4.1)."""
-
-    clip_low: float = 0.2
-    """A ratio below 1 - clip_low earns nothing more from lowering it."""
-    clip_high: float = 0.28
-    """A ratio above 1 + clip_high earns nothing more from raising it (DAPO's clip-higher, arXiv:2503.14476)."""
-    reduction: Reduction = "token"
-    """How tokens are weighted: see token_weights."""
-    kl: float = 0.0
-    """Weight of the KL term against the reference model (beta), per token; 0 loads no reference."""
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    """k3 has the right value and a biased gradient (GRPO's choice); k2 has the right gradient on policy."""
-    importance_cap: float = 2.0
-    """Largest weight that corrects for the engine's probabilities differing from the trainer's; 0 leaves it out."""
-    temperature: float = 1.0
-    """Divides the logits of policy, old policy and reference alike; equal to the rollouts' temperature."""
-
-    def __post_init__(self) -> None:
-        if not (0 < self.clip_low < 1 and self.clip_high > 0):
-            raise ConfigError(f"clip_low={self.clip_low} must lie in (0, 1) and clip_high={self.clip_high} be positive")
-        if self.kl < 0 or self.importance_cap < 0:
-            raise ConfigError(f"kl={self.kl} and importance_cap={self.importance_cap} cannot be negative")
-        if not self.temperature > 0:
-            raise ConfigError(f"loss.temperature={self.temperature} must be positive; rollouts are drawn at it")
-
-
-def policy_loss(tokens: TrainedTokens, cfg: PolicyLossConfig) -> tuple[Tensor, Stats]:
-    """-min(r A, clip(r) A), plus kl times the KL estimate, weighted per token.
-
-    r is the ratio to the old policy (1 on the first pass, where the loss is about 0 and its gradient is not). The
-    engine's probabilities are corrected for by a second, capped and detached weight; the two are never merged.
-    """
-    assert tokens.advantages is not None and tokens.rollout_log_probs is not None
-    old = tokens.log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs
-    ratio, clamped = bounded_exp(tokens.log_probs - old)
-    gain = torch.minimum(
-        ratio * tokens.advantages, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * tokens.advantages
-    )
-    mismatch, _ = bounded_exp(old - tokens.rollout_log_probs)
-    if cfg.importance_cap:
-        gain = gain * mismatch.clamp(max=cfg.importance_cap)
-    loss = -(tokens.weights * gain).sum()
-    stats = {
-        "policy/ratio_clamped": clamped.float().sum() * tokens.share,
-        "policy/clipped_low": ((ratio < 1 - cfg.clip_low) & (tokens.advantages < 0)).float().sum() * tokens.share,
-        "policy/clipped_high": ((ratio > 1 + cfg.clip_high) & (tokens.advantages > 0)).float().sum() * tokens.share,
-    }
-    stats |= mismatch_stats(old, tokens.rollout_log_probs, tokens.share)
-    if tokens.entropy is not None:
-        stats["policy/entropy_nats"] = tokens.entropy.sum() * tokens.share
-    if cfg.kl:
-        assert tokens.reference_log_probs is not None, "a KL term needs reference log-probabilities"
-        kl = kl_estimate(tokens.log_probs, tokens.reference_log_probs, cfg.kl_estimator)
-        loss = loss + cfg.kl * (tokens.weights * kl).sum()
-        stats["policy/kl_nats"] = kl.detach().sum() * tokens.share
-    stats["loss/policy"] = loss.detach()
-    return loss, {name: value.detach() for name, value in stats.items()}
-
-
-def bounded_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """exp of a log-ratio clamped to +-LOG_RATIO_LIMIT, and which entries were clamped (they carry no gradient)."""
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), log_ratio.abs() > LOG_RATIO_LIMIT
-
-
-def kl_estimate(log_probs: Tensor, reference: Tensor, estimator: Literal["k2", "k3"]) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from samples of the policy (joschu.net/blog/kl-approx.html)."""
-    difference = (reference - log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return difference.square() / 2 if estimator == "k2" else difference.exp() - difference - 1
-
-
-def mismatch_stats(trainer: Tensor, engine: Tensor, share: float) -> Stats:
-    """How far the trainer's log-probabilities lie from the engine's, before any correction is capped."""
-    difference = (trainer - engine).detach()
-    ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return {
-        "mismatch/mean_abs_nats": difference.abs().sum() * share,
-        "mismatch/abs_nats_max": difference.abs().max() if difference.numel() else difference.new_zeros(()),
-        "mismatch/k3_nats": (ratio - 1 - difference).sum() * share,
-        "mismatch/ratio_mean": ratio.sum() * share,
-        "mismatch/ratio_square_mean": ratio.square().sum() * share,
-    }

@@ -285,6 +285,7 @@ def trained_tokens(
         rollout_log_probs=pick(batch.rollout_log_probs),
         old_log_probs=pick(batch.old_log_probs),
         reference_log_probs=pick(batch.reference_log_probs),
+        sequences=batch.document_ids.flatten()[index],
     )
 
 
