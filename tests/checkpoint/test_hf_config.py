@@ -204,6 +204,12 @@ def test_qwen_files_must_give_what_has_an_unrelated_default(cfg: ModelConfig, ke
     assert key in refused(cfg, **{key: None})
 
 
+@pytest.mark.parametrize("cfg", [MLA_TINY, named("v2-lite")])
+def test_another_norm_eps_is_refused_with_latents(cfg: ModelConfig):
+    """transformers norms the latents with 1e-6 whatever the key says: logits were 4e-5 apart with 1e-5."""
+    assert "rms_norm_eps=1e-05" in refused(cfg, rms_norm_eps=1e-5)
+
+
 def test_half_rotation_is_refused_in_v2():
     """transformers' DeepseekV2 pairs neighbours whatever the key says, so a file with it means two models."""
     assert "rope_interleave" in refused(named("v2-lite"), rope_interleave=False)

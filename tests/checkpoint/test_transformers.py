@@ -1,4 +1,4 @@
-"""Our numbers against transformers: logits of every family, greedy text, prompts of a saved folder."""
+"""Our numbers against transformers: every family, folders both ways, greedy text, prompts of a saved folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def drawn_ids(vocab_size: int, rows: int = 2, tokens: int = 40) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(name: str, tmp_path: Path):
+def test_logits_and_gradients_equal_transformers(name: str, tmp_path: Path):
     error = family_error(FAMILIES[name], tmp_path / "model")
     assert error.is_within_bounds, error
 
@@ -55,20 +55,30 @@ def test_the_bounds_notice_a_lost_balance_bias_and_a_lost_yarn(tmp_path: Path):
     assert not logit_error(model(ids), theirs).is_within_bounds
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV2", "Llama"])
+LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=6, qk_nope_head_dim=4)
+EXPERTS = dict(n_routed_experts=4, moe_intermediate_size=16, n_group=2, topk_group=1, num_experts_per_tok=2)
+THEIRS: dict[str, dict[str, object]] = {
+    "DeepseekV3": LATENT | EXPERTS | dict(first_k_dense_replace=1),
+    "DeepseekV2": LATENT | EXPERTS | dict(first_k_dense_replace=1, topk_method="group_limited_greedy"),
+    "Llama": dict(attention_bias=True),
+    "Qwen2": dict(tie_word_embeddings=True, use_sliding_window=False, sliding_window=16),
+    "Qwen3": dict(head_dim=12, attention_bias=True),
+    "Qwen3Moe": dict(head_dim=12, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, mlp_only_layers=[0]),
+}
+
+
+@pytest.mark.parametrize("family", THEIRS)
 @torch.no_grad()
 def test_a_folder_written_by_transformers_loads_and_comes_back_byte_for_byte(family: str, tmp_path: Path):
     """transformers announces an MTP layer that it does not write; it is left out with a warning."""
     common = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=6, qk_nope_head_dim=4)
-    experts = dict(n_routed_experts=4, moe_intermediate_size=16, n_group=2, topk_group=1, num_experts_per_tok=2)
-    if family != "Llama":
-        common |= latent | experts | dict(first_k_dense_replace=1)
-    if family == "DeepseekV2":
-        common |= dict(topk_method="group_limited_greedy")
-    config = getattr(transformers, f"{family}Config")(num_key_value_heads=2, max_position_embeddings=64, **common)
+    tokens = dict(num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    config = getattr(transformers, f"{family}Config")(**common, **tokens, **THEIRS[family])
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
     theirs.save_pretrained(tmp_path / "theirs")
     model, ids = load_model(tmp_path / "theirs"), drawn_ids(64)
     assert model.cfg.mtp_layers == 0

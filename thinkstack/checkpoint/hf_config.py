@@ -123,6 +123,8 @@ def _read_gqa(family: str, read: Reader) -> GQAConfig:
 def _read_mla(read: Reader) -> MLAConfig:
     heads = read.integer("num_attention_heads")
     read.require("attention_bias", False, "use a model without biases in latent attention")
+    # transformers norms the latents with 1e-6 whatever the key says, other programs by the key
+    read.require("rms_norm_eps", 1e-6, "programs disagree on the norms of the latents with another value")
     read.require("num_key_value_heads", heads, "latent attention has as many key/value heads as query heads")
     return MLAConfig(
         num_heads=heads,

@@ -127,6 +127,13 @@ class MLA(nn.Module):
         return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, (B, T))  # (B, T, H, V)
 
 
+class Projection(nn.Linear):
+    """A linear layer whose bias may stay fp32 beside a matrix in bf16, as precision.working_copy keeps vectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
 class GQA(nn.Module):
     """Grouped-query attention (arXiv:2305.13245) as in Llama; with biases Qwen2's, with normed heads Qwen3's."""
 
@@ -136,10 +143,10 @@ class GQA(nn.Module):
         assert isinstance(a, GQAConfig)
         self.shape, self.layer = a, layer
         self.interleaved, self.scale = cfg.rope.interleaved, cfg.softmax_scale
-        self.wq = nn.Linear(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
-        self.wk = nn.Linear(cfg.hidden_size, a.num_kv_heads * a.head_dim, bias=a.qkv_bias)
-        self.wv = nn.Linear(cfg.hidden_size, a.num_kv_heads * a.head_dim, bias=a.qkv_bias)
-        self.wo = nn.Linear(a.num_heads * a.head_dim, cfg.hidden_size, bias=a.out_bias)
+        self.wq = Projection(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
+        self.wk = Projection(cfg.hidden_size, a.num_kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.wv = Projection(cfg.hidden_size, a.num_kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.wo = Projection(a.num_heads * a.head_dim, cfg.hidden_size, bias=a.out_bias)
         self.q_norm = RMSNorm(a.head_dim, cfg.norm_eps) if a.qk_norm else None
         self.k_norm = RMSNorm(a.head_dim, cfg.norm_eps) if a.qk_norm else None
 
@@ -155,22 +162,17 @@ class GQA(nn.Module):
         q = q.transpose(1, 2).unflatten(1, (a.num_kv_heads, -1))  # (B, KV, H/KV, T, head_dim)
         heads = weighted_values(q.flatten(2, 3), k, v, grouped(ctx.mask, a.num_heads // a.num_kv_heads))
         heads = heads.unflatten(2, (-1, x.shape[1])).flatten(1, 2)  # (B, H, T, head_dim)
-        return project(heads.transpose(1, 2).flatten(2), self.wo)
+        return self.wo(heads.transpose(1, 2).flatten(2))
 
     def entries(self, x: Tensor, rope: Tensor) -> Tensor:
         """What the cache keeps of x (B, T, D): rotated keys, then values, of all key/value heads, (B, T, W)."""
         k = rotate(heads_of(x, self.wk, self.k_norm, self.shape.num_kv_heads), rope, self.interleaved)
-        return torch.cat((k.flatten(2), project(x, self.wv)), -1)
-
-
-def project(x: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(x) in x's dtype; the bias may be kept in fp32 beside a matrix in bf16 (precision.working_copy)."""
-    return F.linear(x, linear.weight, None if linear.bias is None else linear.bias.to(x.dtype))
+        return torch.cat((k.flatten(2), self.wv(x)), -1)
 
 
 def heads_of(x: Tensor, linear: nn.Linear, norm: RMSNorm | None, num_heads: int) -> Tensor:
     """Project x (B, T, D) and cut it into heads (B, T, num_heads, head_dim), each normed if there is a norm."""
-    heads = project(x, linear).unflatten(-1, (num_heads, -1))
+    heads = linear(x).unflatten(-1, (num_heads, -1))
     return heads if norm is None else norm(heads)
 
 
