@@ -21,7 +21,8 @@ from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, 
 from thinkstack.log import Run, clock, write_json
 from thinkstack.machine import describe_machine
 from thinkstack.stages.evaluate import EvaluateConfig, measure
-from thinkstack.stages.grpo import PRESETS, GrpoConfig, grpo
+from thinkstack.stages.grpo import grpo
+from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
 from thinkstack.stages.pretrain import MODEL, PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
 from thinkstack.types import ConfigError

@@ -2,7 +2,7 @@
 
 import random
 
-from thinkstack.stages.grpo import GrpoConfig
+from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer import TrainerConfig

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.stages.bandit import arm_config, arm_score
-from thinkstack.stages.grpo import PRESETS, GrpoConfig, split_groups
+from thinkstack.stages.grpo import split_groups
+from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
 from thinkstack.stages.health import early_warnings, health_line
 from thinkstack.stages.rollout_log import read_rollouts, show_group
 from thinkstack.train.optim import OptimConfig

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from thinkstack.stages import grpo
+from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer import TrainerConfig
@@ -57,7 +58,7 @@ def test_the_default_objective_is_that_of_the_measured_demo(make_bandit, monkeyp
 
 
 def test_the_default_settings_are_those_of_the_measured_demo():
-    cfg, loss = grpo.GrpoConfig(start=""), PolicyLossConfig()
+    cfg, loss = GrpoConfig(start=""), PolicyLossConfig()
     assert (cfg.prompts_per_step, cfg.group_size, cfg.minibatches, cfg.max_tokens) == (24, 16, 1, 128)
     assert (cfg.advantage, cfg.dynamic_sampling, cfg.max_rounds) == ("centred", True, 3)
     assert (loss.clip_low, loss.clip_high, loss.reduction, loss.kl, loss.importance_cap) == (0.2, 0.28, "token", 0, 2)

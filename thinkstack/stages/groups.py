@@ -1,22 +1,30 @@
 """From scored groups to training batches: advantages, and rollouts as packed rows of tokens."""
 
+import itertools
 import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from thinkstack.data import Sample, lay_out, pack, spread
 from thinkstack.types import Batch, Rollout
 
 log = logging.getLogger(__name__)
 
-AdvantageKind = Literal["centred", "standardised"]
+GroupKind = Literal["centred", "standardised"]
+AdvantageKind = Literal["centred", "standardised", "batch", "gae"]
+GROUP_KINDS: tuple[str, ...] = ("centred", "standardised")
+Advantage = float | Sequence[float]
+"""Of a whole answer, or of each of its tokens."""
 SAME = 1e-6
 """Rewards that differ by less than this from their mean are the same reward."""
 
 
-def group_advantages(rewards: Sequence[float | None], kind: AdvantageKind) -> list[float]:
+def group_advantages(rewards: Sequence[float | None], kind: GroupKind) -> list[float]:
     """Advantages of one group's answers.
 
     rewards: None marks an unscorable answer, which enters neither mean nor deviation and gets 0. "centred": reward
@@ -54,12 +62,45 @@ def is_mixed(group: Sequence[Rollout]) -> bool:
     return bool(rewards) and max(rewards) - min(rewards) > SAME
 
 
-def advantages_of(rollouts: Sequence[Rollout], kind: AdvantageKind) -> list[float]:
-    """Advantage of each rollout within its group, in the order of `rollouts`."""
+def advantages_of(
+    rollouts: Sequence[Rollout], kind: GroupKind, rewards: Sequence[float | None] | None = None
+) -> list[float]:
+    """Advantage of each rollout within its group, in the order of `rollouts`; rewards: in place of their scores."""
+    given = [reward_of(rollout) for rollout in rollouts] if rewards is None else rewards
+    earned = {id(rollout): reward for rollout, reward in zip(rollouts, given, strict=True)}
     known: dict[int, float] = {}
     for group in by_group(rollouts):
-        known |= zip(map(id, group), group_advantages([reward_of(rollout) for rollout in group], kind), strict=True)
+        known |= zip(map(id, group), group_advantages([earned[id(rollout)] for rollout in group], kind), strict=True)
     return [known[id(rollout)] for rollout in rollouts]
+
+
+def is_truncated(rollout: Rollout) -> bool:
+    """Whether the engine cut the answer off; an end token in the last allowed place is no cut."""
+    return rollout.completion.finish_reason == "length"
+
+
+def overlong_punishment(num_tokens: int, max_tokens: int, share: float) -> float:
+    """0 up to (1 - share) * max_tokens, then growing evenly to 1 at max_tokens (arXiv:2503.14476, equation 13)."""
+    start = (1 - share) * max_tokens
+    return max(0.0, (num_tokens - start) / (max_tokens - start))
+
+
+def returns_to_go(rewards: Sequence[float]) -> list[float]:
+    """Sum of the rewards of each token and all after it."""
+    return list(itertools.accumulate(reversed(rewards)))[::-1]
+
+
+def normalised(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Minus the mean, over the population deviation, of all tokens of the step (arXiv:2501.03262, equation 8).
+
+    Equal values give 0 exactly. To be called on the whole step, before it is cut into mini- or micro-batches.
+    """
+    flat = list(itertools.chain(*values))
+    mean = statistics.fmean(flat) if flat else 0.0
+    if not flat or max(abs(value - mean) for value in flat) < SAME:
+        return [[0.0] * len(row) for row in values]
+    deviation = statistics.pstdev(flat, mean)
+    return [[(value - mean) / deviation for value in row] for row in values]
 
 
 def sample_of(rollout: Rollout) -> Sample:
@@ -68,7 +109,7 @@ def sample_of(rollout: Rollout) -> Sample:
     return Sample((*prompt, *drawn), (0,) * len(prompt) + (1,) * len(drawn))
 
 
-def to_batch(rollouts: Sequence[Rollout], advantages: Sequence[float], row_tokens: int) -> Batch:
+def to_batch(rollouts: Sequence[Rollout], advantages: Sequence[Advantage], row_tokens: int) -> Batch:
     """Rollouts as packed rows with advantages and the engine's log-probabilities; unscorable answers are left out."""
     kept = [
         (rollout, value) for rollout, value in zip(rollouts, advantages, strict=True) if reward_of(rollout) is not None
@@ -79,7 +120,7 @@ def to_batch(rollouts: Sequence[Rollout], advantages: Sequence[float], row_token
     before = [[0.0] * (len(rollout.prompt_ids) - 1) for rollout, _ in kept]
     drawn = [[*zeros, *rollout.completion.log_probs] for zeros, (rollout, _) in zip(before, kept, strict=True)]
     gains = [
-        [*zeros, *[value] * len(rollout.completion.token_ids)]
+        [*zeros, *per_token(value, len(rollout.completion.token_ids))]
         for zeros, (rollout, value) in zip(before, kept, strict=True)
     ]
     batch = lay_out(samples, rows, width)
@@ -90,3 +131,33 @@ def to_batch(rollouts: Sequence[Rollout], advantages: Sequence[float], row_token
             "rollout_log_probs": spread(drawn, samples, rows, width),
         }
     )
+
+
+def per_token(advantage: Advantage, num_tokens: int) -> list[float]:
+    """An answer's advantage for each of its tokens."""
+    values = [advantage] * num_tokens if isinstance(advantage, float | int) else list(advantage)
+    assert len(values) == num_tokens, "one advantage a token"
+    return values
+
+
+def trained_places(batch: Batch) -> tuple[Tensor, list[int]]:
+    """Flat places of all trained tokens, answer by answer in drawing order, and how many each answer has."""
+    index = batch.loss_mask.flatten().nonzero().squeeze(1)
+    documents = batch.document_ids.flatten()[index]
+    order = documents.argsort(stable=True)
+    return index[order], documents[order].unique_consecutive(return_counts=True)[1].tolist()
+
+
+def collect(values: Tensor, batch: Batch) -> list[list[float]]:
+    """Per-token numbers (R, T) of a batch, answer by answer; the other way round is `lay`."""
+    places, lengths = trained_places(batch)
+    return [part.tolist() for part in values.flatten()[places].split(lengths)]
+
+
+def lay(values: Sequence[Sequence[float]], batch: Batch) -> Tensor:
+    """Per-token numbers of each answer of a batch, laid out like it: (R, T) fp32, 0 elsewhere."""
+    places, lengths = trained_places(batch)
+    assert [len(row) for row in values] == lengths, "one number a trained token"
+    out = torch.zeros(batch.ids.numel())
+    out[places] = torch.tensor(list(itertools.chain(*values)), dtype=torch.float32)
+    return out.view_as(batch.loss_mask)

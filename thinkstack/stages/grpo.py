@@ -6,10 +6,11 @@
 import copy
 import itertools
 import logging
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -20,8 +21,11 @@ from thinkstack.evals.figures import Evaluation, curve_point
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, timed
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.groups import AdvantageKind, advantages_of, by_group, to_batch
+from thinkstack.stages.advantages import Learnt, compare, usable
+from thinkstack.stages.groups import by_group, collect, reward_of, to_batch
+from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.stages.health import describe, early_warnings, health_line
+from thinkstack.stages.ppo import Critic
 from thinkstack.stages.pretrain import MODEL, STATE
 from thinkstack.stages.rollout import Asking, Counter, Round, ScoreFunction, roll_out
 from thinkstack.stages.rollout_log import write_rollouts
@@ -30,108 +34,17 @@ from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, families
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.loss import token_weights
-from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
+from thinkstack.train.policy_loss import kl_estimate, policy_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, TrainerConfig, batch_log_probs
-from thinkstack.types import Batch, ConfigError, Interrupted, Rollout, Sampling, TrainingError
+from thinkstack.train.trainer import Trainer, batch_log_probs
+from thinkstack.types import Batch, Interrupted, Rollout, Sampling, TrainingError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CURVE_FILE = "curve.jsonl"
 FRUITLESS_DRAWINGS = 5
 """Drawings in a row without anything to learn after which a run gives up."""
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "group_size": 16,
-        "prompts_per_step": 32,
-        "advantage": "standardised",
-        "loss": {
-            "reduction": "sequence",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "kl": 0.001,
-            "kl_estimator": "k3",
-            "importance_cap": 0.0,
-        },
-        "reward": {"combine": "additive"},
-        "dynamic_sampling": False,
-        "reference_steps": 400,
-    },
-}
-"""Settings a preset lays under the user's own. "paper": R1 paper, section 2.2.1 and supplement 2.4; it leaves the
-clip of R1-Zero open, 0.2 is PPO's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrpoConfig:
-    """One run of group-relative policy optimisation."""
-
-    start: str
-    """Checkpoint or earlier stage to start from."""
-    preset: Literal["default", "paper"] = "default"
-    """What was laid under these settings; see PRESETS."""
-    families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Task families to learn from."""
-    held_out_levels: tuple[int, ...] = ()
-    """Difficulties never asked in training."""
-    steps: int = 100
-    """Optimizer steps."""
-    prompts_per_step: int = 24
-    """Groups a step is made of."""
-    group_size: int = 16
-    """Answers drawn to each prompt (G)."""
-    minibatches: int = 1
-    """Optimizer steps the groups of one drawing are split into; from the second on the clipped ratio differs from 1."""
-    max_tokens: int = 128
-    """Most tokens of an answer; longer ones are cut off, earn what their text earns (mostly nothing) and are kept."""
-    top_p: float = 1.0
-    """Must be 1: tokens outside a nucleus would have probability 0 in the engine and more in the trainer."""
-    advantage: AdvantageKind = "centred"
-    """How rewards of a group are compared; see stages/groups.py."""
-    reward: RewardConfig = RewardConfig()
-    """How answers are judged."""
-    loss: PolicyLossConfig = PolicyLossConfig()
-    """The policy loss; its temperature is also that of the rollouts."""
-    trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, balance_weight=0.0, mtp_detached=True)
-    """Precision and optimizer. The balance bias is frozen: the same weights must mean the same policy all step long."""
-    row_tokens: int = 256
-    """Tokens of a packed row."""
-    dynamic_sampling: bool = True
-    """Replace groups whose answers all earned the same."""
-    max_rounds: int = 3
-    """Most rounds of drawing in a step."""
-    unscorable_limit: float = 0.1
-    """Share of unscorable answers of a step above which the run fails: then the checker is broken, not the model."""
-    reference_steps: int = 400
-    """Steps after which the reference is replaced by the policy; only with a KL term."""
-    rollout_steps: int = 1
-    """Every so many steps the answers are kept on disk; 0 keeps none."""
-    way_steps: int = 10
-    """Steps between two evaluations on the way; 0 makes none."""
-    way_problems: int = 48
-    """Held-out problems of an evaluation on the way."""
-    way_samples: int = 16
-    """Answers drawn to each of them."""
-    save_steps: int = 20
-    """Steps between two states to resume from; 0 keeps none."""
-    seed: int = 0
-    """Fixes problems and draws."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        families(self.families)
-        if self.top_p != 1:
-            raise ConfigError(
-                f"top_p={self.top_p}: training rollouts must draw from the whole distribution, or the engine's "
-                "probabilities are not the trainer's; use top_p=1 (evaluation and chat may use less)"
-            )
-        if self.group_size == 1:
-            log.warning("group_size=1 compares an answer with nothing: every advantage is 0 and nothing is learnt")
-        if self.minibatches > self.prompts_per_step:
-            raise ConfigError(f"minibatches={self.minibatches} exceed prompts_per_step={self.prompts_per_step}")
 
 
 class Zero:
@@ -146,6 +59,11 @@ class Zero:
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
         self.engine = Engine(model, EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size))
         self.reference = copy.deepcopy(model).requires_grad_(False) if cfg.loss.kl else None
+        self.reference_step = 0
+        """Optimizer steps of the policy that the reference is a copy of."""
+        self.critic: Critic | None = None
+        if cfg.advantage == "gae":
+            self.critic = Critic(model, cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
         self.score: ScoreFunction = partial(score, cfg=cfg.reward)
         self.ask = Asking(
             sampling=Sampling(
@@ -162,22 +80,59 @@ class Zero:
         """One step of GRPO (cfg.minibatches optimizer steps): ask, score, compare, learn, hand the weights over."""
         cfg = self.cfg
         times: dict[str, float] = {}
+        self.fit_critic()
         with timed(times, "rollout"):
-            drawn = roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+            drawn = self.draw()
         metrics = describe(drawn)
         self.check(drawn, metrics)
-        advantages = advantages_of(drawn.kept, cfg.advantage)
         with timed(times, "train"):
-            parts = split_groups(drawn.kept, advantages, cfg.minibatches)
+            self.refresh_reference()
+            kept = usable(drawn.kept, cfg)
+            learnt = compare(kept, self.penalties(kept, metrics), cfg, self.critic)
+            parts = split_groups(learnt.rollouts, learnt.advantages, cfg.minibatches)
             # all of them before the first update: the old policy is the one that drew the answers
             for batch in [self.add_log_probs(to_batch(*part, cfg.row_tokens)) for part in parts]:
                 batch = batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens))
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)
+            if self.critic is not None:
+                metrics |= self.critic.learn(split_groups(learnt.rollouts, learnt.targets, cfg.minibatches))
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
-        self.keep(drawn, advantages)
+        self.keep(drawn, learnt)
         tokens = sum(len(rollout.completion.token_ids) for rollout in drawn.drawn)
         return metrics | times | {"rollout/tokens_per_second": tokens / times["time/rollout_seconds"]}
+
+    def draw(self) -> Round:
+        """Ask and score."""
+        return roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+
+    def fit_critic(self) -> None:
+        """Train the critic alone, before the policy's first step, on what the policy as it is earns (lambda = 1)."""
+        if self.critic is None:
+            return
+        for _ in range(self.critic.trainer.step_count, self.cfg.critic.prefit_steps):
+            drawn = self.draw()
+            self.check(drawn, describe(drawn))
+            kept = usable(drawn.kept, self.cfg)
+            learnt = compare(kept, self.penalties(kept, {}), self.cfg, self.critic, lam=1.0)
+            if learnt.rollouts:
+                metrics = self.critic.learn([(learnt.rollouts, learnt.targets)])
+                log.info("critic alone: explained variance %.2f", metrics["critic/explained_variance"])
+
+    def penalties(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[list[float]]:
+        """What KL takes off the reward of each token (0 where it is part of the loss); its mean goes to `metrics`."""
+        loss = self.cfg.loss
+        found = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
+        scored = [place for place, rollout in enumerate(rollouts) if reward_of(rollout) is not None]
+        if self.reference is None or loss.kl_placement == "loss" or not scored:
+            return found
+        batch = to_batch([rollouts[place] for place in scored], [0.0] * len(scored), self.cfg.row_tokens)
+        policy, reference = (self.log_probs(model, batch) for model in (self.trainer.workers[0], self.reference))
+        kl = kl_estimate(policy, reference, loss.kl_estimator)
+        metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
+        for place, lost in zip(scored, collect(loss.kl * kl, batch), strict=True):
+            found[place] = lost
+        return found
 
     def check(self, drawn: Round, metrics: dict[str, float]) -> None:
         """Refuse a step whose answers came from other weights or could not be judged."""
@@ -191,24 +146,33 @@ class Zero:
                 "repair the checker, then resume"
             )
 
+    def log_probs(self, model: Transformer, batch: Batch) -> Tensor:
+        """Of all trained tokens under `model`, at the temperature they were drawn at."""
+        return batch_log_probs(model, batch, self.cfg.loss.temperature, self.cfg.trainer.micro_tokens)
+
+    def refresh_reference(self) -> None:
+        """Replace the reference by the policy whenever another reference_steps optimizer steps are done."""
+        done, every = self.trainer.step_count, self.cfg.reference_steps
+        if self.reference is not None and done // every > self.reference_step // every:
+            self.reference.load_state_dict(self.trainer.model.state_dict())
+            self.reference_step = done
+            log.info("step %d: the reference is now the policy", done)
+
     def add_log_probs(self, batch: Batch) -> Batch:
         """Log-probabilities under the policy before the step, and under the reference, where the loss asks for them."""
-        loss, micro = self.cfg.loss, self.cfg.trainer.micro_tokens
         if self.cfg.minibatches > 1:
-            old = batch_log_probs(self.trainer.workers[0], batch, loss.temperature, micro)
-            batch = replace(batch, old_log_probs=old)
-        if self.reference is not None:
-            if self.trainer.step_count and self.trainer.step_count % self.cfg.reference_steps == 0:
-                self.reference.load_state_dict(self.trainer.model.state_dict())
-                log.info("step %d: the reference is now the policy", self.trainer.step_count)
-            reference = batch_log_probs(self.reference, batch, loss.temperature, micro)
-            batch = replace(batch, reference_log_probs=reference)
+            batch = replace(batch, old_log_probs=self.log_probs(self.trainer.workers[0], batch))
+        if self.reference is not None and self.cfg.loss.kl_placement == "loss":
+            batch = replace(batch, reference_log_probs=self.log_probs(self.reference, batch))
         return batch
 
-    def keep(self, drawn: Round, advantages: Sequence[float]) -> None:
-        """Write the answers of this step to disk."""
+    def keep(self, drawn: Round, learnt: Learnt) -> None:
+        """Write the answers of this step to disk; of advantages by token their mean."""
         if self.cfg.rollout_steps and self.trainer.step_count % self.cfg.rollout_steps == 0:
-            known = {id(rollout): value for rollout, value in zip(drawn.kept, advantages, strict=True)}
+            known = {
+                id(rollout): value if isinstance(value, float) else statistics.fmean(value)
+                for rollout, value in zip(learnt.rollouts, learnt.advantages, strict=True)
+            }
             write_rollouts(self.run.folder, self.trainer.step_count, drawn.drawn, known, self.chat)
 
     def look(self) -> None:
@@ -229,14 +193,23 @@ class Zero:
         tensors, numbers = trainer_state(self.trainer)
         if self.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
-        numbers |= {"stream": self.stream.state(), "next_group": self.counter.value}
+        numbers |= {
+            "stream": self.stream.state(),
+            "next_group": self.counter.value,
+            "reference_step": self.reference_step,
+        }
+        if self.critic is not None:
+            more_tensors, more_numbers = self.critic.state()
+            tensors, numbers = tensors | more_tensors, numbers | more_numbers
         save_state(self.run.folder / STATE, tensors, numbers)
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go on from what `save` wrote."""
         restore_trainer(self.trainer, tensors, numbers)
         self.stream.restore(numbers["stream"])
-        self.counter.value = numbers["next_group"]
+        self.counter.value, self.reference_step = numbers["next_group"], numbers["reference_step"]
+        if self.critic is not None:
+            self.critic.restore(tensors, numbers)
         if self.reference is not None:
             prefix = "reference."
             kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -244,11 +217,10 @@ class Zero:
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
 
 
-def split_groups(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], parts: int
-) -> list[tuple[list[Rollout], list[float]]]:
-    """Cut into at most `parts` pieces of whole groups, as even as possible; nothing to train on gives no piece."""
-    value_of = {id(rollout): value for rollout, value in zip(rollouts, advantages, strict=True)}
+def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -> list[tuple[list[Rollout], list[T]]]:
+    """Cut into at most `parts` pieces of whole groups, as even as possible, each answer with its value; nothing to
+    train on gives no piece."""
+    value_of = {id(rollout): value for rollout, value in zip(rollouts, values, strict=True)}
     groups = by_group(rollouts)
     pieces = [list(itertools.chain(*groups[part::parts])) for part in range(parts)]
     return [(piece, [value_of[id(rollout)] for rollout in piece]) for piece in pieces if piece]

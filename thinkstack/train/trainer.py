@@ -9,23 +9,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from thinkstack.models.heads import ValueModel
 from thinkstack.models.moe import Routing
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import expert_counts, max_violation, moe_layers, sequence_balance_loss, update_bias
 from thinkstack.train.loss import Stats, TrainedTokens, sum_over_ranks, token_log_probs, token_weights
 from thinkstack.train.optim import OptimConfig, gradient_norm, learning_rate, make_optimizer
+from thinkstack.train.value_loss import ValueTokens, valued_tokens
 from thinkstack.types import Batch, ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
-LossFunction = Callable[[TrainedTokens], tuple[Tensor, Stats]]
+LossFunction = Callable[[Any], tuple[Tensor, Stats]]
+"""Takes TrainedTokens, or ValueTokens where the model is a ValueModel."""
 BAD_STEPS = 3
 """Consecutive steps without a finite gradient after which training gives up."""
 
@@ -263,8 +266,10 @@ def join_ranks(stats: Stats) -> Stats:
 
 def trained_tokens(
     model: Transformer, hidden: Tensor, batch: Batch, share: float, temperature: float, with_entropy: bool = False
-) -> TrainedTokens:
-    """The targets of `batch` that are trained, with their log-probabilities under `model`. hidden: (R, T, D)."""
+) -> TrainedTokens | ValueTokens:
+    """The trained targets of `batch` with their log-probabilities (or values) by `model`. hidden: (R, T, D)."""
+    if isinstance(model, ValueModel):
+        return valued_tokens(model, hidden, batch, share)
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
 
     def pick(values: Tensor | None) -> Tensor | None:

@@ -1,0 +1,48 @@
+"""A head that says a number instead of a token: the critic of PPO."""
+
+# Shapes in this file: B rows, T tokens, D hidden size.
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from thinkstack.models.attention import LayerCache
+from thinkstack.models.config import ModelConfig
+from thinkstack.models.transformer import Transformer
+
+
+class ValueModel(Transformer):
+    """A transformer that predicts at each position the return that is still to come, in place of the next token."""
+
+    def __init__(self, cfg: ModelConfig):
+        """cfg: of a policy; its MTP modules and its head are left out."""
+        super().__init__(replace(cfg, mtp_layers=0, tie_embeddings=False))
+        del self.head
+        # vectors stay fp32 in a bf16 working copy, which would round a return near 1 to 3 digits; nor do they decay
+        self.value_weight = nn.Parameter(torch.zeros(cfg.hidden_size))
+        self.value_bias = nn.Parameter(torch.zeros(1))
+
+    @classmethod
+    def from_policy(cls, policy: Transformer) -> "ValueModel":
+        """A critic that starts from the policy's trunk and predicts 0 everywhere."""
+        critic = cls(policy.cfg)
+        known = {k: v for k, v in policy.state_dict().items() if not k.startswith(("head.", "mtp."))}
+        missing, unexpected = critic.load_state_dict(known, strict=False)
+        assert set(missing) == {"value_weight", "value_bias"} and not unexpected
+        return critic
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Predicted returns, (...) fp32, of hidden states (..., D)."""
+        return hidden.float() @ self.value_weight + self.value_bias
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted returns (B, T) fp32 for token ids (B, T); arguments as in `trunk`."""
+        return self.values(self.trunk(ids, positions, document_ids, cache, mask).hidden)
