@@ -153,3 +153,166 @@ def test_every_coefficient_of_the_loss_changes_it(name, value, trained):
 def test_meaningless_coefficients_are_refused(changes):
     with pytest.raises(ConfigError):
         PolicyLossConfig(**changes)
+
+
+def answers(log_probs: list[list[float]], advantages: list[float], **given: list[list[float]]) -> TrainedTokens:
+    """Tokens of several answers, weighted by sequence: 1 / (answers * tokens of the answer)."""
+    lengths = [len(answer) for answer in log_probs]
+    flat = {name: [value for answer in values for value in answer] for name, values in given.items()}
+    spread = [value for value, length in zip(advantages, lengths, strict=True) for _ in range(length)]
+    trained = tokens([value for answer in log_probs for value in answer], spread, **flat)
+    weights = [1 / (len(lengths) * length) for length in lengths for _ in range(length)]
+    return replace(
+        trained,
+        weights=torch.tensor(weights),
+        sequences=torch.repeat_interleave(torch.arange(1, 1 + len(lengths)), torch.tensor(lengths)),
+    )
+
+
+GSPO = PolicyLossConfig(ratio_level="sequence", reduction="sequence", clip_low=0.05, clip_high=0.05, importance_cap=0.0)
+
+
+def test_trap_06_a_sequence_has_one_ratio_the_exponential_of_its_mean_log_ratio():
+    """A peer took the product of the token ratios, which grows with length, and another averaged over padding too.
+
+    Answer 1: log-ratios 0.06 and -0.02, mean 0.02: r = e^0.02 = 1.0202, inside the clip, A = 1: gain 1.0202.
+    Answer 2: log-ratio 0.1: r = 1.1052, clipped to 1.05, A = 2: gain 2.1, no gradient.
+    Loss -(1.0202 + 2.1) / 2. Each token of answer 1 gets -(1/2) * r * A * (1/2), as 1/|o| is both weight and mean.
+    """
+    now, old = [[-1.0, -2.0], [-0.5]], [[-1.06, -1.98], [-0.6]]
+    trained = answers(now, [1.0, 2.0], old_log_probs=old, rollout_log_probs=old)
+    loss, stats = policy_loss(trained, GSPO)
+    assert loss.item() == pytest.approx(-(math.exp(0.02) + 2.1) / 2, rel=1e-5)
+    assert slope(trained, GSPO) == pytest.approx([-math.exp(0.02) / 4] * 2 + [0.0], rel=1e-5)
+    assert float(stats["policy/clipped_high"]) == pytest.approx(1 / 3)
+
+
+def test_trap_07_the_cispo_cap_is_the_cap_itself_and_no_token_loses_its_gradient():
+    """Two conventions are about: the cap, and 1 + it. Here 4.0 means weights up to 4.0.
+
+    Ratios 6, 0.5 and 1.5 with A = 1, -1, 1: weights min(r, 4) = 4, 0.5, 1.5; d loss / d log pi = -w A / 3. PPO's clip
+    would leave the first token and the second without a gradient. Value: -(4 * -1 - 0.5 * -2 + 1.5 * -3) / 3.
+    """
+    cfg = PolicyLossConfig(clip_kind="cap", cispo_cap=4.0, importance_cap=0.0)
+    now, ratios = [-1.0, -2.0, -3.0], [6.0, 0.5, 1.5]
+    old = [log_prob - math.log(ratio) for log_prob, ratio in zip(now, ratios, strict=True)]
+    trained = tokens(now, [1.0, -1.0, 1.0], old_log_probs=old, rollout_log_probs=old)
+    loss, stats = policy_loss(trained, cfg)
+    assert loss.item() == pytest.approx(-(-4 + 1 - 4.5) / 3, rel=1e-5)
+    assert slope(trained, cfg) == pytest.approx([-4 / 3, 0.5 / 3, -1.5 / 3], rel=1e-5)
+    assert float(stats["policy/clipped_high"]) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("ratio", "loss", "moves"), [(2.0, 2.0, True), (5.0, 3.0, False)])
+def test_trap_09_dual_clip_bounds_the_loss_of_a_bad_answer(ratio, loss, moves):
+    """For A = -1 PPO's minimum is r A without bound: one token grown 100 times as likely gives a step 100 times as
+    long. With dual_clip=3 the loss is at most 3 |A|; below that nothing changes."""
+    cfg = replace(ON_POLICY, dual_clip=3.0)
+    trained = far(ratio, -1.0)
+    value, stats = policy_loss(trained, cfg)
+    assert value.item() == pytest.approx(loss, rel=1e-5)
+    assert slope(trained, cfg) == pytest.approx([ratio if moves else 0.0], rel=1e-5)
+    assert float(stats["correction/dual_clipped"]) == float(not moves)
+    assert policy_loss(far(5.0, 1.0), cfg)[0].item() == pytest.approx(-1.28, rel=1e-5), "gains are PPO's"
+
+
+def test_trap_19_advantages_that_carry_a_gradient_are_a_bug():
+    """A critic's graph left in the advantages sends the policy's loss into the critic."""
+    trained = tokens([-1.0], [1.0])
+    with pytest.raises(AssertionError):
+        policy_loss(replace(trained, advantages=torch.tensor([1.0], requires_grad=True)), ON_POLICY)
+    with pytest.raises(AssertionError):
+        policy_loss(replace(trained, advantages=torch.tensor([1.0], dtype=torch.bfloat16)), ON_POLICY)
+
+
+CORRECTIONS = {
+    ("truncate", "token"): [2.0, 0.5, 1.2],
+    ("mask", "token"): [0.0, 0.5, 1.2],
+    ("truncate", "sequence"): [1.5, 1.5, 1.2],
+    ("mask", "sequence"): [1.5, 1.5, 1.2],
+}
+
+
+@pytest.mark.parametrize(("kind", "level"), CORRECTIONS)
+def test_trap_22_the_engines_probabilities_are_corrected_up_to_a_stated_cap(kind, level):
+    """pi_old / pi_engine is 3 and 0.5 in answer 1, 1.2 in answer 2; the cap is 2. By token 3 becomes 2, or 0 where it
+    is masked. By sequence answer 1 has 3 * 0.5 = 1.5, below the cap. The weight carries no gradient."""
+    now = [[-1.0, -2.0], [-0.5]]
+    engine = [[-1.0 - math.log(3), -2.0 - math.log(0.5)], [-0.5 - math.log(1.2)]]
+    trained = answers(now, [1.0, 1.0], rollout_log_probs=engine)
+    cfg = PolicyLossConfig(importance_kind=kind, importance_level=level, importance_cap=2.0)
+    weights = CORRECTIONS[kind, level]
+    shares = [0.25, 0.25, 0.5]
+    assert slope(trained, cfg) == pytest.approx([-w * s for w, s in zip(weights, shares, strict=True)], rel=1e-5)
+    stats = policy_loss(trained, cfg)[1]
+    assert float(stats.get("correction/masked", torch.zeros(()))) == pytest.approx(weights.count(0.0) / 3)
+    assert float(stats["correction/ratio_max"]) == pytest.approx(3.0, rel=1e-5), "before the cap"
+    assert float(stats["correction/mean_nats"]) == pytest.approx(math.log(3 * 0.5 * 1.2) / 3, rel=1e-5)
+
+
+def test_trap_22_a_sequence_beyond_the_cap_is_masked_whole():
+    """3 * 1.5 = 4.5 is above 2: both tokens leave the loss, the other answer stays."""
+    engine = [[-1.0 - math.log(3), -2.0 - math.log(1.5)], [-0.5]]
+    trained = answers([[-1.0, -2.0], [-0.5]], [1.0, 1.0], rollout_log_probs=engine)
+    cfg = PolicyLossConfig(importance_kind="mask", importance_level="sequence", importance_cap=2.0)
+    assert slope(trained, cfg) == pytest.approx([0.0, 0.0, -0.5])
+
+
+def test_trap_42_a_clamp_inside_the_kl_estimate_is_counted():
+    """A peer clamped k3 at 10 inside the graph: tokens beyond had no gradient, and no number said so."""
+    cfg = replace(ON_POLICY, kl=0.1)
+    trained = tokens([-1.0, -1.0], [0.0, 0.0], reference_log_probs=[-30.0, -2.0])
+    stats = policy_loss(trained, cfg)[1]
+    assert float(stats["correction/kl_clamped"]) == 0.5
+    assert slope(trained, cfg)[0] == 0.0
+
+
+def categorical():
+    """(log-probabilities of a policy with 3 outcomes, their logits, a reference, the exact gradient of their KL)."""
+    logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    log_probs = logits.log_softmax(-1)
+    exact = (log_probs.exp() * (log_probs - reference)).sum()
+    return log_probs, logits, reference, torch.autograd.grad(exact, logits, retain_graph=True)[0]
+
+
+def test_trap_46_k1_in_the_loss_does_not_know_the_reference():
+    """Its expected gradient is that of sum p log p's score, 0 on policy, whatever the reference: it was added, logged
+    as "kl" and held nothing back. Hence it is refused (tests/stages/test_presets.py)."""
+    log_probs, logits, reference, _ = categorical()
+    drawn_from = log_probs.exp().detach()
+    for other in (reference, reference.flip(0)):
+        loss = (drawn_from * kl_estimate(log_probs, other, "k1")).sum()
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("estimator", "is_unbiased"), [("k1", True), ("k2", False), ("k3", False)])
+def test_trap_46_in_the_reward_k1_is_unbiased_and_the_others_are_not(estimator, is_unbiased):
+    """As a reward the estimate is a number: the gradient is E[k grad log pi], which is that of the KL for k1 only."""
+    log_probs, logits, reference, right = categorical()
+    reward = kl_estimate(log_probs, reference, estimator).detach()
+    (gradient,) = torch.autograd.grad((log_probs.exp().detach() * reward * log_probs).sum(), logits)
+    assert torch.allclose(gradient, right, atol=1e-9) == is_unbiased
+
+
+def test_trap_46_off_policy_k3_needs_the_ratio():
+    """Drawn from an old policy, plain k3 estimates nothing; times the ratio it has the value and the gradient of the
+    KL, exactly (V3.2)."""
+    log_probs, logits, reference, right = categorical()
+    old = torch.tensor([0.2, 0.6, 0.2], dtype=torch.float64).log()
+    k3 = kl_estimate(log_probs, reference, "k3")
+    value = (old.exp() * (log_probs - old).exp() * k3).sum()
+    assert value.item() == pytest.approx((log_probs.exp() * (log_probs - reference)).sum().item())
+    (weighted,) = torch.autograd.grad(value, logits, retain_graph=True)
+    (plain,) = torch.autograd.grad((old.exp() * k3).sum(), logits)
+    torch.testing.assert_close(weighted, right)
+    assert not torch.allclose(plain, right, atol=1e-2)
+
+
+def test_the_ratio_multiplies_the_kl_term():
+    """Ratio 1.1, k3 of (0.5 against 0.25) = 0.5 + ln 2 - 1: the term is 0.1 * 1.1 * k3."""
+    given = {"old_log_probs": [math.log(0.5 / 1.1)], "reference_log_probs": [math.log(0.25)]}
+    trained = tokens([math.log(0.5)], [0.0], **given)
+    loss, _ = policy_loss(trained, replace(ON_POLICY, kl=0.1, kl_ratio=True))
+    assert loss.item() == pytest.approx(0.1 * 1.1 * (0.5 + math.log(2) - 1), rel=1e-5)
