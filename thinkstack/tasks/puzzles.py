@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from thinkstack.types import ConfigError, Problem
 
@@ -73,6 +73,22 @@ class Family(Protocol):
         """The final state as the answer is written."""
 
 
+@runtime_checkable
+class Judging(Protocol):
+    """What a family adds when an answer can be right without being spelt like the reference."""
+
+    def accepts(self, problem: Problem, answer: str) -> bool:
+        """Whether `answer` is right. Strict: it never raises, evaluates nothing, and refuses more than one answer."""
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """What a family adds when its operations are not part of the question, or their order does not matter."""
+
+    def key(self, puzzle: Puzzle) -> str:
+        """16 hexadecimal digits that are the same for two puzzles exactly when a solver would see the same problem."""
+
+
 @dataclass(frozen=True)
 class Working:
     """A worked solution: its lines and the answer it arrives at."""
@@ -90,6 +106,8 @@ def digest(*parts: object) -> int:
 
 def key_of(family: Family, puzzle: Puzzle) -> str:
     """Hash of the canonical problem as 16 hexadecimal digits."""
+    if isinstance(family, Keyed):
+        return family.key(puzzle)
     return f"{digest(family.name, puzzle.start, *puzzle.ops):016x}"
 
 
@@ -122,7 +140,13 @@ def work(family: Family, puzzle: Puzzle, language: str, rng: random.Random | Non
         lines.append(family.line(state, op, result, language))
         state = result
     answer = family.answer(puzzle, state, language)
-    return Working(tuple(lines), answer, answer == right_answer(family, puzzle, language))
+    return Working(tuple(lines), answer, _is_right(family, puzzle, language, answer))
+
+
+def _is_right(family: Family, puzzle: Puzzle, language: str, answer: str) -> bool:
+    if isinstance(family, Judging):
+        return family.accepts(pose(family, puzzle, language, 0), answer)
+    return answer == right_answer(family, puzzle, language)
 
 
 def right_answer(family: Family, puzzle: Puzzle, language: str) -> str:
@@ -150,11 +174,11 @@ def pose(family: Family, puzzle: Puzzle, language: str, wording: int) -> Problem
 
 
 def seen_wordings(family: Family, language: str) -> range:
-    """Indices of the wordings that training may use."""
-    return range(len(family.wordings[language]) - UNSEEN_WORDINGS)
+    """Indices of the wordings that training may use; the only wording of a foreign family is used for everything."""
+    return range(max(len(family.wordings[language]) - UNSEEN_WORDINGS, 1))
 
 
 def unseen_wordings(family: Family, language: str) -> range:
     """Indices of the wordings that training never uses."""
     count = len(family.wordings[language])
-    return range(count - UNSEEN_WORDINGS, count)
+    return range(max(count - UNSEEN_WORDINGS, 0), count)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from thinkstack.tasks.answers import is_correct
 from thinkstack.tasks.puzzles import digest
+from thinkstack.tasks.table import accepts
 from thinkstack.text.parse import parse_turn
 from thinkstack.types import ConfigError, Problem, Score
 
 MAX_ANSWER_CHARACTERS = 64
-"""A longer answer is no answer: it could hold several."""
+"""A longer answer is no answer, for it could hold several; a longer reference may be answered at twice its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,10 @@ class RewardConfig:
 def accuracy(problem: Problem, text: str) -> float:
     """1 if the turn's one answer, outside its thinking, is right."""
     answer = parse_turn(text).answer
-    if answer is None or len(answer) > MAX_ANSWER_CHARACTERS:
+    longest = MAX_ANSWER_CHARACTERS if len(problem.answer) <= MAX_ANSWER_CHARACTERS else 2 * len(problem.answer)
+    if answer is None or len(answer) > longest:
         return 0.0
-    return float(is_correct(problem.answer, answer))
+    return float(accepts(problem, answer))
 
 
 def format_kept(text: str) -> float:

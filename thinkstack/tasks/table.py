@@ -10,13 +10,41 @@ from typing import Any
 
 from thinkstack.config import did_you_mean
 from thinkstack.tasks import puzzles
+from thinkstack.tasks.answers import is_correct
 from thinkstack.tasks.arithmetic import Chain, Nested
+from thinkstack.tasks.choice import Choice
+from thinkstack.tasks.countdown import Countdown
 from thinkstack.tasks.cups import Cups
+from thinkstack.tasks.equations import Linear, Quadratic
+from thinkstack.tasks.kin import Kin
 from thinkstack.tasks.kinship import Kinship
-from thinkstack.tasks.puzzles import Family, digest
+from thinkstack.tasks.lists import Letters, Sorting
+from thinkstack.tasks.measures import Table, Units
+from thinkstack.tasks.numbers import Divisors, Modular, Multiply
+from thinkstack.tasks.programs import Bug, Program
+from thinkstack.tasks.puzzles import Family, Judging, digest
 from thinkstack.types import ConfigError, Problem
 
-FAMILIES: dict[str, Family] = {"chain": Chain(), "nested": Nested(), "cups": Cups(), "kinship": Kinship()}
+FAMILIES: dict[str, Family] = {
+    "chain": Chain(),
+    "nested": Nested(),
+    "cups": Cups(),
+    "kinship": Kinship(),
+    "modular": Modular(),
+    "multiply": Multiply(),
+    "divisors": Divisors(),
+    "linear": Linear(),
+    "quadratic": Quadratic(),
+    "countdown": Countdown(),
+    "sorting": Sorting(),
+    "letters": Letters(),
+    "kin": Kin(),
+    "units": Units(),
+    "table": Table(),
+    "program": Program(),
+    "bug": Bug(),
+    "choice": Choice(),
+}
 
 
 def families(names: Sequence[str]) -> list[Family]:
@@ -30,6 +58,19 @@ def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"unknown task {name!r}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
+
+
+def accepts(problem: Problem, answer: str | None) -> bool:
+    """Whether `answer` is right by the rule of the problem's task; no answer is wrong.
+
+    A family that is Judging decides itself; everything else, tasks outside the table included, is compared strictly.
+    """
+    if answer is None:
+        return False
+    family = FAMILIES.get(problem.task)
+    if isinstance(family, Judging):
+        return family.accepts(problem, answer)
+    return is_correct(problem.answer, answer)
 
 
 def problem_at(
