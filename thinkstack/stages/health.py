@@ -9,6 +9,7 @@ from thinkstack.stages.rollout import Round
 ENTROPY_FLOOR_NATS = 0.02
 LENGTH_GROWTH = 2.5
 TRUNCATED_SHARE = 0.5
+MASKED_SHARE = 0.5
 FLAT_STEPS = 5
 """Steps in a row without contrast before a warning."""
 WINDOW = 5
@@ -57,6 +58,7 @@ def health_line(metrics: dict[str, float]) -> str:
         ("entropy", "policy/entropy_nats", ".3f"),
         ("grad", "train/grad_norm", ".2f"),
         ("mismatch", "mismatch/mean_abs_nats", ".4f"),
+        ("critic", "critic/explained_variance", ".2f"),
     )
     return "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in wanted if key in metrics)
 
@@ -75,6 +77,17 @@ def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
         found["truncation"] = (
             f"{last['rollout/truncated']:.0%} of the answers are cut off at max_tokens and earn nothing; raise "
             "max_tokens, or look at the rollouts for endless repetition"
+        )
+    if last.get("correction/masked", 0.0) > MASKED_SHARE:
+        found["mismatch"] = (
+            f"{last['correction/masked']:.0%} of the tokens are masked: engine and trainer disagree about most of what "
+            "was drawn; look at mismatch/, use fp32, or raise loss.importance_cap"
+        )
+    explained = [row.get("critic/explained_variance", 0.0) for row in history[-WINDOW:]]
+    if len(explained) == WINDOW and max(explained) < 0:
+        found["critic"] = (
+            f"for {WINDOW} steps the critic was worse than the mean return; raise critic.prefit_steps or lower "
+            "critic.learning_rate"
         )
     lengths = [row["rollout/mean_tokens"] for row in history if "rollout/mean_tokens" in row]
     if len(lengths) >= 3 * WINDOW:
