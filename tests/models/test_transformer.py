@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_samples, tiny_model
 from thinkstack.data import lay_out, pack
-from thinkstack.models.attention import causal_mask
+from thinkstack.models.attention import additive_mask, document_starts
 from thinkstack.models.config import MLAConfig, YarnConfig, named
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
@@ -32,8 +32,7 @@ def test_mla_absorbed_equals_expanded(q_lora_rank):
     attention = replace(MLA_TINY.attention, q_lora_rank=q_lora_rank)
     yarn = replace(MLA_TINY.rope, yarn=YarnConfig(original_max_positions=16))
     model, ids = tiny_model(attention=attention, rope=yarn), drawn_ids(2, 20)
-    mask = causal_mask(20, None, torch.float32, ids.device)
-    expanded, absorbed = model(ids), model(ids, cache=WholeContext(), mask=mask)
+    expanded, absorbed = model(ids), model(ids, cache=WholeContext())
     torch.testing.assert_close(absorbed, expanded, rtol=1e-5, atol=2e-5)
 
 
@@ -65,8 +64,10 @@ def test_a_row_beside_padding_equals_the_row_alone():
     torch.testing.assert_close(model(padded, None, documents)[:, :10], model(ids), rtol=1e-5, atol=2e-5)
 
 
-def test_the_causal_mask_of_two_documents():
-    mask = causal_mask(3, torch.tensor([[1, 1, 2]]), torch.float32, torch.device("cpu"))
+def test_the_mask_of_two_documents():
+    first = document_starts(torch.tensor([[1, 1, 2]]))
+    assert first.tolist() == [[0, 0, 2]]
+    mask = additive_mask(first, torch.arange(3)[None], 3, torch.float32)
     shut = -torch.inf
     assert mask[0, 0].tolist() == [[0, shut, shut], [0, 0, shut], [shut, shut, 0]]
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from thinkstack.engine.kv_cache import Decode, KVCache, Prefill
 from thinkstack.engine.sampler import sample, uniforms
 from thinkstack.engine.scheduler import MAX_STOP_IDS, Request, Scheduler, SlotTable
-from thinkstack.models.attention import causal_mask
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
@@ -169,9 +168,8 @@ class Engine:
             ids[index, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
             request.weights_version = self.version
             rows.append([self.table.open(request, answer) for answer in range(request.sampling.n)])
-        mask = causal_mask(width, None, self.dtype, ids.device)
         view = Prefill(self.cache, torch.tensor([own[0] for own in rows]))
-        hidden = self._model.trunk(ids, cache=view, mask=mask).hidden
+        hidden = self._model.trunk(ids, cache=view).hidden
         for request, own in zip(requests, rows, strict=True):
             self.cache.copy(own[0], own[1:], len(request.prompt_ids))
         last = torch.tensor([len(r.prompt_ids) - 1 for r in requests])
@@ -188,10 +186,8 @@ class Engine:
         last = self.table.tokens[range(count), self.table.drawn[:count] - 1]
         ids[:count, 0] = torch.from_numpy(last)
         span = -(-(int(length.max()) + 1) // SPAN_TILE) * SPAN_TILE
-        closed = torch.arange(span) > length.unsqueeze(1)  # (B, S)
-        mask = torch.zeros(padded, 1, 1, span, dtype=self.dtype).masked_fill_(closed[:, None, None], -torch.inf)
         view = Decode(self.cache, length, span)
-        hidden = self._model.trunk(ids, positions=length.unsqueeze(1), cache=view, mask=mask).hidden
+        hidden = self._model.trunk(ids, positions=length.unsqueeze(1), cache=view).hidden
         self.table.length[:count] += 1
         return self._head(hidden.squeeze(1))[:count]
 

@@ -36,9 +36,8 @@ class Prefill:
     cache: KVCache
     slots: Tensor
 
-    def extend(self, layer: int, entries: Tensor) -> Tensor:
+    def extend(self, layer: int, entries: Tensor) -> None:
         self.cache.data[layer, self.slots, : entries.shape[1]] = entries
-        return entries
 
 
 @dataclass

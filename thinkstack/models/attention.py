@@ -1,14 +1,13 @@
 """Attention of the family: multi-head latent attention (MLA) and grouped-query attention (GQA).
 
-Both answer to one interface. `entries` makes what the cache holds of new tokens; `attend` reads entries. Without a
-cache the tokens attend among themselves (training); with one, the new entries are handed to it and all it holds is
-read back. MLA reads its latents in two ways that give the same numbers: expanded to keys and values per head
-(training, where every latent is used once per query of its own row), or absorbed into the query (decoding, where
-expanding the whole context for each new token would cost more than the model).
+Both answer to one interface. New tokens attend among themselves (training, and whole prompts), or, where a cache has
+more context than they bring, to what it holds. MLA reads its latents in two ways that give the same numbers: expanded
+to keys and values per head (among themselves, where every latent is used once per query of its own row), or absorbed
+into the query (decoding, where expanding the whole context for each new token would cost more than the model).
 """
 
 # Shapes in this file: B rows, T new tokens, S tokens attended to, D hidden size, H heads, C kv_lora_rank,
-# R rotated width, N = qk_nope_head_dim, V = v_head_dim, W = cache_width.
+# R rotated width, N = qk_nope_head_dim, V = v_head_dim, W = cache_width, G key/value heads, Q = H / G, K key width.
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,60 +16,119 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
+from thinkstack.models.kernels import Heads
 from thinkstack.models.layers import RMSNorm, rotate
 
 
 class LayerCache(Protocol):
     """What the attention of one layer needs of a cache."""
 
-    def extend(self, layer: int, entries: Tensor) -> Tensor:
-        """Keep entries (B, T, W) of the new tokens; return those of all tokens attended to, (B, S, W)."""
+    def extend(self, layer: int, entries: Tensor) -> Tensor | None:
+        """Keep entries (B, T, W) of the new tokens; return those of all tokens attended to, (B, S, W).
+
+        None: there is no earlier context, the new tokens attend among themselves.
+        """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class AttentionContext:
     """What every attention layer of one forward pass shares."""
 
     rope: Tensor
-    """Rotations of the new tokens, (B, T, R / 2) complex64."""
-    mask: Tensor
-    """Added to the scores, (B or 1, 1, T, S) in the model's dtype: 0 = open, -inf = closed."""
+    """Rotations of the new tokens, (B or 1, T, R / 2) complex64."""
+    first: Tensor
+    """The first token that each new token sees, (B or 1, T) int32."""
+    last: Tensor
+    """The last one, itself, (B or 1, T) int64; both count from the start of the row or of the cached context."""
     cache: LayerCache | None = None
     """Where the context of a generation lives; None in training."""
+    known_mask: Tensor | None = None
+    """What `mask` returned before."""
+
+    def mask(self, span: int, dtype: torch.dtype) -> Tensor:
+        """Added to the scores over `span` tokens, (B or 1, 1, T, span): 0 = open, -inf = closed."""
+        if self.known_mask is None:
+            self.known_mask = additive_mask(self.first, self.last, span, dtype)
+        return self.known_mask
 
 
-def causal_mask(length: int, document_ids: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask (B or 1, 1, T, T): each token sees itself and earlier tokens of its own document.
+def additive_mask(first: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+    """0 from `first` to `last` and -inf elsewhere, (B or 1, 1, T, span); first and last are (B or 1, T)."""
+    tokens = torch.arange(span, device=last.device)
+    closed = (tokens < first.unsqueeze(-1)) | (tokens > last.unsqueeze(-1))
+    return torch.zeros(closed.shape, dtype=dtype, device=last.device).masked_fill_(closed, -torch.inf).unsqueeze(1)
 
-    document_ids: (B, T) int64 or None for one document a row.
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Index of the first token of each token's document, (B, T) int32; a document is a run of equal ids (B, T)."""
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+    tokens = torch.arange(document_ids.shape[1], device=document_ids.device)
+    return torch.where(begins, tokens, 0).cummax(1).values.int()
+
+
+def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention of query (B, T, G, Q, K), key (B, S, G, K), value (B, S, G, V) to (B, T, G, Q, V).
+
+    Plain matrix products: for the short rows of this package they beat torch's fused CPU attention in the backward
+    pass, and key and value heads may differ in width.
     """
-    visible = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
-    if document_ids is not None:
-        visible = visible & (document_ids[:, :, None] == document_ids[:, None, :])
-    closed = torch.zeros((), dtype=dtype, device=device).new_full((), -torch.inf)
-    return torch.where(visible, closed.new_zeros(()), closed).unsqueeze(1)
+    T, Q = query.shape[1], query.shape[3]
+    rows = (query * scale).permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, G, T * Q, K)
+    scores = rows @ key.permute(0, 2, 3, 1)  # (B, G, T * Q, S)
+    scores = scores.unflatten(2, (T, Q)) + mask.unsqueeze(3)
+    out = torch.softmax(scores, dim=-1).flatten(2, 3) @ value.transpose(1, 2)  # (B, G, T * Q, V)
+    return out.unflatten(2, (T, Q)).permute(0, 2, 1, 3, 4)
 
 
-def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of query (B, H, T, K), already scaled, key (B, H, S, K), value (B, H, S, V) to (B, H, T, V).
-
-    Plain matrix products: for the short rows of this package they beat torch's fused CPU kernels in the backward pass,
-    and key and value heads may differ in width.
-    """
-    scores = query @ key.transpose(-1, -2)  # (B, H, T, S)
-    return torch.softmax(scores + mask, dim=-1) @ value
-
-
-class MLA(nn.Module):
-    """Multi-head latent attention (V2 report, section 2.1; names as in DeepSeek-V3 inference/model.py)."""
+class Attention(nn.Module):
+    """What MLA and GQA do alike, once they have made queries and entries."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
+        self.layer, self.interleaved, self.scale = layer, cfg.rope.interleaved, cfg.softmax_scale
+
+    def among_themselves(
+        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, heads: Heads, ctx: AttentionContext
+    ) -> Tensor:
+        """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
+        last part of every key, or None. Returns (B, T, H, V)."""
+        if kernels.takes(q):
+            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.first, heads, self.scale, self.interleaved)
+        k, v = heads.split(kv)  # (B, T, G, ...)
+        if k_shared is None:
+            k = rotate(k, ctx.rope, self.interleaved)
+        else:
+            shared = rotate(k_shared.unsqueeze(2), ctx.rope, self.interleaved)
+            k = torch.cat((k, shared.expand(-1, -1, heads.groups, -1)), -1)
+        own = q.shape[-1] - 2 * ctx.rope.shape[-1]
+        q = torch.cat((q[..., :own], rotate(q[..., own:], ctx.rope, self.interleaved)), -1)
+        grouped = q.unflatten(2, (heads.groups, -1))
+        return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
+
+    def read(self, q: Tensor, entries: Tensor, heads: Heads, ctx: AttentionContext) -> Tensor:
+        """q (B, T, H, K), rotated, over cached entries (B, S, W). Returns (B, T, H, V)."""
+        grouped = q.unflatten(2, (heads.groups, -1))
+        if q.shape[1] == 1 and kernels.takes(q):
+            out = kernels.read_cache(grouped.squeeze(1), entries, ctx.last.squeeze(1), heads, self.scale).unsqueeze(1)
+        else:
+            k, v = heads.split(entries)
+            out = weighted_values(grouped, k, v, ctx.mask(entries.shape[1], q.dtype), self.scale)
+        return out.flatten(2, 3)
+
+
+class MLA(Attention):
+    """Multi-head latent attention (V2 report, section 2.1; names as in DeepSeek-V3 inference/model.py)."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__(cfg, layer)
         a = cfg.attention
         assert isinstance(a, MLAConfig)
-        self.shape, self.layer = a, layer
-        self.interleaved, self.scale = cfg.rope.interleaved, cfg.softmax_scale
+        self.shape = a
+        per_head = a.qk_nope_head_dim + a.v_head_dim
+        self.expanded = Heads(a.num_heads, a.qk_nope_head_dim, per_head, a.qk_nope_head_dim, per_head, a.v_head_dim)
+        self.absorbed = Heads(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
         if a.q_lora_rank:
             self.wq_a = nn.Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, cfg.norm_eps)
@@ -79,52 +137,38 @@ class MLA(nn.Module):
             self.wq = nn.Linear(cfg.hidden_size, a.num_heads * a.qk_head_dim, bias=False)
         self.wkv_a = nn.Linear(cfg.hidden_size, a.cache_width, bias=False)
         self.kv_norm = RMSNorm(a.kv_lora_rank, cfg.norm_eps)
-        self.wkv_b = nn.Linear(a.kv_lora_rank, a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
+        self.wkv_b = nn.Linear(a.kv_lora_rank, a.num_heads * per_head, bias=False)
         self.wo = nn.Linear(a.num_heads * a.v_head_dim, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.shape.q_lora_rank else self.wq(x)
-        q = (q * self.scale).unflatten(-1, (self.shape.num_heads, -1))  # (B, T, H, N + R)
-        q_nope, q_rope = q.split([self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim], -1)
-        q_rope = rotate(q_rope, ctx.rope, self.interleaved)
-        entries = self.entries(x, ctx.rope)
-        if ctx.cache is None:
-            heads = self.attend_expanded(q_nope, q_rope, entries, ctx.mask)
+        a = self.shape
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if a.q_lora_rank else self.wq(x)
+        q = q.unflatten(-1, (a.num_heads, -1))  # (B, T, H, N + R)
+        latent, k_rope = self.wkv_a(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
+        latent, context = self.kv_norm(latent), None
+        if ctx.cache is not None:
+            turned = rotate(k_rope.unsqueeze(2), ctx.rope, self.interleaved).squeeze(2)
+            context = ctx.cache.extend(self.layer, torch.cat((latent, turned), -1))
+        if context is None:
+            heads = self.among_themselves(q, self.wkv_b(latent), k_rope, self.expanded, ctx)
         else:
-            heads = self.attend_absorbed(q_nope, q_rope, ctx.cache.extend(self.layer, entries), ctx.mask)
+            heads = self.read_absorbed(q, context, ctx)
         return self.wo(heads.flatten(2))
 
-    def entries(self, x: Tensor, rope: Tensor) -> Tensor:
-        """What the cache keeps of x (B, T, D): the normed latent and the one rotated key, (B, T, W = C + R)."""
-        latent, k_rope = self.wkv_a(x).split([self.shape.kv_lora_rank, self.shape.qk_rope_head_dim], -1)
-        k_rope = rotate(k_rope.unsqueeze(2), rope, self.interleaved).squeeze(2)
-        return torch.cat((self.kv_norm(latent), k_rope), -1)
+    def read_absorbed(self, q: Tensor, entries: Tensor, ctx: AttentionContext) -> Tensor:
+        """Attention of q (B, T, H, N + R) over cached entries (B, S, W), without ever making keys or values.
 
-    def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
-        """q_nope (B, T, H, N), q_rope (B, T, H, R), entries (B, S, W). Returns (B, T, H, V)."""
+        The halves of wkv_b move to the query and to the output. Returns (B, T, H, V).
+        """
         a = self.shape
-        latent, k_rope = entries.split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
-        kv = self.wkv_b(latent).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)  # (B, H, S, N + V)
-        k_nope, v = kv.split([a.qk_nope_head_dim, a.v_head_dim], -1)
-        k_rope = k_rope.unsqueeze(1).expand(-1, a.num_heads, -1, -1)  # (B, H, S, R)
-        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1)  # (B, H, T, N + R)
-        k = torch.cat((k_nope, k_rope), -1)
-        return weighted_values(q, k, v, mask).transpose(1, 2)
-
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
-        """As attend_expanded, without ever making keys or values: wkv_b's halves move to the query and the output."""
-        a = self.shape
-        w = self.wkv_b.weight.unflatten(0, (a.num_heads, -1))  # (H, N + V, C)
-        w_uk, w_uv = w.split([a.qk_nope_head_dim, a.v_head_dim], 1)
-        B, T = q_nope.shape[:2]
+        w_uk, w_uv = self.wkv_b.weight.unflatten(0, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], 1)
+        q_nope, q_rope = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], -1)
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # (H, B*T, C)
-        q = torch.cat((q_latent.transpose(0, 1).unflatten(0, (B, T)), q_rope), -1)  # (B, T, H, W)
-        scores = torch.bmm(q.flatten(1, 2), entries.transpose(1, 2)).unflatten(1, (T, -1))  # (B, T, H, S)
-        probs = torch.softmax(scores + mask.transpose(1, 2), dim=-1)
-        out = torch.bmm(probs.flatten(1, 2), entries[..., : a.kv_lora_rank])  # (B, T*H, C)
-        out = out.view(B * T, a.num_heads, -1).transpose(0, 1)  # (H, B*T, C)
-        return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, (B, T))  # (B, T, H, V)
+        q_latent = q_latent.transpose(0, 1).unflatten(0, q.shape[:2])
+        q = torch.cat((q_latent, rotate(q_rope, ctx.rope, self.interleaved)), -1)  # (B, T, H, W)
+        out = self.read(q, entries, self.absorbed, ctx).flatten(0, 1).transpose(0, 1)  # (H, B*T, C)
+        return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, q.shape[:2])
 
 
 class Projection(nn.Linear):
@@ -134,48 +178,39 @@ class Projection(nn.Linear):
         return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
-class GQA(nn.Module):
+class GQA(Attention):
     """Grouped-query attention (arXiv:2305.13245) as in Llama; with biases Qwen2's, with normed heads Qwen3's."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
+        super().__init__(cfg, layer)
         a = cfg.attention
         assert isinstance(a, GQAConfig)
-        self.shape, self.layer = a, layer
-        self.interleaved, self.scale = cfg.rope.interleaved, cfg.softmax_scale
+        self.shape = a
+        width = a.num_kv_heads * a.head_dim
+        self.heads = Heads(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
         self.wq = Projection(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
-        self.wk = Projection(cfg.hidden_size, a.num_kv_heads * a.head_dim, bias=a.qkv_bias)
-        self.wv = Projection(cfg.hidden_size, a.num_kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.wk = Projection(cfg.hidden_size, width, bias=a.qkv_bias)
+        self.wv = Projection(cfg.hidden_size, width, bias=a.qkv_bias)
         self.wo = Projection(a.num_heads * a.head_dim, cfg.hidden_size, bias=a.out_bias)
         self.q_norm = RMSNorm(a.head_dim, cfg.norm_eps) if a.qk_norm else None
         self.k_norm = RMSNorm(a.head_dim, cfg.norm_eps) if a.qk_norm else None
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
-        a = self.shape
-        q = heads_of(x, self.wq, self.q_norm, a.num_heads)
-        q = rotate(q * self.scale, ctx.rope, self.interleaved)
-        entries = self.entries(x, ctx.rope)
+        q = heads_of(x, self.wq, self.q_norm, self.shape.num_heads)
+        k, v = heads_of(x, self.wk, self.k_norm, self.shape.num_kv_heads), self.wv(x)
+        context = None
         if ctx.cache is not None:
-            entries = ctx.cache.extend(self.layer, entries)
-        k, v = entries.unflatten(-1, (2 * a.num_kv_heads, -1)).transpose(1, 2).chunk(2, 1)  # (B, KV, S, head_dim)
-        q = q.transpose(1, 2).unflatten(1, (a.num_kv_heads, -1))  # (B, KV, H/KV, T, head_dim)
-        heads = weighted_values(q.flatten(2, 3), k, v, grouped(ctx.mask, a.num_heads // a.num_kv_heads))
-        heads = heads.unflatten(2, (-1, x.shape[1])).flatten(1, 2)  # (B, H, T, head_dim)
-        return self.wo(heads.transpose(1, 2).flatten(2))
-
-    def entries(self, x: Tensor, rope: Tensor) -> Tensor:
-        """What the cache keeps of x (B, T, D): rotated keys, then values, of all key/value heads, (B, T, W)."""
-        k = rotate(heads_of(x, self.wk, self.k_norm, self.shape.num_kv_heads), rope, self.interleaved)
-        return torch.cat((k.flatten(2), self.wv(x)), -1)
+            turned = rotate(k, ctx.rope, self.interleaved).flatten(2)
+            context = ctx.cache.extend(self.layer, torch.cat((turned, v), -1))
+        if context is None:
+            heads = self.among_themselves(q, torch.cat((k.flatten(2), v), -1), None, self.heads, ctx)
+        else:
+            heads = self.read(rotate(q, ctx.rope, self.interleaved), context, self.heads, ctx)
+        return self.wo(heads.flatten(2))
 
 
 def heads_of(x: Tensor, linear: nn.Linear, norm: RMSNorm | None, num_heads: int) -> Tensor:
     """Project x (B, T, D) and cut it into heads (B, T, num_heads, head_dim), each normed if there is a norm."""
     heads = linear(x).unflatten(-1, (num_heads, -1))
     return heads if norm is None else norm(heads)
-
-
-def grouped(mask: Tensor, size: int) -> Tensor:
-    """The mask (B, 1, T, S) for `size` query heads laid one after the other along the query axis, (B, 1, size*T, S)."""
-    return mask if size == 1 else mask.repeat(1, 1, size, 1)

@@ -42,7 +42,6 @@ class ValueModel(Transformer):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: LayerCache | None = None,
-        mask: Tensor | None = None,
     ) -> Tensor:
         """Predicted returns (B, T) fp32 for token ids (B, T); arguments as in `trunk`."""
-        return self.values(self.trunk(ids, positions, document_ids, cache, mask).hidden)
+        return self.values(self.trunk(ids, positions, document_ids, cache).hidden)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
 
 
@@ -20,6 +21,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        if kernels.takes_rows(x):
+            x = x if kernels.is_rows(x) else x.contiguous()
+            out, inverse = kernels.rms_norm(x, weight.float(), eps, keep=True)
+            ctx.save_for_backward(x, inverse, weight)
+            return out
         wide = x.float()
         rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
         normed = wide * rstd  # (..., D) fp32
@@ -29,6 +35,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         normed, rstd, weight = ctx.saved_tensors
+        if kernels.takes_rows(grad):
+            grad_x, grad_weight = kernels.rms_norm_backward(grad, normed, weight.float(), rstd)
+            return grad_x, grad_weight.to(weight.dtype), None
         wide = grad.float()
         grad_normed = wide * normed
         inner = torch.linalg.vecdot(grad_normed, weight.float()).div_(normed.shape[-1]).unsqueeze(-1)
@@ -49,6 +58,8 @@ class RMSNorm(nn.Module):
         """x: (..., width) in any float dtype; returns the same shape and dtype, computed in fp32."""
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps)
+        if kernels.takes_rows(x) and kernels.is_rows(x):
+            return kernels.rms_norm(x, self.weight.float(), self.eps, keep=False)[0]
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -58,7 +69,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return activate(gate, up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -67,11 +78,20 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (arXiv:2002.05202)."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else activate(gate, up)
+
+
+def activate(gate: Tensor, up: Tensor) -> Tensor:
+    """The arithmetic of `swiglu`."""
+    if kernels.takes_rows(gate) and gate.is_contiguous() and up.is_contiguous():
+        return kernels.swiglu(gate, up)
+    return F.silu(gate).mul_(up)
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of swiglu with respect to gate and up."""
+    if kernels.takes_rows(gate) and gate.is_contiguous() and up.is_contiguous():
+        return kernels.swiglu_backward(grad, gate, up)
     return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
@@ -142,17 +162,19 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return turn(grad, ctx.saved_tensors[0].conj(), ctx.interleaved), None, None
+        return turn(grad, ctx.saved_tensors[0], ctx.interleaved, back=True), None, None
 
 
 def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     """Rotate heads x (B, T, H, R) by the table of their positions (B, T, R / 2), in fp32; keeps x's shape and dtype."""
-    table = table.unsqueeze(2)
     return _Rotate.apply(x, table, interleaved) if torch.is_grad_enabled() else turn(x, table, interleaved)
 
 
-def turn(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """The arithmetic of `rotate`, for a table that broadcasts to x's pairs."""
+def turn(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Tensor:
+    """The arithmetic of `rotate`; back: the other way round, which undoes it where the table's amplitude is 1."""
+    if kernels.takes_rows(x) and kernels.is_rows(x[:, :, 0]) and x.stride(-1) == 1:
+        return kernels.rotate(x, table, interleaved, back)
+    table = (table.conj() if back else table).unsqueeze(2)
     pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
     if not interleaved:
         pairs = pairs.transpose(-1, -2).contiguous()

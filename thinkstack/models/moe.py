@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.layers import SwiGLU, swiglu_backward
 
@@ -134,7 +135,10 @@ class MoE(nn.Module):
         logits = F.linear(flat.float(), self.router.float())  # fp32, so that ties and ranks are stable
         scores = logits.sigmoid() if self.cfg.scoring == "sigmoid" else logits.softmax(-1)
         weights, experts = route(scores, self.bias, self.cfg)
-        out = ExpertMLP.apply(flat, weights, experts, self.w_in, self.w_out)
+        if kernels.takes(flat) and flat.shape[1] % kernels.LANES == 0 and self.w_out.shape[2] % kernels.LANES == 0:
+            out = kernels.expert_mlp(flat, weights, experts, self.w_in, self.w_out)
+        else:
+            out = ExpertMLP.apply(flat, weights, experts, self.w_in, self.w_out)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x), Routing(scores.unflatten(0, x.shape[:2]), experts.unflatten(0, x.shape[:2]))

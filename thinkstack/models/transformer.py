@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.attention import AttentionContext, LayerCache, causal_mask
+from thinkstack.models.attention import AttentionContext, LayerCache, document_starts
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import RMSNorm, rope_table
@@ -65,10 +65,9 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: LayerCache | None = None,
-        mask: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits (B, T, V) for token ids (B, T) int64; arguments as in `trunk`."""
-        return self.head(self.trunk(ids, positions, document_ids, cache, mask).hidden)
+        return self.head(self.trunk(ids, positions, document_ids, cache).hidden)
 
     def trunk(
         self,
@@ -76,23 +75,24 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: LayerCache | None = None,
-        mask: Tensor | None = None,
     ) -> Trunk:
         """Run all blocks and the final norm.
 
-        ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; tokens attend
-        only within their document; by default a row is one document. cache and mask come together, from the engine: the
-        mask is additive, (B, 1, T, S), over all S tokens the cache will return.
+        ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
+        ids is a document, tokens attend only within theirs; by default a row is one document. cache: from the engine;
+        positions are then places in the cached context.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
         self.check(ids)
         hidden = self.embed(ids)  # (B, T, D)
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        if mask is None:
-            mask = causal_mask(ids.shape[1], document_ids, hidden.dtype, ids.device)
-        rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
-        context = AttentionContext(rope=rope, mask=mask, cache=cache)
+        rows = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        positions = rows if positions is None else positions
+        context = AttentionContext(
+            rope=rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope),
+            first=torch.zeros_like(rows, dtype=torch.int32) if document_ids is None else document_starts(document_ids),
+            last=rows if cache is None else positions,
+            cache=cache,
+        )
         routing = []
         for block in self.layers:
             hidden, chosen = block(hidden, context)

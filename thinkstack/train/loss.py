@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thinkstack.models import kernels
 from thinkstack.types import Batch, ConfigError
 
 Reduction = Literal["token", "sequence", "fixed"]
@@ -92,7 +93,12 @@ class _TokenLogProbs(torch.autograd.Function):
         log_probs = hidden.new_empty(index.numel(), dtype=torch.float32)
         normaliser, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
         for part in _chunks(index.numel()):
-            logits = F.linear(hidden[index[part]], weight).float().div_(temperature)  # (m, V)
+            logits = F.linear(hidden[index[part]], weight)  # (m, V)
+            if kernels.takes_rows(logits):
+                into = entropy[part] if with_entropy else None
+                log_probs[part], normaliser[part] = kernels.log_probs(logits, targets[part], temperature, into)
+                continue
+            logits = logits.float().div_(temperature)
             normaliser[part] = logits.logsumexp(-1)
             log_probs[part] = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser[part]
             if with_entropy:
@@ -110,9 +116,14 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(index.numel()):
             rows = hidden[index[part]]
-            scale = (grad[part] / ctx.temperature).unsqueeze(1)
-            probs = F.linear(rows, weight).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
-            grad_logits = probs.mul_(-scale).scatter_add_(1, targets[part].unsqueeze(1), scale).to(hidden.dtype)
+            logits = F.linear(rows, weight)
+            if kernels.takes_rows(logits):
+                kernels.log_probs_backward(logits, targets[part], normaliser[part], grad[part], ctx.temperature)
+                grad_logits = logits
+            else:
+                scale = (grad[part] / ctx.temperature).unsqueeze(1)
+                probs = logits.float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
+                grad_logits = probs.mul_(-scale).scatter_add_(1, targets[part].unsqueeze(1), scale).to(hidden.dtype)
             grad_hidden.index_copy_(0, index[part], grad_logits @ weight)
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ rows

@@ -1,0 +1,347 @@
+"""The C++ kernels as functions of tensors. Each has a counterpart in torch's operators, which says what it computes.
+
+The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. Results of a row never
+depend on the other rows. Attention and experts are also torch operators, so that compiled models keep them; the
+smaller ones are left out of compiled models, where inductor fuses torch's own.
+"""
+
+# Shapes in this file: B rows, T tokens, H heads, G key/value heads, D key width, R rotated width, V value width,
+# N tokens, K experts per token, E experts, I intermediate size.
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thinkstack.models.native.build import library
+
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+LANES = 16
+"""Expert sizes must be multiples of this; everything else may have any width."""
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels can work on tensors like x."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and available()
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernels could be built here."""
+    return library() is not None
+
+
+def takes_rows(x: Tensor) -> bool:
+    """Whether the kernels for norms, activations and rotations should: as `takes`, but not while compiling."""
+    return not torch.compiler.is_compiling() and takes(x)
+
+
+def _structure(name: str, pointers: str, integers: str, reals: str = "") -> type[ctypes.Structure]:
+    fields = [(field, kind) for names, kind in ((pointers, POINTER), (integers, INTEGER), (reals, REAL)) for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_Attention = _structure(
+    "Attention",
+    "q k k_shared v rope first out log_sum grad grad_q grad_k grad_v grad_k_shared",
+    "B T H G D R V q_t q_h k_t k_h shared_t v_t v_h rope_rows first_rows interleaved threads",
+    "scale",
+)
+_Decode = _structure(
+    "Decode", "query entries last out", "B G Q W V entries_b entries_s key_g value_g value_at longest threads", "scale"
+)
+_Experts = _structure(
+    "Experts",
+    "x weights experts w_in w_out out hidden picked grad grad_x grad_pairs grad_w_in grad_w_out grad_weights",
+    "N K E D I threads",
+)
+
+
+def _run(name: str, arguments: ctypes.Structure, *flags: int) -> None:
+    getattr(library(), name)(ctypes.byref(arguments), *(INTEGER(flag) for flag in flags))
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Call a kernel on rows; tensors become addresses, the number of threads comes last."""
+    plain = [
+        POINTER(_address(value)) if value is None or isinstance(value, Tensor) else REAL(value) if isinstance(value, float) else INTEGER(value)
+        for value in arguments
+    ]
+    getattr(library(), f"{name}_{DTYPES[dtype]}")(*plain, INTEGER(torch.get_num_threads()))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """x (..., D), rows contiguous, weight (D,) fp32. Returns (normed x, 1 / rms of each row (...,) fp32 if `keep`)."""
+    rows, stride = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    inverse = torch.empty(x.shape[:-1], dtype=torch.float32) if keep else None
+    _call("rms_norm", x.dtype, x, weight, out, inverse, rows, x.shape[-1], stride, float(eps))
+    return out, inverse
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in its dtype, and of weight, fp32."""
+    rows, stride = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    parts = torch.empty(torch.get_num_threads(), x.shape[-1])
+    _call("rms_norm_backward", x.dtype, grad.contiguous(), x, weight, inverse, out, parts, rows, x.shape[-1], stride)
+    return out, parts.sum(0)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """Number of rows and the one stride between them."""
+    return x.numel() // x.shape[-1], next((x.stride(i) for i in range(x.dim() - 2, -1, -1) if x.shape[i] > 1), 0)
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether x (..., D) is rows at one distance from each other."""
+    strides, shape = x.stride(), x.shape
+    if strides[-1] != 1:
+        return False
+    return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of contiguous tensors."""
+    out = torch.empty_like(gate)
+    _call("swiglu", gate.dtype, gate, up, out, gate.numel())
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("swiglu_backward", gate.dtype, grad.contiguous(), gate, up, grad_gate, grad_up, gate.numel())
+    return grad_gate, grad_up
+
+
+def rotate(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Tensor:
+    """x (B, T, H, R) with any distance between tokens and between heads, table (B or 1, T, R / 2) complex64."""
+    B, T, H, R = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    steps = _rows(x[:, :, 0])[1], x.stride(2), table.shape[0] * T
+    _call("rotate", x.dtype, x, table, out, B * T, H, R, *steps, int(interleaved), -1.0 if back else 1.0)
+    return out
+
+
+def log_probs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits (N, V) contiguous, targets (N,). Returns fp32 (log-probabilities, log normalisers); fills entropy (N,)."""
+    normaliser = torch.empty(logits.shape[0], dtype=torch.float32)
+    log_prob = torch.empty_like(normaliser)
+    _call("log_probs", logits.dtype, logits, targets, normaliser, log_prob, entropy, *logits.shape, float(temperature))
+    return log_prob, normaliser
+
+
+def log_probs_backward(logits: Tensor, targets: Tensor, normaliser: Tensor, grad: Tensor, temperature: float) -> None:
+    """Turn logits into their gradients, in place; grad (N,) fp32 is that of the log-probabilities."""
+    _call("log_probs_backward", logits.dtype, logits, targets, normaliser, grad.contiguous(), *logits.shape, float(temperature))
+
+
+class Heads(NamedTuple):
+    """Where the heads of a token's keys and values lie in its entry."""
+
+    groups: int
+    """G."""
+    key_width: int
+    """Width of a key here; a shared part may lie elsewhere."""
+    key_step: int
+    """Group g's key starts at g * key_step, ..."""
+    value_at: int
+    value_step: int
+    """... its value at value_at + g * value_step."""
+    value_width: int
+    """V."""
+
+    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, S, G, key_width) and values (B, S, G, V) in entries (B, S, W), as views."""
+        if self.groups == 1:
+            return entries[..., None, : self.key_width], entries[..., None, self.value_at :][..., : self.value_width]
+        if self.value_at < self.key_step:  # a head's key and value side by side
+            heads = entries.unflatten(-1, (self.groups, -1))
+            return heads[..., : self.key_width], heads[..., self.value_at :]
+        keys, values = entries.split([self.value_at, entries.shape[-1] - self.value_at], -1)
+        return keys.unflatten(-1, (self.groups, -1)), values.unflatten(-1, (self.groups, -1))
+
+
+def read_cache(query: Tensor, entries: Tensor, last: Tensor, heads: Heads, scale: float) -> Tensor:
+    """Attention of one new token per sequence over cached entries.
+
+    query: (B, G, Q, key_width). entries: (B, S, W), any distance between rows and tokens. last: (B,) int64, the
+    last entry that each sequence sees. scale: factor of the scores. Returns (B, G, Q, V).
+    """
+    B, G, Q, W = query.shape
+    query = query.contiguous()
+    out = query.new_empty(B, G, Q, heads.value_width)
+    arguments = _Decode(
+        *map(_address, (query, entries, last, out)),
+        *(B, G, Q, W, heads.value_width, entries.stride(0), entries.stride(1)),
+        *(heads.key_step, heads.value_step, heads.value_at, entries.shape[1], torch.get_num_threads(), scale),
+    )
+    _run("decode", arguments, query.dtype == torch.bfloat16)
+    return out
+
+
+def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, first: Tensor, heads: Heads, scale: float,
+               interleaved: bool, grad_kv: Tensor | None = None, **more: Tensor) -> None:  # fmt: skip
+    B, T, H, D = q.shape
+    arguments = _Attention(
+        **{name: _address(x) for name, x in dict(q=q, k=kv, k_shared=k_shared, rope=rope, first=first, **more).items()},
+        v=kv.data_ptr() + heads.value_at * kv.itemsize,
+        **dict(B=B, T=T, H=H, G=heads.groups, D=D, R=2 * rope.shape[-1], V=heads.value_width),
+        **dict(q_t=q.stride(1), q_h=q.stride(2), k_t=kv.stride(1), k_h=heads.key_step),
+        **dict(v_t=kv.stride(1), v_h=heads.value_step, shared_t=0 if k_shared is None else k_shared.stride(1)),
+        **dict(rope_rows=rope.shape[0], first_rows=first.shape[0], interleaved=interleaved),
+        threads=torch.get_num_threads(),
+        scale=scale,
+    )
+    if grad_kv is not None:
+        arguments.grad_k, arguments.grad_v = grad_kv.data_ptr(), grad_kv.data_ptr() + heads.value_at * kv.itemsize
+    _run("attention", arguments, q.dtype == torch.bfloat16, grad_kv is not None)
+
+
+def _attend(q, kv, k_shared, rope, first, heads, scale, interleaved):  # type: ignore[no-untyped-def]
+    out, log_sum = _attend_shapes(q, kv, k_shared, rope, first, heads, scale, interleaved)
+    _attention(q, kv, k_shared, rope, first, Heads(*heads), scale, interleaved, out=out, log_sum=log_sum)
+    return out, log_sum
+
+
+def _attend_shapes(q, kv, k_shared, rope, first, heads, scale, interleaved):  # type: ignore[no-untyped-def]
+    B, T, H, _ = q.shape
+    return q.new_empty(B, T, H, Heads(*heads).value_width), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _attend_backward(grad, q, kv, k_shared, rope, first, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
+    grads = _attend_backward_shapes(grad, q, kv, k_shared, rope, first, heads, scale, interleaved, out, log_sum)
+    known = dict(out=out, log_sum=log_sum, grad=grad.contiguous(), grad_q=grads[0], grad_k_shared=grads[2])
+    _attention(q, kv, k_shared, rope, first, Heads(*heads), scale, interleaved, grad_kv=grads[1], **known)
+    return grads
+
+
+def _attend_backward_shapes(grad, q, kv, k_shared, rope, first, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
+    B, T, _, _ = q.shape
+    parts = 0 if k_shared is None else heads[0]
+    grad_q = q.new_empty(q.shape) if q.is_contiguous() else torch.empty_strided(q.shape, q.stride(), dtype=q.dtype)
+    grad_kv = kv.new_empty(kv.shape) if kv.is_contiguous() else torch.empty_strided(kv.shape, kv.stride(), dtype=kv.dtype)
+    return grad_q, grad_kv, q.new_empty(B, parts, T, 2 * rope.shape[-1], dtype=torch.float32)
+
+
+def _experts(x, weights, experts, w_in, w_out, keep):  # type: ignore[no-untyped-def]
+    out, hidden, picked = _experts_shapes(x, weights, experts, w_in, w_out, keep)
+    known = dict(x=x, weights=weights, experts=experts, w_in=w_in, w_out=w_out, out=out, picked=picked)
+    _run_experts(False, **known, hidden=hidden if keep else None)
+    return out, hidden, picked
+
+
+def _experts_shapes(x, weights, experts, w_in, w_out, keep):  # type: ignore[no-untyped-def]
+    (N, D), K, (E, _, I) = x.shape, experts.shape[1], w_out.shape  # noqa: E741
+    blocks = N * K // EXPERT_BLOCK + E if keep else 0
+    return x.new_empty(N, D), x.new_empty(blocks, 2 * I, EXPERT_BLOCK), x.new_empty(N * K, D)
+
+
+def _experts_backward(grad, x, weights, experts, w_in, w_out, hidden, picked):  # type: ignore[no-untyped-def]
+    grads = _experts_backward_shapes(grad, x, weights, experts, w_in, w_out, hidden, picked)
+    known = dict(x=x, weights=weights, experts=experts, w_in=w_in, w_out=w_out, hidden=hidden, picked=picked, grad=grad)
+    names = ("grad_x", "grad_weights", "grad_w_in", "grad_w_out")
+    _run_experts(True, **known, **dict(zip(names, grads, strict=True)), grad_pairs=torch.empty_like(picked))
+    return grads
+
+
+def _experts_backward_shapes(grad, x, weights, experts, w_in, w_out, hidden, picked):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(w_in), torch.empty_like(w_out)
+
+
+def _run_experts(backward: bool, **tensors: Tensor | None) -> None:
+    x, experts, w_out = tensors["x"], tensors["experts"], tensors["w_out"]
+    assert x is not None and experts is not None and w_out is not None
+    (N, D), K, (E, _, I) = x.shape, experts.shape[1], w_out.shape  # noqa: E741
+    addresses = {name: _address(tensor) for name, tensor in tensors.items()}
+    arguments = _Experts(**addresses, N=N, K=K, E=E, D=D, I=I, threads=torch.get_num_threads())
+    _run("experts", arguments, x.dtype == torch.bfloat16, backward)
+
+
+EXPERT_BLOCK = 64
+"""Pairs of a token and an expert that are computed at a time; as in experts.cpp."""
+
+_SHARED = "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor first, int[] heads, float scale, bool interleaved"
+_ROUTED = "Tensor x, Tensor weights, Tensor experts, Tensor w_in, Tensor w_out"
+_OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "attend": (f"({_SHARED}) -> (Tensor, Tensor)", _attend, _attend_shapes),
+    "attend_backward": (
+        f"(Tensor grad, {_SHARED}, Tensor out, Tensor log_sum) -> (Tensor, Tensor, Tensor)",
+        _attend_backward,
+        _attend_backward_shapes,
+    ),
+    "experts": (f"({_ROUTED}, bool keep) -> (Tensor, Tensor, Tensor)", _experts, _experts_shapes),
+    "experts_backward": (
+        f"(Tensor grad, {_ROUTED}, Tensor hidden, Tensor picked) -> (Tensor, Tensor, Tensor, Tensor)",
+        _experts_backward,
+        _experts_backward_shapes,
+    ),
+}
+_operators = torch.library.Library("thinkstack", "DEF")
+for _name, (_signature, _compute, _shapes) in _OPERATORS.items():
+    _operators.define(_name + _signature)
+    _operators.impl(_name, _compute, "CPU")
+    _operators.impl(_name, _shapes, "Meta")
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, k_shared, rope, first, heads, scale, interleaved):  # type: ignore[no-untyped-def,override]
+        out, log_sum = torch.ops.thinkstack.attend(q, kv, k_shared, rope, first, heads, scale, interleaved)
+        ctx.save_for_backward(q, kv, k_shared, rope, first, out, log_sum)
+        ctx.settings = heads, scale, interleaved
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+        *inputs, out, log_sum = ctx.saved_tensors
+        grad_q, grad_kv, parts = torch.ops.thinkstack.attend_backward(grad, *inputs, *ctx.settings, out, log_sum)
+        shared = None if inputs[2] is None else parts.sum(1).to(grad.dtype)
+        return grad_q, grad_kv, shared, None, None, None, None, None
+
+
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    k_shared: Tensor | None,
+    rope: Tensor,
+    first: Tensor,
+    heads: Heads,
+    scale: float,
+    interleaved: bool,
+) -> Tensor:
+    """Causal attention of the tokens of each row among themselves, (B, T, H, V).
+
+    q: (B, T, H, D). kv: (B, T, W) entries as `heads` tells. k_shared: (B, T, R), the rotated last part of every key, or
+    None. rope: (B or 1, T, R / 2) complex64; the last R of queries and keys are turned by it here. first: (B or 1, T)
+    int32, the first token that each token sees. scale: factor of the scores.
+    """
+    return _Attend.apply(q, kv, k_shared, rope, first, list(heads), scale, interleaved)
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, experts, w_in, w_out):  # type: ignore[no-untyped-def,override]
+        out, hidden, picked = torch.ops.thinkstack.experts(x, weights, experts, w_in, w_out, True)
+        ctx.save_for_backward(x, weights, experts, w_in, w_out, hidden, picked)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+        grads = torch.ops.thinkstack.experts_backward(grad.contiguous(), *ctx.saved_tensors)
+        return grads[0], grads[1], None, grads[2], grads[3]
+
+
+def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Sum over a token's experts of weight * SwiGLU_expert(token); arguments as in models/moe.py, D and I multiples of 16."""
+    if torch.is_grad_enabled():
+        return _ExpertMLP.apply(x, weights, experts, w_in, w_out)
+    return torch.ops.thinkstack.experts(x, weights, experts, w_in, w_out, False)[0]

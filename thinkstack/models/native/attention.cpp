@@ -1,0 +1,273 @@
+// Causal self-attention of packed rows, forward and backward, after FlashAttention (arXiv:2205.14135): no score leaves
+// the cache, keys outside a document are skipped, rotary embedding is applied on the way in and undone on the way out.
+// A key may have a part of its own head and a rotated part that all heads share (multi-head latent attention).
+#include "matmul.h"
+
+#include <algorithm>
+
+// B rows, T tokens, H query heads, G key/value heads, D key width, R rotated width (its last part), V value width.
+// Strides are in elements: _t from token to token (a row of the batch spans T of them), _h from head to head.
+struct Attention {
+  const void *q, *k, *k_shared, *v;  // k_shared: (B, T, R) or null; then k holds all D
+  const float* rope;                 // (rope_rows, T, R / 2) pairs of cos and sin times amplitude
+  const int32_t* first;              // (first_rows, T): the first token that each token sees
+  void* out;                         // (B, T, H, V)
+  float* log_sum;                    // (B, H, T): log of the sum of exponentiated scores
+  const void* grad;                  // (B, T, H, V)
+  void *grad_q, *grad_k, *grad_v;    // strides as q, k, v
+  float* grad_k_shared;              // (B, G, T, R), one part per head
+  int64_t B, T, H, G, D, R, V;
+  int64_t q_t, q_h, k_t, k_h, shared_t, v_t, v_h;
+  int64_t rope_rows, first_rows, interleaved, threads;
+  double scale;
+};
+
+namespace {
+
+constexpr int64_t BLOCK = 48;  // queries at a time
+
+const float* rope_at(const Attention& a, int64_t b, int64_t t) {
+  return a.rope + ((a.rope_rows == 1 ? 0 : b) * a.T + t) * a.R;
+}
+
+// One head of one token as the product needs it: own part, shared part, rotated, zeros up to a multiple of 16.
+template <typename T>
+void gather_head(const Attention& a, const T* own, const T* shared, const float* table, T* out) {
+  float row[4096];
+  const int64_t width = shared ? a.D - a.R : a.D;
+  for (int64_t c = 0; c < width; c += LANES) store(row + c, load_some(own + c, width - c));
+  if (shared)
+    for (int64_t c = 0; c < a.R; c += LANES) store_some(row + width + c, load_some(shared + c, a.R - c), a.R - c);
+  turn(row + a.D - a.R, table, a.R, a.interleaved, 1);
+  for (int64_t c = a.D; c < round_up(a.D); c++) row[c] = 0;
+  for (int64_t c = 0; c < a.D; c += LANES) store(out + c, load(row + c));
+}
+
+template <typename T>
+struct Task {  // one key/value head of one row of the batch
+  using F = Format<T>;
+  using U = typename F::Unit;
+  const Attention& a;
+  const int64_t T16, D16, V16;
+  Scratch scratch;
+  T *keys, *queries, *grads;     // (T16, D16), (BLOCK, D16), (BLOCK, V16)
+  U *keys_by_width, *values, *keys_by_token, *values_by_width, *query_steps, *grad_steps;
+  float *scores, *changes, *result;  // (BLOCK, T16), (BLOCK, T16), (BLOCK, max(D16, V16))
+  T *probs;                          // (BLOCK, T16): probabilities, or gradients of scores
+  U *prob_steps, *change_steps;      // the same, steps along the queries
+  float *grad_keys, *grad_values;    // (T16, D16), (T16, V16)
+
+  static int64_t bytes(int64_t T16, int64_t D16, int64_t V16) {
+    const int64_t floats = T16 * (4 * D16 + 4 * V16) + BLOCK * (4 * T16 + 4 * D16 + 4 * V16 + T16);
+    return 4 * floats + 20 * Scratch::SLACK;
+  }
+  explicit Task(const Attention& a)
+      : a(a), T16(round_up(a.T)), D16(round_up(a.D)), V16(round_up(a.V)), scratch(bytes(T16, D16, V16)) {
+    keys = scratch.take<T>(T16 * D16);
+    queries = scratch.take<T>(BLOCK * D16);
+    grads = scratch.take<T>(BLOCK * V16);
+    keys_by_width = scratch.take<U>(T16 * D16 / F::STEP);
+    keys_by_token = scratch.take<U>(T16 * D16 / F::STEP);
+    values = scratch.take<U>(T16 * V16 / F::STEP);
+    values_by_width = scratch.take<U>(T16 * V16 / F::STEP);
+    query_steps = scratch.take<U>(BLOCK * D16 / F::STEP);
+    grad_steps = scratch.take<U>(BLOCK * V16 / F::STEP);
+    scores = scratch.take<float>(BLOCK * T16);
+    changes = scratch.take<float>(BLOCK * T16);
+    result = scratch.take<float>(BLOCK * std::max(D16, V16));
+    probs = scratch.take<T>(BLOCK * T16);
+    prob_steps = scratch.take<U>(BLOCK * T16 / F::STEP);
+    change_steps = scratch.take<U>(BLOCK * T16 / F::STEP);
+    grad_keys = scratch.take<float>(T16 * D16);
+    grad_values = scratch.take<float>(T16 * V16);
+  }
+
+  const T* query(const void* of, int64_t b, int64_t t, int64_t h) const {
+    return static_cast<const T*>(of) + (b * a.T + t) * a.q_t + h * a.q_h;
+  }
+  const T* output(const void* of, int64_t b, int64_t t, int64_t h) const {
+    return static_cast<const T*>(of) + ((b * a.T + t) * a.H + h) * a.V;
+  }
+  int64_t first_of(int64_t b, int64_t t) const { return a.first[(a.first_rows == 1 ? 0 : b) * a.T + t]; }
+  const U* units(const T* rows) const { return reinterpret_cast<const U*>(rows); }
+
+  void gather_keys(int64_t b, int64_t g) {
+    for (int64_t t = 0; t < a.T; t++) {
+      const int64_t at = b * a.T + t;
+      const T* shared = a.k_shared ? static_cast<const T*>(a.k_shared) + at * a.shared_t : nullptr;
+      gather_head(a, static_cast<const T*>(a.k) + at * a.k_t + g * a.k_h, shared, rope_at(a, b, t), keys + t * D16);
+    }
+    std::memset(static_cast<void*>(keys + a.T * D16), 0, (T16 - a.T) * D16 * sizeof(T));
+    pack_transposed(units(keys), D16 / F::STEP, keys_by_width, T16, D16 / F::STEP);
+  }
+  Rows<T> value_rows(int64_t b, int64_t g) const {
+    return {static_cast<const T*>(a.v) + b * a.T * a.v_t + g * a.v_h, a.v_t, a.T, a.V};
+  }
+
+  // What block [start, start + count) sees lies in tokens [low, high), both multiples of 16.
+  struct Span {
+    int64_t b, h, start, count, low, high;
+    int64_t width() const { return high - low; }
+  };
+  Span span_of(int64_t b, int64_t h, int64_t start) const {
+    const int64_t count = std::min(BLOCK, a.T - start);
+    int64_t low = start;
+    for (int64_t i = 0; i < count; i++) low = std::min(low, first_of(b, start + i));
+    return {b, h, start, count, low / LANES * LANES, round_up(start + count)};
+  }
+  void score(const Span& s) {
+    for (int64_t i = 0; i < s.count; i++)
+      gather_head(a, query(a.q, s.b, s.start + i, s.h), static_cast<const T*>(nullptr), rope_at(a, s.b, s.start + i), queries + i * D16);
+    multiply<U>({units(queries), D16 / F::STEP, 1}, keys_by_width + s.low, T16, scores, T16, s.count, s.width(), D16 / F::STEP, false);
+  }
+  // x where query `i` of the block sees the tokens of the vector at column c, else `other`.
+  static vf seen(const Span& s, int64_t i, int64_t first, int64_t c, vf x, float other) {
+    const int64_t token = s.low + c, last = s.start + i;
+    if (token >= first && token + LANES <= last + 1) return x;
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi tokens = lane + int32_t(token);
+    return (tokens >= int32_t(first)) & (tokens <= int32_t(last)) ? x : splat(other);
+  }
+  // Columns that query `i` sees, rounded outwards.
+  static int64_t from(const Span& s, int64_t first) { return first / LANES * LANES - s.low; }
+  static int64_t to(const Span& s, int64_t i) { return round_up(s.start + i + 1) - s.low; }
+
+  // Exponentiated scores of row i; returns the inverse of their sum.
+  float softmax(const Span& s, int64_t i) {
+    const float* row = scores + i * T16;
+    const int64_t first = first_of(s.b, s.start + i), begin = from(s, first), end = to(s, i);
+    vf top = splat(-INFINITY), total{};
+    for (int64_t c = begin; c < end; c += LANES) top = larger(seen(s, i, first, c, load(row + c), -INFINITY), top);
+    const float scale = float(a.scale), best = largest(top) * scale;
+    T* out = probs + i * T16;
+    for (int64_t c = 0; c < begin; c += LANES) store(out + c, vf{});
+    for (int64_t c = begin; c < end; c += LANES) {
+      const vf p = seen(s, i, first, c, exp_of(load(row + c) * scale - best), 0);
+      total += p;
+      store(out + c, p);
+    }
+    for (int64_t c = end; c < s.width(); c += LANES) store(out + c, vf{});
+    const float mass = sum(total);
+    a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i] = best + std::log(mass);
+    return 1 / mass;
+  }
+
+  void forward(int64_t b, int64_t g) {
+    gather_keys(b, g);
+    pack_rows(value_rows(b, g), values, T16, V16);
+    for (int64_t h = g * (a.H / a.G); h < (g + 1) * (a.H / a.G); h++)
+      for (int64_t start = 0; start < a.T; start += BLOCK) {
+        const Span s = span_of(b, h, start);
+        score(s);
+        float inverse[BLOCK];
+        for (int64_t i = 0; i < s.count; i++) inverse[i] = softmax(s, i);
+        multiply<U>({units(probs), T16 / F::STEP, 1}, values + s.low / F::STEP * V16, V16, result, V16, s.count, V16, s.width() / F::STEP, false);
+        for (int64_t i = 0; i < s.count; i++) {
+          T* out = const_cast<T*>(output(a.out, b, start + i, h));
+          for (int64_t c = 0; c < a.V; c += LANES) store_some(out + c, load(result + i * V16 + c) * inverse[i], a.V - c);
+        }
+      }
+  }
+
+  // What the gradients of row i's scores need besides the products.
+  struct Row {
+    int64_t i, first, begin, end;
+    float shift, mean;
+  };
+  Row row_of(const Span& s, int64_t i) const {
+    if (i >= s.count) return {i, 0, 0, 0, 0, 0};  // the missing half of a pair
+    const T* out = output(a.out, s.b, s.start + i, s.h);
+    vf inner{};
+    for (int64_t c = 0; c < a.V; c += LANES) inner += load_some(out + c, a.V - c) * load(grads + i * V16 + c);
+    const int64_t first = first_of(s.b, s.start + i);
+    return {i, first, from(s, first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
+  }
+  // Probability and gradient of the score, for the vector at column c of a row.
+  void score_gradient(const Span& s, const Row& r, int64_t c, vf& p, vf& change) const {
+    p = change = vf{};
+    if (c < r.begin || c >= r.end) return;
+    const float scale = float(a.scale);
+    p = seen(s, r.i, r.first, c, exp_of(load(scores + r.i * T16 + c) * scale - r.shift), 0);
+    change = seen(s, r.i, r.first, c, p * (load(changes + r.i * T16 + c) - r.mean) * scale, 0);
+  }
+  // Rows i and i + 1: gradients of the scores by row, and they and the probabilities as units along the queries.
+  void two_rows(const Span& s, int64_t i) {
+    const Row even = row_of(s, i), odd = row_of(s, i + 1);
+    for (int64_t c = 0; c < s.width(); c += LANES) {
+      vf p[2], change[2];
+      score_gradient(s, even, c, p[0], change[0]);
+      score_gradient(s, odd, c, p[1], change[1]);
+      store(probs + i * T16 + c, change[0]);
+      store(probs + (i + 1) * T16 + c, change[1]);
+      put_steps(prob_steps + c, i, p);
+      put_steps(change_steps + c, i, change);
+    }
+  }
+  void put_steps(float* steps, int64_t i, const vf x[2]) const {
+    store(steps + i * T16, x[0]);
+    store(steps + (i + 1) * T16, x[1]);
+  }
+  void put_steps(uint32_t* steps, int64_t i, const vf x[2]) const { store_units(steps + i / 2 * T16, pair_up(x[0], x[1])); }
+
+  void backward_block(const Span& s) {
+    score(s);
+    for (int64_t i = 0; i < s.count; i++) {
+      const T* grad = output(a.grad, s.b, s.start + i, s.h);
+      for (int64_t c = 0; c < V16; c += LANES) store(grads + i * V16 + c, c < a.V ? load_some(grad + c, a.V - c) : vf{});
+    }
+    const int64_t steps = (s.count + F::STEP - 1) / F::STEP;
+    pack_rows(Rows<T>{queries, D16, s.count, D16}, query_steps, s.count, D16);
+    pack_rows(Rows<T>{grads, V16, s.count, V16}, grad_steps, s.count, V16);
+    multiply<U>({units(grads), V16 / F::STEP, 1}, values_by_width + s.low, T16, changes, T16, s.count, s.width(), V16 / F::STEP, false);
+    for (int64_t i = 0; i < s.count; i += 2) two_rows(s, i);
+    multiply<U>({prob_steps, 1, T16}, grad_steps, V16, grad_values + s.low * V16, V16, s.width(), V16, steps, true);
+    multiply<U>({change_steps, 1, T16}, query_steps, D16, grad_keys + s.low * D16, D16, s.width(), D16, steps, true);
+    multiply<U>({units(probs), T16 / F::STEP, 1}, keys_by_token + s.low / F::STEP * D16, D16, result, D16, s.count, D16, s.width() / F::STEP, false);
+    for (int64_t i = 0; i < s.count; i++) {
+      float* row = result + i * D16;
+      turn(row + a.D - a.R, rope_at(a, s.b, s.start + i), a.R, a.interleaved, -1);
+      T* out = const_cast<T*>(query(a.grad_q, s.b, s.start + i, s.h));
+      for (int64_t c = 0; c < a.D; c += LANES) store_some(out + c, load(row + c), a.D - c);
+    }
+  }
+
+  void backward(int64_t b, int64_t g) {
+    gather_keys(b, g);
+    pack_rows(Rows<T>{keys, D16, T16, D16}, keys_by_token, T16, D16);
+    T* rows = reinterpret_cast<T*>(values);  // (T16, V16), read by the packing below only
+    for (int64_t t = 0; t < T16; t++)
+      for (int64_t c = 0; c < V16; c += LANES) store(rows + t * V16 + c, value_rows(b, g).at(t, c));
+    pack_transposed(units(rows), V16 / F::STEP, values_by_width, T16, V16 / F::STEP);
+    std::fill(grad_keys, grad_keys + T16 * D16, 0.0f);
+    std::fill(grad_values, grad_values + T16 * V16, 0.0f);
+    for (int64_t h = g * (a.H / a.G); h < (g + 1) * (a.H / a.G); h++)
+      for (int64_t start = 0; start < a.T; start += BLOCK) backward_block(span_of(b, h, start));
+    const int64_t own = a.k_shared ? a.D - a.R : a.D;
+    for (int64_t t = 0; t < a.T; t++) {
+      const int64_t at = b * a.T + t;
+      float *key = grad_keys + t * D16, *value = grad_values + t * V16;
+      turn(key + a.D - a.R, rope_at(a, b, t), a.R, a.interleaved, -1);
+      T* out = static_cast<T*>(a.grad_k) + at * a.k_t + g * a.k_h;
+      for (int64_t c = 0; c < own; c += LANES) store_some(out + c, load(key + c), own - c);
+      if (a.k_shared) std::copy(key + own, key + a.D, a.grad_k_shared + ((b * a.G + g) * a.T + t) * a.R);
+      T* out_v = static_cast<T*>(a.grad_v) + at * a.v_t + g * a.v_h;
+      for (int64_t c = 0; c < a.V; c += LANES) store_some(out_v + c, load(value + c), a.V - c);
+    }
+  }
+};
+
+template <typename T>
+void run(const Attention& a, bool backward) {
+#pragma omp parallel num_threads(a.threads)
+  {
+    Task<T> task(a);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < a.B * a.G; i++) backward ? task.backward(i / a.G, i % a.G) : task.forward(i / a.G, i % a.G);
+  }
+}
+
+}  // namespace
+
+extern "C" void attention(const Attention* a, int64_t is_bf16, int64_t backward) {
+  is_bf16 ? run<bf16>(*a, backward) : run<float>(*a, backward);
+}

@@ -1,0 +1,78 @@
+"""Compile the kernels once per machine and load them; without a compiler everything runs on torch's operators."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("attention.cpp", "decode.cpp", "experts.cpp", "rows.cpp")
+HEADERS = ("simd.h", "matmul.h")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-w")
+SWITCH = "THINKSTACK_KERNELS"
+"""Environment variable; "0" runs on torch's operators alone."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
+    if os.environ.get(SWITCH) == "0":
+        log.info("%s=0: running on torch's operators", SWITCH)
+        return None
+    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        log.warning("no C++ compiler found: running on torch's operators, about half as fast; install g++ to change it")
+        return None
+    folder = Path(__file__).parent
+    path = cache_folder() / f"kernels-{fingerprint(compiler, folder)}.so"
+    try:
+        if not path.exists():
+            compile_to(path, compiler, folder)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        log.warning("the C++ kernels cannot be built, running on torch's operators: %s", detail.strip()[-400:])
+        return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: XDG_CACHE_HOME or ~/.cache, else the folder for temporary files."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkstack"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return home if os.access(home, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def fingerprint(compiler: str, folder: Path) -> str:
+    """Changes with the sources, the compiler, torch and the processor."""
+    parts = [(folder / name).read_bytes() for name in (*HEADERS, *SOURCES)]
+    parts.append(subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout)
+    parts += [torch.__version__.encode(), platform.machine().encode(), " ".join(FLAGS).encode()]
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        parts += [line.encode() for line in cpu.read_text().splitlines() if line.startswith(("flags", "model name"))][:2]
+    return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
+
+
+def compile_to(path: Path, compiler: str, folder: Path) -> None:
+    """Build the library beside `path` and move it there, so that no process ever loads half of one."""
+    log.info("compiling the CPU kernels, once")
+    sources = [str(folder / name) for name in SOURCES]
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        built = Path(work) / path.name
+        command = [compiler, *FLAGS, *sources, "-o", str(built)]
+        done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
+        if done.returncode:  # a compiler without OpenMP: one thread
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(built, path)

@@ -1,0 +1,152 @@
+// Products of small matrices held in scratch memory: C (M, N) = A (M, K) B (K, N), N a multiple of 16, C in float.
+//
+// A is read one unit at a time with any two strides, so a transposed A costs nothing. B is packed: one row per step, a
+// unit per column. Every element of C is summed along K in order, so it does not depend on the other rows.
+#pragma once
+#include <memory>
+
+#include "simd.h"
+
+template <typename T>
+struct Format;
+template <>
+struct Format<float> {
+  typedef float Unit;
+  static constexpr int64_t STEP = 1;  // elements of K per unit
+};
+template <>
+struct Format<bf16> {
+  typedef uint32_t Unit;
+  static constexpr int64_t STEP = 2;
+};
+
+inline vf load_units(const float* p) { return load(p); }
+inline vu load_units(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
+inline void store_units(float* p, vf x) { store(p, x); }
+inline void store_units(uint32_t* p, vu x) { *reinterpret_cast<vu_any*>(p) = x; }
+
+inline vf multiply_add(vf sum, float a, vf b) { return sum + a * b; }
+inline vf multiply_add(vf sum, uint32_t a, vu b) {
+#ifdef __AVX512BF16__
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+#else
+  const vu pair = vu{} + a;
+  return sum + (vf)(pair << 16) * (vf)(b << 16) + (vf)(pair & 0xffff0000u) * (vf)(b & 0xffff0000u);
+#endif
+}
+
+template <typename U>
+struct Operand {
+  const U* data;
+  int64_t row, step;  // strides in units
+};
+
+template <int ROWS, int VECTORS, typename U>
+inline void tile(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t steps, bool add) {
+  vf sum[ROWS][VECTORS];
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < VECTORS; j++) sum[i][j] = add ? load(c + i * c_row + j * LANES) : vf{};
+  for (int64_t k = 0; k < steps; k++) {
+    decltype(load_units(b)) column[VECTORS];
+    for (int j = 0; j < VECTORS; j++) column[j] = load_units(b + k * b_step + j * LANES);
+    for (int i = 0; i < ROWS; i++) {
+      const U x = a.data[i * a.row + k * a.step];
+      for (int j = 0; j < VECTORS; j++) sum[i][j] = multiply_add(sum[i][j], x, column[j]);
+    }
+  }
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES, sum[i][j]);
+}
+
+template <int VECTORS, typename U>
+inline void column_of_tiles(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t steps, bool add) {
+  constexpr int ROWS = 24 / VECTORS < 12 ? 24 / VECTORS : 12;  // 24 of 32 registers hold sums
+  int64_t i = 0;
+  for (; i + ROWS <= m; i += ROWS) tile<ROWS, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
+  for (; i + 4 <= m; i += 4) tile<4, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
+  for (; i < m; i++) tile<1, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
+}
+
+// C = A B, or C += A B. n: columns, a multiple of 16.
+template <typename U>
+void multiply(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t n, int64_t steps, bool add) {
+  int64_t j = 0;
+  for (; j + 64 <= n; j += 64) column_of_tiles<4>(a, b + j, b_step, c + j, c_row, m, steps, add);
+  const int64_t rest = (n - j) / LANES;
+  if (rest == 3) column_of_tiles<3>(a, b + j, b_step, c + j, c_row, m, steps, add);
+  if (rest == 2) column_of_tiles<2>(a, b + j, b_step, c + j, c_row, m, steps, add);
+  if (rest == 1) column_of_tiles<1>(a, b + j, b_step, c + j, c_row, m, steps, add);
+}
+
+// Row r of a matrix of which `width` columns are given; rows beyond `rows` read as zero.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride, rows, width;
+  vf at(int64_t r, int64_t column) const {
+    return r < rows && column < width ? load_some(data + r * stride + column, width - column) : vf{};
+  }
+};
+
+// B whose steps run along the rows of `from`: out[(r / STEP) * columns + c], `count` rows, `columns` a multiple of 16.
+inline void pack_rows(Rows<float> from, float* out, int64_t count, int64_t columns) {
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t c = 0; c < columns; c += LANES) store(out + r * columns + c, from.at(r, c));
+}
+template <typename S>
+inline void pack_rows(Rows<S> from, uint32_t* out, int64_t count, int64_t columns) {
+  for (int64_t r = 0; r < count; r += 2)
+    for (int64_t c = 0; c < columns; c += LANES)
+      store_units(out + r / 2 * columns + c, pair_up(from.at(r, c), from.at(r + 1, c)));
+}
+
+// The 16 x 16 block with rows x[0..15], transposed in place.
+inline void transpose(vu x[16]) {
+#define SWAP(S, ...)                                                   \
+  for (int i = 0; i < 16; i++)                                         \
+    if (!(i & S)) {                                                    \
+      const vu low = x[i], high = x[i + S];                            \
+      const int index[32] = {__VA_ARGS__};                             \
+      vu first, second;                                                \
+      first = __builtin_shuffle(low, high, *(const vu_any*)index);     \
+      second = __builtin_shuffle(low, high, *(const vu_any*)(index + 16)); \
+      x[i] = first;                                                    \
+      x[i + S] = second;                                               \
+    }
+  SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+  SWAP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+  SWAP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+  SWAP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+#undef SWAP
+}
+
+// B whose steps run along the columns of `from` (so B = from transposed), itself held as units of the same type:
+// out[step * count + r]. from: units, `count` rows (a multiple of 16) of `steps` units (a multiple of 8).
+template <typename U>
+void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64_t steps) {
+  for (int64_t r = 0; r < count; r += LANES)
+    for (int64_t k = 0; k < steps; k += LANES) {
+      vu block[16];
+      for (int i = 0; i < 16; i++) std::memcpy(&block[i], from + (r + i) * stride + k, sizeof(vu));
+      transpose(block);
+      for (int i = 0; i < 16 && k + i < steps; i++) std::memcpy(out + (k + i) * count + r, &block[i], sizeof(vu));
+    }
+}
+
+// Scratch memory that is handed out in pieces. A read of one vector beyond a piece is allowed.
+class Scratch {
+ public:
+  static constexpr int64_t SLACK = 128;  // of each piece, alignment included
+  explicit Scratch(int64_t bytes) : held_(new char[bytes + 64]), next_(align(held_.get())) {}
+  template <typename V>
+  V* take(int64_t count) {
+    V* piece = reinterpret_cast<V*>(next_);
+    next_ = align(next_ + count * sizeof(V) + SLACK);
+    return piece;
+  }
+
+ private:
+  static char* align(char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
+  std::unique_ptr<char[]> held_;
+  char* next_;
+};

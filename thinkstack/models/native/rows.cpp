@@ -1,0 +1,164 @@
+// Operations on rows that memory bounds: each reads its operands once. Sums and exponentials are in float.
+#include "simd.h"
+
+#include <algorithm>
+
+// N rows, D width. Rows are contiguous unless a stride is given.
+namespace {
+
+template <typename T>
+void norm(const T* x, const float* weight, T* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < N; n++) {
+    const T* row = x + n * stride;
+    vf total{};
+    for (int64_t c = 0; c < D; c += LANES) {
+      const vf v = load_some(row + c, D - c);
+      total += v * v;
+    }
+    const float scale = 1 / std::sqrt(sum(total) / D + float(eps));
+    if (inverse) inverse[n] = scale;
+    for (int64_t c = 0; c < D; c += LANES)
+      store_some(y + n * D + c, load_some(row + c, D - c) * scale * load_some(weight + c, D - c), D - c);
+  }
+}
+
+// grad_weight: (threads, D), one part each, zero where a thread had no rows.
+template <typename T>
+void norm_backward(const T* grad, const T* x, const float* weight, const float* inverse, T* grad_x, float* grad_weight, int64_t N,
+                   int64_t D, int64_t stride, int64_t threads) {
+  std::fill(grad_weight, grad_weight + threads * D, 0.0f);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < threads; part++) {
+    float* mine = grad_weight + part * D;
+    for (int64_t n = N * part / threads; n < N * (part + 1) / threads; n++) {
+      const T *row = x + n * stride, *g = grad + n * D;
+      vf total{};
+      for (int64_t c = 0; c < D; c += LANES) {
+        const vf change = load_some(g + c, D - c) * (load_some(row + c, D - c) * inverse[n]);
+        total += change * load_some(weight + c, D - c);
+        store_some(mine + c, load_some(mine + c, D - c) + change, D - c);
+      }
+      const float inner = sum(total) / D;
+      for (int64_t c = 0; c < D; c += LANES) {
+        const vf normed = load_some(row + c, D - c) * inverse[n];
+        const vf wide = load_some(g + c, D - c) * load_some(weight + c, D - c);
+        store_some(grad_x + n * D + c, (wide - normed * inner) * inverse[n], D - c);
+      }
+    }
+  }
+}
+
+template <typename T>
+void swiglu(const T* gate, const T* up, T* out, int64_t N, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < N; i += LANES) {
+    const vf g = load_some(gate + i, N - i);
+    store_some(out + i, g * sigmoid(g) * load_some(up + i, N - i), N - i);
+  }
+}
+
+template <typename T>
+void swiglu_backward(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t N, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < N; i += LANES) {
+    const vf d = load_some(grad + i, N - i), g = load_some(gate + i, N - i), u = load_some(up + i, N - i), s = sigmoid(g);
+    store_some(grad_gate + i, d * u * s * (1 + g * (1 - s)), N - i);
+    store_some(grad_up + i, d * g * s, N - i);
+  }
+}
+
+// x: H heads of R each per row, strides in elements. table: (table_rows, R / 2) pairs, row n uses n % table_rows.
+template <typename T>
+void rotate(const T* x, const float* table, T* out, int64_t N, int64_t H, int64_t R, int64_t x_n, int64_t x_h, int64_t table_rows,
+            bool interleaved, float sign, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < N; n++) {
+    float row[4096];
+    for (int64_t h = 0; h < H; h++) {
+      for (int64_t c = 0; c < R; c += LANES) store_some(row + c, load_some(x + n * x_n + h * x_h + c, R - c), R - c);
+      turn(row, table + n % table_rows * R, R, interleaved, sign);
+      for (int64_t c = 0; c < R; c += LANES) store_some(out + (n * H + h) * R + c, load(row + c), R - c);
+    }
+  }
+}
+
+// Log of the sum of exponentials of logits / temperature, the target's log-probability, and the entropy if asked for.
+template <typename T>
+void log_probs(const T* logits, const int64_t* targets, float* normaliser, float* log_prob, float* entropy, int64_t N, int64_t V,
+               double temperature, int64_t threads) {
+  const float cold = float(1 / temperature);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < N; n++) {
+    const T* row = logits + n * V;
+    vf top = splat(-INFINITY), total{}, weighted{};
+    int64_t c = 0;
+    for (; c + LANES <= V; c += LANES) top = larger(load(row + c), top);
+    float best = largest(top);
+    for (int64_t rest = c; rest < V; rest++) best = std::max(best, to_float(row[rest]));
+    for (c = 0; c + LANES <= V; c += LANES) {
+      const vf x = (load(row + c) - best) * cold, p = exp_of(x);
+      total += p;
+      weighted += p * x;
+    }
+    float mass = sum(total), mean = sum(weighted);
+    for (; c < V; c++) {
+      const float x = (to_float(row[c]) - best) * cold, p = std::exp(x);
+      mass += p;
+      mean += p * x;
+    }
+    normaliser[n] = best * cold + std::log(mass);
+    log_prob[n] = to_float(row[targets[n]]) * cold - normaliser[n];
+    if (entropy) entropy[n] = std::log(mass) - mean / mass;
+  }
+}
+
+// Logits become their gradients, given that of the target's log-probability.
+template <typename T>
+void log_probs_backward(T* logits, const int64_t* targets, const float* normaliser, const float* grad, int64_t N, int64_t V,
+                        double temperature, int64_t threads) {
+  const float cold = float(1 / temperature);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < N; n++) {
+    T* row = logits + n * V;
+    const float scale = grad[n] * cold;
+    const float target = std::exp(to_float(row[targets[n]]) * cold - normaliser[n]);
+    for (int64_t c = 0; c < V; c += LANES) store_some(row + c, exp_of(load_some(row + c, V - c) * cold - normaliser[n]) * -scale, V - c);
+    put(row + targets[n], scale * (1 - target));
+  }
+}
+
+}  // namespace
+
+#define BOTH(NAME, PARAMETERS, CALL)                \
+  extern "C" void NAME##_fp32 PARAMETERS {          \
+    typedef float T;                                \
+    CALL;                                           \
+  }                                                 \
+  extern "C" void NAME##_bf16 PARAMETERS {          \
+    typedef bf16 T;                                 \
+    CALL;                                           \
+  }
+
+BOTH(rms_norm, (const void* x, const float* weight, void* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps, int64_t threads),
+     norm<T>((const T*)x, weight, (T*)y, inverse, N, D, stride, eps, threads))
+BOTH(rms_norm_backward,
+     (const void* grad, const void* x, const float* weight, const float* inverse, void* grad_x, float* grad_weight, int64_t N, int64_t D,
+      int64_t stride, int64_t threads),
+     norm_backward<T>((const T*)grad, (const T*)x, weight, inverse, (T*)grad_x, grad_weight, N, D, stride, threads))
+BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t threads),
+     swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, threads))
+BOTH(swiglu_backward, (const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t N, int64_t threads),
+     swiglu_backward<T>((const T*)grad, (const T*)gate, (const T*)up, (T*)grad_gate, (T*)grad_up, N, threads))
+BOTH(rotate,
+     (const void* x, const float* table, void* out, int64_t N, int64_t H, int64_t R, int64_t x_n, int64_t x_h, int64_t table_rows,
+      int64_t interleaved, double sign, int64_t threads),
+     rotate<T>((const T*)x, table, (T*)out, N, H, R, x_n, x_h, table_rows, interleaved, float(sign), threads))
+BOTH(log_probs,
+     (const void* logits, const int64_t* targets, float* normaliser, float* log_prob, float* entropy, int64_t N, int64_t V,
+      double temperature, int64_t threads),
+     log_probs<T>((const T*)logits, targets, normaliser, log_prob, entropy, N, V, temperature, threads))
+BOTH(log_probs_backward,
+     (void* logits, const int64_t* targets, const float* normaliser, const float* grad, int64_t N, int64_t V, double temperature,
+      int64_t threads),
+     log_probs_backward<T>((T*)logits, targets, normaliser, grad, N, V, temperature, threads))

@@ -1,0 +1,150 @@
+// Sixteen lanes at a time, in GCC's portable vectors: AVX-512 where the machine has it, several narrower ones elsewhere.
+//
+// Numbers are read as float or bf16 and computed in float. A "unit" is what one step of a matrix product consumes of a
+// row: a float, or a pair of bf16.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+constexpr int64_t LANES = 16;
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline int64_t round_up(int64_t value) { return (value + LANES - 1) / LANES * LANES; }
+inline vf splat(float x) { return vf{} + x; }
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+inline vf load(const bf16* p) {
+#ifdef __AVX512F__
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(vh(*reinterpret_cast<const vh_any*>(p)), vu) << 16);
+#endif
+}
+inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+
+inline vh round_to_bf16(vf x) {  // to nearest, ties to even
+#ifdef __AVX512BF16__
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const vu bits = (vu)x;
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x != x ? (bits >> 16) | 0x40 : rounded, vh);
+#endif
+}
+inline void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = round_to_bf16(x); }
+
+// bf16 of `even` in the low halves, of `odd` in the high ones.
+inline vu pair_up(vf even, vf odd) {
+#ifdef __AVX512BF16__
+  typedef uint16_t vh32 __attribute__((vector_size(64)));
+  const vh32 both = (vh32)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (vu)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
+                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return __builtin_convertvector(round_to_bf16(even), vu) | (__builtin_convertvector(round_to_bf16(odd), vu) << 16);
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) { p->bits = round_to_bf16(splat(x))[0]; }
+
+// The first `count` lanes of p, zero beyond.
+template <typename T>
+inline vf load_some(const T* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  T held[LANES] = {};
+  std::memcpy(held, p, count * sizeof(T));
+  return load(held);
+}
+template <typename T>
+inline void store_some(T* p, vf x, int64_t count) {
+  if (count >= LANES) return store(p, x);
+  T held[LANES];
+  store(held, x);
+  std::memcpy(p, held, count * sizeof(T));
+}
+
+inline float sum(vf x) {
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  const v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  const v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+inline vf larger(vf a, vf b) { return a < b ? b : a; }  // a where unordered: NaN in a stays
+inline float largest(vf x) {
+  float best = x[0];
+  for (int i = 1; i < LANES; i++) best = best < x[i] || x[i] != x[i] ? x[i] : best;
+  return best;
+}
+
+// e^x within 2 ulp for x <= 88; below -87 the result is about 1e-38. NaN stays NaN. Cody and Waite's reduction, Cephes' polynomial.
+inline vf exp_of(vf x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  return p * (vf)power;
+}
+inline vf sigmoid(vf x) {
+  return 1.0f / (1.0f + exp_of(x > splat(-88.0f) ? -x : splat(88.0f)));
+}
+
+// Pairs of x[0..R) as complex numbers times the table's (cos, sin), or times its conjugate for sign = -1. Pairs are
+// neighbours, or R / 2 apart.
+inline void turn(float* x, const float* table, int64_t R, bool interleaved, float sign) {
+  const vf signs = {-sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign};
+  int64_t i = 0;
+  if (interleaved) {
+    for (; i + LANES <= R; i += LANES) {
+      const vf old = load(x + i), angle = load(table + i);
+      const vf cos = __builtin_shufflevector(angle, angle, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+      const vf sin = __builtin_shufflevector(angle, angle, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
+      const vf crossed = __builtin_shufflevector(old, old, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+      store(x + i, old * cos + crossed * sin * signs);
+    }
+  } else {
+    for (; i + LANES <= R / 2; i += LANES) {
+      const vf a = load(table + 2 * i), b = load(table + 2 * i + LANES), re = load(x + i), im = load(x + i + R / 2);
+      const vf cos = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const vf sin = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31) * sign;
+      store(x + i, re * cos - im * sin);
+      store(x + i + R / 2, re * sin + im * cos);
+    }
+    i *= 2;
+  }
+  const int64_t apart = interleaved ? 1 : R / 2, next = interleaved ? 2 : 1;
+  for (i /= 2; i < R / 2; i++) {
+    float &re = x[i * next], &im = x[i * next + apart];
+    const float cos = table[2 * i], sin = sign * table[2 * i + 1], old = re;
+    re = old * cos - im * sin;
+    im = old * sin + im * cos;
+  }
+}
