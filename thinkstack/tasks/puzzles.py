@@ -126,7 +126,7 @@ def draw_puzzle(family: Family, split: str, level: int, seed: object) -> Puzzle:
         puzzle = family.draw(random.Random(digest(family.name, split, level, seed, attempt)), level)
         if split_of(key_of(family, puzzle)) == split:
             return puzzle
-    raise AssertionError(f"{family.name} level {level} has no {split} problem in 1,000 draws")
+    raise ConfigError(f"{family.name} level {level} has no {split} problem in 1,000 draws; ask for other levels")
 
 
 def work(family: Family, puzzle: Puzzle, language: str, rng: random.Random | None = None) -> Working:

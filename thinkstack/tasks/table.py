@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from thinkstack.config import did_you_mean
-from thinkstack.tasks import puzzles
+from thinkstack.tasks import gym, puzzles
 from thinkstack.tasks.answers import is_correct
 from thinkstack.tasks.arithmetic import Chain, Nested
 from thinkstack.tasks.choice import Choice
 from thinkstack.tasks.countdown import Countdown
 from thinkstack.tasks.cups import Cups
+from thinkstack.tasks.datasets import DataSet, Gsm8k, Math
 from thinkstack.tasks.equations import Linear, Quadratic
 from thinkstack.tasks.kin import Kin
 from thinkstack.tasks.kinship import Kinship
@@ -46,15 +47,24 @@ FAMILIES: dict[str, Family] = {
     "choice": Choice(),
 }
 
+DATASETS: dict[str, DataSet] = {"gsm8k": Gsm8k(), "math": Math()}
+"""Published problems, read from a file that the user has."""
+TASKS: dict[str, object] = {**FAMILIES, **DATASETS}
+
 
 def families(names: Sequence[str]) -> list[Family]:
-    """The families called `names`, in that order. Raises ConfigError for an unknown name, or for none at all."""
+    """The families called `names`, in that order; gym/NAME is a data set of reasoning-gym.
+
+    Raises ConfigError for an unknown name, for none at all, or if a package that a name needs is not installed.
+    """
     if not names:
         raise ConfigError(f"no task is named; choose from {', '.join(FAMILIES)}")
     return [_family(name) for name in names]
 
 
 def _family(name: str) -> Family:
+    if name.startswith(gym.PREFIX):
+        return gym.family(name)
     if name not in FAMILIES:
         raise ConfigError(f"unknown task {name!r}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
@@ -63,13 +73,14 @@ def _family(name: str) -> Family:
 def accepts(problem: Problem, answer: str | None) -> bool:
     """Whether `answer` is right by the rule of the problem's task; no answer is wrong.
 
-    A family that is Judging decides itself; everything else, tasks outside the table included, is compared strictly.
+    A family or data set that is Judging decides itself; all others, tasks outside the tables included, are compared
+    strictly.
     """
     if answer is None:
         return False
-    family = FAMILIES.get(problem.task)
-    if isinstance(family, Judging):
-        return family.accepts(problem, answer)
+    task = gym.family(problem.task) if problem.task.startswith(gym.PREFIX) else TASKS.get(problem.task)
+    if isinstance(task, Judging):
+        return task.accepts(problem, answer)
     return is_correct(problem.answer, answer)
 
 
