@@ -149,6 +149,24 @@ def rollouts(run: Positional[Path], /, step: int, group: int | None = None, widt
             print(show_group(found, width))
 
 
+def replay(run: Positional[Path], model: Positional[str], /, step: int, temperature: float = 1.0) -> None:
+    """Recompute the log-probabilities of a kept training step with a checkpoint and show the largest difference.
+
+    Args:
+        run: Folder of a GRPO stage, such as runs/demo/zero.
+        model: The checkpoint that drew the step; for step 1 the one the stage started from.
+        step: The optimizer step.
+        temperature: The one the answers were drawn at.
+    """
+    from thinkstack.checkpoint.model import load_model
+    from thinkstack.machine import prepare_machine
+    from thinkstack.stages.replay import describe_replay
+    from thinkstack.stages.replay import replay as recompute
+
+    prepare_machine()
+    print(describe_replay(recompute(run, step, load_model(model), temperature)))
+
+
 def inspect(model: Positional[str], /) -> None:
     """Count what a model size or checkpoint is made of: parameters, compute, cache.
 
@@ -163,7 +181,7 @@ def inspect(model: Positional[str], /) -> None:
 def main() -> None:
     """Entry point of the command `thinkstack`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, inspect)
+    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, replay, inspect)
     commands = {function.__name__: function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="thinkstack", description=__doc__)
