@@ -11,6 +11,7 @@ from thinkstack.checkpoint.hf import WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine
 from thinkstack.models.config import named
+from thinkstack.models.precision import working_copy
 from thinkstack.text.tokenizer import BOS
 from thinkstack.types import Message, Sampling
 
@@ -98,6 +99,32 @@ def test_v3_tiny_speaks_the_same_text_in_transformers(tmp_path: Path):
     answer = Engine(load_model(tmp_path / "model")).generate([ids[0].tolist()], [sampling])[0][0]
     assert list(answer.token_ids) == out[0, 12:].tolist()
     assert len(set(answer.token_ids)) > 5
+
+
+@pytest.mark.parametrize("name", ["v2, greedy, yarn", "llama 3", "qwen 2", "qwen 3", "qwen 3, experts"])
+@torch.no_grad()
+def test_every_family_generates_the_same_text_in_transformers(name: str, tmp_path: Path):
+    """The engine's cache must hold biased, normed and rotated keys."""
+    cfg = FAMILIES[name]
+    save_model(tmp_path / "model", drawn_model(cfg))
+    ids = drawn_ids(cfg.vocab_size, rows=1, tokens=9)
+    theirs = opened(tmp_path / "model")
+    theirs.generation_config.eos_token_id = None
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0)
+    answer = Engine(load_model(tmp_path / "model")).generate(
+        [ids[0].tolist()], [Sampling(temperature=0, max_tokens=20)]
+    )
+    assert list(answer[0][0].token_ids) == out[0, 9:].tolist()
+    assert len(set(answer[0][0].token_ids)) > 3
+
+
+@torch.no_grad()
+def test_a_bf16_working_copy_keeps_its_biases_in_fp32():
+    """Vectors stay fp32 beside matrices in bf16; a plain linear layer refuses that pair."""
+    model, ids = drawn_model(FAMILIES["qwen 2"]), drawn_ids(96)
+    twin = working_copy(model, torch.bfloat16)
+    assert twin.layers[0].attention.wq.bias.dtype == torch.float32
+    assert logit_error(twin(ids).float(), model(ids)).relative < 0.05
 
 
 @pytest.mark.parametrize("name", ["r1_zero_short", "v3", "r1"])

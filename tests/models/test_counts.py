@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, MLA_TINY
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.models.config import NAMED, ModelConfig, named
 from thinkstack.models.counts import (
     cache_bytes_per_token,
@@ -13,8 +13,11 @@ from thinkstack.models.counts import (
     count_parameters,
     flops_per_token,
     mtp_parameters,
+    training_bytes,
+    weight_bytes,
 )
 from thinkstack.models.transformer import Transformer
+from thinkstack.train.optim import OptimConfig, make_optimizer
 
 
 def on_meta(cfg: ModelConfig) -> Transformer:
@@ -83,6 +86,24 @@ def test_active_parameters_leave_out_the_embedding_and_idle_experts():
     total = sum(parameter.numel() for parameter in model.parameters())
     in_mtp = sum(parameter.numel() for parameter in model.mtp.parameters())
     assert count_active_parameters(MLA_TINY) == total - in_mtp - 48 * 32 - one_expert * moe_layers * idle
+
+
+def test_released_sizes_on_disk():
+    """70B of Llama is 141.1 GB in bf16; V3 with its MTP module 1.37 TB, 685 GB in the released FP8."""
+    assert round(weight_bytes(named("r1-distill-llama-70b")) / 1e9, 1) == 141.1
+    assert round(weight_bytes(named("v3-671b"), bytes_per_element=1) / 1e9) == 683  # without the MTP file's copies
+
+
+@pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY])
+def test_training_memory_is_what_a_step_allocates(cfg: ModelConfig):
+    model = tiny_model(cfg)
+    optimizer = make_optimizer(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [slot for state in optimizer.state.values() for slot in state.values() if slot.dim() > 0]
+    held = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+    assert sum(tensor.nbytes for tensor in (*held, *moments) if tensor is not None) == training_bytes(cfg)
 
 
 def test_biases_and_head_norms_are_counted_and_cost_no_operations():

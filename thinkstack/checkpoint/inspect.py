@@ -11,6 +11,8 @@ from thinkstack.models.counts import (
     count_parameters,
     flops_per_token,
     mtp_parameters,
+    training_bytes,
+    weight_bytes,
 )
 
 CONTEXT = 4096
@@ -34,13 +36,24 @@ def describe_model(source: str) -> str:
         ("active per token", f"{count_active_parameters(cfg):,}"),
         ("MTP modules", f"{mtp_parameters(cfg):,} parameters in {cfg.mtp_layers}"),
         ("forward pass", f"{flops_per_token(cfg, context):,.0f} FLOP per token at context {context:,}"),
+        ("weights", f"{size_of(weight_bytes(cfg))} in bf16"),
         ("cache", f"{cache_bytes_per_token(cfg):,} bytes per token in bf16"),
+        ("training", f"{size_of(training_bytes(cfg))} for weights, gradients and AdamW in fp32, without activations"),
     ]
     if cfg.moe is not None:
         moe = cfg.moe
         routed = f"{moe.top_k} of {moe.num_experts} routed + {moe.num_shared_experts} shared"
         rows.insert(2, ("experts", f"{routed}, {moe.top_groups} of {moe.num_groups} groups, width {moe.expert_size:,}"))
     return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def size_of(num_bytes: float) -> str:
+    """Bytes in the unit that leaves at most three digits before the point: 1,342 GB is 1.3 TB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
 
 
 def _config_of(source: str) -> ModelConfig:

@@ -42,6 +42,18 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
     return 2.0 * (count_active_parameters(cfg) - vectors) + attention
 
 
+def weight_bytes(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
+    """Bytes of all weights, MTP modules included; by default in bf16."""
+    return (count_parameters(cfg) + mtp_parameters(cfg)) * bytes_per_element
+
+
+def training_bytes(cfg: ModelConfig) -> int:
+    """Bytes that training holds in fp32 whatever the batch: weights, gradients and AdamW's two moments. Activations and
+    copies in a lower precision come on top.
+    """
+    return weight_bytes(cfg, bytes_per_element=4 * 4)
+
+
 def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
     """Bytes the engine's cache holds per token of context, all layers together: 70,272 for V3 in bf16."""
     return cfg.num_layers * cfg.attention.cache_width * bytes_per_element
