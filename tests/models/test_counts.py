@@ -1,6 +1,8 @@
 """Counts against published figures and against the tensors of built models."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,15 @@ def test_published_totals_of_the_students():
         "qwen3-30b-a3b": 30_532_122_624,
     }
     assert {name: count_parameters(named(name)) for name in published} == published
+
+
+def test_the_page_of_families_has_these_counts():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \| [^|]+ \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 11
+    for name, parameters, cache in rows:
+        cfg = named(name)
+        assert (f"{count_parameters(cfg):,}", f"{cache_bytes_per_token(cfg):,}") == (parameters, cache), name
 
 
 def test_published_active_parameters():
