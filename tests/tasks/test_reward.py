@@ -1,10 +1,11 @@
 """Answers are compared strictly and rewards cannot be had for less."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
-from thinkstack.tasks.answers import is_correct, normalise
+from thinkstack.tasks.answers import is_correct, normalise, same_choice, same_list, same_number, same_numbers
 from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy, format_kept, score
 from thinkstack.types import ConfigError, Problem
 
@@ -36,6 +37,43 @@ def test_words_are_compared_without_case_or_full_stop(answer):
     assert not is_correct("aunt", answer)
 
 
+@pytest.mark.parametrize(("reference", "answer"), [("52", "5²"), ("1", "①"), ("3", "٣")])
+def test_only_full_width_digits_are_made_plain(reference, answer):
+    """Compatibility normalisation once read a square as a second digit."""
+    assert not is_correct(reference, answer)
+
+
+@pytest.mark.parametrize(
+    ("same", "reference", "answer", "expected"),
+    [
+        (same_number, "1/2", "0.5", True),
+        (same_number, "1/2", "2/4", True),
+        (same_number, "-3", "-3.0", True),
+        (same_number, "1234", "1,234", True),
+        (same_number, "1/3", "0.333", False),
+        (same_number, "2", "1+1", False),
+        (same_number, "5", "1/0", False),
+        (same_number, "5", "5 apples", False),
+        (same_choice, "B", "(b)", True),
+        (same_choice, "B", "B.", True),
+        (same_choice, "B", "B or C", False),
+        (same_choice, "B", "BB", False),
+        (same_list, "1, 2", "1,2", True),
+        (same_list, "1, 2", "[1、2]", True),
+        (same_list, "1, 2", "2, 1", False),
+        (same_list, "1, 2", "1, 2,", False),
+        (same_numbers, "-3, -2", "x=-2 or x=-3", True),
+        (same_numbers, "1/2, 3", "3 和 0.5", True),
+        (same_numbers, "-3, -2", "-3, -2, -2", False),
+        (same_numbers, "-3, -2", "-3", False),
+        (same_numbers, "5", "x = 5", True),
+        (same_numbers, "5", "y=x=5", False),
+    ],
+)
+def test_numbers_choices_and_lists_are_compared_by_what_they_say(same, reference, answer, expected):
+    assert same(reference, answer) is expected
+
+
 def test_no_answer_is_wrong():
     assert not is_correct("4", None)
     assert not is_correct("None", None)
@@ -65,6 +103,19 @@ def test_a_long_answer_is_none():
     padded = "0" * MAX_ANSWER_CHARACTERS + "4"
     assert accuracy(FOUR, f"<think>x</think><answer>{padded}</answer>") == 0.0
     assert accuracy(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
+
+
+def test_a_reference_that_is_longer_may_be_answered_at_its_length():
+    rows = replace(FOUR, answer="12 " * 40 + "7", task="grid")
+    assert accuracy(rows, f"<think>x</think><answer>{rows.answer}</answer>") == 1.0
+    assert accuracy(rows, f"<think>x</think><answer>{rows.answer} {rows.answer}</answer>") == 0.0
+
+
+def test_the_rule_of_the_family_decides():
+    made = replace(FOUR, answer="(1+3)*6", task="countdown")
+    assert accuracy(made, "<think>x</think><answer>6*(3+1)</answer>") == 1.0
+    assert accuracy(made, "<think>x</think><answer>24</answer>") == 0.0
+    assert accuracy(replace(made, task="chain"), "<think>x</think><answer>6*(3+1)</answer>") == 0.0
 
 
 def test_the_questions_own_text_is_not_an_answer():

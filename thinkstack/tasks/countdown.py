@@ -15,7 +15,7 @@ from thinkstack.types import Problem
 LONGEST_EXPRESSION = 200
 """Characters; a longer one is not read. Bounds the depth of the parser."""
 TARGETS = range(10, 200)
-_TOKEN = re.compile(r"\s*(?:(\d{1,9})|([-+*/()]))")
+_TOKEN = re.compile(r"\s*(?:([0-9]{1,9})|([-+*/()]))")
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "·": "*"})
 
 
