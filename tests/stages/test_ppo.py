@@ -75,6 +75,19 @@ def test_fitting_the_critic_first_moves_the_critic_alone(make_bandit):
     assert zero.critic.trainer.step_count == 22, "once is enough"
 
 
+def test_the_critic_is_fitted_to_whole_returns_whatever_lambda_it_will_use(make_bandit, monkeypatch):
+    """With lambda 0 a new critic, which predicts 0, would learn 0 for every token but the last. Reward 1, two tokens:
+    returns 0 and 1 with lambda 0, 1 and 1 with lambda 1."""
+    zero = make_bandit(critic=CriticConfig(lam=0.0, prefit_steps=1), **PPO)
+    judge, used = zero.critic.judge, []
+    answers, rewards = [rollout(0, 1.0)], [[0.0, 1.0]]
+    assert judge(answers, rewards)[1][0].returns == [0.0, 1.0]
+    assert judge(answers, rewards, lam=1.0)[1][0].returns == [1.0, 1.0]
+    monkeypatch.setattr(zero.critic, "judge", lambda r, w, lam=None: (used.append(lam), judge(r, w, lam))[1])
+    zero.step()
+    assert used == [1.0, None]
+
+
 def test_trap_29_ppo_resumed_is_ppo_uninterrupted(make_bandit):
     """The critic's weights, moments and steps belong to the state too."""
     given = {"critic": CriticConfig(prefit_steps=1), "loss": PolicyLossConfig(kl=0.05), "reference_steps": 3, **PPO}

@@ -10,6 +10,7 @@ import torch
 
 from tests.stages.test_groups import rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
+from thinkstack.checkpoint.state import load_state
 from thinkstack.data import Sample, lay_out
 from thinkstack.stages.groups import to_batch
 from thinkstack.stages.health import describe
@@ -129,3 +130,19 @@ def test_the_reference_is_replaced_though_minibatches_step_over_the_mark(make_ba
     policy = zero.trainer.model.embed.weight.clone()
     zero.step()
     assert torch.equal(zero.reference.embed.weight, policy)
+
+
+def test_trap_29_a_resumed_run_knows_when_its_reference_was_replaced(make_bandit):
+    """Refreshed at step 3 and saved at 4, a run that forgets it would refresh again at once and drift from there."""
+    given = {"reference_steps": 3, "loss": PolicyLossConfig(kl=0.05)}
+    straight, first = make_bandit(name="straight", **given), make_bandit(name="halves", **given)
+    for _ in range(4):
+        straight.step()
+        first.step()
+    first.save()
+    second = make_bandit(name="halves", **given)
+    second.restore(*load_state(second.run.folder / "state"))
+    straight.step()
+    second.step()
+    for mine, theirs in ((straight.reference, second.reference), (straight.trainer.model, second.trainer.model)):
+        assert torch.equal(mine.embed.weight, theirs.embed.weight)

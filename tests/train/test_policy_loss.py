@@ -311,8 +311,10 @@ def test_trap_46_off_policy_k3_needs_the_ratio():
 
 
 def test_the_ratio_multiplies_the_kl_term():
-    """Ratio 1.1, k3 of (0.5 against 0.25) = 0.5 + ln 2 - 1: the term is 0.1 * 1.1 * k3."""
+    """Ratio 1.1, k3 of (0.5 against 0.25) = 0.5 + ln 2 - 1: the term, 0.1 * 1.1 * k3; its derivative has both factors,
+    0.1 * 1.1 * (k3 + 1 - 0.5); with a detached ratio the gradient would be biased again."""
     given = {"old_log_probs": [math.log(0.5 / 1.1)], "reference_log_probs": [math.log(0.25)]}
     trained = tokens([math.log(0.5)], [0.0], **given)
-    loss, _ = policy_loss(trained, replace(ON_POLICY, kl=0.1, kl_ratio=True))
-    assert loss.item() == pytest.approx(0.1 * 1.1 * (0.5 + math.log(2) - 1), rel=1e-5)
+    cfg, k3 = replace(ON_POLICY, kl=0.1, kl_ratio=True), 0.5 + math.log(2) - 1
+    assert policy_loss(trained, cfg)[0].item() == pytest.approx(0.11 * k3, rel=1e-5)
+    assert slope(trained, cfg) == pytest.approx([0.11 * (k3 + 0.5)], rel=1e-5)
