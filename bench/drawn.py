@@ -119,7 +119,7 @@ def _draw_experts(family: str, num_layers: int, rng: Random) -> MoEConfig:
         num_experts=num_groups * group_size,
         top_k=rng.randint(1 + is_normed, min(4, top_groups * group_size)),
         num_shared_experts=0 if is_qwen else rng.randint(1, 3),
-        expert_size=rng.randint(5, 23),
+        expert_size=rng.choice((rng.randint(5, 23), 16, 32)),  # the C++ kernels take multiples of 16 only
         num_groups=num_groups,
         top_groups=top_groups,
         scoring="sigmoid" if is_v3 else "softmax",
