@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
 from thinkstack.tasks.countdown import value_of
 from thinkstack.tasks.kin import HOPS, NEXT, TERMS
-from thinkstack.tasks.puzzles import draw_puzzle, pose, work
+from thinkstack.tasks.puzzles import Puzzle, draw_puzzle, key_of, pose, work
 from thinkstack.tasks.table import FAMILIES, accepts
 from thinkstack.types import Problem
 
@@ -370,3 +372,37 @@ def test_every_step_between_relatives_has_one_sole_answer_in_a_real_family():
 
 def test_the_chinese_terms_tell_apart_what_english_does_not():
     assert len({zh for _, zh in TERMS.values()}) == len(TERMS) > len({en for en, _ in TERMS.values()})
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("multiply", Puzzle((47, 36), ((40, 30),)), Puzzle((36, 47), ((30, 40),))),
+        ("sorting", Puzzle((5, 9, 7), ("least",) * 3), Puzzle((9, 5, 7), ("least",) * 3)),
+        ("countdown", Puzzle(((3, 5, 7), 36), ((0, "+", 1),)), Puzzle(((7, 3, 5), 36), ((1, "*", 2),))),
+        ("choice", Puzzle(5, (("+", 2), ("pick", (7, 8, 9, 10)))), Puzzle(5, (("+", 2), ("pick", (10, 4, 7, 1))))),
+        (
+            "table",
+            Puzzle(((0, 1), (2, 3), ((5, 6), (7, 8))), ((0, 2, 5), (1, 3, 8))),
+            Puzzle(((4, 2), (0, 1), ((5, 6), (7, 8))), ((2, 1, 8), (4, 0, 5))),
+        ),
+    ],
+)
+def test_what_a_solver_would_call_the_same_problem_has_one_key(name, first, second):
+    """Factors, numbers and options in another order, another solution, other people: train and test must not differ
+    in these alone."""
+    assert key_of(FAMILIES[name], first) == key_of(FAMILIES[name], second)
+
+
+def test_neither_the_letter_nor_the_size_of_an_option_tells_the_right_one():
+    letters, ranks = Counter(), Counter()
+    for problem, _ in drawn("choice", "en", 1200):
+        options = dict(re.findall(r"^([A-D])\. (-?\d+)$", problem.question, re.MULTILINE))
+        letters[problem.answer] += 1
+        ranks[sorted(map(int, options.values())).index(int(options[problem.answer]))] += 1
+        gaps = {b - a for a, b in pairwise(sorted(map(int, options.values())))}
+        assert len(gaps) == 1
+    both = [*letters.values(), *ranks.values()]
+    assert len(both) == 8 and max(both) < 1200 * 0.25 * 1.2
+    shown = [re.findall(r"^[A-D]\. (-?\d+)$", p.question, re.MULTILINE) for p, _ in drawn("choice", "en", 60)]
+    assert sum(sorted(map(int, values)) == list(map(int, values)) for values in shown) < 15
