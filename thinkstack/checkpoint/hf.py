@@ -196,7 +196,8 @@ def check_storable(model: Transformer) -> None:
     for name, tensor in model.named_buffers():
         if bool(tensor.any()):
             raise ConfigError(
-                f"{name} is not zero, and {model.cfg.family} files have no place for it; use family deepseek_v3"
+                f"{name} is not zero, and {model.cfg.family} files have no place for it; train with "
+                "bias_speed=0, or use family deepseek_v3"
             )
 
 
