@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE, TESTS = ROOT / "thinkstack", ROOT / "tests"
 FILE_LINES, FUNCTION_LINES, TEST_LINES = 400, 60, 600
-SOURCES = sorted(path for kind in ("py", "js", "css") for path in PACKAGE.rglob(f"*.{kind}"))
+SOURCES = sorted(path for kind in ("py", "cpp", "h", "js", "css") for path in PACKAGE.rglob(f"*.{kind}"))
 PYTHON = sorted(PACKAGE.rglob("*.py"))
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Letters in brackets keep this file from matching itself.

@@ -39,6 +39,9 @@ class Prefill:
     def extend(self, layer: int, entries: Tensor) -> None:
         self.cache.data[layer, self.slots, : entries.shape[1]] = entries
 
+    def room(self, layer: int, rows: int) -> None:
+        """Prompts attend among themselves."""
+
 
 @dataclass
 class Decode:
@@ -51,4 +54,7 @@ class Decode:
     def extend(self, layer: int, entries: Tensor) -> Tensor:
         rows = entries.shape[0]
         self.cache.data[layer, torch.arange(rows), self.positions] = entries.squeeze(1)
+        return self.cache.data[layer, :rows, : self.span]
+
+    def room(self, layer: int, rows: int) -> Tensor:
         return self.cache.data[layer, :rows, : self.span]

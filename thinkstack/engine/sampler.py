@@ -6,6 +6,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from thinkstack.models import kernels
+
 
 def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
     """Numbers in [0, 1), (B,) float64, that depend on (seed, counter) alone: the splitmix64 finaliser of both.
@@ -30,9 +32,12 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0 takes the most likely token and
     reports its log-probability at temperature 1.
     """
+    nucleus = bool((top_p < 1).any())
+    if not nucleus and kernels.takes_steps(logits, 0):
+        return kernels.draw(logits.contiguous(), temperature, uniform)
     greedy = temperature == 0
     log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature).unsqueeze(1), -1)
-    if bool((top_p < 1).any()):
+    if nucleus:
         log_probs = keep_nucleus(log_probs, top_p)
     if bool(greedy.all()):
         tokens = logits.argmax(-1)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
-from thinkstack.models.kernels import Heads
 from thinkstack.models.layers import RMSNorm, rotate
 
 
@@ -30,6 +29,9 @@ class LayerCache(Protocol):
 
         None: there is no earlier context, the new tokens attend among themselves.
         """
+
+    def room(self, layer: int, rows: int) -> Tensor | None:
+        """All entries of the sequences, (B, S, W), to be written and read in place; None where that cannot be done."""
 
 
 @dataclass(kw_only=True)
@@ -90,7 +92,7 @@ class Attention(nn.Module):
         self.layer, self.interleaved, self.scale = layer, cfg.rope.interleaved, cfg.softmax_scale
 
     def among_themselves(
-        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, heads: Heads, ctx: AttentionContext
+        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, heads: kernels.Heads, ctx: AttentionContext
     ) -> Tensor:
         """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
         last part of every key, or None. Returns (B, T, H, V)."""
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         grouped = q.unflatten(2, (heads.groups, -1))
         return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
 
-    def read(self, q: Tensor, entries: Tensor, heads: Heads, ctx: AttentionContext) -> Tensor:
+    def read(self, q: Tensor, entries: Tensor, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:
         """q (B, T, H, K), rotated, over cached entries (B, S, W). Returns (B, T, H, V)."""
         grouped = q.unflatten(2, (heads.groups, -1))
         if q.shape[1] == 1 and kernels.takes(q):
@@ -127,8 +129,9 @@ class MLA(Attention):
         assert isinstance(a, MLAConfig)
         self.shape = a
         per_head = a.qk_nope_head_dim + a.v_head_dim
-        self.expanded = Heads(a.num_heads, a.qk_nope_head_dim, per_head, a.qk_nope_head_dim, per_head, a.v_head_dim)
-        self.absorbed = Heads(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
+        nope = a.qk_nope_head_dim
+        self.expanded = kernels.Heads(a.num_heads, nope, per_head, nope, per_head, a.v_head_dim)
+        self.absorbed = kernels.Heads(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
         if a.q_lora_rank:
             self.wq_a = nn.Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, cfg.norm_eps)
@@ -143,6 +146,10 @@ class MLA(Attention):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
         a = self.shape
+        if ctx.cache is not None and x.shape[1] == 1 and kernels.takes_steps(x, x.shape[2]):
+            room = ctx.cache.room(self.layer, x.shape[0])
+            if room is not None:
+                return self.step(x, room, ctx)
         q = self.wq_b(self.q_norm(self.wq_a(x))) if a.q_lora_rank else self.wq(x)
         q = q.unflatten(-1, (a.num_heads, -1))  # (B, T, H, N + R)
         latent, k_rope = self.wkv_a(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
@@ -155,6 +162,24 @@ class MLA(Attention):
         else:
             heads = self.read_absorbed(q, context, ctx)
         return self.wo(heads.flatten(2))
+
+    def step(self, x: Tensor, room: Tensor, ctx: AttentionContext) -> Tensor:
+        """`forward` of one new token per sequence, x (B, 1, D), whose entries live in `room` (B, S, W)."""
+        a, direct = self.shape, not self.shape.q_lora_rank
+        weights = {
+            "wq_a": None if direct else self.wq_a.weight,
+            "q_norm": None if direct else self.q_norm.weight,
+            "wq_b": self.wq.weight if direct else self.wq_b.weight,
+            "wkv_a": self.wkv_a.weight,
+            "kv_norm": self.kv_norm.weight,
+            "wkv_b": self.wkv_b.weight,
+            "wo": self.wo.weight,
+        }
+        sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
+        sizes |= {"Q": a.q_lora_rank, "interleaved": int(self.interleaved)}
+        last = ctx.last.flatten()
+        out = kernels.latent_step(x[:, 0], weights, sizes, ctx.rope, last, room, self.scale, self.kv_norm.eps)
+        return out.unsqueeze(1)
 
     def read_absorbed(self, q: Tensor, entries: Tensor, ctx: AttentionContext) -> Tensor:
         """Attention of q (B, T, H, N + R) over cached entries (B, S, W), without ever making keys or values.
@@ -187,7 +212,7 @@ class GQA(Attention):
         assert isinstance(a, GQAConfig)
         self.shape = a
         width = a.num_kv_heads * a.head_dim
-        self.heads = Heads(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
+        self.heads = kernels.Heads(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
         self.wq = Projection(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
         self.wk = Projection(cfg.hidden_size, width, bias=a.qkv_bias)
         self.wv = Projection(cfg.hidden_size, width, bias=a.qkv_bias)

@@ -106,6 +106,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); returns (..., D)."""
+        if kernels.takes_steps(x, x.shape[-1]) and x.is_contiguous():
+            return kernels.feed_forward(x, self.w1.weight, self.w2.weight, self.w3.weight)
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
@@ -176,7 +178,6 @@ def turn(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Ten
         return kernels.rotate(x, table, interleaved, back)
     table = (table.conj() if back else table).unsqueeze(2)
     pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    if not interleaved:
-        pairs = pairs.transpose(-1, -2).contiguous()
+    pairs = (pairs if interleaved else pairs.transpose(-1, -2)).contiguous()
     turned = torch.view_as_real(torch.view_as_complex(pairs) * table)
     return (turned if interleaved else turned.transpose(-1, -2)).flatten(-2).to(x.dtype)

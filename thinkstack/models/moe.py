@@ -39,10 +39,13 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
     weight. Returns (weights (N, K) fp32, experts (N, K) int64).
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
     """
+    best = 2 if cfg.group_score == "top2" else 1
+    if kernels.takes_steps(scores, 0):
+        groups = (cfg.num_groups, cfg.top_groups, best)
+        return kernels.route(scores, bias, cfg.top_k, groups, cfg.normalise_weights, cfg.route_scale)
     choice = scores.detach() + bias
     if cfg.top_groups < cfg.num_groups:
         grouped = choice.unflatten(-1, (cfg.num_groups, -1))  # (N, G, E/G)
-        best = 2 if cfg.group_score == "top2" else 1
         group_score = grouped.topk(best, dim=-1).values.sum(-1)  # (N, G)
         kept = group_score.topk(cfg.top_groups, dim=-1).indices
         closed = torch.ones_like(group_score, dtype=torch.bool).scatter(1, kept, False)

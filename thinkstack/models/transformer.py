@@ -48,9 +48,9 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "Transformer":
         """Draw all matrices from N(0, cfg.init_std), set norms to 1 and biases to 0; returns self."""
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 parameter.normal_(0.0, self.cfg.init_std, generator=generator)
         if self.cfg.embed_init_std:

@@ -15,8 +15,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("attention.cpp", "decode.cpp", "experts.cpp", "rows.cpp")
-HEADERS = ("simd.h", "matmul.h")
+SOURCES = ("attention.cpp", "decode.cpp", "experts.cpp", "rows.cpp", "steps.cpp")
+HEADERS = ("simd.h", "matmul.h", "context.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-w")
 SWITCH = "THINKSTACK_KERNELS"
 """Environment variable; "0" runs on torch's operators alone."""
@@ -61,7 +61,9 @@ def fingerprint(compiler: str, folder: Path) -> str:
     parts += [torch.__version__.encode(), platform.machine().encode(), " ".join(FLAGS).encode()]
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():
-        parts += [line.encode() for line in cpu.read_text().splitlines() if line.startswith(("flags", "model name"))][:2]
+        parts += [line.encode() for line in cpu.read_text().splitlines() if line.startswith(("flags", "model name"))][
+            :2
+        ]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 

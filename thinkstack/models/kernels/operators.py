@@ -1,147 +1,32 @@
-"""The C++ kernels as functions of tensors. Each has a counterpart in torch's operators, which says what it computes.
+"""Attention of packed rows and routed experts, with gradients.
 
-The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. Results of a row never
-depend on the other rows. Attention and experts are also torch operators, so that compiled models keep them; the
-smaller ones are left out of compiled models, where inductor fuses torch's own.
+They are also operators of torch, with shapes for its compiler, so that a compiled model keeps them.
 """
 
-# Shapes in this file: B rows, T tokens, H heads, G key/value heads, D key width, R rotated width, V value width,
-# N tokens, K experts per token, E experts, I intermediate size.
+# Shapes in this file: B rows, T tokens, S cached tokens, H heads, G key/value heads, D key width, R rotated width,
+# V value width, W width of an entry, N tokens, K experts per token, E experts, I intermediate size.
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
-from thinkstack.models.native.build import library
+from thinkstack.models.kernels.calls import address, run, structure
+from thinkstack.models.kernels.rows import is_rows
 
-POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-LANES = 16
-"""Expert sizes must be multiples of this; everything else may have any width."""
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernels can work on tensors like x."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and available()
-
-
-@torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether the kernels could be built here."""
-    return library() is not None
-
-
-def takes_rows(x: Tensor) -> bool:
-    """Whether the kernels for norms, activations and rotations should: as `takes`, but not while compiling."""
-    return not torch.compiler.is_compiling() and takes(x)
-
-
-def _structure(name: str, pointers: str, integers: str, reals: str = "") -> type[ctypes.Structure]:
-    fields = [(field, kind) for names, kind in ((pointers, POINTER), (integers, INTEGER), (reals, REAL)) for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-_Attention = _structure(
+_Attention = structure(
     "Attention",
     "q k k_shared v rope first out log_sum grad grad_q grad_k grad_v grad_k_shared",
     "B T H G D R V q_t q_h k_t k_h shared_t v_t v_h rope_rows first_rows interleaved threads",
     "scale",
 )
-_Decode = _structure(
-    "Decode", "query entries last out", "B G Q W V entries_b entries_s key_g value_g value_at longest threads", "scale"
-)
-_Experts = _structure(
+_Experts = structure(
     "Experts",
     "x weights experts w_in w_out out hidden picked grad grad_x grad_pairs grad_w_in grad_w_out grad_weights",
     "N K E D I threads",
 )
-
-
-def _run(name: str, arguments: ctypes.Structure, *flags: int) -> None:
-    getattr(library(), name)(ctypes.byref(arguments), *(INTEGER(flag) for flag in flags))
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Call a kernel on rows; tensors become addresses, the number of threads comes last."""
-    plain = [
-        POINTER(_address(value)) if value is None or isinstance(value, Tensor) else REAL(value) if isinstance(value, float) else INTEGER(value)
-        for value in arguments
-    ]
-    getattr(library(), f"{name}_{DTYPES[dtype]}")(*plain, INTEGER(torch.get_num_threads()))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """x (..., D), rows contiguous, weight (D,) fp32. Returns (normed x, 1 / rms of each row (...,) fp32 if `keep`)."""
-    rows, stride = _rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    inverse = torch.empty(x.shape[:-1], dtype=torch.float32) if keep else None
-    _call("rms_norm", x.dtype, x, weight, out, inverse, rows, x.shape[-1], stride, float(eps))
-    return out, inverse
-
-
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of weight, fp32."""
-    rows, stride = _rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    parts = torch.empty(torch.get_num_threads(), x.shape[-1])
-    _call("rms_norm_backward", x.dtype, grad.contiguous(), x, weight, inverse, out, parts, rows, x.shape[-1], stride)
-    return out, parts.sum(0)
-
-
-def _rows(x: Tensor) -> tuple[int, int]:
-    """Number of rows and the one stride between them."""
-    return x.numel() // x.shape[-1], next((x.stride(i) for i in range(x.dim() - 2, -1, -1) if x.shape[i] > 1), 0)
-
-
-def is_rows(x: Tensor) -> bool:
-    """Whether x (..., D) is rows at one distance from each other."""
-    strides, shape = x.stride(), x.shape
-    if strides[-1] != 1:
-        return False
-    return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of contiguous tensors."""
-    out = torch.empty_like(gate)
-    _call("swiglu", gate.dtype, gate, up, out, gate.numel())
-    return out
-
-
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("swiglu_backward", gate.dtype, grad.contiguous(), gate, up, grad_gate, grad_up, gate.numel())
-    return grad_gate, grad_up
-
-
-def rotate(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Tensor:
-    """x (B, T, H, R) with any distance between tokens and between heads, table (B or 1, T, R / 2) complex64."""
-    B, T, H, R = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
-    steps = _rows(x[:, :, 0])[1], x.stride(2), table.shape[0] * T
-    _call("rotate", x.dtype, x, table, out, B * T, H, R, *steps, int(interleaved), -1.0 if back else 1.0)
-    return out
-
-
-def log_probs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits (N, V) contiguous, targets (N,). Returns fp32 (log-probabilities, log normalisers); fills entropy (N,)."""
-    normaliser = torch.empty(logits.shape[0], dtype=torch.float32)
-    log_prob = torch.empty_like(normaliser)
-    _call("log_probs", logits.dtype, logits, targets, normaliser, log_prob, entropy, *logits.shape, float(temperature))
-    return log_prob, normaliser
-
-
-def log_probs_backward(logits: Tensor, targets: Tensor, normaliser: Tensor, grad: Tensor, temperature: float) -> None:
-    """Turn logits into their gradients, in place; grad (N,) fp32 is that of the log-probabilities."""
-    _call("log_probs_backward", logits.dtype, logits, targets, normaliser, grad.contiguous(), *logits.shape, float(temperature))
 
 
 class Heads(NamedTuple):
@@ -170,29 +55,12 @@ class Heads(NamedTuple):
         return keys.unflatten(-1, (self.groups, -1)), values.unflatten(-1, (self.groups, -1))
 
 
-def read_cache(query: Tensor, entries: Tensor, last: Tensor, heads: Heads, scale: float) -> Tensor:
-    """Attention of one new token per sequence over cached entries.
-
-    query: (B, G, Q, key_width). entries: (B, S, W), any distance between rows and tokens. last: (B,) int64, the
-    last entry that each sequence sees. scale: factor of the scores. Returns (B, G, Q, V).
-    """
-    B, G, Q, W = query.shape
-    query = query.contiguous()
-    out = query.new_empty(B, G, Q, heads.value_width)
-    arguments = _Decode(
-        *map(_address, (query, entries, last, out)),
-        *(B, G, Q, W, heads.value_width, entries.stride(0), entries.stride(1)),
-        *(heads.key_step, heads.value_step, heads.value_at, entries.shape[1], torch.get_num_threads(), scale),
-    )
-    _run("decode", arguments, query.dtype == torch.bfloat16)
-    return out
-
-
 def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, first: Tensor, heads: Heads, scale: float,
                interleaved: bool, grad_kv: Tensor | None = None, **more: Tensor) -> None:  # fmt: skip
     B, T, H, D = q.shape
+    assert q.is_contiguous() and kv.is_contiguous() and (k_shared is None or is_rows(k_shared))
     arguments = _Attention(
-        **{name: _address(x) for name, x in dict(q=q, k=kv, k_shared=k_shared, rope=rope, first=first, **more).items()},
+        **{name: address(x) for name, x in dict(q=q, k=kv, k_shared=k_shared, rope=rope, first=first, **more).items()},
         v=kv.data_ptr() + heads.value_at * kv.itemsize,
         **dict(B=B, T=T, H=H, G=heads.groups, D=D, R=2 * rope.shape[-1], V=heads.value_width),
         **dict(q_t=q.stride(1), q_h=q.stride(2), k_t=kv.stride(1), k_h=heads.key_step),
@@ -203,7 +71,7 @@ def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, fir
     )
     if grad_kv is not None:
         arguments.grad_k, arguments.grad_v = grad_kv.data_ptr(), grad_kv.data_ptr() + heads.value_at * kv.itemsize
-    _run("attention", arguments, q.dtype == torch.bfloat16, grad_kv is not None)
+    run("attention", arguments, q.dtype == torch.bfloat16, grad_kv is not None)
 
 
 def _attend(q, kv, k_shared, rope, first, heads, scale, interleaved):  # type: ignore[no-untyped-def]
@@ -227,9 +95,11 @@ def _attend_backward(grad, q, kv, k_shared, rope, first, heads, scale, interleav
 def _attend_backward_shapes(grad, q, kv, k_shared, rope, first, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
     B, T, _, _ = q.shape
     parts = 0 if k_shared is None else heads[0]
-    grad_q = q.new_empty(q.shape) if q.is_contiguous() else torch.empty_strided(q.shape, q.stride(), dtype=q.dtype)
-    grad_kv = kv.new_empty(kv.shape) if kv.is_contiguous() else torch.empty_strided(kv.shape, kv.stride(), dtype=kv.dtype)
-    return grad_q, grad_kv, q.new_empty(B, parts, T, 2 * rope.shape[-1], dtype=torch.float32)
+    return (
+        q.new_empty(q.shape),
+        kv.new_empty(kv.shape),
+        q.new_empty(B, parts, T, 2 * rope.shape[-1], dtype=torch.float32),
+    )
 
 
 def _experts(x, weights, experts, w_in, w_out, keep):  # type: ignore[no-untyped-def]
@@ -261,9 +131,9 @@ def _run_experts(backward: bool, **tensors: Tensor | None) -> None:
     x, experts, w_out = tensors["x"], tensors["experts"], tensors["w_out"]
     assert x is not None and experts is not None and w_out is not None
     (N, D), K, (E, _, I) = x.shape, experts.shape[1], w_out.shape  # noqa: E741
-    addresses = {name: _address(tensor) for name, tensor in tensors.items()}
+    addresses = {name: address(tensor) for name, tensor in tensors.items()}
     arguments = _Experts(**addresses, N=N, K=K, E=E, D=D, I=I, threads=torch.get_num_threads())
-    _run("experts", arguments, x.dtype == torch.bfloat16, backward)
+    run("experts", arguments, x.dtype == torch.bfloat16, backward)
 
 
 EXPERT_BLOCK = 64
@@ -285,7 +155,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _experts_backward_shapes,
     ),
 }
-_operators = torch.library.Library("thinkstack", "DEF")
+_operators = Library("thinkstack", "DEF")
 for _name, (_signature, _compute, _shapes) in _OPERATORS.items():
     _operators.define(_name + _signature)
     _operators.impl(_name, _compute, "CPU")
@@ -295,6 +165,7 @@ for _name, (_signature, _compute, _shapes) in _OPERATORS.items():
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, k_shared, rope, first, heads, scale, interleaved):  # type: ignore[no-untyped-def,override]
+        q, kv = q.contiguous(), kv.contiguous()
         out, log_sum = torch.ops.thinkstack.attend(q, kv, k_shared, rope, first, heads, scale, interleaved)
         ctx.save_for_backward(q, kv, k_shared, rope, first, out, log_sum)
         ctx.settings = heads, scale, interleaved
@@ -341,7 +212,10 @@ class _ExpertMLP(torch.autograd.Function):
 
 
 def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """Sum over a token's experts of weight * SwiGLU_expert(token); arguments as in models/moe.py, D and I multiples of 16."""
+    """Sum over a token's experts of weight * SwiGLU_expert(token).
+
+    Arguments as of ExpertMLP in models/moe.py; D and I must be multiples of LANES.
+    """
     if torch.is_grad_enabled():
         return _ExpertMLP.apply(x, weights, experts, w_in, w_out)
     return torch.ops.thinkstack.experts(x, weights, experts, w_in, w_out, False)[0]

@@ -1,0 +1,25 @@
+"""Hand-written CPU kernels for the model's hot operations; each has a counterpart in torch's operators.
+
+The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. What a row becomes never
+depends on the other rows. Without a compiler, and on other devices, the counterparts run.
+"""
+
+from thinkstack.models.kernels.calls import LANES, takes, takes_rows, takes_steps
+from thinkstack.models.kernels.decoding import draw, feed_forward, latent_step, read_cache, route
+from thinkstack.models.kernels.operators import Heads, attend, expert_mlp
+from thinkstack.models.kernels.rows import (
+    is_rows,
+    log_probs,
+    log_probs_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotate,
+    swiglu,
+    swiglu_backward,
+)
+
+__all__ = [
+    "LANES", "Heads", "attend", "draw", "expert_mlp", "feed_forward", "is_rows", "latent_step", "log_probs",
+    "log_probs_backward", "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "swiglu",
+    "swiglu_backward", "takes", "takes_rows", "takes_steps",
+]  # fmt: skip

@@ -1,0 +1,73 @@
+"""How Python calls a kernel: when it may, and how tensors become its arguments."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from thinkstack.models.kernels.build import library
+
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+LANES = 16
+"""Expert sizes must be multiples of this; everything else may have any width."""
+SMALL = 1024
+"""Hidden sizes up to this decode by whole sublayers."""
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels can work on tensors like x."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and available()
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernels could be built here."""
+    return library() is not None
+
+
+def takes_rows(x: Tensor) -> bool:
+    """Whether the kernels for norms, activations and rotations should: as `takes`, but not while compiling."""
+    return not torch.compiler.is_compiling() and takes(x)
+
+
+def takes_steps(x: Tensor, hidden_size: int) -> bool:
+    """Whether whole sublayers should be computed by the kernels: inference in fp32 on a model of few features.
+
+    Beyond SMALL features the products outweigh the calls, and torch's are as good.
+    """
+    small = hidden_size <= SMALL and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    return small and takes_rows(x)
+
+
+def structure(name: str, pointers: str, integers: str, reals: str = "") -> type[ctypes.Structure]:
+    """The C structure with these fields, in this order."""
+    kinds = ((pointers, POINTER), (integers, INTEGER), (reals, REAL))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def run(name: str, arguments: ctypes.Structure, *flags: int) -> None:
+    """Call kernel `name` with a structure and flags."""
+    getattr(library(), name)(ctypes.byref(arguments), *map(INTEGER, flags))
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call kernel `name` with tensors, numbers and None; the number of threads comes last."""
+    getattr(library(), name)(*map(_plain, arguments), INTEGER(torch.get_num_threads()))
+
+
+def call_for(dtype: torch.dtype, name: str, *arguments: object) -> None:
+    """`call` the variant of kernel `name` for fp32 or bf16."""
+    call(f"{name}_{DTYPES[dtype]}", *arguments)
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where the elements of x lie."""
+    return None if x is None else x.data_ptr()
+
+
+def _plain(value: object) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+    if value is None or isinstance(value, Tensor):
+        return POINTER(address(value))
+    return REAL(value) if isinstance(value, float) else INTEGER(value)  # type: ignore[arg-type]

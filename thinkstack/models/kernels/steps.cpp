@@ -1,0 +1,234 @@
+// Inference on a few hundred tokens at a time, where calls would cost more than arithmetic: whole sublayers in fp32.
+// A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
+// norms, rotations and activations work on 16 tokens at once.
+#include "context.h"
+#include "matmul.h"
+
+#include <limits>
+
+// B tokens, D hidden size, H heads, N unrotated and R rotated head width, V value width, C latent width, Q query latent.
+struct LatentStep {
+  const float *x, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo;  // wq_a, q_norm: null without a query latent
+  const float* rope;    // (B, R / 2) pairs
+  const int64_t* last;  // (B,): where the new token's entry goes in its sequence
+  float *cache, *out;   // entry s of sequence b at b * cache_b + s * (C + R); (B, D)
+  int64_t B, D, H, N, R, V, C, Q, cache_b, interleaved, longest, threads;
+  double scale, eps;
+};
+
+namespace {
+
+constexpr int64_t BLOCK = 64;  // tokens of a thread at a time
+
+// count rows of `width` to features x n, zero beyond; and back.
+void to_features(const float* rows, int64_t stride, int64_t count, int64_t width, float* out, int64_t n) {
+  for (int64_t r = 0; r < n; r += LANES)
+    for (int64_t c = 0; c < width; c += LANES) {
+      vu block[16];
+      for (int64_t i = 0; i < 16; i++) block[i] = r + i < count ? (vu)load_some(rows + (r + i) * stride + c, width - c) : vu{};
+      transpose(block);
+      for (int64_t i = 0; i < 16 && c + i < width; i++) store(out + (c + i) * n + r, (vf)block[i]);
+    }
+}
+void to_rows(const float* features, int64_t n, int64_t count, int64_t width, float* rows, int64_t stride) {
+  for (int64_t r = 0; r < count; r += LANES)
+    for (int64_t c = 0; c < width; c += LANES) {
+      vu block[16];
+      for (int64_t i = 0; i < 16; i++) block[i] = c + i < width ? (vu)load(features + (c + i) * n + r) : vu{};
+      transpose(block);
+      for (int64_t i = 0; i < 16 && r + i < count; i++) store_some(rows + (r + i) * stride + c, (vf)block[i], width - c);
+    }
+}
+
+// y (M, n) = weight (M, K) x (K, n).
+void linear(const float* weight, const float* x, float* y, int64_t M, int64_t K, int64_t n) {
+  multiply<float>({weight, K, 1}, x, n, y, n, M, n, K, false);
+}
+
+void norm(float* x, const float* weight, int64_t width, int64_t n, double eps) {
+  for (int64_t r = 0; r < n; r += LANES) {
+    vf total{};
+    for (int64_t c = 0; c < width; c++) total += load(x + c * n + r) * load(x + c * n + r);
+    vf scale;
+    for (int i = 0; i < LANES; i++) scale[i] = 1 / std::sqrt(total[i] / width + float(eps));
+    for (int64_t c = 0; c < width; c++) store(x + c * n + r, load(x + c * n + r) * scale * weight[c]);
+  }
+}
+
+// table: (R, n), cos and sin of each pair in turn.
+void rotate(float* x, const float* table, int64_t R, int64_t n, bool interleaved) {
+  const int64_t apart = interleaved ? 1 : R / 2, next = interleaved ? 2 : 1;
+  for (int64_t i = 0; i < R / 2; i++)
+    for (int64_t r = 0; r < n; r += LANES) {
+      float *re = x + i * next * n + r, *im = re + apart * n;
+      const vf cos = load(table + 2 * i * n + r), sin = load(table + (2 * i + 1) * n + r), a = load(re), b = load(im);
+      store(re, a * cos - b * sin);
+      store(im, a * sin + b * cos);
+    }
+}
+
+struct LatentBlock {
+  const LatentStep& a;
+  const int64_t W, K;
+  Scratch scratch;
+  float *x, *latent, *q, *table, *entry, *absorbed, *rows, *mixed, *wide, *scores;
+  static int64_t bytes(const LatentStep& a) {
+    const int64_t W = a.C + a.R, K = a.N + a.R;
+    return 4 * (BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (3 * W + a.C + a.V)) + HEADS * (a.longest + 32)) + 12 * Scratch::SLACK;
+  }
+  explicit LatentBlock(const LatentStep& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
+    x = scratch.take<float>(BLOCK * a.D);
+    latent = scratch.take<float>(BLOCK * a.Q);
+    q = scratch.take<float>(BLOCK * a.H * K);
+    table = scratch.take<float>(BLOCK * a.R);
+    entry = scratch.take<float>(BLOCK * W);
+    absorbed = scratch.take<float>(BLOCK * a.H * W);  // queries over entries, (H * W, n)
+    rows = scratch.take<float>(BLOCK * a.H * W);      // the same by token
+    mixed = scratch.take<float>(BLOCK * a.H * W);     // latents read, (n, H * C), then (H * C, n)
+    wide = scratch.take<float>(BLOCK * (a.H * (a.C + a.V) + a.D));
+    scores = scratch.take<float>(HEADS * (a.longest + 32));
+  }
+
+  void run(int64_t start, int64_t count) {
+    const int64_t n = round_up(count);
+    to_features(a.x + start * a.D, a.D, count, a.D, x, n);
+    to_features(a.rope + start * a.R, a.R, count, a.R, table, n);
+    if (a.wq_a) {
+      linear(a.wq_a, x, latent, a.Q, a.D, n);
+      norm(latent, a.q_norm, a.Q, n, a.eps);
+    }
+    linear(a.wq_b, a.wq_a ? latent : x, q, a.H * K, a.wq_a ? a.Q : a.D, n);
+    linear(a.wkv_a, x, entry, W, a.D, n);
+    norm(entry, a.kv_norm, a.C, n, a.eps);
+    rotate(entry + a.C * n, table, a.R, n, a.interleaved);
+    for (int64_t h = 0; h < a.H; h++) {
+      float *own = q + h * K * n, *to = absorbed + h * W * n;
+      rotate(own + a.N * n, table, a.R, n, a.interleaved);
+      multiply<float>({a.wkv_b + h * (a.N + a.V) * a.C, 1, a.C}, own, n, to, n, a.C, n, a.N, false);
+      std::copy(own + a.N * n, own + K * n, to + a.C * n);
+    }
+    to_rows(absorbed, n, count, a.H * W, rows, a.H * W);
+    to_rows(entry, n, count, W, absorbed, W);
+    for (int64_t i = 0; i < count; i++) read(start + i, rows + i * a.H * W, absorbed + i * W, mixed + i * a.H * a.C);
+    to_features(mixed, a.H * a.C, count, a.H * a.C, wide, n);
+    float* values = wide + a.H * a.C * n;
+    for (int64_t h = 0; h < a.H; h++)
+      linear(a.wkv_b + (h * (a.N + a.V) + a.N) * a.C, wide + h * a.C * n, values + h * a.V * n, a.V, a.C, n);
+    linear(a.wo, values, x, a.D, a.H * a.V, n);
+    to_rows(x, n, count, a.D, a.out + start * a.D, a.D);
+  }
+  void read(int64_t b, const float* query, const float* entry_row, float* out) {
+    float* entries = a.cache + b * a.cache_b;
+    std::copy(entry_row, entry_row + W, entries + a.last[b] * W);
+    for (int64_t h = 0; h < a.H; h += HEADS)
+      attend_to(query + h * W, entries, entries, out + h * a.C, scores, std::min<int64_t>(HEADS, a.H - h), W, a.C, W, a.last[b], float(a.scale));
+  }
+};
+
+// Tokens per thread and turn: all threads get some, in whole vectors.
+int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK, round_up((tokens + threads - 1) / threads)); }
+
+}  // namespace
+
+extern "C" void latent_step(const LatentStep* a) {
+  const int64_t size = share(a->B, a->threads);
+#pragma omp parallel num_threads(a->threads)
+  {
+    LatentBlock block(*a);
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < a->B; start += size) block.run(start, std::min(size, a->B - start));
+  }
+}
+
+// w2 (silu(w1 x) * (w3 x)) of x (B, D), w1 and w3 (I, D), w2 (D, I).
+extern "C" void feed_forward(const float* rows, const float* w1, const float* w2, const float* w3, float* out, int64_t B, int64_t D, int64_t I,
+                             int64_t threads) {
+  const int64_t size = share(B, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch(4 * BLOCK * (2 * D + 2 * I) + 4 * Scratch::SLACK);
+    float *x = scratch.take<float>(BLOCK * D), *gate = scratch.take<float>(BLOCK * I), *up = scratch.take<float>(BLOCK * I);
+    float* y = scratch.take<float>(BLOCK * D);
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < B; start += size) {
+      const int64_t count = std::min(size, B - start), n = round_up(count);
+      to_features(rows + start * D, D, count, D, x, n);
+      linear(w1, x, gate, I, D, n);
+      linear(w3, x, up, I, D, n);
+      for (int64_t i = 0; i < I * n; i += LANES) store(gate + i, load(gate + i) * sigmoid(load(gate + i)) * load(up + i));
+      linear(w2, gate, y, D, I, n);
+      to_rows(y, n, count, D, out + start * D, D);
+    }
+  }
+}
+
+// Group-limited top-k of each token. scores: (B, E); bias: (E,). best: affinities of a group that count. Ties go to the
+// lower index. Returns weights (B, K) and experts (B, K).
+extern "C" void route(const float* scores, const float* bias, float* weights, int64_t* experts, int64_t B, int64_t E, int64_t K, int64_t groups,
+                      int64_t top_groups, int64_t best, int64_t normalise, double factor, int64_t threads) {
+  const float closed = -std::numeric_limits<float>::infinity();
+  const int64_t size = E / groups;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t b = 0; b < B; b++) {
+    const float* own = scores + b * E;
+    std::unique_ptr<float[]> choice(new float[E + groups]);
+    float* group_score = choice.get() + E;
+    for (int64_t e = 0; e < E; e++) choice[e] = own[e] + bias[e];
+    for (int64_t g = 0; g < groups && top_groups < groups; g++) {
+      float first = closed, second = closed;
+      for (int64_t e = g * size; e < (g + 1) * size; e++)
+        if (choice[e] > first) second = first, first = choice[e];
+        else second = std::max(second, choice[e]);
+      group_score[g] = best == 2 ? first + second : first;
+    }
+    for (int64_t dropped = top_groups; dropped < groups; dropped++) {  // the worst group, the last of equals
+      int64_t worst = -1;
+      for (int64_t g = 0; g < groups; g++)
+        if (group_score[g] != INFINITY && (worst < 0 || group_score[g] <= group_score[worst])) worst = g;
+      group_score[worst] = INFINITY;
+      std::fill(choice.get() + worst * size, choice.get() + (worst + 1) * size, closed);
+    }
+    float total = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t top = std::max_element(choice.get(), choice.get() + E) - choice.get();
+      experts[b * K + k] = top;
+      total += weights[b * K + k] = own[top];
+      choice[top] = closed;
+    }
+    const float scale = normalise ? float(factor) / (total + 1e-20f) : float(factor);
+    for (int64_t k = 0; k < K; k++) weights[b * K + k] *= scale;
+  }
+}
+
+// A draw per row by inverting the cumulative distribution of softmax(logits / temperature) at `uniform`, with its
+// log-probability; the most likely token, at temperature 1, where temperature is 0.
+extern "C" void draw(const float* logits, const float* temperature, const double* uniform, int64_t* tokens, float* log_probs, int64_t B,
+                     int64_t V, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::unique_ptr<float[]> mass(new float[round_up(V)]);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+      const float* row = logits + b * V;
+      const float cold = temperature[b] == 0 ? 1 : 1 / temperature[b];
+      const int64_t likely = std::max_element(row, row + V) - row;
+      double total = 0;
+      for (int64_t c = 0; c < V; c += LANES) {
+        const vf p = exp_of((load_some(row + c, V - c) - row[likely]) * cold);
+        store(mass.get() + c, p);
+      }
+      for (int64_t c = 0; c < V; c++) total += mass[c];
+      int64_t token = likely;
+      if (temperature[b] != 0) {
+        const double target = uniform[b] * total;
+        double sum = 0;
+        for (token = 0; token < V - 1; token++) {
+          sum += mass[token];
+          if (sum > target) break;
+        }
+      }
+      tokens[b] = token;
+      log_probs[b] = (row[token] - row[likely]) * cold - float(std::log(total));
+    }
+  }
+}

@@ -1,1 +1,0 @@
-"""CPU kernels in C++: what the model's hot operations do when a compiler is at hand. See models/kernels.py."""
