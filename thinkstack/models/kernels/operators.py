@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 from thinkstack.models.kernels.calls import address, run, structure
 from thinkstack.models.kernels.rows import is_rows
@@ -155,7 +154,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _experts_backward_shapes,
     ),
 }
-_operators = Library("thinkstack", "DEF")
+_operators = library.Library("thinkstack", "DEF")
 for _name, (_signature, _compute, _shapes) in _OPERATORS.items():
     _operators.define(_name + _signature)
     _operators.impl(_name, _compute, "CPU")
