@@ -99,10 +99,16 @@ inline float largest(vf x) {
   return best;
 }
 
-// e^x within 2 ulp for x <= 88; below -87 the result is about 1e-38. NaN stays NaN. Cody and Waite's reduction, Cephes' polynomial.
+// e^x within 2 ulp; what would be below 1e-38 may come out as that or 0. NaN stays NaN. Cody and Waite's reduction,
+// Cephes' polynomial.
 inline vf exp_of(vf x) {
+#ifdef __AVX512F__
+  x = x < splat(-104.0f) ? splat(-104.0f) : x;
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);  // to the nearest integer
+#else
   x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  const vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+#endif
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -110,8 +116,11 @@ inline vf exp_of(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-  return p * (vf)power;
+#ifdef __AVX512F__
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+#endif
 }
 inline vf sigmoid(vf x) {
   return 1.0f / (1.0f + exp_of(x > splat(-88.0f) ? -x : splat(88.0f)));
