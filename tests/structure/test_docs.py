@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METRIC = re.compile(r"(?:loss|train|router|policy|mismatch|reward|group|rollout|time)/[a-z][a-z0-9_]*")
+METRIC = re.compile(r"(?:loss|train|router|policy|mismatch|correction|critic|reward|group|rollout|time)/[a-z][a-z0-9_]*")
 
 
 def read(page):

@@ -1,0 +1,251 @@
+"""The C++ kernels against torch's operators, which say what they compute."""
+
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.sampler import sample
+from thinkstack.models import kernels
+from thinkstack.models.attention import MLA, AttentionContext, document_starts
+from thinkstack.models.config import MoEConfig
+from thinkstack.models.kernels import build, calls
+from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
+from thinkstack.models.moe import route
+from thinkstack.train.loss import token_log_probs
+from thinkstack.types import Sampling
+
+pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+
+
+@pytest.fixture
+def on_torch(monkeypatch):
+    """Call a function on torch's operators."""
+
+    def run(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(calls, "available", lambda: False)
+            return function(*arguments)
+
+    return run
+
+
+def with_gradients(function, *inputs):
+    """Result and gradients of a function of tensors, under a fixed weighting of its result."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = function(*leaves)
+    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    (out * weighting).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def assert_close(mine, theirs, relative):
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a.float() - b.float()).norm()) <= relative * float(b.float().norm())
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+BOTH_DTYPES = pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+MLA_WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+"""Its experts fill whole vectors; those of MLA_TINY are left to torch."""
+MLA_ODD = replace(
+    MLA_TINY,
+    attention=replace(
+        MLA_TINY.attention,
+        num_heads=3,
+        kv_lora_rank=14,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=6,
+        v_head_dim=7,
+    ),
+)
+
+
+@pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_logits_and_gradients_equal_those_of_torchs_operators(cfg, interleaved, on_torch):
+    """Two documents and padding in a row of 61 tokens: blocks, vectors and documents all end in different places."""
+    if not interleaved and cfg is not GQA_TINY:
+        cfg = replace(cfg, rope=replace(cfg.rope, interleaved=False))
+    model = tiny_model(cfg)
+    ids = torch.randint(cfg.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[1] * 23 + [2] * 30 + [0] * 8, [3] * 61])
+
+    def run():
+        model.zero_grad()
+        logits = model(ids, None, documents)
+        logits.logsumexp(-1).square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    assert_close(run(), on_torch(run), 3e-5)
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("tokens", [1, 16, 50, 100])
+def test_attention_of_any_length(tokens, dtype, relative, on_torch):
+    """Lengths around the sizes of vectors and blocks; a head of 5 + 4 rotated, values of 3."""
+    cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
+    module = MLA(replace(MLA_TINY, attention=cfg), 0).to(dtype)
+    documents = torch.arange(tokens)[None] // 37
+    context = dict(
+        rope=rope_table(torch.arange(tokens)[None], 4, MLA_TINY.rope),
+        first=document_starts(documents),
+        last=torch.arange(tokens)[None],
+    )
+    q, kv, shared = drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)
+
+    def run(*inputs):
+        return module.among_themselves(*inputs, module.expanded, AttentionContext(**context))
+
+    inputs = [x.to(dtype) for x in (q, kv, shared)]
+    exact = on_torch(with_gradients, run, *(x.float() for x in inputs))
+    mine = [x.float() for x in with_gradients(run, *inputs)]
+    for a, b in zip(mine, exact, strict=True):
+        assert float((a - b).norm()) <= relative * float(b.norm()) + 1e-6 * b.numel() ** 0.5
+
+
+def test_another_document_in_the_row_changes_no_bit():
+    q, kv = drawn(1, 40, 2, 8), drawn(1, 40, 32, seed=1)
+    heads = kernels.Heads(2, 8, 16, 8, 16, 8)
+    rope = rope_table(torch.arange(40)[None], 8, MLA_TINY.rope)
+    first = document_starts((torch.arange(40)[None] >= 20).long())
+    expected = kernels.attend(q, kv, None, rope, first, heads, 0.3, True)
+    kv[:, :20] *= 100
+    got = kernels.attend(q, kv, None, rope, first, heads, 0.3, True)
+    assert torch.equal(got[:, 20:], expected[:, 20:])
+    assert not torch.equal(got[:, :20], expected[:, :20])
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("width", [2, 16, 37, 128])
+def test_norms_activations_and_rotations(width, dtype, relative, on_torch):
+    x, y = drawn(3, 5, width, dtype=dtype), drawn(3, 5, width, seed=1, dtype=dtype)
+    norm = RMSNorm(width, 1e-6)
+    norm.weight.data = drawn(width, seed=2)
+    rows = drawn(3, 5, width + 3, dtype=dtype)
+    table = rope_table(torch.arange(5)[None], 2 * width, MLA_TINY.rope)
+    pairs = drawn(3, 5, 2, 2 * width, dtype=dtype)
+    for run, inputs in (
+        (lambda x, w: torch.nn.functional.linear(norm(x), torch.eye(width, dtype=dtype)) * w.to(dtype), (x, y)),
+        (lambda wide: norm(wide[..., :width]), (rows,)),
+        (swiglu, (x, y)),
+        (lambda p: rotate(p, table, True), (pairs,)),
+        (lambda p: rotate(p, table, False), (pairs,)),
+    ):
+        assert_close(with_gradients(run, *inputs), on_torch(with_gradients, run, *inputs), relative)
+
+
+@BOTH_DTYPES
+def test_log_probabilities_entropy_and_their_gradients(dtype, relative, on_torch):
+    hidden, weight = drawn(9, 12, dtype=dtype), drawn(53, 12, seed=1, dtype=dtype)
+    index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
+
+    def run(hidden, weight):
+        log_probs, entropy = token_log_probs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
+        return log_probs + entropy
+
+    assert_close(with_gradients(run, hidden, weight), on_torch(with_gradients, run, hidden, weight), relative)
+
+
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_routing_chooses_as_torch_does(group_score, normalise, on_torch):
+    cfg = MoEConfig(
+        **dict(num_experts=12, top_k=3, expert_size=16, num_groups=4, top_groups=2),
+        group_score=group_score,
+        normalise_weights=normalise,
+    )
+    scores = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
+    bias = drawn(12, seed=1) * 0.2
+    with torch.no_grad():
+        mine, theirs = route(scores, bias, cfg), on_torch(route, scores, bias, cfg)
+    assert torch.equal(mine[1].sort(-1).values, theirs[1].sort(-1).values)
+    order, other = mine[1].argsort(-1), theirs[1].argsort(-1)
+    torch.testing.assert_close(mine[0].gather(1, order), theirs[0].gather(1, other))
+
+
+def test_draws_invert_the_same_distribution(on_torch):
+    logits = drawn(400, 53) * 3
+    settings = torch.full((400,), 0.8), torch.ones(400), torch.rand(400, dtype=torch.float64)
+    settings[0][::7] = 0
+    with torch.no_grad():
+        (mine, my_log_probs), (theirs, log_probs) = sample(logits, *settings), on_torch(sample, logits, *settings)
+    same = mine == theirs
+    assert same.float().mean() > 0.99  # a draw on the edge of two tokens may fall either way
+    torch.testing.assert_close(my_log_probs[same], log_probs[same], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
+def test_an_engine_draws_the_same_tokens_with_and_without_kernels(cfg, on_torch):
+    model = tiny_model(cfg)
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [7] * 20]
+
+    def run():
+        engine = Engine(model, EngineConfig(max_batch=8))
+        groups = engine.generate(prompts, [Sampling(max_tokens=16, temperature=0.0, n=2)] * 3)
+        return [(c.token_ids, c.log_probs) for group in groups for c in group]
+
+    for (mine, my_log_probs), (theirs, log_probs) in zip(run(), on_torch(run), strict=True):
+        assert mine == theirs
+        assert my_log_probs == pytest.approx(log_probs, abs=2e-5)
+
+
+def test_a_row_does_not_depend_on_its_companions():
+    """Bit for bit: this is what lets a request draw the same tokens alone or in a batch."""
+    x, y = drawn(130, 32), drawn(130, 32, seed=1)
+    w1, w3, w2 = (drawn(48, 32, seed=s) for s in (2, 3, 4))
+    w2 = w2.T.contiguous()
+    experts = torch.randint(4, (130, 1), generator=torch.Generator().manual_seed(5))
+    experts = torch.cat((experts, (experts + 1) % 4), 1)
+    weights, w_in, w_out = torch.rand(130, 2), drawn(4, 32, 32, seed=6), drawn(4, 32, 16, seed=7)
+
+    def routed(rows):
+        return kernels.expert_mlp(*(t[rows].contiguous() for t in (x, weights, experts)), w_in, w_out)
+
+    with torch.no_grad():
+        for run in (
+            lambda s: kernels.feed_forward(x[s].contiguous(), w1, w2, w3),
+            lambda s: kernels.expert_mlp(
+                x[s].contiguous(), weights[s].contiguous(), experts[s].contiguous(), w_in, w_out
+            ),
+            lambda s: kernels.swiglu(x[s].contiguous(), y[s].contiguous()),
+        ):
+            together = run(slice(None))
+            for part in (slice(0, 1), slice(77, 78), slice(40, 73)):
+                assert torch.equal(run(part), together[part])
+
+
+def test_without_a_compiler_torchs_operators_run_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert build.library.__wrapped__() is None
+    assert "no C++ compiler" in caplog.text and "install g++" in caplog.text
+
+
+def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "cannot do that" >&2\nexit 1\n'
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        assert build.library.__wrapped__() is None
+    assert "cannot do that" in caplog.text
+    assert list((tmp_path / "cache" / "thinkstack").iterdir()) == []
+
+
+def test_the_switch_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert build.library.__wrapped__() is None
