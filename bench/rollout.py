@@ -14,6 +14,7 @@ from common import DEFAULT, Comparison, arguments, compare, fastest, print_compa
 from floor import peak_gflops
 
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare_machine(args.threads)
     found = measure(args.sequences, args.new_tokens, args.pairs)
     print_comparisons(
         "rollout, v3-tiny, fp32, temperature 1; floor: its operations at the fp32 peak of floor.py", found

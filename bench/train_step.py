@@ -15,6 +15,7 @@ import torch
 from common import DEFAULT, Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
 from floor import peak_gflops
 
+from thinkstack.machine import prepare_machine
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, named
 from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES_MEASURED, default=list(SHAPES_MEASURED))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare_machine(args.threads)
     found = []
     for name in args.shapes:
         found += measure(name, SHAPES_MEASURED[name], args.pairs, args.compiled, args.threads)
