@@ -228,7 +228,7 @@ def test_without_a_compiler_torchs_operators_run_and_the_log_says_so(monkeypatch
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert build.library.__wrapped__() is None
+        assert build.binary.__wrapped__() is None
     assert "no C++ compiler" in caplog.text and "install g++" in caplog.text
 
 
@@ -241,11 +241,11 @@ def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_pat
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
-        assert build.library.__wrapped__() is None
+        assert build.binary.__wrapped__() is None
     assert "cannot do that" in caplog.text
     assert list((tmp_path / "cache" / "thinkstack").iterdir()) == []
 
 
 def test_the_switch_turns_the_kernels_off(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "0")
-    assert build.library.__wrapped__() is None
+    assert build.binary.__wrapped__() is None

@@ -23,7 +23,7 @@ SWITCH = "THINKSTACK_KERNELS"
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def binary() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
     if os.environ.get(SWITCH) == "0":
         log.info("%s=0: running on torch's operators", SWITCH)

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from thinkstack.models.kernels.build import library
+from thinkstack.models.kernels.build import binary
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 LANES = 16
@@ -23,7 +23,7 @@ def takes(x: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the kernels could be built here."""
-    return library() is not None
+    return binary() is not None
 
 
 def takes_rows(x: Tensor) -> bool:
@@ -49,12 +49,12 @@ def structure(name: str, pointers: str, integers: str, reals: str = "") -> type[
 
 def run(name: str, arguments: ctypes.Structure, *flags: int) -> None:
     """Call kernel `name` with a structure and flags."""
-    getattr(library(), name)(ctypes.byref(arguments), *map(INTEGER, flags))
+    getattr(binary(), name)(ctypes.byref(arguments), *map(INTEGER, flags))
 
 
 def call(name: str, *arguments: object) -> None:
     """Call kernel `name` with tensors, numbers and None; the number of threads comes last."""
-    getattr(library(), name)(*map(_plain, arguments), INTEGER(torch.get_num_threads()))
+    getattr(binary(), name)(*map(_plain, arguments), INTEGER(torch.get_num_threads()))
 
 
 def call_for(dtype: torch.dtype, name: str, *arguments: object) -> None:
