@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import DATASETS, FAMILIES, accepts
 from thinkstack.types import ConfigError, Problem
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(os.environ.get("THINKSTACK_DATA", "data"))
 DUCKS = {"question": "How many eggs?", "answer": "She sells 16-3 = <<16-3=13>>13.\nIn all 13*100 = 1300.\n#### 1,300"}
 CIRCLE = {
     "problem": "How far around?",
@@ -21,7 +22,7 @@ CIRCLE = {
     "type": "Geometry",
     "solution": "First \\boxed{no}, then $\\boxed{\\frac{3\\pi}{2}}$.",
 }
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="THINKSTACK_DATA names no folder with gsm8k/ and math/")
 needs_math_verify = pytest.mark.skipif(not installed(), reason="math-verify is not installed (pip install '.[math]')")
 
 
