@@ -30,6 +30,8 @@ const float* rope_at(const Attention& a, int64_t b, int64_t t) {
   return a.rope + ((a.rope_rows == 1 ? 0 : b) * a.T + t) * a.R;
 }
 
+constexpr int64_t AHEAD = 12;  // tokens: heads lie apart from token to token, which the hardware does not foresee
+
 // One head of one token as the product needs it: own part, shared part, rotated, zeros up to a multiple of 16.
 template <typename T>
 void gather_head(const Attention& a, const T* own, const T* shared, const float* table, T* out) {
@@ -95,7 +97,13 @@ struct Task {  // one key/value head of one row of the batch
     for (int64_t t = 0; t < a.T; t++) {
       const int64_t at = b * a.T + t;
       const T* shared = a.k_shared ? static_cast<const T*>(a.k_shared) + at * a.shared_t : nullptr;
-      gather_head(a, static_cast<const T*>(a.k) + at * a.k_t + g * a.k_h, shared, rope_at(a, b, t), keys + t * D16);
+      const T *own = static_cast<const T*>(a.k) + at * a.k_t + g * a.k_h, *value = static_cast<const T*>(a.v) + at * a.v_t + g * a.v_h;
+      if (t + AHEAD < a.T) {
+        prefetch(own + AHEAD * a.k_t, a.k_shared ? a.D - a.R : a.D);
+        prefetch(value + AHEAD * a.v_t, a.V);
+        if (shared) prefetch(shared + AHEAD * a.shared_t, a.R);
+      }
+      gather_head(a, own, shared, rope_at(a, b, t), keys + t * D16);
     }
     std::memset(static_cast<void*>(keys + a.T * D16), 0, (T16 - a.T) * D16 * sizeof(T));
     pack_transposed(units(keys), D16 / F::STEP, keys_by_width, T16, D16 / F::STEP);
@@ -115,9 +123,15 @@ struct Task {  // one key/value head of one row of the batch
     for (int64_t i = 0; i < count; i++) low = std::min(low, first_of(b, start + i));
     return {b, h, start, count, low / LANES * LANES, round_up(start + count)};
   }
-  void score(const Span& s) {
-    for (int64_t i = 0; i < s.count; i++)
+  void score(const Span& s, bool backward) {
+    for (int64_t i = 0; i < s.count; i++) {
+      if (s.start + i + AHEAD < a.T) prefetch(query(a.q, s.b, s.start + i + AHEAD, s.h), a.D);
+      if (backward) {  // read right after
+        prefetch(output(a.grad, s.b, s.start + i, s.h), a.V);
+        prefetch(output(a.out, s.b, s.start + i, s.h), a.V);
+      }
       gather_head(a, query(a.q, s.b, s.start + i, s.h), static_cast<const T*>(nullptr), rope_at(a, s.b, s.start + i), queries + i * D16);
+    }
     multiply<U>({units(queries), D16 / F::STEP, 1}, keys_by_width + s.low, T16, scores, T16, s.count, s.width(), D16 / F::STEP, false);
   }
   // x where query `i` of the block sees the tokens of the vector at column c, else `other`.
@@ -158,7 +172,7 @@ struct Task {  // one key/value head of one row of the batch
     for (int64_t h = g * (a.H / a.G); h < (g + 1) * (a.H / a.G); h++)
       for (int64_t start = 0; start < a.T; start += BLOCK) {
         const Span s = span_of(b, h, start);
-        score(s);
+        score(s, false);
         float inverse[BLOCK];
         for (int64_t i = 0; i < s.count; i++) inverse[i] = softmax(s, i);
         multiply<U>({units(probs), T16 / F::STEP, 1}, values + s.low / F::STEP * V16, V16, result, V16, s.count, V16, s.width() / F::STEP, false);
@@ -210,7 +224,7 @@ struct Task {  // one key/value head of one row of the batch
   void put_steps(uint32_t* steps, int64_t i, const vf x[2]) const { store_units(steps + i / 2 * T16, pair_up(x[0], x[1])); }
 
   void backward_block(const Span& s) {
-    score(s);
+    score(s, true);
     for (int64_t i = 0; i < s.count; i++) {
       const T* grad = output(a.grad, s.b, s.start + i, s.h);
       for (int64_t c = 0; c < V16; c += LANES) store(grads + i * V16 + c, c < a.V ? load_some(grad + c, a.V - c) : vf{});

@@ -24,6 +24,7 @@ struct Experts {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // pairs at a time
+constexpr int64_t AHEAD = 8;   // pairs: their rows lie anywhere
 
 struct Plan {  // pairs in the order of their experts, cut into blocks of one expert each
   struct Piece {
@@ -87,8 +88,12 @@ struct Worker {
   // Tokens of the piece as rows, zeros up to a multiple of 16; returns that multiple.
   int64_t gather(const Plan::Piece& piece) {
     const int64_t count = piece.end - piece.begin, padded = round_up(count);
-    for (int64_t i = 0; i < count; i++)
-      std::memcpy(static_cast<void*>(rows + i * D), static_cast<const T*>(a.x) + plan.pairs[piece.begin + i] / a.K * D, D * sizeof(T));
+    const T* x = static_cast<const T*>(a.x);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t* pair = &plan.pairs[piece.begin + i];
+      if (i + AHEAD < count) prefetch(x + pair[AHEAD] / a.K * D, D);
+      std::memcpy(static_cast<void*>(rows + i * D), x + *pair / a.K * D, D * sizeof(T));
+    }
     std::memset(static_cast<void*>(rows + count * D), 0, (padded - count) * D * sizeof(T));
     return padded;
   }
@@ -143,7 +148,13 @@ struct Worker {
     const int64_t count = piece.end - piece.begin;
     for (int64_t i = 0; i < count; i++) {
       const int64_t pair = plan.pairs[piece.begin + i];
-      const T *grad = static_cast<const T*>(a.grad) + pair / a.K * D, *out = static_cast<const T*>(a.picked) + pair * D;
+      const T *grads = static_cast<const T*>(a.grad), *picked = static_cast<const T*>(a.picked);
+      if (i + AHEAD < count) {
+        const int64_t next = plan.pairs[piece.begin + i + AHEAD];
+        prefetch(grads + next / a.K * D, D);
+        prefetch(picked + next * D, D);
+      }
+      const T *grad = grads + pair / a.K * D, *out = picked + pair * D;
       vf total{};
       for (int64_t d = 0; d < D; d += LANES) {
         const vf g = load(grad + d);

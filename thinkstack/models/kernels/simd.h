@@ -69,6 +69,12 @@ inline float to_float(bf16 x) {
 inline void put(float* p, float x) { *p = x; }
 inline void put(bf16* p, float x) { p->bits = round_to_bf16(splat(x))[0]; }
 
+// Ask for a row before it is needed.
+template <typename T>
+inline void prefetch(const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += int64_t(64 / sizeof(T))) __builtin_prefetch(row + c);
+}
+
 // The first `count` lanes of p, zero beyond.
 template <typename T>
 inline vf load_some(const T* p, int64_t count) {
