@@ -9,6 +9,7 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.kv_cache import Decode
 from thinkstack.engine.sampler import sample
 from thinkstack.models import kernels
 from thinkstack.models.attention import MLA, AttentionContext, document_starts
@@ -244,6 +245,41 @@ def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_pat
         assert build.binary.__wrapped__() is None
     assert "cannot do that" in caplog.text
     assert list((tmp_path / "cache" / "thinkstack").iterdir()) == []
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "no-such-wrapper g++"])
+def test_a_compiler_that_is_not_there_is_no_reason_to_stop(monkeypatch, caplog, compiler):
+    """CXX was asked for its version outside the net, and a wrapper in it was taken for part of a name."""
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert build.binary.__wrapped__() is None
+    assert compiler.split()[0] in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_by_a_private_one(monkeypatch, tmp_path):
+    (tmp_path / "taken").write_text("a file, where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    folder = build.cache_folder()
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
+    """The kernel read the bf16 bias as fp32: other experts, and memory beyond the buffer."""
+    model = tiny_model(MLA_WHOLE).bfloat16()
+    ids = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, theirs = (run(model.trunk, ids).routing[0].experts for run in (lambda f, *a: f(*a), on_torch))
+    assert torch.equal(mine.sort(-1).values, theirs.sort(-1).values)
+
+
+def test_cached_steps_without_positions_read_their_own_sequence():
+    """Positions of one row stood for all rows; the kernel read beyond them."""
+    model = tiny_model()
+    ids = torch.tensor([[3], [5], [7]])
+    engine = Engine(model, EngineConfig(max_batch=16))
+    view = Decode(engine.cache, torch.zeros(3, dtype=torch.int64), 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, cache=view), model(ids), rtol=1e-5, atol=2e-5)
 
 
 def test_the_switch_turns_the_kernels_off(monkeypatch):

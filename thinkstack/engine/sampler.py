@@ -34,7 +34,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     """
     nucleus = bool((top_p < 1).any())
     if not nucleus and kernels.takes_steps(logits, 0):
-        return kernels.draw(logits.contiguous(), temperature, uniform)
+        return kernels.draw(logits.contiguous(), temperature.float(), uniform.double())
     greedy = temperature == 0
     log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature).unsqueeze(1), -1)
     if nucleus:

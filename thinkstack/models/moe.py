@@ -42,7 +42,7 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
     best = 2 if cfg.group_score == "top2" else 1
     if kernels.takes_steps(scores, 0):
         groups = (cfg.num_groups, cfg.top_groups, best)
-        return kernels.route(scores, bias, cfg.top_k, groups, cfg.normalise_weights, cfg.route_scale)
+        return kernels.route(scores, bias.float(), cfg.top_k, groups, cfg.normalise_weights, cfg.route_scale)
     choice = scores.detach() + bias
     if cfg.top_groups < cfg.num_groups:
         grouped = choice.unflatten(-1, (cfg.num_groups, -1))  # (N, G, E/G)

@@ -87,6 +87,8 @@ class Transformer(nn.Module):
         hidden = self.embed(ids)  # (B, T, D)
         rows = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         positions = rows if positions is None else positions
+        if cache is not None:
+            positions = positions.expand(ids.shape).contiguous()  # of every sequence its own
         context = AttentionContext(
             rope=rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope),
             first=torch.zeros_like(rows, dtype=torch.int32) if document_ids is None else document_starts(document_ids),

@@ -1,11 +1,13 @@
 """Compile the kernels once per machine and load them; without a compiler everything runs on torch's operators."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,13 +30,14 @@ def binary() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         log.info("%s=0: running on torch's operators", SWITCH)
         return None
-    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if compiler is None:
+    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
+    compiler = shlex.split(os.environ.get("CXX", "")) or [found]
+    if not compiler[0]:
         log.warning("no C++ compiler found: running on torch's operators, about half as fast; install g++ to change it")
         return None
     folder = Path(__file__).parent
-    path = cache_folder() / f"kernels-{fingerprint(compiler, folder)}.so"
     try:
+        path = cache_folder() / f"kernels-{fingerprint(compiler, folder)}.so"
         if not path.exists():
             compile_to(path, compiler, folder)
         return ctypes.CDLL(str(path))
@@ -45,35 +48,41 @@ def binary() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: XDG_CACHE_HOME or ~/.cache, else the folder for temporary files."""
+    """Where compiled kernels are kept: in XDG_CACHE_HOME or ~/.cache.
+
+    Where that cannot be written, a new folder of this process alone: others could put code into a shared one.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkstack"
     try:
         home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
     except OSError:
-        return Path(tempfile.gettempdir())
-    return home if os.access(home, os.W_OK) else Path(tempfile.gettempdir())
+        pass  # not ours to write: as said above
+    private = tempfile.mkdtemp(prefix="thinkstack-")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return Path(private)
 
 
-def fingerprint(compiler: str, folder: Path) -> str:
+def fingerprint(compiler: list[str], folder: Path) -> str:
     """Changes with the sources, the compiler, torch and the processor."""
     parts = [(folder / name).read_bytes() for name in (*HEADERS, *SOURCES)]
-    parts.append(subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout)
+    parts.append(subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout)
     parts += [torch.__version__.encode(), platform.machine().encode(), " ".join(FLAGS).encode()]
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():
-        parts += [line.encode() for line in cpu.read_text().splitlines() if line.startswith(("flags", "model name"))][
-            :2
-        ]
+        known = [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "model name"))]
+        parts += [line.encode() for line in known[:2]]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 
-def compile_to(path: Path, compiler: str, folder: Path) -> None:
+def compile_to(path: Path, compiler: list[str], folder: Path) -> None:
     """Build the library beside `path` and move it there, so that no process ever loads half of one."""
     log.info("compiling the CPU kernels, once")
     sources = [str(folder / name) for name in SOURCES]
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         built = Path(work) / path.name
-        command = [compiler, *FLAGS, *sources, "-o", str(built)]
+        command = [*compiler, *FLAGS, *sources, "-o", str(built)]
         done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
         if done.returncode:  # a compiler without OpenMP: one thread
             subprocess.run(command, check=True, capture_output=True, text=True)

@@ -23,7 +23,7 @@ struct Experts {
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // pairs at a time
+constexpr int64_t BLOCK = 64;  // pairs at a time; as EXPERT_BLOCK in operators.py
 constexpr int64_t AHEAD = 8;   // pairs: their rows lie anywhere
 
 struct Plan {  // pairs in the order of their experts, cut into blocks of one expert each
@@ -231,8 +231,6 @@ void run(const Experts& a, bool backward) {
 
 }  // namespace
 
-extern "C" int64_t expert_blocks(const int64_t pairs, int64_t experts) { return pairs / BLOCK + experts; }
-extern "C" int64_t expert_block_size() { return BLOCK; }
 extern "C" void experts(const Experts* a, int64_t is_bf16, int64_t backward) {
   is_bf16 ? run<bf16>(*a, backward) : run<float>(*a, backward);
 }
