@@ -54,5 +54,12 @@ def test_every_logged_metric_is_explained():
 
 
 def test_every_explained_metric_is_logged():
-    made = {"reward/accuracy", "reward/format", "time/step_seconds", "time/rollout_seconds", "time/train_seconds"}
+    made = {
+        "reward/accuracy",
+        "reward/format",
+        "reward/language",
+        "time/step_seconds",
+        "time/rollout_seconds",
+        "time/train_seconds",
+    }
     assert sorted(explained_names() - logged_names() - made) == []

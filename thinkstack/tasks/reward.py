@@ -1,11 +1,13 @@
 """Rewards: pure functions of a problem and the text of an answer. Training and evaluation call the same ones."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from thinkstack.tasks.language import language_share
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.table import accepts
-from thinkstack.text.parse import parse_turn
+from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, parse_turn
 from thinkstack.types import ConfigError, Problem, Score
 
 MAX_ANSWER_CHARACTERS = 64
@@ -21,8 +23,17 @@ class RewardConfig:
     "format_only" and "random" are controls: the format alone, or a coin that looks at nothing but the answer's text."""
     format_weight: float = 1.0
     """Weight of the format part when additive."""
+    language_weight: float = 0.0
+    """Weight of the language part, which is added to the rest (R1 paper, stage 1); 0 leaves it out."""
 
     def __post_init__(self) -> None:
+        if self.language_weight < 0:
+            raise ConfigError(f"reward.language_weight={self.language_weight} would pay for mixing; use 0 or more")
+        if self.language_weight and self.combine in ("format_only", "random"):
+            raise ConfigError(
+                f"reward.combine={self.combine!r} is a control that must not look at the language; leave "
+                f"language_weight={self.language_weight} out, or use 'gated' or 'additive'"
+            )
         if self.format_weight < 0:
             raise ConfigError(f"reward.format_weight={self.format_weight} would punish the right format; use 0 or more")
 
@@ -41,6 +52,16 @@ def format_kept(text: str) -> float:
     return float(parse_turn(text).is_well_formed)
 
 
+def language_kept(problem: Problem, text: str) -> float:
+    """Share of the question's language in all the turn says but its answer, so that unclosed thinking counts too.
+
+    1 where there is too little to tell: a short or wordless working is no foreign one.
+    """
+    spoken = re.sub(f"{ANSWER_OPEN}.*?{ANSWER_CLOSE}", " ", text, flags=re.DOTALL)
+    share = language_share(spoken, problem.language, quoted=problem.question)
+    return 1.0 if share is None else share
+
+
 def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
     """Reward of one assistant turn (prefill and completion, without end token)."""
     parts = {"accuracy": accuracy(problem, text), "format": format_kept(text)}
@@ -50,4 +71,7 @@ def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
         "format_only": parts["format"],
         "random": float(digest("random reward", problem.key, text) % 2),
     }[cfg.combine]
+    if cfg.language_weight:
+        parts["language"] = language_kept(problem, text)
+        total += cfg.language_weight * parts["language"]
     return Score(total=total, parts=parts)
