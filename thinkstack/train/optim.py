@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up, a schedule by optimizer step, and clipping."""
+"""The optimizer: AdamW or Muon, with warm-up, a schedule by optimizer step, and clipping."""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from thinkstack.train.muon import Muon, hidden_matrices
 from thinkstack.types import ConfigError
 
 
@@ -15,6 +16,8 @@ from thinkstack.types import ConfigError
 class OptimConfig:
     """AdamW (arXiv:1711.05101) as in the V3 report, section 4.2, unless said otherwise."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What takes the step; muon trains the hidden matrices and leaves the rest to AdamW (train/muon.py)."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     warmup_steps: int = 0
@@ -30,6 +33,13 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors and biases do not decay."""
+    momentum: float = 0.95
+    """Of Muon, with Nesterov's look ahead."""
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Size of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which AdamW's rate and decay fit, or
+    sqrt(max(1, rows / columns)) as in the first version."""
+    muon_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of Muon's products; fp32 where the processor has none in bf16."""
     clip_norm: float = 1.0
     """Largest gradient norm of a step; larger ones are scaled down."""
 
@@ -38,6 +48,8 @@ class OptimConfig:
             raise ConfigError(f"learning_rate={self.learning_rate} trains nothing; use a positive number")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"decay_share={self.decay_share} must lie in 0..1")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum={self.momentum} must lie in 0..1, below 1; 0.95 is usual")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm={self.clip_norm} would undo every step; use a positive number (1.0 is usual)")
 
@@ -54,10 +66,20 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
     return cfg.learning_rate * (cfg.final_share + (1 - cfg.final_share) * left)
 
 
-def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of cfg over the model's parameters; only matrices decay."""
+    if cfg.optimizer == "adamw":
+        return _adamw(list(model.parameters()), cfg)
+    stacks = hidden_matrices(model)
+    mine = {id(stack.parameter) for stack in stacks}
+    others = _adamw([parameter for parameter in model.parameters() if id(parameter) not in mine], cfg)
+    dtype = torch.bfloat16 if cfg.muon_dtype == "bf16" else torch.float32
+    return Muon(stacks, others, cfg.weight_decay, cfg.momentum, cfg.muon_scale, dtype)
+
+
+def _adamw(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.optim.AdamW:
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
