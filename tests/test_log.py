@@ -10,13 +10,38 @@ from thinkstack.log import Progress, Run, read_lines, timed, write_text
 from thinkstack.types import ConfigError
 
 
-def test_rewinding_forgets_the_rows_after_a_step(tmp_path: Path):
+def test_rewinding_cuts_every_file_of_rows_to_what_it_was(tmp_path: Path):
+    """Rows were once kept by step number: a step logged twice (a skipped one, a fruitless drawing) came back twice."""
     run = Run(tmp_path / "run")
-    for step in range(1, 6):
-        run.log(step, {"loss": 1 / step})
-    before = (run.folder / "metrics.jsonl").read_text().splitlines()
-    run.rewind(3)
-    assert (run.folder / "metrics.jsonl").read_text().splitlines() == before[:3]
+    for step in (1, 2, 2):
+        run.log(step, {"loss": 1 / step, "time/step_seconds": 0.1})
+    before, mark = (run.folder / "metrics.jsonl").read_bytes(), run.mark()
+    run.log(2, {"loss": 0.1, "time/step_seconds": 0.2})
+    run.append("curve.jsonl", {"step": 2})
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"ste')
+    run.rewind(mark)
+    assert (run.folder / "metrics.jsonl").read_bytes() == before
+    assert len(run.rows("timings.jsonl")) == 3 and run.rows("curve.jsonl") == []
+    run.rewind({})
+    assert run.rows() == []
+
+
+def test_rows_that_are_gone_are_named(tmp_path: Path):
+    run = Run(tmp_path / "run")
+    run.log(1, {"loss": 1.0})
+    mark = run.mark()
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl has 0 bytes; it had 25 .* put it back"):
+        run.rewind(mark)
+
+
+def test_what_the_clock_decides_is_kept_apart(tmp_path: Path):
+    """Two runs of one seed were told apart by their seconds alone."""
+    run = Run(tmp_path / "run")
+    run.log(1, {"loss": 0.5, "time/step_seconds": 0.1, "train/tokens_per_second": 10.0})
+    assert run.rows() == [{"step": 1, "loss": 0.5}]
+    assert run.rows("timings.jsonl") == [{"step": 1, "time/step_seconds": 0.1, "train/tokens_per_second": 10.0}]
 
 
 def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path: Path):

@@ -92,6 +92,19 @@ def test_a_stopped_recipe_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: 
     assert len(script.ran) == 6, "what is done is not done again"
 
 
+def test_a_killed_stage_keeps_its_settings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The manifest was written when a stage ended; a killed one went on under other settings, unnoticed."""
+
+    def killed(cfg: object, run: Run) -> None:
+        found.append(read_manifest(tmp_path))
+
+    found: list[dict[str, dict[str, object]]] = []
+    tree = read_recipe("demo", "smoke")
+    monkeypatch.setattr(pipeline, "STAGES", {name: (kind, killed) for name, (kind, _) in pipeline.STAGES.items()})
+    run_recipe(tree, tmp_path)
+    assert list(found[0]) == ["base"] and found[0]["base"]["fingerprint"] and not found[0]["base"]["done"]
+
+
 def test_a_folder_made_with_other_settings_is_not_mixed_with_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Scripted(monkeypatch)
     tree = read_recipe("demo", "smoke")

@@ -15,7 +15,9 @@ from typing import Any
 
 from thinkstack.types import ConfigError
 
-METRICS, PROVENANCE = "metrics.jsonl", "provenance.json"
+METRICS, TIMINGS, CURVE = "metrics.jsonl", "timings.jsonl", "curve.jsonl"
+"""Files of rows: what follows from settings and seed, what the clock decided, and evaluations on the way."""
+PROVENANCE = "provenance.json"
 PLAIN_SECONDS = 15.0
 """Without a terminal a progress line is printed at most this often."""
 
@@ -55,7 +57,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Run:
-    """The folder of one stage: metrics.jsonl, provenance.json, and whatever the stage writes."""
+    """The folder of one stage: files of rows, provenance.json, and whatever the stage writes."""
 
     def __init__(self, folder: Path, is_stopping: Callable[[], bool] = lambda: False):
         """Makes the folder. is_stopping: whether a person asked to stop; stages look after each step.
@@ -81,11 +83,18 @@ class Run:
         write_json(self.folder / PROVENANCE, facts)
         log.info("%s: commit %s, seed %d, %s", self.folder, commit, seed, machine)
 
-    def log(self, step: int, metrics: dict[str, float], file: str = METRICS) -> None:
-        """Append one row to the metrics (or to another file of rows)."""
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to the metrics, without what the clock decided; that goes to the timings."""
+        timings = {name: value for name, value in metrics.items() if is_timing(name)}
+        self.append(METRICS, {"step": step} | {name: value for name, value in metrics.items() if name not in timings})
+        if timings:
+            self.append(TIMINGS, {"step": step} | timings)
+
+    def append(self, file: str, row: dict[str, Any]) -> None:
+        """Append one row to a file of rows. Raises ConfigError if the disk refuses."""
         try:
             with (self.folder / file).open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": step} | metrics) + "\n")
+                handle.write(json.dumps(row) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot write {self.folder / file}: {error.strerror or error}; free space, then resume"
@@ -95,10 +104,35 @@ class Run:
         """All rows logged so far."""
         return read_lines(self.folder / file)
 
-    def rewind(self, step: int, file: str = METRICS) -> None:
-        """Forget rows after `step`: a resumed run writes them again."""
-        kept = [row for row in self.rows(file) if row["step"] <= step]
-        write_text(self.folder / file, "".join(json.dumps(row) + "\n" for row in kept))
+    def mark(self) -> dict[str, int]:
+        """Bytes of each file of rows, which are on the disk afterwards: part of a state, for `rewind`."""
+        sizes = {}
+        for path in (self.folder / file for file in (METRICS, TIMINGS, CURVE)):
+            if path.exists():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                    sizes[path.name] = os.fstat(handle.fileno()).st_size
+        return sizes
+
+    def rewind(self, marks: dict[str, int]) -> None:
+        """Cut the files of rows back to what `mark` returned: a resumed run writes the rest again. {} forgets all.
+
+        Raises ConfigError for a file that is shorter than it was.
+        """
+        for path in (self.folder / file for file in (METRICS, TIMINGS, CURVE)):
+            size, wanted = path.stat().st_size if path.exists() else 0, marks.get(path.name, 0)
+            if size < wanted:
+                raise ConfigError(
+                    f"{path} has {size} bytes; it had {wanted} when the state beside it was saved: put it back, or "
+                    f"delete {self.folder} to begin the stage again"
+                )
+            if size > wanted:
+                os.truncate(path, wanted)
+
+
+def is_timing(name: str) -> bool:
+    """Whether a metric is measured by the clock and so differs between two runs of one seed."""
+    return name.startswith("time/") or name.endswith("_per_second")
 
 
 def commit_of(folder: Path) -> str:

@@ -111,6 +111,7 @@ def run_recipe(tree: Tree, out: Path) -> None:
                 log.info("[%d/%d] %s is done (%s)", number, len(steps), step.name, clock(record["seconds"]))
                 continue
             log.info("[%d/%d] %s", number, len(steps), step.name)
+            write_json(out / MANIFEST, manifest)  # before the first state: a killed stage keeps its settings too
             run = Run(out / step.name, is_stopping)
             run.start(dump(step.config) | {"stage": step.kind}, getattr(step.config, "seed", 0), machine)
             started = time.monotonic()

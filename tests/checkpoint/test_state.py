@@ -50,6 +50,19 @@ def test_a_replacement_cut_off_between_its_two_renames_is_put_back(tmp_path: Pat
     assert found is not None and found[1] == {"step": 1}
 
 
+@pytest.mark.parametrize("half", ["state.old", "state.writing"])
+def test_what_a_killed_write_left_behind_is_in_nobodys_way(half: str, tmp_path: Path):
+    """A process killed after the second rename left state.old beside state; the next write could not rename onto it and
+    the run, resumed, failed at its first save."""
+    save_state(tmp_path / "state", {"a": torch.ones(1)}, {"step": 1})
+    (tmp_path / half).mkdir()
+    (tmp_path / half / "state.json").write_text("{}")
+    save_state(tmp_path / "state", {"a": torch.ones(1)}, {"step": 2})
+    found = load_state(tmp_path / "state")
+    assert found is not None and found[1] == {"step": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
 def test_damaged_state_is_named(tmp_path: Path):
     save_state(tmp_path / "state", {"a": torch.ones(100)}, {"step": 1})
     file = tmp_path / "state" / "state.safetensors"

@@ -28,7 +28,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     fresh, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
     try:
         current(folder)
-        shutil.rmtree(fresh, ignore_errors=True)
+        for left in (fresh, old):  # by a process that was killed while it wrote or cleaned up
+            shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir(parents=True)
         fill(fresh)
         for path in (*fresh.rglob("*"), fresh):

@@ -19,9 +19,10 @@ from thinkstack.checkpoint.state import load_state, save_state
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.evals.figures import Evaluation, curve_point
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
-from thinkstack.log import Progress, Run, timed
+from thinkstack.log import CURVE, Progress, Run, timed
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.advantages import Learnt, compare, usable
+from thinkstack.stages.drawings import drop_drawings, read_drawing, write_drawing
 from thinkstack.stages.groups import by_group, collect, reward_of, to_batch
 from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.stages.health import describe, early_warnings, health_line
@@ -42,7 +43,6 @@ from thinkstack.types import Batch, Interrupted, Rollout, Sampling, TrainingErro
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CURVE_FILE = "curve.jsonl"
 FRUITLESS_DRAWINGS = 5
 """Drawings in a row without anything to learn after which a run gives up."""
 
@@ -56,6 +56,10 @@ class Zero:
         levels = sorted({level for family in suite for level in family.levels} - set(cfg.held_out_levels))
         self.stream = ProblemStream(suite, "train", cfg.seed, levels)
         self.counter = Counter()
+        self.drawings = 0
+        """Drawings made so far."""
+        self.fruitless = 0
+        """Of these, how many in a row taught nothing, at the end."""
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
         self.engine = Engine(model, EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size))
         self.reference = copy.deepcopy(model).requires_grad_(False) if cfg.loss.kl else None
@@ -80,6 +84,7 @@ class Zero:
         """One step of GRPO (cfg.minibatches optimizer steps): ask, score, compare, learn, hand the weights over."""
         cfg = self.cfg
         times: dict[str, float] = {}
+        before = self.trainer.step_count
         self.fit_critic()
         with timed(times, "rollout"):
             drawn = self.draw()
@@ -98,13 +103,21 @@ class Zero:
             if self.critic is not None:
                 metrics |= self.critic.learn(split_groups(learnt.rollouts, learnt.targets, cfg.minibatches))
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
-        self.keep(drawn, learnt)
+        self.fruitless = 0 if self.trainer.step_count > before else self.fruitless + 1
+        self.keep(drawn, learnt, max(self.trainer.step_count, before + 1))
         tokens = sum(len(rollout.completion.token_ids) for rollout in drawn.drawn)
         return metrics | times | {"rollout/tokens_per_second": tokens / times["time/rollout_seconds"]}
 
     def draw(self) -> Round:
-        """Ask and score."""
-        return roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+        """Ask and score; a drawing whose step was cut off is taken from the disk, answers and verdicts."""
+        folder = self.run.folder
+        drawn = read_drawing(folder, self.drawings, self.stream, self.counter)
+        if drawn is None:
+            drawn = roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+            if self.cfg.save_steps:
+                write_drawing(folder, self.drawings, drawn, self.stream, self.counter, self.chat)
+        self.drawings += 1
+        return drawn
 
     def fit_critic(self) -> None:
         """Train the critic alone, before the policy's first step, on what the policy as it is earns (lambda = 1)."""
@@ -166,14 +179,17 @@ class Zero:
             batch = replace(batch, reference_log_probs=self.log_probs(self.reference, batch))
         return batch
 
-    def keep(self, drawn: Round, learnt: Learnt) -> None:
-        """Write the answers of this step to disk; of advantages by token their mean."""
-        if self.cfg.rollout_steps and self.trainer.step_count % self.cfg.rollout_steps == 0:
+    def keep(self, drawn: Round, learnt: Learnt, step: int) -> None:
+        """Write the answers of `step` to disk; of advantages by token their mean.
+
+        Those of a drawing that taught nothing stay until one teaches.
+        """
+        if self.cfg.rollout_steps and step % self.cfg.rollout_steps == 0:
             known = {
                 id(rollout): value if isinstance(value, float) else statistics.fmean(value)
                 for rollout, value in zip(learnt.rollouts, learnt.advantages, strict=True)
             }
-            write_rollouts(self.run.folder, self.trainer.step_count, drawn.drawn, known, self.chat)
+            write_rollouts(self.run.folder, step, drawn.drawn, known, self.chat)
 
     def look(self) -> None:
         """Evaluate on the way and keep the point of the curve."""
@@ -184,9 +200,7 @@ class Zero:
             families=self.cfg.families,
         )
         found = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
-        self.run.log(
-            self.trainer.step_count, curve_point(self.trainer.step_count, found, _only(found, self.cfg)), CURVE_FILE
-        )
+        self.run.append(CURVE, curve_point(self.trainer.step_count, found, _only(found, self.cfg)))
 
     def save(self) -> None:
         """Write everything that a resumed run needs."""
@@ -197,17 +211,22 @@ class Zero:
             "stream": self.stream.state(),
             "next_group": self.counter.value,
             "reference_step": self.reference_step,
+            "drawings": self.drawings,
+            "fruitless": self.fruitless,
+            "rows": self.run.mark(),
         }
         if self.critic is not None:
             more_tensors, more_numbers = self.critic.state()
             tensors, numbers = tensors | more_tensors, numbers | more_numbers
         save_state(self.run.folder / STATE, tensors, numbers)
+        drop_drawings(self.run.folder, before=self.drawings)
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go on from what `save` wrote."""
         restore_trainer(self.trainer, tensors, numbers)
         self.stream.restore(numbers["stream"])
         self.counter.value, self.reference_step = numbers["next_group"], numbers["reference_step"]
+        self.drawings, self.fruitless = numbers["drawings"], numbers["fruitless"]
         if self.critic is not None:
             self.critic.restore(tensors, numbers)
         if self.reference is not None:
@@ -238,23 +257,20 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
     state = load_state(run.folder / STATE)
     if state is not None:
         zero.restore(*state)
-    run.rewind(zero.trainer.step_count)
-    run.rewind(zero.trainer.step_count, CURVE_FILE)
-    if zero.trainer.step_count == 0 and cfg.way_steps:
+    run.rewind(state[1]["rows"] if state else {})
+    if cfg.way_steps and not run.rows(CURVE):
         zero.look()
     warned: set[str] = set()
     history = run.rows()
-    fruitless = 0
     with Progress("reinforcement learning", cfg.steps, zero.trainer.step_count) as progress:
         while zero.trainer.step_count < cfg.steps:
             before = zero.trainer.step_count
             metrics = zero.step()
             done = zero.trainer.step_count
-            fruitless = 0 if done > before else fruitless + 1
-            if fruitless >= FRUITLESS_DRAWINGS:
+            if zero.fruitless >= FRUITLESS_DRAWINGS:
                 raise TrainingError(
-                    f"{fruitless} drawings in a row at step {done} had no group with answers of different reward: the "
-                    "problems are too hard or too easy for this model, or the reward is wrong; look at "
+                    f"{zero.fruitless} drawings in a row at step {done} had no group with answers of different reward: "
+                    "the problems are too hard or too easy for this model, or the reward is wrong; look at "
                     f"{run.folder}/metrics.jsonl"
                 )
             run.log(done, metrics)

@@ -93,11 +93,11 @@ def pretrain(cfg: PretrainConfig, run: Run) -> None:
     if state is not None:
         restore_trainer(trainer, *state)
         stream.restore(state[1]["stream"])
-    run.rewind(trainer.step_count)
+    run.rewind(state[1]["rows"] if state else {})
 
     def save() -> None:
         tensors, numbers = trainer_state(trainer)
-        save_state(run.folder / STATE, tensors, numbers | {"stream": stream.state()})
+        save_state(run.folder / STATE, tensors, numbers | {"stream": stream.state(), "rows": run.mark()})
 
     with Progress("pre-training", cfg.steps, trainer.step_count) as progress:
         while trainer.step_count < cfg.steps:

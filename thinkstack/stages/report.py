@@ -7,9 +7,8 @@ from typing import Any
 
 from thinkstack.evals.figures import Evaluation
 from thinkstack.evals.report import write_report
-from thinkstack.log import PROVENANCE, Run, clock, read_lines, write_json
+from thinkstack.log import CURVE, PROVENANCE, Run, clock, read_lines, write_json
 from thinkstack.stages.evaluate import GREEDY, SAMPLED, UNSEEN, read_evaluation
-from thinkstack.stages.grpo import CURVE_FILE
 
 SUMMARY = "summary.json"
 
@@ -33,7 +32,7 @@ def report(cfg: ReportConfig, run: Run) -> None:
     columns = {name: read_evaluation(Run(out / stage), SAMPLED) for name, stage in cfg.columns.items()}
     greedy = {name: read_evaluation(Run(out / stage), GREEDY) for name, stage in cfg.columns.items()}
     unseen = {name: read_evaluation(Run(out / stage), UNSEEN) for name, stage in cfg.columns.items()}
-    curve = read_lines(out / cfg.training / CURVE_FILE) if cfg.training else []
+    curve = read_lines(out / cfg.training / CURVE) if cfg.training else []
     metrics = Run(out / cfg.training).rows() if cfg.training else []
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     seconds = {name: record["seconds"] for name, record in manifest.items() if record["done"]}

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from thinkstack.stages.groups import by_group
 from thinkstack.text.chat import ChatFormat
-from thinkstack.types import ConfigError, Rollout
+from thinkstack.types import Completion, ConfigError, Problem, Rollout, Score
 
 FOLDER = "rollouts"
 
@@ -23,17 +24,31 @@ def write_rollouts(
 ) -> None:
     """Keep the step's answers. advantages: by id() of a rollout; answers without one were not trained on."""
     path = path_of(folder, step)
-    lines = [json.dumps(_group(group, advantages, chat), ensure_ascii=False) for group in by_group(rollouts)]
+    write_lines(path, [group_to_dict(group, advantages, chat) for group in by_group(rollouts)])
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Gzipped JSON lines, written whole or not at all; the same rows give the same bytes."""
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     try:
         path.parent.mkdir(exist_ok=True)
         fresh = path.with_suffix(".writing")
-        fresh.write_bytes(gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0))
+        with fresh.open("wb") as file:
+            file.write(gzip.compress(text.encode(), compresslevel=1, mtime=0))
+            file.flush()
+            os.fsync(file.fileno())
         fresh.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; free space, then resume") from error
 
 
-def _group(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `write_lines` wrote."""
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+
+
+def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:
+    """One group as JSON values. advantages: as in `write_rollouts`."""
     answers = [
         {
             "text": chat.text_of(rollout.completion.token_ids),
@@ -56,6 +71,26 @@ def _group(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFor
     }
 
 
+def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
+    """The rollouts that `group_to_dict` was given."""
+    problem = Problem(**group["problem"])
+    return [
+        Rollout(
+            problem=problem,
+            group_id=group["group_id"],
+            prompt_ids=tuple(group["prompt_ids"]),
+            completion=Completion(
+                token_ids=tuple(answer["token_ids"]),
+                log_probs=tuple(answer["log_probs"]),
+                finish_reason=answer["finish_reason"],
+                weights_version=answer["weights_version"],
+            ),
+            score=Score(total=answer["reward"] or 0.0, parts=answer["parts"], unscorable=answer["unscorable"]),
+        )
+        for answer in group["answers"]
+    ]
+
+
 def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
     """The groups of one step. Raises ConfigError if that step was not kept, naming the steps that were."""
     path = path_of(folder, step)
@@ -63,7 +98,7 @@ def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
         steps = sorted(int(p.name[5:11]) for p in (folder / FOLDER).glob("step_*.jsonl.gz"))
         known = f"{steps[0]} to {steps[-1]} ({len(steps)} steps)" if steps else "none"
         raise ConfigError(f"{folder} has no rollouts of step {step}; kept: {known}")
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    return read_lines(path)
 
 
 def show_group(group: dict[str, Any], width: int) -> str:
