@@ -26,7 +26,7 @@ IDENTIFIER = re.compile(
 )
 LATIN_RUN = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['\u2019-][A-Za-z\u00c0-\u024f]+)*")
 OPERATORS = frozenset(
-    ["sin", "cos", "tan", "log", "ln", "exp", "lim", "max", "min", "mod", "gcd", "lcm", "sqrt", "abs"]
+    ("sin", "cos", "tan", "log", "ln", "exp", "lim", "max", "min", "mod", "gcd", "lcm", "sqrt", "abs")
 )
 """Names of functions; words of mathematics, not of English."""
 
