@@ -106,6 +106,9 @@ class Completion:
     """"stop": ended by a stop token; "length": cut off at max_tokens or the context; "abort": cancelled."""
     weights_version: int
     """The version of the weights that drew it, as given to Engine.load_weights."""
+    experts: Tensor | None = field(default=None, compare=False, repr=False)
+    """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the experts of each token that was read, P of the
+    prompt and all N drawn but the last, in each of L layers. Only where EngineConfig.return_experts asks for them."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.log_probs), "every token carries the log-probability it was drawn with"
@@ -138,7 +141,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed sequences for one optimizer step. All tensors are (R, T): R rows of T positions.
+    """Packed sequences for one optimizer step. All tensors but `experts` are (R, T): R rows of T positions.
 
     Position t holds everything about predicting targets[t] from ids[..t]; nothing is shifted later on.
     """
@@ -163,6 +166,9 @@ class Batch:
     """fp32 log-probabilities under the policy before the step; None means the current ones, detached."""
     reference_log_probs: Tensor | None = None
     """fp32 log-probabilities under the reference model; None when no KL term asks for them."""
+    experts: Tensor | None = None
+    """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None lets the
+    model choose. Filled by stages/groups.py."""
 
     def with_weights(self, weights: Tensor) -> Batch:
         """The same batch with these weights."""

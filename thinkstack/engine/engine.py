@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy
 import torch
 from torch import Tensor
 
 from thinkstack.engine.kv_cache import Decode, KVCache, Prefill
 from thinkstack.engine.sampler import sample, uniforms
 from thinkstack.engine.scheduler import MAX_STOP_IDS, Request, Scheduler, SlotTable
-from thinkstack.models.moe import ROW_TILE
+from thinkstack.models.config import ModelConfig
+from thinkstack.models.moe import ROW_TILE, Routing
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, RequestError, Sampling
@@ -38,6 +40,8 @@ class EngineConfig:
     """Prompt tokens computed in one pass."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch."""
+    return_experts: bool = False
+    """Give the experts of every token back with each completion, for a trainer that uses them again."""
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -53,7 +57,7 @@ class Engine:
         self.dtype = torch.float32 if cfg.dtype == "fp32" else torch.bfloat16
         num_slots = -(-cfg.max_batch // ROW_TILE) * ROW_TILE
         self.cache = KVCache(model.cfg, num_slots, -(-self.max_context // SPAN_TILE) * SPAN_TILE, self.dtype)
-        self.table = SlotTable(num_slots, self.max_context)
+        self.table = SlotTable(num_slots, self.max_context, _kept_experts(model.cfg) if cfg.return_experts else None)
         self.scheduler = Scheduler(cfg.max_batch)
         self.next_id = 0
         self._source, self._model = model, working_copy(model, self.dtype)
@@ -169,9 +173,14 @@ class Engine:
             request.weights_version = self.version
             rows.append([self.table.open(request, answer) for answer in range(request.sampling.n)])
         view = Prefill(self.cache, torch.tensor([own[0] for own in rows]))
-        hidden = self._model.trunk(ids, cache=view).hidden
+        hidden, routing, _ = self._model.trunk(ids, cache=view)
         for request, own in zip(requests, rows, strict=True):
             self.cache.copy(own[0], own[1:], len(request.prompt_ids))
+        if self.table.experts is not None:
+            chosen = _experts_of(routing)
+            for index, own in enumerate(rows):
+                length = len(requests[index].prompt_ids)
+                self.table.experts[own, :length] = chosen[index, :length]
         last = torch.tensor([len(r.prompt_ids) - 1 for r in requests])
         logits = self._head(hidden[torch.arange(len(requests)), last])
         return logits.repeat_interleave(torch.tensor([len(own) for own in rows]), 0)
@@ -187,7 +196,9 @@ class Engine:
         ids[:count, 0] = torch.from_numpy(last)
         span = -(-(int(length.max()) + 1) // SPAN_TILE) * SPAN_TILE
         view = Decode(self.cache, length, span)
-        hidden = self._model.trunk(ids, positions=length.unsqueeze(1), cache=view).hidden
+        hidden, routing, _ = self._model.trunk(ids, positions=length.unsqueeze(1), cache=view)
+        if self.table.experts is not None:
+            self.table.experts[range(count), self.table.length[:count]] = _experts_of(routing)[:count, 0]
         self.table.length[:count] += 1
         return self._head(hidden.squeeze(1))[:count]
 
@@ -218,3 +229,16 @@ class Engine:
         moved = self.table.close(row, reason)
         if moved != row:
             self.cache.copy(moved, [row], int(self.table.length[row]))
+
+
+def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
+    """How SlotTable keeps the choices of a model: layers with experts, experts per token, integer type."""
+    if cfg.moe is None:
+        raise ConfigError("return_experts=true, but the model has no experts; leave it out")
+    layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
+    return layers, cfg.moe.top_k, "uint8" if cfg.moe.num_experts <= 256 else "int16"
+
+
+def _experts_of(routing: list[Routing]) -> numpy.ndarray:
+    """Chosen experts of all layers, (B, T, L, K)."""
+    return torch.stack([layer.experts for layer in routing], 2).numpy()

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy
+import torch
 
 from thinkstack.types import Completion, FinishReason, Sampling
 
@@ -30,7 +31,8 @@ class Request:
 class SlotTable:
     """What is known of the sequence in each slot, as columns. Rows 0..count-1 are being decoded; the rest is free."""
 
-    def __init__(self, num_slots: int, max_tokens: int):
+    def __init__(self, num_slots: int, max_tokens: int, experts: tuple[int, int, str] | None = None):
+        """experts: layers that have some, experts per token and their integer type, if choices are kept."""
         self.count = 0
         self.owner: list[tuple[Request, int]] = []
         """Request and index of the answer, per row."""
@@ -46,6 +48,10 @@ class SlotTable:
         self.temperature = numpy.zeros(num_slots, dtype=numpy.float32)
         self.top_p = numpy.ones(num_slots, dtype=numpy.float32)
         self.stop_ids = numpy.full((num_slots, MAX_STOP_IDS), -1, dtype=numpy.int64)
+        self.experts: numpy.ndarray | None = None
+        """Experts of the tokens in the cache, (slots, tokens, L, K); None where nobody asked for them."""
+        if experts is not None:
+            self.experts = numpy.zeros((num_slots, max_tokens, *experts[:2]), dtype=experts[2])
 
     def open(self, request: Request, answer: int) -> int:
         """Give the next free row to one answer of `request`; returns the row."""
@@ -86,11 +92,13 @@ class SlotTable:
             log_probs=tuple(self.log_probs[row, :drawn].tolist()),
             finish_reason=reason,
             weights_version=request.weights_version,
+            experts=None if self.experts is None else torch.from_numpy(self.experts[row, : self.length[row]].copy()),
         )
         self.count -= 1
         last = self.count
         columns: tuple[numpy.ndarray, ...] = (self.tokens, self.log_probs, self.drawn, self.length, self.limit)
-        for column in (*columns, self.seed, self.temperature, self.top_p, self.stop_ids):
+        kept = () if self.experts is None else (self.experts,)
+        for column in (*columns, *kept, self.seed, self.temperature, self.top_p, self.stop_ids):
             column[row] = column[last]
         self.owner[row] = self.owner[last]
         self.owner.pop()

@@ -18,11 +18,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.ffn = MoE(cfg) if cfg.is_moe_layer(layer) else SwiGLU(cfg.hidden_size, cfg.dense_size)
 
-    def forward(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """x: (B, T, D). Returns (x (B, T, D), what the router chose or None in a dense block)."""
+    def forward(
+        self, x: Tensor, ctx: AttentionContext, replayed: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """x: (B, T, D). replayed: as in MoE. Returns (x (B, T, D), what the router chose or None in a dense block)."""
         x = x + self.attention(self.attention_norm(x), ctx)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
-            out, routing = self.ffn(normed)
+            out, routing = self.ffn(normed, replayed)
             return x + out, routing
         return x + self.ffn(normed), None

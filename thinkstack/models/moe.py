@@ -51,10 +51,15 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
         closed = torch.ones_like(group_score, dtype=torch.bool).scatter(1, kept, False)
         choice = grouped.masked_fill(closed[..., None], -math.inf).flatten(1)
     experts = choice.topk(cfg.top_k, dim=-1).indices  # (N, K)
+    return weigh(scores, experts, cfg), experts
+
+
+def weigh(scores: Tensor, experts: Tensor, cfg: MoEConfig) -> Tensor:
+    """Weights (N, K) fp32 of chosen experts (N, K) int64 by their scores (N, E)."""
     weights = scores.gather(1, experts)
     if cfg.normalise_weights:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # 1e-20: as transformers, all scores may be 0
-    return weights * cfg.route_scale, experts
+    return weights * cfg.route_scale
 
 
 class Dispatch(NamedTuple):
@@ -132,12 +137,18 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.expert_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x: (B, T, D), normed. Returns (output (B, T, D), routing)."""
+    def forward(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x: (B, T, D), normed. replayed: (B, T, K) integers, experts to use in place of the router's choice, -1 where
+        it stands; their weights are still those of the current scores. Returns (output (B, T, D), routing).
+        """
         flat = x.flatten(0, 1)  # (N, D)
         logits = F.linear(flat.float(), self.router.float())  # fp32, so that ties and ranks are stable
         scores = logits.sigmoid() if self.cfg.scoring == "sigmoid" else logits.softmax(-1)
         weights, experts = route(scores, self.bias, self.cfg)
+        if replayed is not None:
+            given = replayed.flatten(0, 1).long()
+            experts = torch.where(given < 0, experts, given)
+            weights = weigh(scores, experts, self.cfg)
         if kernels.takes(flat) and flat.shape[1] % kernels.LANES == 0 and self.w_out.shape[2] % kernels.LANES == 0:
             out = kernels.expert_mlp(flat, weights, experts, self.w_in, self.w_out)
         else:

@@ -75,12 +75,14 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: LayerCache | None = None,
+        experts: Tensor | None = None,
     ) -> Trunk:
         """Run all blocks and the final norm.
 
         ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
         ids is a document, tokens attend only within theirs; by default a row is one document. cache: from the engine;
-        positions are then places in the cached context.
+        positions are then places in the cached context. experts: (B, T, L, K) integers, the experts of each of the L
+        layers that have them, in place of the routers' choice; -1 leaves it to the router.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
         self.check(ids)
@@ -95,9 +97,10 @@ class Transformer(nn.Module):
             last=rows if cache is None else positions,
             cache=cache,
         )
-        routing = []
+        routing: list[Routing] = []
         for block in self.layers:
-            hidden, chosen = block(hidden, context)
+            replayed = None if experts is None else experts[:, :, len(routing)]
+            hidden, chosen = block(hidden, context, replayed)
             if chosen is not None:
                 routing.append(chosen)
         return Trunk(self.norm(hidden), routing, context)

@@ -109,8 +109,13 @@ def sample_of(rollout: Rollout) -> Sample:
     return Sample((*prompt, *drawn), (0,) * len(prompt) + (1,) * len(drawn))
 
 
-def to_batch(rollouts: Sequence[Rollout], advantages: Sequence[Advantage], row_tokens: int) -> Batch:
-    """Rollouts as packed rows with advantages and the engine's log-probabilities; unscorable answers are left out."""
+def to_batch(
+    rollouts: Sequence[Rollout], advantages: Sequence[Advantage], row_tokens: int, with_experts: bool = False
+) -> Batch:
+    """Rollouts as packed rows with advantages and the engine's log-probabilities; unscorable answers are left out.
+
+    with_experts: also the experts that the engine chose.
+    """
     kept = [
         (rollout, value) for rollout, value in zip(rollouts, advantages, strict=True) if reward_of(rollout) is not None
     ]
@@ -129,8 +134,21 @@ def to_batch(rollouts: Sequence[Rollout], advantages: Sequence[Advantage], row_t
         | {
             "advantages": spread(gains, samples, rows, width),
             "rollout_log_probs": spread(drawn, samples, rows, width),
+            "experts": lay_experts([rollout for rollout, _ in kept], batch) if with_experts else None,
         }
     )
+
+
+def lay_experts(rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
+    """The engine's experts of each answer, laid out like the batch: (R, T, L, K) int16, -1 in padding."""
+    chosen = [rollout.completion.experts for rollout in rollouts]
+    known = torch.cat([experts for experts in chosen if experts is not None]).short()
+    documents, order = batch.document_ids.flatten().sort(stable=True)  # answer by answer, in reading order
+    places = order[documents > 0]
+    assert len(places) == len(known), "the engine returned the experts of every token"
+    out = known.new_full((documents.numel(), *known.shape[1:]), -1)
+    out[places] = known
+    return out.unflatten(0, batch.ids.shape)
 
 
 def per_token(advantage: Advantage, num_tokens: int) -> list[float]:
