@@ -149,7 +149,7 @@ class Trainer:
 
     def _loss(self, model: Transformer, micro: Batch, plan: _Pass) -> tuple[Tensor, Stats, list[Routing]]:
         """The weighted sum of all losses of one micro-batch."""
-        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids)
+        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
         tokens = trained_tokens(model, trunk.hidden, micro, plan.trained_share, plan.temperature, plan.with_entropy)
         total, stats = plan.loss(tokens)
         routings = list(trunk.routing)
@@ -318,7 +318,8 @@ def batch_log_probs(model: Transformer, batch: Batch, temperature: float, micro_
     """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere; the same arithmetic as in `Trainer.step`."""
     rows = []
     for micro in micro_batches(batch, micro_tokens):
-        hidden = model.trunk(micro.ids, micro.positions, micro.document_ids).hidden.flatten(0, 1)
+        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
+        hidden = trunk.hidden.flatten(0, 1)
         index = micro.loss_mask.flatten().nonzero().squeeze(1)
         log_probs, _ = token_log_probs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)
         rows.append(torch.zeros(micro.ids.numel()).index_copy_(0, index, log_probs).view_as(micro.ids))
