@@ -9,7 +9,7 @@ from thinkstack.types import ConfigError
 
 
 def rates(cfg: OptimConfig, total: int) -> list[float]:
-    return [learning_rate(cfg, step, total) for step in range(total)]
+    return [learning_rate(cfg, step, step / total) for step in range(total)]
 
 
 def test_warm_up_climbs_to_the_peak_and_never_starts_at_zero():
@@ -19,13 +19,32 @@ def test_warm_up_climbs_to_the_peak_and_never_starts_at_zero():
 def test_a_linear_schedule_falls_to_its_final_share():
     cfg = OptimConfig(learning_rate=1.0, schedule="linear", decay_share=0.5, final_share=0.0)
     assert rates(cfg, 8) == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
-    assert learning_rate(cfg, 8, 8) == learning_rate(cfg, 20, 8) == 0.0
+    assert learning_rate(cfg, 8, 1.0) == learning_rate(cfg, 20, 2.5) == 0.0
 
 
 def test_a_cosine_schedule_is_half_way_in_the_middle():
     cfg = OptimConfig(learning_rate=1.0, schedule="cosine", final_share=0.2)
-    assert learning_rate(cfg, 50, 100) == pytest.approx(0.6)
-    assert learning_rate(cfg, 100, 100) == pytest.approx(0.2)
+    assert learning_rate(cfg, 50, 0.5) == pytest.approx(0.6)
+    assert learning_rate(cfg, 100, 1.0) == pytest.approx(0.2)
+
+
+def test_a_schedule_that_never_falls_keeps_the_peak_to_the_end():
+    cfg = OptimConfig(learning_rate=1.0, schedule="cosine", decay_share=0.0)
+    assert set(rates(cfg, 10)) == {1.0}
+
+
+def test_the_schedule_of_v3_gives_the_published_rates_at_the_published_tokens():
+    """V3 report, section 4.2: 2.2e-4 to 10T tokens, a cosine over 4.3T to 2.2e-5, 333B there, 167B at 7.3e-6."""
+    cfg = OptimConfig(learning_rate=2.2e-4, warmup_steps=2000, schedule="v3")
+    published = {0.0: 2.2e-4, 9.99: 2.2e-4, 12.15: 1.21e-4, 14.3: 2.2e-5, 14.63: 2.2e-5, 14.64: 7.3e-6, 14.8: 7.3e-6}
+    for trillions, rate in published.items():
+        assert learning_rate(cfg, 10**6, trillions / 14.8) == pytest.approx(rate, rel=1e-6), trillions
+    assert learning_rate(cfg, 999, 0.0) == pytest.approx(1.1e-4)
+
+
+def test_phases_can_be_left_out_or_set():
+    cfg = OptimConfig(learning_rate=1.0, schedule="v3", phases=(2, 0, 1, 1), final_share=0.5, last_share=0.25)
+    assert rates(cfg, 8) == [1.0] * 4 + [0.5] * 2 + [0.25] * 2
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -48,7 +67,16 @@ def test_the_gradient_norm_spans_all_parameters():
     assert gradient_norm([first, second, third]).item() == 5.0
 
 
-@pytest.mark.parametrize("changes", [{"learning_rate": 0.0}, {"decay_share": 1.5}, {"clip_norm": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.0},
+        {"decay_share": 1.5},
+        {"clip_norm": 0.0},
+        {"phases": (0, 0, 0, 0)},
+        {"phases": (3, -1, 1, 1)},
+    ],
+)
 def test_settings_that_train_nothing_are_refused(changes):
     with pytest.raises(ConfigError):
         OptimConfig(**changes)

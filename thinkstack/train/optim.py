@@ -1,4 +1,4 @@
-"""The optimizer: AdamW or Muon, with warm-up, a schedule by optimizer step, and clipping."""
+"""The optimizer: AdamW or Muon, with warm-up by optimizer step, a schedule by share of the run, and clipping."""
 
 import math
 from collections.abc import Iterable
@@ -22,8 +22,13 @@ class OptimConfig:
     """Peak learning rate."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate falls over the last decay_share of the run."""
+    schedule: Literal["constant", "linear", "cosine", "v3"] = "constant"
+    """How the rate falls over the last decay_share of the run; "v3" has the phases of DeepSeek-V3 instead."""
+    phases: tuple[float, float, float, float] = (10.0, 4.3, 0.333, 0.167)
+    """Schedule "v3": how long the rate is constant (warm-up included), falls as a cosine to final_share, stays there,
+    and stays at last_share, relative to each other; published in trillions of tokens (V3 report, section 4.2)."""
+    last_share: float = 7.3 / 220
+    """Schedule "v3": rate of its last phase, relative to the peak (7.3e-6 of 2.2e-4)."""
     decay_share: float = 1.0
     """Share of the run, at its end, in which the rate falls."""
     final_share: float = 0.1
@@ -48,21 +53,30 @@ class OptimConfig:
             raise ConfigError(f"learning_rate={self.learning_rate} trains nothing; use a positive number")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"decay_share={self.decay_share} must lie in 0..1")
+        if min(self.phases) < 0 or not sum(self.phases) > 0:
+            raise ConfigError(f"phases={self.phases} are lengths; use numbers from 0 on, not all of them 0")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum} must lie in 0..1, below 1; 0.95 is usual")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm={self.clip_norm} would undo every step; use a positive number (1.0 is usual)")
 
 
-def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) in a run of `total_steps`."""
+def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
+    """Learning rate of optimizer step `step` (from 0).
+
+    progress: share of the run's tokens seen before this step, from 0; past 1 the rate stays where it ended.
+    """
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    start = total_steps * (1 - cfg.decay_share)
-    if cfg.schedule == "constant" or step < start:
+    start, length = 1 - cfg.decay_share, cfg.decay_share
+    if cfg.schedule == "v3":
+        start, length, low, _ = (phase / sum(cfg.phases) for phase in cfg.phases)
+        if progress >= start + length + low:
+            return cfg.learning_rate * cfg.last_share
+    if cfg.schedule == "constant" or progress < start:
         return cfg.learning_rate
-    progress = min((step - start) / max(total_steps - start, 1), 1.0)
-    left = 1 - progress if cfg.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    fallen = min((progress - start) / length, 1.0) if length else 1.0
+    left = 1 - fallen if cfg.schedule == "linear" else (1 + math.cos(math.pi * fallen)) / 2
     return cfg.learning_rate * (cfg.final_share + (1 - cfg.final_share) * left)
 
 

@@ -102,10 +102,16 @@ class Trainer:
         self.bad_steps = 0
 
     def step(
-        self, batch: Batch, loss: LossFunction, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        progress: float | None = None,
     ) -> dict[str, float]:
         """Take one optimizer step on `batch`; returns its statistics, means over the trained tokens of the step.
 
+        progress: share of the run that lies before this step, for the schedule; by default a share of its steps.
         batch.weights: the share of each target (token_weights(batch, "token") if None). A step without finite gradients
         is skipped and counted; after BAD_STEPS in a row TrainingError is raised.
         """
@@ -122,7 +128,8 @@ class Trainer:
         counts = [
             sum_over_ranks(torch.stack(layer).sum(0)) for layer in zip(*(part.counts for part in parts), strict=True)
         ]
-        return self._update(batch, stats, counts)
+        progress = self.step_count / self.total_steps if progress is None else progress
+        return self._update(batch, stats, counts, learning_rate(self.cfg.optim, self.step_count, progress))
 
     def _map_workers(self, micros: list[Batch], plan: _Pass) -> list[_Part]:
         """Run worker w on micro-batches w, w + workers, ...; one result per worker that had any."""
@@ -177,11 +184,10 @@ class Trainer:
             if parameter.grad is not None:
                 sum_over_ranks(parameter.grad)
 
-    def _update(self, batch: Batch, stats: Stats, counts: list[Tensor]) -> dict[str, float]:
-        """Clip, step, move the biases; or skip a step whose gradient is not finite."""
+    def _update(self, batch: Batch, stats: Stats, counts: list[Tensor], rate: float) -> dict[str, float]:
+        """Clip, step at this learning rate, move the biases; or skip a step whose gradient is not finite."""
         cfg = self.cfg.optim
         norm = gradient_norm(self.model.parameters())
-        rate = learning_rate(cfg, self.step_count, self.total_steps)
         if torch.isfinite(norm):
             for parameter in self.model.parameters():
                 if parameter.grad is not None and norm > cfg.clip_norm:
