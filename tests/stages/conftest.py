@@ -14,10 +14,10 @@ from thinkstack.stages.grpo import Zero
 
 @pytest.fixture
 def make_bandit(tmp_path: Path):
-    """Builds a Zero on the bandit; `name` tells runs of one test apart."""
+    """Builds a Zero on the bandit; `name` tells runs of one test apart, `shape` is another model than the usual."""
 
-    def make(seed: int = 0, name: str = "run", **changes: object) -> Zero:
-        cfg = ModelConfig(
+    def make(seed: int = 0, name: str = "run", shape: ModelConfig | None = None, **changes: object) -> Zero:
+        cfg = shape or ModelConfig(
             family="llama",
             vocab_size=2 + ARMS,
             hidden_size=32,

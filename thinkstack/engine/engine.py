@@ -234,7 +234,9 @@ class Engine:
 def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
     """How SlotTable keeps the choices of a model: layers with experts, experts per token, integer type."""
     if cfg.moe is None:
-        raise ConfigError("return_experts=true, but the model has no experts; leave it out")
+        raise ConfigError(
+            "router_replay (return_experts of an engine) is asked for, but the model has no experts; leave it out"
+        )
     layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
     return layers, cfg.moe.top_k, "uint8" if cfg.moe.num_experts <= 256 else "int16"
 

@@ -61,7 +61,8 @@ class Zero:
         self.fruitless = 0
         """Of these, how many in a row taught nothing, at the end."""
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
-        self.engine = Engine(model, EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size))
+        asked = EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size, return_experts=cfg.router_replay)
+        self.engine = Engine(model, asked)
         self.reference = copy.deepcopy(model).requires_grad_(False) if cfg.loss.kl else None
         self.reference_step = 0
         """Optimizer steps of the policy that the reference is a copy of."""
@@ -87,16 +88,14 @@ class Zero:
         before = self.trainer.step_count
         self.fit_critic()
         with timed(times, "rollout"):
-            drawn = self.draw()
-        metrics = describe(drawn)
-        self.check(drawn, metrics)
+            drawn, metrics = self.draw()
         with timed(times, "train"):
             self.refresh_reference()
             kept = usable(drawn.kept, cfg)
             learnt = compare(kept, self.penalties(kept, metrics), cfg, self.critic)
             parts = split_groups(learnt.rollouts, learnt.advantages, cfg.minibatches)
             # all of them before the first update: the old policy is the one that drew the answers
-            for batch in [self.add_log_probs(to_batch(*part, cfg.row_tokens)) for part in parts]:
+            for batch in [self.add_log_probs(to_batch(*part, cfg.row_tokens, cfg.router_replay)) for part in parts]:
                 batch = batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens))
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)
@@ -108,24 +107,23 @@ class Zero:
         tokens = sum(len(rollout.completion.token_ids) for rollout in drawn.drawn)
         return metrics | times | {"rollout/tokens_per_second": tokens / times["time/rollout_seconds"]}
 
-    def draw(self) -> Round:
-        """Ask and score; a drawing whose step was cut off is taken from the disk, answers and verdicts."""
-        folder = self.run.folder
-        drawn = read_drawing(folder, self.drawings, self.stream, self.counter)
-        if drawn is None:
-            drawn = roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
-            if self.cfg.save_steps:
-                write_drawing(folder, self.drawings, drawn, self.stream, self.counter, self.chat)
+    def draw(self) -> tuple[Round, dict[str, float]]:
+        """Ask and score, with statistics; a drawing whose step was cut off is taken from the disk, verdicts and all."""
+        known = read_drawing(self.run.folder, self.drawings, self.stream, self.counter)
+        drawn = known or roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+        metrics = describe(drawn)
+        self.check(drawn, metrics)
+        if known is None and self.cfg.save_steps:
+            write_drawing(self.run.folder, self.drawings, drawn, self.stream, self.counter, self.chat)
         self.drawings += 1
-        return drawn
+        return drawn, metrics
 
     def fit_critic(self) -> None:
         """Train the critic alone, before the policy's first step, on what the policy as it is earns (lambda = 1)."""
         if self.critic is None:
             return
         for _ in range(self.critic.trainer.step_count, self.cfg.critic.prefit_steps):
-            drawn = self.draw()
-            self.check(drawn, describe(drawn))
+            drawn, _ = self.draw()
             kept = usable(drawn.kept, self.cfg)
             learnt = compare(kept, self.penalties(kept, {}), self.cfg, self.critic, lam=1.0)
             if learnt.rollouts:
@@ -139,7 +137,8 @@ class Zero:
         scored = [place for place, rollout in enumerate(rollouts) if reward_of(rollout) is not None]
         if self.reference is None or loss.kl_placement == "loss" or not scored:
             return found
-        batch = to_batch([rollouts[place] for place in scored], [0.0] * len(scored), self.cfg.row_tokens)
+        answers = [rollouts[place] for place in scored]
+        batch = to_batch(answers, [0.0] * len(scored), self.cfg.row_tokens, self.cfg.router_replay)
         policy, reference = (self.log_probs(model, batch) for model in (self.trainer.workers[0], self.reference))
         kl = kl_estimate(policy, reference, loss.kl_estimator)
         metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
@@ -160,7 +159,9 @@ class Zero:
             )
 
     def log_probs(self, model: Transformer, batch: Batch) -> Tensor:
-        """Of all trained tokens under `model`, at the temperature they were drawn at."""
+        """Of all trained tokens under `model`, at the temperature they were drawn at; the reference routes itself."""
+        if model is self.reference:
+            batch = replace(batch, experts=None)
         return batch_log_probs(model, batch, self.cfg.loss.temperature, self.cfg.trainer.micro_tokens)
 
     def refresh_reference(self) -> None:

@@ -118,6 +118,9 @@ class GrpoConfig:
     """Precision and optimizer. The balance bias is frozen: the same weights must mean the same policy all step long."""
     row_tokens: int = 256
     """Tokens of a packed row."""
+    router_replay: bool = False
+    """Train with the experts that the engine chose for each token, so that rounding cannot send it to others
+    (arXiv:2510.11370; V3.2's "keep routing", arXiv:2512.02556). Only for models with experts."""
     dynamic_sampling: bool = True
     """Replace groups whose answers all earned the same."""
     max_rounds: int = 3

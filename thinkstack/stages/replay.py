@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.rollout_log import read_rollouts
+from thinkstack.stages.rollout_log import read_rollouts, tensor_from_dict
 from thinkstack.types import ConfigError
 
 WRONG_WEIGHTS = 1e-3
@@ -54,7 +54,8 @@ def replay(folder: Path, step: int, model: Transformer, temperature: float = 1.0
     for place, group in enumerate(groups):
         for number, answer in enumerate(group["answers"]):
             stored = torch.tensor(answer["log_probs"], dtype=torch.float64)
-            recomputed = answer_log_probs(model, group["prompt_ids"], answer["token_ids"], temperature)
+            experts = tensor_from_dict(answer["experts"]) if "experts" in answer else None
+            recomputed = answer_log_probs(model, group["prompt_ids"], answer["token_ids"], temperature, experts)
             apart = (recomputed - stored).abs()
             total += float(apart.sum())
             if len(apart) and float(apart.max()) > apart_most:
@@ -87,13 +88,21 @@ def _check_fits(groups: Sequence[dict[str, Any]], model: Transformer, folder: Pa
 
 @torch.no_grad()
 def answer_log_probs(
-    model: Transformer, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    temperature: float,
+    experts: Tensor | None = None,
 ) -> Tensor:
-    """Log-probability of each token of one answer after its prompt, (len(token_ids),) float64."""
+    """Log-probability of each token of one answer after its prompt, (len(token_ids),) float64.
+
+    experts: as in Completion, where the run kept them.
+    """
     if not token_ids:
         return torch.zeros(0, dtype=torch.float64)
     ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]])
-    logits = model(ids)[0, len(prompt_ids) - 1 :].double() / temperature  # (tokens, V)
+    hidden = model.trunk(ids, experts=None if experts is None else experts.short().unsqueeze(0)).hidden
+    logits = model.head(hidden)[0, len(prompt_ids) - 1 :].double() / temperature  # (tokens, V)
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
 
 

@@ -1,11 +1,16 @@
 """The answers of every step on disk, to browse and to replay: one gzipped JSON-lines file a step, one group a line."""
 
+import base64
 import gzip
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
 
 from thinkstack.stages.groups import by_group
 from thinkstack.text.chat import ChatFormat
@@ -60,6 +65,7 @@ def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: 
             "weights_version": rollout.completion.weights_version,
             "token_ids": rollout.completion.token_ids,
             "log_probs": rollout.completion.log_probs,
+            **({} if rollout.completion.experts is None else {"experts": tensor_to_dict(rollout.completion.experts)}),
         }
         for rollout in group
     ]
@@ -84,11 +90,24 @@ def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
                 log_probs=tuple(answer["log_probs"]),
                 finish_reason=answer["finish_reason"],
                 weights_version=answer["weights_version"],
+                experts=tensor_from_dict(answer["experts"]) if "experts" in answer else None,
             ),
             score=Score(total=answer["reward"] or 0.0, parts=answer["parts"], unscorable=answer["unscorable"]),
         )
         for answer in group["answers"]
     ]
+
+
+def tensor_to_dict(x: Tensor) -> dict[str, Any]:
+    """A tensor as JSON values: its bytes in base64."""
+    array = x.numpy()
+    return {"dtype": array.dtype.name, "shape": array.shape, "base64": base64.b64encode(array.tobytes()).decode()}
+
+
+def tensor_from_dict(values: dict[str, Any]) -> Tensor:
+    """What `tensor_to_dict` was given."""
+    array = numpy.frombuffer(bytearray(base64.b64decode(values["base64"])), dtype=values["dtype"])
+    return torch.from_numpy(array.reshape(values["shape"]))
 
 
 def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
