@@ -11,7 +11,7 @@ from thinkstack.stages.drawings import numbers_of, path_of, read_drawing
 from thinkstack.stages.grpo import Zero
 from thinkstack.stages.rollout import Counter
 from thinkstack.stages.rollout_log import read_rollouts
-from thinkstack.types import Problem, Score
+from thinkstack.types import Problem, Score, TrainingError
 
 
 class SlowOnce:
@@ -76,7 +76,7 @@ def test_without_the_disk_that_verdict_would_have_changed_the_weights(make_bandi
 def test_a_drawing_comes_back_as_it_was(make_bandit):
     zero = make_bandit(dynamic_sampling=True)
     zero.score = SlowOnce(1000)
-    drawn = zero.draw()
+    drawn, _ = zero.draw()
     assert len(drawn.kept) < len(drawn.drawn), "some groups taught nothing and were replaced"
     stream, counter = make_bandit(name="other").stream, Counter()
     assert read_drawing(zero.run.folder, 0, stream, counter) == drawn
@@ -98,6 +98,16 @@ def test_drawings_of_a_saved_state_are_dropped_and_those_of_another_past_too(mak
     assert numbers_of(zero.run.folder) == [0, 1]
     again.save()
     assert numbers_of(zero.run.folder) == []
+
+
+def test_a_drawing_that_was_refused_is_judged_again(make_bandit):
+    """The run says: repair the checker, then resume. The verdicts of the broken one must not come back."""
+    zero = make_bandit()
+    zero.score = lambda problem, text: Score(total=0.0, unscorable="checker died")
+    with pytest.raises(TrainingError, match="repair the checker, then resume"):
+        zero.step()
+    repaired = resumed(make_bandit, "run")
+    assert repaired.step()["rollout/unscorable"] == 0
 
 
 def test_without_states_nothing_is_kept(make_bandit):
