@@ -1,15 +1,17 @@
-"""A training step against transformers: `python bench/train_step.py [--compiled] [--pairs 9] [--json FILE]`.
+"""A training step against transformers: `python bench/train_step.py [--dtype fp32] [--compiled] [--json FILE]`.
 
-Measured on both sides, on the same weights and the same rows of tokens, each row one document, products in bf16, on the
-same cores: forward pass, mean cross-entropy of all next tokens, backward pass, gradient norm, clipping, fused AdamW.
-Not in the step: data, multi-token prediction, expert balance. Ours is Trainer.step with one worker a core, fp32 master
-weights and fp32 gradients; transformers runs wholly in bf16, weights and optimizer too, its products on all cores, once
-as it comes and once with the fastest of its attention and expert implementations. Both eager, or both compiled.
+Measured on both sides, on the same weights and the same rows of tokens, each row one document, on the same cores:
+forward pass, mean cross-entropy of all next tokens, backward pass, gradient norm, clipping, fused AdamW. Not in the
+step: data, multi-token prediction, expert balance. Ours is Trainer.step with one worker a core; transformers uses all
+cores for each product, once as it comes and once with the fastest of its attention and expert implementations. In bf16
+ours keeps fp32 weights, gradients and moments and computes products in bf16. "autocast": transformers does the same,
+the usual way. "bf16 weights": transformers runs wholly in bf16, weights and moments too, which is less work and loses
+small updates. Both eager, or both compiled.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import DEFAULT, Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
@@ -69,7 +71,9 @@ def drawn_rows(shape: Shape) -> torch.Tensor:
     return torch.randint(shape.cfg.vocab_size, (shape.rows, shape.tokens + 1), generator=generator)
 
 
-def our_step(model: Transformer, ids: torch.Tensor, workers: int, compiled: bool) -> Callable[[], float]:
+def our_step(
+    model: Transformer, ids: torch.Tensor, dtype: Literal["fp32", "bf16"], workers: int, compiled: bool
+) -> Callable[[], float]:
     """One step of our trainer; returns the loss."""
     rows, tokens = ids.shape[0], ids.shape[1] - 1
     batch = Batch(
@@ -81,6 +85,7 @@ def our_step(model: Transformer, ids: torch.Tensor, workers: int, compiled: bool
     )
     cfg = TrainerConfig(
         optim=OptimConfig(learning_rate=RATE, clip_norm=CLIP_NORM),
+        dtype=dtype,
         micro_tokens=-(-rows // workers) * tokens,
         workers=workers,
         balance_weight=0.0,
@@ -93,14 +98,15 @@ def our_step(model: Transformer, ids: torch.Tensor, workers: int, compiled: bool
     return lambda: trainer.step(batch, next_token_loss)["loss/next_token_nats"]
 
 
-def their_step(model: Any, ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
+def their_step(model: Any, ids: torch.Tensor, autocast: bool, compiled: bool) -> Callable[[], float]:
     """One step of transformers; returns the loss."""
     forward = torch.compile(model) if compiled else model
     read, predicted = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> float:
-        loss = forward(input_ids=read, labels=read, shift_labels=predicted, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = forward(input_ids=read, labels=read, shift_labels=predicted, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
@@ -111,37 +117,42 @@ def their_step(model: Any, ids: torch.Tensor, compiled: bool) -> Callable[[], fl
     return step
 
 
-def measure(name: str, shape: Shape, pairs: int, compiled: bool, workers: int) -> list[Comparison]:
+def measure(name: str, shape: Shape, args: Any) -> list[Comparison]:
     """Ours against the twin that transformers builds by default, and against its fastest one."""
     model = Transformer(shape.cfg).initialise(torch.Generator().manual_seed(0))
     ids = drawn_rows(shape)
-    peers = {kind: their_step(twin, ids, compiled) for kind, twin in twins(model, torch.bfloat16, EXPERTS).items()}
-    ours = our_step(model, ids, workers, compiled)
-    peak = peak_gflops(torch.bfloat16)
+    peak = peak_gflops(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     operations = 3 * flops_per_token(shape.cfg, shape.tokens // 2) * shape.rows * shape.tokens
+    ours = our_step(model, ids, args.dtype, args.threads, args.compiled)
     found = []
-    for label, kind in {"default": DEFAULT, "fastest": fastest(peers)}.items():
-        losses = ours(), peers[kind]()
-        if abs(losses[0] - losses[1]) > 0.02 * losses[1]:
-            raise RuntimeError(f"the steps differ: loss {losses[0]:.4f} of ours, {losses[1]:.4f} of transformers")
-        print(f"{name}: loss {losses[0]:.4f} ours, {losses[1]:.4f} transformers ({kind}); {operations / 1e9:.1f} GFLOP")
-        full = f"{name}, peer {label}"
-        found.append(compare(full, ours, peers[kind], pairs, floor_seconds=operations / peak / 1e9))
+    for arrangement in ("autocast", "bf16 weights") if args.dtype == "bf16" else ("fp32",):
+        candidates = twins(model, torch.bfloat16 if arrangement == "bf16 weights" else torch.float32, EXPERTS)
+        peers = {
+            kind: their_step(twin, ids, arrangement == "autocast", args.compiled) for kind, twin in candidates.items()
+        }
+        for label, kind in {"default": DEFAULT, "fastest": fastest(peers)}.items():
+            losses = ours(), peers[kind]()
+            if abs(losses[0] - losses[1]) > 0.02 * losses[1]:
+                raise RuntimeError(f"the steps differ: loss {losses[0]:.4f} ours, {losses[1]:.4f} transformers")
+            print(f"{name}: loss {losses[0]:.4f} ours, {losses[1]:.4f} {kind}; {operations / 1e9:.1f} GFLOP")
+            full = f"{name}, peer {arrangement}, {label}"
+            found.append(compare(full, ours, peers[kind], args.pairs, floor_seconds=operations / peak / 1e9))
     return found
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compiled", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES_MEASURED, default=list(SHAPES_MEASURED))
     args = parser.parse_args()
     prepare_machine(args.threads)
     found = []
     for name in args.shapes:
-        found += measure(name, SHAPES_MEASURED[name], args.pairs, args.compiled, args.threads)
+        found += measure(name, SHAPES_MEASURED[name], args)
     how = "torch.compile" if args.compiled else "eager"
-    print_comparisons(f"training step, bf16, {how}; floor: its operations at the bf16 peak of floor.py", found)
+    print_comparisons(f"training step, {args.dtype}, {how}; floor: its operations at the peak of floor.py", found)
     write_json(args.json, found)
 
 
