@@ -45,6 +45,10 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
 
+    def blocks(self) -> list[Block]:
+        """All blocks, bottom up, those of the multi-token-prediction modules last."""
+        return [*self.layers, *(module.block for module in self.mtp)]  # type: ignore[list-item, union-attr]
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "Transformer":
         """Draw all matrices from N(0, cfg.init_std), set norms to 1 and biases to 0; returns self."""

@@ -37,8 +37,7 @@ def sequence_balance_loss(routing: Routing, real: Tensor) -> Tensor:
 
 def moe_layers(model: Transformer) -> list[MoE]:
     """All layers with experts, bottom up, multi-token-prediction modules last: the order of the routings."""
-    blocks = [*model.layers, *(module.block for module in model.mtp)]
-    return [block.ffn for block in blocks if isinstance(block.ffn, MoE)]
+    return [block.ffn for block in model.blocks() if isinstance(block.ffn, MoE)]
 
 
 @torch.no_grad()

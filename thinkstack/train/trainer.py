@@ -44,6 +44,8 @@ class TrainerConfig:
     """Tokens of one forward and backward pass; more passes add up to a step."""
     workers: int = 1
     """Threads that take micro-batches in turn, each on one core with a copy of the weights."""
+    checkpoint_layers: bool = False
+    """Activation checkpointing: keep each block's input alone and compute the rest again in the backward pass."""
     mtp_weight: float = 0.3
     """Weight of the multi-token-prediction loss (lambda in the V3 report, section 2.2)."""
     mtp_detached: bool = False
@@ -94,6 +96,8 @@ class Trainer:
         self.model, self.cfg, self.total_steps, self.dump_folder = model, cfg, total_steps, dump_folder
         dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
         self.workers = [working_copy(model, dtype, always=cfg.workers > 1) for _ in range(cfg.workers)]
+        for block in (block for worker in self.workers for block in worker.blocks()):
+            block.keeps_input_only = cfg.checkpoint_layers
         self.optimizer = make_optimizer(model, cfg.optim)
         self.pool = None
         if cfg.workers > 1:

@@ -1,0 +1,83 @@
+"""Activation checkpointing: the same step for less memory."""
+
+import pytest
+import torch
+
+from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from thinkstack.models import kernels
+from thinkstack.models.transformer import Transformer
+from thinkstack.train.loss import next_token_loss
+from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.types import Batch
+
+
+def batch() -> Batch:
+    return drawn_batch([20, 9, 14, 3, 17, 8], 24)
+
+
+def step(model: Transformer, checkpoint_layers: bool, **changes: object) -> tuple[dict[str, float], Trainer]:
+    cfg = TrainerConfig(**({"dtype": "fp32", "micro_tokens": 48} | changes), checkpoint_layers=checkpoint_layers)
+    trainer = Trainer(model, cfg, 4)
+    trainer.step(batch(), next_token_loss)
+    return trainer.step(batch(), next_token_loss), trainer
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute a block."""
+    if request.param == "torch":
+        monkeypatch.setattr("thinkstack.models.kernels.calls.available", lambda: False)
+    elif not kernels.takes(torch.zeros(1)):
+        pytest.skip("no compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["experts and MTP", "dense"])
+def test_the_same_step_to_the_last_bit(cfg, dtype: str, workers: int, path: str):
+    metrics, plain = step(tiny_model(cfg), False, dtype=dtype, workers=workers)
+    again, saving = step(tiny_model(cfg), True, dtype=dtype, workers=workers)
+    assert again == metrics, "experts' loads included: a block computed twice is counted once"
+    for (name, mine), theirs in zip(saving.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def held_between(model: Transformer) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights apart."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    given = batch()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = model.trunk(given.ids, given.positions, given.document_ids).hidden
+    del hidden
+    return sum(kept.values())
+
+
+def test_of_a_block_only_its_input_is_kept(path: str):
+    """Four bytes for each number of x, once a layer; the rest is what the final norm keeps."""
+    few, many = tiny_model(GQA_TINY, num_layers=2), tiny_model(GQA_TINY, num_layers=6)
+    plain = held_between(many) - held_between(few)
+    for block in (*few.blocks(), *many.blocks()):
+        block.keeps_input_only = True
+    saving = held_between(many) - held_between(few)
+    inputs = 4 * batch().ids.numel() * GQA_TINY.hidden_size * 4  # 4 more layers, 4 bytes
+    assert inputs <= saving <= 1.1 * inputs
+    assert plain > 8 * inputs
+
+
+def test_generation_does_not_pay_for_it():
+    model = tiny_model(MLA_TINY)
+    Trainer(model, TrainerConfig(dtype="fp32", checkpoint_layers=True), 1)
+    called = []
+    model.layers[0].compute = lambda *given: called.append(given) or (given[0], None)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    assert len(called) == 1
