@@ -157,3 +157,38 @@ def test_cutting_a_batch_keeps_what_is_missing_missing():
     assert torch.equal(piece.ids, batch.ids[[2, 0]])
     assert torch.equal(piece.weights, batch.loss_mask[[2, 0]])
     assert piece.advantages is None
+
+
+def ramped(stream: PackedStream, rows: list[int]) -> list:
+    return [stream.take(count) for count in rows]
+
+
+RAMP = [2, 2, 3, 3, 4, 6, 8, 8]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_ramped_stream_resumes_in_the_middle_of_its_ramp(stop):
+    batches = ramped(PackedStream(source, 8, 16), RAMP)
+    assert [len(batch.ids) for batch in batches] == RAMP
+    first, second = PackedStream(source, 8, 16), PackedStream(source, 8, 16)
+    ramped(first, RAMP[:stop])
+    second.restore(first.state())
+    resumed = ramped(second, RAMP[stop:])
+    assert all(same(mine, theirs) for mine, theirs in zip(resumed, batches[stop:], strict=True))
+
+
+def test_a_ramp_loses_and_repeats_no_document():
+    stream = PackedStream(source, 8, 16)
+    seen = [int(t) - 100 for b in ramped(stream, RAMP * 3) for t in b.targets.flatten() if t >= 100]
+    assert len(seen) == len(set(seen))
+    assert sorted(seen + stream.waiting) == list(range(stream.position))
+
+
+def test_without_isolation_a_row_is_one_document_whose_positions_run_on():
+    """V3 packs so: tokens see what stands before them in the row; targets still stop at the borders."""
+    samples = drawn_samples([5, 3, 6])
+    alone, joined = (lay_out(samples, [[0, 1], [2]], 8, isolated=isolated) for isolated in (True, False))
+    assert joined.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 0], [0, 1, 2, 3, 4, 0, 0, 0]]
+    assert joined.document_ids.tolist() == [[1] * 6 + [0] * 2, [1] * 5 + [0] * 3]
+    for name in ("ids", "targets", "loss_mask"):
+        assert torch.equal(getattr(alone, name), getattr(joined, name))

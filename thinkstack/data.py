@@ -1,7 +1,8 @@
 """Documents to packed batches: one path for text, chats and rollouts.
 
-A row holds several documents side by side; attention, positions and targets never cross from one to the next. The
-stream of batches is a pure function of its source and position, so a run resumed in the middle sees the same rows.
+A row holds several documents side by side; targets never cross from one to the next, attention and positions only
+where that is asked for. The stream of batches is a pure function of its source and position, so a run resumed in the
+middle sees the same rows.
 """
 
 # Shapes in this file: R rows, T tokens a row.
@@ -57,8 +58,11 @@ def pack(samples: Sequence[Sample], row_tokens: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int) -> Batch:
-    """Write `samples` into the rows that `pack` chose. Document ids are sample indices + 1; 0 marks padding."""
+def lay_out(samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int, isolated: bool = True) -> Batch:
+    """Write `samples` into the rows that `pack` chose. Document ids are sample indices + 1; 0 marks padding.
+
+    isolated: False makes each row one document with id 1, whose positions run on, so that tokens attend across borders.
+    """
     shape = (len(rows), row_tokens)
     ids, positions, document_ids, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
     loss_mask = torch.zeros(shape)
@@ -70,8 +74,8 @@ def lay_out(samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens
             ids[row, span] = torch.tensor(sample.ids[:-1])
             targets[row, span] = torch.tensor(sample.ids[1:])
             loss_mask[row, span] = torch.tensor(sample.learnt[1:], dtype=torch.float32)
-            positions[row, span] = torch.arange(sample.width)
-            document_ids[row, span] = index + 1
+            positions[row, span] = torch.arange(sample.width) + (0 if isolated else start)
+            document_ids[row, span] = index + 1 if isolated else 1
             start += sample.width
     return Batch(ids=ids, positions=positions, document_ids=document_ids, targets=targets, loss_mask=loss_mask)
 
@@ -93,26 +97,35 @@ def spread(
 class PackedStream:
     """Batches of `rows` x `row_tokens` from a source, in order, resumable."""
 
-    def __init__(self, source: Source, rows: int, row_tokens: int, rank: int = 0, world_size: int = 1):
-        """With world_size > 1 this rank reads documents rank, rank + world_size, ..."""
-        self.source, self.num_rows, self.row_tokens = source, rows, row_tokens
+    def __init__(
+        self,
+        source: Source,
+        rows: int,
+        row_tokens: int,
+        rank: int = 0,
+        world_size: int = 1,
+        isolated: bool = True,
+    ):
+        """With world_size > 1 this rank reads documents rank, rank + world_size, ... isolated: as in `lay_out`."""
+        self.source, self.num_rows, self.row_tokens, self.isolated = source, rows, row_tokens, isolated
         self.rank, self.world_size = rank, world_size
         self.position = 0
         """Documents read so far by this rank."""
         self.waiting: list[int] = []
         """Documents that were read and did not fit the last batch."""
 
-    def take(self) -> Batch:
-        """The next batch."""
+    def take(self, num_rows: int | None = None) -> Batch:
+        """The next batch, of num_rows rows where that is given."""
+        num_rows = self.num_rows if num_rows is None else num_rows
         indices, samples = list(self.waiting), [self.source(index) for index in self.waiting]
-        while sum(sample.width for sample in samples) < self.num_rows * self.row_tokens:
+        while sum(sample.width for sample in samples) < num_rows * self.row_tokens:
             indices.append(self.position * self.world_size + self.rank)
             samples.append(self.source(indices[-1]))
             self.position += 1
         rows = pack(samples, self.row_tokens)
-        kept, left = rows[: self.num_rows], rows[self.num_rows :]
+        kept, left = rows[:num_rows], rows[num_rows:]
         self.waiting = sorted(indices[place] for row in left for place in row)
-        return lay_out(samples, kept, self.row_tokens)
+        return lay_out(samples, kept, self.row_tokens, self.isolated)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here."""

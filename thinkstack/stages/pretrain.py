@@ -1,10 +1,11 @@
 """Pre-training: a tokenizer, a fresh model, and next-token prediction over the generated corpus and the user's texts.
 
-Leaves `model/` in Hugging Face layout. Given `start`, it goes on from that checkpoint instead.
+Leaves `model/` in Hugging Face layout, and `model-ema/` where an average of the weights is kept. Given `start`, it goes
+on from that checkpoint instead, with a longer context if `model` says so.
 """
 
-from dataclasses import dataclass, field
-from itertools import islice
+import copy
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,139 +13,154 @@ import torch
 
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.state import load_state, save_state
-from thinkstack.config import build, dump, merge
-from thinkstack.data import PackedStream, Sample, Source, text_source
-from thinkstack.log import Progress, Run, timed
-from thinkstack.models.config import ModelConfig, named
+from thinkstack.data import PackedStream
+from thinkstack.log import CURVE, Progress, Run, timed
 from thinkstack.models.transformer import Transformer
+from thinkstack.stages.documents import make_source
+from thinkstack.stages.pretrain_config import PretrainConfig
 from thinkstack.stages.talk import keep_limit
-from thinkstack.tasks.corpus import CorpusConfig, Document, document, documents
-from thinkstack.tasks.puzzles import Family, digest
+from thinkstack.tasks.corpus import documents
+from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.table import families
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
-from thinkstack.text.tokenizer import BOS, train_tokenizer
+from thinkstack.text.tokenizer import CONTROL, FIM, train_tokenizer
+from thinkstack.train.ema import MovingAverage
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, TrainerConfig
-from thinkstack.types import ConfigError, Interrupted, Message
+from thinkstack.train.trainer import Trainer, batch_log_probs
+from thinkstack.types import Batch, Interrupted
 
-MODEL, STATE = "model", "state"
+MODEL, AVERAGE, STATE = "model", "model-ema", "state"
 TOKENIZER_DOCUMENTS = 4000
 """Documents the tokenizer is trained on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """One run of pre-training."""
-
-    size: str = "v3-tiny"
-    """Named size of the model; see models/config.py."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Changes to that size, as a table of ModelConfig."""
-    start: str = ""
-    """Checkpoint or earlier stage to go on from, tokenizer included; empty begins with fresh weights."""
-    families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Task families the corpus talks about."""
-    corpus: CorpusConfig = CorpusConfig()
-    """How the corpus is mixed."""
-    text_files: tuple[str, ...] = ()
-    """Your own UTF-8 text files, mixed into the corpus."""
-    text_share: float = 0.5
-    """Documents taken from text_files, where there are any."""
-    chat_format: str = "r1_zero_short"
-    """How questions are written; see text/chat.py."""
-    steps: int = 1000
-    """Optimizer steps."""
-    rows: int = 16
-    """Packed rows of one step."""
-    row_tokens: int = 160
-    """Tokens of a row."""
-    trainer: TrainerConfig = TrainerConfig()
-    """Precision, optimizer and auxiliary losses."""
-    save_steps: int = 500
-    """Steps between two states to resume from; 0 keeps none."""
-    seed: int = 0
-    """Fixes weights and corpus."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1 or self.row_tokens < 2:
-            raise ConfigError(f"steps={self.steps}, rows={self.rows} and row_tokens={self.row_tokens} must be positive")
-        if not 0 <= self.text_share <= 1:
-            raise ConfigError(f"text_share={self.text_share} is not a probability; use a number in 0..1")
-        families(self.families)
-        if not self.start and self.row_tokens > self.model_config.max_positions:
-            raise ConfigError(
-                f"row_tokens={self.row_tokens} exceeds the model's max_positions={self.model_config.max_positions}"
-            )
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The model to begin with."""
-        return build(ModelConfig, merge(dump(named(self.size)), self.model), "model")
+HELD_OUT = 1 << 40
+"""Documents from here on are never trained on; losses by position are measured on them."""
 
 
 def pretrain(cfg: PretrainConfig, run: Run) -> None:
     """Train and write run.folder/model; resumes from run.folder/state where that exists."""
-    model, chat = open_model(cfg)
-    stream = PackedStream(make_source(cfg, families(cfg.families), chat), cfg.rows, cfg.row_tokens)
-    trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
-    state = load_state(run.folder / STATE)
-    if state is not None:
-        restore_trainer(trainer, *state)
-        stream.restore(state[1]["stream"])
-    run.rewind(state[1]["rows"] if state else {})
+    Pretraining(cfg, run).run_to_the_end()
 
-    def save() -> None:
-        tensors, numbers = trainer_state(trainer)
-        save_state(run.folder / STATE, tensors, numbers | {"stream": stream.state(), "rows": run.mark()})
 
-    with Progress("pre-training", cfg.steps, trainer.step_count) as progress:
-        while trainer.step_count < cfg.steps:
-            times: dict[str, float] = {}
-            with timed(times, "step"):
-                batch = stream.take()
-                metrics = trainer.step(batch, next_token_loss)
-            rate = float(batch.loss_mask.sum()) / times["time/step_seconds"]
-            run.log(trainer.step_count, metrics | times | {"train/tokens_per_second": rate})
-            progress.advance(1, f"loss {metrics['loss/next_token_nats']:.3f}  {rate:,.0f} tokens/s")
-            if (cfg.save_steps and trainer.step_count % cfg.save_steps == 0) or run.is_stopping():
-                save()
-            if run.is_stopping():
-                raise Interrupted
-    save_model(run.folder / MODEL, model, chat.tokenizer, chat.name)
-    keep_limit(run.folder / MODEL, model, chat, families(cfg.families))
+class Pretraining:
+    """A model on its way through a corpus. What a state holds is all that changes from step to step."""
+
+    def __init__(self, cfg: PretrainConfig, run: Run):
+        """Opens or makes the model, and goes back to the state in run.folder where there is one."""
+        self.cfg, self.run, self.plan = cfg, run, cfg.batch_plan()
+        self.model, self.chat = open_model(cfg)
+        self.stream = PackedStream(
+            make_source(cfg, families(cfg.families), self.chat), cfg.rows, cfg.row_tokens, isolated=cfg.document_mask
+        )
+        self.trainer = Trainer(self.model, cfg.trainer, len(self.plan.rows), dump_folder=run.folder)
+        self.average = MovingAverage(self.model, cfg.ema_decay) if cfg.ema_decay else None
+        state = load_state(run.folder / STATE)
+        if state is not None:
+            tensors, numbers = state
+            restore_trainer(self.trainer, tensors, numbers)
+            self.stream.restore(numbers["stream"])
+            if self.average:
+                self.average.restore(tensors)
+        run.rewind(state[1]["rows"] if state else {})
+
+    def save(self) -> None:
+        """Write the state to resume from."""
+        tensors, numbers = trainer_state(self.trainer)
+        tensors |= self.average.state() if self.average else {}
+        save_state(self.run.folder / STATE, tensors, numbers | {"stream": self.stream.state(), "rows": self.run.mark()})
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        step, times = self.trainer.step_count, dict[str, float]()
+        with timed(times, "step"):
+            batch = self.stream.take(self.plan.rows[step])
+            metrics = self.trainer.step(batch, next_token_loss, progress=self.plan.progress(step))
+            if self.average and not metrics["train/skipped"]:
+                self.average.update(self.model, self.trainer.step_count)
+        rate = float(batch.loss_mask.sum()) / times["time/step_seconds"]
+        return metrics | times | {"train/tokens_per_second": rate, "train/rows": float(self.plan.rows[step])}
+
+    def run_to_the_end(self) -> None:
+        """Take all steps that are left, then write the model. Raises Interrupted when asked to stop."""
+        cfg, trainer, total = self.cfg, self.trainer, len(self.plan.rows)
+        if trainer.step_count == 0:
+            self.measure_positions()
+        with Progress("pre-training", total, trainer.step_count) as progress:
+            while trainer.step_count < total:
+                metrics = self.step()
+                self.run.log(trainer.step_count, metrics)
+                note = f"loss {metrics['loss/next_token_nats']:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
+                progress.advance(1, note)
+                if (cfg.save_steps and trainer.step_count % cfg.save_steps == 0) or self.run.is_stopping():
+                    self.save()
+                if self.run.is_stopping():
+                    raise Interrupted
+        self.measure_positions()
+        self.write_models()
+
+    def write_models(self) -> None:
+        """Write the model, and its average, with the limit of what they can read."""
+        models = {MODEL: self.model}
+        if self.average:
+            models[AVERAGE] = copy.deepcopy(self.model)
+            self.average.write_to(models[AVERAGE])
+        for name, model in models.items():
+            save_model(self.run.folder / name, model, self.chat.tokenizer, self.chat.name)
+            keep_limit(self.run.folder / name, model, self.chat, families(self.cfg.families))
+
+    def measure_positions(self) -> None:
+        """Append the loss by position on held-out rows to the curve, where edges are given."""
+        if self.cfg.position_edges:
+            held_out = PackedStream(
+                self.stream.source, self.cfg.rows, self.cfg.row_tokens, isolated=self.cfg.document_mask
+            )
+            held_out.restore({"position": HELD_OUT, "waiting": []})
+            found = loss_by_position(
+                self.model, held_out.take(), self.cfg.position_edges, self.cfg.trainer.micro_tokens
+            )
+            self.run.append(CURVE, {"step": self.trainer.step_count, "loss_by_position": found})
 
 
 def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
     """The model to train and the format of its questions: fresh ones, or those of cfg.start."""
     if cfg.start:
-        return load_model(cfg.start), load_chat(cfg.start)
+        return with_context(load_model(cfg.start), cfg), load_chat(cfg.start)
     model_cfg = cfg.model_config
     corpus = documents(families(cfg.families), cfg.corpus, cfg.seed)
     texts = [f"{doc.question}\n{doc.text}" for doc in islice(corpus, TOKENIZER_DOCUMENTS)]
     texts += [Path(path).read_text(encoding="utf-8", errors="replace") for path in cfg.text_files]
-    tokenizer = train_tokenizer(texts, model_cfg.vocab_size, (ANSWER_OPEN, ANSWER_CLOSE))
+    control = (*CONTROL, *FIM) if cfg.fim_rate else CONTROL
+    whole, joined = (ANSWER_OPEN, ANSWER_CLOSE), cfg.boundary_split_share > 0
+    tokenizer = train_tokenizer(texts, model_cfg.vocab_size, whole, control, joined)
     generator = torch.Generator().manual_seed(digest("weights", cfg.seed) % 2**63)
     return Transformer(model_cfg).initialise(generator), chat_format(cfg.chat_format, tokenizer)
 
 
-def make_source(cfg: PretrainConfig, suite: list[Family], chat: ChatFormat) -> Source:
-    """Documents by index: the generated corpus, with the user's texts mixed in."""
-    bos = chat.tokenizer.control_id(BOS)
-    own = text_source([Path(path) for path in cfg.text_files], chat.tokenizer.encode, bos, cfg.row_tokens)
-
-    def source(index: int) -> Sample:
-        draw = digest("text", cfg.seed, index)
-        if own and draw % 10_000 < cfg.text_share * 10_000:
-            return own[draw // 10_000 % len(own)]
-        return sample_of(document(suite, cfg.corpus, cfg.seed, index), chat, bos)
-
-    return source
+def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
+    """The model with the stage's rotary settings and longest context: the same weights, other positions."""
+    changed = cfg.extended(model.cfg)
+    if changed == model.cfg:
+        return model
+    extended = Transformer(changed)
+    extended.load_state_dict(model.state_dict())
+    return extended
 
 
-def sample_of(doc: Document, chat: ChatFormat, bos: int) -> Sample:
-    """A document as tokens; all but BOS are learnt, the question too, as in any pre-training corpus."""
-    prompt = chat.prompt([Message(role="user", content=doc.question)]) if doc.question else [bos]
-    ids = (*prompt, *chat.answer(doc.text))
-    return Sample(ids, (0,) + (1,) * (len(ids) - 1))
+@torch.no_grad()
+def loss_by_position(
+    model: Transformer, batch: Batch, edges: tuple[int, ...], micro_tokens: int
+) -> list[dict[str, Any]]:
+    """Mean cross-entropy in nats of the trained targets between each two of 0, edges, and the end of the row.
+
+    One table per interval that has any: "from" and "to" (positions, the latter excluded), "nats", "tokens".
+    """
+    losses = -batch_log_probs(model, batch, 1.0, micro_tokens)
+    bounds = (0, *edges, int(batch.positions.max()) + 1)
+    found = []
+    for low, high in pairwise(bounds):
+        inside = (batch.positions >= low) & (batch.positions < high) & (batch.loss_mask > 0)
+        if inside.any():
+            mean = float(losses[inside].mean())
+            found.append({"from": low, "to": high, "nats": mean, "tokens": int(inside.sum())})
+    return found

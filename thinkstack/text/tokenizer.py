@@ -19,6 +19,9 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CONTROL = (BOS, EOS, PAD, USER, ASSISTANT, THINK_OPEN, THINK_CLOSE)
 """The control tokens of a vocabulary of ours, in the order of their ids from 0 (names and first three ids as in V3)."""
+FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
+FIM = (FIM_HOLE, FIM_BEGIN, FIM_END)
+"""Control tokens of text/fim.py, in V3's order; a vocabulary of ours has them, after CONTROL, where they are used."""
 
 FILE = "tokenizer.json"
 
@@ -72,18 +75,26 @@ class Tokenizer:
         return cls(path.read_text(encoding="utf-8"))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Sequence[str] = ()) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    whole: Sequence[str] = (),
+    control: Sequence[str] = CONTROL,
+    join_breaks: bool = False,
+) -> Tokenizer:
     """Train a byte-level BPE with single digits.
 
     texts: the corpus, plain text. vocab_size: tokens including control tokens and the 256 bytes. whole: strings that
-    are cut out before merging, so that each becomes one ordinary token ("<answer>").
+    are cut out before merging, so that each becomes one ordinary token ("<answer>"). control: tokens outside the BPE,
+    in the order of their ids. join_breaks: let a punctuation mark merge with the line breaks after it, as in V3.
     Raises ConfigError if vocab_size leaves no room for merges.
     """
-    floor = 256 + len(CONTROL) + len(whole)
+    floor = 256 + len(control) + len(whole)
     if vocab_size < floor:
         raise ConfigError(f"vocab_size={vocab_size} is below {floor}: 256 bytes, control tokens and whole strings")
     model = tokenizers.Tokenizer(models.BPE())
-    pieces = [*map(re.escape, whole), r"\p{N}", r" ?\p{L}+", r"\s+", r"[^\s\p{L}\p{N}]"]
+    joined = [r"[^\s\p{L}\p{N}][\r\n]+"] if join_breaks else []
+    pieces = [*map(re.escape, whole), r"\p{N}", r" ?\p{L}+", r"\s+", *joined, r"[^\s\p{L}\p{N}]"]
     model.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
             pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"),
@@ -93,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Sequence[str] 
     model.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=token in (BOS, EOS, PAD), normalized=False) for token in CONTROL],
+        special_tokens=[AddedToken(token, special=token in (BOS, EOS, PAD), normalized=False) for token in control],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

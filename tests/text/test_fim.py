@@ -1,0 +1,68 @@
+"""Holes in documents: the text can be put together again, and the places are drawn evenly."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+from thinkstack.text.fim import check_fim, fill_in_middle
+from thinkstack.text.tokenizer import CONTROL, EOS, FIM, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer, train_tokenizer
+from thinkstack.types import ConfigError
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "从左到右计算",
+    "é \U0001f600 x",
+    "a",
+    "<｜fim▁hole｜> is only text",
+    " \n",
+]
+
+
+def fim_tokenizer() -> Tokenizer:
+    return train_tokenizer(["def add(a, b):", "return a + b"] * 3, 300, control=(*CONTROL, *FIM))
+
+
+def parts(ids: list[int], tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """Prefix, suffix and middle, found by the control tokens."""
+    begin, hole, end, eos = (tokenizer.control_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END, EOS))
+    assert ids[0] == begin and ids[-1] == eos
+    assert [token for token in ids if token in (begin, hole, end, eos)] == [begin, hole, end, eos]
+    first, second = ids.index(hole), ids.index(end)
+    return tuple(tokenizer.decode(piece) for piece in (ids[1:first], ids[first + 1 : second], ids[second + 1 : -1]))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prefix_middle_and_suffix_are_the_text_again(text):
+    tokenizer = fim_tokenizer()
+    for seed in range(50):
+        prefix, suffix, middle = parts(fill_in_middle(text, tokenizer, random.Random(seed)), tokenizer)
+        assert prefix + middle + suffix == text
+
+
+def test_cuts_fall_anywhere_between_characters_with_equal_chances():
+    """Two even draws: each of the 5 places of "abcd" is drawn in a fifth of them, within 4 standard errors."""
+    tokenizer, places = fim_tokenizer(), Counter()
+    for seed in range(2000):
+        prefix, _, middle = parts(fill_in_middle("abcd", tokenizer, random.Random(seed)), tokenizer)
+        places.update((len(prefix), len(prefix) + len(middle)))
+    assert set(places) == set(range(5))
+    assert all(abs(count - 800) < 4 * (4000 * 0.2 * 0.8) ** 0.5 for count in places.values())
+
+
+def test_one_seed_cuts_at_one_place():
+    tokenizer = fim_tokenizer()
+    first, again, other = (fill_in_middle(TEXTS[0], tokenizer, random.Random(seed)) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_the_new_control_tokens_stand_behind_the_old_ones():
+    """Ids of everything before them stay as they are without holes."""
+    assert [fim_tokenizer().control_id(token) for token in (*CONTROL, *FIM)] == list(range(10))
+
+
+def test_a_tokenizer_without_the_control_tokens_is_refused():
+    check_fim(fim_tokenizer())
+    with pytest.raises(ConfigError, match=r"fim▁begin.*set fim_rate=0"):
+        check_fim(tiny_tokenizer())
