@@ -20,7 +20,7 @@ from thinkstack.engine.sampler import sample, uniforms
 from thinkstack.engine.scheduler import MAX_STOP_IDS, Request, Scheduler, SlotTable
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.moe import ROW_TILE, Routing
-from thinkstack.models.precision import refresh, working_copy
+from thinkstack.models.precision import inference_copy, refresh
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, RequestError, Sampling
 
@@ -60,18 +60,19 @@ class Engine:
         self.table = SlotTable(num_slots, self.max_context, _kept_experts(model.cfg) if cfg.return_experts else None)
         self.scheduler = Scheduler(cfg.max_batch)
         self.next_id = 0
-        self._source, self._model = model, working_copy(model, self.dtype)
+        self._source, self._model = model, inference_copy(model, self.dtype)
         self.version = version
         """Version of the weights in use; every completion carries it."""
 
     def load_weights(self, model: Transformer, version: int) -> None:
-        """Take over the weights of `model` (shared where the precision is the same). No request may be running."""
+        """Take over the weights of `model` (shared where the precision is the same and nothing is adapted; adapters
+        are merged into a copy). No request may be running."""
         if self.table.count or self.scheduler.waiting:
             raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
         if model is self._source:
             refresh(self._model, model)
         else:
-            self._source, self._model = model, working_copy(model, self.dtype)
+            self._source, self._model = model, inference_copy(model, self.dtype)
         self.version = version
 
     def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> Request:

@@ -136,6 +136,7 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_size, cfg.hidden_size))
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.expert_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
+        self.adapters = nn.ModuleDict()  # by parameter: what models/lora.py adds to w_in or w_out
 
     def forward(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, T, D), normed. replayed: (B, T, K) integers, experts to use in place of the router's choice, -1 where
@@ -149,10 +150,14 @@ class MoE(nn.Module):
             given = replayed.flatten(0, 1).long()
             experts = torch.where(given < 0, experts, given)
             weights = weigh(scores, experts, self.cfg)
-        if kernels.takes(flat) and flat.shape[1] % kernels.LANES == 0 and self.w_out.shape[2] % kernels.LANES == 0:
-            out = kernels.expert_mlp(flat, weights, experts, self.w_in, self.w_out)
+        w_in, w_out = (
+            self.adapters[name](weight) if name in self.adapters else weight
+            for name, weight in (("w_in", self.w_in), ("w_out", self.w_out))
+        )
+        if kernels.takes(flat) and flat.shape[1] % kernels.LANES == 0 and w_out.shape[2] % kernels.LANES == 0:
+            out = kernels.expert_mlp(flat, weights, experts, w_in, w_out)
         else:
-            out = ExpertMLP.apply(flat, weights, experts, self.w_in, self.w_out)
+            out = ExpertMLP.apply(flat, weights, experts, w_in, w_out)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x), Routing(scores.unflatten(0, x.shape[:2]), experts.unflatten(0, x.shape[:2]))

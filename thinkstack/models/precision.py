@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from thinkstack.models.lora import adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 
@@ -24,10 +25,20 @@ def working_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -
     return twin
 
 
+def inference_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """`working_copy` without adapters: they are merged into a copy, so what they adapt is never rounded."""
+    return working_copy(merged(model), dtype)
+
+
 @torch.no_grad()
 def refresh(twin: nn.Module, model: nn.Module) -> None:
-    """Bring a working copy up to date with the model it was made from."""
+    """Bring a working or inference copy up to date with the model it was made from."""
     if twin is model:
+        return
+    if adapters(model) and not adapters(twin):
+        mine_by_name = dict((*twin.named_parameters(), *twin.named_buffers()))
+        for name, value in plain_tensors(model):
+            mine_by_name[name].copy_(value)
         return
     pairs = zip((*twin.parameters(), *twin.buffers()), (*model.parameters(), *model.buffers()), strict=True)
     for mine, theirs in pairs:

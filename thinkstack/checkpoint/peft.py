@@ -1,0 +1,185 @@
+"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors, read and written.
+
+Names are PEFT's: base_model.model.<module of the checkpoint>.lora_A.weight (r, inputs) and .lora_B.weight (outputs, r).
+Modules are found through the table of names that whole checkpoints use, so gate and up of an expert are two modules on
+disk and one parameter here. Source: huggingface.co/docs/peft, "PEFT checkpoint format".
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from thinkstack.checkpoint.hf import INDEX, PICKLES, Stored, save_weights, stored_tensors
+from thinkstack.checkpoint.model import load_model, locate, read_json
+from thinkstack.checkpoint.state import write_folder
+from thinkstack.models.lora import Adapter, LoRAConfig, adapters, add_adapters, merged
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import ConfigError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight$")
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+}
+"""Values of adapter_config.json that mean a plain adapter; others compute something else and are refused."""
+
+
+def save_adapter(folder: Path, model: Transformer, cfg: LoRAConfig, base: str) -> None:
+    """Write the adapters of `model` as a PEFT folder, whole or not at all. base: where the adapted checkpoint lies."""
+    known = adapters(model)
+    items = [item for item in stored_tensors(model.cfg) if item.source in known and item.is_written]
+    modules = [item.name.removesuffix(".weight") for item in items]
+    tensors = {}
+    for item, module in zip(items, modules, strict=True):
+        for matrix, value in zip("AB", _matrices(known[item.source], item), strict=True):
+            tensors[f"{PREFIX}{module}.lora_{matrix}.weight"] = value.detach().cpu().clone()
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": cfg.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": cfg.rank,
+        "target_modules": _targets(model, modules),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": cfg.rslora,
+    }
+
+    def fill(target: Path) -> None:
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def _targets(model: Transformer, modules: list[str]) -> list[str]:
+    """The last parts of the modules' names where these mean no other matrix of the checkpoint, else whole names."""
+    ends = {module.rpartition(".")[2] for module in modules}
+    stored = (item.name.removesuffix(".weight") for item in stored_tensors(model.cfg))
+    meant = {name for name in stored if name.rpartition(".")[2] in ends}
+    return sorted(ends if meant == set(modules) else modules)
+
+
+def _matrices(adapter: Adapter, item: Stored) -> tuple[Tensor, Tensor]:
+    """A and B of one module on disk, as views."""
+    if not item.part:
+        return adapter.lora_a, adapter.lora_b
+    expert, *rest = item.part
+    second = bool(rest) and isinstance(rest[0], slice) and rest[0].start != 0  # up lies behind gate
+    return adapter.lora_a[expert, int(second)], adapter.lora_b[expert, int(second)]
+
+
+def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
+    """Give `model` the adapters of a PEFT folder, in place; it is frozen then. Returns rank, alpha and rslora.
+
+    Raises ConfigError for a folder that is incomplete, needs more than plain LoRA, or belongs to another model.
+    """
+    path = Path(folder)
+    config = read_json(path / CONFIG)
+    for name, allowed in PLAIN.items():
+        if name in config and config[name] not in allowed:
+            raise ConfigError(
+                f"{path / CONFIG}: {name}={config[name]!r} is more than a plain LoRA adapter; merge it with PEFT "
+                "(merge_and_unload) and load the merged checkpoint"
+            )
+    try:
+        cfg = LoRAConfig(
+            rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora"))
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path / CONFIG} has no usable r and lora_alpha ({error!r}); fetch it again") from error
+    if not cfg.rank:
+        raise ConfigError(f"{path / CONFIG}: r=0 adapts nothing; give the folder of a trained adapter")
+    found = _by_module(path, _read(path))
+    stored = {item.name.removesuffix(".weight"): item for item in stored_tensors(model.cfg)}
+    for module in found:
+        if module not in stored or (owner := stored[module]).is_copy or not _is_adaptable(model, owner):
+            raise ConfigError(f"{path / WEIGHTS}: {module} is no matrix of this model that can be adapted; check base")
+    add_adapters(model, sorted({stored[module].source for module in found}), cfg.rank, cfg.scale)
+    known = adapters(model)
+    with torch.no_grad():
+        for module, given in found.items():
+            for target, matrix in zip(_matrices(known[stored[module].source], stored[module]), "AB", strict=True):
+                if matrix not in given or given[matrix].shape != target.shape:
+                    shape = tuple(given[matrix].shape) if matrix in given else "missing"
+                    raise ConfigError(
+                        f"{path / WEIGHTS}: lora_{matrix} of {module} is {shape}, this model and r={cfg.rank} need "
+                        f"{tuple(target.shape)}; use the base model that the adapter was made for"
+                    )
+                target.copy_(given[matrix])
+    return cfg
+
+
+def _is_adaptable(model: Transformer, item: Stored) -> bool:
+    """Whether an item of the table is a matrix within a block of the main model."""
+    name = item.source.removesuffix(".weight")
+    inside = name.startswith("layers.") and not name.endswith(("norm", "router", "bias"))
+    return inside and (bool(item.part) or item.source.endswith(".weight"))
+
+
+def _by_module(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        match = KEY.match(key)
+        if match is None:
+            raise ConfigError(f"{path / WEIGHTS}: {key} is no matrix of a plain LoRA adapter; merge it with PEFT first")
+        found.setdefault(match["module"], {})[match["matrix"]] = value
+    if not found:
+        raise ConfigError(f"{path / WEIGHTS} holds no adapter; fetch it again")
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    if not (path / WEIGHTS).is_file():
+        way_out = f"convert {pickles[0]} to safetensors" if pickles else "give the folder of a complete adapter"
+        raise ConfigError(f"{path / WEIGHTS} is missing; {way_out}")
+    try:
+        return load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path / WEIGHTS} is cut off or not a safetensors file ({error}); fetch it again") from error
+
+
+def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+    """Write the checkpoint folder `base` with the adapter merged into its weights, which keep its dtype.
+
+    The sum is taken in fp32 and rounded once. Raises ConfigError for what load_model and load_adapter refuse.
+    """
+    source = locate(base)
+    if not source.is_dir():
+        raise ConfigError(f"{source} is no checkpoint folder; merge into one in Hugging Face layout")
+    config = read_json(source / "config.json")
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    model = load_model(source)
+    load_adapter(model, adapter)
+    plain = merged(model)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+    def fill(target: Path) -> None:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix not in (".safetensors", ".gguf", *PICKLES) and file.name != INDEX:
+                shutil.copy(file, target / file.name)
+        save_weights(plain, target)
+
+    write_folder(Path(out), fill)
