@@ -120,3 +120,15 @@ def test_holes_and_joined_tokens_are_in_a_new_tokenizer_only_where_they_are_used
 def test_settings_that_cannot_be_are_refused_before_anything_runs(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+def test_a_ramp_in_micro_batches_takes_the_steps_of_whole_batches(tmp_path: Path):
+    """Steps of 2, 3 and 4 rows, cut into single rows or not cut: every loss is divided by its own step's tokens."""
+    found = []
+    for micro_tokens in (256, 1024):
+        trainer = {"micro_tokens": micro_tokens, "balance_weight": 0.1, "optim": {"eps": 1e-3}}
+        pretrain(config(**RAMP, trainer=trainer), Run(tmp_path / str(micro_tokens)))
+        found.append(Run(tmp_path / str(micro_tokens)).rows())
+    for cut, whole in zip(*found, strict=True):
+        for name in ("loss/next_token_nats", "loss/mtp_nats", "train/grad_norm", "router/balance_loss"):
+            assert cut[name] == pytest.approx(whole[name], rel=1e-4), (name, cut["step"])
