@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import drawn_batch, tiny_model
-from thinkstack.checkpoint.model import load_model
+from tests.tiny import GQA_TINY, drawn_batch, tiny_model, tiny_tokenizer
+from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.config import build, merge
 from thinkstack.log import Run
 from thinkstack.models.attention_config import YarnConfig
@@ -152,6 +152,17 @@ def test_transformers_computes_the_same_logits(extended: Run):
 def test_an_extension_that_cannot_be_is_refused(base: Path, changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         open_model(extension(base, **changes))
+
+
+def test_an_extension_that_cannot_be_saved_is_refused_before_it_is_trained(tmp_path: Path):
+    """YaRN scales the softmax in DeepSeek models only; the files of the others cannot say it."""
+    save_model(tmp_path / "model", tiny_model(GQA_TINY, vocab_size=360), tiny_tokenizer(), "v3")
+    yarn = {"factor": 4.0, "original_max_positions": 96}
+    table = {"start": str(tmp_path / "model"), "row_tokens": 128, "model": {"max_positions": 384}}
+    with pytest.raises(ConfigError, match=r"mscale_all_dim=1\.0 scales the softmax in DeepSeek models only"):
+        open_model(build(PretrainConfig, merge(table, {"model": {"rope": {"yarn": yarn}}})))
+    plain = {"model": {"rope": {"yarn": yarn | {"mscale_all_dim": 0.0}}}}
+    assert open_model(build(PretrainConfig, merge(table, plain)))[0].cfg.max_positions == 384
 
 
 def test_losses_by_position_are_means_of_the_tokens_between_the_edges():

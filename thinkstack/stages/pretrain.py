@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from thinkstack.checkpoint.hf_config import to_hf
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.state import load_state, save_state
 from thinkstack.data import PackedStream
@@ -27,8 +28,9 @@ from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
 from thinkstack.text.tokenizer import CONTROL, FIM, train_tokenizer
 from thinkstack.train.ema import MovingAverage
 from thinkstack.train.loss import next_token_loss
+from thinkstack.train.passes import batch_log_probs
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, batch_log_probs
+from thinkstack.train.trainer import Trainer
 from thinkstack.types import Batch, Interrupted
 
 MODEL, AVERAGE, STATE = "model", "model-ema", "state"
@@ -123,10 +125,14 @@ class Pretraining:
 
 
 def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
-    """The model to train and the format of its questions: fresh ones, or those of cfg.start."""
+    """The model to train and the format of its questions: fresh ones, or those of cfg.start.
+
+    Raises ConfigError for a model that could not be saved after it was trained.
+    """
     if cfg.start:
         return with_context(load_model(cfg.start), cfg), load_chat(cfg.start)
     model_cfg = cfg.model_config
+    to_hf(model_cfg)
     corpus = documents(families(cfg.families), cfg.corpus, cfg.seed)
     texts = [f"{doc.question}\n{doc.text}" for doc in islice(corpus, TOKENIZER_DOCUMENTS)]
     texts += [Path(path).read_text(encoding="utf-8", errors="replace") for path in cfg.text_files]
@@ -140,6 +146,7 @@ def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
 def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
     """The model with the stage's rotary settings and longest context: the same weights, other positions."""
     changed = cfg.extended(model.cfg)
+    to_hf(changed)
     if changed == model.cfg:
         return model
     extended = Transformer(changed)
