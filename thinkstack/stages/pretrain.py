@@ -38,6 +38,8 @@ TOKENIZER_DOCUMENTS = 4000
 """Documents the tokenizer is trained on."""
 HELD_OUT = 1 << 40
 """Documents from here on are never trained on; losses by position are measured on them."""
+HELD_OUT_TOKENS = 1 << 14
+"""Tokens they are measured on, in whole rows."""
 
 
 def pretrain(cfg: PretrainConfig, run: Run) -> None:
@@ -113,14 +115,12 @@ class Pretraining:
 
     def measure_positions(self) -> None:
         """Append the loss by position on held-out rows to the curve, where edges are given."""
-        if self.cfg.position_edges:
-            held_out = PackedStream(
-                self.stream.source, self.cfg.rows, self.cfg.row_tokens, isolated=self.cfg.document_mask
-            )
+        cfg = self.cfg
+        if cfg.position_edges:
+            rows = -(-HELD_OUT_TOKENS // cfg.row_tokens)
+            held_out = PackedStream(self.stream.source, rows, cfg.row_tokens, isolated=cfg.document_mask)
             held_out.restore({"position": HELD_OUT, "waiting": []})
-            found = loss_by_position(
-                self.model, held_out.take(), self.cfg.position_edges, self.cfg.trainer.micro_tokens
-            )
+            found = loss_by_position(self.model, held_out.take(), cfg.position_edges, cfg.trainer.micro_tokens)
             self.run.append(CURVE, {"step": self.trainer.step_count, "loss_by_position": found})
 
 
