@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
@@ -48,6 +49,8 @@ class AttentionContext:
     """Where the context of a generation lives; None in training."""
     known_mask: Tensor | None = None
     """What `mask` returned before."""
+    blocks: BlockMask | None = None
+    """Which blocks of tokens see each other, where FlexAttention is to be used."""
 
     def mask(self, span: int, dtype: torch.dtype) -> Tensor:
         """Added to the scores over `span` tokens, (B or 1, 1, T, span): 0 = open, -inf = closed."""
@@ -84,6 +87,32 @@ def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     return out.unflatten(2, (T, Q)).permute(0, 2, 1, 3, 4)
 
 
+def document_blocks(first: Tensor) -> BlockMask:
+    """What FlexAttention skips: keys after a query, and before the first token it sees. first: (B or 1, T)."""
+    rows, T = first.shape
+
+    def is_open(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first[row, query])
+
+    return create_block_mask(is_open, rows if rows > 1 else None, None, T, T, device=first.device)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
+    """`weighted_values` by torch's fused attention: FlexAttention where the pass has block masks, else SDPA.
+
+    Values are widened to the width of the keys for SDPA, whose fast kernels know one width.
+    """
+    T, Q = query.shape[1], query.shape[3]
+    q, k, v = query.flatten(2, 3).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, T, ...)
+    if ctx.blocks is not None:
+        out = flex_attention(q, k, v, block_mask=ctx.blocks, scale=scale, enable_gqa=Q > 1)
+        assert isinstance(out, Tensor)
+    else:
+        k, v = k.repeat_interleave(Q, 1), F.pad(v, (0, k.shape[-1] - v.shape[-1])).repeat_interleave(Q, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask(T, q.dtype), scale=scale)
+    return out[..., : value.shape[-1]].transpose(1, 2).unflatten(2, (-1, Q))
+
+
 class Attention(nn.Module):
     """What MLA and GQA do alike, once they have made queries and entries."""
 
@@ -96,7 +125,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
         last part of every key, or None. Returns (B, T, H, V)."""
-        if kernels.takes(q):
+        if kernels.takes(q) and ctx.blocks is None:
             return kernels.attend(q, kv, k_shared, ctx.rope, ctx.first, heads, self.scale, self.interleaved)
         k, v = heads.split(kv)  # (B, T, G, ...)
         if k_shared is None:
@@ -107,6 +136,8 @@ class Attention(nn.Module):
         own = q.shape[-1] - 2 * ctx.rope.shape[-1]
         q = torch.cat((q[..., :own], rotate(q[..., own:], ctx.rope, self.interleaved)), -1)
         grouped = q.unflatten(2, (heads.groups, -1))
+        if q.is_cuda or ctx.blocks is not None:
+            return fused_attention(grouped, k, v, ctx, self.scale).flatten(2, 3)
         return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
 
     def read(self, q: Tensor, entries: Tensor, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:

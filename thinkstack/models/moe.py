@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig, MoEConfig
-from thinkstack.models.layers import SwiGLU, swiglu_backward
+from thinkstack.models.layers import SwiGLU, swiglu, swiglu_backward
 
 ROW_TILE = 16
 """Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on how many others
@@ -121,6 +121,31 @@ class ExpertMLP(torch.autograd.Function):
         return grad_x, grad_weights.to(weights.dtype), None, grad_w_in, grad_w_out
 
 
+def grouped_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """`ExpertMLP` by torch's grouped products: no padding, and the device is never waited for."""
+    E, K = w_in.shape[0], experts.shape[1]
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
+    ends = flat.new_zeros(E).scatter_add_(0, flat, torch.ones_like(flat)).cumsum(0).int()
+    pairs = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # (N*K, D); its gradient is a sum in order
+    hidden = F.grouped_mm(pairs.index_select(0, order), w_in.mT, offs=ends)
+    gate, up = (part.contiguous() for part in hidden.chunk(2, -1))
+    out = F.grouped_mm(swiglu(gate, up), w_out.mT, offs=ends)
+    picked = out.index_select(0, place).unflatten(0, (-1, K))  # (N, K, D)
+    return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+
+
+def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """The experts of x (N, D) by the fastest means for its device; arguments as of `ExpertMLP`."""
+    D, I = x.shape[1], w_out.shape[2]  # noqa: E741
+    if kernels.takes(x) and D % kernels.LANES == 0 and I % kernels.LANES == 0:
+        return kernels.expert_mlp(x, weights, experts, w_in, w_out)
+    if x.is_cuda and x.dtype == torch.bfloat16 and D % 8 == 0 and I % 8 == 0:
+        return grouped_mlp(x, weights, experts, w_in, w_out)
+    return ExpertMLP.apply(x, weights, experts, w_in, w_out)
+
+
 class MoE(nn.Module):
     """Shared experts, plus the top_k routed experts of each token."""
 
@@ -137,6 +162,7 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.expert_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
         self.adapters = nn.ModuleDict()  # by parameter: what models/lora.py adds to w_in or w_out
+        self.products: nn.Module | None = None  # computes the experts in place of `compute`: models/fp8.py
 
     def forward(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, T, D), normed. replayed: (B, T, K) integers, experts to use in place of the router's choice, -1 where
@@ -154,10 +180,8 @@ class MoE(nn.Module):
             self.adapters[name](weight) if name in self.adapters else weight
             for name, weight in (("w_in", self.w_in), ("w_out", self.w_out))
         )
-        if kernels.takes(flat) and flat.shape[1] % kernels.LANES == 0 and w_out.shape[2] % kernels.LANES == 0:
-            out = kernels.expert_mlp(flat, weights, experts, w_in, w_out)
-        else:
-            out = ExpertMLP.apply(flat, weights, experts, w_in, w_out)
+        compute = expert_mlp if self.products is None else self.products
+        out = compute(flat, weights, experts, w_in, w_out)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x), Routing(scores.unflatten(0, x.shape[:2]), experts.unflatten(0, x.shape[:2]))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.attention import AttentionContext, LayerCache, document_starts
+from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, document_starts
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import RMSNorm, rope_table
@@ -43,6 +43,8 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.uses_flex = False
+        """Attend by FlexAttention, which is fast only where the blocks are compiled; set from outside."""
         self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
 
     def blocks(self) -> list[Block]:
@@ -95,11 +97,13 @@ class Transformer(nn.Module):
         positions = rows if positions is None else positions
         if cache is not None:
             positions = positions.expand(ids.shape).contiguous()  # of every sequence its own
+        first = torch.zeros_like(rows, dtype=torch.int32) if document_ids is None else document_starts(document_ids)
         context = AttentionContext(
             rope=rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope),
-            first=torch.zeros_like(rows, dtype=torch.int32) if document_ids is None else document_starts(document_ids),
+            first=first,
             last=rows if cache is None else positions,
             cache=cache,
+            blocks=document_blocks(first) if self.uses_flex and cache is None else None,
         )
         routing: list[Routing] = []
         for block in self.layers:

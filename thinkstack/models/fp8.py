@@ -1,0 +1,146 @@
+"""Products of 8-bit numbers with one scale a block, as DeepSeek-V3 trains (V3 report, arXiv:2412.19437, section 3.3).
+
+All three products of a linear layer take e4m3 operands: activations and gradients in blocks of 1 x 128 along the
+dimension that is summed over, weights in blocks of 128 x 128. Sums are fp32. Embedding, head, routers, norms and the
+core of attention are left alone. The plain arithmetic here runs anywhere; a device with block-scaled products (Hopper)
+runs them where the shapes fit.
+"""
+
+# Shapes in this file: M rows, K summed over, N outputs, leading dimensions (...) are independent products.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinkstack.models.layers import swiglu
+from thinkstack.models.moe import MoE, dispatch
+from thinkstack.models.transformer import Transformer
+
+BLOCK = 128
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3; it has 3 bits of fraction, so rounding is within 2**-4 of a normal number."""
+SMALLEST_PEAK = 1e-30
+"""A block's peak counts at least this. DeepSeek's inference code has 1e-4, below which gradients live."""
+
+
+def quantise(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """x (..., M, K) in blocks of `rows` x 128, ragged at the edges.
+
+    power_of_two: scales of the form 2**n, rounded up (ue8m0), which lose no bit where they are taken out again.
+    Returns (e4m3 (..., M, K), scales (..., ceil(M / rows), ceil(K / 128)) fp32); x is about their product.
+    """
+    M, K = x.shape[-2:]
+    blocks = F.pad(x.float(), (0, -K % BLOCK, 0, -M % rows)).unflatten(-2, (-1, rows)).unflatten(-1, (-1, BLOCK))
+    peak = blocks.abs().amax((-3, -1)).clamp(min=SMALLEST_PEAK)  # (..., M / rows, K / 128)
+    scale = peak / LARGEST
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    small = blocks / scale[..., :, None, :, None]
+    return small.flatten(-2).flatten(-3, -2)[..., :M, :K].clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+def dequantise(q: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """fp32 (..., M, K) of what `quantise` returned."""
+    M, K = q.shape[-2:]
+    wide = scale.repeat_interleave(rows, -2)[..., :M, :].repeat_interleave(BLOCK, -1)[..., :K]
+    return q.float() * wide
+
+
+def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
+    """a (..., M, K) in 1 x 128 blocks times the transpose of b (..., N, K) in b_rows x 128 blocks: (..., M, N)."""
+    if a[0].dim() == 2 and _has_block_products(a[0], b[0]):
+        return _device_product(a, b, b_rows, dtype)
+    return (dequantise(*a, 1) @ dequantise(*b, b_rows).mT).to(dtype)
+
+
+def _has_block_products(a: Tensor, b: Tensor) -> bool:
+    """Whether the device multiplies blocks of these: Hopper, whole blocks."""
+    if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) != (9, 0):
+        return False
+    return a.shape[0] % 16 == 0 and b.shape[0] % BLOCK == 0 and a.shape[1] % BLOCK == 0
+
+
+def _device_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
+    """`product` by torch's scaled_mm. It wants 1 x 128 scales stored by column and 128 x 128 scales padded to four."""
+    row_block = F.ScalingType.BlockWise1x128
+    scale_a, scale_b = a[1].t().contiguous().t(), b[1]
+    if b_rows == 1:
+        recipe, scale_b = row_block, scale_b.t().contiguous().t()
+    else:
+        recipe, scale_b = F.ScalingType.BlockWise128x128, F.pad(scale_b, (0, -scale_b.shape[1] % 4)).t()
+    out = F.scaled_mm(a[0], b[0].t(), scale_a, row_block, scale_b, recipe, output_dtype=torch.bfloat16)
+    return out.to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """x (..., M, K) times weight (..., N, K) transposed; what is kept for the backward pass is 8 bits wide."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:  # type: ignore[override]
+        a, b = quantise(x, 1, power_of_two), quantise(weight, BLOCK, power_of_two)
+        ctx.save_for_backward(*a, *b)
+        ctx.settings = power_of_two, x.dtype, weight.dtype
+        return product(a, b, BLOCK, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, x_scale, weight, weight_scale = ctx.saved_tensors
+        power_of_two, x_dtype, weight_dtype = ctx.settings
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:  # sums over N: the same blocks of the weight, read the other way
+            turned = weight.mT.contiguous(), weight_scale.mT.contiguous()
+            grad_x = product(quantise(grad, 1, power_of_two), turned, BLOCK, x_dtype)
+        if ctx.needs_input_grad[1]:  # sums over rows: blocks of 128 rows of one column
+            columns = quantise(dequantise(x, x_scale, 1).mT.contiguous(), 1, power_of_two)
+            grad_weight = product(quantise(grad.mT.contiguous(), 1, power_of_two), columns, 1, weight_dtype)
+        return grad_x, grad_weight, None
+
+
+def linear(x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
+    """x (..., K) times weight (N, K) transposed, or stacks (E, M, K) and (E, N, K): the three products in 8 bits."""
+    if weight.dim() > 2:
+        return _Linear.apply(x, weight, power_of_two)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, power_of_two).unflatten(0, x.shape[:-1])
+
+
+class FP8Linear(nn.Linear):
+    """A linear layer that multiplies in 8 bits; weight and bias are those of the layer it stands for."""
+
+    def __init__(self, base: nn.Linear, power_of_two: bool):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias, self.power_of_two = base.weight, base.bias, power_of_two
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight, self.power_of_two)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class FP8Experts(nn.Module):
+    """The routed experts of a layer in 8 bits: every expert gets as many rows as the busiest one, empty ones 0."""
+
+    def __init__(self, power_of_two: bool):
+        super().__init__()
+        self.power_of_two = power_of_two
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        """Arguments and result as of ExpertMLP in models/moe.py."""
+        E, K = w_in.shape[0], experts.shape[1]
+        plan = dispatch(experts, E)
+        used = x.new_zeros(E * plan.capacity, 1).index_fill_(0, plan.slot, 1.0)
+        rows = (x.index_select(0, plan.source) * used).unflatten(0, (E, -1))  # (E, C, D)
+        gate, up = linear(rows, w_in, self.power_of_two).chunk(2, -1)
+        out = linear(swiglu(gate.contiguous(), up.contiguous()), w_out, self.power_of_two).flatten(0, 1)
+        picked = out.index_select(0, plan.slot).unflatten(0, (-1, K))  # (N, K, D)
+        return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+
+
+def use_fp8(model: Transformer, power_of_two: bool) -> None:
+    """Let the blocks of `model` multiply in 8 bits, in place: attention, feed-forwards, experts."""
+    for block in model.blocks():
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is not FP8Linear and isinstance(child, nn.Linear):
+                    setattr(parent, name, FP8Linear(child, power_of_two))
+            if isinstance(parent, MoE):
+                parent.products = FP8Experts(power_of_two)
