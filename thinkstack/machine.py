@@ -4,6 +4,12 @@ import ctypes
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinkstack.types import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def prepare_machine(threads: int = 0) -> None:
@@ -26,6 +32,18 @@ def prepare_machine(threads: int = 0) -> None:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device called "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
+
+    Raises ConfigError for "cuda" without one.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device="cuda", but torch finds no CUDA device; use "auto" or "cpu", or install its CUDA build')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def describe_machine() -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -173,6 +174,10 @@ class Batch:
     def with_weights(self, weights: Tensor) -> Batch:
         """The same batch with these weights."""
         return replace(self, weights=weights)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
     def rows(self, index: Sequence[int] | slice) -> Batch:
         """The same batch with only the rows in `index`."""

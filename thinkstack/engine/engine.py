@@ -56,7 +56,10 @@ class Engine:
         self.max_context = min(cfg.max_context or model.cfg.max_positions, model.cfg.max_positions)
         self.dtype = torch.float32 if cfg.dtype == "fp32" else torch.bfloat16
         num_slots = -(-cfg.max_batch // ROW_TILE) * ROW_TILE
-        self.cache = KVCache(model.cfg, num_slots, -(-self.max_context // SPAN_TILE) * SPAN_TILE, self.dtype)
+        self.device = next(model.parameters()).device
+        """Where the model lies; only drawn tokens and chosen experts come back from there."""
+        span = -(-self.max_context // SPAN_TILE) * SPAN_TILE
+        self.cache = KVCache(model.cfg, num_slots, span, self.dtype, self.device)
         self.table = SlotTable(num_slots, self.max_context, _kept_experts(model.cfg) if cfg.return_experts else None)
         self.scheduler = Scheduler(cfg.max_batch)
         self.next_id = 0
@@ -173,8 +176,8 @@ class Engine:
             ids[index, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
             request.weights_version = self.version
             rows.append([self.table.open(request, answer) for answer in range(request.sampling.n)])
-        view = Prefill(self.cache, torch.tensor([own[0] for own in rows]))
-        hidden, routing, _ = self._model.trunk(ids, cache=view)
+        view = Prefill(self.cache, torch.tensor([own[0] for own in rows], device=self.device))
+        hidden, routing, _ = self._model.trunk(ids.to(self.device), cache=view)
         for request, own in zip(requests, rows, strict=True):
             self.cache.copy(own[0], own[1:], len(request.prompt_ids))
         if self.table.experts is not None:
@@ -182,9 +185,9 @@ class Engine:
             for index, own in enumerate(rows):
                 length = len(requests[index].prompt_ids)
                 self.table.experts[own, :length] = chosen[index, :length]
-        last = torch.tensor([len(r.prompt_ids) - 1 for r in requests])
-        logits = self._head(hidden[torch.arange(len(requests)), last])
-        return logits.repeat_interleave(torch.tensor([len(own) for own in rows]), 0)
+        last = torch.tensor([len(r.prompt_ids) - 1 for r in requests], device=self.device)
+        logits = self._head(hidden[torch.arange(len(requests), device=self.device), last])
+        return logits.repeat_interleave(torch.tensor([len(own) for own in rows], device=self.device), 0)
 
     def _decode(self) -> Tensor:
         """One forward pass over the last token of every running row; returns logits (rows, V) fp32."""
@@ -196,8 +199,9 @@ class Engine:
         last = self.table.tokens[range(count), self.table.drawn[:count] - 1]
         ids[:count, 0] = torch.from_numpy(last)
         span = -(-(int(length.max()) + 1) // SPAN_TILE) * SPAN_TILE
+        length = length.to(self.device)
         view = Decode(self.cache, length, span)
-        hidden, routing, _ = self._model.trunk(ids, positions=length.unsqueeze(1), cache=view)
+        hidden, routing, _ = self._model.trunk(ids.to(self.device), positions=length.unsqueeze(1), cache=view)
         if self.table.experts is not None:
             self.table.experts[range(count), self.table.length[:count]] = _experts_of(routing)[:count, 0]
         self.table.length[:count] += 1
@@ -215,11 +219,9 @@ class Engine:
         uniform = uniforms(table.seed[rows], table.drawn[rows].astype("uint64"))
         tokens, log_probs = sample(
             logits,
-            torch.from_numpy(table.temperature[rows]),
-            torch.from_numpy(table.top_p[rows]),
-            torch.from_numpy(uniform),
+            *(torch.from_numpy(x).to(self.device) for x in (table.temperature[rows], table.top_p[rows], uniform)),
         )
-        table.append(rows, tokens.numpy(), log_probs.numpy())
+        table.append(rows, tokens.cpu().numpy(), log_probs.cpu().numpy())
 
     def _settle(self) -> None:
         """Close finished rows, from the last one down so that rows still to be closed do not move."""
@@ -244,4 +246,4 @@ def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
 
 def _experts_of(routing: list[Routing]) -> numpy.ndarray:
     """Chosen experts of all layers, (B, T, L, K)."""
-    return torch.stack([layer.experts for layer in routing], 2).numpy()
+    return torch.stack([layer.experts for layer in routing], 2).cpu().numpy()

@@ -18,8 +18,13 @@ from thinkstack.models.config import ModelConfig
 class KVCache:
     """Entries of every layer, (L, slots, max_tokens, W). A slot's content counts up to its sequence's length only."""
 
-    def __init__(self, cfg: ModelConfig, num_slots: int, max_tokens: int, dtype: torch.dtype):
+    def __init__(
+        self, cfg: ModelConfig, num_slots: int, max_tokens: int, dtype: torch.dtype, device: torch.device | None = None
+    ):
         shape = (cfg.num_layers, num_slots, max_tokens, cfg.attention.cache_width)
+        if device is not None and device.type != "cpu":
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+            return
         # numpy's zeros take no memory until written; zeros, not garbage: a masked NaN would still be NaN
         kind = numpy.float32 if dtype == torch.float32 else numpy.uint16
         self.data = torch.from_numpy(numpy.zeros(shape, dtype=kind)).view(dtype)
@@ -53,7 +58,7 @@ class Decode:
 
     def extend(self, layer: int, entries: Tensor) -> Tensor:
         rows = entries.shape[0]
-        self.cache.data[layer, torch.arange(rows), self.positions] = entries.squeeze(1)
+        self.cache.data[layer, torch.arange(rows, device=self.positions.device), self.positions] = entries.squeeze(1)
         return self.cache.data[layer, :rows, : self.span]
 
     def room(self, layer: int, rows: int) -> Tensor:
