@@ -37,7 +37,8 @@ from thinkstack.text.tokenizer import EOS, Tokenizer, train_tokenizer
 from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Problem, Rollout, Sampling, Score
 
 PROMPTS, GROUP, NEW_TOKENS, PROMPT_TOKENS = 16, 8, 64, 32

@@ -23,7 +23,8 @@ from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch
 
 CLIP_NORM = 1.0

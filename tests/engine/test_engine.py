@@ -10,7 +10,7 @@ from thinkstack.data import Sample, lay_out, pack, spread
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
-from thinkstack.train.trainer import batch_log_probs
+from thinkstack.train.passes import batch_log_probs
 from thinkstack.types import Completion, ConfigError, RequestError, Sampling
 
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])

@@ -5,7 +5,7 @@ import random
 from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
-from thinkstack.train.trainer import TrainerConfig
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Message, Problem, Score
 
 ARMS = 8

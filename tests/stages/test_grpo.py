@@ -14,7 +14,7 @@ from thinkstack.stages.health import early_warnings, health_line
 from thinkstack.stages.rollout_log import read_rollouts, show_group
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
-from thinkstack.train.trainer import TrainerConfig
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError, Score, TrainingError
 
 

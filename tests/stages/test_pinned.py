@@ -11,7 +11,7 @@ from thinkstack.stages import grpo
 from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
-from thinkstack.train.trainer import TrainerConfig
+from thinkstack.train.trainer_config import TrainerConfig
 
 FAST = TrainerConfig(optim=OptimConfig(learning_rate=5e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
 RUNS = {

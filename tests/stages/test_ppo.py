@@ -11,7 +11,7 @@ from thinkstack.stages.health import early_warnings
 from thinkstack.stages.ppo import Critic, CriticConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
-from thinkstack.train.trainer import TrainerConfig
+from thinkstack.train.trainer_config import TrainerConfig
 
 PPO = {"advantage": "gae", "dynamic_sampling": False}
 

@@ -9,8 +9,8 @@ from tests.tiny import GQA_TINY, drawn_batch, tiny_model
 from thinkstack.config import build, merge
 from thinkstack.stages.grpo_config import DEFINING, PRESETS, GrpoConfig
 from thinkstack.train.loss import token_weights
+from thinkstack.train.passes import trained_tokens
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import trained_tokens
 from thinkstack.types import ConfigError
 
 

@@ -19,8 +19,10 @@ from thinkstack.stages.groups import to_batch
 from thinkstack.stages.replay import replay
 from thinkstack.stages.rollout_log import tensor_from_dict, tensor_to_dict
 from thinkstack.train.balance import moe_layers
+from thinkstack.train.passes import batch_log_probs
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import Trainer, TrainerConfig, batch_log_probs
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, Sampling
 
 IN_KERNELS = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
@@ -145,7 +147,7 @@ def test_padding_routes_itself():
 def test_a_run_with_replay_learns_from_the_engines_experts(make_bandit, changes):
     """Refilled groups, split steps and a KL term included; the biases of the trainer are moved between the two."""
     zero = make_bandit(shape=BANDIT, router_replay=True, **changes)
-    zero.trainer.workers[0] = zero.trainer.model = perturbed(zero.trainer.model, bias=1.0)
+    zero.trainer.workers.copies[0] = zero.trainer.model = perturbed(zero.trainer.model, bias=1.0)
     drawn, _ = zero.draw()
     batch = zero.add_log_probs(to_batch(drawn.kept, [1.0] * len(drawn.kept), 16, with_experts=True))
     assert apart(zero.trainer.model, batch).max() < 1e-5

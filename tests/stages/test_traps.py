@@ -17,8 +17,10 @@ from thinkstack.stages.health import describe
 from thinkstack.stages.rollout import Round
 from thinkstack.text.chat import chat_format
 from thinkstack.train.loss import token_weights
+from thinkstack.train.passes import batch_log_probs
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import Trainer, TrainerConfig, batch_log_probs
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, Message
 
 PAGE = Path(__file__).parents[2] / "docs" / "grpo.md"

@@ -7,7 +7,8 @@ from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
 from thinkstack.models import kernels
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch
 
 

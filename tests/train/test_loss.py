@@ -147,7 +147,7 @@ class Bigrams(torch.nn.Module):
         self.head = torch.nn.Linear(*table.shape, bias=False)
         self.head.weight = torch.nn.Parameter(table.T.contiguous())
 
-    def trunk(self, ids, positions, document_ids):
+    def trunk(self, ids, positions, document_ids, experts=None):
         class Out:
             hidden = torch.nn.functional.one_hot(ids, self.head.in_features).float()
 
@@ -156,7 +156,7 @@ class Bigrams(torch.nn.Module):
 
 def test_the_log_prob_of_a_token_is_read_off_the_position_before_it():
     """E2.24: with a bigram table every log-probability is known; a shift by one gives other numbers."""
-    from thinkstack.train.trainer import batch_log_probs
+    from thinkstack.train.passes import batch_log_probs
 
     table = drawn(5, 5).log_softmax(-1)
     ids = (3, 1, 4, 1, 0)

@@ -12,7 +12,8 @@ from thinkstack.train.loss import next_token_loss
 from thinkstack.train.muon import COEFFICIENTS, STEPS, Muon, Stack, hidden_matrices, orthogonalise
 from thinkstack.train.optim import OptimConfig, make_optimizer
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
 MUON = OptimConfig(optimizer="muon", muon_dtype="fp32", learning_rate=0.02, weight_decay=0.1)

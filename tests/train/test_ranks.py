@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import drawn_batch, tiny_model
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 
 LENGTHS = [9, 5, 12, 3, 11, 7, 4, 8, 6, 10]
 CFG = TrainerConfig(

@@ -10,7 +10,8 @@ from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 
 CFG = TrainerConfig(micro_tokens=16, workers=2, optim=OptimConfig(warmup_steps=3, schedule="linear"))
 

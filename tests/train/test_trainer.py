@@ -14,17 +14,11 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import moe_layers
 from thinkstack.train.loss import next_token_loss, token_weights
 from thinkstack.train.optim import OptimConfig
+from thinkstack.train.passes import batch_log_probs, micro_batches, mtp_loss
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import (
-    BAD_STEPS,
-    Trainer,
-    TrainerConfig,
-    TrainingError,
-    batch_log_probs,
-    micro_batches,
-    mtp_loss,
-)
-from thinkstack.types import Batch, ConfigError
+from thinkstack.train.trainer import BAD_STEPS, Trainer
+from thinkstack.train.trainer_config import TrainerConfig
+from thinkstack.types import Batch, ConfigError, TrainingError
 
 LENGTHS = [9, 5, 12, 3, 11, 7, 4, 8, 6, 10]
 EXACT = TrainerConfig(dtype="fp32", micro_tokens=64, optim=OptimConfig(clip_norm=1e9))
@@ -302,7 +296,7 @@ def test_biases_are_saved_in_fp32_and_the_bf16_worker_uses_the_moved_ones():
     names = [name for name in model.state_dict() if name.endswith("ffn.bias")]
     assert len(names) == 3
     assert all(model.state_dict()[name].dtype == torch.float32 for name in names)
-    assert torch.equal(biases(trainer.workers[0]), biases(model))
+    assert torch.equal(biases(trainer.workers.running), biases(model))
 
 
 def test_bf16_steps_follow_fp32_steps():

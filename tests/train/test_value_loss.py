@@ -9,7 +9,8 @@ from tests.tiny import GQA_TINY, drawn_batch, tiny_model
 from thinkstack.models.heads import ValueModel
 from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.trainer import Trainer, TrainerConfig
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.train.value_loss import ValueBatch, ValueTokens, explained_variance, gae, value_loss
 
 

@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
+from thinkstack.checkpoint.peft import save_adapter
 from thinkstack.checkpoint.state import load_state, save_state
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.evals.figures import Evaluation, curve_point
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import CURVE, Progress, Run, timed
+from thinkstack.models.lora import adapters_off, merged
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.advantages import Learnt, compare, usable
 from thinkstack.stages.drawings import drop_drawings, read_drawing, write_drawing
@@ -27,7 +29,7 @@ from thinkstack.stages.groups import by_group, collect, reward_of, to_batch
 from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.stages.health import describe, early_warnings, health_line
 from thinkstack.stages.ppo import Critic
-from thinkstack.stages.pretrain import MODEL, STATE
+from thinkstack.stages.pretrain import ADAPTER, MODEL, STATE
 from thinkstack.stages.rollout import Asking, Counter, Round, ScoreFunction, roll_out
 from thinkstack.stages.rollout_log import write_rollouts
 from thinkstack.stages.talk import keep_limit
@@ -35,9 +37,10 @@ from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, families
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.loss import token_weights
+from thinkstack.train.passes import batch_log_probs
 from thinkstack.train.policy_loss import kl_estimate, policy_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, batch_log_probs
+from thinkstack.train.trainer import Trainer
 from thinkstack.types import Batch, Interrupted, Rollout, Sampling, TrainingError
 
 log = logging.getLogger(__name__)
@@ -63,12 +66,14 @@ class Zero:
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
         asked = EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size, return_experts=cfg.router_replay)
         self.engine = Engine(model, asked)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if cfg.loss.kl else None
+        # adapters are the whole difference between policy and reference: without them no second copy is needed
+        needs_copy = cfg.loss.kl and not cfg.trainer.lora.rank
+        self.reference = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         self.reference_step = 0
         """Optimizer steps of the policy that the reference is a copy of."""
         self.critic: Critic | None = None
         if cfg.advantage == "gae":
-            self.critic = Critic(model, cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
+            self.critic = Critic(merged(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
         self.score: ScoreFunction = partial(score, cfg=cfg.reward)
         self.ask = Asking(
             sampling=Sampling(
@@ -135,11 +140,11 @@ class Zero:
         loss = self.cfg.loss
         found = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
         scored = [place for place, rollout in enumerate(rollouts) if reward_of(rollout) is not None]
-        if self.reference is None or loss.kl_placement == "loss" or not scored:
+        if not loss.kl or loss.kl_placement == "loss" or not scored:
             return found
         answers = [rollouts[place] for place in scored]
         batch = to_batch(answers, [0.0] * len(scored), self.cfg.row_tokens, self.cfg.router_replay)
-        policy, reference = (self.log_probs(model, batch) for model in (self.trainer.workers[0], self.reference))
+        policy, reference = self.log_probs(self.trainer.workers.running, batch), self.reference_log_probs(batch)
         kl = kl_estimate(policy, reference, loss.kl_estimator)
         metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
         for place, lost in zip(scored, collect(loss.kl * kl, batch), strict=True):
@@ -159,10 +164,16 @@ class Zero:
             )
 
     def log_probs(self, model: Transformer, batch: Batch) -> Tensor:
-        """Of all trained tokens under `model`, at the temperature they were drawn at; the reference routes itself."""
-        if model is self.reference:
-            batch = replace(batch, experts=None)
+        """Of all trained tokens under `model`, at the temperature they were drawn at."""
         return batch_log_probs(model, batch, self.cfg.loss.temperature, self.cfg.trainer.micro_tokens)
+
+    def reference_log_probs(self, batch: Batch) -> Tensor:
+        """`log_probs` of the reference, which routes itself: a copy, or the policy without its adapters."""
+        batch = replace(batch, experts=None)
+        if self.reference is not None:
+            return self.log_probs(self.reference, batch)
+        with adapters_off(self.trainer.workers.running) as start:
+            return self.log_probs(start, batch)
 
     def refresh_reference(self) -> None:
         """Replace the reference by the policy whenever another reference_steps optimizer steps are done."""
@@ -175,9 +186,9 @@ class Zero:
     def add_log_probs(self, batch: Batch) -> Batch:
         """Log-probabilities under the policy before the step, and under the reference, where the loss asks for them."""
         if self.cfg.minibatches > 1:
-            batch = replace(batch, old_log_probs=self.log_probs(self.trainer.workers[0], batch))
-        if self.reference is not None and self.cfg.loss.kl_placement == "loss":
-            batch = replace(batch, reference_log_probs=self.log_probs(self.reference, batch))
+            batch = replace(batch, old_log_probs=self.log_probs(self.trainer.workers.running, batch))
+        if self.cfg.loss.kl and self.cfg.loss.kl_placement == "loss":
+            batch = replace(batch, reference_log_probs=self.reference_log_probs(batch))
         return batch
 
     def keep(self, drawn: Round, learnt: Learnt, step: int) -> None:
@@ -284,8 +295,11 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
                 zero.save()
             if run.is_stopping():
                 raise Interrupted
-    save_model(run.folder / MODEL, model, chat.tokenizer, chat.name)
-    keep_limit(run.folder / MODEL, model, chat, families(cfg.families))
+    if cfg.trainer.lora.rank:
+        save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
+    plain = merged(model)
+    save_model(run.folder / MODEL, plain, chat.tokenizer, chat.name)
+    keep_limit(run.folder / MODEL, plain, chat, families(cfg.families))
 
 
 def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:

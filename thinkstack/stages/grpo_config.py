@@ -12,7 +12,7 @@ from thinkstack.stages.ppo import CriticConfig
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.table import families
 from thinkstack.train.policy_loss import PolicyLossConfig
-from thinkstack.train.trainer import TrainerConfig
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,11 @@ def refuse_contradictions(cfg: GrpoConfig) -> None:
         raise ConfigError(
             f"dynamic_sampling=true drops groups of equal rewards, from which advantage={cfg.advantage!r} learns; use "
             "dynamic_sampling=false"
+        )
+    if cfg.trainer.lora.rank and cfg.loss.kl and cfg.steps > cfg.reference_steps:
+        raise ConfigError(
+            f"reference_steps={cfg.reference_steps} would replace the reference, which with lora.rank="
+            f"{cfg.trainer.lora.rank} is the frozen model itself; use reference_steps={cfg.steps} or more"
         )
     if cfg.advantage != "gae" and cfg.critic != CriticConfig():
         raise ConfigError(f"critic settings do nothing with advantage={cfg.advantage!r}; use 'gae' or leave them out")

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from thinkstack.models.heads import ValueModel
+from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.groups import collect, lay, normalised, to_batch
 from thinkstack.train.loss import token_weights
+from thinkstack.train.passes import micro_batches
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.trainer import Trainer, TrainerConfig, micro_batches
+from thinkstack.train.trainer import Trainer
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.train.value_loss import ValueBatch, explained_variance, gae, value_loss
 from thinkstack.types import Batch, ConfigError, Rollout
 
@@ -26,7 +29,7 @@ class CriticConfig:
     """The value model of PPO (arXiv:1707.06347) and how advantages are made from it."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate of the critic; everything else of its trainer is the policy's."""
+    """Peak learning rate of the critic; everything else of its trainer is the policy's, but it never has adapters."""
     gamma: float = 1.0
     """Discount a token; 1 values a right answer the same however long it is."""
     lam: float = 1.0
@@ -67,7 +70,8 @@ class Critic:
     ):
         """trainer: the policy's; steps: what the schedule spans; folder: where a batch without finite gradient goes."""
         self.cfg, self.row_tokens = cfg, row_tokens
-        settings = replace(trainer, optim=replace(trainer.optim, learning_rate=cfg.learning_rate))
+        optim = replace(trainer.optim, learning_rate=cfg.learning_rate)
+        settings = replace(trainer, optim=optim, lora=LoRAConfig())
         self.trainer = Trainer(ValueModel.from_policy(policy), settings, steps + cfg.prefit_steps, folder)
 
     def judge(
@@ -75,7 +79,7 @@ class Critic:
     ) -> tuple[list[list[float]], list[Target]]:
         """Advantages of each answer's tokens, and what to learn from it. rewards: by token. lam: if not cfg.lam."""
         batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
-        values = collect(batch_values(self.trainer.workers[0], batch, self.trainer.cfg.micro_tokens), batch)
+        values = collect(batch_values(self.trainer.workers.running, batch, self.trainer.cfg.micro_tokens), batch)
         lam = self.cfg.lam if lam is None else lam
         raw = [gae(earned, known, self.cfg.gamma, lam) for earned, known in zip(rewards, values, strict=True)]
         targets = [
@@ -116,7 +120,6 @@ class Critic:
 def batch_values(model: Transformer, batch: Batch, micro_tokens: int) -> Tensor:
     """Predicted returns (R, T) fp32 at every position; the same arithmetic as in `Trainer.step`."""
     assert isinstance(model, ValueModel)
-    rows = [
-        model(micro.ids, micro.positions, micro.document_ids).float() for micro in micro_batches(batch, micro_tokens)
-    ]
-    return torch.cat(rows)
+    micros = micro_batches(batch.to(next(model.parameters()).device), micro_tokens)
+    rows = [model(micro.ids, micro.positions, micro.document_ids).float() for micro in micros]
+    return torch.cat(rows).to(batch.ids.device)

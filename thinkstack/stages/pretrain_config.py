@@ -8,7 +8,7 @@ from thinkstack.models.config import ModelConfig, named
 from thinkstack.tasks.corpus import CorpusConfig
 from thinkstack.tasks.table import families
 from thinkstack.train.schedule import BatchPlan
-from thinkstack.train.trainer import TrainerConfig
+from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
 POSITIONAL = ("max_positions", "rope")
@@ -76,6 +76,11 @@ class PretrainConfig:
             set(self.position_edges)
         ):
             raise ConfigError(f"position_edges={self.position_edges} must be positive and rise, such as [160, 640]")
+        if self.trainer.lora.rank and not self.start:
+            raise ConfigError(
+                f"trainer.lora.rank={self.trainer.lora.rank} would adapt fresh weights that stay as they were drawn; "
+                "give the checkpoint to adapt as start, or use rank=0"
+            )
         families(self.families)
         self.batch_plan()
         if self.start:

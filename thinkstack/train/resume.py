@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkstack.models.precision import refresh
 from thinkstack.train.trainer import Trainer
 
 
 def trainer_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, balance biases and optimizer moments as tensors (not copied), counts as numbers."""
-    tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    """Weights, balance biases and optimizer moments as tensors (not copied), counts as numbers; frozen weights are
+    where they came from."""
+    frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
+    tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items() if name not in frozen}
     for name, parameter in trainer.model.named_parameters():
         for slot, value in trainer.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{slot}.{name}"] = value
@@ -37,8 +38,7 @@ def restore_trainer(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[
         slots = {key.split(".")[1] for key in tensors if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
         if slots:
             trainer.optimizer.state[parameter] = {
-                slot: tensors[f"optimizer.{slot}.{name}"].clone() for slot in sorted(slots)
+                slot: tensors[f"optimizer.{slot}.{name}"].to(parameter.device, copy=True) for slot in sorted(slots)
             }
-    for worker in trainer.workers:
-        refresh(worker, trainer.model)
+    trainer.workers.refresh()
     trainer.step_count, trainer.bad_steps = numbers["step_count"], numbers["bad_steps"]

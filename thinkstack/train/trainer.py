@@ -5,103 +5,42 @@ loss function passed to `step`; pre-training and reinforcement learning differ i
 """
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from thinkstack.models.heads import ValueModel
-from thinkstack.models.moe import Routing
-from thinkstack.models.precision import refresh, working_copy
+from thinkstack.machine import pick_device
+from thinkstack.models.lora import adapt, adapters
 from thinkstack.models.transformer import Transformer
-from thinkstack.train.balance import expert_counts, max_violation, moe_layers, sequence_balance_loss, update_bias
-from thinkstack.train.loss import Stats, TrainedTokens, sum_over_ranks, token_log_probs, token_weights
-from thinkstack.train.optim import OptimConfig, gradient_norm, learning_rate, make_optimizer
-from thinkstack.train.value_loss import ValueTokens, valued_tokens
-from thinkstack.types import Batch, ConfigError, TrainingError
+from thinkstack.train.balance import max_violation, moe_layers, update_bias
+from thinkstack.train.loss import Stats, sum_over_ranks, token_weights
+from thinkstack.train.optim import gradient_norm, learning_rate, make_optimizer
+from thinkstack.train.passes import LossFunction, Plan, combine, micro_batches
+from thinkstack.train.trainer_config import TrainerConfig
+from thinkstack.train.workers import Workers
+from thinkstack.types import Batch, TrainingError
 
 log = logging.getLogger(__name__)
 
-LossFunction = Callable[[Any], tuple[Tensor, Stats]]
-"""Takes TrainedTokens, or ValueTokens where the model is a ValueModel."""
 BAD_STEPS = 3
 """Consecutive steps without a finite gradient after which training gives up."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """How steps are taken."""
-
-    optim: OptimConfig = OptimConfig()
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of matrix products and activations; weights, gradients and the optimizer are fp32 in both."""
-    micro_tokens: int = 2048
-    """Tokens of one forward and backward pass; more passes add up to a step."""
-    workers: int = 1
-    """Threads that take micro-batches in turn, each on one core with a copy of the weights."""
-    checkpoint_layers: bool = False
-    """Activation checkpointing: keep each block's input alone and compute the rest again in the backward pass."""
-    mtp_weight: float = 0.3
-    """Weight of the multi-token-prediction loss (lambda in the V3 report, section 2.2)."""
-    mtp_detached: bool = False
-    """Let that loss train the MTP modules only, not the trunk, embedding and head they look at."""
-    balance_weight: float = 1e-4
-    """Weight of the sequence-wise balance loss (alpha)."""
-    bias_speed: float = 1e-3
-    """Step of the balance bias (gamma); 0 freezes it."""
-
-    def __post_init__(self) -> None:
-        if self.micro_tokens < 1 or self.workers < 1:
-            raise ConfigError(f"micro_tokens={self.micro_tokens} and workers={self.workers} must be at least 1")
-
-
-class _Pass(NamedTuple):
-    """What all micro-batches of a step share."""
-
-    loss: LossFunction
-    temperature: float
-    with_entropy: bool
-    trained_share: float
-    """1 / trained tokens of the step."""
-    real_share: float
-    """1 / tokens of the step, without padding."""
-
-
-@dataclass
-class _Part:
-    """What one worker adds to a step."""
-
-    stats: Stats
-    counts: list[Tensor]
-    gradients: list[Tensor | None] | None
-    """fp32, in the order of the parameters; None where they went into the model itself."""
-
-
 class Trainer:
-    """A model, its optimizer and the count of steps taken.
-
-    Micro-batches are dealt to `workers` threads in turn, each with its own working copy and one core: small matrices
-    gain more from two independent passes than from two threads in one. Sums are taken in the order of the workers, so a
-    result depends on their number, never on their timing.
-    """
+    """A model, its optimizer and the count of steps taken."""
 
     def __init__(self, model: Transformer, cfg: TrainerConfig, total_steps: int, dump_folder: Path | None = None):
-        """model: fp32 weights, trained in place. total_steps: what the schedule spans. dump_folder: where a batch
-        without finite gradients is written for inspection."""
+        """model: fp32 weights, trained in place; where cfg.lora asks for adapters it gets them and is frozen.
+        total_steps: what the schedule spans. dump_folder: where a batch without finite gradients is written for
+        inspection."""
         self.model, self.cfg, self.total_steps, self.dump_folder = model, cfg, total_steps, dump_folder
-        dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-        self.workers = [working_copy(model, dtype, always=cfg.workers > 1) for _ in range(cfg.workers)]
-        for block in (block for worker in self.workers for block in worker.blocks()):
-            block.keeps_input_only = cfg.checkpoint_layers
+        if cfg.lora.rank and not adapters(model):
+            adapt(model, cfg.lora)
+        model.to(pick_device(cfg.device) if cfg.workers == 1 else "cpu")
+        self.workers = Workers(model, cfg)
         self.optimizer = make_optimizer(model, cfg.optim)
-        self.pool = None
-        if cfg.workers > 1:
-            self.pool = ThreadPoolExecutor(cfg.workers, initializer=torch.set_num_threads, initargs=(1,))
         self.step_count = 0
         self.bad_steps = 0
 
@@ -122,8 +61,9 @@ class Trainer:
         if batch.weights is None:
             batch = batch.with_weights(token_weights(batch, "token"))
         totals = sum_over_ranks(torch.stack((batch.loss_mask.sum(), (batch.document_ids > 0).sum().float())))
-        plan = _Pass(loss, temperature, with_entropy, *(1 / total.clamp(min=1).item() for total in totals))
-        parts = self._map_workers(micro_batches(batch, self.cfg.micro_tokens), plan)
+        plan = Plan(loss, temperature, with_entropy, *(1 / total.clamp(min=1).item() for total in totals))
+        batch = batch.to(next(self.model.parameters()).device)
+        parts = self.workers.run(micro_batches(batch, self.cfg.micro_tokens), plan)
         stats: Stats = {}
         for name, value in (item for part in parts for item in part.stats.items()):
             stats[name] = combine(name, stats.get(name), value)
@@ -135,57 +75,15 @@ class Trainer:
         progress = self.step_count / self.total_steps if progress is None else progress
         return self._update(batch, stats, counts, learning_rate(self.cfg.optim, self.step_count, progress))
 
-    def _map_workers(self, micros: list[Batch], plan: _Pass) -> list[_Part]:
-        """Run worker w on micro-batches w, w + workers, ...; one result per worker that had any."""
-        shares = [micros[worker :: len(self.workers)] for worker in range(len(self.workers))]
-        jobs = [(worker, share) for worker, share in zip(self.workers, shares, strict=True) if share]
-        if self.pool is None:
-            return [self._run(worker, share, plan) for worker, share in jobs]
-        tasks = [self.pool.submit(self._run, worker, share, plan) for worker, share in jobs]
-        return [task.result() for task in tasks]
-
-    def _run(self, model: Transformer, micros: list[Batch], plan: _Pass) -> _Part:
-        """Forward and backward passes of one worker."""
-        part = _Part({}, [torch.zeros(layer.cfg.num_experts) for layer in moe_layers(model)], None)
-        for micro in micros:
-            loss, stats, routings = self._loss(model, micro, plan)
-            loss.backward()
-            for name, value in stats.items():
-                part.stats[name] = combine(name, part.stats.get(name), value)
-            for count, routing in zip(part.counts, routings, strict=False):
-                count += expert_counts(routing, micro.document_ids > 0)
-            if model is not self.model:
-                part.gradients = add_gradients(part.gradients, model)
-        return part
-
-    def _loss(self, model: Transformer, micro: Batch, plan: _Pass) -> tuple[Tensor, Stats, list[Routing]]:
-        """The weighted sum of all losses of one micro-batch."""
-        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
-        tokens = trained_tokens(model, trunk.hidden, micro, plan.trained_share, plan.temperature, plan.with_entropy)
-        total, stats = plan.loss(tokens)
-        routings = list(trunk.routing)
-        if model.mtp and self.cfg.mtp_weight:
-            ahead, chosen = mtp_loss(model, trunk, micro, plan.trained_share, self.cfg.mtp_detached)
-            routings += chosen
-            total = total + self.cfg.mtp_weight * ahead
-            stats["loss/mtp_nats"] = ahead.detach()
-        if routings and self.cfg.balance_weight:
-            balance = torch.stack([sequence_balance_loss(r, micro.document_ids > 0) for r in routings]).mean()
-            total = total + self.cfg.balance_weight * plan.real_share * balance
-            stats["router/balance_loss"] = plan.real_share * balance.detach()
-        return total, stats, routings
-
     @torch.no_grad()
-    def _sum_gradients(self, parts: list[list[Tensor | None] | None]) -> None:
+    def _sum_gradients(self, parts: list[list[Tensor | None]]) -> None:
         """Gradients of the step over workers and ranks, into the fp32 model."""
-        for index, parameter in enumerate(self.model.parameters()):
-            mine = [part[index] for part in parts if part is not None]
+        for parameter, *mine in zip(self.model.parameters(), *parts, strict=True):
             known = [gradient for gradient in mine if gradient is not None]
             if known:
                 parameter.grad = known[0]
                 for gradient in known[1:]:
                     parameter.grad += gradient
-            if parameter.grad is not None:
                 sum_over_ranks(parameter.grad)
 
     def _update(self, batch: Batch, stats: Stats, counts: list[Tensor], rate: float) -> dict[str, float]:
@@ -202,8 +100,7 @@ class Trainer:
             for layer, count in zip(moe_layers(self.model), counts, strict=True):
                 if self.cfg.bias_speed:
                     update_bias(layer, count, self.cfg.bias_speed)
-            for worker in self.workers:
-                refresh(worker, self.model)
+            self.workers.refresh()
             self.step_count += 1
             self.bad_steps = 0
         else:
@@ -238,31 +135,6 @@ class Trainer:
         return self.model
 
 
-def micro_batches(batch: Batch, micro_tokens: int) -> list[Batch]:
-    """Cut a batch into pieces of whole rows, each of at most micro_tokens (but at least a row)."""
-    rows = max(micro_tokens // batch.ids.shape[1], 1)
-    return [batch.rows(slice(start, start + rows)) for start in range(0, batch.ids.shape[0], rows)]
-
-
-@torch.no_grad()
-def add_gradients(sums: list[Tensor | None] | None, model: Transformer) -> list[Tensor | None]:
-    """Move a working copy's gradients into fp32 sums, one place per parameter."""
-    sums = sums or [None] * len(list(model.parameters()))
-    for index, parameter in enumerate(model.parameters()):
-        gradient, known = parameter.grad, sums[index]
-        if gradient is not None:
-            sums[index] = gradient.float() if known is None else known.add_(gradient)
-        parameter.grad = None
-    return sums
-
-
-def combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:
-    """Join a statistic of two micro-batches: names ending in _max by maximum, all others by sum."""
-    if first is None:
-        return second
-    return torch.maximum(first, second) if name.endswith("_max") else first + second
-
-
 def join_ranks(stats: Stats) -> Stats:
     """Statistics of the step over all ranks, combined as over micro-batches."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -272,65 +144,3 @@ def join_ranks(stats: Stats) -> Stats:
         largest, total = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(value, op=largest if name.endswith("_max") else total)
     return joined
-
-
-def trained_tokens(
-    model: Transformer, hidden: Tensor, batch: Batch, share: float, temperature: float, with_entropy: bool = False
-) -> TrainedTokens | ValueTokens:
-    """The trained targets of `batch` with their log-probabilities (or values) by `model`. hidden: (R, T, D)."""
-    if isinstance(model, ValueModel):
-        return valued_tokens(model, hidden, batch, share)
-    index = batch.loss_mask.flatten().nonzero().squeeze(1)
-
-    def pick(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.flatten()[index]
-
-    targets = batch.targets.flatten()[index]
-    log_probs, entropy = token_log_probs(
-        hidden.flatten(0, 1), index, model.head.weight, targets, temperature, with_entropy
-    )
-    weights = pick(batch.weights)
-    assert weights is not None
-    return TrainedTokens(
-        log_probs=log_probs,
-        weights=weights,
-        share=share,
-        entropy=entropy,
-        advantages=pick(batch.advantages),
-        rollout_log_probs=pick(batch.rollout_log_probs),
-        old_log_probs=pick(batch.old_log_probs),
-        reference_log_probs=pick(batch.reference_log_probs),
-        sequences=batch.document_ids.flatten()[index],
-    )
-
-
-def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type: ignore[no-untyped-def]
-    """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, their routings).
-
-    The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
-    the same document. detached: no gradient reaches the trunk, the embedding or the head.
-    """
-    states, routings = model.look_ahead(trunk, batch.ids, detached)
-    head = model.head.weight.detach() if detached else model.head.weight
-    total = trunk.hidden.new_zeros((), dtype=torch.float32)
-    for depth, hidden in enumerate(states, start=1):
-        same = batch.document_ids[:, depth:] == batch.document_ids[:, :-depth]
-        mask = torch.nn.functional.pad(batch.loss_mask[:, depth:] * same, (0, depth))
-        index = mask.flatten().nonzero().squeeze(1)
-        targets = batch.targets.flatten()[index + depth]
-        log_probs, _ = token_log_probs(hidden.flatten(0, 1), index, head, targets)
-        total = total - log_probs.sum() * share
-    return total / len(states), routings
-
-
-@torch.no_grad()
-def batch_log_probs(model: Transformer, batch: Batch, temperature: float, micro_tokens: int) -> Tensor:
-    """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere; the same arithmetic as in `Trainer.step`."""
-    rows = []
-    for micro in micro_batches(batch, micro_tokens):
-        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
-        hidden = trunk.hidden.flatten(0, 1)
-        index = micro.loss_mask.flatten().nonzero().squeeze(1)
-        log_probs, _ = token_log_probs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)
-        rows.append(torch.zeros(micro.ids.numel()).index_copy_(0, index, log_probs).view_as(micro.ids))
-    return torch.cat(rows)

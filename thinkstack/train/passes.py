@@ -1,0 +1,196 @@
+"""Forward and backward passes over micro-batches: what one worker adds to an optimizer step.
+
+Pure functions of a model and its rows; who runs them, and where, is said by workers.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from thinkstack.models.fp8 import use_fp8
+from thinkstack.models.heads import ValueModel
+from thinkstack.models.moe import Routing
+from thinkstack.models.precision import working_copy
+from thinkstack.models.transformer import Transformer
+from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss
+from thinkstack.train.loss import Stats, TrainedTokens, token_log_probs
+from thinkstack.train.trainer_config import TrainerConfig
+from thinkstack.train.value_loss import ValueTokens, valued_tokens
+from thinkstack.types import Batch
+
+LossFunction = Callable[[Any], tuple[Tensor, Stats]]
+"""Takes TrainedTokens, or ValueTokens where the model is a ValueModel."""
+
+
+class Plan(NamedTuple):
+    """What all micro-batches of a step share."""
+
+    loss: LossFunction
+    temperature: float
+    with_entropy: bool
+    trained_share: float
+    """1 / trained tokens of the step."""
+    real_share: float
+    """1 / tokens of the step, without padding."""
+
+
+@dataclass
+class Part:
+    """What one worker adds to a step."""
+
+    stats: Stats
+    counts: list[Tensor]
+    """(E,) tokens by expert, of each layer with experts."""
+    gradients: list[Tensor | None]
+    """fp32, in the order of the parameters; None for those that had no part in it."""
+
+
+def model_to_run(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> Transformer:
+    """The model that passes run on: `model` itself, or a copy in the working precision."""
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    copy = working_copy(model, dtype, always_copy or cfg.compile)
+    if cfg.fp8 != "off":
+        use_fp8(copy, power_of_two=cfg.fp8 == "ue8m0")
+    for block in copy.blocks():
+        block.keeps_input_only = cfg.checkpoint_layers
+        if cfg.compile:
+            block.compile()
+    copy.uses_flex = cfg.compile and next(copy.parameters()).is_cuda
+    return copy
+
+
+def run_share(
+    model: Transformer, micros: list[Batch], plan: Plan, cfg: TrainerConfig, sums: list[Tensor] | None
+) -> Part:
+    """Forward and backward passes of one worker.
+
+    sums: fp32 memory for the gradients, in the order of the parameters; without it they stay in the model.
+    """
+    parameters = list(model.parameters())
+    counts = [torch.zeros(layer.cfg.num_experts, device=layer.bias.device) for layer in moe_layers(model)]
+    part = Part({}, counts, [None] * len(parameters))
+    for micro in micros:
+        loss, stats, routings = loss_of(model, micro, plan, cfg)
+        loss.backward()
+        for name, value in stats.items():
+            part.stats[name] = combine(name, part.stats.get(name), value)
+        for count, routing in zip(part.counts, routings, strict=False):
+            count += expert_counts(routing, micro.document_ids > 0)
+        if sums is None:
+            part.gradients = [parameter.grad for parameter in parameters]
+        else:
+            add_gradients(part.gradients, parameters, sums)
+    return part
+
+
+def loss_of(model: Transformer, micro: Batch, plan: Plan, cfg: TrainerConfig) -> tuple[Tensor, Stats, list[Routing]]:
+    """The weighted sum of all losses of one micro-batch."""
+    trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
+    tokens = trained_tokens(model, trunk.hidden, micro, plan.trained_share, plan.temperature, plan.with_entropy)
+    total, stats = plan.loss(tokens)
+    routings = list(trunk.routing)
+    if model.mtp and cfg.mtp_weight:
+        ahead, chosen = mtp_loss(model, trunk, micro, plan.trained_share, cfg.mtp_detached)
+        routings += chosen
+        total = total + cfg.mtp_weight * ahead
+        stats["loss/mtp_nats"] = ahead.detach()
+    if routings and cfg.balance_weight:
+        balance = torch.stack([sequence_balance_loss(r, micro.document_ids > 0) for r in routings]).mean()
+        total = total + cfg.balance_weight * plan.real_share * balance
+        stats["router/balance_loss"] = plan.real_share * balance.detach()
+    return total, stats, routings
+
+
+def micro_batches(batch: Batch, micro_tokens: int) -> list[Batch]:
+    """Cut a batch into pieces of whole rows, each of at most micro_tokens (but at least a row)."""
+    rows = max(micro_tokens // batch.ids.shape[1], 1)
+    return [batch.rows(slice(start, start + rows)) for start in range(0, batch.ids.shape[0], rows)]
+
+
+@torch.no_grad()
+def add_gradients(known: list[Tensor | None], parameters: list[nn.Parameter], sums: list[Tensor]) -> None:
+    """Move gradients into `sums`, fp32; `known` holds those of them that are in use."""
+    for index, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
+        if parameter.grad is not None:
+            known[index] = total.copy_(parameter.grad) if known[index] is None else total.add_(parameter.grad)
+        parameter.grad = None
+
+
+def gradient_memory(model: Transformer) -> list[Tensor]:
+    """fp32 memory for the gradient of each parameter; nothing for frozen ones."""
+    return [torch.empty(p.shape if p.requires_grad else 0) for p in model.parameters()]
+
+
+def combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:
+    """Join a statistic of two micro-batches: names ending in _max by maximum, all others by sum."""
+    if first is None:
+        return second
+    return torch.maximum(first, second) if name.endswith("_max") else first + second
+
+
+def trained_tokens(
+    model: Transformer, hidden: Tensor, batch: Batch, share: float, temperature: float, with_entropy: bool = False
+) -> TrainedTokens | ValueTokens:
+    """The trained targets of `batch` with their log-probabilities (or values) by `model`. hidden: (R, T, D)."""
+    if isinstance(model, ValueModel):
+        return valued_tokens(model, hidden, batch, share)
+    index = batch.loss_mask.flatten().nonzero().squeeze(1)
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.flatten()[index]
+
+    targets = batch.targets.flatten()[index]
+    log_probs, entropy = token_log_probs(
+        hidden.flatten(0, 1), index, model.head.weight, targets, temperature, with_entropy
+    )
+    weights = pick(batch.weights)
+    assert weights is not None
+    return TrainedTokens(
+        log_probs=log_probs,
+        weights=weights,
+        share=share,
+        entropy=entropy,
+        advantages=pick(batch.advantages),
+        rollout_log_probs=pick(batch.rollout_log_probs),
+        old_log_probs=pick(batch.old_log_probs),
+        reference_log_probs=pick(batch.reference_log_probs),
+        sequences=batch.document_ids.flatten()[index],
+    )
+
+
+def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type: ignore[no-untyped-def]
+    """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, their routings).
+
+    The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
+    the same document. detached: no gradient reaches the trunk, the embedding or the head.
+    """
+    states, routings = model.look_ahead(trunk, batch.ids, detached)
+    head = model.head.weight.detach() if detached else model.head.weight
+    total = trunk.hidden.new_zeros((), dtype=torch.float32)
+    for depth, hidden in enumerate(states, start=1):
+        same = batch.document_ids[:, depth:] == batch.document_ids[:, :-depth]
+        mask = torch.nn.functional.pad(batch.loss_mask[:, depth:] * same, (0, depth))
+        index = mask.flatten().nonzero().squeeze(1)
+        targets = batch.targets.flatten()[index + depth]
+        log_probs, _ = token_log_probs(hidden.flatten(0, 1), index, head, targets)
+        total = total - log_probs.sum() * share
+    return total / len(states), routings
+
+
+@torch.no_grad()
+def batch_log_probs(model: Transformer, batch: Batch, temperature: float, micro_tokens: int) -> Tensor:
+    """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere; the same arithmetic as in `Trainer.step`.
+
+    The model may lie on another device than the batch, where the result is.
+    """
+    rows = []
+    for micro in micro_batches(batch.to(next(model.parameters()).device), micro_tokens):
+        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
+        hidden = trunk.hidden.flatten(0, 1)
+        index = micro.loss_mask.flatten().nonzero().squeeze(1)
+        log_probs, _ = token_log_probs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)
+        rows.append(log_probs.new_zeros(micro.ids.numel()).index_copy_(0, index, log_probs).view_as(micro.ids))
+    return torch.cat(rows).to(batch.ids.device)
