@@ -12,7 +12,7 @@ class MovingAverage:
     """Exponential moving average of a model's parameters and balance biases, fp32 on the CPU.
 
     After n updates the weights of step i <= n count in proportion to decay ** (n - i): the first update sets the
-    average, so the drawn initial weights never enter it. DeepSeek-V3 keeps one in CPU memory (V3 report, section 3.2.2)
+    average, so the drawn initial weights never enter it. DeepSeek-V3 keeps one in CPU memory (V3 report, section 3.2.3)
     without saying its decay.
     """
 
