@@ -42,7 +42,7 @@ def pick_device(name: str) -> "torch.device":
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('device="cuda", but torch finds no CUDA device; use "auto" or "cpu", or install its CUDA build')
+        raise ConfigError('device="cuda", but torch finds no CUDA device; use "auto" or "cpu", or its CUDA build')
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, write_json
+from thinkstack.machine import pick_device
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.types import ConfigError
 
@@ -31,6 +33,8 @@ class EvaluateConfig:
     """Most tokens of an answer."""
     max_batch: int = 384
     """Answers drawn at once."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; "auto": on CUDA where there is some."""
     seed: int = 0
     """Chooses problems and draws."""
 
@@ -38,7 +42,7 @@ class EvaluateConfig:
 def measure(cfg: EvaluateConfig, run: Run) -> None:
     """Write the evaluations of cfg.start into run.folder."""
     chat = load_chat(cfg.start)
-    engine = Engine(load_model(cfg.start), EngineConfig(max_batch=cfg.max_batch))
+    engine = Engine(load_model(cfg.start).to(pick_device(cfg.device)), EngineConfig(max_batch=cfg.max_batch))
     sampled = EvalConfig(
         families=cfg.families,
         num_problems=cfg.num_problems,

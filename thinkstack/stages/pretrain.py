@@ -13,9 +13,11 @@ import torch
 
 from thinkstack.checkpoint.hf_config import to_hf
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
+from thinkstack.checkpoint.peft import save_adapter
 from thinkstack.checkpoint.state import load_state, save_state
 from thinkstack.data import PackedStream
 from thinkstack.log import CURVE, Progress, Run, timed
+from thinkstack.models.lora import merged
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.pretrain_config import PretrainConfig
@@ -34,6 +36,8 @@ from thinkstack.train.trainer import Trainer
 from thinkstack.types import Batch, Interrupted
 
 MODEL, AVERAGE, STATE = "model", "model-ema", "state"
+ADAPTER = "adapter"
+"""Beside the merged model, where adapters were trained."""
 TOKENIZER_DOCUMENTS = 4000
 """Documents the tokenizer is trained on."""
 HELD_OUT = 1 << 40
@@ -109,9 +113,12 @@ class Pretraining:
         if self.average:
             models[AVERAGE] = copy.deepcopy(self.model)
             self.average.write_to(models[AVERAGE])
+        if self.cfg.trainer.lora.rank:
+            save_adapter(self.run.folder / ADAPTER, self.model, self.cfg.trainer.lora, self.cfg.start)
         for name, model in models.items():
-            save_model(self.run.folder / name, model, self.chat.tokenizer, self.chat.name)
-            keep_limit(self.run.folder / name, model, self.chat, families(self.cfg.families))
+            plain = merged(model)
+            save_model(self.run.folder / name, plain, self.chat.tokenizer, self.chat.name)
+            keep_limit(self.run.folder / name, plain, self.chat, families(self.cfg.families))
 
     def measure_positions(self) -> None:
         """Append the loss by position on held-out rows to the curve, where edges are given."""

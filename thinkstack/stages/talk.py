@@ -131,8 +131,10 @@ def question_nats(model: Transformer, chat: ChatFormat, questions: Sequence[str]
             torch.tensor(prompt[1:]),
         )
         real[row, : len(prompt) - 1] = True
+    ids, targets, real = (value.to(next(model.parameters()).device) for value in (ids, targets, real))
     hidden = model.trunk(ids).hidden.flatten(0, 1)
-    log_probs, _ = token_log_probs(hidden, torch.arange(ids.numel()), model.head.weight, targets.flatten())
+    places = torch.arange(ids.numel(), device=ids.device)
+    log_probs, _ = token_log_probs(hidden, places, model.head.weight, targets.flatten())
     return (-(log_probs.view_as(ids) * real).sum(1) / real.sum(1)).tolist()
 
 

@@ -121,7 +121,7 @@ def add_gradients(known: list[Tensor | None], parameters: list[nn.Parameter], su
 
 def gradient_memory(model: Transformer) -> list[Tensor]:
     """fp32 memory for the gradient of each parameter; nothing for frozen ones."""
-    return [torch.empty(p.shape if p.requires_grad else 0) for p in model.parameters()]
+    return [torch.empty(p.shape if p.requires_grad else 0, device=p.device) for p in model.parameters()]
 
 
 def combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:

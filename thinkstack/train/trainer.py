@@ -5,6 +5,7 @@ loss function passed to `step`; pre-training and reinforcement learning differ i
 """
 
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -63,7 +64,10 @@ class Trainer:
         totals = sum_over_ranks(torch.stack((batch.loss_mask.sum(), (batch.document_ids > 0).sum().float())))
         plan = Plan(loss, temperature, with_entropy, *(1 / total.clamp(min=1).item() for total in totals))
         batch = batch.to(next(self.model.parameters()).device)
+        started = time.monotonic()
         parts = self.workers.run(micro_batches(batch, self.cfg.micro_tokens), plan)
+        if self.cfg.compile and self.step_count == 0:
+            log.info("the passes of the first step took %.0f s, compilation included", time.monotonic() - started)
         stats: Stats = {}
         for name, value in (item for part in parts for item in part.stats.items()):
             stats[name] = combine(name, stats.get(name), value)
