@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -167,15 +167,47 @@ def replay(run: Positional[Path], model: Positional[str], /, step: int, temperat
     print(describe_replay(recompute(run, step, load_model(model), temperature)))
 
 
-def inspect(model: Positional[str], /) -> None:
-    """Count what a model size or checkpoint is made of: parameters, compute, cache.
+def inspect(
+    model: Positional[str],
+    /,
+    train: bool = False,
+    rows: int = 8,
+    row_tokens: int = 256,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    workers: int = 1,
+    passes: int = 1,
+    checkpoint_layers: bool = False,
+    kernels: bool = True,
+) -> None:
+    """Count what a model size or checkpoint is made of: parameters, compute, cache, memory of training.
 
     Args:
         model: A named size such as v3-671b or v3-tiny, or a checkpoint folder.
+        train: Also predict the memory of a training step, by part; the settings below are its.
+        rows: Rows of a micro-batch.
+        row_tokens: Tokens of a row.
+        dtype: Precision of products and activations.
+        workers: Threads that each take micro-batches.
+        passes: Micro-batches of each worker in a step.
+        checkpoint_layers: Keep of each block only its input.
+        kernels: Computed by the C++ kernels; without, by torch's operators.
     """
-    from thinkstack.checkpoint.inspect import describe_model
+    from thinkstack.checkpoint.inspect import describe_model, describe_training
 
     print(describe_model(model))
+    if train:
+        from thinkstack.models.memory import TrainingShape
+
+        shape = TrainingShape(
+            rows=rows,
+            row_tokens=row_tokens,
+            dtype=dtype,
+            workers=workers,
+            passes=passes,
+            checkpoint_layers=checkpoint_layers,
+            with_kernels=kernels,
+        )
+        print("\n" + describe_training(model, shape))
 
 
 def main() -> None:

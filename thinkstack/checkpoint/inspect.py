@@ -14,6 +14,7 @@ from thinkstack.models.counts import (
     training_bytes,
     weight_bytes,
 )
+from thinkstack.models.memory import TrainingShape, training_memory
 
 CONTEXT = 4096
 """Tokens of context for the figures that depend on it, if the model takes as many."""
@@ -24,7 +25,7 @@ def describe_model(source: str) -> str:
 
     Raises ConfigError for anything else.
     """
-    cfg = named(source) if source in NAMED else _config_of(source)
+    cfg = config_of(source)
     context = min(CONTEXT, cfg.max_positions)
     heads = f"{cfg.attention.num_heads} heads"
     kind = "latent attention" if isinstance(cfg.attention, MLAConfig) else "grouped-query attention"
@@ -47,6 +48,17 @@ def describe_model(source: str) -> str:
     return "\n".join(f"{name:<18}{value}" for name, value in rows)
 
 
+def describe_training(source: str, shape: TrainingShape) -> str:
+    """Memory of a training step of that model, by part. Raises ConfigError as `describe_model`."""
+    parts = training_memory(config_of(source), shape)
+    path = "C++ kernels" if shape.with_kernels else "torch's operators"
+    micro = f"{shape.rows} rows of {shape.row_tokens:,} tokens, {shape.passes} for each of {shape.workers} workers"
+    kept = "of each block its input" if shape.checkpoint_layers else "all activations"
+    rows = [("micro-batch", micro), ("computed", f"in {shape.dtype} by {path}, keeping {kept}")]
+    rows += [(name, size_of(size)) for name, size in parts.items()]
+    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
 def size_of(num_bytes: float) -> str:
     """Bytes in the unit that leaves at most three digits before the point: 1,342 GB is 1.3 TB."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -56,7 +68,10 @@ def size_of(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def _config_of(source: str) -> ModelConfig:
+def config_of(source: str) -> ModelConfig:
+    """The configuration of a named size or of a checkpoint."""
+    if source in NAMED:
+        return named(source)
     path = locate(source)
     if path.suffix == ".gguf":
         return load_model(source).cfg

@@ -7,7 +7,7 @@ def count_parameters(cfg: ModelConfig) -> int:
     """Trained numbers of the main model: embedding and head included (once if tied), MTP modules and the router's
     balance bias (which no gradient reaches) not. This is the published convention: 671.03B for V3, 15.71B for V2-Lite.
     """
-    blocks = sum(_block(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
+    blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
     return tables + blocks + cfg.hidden_size
 
@@ -16,15 +16,15 @@ def count_active_parameters(cfg: ModelConfig) -> int:
     """Parameters of the main model that one token is multiplied with: top_k of the routed experts, the head, and not
     the embedding, of which a token only looks up a row. The V3 report's 37B and the V2 report's 2.4B for V2-Lite.
     """
-    blocks = sum(_block(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
+    blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
     return cfg.vocab_size * cfg.hidden_size + blocks + cfg.hidden_size - _idle(cfg)
 
 
 def mtp_parameters(cfg: ModelConfig) -> int:
     """Parameters of the multi-token-prediction modules beyond the shared embedding and head (11.6B in V3)."""
-    D = cfg.hidden_size
+    beside = sum(mtp_merge(cfg))
     return sum(
-        _block(cfg, cfg.is_moe_layer(cfg.num_layers + depth)) + 2 * D * D + 3 * D for depth in range(cfg.mtp_layers)
+        block_parameters(cfg, cfg.is_moe_layer(cfg.num_layers + depth)) + beside for depth in range(cfg.mtp_layers)
     )
 
 
@@ -37,7 +37,7 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
     """
     a = cfg.attention
     widths = a.qk_head_dim + a.v_head_dim if isinstance(a, MLAConfig) else 2 * a.head_dim
-    vectors = cfg.hidden_size + cfg.num_layers * _vectors(cfg)
+    vectors = cfg.hidden_size + cfg.num_layers * block_vectors(cfg)
     attention = 2.0 * context * a.num_heads * widths * cfg.num_layers
     return 2.0 * (count_active_parameters(cfg) - vectors) + attention
 
@@ -49,9 +49,14 @@ def weight_bytes(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
 
 def training_bytes(cfg: ModelConfig) -> int:
     """Bytes that training holds in fp32 whatever the batch: weights, gradients and AdamW's two moments. Activations and
-    copies in a lower precision come on top.
+    copies in a lower precision come on top: models/memory.py.
     """
     return weight_bytes(cfg, bytes_per_element=4 * 4)
+
+
+def mtp_merge(cfg: ModelConfig) -> tuple[int, int]:
+    """Parameters of one multi-token-prediction module beside its block: of the projection, and of its three norms."""
+    return 2 * cfg.hidden_size**2, 3 * cfg.hidden_size
 
 
 def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
@@ -59,17 +64,17 @@ def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
     return cfg.num_layers * cfg.attention.cache_width * bytes_per_element
 
 
-def _block(cfg: ModelConfig, has_experts: bool) -> int:
+def block_parameters(cfg: ModelConfig, has_experts: bool) -> int:
     """Parameters of one transformer block with its norms."""
     D = cfg.hidden_size
     if not has_experts:
-        return _attention(cfg) + _vectors(cfg) + 3 * D * cfg.dense_size
+        return attention_matrices(cfg) + block_vectors(cfg) + 3 * D * cfg.dense_size
     assert cfg.moe is not None
     width = cfg.moe.num_experts * cfg.moe.expert_size + cfg.moe.shared_size
-    return _attention(cfg) + _vectors(cfg) + 3 * D * width + D * cfg.moe.num_experts
+    return attention_matrices(cfg) + block_vectors(cfg) + 3 * D * width + D * cfg.moe.num_experts
 
 
-def _attention(cfg: ModelConfig) -> int:
+def attention_matrices(cfg: ModelConfig) -> int:
     """Matrix elements of one attention layer."""
     a, D = cfg.attention, cfg.hidden_size
     if not isinstance(a, MLAConfig):
@@ -80,7 +85,7 @@ def _attention(cfg: ModelConfig) -> int:
     return query + D * a.cache_width + expansion + a.num_heads * a.v_head_dim * D
 
 
-def _vectors(cfg: ModelConfig) -> int:
+def block_vectors(cfg: ModelConfig) -> int:
     """Norm weights and biases of one block: two norms of the residual stream, and the attention's own."""
     a, D = cfg.attention, cfg.hidden_size
     if isinstance(a, MLAConfig):
