@@ -210,10 +210,23 @@ def inspect(
         print("\n" + describe_training(model, shape))
 
 
+def merge(base: Positional[str], adapter: Positional[str], /, out: Path) -> None:
+    """Write a checkpoint with a LoRA adapter merged into its weights.
+
+    Args:
+        base: The checkpoint folder that the adapter was trained on.
+        adapter: A folder in PEFT layout, such as runs/demo/zero/adapter.
+        out: The checkpoint folder to write.
+    """
+    from thinkstack.checkpoint.peft import merge_adapter
+
+    merge_adapter(base, adapter, out)
+
+
 def main() -> None:
     """Entry point of the command `thinkstack`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, replay, inspect)
+    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, replay, inspect, merge)
     commands = {function.__name__: function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="thinkstack", description=__doc__)
