@@ -25,6 +25,7 @@ steps = {steps}
 rows = 2
 row_tokens = 160
 save_steps = 3
+ema_decay = 0.9
 model = {{ num_layers = 2, vocab_size = 512 }}
 trainer = {{ micro_tokens = 160, workers = 2 }}
 
@@ -155,8 +156,7 @@ def drive(launch: Launch, recipe: Path, out: Path, stage: str, kills: int, steps
                 wanted = "model" if is_last else ""
                 _wait(process, lambda wanted=wanted: _is_writing(out / stage, wanted))
                 _spin(rng.uniform(0, 0.02))
-        assert process.is_alive(), f"the run ended before kill {number} ({kind} at {rows} rows)"
-        assert process.pid is not None
+        assert process.is_alive() and process.pid is not None, f"the run ended before kill {number} ({kind} at {rows})"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         half = _half(out / stage)
@@ -165,6 +165,15 @@ def drive(launch: Launch, recipe: Path, out: Path, stage: str, kills: int, steps
         rows = max(rows, _rows(out / stage)) if kind != "start" else rows
         found.at_rows.append(_rows(out / stage))
     return found
+
+
+def kill_when(launch: Launch, recipe: Path, out: Path, condition: Callable[[], bool]) -> None:
+    """Begin the recipe and kill the process as soon as `condition` holds."""
+    process = launch(recipe, out)
+    _wait(process, condition)
+    assert process.is_alive() and process.pid is not None, "the run ended before it was killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def _wait(process: Process, *conditions: Callable[[], bool]) -> None:

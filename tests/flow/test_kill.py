@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flow.killing import RECIPE, Command, Launch, digests, drive, forked, run_through
+from tests.flow.killing import RECIPE, Command, Launch, digests, drive, forked, kill_when, run_through
 
 EXACT = ("model/model.safetensors", "metrics.jsonl", "state/state.safetensors")
 
@@ -19,12 +19,15 @@ def check(launch: Launch, tmp_path: Path, stages: tuple[str, ...], kills: int, s
     run_through(launch, recipe, tmp_path / "straight")
     expected = digests(tmp_path / "straight")
     assert all(f"{stage}/{name}" in expected for stage in ("base", "zero") for name in EXACT)
+    assert "base/model-ema/model.safetensors" in expected
     for seed, stage in enumerate(stages):
         found = drive(launch, recipe, tmp_path / "killed", stage, kills, steps, seed)
         print(
             f"{stage}: {kills} kills at rows {found.at_rows}, {found.inside_writes} inside a write: {found.leftovers}"
         )
         assert found.inside_writes >= max(kills // 4, 1), "the kills did not hit the writes that they were aimed at"
+    begun = tmp_path / "killed" / "zero-eval" / "provenance.json"
+    kill_when(launch, recipe, tmp_path / "killed", begun.exists)
     run_through(launch, recipe, tmp_path / "killed")
     assert digests(tmp_path / "killed") == expected
     rows = [(tmp_path / "killed" / stage / "timings.jsonl").read_text().count("\n") for stage in ("base", "zero")]

@@ -95,7 +95,7 @@ def training_memory(cfg: ModelConfig, shape: TrainingShape) -> dict[str, int]:
     all workers, at the moment when they are largest together: gradients, activations (kept for the backward pass) and
     passing (held by the operation that runs then: logits, gradients of activations, scratch). Left out: the program
     itself, the batch as integers, buffers of torch's libraries (some megabytes), and what the C library's heap holds in
-    holes (docs/benchmarks.md).
+    holes (docs/memory.md).
     """
     if shape.row_tokens > cfg.max_positions:
         raise ConfigError(f"row_tokens={shape.row_tokens} exceeds the model's {cfg.max_positions} positions; use fewer")
