@@ -156,6 +156,17 @@ def test_a_run_with_replay_learns_from_the_engines_experts(make_bandit, changes)
     assert apart(zero.trainer.model, to_batch(drawn.kept, [1.0] * len(drawn.kept), 16)).max() > 1e-4
 
 
+def test_the_reference_chooses_its_own_experts(make_bandit):
+    """It is another model: the engine's choice would make it one that nobody trained."""
+    zero = make_bandit(shape=BANDIT, router_replay=True, loss=PolicyLossConfig(kl=0.05))
+    zero.reference = perturbed(zero.reference, bias=1.0)
+    drawn = zero.draw()[0].drawn
+    batch = zero.add_log_probs(to_batch(drawn, [1.0] * len(drawn), 16, with_experts=True))
+    own = zero.log_probs(zero.reference, replace(batch, experts=None))
+    assert torch.equal(batch.reference_log_probs, own)
+    assert not torch.equal(own, zero.log_probs(zero.reference, batch))
+
+
 def test_trap_29_a_run_with_replay_resumes_bit_for_bit_from_a_drawing_on_disk(make_bandit):
     straight = make_bandit(name="straight", shape=BANDIT, router_replay=True)
     halves = make_bandit(name="halves", shape=BANDIT, router_replay=True)
