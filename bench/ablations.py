@@ -1,6 +1,6 @@
 """What each part is worth, at tiny scale: `python bench/ablations.py pretraining|reinforcement [--seeds 0 1 2]`.
 
-pretraining (about 5 minutes a seed on two cores): v3-tiny on the demo's corpus. The bias against an auxiliary loss
+pretraining (about 6 minutes a seed on two cores): v3-tiny on the demo's corpus. The bias against an auxiliary loss
 (Switch-like, weight 1e-2 over rows) and against nothing; with and without multi-token prediction, at equal steps; Muon
 against AdamW, each at its best of three rates, at equal time: seconds a step are measured in alternation and
 Muon gets as many steps as fit. Held-out loss and load, training curves.
@@ -32,7 +32,7 @@ from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
 from thinkstack.stages.pretrain import MODEL, Pretraining, pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
 
-STEPS, RL_STEPS = 700, 30
+STEPS, RL_STEPS = 500, 30
 CORPUS = {"drill_share": 0.15, "worked_share": 0.45, "wrong_working_share": 0.5}
 SETTING: dict[str, Any] = {
     "steps": STEPS,

@@ -1,8 +1,8 @@
 """The demo over several seeds, and its controls: seconds and held-out accuracy, as docs/benchmarks.md shows them.
 
-python bench/demo.py --seeds 1 2 3              about 12 minutes a seed on two cores
+python bench/demo.py --seeds 1 2 3 4 5          about 6 minutes a seed on two cores; draws docs/demo.png
 python bench/demo.py --seeds 1 --controls       and the controls of the first seed, about as long again
-python bench/demo.py --seeds 1 2 3 --only-table what runs/bench already holds
+python bench/demo.py --seeds 1 2 3 4 5 --only-table     what runs/bench already holds
 """
 
 import argparse
@@ -12,8 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure as Canvas
+from studies import band, panel
+
 from thinkstack.evals.figures import Evaluation
-from thinkstack.log import write_json
+from thinkstack.evals.plots import COLOURS
+from thinkstack.log import CURVE, read_lines, write_json
 from thinkstack.machine import describe_machine
 
 
@@ -43,6 +47,24 @@ def row_of(name: str, folder: Path, stage: str, seconds: float | None) -> dict[s
         "least over chance": min(found.by_family[f].pass_at_1 / found.chance[f] for f in found.by_family),
         "tokens": found.mean_tokens,
     }
+
+
+def draw(folders: list[Path], path: Path) -> None:
+    """Accuracy and length over the steps of reinforcement learning: mean, and least to largest over seeds."""
+    curves = [read_lines(folder / "zero" / CURVE) for folder in folders]
+    steps = [point["step"] for point in curves[0]]
+    canvas = Canvas(figsize=(8.2, 3.4), dpi=144, layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    panel(canvas, left, f"Held-out accuracy, {len(folders)} seeds", "RL step", "pass@1")
+    panel(canvas, right, "Length of answers", "RL step", "tokens per answer")
+    band(left, steps, [[point["pass_at_1"] for point in curve] for curve in curves], "all levels", COLOURS[0])
+    unseen = [[point["held_out_level"]["pass_at_1"] for point in curve] for curve in curves]
+    band(left, steps, unseen, "level 4, never asked", COLOURS[1])
+    left.set_ylim(0, 1)
+    left.legend(frameon=False, loc="lower right")
+    band(right, steps, [[point["mean_tokens"] for point in curve] for curve in curves], "tokens", COLOURS[2])
+    right.set_ylim(bottom=0)
+    canvas.savefig(path)
 
 
 def main() -> None:
@@ -78,6 +100,8 @@ def main() -> None:
         )
     before, after = (statistics.fmean(column) for column in zip(*ends, strict=True))
     print(f"\nmean pass@1 over {len(ends)} seeds: {before:.3f} -> {after:.3f}   ({describe_machine()})")
+    if not options.controls:
+        draw([options.out / f"seed{seed}" for seed in options.seeds], Path("docs/demo.png"))
     if options.json:
         write_json(options.json, rows)
 

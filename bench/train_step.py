@@ -6,11 +6,11 @@ step: data, multi-token prediction, expert balance. Ours is Trainer.step with on
 cores for each product, once as it comes and once with the fastest of its attention and expert implementations. In bf16
 ours keeps fp32 weights, gradients and moments and computes products in bf16. "autocast": transformers does the same,
 the usual way. "bf16 weights": transformers runs wholly in bf16, weights and moments too, which is less work and loses
-small updates. Both eager, or both compiled.
+small updates. Both eager, or both compiled. With --dense the peer is our own dense model of equal active size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from floor import peak_gflops
 
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, named
-from thinkstack.models.counts import flops_per_token
+from thinkstack.models.counts import count_active_parameters, flops_per_token
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
@@ -87,15 +87,13 @@ def our_step(
     cfg = TrainerConfig(
         optim=OptimConfig(learning_rate=RATE, clip_norm=CLIP_NORM),
         dtype=dtype,
+        compile=compiled,
         micro_tokens=-(-rows // workers) * tokens,
         workers=workers,
         balance_weight=0.0,
         bias_speed=0.0,
     )
     trainer = Trainer(model, cfg, total_steps=1)
-    if compiled:
-        for worker in trainer.workers:
-            worker.trunk = torch.compile(worker.trunk)  # type: ignore[method-assign]
     return lambda: trainer.step(batch, next_token_loss)["loss/next_token_nats"]
 
 
@@ -141,17 +139,40 @@ def measure(name: str, shape: Shape, args: Any) -> list[Comparison]:
     return found
 
 
+def measure_dense(name: str, shape: Shape, args: Any) -> Comparison:
+    """Ours with experts against our own dense model of as many active parameters; a ratio of 1 / 1.5 is 1.5 as slow."""
+    moe = shape.cfg.moe
+    assert moe is not None
+    layers, first = shape.cfg.num_layers, moe.first_dense_layers
+    width = moe.top_k * moe.expert_size + moe.shared_size
+    dense = replace(
+        shape.cfg, moe=None, dense_size=round((first * shape.cfg.dense_size + (layers - first) * width) / layers)
+    )
+    ids = drawn_rows(shape)
+    steps = [
+        our_step(
+            Transformer(cfg).initialise(torch.Generator().manual_seed(0)), ids, args.dtype, args.threads, args.compiled
+        )
+        for cfg in (shape.cfg, dense)
+    ]
+    active = [count_active_parameters(cfg) for cfg in (shape.cfg, dense)]
+    print(f"{name}: {active[0]:,} active parameters with experts, {active[1]:,} dense")
+    return compare(f"{name}, experts against dense", *steps, args.pairs)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compiled", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES_MEASURED, default=list(SHAPES_MEASURED))
+    parser.add_argument("--dense", action="store_true", help="against our own dense model instead")
     args = parser.parse_args()
     prepare_machine(args.threads)
     found = []
     for name in args.shapes:
-        found += measure(name, SHAPES_MEASURED[name], args)
+        shape = SHAPES_MEASURED[name]
+        found += [measure_dense(name, shape, args)] if args.dense else measure(name, shape, args)
     how = "torch.compile" if args.compiled else "eager"
     print_comparisons(f"training step, {args.dtype}, {how}; floor: its operations at the peak of floor.py", found)
     write_json(args.json, found)
