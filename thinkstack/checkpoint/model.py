@@ -39,11 +39,11 @@ def save_model(
     folder: str | Path,
     model: Transformer,
     tokenizer: Tokenizer | None = None,
-    chat_format: str | TemplateFormat | None = None,
+    chat_format: str | ChatFormat | None = None,
 ) -> None:
     """Write a complete checkpoint that transformers and this package open; an older folder of that name is replaced.
 
-    chat_format: a name in text.chat, or a shipped template to pass on. Needs a tokenizer. Raises ConfigError for a
+    chat_format: one of text.chat, or its name there; a shipped template is passed on. Needs a tokenizer. Raises ConfigError for a
     model, tokenizer and format that do not fit each other, and if the disk refuses; then nothing of the new folder is
     left.
     """
@@ -72,9 +72,7 @@ def _generation_config(cfg: ModelConfig) -> dict[str, Any]:
     return {"_from_model_config": True} | {key: config[key] for key in ("bos_token_id", "eos_token_id")}
 
 
-def _tokenizer_config(
-    cfg: ModelConfig, tokenizer: Tokenizer, chat_format: str | TemplateFormat | None
-) -> dict[str, Any]:
+def _tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer, chat_format: str | ChatFormat | None) -> dict[str, Any]:
     """tokenizer_config.json; the chat template is left out if Jinja text cannot give the same ids as our format."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ConfigError(
@@ -93,8 +91,9 @@ def _tokenizer_config(
     if isinstance(chat_format, TemplateFormat):
         config["chat_template"] = chat_format.template
     elif chat_format is not None:
-        config[CHAT_FORMAT] = chat_format
-        template = chat_template.template_of(chat_format, tokenizer)
+        name = chat_format if isinstance(chat_format, str) else chat_format.name
+        config[CHAT_FORMAT] = name
+        template = chat_template.template_of(name, tokenizer)
         if template is not None:
             config["chat_template"] = template
     return config

@@ -298,7 +298,7 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
     if cfg.trainer.lora.rank:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
     plain = merged(model)
-    save_model(run.folder / MODEL, plain, chat.tokenizer, chat.name)
+    save_model(run.folder / MODEL, plain, chat.tokenizer, chat)
     keep_limit(run.folder / MODEL, plain, chat, families(cfg.families))
 
 

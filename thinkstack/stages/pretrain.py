@@ -117,7 +117,7 @@ class Pretraining:
             save_adapter(self.run.folder / ADAPTER, self.model, self.cfg.trainer.lora, self.cfg.start)
         for name, model in models.items():
             plain = merged(model)
-            save_model(self.run.folder / name, plain, self.chat.tokenizer, self.chat.name)
+            save_model(self.run.folder / name, plain, self.chat.tokenizer, self.chat)
             keep_limit(self.run.folder / name, plain, self.chat, families(self.cfg.families))
 
     def measure_positions(self) -> None:
