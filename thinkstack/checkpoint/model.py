@@ -43,9 +43,9 @@ def save_model(
 ) -> None:
     """Write a complete checkpoint that transformers and this package open; an older folder of that name is replaced.
 
-    chat_format: one of text.chat, or its name there; a shipped template is passed on. Needs a tokenizer. Raises ConfigError for a
-    model, tokenizer and format that do not fit each other, and if the disk refuses; then nothing of the new folder is
-    left.
+    chat_format: one of text.chat, or its name there; a shipped template is passed on. Needs a tokenizer. Raises
+    ConfigError for a model, tokenizer and format that do not fit each other, and if the disk refuses; then nothing of
+    the new folder is left.
     """
     folder = Path(folder)
     check_storable(model)
