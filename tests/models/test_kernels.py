@@ -1,7 +1,10 @@
 """The C++ kernels against torch's operators, which say what they compute."""
 
+import functools
 import logging
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -229,7 +232,7 @@ def test_without_a_compiler_torchs_operators_run_and_the_log_says_so(monkeypatch
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert build.binary.__wrapped__() is None
+        assert build.load.__wrapped__() is None
     assert "no C++ compiler" in caplog.text and "install g++" in caplog.text
 
 
@@ -242,7 +245,7 @@ def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_pat
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
-        assert build.binary.__wrapped__() is None
+        assert build.load.__wrapped__() is None
     assert "cannot do that" in caplog.text
     assert list((tmp_path / "cache" / "thinkstack").iterdir()) == []
 
@@ -252,7 +255,7 @@ def test_a_compiler_that_is_not_there_is_no_reason_to_stop(monkeypatch, caplog, 
     """CXX was asked for its version outside the net, and a wrapper in it was taken for part of a name."""
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
-        assert build.binary.__wrapped__() is None
+        assert build.load.__wrapped__() is None
     assert compiler.split()[0] in caplog.text
 
 
@@ -282,6 +285,15 @@ def test_cached_steps_without_positions_read_their_own_sequence():
         torch.testing.assert_close(model(ids, cache=view), model(ids), rtol=1e-5, atol=2e-5)
 
 
+def test_threads_that_ask_at_once_build_once(monkeypatch):
+    """The workers of a trainer ask together; both compiled, on the cores they shared."""
+    built = []
+    monkeypatch.setattr(build, "load", functools.cache(lambda: built.append(time.sleep(0.05))))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: build.binary.__wrapped__(), range(2)))
+    assert len(built) == 1
+
+
 def test_the_switch_turns_the_kernels_off(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "0")
-    assert build.binary.__wrapped__() is None
+    assert build.load.__wrapped__() is None

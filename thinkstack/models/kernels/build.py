@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -24,9 +25,19 @@ SWITCH = "THINKSTACK_KERNELS"
 """Environment variable; "0" runs on torch's operators alone."""
 
 
+_BUILDING = threading.Lock()
+
+
 @functools.cache
 def binary() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
+    """The compiled kernels; None where they are switched off or cannot be built. Threads that ask at once wait."""
+    with _BUILDING:
+        return load()
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """What `binary` returns; why there is none is logged once."""
     if os.environ.get(SWITCH) == "0":
         log.info("%s=0: running on torch's operators", SWITCH)
         return None
