@@ -100,13 +100,38 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     return step
 
 
+def trl_config(folder: str, steps: int, dtype: str) -> Any:
+    """TRL as it comes, with the shapes of this bench and without checkpointing of activations."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=NEW_TOKENS,
+        generation_kwargs={"min_new_tokens": NEW_TOKENS},
+        max_steps=steps,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        bf16=dtype == "bf16",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        shuffle_dataset=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
 def trl_steps(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[str], steps: int, dtype: str, after: Callable[[], None]
 ) -> list[Times]:
     """Seconds of TRL's steps; `after` is called after each."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.spec), pad_token=EOS, eos_token=EOS
@@ -136,29 +161,10 @@ def trl_steps(
             taken.append({"begin": time.perf_counter()})
 
     with tempfile.TemporaryDirectory() as folder:
-        cfg = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=PROMPTS * GROUP,
-            num_generations=GROUP,
-            max_completion_length=NEW_TOKENS,
-            generation_kwargs={"min_new_tokens": NEW_TOKENS},
-            max_steps=steps,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            bf16=dtype == "bf16",
-            gradient_checkpointing=False,
-            use_cpu=True,
-            shuffle_dataset=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
         trainer = Timed(
             model=model,
             reward_funcs=lambda completions, **_: [reward(text) for text in completions],
-            args=cfg,
+            args=trl_config(folder, steps, dtype),
             train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
             processing_class=wrapped,
             callbacks=[Clock()],
