@@ -10,11 +10,34 @@ middle sees the same rows.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from thinkstack.types import Batch, ConfigError
+
+
+class Columns(NamedTuple):
+    """A document as it stands in a row, one entry a column."""
+
+    ids: list[int]
+    targets: list[int]
+    learnt: list[int]
+    """1 = the target is trained."""
+    positions: list[int]
+    branches: list[int]
+    """As in types.Batch."""
+
+
+class Document(Protocol):
+    """Tokens that lie side by side in a row and see no others."""
+
+    @property
+    def width(self) -> int:
+        """Columns it takes in a row: one per prediction."""
+
+    def columns(self) -> Columns:
+        """What stands in them."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +52,45 @@ class Sample:
 
     @property
     def width(self) -> int:
-        """Columns the document takes in a row: one per prediction."""
         return len(self.ids) - 1
+
+    def columns(self) -> Columns:
+        places, none = list(range(self.width)), [0] * self.width
+        return Columns(list(self.ids[:-1]), list(self.ids[1:]), list(self.learnt[1:]), places, none)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A prompt and answers to it, all of whose tokens are learnt. The prompt stands in the row once, but for its last
+    token, from which each answer begins: column by column the answers are computed as if each stood alone."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert self.prompt and self.answers and all(self.answers), "every answer has a token, and one before it"
+
+    @property
+    def width(self) -> int:
+        return len(self.prompt) - 1 + sum(map(len, self.answers))
+
+    def columns(self) -> Columns:
+        shared = len(self.prompt) - 1
+        found = Columns(list(self.prompt[:-1]), list(self.prompt[1:]), [0] * shared, list(range(shared)), [0] * shared)
+        for branch, answer in enumerate(self.answers, start=1):
+            found.ids.extend((self.prompt[-1], *answer[:-1]))
+            found.targets.extend(answer)
+            found.learnt.extend([1] * len(answer))
+            found.positions.extend(range(shared, shared + len(answer)))
+            found.branches.extend([branch] * len(answer))
+        return found
 
 
 Source = Callable[[int], Sample]
 """Where documents come from: the document of each index 0, 1, 2, ..., always the same one."""
 
 
-def pack(samples: Sequence[Sample], row_tokens: int) -> list[list[int]]:
+def pack(samples: Sequence[Document], row_tokens: int) -> list[list[int]]:
     """Choose rows: longest sample first, each into the fullest row that still takes it. Returns sample indices per row.
 
     Raises ConfigError for a sample wider than a row.
@@ -58,30 +111,39 @@ def pack(samples: Sequence[Sample], row_tokens: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int, isolated: bool = True) -> Batch:
+def lay_out(
+    samples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int, isolated: bool = True
+) -> Batch:
     """Write `samples` into the rows that `pack` chose. Document ids are sample indices + 1; 0 marks padding.
 
     isolated: False makes each row one document with id 1, whose positions run on, so that tokens attend across borders.
     """
     shape = (len(rows), row_tokens)
-    ids, positions, document_ids, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+    ids, positions, document_ids, targets, branches = (torch.zeros(shape, dtype=torch.int64) for _ in range(5))
     loss_mask = torch.zeros(shape)
     for row, members in enumerate(rows):
         start = 0
         for index in members:
-            sample = samples[index]
-            span = slice(start, start + sample.width)
-            ids[row, span] = torch.tensor(sample.ids[:-1])
-            targets[row, span] = torch.tensor(sample.ids[1:])
-            loss_mask[row, span] = torch.tensor(sample.learnt[1:], dtype=torch.float32)
-            positions[row, span] = torch.arange(sample.width) + (0 if isolated else start)
+            columns, span = samples[index].columns(), slice(start, start + samples[index].width)
+            ids[row, span] = torch.tensor(columns.ids)
+            targets[row, span] = torch.tensor(columns.targets)
+            loss_mask[row, span] = torch.tensor(columns.learnt, dtype=torch.float32)
+            positions[row, span] = torch.tensor(columns.positions) + (0 if isolated else start)
+            branches[row, span] = torch.tensor(columns.branches)
             document_ids[row, span] = index + 1 if isolated else 1
-            start += sample.width
-    return Batch(ids=ids, positions=positions, document_ids=document_ids, targets=targets, loss_mask=loss_mask)
+            start = span.stop
+    return Batch(
+        ids=ids,
+        positions=positions,
+        document_ids=document_ids,
+        targets=targets,
+        loss_mask=loss_mask,
+        branches=branches if bool(branches.any()) else None,
+    )
 
 
 def spread(
-    values: Sequence[Sequence[float]], samples: Sequence[Sample], rows: Sequence[Sequence[int]], row_tokens: int
+    values: Sequence[Sequence[float]], samples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int
 ) -> torch.Tensor:
     """Per-token numbers of each sample, one per prediction, laid out like the batch: (R, T) fp32, 0 in padding."""
     out = torch.zeros(len(rows), row_tokens)

@@ -170,6 +170,17 @@ class Batch:
     experts: Tensor | None = None
     """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None lets the
     model choose. Filled by stages/groups.py."""
+    branches: Tensor | None = None
+    """int64: 0 for the tokens that all continuations of a document share, 1, 2, ... for the continuations, which see the
+    shared tokens and themselves; None where no document branches. Filled by data.lay_out."""
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """int64 (R, T), equal for the tokens of one sequence and rising in reading order: a document, or one of its
+        branches; what branches share counts as a sequence of its own."""
+        if self.branches is None:
+            return self.document_ids
+        return self.document_ids * (int(self.branches.max()) + 1) + self.branches
 
     def with_weights(self, weights: Tensor) -> Batch:
         """The same batch with these weights."""

@@ -12,16 +12,16 @@ from thinkstack.models.attention import (
     AttentionContext,
     additive_mask,
     document_blocks,
-    document_starts,
     fused_attention,
+    sight_of,
 )
 
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 
 
-def context_of(first: torch.Tensor) -> AttentionContext:
-    rows = torch.arange(first.shape[1]).unsqueeze(0)
-    return AttentionContext(rope=torch.empty(0), first=first, last=rows)
+def context_of(sight: torch.Tensor) -> AttentionContext:
+    rows = torch.arange(sight.shape[1]).unsqueeze(0)
+    return AttentionContext(rope=torch.empty(0), sight=sight, last=rows)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -30,21 +30,21 @@ def test_fused_attention_and_its_gradients_are_those_of_plain_products(groups):
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 20, groups, 4 // groups, 12), (2, 20, groups, 12), (2, 20, groups, 8)
     given = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    first = document_starts(torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [3] * 20]))
+    sight = sight_of(torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [3] * 20]))
     grad = torch.randn(2, 20, groups, 4 // groups, 8, generator=generator)
-    mask = additive_mask(first, torch.arange(20).unsqueeze(0), 20, torch.float32)
+    mask = additive_mask(sight, torch.arange(20).unsqueeze(0), 20, torch.float32)
     plain = attention.weighted_values(*given, mask, 0.3)
-    fused = fused_attention(*given, context_of(first), 0.3)
+    fused = fused_attention(*given, context_of(sight), 0.3)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(out, given, grad) for out in (fused, plain)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_block_masks_open_what_the_additive_mask_opens():
-    first = document_starts(torch.tensor([[1] * 70 + [2] * 120 + [0] * 10, [3] * 150 + [4] * 50]))
-    blocks = document_blocks(first)
+    sight = sight_of(torch.tensor([[1] * 70 + [2] * 120 + [0] * 10, [3] * 150 + [4] * 50]))
+    blocks = document_blocks(sight)
     dense = create_mask(blocks.mask_mod, 2, None, 200, 200, device="cpu")
-    mask = additive_mask(first, torch.arange(200).unsqueeze(0), 200, torch.float32)
+    mask = additive_mask(sight, torch.arange(200).unsqueeze(0), 200, torch.float32)
     assert torch.equal(dense, mask == 0)
 
 

@@ -15,7 +15,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import Decode
 from thinkstack.engine.sampler import sample
 from thinkstack.models import kernels
-from thinkstack.models.attention import MLA, AttentionContext, document_starts
+from thinkstack.models.attention import MLA, AttentionContext, sight_of
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.kernels import build, calls
 from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
@@ -93,16 +93,23 @@ def test_logits_and_gradients_equal_those_of_torchs_operators(cfg, interleaved, 
     assert_close(run(), on_torch(run), 3e-5)
 
 
+def branches_of(tokens):
+    """20 shared tokens, then continuations of 61: long enough that a block of queries sees a whole hole."""
+    return ((torch.arange(tokens) - 20).clamp(min=-61) // 61 + 1)[None]
+
+
 @BOTH_DTYPES
-@pytest.mark.parametrize("tokens", [1, 16, 50, 100])
-def test_attention_of_any_length(tokens, dtype, relative, on_torch):
-    """Lengths around the sizes of vectors and blocks; a head of 5 + 4 rotated, values of 3."""
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 50, 100, 230])
+def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
+    """Lengths around the sizes of vectors and blocks; a head of 5 + 4 rotated, values of 3; documents, or one that
+    branches."""
     cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
     module = MLA(replace(MLA_TINY, attention=cfg), 0).to(dtype)
-    documents = torch.arange(tokens)[None] // 37
+    documents = torch.arange(tokens)[None] // (1000 if branched else 37)
     context = dict(
         rope=rope_table(torch.arange(tokens)[None], 4, MLA_TINY.rope),
-        first=document_starts(documents),
+        sight=sight_of(documents, branches_of(tokens) if branched else None),
         last=torch.arange(tokens)[None],
     )
     q, kv, shared = drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)
@@ -121,10 +128,10 @@ def test_another_document_in_the_row_changes_no_bit():
     q, kv = drawn(1, 40, 2, 8), drawn(1, 40, 32, seed=1)
     heads = kernels.Heads(2, 8, 16, 8, 16, 8)
     rope = rope_table(torch.arange(40)[None], 8, MLA_TINY.rope)
-    first = document_starts((torch.arange(40)[None] >= 20).long())
-    expected = kernels.attend(q, kv, None, rope, first, heads, 0.3, True)
+    sight = sight_of((torch.arange(40)[None] >= 20).long())
+    expected = kernels.attend(q, kv, None, rope, sight, heads, 0.3, True)
     kv[:, :20] *= 100
-    got = kernels.attend(q, kv, None, rope, first, heads, 0.3, True)
+    got = kernels.attend(q, kv, None, rope, sight, heads, 0.3, True)
     assert torch.equal(got[:, 20:], expected[:, 20:])
     assert not torch.equal(got[:, :20], expected[:, :20])
 

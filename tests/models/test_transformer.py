@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_samples, tiny_model
 from thinkstack.data import lay_out, pack
-from thinkstack.models.attention import additive_mask, document_starts
+from thinkstack.models.attention import additive_mask, sight_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
@@ -65,11 +65,17 @@ def test_a_row_beside_padding_equals_the_row_alone():
 
 
 def test_the_mask_of_two_documents():
-    first = document_starts(torch.tensor([[1, 1, 2]]))
-    assert first.tolist() == [[0, 0, 2]]
-    mask = additive_mask(first, torch.arange(3)[None], 3, torch.float32)
+    sight = sight_of(torch.tensor([[1, 1, 2]]))
+    assert sight[..., 0].tolist() == [[0, 0, 2]]
+    mask = additive_mask(sight, torch.arange(3)[None], 3, torch.float32)
     shut = -torch.inf
     assert mask[0, 0].tolist() == [[0, shut, shut], [0, 0, shut], [shut, shut, 0]]
+
+
+def test_branches_see_what_they_share_and_themselves():
+    documents, branches = torch.tensor([[1, 1, 1, 1, 1, 2]]), torch.tensor([[0, 0, 1, 2, 2, 0]])
+    seen = additive_mask(sight_of(documents, branches), torch.arange(6)[None], 6, torch.float32)[0, 0] == 0
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
 
 
 def test_training_and_inference_mode_agree():

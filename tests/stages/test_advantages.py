@@ -101,7 +101,7 @@ def test_trap_40_no_end_token_is_invented_for_an_answer_cut_off():
     """An end token added by hand has no log-probability; the arrays were then off by one (open-instruct#1051)."""
     long = cut(rollout(0, 0.0, (9, 8, 7)))
     batch = to_batch([long, rollout(0, 1.0)], [-0.5, 0.5], 8)
-    places = (batch.document_ids == 1) & (batch.loss_mask > 0)
+    places = (batch.branches == 1) & (batch.loss_mask > 0)
     assert batch.targets[places].tolist() == [9, 8, 7]
     assert batch.rollout_log_probs is not None
     assert batch.rollout_log_probs[places].tolist() == list(long.completion.log_probs)

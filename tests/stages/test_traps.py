@@ -78,7 +78,7 @@ def test_trap_36_an_answer_beside_padding_and_others_has_the_log_probs_it_has_al
     together = to_batch(made, [0.0, 0.0], 24)
     found = batch_log_probs(model, together, 1.0, 64)
     assert found.shape == (1, 24)
-    mine = found[(together.document_ids == 1) & (together.loss_mask > 0)]
+    mine = found[(together.branches == 1) & (together.loss_mask > 0)]
     torch.testing.assert_close(mine, alone[alone != 0], atol=1e-5, rtol=1e-5)
 
 

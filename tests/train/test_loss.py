@@ -147,7 +147,7 @@ class Bigrams(torch.nn.Module):
         self.head = torch.nn.Linear(*table.shape, bias=False)
         self.head.weight = torch.nn.Parameter(table.T.contiguous())
 
-    def trunk(self, ids, positions, document_ids, experts=None):
+    def trunk(self, ids, positions, document_ids, experts=None, branches=None):
         class Out:
             hidden = torch.nn.functional.one_hot(ids, self.head.in_features).float()
 

@@ -41,10 +41,11 @@ class AttentionContext:
 
     rope: Tensor
     """Rotations of the new tokens, (B or 1, T, R / 2) complex64."""
-    first: Tensor
-    """The first token that each new token sees, (B or 1, T) int32."""
+    sight: Tensor
+    """What each new token sees of the tokens before it, (B or 1, T, 3) int32, as `sight_of` gives it."""
     last: Tensor
-    """The last one, itself, (B or 1, T) int64; both count from the start of the row or of the cached context."""
+    """The last token that it sees, itself, (B or 1, T) int64; all count from the start of the row or of the cached
+    context."""
     cache: LayerCache | None = None
     """Where the context of a generation lives; None in training."""
     known_mask: Tensor | None = None
@@ -55,22 +56,40 @@ class AttentionContext:
     def mask(self, span: int, dtype: torch.dtype) -> Tensor:
         """Added to the scores over `span` tokens, (B or 1, 1, T, span): 0 = open, -inf = closed."""
         if self.known_mask is None:
-            self.known_mask = additive_mask(self.first, self.last, span, dtype)
+            self.known_mask = additive_mask(self.sight, self.last, span, dtype)
         return self.known_mask
 
 
-def additive_mask(first: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """0 from `first` to `last` and -inf elsewhere, (B or 1, 1, T, span); first and last are (B or 1, T)."""
+def additive_mask(sight: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+    """0 where a token is seen and -inf elsewhere, (B or 1, 1, T, span); sight (B or 1, T, 3), last (B or 1, T)."""
     tokens = torch.arange(span, device=last.device)
-    closed = (tokens < first.unsqueeze(-1)) | (tokens > last.unsqueeze(-1))
+    first, hidden_from, hidden_to = sight.unsqueeze(-2).unbind(-1)  # (B or 1, T, 1) each
+    closed = (tokens < first) | (tokens > last.unsqueeze(-1)) | ((tokens >= hidden_from) & (tokens < hidden_to))
     return torch.zeros(closed.shape, dtype=dtype, device=last.device).masked_fill_(closed, -torch.inf).unsqueeze(1)
 
 
-def document_starts(document_ids: Tensor) -> Tensor:
-    """Index of the first token of each token's document, (B, T) int32; a document is a run of equal ids (B, T)."""
-    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    tokens = torch.arange(document_ids.shape[1], device=document_ids.device)
-    return torch.where(begins, tokens, 0).cummax(1).values.int()
+def run_starts(*ids: Tensor) -> Tensor:
+    """Index of the first token of each token's run in which all `ids`, (B, T) each, stay equal: (B, T)."""
+    changes = torch.stack([each[:, 1:] != each[:, :-1] for each in ids]).any(0)
+    return torch.where(F.pad(changes, (1, 0)), torch.arange(ids[0].shape[1], device=ids[0].device), 0).cummax(1).values
+
+
+def sight_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
+    """What each token sees of the earlier tokens of its row, (B, T, 3) int32: the first of them, and an interval
+    (from, to) that is hidden, empty where both are equal.
+
+    document_ids: (B, T), a document is a run of equal ids. branches: (B, T), within a document a run of 0 that all
+    others follow on, then 1, 2, ... which do not see each other; None: documents have no branches.
+    """
+    first = run_starts(document_ids)
+    if branches is None:
+        return torch.stack((first, first, first), -1).int()
+    is_shared, places = branches == 0, torch.arange(first.shape[1], device=first.device)
+    shared_end = torch.where(is_shared, places + 1, first).cummax(1).values
+    hidden_to = run_starts(document_ids, branches)
+    return torch.stack(
+        (first, torch.where(is_shared, first, shared_end), torch.where(is_shared, first, hidden_to)), -1
+    ).int()
 
 
 def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -87,14 +106,16 @@ def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     return out.unflatten(2, (T, Q)).permute(0, 2, 1, 3, 4)
 
 
-def document_blocks(first: Tensor) -> BlockMask:
-    """What FlexAttention skips: keys after a query, and before the first token it sees. first: (B or 1, T)."""
-    rows, T = first.shape
+def document_blocks(sight: Tensor) -> BlockMask:
+    """What FlexAttention skips: keys after a query, and those it does not see. sight: (B or 1, T, 3)."""
+    rows, T, _ = sight.shape
+    first, hidden_from, hidden_to = sight.unbind(-1)
 
     def is_open(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first[row, query])
+        is_hidden = (key >= hidden_from[row, query]) & (key < hidden_to[row, query])
+        return (key <= query) & (key >= first[row, query]) & ~is_hidden
 
-    return create_block_mask(is_open, rows if rows > 1 else None, None, T, T, device=first.device)
+    return create_block_mask(is_open, rows if rows > 1 else None, None, T, T, device=sight.device)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
@@ -126,7 +147,7 @@ class Attention(nn.Module):
         """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
         last part of every key, or None. Returns (B, T, H, V)."""
         if kernels.takes(q) and ctx.blocks is None:
-            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.first, heads, self.scale, self.interleaved)
+            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.sight, heads, self.scale, self.interleaved)
         k, v = heads.split(kv)  # (B, T, G, ...)
         if k_shared is None:
             k = rotate(k, ctx.rope, self.interleaved)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, document_starts
+from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, sight_of
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import RMSNorm, rope_table
@@ -82,28 +82,30 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: LayerCache | None = None,
         experts: Tensor | None = None,
+        branches: Tensor | None = None,
     ) -> Trunk:
         """Run all blocks and the final norm.
 
         ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
         ids is a document, tokens attend only within theirs; by default a row is one document. cache: from the engine;
         positions are then places in the cached context. experts: (B, T, L, K) integers, the experts of each of the L
-        layers that have them, in place of the routers' choice; -1 leaves it to the router.
+        layers that have them, in place of the routers' choice; -1 leaves it to the router. branches: (B, T) int64, which
+        continuation of its document each token belongs to, as in types.Batch.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
-        self.check(ids)
+        self.check(ids, positions)
         hidden = self.embed(ids)  # (B, T, D)
         rows = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         positions = rows if positions is None else positions
         if cache is not None:
             positions = positions.expand(ids.shape).contiguous()  # of every sequence its own
-        first = torch.zeros_like(rows, dtype=torch.int32) if document_ids is None else document_starts(document_ids)
+        sight = sight_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
         context = AttentionContext(
             rope=rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope),
-            first=first,
+            sight=sight,
             last=rows if cache is None else positions,
             cache=cache,
-            blocks=document_blocks(first) if self.uses_flex and cache is None else None,
+            blocks=document_blocks(sight) if self.uses_flex and cache is None else None,
         )
         routing: list[Routing] = []
         for block in self.layers:
@@ -130,17 +132,17 @@ class Transformer(nn.Module):
                 routing.append(chosen)
         return states, routing
 
-    def check(self, ids: Tensor) -> None:
-        """Raise RequestError for ids that this model cannot read."""
+    def check(self, ids: Tensor, positions: Tensor | None = None) -> None:
+        """Raise RequestError for ids that this model cannot read, or positions beyond its context."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise RequestError(
                 f"token ids have shape {tuple(ids.shape)}; expected (rows, tokens) with at least one token"
             )
-        if ids.shape[1] > self.cfg.max_positions:
-            raise RequestError(
-                f"{ids.shape[1]} tokens exceed this model's {self.cfg.max_positions}; shorten the prompt"
-            )
-        if not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= self.cfg.vocab_size:
-                raise RequestError(f"token id {high if low >= 0 else low} lies outside 0..{self.cfg.vocab_size - 1}")
+        if torch.compiler.is_compiling():
+            return
+        length = ids.shape[1] if positions is None else int(positions.max()) + 1
+        if length > self.cfg.max_positions:
+            raise RequestError(f"{length} tokens exceed this model's {self.cfg.max_positions}; shorten the prompt")
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.cfg.vocab_size:
+            raise RequestError(f"token id {high if low >= 0 else low} lies outside 0..{self.cfg.vocab_size - 1}")

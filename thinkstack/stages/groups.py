@@ -4,13 +4,14 @@ import itertools
 import logging
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from thinkstack.data import Sample, lay_out, pack, spread
+from thinkstack.data import Fork, lay_out, pack, spread
 from thinkstack.types import Batch, Rollout
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,19 @@ def normalised(values: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[(value - mean) / deviation for value in row] for row in values]
 
 
-def sample_of(rollout: Rollout) -> Sample:
-    """The very ids that were drawn, never decoded and encoded again; each of them is trained, the end token too."""
-    prompt, drawn = rollout.prompt_ids, rollout.completion.token_ids
-    return Sample((*prompt, *drawn), (0,) * len(prompt) + (1,) * len(drawn))
+def forks_of(rollouts: Sequence[Rollout], row_tokens: int) -> list[list[Rollout]]:
+    """Which answers share their prompt in a row: neighbours of one group, as many as row_tokens takes. The order stays."""
+    forks: list[list[Rollout]] = []
+    room, last = 0, None
+    for rollout in rollouts:
+        width = len(rollout.completion.token_ids)
+        if rollout.group_id != last or width > room:
+            forks.append([])
+            room, last = row_tokens - len(rollout.prompt_ids) + 1, rollout.group_id
+        assert not forks[-1] or forks[-1][0].prompt_ids == rollout.prompt_ids, "a group answers one prompt"
+        forks[-1].append(rollout)
+        room -= width
+    return forks
 
 
 def to_batch(
@@ -114,36 +124,39 @@ def to_batch(
 ) -> Batch:
     """Rollouts as packed rows with advantages and the engine's log-probabilities; unscorable answers are left out.
 
-    with_experts: also the experts that the engine chose.
+    The very ids that were drawn, never decoded and encoded again; each of them is trained, the end token too. Answers
+    of a group that lie in one row share their prompt, which is computed once. with_experts: also the experts that the
+    engine chose.
     """
-    kept = [
-        (rollout, value) for rollout, value in zip(rollouts, advantages, strict=True) if reward_of(rollout) is not None
-    ]
-    samples = [sample_of(rollout) for rollout, _ in kept]
+    gain_of = {id(rollout): value for rollout, value in zip(rollouts, advantages, strict=True)}
+    forks = forks_of([rollout for rollout in rollouts if reward_of(rollout) is not None], row_tokens)
+    samples = [Fork(fork[0].prompt_ids, tuple(rollout.completion.token_ids for rollout in fork)) for fork in forks]
     width = max(row_tokens, *(sample.width for sample in samples))
     rows = pack(samples, width)
-    before = [[0.0] * (len(rollout.prompt_ids) - 1) for rollout, _ in kept]
-    drawn = [[*zeros, *rollout.completion.log_probs] for zeros, (rollout, _) in zip(before, kept, strict=True)]
-    gains = [
-        [*zeros, *per_token(value, len(rollout.completion.token_ids))]
-        for zeros, (rollout, value) in zip(before, kept, strict=True)
-    ]
+
+    def lay_values(of: Callable[[Rollout], Sequence[float]]) -> Tensor:
+        values = [[0.0] * (len(f[0].prompt_ids) - 1) + [v for rollout in f for v in of(rollout)] for f in forks]
+        return spread(values, samples, rows, width)
+
     batch = lay_out(samples, rows, width)
-    return Batch(
-        **vars(batch)
-        | {
-            "advantages": spread(gains, samples, rows, width),
-            "rollout_log_probs": spread(drawn, samples, rows, width),
-            "experts": lay_experts([rollout for rollout, _ in kept], batch) if with_experts else None,
-        }
+    return replace(
+        batch,
+        advantages=lay_values(lambda r: per_token(gain_of[id(r)], len(r.completion.token_ids))),
+        rollout_log_probs=lay_values(lambda r: r.completion.log_probs),
+        experts=lay_experts(forks, batch) if with_experts else None,
     )
 
 
-def lay_experts(rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
+def lay_experts(forks: Sequence[Sequence[Rollout]], batch: Batch) -> Tensor:
     """The engine's experts of each answer, laid out like the batch: (R, T, L, K) int16, -1 in padding."""
-    chosen = [rollout.completion.experts for rollout in rollouts]
-    known = torch.cat([experts for experts in chosen if experts is not None]).short()
-    documents, order = batch.document_ids.flatten().sort(stable=True)  # answer by answer, in reading order
+    parts = []
+    for fork in forks:
+        chosen = [rollout.completion.experts for rollout in fork]
+        shared = len(fork[0].prompt_ids) - 1
+        assert all(experts is not None for experts in chosen), "the engine returned the experts of every token"
+        parts += [chosen[0][:shared], *(experts[shared:] for experts in chosen)]  # type: ignore[index]
+    known = torch.cat(parts).short()
+    documents, order = batch.document_ids.flatten().sort(stable=True)  # fork by fork, in reading order
     places = order[documents > 0]
     assert len(places) == len(known), "the engine returned the experts of every token"
     out = known.new_full((documents.numel(), *known.shape[1:]), -1)
@@ -161,9 +174,9 @@ def per_token(advantage: Advantage, num_tokens: int) -> list[float]:
 def trained_places(batch: Batch) -> tuple[Tensor, list[int]]:
     """Flat places of all trained tokens, answer by answer in drawing order, and how many each answer has."""
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
-    documents = batch.document_ids.flatten()[index]
-    order = documents.argsort(stable=True)
-    return index[order], documents[order].unique_consecutive(return_counts=True)[1].tolist()
+    sequences = batch.sequence_ids.flatten()[index]
+    order = sequences.argsort(stable=True)
+    return index[order], sequences[order].unique_consecutive(return_counts=True)[1].tolist()
 
 
 def collect(values: Tensor, batch: Batch) -> list[list[float]]:

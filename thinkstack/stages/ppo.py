@@ -14,7 +14,7 @@ from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.groups import collect, lay, normalised, to_batch
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import micro_batches
+from thinkstack.train.passes import micro_batches, run_trunk
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
@@ -121,5 +121,5 @@ def batch_values(model: Transformer, batch: Batch, micro_tokens: int) -> Tensor:
     """Predicted returns (R, T) fp32 at every position; the same arithmetic as in `Trainer.step`."""
     assert isinstance(model, ValueModel)
     micros = micro_batches(batch.to(next(model.parameters()).device), micro_tokens)
-    rows = [model(micro.ids, micro.positions, micro.document_ids).float() for micro in micros]
+    rows = [model.values(run_trunk(model, micro).hidden) for micro in micros]
     return torch.cat(rows).to(batch.ids.device)

@@ -53,14 +53,14 @@ def token_weights(batch: Batch, reduction: Reduction, fixed_length: int = 0) -> 
     "fixed": 1 / (sequences * fixed_length), so that the weight of a token depends on no length (Dr. GRPO,
     arXiv:2503.20783). batch: the whole step on this rank; counts are summed over ranks.
     """
-    mask = batch.loss_mask
-    lengths = mask.new_zeros(int(batch.document_ids.max()) + 1)
-    lengths.index_add_(0, batch.document_ids.flatten(), mask.flatten())
+    mask, sequences = batch.loss_mask, batch.sequence_ids
+    lengths = mask.new_zeros(int(sequences.max()) + 1)
+    lengths.index_add_(0, sequences.flatten(), mask.flatten())
     num_tokens, num_sequences = sum_over_ranks(torch.stack((mask.sum(), (lengths > 0).sum().float()))).clamp(min=1)
     if reduction == "token":
         return mask / num_tokens
     if reduction == "sequence":
-        return mask / (lengths.clamp(min=1)[batch.document_ids] * num_sequences)
+        return mask / (lengths.clamp(min=1)[sequences] * num_sequences)
     if fixed_length < 1:
         raise ConfigError(f"reduction='fixed' needs the longest possible answer, not fixed_length={fixed_length}")
     return mask / (fixed_length * num_sequences)

@@ -14,7 +14,7 @@ from thinkstack.models.fp8 import use_fp8
 from thinkstack.models.heads import ValueModel
 from thinkstack.models.moe import Routing
 from thinkstack.models.precision import working_copy
-from thinkstack.models.transformer import Transformer
+from thinkstack.models.transformer import Transformer, Trunk
 from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss
 from thinkstack.train.loss import Stats, TrainedTokens, token_log_probs
 from thinkstack.train.trainer_config import TrainerConfig
@@ -88,7 +88,7 @@ def run_share(
 
 def loss_of(model: Transformer, micro: Batch, plan: Plan, cfg: TrainerConfig) -> tuple[Tensor, Stats, list[Routing]]:
     """The weighted sum of all losses of one micro-batch."""
-    trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
+    trunk = run_trunk(model, micro)
     tokens = trained_tokens(model, trunk.hidden, micro, plan.trained_share, plan.temperature, plan.with_entropy)
     total, stats = plan.loss(tokens)
     routings = list(trunk.routing)
@@ -102,6 +102,11 @@ def loss_of(model: Transformer, micro: Batch, plan: Plan, cfg: TrainerConfig) ->
         total = total + cfg.balance_weight * plan.real_share * balance
         stats["router/balance_loss"] = plan.real_share * balance.detach()
     return total, stats, routings
+
+
+def run_trunk(model: Transformer, batch: Batch) -> Trunk:
+    """The model's hidden states of a batch, before the head."""
+    return model.trunk(batch.ids, batch.positions, batch.document_ids, experts=batch.experts, branches=batch.branches)
 
 
 def micro_batches(batch: Batch, micro_tokens: int) -> list[Batch]:
@@ -157,7 +162,7 @@ def trained_tokens(
         rollout_log_probs=pick(batch.rollout_log_probs),
         old_log_probs=pick(batch.old_log_probs),
         reference_log_probs=pick(batch.reference_log_probs),
-        sequences=batch.document_ids.flatten()[index],
+        sequences=batch.sequence_ids.flatten()[index],
     )
 
 
@@ -165,13 +170,13 @@ def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type:
     """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, their routings).
 
     The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
-    the same document. detached: no gradient reaches the trunk, the embedding or the head.
+    the same sequence. detached: no gradient reaches the trunk, the embedding or the head.
     """
     states, routings = model.look_ahead(trunk, batch.ids, detached)
     head = model.head.weight.detach() if detached else model.head.weight
     total = trunk.hidden.new_zeros((), dtype=torch.float32)
     for depth, hidden in enumerate(states, start=1):
-        same = batch.document_ids[:, depth:] == batch.document_ids[:, :-depth]
+        same = batch.sequence_ids[:, depth:] == batch.sequence_ids[:, :-depth]
         mask = torch.nn.functional.pad(batch.loss_mask[:, depth:] * same, (0, depth))
         index = mask.flatten().nonzero().squeeze(1)
         targets = batch.targets.flatten()[index + depth]
@@ -188,7 +193,7 @@ def batch_log_probs(model: Transformer, batch: Batch, temperature: float, micro_
     """
     rows = []
     for micro in micro_batches(batch.to(next(model.parameters()).device), micro_tokens):
-        trunk = model.trunk(micro.ids, micro.positions, micro.document_ids, experts=micro.experts)
+        trunk = run_trunk(model, micro)
         hidden = trunk.hidden.flatten(0, 1)
         index = micro.loss_mask.flatten().nonzero().squeeze(1)
         log_probs, _ = token_log_probs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)

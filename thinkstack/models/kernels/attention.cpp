@@ -10,7 +10,7 @@
 struct Attention {
   const void *q, *k, *k_shared, *v;  // k_shared: (B, T, R) or null; then k holds all D
   const float* rope;                 // (rope_rows, T, R / 2) pairs of cos and sin times amplitude
-  const int32_t* first;              // (first_rows, T): the first token that each token sees
+  const int32_t* sight;              // (sight_rows, T, 3): the first token that each token sees, and the interval hidden from it
   void* out;                         // (B, T, H, V)
   float* log_sum;                    // (B, H, T): log of the sum of exponentiated scores
   const void* grad;                  // (B, T, H, V)
@@ -18,7 +18,7 @@ struct Attention {
   float* grad_k_shared;              // (B, G, T, R), one part per head
   int64_t B, T, H, G, D, R, V;
   int64_t q_t, q_h, k_t, k_h, shared_t, v_t, v_h;
-  int64_t rope_rows, first_rows, interleaved, threads;
+  int64_t rope_rows, sight_rows, interleaved, threads;
   double scale;
 };
 
@@ -90,7 +90,13 @@ struct Task {  // one key/value head of one row of the batch
   const T* output(const void* of, int64_t b, int64_t t, int64_t h) const {
     return static_cast<const T*>(of) + ((b * a.T + t) * a.H + h) * a.V;
   }
-  int64_t first_of(int64_t b, int64_t t) const { return a.first[(a.first_rows == 1 ? 0 : b) * a.T + t]; }
+  struct Sight {  // a token sees tokens [first, itself] without [from, to)
+    int64_t first, from, to;
+  };
+  Sight sight_of(int64_t b, int64_t t) const {
+    const int32_t* at = a.sight + 3 * ((a.sight_rows == 1 ? 0 : b) * a.T + t);
+    return {at[0], at[1], at[2]};
+  }
   const U* units(const T* rows) const { return reinterpret_cast<const U*>(rows); }
 
   void gather_keys(int64_t b, int64_t g) {
@@ -112,16 +118,32 @@ struct Task {  // one key/value head of one row of the batch
     return {static_cast<const T*>(a.v) + b * a.T * a.v_t + g * a.v_h, a.v_t, a.T, a.V};
   }
 
-  // What block [start, start + count) sees lies in tokens [low, high), both multiples of 16.
+  // What block [start, start + count) sees lies in tokens [low, hole) and [back, high), all multiples of 16.
   struct Span {
-    int64_t b, h, start, count, low, high;
-    int64_t width() const { return high - low; }
+    int64_t b, h, start, count, low, hole, back, high;
+    // Calls use(columns before, columns) for the two parts, columns counted from low.
+    template <typename Use>
+    void parts(Use use) const {
+      use(0, hole - low);
+      if (back < high) use(back - low, high - back);
+    }
+    // The first column from c on that is not in the hole.
+    int64_t over_hole(int64_t c) const { return c >= hole - low && c < back - low ? back - low : c; }
   };
   Span span_of(int64_t b, int64_t h, int64_t start) const {
-    const int64_t count = std::min(BLOCK, a.T - start);
-    int64_t low = start;
-    for (int64_t i = 0; i < count; i++) low = std::min(low, first_of(b, start + i));
-    return {b, h, start, count, low / LANES * LANES, round_up(start + count)};
+    const int64_t count = std::min(BLOCK, a.T - start), high = round_up(start + count);
+    int64_t low = start, hole = 0, back = high;
+    for (int64_t i = 0; i < count; i++) {
+      const Sight sight = sight_of(b, start + i);
+      low = std::min(low, sight.first);
+      hole = std::max(hole, sight.from);
+      back = std::min(back, sight.to);
+    }
+    low = low / LANES * LANES;
+    hole = std::max(round_up(hole), low);
+    back = back / LANES * LANES;
+    if (back <= hole) hole = back = high;
+    return {b, h, start, count, low, hole, back, high};
   }
   void score(const Span& s, bool backward) {
     for (int64_t i = 0; i < s.count; i++) {
@@ -132,35 +154,48 @@ struct Task {  // one key/value head of one row of the batch
       }
       gather_head(a, query(a.q, s.b, s.start + i, s.h), static_cast<const T*>(nullptr), rope_at(a, s.b, s.start + i), queries + i * D16);
     }
-    multiply<U>({units(queries), D16 / F::STEP, 1}, keys_by_width + s.low, T16, scores, T16, s.count, s.width(), D16 / F::STEP, false);
+    by_columns({units(queries), D16 / F::STEP, 1}, keys_by_width, scores, s, D16 / F::STEP);
+  }
+  // Products of the block's rows with the tokens it sees: out (BLOCK, columns), tokens (steps, T16).
+  void by_columns(Operand<U> rows, const U* tokens, float* out, const Span& s, int64_t steps) {
+    s.parts([&](int64_t c, int64_t n) { multiply<U>(rows, tokens + s.low + c, T16, out + c, T16, s.count, n, steps, false); });
+  }
+  // Sums over the tokens the block sees, into result: probs times tokens (T16, width).
+  void over_columns(const U* tokens, int64_t width, const Span& s) {
+    s.parts([&](int64_t c, int64_t n) {
+      multiply<U>({units(probs) + c / F::STEP, T16 / F::STEP, 1}, tokens + (s.low + c) / F::STEP * width, width, result, width, s.count, width, n / F::STEP, c > 0);
+    });
   }
   // x where query `i` of the block sees the tokens of the vector at column c, else `other`.
-  static vf seen(const Span& s, int64_t i, int64_t first, int64_t c, vf x, float other) {
+  static vf seen(const Span& s, int64_t i, const Sight& sight, int64_t c, vf x, float other) {
     const int64_t token = s.low + c, last = s.start + i;
-    if (token >= first && token + LANES <= last + 1) return x;
+    const bool is_apart = token + LANES <= sight.from || token >= sight.to;
+    if (token >= sight.first && token + LANES <= last + 1 && is_apart) return x;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vi tokens = lane + int32_t(token);
-    return (tokens >= int32_t(first)) & (tokens <= int32_t(last)) ? x : splat(other);
+    const vi open = (tokens >= int32_t(sight.first)) & (tokens <= int32_t(last));
+    return open & ((tokens < int32_t(sight.from)) | (tokens >= int32_t(sight.to))) ? x : splat(other);
   }
   // Columns that query `i` sees, rounded outwards.
-  static int64_t from(const Span& s, int64_t first) { return first / LANES * LANES - s.low; }
+  static int64_t from(const Span& s, int64_t first) { return s.over_hole(first / LANES * LANES - s.low); }
   static int64_t to(const Span& s, int64_t i) { return round_up(s.start + i + 1) - s.low; }
 
   // Exponentiated scores of row i; returns the inverse of their sum.
   float softmax(const Span& s, int64_t i) {
     const float* row = scores + i * T16;
-    const int64_t first = first_of(s.b, s.start + i), begin = from(s, first), end = to(s, i);
+    const Sight sight = sight_of(s.b, s.start + i);
+    const int64_t begin = from(s, sight.first), end = to(s, i);
     vf top = splat(-INFINITY), total{};
-    for (int64_t c = begin; c < end; c += LANES) top = larger(seen(s, i, first, c, load(row + c), -INFINITY), top);
+    for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) top = larger(seen(s, i, sight, c, load(row + c), -INFINITY), top);
     const float scale = float(a.scale), best = largest(top) * scale;
     T* out = probs + i * T16;
     for (int64_t c = 0; c < begin; c += LANES) store(out + c, vf{});
-    for (int64_t c = begin; c < end; c += LANES) {
-      const vf p = seen(s, i, first, c, exp_of(load(row + c) * scale - best), 0);
+    for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) {
+      const vf p = seen(s, i, sight, c, exp_of(load(row + c) * scale - best), 0);
       total += p;
       store(out + c, p);
     }
-    for (int64_t c = end; c < s.width(); c += LANES) store(out + c, vf{});
+    for (int64_t c = end; c < s.high - s.low; c += LANES) store(out + c, vf{});
     const float mass = sum(total);
     a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i] = best + std::log(mass);
     return 1 / mass;
@@ -175,7 +210,7 @@ struct Task {  // one key/value head of one row of the batch
         score(s, false);
         float inverse[BLOCK];
         for (int64_t i = 0; i < s.count; i++) inverse[i] = softmax(s, i);
-        multiply<U>({units(probs), T16 / F::STEP, 1}, values + s.low / F::STEP * V16, V16, result, V16, s.count, V16, s.width() / F::STEP, false);
+        over_columns(values, V16, s);
         for (int64_t i = 0; i < s.count; i++) {
           T* out = const_cast<T*>(output(a.out, b, start + i, h));
           for (int64_t c = 0; c < a.V; c += LANES) store_some(out + c, load(result + i * V16 + c) * inverse[i], a.V - c);
@@ -185,29 +220,31 @@ struct Task {  // one key/value head of one row of the batch
 
   // What the gradients of row i's scores need besides the products.
   struct Row {
-    int64_t i, first, begin, end;
+    int64_t i;
+    Sight sight;
+    int64_t begin, end;
     float shift, mean;
   };
   Row row_of(const Span& s, int64_t i) const {
-    if (i >= s.count) return {i, 0, 0, 0, 0, 0};  // the missing half of a pair
+    if (i >= s.count) return {i, {0, 0, 0}, 0, 0, 0, 0};  // the missing half of a pair
     const T* out = output(a.out, s.b, s.start + i, s.h);
     vf inner{};
     for (int64_t c = 0; c < a.V; c += LANES) inner += load_some(out + c, a.V - c) * load(grads + i * V16 + c);
-    const int64_t first = first_of(s.b, s.start + i);
-    return {i, first, from(s, first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
+    const Sight sight = sight_of(s.b, s.start + i);
+    return {i, sight, from(s, sight.first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
   }
   // Probability and gradient of the score, for the vector at column c of a row.
   void score_gradient(const Span& s, const Row& r, int64_t c, vf& p, vf& change) const {
     p = change = vf{};
     if (c < r.begin || c >= r.end) return;
     const float scale = float(a.scale);
-    p = seen(s, r.i, r.first, c, exp_of(load(scores + r.i * T16 + c) * scale - r.shift), 0);
-    change = seen(s, r.i, r.first, c, p * (load(changes + r.i * T16 + c) - r.mean) * scale, 0);
+    p = seen(s, r.i, r.sight, c, exp_of(load(scores + r.i * T16 + c) * scale - r.shift), 0);
+    change = seen(s, r.i, r.sight, c, p * (load(changes + r.i * T16 + c) - r.mean) * scale, 0);
   }
   // Rows i and i + 1: gradients of the scores by row, and they and the probabilities as units along the queries.
   void two_rows(const Span& s, int64_t i) {
     const Row even = row_of(s, i), odd = row_of(s, i + 1);
-    for (int64_t c = 0; c < s.width(); c += LANES) {
+    for (int64_t c = s.over_hole(0); c < s.high - s.low; c = s.over_hole(c + LANES)) {
       vf p[2], change[2];
       score_gradient(s, even, c, p[0], change[0]);
       score_gradient(s, odd, c, p[1], change[1]);
@@ -232,11 +269,13 @@ struct Task {  // one key/value head of one row of the batch
     const int64_t steps = (s.count + F::STEP - 1) / F::STEP;
     pack_rows(Rows<T>{queries, D16, s.count, D16}, query_steps, s.count, D16);
     pack_rows(Rows<T>{grads, V16, s.count, V16}, grad_steps, s.count, V16);
-    multiply<U>({units(grads), V16 / F::STEP, 1}, values_by_width + s.low, T16, changes, T16, s.count, s.width(), V16 / F::STEP, false);
+    by_columns({units(grads), V16 / F::STEP, 1}, values_by_width, changes, s, V16 / F::STEP);
     for (int64_t i = 0; i < s.count; i += 2) two_rows(s, i);
-    multiply<U>({prob_steps, 1, T16}, grad_steps, V16, grad_values + s.low * V16, V16, s.width(), V16, steps, true);
-    multiply<U>({change_steps, 1, T16}, query_steps, D16, grad_keys + s.low * D16, D16, s.width(), D16, steps, true);
-    multiply<U>({units(probs), T16 / F::STEP, 1}, keys_by_token + s.low / F::STEP * D16, D16, result, D16, s.count, D16, s.width() / F::STEP, false);
+    s.parts([&](int64_t c, int64_t n) {
+      multiply<U>({prob_steps + c, 1, T16}, grad_steps, V16, grad_values + (s.low + c) * V16, V16, n, V16, steps, true);
+      multiply<U>({change_steps + c, 1, T16}, query_steps, D16, grad_keys + (s.low + c) * D16, D16, n, D16, steps, true);
+    });
+    over_columns(keys_by_token, D16, s);
     for (int64_t i = 0; i < s.count; i++) {
       float* row = result + i * D16;
       turn(row + a.D - a.R, rope_at(a, s.b, s.start + i), a.R, a.interleaved, -1);
