@@ -171,8 +171,8 @@ class Batch:
     """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None lets the
     model choose. Filled by stages/groups.py."""
     branches: Tensor | None = None
-    """int64: 0 for the tokens that all continuations of a document share, 1, 2, ... for the continuations, which see the
-    shared tokens and themselves; None where no document branches. Filled by data.lay_out."""
+    """int64: 0 for the tokens that all continuations of a document share, 1, 2, ... for the continuations, which see
+    the shared tokens and themselves; None where no document branches. Filled by data.lay_out."""
 
     @property
     def sequence_ids(self) -> Tensor:

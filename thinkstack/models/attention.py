@@ -86,10 +86,9 @@ def sight_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
         return torch.stack((first, first, first), -1).int()
     is_shared, places = branches == 0, torch.arange(first.shape[1], device=first.device)
     shared_end = torch.where(is_shared, places + 1, first).cummax(1).values
-    hidden_to = run_starts(document_ids, branches)
-    return torch.stack(
-        (first, torch.where(is_shared, first, shared_end), torch.where(is_shared, first, hidden_to)), -1
-    ).int()
+    hidden = torch.stack((shared_end, run_starts(document_ids, branches)), -1)
+    hidden = torch.where(is_shared.unsqueeze(-1), first.unsqueeze(-1), hidden)
+    return torch.cat((first.unsqueeze(-1), hidden), -1).int()
 
 
 def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -105,7 +105,7 @@ def normalised(values: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def forks_of(rollouts: Sequence[Rollout], row_tokens: int) -> list[list[Rollout]]:
-    """Which answers share their prompt in a row: neighbours of one group, as many as row_tokens takes. The order stays."""
+    """Which answers share their prompt: neighbours of one group, as many as row_tokens takes. The order stays."""
     forks: list[list[Rollout]] = []
     room, last = 0, None
     for rollout in rollouts:
