@@ -84,13 +84,17 @@ def refuse_unknown_keys(kind: Any, values: Tree, where: str) -> None:
         if key not in names:
             raise ConfigError(f"unknown key {address}{did_you_mean(key, names, where)}")
         nested = [member for member in _members(hints[key]) if dataclasses.is_dataclass(member)]
+        for place, entry in enumerate(value if isinstance(value, list | tuple) else ()):
+            if nested and isinstance(entry, dict):
+                refuse_unknown_keys(nested[0], entry, f"{address}[{place}]")
         if nested and isinstance(value, dict):
             best = min(nested, key=lambda member: len(set(value) - {f.name for f in dataclasses.fields(member)}))
             refuse_unknown_keys(best, value, address)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    """The types a value may have; of a tuple, those of its entries."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple) else (hint,)
 
 
 def did_you_mean(name: str, known: typing.Iterable[str], where: str = "") -> str:

@@ -6,11 +6,13 @@ format that rollouts use, so training and evaluation differ in nothing but the p
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thinkstack.evals.figures import AnswerRecord, Evaluation, ProblemRecord, summarise
 from thinkstack.tasks import table
 from thinkstack.tasks.answers import normalise
+from thinkstack.tasks.curriculum import load_split
+from thinkstack.tasks.datasets import DataStream
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS
 from thinkstack.text.chat import ChatFormat
@@ -45,6 +47,10 @@ class EvalConfig:
     """Difficulties asked; None asks all levels of each family."""
     unseen_wordings: bool = False
     """Ask in the wordings that training never uses."""
+    languages: tuple[str, ...] = ()
+    """Languages of generated questions; empty asks in all of them."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Folders of data sets to ask as many problems of each, too: tasks/table.py."""
 
     def __post_init__(self) -> None:
         if self.num_problems < 1 or self.samples < 1:
@@ -60,7 +66,10 @@ class EvalConfig:
 def held_out(cfg: EvalConfig) -> list[Problem]:
     """The test problems that cfg names: always the same ones, and none that training can draw."""
     families = table.families(cfg.families)
-    return table.problems(families, "test", cfg.seed, cfg.num_problems, cfg.levels, cfg.unseen_wordings)
+    found = table.problems(families, "test", cfg.seed, cfg.num_problems, cfg.levels, cfg.unseen_wordings, cfg.languages)
+    for name, folder in cfg.files.items():
+        found += DataStream(load_split(name, folder, "test"), cfg.seed).take(cfg.num_problems)
+    return found
 
 
 def evaluate(

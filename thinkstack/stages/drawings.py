@@ -11,7 +11,7 @@ from typing import Any
 from thinkstack.stages.groups import by_group
 from thinkstack.stages.rollout import Counter, Round
 from thinkstack.stages.rollout_log import group_from_dict, group_to_dict, read_lines, write_lines
-from thinkstack.tasks.table import ProblemStream
+from thinkstack.tasks.curriculum import Stream
 from thinkstack.text.chat import ChatFormat
 from thinkstack.types import Rollout
 
@@ -28,9 +28,7 @@ def numbers_of(folder: Path) -> list[int]:
     return sorted(int(path.name[8:14]) for path in (folder / FOLDER).glob("drawing_*.jsonl.gz"))
 
 
-def write_drawing(
-    folder: Path, number: int, drawn: Round, stream: ProblemStream, counter: Counter, chat: ChatFormat
-) -> None:
+def write_drawing(folder: Path, number: int, drawn: Round, stream: Stream, counter: Counter, chat: ChatFormat) -> None:
     """Keep drawing `number` of a run, with where stream and counter stand after it.
 
     Later drawings are dropped: they followed from another one that is no longer there.
@@ -48,7 +46,7 @@ def write_drawing(
     write_lines(path_of(folder, number), [head, *(group_to_dict(group, {}, chat) for group in by_group(drawn.drawn))])
 
 
-def read_drawing(folder: Path, number: int, stream: ProblemStream, counter: Counter) -> Round | None:
+def read_drawing(folder: Path, number: int, stream: Stream, counter: Counter) -> Round | None:
     """Drawing `number` with `stream` and `counter` moved to where they stood after it; None if it is not on disk."""
     path = path_of(folder, number)
     if not path.exists():

@@ -1,7 +1,7 @@
 """Measure a checkpoint on held-out problems: sampled, greedy, and in wordings it never saw."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -11,6 +11,7 @@ from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, write_json
 from thinkstack.machine import pick_device
+from thinkstack.stages.rollout import prompt_of
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.types import ConfigError
 
@@ -25,14 +26,22 @@ class EvaluateConfig:
     """Checkpoint or earlier stage to measure."""
     families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Task families asked."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Folders of published data sets asked too, from their test split."""
+    languages: tuple[str, ...] = ()
+    """Languages of generated questions; empty asks in all of them."""
     num_problems: int = 200
-    """Held-out problems."""
+    """Held-out problems: of the families together, and of each data set."""
     samples: int = 16
     """Answers drawn to each."""
+    temperature: float = 1.0
+    """Divides the logits of the sampled answers."""
     max_tokens: int = 128
     """Most tokens of an answer."""
     max_batch: int = 384
     """Answers drawn at once."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision that answers are drawn in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; "auto": on CUDA where there is some."""
     seed: int = 0
@@ -42,20 +51,27 @@ class EvaluateConfig:
 def measure(cfg: EvaluateConfig, run: Run) -> None:
     """Write the evaluations of cfg.start into run.folder."""
     chat = load_chat(cfg.start)
-    engine = Engine(load_model(cfg.start).to(pick_device(cfg.device)), EngineConfig(max_batch=cfg.max_batch))
     sampled = EvalConfig(
         families=cfg.families,
+        files=cfg.files,
+        languages=cfg.languages,
+        temperature=cfg.temperature,
         num_problems=cfg.num_problems,
         samples=cfg.samples,
         max_tokens=cfg.max_tokens,
         seed=cfg.seed,
     )
     greedy = replace(sampled, samples=1, temperature=0.0)
-    asked = {SAMPLED: sampled, GREEDY: greedy, UNSEEN: replace(greedy, unseen_wordings=True)}
-    with Progress("evaluation", len(asked) * cfg.num_problems) as progress:
+    asked = {SAMPLED: sampled, GREEDY: greedy, UNSEEN: replace(greedy, unseen_wordings=True, files={})}
+    problems = {file: held_out(config) for file, config in asked.items()}
+    everything = [problem for found in problems.values() for problem in found]
+    longest = max(len(prompt_of(chat, problem)) for problem in everything)
+    size = EngineConfig(max_batch=cfg.max_batch, max_context=longest + cfg.max_tokens, dtype=cfg.dtype)
+    engine = Engine(load_model(cfg.start).to(pick_device(cfg.device)), size)
+    with Progress("evaluation", len(everything)) as progress:
         generate = partial(engine.generate, on_progress=progress.advance)
         for file, config in asked.items():
-            found = evaluate(generate, chat, held_out(config), config, partial(score, cfg=RewardConfig()))
+            found = evaluate(generate, chat, problems[file], config, partial(score, cfg=RewardConfig()))
             write_json(run.folder / file, found.to_dict())
             if file == SAMPLED:
                 write_samples(run.folder / SAMPLES, found.records)

@@ -32,7 +32,8 @@ from thinkstack.stages.ppo import Critic
 from thinkstack.stages.pretrain import ADAPTER, MODEL, STATE
 from thinkstack.stages.rollout import Asking, Counter, Round, ScoreFunction, roll_out
 from thinkstack.stages.rollout_log import write_rollouts
-from thinkstack.stages.talk import keep_limit
+from thinkstack.stages.talk import keep_limit, read_limit
+from thinkstack.tasks.curriculum import Curriculum, make_curriculum, one_phase
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, families
 from thinkstack.text.chat import ChatFormat
@@ -55,16 +56,20 @@ class Zero:
 
     def __init__(self, cfg: GrpoConfig, run: Run, model: Transformer, chat: ChatFormat):
         self.cfg, self.run, self.chat = cfg, run, chat
-        suite = families(cfg.families)
-        levels = sorted({level for family in suite for level in family.levels} - set(cfg.held_out_levels))
-        self.stream = ProblemStream(suite, "train", cfg.seed, levels)
+        self.stream = training_problems(cfg)
         self.counter = Counter()
         self.drawings = 0
         """Drawings made so far."""
         self.fruitless = 0
         """Of these, how many in a row taught nothing, at the end."""
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
-        asked = EngineConfig(max_batch=cfg.prompts_per_step * cfg.group_size, return_experts=cfg.router_replay)
+        longest = cfg.max_prompt_tokens or model.cfg.max_positions - cfg.max_tokens
+        asked = EngineConfig(
+            max_batch=cfg.prompts_per_step * cfg.group_size,
+            max_context=longest + cfg.max_tokens,
+            dtype=cfg.rollout_dtype,
+            return_experts=cfg.router_replay,
+        )
         self.engine = Engine(model, asked)
         # adapters are the whole difference between policy and reference: without them no second copy is needed
         needs_copy = cfg.loss.kl and not cfg.trainer.lora.rank
@@ -83,7 +88,7 @@ class Zero:
             prompts=cfg.prompts_per_step,
             refill=cfg.dynamic_sampling,
             max_rounds=cfg.max_rounds,
-            max_prompt_tokens=model.cfg.max_positions - cfg.max_tokens,
+            max_prompt_tokens=longest,
         )
 
     def step(self) -> dict[str, float]:
@@ -91,6 +96,7 @@ class Zero:
         cfg = self.cfg
         times: dict[str, float] = {}
         before = self.trainer.step_count
+        self.stream.progress = before / cfg.steps
         self.fit_critic()
         with timed(times, "rollout"):
             drawn, metrics = self.draw()
@@ -210,6 +216,8 @@ class Zero:
             samples=self.cfg.way_samples,
             max_tokens=self.cfg.max_tokens,
             families=self.cfg.families,
+            files=self.cfg.files,
+            languages=self.cfg.languages,
         )
         found = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
         self.run.append(CURVE, curve_point(self.trainer.step_count, found, _only(found, self.cfg)))
@@ -246,6 +254,15 @@ class Zero:
             kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             self.reference.load_state_dict(kept, strict=False)
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
+
+
+def training_problems(cfg: GrpoConfig) -> Curriculum:
+    """What a run asks: its phases, or all its families but for the held-out levels."""
+    if cfg.phases:
+        return make_curriculum(cfg.phases, cfg.files, cfg.seed, cfg.languages)
+    suite = families(cfg.families)
+    levels = sorted({level for family in suite for level in family.levels} - set(cfg.held_out_levels))
+    return one_phase(ProblemStream(suite, "train", cfg.seed, levels, languages=cfg.languages))
 
 
 def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -> list[tuple[list[Rollout], list[T]]]:
@@ -299,7 +316,8 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
     plain = merged(model)
     save_model(run.folder / MODEL, plain, chat.tokenizer, chat)
-    keep_limit(run.folder / MODEL, plain, chat, families(cfg.families))
+    if read_limit(cfg.start) is not None:
+        keep_limit(run.folder / MODEL, plain, chat, families(cfg.families))
 
 
 def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:

@@ -4,11 +4,12 @@ An algorithm of the literature is a value: a table of settings laid under the us
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thinkstack.stages.groups import GROUP_KINDS, AdvantageKind
 from thinkstack.stages.ppo import CriticConfig
+from thinkstack.tasks.curriculum import PhaseConfig, check_phases
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.table import families
 from thinkstack.train.policy_loss import PolicyLossConfig
@@ -85,7 +86,14 @@ class GrpoConfig:
     preset: Preset = "default"
     """What was laid under these settings; see PRESETS. What makes it the algorithm of that name cannot be changed."""
     families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Task families to learn from."""
+    """Task families to be measured by on the way, and to learn from where no phases are given."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """A curriculum: what is asked in which part of the run; empty asks all families all along."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Published data sets to learn from and be measured by (tasks/table.py): the folder of each, with the files of its
+    splits."""
+    languages: tuple[str, ...] = ()
+    """Languages of generated questions; empty asks in all of them."""
     held_out_levels: tuple[int, ...] = ()
     """Difficulties never asked in training."""
     steps: int = 100
@@ -98,6 +106,10 @@ class GrpoConfig:
     """Optimizer steps the groups of one drawing are split into; from the second on the clipped ratio differs from 1."""
     max_tokens: int = 128
     """Most tokens of an answer; longer ones are cut off and earn what their text earns, mostly nothing."""
+    max_prompt_tokens: int = 0
+    """Longest prompt; problems with longer ones are left out and counted. 0: as long as context and answer allow."""
+    rollout_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision that answers are drawn in; the loss corrects for the trainer's being another one."""
     truncated: Literal["keep", "mask", "drop"] = "keep"
     """Answers cut off: "keep" in baseline and loss, "mask" out of the loss only, "drop" from both."""
     overlong_penalty: float = 0.0
@@ -147,6 +159,14 @@ class GrpoConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         families(self.families)
+        if self.phases:
+            check_phases(self.phases, self.files)
+            if self.held_out_levels:
+                raise ConfigError(
+                    f"held_out_levels={list(self.held_out_levels)} says nothing in phases; name the levels of each task"
+                )
+        elif self.files:
+            raise ConfigError(f"files={self.files} are asked in phases; give them, with the weight of each task")
         if self.top_p != 1:
             raise ConfigError(
                 f"top_p={self.top_p}: training rollouts must draw from the whole distribution, or the engine's "

@@ -19,6 +19,7 @@ from thinkstack.types import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 MOST_UNANSWERED = 0.01
 """Share of rows without an answer above which a file is refused."""
 
@@ -29,6 +30,9 @@ class DataSet(Protocol):
     @property
     def name(self) -> str:
         """Problem.task of its problems, and its name in tasks/table.py."""
+
+    SOURCE: str
+    """Where its files come from, for messages."""
 
     def load(self, path: str | Path) -> list[Problem]:
         """All problems of a file, in its order. Raises ConfigError if the file is missing or is another's."""
@@ -100,6 +104,15 @@ class Math:
         first, second = plain(reference), plain(inside)
         is_word = len(first) > 1 and first.isalpha()
         return first == second != "" or (is_word and first.casefold() == second.casefold())
+
+
+def split_file(folder: str | Path, split: str, source: str) -> Path:
+    """The file of a split ("train", "test") in a data set's folder. Raises ConfigError if there is none."""
+    found = [path for ending in ENDINGS if (path := Path(folder) / f"{split}{ending}").is_file()]
+    if not found:
+        names = " or ".join(f"{split}{ending}" for ending in ENDINGS)
+        raise ConfigError(f"{folder} has no {names}; give the folder that holds {source}")
+    return found[0]
 
 
 def published(task: str, question: str, answer: str, level: int) -> Problem:

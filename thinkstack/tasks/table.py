@@ -24,6 +24,7 @@ from thinkstack.tasks.measures import Table, Units
 from thinkstack.tasks.numbers import Divisors, Modular, Multiply
 from thinkstack.tasks.programs import Bug, Program
 from thinkstack.tasks.puzzles import Family, Judging, digest
+from thinkstack.tasks.sums import Sums, Times
 from thinkstack.types import ConfigError, Problem
 
 FAMILIES: dict[str, Family] = {
@@ -45,6 +46,8 @@ FAMILIES: dict[str, Family] = {
     "program": Program(),
     "bug": Bug(),
     "choice": Choice(),
+    "sums": Sums(),
+    "times": Times(),
 }
 
 DATASETS: dict[str, DataSet] = {"gsm8k": Gsm8k(), "math": Math()}
@@ -91,12 +94,14 @@ def problem_at(
     index: int,
     levels: Sequence[int] | None = None,
     unseen_wordings: bool = False,
+    languages: Sequence[str] = (),
 ) -> Problem:
     """Problem `index` of the stream that the other arguments name.
 
     Families take turns by index; level, language and wording are drawn. levels: allowed difficulties, of which a family
-    uses those it has; None allows all. unseen_wordings: use the wordings that training never uses.
-    Raises ConfigError for an unknown split, or if a family has none of the levels.
+    uses those it has; None allows all. unseen_wordings: use the wordings that training never uses. languages: those
+    that may be used; () allows all.
+    Raises ConfigError for an unknown split, or if a family has none of the levels or languages.
     """
     family = families[index % len(families)]
     allowed = [level for level in family.levels if levels is None or level in levels]
@@ -105,7 +110,10 @@ def problem_at(
         raise ConfigError(f"{family.name} has none of the levels {list(levels or ())}; its levels are {known}")
     rng = random.Random(digest("problem", seed, split, index))
     puzzle = puzzles.draw_puzzle(family, split, rng.choice(allowed), ("problem", seed, index))
-    language = rng.choice(tuple(family.wordings))
+    spoken = tuple(language for language in family.wordings if not languages or language in languages)
+    if not spoken:
+        raise ConfigError(f"{family.name} has none of the languages {list(languages)}; it has {list(family.wordings)}")
+    language = rng.choice(spoken)
     wordings = puzzles.unseen_wordings if unseen_wordings else puzzles.seen_wordings
     return puzzles.pose(family, puzzle, language, rng.choice(wordings(family, language)))
 
@@ -117,9 +125,10 @@ def problems(
     count: int,
     levels: Sequence[int] | None = None,
     unseen_wordings: bool = False,
+    languages: Sequence[str] = (),
 ) -> list[Problem]:
     """The first `count` problems of a stream; arguments as in `problem_at`."""
-    return [problem_at(families, split, seed, index, levels, unseen_wordings) for index in range(count)]
+    return [problem_at(families, split, seed, index, levels, unseen_wordings, languages) for index in range(count)]
 
 
 class ProblemStream:
@@ -132,10 +141,11 @@ class ProblemStream:
         seed: int,
         levels: Sequence[int] | None = None,
         unseen_wordings: bool = False,
+        languages: Sequence[str] = (),
     ):
         """Arguments as in `problem_at`."""
         self.families, self.split, self.seed = list(families), split, seed
-        self.levels, self.unseen_wordings = levels, unseen_wordings
+        self.levels, self.unseen_wordings, self.languages = levels, unseen_wordings, languages
         self.position = 0
         """Index of the next problem."""
 
@@ -143,7 +153,7 @@ class ProblemStream:
         """The next `count` problems."""
         start, self.position = self.position, self.position + count
         return [
-            problem_at(self.families, self.split, self.seed, index, self.levels, self.unseen_wordings)
+            problem_at(self.families, self.split, self.seed, index, self.levels, self.unseen_wordings, self.languages)
             for index in range(start, self.position)
         ]
 
