@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from thinkstack.checkpoint.hf import stored_tensors
+from thinkstack.checkpoint.hf import part_of, stored_tensors
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import (
@@ -204,7 +204,7 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
         if item.source in named and not item.is_copy and not item.source.startswith("mtp."):
             grad = named[item.source].grad
             assert grad is not None, item.source
-            found[item.name] = grad[item.part]
+            found[item.name] = part_of(grad, item)
     return found
 
 

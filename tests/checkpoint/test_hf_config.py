@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tests.tiny import GQA_TINY, MLA_TINY
-from thinkstack.checkpoint.hf_config import from_hf, to_hf
+from thinkstack.checkpoint.hf_config import from_hf, read_storage, storage_keys, to_hf
 from thinkstack.models.config import NAMED, Llama3RopeConfig, ModelConfig, RopeConfig, YarnConfig, named
+from thinkstack.models.quant import FP8Blocks
 from thinkstack.types import ConfigError
 
 QWEN2_TINY = replace(GQA_TINY, family="qwen2", attention=replace(GQA_TINY.attention, qkv_bias=True))
@@ -215,9 +216,22 @@ def test_half_rotation_is_refused_in_v2():
     assert "rope_interleave" in refused(named("v2-lite"), rope_interleave=False)
 
 
-def test_quantised_weights_are_refused_with_a_way_out():
-    message = refused(MLA_TINY, quantization_config={"quant_method": "fp8"})
-    assert "fp8" in message and "bf16" in message
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"fmt": "e5m2"}, "'e5m2'"),
+        ({"weight_block_size": [1, 128]}, "[1, 128]"),
+        ({"weight_block_size": None}, "no weight_block_size"),
+        ({"activation_scheme": "static"}, "'static'"),
+        ({"scale_fmt": "e5m6"}, "'e5m6'"),
+    ],
+)
+def test_other_quantisations_than_deepseeks_are_refused(changes: dict[str, object], word: str):
+    known = storage_keys(FP8Blocks(power_of_two=True))
+    assert read_storage(known, "config.json") == FP8Blocks(power_of_two=True)
+    message = refused(MLA_TINY, quantization_config=known["quantization_config"] | changes)
+    assert "quantization_config" in message and word in message
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():

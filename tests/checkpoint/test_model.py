@@ -13,7 +13,7 @@ import torch
 import thinkstack
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint import model as checkpoint
-from thinkstack.checkpoint.hf import INDEX, WEIGHTS
+from thinkstack.checkpoint.hf_files import INDEX, WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, save_model
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.transformer import Transformer
@@ -149,10 +149,10 @@ def test_a_refused_write_names_the_folder_and_leaves_nothing(tmp_path: Path):
 def test_a_full_disk_leaves_the_older_folder(tmp_path: Path, monkeypatch):
     saved(tmp_path / "model")
 
-    def full(model: Transformer, folder: Path) -> None:
+    def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_weights", full)
+    monkeypatch.setattr(checkpoint, "write_weights", full)
     with pytest.raises(ConfigError, match="No space left"):
         save_model(tmp_path / "model", tiny_model(GQA_TINY))
     assert load_model(tmp_path / "model").cfg == BIG_VOCABULARY

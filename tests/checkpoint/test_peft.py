@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model, tiny_tokenizer
 from thinkstack import cli
-from thinkstack.checkpoint.hf import WEIGHTS as MODEL_WEIGHTS
+from thinkstack.checkpoint.hf_files import WEIGHTS as MODEL_WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.peft import CONFIG, WEIGHTS, load_adapter, merge_adapter, save_adapter
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged

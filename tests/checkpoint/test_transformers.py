@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from thinkstack.checkpoint.hf import WEIGHTS
+from thinkstack.checkpoint.hf_files import WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine
 from thinkstack.models.config import named

@@ -1,4 +1,4 @@
-"""Weights in Hugging Face layout: one table of names per family, read and written through the same list.
+"""The names and shapes of Hugging Face checkpoints, one table per family, and models filled from and read through it.
 
 Rotary layout: a Hugging Face Llama pairs dimension i with i + d/2 as our non-interleaved rotation does, and the
 DeepSeek files pair neighbours as our interleaved one does, so no row is permuted. Experts lie one by one on disk and
@@ -10,25 +10,22 @@ they are shared with here, and may be missing. So a released file comes back byt
 of a model with tied embeddings is not written; where another program wrote it, it must equal the embedding.
 """
 
-# Shapes in this file: E experts, I intermediate size of one expert, D hidden size.
+# Shapes in this file: E experts, I intermediate size of one expert, D hidden size, P matrices of an expert in a stack.
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from thinkstack.checkpoint.source import Source
 from thinkstack.models.config import MLAConfig, ModelConfig
+from thinkstack.models.moe import MoE
+from thinkstack.models.quant import STACKED, Packed, Parts, Storage, matrices, pack, packed_parameters
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-"""File types whose reading can run code; they are never opened."""
 
 # Our name within a block -> the name within model.layers.N, by part of the block.
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -69,12 +66,14 @@ class Stored(NamedTuple):
     """On disk."""
     source: str
     """In Transformer.state_dict()."""
-    part: tuple[int | slice, ...] = ()
-    """Index into the source; () is all of it."""
+    part: tuple[int, ...] = ()
+    """Expert and place in its stack (gate 0, up 1), where the source is a stack of experts; () is all of it."""
     is_copy: bool = False
     """Repeats a tensor stored elsewhere; may be missing on disk, must be equal if present."""
     is_written: bool = True
     """Whether our own files have it."""
+    is_matrix: bool = False
+    """Whether it is a matrix of a block, router aside: what is kept in few bits where anything is."""
 
 
 def stored_tensors(cfg: ModelConfig) -> list[Stored]:
@@ -110,205 +109,194 @@ def _block(cfg: ModelConfig, layer: int, ours: str) -> Iterator[Stored]:
     elif moe.num_shared_experts:
         table |= SHARED
     for name, hf in table.items():
-        yield Stored(f"{there}{hf}.weight", f"{ours}{name}.weight")
+        yield Stored(f"{there}{hf}.weight", f"{ours}{name}.weight", is_matrix=not name.endswith("norm"))
     for name in biases:
         yield Stored(f"{there}{table[name]}.bias", f"{ours}{name}.bias")
     if moe is not None:
         yield Stored(f"{there}mlp.gate.weight", f"{ours}ffn.router")
         if cfg.family == "deepseek_v3":  # the others balance by losses and store no bias
             yield Stored(f"{there}mlp.gate.e_score_correction_bias", f"{ours}ffn.bias")
-        gate, up = slice(0, moe.expert_size), slice(moe.expert_size, None)
         for expert in range(moe.num_experts):
             file = f"{there}mlp.experts.{expert}."
-            yield Stored(f"{file}gate_proj.weight", f"{ours}ffn.w_in", (expert, gate))  # (I, D) of (E, 2I, D)
-            yield Stored(f"{file}up_proj.weight", f"{ours}ffn.w_in", (expert, up))
-            yield Stored(f"{file}down_proj.weight", f"{ours}ffn.w_out", (expert,))  # (D, I) of (E, D, I)
+            yield Stored(f"{file}gate_proj.weight", f"{ours}ffn.w_in", (expert, 0), is_matrix=True)  # (I, D)
+            yield Stored(f"{file}up_proj.weight", f"{ours}ffn.w_in", (expert, 1), is_matrix=True)
+            yield Stored(f"{file}down_proj.weight", f"{ours}ffn.w_out", (expert, 0), is_matrix=True)  # (D, I)
 
 
-def empty_model(cfg: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> Transformer:
-    """A model with uninitialised parameters in `dtype`; buffers (the balance bias) are fp32 zeros.
+def shapes_on_disk(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of `stored_tensors`."""
+    with torch.device("meta"):
+        state = Transformer(cfg).state_dict()
+    return {item.name: _shape(tuple(state[item.source].shape), item) for item in stored_tensors(cfg)}
 
+
+def _shape(shape: tuple[int, ...], item: Stored) -> tuple[int, ...]:
+    return (shape[1] // STACKED[item.source.rpartition(".")[2]], shape[2]) if item.part else shape
+
+
+def check_tensors(
+    where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]], file_of: Callable[[str], Path]
+) -> None:
+    """Raise ConfigError unless the tensors `found`, shapes by name, are those of a model of `cfg`.
+
+    where: the checkpoint; file_of: the file that holds a tensor; for messages.
+    """
+    shapes = shapes_on_disk(cfg)
+    missing = [item.name for item in stored_tensors(cfg) if item.name not in found and not item.is_copy]
+    if missing:
+        way_out = "the download is incomplete or its configuration belongs to other weights; fetch it again"
+        if missing == ["lm_head.weight"]:
+            way_out = (
+                "if the head is the embedding, set tie_word_embeddings to true in config.json, else fetch it again"
+            )
+        raise ConfigError(f"{where} lacks the tensor {missing[0]}{_more(missing)}: {way_out}")
+    unexpected = sorted(found.keys() - shapes.keys())
+    if unexpected:
+        raise ConfigError(
+            f"{file_of(unexpected[0])} has the unexpected tensor {unexpected[0]}{_more(unexpected)}: the configuration "
+            f"describes another model ({_counts(cfg)}); use the config.json that belongs to these weights"
+        )
+    for name, shape in found.items():
+        if shape != shapes[name]:
+            raise ConfigError(
+                f"{file_of(name)}: {name} has shape {shape}, the configuration asks for {shapes[name]} "
+                f"({_counts(cfg)}); use the config.json that belongs to these weights"
+            )
+
+
+def _counts(cfg: ModelConfig) -> str:
+    """What a configuration says, where weights may say otherwise."""
+    tied = "tied" if cfg.tie_embeddings else "untied"
+    return f"{cfg.num_layers} layers, width {cfg.hidden_size}, {cfg.attention.num_heads} heads, {tied} head"
+
+
+def empty_model(
+    cfg: ModelConfig, dtype: torch.dtype, storage: Storage | None = None, packed: list[str] | None = None
+) -> Transformer:
+    """A model with uninitialised parameters in `dtype`, on the CPU; balance biases are fp32 zeros.
+
+    storage: how the parameters named in `packed` are kept, by default the matrices of all blocks.
     Raises ConfigError if the machine has not the memory for it.
     """
     with torch.device("meta"):
         model = Transformer(cfg)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    if storage is not None:
+        pack(model, storage, matrices(model) if packed is None else packed)
     try:
-        model.to_empty(device=device)
+        model.to_empty(device="cpu")
     except RuntimeError as error:
-        size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e9
         raise ConfigError(f"a model of {size:,.1f} GB does not fit into memory ({error}); use a smaller one") from error
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty gives each module its own tensor
-    for buffer in model.buffers():
-        buffer.zero_()
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.bias.zero_()
     return model
-
-
-def save_weights(model: Transformer, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write model.safetensors into an existing folder, or numbered shards with an index if one file would exceed
-    `max_shard_bytes`. Tensors keep the model's dtype; the balance bias is fp32.
-
-    Raises ConfigError for a model that the family's files cannot hold; OSError and SafetensorError are left to the
-    caller, who knows what else goes into the folder (state.write_folder).
-    """
-    check_storable(model)
-    state = model.state_dict()
-    shards = _plan(model.cfg, state, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for index, shard in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        tensors = {item.name: _part(state, item).detach().cpu().clone() for item in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _plan(cfg: ModelConfig, state: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[Stored]]:
-    """Cut the list of tensors into files: each as full as it may be, at least one tensor in it."""
-    shards: list[list[Stored]] = [[]]
-    size = 0
-    for item in stored_tensors(cfg):
-        if not item.is_written:
-            continue
-        nbytes = _part(state, item).nbytes
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(item)
-        size += nbytes
-    return shards
-
-
-def _part(state: Mapping[str, Tensor], item: Stored) -> Tensor:
-    return state[item.source][item.part] if item.part else state[item.source]
 
 
 def check_storable(model: Transformer) -> None:
     """Raise ConfigError if the family has no place on disk for what the model holds: only V3 stores balance biases."""
     if model.cfg.family == "deepseek_v3":
         return
-    for name, tensor in model.named_buffers():
-        if bool(tensor.any()):
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) and bool(module.bias.any()):
             raise ConfigError(
-                f"{name} is not zero, and {model.cfg.family} files have no place for it; train with "
+                f"{name}.bias is not zero, and {model.cfg.family} files have no place for it; train with "
                 "bias_speed=0, or use family deepseek_v3"
             )
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy the weights of a checkpoint folder into `model`, in the model's own dtypes.
+def source_of(model: Transformer, path: Path = Path("the model")) -> Source:
+    """A model as a Source. Raises ConfigError for what the family's files cannot hold."""
+    check_storable(model)
+    state, packed = model.state_dict(), packed_parameters(model)
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    parts: dict[str, Callable[[], Parts]] = {}
+    for item in stored_tensors(model.cfg):
+        owner = packed.get(item.source)
+        if owner is not None:
+            tensors[item.name] = partial(owner.dense, item.part)
+            parts[item.name] = partial(owner.parts, item.part)
+            dtypes[item.name] = owner.dtype
+        elif item.is_written:
+            tensors[item.name] = partial(part_of, state[item.source], item)
+            dtypes[item.name] = state[item.source].dtype
+    storages = {owner.storage for owner in packed.values()}
+    assert len(storages) < 2, storages
+    storage = storages.pop() if storages else None
+    return Source(path=path, cfg=model.cfg, tensors=tensors, dtypes=dtypes, storage=storage, packed=parts)
 
-    Raises ConfigError, naming file and tensor, for pickled weights, a file that is missing, cut off or not
-    safetensors, and a tensor that is missing, unexpected, of another shape, not of a float type, or a copy that
-    differs from its original.
-    """
-    files = tensor_files(folder)
-    expected = {item.name: item for item in stored_tensors(model.cfg)}
-    missing = [name for name, item in expected.items() if name not in files and not item.is_copy]
-    if missing:
-        raise ConfigError(
-            f"{folder} lacks the tensor {missing[0]}{_more(missing)}: the download is incomplete or config.json "
-            "belongs to other weights; fetch the folder again"
-        )
-    unexpected = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
-    if unexpected:
-        raise ConfigError(
-            f"{folder / files[unexpected[0]]} has the unexpected tensor {unexpected[0]}{_more(unexpected)}: "
-            "config.json describes another model; use the config.json that belongs to these weights"
-        )
-    state = model.state_dict()
-    # copies last, so that there is something to compare them with
-    ordered = sorted((item for name, item in expected.items() if name in files), key=lambda item: item.is_copy)
-    for item, tensor in _read(folder, files, ordered):
-        _take(_part(state, item), tensor, item, folder / files[item.name])
+
+def packed_names(source: Source) -> list[str]:
+    """Parameters all of whose tensors the checkpoint keeps packed."""
+    items = stored_tensors(source.cfg)
+    plain = {item.source for item in items if item.name not in source.packed and not item.is_copy}
+    found = dict.fromkeys(item.source for item in items if item.source not in plain and not item.is_copy)
+    return [name for name in found if plain.isdisjoint(_together(name))]
+
+
+def _together(name: str) -> list[str]:
+    """What is packed with a parameter: of experts both stacks, else it alone."""
+    owner, _, leaf = name.rpartition(".")
+    return [f"{owner}.{stack}" for stack in STACKED] if leaf in STACKED else [name]
+
+
+def part_of(whole: Tensor, item: Stored) -> Tensor:
+    """The view of one of the model's tensors that a tensor on disk is."""
+    return whole.unflatten(1, (STACKED[item.source.rpartition(".")[2]], -1))[item.part] if item.part else whole
 
 
 @torch.no_grad()
-def _take(target: Tensor, tensor: Tensor, item: Stored, path: Path) -> None:
-    """Copy a tensor from disk to its place, or compare it if it is a copy."""
+def fill(model: Transformer, source: Source) -> None:
+    """Copy the tensors of a checkpoint into `model`, in the model's own dtypes and storage.
+
+    Raises ConfigError, naming path and tensor, for another shape, or a copy that differs from its original.
+    """
+    state, packed = model.state_dict(), packed_parameters(model)
+    items = [item for item in stored_tensors(model.cfg) if item.name in source.tensors]
+    for item in sorted(items, key=lambda item: item.is_copy):  # copies last, to have something to compare them with
+        owner = packed.get(item.source)
+        if owner is not None:
+            _fill_packed(owner, item, source)
+        elif item.is_copy:
+            _compare(state[item.source], item, source)
+        else:
+            _fill_plain(part_of(state[item.source], item), item, source)
+
+
+def _fill_packed(owner: Packed, item: Stored, source: Source) -> None:
+    """Parts as they are where the checkpoint keeps them so, else packed here."""
+    if item.name in source.packed and source.storage == owner.storage:
+        owner.put(item.part, source.packed[item.name]())
+    else:
+        owner.put(item.part, owner.storage.pack(source.tensors[item.name]()))
+
+
+def _fill_plain(target: Tensor, item: Stored, source: Source) -> None:
+    if item.name in source.packed:
+        assert source.storage is not None
+        source.storage.unpack(source.packed[item.name](), target)
+        return
+    tensor = source.tensors[item.name]()
     if tensor.shape != target.shape:
         raise ConfigError(
-            f"{path}: {item.name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(target.shape)}; use the "
-            "config.json that belongs to these weights"
+            f"{source.path}: {item.name} has shape {tuple(tensor.shape)}, its configuration asks for "
+            f"{tuple(target.shape)}; fetch it again"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    target.copy_(tensor)
+
+
+def _compare(target: Tensor, item: Stored, source: Source) -> None:
+    if not torch.equal(source.tensors[item.name]().to(target.dtype), target.cpu()):
         raise ConfigError(
-            f"{path}: {item.name} is {tensor.dtype}, a quantised type; convert the checkpoint to bf16 first"
+            f"{source.path}: {item.name} differs from the main model's tensor that it should repeat; only shared "
+            "embeddings and heads are supported: set tie_word_embeddings to false if it is a head of its own, or "
+            "delete that tensor if the main model's is meant"
         )
-    if not item.is_copy:
-        target.copy_(tensor)
-    elif not torch.equal(tensor.to(target.dtype), target.cpu()):
-        raise ConfigError(
-            f"{path}: {item.name} differs from the main model's tensor that it should repeat; only shared embeddings "
-            "and heads are supported: delete that tensor if the main model's is meant"
-        )
-
-
-def _read(folder: Path, files: Mapping[str, str], items: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """The tensors of `items`, opening each file once for each run of neighbours in it."""
-    handle, opened = None, None
-    for item in items:
-        path = folder / files[item.name]
-        if path != opened:
-            handle, opened = _open(path), path
-        assert handle is not None
-        yield item, handle.get_tensor(item.name)
-
-
-def tensor_files(folder: Path) -> dict[str, str]:
-    """Which file of a checkpoint folder holds which tensor; every file is opened and checked for completeness."""
-    if (folder / WEIGHTS).is_file():
-        return dict.fromkeys(_open(folder / WEIGHTS).keys(), WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise ConfigError(_no_weights(folder))
-    weight_map = _weight_map(folder / INDEX)
-    for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
-            raise ConfigError(f"{folder / file} is missing, but {INDEX} names it; fetch the folder again")
-        present = set(_open(folder / file).keys())
-        lost = sorted(name for name, place in weight_map.items() if place == file and name not in present)
-        if lost:
-            raise ConfigError(
-                f"{folder / file} lacks the tensor {lost[0]}{_more(lost)} that {INDEX} names; fetch it again"
-            )
-    return weight_map
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not an index of weights ({error!r}); fetch it again") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ConfigError(f"{path}: weight_map is not a table of file names; fetch it again")
-    for file in weight_map.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ConfigError(f"{path} names {file!r}, which is not a safetensors file beside it; fetch it again")
-    return weight_map
-
-
-def _open(path: Path) -> "safe_open":
-    """A safetensors file; its header is checked against its length."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is cut off or not a safetensors file ({error}); fetch it again") from error
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
-    if pickles:
-        return (
-            f"{folder / pickles[0]} is a pickle, which can run code when read and is never opened; convert it to "
-            "safetensors on a machine you trust (transformers: save_pretrained)"
-        )
-    return f"{folder} has neither {WEIGHTS} nor {INDEX}; give the folder of a complete checkpoint"
 
 
 def _more(names: list[str]) -> str:

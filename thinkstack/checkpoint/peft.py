@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from thinkstack.checkpoint.hf import INDEX, PICKLES, Stored, save_weights, stored_tensors
-from thinkstack.checkpoint.model import load_model, locate, read_json
+from thinkstack.checkpoint.hf import Stored, stored_tensors
+from thinkstack.checkpoint.hf_files import INDEX, PICKLES, save_weights
+from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.model import load_model, locate
 from thinkstack.checkpoint.state import write_folder
 from thinkstack.models.lora import Adapter, LoRAConfig, adapters, add_adapters, merged
 from thinkstack.models.transformer import Transformer
@@ -82,11 +84,7 @@ def _targets(model: Transformer, modules: list[str]) -> list[str]:
 
 def _matrices(adapter: Adapter, item: Stored) -> tuple[Tensor, Tensor]:
     """A and B of one module on disk, as views."""
-    if not item.part:
-        return adapter.lora_a, adapter.lora_b
-    expert, *rest = item.part
-    second = bool(rest) and isinstance(rest[0], slice) and rest[0].start != 0  # up lies behind gate
-    return adapter.lora_a[expert, int(second)], adapter.lora_b[expert, int(second)]
+    return adapter.lora_a[item.part], adapter.lora_b[item.part]
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
@@ -113,7 +111,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     found = _by_module(path, _read(path))
     stored = {item.name.removesuffix(".weight"): item for item in stored_tensors(model.cfg)}
     for module in found:
-        if module not in stored or (owner := stored[module]).is_copy or not _is_adaptable(model, owner):
+        if module not in stored or not stored[module].is_matrix or not stored[module].source.startswith("layers."):
             raise ConfigError(f"{path / WEIGHTS}: {module} is no matrix of this model that can be adapted; check base")
     add_adapters(model, sorted({stored[module].source for module in found}), cfg.rank, cfg.scale)
     known = adapters(model)
@@ -128,13 +126,6 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
                     )
                 target.copy_(given[matrix])
     return cfg
-
-
-def _is_adaptable(model: Transformer, item: Stored) -> bool:
-    """Whether an item of the table is a matrix within a block of the main model."""
-    name = item.source.removesuffix(".weight")
-    inside = name.startswith("layers.") and not name.endswith(("norm", "router", "bias"))
-    return inside and (bool(item.part) or item.source.endswith(".weight"))
 
 
 def _by_module(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -5,12 +5,14 @@ format needs one reader and one writer, and every conversion is a pair of the tw
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from thinkstack.models.config import ModelConfig
+from thinkstack.models.quant import Parts, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +25,23 @@ class Source:
     """The model that its configuration describes."""
     tensors: Mapping[str, Callable[[], Tensor]]
     """How to read each tensor, by Hugging Face name; a float tensor, dequantised where the file keeps fewer bits."""
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """What the files keep each tensor as; what is not named counts as fp32."""
+    storage: Storage | None = None
+    """How the matrices in `packed` are kept."""
+    packed: Mapping[str, Callable[[], Parts]] = field(default_factory=dict)
+    """How to read matrices of few bits as they are kept; each is in `tensors` too."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor is kept as, or comes out as if it is kept in fewer bits than a float's."""
+        return self.dtypes.get(name, torch.float32)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a writer makes of the tensors of a Source."""
+
+    dtype: torch.dtype | None = None
+    """Of everything but the balance bias (fp32) and packed matrices; None keeps what the source has."""
+    storage: Storage | None = None
+    """How the matrices of attention and feed-forwards are kept; None keeps them as floats."""

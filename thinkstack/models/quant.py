@@ -1,0 +1,209 @@
+"""Matrices kept in few bits and widened where they are used: a model to serve or adapt, not to train as a whole.
+
+A storage is a value with two functions, `pack` and `unpack`. Linear layers and stacks of routed experts hold packed
+matrices of any storage; of a stack only the experts that tokens chose are widened. Gradients pass through to the input;
+the packed numbers get none.
+"""
+
+# Shapes in this file: N outputs, K inputs, leading dimensions (...) are independent matrices, E experts, P matrices
+# stacked in one parameter (gate and up: 2), U experts in use, D hidden size, I intermediate size of one expert.
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from thinkstack.models.fp8 import BLOCK, quantise, widen
+from thinkstack.models.moe import MoE, expert_mlp
+from thinkstack.models.transformer import Transformer
+
+Parts = dict[str, Tensor]
+"""What a storage makes of matrices (..., N, K): tensors by name, two dimensions each behind the same leading ones."""
+Index = tuple[int | Tensor, ...]
+
+
+class Storage(Protocol):
+    """How matrices are kept."""
+
+    @property
+    def name(self) -> str:
+        """For messages and commands."""
+
+    def pack(self, weight: Tensor) -> Parts:
+        """The parts of weight (..., N, K), a float tensor on any device, meta included."""
+
+    def unpack(self, parts: Parts, out: Tensor) -> None:
+        """Write the matrices that `parts` stand for into out (..., N, K), rounded once to its dtype."""
+
+
+@dataclass(frozen=True)
+class FP8Blocks:
+    """DeepSeek's files: e4m3 numbers, one scale for 128 x 128 (V3 report, arXiv:2412.19437, section 3.3.1)."""
+
+    power_of_two: bool = False
+    """Scales of the form 2**n (scale_fmt ue8m0)."""
+    scale_dtype: torch.dtype = torch.float32
+    """What scales are kept as: fp32, or float8_e8m0fnu, the exponents alone."""
+
+    @property
+    def name(self) -> str:
+        return "fp8-ue8m0" if self.power_of_two else "fp8"
+
+    def pack(self, weight: Tensor) -> Parts:
+        codes, scale = quantise(weight, BLOCK, self.power_of_two)
+        return {"codes": codes, "scale": scale.to(self.scale_dtype)}
+
+    def unpack(self, parts: Parts, out: Tensor) -> None:
+        widen(parts["codes"], parts["scale"], out)
+
+
+class Packed(nn.Module):
+    """Matrices (..., N, K) in their storage. The parts are buffers that move with the model and are never cast."""
+
+    def __init__(self, storage: Storage, weight: Tensor, dtype: torch.dtype):
+        """Packs weight (..., N, K). dtype: of the matrices that come out where no other is asked for."""
+        super().__init__()
+        self.storage, self.shape, self.dtype = storage, tuple(weight.shape), dtype
+        for name, part in storage.pack(weight).items():
+            self.register_buffer(name, part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        """Move without casting: a function that casts floats sees bytes."""
+        for name, part in self._buffers.items():
+            assert part is not None
+            self._buffers[name] = fn(part.view(torch.uint8)).view(part.dtype)
+        return self
+
+    def parts(self, index: Index = ()) -> Parts:
+        """Views of the parts of the matrices at `index` into the leading dimensions; copies where it is a tensor."""
+        return {name: part[index] for name, part in self.named_buffers()}
+
+    def put(self, index: Index, parts: Parts) -> None:
+        """Replace the matrices at `index`."""
+        for name, part in self.parts(index).items():
+            part.copy_(parts[name])
+
+    def dense(self, index: Index = (), dtype: torch.dtype | None = None) -> Tensor:
+        """The matrices at `index`, in `dtype` or else the module's."""
+        parts = self.parts(index)
+        some = next(iter(parts.values()))
+        out = torch.empty(*some.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=some.device)
+        self.storage.unpack(parts, out)
+        return out
+
+
+class _Product(torch.autograd.Function):
+    """x (..., K) times packed (N, K) transposed; the matrix is widened again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return F.linear(x, packed.dense(dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.packed.dense(dtype=grad.dtype), None
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer on a packed matrix; `weight` is the matrix widened, for code that reads it."""
+
+    def __init__(self, packed: Packed, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.packed = packed
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.packed.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., K); returns (..., N)."""
+        out = _Product.apply(x, self.packed)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class PackedExperts(nn.Module):
+    """Computes routed experts whose stacks are packed: w_in (E, 2, I, D), w_out (E, 1, D, I)."""
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, w_in: Packed, w_out: Packed) -> Tensor:
+        """Arguments and result as of ExpertMLP in models/moe.py, but for the stacks."""
+        used, place = experts.unique(return_inverse=True)  # (U,), (N, K)
+
+        def compute(x: Tensor, weights: Tensor) -> Tensor:
+            wide = (stack.dense((used,), x.dtype).flatten(1, 2) for stack in (w_in, w_out))
+            return expert_mlp(x, weights, place, *wide)
+
+        if torch.is_grad_enabled():  # the widened experts are made again for the backward pass, not kept
+            return checkpoint(compute, x, weights, use_reentrant=False, preserve_rng_state=False)
+        return compute(x, weights)
+
+
+STACKED = {"w_in": 2, "w_out": 1}
+"""Matrices of an expert in each parameter of a MoE."""
+
+
+def matrices(model: Transformer) -> list[str]:
+    """Parameters that are worth packing, by name: the matrices of all blocks, routers aside."""
+    found = []
+    for name, module in model.named_modules():
+        if ".attention." in name or ".ffn" in name:
+            found += [f"{name}.weight"] if isinstance(module, nn.Linear) else []
+            found += [f"{name}.{leaf}" for leaf in STACKED] if isinstance(module, MoE) else []
+    return found
+
+
+def pack(model: Transformer, storage: Storage, names: Collection[str], dtype: torch.dtype | None = None) -> None:
+    """Keep the named parameters packed, in place; a model on the meta device gets empty ones.
+
+    names: as in state_dict, of linear layers and of stacks of experts, of which a layer needs both. dtype: of widened
+    matrices where none is asked for; by default the parameter's.
+    """
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = getattr(module, leaf).detach()
+        if isinstance(module, MoE):
+            stack = weight.unflatten(1, (STACKED[leaf], -1))
+            delattr(module, leaf)
+            setattr(module, leaf, Packed(storage, stack, dtype or weight.dtype))
+            module.products = PackedExperts()
+        else:
+            assert isinstance(module, nn.Linear), name
+            parent, _, place = owner.rpartition(".")
+            layer = PackedLinear(Packed(storage, weight, dtype or weight.dtype), module.bias)
+            setattr(model.get_submodule(parent), place, layer)
+
+
+def unpack(model: Transformer) -> Transformer:
+    """Widen everything that is packed, in place, to parameters; returns the model."""
+    for name, packed in packed_parameters(model).items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, MoE):
+            wide = nn.Parameter(packed.dense().flatten(1, 2))
+            delattr(module, leaf)
+            setattr(module, leaf, wide)
+            module.products = None
+        else:
+            assert isinstance(module, PackedLinear)
+            parent, _, place = owner.rpartition(".")
+            layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            layer.weight, layer.bias = nn.Parameter(packed.dense()), module.bias
+            setattr(model.get_submodule(parent), place, layer)
+    return model
+
+
+def packed_parameters(model: nn.Module) -> dict[str, Packed]:
+    """What is packed, by the name that the parameter has in a plain model."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            owner, _, leaf = name.rpartition(".")
+            found[f"{owner}.weight" if leaf == "packed" else name] = module
+    return found
