@@ -29,7 +29,8 @@ from thinkstack.log import CURVE, TIMINGS, Run, write_json
 from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.stages.grpo import grpo
 from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
-from thinkstack.stages.pretrain import MODEL, Pretraining, pretrain
+from thinkstack.stages.learning import MODEL
+from thinkstack.stages.pretrain import begin_pretraining, pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
 
 STEPS, RL_STEPS = 500, 30
@@ -78,7 +79,7 @@ def config(arm: str, seed: int, steps: int = STEPS) -> PretrainConfig:
 
 def seconds_a_step(arms: list[str], folder: Path, rounds: int = 30) -> dict[str, float]:
     """Least time of a step of each, taken in turn."""
-    runs = {arm: Pretraining(config(arm, 0), Run(folder / "probe" / arm.replace(" ", "_"))) for arm in arms}
+    runs = {arm: begin_pretraining(config(arm, 0), Run(folder / "probe" / arm.replace(" ", "_"))) for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm, run in runs.items():

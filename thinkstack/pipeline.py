@@ -20,17 +20,22 @@ from typing import Any
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
 from thinkstack.log import Run, clock, write_json
 from thinkstack.machine import describe_machine
+from thinkstack.stages.adopt import AdoptConfig, adopt
 from thinkstack.stages.evaluate import EvaluateConfig, measure
 from thinkstack.stages.grpo import grpo
 from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
-from thinkstack.stages.pretrain import MODEL, PretrainConfig, pretrain
+from thinkstack.stages.learning import MODEL
+from thinkstack.stages.pretrain import PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
+from thinkstack.stages.sft import SftConfig, sft
 from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
 
 STAGES: dict[str, tuple[type, Callable[[Any, Run], None]]] = {
+    "adopt": (AdoptConfig, adopt),
     "pretrain": (PretrainConfig, pretrain),
+    "sft": (SftConfig, sft),
     "grpo": (GrpoConfig, grpo),
     "evaluate": (EvaluateConfig, measure),
     "report": (ReportConfig, report),

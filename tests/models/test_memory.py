@@ -12,8 +12,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import cli
 from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, named
-from thinkstack.models.memory import HEAD_CHUNK, TrainingShape, training_memory, training_stages
-from thinkstack.train import loss
+from thinkstack.models.memory import TrainingShape, head_chunk, training_memory, training_stages
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
@@ -155,8 +154,10 @@ def test_checkpointing_is_worth_it_where_there_are_many_layers():
     assert saving["activations"] < plain["activations"] / 6
 
 
-def test_the_head_works_in_chunks_of_this_many_tokens():
-    assert HEAD_CHUNK == loss.HEAD_CHUNK
+def test_logits_that_exist_at_once_are_bounded_whatever_the_vocabulary():
+    assert head_chunk(640) == 1024
+    for vocab_size in (49_152, 129_280, 151_936):
+        assert head_chunk(vocab_size) >= 16 and head_chunk(vocab_size) * vocab_size <= 2**25
 
 
 @pytest.mark.parametrize(

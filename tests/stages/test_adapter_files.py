@@ -12,7 +12,8 @@ from thinkstack.log import Run
 from thinkstack.models.lora import merged
 from thinkstack.stages.grpo import grpo
 from thinkstack.stages.grpo_config import GrpoConfig
-from thinkstack.stages.pretrain import ADAPTER, AVERAGE, MODEL, pretrain
+from thinkstack.stages.learning import ADAPTER, AVERAGE, MODEL
+from thinkstack.stages.pretrain import pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
 from thinkstack.types import ConfigError
 

@@ -7,7 +7,7 @@ from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.log import Run
 from thinkstack.stages.grpo import grpo
 from thinkstack.stages.grpo_config import GrpoConfig
-from thinkstack.stages.pretrain import MODEL
+from thinkstack.stages.learning import MODEL
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.tokenizer import BOS, EOS
 from thinkstack.train.trainer_config import TrainerConfig

@@ -122,7 +122,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
     index, targets = torch.arange(20).flip(0), torch.randint(7, (20,), generator=torch.Generator().manual_seed(3))
     found = []
     for chunk in (1000, 3):
-        monkeypatch.setattr(losses, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(losses, "head_chunk", lambda vocab_size, chunk=chunk: chunk)
         log_probs, entropy = token_log_probs(hidden, index, head, targets, 0.8, True)
         found.append((log_probs, entropy, *torch.autograd.grad(log_probs.square().sum(), (hidden, head))))
     for whole, pieces in zip(*found, strict=True):

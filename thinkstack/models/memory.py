@@ -25,8 +25,9 @@ from thinkstack.models.kernels.operators import EXPERT_BLOCK
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.types import ConfigError
 
-HEAD_CHUNK = 1024
-"""Tokens whose logits exist at once; as in train/loss.py, which this layer cannot import."""
+HEAD_TOKENS, HEAD_TILE, HEAD_LOGITS = 1024, 16, 2**25
+"""Most tokens whose logits exist at once, what they are a multiple of, and the most logits: 134 MB in fp32 whatever the
+vocabulary; the first keeps small vocabularies in cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +261,11 @@ def _experts(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
     return routing + balance + routed + shared, max(passing - shared, 2 * N * moe.shared_size * s) + N * D * s
 
 
+def head_chunk(vocab_size: int) -> int:
+    """Tokens whose logits exist at once."""
+    return max(min(HEAD_TOKENS, HEAD_LOGITS // vocab_size // HEAD_TILE * HEAD_TILE), HEAD_TILE)
+
+
 def _final_norm(cfg: ModelConfig, shape: TrainingShape) -> Stage:
     """The norm before a head."""
     N, D, s = shape.tokens, cfg.hidden_size, shape.bytes_each
@@ -269,8 +275,8 @@ def _final_norm(cfg: ModelConfig, shape: TrainingShape) -> Stage:
 def _head(cfg: ModelConfig, shape: TrainingShape, is_first: bool) -> Stage:
     """A head with its log-probabilities. is_first: of the backward pass, whose gradient of the table stays."""
     N, D, s, V = shape.tokens, cfg.hidden_size, shape.bytes_each, cfg.vocab_size
-    chunk = min(HEAD_CHUNK, N)
-    logits, again = chunk * V * s, min(max(N - HEAD_CHUNK, 0), chunk) * V * s  # of a chunk, and of the one before
+    chunk = min(head_chunk(V), N)
+    logits, again = chunk * V * s, min(max(N - chunk, 0), chunk) * V * s  # of a chunk, and of the one before
     forward = logits + again
     if not shape.with_kernels:  # fp32 logits and their exponentials; backward the fp32 gradients, rounded at the end
         forward += 8 * chunk * V

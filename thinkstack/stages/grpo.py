@@ -28,8 +28,8 @@ from thinkstack.stages.drawings import drop_drawings, read_drawing, write_drawin
 from thinkstack.stages.groups import by_group, collect, reward_of, to_batch
 from thinkstack.stages.grpo_config import GrpoConfig
 from thinkstack.stages.health import describe, early_warnings, health_line
+from thinkstack.stages.learning import ADAPTER, MODEL, STATE
 from thinkstack.stages.ppo import Critic
-from thinkstack.stages.pretrain import ADAPTER, MODEL, STATE
 from thinkstack.stages.rollout import Asking, Counter, Round, ScoreFunction, roll_out
 from thinkstack.stages.rollout_log import write_rollouts
 from thinkstack.stages.talk import keep_limit, read_limit

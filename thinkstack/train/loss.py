@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thinkstack.models import kernels
+from thinkstack.models.memory import head_chunk
 from thinkstack.types import Batch, ConfigError
 
 Reduction = Literal["token", "sequence", "fixed"]
 Stats = dict[str, Tensor]
-
-HEAD_CHUNK = 1024
-"""Tokens whose logits exist at once: bounds memory at HEAD_CHUNK * V * 4 bytes; keeps small vocabularies in cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, index, weight, targets, temperature, with_entropy):  # type: ignore[no-untyped-def,override]
         log_probs = hidden.new_empty(index.numel(), dtype=torch.float32)
         normaliser, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
-        for part in _chunks(index.numel()):
+        for part in _chunks(index.numel(), weight.shape[0]):
             logits = F.linear(hidden[index[part]], weight)  # (m, V)
             if kernels.takes_rows(logits):
                 into = entropy[part] if with_entropy else None
@@ -114,7 +112,7 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, index, weight, targets, normaliser = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for part in _chunks(index.numel()):
+        for part in _chunks(index.numel(), weight.shape[0]):
             rows = hidden[index[part]]
             logits = F.linear(rows, weight)
             if kernels.takes_rows(logits):
@@ -130,8 +128,9 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_hidden, None, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, start + HEAD_CHUNK) for start in range(0, count, HEAD_CHUNK))
+def _chunks(count: int, vocab_size: int) -> Iterator[slice]:
+    size = head_chunk(vocab_size)
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def next_token_loss(tokens: TrainedTokens) -> tuple[Tensor, Stats]:

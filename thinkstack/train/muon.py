@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         stacks: list[Stack],
-        others: torch.optim.AdamW,
+        others: torch.optim.Optimizer,
         weight_decay: float,
         momentum: float = 0.95,
         scale: str = "match_rms_adamw",

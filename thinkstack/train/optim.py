@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from thinkstack.train.low_moments import LowMomentAdamW
 from thinkstack.train.muon import Muon, hidden_matrices
 from thinkstack.types import ConfigError
 
@@ -38,6 +39,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors and biases do not decay."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW keeps its two moments in; V3 was trained with bf16 (train/low_moments.py)."""
     momentum: float = 0.95
     """Of Muon, with Nesterov's look ahead."""
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
@@ -91,10 +94,12 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     return Muon(stacks, others, cfg.weight_decay, cfg.momentum, cfg.muon_scale, dtype)
 
 
-def _adamw(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if cfg.moments == "bf16":
+        return LowMomentAdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 

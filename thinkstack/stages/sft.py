@@ -1,0 +1,122 @@
+"""Supervised fine-tuning: conversations packed into rows, loss on what the assistant says and nothing else.
+
+Leaves `model/` in Hugging Face layout, and `adapter/` in PEFT's where an adapter was trained.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.data import PackedStream, Sample, lay_out, pack
+from thinkstack.log import CURVE, Run
+from thinkstack.stages.conversations import read_conversations
+from thinkstack.stages.learning import Learning
+from thinkstack.tasks.puzzles import digest
+from thinkstack.text.chat import ChatFormat
+from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.schedule import BatchPlan
+from thinkstack.train.trainer_config import TrainerConfig
+from thinkstack.types import Batch, ConfigError, Message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """One run of supervised fine-tuning."""
+
+    start: str
+    """Checkpoint or earlier stage to start from."""
+    data: tuple[str, ...]
+    """Files of conversations: stages/conversations.py says in which forms."""
+    epochs: float = 2.0
+    """Times that each conversation is seen."""
+    rows: int = 8
+    """Packed rows of one step."""
+    row_tokens: int = 1024
+    """Tokens of a row; longer conversations are left out and counted, never cut."""
+    held_out: float = 0.05
+    """Share of the conversations that is never trained on and measured before and after; by prompt, so that no prompt
+    is in both."""
+    trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, mtp_detached=True)
+    """Precision and optimizer."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, saved beside the model as model-ema; 0 keeps none."""
+    save_steps: int = 100
+    """Steps between two states to resume from; 0 keeps none."""
+    seed: int = 0
+    """Fixes the order and what is held out."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("data=[] teaches nothing; name files of conversations")
+        if self.epochs <= 0 or self.rows < 1 or self.row_tokens < 2:
+            raise ConfigError(
+                f"epochs={self.epochs}, rows={self.rows} and row_tokens={self.row_tokens} must be positive"
+            )
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out} must lie in 0..1, below 1; 0 holds nothing out")
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """The conversations of a run as samples."""
+
+    trained: list[Sample]
+    held_out: list[Sample]
+    too_long: int
+    """Samples left out because no row takes them."""
+
+    def document(self, index: int, seed: int) -> Sample:
+        """Sample `index` of the endless training order, which is shuffled anew each epoch."""
+        epoch, place = divmod(index, len(self.trained))
+        order = list(range(len(self.trained)))
+        random.Random(digest("sft", seed, epoch)).shuffle(order)
+        return self.trained[order[place]]
+
+
+def make_lessons(conversations: Sequence[Sequence[Message]], chat: ChatFormat, cfg: SftConfig) -> Lessons:
+    """Samples of all conversations. Raises ConfigError if none is left to train on."""
+    trained: list[Sample] = []
+    held_out: list[Sample] = []
+    too_long = 0
+    for messages in conversations:
+        asked = next((message.content for message in messages if message.role == "user"), "")
+        target = held_out if digest("held out", cfg.seed, asked) % 10_000 < cfg.held_out * 10_000 else trained
+        for ids, learnt in chat.example(messages):
+            sample = Sample(tuple(ids), tuple(learnt))
+            too_long += sample.width > cfg.row_tokens
+            target += [sample] if sample.width <= cfg.row_tokens else []
+    if not trained:
+        raise ConfigError(
+            f"none of {len(conversations)} conversations is left to train on ({too_long} samples are longer than "
+            f"row_tokens={cfg.row_tokens}); raise row_tokens or lower held_out={cfg.held_out}"
+        )
+    return Lessons(trained, held_out, too_long)
+
+
+def sft(cfg: SftConfig, run: Run) -> None:
+    """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
+    model, chat = load_model(cfg.start), load_chat(cfg.start)
+    lessons = make_lessons(read_conversations(cfg.data), chat, cfg)
+    steps = max(round(cfg.epochs * len(pack(lessons.trained, cfg.row_tokens)) / cfg.rows), 1)
+    log.info(
+        "%d samples to learn in %d steps, %d held out, %d left out as longer than a row",
+        *(len(lessons.trained), steps, len(lessons.held_out), lessons.too_long),
+    )
+    stream = PackedStream(partial(lessons.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
+    learning = Learning("fine-tuning", cfg, run, model, chat, stream, BatchPlan(steps, cfg.rows))
+    learning.go(partial(measure, lessons, cfg))
+    learning.write_models()
+
+
+def measure(lessons: Lessons, cfg: SftConfig, learning: Learning) -> None:
+    """Append the loss on the held-out conversations to the curve, if there are any."""
+    if lessons.held_out:
+        batch: Batch = lay_out(lessons.held_out, pack(lessons.held_out, cfg.row_tokens), cfg.row_tokens)
+        log_probs = batch_log_probs(learning.model, batch, 1.0, cfg.trainer.micro_tokens)
+        nats = -float(log_probs.sum() / batch.loss_mask.sum())
+        learning.run.append(CURVE, {"step": learning.trainer.step_count, "held_out_nats": nats})
