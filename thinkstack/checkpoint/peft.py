@@ -16,16 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from thinkstack.checkpoint.companions import side_files
+from thinkstack.checkpoint.deepseek import is_deepseek
 from thinkstack.checkpoint.hf import Stored, stored_tensors
-from thinkstack.checkpoint.hf_files import INDEX, PICKLES, save_weights
+from thinkstack.checkpoint.hf_files import CONFIG as MODEL_CONFIG
+from thinkstack.checkpoint.hf_files import PICKLES, save_weights
 from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.model import ADAPTER_CONFIG as CONFIG
 from thinkstack.checkpoint.model import load_model, locate
 from thinkstack.checkpoint.state import write_folder
 from thinkstack.models.lora import Adapter, LoRAConfig, adapters, add_adapters, merged
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight$")
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -157,9 +161,11 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
     The sum is taken in fp32 and rounded once. Raises ConfigError for what load_model and load_adapter refuse.
     """
     source = locate(base)
-    if not source.is_dir():
-        raise ConfigError(f"{source} is no checkpoint folder; merge into one in Hugging Face layout")
-    config = read_json(source / "config.json")
+    if not source.is_dir() or is_deepseek(source):
+        raise ConfigError(
+            f"{source} is no checkpoint folder in Hugging Face layout; make one first: thinkstack convert {base} OUT"
+        )
+    config = read_json(source / MODEL_CONFIG)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     model = load_model(source)
     load_adapter(model, adapter)
@@ -168,9 +174,10 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
         parameter.data = parameter.data.to(dtype)
 
     def fill(target: Path) -> None:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix not in (".safetensors", ".gguf", *PICKLES) and file.name != INDEX:
-                shutil.copy(file, target / file.name)
+        for file in side_files(source):
+            shutil.copy(file, target / file.name)
+        config.pop("quantization_config", None)  # the sum is written as floats
+        (target / MODEL_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_weights(plain, target)
 
     write_folder(Path(out), fill)
