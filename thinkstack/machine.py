@@ -46,6 +46,20 @@ def pick_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def free_memory() -> dict[str, int]:
+    """Bytes that a program could still take, by device; of the main memory where the system tells it."""
+    import torch
+
+    found = {}
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    for line in lines:
+        if line.startswith("MemAvailable"):
+            found["CPU"] = int(line.split()[1]) * 1024
+    for index in range(torch.cuda.device_count()):
+        found[torch.cuda.get_device_name(index)] = torch.cuda.mem_get_info(index)[0]
+    return found
+
+
 def describe_machine() -> str:
     """Processor, usable cores, memory and the versions that decide numbers."""
     import torch

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """File types whose reading can run code; they are never opened."""
 SCALE = "_scale_inv"
 """What the name of a matrix's scales has behind the matrix's."""
+T = TypeVar("T", Tensor, Entry)
 MAX_SHARD_BYTES = 5 * 10**9
 
 _log = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ class Plan:
         self.source, self.form = source, form
         self.shapes = shapes_on_disk(source.cfg)
         self.items = [item for item in stored_tensors(source.cfg) if item.is_written]
+        self._parts: dict[tuple[int, ...], dict[str, Entry]] = {}
 
     def entries(self, item: Stored) -> dict[str, Entry]:
         """What one item of the table becomes."""
@@ -184,8 +186,10 @@ class Plan:
         if not self.is_packed(item):
             return {item.name: Entry(self.dtype_of(item), shape)}
         assert self.form.storage is not None
-        parts = self.form.storage.pack(torch.empty(shape, device="meta"))
-        return {name: Entry(part.dtype, tuple(part.shape)) for name, part in _named(item, parts)}
+        if shape not in self._parts:
+            parts = self.form.storage.pack(torch.empty(shape, device="meta"))
+            self._parts[shape] = {name: Entry(part.dtype, tuple(part.shape)) for name, part in parts.items()}
+        return dict(_named(item, self._parts[shape]))
 
     def tensors(self, item: Stored) -> Iterator[tuple[str, Tensor]]:
         """The contents of `entries`."""
@@ -219,7 +223,7 @@ def origin_of(item: Stored, source: Source) -> str:
     return {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}[item.source]
 
 
-def _named(item: Stored, parts: Parts) -> list[tuple[str, Tensor]]:
+def _named(item: Stored, parts: Mapping[str, T]) -> list[tuple[str, T]]:
     return [(item.name, parts["codes"]), (f"{item.name}{SCALE}", parts["scale"])]
 
 

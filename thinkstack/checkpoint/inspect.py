@@ -1,39 +1,61 @@
-"""What a model is made of, in a table for people."""
+"""What a model is made of and what it would take here, in a table for people. Weights are never read."""
 
-from pathlib import Path
-
-from thinkstack.checkpoint.hf_config import from_hf
-from thinkstack.checkpoint.hf_files import CONFIG
-from thinkstack.checkpoint.json_reader import read_json
-from thinkstack.checkpoint.model import load_model, locate
+from thinkstack.checkpoint.model import load_chat, load_tokenizer, open_source
+from thinkstack.checkpoint.source import Source
+from thinkstack.machine import free_memory
 from thinkstack.models.config import NAMED, MLAConfig, ModelConfig, named
 from thinkstack.models.counts import (
     cache_bytes_per_token,
     count_active_parameters,
     count_parameters,
     flops_per_token,
+    fp8_bytes,
     mtp_parameters,
     training_bytes,
     weight_bytes,
 )
 from thinkstack.models.memory import TrainingShape, training_memory
+from thinkstack.types import ConfigError
 
 CONTEXT = 4096
 """Tokens of context for the figures that depend on it, if the model takes as many."""
+SHOWN_TOKENS = 12
+"""Control tokens that are spelled out."""
+Rows = list[tuple[str, str]]
 
 
 def describe_model(source: str) -> str:
-    """Shape and counts of a named size or of a checkpoint; weights are not read unless they stand in a GGUF file.
+    """Shape and counts of a named size or of a checkpoint, what the files of a checkpoint hold, and what fits here.
 
     Raises ConfigError for anything else.
     """
-    cfg = config_of(source)
+    opened = None if source in NAMED else open_source(source)
+    cfg = named(source) if opened is None else opened.cfg
+    rows = shape_rows(cfg)
+    if opened is not None:
+        rows += stored_rows(opened) + text_rows(source)
+    for device, free in free_memory().items():
+        rows += fit_rows(cfg, device, free)
+    return _table(rows)
+
+
+def _table(rows: Rows) -> str:
+    width = max(18, *(len(name) + 2 for name, _ in rows))
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def shape_rows(cfg: ModelConfig) -> Rows:
+    """What the configuration says."""
     context = min(CONTEXT, cfg.max_positions)
     heads = f"{cfg.attention.num_heads} heads"
     kind = "latent attention" if isinstance(cfg.attention, MLAConfig) else "grouped-query attention"
+    tied = ", tied head" if cfg.tie_embeddings else ""
     rows = [
         ("family", cfg.family),
-        ("shape", f"{cfg.num_layers} layers of width {cfg.hidden_size:,}, {heads}, {kind}, {cfg.vocab_size:,} tokens"),
+        (
+            "shape",
+            f"{cfg.num_layers} layers of width {cfg.hidden_size:,}, {heads}, {kind}, {cfg.vocab_size:,} tokens{tied}",
+        ),
         ("context", f"{cfg.max_positions:,} tokens"),
         ("parameters", f"{count_parameters(cfg):,}"),
         ("active per token", f"{count_active_parameters(cfg):,}"),
@@ -47,7 +69,57 @@ def describe_model(source: str) -> str:
         moe = cfg.moe
         routed = f"{moe.top_k} of {moe.num_experts} routed + {moe.num_shared_experts} shared"
         rows.insert(2, ("experts", f"{routed}, {moe.top_groups} of {moe.num_groups} groups, width {moe.expert_size:,}"))
-    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+    return rows
+
+
+def stored_rows(source: Source) -> Rows:
+    """What the files hold."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    files = folder.glob("*.safetensors") if source.path.is_dir() else [source.path]
+    sizes = [file.stat().st_size for file in files]
+    plain = {str(source.dtype_of(name)).removeprefix("torch.") for name in source.tensors if name not in source.packed}
+    rows = [("stored", f"{size_of(sum(sizes))} in {len(sizes)} files: {', '.join(sorted(plain))}")]
+    if source.storage is not None:
+        share = f"{len(source.packed):,} of {len(source.tensors):,} tensors"
+        rows.append(("quantised", f"{source.storage.name}: {share}"))
+    return rows
+
+
+def text_rows(source: str) -> Rows:
+    """How the model is spoken to."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except ConfigError as error:
+        return [("tokenizer", f"none: {error}")]
+    control = sorted(tokenizer.control, key=tokenizer.control.__getitem__)
+    more = f" and {len(control) - SHOWN_TOKENS} more" if len(control) > SHOWN_TOKENS else ""
+    rows = [
+        ("tokenizer", f"{tokenizer.vocab_size:,} tokens, {len(control)} of them control tokens"),
+        ("control tokens", f"{' '.join(control[:SHOWN_TOKENS])}{more}"),
+    ]
+    try:
+        chat = load_chat(source)
+    except ConfigError as error:
+        return [*rows, ("chat format", f"none: {error}")]
+    ends = " ".join(tokenizer.decode([token]) for token in chat.stop_ids)
+    name = "a shipped Jinja template" if chat.name == "template" else chat.name
+    return [*rows, ("chat format", f"{name}; a turn ends with {ends}")]
+
+
+def fit_rows(cfg: ModelConfig, device: str, free: int) -> Rows:
+    """What `free` bytes are enough for."""
+    rows = [(f"free, {device}", size_of(free))]
+    for name, size in (("fp32", weight_bytes(cfg, 4)), ("bf16", weight_bytes(cfg)), ("fp8", fp8_bytes(cfg))):
+        tokens = (free - size) // cache_bytes_per_token(cfg, 4 if name == "fp32" else 2)
+        room = f"loads ({size_of(size)}), then {tokens:,} tokens of context in all"
+        rows.append((f"  {name}", room if tokens > 0 else f"does not load: needs {size_of(size)}"))
+    shape = TrainingShape(rows=1, row_tokens=min(CONTEXT, cfg.max_positions), checkpoint_layers=True)
+    parts = training_memory(cfg, shape)
+    frozen = sum(parts[part] for part in ("weights", "copies", "activations", "passing"))
+    for name, size in (("training, full", parts["peak"]), ("training, LoRA", frozen)):
+        fits = "fits" if size < free else "does not fit"
+        rows.append((f"  {name}", f"{fits}: {size_of(size)} at rows of {shape.row_tokens:,} tokens, checkpointed"))
+    return rows
 
 
 def describe_training(source: str, shape: TrainingShape) -> str:
@@ -58,7 +130,7 @@ def describe_training(source: str, shape: TrainingShape) -> str:
     kept = "of each block its input" if shape.checkpoint_layers else "all activations"
     rows = [("micro-batch", micro), ("computed", f"in {shape.dtype} by {path}, keeping {kept}")]
     rows += [(name, size_of(size)) for name, size in parts.items()]
-    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+    return _table(rows)
 
 
 def size_of(num_bytes: float) -> str:
@@ -72,9 +144,4 @@ def size_of(num_bytes: float) -> str:
 
 def config_of(source: str) -> ModelConfig:
     """The configuration of a named size or of a checkpoint."""
-    if source in NAMED:
-        return named(source)
-    path = locate(source)
-    if path.suffix == ".gguf":
-        return load_model(source).cfg
-    return from_hf(read_json(Path(path) / CONFIG), str(path / CONFIG))
+    return named(source) if source in NAMED else open_source(source).cfg

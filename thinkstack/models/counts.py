@@ -47,6 +47,14 @@ def weight_bytes(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
     return (count_parameters(cfg) + mtp_parameters(cfg)) * bytes_per_element
 
 
+def fp8_bytes(cfg: ModelConfig) -> int:
+    """Bytes of all weights where matrices of blocks are e4m3 with a scale for 128 x 128, and the rest bf16."""
+    blocks = [cfg.is_moe_layer(layer) for layer in range(cfg.num_layers + cfg.mtp_layers)]
+    routers = sum(blocks) * cfg.hidden_size * cfg.moe.num_experts if cfg.moe else 0
+    inside = sum(block_parameters(cfg, kind) - block_vectors(cfg) for kind in blocks) - routers
+    return round(inside * (1 + 4 / 128**2)) + 2 * (count_parameters(cfg) + mtp_parameters(cfg) - inside)
+
+
 def training_bytes(cfg: ModelConfig) -> int:
     """Bytes that training holds in fp32 whatever the batch: weights, gradients and AdamW's two moments. Activations and
     copies in a lower precision come on top: models/memory.py.
