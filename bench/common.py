@@ -93,8 +93,12 @@ def compare(
     pairs: int,
     floor_seconds: float = 0.0,
     warm_up: int = 2,
+    before: Callable[[], Any] = lambda: None,
 ) -> Comparison:
-    """Time both in turn, so that a machine that slows down slows both. The first of a pair alternates too."""
+    """Time both in turn, so that a machine that slows down slows both. The first of a pair alternates too.
+
+    before: called before each of them, untimed.
+    """
     for _ in range(warm_up):
         ours()
         peer()
@@ -102,6 +106,7 @@ def compare(
     for pair in range(pairs):
         order = ((ours, mine), (peer, theirs)) if pair % 2 == 0 else ((peer, theirs), (ours, mine))
         for work, times in order:
+            before()
             times.append(seconds(work))
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
     return Comparison(
@@ -170,8 +175,11 @@ def twins(model: Transformer, dtype: torch.dtype, experts_kinds: Sequence[str] =
         save_model(Path(folder) / "model", model)
         for attention in ATTENTION:
             for experts in experts_kinds:
+                chosen = {"attn_implementation": attention} | (
+                    {"experts_implementation": experts} if model.cfg.moe else {}
+                )
                 found[f"{attention} attention, {experts} experts"] = transformers.AutoModelForCausalLM.from_pretrained(
-                    Path(folder) / "model", dtype=dtype, attn_implementation=attention, experts_implementation=experts
+                    Path(folder) / "model", dtype=dtype, **chosen
                 )
     return found
 

@@ -21,7 +21,7 @@ from thinkstack.checkpoint.deepseek_config import CONFIG, config_of, read_config
 from thinkstack.checkpoint.hf import check_tensors, shapes_on_disk, stored_tensors
 from thinkstack.checkpoint.hf_files import SCALE, Plan, scaled_source
 from thinkstack.checkpoint.source import Form, Source
-from thinkstack.checkpoint.tensor_file import Entry, Files, open_file, write_file
+from thinkstack.checkpoint.tensor_file import Entry, Files, read_header, write_file
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.fp8 import BLOCK
 from thinkstack.models.quant import FP8Blocks
@@ -123,7 +123,7 @@ def open_deepseek(folder: Path) -> Source:
         if not path.is_file():
             raise ConfigError(f"{path} is missing, one of {num_ranks} ranks; fetch the folder again")
     _check_division(cfg, num_ranks, None)
-    files = [Files(dict.fromkeys(open_file(path).keys(), path)) for path in paths]
+    files = [Files(dict.fromkeys(read_header(path)[1], path)) for path in paths]
     names = [item.name for item in stored_tensors(cfg)]
     places: dict[str, Place] = {}
     for name in (*names, *(f"{name}{SCALE}" for name in names)):

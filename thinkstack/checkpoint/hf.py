@@ -271,7 +271,12 @@ def fill(model: Transformer, source: Source) -> None:
 def _fill_packed(owner: Packed, item: Stored, source: Source) -> None:
     """Parts as they are where the checkpoint keeps them so, else packed here."""
     if item.name in source.packed and source.storage == owner.storage:
-        owner.put(item.part, source.packed[item.name]())
+        parts = owner.parts(item.part)
+        if (item.name, next(iter(parts))) in source.direct:
+            for part, target in parts.items():
+                source.direct[item.name, part](target)
+        else:
+            owner.put(item.part, source.packed[item.name]())
     else:
         owner.put(item.part, owner.storage.pack(source.tensors[item.name]()))
 
@@ -280,6 +285,9 @@ def _fill_plain(target: Tensor, item: Stored, source: Source) -> None:
     if item.name in source.packed:
         assert source.storage is not None
         source.storage.unpack(source.packed[item.name](), target)
+        return
+    if (item.name, "") in source.direct and source.dtype_of(item.name) == target.dtype:
+        source.direct[item.name, ""](target)
         return
     tensor = source.tensors[item.name]()
     if tensor.shape != target.shape:

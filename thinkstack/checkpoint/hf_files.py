@@ -19,7 +19,7 @@ from thinkstack.checkpoint.hf import Stored, check_tensors, shapes_on_disk, sour
 from thinkstack.checkpoint.hf_config import from_hf, read_storage, storage_keys, to_hf
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.source import Form, Source
-from thinkstack.checkpoint.tensor_file import Entry, Files, open_file, write_file
+from thinkstack.checkpoint.tensor_file import Entry, Files, read_header, write_file
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.fp8 import BLOCK, E4M3
 from thinkstack.models.quant import FP8Blocks, Parts
@@ -53,7 +53,17 @@ def open_hf(folder: Path) -> Source:
         cfg = replace(cfg, mtp_layers=0)
     shapes = {name: entry.shape for name, entry in files.entries.items() if not name.endswith(SCALE)}
     check_tensors(folder, cfg, shapes, files.path_of)
-    return scaled_source(folder, cfg, storage, files)
+    source = scaled_source(folder, cfg, storage, files)
+    return replace(source, direct=_direct(source, files))
+
+
+def _direct(source: Source, files: Files) -> dict[tuple[str, str], Callable[[Tensor], None]]:
+    """Every tensor of a folder in Hugging Face layout lies in one piece."""
+    found: dict[tuple[str, str], Callable[[Tensor], None]] = {}
+    for name in source.tensors:
+        parts = {"codes": name, "scale": f"{name}{SCALE}"} if name in source.packed else {"": name}
+        found |= {(name, part): partial(files.read_into, stored) for part, stored in parts.items()}
+    return found
 
 
 def _is_derived(name: str) -> bool:
@@ -141,7 +151,7 @@ def _check_scale(table: Table, name: str) -> torch.dtype:
 def tensor_files(folder: Path) -> dict[str, str]:
     """Which file of a checkpoint folder holds which tensor. Raises ConfigError for an incomplete folder."""
     if (folder / WEIGHTS).is_file():
-        return dict.fromkeys(open_file(folder / WEIGHTS).keys(), WEIGHTS)
+        return dict.fromkeys(read_header(folder / WEIGHTS)[1], WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ConfigError(_no_weights(folder))
     weight_map = _weight_map(folder / INDEX)

@@ -31,6 +31,9 @@ class Source:
     """How the matrices in `packed` are kept."""
     packed: Mapping[str, Callable[[], Parts]] = field(default_factory=dict)
     """How to read matrices of few bits as they are kept; each is in `tensors` too."""
+    direct: Mapping[tuple[str, str], Callable[[Tensor], None]] = field(default_factory=dict)
+    """How to read what is stored into a contiguous tensor of that dtype, without memory on the way, where a format can:
+    by name and part, "" for the whole of one that is not packed."""
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What a tensor is kept as, or comes out as if it is kept in fewer bits than a float's."""

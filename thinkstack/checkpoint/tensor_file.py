@@ -1,16 +1,17 @@
 """Safetensors files: read with bounded memory, and written one tensor at a time.
 
 The format is that of huggingface.co/docs/safetensors: the length of a header (8 bytes, little-endian), a JSON header
-with type, shape and place of each tensor, padded with blanks to a multiple of 8, then the tensors. The library reads
-it; its writer wants all tensors of a file at once, so the writer here lays the header out first. Order and padding are
-the library's, so equal tensors are equal files.
+with type, shape and place of each tensor, padded with blanks to a multiple of 8, then the tensors. The library checks a
+file when it is opened. It reads by mapping files, whose pages then count as the process's memory, and writes only all
+tensors of a file at once; so tensors are read into memory of their own here, and the writer lays the header out first.
+Order and padding are the library's, so equal tensors are equal files.
 """
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,8 +31,6 @@ DTYPES = {
 }
 """Types that a checkpoint may hold, by their names in a header; in the order that the library writes them in."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAPPED_BYTES = 2**26
-"""A file is opened anew after so many bytes: what was read of it counts as this process's memory until it is closed."""
 
 
 class Entry(NamedTuple):
@@ -46,55 +45,68 @@ class Entry(NamedTuple):
 
 
 class Files:
-    """The tensors of several files as one table; at most one file is open, and little of it mapped."""
+    """The tensors of several files as one table; at most one file is open."""
 
     def __init__(self, paths: Mapping[str, Path]):
         """paths: the file of each tensor. Raises ConfigError for a damaged file, a missing tensor, an unknown type."""
         self.paths = paths
         self.entries: dict[str, Entry] = {}
-        self._handle: Any = None
+        self._places: dict[str, int] = {}
+        self._file: FileIO | None = None
         self._opened: Path | None = None
-        self._mapped = 0
-        for name, path in sorted(paths.items(), key=lambda pair: pair[1]):
-            try:
-                header = self._open(path).get_slice(name)
-                kind, shape = header.get_dtype(), tuple(header.get_shape())
-            except SafetensorError as error:
-                raise ConfigError(f"{path} lacks the tensor {name}; fetch it again") from error
+        headers = {path: read_header(path) for path in sorted(set(paths.values()))}
+        for name, path in paths.items():
+            begin, header = headers[path]
+            if name not in header:
+                raise ConfigError(f"{path} lacks the tensor {name}; fetch it again")
+            kind = header[name]["dtype"]
             if kind not in DTYPES:
                 raise ConfigError(
                     f"{path}: {name} is {kind}, which no supported checkpoint holds; convert it to bf16 first"
                 )
-            self.entries[name] = Entry(DTYPES[kind], shape)
-        self._close()
+            self.entries[name] = Entry(DTYPES[kind], tuple(header[name]["shape"]))
+            self._places[name] = begin + header[name]["data_offsets"][0]
 
     def path_of(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self.paths[name]
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored. It maps the file: drop it soon, or copy it."""
-        if self._mapped > MAPPED_BYTES:
-            self._close()
-        handle = self._open(self.paths[name])
-        self._mapped += self.entries[name].num_bytes
-        return handle.get_tensor(name)
+        """A tensor as it is stored, in memory of its own. Raises ConfigError if the disk refuses."""
+        out = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+        self.read_into(name, out)
+        return out
 
-    def _open(self, path: Path) -> Any:
-        if path != self._opened:
-            self._handle, self._opened, self._mapped = open_file(path), path, 0
-        return self._handle
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill a contiguous CPU tensor of the stored type and shape. Raises ConfigError if the disk refuses."""
+        assert (out.dtype, tuple(out.shape)) == self.entries[name], (name, out.dtype, out.shape)
+        path = self.paths[name]
+        left = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            if self._file is None or self._opened != path:
+                self._file, self._opened = path.open("rb", buffering=0), path
+            self._file.seek(self._places[name])
+            while left:
+                count = self._file.readinto(left)
+                if not count:
+                    raise OSError("it ends too early")
+                left = left[count:]
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read at {name} ({error}); fetch it again") from error
 
-    def _close(self) -> None:
-        self._handle, self._opened = None, None
 
-
-def open_file(path: Path) -> "safe_open":
-    """A safetensors file; its header is checked against its length. Raises ConfigError if they disagree."""
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and type, shape and place of each. Raises ConfigError for a
+    damaged file; the library compares header and length.
+    """
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        safe_open(path, framework="pt")
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is cut off or not a safetensors file ({error}); fetch it again") from error
+    return 8 + size, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 class Writer:
@@ -130,5 +142,3 @@ def write_file(path: Path, entries: Mapping[str, Entry]) -> Iterator[Writer]:
         writer = Writer(file, entries)
         yield writer
         assert not writer.left, writer.left
-        file.flush()
-        os.fsync(file.fileno())

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkstack.models import kernels
 from thinkstack.models.layers import swiglu
 from thinkstack.models.moe import MoE, dispatch
 from thinkstack.models.transformer import Transformer
@@ -57,6 +58,9 @@ def widen(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """Write codes (..., N, K) e4m3 times scale (..., ceil(N / 128), ceil(K / 128)) into out (..., N, K) of any float
     dtype, some rows at a time: what comes between stays in the cache. The product is taken in fp32 and rounded once.
     """
+    if kernels.takes(out) and out.is_contiguous():
+        kernels.widen(codes.contiguous(), scale.float().contiguous(), out, BLOCK)
+        return
     N, K = codes.shape[-2:]
     rows = max(1, CHUNK // (BLOCK * K)) * BLOCK
     whole = N - N % BLOCK

@@ -16,10 +16,11 @@ from thinkstack.models.kernels.rows import (
     rotate,
     swiglu,
     swiglu_backward,
+    widen,
 )
 
 __all__ = [
     "LANES", "Heads", "attend", "draw", "expert_mlp", "feed_forward", "is_rows", "latent_step", "log_probs",
     "log_probs_backward", "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "swiglu",
-    "swiglu_backward", "takes", "takes_rows", "takes_steps",
+    "swiglu_backward", "takes", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

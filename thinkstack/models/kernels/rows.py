@@ -39,6 +39,13 @@ def is_rows(x: Tensor) -> bool:
     return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
 
 
+def widen(codes: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
+    """out (..., N, D) = codes, e4m3, times scale (..., ceil(N / block), ceil(D / block)) fp32 of their block; all
+    contiguous."""
+    N, D = codes.shape[-2:]
+    call_for(out.dtype, "widen", codes, scale, out, codes.shape[:-2].numel(), N, D, block)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of contiguous tensors."""
     out = torch.empty_like(gate)
