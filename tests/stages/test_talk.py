@@ -49,7 +49,7 @@ def test_half_a_character_waits_for_its_other_half():
     chat = chat_format("r1_zero_short", tokenizer)
     ids = tokenizer.encode("从a")
     assert len(ids) == 4, "three bytes and a letter"
-    assert list(stream_text(chat, iter(ids))) == ["从", "a"]
+    assert list(stream_text(chat.text_of, iter(ids))) == ["从", "a"]
 
 
 def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_it(tmp_path: Path):

@@ -1,7 +1,7 @@
 """A conversation with a checkpoint: thinking and answer as they are drawn, and a word on what it cannot read."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Talk:
         room = self.engine.max_context - len(prompt)
         sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, room), 1))
         whole = ""
-        for piece in split_turn(stream_text(self.chat, self.engine.stream(prompt, sampling))):
+        for piece in split_turn(stream_text(self.chat.text_of, self.engine.stream(prompt, sampling))):
             whole += piece.text if piece.kind != "thinking" else ""
             yield piece
         self.messages.append(Message(role="assistant", content=whole.strip()))
@@ -70,25 +70,17 @@ class Talk:
         self.messages.clear()
 
 
-def continue_text(source: str, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """Stream the continuation of plain text: exactly one BOS where the model knows one, no template."""
-    chat, model = load_chat(source), load_model(source)
-    ids = chat.tokenizer.begin_ids + chat.tokenizer.encode(prompt)
-    stops = replace(sampling, stop_ids=chat.stop_ids)
-    return stream_text(chat, Engine(model, EngineConfig(max_batch=1)).stream(ids, stops))
-
-
-def stream_text(chat: ChatFormat, ids: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes certain: half characters wait for their other half."""
+def stream_text(text_of: Callable[[Sequence[int]], str], ids: Iterator[int]) -> Iterator[str]:
+    """Text as it becomes certain: half characters wait for their other half. text_of: the text of all ids so far."""
     drawn: list[int] = []
     sent = ""
     for token in ids:
         drawn.append(token)
-        text = chat.text_of(drawn)
+        text = text_of(drawn)
         if not text.endswith("\ufffd") and len(text) > len(sent):
             yield text[len(sent) :]
             sent = text
-    rest = chat.text_of(drawn)[len(sent) :]
+    rest = text_of(drawn)[len(sent) :]
     if rest:
         yield rest
 

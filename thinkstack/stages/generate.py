@@ -1,0 +1,96 @@
+"""Text from a checkpoint in one process or several: a talk at the prompt, a file of prompts, or a plain continuation.
+
+Under torchrun every process holds a part of the model and draws the same tokens; the first one reads and prints.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.checkpoint.shard import load_shard
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.models.parallel import Ranks, broadcast_text
+from thinkstack.stages.talk import stream_text
+from thinkstack.types import ConfigError, Message, RequestError, Sampling
+
+MAX_BATCH = 64
+"""Prompts of a file that are answered at once."""
+
+
+class Generator:
+    """A model, its chat format and an engine."""
+
+    def __init__(self, source: str, sampling: Sampling, ranks: Ranks, dtype: torch.dtype, device: torch.device):
+        """source: whatever load_model takes. sampling: its stop_ids are those of the chat format."""
+        self.ranks, self.chat = ranks, load_chat(source)
+        model = load_shard(source, ranks, dtype) if ranks.count > 1 else load_model(source, dtype)
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        context = min(model.cfg.max_positions, 4096 + sampling.max_tokens)
+        size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=name)  # type: ignore[arg-type]
+        self.engine = Engine(model.to(device), size)
+        self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
+
+    def continue_text(self, prompt: str) -> Iterator[str]:
+        """Stream the continuation of plain text: exactly one BOS where the model knows one, no template."""
+        tokenizer, stops = self.chat.tokenizer, self.chat.stop_ids
+        ids = tokenizer.begin_ids + tokenizer.encode(prompt)
+
+        def text_of(drawn: Sequence[int]) -> str:
+            return tokenizer.decode([token for token in drawn if token not in stops])
+
+        return stream_text(text_of, self.engine.stream(ids, self._fitting(ids)))
+
+    def answer(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Stream the next turn of the assistant, what the prompt has begun of it included."""
+        ids = self.chat.prompt(messages)
+        return stream_text(self.chat.text_of, self.engine.stream(ids, self._fitting(ids)))
+
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """One answer to each prompt, drawn together; prompt number i draws with seed + i."""
+        asked = [self.chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
+        samplings = [replace(self._fitting(ids), seed=self.sampling.seed + place) for place, ids in enumerate(asked)]
+        return [self.chat.text_of(found[0].token_ids) for found in self.engine.generate(asked, samplings)]
+
+    def _fitting(self, ids: Sequence[int]) -> Sampling:
+        """The sampling with as many tokens as the context still takes."""
+        room = self.engine.max_context - len(ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt is {len(ids):,} tokens, the context {self.engine.max_context:,}; shorten it"
+            )
+        return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
+
+    def talk(self, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
+        """Answer what `read` gives on the first rank until it gives None; "/exit" ends the talk, "/clear" forgets it."""
+        messages: list[Message] = []
+        while True:
+            asked = broadcast_text(read() if self.ranks.rank == 0 else None, self.ranks)
+            if asked is None or asked == "/exit":
+                return
+            if asked == "/clear":
+                messages.clear()
+                continue
+            messages.append(Message(role="user", content=asked))
+            whole = ""
+            for piece in self.answer(messages):
+                whole += piece
+                say(piece)
+            say("\n")
+            messages.append(Message(role="assistant", content=whole))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line, blank lines left out. Raises ConfigError if there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the prompts {path}: {error}; give a UTF-8 text file, one prompt a line"
+        ) from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompts; write one a line")
+    return prompts
