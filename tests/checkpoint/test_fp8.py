@@ -15,6 +15,8 @@ from thinkstack.checkpoint.model import load_model, open_source, save_model
 from thinkstack.checkpoint.source import Form
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.fp8 import E4M3
+from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
+from thinkstack.models.precision import refresh
 from thinkstack.models.quant import FP8Blocks, matrices, pack, packed_parameters, unpack
 from thinkstack.types import ConfigError
 
@@ -237,3 +239,22 @@ def test_casting_a_model_leaves_packed_numbers_alone():
     for name, packed in packed_parameters(model).items():
         assert all(torch.equal(part.float(), before[name][kind].float()) for kind, part in packed.parts().items())
         assert packed.codes.dtype == E4M3 and packed.scale.dtype == torch.float32
+
+
+def test_adapters_on_a_packed_base_merge_into_floats(tmp_path: Path):
+    """The engine's copy is made, and refreshed, from the widened matrices."""
+    model = load_model(fp8_by_hand(tmp_path / "model"), E4M3)
+    wide = load_model(tmp_path / "model", torch.bfloat16)
+    cfg = LoRAConfig(rank=2)
+    for adapted in (model, wide):
+        adapt(adapted, cfg)
+        for adapter in adapters(adapted).values():
+            adapter.lora_b.data.fill_(0.25)
+    twin, expected = merged(model), merged(wide).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    refresh(twin, model)
+    assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
+    with pytest.raises(ConfigError, match="leave experts out"):
+        adapt(load_model(tmp_path / "model", E4M3), LoRAConfig(rank=2, targets=("experts",)))

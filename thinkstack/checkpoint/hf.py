@@ -13,6 +13,7 @@ of a model with tied embeddings is not written; where another program wrote it, 
 # Shapes in this file: E experts, I intermediate size of one expert, D hidden size, P matrices of an expert in a stack.
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -252,20 +253,27 @@ def part_of(whole: Tensor, item: Stored) -> Tensor:
 
 @torch.no_grad()
 def fill(model: Transformer, source: Source) -> None:
-    """Copy the tensors of a checkpoint into `model`, in the model's own dtypes and storage.
+    """Copy the tensors of a checkpoint into `model`, in its own dtypes and storage; as many at once as there are
+    threads of torch, each by one of them.
 
     Raises ConfigError, naming path and tensor, for another shape, or a copy that differs from its original.
     """
     state, packed = model.state_dict(), packed_parameters(model)
     items = [item for item in stored_tensors(model.cfg) if item.name in source.tensors]
-    for item in sorted(items, key=lambda item: item.is_copy):  # copies last, to have something to compare them with
+
+    def take(item: Stored) -> None:
         owner = packed.get(item.source)
         if owner is not None:
             _fill_packed(owner, item, source)
-        elif item.is_copy:
-            _compare(state[item.source], item, source)
         else:
             _fill_plain(part_of(state[item.source], item), item, source)
+
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(take, [item for item in items if not item.is_copy]):
+            pass
+    for item in items:
+        if item.is_copy:
+            _compare(state[item.source], item, source)
 
 
 def _fill_packed(owner: Packed, item: Stored, source: Source) -> None:

@@ -16,13 +16,14 @@ def is_hub_name(text: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The folder of OWNER/NAME in the cache of huggingface_hub; an interrupted download goes on where it stopped.
+    """The folder of OWNER/NAME in the cache of huggingface_hub. A connection that breaks is taken up again; of a
+    download that was given up the whole files are kept.
 
     HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are those of that library. Without a network the newest cached
     state is taken. Raises ConfigError if there is none, or the hub refuses.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(FETCHED), ignore_patterns=["*/*"]))
@@ -38,9 +39,11 @@ def fetch(name: str) -> Path:
         raise ConfigError(
             f"{name} is no folder here, and the hub cannot be reached; connect, or give a folder with the checkpoint"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # versions of the library use different HTTP clients, each with errors of its own
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"fetching {name} failed ({reason}); the same command goes on where it stopped") from error
+        raise ConfigError(
+            f"fetching {name} failed ({reason}); the same command goes on with the files that are missing"
+        ) from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"{name} has no safetensors files, and pickles are never fetched; convert it with transformers "

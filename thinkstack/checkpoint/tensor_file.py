@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -45,15 +44,13 @@ class Entry(NamedTuple):
 
 
 class Files:
-    """The tensors of several files as one table; at most one file is open."""
+    """The tensors of several files as one table. Nothing is kept open, so threads may read at once."""
 
     def __init__(self, paths: Mapping[str, Path]):
         """paths: the file of each tensor. Raises ConfigError for a damaged file, a missing tensor, an unknown type."""
         self.paths = paths
         self.entries: dict[str, Entry] = {}
         self._places: dict[str, int] = {}
-        self._file: FileIO | None = None
-        self._opened: Path | None = None
         headers = {path: read_header(path) for path in sorted(set(paths.values()))}
         for name, path in paths.items():
             begin, header = headers[path]
@@ -83,14 +80,13 @@ class Files:
         path = self.paths[name]
         left = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
-            if self._file is None or self._opened != path:
-                self._file, self._opened = path.open("rb", buffering=0), path
-            self._file.seek(self._places[name])
-            while left:
-                count = self._file.readinto(left)
-                if not count:
-                    raise OSError("it ends too early")
-                left = left[count:]
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._places[name])
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise OSError("it ends too early")
+                    left = left[count:]
         except OSError as error:
             raise ConfigError(f"{path} cannot be read at {name} ({error}); fetch it again") from error
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkstack.models.moe import MoE
+from thinkstack.models.quant import Packed, packed_parameters, unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
@@ -119,6 +121,11 @@ def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: f
         module = model.get_submodule(owner)
         if isinstance(module, MoE):
             stack = getattr(module, leaf)
+            if isinstance(stack, Packed):
+                raise ConfigError(
+                    f"{name} is kept as {stack.storage.name}; adapt experts of a model in bf16, or leave experts out "
+                    "of lora.targets"
+                )
             parts = 2 if leaf == "w_in" else 1
             adapter = Adapter(stack, (stack.shape[0], parts), rank, scale)
             module.adapters[leaf] = adapter
@@ -153,9 +160,13 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by the names of a model without adapters, adapters merged into what they adapt."""
-    known = adapters(model)
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
+    """Parameters and buffers by the names of a plain model: adapters merged into what they adapt, packed ones wide."""
+    known, packed = adapters(model), packed_parameters(model)
+    held = {id(part) for module in packed.values() for part in module.buffers()}
+    wide = ((name, module.whole()) for name, module in packed.items())
+    for name, value in chain(wide, model.named_parameters(), model.named_buffers()):
+        if id(value) in held:
+            continue
         plain = name.replace(".base.", ".")
         if plain in known:
             yield plain, known[plain](value)
@@ -168,7 +179,7 @@ def merged(model: M) -> M:
     """A model without adapters that computes the same; the model itself if it has none. The adapted one is kept."""
     if not adapters(model):
         return model
-    twin = copy.deepcopy(model)
+    twin = unpack(copy.deepcopy(model))
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):

@@ -10,7 +10,7 @@ the packed numbers get none.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from thinkstack.models.transformer import Transformer
 
 Parts = dict[str, Tensor]
 """What a storage makes of matrices (..., N, K): tensors by name, two dimensions each behind the same leading ones."""
+M = TypeVar("M", bound=Transformer)
 Index = tuple[int | Tensor, ...]
 
 
@@ -94,6 +95,11 @@ class Packed(nn.Module):
         out = torch.empty(*some.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=some.device)
         self.storage.unpack(parts, out)
         return out
+
+    def whole(self) -> Tensor:
+        """All matrices, widened, in the shape of the parameter that a plain model has."""
+        wide = self.dense()
+        return wide.flatten(1, 2) if wide.dim() > 2 else wide
 
 
 class _Product(torch.autograd.Function):
@@ -180,13 +186,13 @@ def pack(model: Transformer, storage: Storage, names: Collection[str], dtype: to
             setattr(model.get_submodule(parent), place, layer)
 
 
-def unpack(model: Transformer) -> Transformer:
+def unpack(model: M) -> M:
     """Widen everything that is packed, in place, to parameters; returns the model."""
     for name, packed in packed_parameters(model).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, MoE):
-            wide = nn.Parameter(packed.dense().flatten(1, 2))
+            wide = nn.Parameter(packed.whole())
             delattr(module, leaf)
             setattr(module, leaf, wide)
             module.products = None
@@ -194,7 +200,7 @@ def unpack(model: Transformer) -> Transformer:
             assert isinstance(module, PackedLinear)
             parent, _, place = owner.rpartition(".")
             layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            layer.weight, layer.bias = nn.Parameter(packed.dense()), module.bias
+            layer.weight, layer.bias = nn.Parameter(packed.whole()), module.bias
             setattr(model.get_submodule(parent), place, layer)
     return model
 
