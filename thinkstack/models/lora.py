@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkstack.models.moe import MoE
-from thinkstack.models.quant import Packed, packed_parameters, unpack
+from thinkstack.models.nf4 import NF4Blocks
+from thinkstack.models.quant import FP8Blocks, Packed, Storage, matrices, pack, packed_parameters, unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
 M = TypeVar("M", bound=Transformer)
+BASES: dict[str, Storage] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
+"""Storages of a frozen base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class LoRAConfig:
     """Divide by the root of the rank, which keeps the step size of large ranks (arXiv:2312.03732)."""
     targets: tuple[Literal["attention", "feed_forward", "experts"], ...] = ("attention", "feed_forward")
     """Which matrices: the projections of attention, dense and shared feed-forwards, routed experts one by one."""
+    base: Literal["float", "fp8", "nf4"] = "float"
+    """How the frozen matrices are kept: as floats, in 8 bits (models/fp8.py) or in 4 (QLoRA: models/nf4.py)."""
     seed: int = 0
     """Fixes the drawn A."""
 
@@ -136,10 +141,15 @@ def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: f
 
 
 def adapt(model: Transformer, cfg: LoRAConfig) -> None:
-    """Freeze `model` and give it the adapters of `cfg`, drawn, in place. Raises ConfigError if nothing matches."""
+    """Freeze `model` and give it the adapters of `cfg`, drawn, in place; its matrices are packed as cfg.base says.
+
+    Raises ConfigError if nothing matches.
+    """
     names = adaptable(model, cfg.targets)
     if not names:
         raise ConfigError(f"lora.targets={list(cfg.targets)} names nothing that this model has; add attention")
+    if cfg.base != "float":
+        pack(model, BASES[cfg.base], matrices(model))
     add_adapters(model, names, cfg.rank, cfg.scale)
     generator = torch.Generator().manual_seed(cfg.seed)
     for adapter in adapters(model).values():
