@@ -156,7 +156,8 @@ def _speech(path: Path) -> tuple[Tokenizer | None, ChatFormat | None]:
 
 def _write_gguf(source: Source, path: Path, out: Path, kind: str) -> None:
     """A file, or a folder with the file and a Modelfile for Ollama."""
-    from thinkstack.checkpoint.gguf_write import write_gguf, write_modelfile
+    from thinkstack.checkpoint.gguf_write import write_gguf
+    from thinkstack.checkpoint.modelfile import write_modelfile
 
     tokenizer, chat = _speech(path)
     if out.suffix == ".gguf":

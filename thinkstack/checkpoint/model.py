@@ -80,7 +80,7 @@ def open_source(source: str | Path) -> Source:
     if path.suffix == ".gguf":
         from thinkstack.checkpoint import gguf
 
-        return gguf.open_gguf(path) if hasattr(gguf, "open_gguf") else source_of(gguf.load_gguf_model(path), path)
+        return gguf.open_gguf(path)
     return open_deepseek(path) if is_deepseek(path) else open_hf(path)
 
 

@@ -1,0 +1,212 @@
+"""GGUF files: header, metadata, and tensors read one at a time and widened to floats.
+
+The header is read here and not with the package gguf: its reader walks a damaged array length for as long as the length
+says, and makes an object of every string, seconds for a vocabulary. Widening is the package's. Source of the format:
+llama.cpp's ggml repository, docs/gguf.md (version 3; version 2 is laid out alike).
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy
+import torch
+
+from thinkstack.types import ConfigError
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+"""Format of a number in the header, by the code of its type."""
+STRING, ARRAY = 8, 9
+ALIGNMENT = "general.alignment"
+MAX_DIMS = 4
+WIDENED = 2**20
+"""Numbers that are widened at once."""
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that torch has."""
+
+T = TypeVar("T")
+
+
+def require_gguf() -> None:
+    """Raise ConfigError if the package that knows the quantisations is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("GGUF needs the package gguf; install it with: pip install gguf") from error
+
+
+class Info(NamedTuple):
+    """A tensor in a file."""
+
+    kind: str
+    """Name of its type in ggml: F32, Q8_0, ..."""
+    shape: tuple[int, ...]
+    """As torch has it: the innermost dimension last."""
+    begin: int
+    """First byte in the file."""
+    row_bytes: int
+    """Bytes of one innermost row."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.row_bytes * math.prod(self.shape[:-1])
+
+
+class _Header:
+    """A walk through the bytes of a header; every step is checked against the end of the file."""
+
+    def __init__(self, data: memoryview):
+        self.data, self.place = data, 0
+
+    def take(self, size: int) -> memoryview:
+        if size > len(self.data) - self.place:
+            raise ValueError(f"{size} bytes from {self.place} on are past the end")
+        self.place += size
+        return self.data[self.place - size : self.place]
+
+    def number(self, code: int) -> Any:
+        if code not in NUMBERS:
+            raise ValueError(f"type {code} at {self.place} is unknown")
+        return struct.unpack(NUMBERS[code], self.take(struct.calcsize(NUMBERS[code])))[0]
+
+    def text(self) -> str:
+        return bytes(self.take(self.number(10))).decode("utf-8")
+
+    def value(self) -> Any:
+        """A number, a text, an array of numbers (numpy) or a list of bytes, which is what strings of arrays stay."""
+        code = self.number(4)
+        if code == STRING:
+            return bytes(self.take(self.number(10)))
+        if code != ARRAY:
+            return self.number(code)
+        code, count = self.number(4), self.number(10)
+        if code == STRING:
+            if count > (len(self.data) - self.place) // 8:
+                raise ValueError(f"{count} strings from {self.place} on are past the end")
+            return [bytes(self.take(self.number(10))) for _ in range(count)]
+        if code not in NUMBERS:
+            raise ValueError(f"an array of type {code} at {self.place} is unknown")
+        return numpy.frombuffer(self.take(count * struct.calcsize(NUMBERS[code])), NUMBERS[code]).copy()
+
+
+class Metadata:
+    """What a file says of itself, by key and type; every complaint names the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        """values: as `_Header.value` returns them, or as they will be written."""
+        self.path, self.values = path, values
+
+    def find(self, key: str, kind: type[T]) -> T | None:
+        """Metadata under `key`, or None. kind: list for an array. Raises ConfigError for another type."""
+        value = self.values.get(key)
+        try:
+            if isinstance(value, bytes):
+                value = value.decode("utf-8")
+            elif isinstance(value, numpy.ndarray):
+                value = value.tolist()
+            elif isinstance(value, list):
+                value = [item.decode("utf-8") if isinstance(item, bytes) else item for item in value]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path}: {key} cannot be read ({error}); fetch it again") from error
+        if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+            return value
+        raise ConfigError(f"{self.path}: {key}={value!r:.80} has an unexpected type; fetch another conversion")
+
+    def get(self, key: str, kind: type[T]) -> T:
+        """Metadata under `key`. Raises ConfigError if it is missing or of another type."""
+        value = self.find(key, kind)
+        if value is None:
+            raise ConfigError(f"{self.path} has no {key}; it is not complete: fetch another conversion")
+        return value
+
+
+class GGUFFile:
+    """A file whose header was read and checked against its length; every complaint names the file."""
+
+    def __init__(self, path: Path):
+        require_gguf()
+        self.path = path
+        try:
+            size = path.stat().st_size
+            self._read(_Header(memoryview(numpy.memmap(path, mode="r") if size else b"")))  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, OverflowError) as error:
+            raise ConfigError(f"{path} is cut off or not a GGUF file ({error}); fetch it again") from error
+
+    def _read(self, header: _Header) -> None:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if bytes(header.take(4)) != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        version = header.number(4)
+        if version not in VERSIONS:
+            raise ValueError(f"version {version}; known: 2 and 3, little-endian")
+        num_tensors, num_values = header.number(10), header.number(10)
+        values: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = header.text()
+            if key in values:
+                raise ValueError(f"{key} is there twice")
+            values[key] = header.value()
+        found: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        for _ in range(num_tensors):
+            name, num_dims = header.text(), header.number(4)
+            if name in found or not 1 <= num_dims <= MAX_DIMS:
+                raise ValueError(f"tensor {name} is there twice or has {num_dims} dimensions")
+            dims = tuple(header.number(10) for _ in range(num_dims))
+            found[name] = header.number(4), dims[::-1], header.number(10)
+        self.meta = Metadata(self.path, values)
+        align = values.get(ALIGNMENT, 32)
+        if not isinstance(align, int) or align < 8 or align & (align - 1):
+            raise ValueError(f"{ALIGNMENT}={align!r} is not a power of two from 8 on")
+        begin = -(-header.place // align) * align
+        self.tensors: dict[str, Info] = {}
+        for name, (code, shape, offset) in found.items():
+            kind = GGMLQuantizationType(code)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+            if min(shape) < 1 or shape[-1] % block or offset % align:
+                raise ValueError(f"tensor {name} has shape {shape} and offset {offset}, which {kind.name} cannot have")
+            self.tensors[name] = Info(kind.name, shape, begin + offset, shape[-1] // block * block_bytes)
+        self._check_places(len(header.data))
+
+    def _check_places(self, size: int) -> None:
+        end = 0
+        for name, info in sorted(self.tensors.items(), key=lambda pair: pair[1].begin):
+            if info.begin < end or info.begin + info.num_bytes > size:
+                raise ValueError(f"tensor {name} lies over another or past the end")
+            end = info.begin + info.num_bytes
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor, or the matrix at `index` of a stack, as it is stored if torch has the type, else widened to fp32.
+
+        Raises ConfigError for a quantisation that cannot be undone.
+        """
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        info = self.tensors[name]
+        shape, begin, size = info.shape, info.begin, info.num_bytes
+        if index is not None:
+            size //= shape[0]
+            shape, begin = shape[1:], begin + index * size
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            data = bytearray(file.read(size))
+        if len(data) < size:
+            raise ConfigError(f"{self.path} became shorter while it was read; fetch it again")
+        if info.kind in PLAIN:
+            return torch.frombuffer(data, dtype=PLAIN[info.kind]).view(shape)
+        out = torch.empty(math.prod(shape))
+        block_bytes = info.row_bytes * WIDENED // info.shape[-1]
+        try:
+            for number, start in enumerate(range(0, size, block_bytes)):
+                part = numpy.frombuffer(memoryview(data)[start : start + block_bytes], numpy.uint8)
+                wide = dequantize(part[None], GGMLQuantizationType[info.kind])[0]
+                out[number * WIDENED : number * WIDENED + wide.size] = torch.from_numpy(wide)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"{self.path}: {name} is quantised as {info.kind}, which gguf cannot undo; use Q8_0 or F16"
+            ) from error
+        return out.view(shape)
