@@ -80,3 +80,21 @@ def test_every_tag_stands_once_and_nothing_else_does(text):
 
 def test_an_answer_before_thinking_does_not_count():
     assert parse_turn("<answer>3</answer><think>a</think>").answer is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "is_well_formed"),
+    [
+        ("<think>\n1+2=3\n</think>\n\n3", "3", True),
+        ("<think>1+2=3</think>The answer is 3.", "The answer is 3.", True),
+        ("<think>\n1+2=3\n</think>\n\n", None, False),
+        ("<think></think>3", "3", False),
+        ("<think>1+2=3", None, False),
+        ("3", None, False),
+        ("So: <think>1</think>3", None, False),
+        ("<think>1</think>3<think>2</think>4", None, False),
+    ],
+)
+def test_the_open_form_is_one_closed_think_block_and_something_behind_it(text, answer, is_well_formed):
+    turn = parse_turn(text, "open")
+    assert (turn.answer, turn.is_well_formed) == (answer, is_well_formed)

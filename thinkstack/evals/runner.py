@@ -16,7 +16,7 @@ from thinkstack.tasks.datasets import DataStream
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.parse import parse_turn
+from thinkstack.text.parse import Form, parse_turn
 from thinkstack.types import Completion, ConfigError, Message, Problem, Sampling, Score
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[Completion]]]
@@ -45,6 +45,8 @@ class EvalConfig:
     """Names of the families asked, in tasks/table.py."""
     levels: tuple[int, ...] | None = None
     """Difficulties asked; None asks all levels of each family."""
+    form: Form = "tagged"
+    """How a turn is to look: text/parse.py."""
     unseen_wordings: bool = False
     """Ask in the wordings that training never uses."""
     languages: tuple[str, ...] = ()
@@ -55,8 +57,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.num_problems < 1 or self.samples < 1:
             raise ConfigError(f"num_problems={self.num_problems} and samples={self.samples} must be at least 1")
-        if not self.families:
-            raise ConfigError("an evaluation needs at least one task family")
+        if not self.families and not self.files:
+            raise ConfigError("an evaluation needs at least one task family or data set")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(
                 f"samples={self.samples} at temperature 0 draws the same answer every time; use samples=1"
@@ -65,8 +67,10 @@ class EvalConfig:
 
 def held_out(cfg: EvalConfig) -> list[Problem]:
     """The test problems that cfg names: always the same ones, and none that training can draw."""
-    families = table.families(cfg.families)
-    found = table.problems(families, "test", cfg.seed, cfg.num_problems, cfg.levels, cfg.unseen_wordings, cfg.languages)
+    found: list[Problem] = []
+    if cfg.families:
+        asked = (cfg.levels, cfg.unseen_wordings, cfg.languages)
+        found = table.problems(table.families(cfg.families), "test", cfg.seed, cfg.num_problems, *asked)
     for name, folder in cfg.files.items():
         found += DataStream(load_split(name, folder, "test"), cfg.seed).take(cfg.num_problems)
     return found
@@ -95,11 +99,11 @@ def evaluate(
             wording=problem.wording,
             question=problem.question,
             reference=problem.answer,
-            answers=tuple(judge(problem, completion, chat, score) for completion in drawn),
+            answers=tuple(judge(problem, completion, chat, score, cfg.form) for completion in drawn),
         )
         for problem, drawn in zip(problems, completions, strict=True)
     ]
-    chance = {family.name: family.chance for family in table.families(cfg.families)}
+    chance = {name: table.families([name])[0].chance for name in cfg.families}
     return summarise(records, time.perf_counter() - started, chance)
 
 
@@ -115,18 +119,23 @@ def sampling_of(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> Sampling
     )
 
 
-def judge(problem: Problem, completion: Completion, chat: ChatFormat, score: ScoreFunction) -> AnswerRecord:
-    """Read and judge one answer. Right means accuracy 1: the form is counted beside it, not mixed into it."""
-    text = chat.text_of(completion.token_ids)
-    turn, verdict = parse_turn(text), score(problem, text)
+def judge(
+    problem: Problem, completion: Completion, chat: ChatFormat, score: ScoreFunction, form: Form = "tagged"
+) -> AnswerRecord:
+    """Read and judge one answer. Right means accuracy 1: the form is counted beside it, not mixed into it.
+
+    An answer without a closing tag that was cut off does not keep its form.
+    """
+    text, is_cut = chat.text_of(completion.token_ids), completion.finish_reason == "length"
+    turn, verdict = parse_turn(text, form), score(problem, text)
     readable = turn.answer is not None and len(turn.answer) <= MAX_ANSWER_CHARACTERS
     return AnswerRecord(
         text=text,
         answer=normalise(turn.answer) if turn.answer is not None and readable else None,
         correct=None if verdict.unscorable is not None else verdict.parts["accuracy"] == 1.0,
-        well_formed=turn.is_well_formed,
+        well_formed=turn.is_well_formed and not (is_cut and form == "open"),
         worked=is_worked(problem, turn.thinking),
-        truncated=completion.finish_reason == "length",
+        truncated=is_cut,
         num_tokens=len(completion.token_ids),
     )
 

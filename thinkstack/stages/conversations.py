@@ -1,6 +1,7 @@
 """Conversations from files, for supervised fine-tuning: JSON lines in the forms that data sets are published in."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from thinkstack.tasks.datasets import rows
@@ -12,12 +13,22 @@ FORMS = "messages; conversations; prompt, response and maybe thinking; question 
 
 
 def read_conversations(paths: Sequence[str]) -> list[list[Message]]:
-    """All conversations of `paths` (.jsonl, .jsonl.gz, .parquet), in order.
+    """All conversations of `paths` (.jsonl, .jsonl.gz, .parquet), in order; a path may have * in its last part.
 
     A row is {"messages": [{"role", "content", "reasoning_content"?}]}, {"conversations": [{"from", "value"}]},
     {"prompt", "response", "thinking"?} or {"question", "answer"}. Raises ConfigError, naming file and row, for others.
     """
-    return [_conversation(row, where) for path in paths for where, row in rows(path, (), FORMS)]
+    files = [file for path in paths for file in _files(Path(path))]
+    return [_conversation(row, where) for file in files for where, row in rows(file, (), FORMS)]
+
+
+def _files(path: Path) -> list[Path]:
+    if "*" not in path.name:
+        return [path]
+    found = sorted(path.parent.glob(path.name))
+    if not found:
+        raise ConfigError(f"no file matches {path}; give files of conversations")
+    return found
 
 
 def _conversation(row: dict[str, Any], where: str) -> list[Message]:

@@ -1,8 +1,10 @@
 """Measure a checkpoint on held-out problems: sampled, greedy, and in wordings it never saw."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from thinkstack.checkpoint.model import load_chat, load_model
@@ -13,6 +15,7 @@ from thinkstack.log import Progress, Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.stages.rollout import prompt_of
 from thinkstack.tasks.reward import RewardConfig, score
+from thinkstack.text.parse import Form
 from thinkstack.types import ConfigError
 
 SAMPLED, GREEDY, UNSEEN, SAMPLES = "sampled.json", "greedy.json", "unseen_wordings.json", "samples.jsonl"
@@ -34,8 +37,14 @@ class EvaluateConfig:
     """Held-out problems: of the families together, and of each data set."""
     samples: int = 16
     """Answers drawn to each."""
+    form: Form = "tagged"
+    """How a turn is to look: "tagged" as R1-Zero's, "open" as R1's (text/parse.py)."""
     temperature: float = 1.0
     """Divides the logits of the sampled answers."""
+    top_p: float = 1.0
+    """Keeps the smallest set of tokens with at least this probability, in the sampled answers."""
+    greedy: bool = True
+    """Ask for the most likely answers too: to the same problems, and to generated ones in wordings never trained on."""
     max_tokens: int = 128
     """Most tokens of an answer."""
     max_batch: int = 384
@@ -55,14 +64,20 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
         families=cfg.families,
         files=cfg.files,
         languages=cfg.languages,
+        form=cfg.form,
         temperature=cfg.temperature,
+        top_p=cfg.top_p,
         num_problems=cfg.num_problems,
         samples=cfg.samples,
         max_tokens=cfg.max_tokens,
         seed=cfg.seed,
     )
-    greedy = replace(sampled, samples=1, temperature=0.0)
-    asked = {SAMPLED: sampled, GREEDY: greedy, UNSEEN: replace(greedy, unseen_wordings=True, files={})}
+    greedy = replace(sampled, samples=1, temperature=0.0, top_p=1.0)
+    asked = {SAMPLED: sampled}
+    if cfg.greedy:
+        asked[GREEDY] = greedy
+    if cfg.greedy and cfg.families:
+        asked[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
     problems = {file: held_out(config) for file, config in asked.items()}
     everything = [problem for found in problems.values() for problem in found]
     longest = max(len(prompt_of(chat, problem)) for problem in everything)
@@ -71,10 +86,16 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     with Progress("evaluation", len(everything)) as progress:
         generate = partial(engine.generate, on_progress=progress.advance)
         for file, config in asked.items():
-            found = evaluate(generate, chat, problems[file], config, partial(score, cfg=RewardConfig()))
+            found = evaluate(generate, chat, problems[file], config, partial(score, cfg=RewardConfig(form=cfg.form)))
             write_json(run.folder / file, found.to_dict())
             if file == SAMPLED:
                 write_samples(run.folder / SAMPLES, found.records)
+
+
+def read_evaluations(out: Path, columns: Mapping[str, str], file: str) -> dict[str, Evaluation]:
+    """That evaluation of each stage in `out` that made it, by column."""
+    found = {name: Run(out / stage) for name, stage in columns.items() if (out / stage / file).exists()}
+    return {name: read_evaluation(run, file) for name, run in found.items()}
 
 
 def read_evaluation(run: Run, file: str) -> Evaluation:

@@ -64,7 +64,7 @@ class Generator:
         return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
 
     def talk(self, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
-        """Answer what `read` gives on the first rank until it gives None; "/exit" ends the talk, "/clear" forgets it."""
+        """Answer what `read` gives on the first rank until it gives None; "/exit" ends a talk, "/clear" forgets it."""
         messages: list[Message] = []
         while True:
             asked = broadcast_text(read() if self.ranks.rank == 0 else None, self.ranks)

@@ -8,7 +8,7 @@ from typing import Any
 from thinkstack.evals.figures import Evaluation
 from thinkstack.evals.report import write_report
 from thinkstack.log import CURVE, PROVENANCE, Run, clock, read_lines, write_json
-from thinkstack.stages.evaluate import GREEDY, SAMPLED, UNSEEN, read_evaluation
+from thinkstack.stages.evaluate import GREEDY, SAMPLED, UNSEEN, read_evaluation, read_evaluations
 
 SUMMARY = "summary.json"
 
@@ -30,8 +30,7 @@ def report(cfg: ReportConfig, run: Run) -> None:
     started = time.monotonic()
     out = run.folder.parent
     columns = {name: read_evaluation(Run(out / stage), SAMPLED) for name, stage in cfg.columns.items()}
-    greedy = {name: read_evaluation(Run(out / stage), GREEDY) for name, stage in cfg.columns.items()}
-    unseen = {name: read_evaluation(Run(out / stage), UNSEEN) for name, stage in cfg.columns.items()}
+    greedy, unseen = (read_evaluations(out, cfg.columns, file) for file in (GREEDY, UNSEEN))
     curve = read_lines(out / cfg.training / CURVE) if cfg.training else []
     metrics = Run(out / cfg.training).rows() if cfg.training else []
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
@@ -54,7 +53,7 @@ def summary(columns: dict[str, Evaluation], greedy: dict[str, Evaluation]) -> di
             "cons_at_16": found.cons_at_16,
             "n": found.samples,
             "problems": found.problems,
-            "greedy": greedy[name].pass_at_1,
+            "greedy": greedy[name].pass_at_1 if name in greedy else None,
             "by_family": {family: part.pass_at_1 for family, part in found.by_family.items()},
         }
         for name, found in columns.items()

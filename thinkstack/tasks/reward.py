@@ -7,7 +7,7 @@ from typing import Literal
 from thinkstack.tasks.language import language_share
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.table import accepts
-from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, parse_turn
+from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, Form, parse_turn
 from thinkstack.types import ConfigError, Problem, Score
 
 MAX_ANSWER_CHARACTERS = 64
@@ -21,6 +21,8 @@ class RewardConfig:
     combine: Literal["gated", "additive", "format_only", "random"] = "gated"
     """"gated": accuracy counts only in the right format. "additive": accuracy + format_weight * format (R1 paper).
     "format_only" and "random" are controls: the format alone, or a coin that looks at nothing but the answer's text."""
+    form: Form = "tagged"
+    """How a turn is to look: text/parse.py."""
     format_weight: float = 1.0
     """Weight of the format part when additive."""
     language_weight: float = 0.0
@@ -38,18 +40,18 @@ class RewardConfig:
             raise ConfigError(f"reward.format_weight={self.format_weight} would punish the right format; use 0 or more")
 
 
-def accuracy(problem: Problem, text: str) -> float:
+def accuracy(problem: Problem, text: str, form: Form = "tagged") -> float:
     """1 if the turn's one answer, outside its thinking, is right."""
-    answer = parse_turn(text).answer
+    answer = parse_turn(text, form).answer
     longest = MAX_ANSWER_CHARACTERS if len(problem.answer) <= MAX_ANSWER_CHARACTERS else 2 * len(problem.answer)
     if answer is None or len(answer) > longest:
         return 0.0
     return float(accepts(problem, answer))
 
 
-def format_kept(text: str) -> float:
-    """1 if the turn is one think block and one answer block."""
-    return float(parse_turn(text).is_well_formed)
+def format_kept(text: str, form: Form = "tagged") -> float:
+    """1 if the turn is one think block and one answer, and nothing else."""
+    return float(parse_turn(text, form).is_well_formed)
 
 
 def language_kept(problem: Problem, text: str) -> float:
@@ -64,7 +66,7 @@ def language_kept(problem: Problem, text: str) -> float:
 
 def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
     """Reward of one assistant turn (prefill and completion, without end token)."""
-    parts = {"accuracy": accuracy(problem, text), "format": format_kept(text)}
+    parts = {"accuracy": accuracy(problem, text, cfg.form), "format": format_kept(text, cfg.form)}
     total = {
         "gated": parts["accuracy"] * parts["format"],
         "additive": parts["accuracy"] + cfg.format_weight * parts["format"],
