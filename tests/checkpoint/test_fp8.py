@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf_files import CONFIG, INDEX, WEIGHTS, config_json, write_weights
 from thinkstack.checkpoint.model import load_model, open_source, save_model
 from thinkstack.checkpoint.source import Form
-from thinkstack.models.config import MoEConfig
+from thinkstack.models.config import MLAConfig, MoEConfig
 from thinkstack.models.fp8 import E4M3
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
 from thinkstack.models.precision import refresh
@@ -258,3 +259,29 @@ def test_adapters_on_a_packed_base_merge_into_floats(tmp_path: Path):
     assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
     with pytest.raises(ConfigError, match="leave experts out"):
         adapt(load_model(tmp_path / "model", E4M3), LoRAConfig(rank=2, targets=("experts",)))
+
+
+WHOLE = replace(
+    WIDE,
+    mtp_layers=0,
+    hidden_size=256,
+    dense_size=256,
+    moe=replace(WIDE.moe, expert_size=128),
+    attention=MLAConfig(
+        num_heads=2, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64
+    ),
+)
+
+
+@torch.no_grad()
+def test_transformers_widens_our_fp8_files_to_the_same_model(tmp_path: Path):
+    """Whole blocks: it takes the size of a block from the number of scales, wrongly where the last one is smaller."""
+    transformers = pytest.importorskip("transformers")
+    convert(str(plain(tmp_path / "model", cfg=WHOLE)), tmp_path / "fp8", dtype="fp8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8",
+        dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+    )
+    ids = torch.arange(20).view(1, 20)
+    torch.testing.assert_close(load_model(tmp_path / "fp8")(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)

@@ -13,6 +13,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.checkpoint.hf_config import to_hf
 from thinkstack.checkpoint.hf_files import CONFIG, INDEX, WEIGHTS, save_weights
 from thinkstack.checkpoint.model import load_model
+from thinkstack.checkpoint.tensor_file import Entry, write_file
 from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
@@ -225,3 +226,46 @@ def test_a_shard_without_its_tensor_is_named(tmp_path: Path):
 def test_a_damaged_index_is_named(text: str, tmp_path: Path):
     (tmp_path / INDEX).write_text(text)
     assert INDEX in refused(tmp_path)
+
+
+def edited(folder: Path, **changes: object) -> str:
+    """What is said of a folder whose config.json says something else."""
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigError) as caught:
+        load_model(folder)
+    return str(caught.value)
+
+
+def test_a_configuration_with_another_number_of_layers_is_named(tmp_path: Path):
+    folder = written(tmp_path, tiny_model(GQA_TINY))
+    message = edited(folder, num_hidden_layers=2)
+    assert "unexpected tensor model.layers.2" in message and "2 layers, width 32" in message
+    assert "lacks the tensor model.layers.3.input_layernorm.weight" in edited(folder, num_hidden_layers=4)
+
+
+def test_a_configuration_with_other_heads_is_named_with_both_shapes(tmp_path: Path):
+    message = edited(written(tmp_path, tiny_model(GQA_TINY)), num_attention_heads=2, num_key_value_heads=2)
+    assert "self_attn.o_proj.weight has shape (32, 32), the configuration asks for (32, 16)" in message
+    assert WEIGHTS in message and "2 heads" in message
+
+
+def test_a_wrong_tied_flag_is_named_with_the_key_to_change(tmp_path: Path):
+    untied = written(tmp_path / "untied", tiny_model(GQA_TINY))
+    message = edited(untied, tie_word_embeddings=True)
+    assert "lm_head.weight differs" in message and "set tie_word_embeddings to false" in message
+    tied = written(tmp_path / "tied", tiny_model(replace(GQA_TINY, tie_embeddings=True)))
+    message = edited(tied, tie_word_embeddings=False)
+    assert "lacks the tensor lm_head.weight" in message and "set tie_word_embeddings to true" in message
+
+
+def test_a_writer_that_streams_writes_the_library_s_bytes(tmp_path: Path):
+    """All types, names out of order, odd sizes."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float64)
+    tensors = {f"{'ba'[i % 2]}.{i}": torch.ones(3, i + 1).to(kind) for i, kind in enumerate(kinds)}
+    save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
+    entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with write_file(tmp_path / "ours", entries) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
