@@ -19,7 +19,7 @@ TEMPLATE = "chat_template.jinja"
 CHAT_FORMAT = "thinkstack_chat_format"
 """Our own key in tokenizer_config.json: the name of the format the model was trained with."""
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
-"""How a model with a chat format is to be drawn from, as R1's generation_config.json says."""
+"""How a model with a chat format of ours is to be drawn from, as R1's generation_config.json says."""
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -86,11 +86,8 @@ def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mappi
     own = {"bos_token_id": cfg.bos_id, "eos_token_id": ids[0] if len(ids) == 1 else ids}
     if chat is None:
         return {"_from_model_config": True} | dict(shipped) | own
-    return CHAT_SAMPLING | {"pad_token_id": _pad_id(chat.tokenizer, ids[0])} | dict(shipped) | own
-
-
-def _pad_id(tokenizer: Tokenizer, eos: int) -> int:
-    return tokenizer.control.get(PAD, eos)
+    sampling = {} if isinstance(chat, TemplateFormat) else CHAT_SAMPLING
+    return sampling | {"pad_token_id": chat.tokenizer.control.get(PAD, ids[0])} | dict(shipped) | own
 
 
 def _tokenizer_config(
