@@ -1,5 +1,6 @@
 """FP8 checkpoints: by DeepSeek's names and blocks, widened or kept, and back byte for byte."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf_files import CONFIG, INDEX, WEIGHTS, config_json, write_weights
 from thinkstack.checkpoint.model import load_model, open_source, save_model
 from thinkstack.checkpoint.source import Form
-from thinkstack.models.config import MLAConfig, MoEConfig
+from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
 from thinkstack.models.fp8 import E4M3
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
 from thinkstack.models.precision import refresh
@@ -198,27 +199,23 @@ def test_packing_and_widening_in_place_keep_the_function_of_the_model():
     assert torch.equal(packed, unpack(model)(ids)) and not packed_parameters(model)
 
 
-def test_gradients_pass_through_packed_matrices():
-    """The same gradients reach what learns beside them: embedding and norms."""
-    model, ids = tiny_model(WIDE), torch.arange(20).view(1, 20)
+BIASED = replace(GQA_TINY, attention=replace(GQA_TINY.attention, qkv_bias=True), family="qwen2")
+
+
+@pytest.mark.parametrize("cfg", [WIDE, BIASED], ids=["experts", "biases"])
+def test_gradients_pass_through_packed_matrices(cfg: ModelConfig):
+    """The same gradients reach what learns beside them: embedding, norms, biases."""
+    model, ids = tiny_model(cfg), torch.arange(20).view(1, 20)
     pack(model, FP8Blocks(), matrices(model))
-    gradients = []
-    for twin in (model, unpack(tiny_with(model))):
+    wide = unpack(copy.deepcopy(model))
+    for twin in (model, wide):
         twin(ids).square().mean().backward()
-        gradients.append({name: p.grad for name, p in twin.named_parameters() if "norm" in name or "embed" in name})
-    assert any(grad is not None for grad in gradients[0].values())
-    for name, grad in gradients[0].items():
-        assert (grad is None) == (gradients[1][name] is None)
-        if grad is not None:
-            torch.testing.assert_close(grad, gradients[1][name])
-
-
-def tiny_with(model):
-    """A copy with the same packed parts."""
-    twin = tiny_model(WIDE)
-    pack(twin, FP8Blocks(), matrices(twin))
-    twin.load_state_dict(model.state_dict())
-    return twin
+    expected = dict(wide.named_parameters())
+    learnt = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {"embed.weight", "layers.0.ffn_norm.weight"} < learnt.keys()
+    assert cfg is not BIASED or "layers.0.attention.wq.bias" in learnt
+    for name, grad in learnt.items():
+        torch.testing.assert_close(grad, expected[name].grad)
 
 
 def test_only_the_experts_in_use_are_widened(monkeypatch):

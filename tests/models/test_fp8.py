@@ -15,6 +15,7 @@ from thinkstack.models.fp8 import (
     linear,
     quantise,
     use_fp8,
+    widen,
 )
 from thinkstack.models.moe import ExpertMLP, MoE
 from thinkstack.models.precision import working_copy
@@ -170,3 +171,18 @@ def test_biases_are_added_after_the_product():
     with torch.no_grad():
         base.bias.zero_()
     assert (with_bias - FP8Linear(base, False)(x)).abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(256,), (2, 3, 130, 200), (5, 7), (128, 128)])
+def test_all_numbers_of_e4m3_are_widened_exactly(shape: tuple[int, ...], dtype: torch.dtype):
+    """Against torch's own conversion: subnormal numbers, both zeros and NaN among them."""
+    shape = (*shape[:-1], 1, shape[-1]) if len(shape) == 1 else shape
+    count = torch.Size(shape).numel()
+    codes = torch.arange(count).remainder(256).to(torch.uint8).view(torch.float8_e4m3fn).view(shape)
+    blocks = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
+    scale = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) + 0.1
+    out = torch.empty(shape, dtype=dtype)
+    widen(codes, scale, out)
+    torch.testing.assert_close(out, dequantise(codes, scale, BLOCK).to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert bool(out.isnan().any()) == (count >= 128)

@@ -147,11 +147,17 @@ def _speech(path: Path) -> tuple[Tokenizer | None, ChatFormat | None]:
         _log.warning("%s has no %s; the result has no tokenizer either", path, TOKENIZER)
         return None, None
     try:
-        chat = load_chat(path)
+        tokenizer = load_tokenizer(path)
+    except ConfigError as error:
+        if path.is_dir():
+            raise
+        _log.warning("without a tokenizer: %s", error)
+        return None, None
+    try:
+        return tokenizer, load_chat(path)
     except ConfigError as error:
         _log.warning("without a chat format: %s", error)
-        return load_tokenizer(path), None
-    return chat.tokenizer, chat
+        return tokenizer, None
 
 
 def _write_gguf(source: Source, path: Path, out: Path, kind: str) -> None:

@@ -8,8 +8,6 @@ runs them where the shapes fit.
 
 # Shapes in this file: M rows, K summed over, N outputs, leading dimensions (...) are independent products.
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +21,6 @@ BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3; it has 3 bits of fraction, so rounding is within 2**-4 of a normal number."""
-CHUNK = 2**19
-"""Numbers widened at once: 2 MB of fp32."""
-SIGN_AND_NUMBER, FP16_NAN = -(2**14) - 1, 0x7E00
-"""Bits of an fp16 that a number of e4m3 can fill, all but the upper of the exponent; and those of a NaN."""
 SMALLEST_PEAK = 1e-30
 """A block's peak counts at least this. DeepSeek's inference code has 1e-4, below which gradients live."""
 
@@ -56,36 +50,12 @@ def dequantise(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 
 def widen(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """Write codes (..., N, K) e4m3 times scale (..., ceil(N / 128), ceil(K / 128)) into out (..., N, K) of any float
-    dtype, some rows at a time: what comes between stays in the cache. The product is taken in fp32 and rounded once.
+    dtype; the product is taken in fp32 and rounded once.
     """
     if kernels.takes(out) and out.is_contiguous():
         kernels.widen(codes.contiguous(), scale.float().contiguous(), out, BLOCK)
-        return
-    N, K = codes.shape[-2:]
-    rows = max(1, CHUNK // (BLOCK * K)) * BLOCK
-    whole = N - N % BLOCK
-    bounds = [*range(0, whole, rows), whole, *([N] if N % BLOCK else [])]
-    wide = scale.float().repeat_interleave(BLOCK, -1)[..., :K]  # (..., N / 128, K)
-    stacks = zip(codes.reshape(-1, N, K), wide.reshape(-1, *wide.shape[-2:]), out.view(-1, N, K), strict=True)
-    for from_, by, to in stacks:
-        for start, end in itertools.pairwise(bounds):
-            block, blocks = start // BLOCK, max(1, (end - start) // BLOCK)
-            numbers = exact(from_[start:end]).unflatten(0, (blocks, -1)) * by[block : block + blocks, None]
-            to[start:end].copy_(numbers.flatten(0, 1))
-
-
-def exact(codes: Tensor) -> Tensor:
-    """e4m3 numbers as fp32.
-
-    By way of fp16, whose exponent is one bit wider, so that shifting the bits into place gives the number times 2**-8:
-    on a CPU several times faster than torch's own conversion, and equal to it, subnormal numbers included.
-    """
-    if codes.device.type != "cpu":
-        return codes.float()
-    bits = codes.contiguous().view(torch.int8).to(torch.int16)  # the sign fills the upper half
-    half = (bits << 7).bitwise_and_(SIGN_AND_NUMBER)
-    is_nan = (bits.bitwise_and_(127) + 1).bitwise_right_shift_(7)
-    return half.bitwise_or_(is_nan.mul_(FP16_NAN)).view(torch.float16).float().mul_(256.0)
+    else:
+        out.copy_(dequantise(codes, scale.float(), BLOCK))
 
 
 def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:

@@ -103,16 +103,17 @@ class Packed(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x (..., K) times packed (N, K) transposed; the matrix is widened again for the backward pass."""
+    """x (..., K) times packed (N, K) transposed, plus bias (N,) or None; the matrix is widened again going back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        return F.linear(x, packed.dense(dtype=x.dtype))
+        return F.linear(x, packed.dense(dtype=x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.packed.dense(dtype=grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ ctx.packed.dense(dtype=grad.dtype), None, grad_bias
 
 
 class PackedLinear(nn.Linear):
@@ -130,8 +131,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K); returns (..., N)."""
-        out = _Product.apply(x, self.packed)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return _Product.apply(x, self.packed, None if self.bias is None else self.bias.to(x.dtype))
 
 
 class PackedExperts(nn.Module):
