@@ -38,7 +38,7 @@ def generator(folder: Path, **changes: object) -> Generator:
 
 @pytest.mark.parametrize("folder", [SIZES["mla"], SIZES["gqa with biases"]], indirect=True, ids=["mla", "gqa"])
 def test_two_processes_give_the_tokens_of_one(folder: Path, tmp_path: Path):
-    """Real processes under torchrun, with gloo: heads, feed-forwards and experts are shared out, the text is the same."""
+    """Real processes under torchrun, with gloo: heads, feed-forwards and experts are shared out."""
     prompts = ["1+2?", "the ball is under cup 3"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
