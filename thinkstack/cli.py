@@ -215,7 +215,7 @@ def inspect(
     """Count what a model size or checkpoint is made of: parameters, compute, cache, memory of training.
 
     Args:
-        model: A named size such as v3-671b or v3-tiny, or a checkpoint folder.
+        model: A named size such as v3-671b or v3-tiny, or a checkpoint: a folder, a .gguf file, OWNER/NAME of the hub.
         train: Also predict the memory of a training step, by part; the settings below are its.
         rows: Rows of a micro-batch.
         row_tokens: Tokens of a row.

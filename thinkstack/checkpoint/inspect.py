@@ -77,7 +77,8 @@ def stored_rows(source: Source) -> Rows:
     folder = source.path if source.path.is_dir() else source.path.parent
     files = folder.glob("*.safetensors") if source.path.is_dir() else [source.path]
     sizes = [file.stat().st_size for file in files]
-    plain = {str(source.dtype_of(name)).removeprefix("torch.") for name in source.tensors if name not in source.packed}
+    dtypes = (source.dtypes.get(name) for name in source.tensors if name not in source.packed)
+    plain = {str(dtype).removeprefix("torch.") if dtype else "fewer bits, widened when read" for dtype in dtypes}
     rows = [("stored", f"{size_of(sum(sizes))} in {len(sizes)} files: {', '.join(sorted(plain))}")]
     if source.storage is not None:
         share = f"{len(source.packed):,} of {len(source.tensors):,} tensors"
