@@ -6,9 +6,9 @@ command line starts without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,32 @@ class Interrupted(RuntimeError):
     """A person asked to stop; the stage has saved its state."""
 
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """A function that the model may call; filled by whoever asks."""
+
+    name: str
+    """What a call names it by."""
+    description: str
+    """What it does, for the model to read."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """JSON schema of its arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A call that the assistant makes; filled by text/parse.py."""
+
+    name: str
+    """Name of the function."""
+    arguments: str
+    """Its arguments as JSON text, spelt as the model wrote them."""
+    id: str | None = None
+    """What a result refers to it by, where the format has such a thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +64,21 @@ class Message:
     """One turn of a conversation."""
 
     role: Role
-    """Who speaks."""
+    """Who speaks; "tool" gives the result of a call."""
     content: str
-    """What is said; of an assistant the answer only."""
+    """What is said; of an assistant the answer only, of a tool its result."""
     reasoning: str | None = None
     """The assistant's thinking, without tags; filled by text/parse.py, dropped from history by text/chat.py."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the assistant calls after saying `content`."""
+    tool_call_id: str | None = None
+    """Of a tool: the call that this is the result of, where the format has such a thing."""
+    name: str | None = None
+    """Of a tool: the function that was called, where the format writes it."""
+
+    def __post_init__(self) -> None:
+        if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
+            raise RequestError(f"role={self.role!r} neither thinks nor calls tools; only an assistant's message does")
 
 
 @dataclass(frozen=True, kw_only=True)

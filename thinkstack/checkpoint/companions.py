@@ -16,6 +16,8 @@ from thinkstack.types import ConfigError
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+TEMPLATES, TOOL_USE = "additional_chat_templates", "tool_use"
+"""Folder of more templates by name, and the name of the one for conversations with tools."""
 CHAT_FORMAT = "thinkstack_chat_format"
 """Our own key in tokenizer_config.json: the name of the format the model was trained with."""
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
@@ -108,13 +110,20 @@ def _tokenizer_config(
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
     if isinstance(chat, TemplateFormat):
-        return config if has_file else config | {"chat_template": shipped.get("chat_template", chat.template)}
+        return config if has_file else config | {"chat_template": shipped.get("chat_template", _template_key(chat))}
     if chat is not None:
         config[CHAT_FORMAT] = chat.name
         template = chat_template.template_of(chat.name, tokenizer)
         if template is not None:
             config["chat_template"] = template
     return config
+
+
+def _template_key(chat: TemplateFormat) -> str | list[dict[str, str]]:
+    if not chat.tool_template:
+        return chat.template
+    named = {"default": chat.template, TOOL_USE: chat.tool_template}
+    return [{"name": name, "template": template} for name, template in named.items()]
 
 
 def control_token(tokenizer: Tokenizer, token_id: int) -> str:

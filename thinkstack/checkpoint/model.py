@@ -14,8 +14,11 @@ import torch
 
 from thinkstack.checkpoint.companions import (
     CHAT_FORMAT,
+    GENERATION,
     TEMPLATE,
+    TEMPLATES,
     TOKENIZER_CONFIG,
+    TOOL_USE,
     check_vocabulary,
     companions,
 )
@@ -29,7 +32,7 @@ from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.models.fp8 import E4M3
 from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
-from thinkstack.text.chat import ChatFormat, TemplateFormat, chat_format
+from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
@@ -136,29 +139,45 @@ def load_chat(source: str | Path) -> ChatFormat:
     name = config.get(CHAT_FORMAT)
     if name is not None:
         return chat_format(str(name), tokenizer)
-    template = _shipped_template(path, config)
+    template, tool_template = _shipped_templates(path, config)
     bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     if eos not in tokenizer.control:
         raise ConfigError(
             f"{where}: eos_token={eos!r} is no control token of tokenizer.json; name the one that ends a turn"
         )
-    return TemplateFormat(tokenizer, template, bos, eos)
+    return TemplateFormat(tokenizer, template, bos, eos, tool_template, _generation_ends(path, tokenizer))
 
 
-def _shipped_template(path: Path, config: dict[str, Any]) -> str:
-    """Jinja source: chat_template.jinja, or the key, whose value may be a list of named templates."""
-    if (path / TEMPLATE).is_file():
-        return (path / TEMPLATE).read_text(encoding="utf-8")
-    template = config.get("chat_template")
+def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """Jinja sources: chat_template.jinja, or the key, whose value may be a list of named templates; and the one for
+    conversations with tools, empty where there is none of its own.
+    """
+    template, more = config.get("chat_template"), path / TEMPLATES / f"{TOOL_USE}.jinja"
+    named: dict[Any, Any] = {}
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
+    if (path / TEMPLATE).is_file():
+        template = (path / TEMPLATE).read_text(encoding="utf-8")
+    if more.is_file():
+        named[TOOL_USE] = more.read_text(encoding="utf-8")
     if not isinstance(template, str):
         raise ConfigError(
             f"{path / TOKENIZER_CONFIG} has neither {CHAT_FORMAT} nor a chat_template; this is a base model: give its "
-            f"chat format by adding {CHAT_FORMAT} (r1_zero, r1_zero_short, v3, r1)"
+            f"chat format by adding {CHAT_FORMAT} ({', '.join(FORMATS)})"
         )
-    return template
+    return template, named.get(TOOL_USE) or ""
+
+
+def _generation_ends(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text according to generation_config.json, where there is one."""
+    where = path / GENERATION
+    ends = read_json(where).get("eos_token_id") if where.is_file() else None
+    found = tuple(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    for token in found:
+        if not isinstance(token, int) or not 0 <= token < tokenizer.vocab_size:
+            raise ConfigError(f"{where}: eos_token_id holds {token!r}, which is no token of tokenizer.json; correct it")
+    return found
 
 
 def _token_text(token: Any) -> str:

@@ -1,15 +1,29 @@
-"""What an assistant's turn contains: thinking, answer, and whether it keeps the format."""
+"""What an assistant's turn contains: thinking, answer, tool calls, and whether it keeps the format."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
+from thinkstack.text.tokenizer import (
+    CALL_BEGIN,
+    CALL_END,
+    CALL_SEP,
+    CALLS_BEGIN,
+    CALLS_END,
+    THINK_CLOSE,
+    THINK_OPEN,
+)
+from thinkstack.types import Message, ToolCall
 
 Form = Literal["tagged", "open"]
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _FORM = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+_CALL = re.compile(
+    rf"\s*{CALL_BEGIN}(?:function{CALL_SEP}(?P<old_name>[^\n]*?)\n```json\n(?P<old>.*?)\n```"
+    rf"|(?P<name>.*?){CALL_SEP}(?P<arguments>.*?)){CALL_END}",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -54,3 +68,46 @@ def _parse_open(text: str) -> Turn:
         return Turn(thinking.strip() if closed else rest.strip(), None, False)
     answer, thinking = answer.strip(), thinking.strip()
     return Turn(thinking, answer or None, bool(thinking and answer))
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """(what stands in the think block that a turn begins with, what follows it), both as they are written.
+
+    A block that the turn leaves open reaches to its end. None without a block; a closing tag alone, which a prompt
+    that asks for no thinking writes, is dropped.
+    """
+    head = text.lstrip()
+    if head.startswith(THINK_CLOSE):
+        return None, head.removeprefix(THINK_CLOSE)
+    if not head.startswith(THINK_OPEN):
+        return None, text
+    thinking, _, rest = head.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+    return thinking, rest
+
+
+def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """(what is said before the calls, the calls) of a turn in the spelling of V3 and R1 or of V3.1.
+
+    Calls that are not written to their end, or with something else between them, are no calls: the whole text is then
+    what is said. Source: chat templates of DeepSeek-V3-0324, R1-0528 and V3.1.
+    """
+    said, begin, rest = text.partition(CALLS_BEGIN)
+    body, end, after = rest.partition(CALLS_END)
+    found = list(_CALL.finditer(body))
+    if not begin or not end or after.strip() or "".join(call[0] for call in found).strip() != body.strip() or not found:
+        return text, ()
+    names = (
+        (call["old_name"], call["old"]) if call["name"] is None else (call["name"], call["arguments"]) for call in found
+    )
+    return said, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in names)
+
+
+def read_reply(text: str) -> Message:
+    """The message that a turn of an assistant is: its thinking, what it says and what it calls.
+
+    text: what ChatFormat.text_of returns. Line breaks around thinking and answer are left out.
+    """
+    thinking, rest = split_thinking(text)
+    said, calls = parse_calls(rest)
+    reasoning = None if thinking is None else thinking.strip("\n")
+    return Message(role="assistant", content=said.strip("\n"), reasoning=reasoning, tool_calls=calls)

@@ -4,10 +4,12 @@ The vocabulary of a model of ours is made here: every digit is a token of its ow
 place by place; control tokens stand outside the BPE, so no text can spell one (`encode` never returns them).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -22,8 +24,21 @@ CONTROL = (BOS, EOS, PAD, USER, ASSISTANT, THINK_OPEN, THINK_CLOSE)
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 FIM = (FIM_HOLE, FIM_BEGIN, FIM_END)
 """Control tokens of text/fim.py, in V3's order; a vocabulary of ours has them, after CONTROL, where they are used."""
+CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+OUTPUTS_BEGIN, OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
+OUTPUT_BEGIN, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
+TOOLS = (
+    *(CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END),
+    *(OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END, CALL_SEP),
+)
+"""Control tokens of calls and their results, in V3's order; a vocabulary of ours has them where tools are used."""
 
 FILE = "tokenizer.json"
+
+
+class Control(str):
+    """A control token that a format writes; the same spelling in a plain str is text."""
 
 
 class Tokenizer:
@@ -34,8 +49,11 @@ class Tokenizer:
         self.spec = spec
         self._full = tokenizers.Tokenizer.from_str(spec)
         plain = json.loads(spec)
-        self.control = {token["content"]: token["id"] for token in plain["added_tokens"]}
-        plain["added_tokens"], plain["post_processor"] = [], None
+        added = [token for token in plain["added_tokens"] if not token["content"].isspace()]
+        self.control = {token["content"]: token["id"] for token in added}
+        self._spellings = _spellings(added)
+        plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"].isspace()]
+        plain["post_processor"] = None
         self._text = tokenizers.Tokenizer.from_str(json.dumps(plain))
 
     @property
@@ -50,7 +68,26 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Control tokens spelt in it come out as ordinary characters."""
-        return self._text.encode(text, add_special_tokens=False).ids
+        return self._text.encode(text, add_special_tokens=False).ids if text else []
+
+    def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
+        """Ids of text and control tokens in turn. Text between two control tokens is encoded as one piece, however it
+        was put together, because tokens may reach across its parts. Raises ConfigError if this vocabulary lacks one.
+        """
+        ids: list[int] = []
+        for is_control, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Control)):
+            parts = list(group)
+            ids += map(self.control_id, parts) if is_control else self.encode("".join(parts))
+        return ids
+
+    def cut(self, text: str) -> list[str]:
+        """Text in pieces, every spelling of a control token in it made one; at one place the longest wins."""
+        pieces: list[str] = []
+        start = 0
+        for found in self._spellings.finditer(text):
+            pieces += [text[start : found.start()], Control(found[found.lastgroup or 0])]
+            start = found.end()
+        return [piece for piece in (*pieces, text[start:]) if piece]
 
     def control_id(self, token: str) -> int:
         """Id of a control token. Raises ConfigError if this vocabulary lacks it."""
@@ -73,6 +110,20 @@ class Tokenizer:
         if not path.is_file():
             raise ConfigError(f"{folder} has no {FILE}; give the folder of a complete checkpoint")
         return cls(path.read_text(encoding="utf-8"))
+
+
+def _spellings(added: Sequence[dict[str, Any]]) -> re.Pattern[str]:
+    """What matches each control token, with the blanks that it takes in on either side."""
+    longest_first = sorted(added, key=lambda token: -len(token["content"]))
+    return re.compile(
+        "|".join(
+            (r"\s*" if token.get("lstrip") else "")
+            + f"(?P<t{index}>{re.escape(token['content'])})"
+            + (r"\s*" if token.get("rstrip") else "")
+            for index, token in enumerate(longest_first)
+        )
+        or r"(?!)"
+    )
 
 
 def train_tokenizer(

@@ -1,0 +1,181 @@
+"""The chat formats of DeepSeek-V3, R1, R1-0528 and V3.1: turns, thinking, tools.
+
+Sources: the chat templates in the tokenizer_config.json of DeepSeek-V3-0324, DeepSeek-R1 (revision 56d4cbb),
+DeepSeek-R1-0528 and DeepSeek-V3.1, written anew here; docs/templates.md says where this departs from them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from thinkstack.text.formats import TurnFormat, refuse_switch, think_block
+from thinkstack.text.parse import split_thinking
+from thinkstack.text.tokenizer import (
+    ASSISTANT,
+    BOS,
+    CALL_BEGIN,
+    CALL_END,
+    CALL_SEP,
+    CALLS_BEGIN,
+    CALLS_END,
+    EOS,
+    OUTPUT_BEGIN,
+    OUTPUT_END,
+    OUTPUTS_BEGIN,
+    OUTPUTS_END,
+    THINK_CLOSE,
+    THINK_OPEN,
+    USER,
+    Control,
+)
+from thinkstack.types import Message, RequestError, Tool, ToolCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """In what the formats of the family differ."""
+
+    header: Literal["after users", "before answers", "before first answers"]
+    """Where the assistant's token stands: after each user's turn; before each turn of the assistant but one that
+    follows the results of tools; or only before one that follows a user's turn."""
+    thinking: Literal["written by the model", "begun by the prompt", "switched by the prompt"]
+    """Who writes the opening tag."""
+    drops_thinking: bool = True
+    """Whether a think block that earlier content begins with is left out."""
+    gap: str = "\n"
+    """Break after the opening tag and before the closing one; twice after it."""
+    fenced: bool = True
+    """Calls are written as a function with a block of JSON, results inside a common pair of tokens; else bare."""
+    between_outputs: str = "\n"
+    """Text between the results of several calls, where they are fenced."""
+
+
+STYLES = {
+    "v3": Style(header="after users", thinking="written by the model", drops_thinking=False),
+    "r1": Style(header="before answers", thinking="begun by the prompt", between_outputs=""),
+    "r1_0528": Style(header="after users", thinking="written by the model"),
+    "v3_1": Style(header="before first answers", thinking="switched by the prompt", gap="", fenced=False),
+}
+"""By the name of the format; "v3_1_think" is "v3_1" that thinks unless told otherwise."""
+
+TOOLS_HEADING = "## Tools\nYou have access to these tools:\n"
+TOOLS_RULES = (
+    "\n\nThe name in a call is the name of one of these tools. Its arguments are JSON that keeps to the schema of the "
+    "tool's parameters. Write several calls one after the other. A call looks exactly like this:\n"
+)
+"""What stands around the list of tools in the system text; in the sense of the model card of DeepSeek-V3.1."""
+
+
+@dataclass(frozen=True)
+class DeepSeekFormat(TurnFormat):
+    """BOS, system text without a marker, then marked turns; earlier thinking is left out."""
+
+    kind: str
+    """One of STYLES, or "v3_1_think"."""
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def style(self) -> Style:
+        return STYLES[self.kind.removesuffix("_think")]
+
+    @property
+    def can_switch(self) -> bool:
+        return self.style.thinking == "switched by the prompt"
+
+    @property
+    def prefill(self) -> str:
+        return "".join(self._opening(None))
+
+    def opening(self, messages: Sequence[Message], thinking: bool | None = None) -> str:
+        return "" if messages and messages[-1].role == "tool" else "".join(self._opening(thinking))
+
+    def _opening(self, thinking: bool | None) -> list[str]:
+        """What the prompt writes of an answer to a user."""
+        if not self.can_switch:
+            begun = self.style.thinking == "begun by the prompt"
+            refuse_switch(self.name, thinking, self.kind != "v3")
+            return [Control(THINK_OPEN), self.style.gap] if begun else []
+        thinks = self.kind.endswith("_think") if thinking is None else thinking
+        return [Control(THINK_OPEN if thinks else THINK_CLOSE)]
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
+    ) -> list[int]:
+        if not messages or messages[-1].role not in ("user", "tool"):
+            raise RequestError("the last message must come from the user or a tool; nothing else asks for an answer")
+        opening = self._opening(thinking)
+        pieces = [*self._system(messages, tools), *self._history(messages)]
+        if messages[-1].role == "tool":
+            pieces += [Control(OUTPUTS_END)] if self.style.fenced else []
+        else:
+            pieces += [*([] if self.style.header == "after users" else [Control(ASSISTANT)]), *opening]
+        return self.tokenizer.encode_pieces(pieces)
+
+    def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
+        *before, message = messages
+        reasoning = None if thinking is False else message.reasoning
+        asked = [] if before[-1].role == "tool" else self._opening(thinking)
+        block = think_block(reasoning, self.style.gap)
+        if asked == [Control(THINK_CLOSE)] or (reasoning is None and not asked):
+            block = []
+        elif asked:
+            block = [f"{reasoning or ''}{self.style.gap}", *block[2:]]
+        return self.close([*block, message.content, *self._calls(message.tool_calls)])
+
+    def _system(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
+        texts = [message.content for message in messages if message.role == "system"]
+        pieces: list[str] = [Control(BOS), "\n\n".join(texts)]
+        if not tools:
+            return pieces
+        pieces += ["\n\n" if texts else "", TOOLS_HEADING]
+        for tool in tools:
+            schema = json.dumps(tool.parameters, ensure_ascii=False)
+            pieces.append(f"\n### {tool.name}\nDescription: {tool.description}\n\nParameters: {schema}\n")
+        return [*pieces, TOOLS_RULES, *self._calls([ToolCall(name="NAME", arguments="ARGUMENTS")])]
+
+    def _history(self, messages: Sequence[Message]) -> list[str]:
+        pieces: list[str] = []
+        last = ""
+        for message in messages:
+            if message.role == "user":
+                pieces += [Control(USER), message.content]
+                pieces += [Control(ASSISTANT)] if self.style.header == "after users" else []
+            elif message.role == "assistant":
+                pieces += self._lead(last)
+                pieces += [self._said(message.content), *self._calls(message.tool_calls), Control(EOS)]
+            elif message.role == "tool":
+                pieces += self._output(message.content, is_first=last != "tool")
+            last = last if message.role == "system" else message.role
+        return pieces
+
+    def _lead(self, last: str) -> list[str]:
+        """What stands before an earlier turn of the assistant. last: who spoke before it."""
+        if last == "tool":
+            return [Control(OUTPUTS_END)] if self.style.fenced else []
+        if self.style.header == "before answers":
+            return [Control(ASSISTANT)]
+        is_first = self.style.header == "before first answers" and last == "user"
+        return [Control(ASSISTANT), Control(THINK_CLOSE)] if is_first else []
+
+    def _said(self, content: str) -> str:
+        return split_thinking(content)[1] if self.style.drops_thinking and THINK_CLOSE in content else content
+
+    def _calls(self, calls: Sequence[ToolCall]) -> list[str]:
+        pieces: list[str] = [Control(CALLS_BEGIN)] if calls else []
+        for index, call in enumerate(calls):
+            if self.style.fenced:
+                pieces += ["\n" if index else "", Control(CALL_BEGIN), "function", Control(CALL_SEP)]
+                pieces += [f"{call.name}\n```json\n{call.arguments}\n```", Control(CALL_END)]
+            else:
+                pieces += [Control(CALL_BEGIN), call.name, Control(CALL_SEP), call.arguments, Control(CALL_END)]
+        return [*pieces, Control(CALLS_END)] if calls else []
+
+    def _output(self, content: str, is_first: bool) -> list[str]:
+        output = [Control(OUTPUT_BEGIN), content, Control(OUTPUT_END)]
+        if not self.style.fenced:
+            return output
+        return [Control(OUTPUTS_BEGIN) if is_first else self.style.between_outputs, *output]

@@ -1,0 +1,199 @@
+"""Jinja templates of strangers, run so that they cannot reach out, hang or fill the memory.
+
+They see what transformers shows them: tojson, raise_exception, strftime_now, loop controls and generation tags. Each
+iteration and each call is a step; steps, the size of every value that an operator makes, and the output are bounded.
+"""
+
+import datetime
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+from jinja2 import nodes
+
+from thinkstack.types import RequestError
+
+MAX_STEPS = 1_000_000
+"""Iterations and calls of one rendering."""
+MAX_SIZE = 1 << 24
+"""Characters or items of a value that an operator makes, and characters of the output."""
+MAX_BITS = 1 << 12
+"""Bits of a whole number that an operator makes."""
+_STEPS = "the steps of this rendering"
+_SIZED = (str, list, tuple)
+_WIDE = re.compile(r"\d{7}|\*")
+"""A field of a format string as wide as memory, or as wide as an argument says."""
+_GROWING = ("center", "format", "indent", "join", "replace", "wordwrap", "batch", "slice")
+"""Filters that make more than they are given."""
+
+
+class _Steps:
+    def __init__(self) -> None:
+        self.left = MAX_STEPS
+
+    def take(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise jinja2.TemplateError(f"it takes more than {MAX_STEPS:,} steps")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} says which text the assistant wrote; what stands in it is rendered as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
+
+    def parse(self, parser: Any) -> list[nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+class _Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox of Jinja with a bound on steps and sizes."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
+        self.filters |= {"tojson": _to_json, "counted": _counted}
+        self.filters |= {name: _checked(name, self.filters[name]) for name in _GROWING}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None).set_lineno(loop.lineno)  # type: ignore[arg-type]
+        return _joined(tree)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __context.parent[_STEPS].take()
+        method = inspect.unwrap(__obj)
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        _check_growth(name, [*([owner] if isinstance(owner, str) else []), *args, *kwargs.values()])
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _size_of(operator, left, right) > 1:
+            raise _too_large()
+        return super().call_binop(context, operator, left, right)
+
+
+def _size_of(operator: str, left: Any, right: Any) -> float:
+    """What an operator is about to make, as a share of what is allowed."""
+    if operator == "+" and isinstance(left, _SIZED) and isinstance(right, _SIZED):
+        return (len(left) + len(right)) / MAX_SIZE
+    if operator == "*" and isinstance(left, _SIZED) != isinstance(right, _SIZED):
+        many, times = (left, right) if isinstance(left, _SIZED) else (right, left)
+        return len(many) * times / MAX_SIZE if isinstance(times, int) else 0
+    if operator in "**" and isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        return bits / MAX_BITS
+    return float("inf") if operator == "%" and isinstance(left, str) and _WIDE.search(left) else 0
+
+
+def _too_large() -> jinja2.TemplateError:
+    return jinja2.TemplateError(f"it makes a value of more than {MAX_SIZE:,} characters, items or digits")
+
+
+def _check_growth(name: str, given: list[Any]) -> None:
+    """Refuse a call that would make something huge. given: for a method, its string comes first."""
+    size: float = max((value for value in given if isinstance(value, int)), default=0)
+    texts = [value for value in given if isinstance(value, str)]
+    if name in ("format", "format_map") and texts and _WIDE.search(texts[0]):
+        size = float("inf")
+    elif name == "replace" and len(texts) >= 3:
+        size = len(texts[0]) + len(texts[2]) * texts[0].count(texts[1])
+    elif name == "join":
+        size = sum(
+            len(str(part)) + sum(map(len, texts)) for value in given if isinstance(value, list) for part in value
+        )
+    if size > MAX_SIZE:
+        raise _too_large()
+
+
+def _checked(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(filter_)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        takes_context = hasattr(filter_, "jinja_pass_arg")
+        given = [*args[takes_context:], *kwargs.values()]
+        if name == "join":
+            given[0] = list(given[0])
+            args = (*args[:takes_context], *given[: len(args) - takes_context])
+        _check_growth(name, given)
+        return filter_(*args, **kwargs)
+
+    return checked
+
+
+def _joined(node: Any) -> Any:
+    """The same tree with every `a ~ b` written as a sum of strings, whose size is bounded like that of others."""
+    for name, value in list(node.iter_fields()):
+        if isinstance(value, nodes.Node):
+            setattr(node, name, _joined(value))
+        elif isinstance(value, list):
+            setattr(node, name, [_joined(part) if isinstance(part, nodes.Node) else part for part in value])
+    if isinstance(node, nodes.Concat):
+        texts = [nodes.Filter(part, "string", [], [], None, None).set_lineno(node.lineno) for part in node.nodes]
+        return functools.reduce(lambda *pair: nodes.Add(*pair).set_lineno(node.lineno), texts)
+    return node
+
+
+@jinja2.pass_context
+def _counted(context: Any, items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        context.parent[_STEPS].take()
+        yield item
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(reason: str) -> None:
+    raise jinja2.TemplateError(reason)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> Callable[..., Iterator[str]]:
+    return _Bounded().from_string(template).generate
+
+
+@functools.lru_cache(maxsize=32)
+def variables(template: str) -> frozenset[str]:
+    """Names that a template reads and does not set. Raises RequestError for one that is no Jinja."""
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(_Bounded().parse(template)))
+    except jinja2.TemplateError as error:
+        raise RequestError(f"the model's chat template is no Jinja: {error}") from error
+
+
+def render(template: str, **values: Any) -> str:
+    """What the template writes. Raises RequestError for whatever goes wrong in it, its bounds included."""
+    pieces: list[str] = []
+    size = 0
+    try:
+        for piece in _compiled(template)(**values, **{_STEPS: _Steps()}):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_SIZE:
+                raise jinja2.TemplateError(f"it writes more than {MAX_SIZE:,} characters")
+    except Exception as error:  # the boundary of the sandbox: a template can raise anything
+        said = str(error) or type(error).__name__
+        raise RequestError(f"the model's chat template does not take this conversation: {said}") from error
+    return "".join(pieces)
