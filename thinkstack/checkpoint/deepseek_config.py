@@ -3,10 +3,11 @@
 Its defaults stand where a file leaves a field out. What its code cannot compute is refused by name.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from thinkstack.checkpoint.hf_config import differences
 from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 from thinkstack.models.quant import FP8Blocks
@@ -154,10 +155,6 @@ def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:
     """Read back what was written; see hf_config."""
     again = _model(Reader(config, "DeepSeek's configuration"), cfg.bos_id, cfg.eos_ids)
     again = replace(again, **{name: getattr(cfg, name) for name in ELSEWHERE})
-    lost = [
-        f"{field.name}={getattr(cfg, field.name)!r} would become {getattr(again, field.name)!r}"
-        for field in fields(cfg)
-        if getattr(cfg, field.name) != getattr(again, field.name)
-    ]
+    lost = differences(cfg, again)
     if lost:
         raise ConfigError(f"DeepSeek's configuration cannot express {'; '.join(lost)}; write hf or gguf instead")

@@ -269,13 +269,18 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:
     """Read back what was written: whatever got lost on the way has no place in this family's config.json."""
     again = from_hf(config, f"a {cfg.family} config.json")
-    lost = [
+    lost = differences(cfg, again)
+    if lost:
+        raise ConfigError(f"a {cfg.family} config.json cannot express {'; '.join(lost)}; choose another family")
+
+
+def differences(cfg: ModelConfig, again: ModelConfig) -> list[str]:
+    """What a configuration lost on its way through a file, field by field."""
+    return [
         f"{field.name}={getattr(cfg, field.name)!r} would become {getattr(again, field.name)!r}"
         for field in fields(cfg)
         if getattr(cfg, field.name) != getattr(again, field.name)
     ]
-    if lost:
-        raise ConfigError(f"a {cfg.family} config.json cannot express {'; '.join(lost)}; choose another family")
 
 
 def _attention_keys(cfg: ModelConfig) -> dict[str, Any]:
