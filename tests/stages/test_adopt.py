@@ -1,5 +1,6 @@
 """Checkpoints taken over, and what is written into their templates."""
 
+import json
 from pathlib import Path
 
 import jinja2
@@ -46,6 +47,16 @@ def test_shots_preamble_and_prefill_are_in_every_prompt_and_stay_in_the_checkpoi
     assert "user: 1+1?" in text and "1+1=2</think><answer>2</answer>" in text
     assert chat.prefill == "<think>"
     assert chat.text_of(chat.tokenizer.encode("3")) == "<think>3"
+
+
+def test_what_was_shipped_beside_the_template_is_kept_and_the_template_is_the_new_one(start: str, tmp_path: Path):
+    path = Path(start) / "tokenizer_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    path.write_text(json.dumps(known), encoding="utf-8")
+    adopted(start, tmp_path, prefill="<think>")
+    found = json.loads((tmp_path / "out/model/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert found["padding_side"] == "left"
+    assert found["chat_template"] != known["chat_template"] and "<think>" in found["chat_template"]
 
 
 def test_earlier_thinking_is_left_out_where_it_was_asked_for(start: str, tmp_path: Path):

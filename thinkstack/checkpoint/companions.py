@@ -110,7 +110,7 @@ def _tokenizer_config(
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
     if isinstance(chat, TemplateFormat):
-        return config if has_file else config | {"chat_template": shipped.get("chat_template", _template_key(chat))}
+        return config if has_file else config | {"chat_template": _template_key(chat, shipped.get("chat_template"))}
     if chat is not None:
         config[CHAT_FORMAT] = chat.name
         template = chat_template.template_of(chat.name, tokenizer)
@@ -119,7 +119,11 @@ def _tokenizer_config(
     return config
 
 
-def _template_key(chat: TemplateFormat) -> str | list[dict[str, str]]:
+def _template_key(chat: TemplateFormat, shipped: Any) -> str | list[dict[str, str]]:
+    """As it was shipped, unless it has been changed since."""
+    known = [entry.get("template") for entry in shipped] if isinstance(shipped, list) else [shipped]
+    if chat.template in known:
+        return shipped
     if not chat.tool_template:
         return chat.template
     named = {"default": chat.template, TOOL_USE: chat.tool_template}

@@ -35,4 +35,4 @@ def adopt(cfg: AdoptConfig, run: Run) -> None:
     if isinstance(chat, TemplateFormat):
         template = without_thinking(chat.template) if cfg.drop_thinking else chat.template
         chat = replace(chat, template=asked_with(template, cfg.preamble, cfg.shots, cfg.prefill))
-    save_model(run.folder / MODEL, model, chat.tokenizer, chat)
+    save_model(run.folder / MODEL, model, chat.tokenizer, chat, like=cfg.start)

@@ -315,7 +315,7 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
     if cfg.trainer.lora.rank:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
     plain = merged(model)
-    save_model(run.folder / MODEL, plain, chat.tokenizer, chat)
+    save_model(run.folder / MODEL, plain, chat.tokenizer, chat, like=cfg.start)
     if read_limit(cfg.start) is not None:
         keep_limit(run.folder / MODEL, plain, chat, families(cfg.families))
 

@@ -112,6 +112,6 @@ class Learning:
         written = []
         for name, model in models.items():
             plain = merged(model)
-            save_model(self.run.folder / name, plain, self.chat.tokenizer, self.chat)
+            save_model(self.run.folder / name, plain, self.chat.tokenizer, self.chat, like=self.cfg.start or None)
             written.append((self.run.folder / name, plain))
         return written
