@@ -11,12 +11,23 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, tiny_model
-from thinkstack.checkpoint.gguf import BLOCK
 from thinkstack.checkpoint.model import PIP_PACKAGES, load_chat, load_model
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, Message
 
+BLOCK = {
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "ffn.w1": "ffn_gate",
+    "ffn.w3": "ffn_up",
+    "ffn.w2": "ffn_down",
+}
+"""Our name within a block -> llama.cpp's within blk.N, spelled out here."""
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 """The 256 letters of byte-level BPE."""
@@ -169,7 +180,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path):
     ("changes", "word"),
     [
         ({"architecture": "qwen2"}, "qwen2"),
-        ({"llama__rope__scaling__type": "linear"}, "linear"),
+        ({"llama__rope__scaling__type": "longrope"}, "longrope"),
         ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__rope__dimension_count": 4}, "rotated"),
         ({"llama__attention__head_count": 0}, "head_count=0"),
@@ -187,7 +198,7 @@ def test_variants_are_refused_by_name(changes: dict[str, Any], word: str, tmp_pa
     ("changes", "word"),
     [
         ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model='llama'"),
-        ({"tokenizer__ggml__pre": "qwen2"}, "tokenizer.ggml.pre='qwen2'"),
+        ({"tokenizer__ggml__pre": "viking"}, "tokenizer.ggml.pre='viking'"),
         ({"tokenizer__ggml__eos_token_id": 999}, "eos_token_id=999"),
         ({"tokenizer__ggml__eos_token_id": 20}, "eos_token_id=20"),
         ({"tokenizer__chat_template": None}, "tokenizer.chat_template"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from thinkstack.checkpoint.companions import TOOL_USE
 from thinkstack.checkpoint.gguf_config import BOS, ENDS, config_of
 from thinkstack.checkpoint.gguf_file import PLAIN, GGUFFile
 from thinkstack.checkpoint.gguf_names import ROPE_FREQS, Laid, is_cut, laid_out, unpack
@@ -15,8 +16,10 @@ from thinkstack.text.chat import ChatFormat, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
-TEMPLATE, CHAT_FORMAT = "tokenizer.chat_template", "thinkstack.chat_format"
-"""Where a Jinja template stands, and our own key: the name of the format the model was trained with."""
+TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
+"""Where a Jinja template stands, and the names of more of them, which stand under TEMPLATE.name."""
+CHAT_FORMAT = "thinkstack.chat_format"
+"""Our own key: the name of the format the model was trained with."""
 
 
 def open_gguf(path: Path) -> Source:
@@ -71,10 +74,15 @@ def load_gguf_chat(path: Path) -> ChatFormat:
     tokenizer = tokenizer_of(meta)
     name = meta.find(CHAT_FORMAT, str)
     if name is not None:
-        return chat_format(name, tokenizer)
+        try:
+            return chat_format(name, tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {CHAT_FORMAT}: {error}") from None
     names = {token_id: token for token, token_id in tokenizer.control.items()}
     for key in (BOS, ENDS[0]):
         if meta.get(key, int) not in names:
             raise ConfigError(f"{path}: {key}={meta.get(key, int)} is no control token; fetch another conversion")
     bos, eos = (names[meta.get(key, int)] for key in (BOS, ENDS[0]))
-    return TemplateFormat(tokenizer, meta.get(TEMPLATE, str), bos, eos)
+    ends = tuple(meta.get(key, int) for key in ENDS if key in meta.values)
+    tool_template = meta.find(f"{TEMPLATE}.{TOOL_USE}", str) or ""
+    return TemplateFormat(tokenizer, meta.get(TEMPLATE, str), bos, eos, tool_template, ends)

@@ -6,8 +6,10 @@ strings that our rules keep whole (<answer>) become user-defined tokens, which a
 The tokenizer.json goes in too, under the key that GGUF has for it, so that we read back what was written.
 """
 
+import itertools
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -40,6 +42,9 @@ RARE = (
     "2¾ ½x",
 )
 """Texts on which a difference is reported."""
+
+MAX_SAMPLES = 20_000
+"""Tokens that are looked at between others."""
 
 _log = logging.getLogger(__name__)
 
@@ -157,13 +162,12 @@ def tokenizer_values(tokenizer: Tokenizer, rows: int, bos_id: int) -> dict[str, 
         raise ConfigError(f"the tokenizer begins texts with tokens {begin}, the model with {bos_id}; make them agree")
     name = _known_pre(spec)
     cut = _Cut(name, _merges(spec), {}) if name else _like(tokenizer, spec)
-    special = {token["id"] for token in spec["added_tokens"] if _is_hidden(token)}
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types = [UNUSED] * rows
-    for token, index in _vocabulary(tokenizer).items():
-        tokens[index], types[index] = token, NORMAL
-    for content, index in tokenizer.control.items():
-        tokens[index], types[index] = content, CONTROL if index in special else USER_DEFINED
+    for content, index in _vocabulary(tokenizer).items():
+        tokens[index], types[index] = content, NORMAL
+    for token in spec["added_tokens"]:
+        tokens[token["id"]], types[token["id"]] = token["content"], CONTROL if _is_hidden(token) else USER_DEFINED
     for content, index in cut.whole.items():
         tokens[index], types[index] = content, USER_DEFINED
     values: dict[str, Any] = {
@@ -219,6 +223,7 @@ def _like(tokenizer: Tokenizer, spec: dict[str, Any]) -> _Cut:
     torn = {token for token, text in texts.items() if len(cutter.pre_tokenize_str(text)) > 1}
     merges = [merge for merge in _merges(spec) if "".join(merge) not in torn]
     kept = {text: spec["model"]["vocab"][token] for token, text in texts.items() if token not in torn and text[1:]}
+    samples = [f"x{text}{text}1" for text in [*texts.values()][:MAX_SAMPLES] if not _has_gap(text)]
     found: list[tuple[_Cut, list[str]]] = []
     wrong = ""
     for name, pre in PRE_TOKENIZERS.items():
@@ -226,10 +231,10 @@ def _like(tokenizer: Tokenizer, spec: dict[str, Any]) -> _Cut:
         whole = {text: index for text, index in kept.items() if tokenizer.encode(text) == [index] != bare.encode(text)}
         trial = tokenizers.Tokenizer.from_str(_trial(spec, merges, whole, pre).spec)
 
-        def differing(texts: tuple[str, ...], trial: tokenizers.Tokenizer = trial) -> list[str]:
+        def differing(texts: Sequence[str], trial: tokenizers.Tokenizer = trial) -> list[str]:
             return [text for text in texts if trial.encode(text).ids != tokenizer.encode(text)]
 
-        if first := differing(PROBES):
+        if first := differing([*PROBES, *samples]):
             wrong = wrong or first[0]
         else:
             found.append((_Cut(name, merges, whole), differing(RARE)))
@@ -245,6 +250,11 @@ def _like(tokenizer: Tokenizer, spec: dict[str, Any]) -> _Cut:
             ", ".join(map(repr, rare)),
         )
     return cut
+
+
+def _has_gap(text: str) -> bool:
+    """Whether it is blank, or has blanks side by side, as the rare texts have."""
+    return text.isspace() or any(a.isspace() and b.isspace() for a, b in itertools.pairwise(text))
 
 
 def _trial(spec: dict[str, Any], merges: list[list[str]], whole: dict[str, int], pre: Pre) -> Tokenizer:

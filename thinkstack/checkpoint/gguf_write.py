@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from thinkstack.checkpoint import chat_template
-from thinkstack.checkpoint.companions import check_vocabulary
-from thinkstack.checkpoint.gguf import CHAT_FORMAT, TEMPLATE
+from thinkstack.checkpoint.companions import TOOL_USE, check_vocabulary
+from thinkstack.checkpoint.gguf import CHAT_FORMAT, TEMPLATE, TEMPLATES
 from thinkstack.checkpoint.gguf_config import rope_factors_of
 from thinkstack.checkpoint.gguf_file import PLAIN, require_gguf
 from thinkstack.checkpoint.gguf_metadata import metadata_of
@@ -115,6 +115,8 @@ def _metadata(
     values["tokenizer.ggml.padding_token_id"] = tokenizer.control.get(PAD, ends[0])
     if isinstance(chat, TemplateFormat):
         values[TEMPLATE] = chat.template
+        if chat.tool_template:
+            values |= {TEMPLATES: [TOOL_USE], f"{TEMPLATE}.{TOOL_USE}": chat.tool_template}
     elif chat is not None:
         values[CHAT_FORMAT] = chat.name
         template = chat_template.template_of(chat.name, tokenizer)

@@ -5,9 +5,12 @@ it writes, not by its name; of any other, Ollama is left to make what it can of 
 Source: github.com/ollama/ollama, docs/modelfile.md and docs/template.md.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import tokenizers
 
 from thinkstack.checkpoint.companions import CHAT_SAMPLING
 from thinkstack.log import write_text
@@ -68,6 +71,8 @@ KNOWN = (
 )
 """ChatML, Llama 3, DeepSeek V3 and R1, and R1-Zero's plain text with and without its preamble."""
 
+_log = logging.getLogger(__name__)
+
 _QUESTION = (Message(role="user", content="What is 12 + 30?"),)
 _PROBES = (
     (Message(role="system", content="Be brief."), *_QUESTION),
@@ -82,6 +87,8 @@ def write_modelfile(path: Path, gguf_name: str, chat: ChatFormat | None = None) 
         turns, system = turns_of(chat)
         if turns is not None:
             lines.append(f'TEMPLATE """{turns.go()}"""')
+        else:
+            _log.warning("no template of Ollama is known that writes %s; it will try the Jinja template", chat.name)
         if system:
             lines.append(f'SYSTEM """{system}"""')
         lines += [f'PARAMETER stop "{chat.tokenizer.decode([token])}"' for token in chat.stop_ids]
@@ -97,9 +104,16 @@ def turns_of(chat: ChatFormat) -> tuple[Turns | None, str]:
             continue
         first = (Message(role="system", content=system),) if system else ()
         texts = [turns.text(probe if probe[0].role == "system" else (*first, *probe)) for probe in _PROBES]
-        if texts == [_written(chat, probe) for probe in _PROBES]:
+        if texts == [_written(chat, probe) for probe in _PROBES] and _gives_ids(texts, chat):
             return turns, system
     return None, ""
+
+
+def _gives_ids(texts: Sequence[str], chat: ChatFormat) -> bool:
+    """Whether control tokens found by their spelling make the prompts' ids of their texts."""
+    full = tokenizers.Tokenizer.from_str(chat.tokenizer.spec)
+    ids = [full.encode(text, add_special_tokens=False).ids for text in texts]
+    return ids == [_without_bos(chat, probe) for probe in _PROBES]
 
 
 def _default_system(turns: Turns, chat: ChatFormat) -> str | None:
@@ -115,9 +129,13 @@ def _default_system(turns: Turns, chat: ChatFormat) -> str | None:
 
 def _written(chat: ChatFormat, messages: Sequence[Message]) -> str:
     """A prompt of `chat` in text, without BOS; empty if it does not take these messages."""
+    return chat.tokenizer.decode(_without_bos(chat, messages))
+
+
+def _without_bos(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
     try:
         ids = chat.prompt(messages)
     except RequestError:
-        return ""
+        return []
     begin = chat.tokenizer.begin_ids
-    return chat.tokenizer.decode(ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids)
+    return ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids
