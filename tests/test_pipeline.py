@@ -11,11 +11,20 @@ from thinkstack.pipeline import plan, read_manifest, read_recipe, run_recipe
 from thinkstack.types import ConfigError, Interrupted
 
 RECIPES = sorted(path.stem for path in (Path(pipeline.__file__).parent / "recipes").glob("*.toml"))
+SCALED = [name.rpartition("_")[::2] for name in RECIPES if name.endswith(("_smoke", "_small"))]
+"""Overlays: of which recipe, at which scale."""
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "_smoke" not in name])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in map("_".join, SCALED)])
 def test_every_recipe_of_the_package_can_be_planned(name: str, tmp_path: Path):
     assert len(plan(read_recipe(name), tmp_path)) > 1
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_a_scale_changes_settings_and_keeps_the_stages(name: str, scale: str, tmp_path: Path):
+    full, scaled = plan(read_recipe(name), tmp_path), plan(read_recipe(name, scale), tmp_path)
+    assert [step.name for step in full] == [step.name for step in scaled]
+    assert full[-1].fingerprint != scaled[-1].fingerprint
 
 
 def test_the_smoke_scale_changes_settings_and_keeps_the_stages(tmp_path: Path):
