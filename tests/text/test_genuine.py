@@ -15,6 +15,7 @@ from tests.golden import as_request, conversations, read_messages, read_tools, s
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.model import load_chat
 from thinkstack.text.chat import FORMATS, chat_format
+from thinkstack.text.formats import with_reasoning
 from thinkstack.types import RequestError
 
 FOLDER = Path(os.environ.get("THINKSTACK_TOKENIZERS", Path(os.environ.get("THINKSTACK_DATA", "data")) / "tokenizers"))
@@ -129,3 +130,34 @@ def test_a_format_of_ours_gives_the_ids_of_its_template(folder):
                 assert chat.prompt(read_messages(talk), thinking=thinking) in expected, key
                 compared += 1
     print(folder.name, compared, "conversations equal")
+
+
+@each_folder
+def test_what_a_shipped_template_teaches_is_each_turn_after_the_ids_that_ask_for_it(folder):
+    chat, compared = ours(folder), 0
+    for talk in TALKS.values():
+        messages = read_messages(talk)
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        try:
+            examples = chat.example(messages)
+        except RequestError as error:
+            reasons = (*UNSAID, "single tool", *(["nothing can be learnt"] if "rounds" in talk["key"] else []))
+            assert not turns or 0 in turns or any(reason in str(error) for reason in reasons), error
+            continue
+        said = ""
+        for ids, learnt in examples:
+            said += chat.tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
+            starts = [i for i in range(1, len(ids)) if learnt[i] > learnt[i - 1]]
+            prompts = [chat.prompt(messages[:index], (), thinking) for index in turns for thinking in switched(chat)]
+            assert all(ids[:start] in prompts for start in starts), talk["key"]
+            assert learnt[-1] == 1 and ids[-1] in chat.stop_ids
+        for index in turns:
+            assert with_reasoning(messages[index]).content.strip() in said, talk["key"]
+            assert (messages[index].reasoning or "") in said
+        compared += 1
+    print(folder.name, compared, "conversations learnt")
+    assert compared >= 9
+
+
+def switched(chat):
+    return (True, False) if chat.can_switch else (None,)

@@ -2,7 +2,10 @@
 
 import pytest
 
-from thinkstack.text.parse import Turn, parse_turn
+from thinkstack.text.chat import chat_format
+from thinkstack.text.parse import Turn, parse_calls, parse_turn, read_reply, split_thinking
+from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
+from thinkstack.types import Message, ToolCall
 
 GOOD = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
 
@@ -98,3 +101,63 @@ def test_an_answer_before_thinking_does_not_count():
 def test_the_open_form_is_one_closed_think_block_and_something_behind_it(text, answer, is_well_formed):
     turn = parse_turn(text, "open")
     assert (turn.answer, turn.is_well_formed) == (answer, is_well_formed)
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "rest"),
+    [
+        ("<think>\na\n</think>\n\nb", "\na\n", "\n\nb"),
+        (" <think>a</think>b</think>c", "a", "b</think>c"),
+        ("<think>cut off", "cut off", ""),
+        ("</think>b", None, "b"),
+        ("b</think>c", None, "b</think>c"),
+        ("b", None, "b"),
+    ],
+    ids=["whole", "closed twice", "left open", "asked not to think", "never opened", "none"],
+)
+def test_a_turn_splits_into_thinking_and_the_rest(text, thinking, rest):
+    assert split_thinking(text) == (thinking, rest)
+
+
+CALLS = (ToolCall(name="add", arguments='{"a": 1}'), ToolCall(name="sub", arguments='{\n  "b": "```"\n}'))
+OPEN, SHUT = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+OLD = "\n".join(
+    f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{call.name}\n```json\n{call.arguments}\n```<｜tool▁call▁end｜>"
+    for call in CALLS
+)
+NEW = "".join(f"<｜tool▁call▁begin｜>{call.name}<｜tool▁sep｜>{call.arguments}<｜tool▁call▁end｜>" for call in CALLS)
+
+
+@pytest.mark.parametrize("calls", [OLD, NEW], ids=["V3 and R1", "V3.1"])
+def test_calls_are_read_in_both_spellings(calls):
+    assert parse_calls(f"I will look.{OPEN}{calls}{SHUT}") == ("I will look.", CALLS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no call",
+        f"{OPEN}{NEW}",
+        f"{OPEN}{SHUT}",
+        f"{OPEN}{NEW}x{SHUT}",
+        f"{OPEN}{NEW}{SHUT} and more",
+        f"{OPEN}{NEW[:-3]}{SHUT}",
+    ],
+    ids=["none", "cut off", "empty", "text between", "text after", "call cut off"],
+)
+def test_what_is_no_whole_call_stays_text(text):
+    assert parse_calls(text) == (text, ())
+
+
+def test_a_reply_is_read_into_its_parts():
+    reply = read_reply(f"<think>\nWhich?\n</think>\n\nI will look.{OPEN}{NEW}{SHUT}")
+    assert reply == Message(role="assistant", content="I will look.", reasoning="Which?", tool_calls=CALLS)
+    assert read_reply("</think>4") == Message(role="assistant", content="4")
+
+
+@pytest.mark.parametrize("name", ["v3", "r1_0528", "v3_1"])
+def test_what_a_format_teaches_is_what_the_parser_reads(name):
+    chat = chat_format(name, train_tokenizer(["a few words"], 330, control=(*CONTROL, *TOOLS)))
+    said = Message(role="assistant", content="I will look.", reasoning=None, tool_calls=CALLS)
+    ids, learnt = chat.example([Message(role="user", content="?"), said])[0]
+    assert read_reply(chat.text_of([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])) == said

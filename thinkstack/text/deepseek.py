@@ -146,7 +146,7 @@ class DeepSeekFormat(TurnFormat):
                 pieces += [Control(ASSISTANT)] if self.style.header == "after users" else []
             elif message.role == "assistant":
                 pieces += self._lead(last)
-                pieces += [self._said(message.content), *self._calls(message.tool_calls), Control(EOS)]
+                pieces += [*self._said(message.content), *self._calls(message.tool_calls), Control(EOS)]
             elif message.role == "tool":
                 pieces += self._output(message.content, is_first=last != "tool")
             last = last if message.role == "system" else message.role
@@ -161,8 +161,15 @@ class DeepSeekFormat(TurnFormat):
         is_first = self.style.header == "before first answers" and last == "user"
         return [Control(ASSISTANT), Control(THINK_CLOSE)] if is_first else []
 
-    def _said(self, content: str) -> str:
-        return split_thinking(content)[1] if self.style.drops_thinking and THINK_CLOSE in content else content
+    def _said(self, content: str) -> list[str]:
+        """What an earlier turn says: with the think block that it begins with, if it does, or without."""
+        thinking, rest = split_thinking(content)
+        if THINK_CLOSE not in content or (thinking is None and rest == content):
+            return [content]
+        if self.style.drops_thinking:
+            return [rest]
+        block = [Control(THINK_OPEN), thinking or "", Control(THINK_CLOSE)]
+        return [content[: content.index("<")], *self.known(block if thinking is not None else block[2:]), rest]
 
     def _calls(self, calls: Sequence[ToolCall]) -> list[str]:
         pieces: list[str] = [Control(CALLS_BEGIN)] if calls else []

@@ -66,6 +66,10 @@ class TurnFormat:
         pieces = self.tokenizer.cut(text)
         return [piece if piece in (THINK_OPEN, THINK_CLOSE) else str(piece) for piece in pieces]
 
+    def known(self, pieces: Sequence[str]) -> list[str]:
+        """The same pieces, a control token that the vocabulary lacks being text."""
+        return [piece if piece in self.tokenizer.control else str(piece) for piece in pieces]
+
     def close(self, pieces: Sequence[str]) -> list[int]:
         """Ids of the pieces of a turn and of the token that ends it."""
         return [*self.tokenizer.encode_pieces(pieces), self.stop_ids[0]]
@@ -137,5 +141,4 @@ class ZeroFormat(TurnFormat):
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
         message = messages[-1]
         block = [] if message.reasoning is None else [*think_block(message.reasoning)[:-1], "\n"]
-        known = [piece if piece in self.tokenizer.control else str(piece) for piece in block]
-        return self.close([*known, message.content])
+        return self.close([*self.known(block), message.content])

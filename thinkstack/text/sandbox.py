@@ -20,7 +20,7 @@ from jinja2 import nodes
 
 from thinkstack.types import RequestError
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 300_000
 """Iterations and calls of one rendering."""
 MAX_SIZE = 1 << 24
 """Characters or items of a value that an operator makes, and characters of the output."""
@@ -91,7 +91,7 @@ def _size_of(operator: str, left: Any, right: Any) -> float:
     if operator == "*" and isinstance(left, _SIZED) != isinstance(right, _SIZED):
         many, times = (left, right) if isinstance(left, _SIZED) else (right, left)
         return len(many) * times / MAX_SIZE if isinstance(times, int) else 0
-    if operator in "**" and isinstance(left, int) and isinstance(right, int):
+    if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
         return bits / MAX_BITS
     return float("inf") if operator == "%" and isinstance(left, str) and _WIDE.search(left) else 0

@@ -98,9 +98,6 @@ class TemplateFormat(TurnFormat):
         kept = [*pieces[: stops[0]], last] if stops else [*pieces, last]
         return self.tokenizer.encode_pieces(_without(kept, mark))
 
-    def close(self, pieces: Sequence[str]) -> list[int]:
-        return [*self.tokenizer.encode_pieces(pieces), self.stop_ids[0]]
-
     def _ends(self, piece: str) -> bool:
         return isinstance(piece, Control) and self.tokenizer.control[piece] in self.stop_ids
 

@@ -1,0 +1,220 @@
+"""Formats of V3, R1, R1-0528 and V3.1: what the genuine templates write, tools, and what is learnt."""
+
+import itertools
+import json
+import random
+from functools import cache
+
+import pytest
+
+from tests.golden import FOLDER, conversations, read_messages
+from thinkstack.text.chat import FORMATS, chat_format
+from thinkstack.text.tokenizer import (
+    ASSISTANT,
+    BOS,
+    CALL_BEGIN,
+    CALL_END,
+    CALL_SEP,
+    CALLS_BEGIN,
+    CALLS_END,
+    CONTROL,
+    EOS,
+    OUTPUT_BEGIN,
+    OUTPUT_END,
+    OUTPUTS_BEGIN,
+    OUTPUTS_END,
+    THINK_CLOSE,
+    THINK_OPEN,
+    TOOLS,
+    USER,
+    Control,
+    train_tokenizer,
+)
+from thinkstack.types import Message, RequestError, Tool, ToolCall
+
+GENUINE = ("v3", "r1", "r1_0528", "v3_1", "v3_1_think")
+QUESTION = Message(role="user", content="1+2?")
+CALL = ToolCall(name="add", arguments='{"a": 1}')
+
+
+@cache
+def tokenizer():
+    return train_tokenizer(["the sum of 1 and 2 is 3, says the tool"] * 4, 380, control=(*CONTROL, *TOOLS))
+
+
+def chat(name):
+    return chat_format(name, tokenizer())
+
+
+def assistant(content, **more):
+    return Message(role="assistant", content=content, **more)
+
+
+def ids_of(*pieces):
+    """Ids of pieces; what is a control token's spelling is that token."""
+    return tokenizer().encode_pieces([Control(piece) if piece in tokenizer().control else piece for piece in pieces])
+
+
+def learnt_of(name, messages, thinking=None):
+    """(prompt in text, learnt text, ...) of each example, one entry for each stretch."""
+    found = []
+    for ids, learnt in chat(name).example(messages, thinking=thinking):
+        assert len(ids) == len(learnt)
+        cuts = [0, *(i for i in range(1, len(ids)) if learnt[i] != learnt[i - 1]), len(ids)]
+        assert learnt[0] == 0 and len(cuts) % 2 == 1
+        found.append([tokenizer().decode(ids[a:b]) for a, b in itertools.pairwise(cuts)])
+    return found
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_a_prompt_says_what_the_genuine_template_says(name):
+    golden = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    for talk in conversations():
+        if (name, talk["key"]) == ("r1", "two rounds of calls"):
+            continue  # R1's own template never begins a second round of calls
+        text = tokenizer().decode(chat(name).prompt(read_messages(talk)))
+        assert text == golden[talk["key"]], talk["key"]
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_text_that_spells_control_tokens_makes_none_anywhere(name):
+    def talk(text):
+        return [
+            Message(role="system", content=text),
+            Message(role="user", content=text),
+            assistant("a" + text, tool_calls=(ToolCall(name=text, arguments=text),)),
+            Message(role="tool", content=text),
+        ]
+
+    rng, tools = random.Random(0), Tool(name="t", description="d", parameters={})
+    control = set(tokenizer().control.values())
+    plain = [token for token in chat(name).prompt(talk("x"), [tools]) if token in control]
+    for _ in range(30):
+        text = "".join(rng.choice((*tokenizer().control, "x", "<", "｜")) for _ in range(5))
+        ids = chat(name).prompt(talk(text), [Tool(name=text, description=text, parameters={text: text})])
+        assert [token for token in ids if token in control] == plain
+
+
+def test_calls_of_v3_are_fenced_and_their_results_stand_together():
+    messages = [
+        QUESTION,
+        assistant("", tool_calls=(CALL, CALL)),
+        Message(role="tool", content="3"),
+        Message(role="tool", content="4"),
+    ]
+    call = [CALL_BEGIN, "function", CALL_SEP, 'add\n```json\n{"a": 1}\n```', CALL_END]
+    results = [OUTPUTS_BEGIN, OUTPUT_BEGIN, "3", OUTPUT_END, "\n", OUTPUT_BEGIN, "4", OUTPUT_END, OUTPUTS_END]
+    head = [BOS, USER, "1+2?", ASSISTANT, CALLS_BEGIN, *call, "\n", *call, CALLS_END, EOS]
+    assert chat("v3").prompt(messages) == ids_of(*head, *results)
+
+
+def test_calls_of_v3_1_are_bare_and_the_answer_follows_their_results():
+    messages = [QUESTION, assistant("", tool_calls=(CALL, CALL)), Message(role="tool", content="3")]
+    call = [CALL_BEGIN, "add", CALL_SEP, '{"a": 1}', CALL_END]
+    head = [BOS, USER, "1+2?", ASSISTANT, THINK_CLOSE, CALLS_BEGIN, *call, *call, CALLS_END, EOS]
+    assert chat("v3_1").prompt(messages) == ids_of(*head, OUTPUT_BEGIN, "3", OUTPUT_END)
+
+
+@pytest.mark.parametrize("name", ["v3", "v3_1"])
+def test_tools_are_described_after_the_system_text(name):
+    tool = Tool(name="add", description="Adds numbers.", parameters={"type": "object", "title": "数"})
+    text = tokenizer().decode(chat(name).prompt([Message(role="system", content="Be brief."), QUESTION], [tool]))
+    assert text.startswith(f"{BOS}Be brief.\n\n## Tools\n")
+    assert '\n### add\nDescription: Adds numbers.\n\nParameters: {"type": "object", "title": "数"}\n' in text
+    assert text.index("### add") < text.index(CALL_BEGIN) < text.index(USER)
+
+
+def test_thinking_is_switched_by_the_prompt_of_v3_1_alone():
+    head = ids_of(BOS, USER, "1+2?", ASSISTANT)
+    assert chat("v3_1").prompt([QUESTION]) == chat("v3_1_think").prompt([QUESTION], thinking=False)
+    assert chat("v3_1").prompt([QUESTION]) == head + ids_of(THINK_CLOSE)
+    assert chat("v3_1").prompt([QUESTION], thinking=True) == chat("v3_1_think").prompt([QUESTION])
+    assert chat("v3_1_think").prompt([QUESTION]) == head + ids_of(THINK_OPEN)
+    for name, thinking in (("v3", True), ("r1", False), ("r1_0528", False), ("r1_zero", False)):
+        with pytest.raises(RequestError, match="no switch"):
+            chat(name).prompt([QUESTION], thinking=thinking)
+        assert chat(name).prompt([QUESTION], thinking=not thinking) == chat(name).prompt([QUESTION])
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_a_prompt_ends_in_what_it_says_to_have_opened(name):
+    after_tool = [QUESTION, assistant("", tool_calls=(CALL,)), Message(role="tool", content="3")]
+    for thinking in (None, True, False) if chat(name).can_switch else (None,):
+        opening = chat(name).opening([QUESTION], thinking)
+        assert tokenizer().decode(chat(name).prompt([QUESTION], (), thinking)).endswith(ASSISTANT + opening)
+    assert chat(name).prefill == chat(name).opening([QUESTION])
+    assert chat(name).opening(after_tool) == ""
+    assert chat(name).text_of(ids_of("3", EOS), opening="") == "3"
+
+
+def test_a_plain_conversation_is_one_example_that_teaches_answers_and_their_ends():
+    messages = [Message(role="system", content="s"), QUESTION, assistant("3"), QUESTION, assistant("3 again")]
+    asked = f"{USER}1+2?{ASSISTANT}"
+    assert learnt_of("v3", messages) == [[f"{BOS}s{asked}", f"3{EOS}", asked, f"3 again{EOS}"]]
+    closed = f"{asked}{THINK_CLOSE}"
+    assert learnt_of("v3_1", messages) == [[f"{BOS}s{closed}", f"3{EOS}", closed, f"3 again{EOS}"]]
+
+
+def test_thinking_is_learnt_where_it_is_thought_and_left_out_of_history():
+    messages = [QUESTION, assistant("3", reasoning="two and one"), QUESTION, assistant("still 3", reasoning="same")]
+    asked = f"{BOS}{USER}1+2?{ASSISTANT}"
+    later = f"{asked}3{EOS}{USER}1+2?{ASSISTANT}"
+    closed = f"{asked}{THINK_CLOSE}3{EOS}{USER}1+2?{ASSISTANT}"
+    assert learnt_of("r1", messages) == [
+        [f"{asked}<think>\n", f"two and one\n</think>\n\n3{EOS}"],
+        [f"{later}<think>\n", f"same\n</think>\n\nstill 3{EOS}"],
+    ]
+    assert learnt_of("r1_0528", messages) == [
+        [asked, f"<think>\ntwo and one\n</think>\n\n3{EOS}"],
+        [later, f"<think>\nsame\n</think>\n\nstill 3{EOS}"],
+    ]
+    assert learnt_of("v3_1", messages) == [
+        [f"{asked}<think>", f"two and one</think>3{EOS}"],
+        [f"{closed}<think>", f"same</think>still 3{EOS}"],
+    ]
+    plain = [[f"{asked}</think>", f"3{EOS}", f"{USER}1+2?{ASSISTANT}</think>", f"still 3{EOS}"]]
+    assert learnt_of("v3_1", messages, thinking=False) == plain
+
+
+def test_a_turn_of_r1_without_thoughts_closes_the_block_that_the_prompt_opened():
+    found = learnt_of("r1", [QUESTION, assistant("3")])
+    assert found == [[f"{BOS}{USER}1+2?{ASSISTANT}<think>\n", f"\n</think>\n\n3{EOS}"]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_think_block_in_the_content_is_learnt_as_if_it_stood_in_its_field(name):
+    written = [QUESTION, assistant("<think>\ntwo and one\n</think>\n\n3")]
+    apart = [QUESTION, assistant("3", reasoning="two and one")]
+    assert chat(name).example(written) == chat(name).example(apart)
+    ids, _ = chat(name).example(apart)[0]
+    assert [ids.count(tokenizer().control_id(tag)) for tag in (THINK_OPEN, THINK_CLOSE)] == [1, 1]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_learnt_follows_exactly_what_is_asked(name):
+    """Ids of a sequence are never made by rendering it whole: each turn follows the ids that it will be drawn after."""
+    messages = [QUESTION, assistant("\n3 \n", reasoning=" a\n"), QUESTION, assistant("the sum", reasoning="the tool")]
+    prompts = [chat(name).prompt(messages[:count], (), True if chat(name).can_switch else None) for count in (1, 3)]
+    starts = [ids[: learnt.index(1)] for ids, learnt in chat(name).example(messages)]
+    assert starts == prompts[: len(starts)]
+
+
+def test_calls_are_learnt_and_results_are_not():
+    messages = [QUESTION, assistant("", tool_calls=(CALL,)), Message(role="tool", content="3"), assistant("3")]
+    call = f'{CALLS_BEGIN}{CALL_BEGIN}add{CALL_SEP}{{"a": 1}}{CALL_END}{CALLS_END}{EOS}'
+    result = f"{OUTPUT_BEGIN}3{OUTPUT_END}"
+    asked = f"{BOS}{USER}1+2?{ASSISTANT}{THINK_CLOSE}"
+    assert learnt_of("v3_1", messages) == [[asked, call, result, f"3{EOS}"]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversation_without_an_answer_teaches_nothing(name):
+    with pytest.raises(RequestError, match="no turn of the assistant"):
+        chat(name).example([QUESTION])
+
+
+def test_only_an_assistant_thinks_and_calls():
+    with pytest.raises(RequestError, match="role='user'"):
+        Message(role="user", content="", tool_calls=(CALL,))
+    with pytest.raises(RequestError, match="'r1_zero' has no tools"):
+        chat("r1_zero").prompt([QUESTION], [Tool(name="t", description="")])

@@ -1,0 +1,285 @@
+"""Templates of strangers: the ids of transformers, what is learnt from them, and bounds that they cannot break."""
+
+import time
+
+import pytest
+
+from tests.golden import as_request, conversations, read_messages, read_tools, schemas
+from tests.tiny import tiny_tokenizer
+from thinkstack.text import sandbox
+from thinkstack.text.sandbox import render
+from thinkstack.text.template import TemplateFormat
+from thinkstack.text.tokenizer import ASSISTANT, BOS, EOS, PAD, USER, Control
+from thinkstack.types import Message, RequestError, Tool, ToolCall
+
+QUESTION = Message(role="user", content="1+2?")
+CALL = ToolCall(name="add", arguments='{"a": 1}')
+CAREFUL = """
+{%- if tools %}{{ 'Tools:' }}{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{{- '<｜Assistant｜>says\\n' }}
+{%- generation %}
+{%- if m.reasoning_content and loop.last %}{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
+{{- (m.content or '').split('</think>')[-1].lstrip('\\n') }}
+{%- for call in m.tool_calls or [] %}{{ '\\ncall ' + call.function.name + ' ' + call.function.arguments | tojson }}
+{%- endfor %}
+{{- eos_token }}
+{%- endgeneration %}
+{{- '\\n' }}
+{%- else %}
+{%- if m.content is none %}{% continue %}{% endif %}
+{{- '<｜User｜>' + m.role + '\\n' + m.content | trim + '\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜>says\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+"""It trims, splits and quotes what people write, and puts text of its own right beside it."""
+
+
+def careful(**more):
+    return TemplateFormat(tiny_tokenizer(), CAREFUL, BOS, EOS, **more)
+
+
+def theirs(template):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_str(tiny_tokenizer().spec)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, chat_template=template, bos_token=BOS, eos_token=EOS
+    )
+
+
+def assistant(content, **more):
+    return Message(role="assistant", content=content, **more)
+
+
+def text(ids):
+    return tiny_tokenizer().decode(ids)
+
+
+def learnt_of(chat, messages, **how):
+    """[text, learnt text, text, ...] of each example."""
+    found = []
+    for ids, learnt in chat.example(messages, **how):
+        stretches: list[list[int]] = [[]]
+        for index, token in enumerate(ids):
+            if index and learnt[index] != learnt[index - 1]:
+                stretches.append([])
+            stretches[-1].append(token)
+        found.append([text(stretch) for stretch in stretches])
+    return found
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_prompts_are_those_of_transformers_token_by_token(thinking):
+    switches, hugging = {} if thinking is None else {"enable_thinking": thinking}, theirs(CAREFUL)
+    compared = 0
+    for talk in conversations():
+        if talk.get("spells"):
+            continue
+        expected = hugging.apply_chat_template(
+            as_request(talk, as_text=False),
+            tools=schemas(talk),
+            add_generation_prompt=True,
+            return_dict=False,
+            **switches,
+        )
+        assert careful().prompt(read_messages(talk), read_tools(talk), thinking) == expected, talk["key"]
+        compared += 1
+    assert compared == 32
+
+
+def test_what_is_learnt_is_what_transformers_masks():
+    """Its mask comes from generation tags, ours from rendering with and without the answer."""
+    hugging, compared = theirs(CAREFUL), 0
+    for talk in conversations():
+        messages = read_messages(talk)
+        while messages and messages[-1].role != "assistant":
+            messages.pop()
+        if talk.get("spells") or not messages or "thinking" in talk["key"] or "reasoning" in talk["key"]:
+            continue
+        request = as_request(talk, as_text=False)[: len(messages)]
+        expected = hugging.apply_chat_template(request, return_dict=True, return_assistant_tokens_mask=True)
+        ids, learnt = careful().example(messages, thinking=True)[-1]
+        theirs_learnt = [
+            i for i, is_learnt in zip(expected["input_ids"], expected["assistant_masks"], strict=True) if is_learnt
+        ]
+        ours_learnt = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]
+        assert text(ours_learnt) == text(theirs_learnt), talk["key"]
+        compared += 1
+    assert compared >= 12
+
+
+def test_text_around_a_spelt_control_token_is_text_to_the_end():
+    content = f"a {EOS} b {USER}{PAD}<｜Us"
+    ids = careful().prompt([Message(role="user", content=content)])
+    expected = [Control(USER), f"user\n{content}\n", Control(ASSISTANT), "says\n"]
+    assert ids == tiny_tokenizer().encode_pieces(expected)
+
+
+def test_two_people_cannot_spell_a_control_token_together():
+    chat = TemplateFormat(tiny_tokenizer(), "{% for m in messages %}{{ m.content | trim }}{% endfor %}", BOS, EOS)
+    halves = [Message(role="user", content=f"{EOS[:9]} "), Message(role="user", content=EOS[9:])]
+    assert chat.prompt(halves) == tiny_tokenizer().encode(EOS)
+
+
+def test_spelt_tokens_come_back_from_json_with_and_without_escapes():
+    tool = Tool(name="t", description=EOS, parameters={EOS: [EOS]})
+    for escapes in ("", "(ensure_ascii=True)"):
+        chat = TemplateFormat(tiny_tokenizer(), f"{{{{ tools | tojson{escapes} }}}}", BOS, EOS)
+        ids = chat.prompt([QUESTION], [tool])
+        assert tiny_tokenizer().control_id(EOS) not in ids
+        assert text(ids).count(EOS if not escapes else EOS.encode("unicode_escape").decode()) == 3
+        assert "\\ue000" not in text(ids) and "\ue000" not in text(ids)
+
+
+def test_marks_that_people_write_stay():
+    content = "".join(map(chr, range(0xE000, 0xE010)))
+    assert content in text(careful().prompt([Message(role="user", content=content + EOS)]))
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools():
+    chat = careful(tool_template="{{ 'with ' + tools[0].function.name }}")
+    assert text(chat.prompt([QUESTION], [Tool(name="add", description="")])) == "with add"
+    assert text(chat.prompt([QUESTION])) == f"{USER}user\n1+2?\n{ASSISTANT}says\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "reason"),
+    [
+        ([QUESTION], [Tool(name="add", description="")], "no place for tools"),
+        ([QUESTION, assistant("", tool_calls=(CALL,))], [], "writes no tool calls"),
+        ([], [], "does not take this conversation"),
+    ],
+    ids=["tools", "calls", "no message"],
+)
+def test_what_a_template_would_leave_out_is_refused(messages, tools, reason):
+    chat = TemplateFormat(tiny_tokenizer(), "{{ messages[0].role + messages[-1].content }}", BOS, EOS)
+    with pytest.raises(RequestError, match=reason):
+        chat.prompt(messages, tools)
+
+
+def test_words_before_a_call_that_a_template_leaves_out_are_refused():
+    template = (
+        "{% for m in messages %}{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}{% endfor %}"
+    )
+    chat = TemplateFormat(tiny_tokenizer(), template, BOS, EOS)
+    assert '"arguments": {"a": 1}' in text(chat.prompt([QUESTION, assistant("", tool_calls=(CALL,))]))
+    with pytest.raises(RequestError, match="leaves out what is said before a call"):
+        chat.prompt([QUESTION, assistant("Wait.", tool_calls=(CALL,))])
+
+
+def test_arguments_that_are_no_json_are_refused_where_the_template_quotes_them():
+    with pytest.raises(RequestError, match="'add' are no JSON"):
+        careful().prompt([QUESTION, assistant("", tool_calls=(ToolCall(name="add", arguments="{"),))])
+
+
+def test_the_end_of_a_turn_and_all_ends_of_the_checkpoint_stop():
+    control = tiny_tokenizer().control
+    chat = TemplateFormat(tiny_tokenizer(), CAREFUL.replace("eos_token", f"'{PAD}'"), BOS, EOS, ends=(control[USER],))
+    assert chat.stop_ids == (control[PAD], control[EOS], control[USER])
+    assert chat.answer("3") == [*tiny_tokenizer().encode("3"), control[PAD]]
+
+
+def test_what_the_prompt_begins_is_read_with_the_answer_and_not_learnt():
+    opened = CAREFUL + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    chat = TemplateFormat(tiny_tokenizer(), opened, BOS, EOS)
+    assert chat.prefill == "<think>\n" and chat.text_of(tiny_tokenizer().encode("a")) == "<think>\na"
+    asked = f"{USER}user\n1+2?\n{ASSISTANT}says\n<think>\n"
+    thought = [QUESTION, assistant("3", reasoning="a")]
+    assert learnt_of(chat, thought) == [[asked, f"a\n</think>\n\n3{EOS}"]]
+    assert learnt_of(chat, [QUESTION, assistant("3")], thinking=True) == [[asked, f"\n</think>\n\n3{EOS}"]]
+
+
+def test_a_turn_without_thoughts_is_asked_for_without_and_not_taught_an_empty_block():
+    asked = f"{USER}user\n1+2?\n{ASSISTANT}says\n"
+    assert learnt_of(careful(), [QUESTION, assistant("3")]) == [[f"{asked}<think>\n\n</think>\n\n", f"3{EOS}"]]
+    assert learnt_of(careful(), [QUESTION, assistant("3", reasoning="a")]) == [
+        [asked, f"<think>\na\n</think>\n\n3{EOS}"]
+    ]
+
+
+def test_thoughts_that_a_template_has_no_place_for_are_learnt_and_left_out_of_history():
+    plain = "{% for m in messages %}{{ '<｜User｜>' + m.role + ': ' + m.content + eos_token + '\\n' }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}{{ '<｜User｜>assistant: ' }}{% endif %}"
+    chat = TemplateFormat(tiny_tokenizer(), plain, BOS, EOS)
+    messages = [QUESTION, assistant("3", reasoning="a"), QUESTION, assistant("3")]
+    asked = f"{USER}user: 1+2?{EOS}\n{USER}assistant: "
+    assert learnt_of(chat, messages) == [
+        [asked, f"<think>\na\n</think>\n\n3{EOS}"],
+        [f"{asked}3{EOS}\n{asked}", f"3{EOS}"],
+    ]
+    silent = [messages[0], assistant("3"), *messages[2:]]
+    assert learnt_of(chat, silent) == [[asked, f"3{EOS}", f"\n{asked}", f"3{EOS}"]]
+
+
+def test_a_template_that_drops_what_is_said_teaches_nothing():
+    chat = TemplateFormat(tiny_tokenizer(), "{{ messages[0].content }}", BOS, EOS)
+    with pytest.raises(RequestError, match="nothing can be learnt"):
+        chat.example([QUESTION, assistant("3")])
+
+
+def test_templates_find_what_transformers_gives_them():
+    template = (
+        "{% for c in 'abc' %}{% if c == 'b' %}{% break %}{% endif %}{{ c ~ 1 }}{% endfor %}{{ strftime_now('%Y') }}"
+    )
+    assert render(template) == f"a1{time.strftime('%Y')}"
+    assert render("{{ {'é': '<'} | tojson }}{{ [1] | tojson(indent=1) }}") == '{"é": "<"}[\n 1\n]'
+    assert (
+        render("{% for a in b %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }}{% endfor %}", b="xy")
+        == "0False21True2"
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+        "{{ range(10 ** 9) | list }}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ [0] * 10 ** 10 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set n = namespace(x='xx') %}{% for a in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='xx') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{{ 'x'.ljust(10 ** 11) }}",
+        "{{ 'x' | center(10 ** 11) }}",
+        "{{ '%99999999999d' % 3 }}",
+        "{{ '%99999999999d' | format(3) }}",
+        "{{ '{:>99999999999}'.format(3) }}",
+        "{% set b = 'x' * 10 ** 7 %}{{ b.replace('x', b) }}",
+        "{% set b = 'x' * 10 ** 7 %}{{ b | replace('x', b) }}",
+        "{% set b = 'x' * 10 ** 7 %}{{ ([b] * 1000) | join }}",
+        "{% set b = 'x' * 10 ** 7 %}{{ ''.join([b] * 1000) }}",
+    ],
+)
+def test_no_template_hangs_or_fills_the_memory(template):
+    started = time.perf_counter()
+    with pytest.raises(RequestError, match=r"more than [0-9,]+ (steps|characters)"):
+        render(template)
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ b.append(1) }}",
+        "{{ 1 / 0 }}",
+        "{% endless",
+    ],
+)
+def test_whatever_goes_wrong_in_a_template_is_a_request_error(template):
+    with pytest.raises(RequestError, match="does not take this conversation"):
+        render(template, b=[])
+
+
+def test_bounds_leave_room_for_a_long_conversation():
+    messages = [QUESTION, assistant("word " * 2000)] * 100
+    assert len(render(CAREFUL, messages=[{"role": m.role, "content": m.content} for m in messages])) > 1_000_000
+    assert sandbox.MAX_SIZE > 10_000_000
