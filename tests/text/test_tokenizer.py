@@ -1,11 +1,13 @@
 """What a vocabulary of ours promises: single digits, whole strings, and control tokens that no text can spell."""
 
+import json
 import random
 
 import pytest
+import tokenizers
 
 from tests.tiny import tiny_tokenizer
-from thinkstack.text.tokenizer import CONTROL, EOS, PAD, Tokenizer, train_tokenizer
+from thinkstack.text.tokenizer import ASSISTANT, CONTROL, EOS, PAD, USER, Control, Tokenizer, train_tokenizer
 from thinkstack.types import ConfigError
 
 TEXTS = [
@@ -99,3 +101,31 @@ def test_what_is_missing_or_too_small_is_said(tmp_path):
 def test_pad_and_eos_differ():
     """E2.31: where they are one token, masks made from the pad id silence every end of answer."""
     assert tiny_tokenizer().control_id(PAD) != tiny_tokenizer().control_id(EOS)
+
+
+@pytest.mark.parametrize("changed", ["blanks beside a token", "a token of blanks"])
+def test_cutting_at_control_tokens_finds_what_the_whole_tokenizer_finds(changed):
+    """Some vocabularies let a control token take in the blanks beside it, some have blanks among the added tokens."""
+    spec = json.loads(tiny_tokenizer().spec)
+    if changed == "blanks beside a token":
+        flags = {USER: {"rstrip": True}, ASSISTANT: {"lstrip": True}}
+        spec["added_tokens"] = [token | flags.get(token["content"], {}) for token in spec["added_tokens"]]
+    else:
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"content": "\n\n", "id": tiny_tokenizer().vocab_size})
+    tokenizer, rng = Tokenizer(json.dumps(spec)), random.Random(0)
+    whole = tokenizers.Tokenizer.from_str(tokenizer.spec)
+    for _ in range(300):
+        text = "".join(rng.choice((*CONTROL, " ", "\n", "\n\n", "the", "<", "<think")) for _ in range(8))
+        assert tokenizer.encode_pieces(tokenizer.cut(text)) == whole.encode(text, add_special_tokens=False).ids, text
+    assert set(tokenizer.control) == set(CONTROL)
+
+
+def test_text_between_control_tokens_is_encoded_as_one_piece():
+    tokenizer = tiny_tokenizer()
+    pieces = [Control(USER), "th", "e", " an", "swer", Control(EOS), EOS]
+    assert tokenizer.encode_pieces(pieces) == [
+        tokenizer.control_id(USER),
+        *tokenizer.encode("the answer"),
+        tokenizer.control_id(EOS),
+        *tokenizer.encode(EOS),
+    ]

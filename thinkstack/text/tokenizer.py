@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -49,9 +48,10 @@ class Tokenizer:
         self.spec = spec
         self._full = tokenizers.Tokenizer.from_str(spec)
         plain = json.loads(spec)
-        added = [token for token in plain["added_tokens"] if not token["content"].isspace()]
-        self.control = {token["content"]: token["id"] for token in added}
-        self._spellings = _spellings(added)
+        self._added = {t["content"]: t for t in plain["added_tokens"] if not t["content"].isspace()}
+        self.control = {content: token["id"] for content, token in self._added.items()}
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self._spellings = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"].isspace()]
         plain["post_processor"] = None
         self._text = tokenizers.Tokenizer.from_str(json.dumps(plain))
@@ -81,12 +81,16 @@ class Tokenizer:
         return ids
 
     def cut(self, text: str) -> list[str]:
-        """Text in pieces, every spelling of a control token in it made one; at one place the longest wins."""
+        """Text in pieces, every spelling of a control token in it made one, which takes in the blanks beside it
+        where its vocabulary says so; at one place the longest wins.
+        """
         pieces: list[str] = []
         start = 0
         for found in self._spellings.finditer(text):
-            pieces += [text[start : found.start()], Control(found[found.lastgroup or 0])]
-            start = found.end()
+            before, start = text[start : found.start()], found.end()
+            if self._added[found[0]].get("rstrip"):
+                start += len(text[start:]) - len(text[start:].lstrip())
+            pieces += [before.rstrip() if self._added[found[0]].get("lstrip") else before, Control(found[0])]
         return [piece for piece in (*pieces, text[start:]) if piece]
 
     def control_id(self, token: str) -> int:
@@ -110,20 +114,6 @@ class Tokenizer:
         if not path.is_file():
             raise ConfigError(f"{folder} has no {FILE}; give the folder of a complete checkpoint")
         return cls(path.read_text(encoding="utf-8"))
-
-
-def _spellings(added: Sequence[dict[str, Any]]) -> re.Pattern[str]:
-    """What matches each control token, with the blanks that it takes in on either side."""
-    longest_first = sorted(added, key=lambda token: -len(token["content"]))
-    return re.compile(
-        "|".join(
-            (r"\s*" if token.get("lstrip") else "")
-            + f"(?P<t{index}>{re.escape(token['content'])})"
-            + (r"\s*" if token.get("rstrip") else "")
-            for index, token in enumerate(longest_first)
-        )
-        or r"(?!)"
-    )
 
 
 def train_tokenizer(
