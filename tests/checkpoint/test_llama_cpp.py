@@ -19,8 +19,10 @@ import pytest
 import torch
 
 from tests.checkpoint.test_gguf_families import CASES, drawn
+from tests.checkpoint.test_gguf_tokenizer import foreign
 from tests.tiny import tiny_tokenizer
-from thinkstack.checkpoint.gguf_tokenizer import PROBES
+from thinkstack.checkpoint.gguf_pre import PRE_TOKENIZERS
+from thinkstack.checkpoint.gguf_tokenizer import PROBES, RARE
 from thinkstack.checkpoint.gguf_write import write_gguf
 from thinkstack.checkpoint.hf import source_of
 from thinkstack.checkpoint.model import PIP_PACKAGES, load_chat, load_model, load_tokenizer
@@ -48,7 +50,10 @@ for number, prompt in enumerate(job["prompts"]):
     while len(answers[-1]) < job["answer"]:
         answers[-1].append(int(model.scores[model.n_tokens - 1].argmax()))
         model.eval(answers[-1][-1:])
-print(json.dumps({"answers": answers, "texts": texts}))
+asked = [[{"role": "user", "content": question}] for question in job["questions"]]
+chats = [model.create_chat_completion(talk, temperature=0, max_tokens=job["answer"]) for talk in asked]
+said = [chat["choices"][0]["message"]["content"] for chat in chats]
+print(json.dumps({"answers": answers, "texts": texts, "said": said}))
 """
 BOUNDS = {"F32": 2e-5, "F16": 5e-3, "BF16": 3e-2, "Q8_0": 3e-2, "Q4_0": 3e-2}
 """Of a token's logits: root mean square of the difference over that of the logits."""
@@ -66,18 +71,26 @@ needs_peer = pytest.mark.skipif(
 )
 
 
-def ask(
-    path: Path, prompts: Sequence[list[int]] = (), answer: int = 0, texts: Sequence[str] = (), context: int = 256
-) -> tuple[list[torch.Tensor], list[list[int]], list[list[int]]]:
-    """Logits (T, V) of each prompt, greedy answers to them, and ids of texts."""
-    job = {"path": str(path), "out": str(path.parent), "prompts": list(prompts), "texts": list(texts)}
-    job |= {"answer": answer, "context": context, "vocab_only": not prompts}
-    command = [interpreter(), "-c", PEER]
-    run = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    said = json.loads(run.stdout.splitlines()[-1])
-    logits = [torch.from_numpy(numpy.load(path.parent / f"{number}.npy")) for number in range(len(prompts))]
-    return logits, said["answers"], said["texts"]
+class Peer:
+    """What llama.cpp made of a file."""
+
+    def __init__(
+        self,
+        path: Path,
+        prompts: Sequence[list[int]] = (),
+        answer: int = 0,
+        texts: Sequence[str] = (),
+        questions: Sequence[str] = (),
+    ):
+        """Logits (T, V) of each prompt, greedy answers to them, ids of texts, and what a chat says to questions."""
+        job = {"path": str(path), "out": str(path.parent), "context": 256, "answer": answer}
+        job |= {"prompts": prompts, "texts": texts, "questions": questions, "vocab_only": not prompts}
+        command = [interpreter(), "-c", PEER]
+        run = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found = json.loads(run.stdout.splitlines()[-1])
+        self.answers, self.texts, self.said = found["answers"], found["texts"], found["said"]
+        self.logits = [torch.from_numpy(numpy.load(path.parent / f"{number}.npy")) for number in range(len(prompts))]
 
 
 def greedy(model: Transformer, prompt: list[int], answer: list[int]) -> list[int]:
@@ -111,9 +124,9 @@ def test_every_family_and_kind_gives_our_logits(name: str, kind: str, tmp_path: 
     write_gguf(source_of(drawn(CASES[name])), path, kind, tokenizer)
     model, prompts = load_model(path), prompts_of(tokenizer)
     count = 24 if kind == "F32" else 0
-    logits, answers, _ = ask(path, prompts, count)
-    assert difference(model, prompts, logits, kind) < BOUNDS[kind]
-    assert answers == [greedy(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    peer = Peer(path, prompts, count)
+    assert difference(model, prompts, peer.logits, kind) < BOUNDS[kind]
+    assert peer.answers == [greedy(model, *pair) for pair in zip(prompts, peer.answers, strict=True)]
 
 
 @needs_peer
@@ -124,7 +137,7 @@ def test_a_wrong_layout_would_be_noticed(tmp_path: Path):
     model, prompts = load_model(path), prompts_of(tokenizer)
     for layer in model.layers:
         layer.attention.wkv_b.weight.data = layer.attention.wkv_b.weight.data.roll(64, 0)
-    assert difference(model, prompts, ask(path, prompts)[0], "Q4_0") > 10 * BOUNDS["Q4_0"]
+    assert difference(model, prompts, Peer(path, prompts).logits, "Q4_0") > 10 * BOUNDS["Q4_0"]
 
 
 @needs_peer
@@ -134,7 +147,7 @@ def test_groups_of_v2_are_ranked_otherwise_there(tmp_path: Path, caplog: pytest.
     write_gguf(source_of(drawn(CASES["v2 groups"])), path, "F32", tokenizer)
     assert "ranks groups by their two best experts" in caplog.text
     model, prompts = load_model(path), prompts_of(tokenizer)
-    assert difference(model, prompts, ask(path, prompts)[0], "F32") > 1e-3
+    assert difference(model, prompts, Peer(path, prompts).logits, "F32") > 1e-3
 
 
 @needs_peer
@@ -142,7 +155,16 @@ def test_our_tokenizer_gives_its_ids_there(tmp_path: Path):
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
     write_gguf(source_of(drawn(CASES["llama"])), path, "F32", tokenizer)
     plain = [text for text in PROBES if "<think>" not in text]  # which people's text may spell there, and not here
-    assert ask(path, texts=plain)[2] == [tokenizer.encode(text) for text in plain]
+    assert Peer(path, texts=plain).texts == [tokenizer.encode(text) for text in plain]
+
+
+@needs_peer
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_rules_cut_there_as_their_words_do_here(name: str, tmp_path: Path):
+    path, tokenizer = tmp_path / "model.gguf", foreign(name)
+    write_gguf(source_of(drawn(CASES["llama"])), path, "F32", tokenizer)
+    texts = (*PROBES, *RARE)
+    assert Peer(path, texts=texts).texts == [tokenizer.encode(text) for text in texts]
 
 
 @pytest.mark.slow
@@ -160,10 +182,13 @@ def test_smollm2_answers_as_here(kind: str, tmp_path: Path):
     again = load_model(path)
     questions = ("What is the capital of France?", "Write one sentence about the sea.", "Count from 1 to 5.")
     prompts = [load_chat(path).prompt([Message(role="user", content=question)]) for question in questions]
-    logits, answers, texts = ask(path, prompts, 32, texts=PROBES)
-    assert texts == [load_tokenizer(path).encode(text) for text in PROBES]
-    ours = [greedy(again, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    same = sum(a == b for pair in zip(ours, answers, strict=True) for a, b in zip(*pair, strict=True))
-    print(f"{kind}: {same} of 96 tokens, logits differ by {difference(again, prompts, logits, kind):.1e}")
-    assert difference(again, prompts, logits, kind) < 2 * BOUNDS[kind]
+    peer = Peer(path, prompts, 32, PROBES, questions if kind == "F32" else ())
+    assert peer.texts == [load_tokenizer(path).encode(text) for text in PROBES]
+    ours = [greedy(again, *pair) for pair in zip(prompts, peer.answers, strict=True)]
+    same = sum(a == b for pair in zip(ours, peer.answers, strict=True) for a, b in zip(*pair, strict=True))
+    print(f"{kind}: {same} of 96 tokens, logits differ by {difference(again, prompts, peer.logits, kind):.1e}")
+    assert difference(again, prompts, peer.logits, kind) < 2 * BOUNDS[kind]
     assert same >= {"F32": 96}.get(kind, 90)
+    for said, answer in zip(peer.said, ours, strict=False):  # the template inside writes our prompt, and stops as we do
+        ends = [place for place, token in enumerate(answer) if token in chat.stop_ids]
+        assert said == chat.tokenizer.decode(answer[: ends[0] if ends else None])

@@ -5,15 +5,15 @@ does, is refused by name. Source: llama.cpp, conversion/base.py, conversion/deep
 """
 
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from thinkstack.checkpoint.gguf_config import BOS, ENDS, LLAMA3, config_of, rope_factors_of
 from thinkstack.checkpoint.gguf_file import Metadata
 from thinkstack.checkpoint.gguf_names import ARCHITECTURES, laid_out
+from thinkstack.checkpoint.hf_config import differences
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
 from thinkstack.types import ConfigError
 
@@ -123,21 +123,19 @@ def _rope_values(cfg: ModelConfig) -> dict[str, Any]:
 def _check_expressed(cfg: ModelConfig, values: Mapping[str, Any]) -> None:
     """Raise ConfigError unless llama.cpp computes this model, and the metadata say the same when they are read back."""
     arch = ARCHITECTURES[cfg.family]
-    for is_other, what in _differences(cfg):
+    for is_other, what in _missing_there(cfg):
         if is_other:
             raise ConfigError(f"llama.cpp's {arch} has no {what}; write the hf format instead")
     shapes = {laid.name: laid.shape for laid in laid_out(cfg)}
     factors = rope_factors_of(cfg.attention.rope_dim, cfg.rope) if cfg.rope.llama3 else None
     again = config_of(Metadata(Path("GGUF metadata"), values), shapes, factors)
     free = {"init_std": cfg.init_std, "embed_init_std": cfg.embed_init_std, "eos_ids": cfg.eos_ids}
-    before, after = _leaves(_plain_groups(cfg)), _leaves(replace(again, **free))  # type: ignore[arg-type]
-    for key, value in before.items():
-        other = after.get(key)
-        if value != other and not (isinstance(value, float) and math.isclose(value, other or 0.0, rel_tol=1e-6)):
-            raise ConfigError(f"a {arch} GGUF cannot express {key}={value!r}; write the hf format instead")
+    lost = differences(_plain_groups(cfg), replace(again, **free))  # type: ignore[arg-type]
+    if lost:
+        raise ConfigError(f"a {arch} GGUF cannot express {'; '.join(lost)}; write the hf format instead")
 
 
-def _differences(cfg: ModelConfig) -> list[tuple[bool, str]]:
+def _missing_there(cfg: ModelConfig) -> list[tuple[bool, str]]:
     """Whether the model has something that llama.cpp's code for its architecture lacks, and what."""
     attention, moe, yarn = cfg.attention, cfg.moe, cfg.rope.yarn
     if moe is not None and moe.group_score == "max" and moe.top_groups < moe.num_groups:
@@ -166,15 +164,3 @@ def _plain_groups(cfg: ModelConfig) -> ModelConfig:
     if moe is None or moe.top_groups < moe.num_groups:
         return cfg
     return replace(cfg, moe=replace(moe, num_groups=1, top_groups=1))
-
-
-def _leaves(cfg: ModelConfig) -> dict[str, Any]:
-    """Every number of a configuration, by dotted name."""
-
-    def walk(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in values.items():
-            flat |= walk(f"{prefix}{key}.", value) if isinstance(value, dict) else {prefix + key: value}
-        return flat
-
-    return walk("", asdict(cfg))

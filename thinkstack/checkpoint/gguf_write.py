@@ -164,6 +164,7 @@ def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
 def _write_header(path: Path, values: dict[str, Any], items: list[_Item]) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # its plan and its byte order help nobody
     writer = GGUFWriter(path, values["general.architecture"])
     add: dict[type, Callable[[str, Any], None]] = {
         int: writer.add_uint32,
