@@ -39,6 +39,5 @@ def without_thinking(template: str) -> str:
 
 
 def _literal(value: object) -> str:
-    """A list, table or string as Jinja writes it; braces of Jinja itself are broken up."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text.replace("{{", "{ {").replace("}}", "} }").replace("{%", "{ %").replace("%}", "% }")
+    """A list, table or string as Jinja writes it, which within a block reads braces as any other characters."""
+    return json.dumps(value, ensure_ascii=False)
