@@ -258,10 +258,10 @@ def test_templates_find_what_transformers_gives_them():
     ],
 )
 def test_no_template_hangs_or_fills_the_memory(template):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(RequestError, match=r"more than [0-9,]+ (steps|characters)"):
         render(template)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(

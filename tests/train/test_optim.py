@@ -83,8 +83,8 @@ def test_settings_that_train_nothing_are_refused(changes):
 
 
 def test_moments_in_bf16_are_those_of_fp32_rounded():
-    """One parameter of 2 elements, gradients by hand: after one step the moments are 0.1 g and 0.05 g^2 in bf16, and the
-    first update is the rate, as AdamW's always is."""
+    """Two elements, gradients by hand: after one step the moments are 0.1 g and 0.05 g^2 in bf16, and the first update is
+    the rate, as AdamW's always is."""
     weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
     weight.grad = torch.tensor([[0.3, -0.7]])
     optimizer = make_optimizer(
@@ -114,7 +114,7 @@ def test_moments_in_bf16_stay_near_those_of_fp32():
 
 def test_a_beta_that_bf16_cannot_follow_is_refused():
     """Above 127/128 a moment's change is smaller than half its last bit, and it would stand still."""
-    with pytest.raises(ConfigError, match="beta2=0.999"):
+    with pytest.raises(ConfigError, match=r"beta2=0\.999"):
         make_optimizer(
             torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2))]), OptimConfig(moments="bf16", beta2=0.999)
         )

@@ -3,7 +3,7 @@
 Applied to a built model from outside. Every rank has some heads of attention with their part of the output projection,
 some columns of dense and shared feed-forwards, and some routed experts whole; embedding, head, latent projections,
 router and norms are on every rank. Two sums a block bring the ranks together, so all of them hold the same hidden
-states, draw the same tokens, and need no driver. Cuts as in DeepSeek-V3, inference/model.py, but for embedding and head.
+states, draw the same tokens, and need no driver. Cuts as in DeepSeek-V3, inference/model.py, embedding and head aside.
 """
 
 # Shapes in this file: N tokens, D hidden size, K experts per token, E experts of a rank, I intermediate size.
