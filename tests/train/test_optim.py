@@ -83,7 +83,7 @@ def test_settings_that_train_nothing_are_refused(changes):
 
 
 def test_moments_in_bf16_are_those_of_fp32_rounded():
-    """Two elements, gradients by hand: after one step the moments are 0.1 g and 0.05 g^2 in bf16, and the first update is
+    """Two elements, gradients by hand: after a step the moments are 0.1 g and 0.05 g^2 in bf16, and the first update is
     the rate, as AdamW's always is."""
     weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
     weight.grad = torch.tensor([[0.3, -0.7]])
