@@ -24,7 +24,8 @@ def prepare_machine(threads: int = 0) -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-        libc.mallopt(mmap_threshold, 1 << 30)
+        # larger blocks, such as a big vocabulary's, do go back: glibc's heap does not refill the holes that they leave
+        libc.mallopt(mmap_threshold, 8 << 20)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
         libc.mallopt(top_pad, 64 << 20)
 
