@@ -108,6 +108,11 @@ def compare(
         for work, times in order:
             before()
             times.append(seconds(work))
+    return comparison_of(name, mine, theirs, floor_seconds)
+
+
+def comparison_of(name: str, mine: Sequence[float], theirs: Sequence[float], floor_seconds: float) -> Comparison:
+    """The figures of two lists of seconds, taken in pairs."""
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
     return Comparison(
         name=name,
@@ -116,7 +121,7 @@ def compare(
         floor=floor_seconds,
         ratio=statistics.median(ratios),
         ratio_low=min(ratios),
-        n=pairs,
+        n=len(ratios),
         machine=machine(),
         spread=f"ours {min(mine):.3f} .. {max(mine):.3f}, peer {min(theirs):.3f} .. {max(theirs):.3f}",
     )

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 import torch
-from common import DEFAULT, Comparison, arguments, machine, print_comparisons, twins, write_json
+from common import DEFAULT, Comparison, arguments, comparison_of, print_comparisons, twins, write_json
 from floor import peak_gflops
 
 from thinkstack.checkpoint.model import load_model, load_tokenizer
@@ -243,25 +242,9 @@ def measure(args: Any) -> list[Comparison]:
 
         theirs = trl_steps(candidates[kinds[label]], tokenizer, prompts, args.steps, args, turn)
         for part, floor in floors.items():
-            found.append(compared(f"{args.dtype} {part}, TRL {label}", part, floor, mine[1:], theirs[1:]))
+            sides = ([times[part] for times in side[1:]] for side in (mine, theirs))
+            found.append(comparison_of(f"{args.dtype} {part}, TRL {label}", *sides, floor))
     return found
-
-
-def compared(name: str, part: str, floor: float, mine: list[Times], theirs: list[Times]) -> Comparison:
-    """One part of the steps of both sides, pair by pair."""
-    a, b = ([times[part] for times in side] for side in (mine, theirs))
-    ratios = [y / x for x, y in zip(a, b, strict=True)]
-    return Comparison(
-        name=name,
-        ours=statistics.median(a),
-        peer=statistics.median(b),
-        floor=floor,
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        n=len(a),
-        machine=machine(),
-        spread=f"ours {min(a):.3f} .. {max(a):.3f}, peer {min(b):.3f} .. {max(b):.3f}",
-    )
 
 
 def alone(args: Any) -> None:
