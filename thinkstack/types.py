@@ -32,7 +32,7 @@ class Interrupted(RuntimeError):
 
 
 Role = Literal["system", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,32 @@ class Sampling:
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 1.0
     """Keeps the smallest set of tokens with at least this probability; 1 keeps all."""
+    top_k: int = 0
+    """Keeps this many most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keeps tokens with at least this share of the most likely one's probability; 0 keeps all."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer has, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once for each time the answer has it, -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that prompt or answer have, and multiplies negative ones; 1 leaves them."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    min_tokens: int = 0
+    """Tokens an answer has before a stop token may be drawn."""
     max_tokens: int = 256
     """Most tokens an answer may have, its end token included."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end an answer; the one that did is kept as its last token."""
+    thinking_budget: int | None = None
+    """Tokens after which thinking is closed by `close_ids`, unless it was before; None sets no limit."""
+    close_ids: tuple[int, ...] = ()
+    """What closes thinking; injected tokens count like drawn ones, and their log-probability is 0."""
+    top_log_probs: int = 0
+    """Alternatives reported for each token: the most likely ones under the distribution it was drawn from."""
+    raw_log_probs: bool = False
+    """Report log-probabilities of the model itself, at temperature 1, instead of those that were drawn from."""
     seed: int = 0
     """Fixes the draws of this request, alone or in a batch."""
     n: int = 1
@@ -123,6 +145,22 @@ class Sampling:
             raise RequestError(f"temperature={self.temperature} is negative; use 0 for the most likely token")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        if not 0 <= self.min_p <= 1:
+            raise RequestError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token")
+        if self.top_k < 0 or self.top_log_probs < 0:
+            raise RequestError(f"top_k={self.top_k} and top_log_probs={self.top_log_probs} cannot be negative; 0 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise RequestError(f"{name}={getattr(self, name)} must lie in [-2, 2]; 0 is off")
+        if not self.repetition_penalty > 0:
+            raise RequestError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is off")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise RequestError(f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}")
+        if self.thinking_budget is not None and (self.thinking_budget < 0 or not self.close_ids):
+            raise RequestError(
+                f"thinking_budget={self.thinking_budget} needs close_ids, the tokens that close thinking, "
+                "and cannot be negative"
+            )
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens={self.max_tokens} leaves no room for an answer; use at least 1")
         if self.n < 1:
@@ -138,9 +176,12 @@ class Completion:
     log_probs: tuple[float, ...]
     """Natural log-probability of each token under the distribution it was drawn from; as long as token_ids."""
     finish_reason: FinishReason
-    """"stop": ended by a stop token; "length": cut off at max_tokens or the context; "abort": cancelled."""
+    """"stop": ended by a stop token; "length": cut off at max_tokens or the context; "abort": cancelled; "error": its
+    request says why."""
     weights_version: int
     """The version of the weights that drew it, as given to Engine.load_weights."""
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    """For each token its most likely alternatives, (id, log-probability), best first; where Sampling asks for them."""
     experts: Tensor | None = field(default=None, compare=False, repr=False)
     """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the experts of each token that was read, P of the
     prompt and all N drawn but the last, in each of L layers. Only where EngineConfig.return_experts asks for them."""

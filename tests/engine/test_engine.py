@@ -202,7 +202,7 @@ def test_an_interrupted_call_leaves_nothing_behind():
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts(5), [Sampling(max_tokens=1 + index) for index in range(5)], interrupt)
-    assert engine.table.count == 0 and not engine.scheduler.waiting
+    assert not engine.scheduler.running and not engine.scheduler.waiting
 
 
 def test_completions_carry_the_version_that_drew_them():
@@ -247,13 +247,13 @@ def test_aborting_frees_the_slots_and_leaves_the_others_alone():
     engine.abort(doomed)
     assert doomed.is_finished
     assert {c.finish_reason for c in doomed.completions} == {"abort"}
-    assert {len(c.token_ids) for c in doomed.completions} == {4}
-    assert engine.table.count == 2
+    assert {len(c.token_ids) for c in doomed.completions} == {3}
+    assert len(engine.scheduler.running) == 2
     while not (first.is_finished and last.is_finished):
         engine.step()
     for request, prompt in ((first, asked[0]), (last, asked[2])):
         assert request.completions[0].token_ids == alone(model, prompt, how)[0].token_ids
-    assert engine.table.count == 0
+    assert not engine.scheduler.running
 
 
 def test_a_waiting_request_can_be_aborted():
@@ -290,9 +290,9 @@ def test_leaving_a_stream_frees_its_slot():
     engine = Engine(tiny_model(), SMALL)
     stream = engine.stream([1, 2], Sampling(max_tokens=50))
     next(stream)
-    assert engine.table.count == 1
+    assert len(engine.scheduler.running) == 1
     stream.close()
-    assert engine.table.count == 0
+    assert not engine.scheduler.running
 
 
 def test_long_and_short_prompts_prefill_in_any_grouping():

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from thinkstack.engine.sampler import keep_nucleus, sample, uniforms
-from thinkstack.engine.scheduler import answer_seed
+from thinkstack.engine.sampler import keep_likely, sample, uniforms
+from thinkstack.engine.table import answer_seed
 from thinkstack.types import RequestError, Sampling
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()
@@ -16,10 +16,16 @@ LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()
 def draw(
     uniform: float, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS
 ) -> tuple[int, float]:
-    tokens, log_probs = sample(
-        logits, torch.tensor([temperature]), torch.tensor([top_p]), torch.tensor([uniform], dtype=torch.float64)
+    kept = None if top_p == 1 else (torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
+    tokens, log_probs, _ = sample(
+        logits, torch.tensor([temperature]), torch.tensor([uniform], dtype=torch.float64), kept
     )
     return int(tokens[0]), float(log_probs[0])
+
+
+def keep_nucleus(log_probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    rows = len(top_p)
+    return keep_likely(log_probs, torch.zeros(rows, dtype=torch.int64), top_p, torch.zeros(rows))
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (0.999999, 2)])
@@ -43,9 +49,7 @@ def test_temperature_zero_takes_the_most_likely_at_any_draw():
 
 
 def test_greedy_and_drawn_rows_share_a_batch():
-    tokens, _ = sample(
-        LOGITS.expand(2, 3), torch.tensor([0.0, 1.0]), torch.ones(2), torch.tensor([0.9, 0.9], dtype=torch.float64)
-    )
+    tokens, *_ = sample(LOGITS.expand(2, 3), torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.9], dtype=torch.float64))
     assert tokens.tolist() == [0, 2]
 
 

@@ -12,14 +12,14 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.kv_cache import Decode
 from thinkstack.engine.sampler import sample
 from thinkstack.models import kernels
-from thinkstack.models.attention import MLA, AttentionContext, sight_of
+from thinkstack.models.attention import MLA, AttentionContext, read_pages, sight_of
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.kernels import build, calls
 from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
+from thinkstack.models.pages import Pages
 from thinkstack.train.loss import token_log_probs
 from thinkstack.types import Sampling
 
@@ -186,10 +186,10 @@ def test_routing_chooses_as_torch_does(group_score, normalise, on_torch):
 
 def test_draws_invert_the_same_distribution(on_torch):
     logits = drawn(400, 53) * 3
-    settings = torch.full((400,), 0.8), torch.ones(400), torch.rand(400, dtype=torch.float64)
+    settings = torch.full((400,), 0.8), torch.rand(400, dtype=torch.float64)
     settings[0][::7] = 0
     with torch.no_grad():
-        (mine, my_log_probs), (theirs, log_probs) = sample(logits, *settings), on_torch(sample, logits, *settings)
+        (mine, my_log_probs, _), (theirs, log_probs, _) = sample(logits, *settings), on_torch(sample, logits, *settings)
     same = mine == theirs
     assert same.float().mean() > 0.99  # a draw on the edge of two tokens may fall either way
     torch.testing.assert_close(my_log_probs[same], log_probs[same], rtol=1e-5, atol=1e-5)
@@ -282,14 +282,23 @@ def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
     assert torch.equal(mine.sort(-1).values, theirs.sort(-1).values)
 
 
-def test_cached_steps_without_positions_read_their_own_sequence():
-    """Positions of one row stood for all rows; the kernel read beyond them."""
-    model = tiny_model()
-    ids = torch.tensor([[3], [5], [7]])
-    engine = Engine(model, EngineConfig(max_batch=16))
-    view = Decode(engine.cache, torch.zeros(3, dtype=torch.int64), 32)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids, cache=view), model(ids), rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("heads", [kernels.Heads(1, 24, 0, 0, 0, 20), kernels.Heads(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
+    """Decoding and chunks of prompts, of sequences whose blocks lie anywhere; what lies in other blocks is not read."""
+    entries = drawn(9, 4, 24).to(dtype)
+    entries[0] = torch.nan
+    tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
+    owner = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
+    last = torch.tensor([11, 5, 7, 8, 9])
+    pages = Pages(entries, tables, owner, ((0, 1, 0), (1, 1, 1), (2, 3, 2)))
+    query = drawn(5, heads.groups, 3, heads.key_width).to(dtype)
+    mine = kernels.read_cache(query, pages, last, heads, 0.3)
+    entries[0] = 0  # the plain path masks what it gathered too much
+    theirs = read_pages(query, pages, last, heads, 0.3)
+    torch.testing.assert_close(mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}))
+    few = read_pages(query, pages, last, heads, 0.3, limit=1)
+    torch.testing.assert_close(few, theirs)
 
 
 def test_threads_that_ask_at_once_build_once(monkeypatch):

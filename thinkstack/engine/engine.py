@@ -1,11 +1,9 @@
-"""The engine: token ids in, completions out. Rollouts, evaluation and chat all go through it.
+"""The engine: token ids in, completions out. Rollouts, evaluation, chat and serving all go through it.
 
-`step` is the whole of it: admit prompts, prefill them, decode one token for everybody, hand out what is finished. In
-fp32 on a CPU a request draws the same tokens alone or in a batch: rows of every product come in tiles, and draws depend
-on the request.
+`step` is the whole of it: plan, run the model over every token planned, draw, settle. In fp32 on a CPU a request draws
+the same tokens alone or in company, from cached prefixes or not, in one piece or in chunks, preempted or not: what the
+model makes of a token depends on its sequence alone, and draws depend on the request.
 """
-
-# Shapes in this file: B rows, T tokens of a prompt, V vocabulary size.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,19 +11,18 @@ from typing import Literal
 
 import numpy
 import torch
-from torch import Tensor
 
-from thinkstack.engine.kv_cache import Decode, KVCache, Prefill
-from thinkstack.engine.sampler import sample, uniforms
-from thinkstack.engine.scheduler import MAX_STOP_IDS, Request, Scheduler, SlotTable
-from thinkstack.models.config import ModelConfig
-from thinkstack.models.moe import ROW_TILE, Routing
-from thinkstack.models.precision import inference_copy, refresh
+from thinkstack.engine.blocks import BLOCK, BlockPool
+from thinkstack.engine.drawing import draw
+from thinkstack.engine.runner import Runner
+from thinkstack.engine.scheduler import Scheduler
+from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, ConfigError, RequestError, Sampling
+from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
 
-SPAN_TILE = 32
-"""The context read in one decoding step is rounded up to a multiple of this."""
+WhileRunning = Literal["refuse", "drain", "abort", "keep"]
+"""What happens to answers being drawn when the weights change: the change is refused; they are finished first, with the
+old weights; they end as aborted; they go on with the new weights, their context computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +33,14 @@ class EngineConfig:
     """Sequences decoded at once."""
     max_context: int = 0
     """Tokens of prompt and answer together; 0 takes the model's max_positions."""
-    max_prefill_tokens: int = 8192
-    """Prompt tokens computed in one pass."""
+    max_prefill_tokens: int = 2048
+    """Prompt tokens computed in one step, beside a token of every sequence that is being decoded."""
+    cache_tokens: int = 0
+    """Tokens that the cache holds, whole blocks of 64; 0 has room for max_batch sequences of max_context."""
+    prefix_cache: bool = True
+    """Keep the blocks of finished answers until their room is needed, for prompts that begin alike."""
+    max_waiting: int = 0
+    """Requests that may wait; 0 for any number."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch."""
     return_experts: bool = False
@@ -46,6 +49,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.max_batch < 1:
             raise ConfigError(f"max_batch={self.max_batch} decodes nothing; use at least 1")
+        if self.max_prefill_tokens < 1:
+            raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} reads no prompt; use at least 1")
 
 
 class Engine:
@@ -54,32 +59,72 @@ class Engine:
     def __init__(self, model: Transformer, cfg: EngineConfig = EngineConfig(), version: int = 0):
         self.cfg = cfg
         self.max_context = min(cfg.max_context or model.cfg.max_positions, model.cfg.max_positions)
-        self.dtype = torch.float32 if cfg.dtype == "fp32" else torch.bfloat16
-        num_slots = -(-cfg.max_batch // ROW_TILE) * ROW_TILE
-        self.device = next(model.parameters()).device
-        """Where the model lies; only drawn tokens and chosen experts come back from there."""
-        span = -(-self.max_context // SPAN_TILE) * SPAN_TILE
-        self.cache = KVCache(model.cfg, num_slots, span, self.dtype, self.device)
-        self.table = SlotTable(num_slots, self.max_context, _kept_experts(model.cfg) if cfg.return_experts else None)
-        self.scheduler = Scheduler(cfg.max_batch)
+        whole = cfg.max_batch * -(-self.max_context // BLOCK)
+        num_blocks = cfg.cache_tokens // BLOCK if cfg.cache_tokens else whole
+        self.table = SequenceTable(cfg.max_batch, self.max_context)
+        self.scheduler = Scheduler(self.table, BlockPool(num_blocks, cfg.prefix_cache), cfg.max_prefill_tokens, cfg.max_waiting)
+        self.runner = Runner(model, num_blocks, cfg.dtype, cfg.return_experts)
         self.next_id = 0
-        self._source, self._model = model, inference_copy(model, self.dtype)
         self.version = version
-        """Version of the weights in use; every completion carries it."""
+        self.last_error: str | None = None
+        """What last went wrong with a request, for whoever watches the engine's health."""
 
-    def load_weights(self, model: Transformer, version: int) -> None:
+    @property
+    def version(self) -> int:
+        """Of the weights in use; every completion carries that of its first token."""
+        return self.scheduler.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self.scheduler.version = version
+
+    def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
         """Take over the weights of `model` (shared where the precision is the same and nothing is adapted; adapters
-        are merged into a copy). No request may be running."""
-        if self.table.count or self.scheduler.waiting:
+        are merged into a copy). Nothing that was cached is used again. running: what becomes of answers being drawn.
+
+        Raises RequestError where that is "refuse" and there are some.
+        """
+        if running == "refuse" and (self.scheduler.running or self.scheduler.waiting):
             raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
-        if model is self._source:
-            refresh(self._model, model)
-        else:
-            self._source, self._model = model, inference_copy(model, self.dtype)
+        self.pause(running)
+        self.scheduler.pool.forget_cached()
+        self.runner.load(model)
         self.version = version
 
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
-        """Queue a prompt. Raises RequestError if it can never be served."""
+    def pause(self, running: WhileRunning = "keep") -> None:
+        """Bring every running answer to rest; those that wait are left waiting."""
+        if running == "drain":
+            self.scheduler.holds_back = True
+            try:
+                while self.scheduler.running:
+                    self.step()
+            finally:
+                self.scheduler.holds_back = False
+        elif running == "abort":
+            for row in list(self.scheduler.running):
+                if self.table.owner[row] is not None:
+                    self.abort(self.table.held(row)[0])
+        else:
+            self.scheduler.preempt_all()
+
+    def sleep(self) -> None:
+        """Give the cache's memory back; answers being drawn are computed again when they go on."""
+        self.pause("keep")
+        self.scheduler.pool.forget_cached()
+        self.runner.drop_cache()
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        priority: int = 0,
+        salt: str = "",
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """Queue a prompt. priority: lower ones go first. salt: only requests of the same one share cached prefixes.
+
+        Raises RequestError if it can never be served, or too many wait.
+        """
         total = len(prompt_ids) + sampling.max_tokens
         if not prompt_ids:
             raise RequestError("the prompt is empty; it needs at least a BOS token")
@@ -88,27 +133,51 @@ class Engine:
                 f"prompt is {len(prompt_ids):,} tokens; this model takes {self.max_context:,} including "
                 f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - self.max_context:,}"
             )
-        self._model.check(torch.tensor([list(prompt_ids)]))  # here, not in step, where it would end everybody's answers
+        if -(-total // BLOCK) > self.scheduler.pool.num_blocks:
+            raise RequestError(
+                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, the cache holds "
+                f"{self.scheduler.pool.num_blocks * BLOCK:,}; shorten them or raise cache_tokens"
+            )
+        self.runner.check(prompt_ids, sampling)  # here, not in step, where it would end everybody's answers
         if sampling.n > self.cfg.max_batch:
             raise RequestError(f"n={sampling.n} answers exceed the engine's max_batch={self.cfg.max_batch}")
         if len(sampling.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"{len(sampling.stop_ids)} stop_ids given; at most {MAX_STOP_IDS} are supported")
-        request = Request(self.next_id, tuple(prompt_ids), sampling, [None] * sampling.n, self.version)
+        request = Request(
+            self.next_id,
+            tuple(prompt_ids),
+            sampling,
+            completions=[None] * sampling.n,
+            priority=priority,
+            salt=salt,
+            constraint=constraint,
+            weights_version=self.version,
+        )
+        self.scheduler.add(request)
         self.next_id += 1
-        self.scheduler.waiting.append(request)
         return request
 
     @torch.no_grad()
     def step(self) -> None:
-        """Admit, prefill, decode one token for every running sequence, settle."""
-        admitted = self.scheduler.admit(self.table.count, self.cfg.max_prefill_tokens)
-        first_new = self.table.count
-        if admitted:
-            self._draw(self._prefill(admitted), slice(first_new, self.table.count))
-            self._settle()
-        if self.table.count:
-            self._draw(self._decode(), slice(0, self.table.count))
-            self._settle()
+        """Compute one token for every running sequence, and prompts as far as they fit; draw; settle."""
+        plan = self.scheduler.plan()
+        if not len(plan.rows):
+            return
+        try:
+            hidden = self.runner.run(plan, self.table)
+        except BaseException:  # what was promised to the prefix cache is not there
+            self.scheduler.preempt_all()
+            self.scheduler.pool.forget_cached()
+            raise
+        self.table.computed[plan.rows] += plan.counts
+        is_done = self.table.computed[plan.rows] == self.table.known[plan.rows]
+        rows, sources = self._start_followers(plan.rows[is_done].tolist())
+        if rows:
+            logits = self.runner.logits(hidden[torch.from_numpy(is_done).to(hidden.device)])
+            failed = draw(self.table, rows, logits if rows == sources else logits[sources])
+            for row in failed:
+                self._fail(row, "the model's logits are not finite; check the weights")
+            self._settle([row for row in rows if row not in failed])
 
     def generate(
         self,
@@ -116,7 +185,10 @@ class Engine:
         samplings: Sequence[Sampling],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts just finished."""
+        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts just finished.
+
+        Raises RequestError for what `submit` refuses and for answers that failed.
+        """
         requests: list[Request] = []
         finished = 0
         try:
@@ -131,6 +203,9 @@ class Engine:
             for request in requests:
                 if not request.is_finished:
                     self.abort(request)  # only after an exception: nobody will ask for these answers
+        for request in requests:
+            if request.error is not None:
+                raise RequestError(request.error)
         return [[c for c in request.completions if c is not None] for request in requests]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
@@ -142,108 +217,79 @@ class Engine:
         try:
             while not request.is_finished:
                 self.step()
-                tokens = self._tokens_of(request)
-                yield from tokens[seen:]
-                seen = len(tokens)
+                tokens = self.tokens_of(request)[seen:]
+                yield from tokens
+                seen += len(tokens)
+            if request.error is not None:
+                raise RequestError(request.error)
         finally:
             if not request.is_finished:
                 self.abort(request)
 
     def abort(self, request: Request) -> None:
-        """Stop drawing for `request`; its unfinished answers end with reason "abort"."""
-        if request in self.scheduler.waiting:
-            self.scheduler.waiting.remove(request)
-            empty = Completion(token_ids=(), log_probs=(), finish_reason="abort", weights_version=self.version)
-            request.completions = [empty] * request.sampling.n
-        for row in reversed(range(self.table.count)):
-            if self.table.owner[row][0] is request:
-                self._close(row, "abort")
+        """Stop drawing for `request`; its unfinished answers end with reason "abort", their blocks are free at once."""
+        for answer, row in list(request.rows.items()):
+            request.completions[answer] = self._completion(row, "abort")
+        for row in list(request.rows.values()):
+            self.scheduler.close(row)
+        for waiting in self.scheduler.forget_waiting(request):
+            for answer in waiting.answers:
+                request.completions[answer] = Completion(
+                    token_ids=waiting.drawn,
+                    log_probs=waiting.log_probs,
+                    finish_reason="abort",
+                    weights_version=request.weights_version,
+                )
 
-    def _tokens_of(self, request: Request) -> tuple[int, ...]:
-        done = request.completions[0]
+    def tokens_of(self, request: Request, answer: int = 0) -> tuple[int, ...]:
+        """What is drawn of an answer so far."""
+        done, row = request.completions[answer], request.rows.get(answer)
         if done is not None:
             return done.token_ids
-        row = next((row for row, (owner, _) in enumerate(self.table.owner) if owner is request), None)
-        return () if row is None else tuple(self.table.tokens[row, : self.table.drawn[row]].tolist())
+        if row is not None:
+            return self.table.drawn(row)[0]
+        return next((waiting.drawn for waiting in request.queued if answer in waiting.answers), ())
 
-    def _prefill(self, requests: list[Request]) -> Tensor:
-        """Compute each prompt once, open a row per answer; returns the logits of the new rows, (rows, V) fp32."""
-        longest = max(len(r.prompt_ids) for r in requests)
-        width = min(-(-longest // ROW_TILE) * ROW_TILE, self._model.cfg.max_positions)
-        ids = torch.zeros(len(requests), width, dtype=torch.int64)
-        rows = []
-        for index, request in enumerate(requests):
-            ids[index, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
-            request.weights_version = self.version
-            rows.append([self.table.open(request, answer) for answer in range(request.sampling.n)])
-        view = Prefill(self.cache, torch.tensor([own[0] for own in rows], device=self.device))
-        hidden, routing, _ = self._model.trunk(ids.to(self.device), cache=view)
-        for request, own in zip(requests, rows, strict=True):
-            self.cache.copy(own[0], own[1:], len(request.prompt_ids))
-        if self.table.experts is not None:
-            chosen = _experts_of(routing)
-            for index, own in enumerate(rows):
-                length = len(requests[index].prompt_ids)
-                self.table.experts[own, :length] = chosen[index, :length]
-        last = torch.tensor([len(r.prompt_ids) - 1 for r in requests], device=self.device)
-        logits = self._head(hidden[torch.arange(len(requests), device=self.device), last])
-        return logits.repeat_interleave(torch.tensor([len(own) for own in rows], device=self.device), 0)
+    def _start_followers(self, done: list[int]) -> tuple[list[int], list[int]]:
+        """Rows that draw now, and whose logits each draws from: those that are `done` and who waited for their prompts.
 
-    def _decode(self) -> Tensor:
-        """One forward pass over the last token of every running row; returns logits (rows, V) fp32."""
-        count = self.table.count
-        padded = -(-count // ROW_TILE) * ROW_TILE
-        length = torch.zeros(padded, dtype=torch.int64)
-        length[:count] = torch.from_numpy(self.table.length[:count])
-        ids = torch.zeros(padded, 1, dtype=torch.int64)
-        last = self.table.tokens[range(count), self.table.drawn[:count] - 1]
-        ids[:count, 0] = torch.from_numpy(last)
-        span = -(-(int(length.max()) + 1) // SPAN_TILE) * SPAN_TILE
-        length = length.to(self.device)
-        view = Decode(self.cache, length, span)
-        hidden, routing, _ = self._model.trunk(ids.to(self.device), positions=length.unsqueeze(1), cache=view)
-        if self.table.experts is not None:
-            self.table.experts[range(count), self.table.length[:count]] = _experts_of(routing)[:count, 0]
-        self.table.length[:count] += 1
-        return self._head(hidden.squeeze(1))[:count]
+        Returns the rows and, for each, its place in `done`.
+        """
+        rows, sources = list(done), list(range(len(done)))
+        for place, row in enumerate(done):
+            if self.table.followers[row]:
+                shared, rest = divmod(int(self.table.prompt[row]), BLOCK)
+                for follower in self.scheduler.fork(row):
+                    if rest:
+                        self.runner.cache.copy(self.table.blocks[row][shared], self.table.blocks[follower][shared], rest)
+                    rows.append(follower)
+                    sources.append(place)
+        return rows, sources
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits (B, V) fp32 of hidden states (B, D), computed on whole row tiles."""
-        count = hidden.shape[0]
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -count % ROW_TILE))
-        return self._model.head(padded)[:count].float()
-
-    def _draw(self, logits: Tensor, rows: slice) -> None:
-        """Draw the next token of each row in `rows`."""
-        table = self.table
-        uniform = uniforms(table.seed[rows], table.drawn[rows].astype("uint64"))
-        tokens, log_probs = sample(
-            logits,
-            *(torch.from_numpy(x).to(self.device) for x in (table.temperature[rows], table.top_p[rows], uniform)),
-        )
-        table.append(rows, tokens.cpu().numpy(), log_probs.cpu().numpy())
-
-    def _settle(self) -> None:
-        """Close finished rows, from the last one down so that rows still to be closed do not move."""
-        for row, reason in reversed(self.table.finished().items()):
+    def _settle(self, rows: list[int]) -> None:
+        """Close the rows that their last token ended."""
+        for row, reason in self.table.finished(numpy.array(rows, dtype=numpy.int64)):
             self._close(row, reason)
 
-    def _close(self, row: int, reason: Literal["stop", "length", "abort"]) -> None:
-        moved = self.table.close(row, reason)
-        if moved != row:
-            self.cache.copy(moved, [row], int(self.table.length[row]))
+    def _fail(self, row: int, error: str) -> None:
+        """End an answer that cannot go on, and say why; the others go on."""
+        request, _ = self.table.held(row)
+        request.error = self.last_error = error
+        self._close(row, "error")
 
+    def _close(self, row: int, reason: FinishReason) -> None:
+        request, answer = self.table.held(row)
+        request.completions[answer] = self._completion(row, reason)
+        self.scheduler.close(row)
 
-def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
-    """How SlotTable keeps the choices of a model: layers with experts, experts per token, integer type."""
-    if cfg.moe is None:
-        raise ConfigError(
-            "router_replay (return_experts of an engine) is asked for, but the model has no experts; leave it out"
+    def _completion(self, row: int, reason: FinishReason) -> Completion:
+        request, _ = self.table.held(row)
+        tokens, log_probs, alternatives = self.table.drawn(row)
+        return Completion(
+            token_ids=tokens,
+            log_probs=log_probs,
+            finish_reason=reason,
+            weights_version=request.weights_version,
+            top_log_probs=alternatives if request.sampling.top_log_probs else None,
+            experts=self.runner.cache.experts_of(self.table.blocks[row], int(self.table.computed[row])),
         )
-    layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
-    return layers, cfg.moe.top_k, "uint8" if cfg.moe.num_experts <= 256 else "int16"
-
-
-def _experts_of(routing: list[Routing]) -> numpy.ndarray:
-    """Chosen experts of all layers, (B, T, L, K)."""
-    return torch.stack([layer.experts for layer in routing], 2).cpu().numpy()

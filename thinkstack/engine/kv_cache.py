@@ -1,65 +1,76 @@
-"""Where generations keep their context: one slot of equal length per sequence, whatever the attention caches.
+"""Where generations keep their context: blocks of entries, whatever the attention caches.
 
 MLA keeps a latent and a rotated key per token, GQA keys and values; both arrive here as entries of a fixed width.
-Sequences that are being decoded occupy slots 0, 1, 2, ... without gaps, so reading them copies nothing.
 """
 
-# Shapes in this file: L layers, B rows, T new tokens, S tokens attended to, W cache width.
+# Shapes in this file: L layers, N new tokens, P = BLOCK tokens of a block, W width of an entry, K experts per token.
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy
 import torch
 from torch import Tensor
 
+from thinkstack.engine.blocks import BLOCK
 from thinkstack.models.config import ModelConfig
+from thinkstack.models.pages import Pages
 
 
 class KVCache:
-    """Entries of every layer, (L, slots, max_tokens, W). A slot's content counts up to its sequence's length only."""
+    """Entries of every layer, (L, blocks, P, W), and the experts that each cached token used, where they are kept."""
 
     def __init__(
-        self, cfg: ModelConfig, num_slots: int, max_tokens: int, dtype: torch.dtype, device: torch.device | None = None
+        self,
+        cfg: ModelConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        experts: tuple[int, int, str] | None = None,
     ):
-        shape = (cfg.num_layers, num_slots, max_tokens, cfg.attention.cache_width)
+        """num_blocks: with the spare one. experts: layers that have some, experts per token and their integer type."""
+        shape = (cfg.num_layers, num_blocks, BLOCK, cfg.attention.cache_width)
         if device is not None and device.type != "cpu":
             self.data = torch.zeros(shape, dtype=dtype, device=device)
-            return
-        # numpy's zeros take no memory until written; zeros, not garbage: a masked NaN would still be NaN
-        kind = numpy.float32 if dtype == torch.float32 else numpy.uint16
-        self.data = torch.from_numpy(numpy.zeros(shape, dtype=kind)).view(dtype)
+        else:
+            # numpy's zeros take no memory until written; zeros, not garbage: a masked NaN would still be NaN
+            kind = numpy.float32 if dtype == torch.float32 else numpy.uint16
+            self.data = torch.from_numpy(numpy.zeros(shape, dtype=kind)).view(dtype)
+        self.experts: numpy.ndarray | None = None
+        if experts is not None:
+            self.experts = numpy.zeros((num_blocks, BLOCK, *experts[:2]), dtype=experts[2])
 
-    def copy(self, source: int, targets: list[int], length: int) -> None:
-        """Give the first `length` tokens of slot `source` to all `targets`."""
-        self.data[:, targets, :length] = self.data[:, source : source + 1, :length]
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Give the first `count` tokens of block `source` to block `target`."""
+        self.data[:, target, :count] = self.data[:, source, :count]
+        if self.experts is not None:
+            self.experts[target, :count] = self.experts[source, :count]
+
+    def keep_experts(self, slots: numpy.ndarray, chosen: numpy.ndarray) -> None:
+        """Note the experts (N, L, K) of the tokens in slots (N,): block * P + place in it."""
+        assert self.experts is not None
+        self.experts.reshape(-1, *self.experts.shape[2:])[slots] = chosen
+
+    def experts_of(self, blocks: Sequence[int], count: int) -> Tensor | None:
+        """Experts (count, L, K) of the first `count` tokens in these blocks; None where they are not kept."""
+        if self.experts is None:
+            return None
+        found = self.experts[list(blocks)]
+        return torch.from_numpy(found.reshape(-1, *found.shape[2:])[:count].copy())
 
 
-@dataclass
-class Prefill:
-    """A view for whole prompts: row b goes to slot slots[b], tokens attend among themselves."""
+class View:
+    """A cache as one forward pass sees it: N new tokens, where their entries go, and what they read."""
 
-    cache: KVCache
-    slots: Tensor
+    def __init__(self, cache: KVCache, pages: Pages, slots: Tensor):
+        """pages: its entries are those of the first layer. slots: (N,) int64, block * P + place in it."""
+        self.cache, self.first, self.slots = cache, pages, slots
 
-    def extend(self, layer: int, entries: Tensor) -> None:
-        self.cache.data[layer, self.slots, : entries.shape[1]] = entries
+    def pages(self, layer: int) -> Pages:
+        """The context in one layer."""
+        return self.first._replace(entries=self.cache.data[layer])
 
-    def room(self, layer: int, rows: int) -> None:
-        """Prompts attend among themselves."""
-
-
-@dataclass
-class Decode:
-    """A view for one new token in each of slots 0..B-1, at positions[b]; reads back the first `span` tokens."""
-
-    cache: KVCache
-    positions: Tensor
-    span: int
-
-    def extend(self, layer: int, entries: Tensor) -> Tensor:
-        rows = entries.shape[0]
-        self.cache.data[layer, torch.arange(rows, device=self.positions.device), self.positions] = entries.squeeze(1)
-        return self.cache.data[layer, :rows, : self.span]
-
-    def room(self, layer: int, rows: int) -> Tensor:
-        return self.cache.data[layer, :rows, : self.span]
+    def extend(self, layer: int, entries: Tensor) -> Pages:
+        """Keep entries (N, 1, W) of the new tokens; returns `pages`."""
+        found = self.pages(layer)
+        found.entries.view(-1, found.entries.shape[2]).index_copy_(0, self.slots, entries.squeeze(1))
+        return found

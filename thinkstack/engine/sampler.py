@@ -1,12 +1,21 @@
-"""From logits to tokens: temperature, top-p, and draws that belong to a request, not to a batch."""
+"""From logits to tokens, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, draw.
+
+Draws belong to a request, not to a batch: the number that a token is drawn with depends on its sequence and place.
+"""
 
 # Shapes in this file: B rows, V vocabulary size.
+
+from collections.abc import Sequence
 
 import numpy
 import torch
 from torch import Tensor
 
 from thinkstack.models import kernels
+from thinkstack.types import Sampling
+
+CANDIDATES = 256
+"""Most likely tokens that are looked at first; all of them only where these do not hold the mass that is kept."""
 
 
 def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
@@ -25,20 +34,47 @@ def _mix(value: numpy.ndarray) -> numpy.ndarray:
     return value ^ (value >> numpy.uint64(31))
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def is_plain(sampling: Sampling) -> bool:
+    """Whether the logits are drawn from as they are, but for temperature and the kept set."""
+    neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
+    return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
+
+
+def adjust(logits: Tensor, sampling: Sampling, prompt: numpy.ndarray, drawn: numpy.ndarray) -> None:
+    """Apply bias, the ban of early stop tokens and penalties to one row of logits (V,), in place.
+
+    prompt, drawn: token ids so far. Penalties as in arXiv:1909.05858 (repetition) and the OpenAI API (the others).
+    """
+    for token, value in sampling.logit_bias.items():
+        logits[token] += value
+    if len(drawn) < sampling.min_tokens:
+        logits[list(sampling.stop_ids)] = -torch.inf
+    if sampling.repetition_penalty != 1:
+        seen = torch.from_numpy(numpy.unique(numpy.concatenate((prompt, drawn)))).to(logits.device)
+        values = logits[seen]
+        factor = sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / factor, values * factor)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        tokens, counts = (torch.from_numpy(part).to(logits.device) for part in numpy.unique(drawn, return_counts=True))
+        logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts.float()
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token a row by inverting the cumulative distribution.
 
-    logits: (B, V) fp32. temperature, top_p: (B,) fp32. uniform: (B,) float64 in [0, 1). Returns (tokens (B,) int64,
-    log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0 takes the most likely token and
-    reports its log-probability at temperature 1.
+    logits: (B, V) fp32. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). kept: top_k (B,) int64, top_p (B,) and
+    min_p (B,) fp32, or None where every token is kept. Returns (tokens (B,) int64, their log-probabilities (B,) fp32
+    under the distribution drawn from, all log-probabilities (B, V) where they were made). Temperature 0 takes the most
+    likely token and reports its log-probability at temperature 1.
     """
-    nucleus = bool((top_p < 1).any())
-    if not nucleus and kernels.takes_steps(logits, 0):
-        return kernels.draw(logits.contiguous(), temperature.float(), uniform.double())
+    if kept is None and kernels.takes_steps(logits, 0):
+        return *kernels.draw(logits.contiguous(), temperature.float(), uniform.double()), None
     greedy = temperature == 0
     log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature).unsqueeze(1), -1)
-    if nucleus:
-        log_probs = keep_nucleus(log_probs, top_p)
+    if kept is not None:
+        log_probs = keep_likely(log_probs, *kept)
     if bool(greedy.all()):
         tokens = logits.argmax(-1)
     else:
@@ -47,15 +83,66 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
         if bool(greedy.any()):
             tokens = torch.where(greedy, logits.argmax(-1), tokens)
-    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1), log_probs
 
 
-def keep_nucleus(log_probs: Tensor, top_p: Tensor) -> Tensor:
-    """Renormalised log-probabilities of the smallest set with mass >= top_p (arXiv:1904.09751); -inf outside.
+def keep_likely(log_probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Renormalised log-probabilities of the tokens that are kept, (B, V), -inf for the others: first by min-p
+    (arXiv:2407.01082), then the top_k most likely, then of what is left the smallest set with mass >= top_p
+    (arXiv:1904.09751).
 
-    The most likely token is always kept. log_probs: (B, V). top_p: (B,).
+    top_k: (B,) int64, 0 for all. top_p, min_p: (B,). The most likely token is always kept; of equals the lower id.
     """
-    ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    outside = (before >= top_p.unsqueeze(1)).scatter(1, order, before >= top_p.unsqueeze(1))
-    return torch.log_softmax(log_probs.masked_fill(outside, -torch.inf), -1)
+    V = log_probs.shape[1]
+    floor = log_probs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
+    log_probs = torch.where((log_probs < floor) & (min_p > 0).unsqueeze(1), -torch.inf, log_probs)
+    limit = torch.where(top_k > 0, top_k, V).clamp(max=V).unsqueeze(1)
+    count = min(CANDIDATES, V)
+    while True:
+        ordered, order = _largest(log_probs, count)
+        places = torch.arange(count, device=log_probs.device)
+        mass = torch.where(places < limit, ordered.exp(), 0.0)
+        upto = mass.cumsum(-1)
+        whole = torch.where(limit.squeeze(1) <= count, upto[:, -1], log_probs.exp().sum(-1))  # of what top-k leaves
+        before = upto - mass
+        outside = (places >= limit) | (before >= (top_p * whole).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
+        ended = (outside | (ordered == -torch.inf)).any(-1) | (limit.squeeze(1) <= count)
+        if count == V or bool(ended.all()):
+            break
+        count = V
+    kept = torch.full_like(log_probs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
+    return torch.log_softmax(kept, -1)
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row with their indices, sorted; of equals the lower index first."""
+    if count == values.shape[1]:
+        return tuple(values.sort(dim=-1, descending=True, stable=True))
+    found, index = values.topk(count, dim=-1)
+    by_index = index.argsort(-1)  # topk promises no order among equals
+    found, index = found.gather(1, by_index), index.gather(1, by_index)
+    order = found.argsort(-1, descending=True, stable=True)
+    return found.gather(1, order), index.gather(1, order)
+
+
+def alternatives(log_probs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The `count` most likely tokens of each row of (B, V), (id, log-probability), best first; fewer where fewer have
+    any probability."""
+    values, index = _largest(log_probs, min(count, log_probs.shape[1]))
+    return [
+        tuple((token, value) for token, value in zip(tokens, row, strict=True) if value != -numpy.inf)
+        for tokens, row in zip(index.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def ends_with(ids: numpy.ndarray, close: Sequence[int]) -> bool:
+    """Whether the last of `ids` are `close`."""
+    return len(ids) >= len(close) and (ids[len(ids) - len(close) :] == close).all()
+
+
+def closing(sampling: Sampling, drawn: numpy.ndarray) -> int | None:
+    """The token that has to come next for thinking that is still open after `drawn`; None within its budget."""
+    if sampling.thinking_budget is None or len(drawn) < sampling.thinking_budget:
+        return None
+    close = sampling.close_ids
+    return close[next(n for n in range(len(close) - 1, -1, -1) if ends_with(drawn, close[:n]))]

@@ -1,130 +1,233 @@
-"""Who is decoded when: a queue of prompts, and the table of sequences in the cache's slots."""
+"""Who computes what in the next step: admission by memory, chunks of prompts beside decoding, preemption.
 
-from collections import deque
-from dataclasses import dataclass, field
+Everything goes by one order: priority, then arrival. A sequence that needs a block when none is left takes the blocks of
+the last one in that order, which computes its tokens again later; so the first one always gets to its end. Blocks are
+found by content: what any sequence has computed, or computes in this very step, is not computed again.
+"""
+
+import bisect
+import heapq
+from dataclasses import dataclass
 
 import numpy
-import torch
 
-from thinkstack.types import Completion, FinishReason, Sampling
+from thinkstack.engine.blocks import BLOCK, BlockPool, Content, root_name
+from thinkstack.engine.table import Request, SequenceTable, Waiting
+from thinkstack.types import RequestError
 
-MAX_STOP_IDS = 8
-"""Stop tokens a request may name."""
-
-
-@dataclass
-class Request:
-    """One prompt and the answers drawn for it so far."""
-
-    id: int
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
-    completions: list[Completion | None] = field(default_factory=list)
-    """One place per answer; None until it is finished."""
-    weights_version: int = 0
-
-    @property
-    def is_finished(self) -> bool:
-        return all(completion is not None for completion in self.completions)
+ROWS_PER_SPARE_BLOCK = 8
+"""Nobody is admitted unless a block stays free for every so many running rows: they will need it soon."""
 
 
-class SlotTable:
-    """What is known of the sequence in each slot, as columns. Rows 0..count-1 are being decoded; the rest is free."""
+@dataclass(frozen=True)
+class Plan:
+    """The tokens of one step."""
 
-    def __init__(self, num_slots: int, max_tokens: int, experts: tuple[int, int, str] | None = None):
-        """experts: layers that have some, experts per token and their integer type, if choices are kept."""
-        self.count = 0
-        self.owner: list[tuple[Request, int]] = []
-        """Request and index of the answer, per row."""
-        self.tokens = numpy.zeros((num_slots, max_tokens), dtype=numpy.int64)
-        """Tokens drawn."""
-        self.log_probs = numpy.zeros((num_slots, max_tokens), dtype=numpy.float32)
-        self.drawn = numpy.zeros(num_slots, dtype=numpy.int64)
-        """Number of tokens drawn."""
-        self.length = numpy.zeros(num_slots, dtype=numpy.int64)
-        """Tokens in the cache: the prompt and all drawn tokens but the last."""
-        self.limit = numpy.zeros(num_slots, dtype=numpy.int64)
-        self.seed = numpy.zeros(num_slots, dtype=numpy.uint64)
-        self.temperature = numpy.zeros(num_slots, dtype=numpy.float32)
-        self.top_p = numpy.ones(num_slots, dtype=numpy.float32)
-        self.stop_ids = numpy.full((num_slots, MAX_STOP_IDS), -1, dtype=numpy.int64)
-        self.experts: numpy.ndarray | None = None
-        """Experts of the tokens in the cache, (slots, tokens, L, K); None where nobody asked for them."""
-        if experts is not None:
-            self.experts = numpy.zeros((num_slots, max_tokens, *experts[:2]), dtype=experts[2])
-
-    def open(self, request: Request, answer: int) -> int:
-        """Give the next free row to one answer of `request`; returns the row."""
-        row, sampling = self.count, request.sampling
-        self.owner.append((request, answer))
-        self.drawn[row] = 0
-        self.length[row] = len(request.prompt_ids)
-        self.limit[row] = sampling.max_tokens
-        self.seed[row] = answer_seed(sampling.seed, answer)
-        self.temperature[row] = sampling.temperature
-        self.top_p[row] = sampling.top_p
-        self.stop_ids[row] = -1
-        self.stop_ids[row, : len(sampling.stop_ids)] = sampling.stop_ids
-        self.count += 1
-        return row
-
-    def append(self, rows: slice, tokens: numpy.ndarray, log_probs: numpy.ndarray) -> None:
-        """Note the token just drawn in each row of `rows`."""
-        index = numpy.arange(rows.start, rows.stop)
-        self.tokens[index, self.drawn[rows]] = tokens
-        self.log_probs[index, self.drawn[rows]] = log_probs
-        self.drawn[rows] += 1
-
-    def finished(self) -> dict[int, FinishReason]:
-        """Rows whose last token ended them, with the reason; a stop token on the last place is still a stop."""
-        rows = numpy.arange(self.count)
-        last = self.tokens[rows, self.drawn[: self.count] - 1]
-        stopped = (last[:, None] == self.stop_ids[: self.count]).any(1)
-        full = self.drawn[: self.count] >= self.limit[: self.count]
-        return {int(row): "stop" if stopped[row] else "length" for row in numpy.flatnonzero(stopped | full)}
-
-    def close(self, row: int, reason: FinishReason) -> int:
-        """Hand the row's answer to its request and move the last row into the gap; returns the row that moved."""
-        request, answer = self.owner[row]
-        drawn = int(self.drawn[row])
-        request.completions[answer] = Completion(
-            token_ids=tuple(self.tokens[row, :drawn].tolist()),
-            log_probs=tuple(self.log_probs[row, :drawn].tolist()),
-            finish_reason=reason,
-            weights_version=request.weights_version,
-            experts=None if self.experts is None else torch.from_numpy(self.experts[row, : self.length[row]].copy()),
-        )
-        self.count -= 1
-        last = self.count
-        columns: tuple[numpy.ndarray, ...] = (self.tokens, self.log_probs, self.drawn, self.length, self.limit)
-        kept = () if self.experts is None else (self.experts,)
-        for column in (*columns, *kept, self.seed, self.temperature, self.top_p, self.stop_ids):
-            column[row] = column[last]
-        self.owner[row] = self.owner[last]
-        self.owner.pop()
-        return last
+    rows: numpy.ndarray
+    """Rows that compute something, those with one token first."""
+    counts: numpy.ndarray
+    """Tokens of each, from the first that is not in the cache."""
 
 
 class Scheduler:
-    """First come, first served. A request's answers start together, so that its prompt is prefilled once."""
+    """The queue, the running rows and the blocks they hold."""
 
-    def __init__(self, num_slots: int):
-        self.num_slots = num_slots
-        self.waiting: deque[Request] = deque()
+    def __init__(self, table: SequenceTable, pool: BlockPool, max_prefill_tokens: int, max_waiting: int = 0):
+        """max_waiting: requests that may wait; 0 for any number."""
+        self.table, self.pool = table, pool
+        self.max_prefill_tokens, self.max_waiting = max_prefill_tokens, max_waiting
+        self.queue: list[tuple[tuple[int, int, int], Waiting]] = []  # a heap
+        self.waiting = 0
+        """Entries of the queue whose request was not aborted."""
+        self.running: list[int] = []
+        """Rows in use, in order."""
+        self.version = 0
+        self.preemptions = 0
+        self.preempted = False
+        """Whether the last plan sent somebody back."""
+        self.holds_back = False
+        """Admit nobody: the engine drains."""
 
-    def admit(self, running: int, max_prefill_tokens: int) -> list[Request]:
-        """Take requests from the queue's head while their answers fit the free slots and their prompts one prefill."""
-        admitted: list[Request] = []
-        tokens = 0
-        while self.waiting and running + self.waiting[0].sampling.n <= self.num_slots:
-            tokens += len(self.waiting[0].prompt_ids)
-            if admitted and tokens > max_prefill_tokens:
+    def add(self, request: Request) -> None:
+        """Queue a new request. Raises RequestError if too many wait."""
+        if self.max_waiting and self.waiting >= self.max_waiting:
+            raise RequestError(f"{self.waiting:,} requests wait already; ask again later, or raise max_waiting")
+        self._push(Waiting(request, tuple(range(request.sampling.n))))
+
+    def plan(self) -> Plan:
+        """Choose the tokens of the next step, hold blocks for them, admit whom there is room for."""
+        counts: dict[int, int] = {}
+        budget, self.preempted = self.max_prefill_tokens, False
+        table = self.table
+        rows = numpy.array(self.running, dtype=numpy.int64)
+        pending = table.known[rows] - table.computed[rows]
+        is_easy = (pending == 1) & (table.computed[rows] % BLOCK != 0)
+        for row in rows[~is_easy].tolist():
+            if table.owner[row] is None or table.follows[row]:
+                continue  # preempted above, or computes nothing itself
+            counts[row] = self._chunk(row, budget)
+            budget -= counts[row] if table.known[row] - table.computed[row] > 1 else 0
+        while self.queue and budget > 0 and not self.preempted and not self.holds_back:
+            row = self._admit(budget)
+            if row is None:
                 break
-            admitted.append(self.waiting.popleft())
-            running += admitted[-1].sampling.n
-        return admitted
+            counts[row] = self._chunk(row, budget)
+            budget -= counts[row]
+        chunks = [(row, count) for row, count in counts.items() if count and table.owner[row] is not None]
+        chunks.sort(key=lambda each: each[1] > 1)
+        easy = [row for row in rows[is_easy].tolist() if table.owner[row] is not None]
+        for row in easy:
+            if (table.computed[row] + 1) % BLOCK == 0:
+                self.name_blocks(row, int(table.computed[row]) + 1)
+        return Plan(
+            numpy.array(easy + [row for row, _ in chunks], dtype=numpy.int64),
+            numpy.array([1] * len(easy) + [count for _, count in chunks], dtype=numpy.int64),
+        )
 
+    def _chunk(self, row: int, budget: int) -> int:
+        """Tokens that a row computes now, at most `budget` of a prompt; holds their blocks, or 0 if it has to wait."""
+        table = self.table
+        self._reuse(row)
+        start, pending = int(table.computed[row]), int(table.known[row] - table.computed[row])
+        count = pending if pending == 1 else min(pending, budget)
+        while count > 0:
+            missing = -(-(start + count) // BLOCK) - len(table.blocks[row])
+            if missing <= self.pool.available:
+                break
+            if not self._preempt_after(row):
+                count = (len(table.blocks[row]) + self.pool.available) * BLOCK - start
+        if count <= 0:
+            if count < 0 or (pending > 0 and budget > 0):
+                self._preempt(row)
+            return 0
+        table.hold(row, self.pool.take(max(missing, 0)))
+        self.name_blocks(row, start + count)
+        return count
 
-def answer_seed(seed: int, answer: int) -> int:
-    """Seed of one of a request's answers, as an unsigned 64-bit number."""
-    return (seed * 0x2545F4914F6CDD1D + answer * 0x9E3779B97F4A7C15 + 1) % 2**64
+    def _reuse(self, row: int) -> None:
+        """Take over blocks that hold what the row would compute next; its last token is always computed."""
+        table = self.table
+        while table.computed[row] == len(table.blocks[row]) * BLOCK and table.known[row] - table.computed[row] > 1:
+            start = int(table.computed[row])
+            content = Content(table.names[row][-1], table.ids[row, start : start + BLOCK].tobytes())
+            block = self.pool.find(content) if start + BLOCK <= table.known[row] else None
+            if block is None:
+                return
+            self.pool.share([block])
+            table.hold(row, [block])
+            table.names[row].append(content.name)
+            table.computed[row] = min(start + BLOCK, int(table.known[row]) - 1)
+
+    def name_blocks(self, row: int, end: int) -> None:
+        """Make the row's blocks findable that are full once `end` tokens are computed."""
+        table = self.table
+        for place in range(len(table.names[row]) - 1, end // BLOCK):
+            tokens = table.ids[row, place * BLOCK : (place + 1) * BLOCK].tobytes()
+            table.names[row].append(self.pool.name(table.blocks[row][place], Content(table.names[row][-1], tokens)))
+
+    def _admit(self, budget: int) -> int | None:
+        """Open rows for the first of the queue; returns the one that computes the prompt, None if it has to wait."""
+        table = self.table
+        while self.queue and self.queue[0][1] not in self.queue[0][1].request.queued:
+            heapq.heappop(self.queue)  # aborted
+        if not self.queue:
+            return None
+        waiting = self.queue[0][1]
+        request, answers = waiting.request, waiting.answers
+        chunk = min(len(request.prompt_ids) + len(waiting.drawn), budget)
+        room = -(-chunk // BLOCK) + len(self.running) // ROWS_PER_SPARE_BLOCK
+        if len(answers) > len(table.free) or self.pool.available < room:
+            return None
+        heapq.heappop(self.queue)
+        self.waiting -= 1
+        request.queued.remove(waiting)
+        first, *others = (table.open(waiting, answer, root_name(self.version, request.salt)) for answer in answers)
+        table.followers[first] = others
+        table.follows[others] = True
+        for row in (first, *others):
+            bisect.insort(self.running, row, key=table.key)
+        self._reuse(first)
+        if not waiting.drawn:
+            request.weights_version = self.version
+            request.cached_tokens = int(table.computed[first]) // BLOCK * BLOCK
+        return first
+
+    def fork(self, row: int) -> list[int]:
+        """Start the followers of a row whose prompt is computed. Returns the rows that did, each holding the shared
+        blocks and one of its own for the copy of a half-full last one; without a block left, one waits again."""
+        table, started = self.table, []
+        prompt = int(table.prompt[row])
+        shared, rest = divmod(prompt, BLOCK)
+        for follower in table.followers[row]:
+            if rest and not self.pool.available:
+                self._preempt(follower)
+                continue
+            own = self.pool.take(1) if rest else []
+            self.pool.share(table.blocks[row][:shared])
+            table.hold(follower, table.blocks[row][:shared] + own)
+            table.names[follower] = list(table.names[row])
+            table.computed[follower] = prompt
+            table.follows[follower] = False
+            started.append(follower)
+        table.followers[row] = []
+        return started
+
+    def _preempt_after(self, row: int) -> bool:
+        """Take the blocks of the last row in order that holds some, if that is not `row` or one before it."""
+        table = self.table
+        for last in reversed(self.running):
+            if last == row:
+                return False
+            if table.blocks[last]:
+                self._preempt(last)
+                return True
+        return False
+
+    def _preempt(self, row: int) -> None:
+        """Send a row, and those that wait for its prompt, back to the queue."""
+        table = self.table
+        request, answer = table.held(row)
+        followers = table.followers[row]
+        answers = (answer, *(table.held(other)[1] for other in followers))
+        self._push(Waiting(request, answers, *table.drawn(row)))
+        self.preempted = True
+        self.preemptions += 1
+        for each in (*followers, row):
+            self.close(each)
+
+    def close(self, row: int) -> None:
+        """Free a row and let go of its blocks."""
+        self.running.remove(row)
+        self.pool.release(self.table.blocks[row])
+        self.table.clear(row)
+
+    def _push(self, waiting: Waiting) -> None:
+        heapq.heappush(self.queue, (waiting.key, waiting))
+        self.waiting += 1
+        waiting.request.queued.append(waiting)
+
+    def forget_waiting(self, request: Request) -> list[Waiting]:
+        """What an aborted request has in the queue; it leaves the queue when its turn comes, or much has gathered."""
+        found, request.queued = request.queued, []
+        self.waiting -= len(found)
+        if len(self.queue) > 2 * self.waiting + 64:
+            self.queue = [each for each in self.queue if each[1] in each[1].request.queued]
+            heapq.heapify(self.queue)
+        return found
+
+    def preempt_all(self) -> None:
+        """Send everybody back to the queue."""
+        for row in reversed(list(self.running)):
+            if self.table.owner[row] is not None:
+                self._preempt(row)
+
+    def check(self) -> None:
+        """Raise AssertionError if blocks and rows do not add up."""
+        self.pool.check()
+        held = numpy.zeros_like(self.pool.holders)
+        for row in self.running:
+            numpy.add.at(held, self.table.blocks[row], 1)
+            assert len(self.table.blocks[row]) * BLOCK >= self.table.computed[row]
+        assert (held == self.pool.holders).all(), "a block is held by nobody's row"
+        assert len(self.running) + len(self.table.free) == len(self.table.owner)
+        assert self.waiting == sum(each in each.request.queued for _, each in self.queue)

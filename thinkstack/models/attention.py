@@ -1,9 +1,9 @@
 """Attention of the family: multi-head latent attention (MLA) and grouped-query attention (GQA).
 
-Both answer to one interface. New tokens attend among themselves (training, and whole prompts), or, where a cache has
-more context than they bring, to what it holds. MLA reads its latents in two ways that give the same numbers: expanded
-to keys and values per head (among themselves, where every latent is used once per query of its own row), or absorbed
-into the query (decoding, where expanding the whole context for each new token would cost more than the model).
+Both answer to one interface. New tokens attend among themselves (training), or to what a cache holds, where they put
+their own entries first (the engine, prompts included). MLA reads its latents in two ways that give the same numbers:
+expanded to keys and values per head (among themselves, where every latent is used once per query of its own row), or
+absorbed into the query (from a cache, where expanding the context for each new token would cost more than the model).
 """
 
 # Shapes in this file: B rows, T new tokens, S tokens attended to, D hidden size, H heads, C kv_lora_rank,
@@ -20,19 +20,17 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
 from thinkstack.models.layers import RMSNorm, rotate
+from thinkstack.models.pages import Pages
 
 
 class LayerCache(Protocol):
-    """What the attention of one layer needs of a cache."""
+    """What the attention of one layer needs of a cache; every row of the pass is one new token."""
 
-    def extend(self, layer: int, entries: Tensor) -> Tensor | None:
-        """Keep entries (B, T, W) of the new tokens; return those of all tokens attended to, (B, S, W).
+    def pages(self, layer: int) -> Pages:
+        """Where the context of the new tokens lies, their own entries to be written there before it is read."""
 
-        None: there is no earlier context, the new tokens attend among themselves.
-        """
-
-    def room(self, layer: int, rows: int) -> Tensor | None:
-        """All entries of the sequences, (B, S, W), to be written and read in place; None where that cannot be done."""
+    def extend(self, layer: int, entries: Tensor) -> Pages:
+        """Keep the entries (N, 1, W) of the new tokens; returns `pages`."""
 
 
 @dataclass(kw_only=True)
@@ -133,6 +131,31 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionCon
     return out[..., : value.shape[-1]].transpose(1, 2).unflatten(2, (-1, Q))
 
 
+def read_pages(
+    query: Tensor, pages: Pages, last: Tensor, heads: kernels.Heads, scale: float, limit: int = 1 << 26
+) -> Tensor:
+    """`kernels.read_cache` in torch's operators: sequences with one new token together, `limit` elements of context at
+    most at once, others one by one. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V)."""
+    out = query.new_empty(*query.shape[:3], heads.value_width)
+    span = int(last.max()) + 1
+    singles = [start for start, count, _ in pages.runs if count == 1]
+    size = max(limit // (span * pages.entries.shape[2]), 1)
+    tokens = [torch.tensor(singles[at : at + size], device=query.device) for at in range(0, len(singles), size)]
+    parts = [(at, pages.of(pages.owner[at], span), 1) for at in tokens]
+    for at, context, T in parts + [
+        (torch.arange(start, start + count, device=query.device), pages.of(sequence, span), count)
+        for start, count, sequence in pages.runs
+        if count > 1
+    ]:
+        k, v = heads.split(context)
+        places = torch.arange(span, device=query.device)
+        mask = torch.zeros(len(at), span, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill_(places > last[at].unsqueeze(1), -torch.inf).view(-1, 1, T, span)
+        found = weighted_values(query[at].unflatten(0, (-1, T)), k, v, mask, scale)
+        out[at] = found.flatten(0, 1)
+    return out
+
+
 class Attention(nn.Module):
     """What MLA and GQA do alike, once they have made queries and entries."""
 
@@ -160,15 +183,11 @@ class Attention(nn.Module):
             return fused_attention(grouped, k, v, ctx, self.scale).flatten(2, 3)
         return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
 
-    def read(self, q: Tensor, entries: Tensor, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:
-        """q (B, T, H, K), rotated, over cached entries (B, S, W). Returns (B, T, H, V)."""
-        grouped = q.unflatten(2, (heads.groups, -1))
-        if q.shape[1] == 1 and kernels.takes(q):
-            out = kernels.read_cache(grouped.squeeze(1), entries, ctx.last.squeeze(1), heads, self.scale).unsqueeze(1)
-        else:
-            k, v = heads.split(entries)
-            out = weighted_values(grouped, k, v, ctx.mask(entries.shape[1], q.dtype), self.scale)
-        return out.flatten(2, 3)
+    def read(self, q: Tensor, pages: Pages, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:
+        """q (N, 1, H, K), rotated, over the context of each token. Returns (N, 1, H, V)."""
+        grouped, last = q.squeeze(1).unflatten(1, (heads.groups, -1)), ctx.last.squeeze(1)
+        attend = kernels.read_cache if kernels.takes(q) else read_pages
+        return attend(grouped, pages, last, heads, self.scale).flatten(1, 2).unsqueeze(1)
 
 
 class MLA(Attention):
@@ -197,10 +216,8 @@ class MLA(Attention):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
         a = self.shape
-        if ctx.cache is not None and x.shape[1] == 1 and kernels.takes_steps(x, x.shape[2]):
-            room = ctx.cache.room(self.layer, x.shape[0])
-            if room is not None:
-                return self.step(x, room, ctx)
+        if ctx.cache is not None and kernels.takes_steps(x, x.shape[2]):
+            return self.step(x, ctx.cache.pages(self.layer), ctx)
         q = self.wq_b(self.q_norm(self.wq_a(x))) if a.q_lora_rank else self.wq(x)
         q = q.unflatten(-1, (a.num_heads, -1))  # (B, T, H, N + R)
         latent, k_rope = self.wkv_a(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
@@ -214,8 +231,8 @@ class MLA(Attention):
             heads = self.read_absorbed(q, context, ctx)
         return self.wo(heads.flatten(2))
 
-    def step(self, x: Tensor, room: Tensor, ctx: AttentionContext) -> Tensor:
-        """`forward` of one new token per sequence, x (B, 1, D), whose entries live in `room` (B, S, W)."""
+    def step(self, x: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
+        """`forward` of new tokens x (N, 1, D) in one call."""
         a, direct = self.shape, not self.shape.q_lora_rank
         weights = {
             "wq_a": None if direct else self.wq_a.weight,
@@ -229,13 +246,13 @@ class MLA(Attention):
         sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
         sizes |= {"Q": a.q_lora_rank, "interleaved": int(self.interleaved)}
         last = ctx.last.flatten()
-        out = kernels.latent_step(x[:, 0], weights, sizes, ctx.rope, last, room, self.scale, self.kv_norm.eps)
+        out = kernels.latent_step(x[:, 0], weights, sizes, ctx.rope, last, pages, self.scale, self.kv_norm.eps)
         return out.unsqueeze(1)
 
-    def read_absorbed(self, q: Tensor, entries: Tensor, ctx: AttentionContext) -> Tensor:
-        """Attention of q (B, T, H, N + R) over cached entries (B, S, W), without ever making keys or values.
+    def read_absorbed(self, q: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
+        """Attention of q (B, 1, H, N + R) over cached latents, without ever making keys or values.
 
-        The halves of wkv_b move to the query and to the output. Returns (B, T, H, V).
+        The halves of wkv_b move to the query and to the output. Returns (B, 1, H, V).
         """
         a = self.shape
         w_uk, w_uv = self.wkv_b.weight.unflatten(0, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], 1)
@@ -243,7 +260,7 @@ class MLA(Attention):
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # (H, B*T, C)
         q_latent = q_latent.transpose(0, 1).unflatten(0, q.shape[:2])
         q = torch.cat((q_latent, rotate(q_rope, ctx.rope, self.interleaved)), -1)  # (B, T, H, W)
-        out = self.read(q, entries, self.absorbed, ctx).flatten(0, 1).transpose(0, 1)  # (H, B*T, C)
+        out = self.read(q, pages, self.absorbed, ctx).flatten(0, 1).transpose(0, 1)  # (H, B*T, C)
         return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, q.shape[:2])
 
 

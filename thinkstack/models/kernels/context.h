@@ -6,6 +6,25 @@
 
 constexpr int HEADS = 4;  // at a time
 
+// Part of the cached entries of one sequence: token s lies in block blocks[s >> shift], blocks hold 2^shift tokens.
+template <typename T>
+struct Pages {
+  const T* base;
+  const int32_t* blocks;
+  int64_t shift, stride;  // elements from token to token
+
+  T* at(int64_t s) const { return const_cast<T*>(base) + (((int64_t)blocks[s >> shift] << shift) + (s & ((1 << shift) - 1))) * stride; }
+
+  // each(s, address) for tokens 0..last, in order.
+  template <typename Each>
+  void through(int64_t last, Each each) const {
+    for (int64_t s = 0; s <= last;) {
+      const T* entry = at(s);
+      for (const int64_t end = std::min(last + 1, s + (1 << shift)); s < end; s++, entry += stride) each(s, entry);
+    }
+  }
+};
+
 // The sums of four vectors, side by side.
 inline void sums(const vf x[4], float out[4]) {
   const vf a = __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
@@ -22,17 +41,16 @@ inline void sums(const vf x[4], float out[4]) {
 
 // scores[s * HEADS + h] for tokens 0..last of HEADS queries of width W at the addresses given.
 template <typename T>
-void score(const T* const query[HEADS], const T* keys, float* scores, int64_t W, int64_t stride, int64_t last) {
+void score(const T* const query[HEADS], const Pages<T>& keys, float* scores, int64_t W, int64_t last) {
   const int64_t whole = W / LANES * LANES;
-  for (int64_t s = 0; s <= last; s++) {
-    const T* key = keys + s * stride;
+  keys.through(last, [&](int64_t s, const T* key) {
     vf total[HEADS] = {};
     for (int64_t c = 0; c < whole; c += LANES)
       for (int h = 0; h < HEADS; h++) total[h] += load(query[h] + c) * load(key + c);
     if (whole < W)
       for (int h = 0; h < HEADS; h++) total[h] += load_some(query[h] + whole, W - whole) * load_some(key + whole, W - whole);
     sums(total, scores + s * HEADS);
-  }
+  });
 }
 
 // Softmax along s of scores[s * HEADS + h]; four tokens of four heads at a time.
@@ -57,32 +75,33 @@ inline void softmax(float* scores, int64_t last, float scale) {
 
 // out[h] += sum over s of probs[s * HEADS + h] * values[s], `VECTORS` vectors from column c.
 template <int VECTORS, typename T>
-void mix_columns(const float* probs, const T* values, T* const out[HEADS], int64_t count, int64_t c, int64_t V, int64_t stride, int64_t last) {
+void mix_columns(const float* probs, const Pages<T>& values, T* const out[HEADS], int64_t count, int64_t c, int64_t V, int64_t last) {
   vf total[HEADS][VECTORS] = {};
-  for (int64_t s = 0; s <= last; s++)
+  values.through(last, [&](int64_t s, const T* entry) {
     for (int j = 0; j < VECTORS; j++) {
-      const vf value = load_some(values + s * stride + c + j * LANES, V - c - j * LANES);
+      const vf value = load_some(entry + c + j * LANES, V - c - j * LANES);
       for (int h = 0; h < HEADS; h++) total[h][j] += probs[s * HEADS + h] * value;
     }
+  });
   for (int64_t h = 0; h < count; h++)
     for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
 }
 template <typename T>
-void mix(const float* probs, const T* values, T* const out[HEADS], int64_t count, int64_t V, int64_t stride, int64_t last) {
+void mix(const float* probs, const Pages<T>& values, T* const out[HEADS], int64_t count, int64_t V, int64_t last) {
   int64_t c = 0;
-  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(probs, values, out, count, c, V, stride, last);
-  for (; c < V; c += LANES) mix_columns<1>(probs, values, out, count, c, V, stride, last);
+  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(probs, values, out, count, c, V, last);
+  for (; c < V; c += LANES) mix_columns<1>(probs, values, out, count, c, V, last);
 }
 
 // Attention of `count` <= HEADS queries (count, W) to tokens 0..last: out (count, V). scores: scratch of HEADS * (last + 4).
 template <typename T>
-void attend_to(const T* query, const T* keys, const T* values, T* out, float* scores, int64_t count, int64_t W, int64_t V, int64_t stride,
+void attend_to(const T* query, const Pages<T>& keys, const Pages<T>& values, T* out, float* scores, int64_t count, int64_t W, int64_t V,
                int64_t last, float scale) {
   const T* from[HEADS];
   T* to[HEADS];
   for (int64_t h = 0; h < HEADS; h++) from[h] = query + std::min(h, count - 1) * W;
   for (int64_t h = 0; h < HEADS; h++) to[h] = out + std::min(h, count - 1) * V;
-  score(from, keys, scores, W, stride, last);
+  score(from, keys, scores, W, last);
   softmax(scores, last, scale);
-  mix(scores, values, to, count, V, stride, last);
+  mix(scores, values, to, count, V, last);
 }

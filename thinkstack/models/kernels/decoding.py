@@ -1,41 +1,56 @@
-"""Inference on one new token per sequence: reading a cache, whole sublayers, routing and drawing. No gradients."""
+"""Inference on new tokens: reading a cache, whole sublayers, routing and drawing. No gradients."""
 
-# Shapes in this file: B sequences, S cached tokens, G key/value heads, Q query heads per group, W width of an entry,
-# V value width, D hidden size, R rotated width, E experts, K experts per token. LatentStep's sizes are in steps.cpp.
+# Shapes in this file: N or B new tokens, G key/value heads, Q query heads per group, W key width, V value width,
+# D hidden size, R rotated width, E experts, K experts per token. LatentStep's sizes are in steps.cpp.
 
 import torch
 from torch import Tensor
 
 from thinkstack.models.kernels.calls import address, call, run, structure
 from thinkstack.models.kernels.operators import Heads
+from thinkstack.models.pages import Pages
 
 _Decode = structure(
-    "Decode", "query entries last out", "B G Q W V entries_b entries_s key_g value_g value_at longest threads", "scale"
+    "Decode",
+    "query entries tables owner last out",
+    "N G Q W V shift table_width entry_width key_g value_g value_at longest threads",
+    "scale",
 )
 _LatentStep = structure(
     "LatentStep",
-    "x wq_a q_norm wq_b wkv_a kv_norm wkv_b wo rope last cache out",
-    "B D H N R V C Q cache_b interleaved longest threads",
+    "x wq_a q_norm wq_b wkv_a kv_norm wkv_b wo rope last tables owner cache out queries",
+    "B D H N R V C Q shift table_width interleaved longest threads",
     "scale eps",
 )
 
 
-def read_cache(query: Tensor, entries: Tensor, last: Tensor, heads: Heads, scale: float) -> Tensor:
-    """Attention of one new token per sequence over cached entries.
+def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: float) -> Tensor:
+    """Attention of new tokens over the cached entries of their sequences.
 
-    query: (B, G, Q, key_width). entries: (B, S, W), any distance between rows and tokens. last: (B,) int64, the
-    last entry that each sequence sees. scale: factor of the scores. Returns (B, G, Q, V).
+    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees. scale:
+    factor of the scores. Returns (N, G, Q, V).
     """
-    B, G, Q, W = query.shape
+    N, G, Q, W = query.shape
     query = query.contiguous()
-    out = query.new_empty(B, G, Q, heads.value_width)
+    out = query.new_empty(N, G, Q, heads.value_width)
     arguments = _Decode(
-        *map(address, (query, entries, last, out)),
-        *(B, G, Q, W, heads.value_width, entries.stride(0), entries.stride(1)),
-        *(heads.key_step, heads.value_step, heads.value_at, entries.shape[1], torch.get_num_threads(), scale),
+        *map(address, (query, pages.entries, pages.tables, pages.owner, last, out)),
+        *(N, G, Q, W, heads.value_width, *_layout(pages), pages.entries.shape[2]),
+        *(heads.key_step, heads.value_step, heads.value_at, _longest(pages), torch.get_num_threads(), scale),
     )
     run("decode", arguments, query.dtype == torch.bfloat16)
     return out
+
+
+def _layout(pages: Pages) -> tuple[int, int]:
+    """Power of 2 of a block's tokens, and width of the tables."""
+    assert pages.entries.is_contiguous() and pages.tables.is_contiguous()
+    return pages.entries.shape[1].bit_length() - 1, pages.tables.shape[1]
+
+
+def _longest(pages: Pages) -> int:
+    """Most tokens that a sequence could have."""
+    return pages.entries.shape[1] * pages.tables.shape[1]
 
 
 def latent_step(
@@ -44,21 +59,24 @@ def latent_step(
     sizes: dict[str, int],
     rope: Tensor,
     last: Tensor,
-    cache: Tensor,
+    pages: Pages,
     scale: float,
     eps: float,
 ) -> Tensor:
-    """One new token per sequence through multi-head latent attention, projections included, in fp32.
+    """New tokens through multi-head latent attention, projections included, in fp32.
 
     x: (B, D), normed. weights: by the names of MLA's parameters; wq_a and q_norm may be None. sizes: H, N, R, V, C, Q
-    and interleaved. rope: (B, R / 2) complex64. last: (B,) int64, where the new entries go. cache: (B, S, C + R), its
-    entries contiguous; written to. Returns (B, D).
+    and interleaved. rope: (B, R / 2) complex64. last: (B,) int64, where the new entries go. pages: of B tokens, entries
+    of width C + R; written to. Returns (B, D).
     """
     out = torch.empty_like(x)
-    tensors = dict(weights, x=x, rope=rope, last=last, cache=cache, out=out)
+    queries = x.new_empty(x.shape[0], sizes["H"], pages.entries.shape[2])
+    tensors = dict(weights, x=x, rope=rope, last=last, cache=pages.entries, out=out, queries=queries)
+    tensors |= {"tables": pages.tables, "owner": pages.owner}
+    shift, table_width = _layout(pages)
     arguments = _LatentStep(
         **{name: address(tensor) for name, tensor in tensors.items()},
-        **dict(sizes, B=x.shape[0], D=x.shape[1], cache_b=cache.stride(0), longest=cache.shape[1]),
+        **dict(sizes, B=x.shape[0], D=x.shape[1], shift=shift, table_width=table_width, longest=_longest(pages)),
         **dict(threads=torch.get_num_threads(), scale=scale, eps=eps),
     )
     run("latent_step", arguments)

@@ -1,4 +1,4 @@
-// Inference on a few hundred tokens at a time, where calls would cost more than arithmetic: whole sublayers in fp32.
+// Inference on a small model, where calls would cost more than arithmetic: whole sublayers in fp32.
 // A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
 // norms, rotations and activations work on 16 tokens at once.
 #include "context.h"
@@ -9,10 +9,13 @@
 // B tokens, D hidden size, H heads, N unrotated and R rotated head width, V value width, C latent width, Q query latent.
 struct LatentStep {
   const float *x, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo;  // wq_a, q_norm: null without a query latent
-  const float* rope;    // (B, R / 2) pairs
-  const int64_t* last;  // (B,): where the new token's entry goes in its sequence
-  float *cache, *out;   // entry s of sequence b at b * cache_b + s * (C + R); (B, D)
-  int64_t B, D, H, N, R, V, C, Q, cache_b, interleaved, longest, threads;
+  const float* rope;      // (B, R / 2) pairs
+  const int64_t* last;    // (B,): where the new token's entry goes in its sequence
+  const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
+  const int32_t* owner;   // (B,): the sequence of each token
+  float *cache, *out;     // (blocks, 2^shift, C + R); (B, D)
+  float* queries;         // (B, H, C + R): room for the queries over entries
+  int64_t B, D, H, N, R, V, C, Q, shift, table_width, interleaved, longest, threads;
   double scale, eps;
 };
 
@@ -71,10 +74,10 @@ struct LatentBlock {
   const LatentStep& a;
   const int64_t W, K;
   Scratch scratch;
-  float *x, *latent, *q, *table, *entry, *absorbed, *rows, *mixed, *wide, *scores;
+  float *x, *latent, *q, *table, *entry, *absorbed, *mixed, *wide, *scores;
   static int64_t bytes(const LatentStep& a) {
     const int64_t W = a.C + a.R, K = a.N + a.R;
-    return 4 * (BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (3 * W + a.C + a.V)) + HEADS * (a.longest + 32)) + 12 * Scratch::SLACK;
+    return 4 * (BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (2 * W + a.C + a.V)) + HEADS * (a.longest + 32)) + 12 * Scratch::SLACK;
   }
   explicit LatentBlock(const LatentStep& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
     x = scratch.take<float>(BLOCK * a.D);
@@ -83,13 +86,13 @@ struct LatentBlock {
     table = scratch.take<float>(BLOCK * a.R);
     entry = scratch.take<float>(BLOCK * W);
     absorbed = scratch.take<float>(BLOCK * a.H * W);  // queries over entries, (H * W, n)
-    rows = scratch.take<float>(BLOCK * a.H * W);      // the same by token
     mixed = scratch.take<float>(BLOCK * a.H * W);     // latents read, (n, H * C), then (H * C, n)
     wide = scratch.take<float>(BLOCK * (a.H * (a.C + a.V) + a.D));
     scores = scratch.take<float>(HEADS * (a.longest + 32));
   }
 
-  void run(int64_t start, int64_t count) {
+  // Queries and entries of some tokens; the entries go to the cache, where later tokens of their sequences read them.
+  void prepare(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
     to_features(a.x + start * a.D, a.D, count, a.D, x, n);
     to_features(a.rope + start * a.R, a.R, count, a.R, table, n);
@@ -107,21 +110,25 @@ struct LatentBlock {
       multiply<float>({a.wkv_b + h * (a.N + a.V) * a.C, 1, a.C}, own, n, to, n, a.C, n, a.N, false);
       std::copy(own + a.N * n, own + K * n, to + a.C * n);
     }
-    to_rows(absorbed, n, count, a.H * W, rows, a.H * W);
+    to_rows(absorbed, n, count, a.H * W, a.queries + start * a.H * W, a.H * W);
     to_rows(entry, n, count, W, absorbed, W);
-    for (int64_t i = 0; i < count; i++) read(start + i, rows + i * a.H * W, absorbed + i * W, mixed + i * a.H * a.C);
+    for (int64_t i = 0; i < count; i++) std::copy(absorbed + i * W, absorbed + (i + 1) * W, pages(start + i).at(a.last[start + i]));
+  }
+
+  Pages<float> pages(int64_t b) const { return {a.cache, a.tables + a.owner[b] * a.table_width, a.shift, W}; }
+
+  void finish(int64_t start, int64_t count) {
+    const int64_t n = round_up(count);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t h = 0; h < a.H; h += HEADS)
+        attend_to(a.queries + ((start + i) * a.H + h) * W, pages(start + i), pages(start + i), mixed + (i * a.H + h) * a.C, scores,
+                  std::min<int64_t>(HEADS, a.H - h), W, a.C, a.last[start + i], float(a.scale));
     to_features(mixed, a.H * a.C, count, a.H * a.C, wide, n);
     float* values = wide + a.H * a.C * n;
     for (int64_t h = 0; h < a.H; h++)
       linear(a.wkv_b + (h * (a.N + a.V) + a.N) * a.C, wide + h * a.C * n, values + h * a.V * n, a.V, a.C, n);
     linear(a.wo, values, x, a.D, a.H * a.V, n);
     to_rows(x, n, count, a.D, a.out + start * a.D, a.D);
-  }
-  void read(int64_t b, const float* query, const float* entry_row, float* out) {
-    float* entries = a.cache + b * a.cache_b;
-    std::copy(entry_row, entry_row + W, entries + a.last[b] * W);
-    for (int64_t h = 0; h < a.H; h += HEADS)
-      attend_to(query + h * W, entries, entries, out + h * a.C, scores, std::min<int64_t>(HEADS, a.H - h), W, a.C, W, a.last[b], float(a.scale));
   }
 };
 
@@ -136,7 +143,10 @@ extern "C" void latent_step(const LatentStep* a) {
   {
     LatentBlock block(*a);
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < a->B; start += size) block.run(start, std::min(size, a->B - start));
+    for (int64_t start = 0; start < a->B; start += size) block.prepare(start, std::min(size, a->B - start));
+    // all entries are there before the first is read: several tokens may be of one sequence
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < a->B; start += size) block.finish(start, std::min(size, a->B - start));
   }
 }
 

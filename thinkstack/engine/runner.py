@@ -1,0 +1,105 @@
+"""One forward pass over the tokens of a step, whichever sequences they belong to: prompts and decoding together."""
+
+# Shapes in this file: N tokens of the step, D hidden size, V vocabulary size, L layers with experts, K experts per token.
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy
+import torch
+from torch import Tensor
+
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.engine.scheduler import Plan
+from thinkstack.engine.table import SequenceTable
+from thinkstack.models.config import ModelConfig
+from thinkstack.models.moe import ROW_TILE
+from thinkstack.models.pages import Pages
+from thinkstack.models.precision import inference_copy, refresh
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import ConfigError, RequestError, Sampling
+
+
+class Runner:
+    """A model in the engine's precision, and its cache.
+
+    Tokens are rows of every product, in whole tiles: what becomes of one does not depend on how many there are.
+    """
+
+    def __init__(self, model: Transformer, num_blocks: int, dtype: Literal["fp32", "bf16"], keeps_experts: bool):
+        """num_blocks: usable ones, beside the spare one."""
+        self.dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self.device = next(model.parameters()).device
+        """Where the model lies; only drawn tokens and chosen experts come back from there."""
+        self._kept = _kept_experts(model.cfg) if keeps_experts else None
+        self._num_blocks, self._cache = num_blocks, None
+        self._source, self._model = model, inference_copy(model, self.dtype)
+
+    @property
+    def cache(self) -> KVCache:
+        """The context of all sequences; made when it is first needed."""
+        if self._cache is None:
+            self._cache = KVCache(self._model.cfg, self._num_blocks + 1, self.dtype, self.device, self._kept)
+        return self._cache
+
+    def drop_cache(self) -> None:
+        """Give the cache's memory back."""
+        self._cache = None
+
+    def load(self, model: Transformer) -> None:
+        """Take over other weights, or those of the same model after a change."""
+        if model is self._source:
+            refresh(self._model, model)
+        else:
+            self._source, self._model = model, inference_copy(model, self.dtype)
+
+    def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Raise RequestError for tokens outside the vocabulary."""
+        self._model.check(torch.tensor([list(prompt_ids)]))
+        size = self._model.cfg.vocab_size
+        for name in ("stop_ids", "close_ids", "logit_bias"):
+            for token in getattr(sampling, name):
+                if not 0 <= token < size:
+                    raise RequestError(f"{name} names token {token}; this vocabulary has 0..{size - 1}")
+
+    def run(self, plan: Plan, table: SequenceTable) -> Tensor:
+        """Compute the planned tokens. Returns the hidden state (rows, D) of the last token of each planned row."""
+        rows, counts = plan.rows, plan.counts
+        ends = counts.cumsum()
+        total = int(ends[-1])
+        owner = numpy.full(-(-total // ROW_TILE) * ROW_TILE, len(table.owner), dtype=numpy.int64)  # padding
+        owner[:total] = rows.repeat(counts)
+        places = numpy.zeros(len(owner), dtype=numpy.int64)
+        places[:total] = numpy.arange(total) + (table.computed[rows] - (ends - counts)).repeat(counts)
+        slots = table.tables[owner, places // BLOCK].astype(numpy.int64) * BLOCK + places % BLOCK
+        starts = (ends - counts).tolist()
+        runs = tuple(zip(starts, counts.tolist(), rows.tolist(), strict=True))
+        padding = tuple((at, 1, len(table.owner)) for at in range(total, len(owner)))
+        pages = Pages(self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)), runs + padding)
+        view = View(self.cache, pages, self._there(slots))
+        ids, positions = (self._there(values).unsqueeze(1) for values in (table.ids[owner, places], places))
+        hidden, routing, _ = self._model.trunk(ids, positions, cache=view)
+        if self._kept is not None:
+            chosen = torch.stack([layer.experts for layer in routing], 2).squeeze(1)  # (N, L, K)
+            self.cache.keep_experts(slots[:total], chosen[:total].cpu().numpy())
+        return hidden.squeeze(1)[self._there(ends - 1)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, V) fp32 of hidden states (B, D), computed on whole row tiles."""
+        count = hidden.shape[0]
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -count % ROW_TILE))
+        return self._model.head(padded)[:count].float()
+
+    def _there(self, values: numpy.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
+    """How the cache keeps the choices of a model: layers with experts, experts per token, integer type."""
+    if cfg.moe is None:
+        raise ConfigError(
+            "router_replay (return_experts of an engine) is asked for, but the model has no experts; leave it out"
+        )
+    layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
+    return layers, cfg.moe.top_k, "uint8" if cfg.moe.num_experts <= 256 else "int16"
