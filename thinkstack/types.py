@@ -148,7 +148,9 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise RequestError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token")
         if self.top_k < 0 or self.top_log_probs < 0:
-            raise RequestError(f"top_k={self.top_k} and top_log_probs={self.top_log_probs} cannot be negative; 0 is off")
+            raise RequestError(
+                f"top_k={self.top_k} and top_log_probs={self.top_log_probs} cannot be negative; 0 is off"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise RequestError(f"{name}={getattr(self, name)} must lie in [-2, 2]; 0 is off")

@@ -282,7 +282,9 @@ def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
     assert torch.equal(mine.sort(-1).values, theirs.sort(-1).values)
 
 
-@pytest.mark.parametrize("heads", [kernels.Heads(1, 24, 0, 0, 0, 20), kernels.Heads(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"])
+@pytest.mark.parametrize(
+    "heads", [kernels.Heads(1, 24, 0, 0, 0, 20), kernels.Heads(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     """Decoding and chunks of prompts, of sequences whose blocks lie anywhere; what lies in other blocks is not read."""
@@ -296,7 +298,9 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     mine = kernels.read_cache(query, pages, last, heads, 0.3)
     entries[0] = 0  # the plain path masks what it gathered too much
     theirs = read_pages(query, pages, last, heads, 0.3)
-    torch.testing.assert_close(mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}))
+    torch.testing.assert_close(
+        mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2})
+    )
     few = read_pages(query, pages, last, heads, 0.3, limit=1)
     torch.testing.assert_close(few, theirs)
 

@@ -13,7 +13,7 @@ from thinkstack.engine.table import SequenceTable
 
 
 def draw(table: SequenceTable, rows: list[int], logits: Tensor) -> list[int]:
-    """Draw a token for each of `rows` from logits (B, V) fp32 and note it. Returns the rows whose logits are not finite."""
+    """Draw a token for each of `rows` from logits (B, V) fp32 and note it. Returns rows whose logits are not finite."""
     index = numpy.array(rows, dtype=numpy.int64)
     special = [place for place, row in enumerate(rows) if table.is_special[row]]
     raw = torch.log_softmax(logits[special], -1) if special else logits
@@ -22,14 +22,16 @@ def draw(table: SequenceTable, rows: list[int], logits: Tensor) -> list[int]:
         for place in special:
             _shape(table, rows[place], logits[place])
     drawn = (table.known[index] - table.prompt[index]).astype(numpy.uint64)
-    uniform = uniforms(table.seed[index], drawn)
+
+    def there(values: numpy.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(logits.device)
+
     kept = None
     if not table.keeps_all[index].all():
-        columns = (table.top_k, table.top_p, table.min_p)
-        kept = tuple(torch.from_numpy(column[index]).to(logits.device) for column in columns)
-    temperature, uniform = (torch.from_numpy(x).to(logits.device) for x in (table.temperature[index], uniform))
-    tokens, found, everything = sample(logits, temperature, uniform, kept)
-    tokens, log_probs = tokens.cpu().numpy(), found.cpu().numpy()
+        kept = (there(table.top_k[index]), there(table.top_p[index]), there(table.min_p[index]))
+    temperature = there(table.temperature[index])
+    found, values, everything = sample(logits, temperature, there(uniforms(table.seed[index], drawn)), kept)
+    tokens, log_probs = found.cpu().numpy(), values.cpu().numpy()
     failed = [row for row, value in zip(rows, log_probs.tolist(), strict=True) if value != value]
     if special:
         if everything is None:
@@ -56,7 +58,13 @@ def _shape(table: SequenceTable, row: int, logits: Tensor) -> None:
 
 
 def _report(
-    table: SequenceTable, row: int, place: int, tokens: numpy.ndarray, log_probs: numpy.ndarray, raw: Tensor, drawn: Tensor
+    table: SequenceTable,
+    row: int,
+    place: int,
+    tokens: numpy.ndarray,
+    log_probs: numpy.ndarray,
+    raw: Tensor,
+    drawn: Tensor,
 ) -> None:
     """What a special row's token and its log-probability become; raw, drawn: log-probabilities (V,) of the model itself
     and of the distribution drawn from."""

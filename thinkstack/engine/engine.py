@@ -62,7 +62,9 @@ class Engine:
         whole = cfg.max_batch * -(-self.max_context // BLOCK)
         num_blocks = cfg.cache_tokens // BLOCK if cfg.cache_tokens else whole
         self.table = SequenceTable(cfg.max_batch, self.max_context)
-        self.scheduler = Scheduler(self.table, BlockPool(num_blocks, cfg.prefix_cache), cfg.max_prefill_tokens, cfg.max_waiting)
+        self.scheduler = Scheduler(
+            self.table, BlockPool(num_blocks, cfg.prefix_cache), cfg.max_prefill_tokens, cfg.max_waiting
+        )
         self.runner = Runner(model, num_blocks, cfg.dtype, cfg.return_experts)
         self.next_id = 0
         self.version = version
@@ -261,7 +263,9 @@ class Engine:
                 shared, rest = divmod(int(self.table.prompt[row]), BLOCK)
                 for follower in self.scheduler.fork(row):
                     if rest:
-                        self.runner.cache.copy(self.table.blocks[row][shared], self.table.blocks[follower][shared], rest)
+                        self.runner.cache.copy(
+                            self.table.blocks[row][shared], self.table.blocks[follower][shared], rest
+                        )
                     rows.append(follower)
                     sources.append(place)
         return rows, sources

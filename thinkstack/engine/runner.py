@@ -1,6 +1,6 @@
 """One forward pass over the tokens of a step, whichever sequences they belong to: prompts and decoding together."""
 
-# Shapes in this file: N tokens of the step, D hidden size, V vocabulary size, L layers with experts, K experts per token.
+# Shapes in this file: N tokens of the step, B rows, D hidden size, V vocabulary size.
 
 from collections.abc import Sequence
 from typing import Literal
@@ -33,7 +33,8 @@ class Runner:
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
         self._kept = _kept_experts(model.cfg) if keeps_experts else None
-        self._num_blocks, self._cache = num_blocks, None
+        self._num_blocks = num_blocks
+        self._cache: KVCache | None = None
         self._source, self._model = model, inference_copy(model, self.dtype)
 
     @property
@@ -76,7 +77,9 @@ class Runner:
         starts = (ends - counts).tolist()
         runs = tuple(zip(starts, counts.tolist(), rows.tolist(), strict=True))
         padding = tuple((at, 1, len(table.owner)) for at in range(total, len(owner)))
-        pages = Pages(self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)), runs + padding)
+        pages = Pages(
+            self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)), runs + padding
+        )
         view = View(self.cache, pages, self._there(slots))
         ids, positions = (self._there(values).unsqueeze(1) for values in (table.ids[owner, places], places))
         hidden, routing, _ = self._model.trunk(ids, positions, cache=view)

@@ -117,12 +117,13 @@ def keep_likely(log_probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row with their indices, sorted; of equals the lower index first."""
     if count == values.shape[1]:
-        return tuple(values.sort(dim=-1, descending=True, stable=True))
+        found, index = values.sort(dim=-1, descending=True, stable=True)
+        return found, index
     found, index = values.topk(count, dim=-1)
     by_index = index.argsort(-1)  # topk promises no order among equals
     found, index = found.gather(1, by_index), index.gather(1, by_index)
-    order = found.argsort(-1, descending=True, stable=True)
-    return found.gather(1, order), index.gather(1, order)
+    found, order = found.sort(dim=-1, descending=True, stable=True)
+    return found, index.gather(1, order)
 
 
 def alternatives(log_probs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:

@@ -1,8 +1,8 @@
 """Who computes what in the next step: admission by memory, chunks of prompts beside decoding, preemption.
 
-Everything goes by one order: priority, then arrival. A sequence that needs a block when none is left takes the blocks of
-the last one in that order, which computes its tokens again later; so the first one always gets to its end. Blocks are
-found by content: what any sequence has computed, or computes in this very step, is not computed again.
+Everything goes by one order: priority, then arrival. A sequence that needs a block when none is left takes those of the
+last one in that order, which computes its tokens again later; so the first one always gets to its end. Blocks are found
+by content: what any sequence has computed, or computes in this very step, is not computed again.
 """
 
 import bisect

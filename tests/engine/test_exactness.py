@@ -1,0 +1,239 @@
+"""The same tokens whichever way they come about: cached, chunked, preempted, shared. fp32 on a CPU, exactly."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.models.kernels import calls
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Completion, RequestError, Sampling
+
+BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
+LONG = {"max_positions": 400}
+SMALL = EngineConfig(max_batch=8)
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request, monkeypatch):
+    """With the C++ kernels, and on torch's operators alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(calls, "available", lambda: False)
+    elif not calls.available():
+        pytest.skip("no C++ compiler")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(48, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def how(count: int, **given) -> list[Sampling]:
+    return [Sampling(**({"max_tokens": 20 + 9 * index, "seed": index} | given)) for index in range(count)]
+
+
+def drawn(found: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[c.token_ids for c in group] for group in found]
+
+
+def alone(model: Transformer, asked: list[list[int]], samplings: list[Sampling]) -> list[list[tuple[int, ...]]]:
+    """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
+    plain = replace(SMALL, prefix_cache=False, max_prefill_tokens=4096)
+    pairs = zip(asked, samplings, strict=True)
+    return [drawn(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
+def test_chunks_of_any_size_give_the_tokens_of_a_whole_prompt(cfg, chunk, path):
+    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 200)], how(5)
+    found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(asked, samplings)
+    assert drawn(found) == alone(model, asked, samplings)
+
+
+@BOTH
+def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
+    """Prompts that begin alike, asked at once and again: whole blocks, a whole prompt, and one token more or less."""
+    model, base = tiny_model(cfg, **LONG), prompt(200)
+    asked = [base[:n] for n in (200, 128, 129, 127, 64, 65)] + [base[:70] + prompt(60, 1), base[:128]]
+    samplings = how(8)
+    engine, expected = Engine(model, SMALL), alone(model, asked, samplings)
+    assert drawn(engine.generate(asked, samplings)) == expected
+    assert drawn(engine.generate(asked, samplings)) == expected
+    engine.scheduler.check()
+
+
+@BOTH
+def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
+    """A cache of 6 blocks for 6 requests of up to 4: they push each other out, and all end as alone."""
+    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
+    samplings = how(6, max_tokens=120)
+    engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK))
+    assert drawn(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+    assert engine.scheduler.preemptions > 0
+    engine.scheduler.check()
+
+
+@BOTH
+def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
+    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(100), prompt(70, 1)], how(2, n=4, max_tokens=90)
+    expected = alone(model, asked, samplings)
+    for tokens in (0, 5 * BLOCK):
+        engine = Engine(model, replace(SMALL, cache_tokens=tokens, max_prefill_tokens=64))
+        assert drawn(engine.generate(asked, samplings)) == expected
+        engine.scheduler.check()
+    assert engine.scheduler.preemptions > 0
+
+
+def test_preempted_answers_keep_experts_alternatives_and_log_probs():
+    """What a completion reports besides its tokens survives being computed twice."""
+    model, asked = tiny_model(**LONG), [prompt(n, n) for n in (100, 30, 64)]
+    samplings = how(3, max_tokens=100, top_log_probs=2)
+    cfg = replace(SMALL, return_experts=True)
+    expected = Engine(model, cfg).generate(asked, samplings)
+    engine = Engine(model, replace(cfg, cache_tokens=4 * BLOCK))
+    for mine, theirs in zip(engine.generate(asked, samplings), expected, strict=True):
+        assert mine[0].log_probs == theirs[0].log_probs
+        assert mine[0].top_log_probs == theirs[0].top_log_probs
+        assert torch.equal(mine[0].experts, theirs[0].experts)
+    assert engine.scheduler.preemptions > 0
+
+
+def computed_tokens(engine: Engine, asked: list[list[int]], samplings: list[Sampling]) -> int:
+    """Tokens that went through the model."""
+    counts, run = [], engine.runner.run
+    engine.runner.run = lambda plan, table: (counts.append(int(plan.counts.sum())), run(plan, table))[1]
+    engine.generate(asked, samplings)
+    engine.runner.run = run
+    return sum(counts)
+
+
+@pytest.mark.parametrize("chunk", [64, 1000])
+def test_requests_over_one_prompt_compute_it_once(chunk):
+    """8 requests at once over the same 300 tokens: 300 and the last one again for 7 others; then 9 each are drawn."""
+    engine = Engine(tiny_model(**LONG), replace(SMALL, max_prefill_tokens=chunk))
+    computed = computed_tokens(engine, [prompt(300)] * 8, how(8, max_tokens=10))
+    last_part = 300 - 300 // BLOCK * BLOCK  # a half-full block is not shared by its content
+    assert computed <= 300 + 7 * last_part + 8 * 9
+    whole = computed_tokens(Engine(tiny_model(**LONG), SMALL), [prompt(256)] * 8, how(8, max_tokens=10))
+    assert whole == 256 + 7 + 8 * 9
+
+
+def test_hits_are_counted_in_whole_blocks():
+    engine, base = Engine(tiny_model(**LONG), SMALL), prompt(200)
+    engine.generate([base], how(1))
+    for length, hit in ((200, 192), (192, 128), (130, 128), (63, 0)):
+        request = engine.submit(base[:length], Sampling(max_tokens=1))
+        engine.step()
+        assert request.cached_tokens == hit, length
+
+
+def test_other_weights_and_other_tenants_share_nothing():
+    """C.8.14: a prefix computed with old weights is never used again, nor one of another salt."""
+    model, other = tiny_model(**LONG), tiny_model(seed=1, **LONG)
+    engine, asked = Engine(model, SMALL), [prompt(150)]
+    greedy = how(1, temperature=0.0)
+    engine.generate(asked, greedy)
+    tenant = engine.submit(asked[0], greedy[0], salt="other")
+    engine.step()
+    assert tenant.cached_tokens == 0
+    engine.abort(tenant)
+    engine.load_weights(other, version=1)
+    assert drawn(engine.generate(asked, greedy)) == alone(other, asked, greedy)
+
+
+def test_names_are_compared_token_by_token(monkeypatch):
+    """Even if two prefixes had one name: here all have."""
+    monkeypatch.setattr("thinkstack.engine.blocks.Content.name", b"the same for all")
+    model, asked, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
+    assert drawn(Engine(model, SMALL).generate(asked, samplings)) == alone(model, asked, samplings)
+
+
+@pytest.mark.parametrize("running", ["drain", "abort", "keep"])
+def test_weights_change_under_running_answers_as_asked(running):
+    old, new = tiny_model(**LONG), tiny_model(seed=1, **LONG)
+    asked, samplings = [prompt(80), prompt(30, 1)], how(2, max_tokens=40, temperature=0.0)
+    engine = Engine(old, SMALL)
+    requests = [engine.submit(one, sampling) for one, sampling in zip(asked, samplings, strict=True)]
+    for _ in range(10):
+        engine.step()
+    begun = [engine.tokens_of(request) for request in requests]
+    assert [len(tokens) for tokens in begun] == [10, 10]
+    engine.load_weights(new, version=1, running=running)
+    while not all(request.is_finished for request in requests):
+        engine.step()
+    found = [request.completions[0] for request in requests]
+    if running == "drain":
+        assert [[c.token_ids] for c in found] == alone(old, asked, samplings)
+    elif running == "abort":
+        assert [(c.token_ids, c.finish_reason) for c in found] == [(tokens, "abort") for tokens in begun]
+    else:
+        rest = [one + list(tokens) for one, tokens in zip(asked, begun, strict=True)]
+        expected = alone(new, rest, [replace(s, max_tokens=30) for s in samplings])
+        assert [c.token_ids[10:] for c in found] == [tokens for (tokens,) in expected]
+    assert {c.weights_version for c in found} == {0}
+    engine.scheduler.check()
+
+
+def test_an_engine_that_slept_goes_on():
+    model, asked, samplings = tiny_model(**LONG), [prompt(80)], how(1)
+    engine = Engine(model, SMALL)
+    request = engine.submit(asked[0], samplings[0])
+    engine.step()
+    engine.sleep()
+    while not request.is_finished:
+        engine.step()
+    assert [[request.completions[0].token_ids]] == alone(model, asked, samplings)
+
+
+def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
+    """Blocks are findable before they are computed; if that fails, nobody may find them."""
+    model, asked, samplings = tiny_model(**LONG), [prompt(150)] * 3, how(3)
+    engine = Engine(model, SMALL)
+    requests = [engine.submit(one, sampling) for one, sampling in zip(asked, samplings, strict=True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.scheduler.check()
+    while not all(request.is_finished for request in requests):
+        engine.step()
+    assert [[request.completions[0].token_ids] for request in requests] == alone(model, asked, samplings)
+
+
+def test_answers_whose_logits_are_not_finite_end_with_an_error():
+    """The others go on; whoever asked is told; the engine remembers."""
+    model = tiny_model(**LONG)
+    with torch.no_grad():
+        model.embed.weight[7] = torch.nan
+    engine = Engine(model, SMALL)
+    bad, good = engine.submit([1, 7], Sampling(max_tokens=5)), engine.submit([1, 2], Sampling(max_tokens=5))
+    engine.step()
+    assert bad.completions[0].finish_reason == "error"
+    assert "not finite" in bad.error and engine.last_error == bad.error
+    assert not good.is_finished
+    with pytest.raises(RequestError, match="not finite"):
+        engine.generate([[7]], [Sampling(max_tokens=2)])
+    engine.scheduler.check()
+
+
+def test_first_come_first_served_but_for_priority():
+    engine = Engine(tiny_model(**LONG), replace(SMALL, max_batch=1))
+    requests = [engine.submit([1, n], Sampling(max_tokens=2), priority=p) for n, p in ((1, 0), (2, 0), (3, -1))]
+    order: list[int] = []
+    while len(order) < 3:
+        engine.step()
+        order += [r.id for r in requests if r.is_finished and r.id not in order]
+    assert order == [2, 0, 1]
+
+
+def test_a_full_queue_and_a_small_cache_refuse_by_number():
+    engine = Engine(tiny_model(**LONG), replace(SMALL, max_waiting=2, cache_tokens=2 * BLOCK))
+    for _ in range(2):
+        engine.submit([1], Sampling(max_tokens=1))
+    with pytest.raises(RequestError, match="2 requests wait already"):
+        engine.submit([1], Sampling(max_tokens=1))
+    with pytest.raises(RequestError, match="the cache holds 128"):
+        engine.submit([1] * 100, Sampling(max_tokens=29))
