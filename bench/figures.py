@@ -18,6 +18,7 @@ from studies import panel, table
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.data import Sample, lay_out, pack
+from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache
 from thinkstack.evals.plots import COLOURS
@@ -111,8 +112,8 @@ def draw_cache() -> None:
         "MLA": cache_bytes_per_token(v3),
     }
     tiny = named("v3-tiny")
-    cache = KVCache(tiny, 64, 512, torch.bfloat16)
-    measured = cache.data.numel() * cache.data.element_size() / (64 * 512)
+    cache = KVCache(tiny, 64, torch.bfloat16)
+    measured = cache.data.numel() * cache.data.element_size() / (64 * BLOCK)
     assert measured == cache_bytes_per_token(tiny)
     rows = [{"V3's layers with": kind, "bytes per token": f"{value:,}"} for kind, value in kinds.items()]
     print(table([*rows, {"V3's layers with": "(v3-tiny, MLA, measured)", "bytes per token": f"{measured:,.0f}"}]))

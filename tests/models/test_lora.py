@@ -75,7 +75,7 @@ def test_merging_again_and_again_never_touches_the_base(cfg):
         trainer.step(drawn_batch(LENGTHS, 16, seed=step), next_token_loss)
         engine.load_weights(trainer.weights(), version=step + 1)
         now = merged(trainer.model).state_dict()
-        assert all(torch.equal(value, now[name]) for name, value in engine._model.state_dict().items())
+        assert all(torch.equal(value, now[name]) for name, value in engine.runner._model.state_dict().items())
     with adapters_off(trainer.model) as base:
         assert torch.equal(log_probs(base), log_probs(start))
         assert all(torch.equal(value, start.state_dict()[name]) for name, value in plain_tensors(base))
@@ -83,7 +83,9 @@ def test_merging_again_and_again_never_touches_the_base(cfg):
         for adapter in adapters(trainer.model).values():
             adapter.lora_b.zero_()
     engine.load_weights(trainer.weights(), version=5)
-    assert all(torch.equal(value, start.state_dict()[name]) for name, value in engine._model.state_dict().items())
+    assert all(
+        torch.equal(value, start.state_dict()[name]) for name, value in engine.runner._model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_samples, tiny_model
 from thinkstack.data import lay_out, pack
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.models.attention import additive_mask, sight_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
+from thinkstack.models.pages import Pages
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, RequestError
@@ -20,20 +23,18 @@ def drawn_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(48, shape, generator=torch.Generator().manual_seed(seed))
 
 
-class WholeContext:
-    """A cache that begins empty and returns exactly what it was given."""
-
-    def extend(self, layer: int, entries: torch.Tensor) -> torch.Tensor:
-        return entries
-
-
 @pytest.mark.parametrize("q_lora_rank", [12, 0], ids=["query latent", "direct query"])
 def test_mla_absorbed_equals_expanded(q_lora_rank):
     attention = replace(MLA_TINY.attention, q_lora_rank=q_lora_rank)
     yarn = replace(MLA_TINY.rope, yarn=YarnConfig(original_max_positions=16))
     model, ids = tiny_model(attention=attention, rope=yarn), drawn_ids(2, 20)
-    expanded, absorbed = model(ids), model(ids, cache=WholeContext())
-    torch.testing.assert_close(absorbed, expanded, rtol=1e-5, atol=2e-5)
+    cache, places = KVCache(model.cfg, 3, torch.float32), torch.arange(20).repeat(2)
+    owner, runs = torch.arange(2).repeat_interleave(20), ((0, 20, 0), (20, 20, 1))
+    pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), owner.int(), runs)
+    view = View(cache, pages, (owner + 1) * BLOCK + places)
+    with torch.no_grad():
+        absorbed = model(ids.view(40, 1), places.view(40, 1), cache=view).view(2, 20, -1)
+    torch.testing.assert_close(absorbed, model(ids), rtol=1e-5, atol=2e-5)
 
 
 @BOTH

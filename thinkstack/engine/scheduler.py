@@ -218,8 +218,8 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Send everybody back to the queue."""
         for row in reversed(list(self.running)):
-            if self.table.owner[row] is not None:
-                self._preempt(row)
+            if self.table.owner[row] is not None and not self.table.follows[row]:
+                self._preempt(row)  # and its followers
 
     def check(self) -> None:
         """Raise AssertionError if blocks and rows do not add up."""

@@ -75,10 +75,10 @@ def compared(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
 
 
 def draw_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
-    """pass@1 with its standard error, cons@16, and a level never trained on where it was measured."""
+    """pass@1 with its standard error, the vote, and a level never trained on where it was measured."""
     canvas, axes = _canvas(1, 1, "Accuracy over RL steps")
     panel = axes[0]
-    _line(panel, curve, "cons_at_16", COLOURS[1], "cons@16")
+    _line(panel, curve, "cons_at_16", COLOURS[1], "majority vote")
     _line(panel, curve, "pass_at_1", COLOURS[0], "pass@1", error="stderr")
     held_out = [dict(point["held_out_level"]) | {"step": point["step"]} for point in curve if "held_out_level" in point]
     if held_out:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkstack.evals.figures import Evaluation, Figures, ShownAnswer
+from thinkstack.evals.figures import CONS_SAMPLES, Evaluation, Figures, ShownAnswer
 from thinkstack.evals.page import render_page
 from thinkstack.evals.plots import compared, draw_all
 from thinkstack.log import write_json, write_text
@@ -57,10 +57,12 @@ def write_report(
 def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluation]) -> Rows:
     """The table: label, then a cell per column; figures in percent unless the label says otherwise."""
     found = list(columns.values())
-    rows: Rows = [
-        ("pass@1", [accuracy(part) for part in found]),
-        ("cons@16", [percent(part.cons_at_16) for part in found]),
-        ("pass@16", [percent(part.pass_at_k.get(16)) for part in found]),
+    votes = min(CONS_SAMPLES, max(part.samples for part in found))
+    rows: Rows = [("pass@1", [accuracy(part) for part in found])]
+    if votes > 1:
+        rows.append((f"cons@{votes}", [percent(part.cons_at_16) for part in found]))
+        rows.append((f"pass@{votes}", [percent(part.pass_at_k.get(votes)) for part in found]))
+    rows += [
         ("greedy", [accuracy(greedy[name]) if name in greedy else MISSING for name in columns]),
         ("well-formed", [percent(part.format_rate) for part in found]),
         ("truncated", [percent(part.truncation_rate) for part in found]),

@@ -88,9 +88,9 @@ class Transformer(nn.Module):
 
         ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
         ids is a document, tokens attend only within theirs; by default a row is one document. cache: from the engine;
-        positions are then places in the cached context. experts: (B, T, L, K) integers, the experts of each of the L
-        layers that have them, in place of the routers' choice; -1 leaves it to the router. branches: (B, T) int64,
-        which continuation of its document each token belongs to, as in types.Batch.
+        ids are then (N, 1), positions places in the context of each token's sequence. experts: (B, T, L, K) integers,
+        the experts of each of the L layers that have them, in place of the routers' choice; -1 leaves it to the router.
+        branches: (B, T) int64, which continuation of its document each token belongs to, as in types.Batch.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
         self.check(ids, positions)

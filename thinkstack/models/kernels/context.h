@@ -1,10 +1,13 @@
-// Queries of a few heads over the cached entries of one sequence: the core of decoding.
+// Queries over the cached entries of one sequence: decoding, and prompts piece by piece.
+//
+// Queries go by fours, whichever heads and tokens they are of. What comes of one does not depend on the others: sums run
+// in the same order, and what a query does not see adds zeros at their end.
 #pragma once
 #include "simd.h"
 
 #include <algorithm>
 
-constexpr int HEADS = 4;  // at a time
+constexpr int QUERIES = 4;  // at a time
 
 // Part of the cached entries of one sequence: token s lies in block blocks[s >> shift], blocks hold 2^shift tokens.
 template <typename T>
@@ -15,13 +18,10 @@ struct Pages {
 
   T* at(int64_t s) const { return const_cast<T*>(base) + (((int64_t)blocks[s >> shift] << shift) + (s & ((1 << shift) - 1))) * stride; }
 
-  // each(s, address) for tokens 0..last, in order.
+  // each(s, address, count) for tokens 0..last in order, as many as lie together.
   template <typename Each>
   void through(int64_t last, Each each) const {
-    for (int64_t s = 0; s <= last;) {
-      const T* entry = at(s);
-      for (const int64_t end = std::min(last + 1, s + (1 << shift)); s < end; s++, entry += stride) each(s, entry);
-    }
+    for (int64_t s = 0; s <= last; s += 1 << shift) each(s, at(s), std::min<int64_t>(last + 1 - s, 1 << shift));
   }
 };
 
@@ -39,69 +39,110 @@ inline void sums(const vf x[4], float out[4]) {
   *reinterpret_cast<v4*>(out) = __builtin_shufflevector(d, d, 0, 1, 2, 3) + __builtin_shufflevector(d, d, 4, 5, 6, 7);
 }
 
-// scores[s * HEADS + h] for tokens 0..last of HEADS queries of width W at the addresses given.
+// scores[j * QUERIES + h] of KEYS keys, `stride` apart, and the queries of width W at the addresses given.
+template <int KEYS, typename T>
+void score_keys(const T* const query[QUERIES], const T* key, int64_t stride, float* scores, int64_t W) {
+  using F = Format<T>;
+  vf total[KEYS][QUERIES] = {};
+  const auto add = [&](auto read) {
+    decltype(read(key)) q[QUERIES];
+    for (int h = 0; h < QUERIES; h++) q[h] = read(query[h]);
+    for (int j = 0; j < KEYS; j++) {
+      const auto k = read(key + j * stride);
+      for (int h = 0; h < QUERIES; h++) total[j][h] = multiply_add(total[j][h], q[h], k);
+    }
+  };
+  int64_t c = 0;
+  for (; c + F::WIDE <= W; c += F::WIDE) add([&](const T* p) { return F::load_wide(p + c); });
+  if (c < W) add([&](const T* p) {
+    T held[F::WIDE] = {};
+    std::memcpy(held, p + c, (W - c) * sizeof(T));
+    return F::load_wide(held);
+  });
+  for (int j = 0; j < KEYS; j++) sums(total[j], scores + j * QUERIES);
+}
+// All keys that are seen: one by one where they come from memory, which foresees a single stream, else by fours.
 template <typename T>
-void score(const T* const query[HEADS], const Pages<T>& keys, float* scores, int64_t W, int64_t last) {
-  const int64_t whole = W / LANES * LANES;
-  keys.through(last, [&](int64_t s, const T* key) {
-    vf total[HEADS] = {};
-    for (int64_t c = 0; c < whole; c += LANES)
-      for (int h = 0; h < HEADS; h++) total[h] += load(query[h] + c) * load(key + c);
-    if (whole < W)
-      for (int h = 0; h < HEADS; h++) total[h] += load_some(query[h] + whole, W - whole) * load_some(key + whole, W - whole);
-    sums(total, scores + s * HEADS);
+void score(const T* const query[QUERIES], const Pages<T>& keys, float* scores, int64_t W, int64_t last, bool is_cached) {
+  keys.through(last, [&](int64_t s, const T* key, int64_t count) {
+    int64_t j = 0;
+    if (is_cached)
+      for (; j + 4 <= count; j += 4) score_keys<4>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
+    for (; j < count; j++) score_keys<1>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
   });
 }
 
-// Softmax along s of scores[s * HEADS + h]; four tokens of four heads at a time.
+// Softmax along s of scores[s * QUERIES + h]; four tokens of four heads at a time.
 inline void softmax(float* scores, int64_t last, float scale) {
-  for (int64_t i = (last + 1) * HEADS; i < round_up((last + 1) * HEADS); i++) scores[i] = -INFINITY;
+  for (int64_t i = (last + 1) * QUERIES; i < round_up((last + 1) * QUERIES); i++) scores[i] = -INFINITY;
   vf top = splat(-INFINITY), total{};
-  for (int64_t i = 0; i <= last * HEADS; i += LANES) top = larger(load(scores + i), top);
+  for (int64_t i = 0; i <= last * QUERIES; i += LANES) top = larger(load(scores + i), top);
   float best[LANES], mass[LANES];
   store(best, top);
-  for (int h = 0; h < HEADS; h++) best[h] = std::max(std::max(best[h], best[h + 4]), std::max(best[h + 8], best[h + 12]));
-  for (int i = HEADS; i < LANES; i++) best[i] = best[i % HEADS];
-  for (int64_t i = 0; i <= last * HEADS; i += LANES) {
+  for (int h = 0; h < QUERIES; h++) best[h] = std::max(std::max(best[h], best[h + 4]), std::max(best[h + 8], best[h + 12]));
+  for (int i = QUERIES; i < LANES; i++) best[i] = best[i % QUERIES];
+  for (int64_t i = 0; i <= last * QUERIES; i += LANES) {
     const vf x = load(scores + i), p = exp_of((x - load(best)) * scale);
     store(scores + i, x == splat(-INFINITY) ? vf{} : p);
     total += load(scores + i);
   }
   store(mass, total);
-  for (int h = 0; h < HEADS; h++) mass[h] = 1 / ((mass[h] + mass[h + 4]) + (mass[h + 8] + mass[h + 12]));
-  for (int i = HEADS; i < LANES; i++) mass[i] = mass[i % HEADS];
-  for (int64_t i = 0; i <= last * HEADS; i += LANES) store(scores + i, load(scores + i) * load(mass));
+  for (int h = 0; h < QUERIES; h++) mass[h] = 1 / ((mass[h] + mass[h + 4]) + (mass[h + 8] + mass[h + 12]));
+  for (int i = QUERIES; i < LANES; i++) mass[i] = mass[i % QUERIES];
+  for (int64_t i = 0; i <= last * QUERIES; i += LANES) store(scores + i, load(scores + i) * load(mass));
 }
 
-// out[h] += sum over s of probs[s * HEADS + h] * values[s], `VECTORS` vectors from column c.
+// out[h] = sum over s of probs[s * QUERIES + h] * values[s], `VECTORS` vectors from column c.
 template <int VECTORS, typename T>
-void mix_columns(const float* probs, const Pages<T>& values, T* const out[HEADS], int64_t count, int64_t c, int64_t V, int64_t last) {
-  vf total[HEADS][VECTORS] = {};
-  values.through(last, [&](int64_t s, const T* entry) {
-    for (int j = 0; j < VECTORS; j++) {
-      const vf value = load_some(entry + c + j * LANES, V - c - j * LANES);
-      for (int h = 0; h < HEADS; h++) total[h][j] += probs[s * HEADS + h] * value;
-    }
+void mix_columns(const float* probs, const Pages<T>& values, T* const out[QUERIES], int64_t c, int64_t V, int64_t last) {
+  vf total[QUERIES][VECTORS] = {};
+  values.through(last, [&](int64_t s, const T* entry, int64_t count) {
+    for (int64_t i = s; i < s + count; i++, entry += values.stride)
+      for (int j = 0; j < VECTORS; j++) {
+        const vf value = VECTORS > 1 ? load(entry + c + j * LANES) : load_some(entry + c, V - c);
+        for (int h = 0; h < QUERIES; h++) total[h][j] += probs[i * QUERIES + h] * value;
+      }
   });
-  for (int64_t h = 0; h < count; h++)
+  for (int h = 0; h < QUERIES; h++)
     for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
 }
 template <typename T>
-void mix(const float* probs, const Pages<T>& values, T* const out[HEADS], int64_t count, int64_t V, int64_t last) {
+void mix(const float* probs, const Pages<T>& values, T* const out[QUERIES], int64_t V, int64_t last) {
   int64_t c = 0;
-  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(probs, values, out, count, c, V, last);
-  for (; c < V; c += LANES) mix_columns<1>(probs, values, out, count, c, V, last);
+  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(probs, values, out, c, V, last);
+  for (; c < V; c += LANES) mix_columns<1>(probs, values, out, c, V, last);
 }
 
-// Attention of `count` <= HEADS queries (count, W) to tokens 0..last: out (count, V). scores: scratch of HEADS * (last + 4).
-template <typename T>
-void attend_to(const T* query, const Pages<T>& keys, const Pages<T>& values, T* out, float* scores, int64_t count, int64_t W, int64_t V,
-               int64_t last, float scale) {
-  const T* from[HEADS];
-  T* to[HEADS];
-  for (int64_t h = 0; h < HEADS; h++) from[h] = query + std::min(h, count - 1) * W;
-  for (int64_t h = 0; h < HEADS; h++) to[h] = out + std::min(h, count - 1) * V;
-  score(from, keys, scores, W, last);
-  softmax(scores, last, scale);
-  mix(scores, values, to, count, V, last);
+// Attention of `count` queries of one sequence. places(i): where query i, of width W, and its answer, of width V, lie,
+// and the last token that it sees. scores: scratch of QUERIES * (longest + 4).
+template <typename T, typename Places>
+void attend_to(const T* query, T* out, int64_t count, Places places, const Pages<T>& keys, const Pages<T>& values, float* scores, int64_t W,
+               int64_t V, float scale) {
+  for (int64_t i = 0; i < count; i += QUERIES) {
+    const T* from[QUERIES];
+    T* to[QUERIES];
+    int64_t last[QUERIES], furthest = 0;
+    for (int h = 0; h < QUERIES; h++) {  // the last one fills up the four
+      const auto place = places(std::min<int64_t>(i + h, count - 1));
+      from[h] = query + place.row * W;
+      to[h] = out + place.row * V;
+      last[h] = place.last;
+      furthest = std::max(furthest, last[h]);
+    }
+    score(from, keys, scores, W, furthest, i > 0);
+    for (int h = 0; h < QUERIES; h++)
+      for (int64_t s = last[h] + 1; s <= furthest; s++) scores[s * QUERIES + h] = -INFINITY;
+    softmax(scores, furthest, scale);
+    mix(scores, values, to, V, furthest);
+  }
+}
+struct Place {
+  int64_t row, last;
+};
+
+// Consecutive tokens of one sequence, at most `limit`, from `start`; owner: (end,).
+inline int64_t run_of(const int32_t* owner, int64_t start, int64_t end, int64_t limit) {
+  int64_t n = start + 1;
+  while (n < end && n - start < limit && owner[n] == owner[start]) n++;
+  return n - start;
 }

@@ -1,8 +1,9 @@
 // New tokens read their sequences' cached context. Heads that share entries read them together: all heads of
-// multi-head latent attention, the heads of a group in grouped-query attention.
+// multi-head latent attention, the heads of a group in grouped-query attention. So do the tokens of a prompt.
 #include "context.h"
 
 #include <memory>
+#include <vector>
 
 // N tokens, G groups, Q query heads per group, W key width, V value width.
 struct Decode {
@@ -20,23 +21,32 @@ struct Decode {
 
 namespace {
 
+constexpr int64_t TOKENS = 16;  // of one sequence at a time
+
 template <typename T>
 void run(const Decode& a) {
+  struct Run {
+    int64_t start, count;
+  };
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < a.N; n += runs.back().count) runs.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
 #pragma omp parallel num_threads(a.threads)
   {
-    std::unique_ptr<float[]> scores(new float[HEADS * round_up(a.longest + 4)]);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.N * a.G; i++) {
-      const int64_t n = i / a.G, g = i % a.G;
-      const int32_t* blocks = a.tables + a.owner[n] * a.table_width;
+    std::unique_ptr<float[]> scores(new float[QUERIES * round_up(a.longest + 4)]);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < int64_t(runs.size()) * a.G; i++) {
+      const Run run = runs[i / a.G];
+      const int64_t g = i % a.G;
+      const int32_t* blocks = a.tables + a.owner[run.start] * a.table_width;
       const T* entries = static_cast<const T*>(a.entries);
       const Pages<T> keys{entries + g * a.key_g, blocks, a.shift, a.entry_width};
       const Pages<T> values{entries + a.value_at + g * a.value_g, blocks, a.shift, a.entry_width};
-      for (int64_t h = 0; h < a.Q; h += HEADS) {
-        const int64_t count = std::min<int64_t>(HEADS, a.Q - h), at = i * a.Q + h;
-        attend_to(static_cast<const T*>(a.query) + at * a.W, keys, values, static_cast<T*>(a.out) + at * a.V, scores.get(), count, a.W,
-                  a.V, a.last[n], float(a.scale));
-      }
+      const auto places = [&](int64_t i) {
+        const int64_t n = run.start + i / a.Q;
+        return Place{(n * a.G + g) * a.Q + i % a.Q, a.last[n]};
+      };
+      attend_to(static_cast<const T*>(a.query), static_cast<T*>(a.out), run.count * a.Q, places, keys, values, scores.get(), a.W, a.V,
+                float(a.scale));
     }
   }
 }

@@ -7,33 +7,11 @@
 
 #include "simd.h"
 
-template <typename T>
-struct Format;
-template <>
-struct Format<float> {
-  typedef float Unit;
-  static constexpr int64_t STEP = 1;  // elements of K per unit
-};
-template <>
-struct Format<bf16> {
-  typedef uint32_t Unit;
-  static constexpr int64_t STEP = 2;
-};
-
-inline vf load_units(const float* p) { return load(p); }
-inline vu load_units(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
 inline void store_units(float* p, vf x) { store(p, x); }
 inline void store_units(uint32_t* p, vu x) { *reinterpret_cast<vu_any*>(p) = x; }
 
 inline vf multiply_add(vf sum, float a, vf b) { return sum + a * b; }
-inline vf multiply_add(vf sum, uint32_t a, vu b) {
-#ifdef __AVX512BF16__
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
-#else
-  const vu pair = vu{} + a;
-  return sum + (vf)(pair << 16) * (vf)(b << 16) + (vf)(pair & 0xffff0000u) * (vf)(b & 0xffff0000u);
-#endif
-}
+inline vf multiply_add(vf sum, uint32_t a, vu b) { return multiply_add(sum, vu{} + a, b); }
 
 template <typename U>
 struct Operand {

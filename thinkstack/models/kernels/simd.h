@@ -59,6 +59,36 @@ inline vu pair_up(vf even, vf odd) {
 #endif
 }
 
+inline vf load_units(const float* p) { return load(p); }
+inline vu load_units(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
+
+// sum + a * b, of bf16 both of each pair.
+inline vf multiply_add(vf sum, vf a, vf b) { return sum + a * b; }
+inline vf multiply_add(vf sum, vu a, vu b) {
+#ifdef __AVX512BF16__
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + (vf)(a << 16) * (vf)(b << 16) + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+#endif
+}
+
+template <typename T>
+struct Format;
+template <>
+struct Format<float> {
+  typedef float Unit;
+  static constexpr int64_t STEP = 1;      // elements of K per unit
+  static constexpr int64_t WIDE = LANES;  // elements of 16 units
+  static vf load_wide(const float* p) { return load_units(p); }
+};
+template <>
+struct Format<bf16> {
+  typedef uint32_t Unit;
+  static constexpr int64_t STEP = 2;
+  static constexpr int64_t WIDE = 2 * LANES;
+  static vu load_wide(const bf16* p) { return load_units(reinterpret_cast<const uint32_t*>(p)); }
+};
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;

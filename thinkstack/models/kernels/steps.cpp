@@ -77,7 +77,7 @@ struct LatentBlock {
   float *x, *latent, *q, *table, *entry, *absorbed, *mixed, *wide, *scores;
   static int64_t bytes(const LatentStep& a) {
     const int64_t W = a.C + a.R, K = a.N + a.R;
-    return 4 * (BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (2 * W + a.C + a.V)) + HEADS * (a.longest + 32)) + 12 * Scratch::SLACK;
+    return 4 * (BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (2 * W + a.C + a.V)) + QUERIES * (a.longest + 32)) + 12 * Scratch::SLACK;
   }
   explicit LatentBlock(const LatentStep& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
     x = scratch.take<float>(BLOCK * a.D);
@@ -88,7 +88,7 @@ struct LatentBlock {
     absorbed = scratch.take<float>(BLOCK * a.H * W);  // queries over entries, (H * W, n)
     mixed = scratch.take<float>(BLOCK * a.H * W);     // latents read, (n, H * C), then (H * C, n)
     wide = scratch.take<float>(BLOCK * (a.H * (a.C + a.V) + a.D));
-    scores = scratch.take<float>(HEADS * (a.longest + 32));
+    scores = scratch.take<float>(QUERIES * (a.longest + 32));
   }
 
   // Queries and entries of some tokens; the entries go to the cache, where later tokens of their sequences read them.
@@ -119,10 +119,12 @@ struct LatentBlock {
 
   void finish(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t h = 0; h < a.H; h += HEADS)
-        attend_to(a.queries + ((start + i) * a.H + h) * W, pages(start + i), pages(start + i), mixed + (i * a.H + h) * a.C, scores,
-                  std::min<int64_t>(HEADS, a.H - h), W, a.C, a.last[start + i], float(a.scale));
+    for (int64_t i = 0, run; i < count; i += run) {
+      run = run_of(a.owner, start + i, start + count, count);
+      const auto places = [&](int64_t row) { return Place{row, a.last[start + i + row / a.H]}; };
+      attend_to(a.queries + (start + i) * a.H * W, mixed + i * a.H * a.C, run * a.H, places, pages(start + i), pages(start + i), scores, W,
+                a.C, float(a.scale));
+    }
     to_features(mixed, a.H * a.C, count, a.H * a.C, wide, n);
     float* values = wide + a.H * a.C * n;
     for (int64_t h = 0; h < a.H; h++)
@@ -144,8 +146,8 @@ extern "C" void latent_step(const LatentStep* a) {
     LatentBlock block(*a);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a->B; start += size) block.prepare(start, std::min(size, a->B - start));
-    // all entries are there before the first is read: several tokens may be of one sequence
-#pragma omp for schedule(static)
+    // all entries are there before the first is read: several tokens may be of one sequence, later ones see more
+#pragma omp for schedule(dynamic)
     for (int64_t start = 0; start < a->B; start += size) block.finish(start, std::min(size, a->B - start));
   }
 }
