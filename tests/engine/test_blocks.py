@@ -11,15 +11,19 @@ from thinkstack.engine.blocks import BLOCK, BlockPool, Content, root_name
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.types import ConfigError, Sampling
 
-MODEL = tiny_model(GQA_TINY, num_layers=1, max_positions=400)
+MODEL = tiny_model(GQA_TINY, num_layers=1, mtp_layers=1, max_positions=400)
 
 
 class Traffic(RuleBasedStateMachine):
     """Requests of every shape come, run, are aborted, lose their blocks and see the weights change."""
 
+    drafts = 0
+
     def __init__(self) -> None:
         super().__init__()
-        cfg = EngineConfig(max_batch=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90)
+        cfg = EngineConfig(
+            max_batch=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, max_drafts=self.drafts, always_draft=True
+        )
         self.engine, self.requests, self.version = Engine(MODEL, cfg), [], 0
 
     @rule(
@@ -71,6 +75,21 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+class Guessing(Traffic):
+    """The same with guesses."""
+
+    drafts = 2
+
+
+TestGuessing = Guessing.TestCase
+TestGuessing.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.slow
+class TestTenThousandGuesses(Guessing.TestCase):
+    settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.slow

@@ -1,56 +1,91 @@
-"""The next token of each row that has logits: plain rows together, those with penalties, budgets or grammars first
+"""The next tokens of the rows that have logits: plain rows together, those with penalties, budgets or grammars first
 brought into their shape one by one.
+
+A row may draw several tokens at once: behind tokens that are only guessed, as if they were known.
 """
 
-# Shapes in this file: B rows that draw, V vocabulary size.
+# Shapes in this file: B tokens to draw, V vocabulary size.
+
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
 from thinkstack.engine.sampler import adjust, alternatives, closing, ends_with, sample, uniforms
-from thinkstack.engine.table import SequenceTable
+from thinkstack.engine.table import Alternatives, SequenceTable
 
 
-def draw(table: SequenceTable, rows: list[int], logits: Tensor) -> list[int]:
-    """Draw a token for each of `rows` from logits (B, V) fp32 and note it. Returns rows whose logits are not finite."""
-    index = numpy.array(rows, dtype=numpy.int64)
-    special = [place for place, row in enumerate(rows) if table.is_special[row]]
-    raw = torch.log_softmax(logits[special], -1) if special else logits
-    if special:
-        logits = logits.clone()
-        for place in special:
-            _shape(table, rows[place], logits[place])
-    drawn = (table.known[index] - table.prompt[index]).astype(numpy.uint64)
+class Drawn(NamedTuple):
+    """Tokens, none of them noted in the table yet."""
+
+    tokens: numpy.ndarray
+    """(B,) int64."""
+    log_probs: numpy.ndarray
+    """(B,) fp32; NaN where the logits were not finite."""
+    alternatives: dict[int, Alternatives]
+    """By place in the batch, where they are asked for."""
+
+
+def draw(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> Drawn:
+    """Draw a token from each row of logits (B, V) fp32: that of rows[b], `offsets[b]` tokens after its known ones."""
+    special = numpy.flatnonzero(table.is_special[rows]).tolist()
+    if not special:
+        tokens, log_probs, _ = draw_plainly(table, rows, offsets, logits)
+        return Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
+    raw = torch.log_softmax(logits[special], -1)
+    logits = logits.clone()
+    for place in special:
+        _shape(table, int(rows[place]), int(offsets[place]), logits[place])
+    found, values, everything = draw_plainly(table, rows, offsets, logits)
+    if everything is None:
+        temperature = torch.from_numpy(table.temperature[rows]).to(logits.device)
+        everything = torch.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
+    drawn = Drawn(found.cpu().numpy(), values.cpu().numpy(), {})
+    for place, own in zip(special, raw, strict=True):
+        _report(table, int(rows[place]), int(offsets[place]), place, drawn, own, everything[place])
+    return drawn
+
+
+def draw_plainly(
+    table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`draw` by temperature and kept sets alone; returns what `sample` does."""
 
     def there(values: numpy.ndarray) -> Tensor:
         return torch.from_numpy(values).to(logits.device)
 
     kept = None
-    if not table.keeps_all[index].all():
-        kept = (there(table.top_k[index]), there(table.top_p[index]), there(table.min_p[index]))
-    temperature = there(table.temperature[index])
-    found, values, everything = sample(logits, temperature, there(uniforms(table.seed[index], drawn)), kept)
-    tokens, log_probs = found.cpu().numpy(), values.cpu().numpy()
-    failed = [row for row, value in zip(rows, log_probs.tolist(), strict=True) if value != value]
-    if special:
-        if everything is None:
-            everything = torch.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
-        for place, own in zip(special, raw, strict=True):
-            _report(table, rows[place], place, tokens, log_probs, own, everything[place])
-    table.append(index, tokens, log_probs)
-    for place in special:
-        row = rows[place]
-        close = table.held(row)[0].sampling.close_ids
-        if not table.is_closed[row] and ends_with(table.ids[row, table.prompt[row] : table.known[row]], close):
-            table.is_closed[row] = True
-    return failed
+    if not table.keeps_all[rows].all():
+        kept = (there(table.top_k[rows]), there(table.top_p[rows]), there(table.min_p[rows]))
+    counters = (table.known[rows] - table.prompt[rows] + offsets).astype(numpy.uint64)
+    return sample(logits, there(table.temperature[rows]), there(uniforms(table.seed[rows], counters)), kept)
 
 
-def _shape(table: SequenceTable, row: int, logits: Tensor) -> None:
+def note(
+    table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, drawn: Drawn, counts: numpy.ndarray
+) -> None:
+    """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones."""
+    table.append(rows[counts], offsets[counts], drawn.tokens[counts], drawn.log_probs[counts])
+    for place in numpy.flatnonzero(counts & table.is_special[rows]).tolist():
+        row = int(rows[place])
+        if place in drawn.alternatives:
+            table.alternatives[row].append(drawn.alternatives[place])
+    for row in numpy.unique(rows[counts & table.is_special[rows]]).tolist():
+        fresh = int((counts & (rows == row)).sum())
+        table.is_closed[row] |= _is_closed(table, row, -fresh, 0)
+
+
+def _is_closed(table: SequenceTable, row: int, start: int, end: int) -> bool:
+    """Whether thinking is closed by one of the tokens start..end after the known ones."""
+    close, prompt, known = table.held(row)[0].sampling.close_ids, table.prompt[row], table.known[row]
+    return any(ends_with(table.ids[row, prompt:to], close) for to in range(known + start + 1, known + end + 1))
+
+
+def _shape(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
     """Bias, bans, penalties and the grammar of one row, in place on (V,)."""
     request, answer = table.held(row)
-    prompt, known = table.prompt[row], table.known[row]
+    prompt, known = table.prompt[row], table.known[row] + offset
     adjust(logits, request.sampling, table.ids[row, :prompt], table.ids[row, prompt:known])
     if request.constraint is not None:
         allowed = request.constraint.allowed(answer, table.ids[row, prompt:known].tolist())
@@ -58,22 +93,19 @@ def _shape(table: SequenceTable, row: int, logits: Tensor) -> None:
 
 
 def _report(
-    table: SequenceTable,
-    row: int,
-    place: int,
-    tokens: numpy.ndarray,
-    log_probs: numpy.ndarray,
-    raw: Tensor,
-    drawn: Tensor,
+    table: SequenceTable, row: int, offset: int, place: int, drawn: Drawn, raw: Tensor, everything: Tensor
 ) -> None:
-    """What a special row's token and its log-probability become; raw, drawn: log-probabilities (V,) of the model itself
-    and of the distribution drawn from."""
+    """What a special row's token and its log-probability become; raw, everything: log-probabilities (V,) of the model
+    itself and of the distribution drawn from."""
     sampling = table.held(row)[0].sampling
-    forced = None if table.is_closed[row] else closing(sampling, table.ids[row, table.prompt[row] : table.known[row]])
+    is_closed = table.is_closed[row] or _is_closed(table, row, 0, offset)
+    forced = None
+    if not is_closed:
+        forced = closing(sampling, table.ids[row, table.prompt[row] : table.known[row] + offset])
     if forced is not None:
-        tokens[place], log_probs[place] = forced, 0.0
+        drawn.tokens[place], drawn.log_probs[place] = forced, 0.0
     elif sampling.raw_log_probs:
-        log_probs[place] = float(raw[tokens[place]])
+        drawn.log_probs[place] = float(raw[drawn.tokens[place]])
     if sampling.top_log_probs:
-        source = raw if sampling.raw_log_probs else drawn
-        table.alternatives[row].append(alternatives(source.unsqueeze(0), sampling.top_log_probs)[0])
+        source = raw if sampling.raw_log_probs else everything
+        drawn.alternatives[place] = alternatives(source.unsqueeze(0), sampling.top_log_probs)[0]

@@ -5,17 +5,20 @@ the same tokens alone or in company, from cached prefixes or not, in one piece o
 model makes of a token depends on its sequence alone, and draws depend on the request.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy
 import torch
+from torch import Tensor
 
 from thinkstack.engine.blocks import BLOCK, BlockPool
-from thinkstack.engine.drawing import draw
+from thinkstack.engine.drawing import draw, note
 from thinkstack.engine.runner import Runner
-from thinkstack.engine.scheduler import Scheduler
+from thinkstack.engine.scheduler import Plan, Scheduler
+from thinkstack.engine.speculate import Speculator
 from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
@@ -45,12 +48,26 @@ class EngineConfig:
     """Precision of weights and cache; fp32 is exact alone or in a batch."""
     return_experts: bool = False
     """Give the experts of every token back with each completion, for a trainer that uses them again."""
+    max_drafts: int = 0
+    """Tokens that the model's multi-token-prediction module guesses ahead, where the clock says that it pays."""
+    always_draft: bool = False
+    """Guess even where it does not pay."""
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
             raise ConfigError(f"max_batch={self.max_batch} decodes nothing; use at least 1")
         if self.max_prefill_tokens < 1:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} reads no prompt; use at least 1")
+        if self.max_drafts < 0:
+            raise ConfigError(f"max_drafts={self.max_drafts} is negative; 0 guesses nothing")
+
+
+class Draws(NamedTuple):
+    """Tokens to draw, (N,) int64 each: of which row, how far behind its known tokens, from which computed token."""
+
+    rows: numpy.ndarray
+    offsets: numpy.ndarray
+    sources: numpy.ndarray
 
 
 class Engine:
@@ -65,11 +82,18 @@ class Engine:
         self.scheduler = Scheduler(
             self.table, BlockPool(num_blocks, cfg.prefix_cache), cfg.max_prefill_tokens, cfg.max_waiting
         )
-        self.runner = Runner(model, num_blocks, cfg.dtype, cfg.return_experts)
+        self.runner = self.make_runner(model, num_blocks)
+        self.speculator: Speculator | None = None
+        if cfg.max_drafts:
+            self.speculator = Speculator(self.runner, self.table, cfg.max_drafts, cfg.always_draft)
         self.next_id = 0
         self.version = version
         self.last_error: str | None = None
         """What last went wrong with a request, for whoever watches the engine's health."""
+
+    def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
+        """What computes the tokens."""
+        return Runner(model, num_blocks, self.cfg.dtype, self.cfg.return_experts, bool(self.cfg.max_drafts))
 
     @property
     def version(self) -> int:
@@ -161,25 +185,73 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute one token for every running sequence, and prompts as far as they fit; draw; settle."""
+        """Compute a token or more for every running sequence, and prompts as far as they fit; draw; settle."""
+        began, speculator, table = time.perf_counter(), self.speculator, self.table
+        drafting = speculator is not None and speculator.begins(len(self.scheduler.running))
+        self.scheduler.drafting = drafting
         plan = self.scheduler.plan()
         if not len(plan.rows):
             return
         try:
-            hidden = self.runner.run(plan, self.table)
+            hidden = self.runner.run(plan, table)
         except BaseException:  # what was promised to the prefix cache is not there
             self.scheduler.preempt_all()
             self.scheduler.pool.forget_cached()
             raise
-        self.table.computed[plan.rows] += plan.counts
-        is_done = self.table.computed[plan.rows] == self.table.known[plan.rows]
-        rows, sources = self._start_followers(plan.rows[is_done].tolist())
-        if rows:
-            logits = self.runner.logits(hidden[torch.from_numpy(is_done).to(hidden.device)])
-            failed = draw(self.table, rows, logits if rows == sources else logits[sources])
-            for row in failed:
-                self._fail(row, "the model's logits are not finite; check the weights")
-            self._settle([row for row in rows if row not in failed])
+        table.computed[plan.rows] = numpy.minimum(plan.starts + plan.counts, table.known[plan.rows])
+        draws, copies = self._who_draws(plan)
+        given = self._draw(draws, hidden) if len(draws.rows) else 0
+        if speculator is not None and drafting:
+            speculator.follow(plan, hidden, bool(draws.offsets.any()), given, began)
+        for source, target, count in copies:
+            self.runner.cache.copy(source, target, count)
+
+    def _who_draws(self, plan: Plan) -> tuple["Draws", list[tuple[int, int, int]]]:
+        """Rows that have computed all they know, behind each of their guesses too, and those that waited for a prompt.
+
+        Returns them, and what has to be copied when the step ends: source block, target block, tokens.
+        """
+        table, ends = self.table, plan.counts.cumsum()
+        done = numpy.flatnonzero(table.computed[plan.rows] == table.known[plan.rows])
+        many = table.drafts[plan.rows[done]] + 1
+        firsts = (many.cumsum() - many).repeat(many)
+        offsets = numpy.arange(many.sum()) - firsts
+        rows, sources = plan.rows[done].repeat(many), (ends[done] - many).repeat(many) + offsets
+        copies, followers, shown = [], [], []
+        for place in done.tolist():
+            row = int(plan.rows[place])
+            if table.followers[row]:
+                shared, rest = divmod(int(table.prompt[row]), BLOCK)
+                for follower in self.scheduler.fork(row):
+                    if rest:
+                        copies.append((table.blocks[row][shared], table.blocks[follower][shared], rest))
+                    followers.append(follower)
+                    shown.append(int(ends[place]) - 1)
+        rows, sources = numpy.append(rows, followers), numpy.append(sources, shown)
+        offsets = numpy.append(offsets, [0] * len(followers))
+        return Draws(rows.astype(numpy.int64), offsets.astype(numpy.int64), sources.astype(numpy.int64)), copies
+
+    def _draw(self, draws: "Draws", hidden: Tensor) -> int:
+        """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
+        table, (rows, offsets, sources) = self.table, draws
+        needed, places = numpy.unique(sources, return_inverse=True)
+        logits = self.runner.logits(hidden[torch.from_numpy(needed).to(hidden.device)])
+        if len(needed) < len(sources):
+            logits = logits[torch.from_numpy(places).to(hidden.device)]
+        drawn = draw(table, rows, offsets, logits)
+        counts = numpy.ones(len(rows), dtype=bool)
+        if self.speculator is not None and offsets.any():
+            counts = self.speculator.counts(rows, offsets, drawn.tokens)
+        note(table, rows, offsets, drawn, counts)
+        table.computed[rows] = table.known[rows] - 1
+        for row in numpy.unique(rows[offsets > 0]).tolist():
+            self.scheduler.name_blocks(row, int(table.computed[row]))  # right guesses may have filled one
+        failed = numpy.unique(rows[counts & numpy.isnan(drawn.log_probs)])
+        for row in failed.tolist():
+            self._fail(row, "the model's logits are not finite; check the weights")
+        for row, reason in table.finished(numpy.setdiff1d(rows, failed)):
+            self._close(row, reason)
+        return int(counts.sum())
 
     def generate(
         self,
@@ -251,29 +323,6 @@ class Engine:
         if row is not None:
             return self.table.drawn(row)[0]
         return next((waiting.drawn for waiting in request.queued if answer in waiting.answers), ())
-
-    def _start_followers(self, done: list[int]) -> tuple[list[int], list[int]]:
-        """Rows that draw now, and whose logits each draws from: those that are `done` and who waited for their prompts.
-
-        Returns the rows and, for each, its place in `done`.
-        """
-        rows, sources = list(done), list(range(len(done)))
-        for place, row in enumerate(done):
-            if self.table.followers[row]:
-                shared, rest = divmod(int(self.table.prompt[row]), BLOCK)
-                for follower in self.scheduler.fork(row):
-                    if rest:
-                        self.runner.cache.copy(
-                            self.table.blocks[row][shared], self.table.blocks[follower][shared], rest
-                        )
-                    rows.append(follower)
-                    sources.append(place)
-        return rows, sources
-
-    def _settle(self, rows: list[int]) -> None:
-        """Close the rows that their last token ended."""
-        for row, reason in self.table.finished(numpy.array(rows, dtype=numpy.int64)):
-            self._close(row, reason)
 
     def _fail(self, row: int, error: str) -> None:
         """End an answer that cannot go on, and say why; the others go on."""

@@ -26,9 +26,12 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | None = None,
         experts: tuple[int, int, str] | None = None,
+        drafts: bool = False,
     ):
-        """num_blocks: with the spare one. experts: layers that have some, experts per token and their integer type."""
-        shape = (cfg.num_layers, num_blocks, BLOCK, cfg.attention.cache_width)
+        """num_blocks: with the spare one. experts: layers that have some, experts per token and their integer type.
+        drafts: keep a layer for the first multi-token-prediction module too.
+        """
+        shape = (cfg.num_layers + drafts, num_blocks, BLOCK, cfg.attention.cache_width)
         if device is not None and device.type != "cpu":
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         else:

@@ -3,7 +3,7 @@
 # Shapes in this file: N tokens of the step, B rows, D hidden size, V vocabulary size.
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy
 import torch
@@ -21,19 +21,43 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, RequestError, Sampling
 
 
+class Places(NamedTuple):
+    """Where the tokens of a pass belong; padding, beyond `total`, belongs to the row after the last."""
+
+    owner: numpy.ndarray
+    """Row of each token, (N,)."""
+    positions: numpy.ndarray
+    """Its place in the row's context."""
+    slots: numpy.ndarray
+    """Its place in the cache: block * BLOCK + place in it."""
+    total: int
+    """Tokens without padding."""
+
+
 class Runner:
     """A model in the engine's precision, and its cache.
 
     Tokens are rows of every product, in whole tiles: what becomes of one does not depend on how many there are.
     """
 
-    def __init__(self, model: Transformer, num_blocks: int, dtype: Literal["fp32", "bf16"], keeps_experts: bool):
-        """num_blocks: usable ones, beside the spare one."""
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int,
+        dtype: Literal["fp32", "bf16"],
+        keeps_experts: bool = False,
+        drafts: bool = False,
+    ):
+        """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for."""
+        if drafts and not model.cfg.mtp_layers:
+            raise ConfigError(
+                "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
+            )
         self.dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
         self._kept = _kept_experts(model.cfg) if keeps_experts else None
-        self._num_blocks = num_blocks
+        self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
         self._source, self._model = model, inference_copy(model, self.dtype)
 
@@ -41,7 +65,8 @@ class Runner:
     def cache(self) -> KVCache:
         """The context of all sequences; made when it is first needed."""
         if self._cache is None:
-            self._cache = KVCache(self._model.cfg, self._num_blocks + 1, self.dtype, self.device, self._kept)
+            size = self._num_blocks + 1
+            self._cache = KVCache(self._model.cfg, size, self.dtype, self.device, self._kept, self._drafts)
         return self._cache
 
     def drop_cache(self) -> None:
@@ -65,28 +90,45 @@ class Runner:
                     raise RequestError(f"{name} names token {token}; this vocabulary has 0..{size - 1}")
 
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:
-        """Compute the planned tokens. Returns the hidden state (rows, D) of the last token of each planned row."""
-        rows, counts = plan.rows, plan.counts
+        """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
+        places, view = self._lay_out(table, plan.rows, plan.starts, plan.counts)
+        ids = self._there(table.ids[places.owner, places.positions]).unsqueeze(1)
+        hidden, routing, _ = self._model.trunk(ids, self._there(places.positions).unsqueeze(1), cache=view)
+        if self._kept is not None:
+            chosen = torch.stack([layer.experts for layer in routing], 2).squeeze(1)  # (N, L, K)
+            self.cache.keep_experts(places.slots[: places.total], chosen[: places.total].cpu().numpy())
+        return hidden[: places.total, 0]
+
+    def draft(
+        self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, hidden: Tensor
+    ) -> Tensor:
+        """Show the drafting module computed tokens: counts of each row, from starts, with their hidden states (N, D).
+
+        Returns its states (rows, D) at the last token of each row, where it predicts the token after the next.
+        """
+        places, view = self._lay_out(table, rows, starts, counts)
+        following = self._there(table.ids[places.owner, places.positions + 1]).unsqueeze(1)
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - places.total)).unsqueeze(1)
+        states = self._model.draft(padded, following, self._there(places.positions).unsqueeze(1), view)
+        return states[self._there(counts.cumsum() - 1), 0]
+
+    def _lay_out(
+        self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray
+    ) -> tuple["Places", View]:
+        """Tokens from `starts` on, counts of each row, filled up to whole tiles with tokens of the row of padding."""
         ends = counts.cumsum()
         total = int(ends[-1])
-        owner = numpy.full(-(-total // ROW_TILE) * ROW_TILE, len(table.owner), dtype=numpy.int64)  # padding
+        owner = numpy.full(-(-total // ROW_TILE) * ROW_TILE, len(table.owner), dtype=numpy.int64)
         owner[:total] = rows.repeat(counts)
-        places = numpy.zeros(len(owner), dtype=numpy.int64)
-        places[:total] = numpy.arange(total) + (table.computed[rows] - (ends - counts)).repeat(counts)
-        slots = table.tables[owner, places // BLOCK].astype(numpy.int64) * BLOCK + places % BLOCK
-        starts = (ends - counts).tolist()
-        runs = tuple(zip(starts, counts.tolist(), rows.tolist(), strict=True))
+        positions = numpy.zeros(len(owner), dtype=numpy.int64)
+        positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
+        slots = table.tables[owner, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
+        runs = tuple(zip((ends - counts).tolist(), counts.tolist(), rows.tolist(), strict=True))
         padding = tuple((at, 1, len(table.owner)) for at in range(total, len(owner)))
         pages = Pages(
             self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)), runs + padding
         )
-        view = View(self.cache, pages, self._there(slots))
-        ids, positions = (self._there(values).unsqueeze(1) for values in (table.ids[owner, places], places))
-        hidden, routing, _ = self._model.trunk(ids, positions, cache=view)
-        if self._kept is not None:
-            chosen = torch.stack([layer.experts for layer in routing], 2).squeeze(1)  # (N, L, K)
-            self.cache.keep_experts(slots[:total], chosen[:total].cpu().numpy())
-        return hidden.squeeze(1)[self._there(ends - 1)]
+        return Places(owner, positions, slots, total), View(self.cache, pages, self._there(slots))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) fp32 of hidden states (B, D), computed on whole row tiles."""

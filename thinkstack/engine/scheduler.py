@@ -26,7 +26,9 @@ class Plan:
     rows: numpy.ndarray
     """Rows that compute something, those with one token first."""
     counts: numpy.ndarray
-    """Tokens of each, from the first that is not in the cache."""
+    """Tokens of each, drafts included."""
+    starts: numpy.ndarray
+    """The first of them, which is not in the cache."""
 
 
 class Scheduler:
@@ -47,6 +49,8 @@ class Scheduler:
         """Whether the last plan sent somebody back."""
         self.holds_back = False
         """Admit nobody: the engine drains."""
+        self.drafting = False
+        """Whether the drafting module follows those admitted now."""
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError if too many wait."""
@@ -60,8 +64,8 @@ class Scheduler:
         budget, self.preempted = self.max_prefill_tokens, False
         table = self.table
         rows = numpy.array(self.running, dtype=numpy.int64)
-        pending = table.known[rows] - table.computed[rows]
-        is_easy = (pending == 1) & (table.computed[rows] % BLOCK != 0)
+        place, pending = table.computed[rows] % BLOCK, table.known[rows] - table.computed[rows]
+        is_easy = (pending == 1) & (place != 0) & (place + 1 + table.drafts[rows] <= BLOCK)  # in the block it has
         for row in rows[~is_easy].tolist():
             if table.owner[row] is None or table.follows[row]:
                 continue  # preempted above, or computes nothing itself
@@ -77,12 +81,11 @@ class Scheduler:
         chunks.sort(key=lambda each: each[1] > 1)
         easy = [row for row in rows[is_easy].tolist() if table.owner[row] is not None]
         for row in easy:
-            if (table.computed[row] + 1) % BLOCK == 0:
-                self.name_blocks(row, int(table.computed[row]) + 1)
-        return Plan(
-            numpy.array(easy + [row for row, _ in chunks], dtype=numpy.int64),
-            numpy.array([1] * len(easy) + [count for _, count in chunks], dtype=numpy.int64),
-        )
+            if table.known[row] % BLOCK == 0:
+                self.name_blocks(row, int(table.known[row]))
+        chosen = numpy.array(easy + [row for row, _ in chunks], dtype=numpy.int64)
+        counts_of = numpy.array([1] * len(easy) + [count for _, count in chunks], dtype=numpy.int64)
+        return Plan(chosen, counts_of + table.drafts[chosen], table.computed[chosen])
 
     def _chunk(self, row: int, budget: int) -> int:
         """Tokens that a row computes now, at most `budget` of a prompt; holds their blocks, or 0 if it has to wait."""
@@ -91,10 +94,12 @@ class Scheduler:
         start, pending = int(table.computed[row]), int(table.known[row] - table.computed[row])
         count = pending if pending == 1 else min(pending, budget)
         while count > 0:
-            missing = -(-(start + count) // BLOCK) - len(table.blocks[row])
+            missing = -(-(start + count + int(table.drafts[row])) // BLOCK) - len(table.blocks[row])
             if missing <= self.pool.available:
                 break
-            if not self._preempt_after(row):
+            if table.drafts[row]:
+                table.drafts[row] = 0  # nobody is sent away for a guess
+            elif not self._preempt_after(row):
                 count = (len(table.blocks[row]) + self.pool.available) * BLOCK - start
         if count <= 0:
             if count < 0 or (pending > 0 and budget > 0):
@@ -144,6 +149,7 @@ class Scheduler:
         first, *others = (table.open(waiting, answer, root_name(self.version, request.salt)) for answer in answers)
         table.followers[first] = others
         table.follows[others] = True
+        table.is_drafting[[first, *others]] = self.drafting
         for row in (first, *others):
             bisect.insort(self.running, row, key=table.key)
         self._reuse(first)

@@ -43,6 +43,10 @@ class Request:
     salt: str = ""
     """Only requests of the same salt share cached prefixes."""
     weights_version: int = 0
+    drafted: int = 0
+    """Tokens that were guessed for it before the model decided."""
+    accepted: int = 0
+    """Of these, those that the model drew."""
     cached_tokens: int = 0
     """Prompt tokens found in the cache when it was first admitted, in whole blocks."""
     error: str | None = None
@@ -95,6 +99,10 @@ class SequenceTable:
         """Of the drawn tokens, at the places of `ids`."""
         self.prompt, self.known, self.computed, self.limit = numpy.zeros((4, num_rows + 1), dtype=numpy.int64)
         """Tokens of the prompt; of prompt and answer; in the cache; most tokens of the answer."""
+        self.drafts = numpy.zeros(num_rows + 1, dtype=numpy.int64)
+        """Tokens in `ids` after the known ones that are only guessed."""
+        self.is_drafting = numpy.zeros(num_rows + 1, dtype=bool)
+        """Whether the drafting module has followed the row from its start."""
         self.follows = numpy.zeros(num_rows + 1, dtype=bool)
         """Whether the row waits for another one's prompt."""
         self.seed = numpy.zeros(num_rows, dtype=numpy.uint64)
@@ -164,11 +172,15 @@ class SequenceTable:
         self.blocks[row] += blocks
         self.tables[row, start : start + len(blocks)] = blocks
 
-    def append(self, rows: numpy.ndarray, tokens: numpy.ndarray, log_probs: numpy.ndarray) -> None:
-        """Note the token just drawn in each of `rows`."""
-        self.ids[rows, self.known[rows]] = tokens
-        self.log_probs[rows, self.known[rows]] = log_probs
-        self.known[rows] += 1
+    def append(
+        self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray, log_probs: numpy.ndarray
+    ) -> None:
+        """Note tokens just drawn: `offsets` counts a row's from 0. Whatever was only guessed is forgotten."""
+        places = self.known[rows] + offsets
+        self.ids[rows, places] = tokens
+        self.log_probs[rows, places] = log_probs
+        numpy.add.at(self.known, rows, 1)
+        self.drafts[rows] = 0
 
     def finished(self, rows: numpy.ndarray) -> list[tuple[int, FinishReason]]:
         """Of `rows` those that their last token ended, with the reason; a stop token in the last place is a stop."""
@@ -184,7 +196,8 @@ class SequenceTable:
         del request.rows[answer]
         self.owner[row], self.blocks[row], self.names[row], self.followers[row] = None, [], [], []
         self.tables[row] = SPARE
-        self.follows[row] = False
+        self.follows[row] = self.is_drafting[row] = False
+        self.drafts[row] = 0
         heapq.heappush(self.free, row)
 
 

@@ -96,17 +96,14 @@ class Transformer(nn.Module):
         self.check(ids, positions)
         hidden = self.embed(ids)  # (B, T, D)
         rows = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        positions = rows if positions is None else positions
         if cache is not None:
-            positions = positions.expand(ids.shape).contiguous()  # of every sequence its own
-        sight = sight_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
-        context = AttentionContext(
-            rope=rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope),
-            sight=sight,
-            last=rows if cache is None else positions,
-            cache=cache,
-            blocks=document_blocks(sight) if self.uses_flex and cache is None else None,
-        )
+            assert positions is not None, "only the engine knows the places in its cache"
+            context = self.cached_context(positions, cache)
+        else:
+            sight = sight_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
+            rope = rope_table(rows if positions is None else positions, self.cfg.attention.rope_dim, self.cfg.rope)
+            blocks = document_blocks(sight) if self.uses_flex else None
+            context = AttentionContext(rope=rope, sight=sight, last=rows, blocks=blocks)
         routing: list[Routing] = []
         for block in self.layers:
             replayed = None if experts is None else experts[:, :, len(routing)]
@@ -114,6 +111,20 @@ class Transformer(nn.Module):
             if chosen is not None:
                 routing.append(chosen)
         return Trunk(self.norm(hidden), routing, context)
+
+    def cached_context(self, positions: Tensor, cache: LayerCache) -> AttentionContext:
+        """What attention needs to know of new tokens at positions (N, 1) of their sequences' cached contexts."""
+        sight = positions.new_zeros(1, 1, 3, dtype=torch.int32)  # the whole context, told by `last`
+        rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
+        return AttentionContext(rope=rope, sight=sight, last=positions, cache=cache)
+
+    def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+        """States (N, 1, D) of the first multi-token-prediction module: at position i it predicts token i+2.
+
+        hidden: (N, 1, D), normed, of the tokens at positions (N, 1). following: (N, 1) int64, the tokens after them.
+        cache: as in `trunk`, with a layer for the module.
+        """
+        return self.mtp[0](hidden, self.embed(following), self.cached_context(positions, cache))[0]
 
     def look_ahead(self, trunk: Trunk, ids: Tensor, detached: bool = False) -> tuple[list[Tensor], list[Routing]]:
         """Hidden states of the multi-token-prediction modules: the k-th, from 0, predicts token i+2+k at position i.

@@ -1,0 +1,65 @@
+"""An engine without a model: answers come from a script, everything else is the real thing.
+
+For tests of whatever sits on an engine (servers, chats, recipes), and to know what scheduling alone costs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.runner import Runner
+from thinkstack.engine.scheduler import Plan
+from thinkstack.engine.table import SequenceTable
+from thinkstack.models.config import GQAConfig, ModelConfig
+from thinkstack.models.transformer import Transformer
+
+Script = Callable[[tuple[int, ...], int], Sequence[int]]
+"""From the prompt's token ids and the index of the answer to the answer's token ids."""
+CERTAIN = 1e4
+"""Logit of the scripted token; all others have 0."""
+
+
+class ScriptedRunner(Runner):
+    """Computes nothing: the scripted token has all the probability, behind a script's end the end token."""
+
+    script: Script
+    end_id: int
+
+    def run(self, plan: Plan, table: SequenceTable) -> Tensor:
+        """The token that follows each planned one, (N, 1) int64."""
+        found: list[int] = []
+        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
+            request, answer = table.held(row)
+            text, first = self.script(request.prompt_ids, answer), start + 1 - len(request.prompt_ids)
+            found += [text[at] if 0 <= at < len(text) else self.end_id for at in range(first, first + count)]
+        return torch.tensor(found).unsqueeze(1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, V) fp32 from tokens (B, 1)."""
+        return torch.zeros(len(hidden), self._model.cfg.vocab_size).scatter_(1, hidden, CERTAIN)
+
+
+class ScriptedEngine(Engine):
+    """An `Engine` for a script. Answers of n > 1 all begin with the first one's first token: they share its prompt."""
+
+    def __init__(self, script: Script, vocab_size: int, end_id: int, max_context: int = 4096, **settings: object):
+        """max_context: tokens of prompt and answer. settings: of EngineConfig."""
+        cfg = ModelConfig(
+            family="llama",
+            vocab_size=vocab_size,
+            hidden_size=16,
+            num_layers=1,
+            attention=GQAConfig(num_heads=1, num_kv_heads=1, head_dim=16),
+            dense_size=16,
+            max_positions=max_context,
+        )
+        self._script, self._end_id = script, end_id
+        super().__init__(Transformer(cfg).initialise(torch.Generator().manual_seed(0)), EngineConfig(**settings))  # type: ignore[arg-type]
+
+    def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
+        """One that follows the script."""
+        runner = ScriptedRunner(model, num_blocks, self.cfg.dtype)
+        runner.script, runner.end_id = self._script, self._end_id
+        return runner
