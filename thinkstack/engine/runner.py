@@ -13,7 +13,9 @@ from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
+from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig
+from thinkstack.models.few import few_tokens
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
 from thinkstack.models.precision import inference_copy, refresh
@@ -60,6 +62,7 @@ class Runner:
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
         self._source, self._model = model, inference_copy(model, self.dtype)
+        self._few = few_tokens(self._model)
 
     @property
     def cache(self) -> KVCache:
@@ -79,6 +82,7 @@ class Runner:
             refresh(self._model, model)
         else:
             self._source, self._model = model, inference_copy(model, self.dtype)
+        self._few = few_tokens(self._model)
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Raise RequestError for tokens outside the vocabulary."""
@@ -92,8 +96,10 @@ class Runner:
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
         places, view = self._lay_out(table, plan.rows, plan.starts, plan.counts)
-        ids = self._there(table.ids[places.owner, places.positions]).unsqueeze(1)
-        hidden, routing, _ = self._model.trunk(ids, self._there(places.positions).unsqueeze(1), cache=view)
+        ids, positions = self._there(table.ids[places.owner, places.positions]), self._there(places.positions)
+        if len(ids) <= kernels.FEW and self._few is not None:
+            return self._few.hidden(ids, positions, view.first, self.cache.data)
+        hidden, routing, _ = self._model.trunk(ids.unsqueeze(1), positions.unsqueeze(1), cache=view)
         if self._kept is not None:
             chosen = torch.stack([layer.experts for layer in routing], 2).squeeze(1)  # (N, L, K)
             self.cache.keep_experts(places.slots[: places.total], chosen[: places.total].cpu().numpy())
@@ -118,7 +124,7 @@ class Runner:
         """Tokens from `starts` on, counts of each row, filled up to whole tiles with tokens of the row of padding."""
         ends = counts.cumsum()
         total = int(ends[-1])
-        owner = numpy.full(-(-total // ROW_TILE) * ROW_TILE, len(table.owner), dtype=numpy.int64)
+        owner = numpy.full(total + self._padding(total), len(table.owner), dtype=numpy.int64)
         owner[:total] = rows.repeat(counts)
         positions = numpy.zeros(len(owner), dtype=numpy.int64)
         positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
@@ -133,8 +139,14 @@ class Runner:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) fp32 of hidden states (B, D), computed on whole row tiles."""
         count = hidden.shape[0]
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -count % ROW_TILE))
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._padding(count)))
         return self._model.head(padded)[:count].float()
+
+    def _padding(self, count: int) -> int:
+        """Rows that make `count` whole tiles; none where few rows in bf16 have kernels of their own."""
+        if self.dtype == torch.bfloat16 and count <= kernels.FEW and self.device.type == "cpu" and kernels.available():
+            return 0
+        return -count % ROW_TILE
 
     def _there(self, values: numpy.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)

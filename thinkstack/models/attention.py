@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
-from thinkstack.models.layers import RMSNorm, rotate
+from thinkstack.models.layers import Projection, RMSNorm, rotate
 from thinkstack.models.pages import Pages
 
 
@@ -203,15 +203,15 @@ class MLA(Attention):
         self.expanded = kernels.Heads(a.num_heads, nope, per_head, nope, per_head, a.v_head_dim)
         self.absorbed = kernels.Heads(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
         if a.q_lora_rank:
-            self.wq_a = nn.Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
+            self.wq_a = Projection(cfg.hidden_size, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, cfg.norm_eps)
-            self.wq_b = nn.Linear(a.q_lora_rank, a.num_heads * a.qk_head_dim, bias=False)
+            self.wq_b = Projection(a.q_lora_rank, a.num_heads * a.qk_head_dim, bias=False)
         else:
-            self.wq = nn.Linear(cfg.hidden_size, a.num_heads * a.qk_head_dim, bias=False)
-        self.wkv_a = nn.Linear(cfg.hidden_size, a.cache_width, bias=False)
+            self.wq = Projection(cfg.hidden_size, a.num_heads * a.qk_head_dim, bias=False)
+        self.wkv_a = Projection(cfg.hidden_size, a.cache_width, bias=False)
         self.kv_norm = RMSNorm(a.kv_lora_rank, cfg.norm_eps)
-        self.wkv_b = nn.Linear(a.kv_lora_rank, a.num_heads * per_head, bias=False)
-        self.wo = nn.Linear(a.num_heads * a.v_head_dim, cfg.hidden_size, bias=False)
+        self.wkv_b = Projection(a.kv_lora_rank, a.num_heads * per_head, bias=False)
+        self.wo = Projection(a.num_heads * a.v_head_dim, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
@@ -262,13 +262,6 @@ class MLA(Attention):
         q = torch.cat((q_latent, rotate(q_rope, ctx.rope, self.interleaved)), -1)  # (B, T, H, W)
         out = self.read(q, pages, self.absorbed, ctx).flatten(0, 1).transpose(0, 1)  # (H, B*T, C)
         return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, q.shape[:2])
-
-
-class Projection(nn.Linear):
-    """A linear layer whose bias may stay fp32 beside a matrix in bf16, as precision.working_copy keeps vectors."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 class GQA(Attention):

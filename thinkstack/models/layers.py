@@ -6,6 +6,7 @@ composite passes move two to three times the bytes that the formulas need. Witho
 
 # Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
 
+import functools
 import math
 
 import torch
@@ -95,14 +96,24 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class Projection(nn.Linear):
+    """A linear layer whose bias may stay fp32 beside a matrix in bf16, as precision.working_copy keeps vectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features); returns (..., out_features). A few rows in bf16 are multiplied as weights are read."""
+        if self.bias is None and kernels.takes_few(x, self.weight):
+            return kernels.few_rows(x, self.weight)
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
 class SwiGLU(nn.Module):
     """Feed-forward w2(silu(w1 x) * (w3 x)), in the paper's names."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.w1 = Projection(hidden_size, intermediate_size, bias=False)
+        self.w2 = Projection(intermediate_size, hidden_size, bias=False)
+        self.w3 = Projection(hidden_size, intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); returns (..., D)."""
@@ -111,6 +122,7 @@ class SwiGLU(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
+@functools.cache
 def rope_frequencies(width: int, cfg: RopeConfig) -> Tensor:
     """Angular frequencies in radians per token, (width / 2,) fp32, changed by the extension that is configured.
 

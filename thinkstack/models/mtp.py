@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from thinkstack.models.attention import AttentionContext
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import RMSNorm
+from thinkstack.models.layers import Projection, RMSNorm
 from thinkstack.models.moe import Routing
 
 
@@ -20,7 +20,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.embedding_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.hidden_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.merge = nn.Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.merge = Projection(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
         self.block = Block(cfg, layer)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, sight_of
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import RMSNorm, rope_table
+from thinkstack.models.layers import Projection, RMSNorm, rope_table
 from thinkstack.models.moe import Routing
 from thinkstack.models.mtp import MTPModule
 from thinkstack.types import RequestError
@@ -40,7 +40,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.head = Projection(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.uses_flex = False

@@ -4,8 +4,17 @@ The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there f
 depends on the other rows. Without a compiler, and on other devices, the counterparts run.
 """
 
-from thinkstack.models.kernels.calls import LANES, takes, takes_rows, takes_steps
-from thinkstack.models.kernels.decoding import draw, feed_forward, latent_step, read_cache, route
+from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_few, takes_rows, takes_steps
+from thinkstack.models.kernels.decoding import (
+    BlockWeights,
+    block_steps,
+    draw,
+    feed_forward,
+    few_rows,
+    latent_step,
+    read_cache,
+    route,
+)
 from thinkstack.models.kernels.operators import Heads, attend, expert_mlp
 from thinkstack.models.kernels.rows import (
     is_rows,
@@ -20,7 +29,7 @@ from thinkstack.models.kernels.rows import (
 )
 
 __all__ = [
-    "LANES", "Heads", "attend", "draw", "expert_mlp", "feed_forward", "is_rows", "latent_step", "log_probs",
-    "log_probs_backward", "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "swiglu",
-    "swiglu_backward", "takes", "takes_rows", "takes_steps", "widen",
+    "FEW", "LANES", "BlockWeights", "Heads", "attend", "available", "block_steps", "draw", "expert_mlp", "feed_forward",
+    "few_rows", "is_rows", "latent_step", "log_probs", "log_probs_backward", "read_cache", "rms_norm",
+    "rms_norm_backward", "rotate", "route", "swiglu", "swiglu_backward", "takes", "takes_few", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

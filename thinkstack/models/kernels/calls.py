@@ -10,6 +10,10 @@ from thinkstack.models.kernels.build import binary
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 LANES = 16
 """Expert sizes must be multiples of this; everything else may have any width."""
+FEW = 8
+"""Rows that are few: their products take as long as reading the weights."""
+WIDE = 32
+"""Widths that `takes_few` asks for are multiples of this."""
 SMALL = 1024
 """Hidden sizes up to this decode by whole sublayers."""
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -38,6 +42,18 @@ def takes_steps(x: Tensor, hidden_size: int) -> bool:
     """
     small = hidden_size <= SMALL and x.dtype == torch.float32 and not torch.is_grad_enabled()
     return small and takes_rows(x)
+
+
+def takes_few(x: Tensor, *weights: Tensor) -> bool:
+    """Whether weights (M, K) should be read by the kernels for a few rows: inference on FEW rows at most, in bf16.
+
+    What comes of a row then depends on whether there are few, as it does among torch's own kernels.
+    """
+    if x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled() or not takes_rows(x):
+        return False
+    return x.is_contiguous() and all(
+        weight.dtype == x.dtype and weight.is_contiguous() and weight.shape[1] % WIDE == 0 for weight in weights
+    )
 
 
 def structure(name: str, pointers: str, integers: str, reals: str = "") -> type[ctypes.Structure]:

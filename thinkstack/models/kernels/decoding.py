@@ -1,7 +1,9 @@
 """Inference on new tokens: reading a cache, whole sublayers, routing and drawing. No gradients."""
 
 # Shapes in this file: N or B new tokens, G key/value heads, Q query heads per group, W key width, V value width,
-# D hidden size, R rotated width, E experts, K experts per token. LatentStep's sizes are in steps.cpp.
+# D hidden size, R rotated width, E experts, K experts per token. Other structures' sizes are in their C++ files.
+
+import ctypes
 
 import torch
 from torch import Tensor
@@ -20,6 +22,14 @@ _LatentStep = structure(
     "LatentStep",
     "x wq_a q_norm wq_b wkv_a kv_norm wkv_b wo rope last tables owner cache out queries",
     "B D H N R V C Q shift table_width interleaved longest threads",
+    "scale eps",
+)
+BlockWeights = structure("BlockWeights", "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo", "")
+"""Addresses of a block's weights: matrices in bf16, vectors in fp32, of which the last six may be None."""
+_BlockSteps = structure(
+    "BlockSteps",
+    "blocks rope last tables owner x cache",
+    "L N D H G W I shift table_width layer_stride interleaved longest threads",
     "scale eps",
 )
 
@@ -80,6 +90,42 @@ def latent_step(
         **dict(threads=torch.get_num_threads(), scale=scale, eps=eps),
     )
     run("latent_step", arguments)
+    return out
+
+
+def block_steps(
+    x: Tensor,
+    blocks: ctypes.Array[ctypes.Structure],
+    sizes: dict[str, int],
+    rope: Tensor,
+    last: Tensor,
+    pages: Pages,
+    cache: Tensor,
+    scale: float,
+    eps: float,
+) -> None:
+    """At most FEW new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
+
+    x: (N, D), contiguous; changed in place. blocks: a BlockWeights for each of L. sizes: H, G, W, I and interleaved.
+    rope: (N, W / 2) complex64. last: (N,) int64, where the new entries go. pages: of N tokens, in the first layer.
+    cache: (L, blocks, P, 2 G W); written to.
+    """
+    shift, table_width = _layout(pages)
+    arguments = _BlockSteps(
+        ctypes.addressof(blocks),
+        *map(address, (rope, last, pages.tables, pages.owner, x, cache)),
+        **dict(sizes, L=len(blocks), N=x.shape[0], D=x.shape[1], shift=shift, table_width=table_width),
+        **dict(layer_stride=cache.stride(0), longest=_longest(pages), threads=torch.get_num_threads()),
+        **dict(scale=scale, eps=eps),
+    )
+    run("block_steps", arguments)
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) times weight (M, K) transposed: (..., M), for at most FEW rows, in bf16."""
+    M, K = weight.shape
+    out = x.new_empty(*x.shape[:-1], M)
+    call("few_rows", x, weight, out, x.numel() // K, M, K)
     return out
 
 

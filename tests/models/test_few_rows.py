@@ -1,0 +1,116 @@
+"""The kernels for a few rows in bf16 against torch's operators."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.models.test_kernels import drawn, on_torch  # noqa: F401
+from tests.tiny import GQA_TINY, tiny_model
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.models import kernels
+from thinkstack.models.config import GQAConfig
+from thinkstack.models.few import few_tokens
+from thinkstack.models.kernels import calls
+from thinkstack.models.lora import LoRAConfig, adapt
+from thinkstack.models.pages import Pages
+from thinkstack.models.precision import working_copy
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Sampling
+
+pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+WIDE = replace(
+    GQA_TINY,
+    hidden_size=64,
+    attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=16),
+    dense_size=160,
+    max_positions=300,
+)
+KINDS = {
+    "llama": WIDE,
+    "biases": replace(WIDE, attention=replace(WIDE.attention, qkv_bias=True, out_bias=True)),
+    "normed": replace(WIDE, attention=replace(WIDE.attention, qk_norm=True)),
+    "interleaved": replace(WIDE, rope=replace(WIDE.rope, interleaved=True)),
+}
+
+
+def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("width", [32, 96, 576])
+def test_products_of_a_few_rows(count, width):
+    x, weight = drawn(count, width, dtype=torch.bfloat16), drawn(50, width, seed=1, dtype=torch.bfloat16)
+    exact = x.double() @ weight.double().T
+    with torch.no_grad():
+        assert kernels.takes_few(x, weight)
+        assert relative(kernels.few_rows(x, weight), exact) < 3e-3  # half a unit in bf16's last place
+    assert not kernels.takes_few(drawn(9, width, dtype=torch.bfloat16), weight)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_blocks_at_once_are_the_blocks_in_parts(kind, count, on_torch):  # noqa: F811
+    """States and what is written into the cache; three of the tokens follow each other in one sequence."""
+    exact = tiny_model(KINDS[kind])
+    model = working_copy(exact, torch.bfloat16)
+    cache = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    twin = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
+    twin.data.copy_(cache.data)
+    kept = cache.data.clone()
+    wide = KVCache(model.cfg, 4 * count + 1, torch.float32)
+    wide.data.copy_(cache.data)
+    owner = torch.tensor([0, 0, 0, *range(1, count)][:count])
+    places = torch.tensor([130, 131, 132, *(9 + 31 * n for n in range(count))][:count])
+    tables = (1 + torch.randperm(4 * count, generator=torch.Generator().manual_seed(1))).view(count, 4).int()
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
+    runs = tuple((n, 1, int(owner[n])) for n in range(count))
+
+    def pages(kept: KVCache) -> Pages:
+        return Pages(kept.data[0], tables, owner.int(), runs)
+
+    def in_parts(of: Transformer, into: KVCache) -> torch.Tensor:
+        return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(into, pages(into), slots)).hidden[:, 0]
+
+    few = few_tokens(model)
+    assert few is not None
+    mine = few.hidden(ids, places, pages(cache), cache.data)
+    theirs, true = on_torch(in_parts, model, twin), on_torch(in_parts, exact, wide)
+    assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, ours as little
+    assert relative(cache.data, wide.data) < 1.3 * relative(twin.data, wide.data) + 1e-4
+    changed = (cache.data != kept).flatten(3).any(-1).any(0).flatten().nonzero().flatten()
+    assert set(changed.tolist()) <= set(slots.tolist())
+
+
+@torch.no_grad()
+def test_only_plain_weights_are_read_at_once():
+    model = working_copy(tiny_model(WIDE), torch.bfloat16)
+    assert few_tokens(model) is not None
+    assert few_tokens(tiny_model(WIDE)) is None  # fp32
+    assert few_tokens(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
+    adapt(model, LoRAConfig(rank=2))
+    assert few_tokens(model) is None
+    hooked = working_copy(tiny_model(WIDE), torch.bfloat16)
+    hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
+    assert few_tokens(hooked) is None
+
+
+def test_an_engine_for_one_user_answers_as_on_torch(on_torch):  # noqa: F811
+    model = tiny_model(WIDE)
+    asked = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(1)).tolist()]
+
+    def answer():
+        how = Sampling(max_tokens=40, temperature=0.0)
+        return Engine(model, EngineConfig(dtype="bf16", max_batch=2)).generate(asked, [how])[0][0]
+
+    mine, theirs = answer(), on_torch(answer)
+    agreed = next((n for n, (a, b) in enumerate(zip(mine.token_ids, theirs.token_ids, strict=True)) if a != b), 40)
+    assert agreed > 3
+    for a, b in zip(mine.log_probs[:agreed], theirs.log_probs[:agreed], strict=True):
+        assert a == pytest.approx(b, abs=0.05)
