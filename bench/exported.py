@@ -63,7 +63,8 @@ def by_transformers(folder: Path, prompts: list[list[int]], tokens: int, stops: 
     found = []
     for prompt in prompts:
         settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": list(stops), "pad_token_id": 0}
-        out = model.generate(torch.tensor([prompt]), **settings)
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # or it takes token 0 for padding
         found.append(out[0, len(prompt) :].tolist())
     return found
 

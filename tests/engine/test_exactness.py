@@ -101,6 +101,13 @@ def test_preempted_answers_keep_experts_alternatives_and_log_probs():
     assert engine.scheduler.preemptions > 0
 
 
+def test_answers_that_end_at_once_carry_their_experts():
+    """Three answers of one token: the prompt's experts are there for each."""
+    engine = Engine(tiny_model(**LONG), replace(SMALL, return_experts=True))
+    (found,) = engine.generate([prompt(70)], [Sampling(n=3, max_tokens=1)])
+    assert torch.equal(found[0].experts, found[1].experts) and torch.equal(found[0].experts, found[2].experts)
+
+
 def computed_tokens(engine: Engine, asked: list[list[int]], samplings: list[Sampling]) -> int:
     """Tokens that went through the model."""
     counts, run = [], engine.runner.run

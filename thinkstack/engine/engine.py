@@ -200,16 +200,18 @@ class Engine:
             raise
         table.computed[plan.rows] = numpy.minimum(plan.starts + plan.counts, table.known[plan.rows])
         draws, copies = self._who_draws(plan)
+        for copy in copies:
+            self.runner.cache.copy(*copy)
         given = self._draw(draws, hidden) if len(draws.rows) else 0
         if speculator is not None and drafting:
             speculator.follow(plan, hidden, bool(draws.offsets.any()), given, began)
-        for source, target, count in copies:
-            self.runner.cache.copy(source, target, count)
+            for copy in copies:  # again, with what the module has kept
+                self.runner.cache.copy(*copy)
 
     def _who_draws(self, plan: Plan) -> tuple["Draws", list[tuple[int, int, int]]]:
         """Rows that have computed all they know, behind each of their guesses too, and those that waited for a prompt.
 
-        Returns them, and what has to be copied when the step ends: source block, target block, tokens.
+        Returns them, and what has to be copied for the latter: source block, target block, tokens.
         """
         table, ends = self.table, plan.counts.cumsum()
         done = numpy.flatnonzero(table.computed[plan.rows] == table.known[plan.rows])

@@ -31,5 +31,6 @@ from thinkstack.models.kernels.rows import (
 __all__ = [
     "FEW", "LANES", "BlockWeights", "Heads", "attend", "available", "block_steps", "draw", "expert_mlp", "feed_forward",
     "few_rows", "is_rows", "latent_step", "log_probs", "log_probs_backward", "read_cache", "rms_norm",
-    "rms_norm_backward", "rotate", "route", "swiglu", "swiglu_backward", "takes", "takes_few", "takes_rows", "takes_steps", "widen",
+    "rms_norm_backward", "rotate", "route", "swiglu", "swiglu_backward", "takes", "takes_few", "takes_rows",
+    "takes_steps", "widen",
 ]  # fmt: skip
