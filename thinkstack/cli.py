@@ -50,7 +50,13 @@ def run(
 
 
 def chat(
-    model: Positional[str], /, temperature: float = 0.6, top_p: float = 0.95, max_new_tokens: int = 256, seed: int = 0
+    model: Positional[str],
+    /,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
     """Talk to a model: its thinking streams, then its answer. An empty line ends the talk, /new forgets it.
 
@@ -60,13 +66,16 @@ def chat(
         top_p: Keeps the smallest set of tokens with at least this probability.
         max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
+        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
     """
+    from thinkstack.checkpoint.model import pick_dtype
     from thinkstack.machine import prepare_machine
     from thinkstack.stages.talk import Talk
     from thinkstack.types import Sampling
 
     prepare_machine()
-    talk = Talk(model, Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed))
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+    talk = Talk(model, sampling, pick_dtype(model, dtype))
     _say(f"{model}: type a question; an empty line ends the talk, /new begins another\n", "dim")
     while True:
         try:
@@ -112,7 +121,7 @@ def generate(
     top_p: float = 1.0,
     max_new_tokens: int = 200,
     seed: int = 965,
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Run a model as DeepSeek-V3 is run: talk to it, answer a file of prompts, or continue plain text.
@@ -128,11 +137,10 @@ def generate(
         top_p: Keeps the smallest set of tokens with at least this probability.
         max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
-        dtype: Precision of weights and cache.
+        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
         device: Where the model runs.
     """
-    import torch
-
+    from thinkstack.checkpoint.model import pick_dtype
     from thinkstack.machine import pick_device, prepare_machine
     from thinkstack.models.parallel import join_ranks
     from thinkstack.stages.generate import Generator, read_prompts
@@ -145,7 +153,7 @@ def generate(
     place = pick_device(device)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     ranks = join_ranks(place.type)
-    run = Generator(model, sampling, ranks, torch.float32 if dtype == "fp32" else torch.bfloat16, place)
+    run = Generator(model, sampling, ranks, pick_dtype(model, dtype), place)
     say = _say if ranks.rank == 0 else lambda text: None
     if interactive:
         run.talk(_read_line, say)

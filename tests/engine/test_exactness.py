@@ -12,7 +12,9 @@ from thinkstack.models.kernels import calls
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, RequestError, Sampling
 
-BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
+WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+"""Computed by one kernel, where there are kernels."""
+BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY, WHOLE], ids=["mla", "gqa", "whole"])
 LONG = {"max_positions": 400}
 SMALL = EngineConfig(max_batch=8)
 

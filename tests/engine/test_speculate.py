@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from tests.engine.test_exactness import LONG, SMALL, alone, drawn, how, path, prompt  # noqa: F401
+from tests.engine.test_exactness import LONG, SMALL, WHOLE, alone, drawn, how, path, prompt  # noqa: F401
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine
@@ -14,7 +14,7 @@ from thinkstack.engine.speculate import RETRY, SAMPLES, Payoff, Speculator
 from thinkstack.types import ConfigError, Sampling
 
 GQA_AHEAD = replace(GQA_TINY, mtp_layers=1)
-BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD], ids=["mla", "gqa"])
+BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, WHOLE], ids=["mla", "gqa", "whole"])
 DRAFTING = replace(SMALL, max_drafts=3, always_draft=True)
 
 

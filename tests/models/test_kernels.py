@@ -293,7 +293,7 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
     owner = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
     last = torch.tensor([11, 5, 7, 8, 9])
-    pages = Pages(entries, tables, owner, ((0, 1, 0), (1, 1, 1), (2, 3, 2)))
+    pages = Pages(entries, tables, owner)
     query = drawn(5, heads.groups, 3, heads.key_width).to(dtype)
     mine = kernels.read_cache(query, pages, last, heads, 0.3)
     entries[0] = 0  # the plain path masks what it gathered too much

@@ -29,8 +29,8 @@ def test_mla_absorbed_equals_expanded(q_lora_rank):
     yarn = replace(MLA_TINY.rope, yarn=YarnConfig(original_max_positions=16))
     model, ids = tiny_model(attention=attention, rope=yarn), drawn_ids(2, 20)
     cache, places = KVCache(model.cfg, 3, torch.float32), torch.arange(20).repeat(2)
-    owner, runs = torch.arange(2).repeat_interleave(20), ((0, 20, 0), (20, 20, 1))
-    pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), owner.int(), runs)
+    owner = torch.arange(2).repeat_interleave(20)
+    pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), owner.int())
     view = View(cache, pages, (owner + 1) * BLOCK + places)
     with torch.no_grad():
         absorbed = model(ids.view(40, 1), places.view(40, 1), cache=view).view(2, 20, -1)

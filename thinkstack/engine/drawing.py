@@ -67,6 +67,8 @@ def note(
 ) -> None:
     """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones."""
     table.append(rows[counts], offsets[counts], drawn.tokens[counts], drawn.log_probs[counts])
+    if not table.is_special[rows].any():
+        return
     for place in numpy.flatnonzero(counts & table.is_special[rows]).tolist():
         row = int(rows[place])
         if place in drawn.alternatives:

@@ -88,6 +88,8 @@ class Engine:
             self.speculator = Speculator(self.runner, self.table, cfg.max_drafts, cfg.always_draft)
         self.next_id = 0
         self.version = version
+        self.answers_ended = 0
+        """Answers that came to their end in a step, whatever the reason."""
         self.last_error: str | None = None
         """What last went wrong with a request, for whoever watches the engine's health."""
 
@@ -215,43 +217,52 @@ class Engine:
         """
         table, ends = self.table, plan.counts.cumsum()
         done = numpy.flatnonzero(table.computed[plan.rows] == table.known[plan.rows])
-        many = table.drafts[plan.rows[done]] + 1
-        firsts = (many.cumsum() - many).repeat(many)
-        offsets = numpy.arange(many.sum()) - firsts
-        rows, sources = plan.rows[done].repeat(many), (ends[done] - many).repeat(many) + offsets
-        copies, followers, shown = [], [], []
-        for place in done.tolist():
-            row = int(plan.rows[place])
-            if table.followers[row]:
+        rows, sources, copies = plan.rows[done], ends[done] - 1, []
+        offsets = numpy.zeros(len(done), dtype=numpy.int64)
+        if table.drafts[rows].any():
+            many = table.drafts[rows] + 1
+            offsets = numpy.arange(many.sum()) - (many.cumsum() - many).repeat(many)
+            sources = (sources + 1 - many).repeat(many) + offsets
+            rows = rows.repeat(many)
+        if table.follows.any():
+            followers, shown = [], []
+            for row, source in zip(plan.rows[done].tolist(), (ends[done] - 1).tolist(), strict=True):
                 shared, rest = divmod(int(table.prompt[row]), BLOCK)
                 for follower in self.scheduler.fork(row):
                     if rest:
                         copies.append((table.blocks[row][shared], table.blocks[follower][shared], rest))
                     followers.append(follower)
-                    shown.append(int(ends[place]) - 1)
-        rows, sources = numpy.append(rows, followers), numpy.append(sources, shown)
-        offsets = numpy.append(offsets, [0] * len(followers))
-        return Draws(rows.astype(numpy.int64), offsets.astype(numpy.int64), sources.astype(numpy.int64)), copies
+                    shown.append(source)
+            rows = numpy.append(rows, numpy.array(followers, dtype=numpy.int64))
+            sources = numpy.append(sources, numpy.array(shown, dtype=numpy.int64))
+            offsets = numpy.append(offsets, numpy.zeros(len(followers), dtype=numpy.int64))
+        return Draws(rows, offsets, sources), copies
 
     def _draw(self, draws: "Draws", hidden: Tensor) -> int:
         """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
         table, (rows, offsets, sources) = self.table, draws
-        needed, places = numpy.unique(sources, return_inverse=True)
-        logits = self.runner.logits(hidden[torch.from_numpy(needed).to(hidden.device)])
-        if len(needed) < len(sources):
+        logits = self.runner.logits(hidden[torch.from_numpy(numpy.unique(sources)).to(hidden.device)])
+        if len(logits) < len(sources):  # answers that share their prompt
+            _, places = numpy.unique(sources, return_inverse=True)
             logits = logits[torch.from_numpy(places).to(hidden.device)]
         drawn = draw(table, rows, offsets, logits)
         counts = numpy.ones(len(rows), dtype=bool)
-        if self.speculator is not None and offsets.any():
+        guessed = bool(offsets.any())
+        if guessed and self.speculator is not None:
             counts = self.speculator.counts(rows, offsets, drawn.tokens)
         note(table, rows, offsets, drawn, counts)
         table.computed[rows] = table.known[rows] - 1
-        for row in numpy.unique(rows[offsets > 0]).tolist():
-            self.scheduler.name_blocks(row, int(table.computed[row]))  # right guesses may have filled one
-        failed = numpy.unique(rows[counts & numpy.isnan(drawn.log_probs)])
-        for row in failed.tolist():
-            self._fail(row, "the model's logits are not finite; check the weights")
-        for row, reason in table.finished(numpy.setdiff1d(rows, failed)):
+        if guessed:
+            rows = numpy.unique(rows)
+            for row in rows.tolist():
+                self.scheduler.name_blocks(row, int(table.computed[row]))  # right guesses may have filled one
+        failed = numpy.isnan(drawn.log_probs) & counts
+        if failed.any():
+            broken = numpy.unique(draws.rows[failed])
+            for row in broken.tolist():
+                self._fail(row, "the model's logits are not finite; check the weights")
+            rows = numpy.setdiff1d(rows, broken)
+        for row, reason in table.finished(rows):
             self._close(row, reason)
         return int(counts.sum())
 
@@ -271,7 +282,10 @@ class Engine:
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 requests.append(self.submit(prompt, sampling))
             while finished < len(requests):
+                ended = self.answers_ended
                 self.step()
+                if self.answers_ended == ended:
+                    continue
                 before, finished = finished, sum(request.is_finished for request in requests)
                 if on_progress is not None and finished > before:
                     on_progress(finished - before)
@@ -335,6 +349,7 @@ class Engine:
     def _close(self, row: int, reason: FinishReason) -> None:
         request, answer = self.table.held(row)
         request.completions[answer] = self._completion(row, reason)
+        self.answers_ended += 1
         self.scheduler.close(row)
 
     def _completion(self, row: int, reason: FinishReason) -> Completion:

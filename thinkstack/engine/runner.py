@@ -15,11 +15,11 @@ from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
 from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.few import few_tokens
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
 from thinkstack.models.precision import inference_copy, refresh
 from thinkstack.models.transformer import Transformer
+from thinkstack.models.whole import whole_model
 from thinkstack.types import ConfigError, RequestError, Sampling
 
 
@@ -62,7 +62,7 @@ class Runner:
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
         self._source, self._model = model, inference_copy(model, self.dtype)
-        self._few = few_tokens(self._model)
+        self._whole = whole_model(self._model)
 
     @property
     def cache(self) -> KVCache:
@@ -82,7 +82,7 @@ class Runner:
             refresh(self._model, model)
         else:
             self._source, self._model = model, inference_copy(model, self.dtype)
-        self._few = few_tokens(self._model)
+        self._whole = whole_model(self._model)
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Raise RequestError for tokens outside the vocabulary."""
@@ -97,13 +97,16 @@ class Runner:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
         places, view = self._lay_out(table, plan.rows, plan.starts, plan.counts)
         ids, positions = self._there(table.ids[places.owner, places.positions]), self._there(places.positions)
-        if len(ids) <= kernels.FEW and self._few is not None:
-            return self._few.hidden(ids, positions, view.first, self.cache.data)
-        hidden, routing, _ = self._model.trunk(ids.unsqueeze(1), positions.unsqueeze(1), cache=view)
-        if self._kept is not None:
-            chosen = torch.stack([layer.experts for layer in routing], 2).squeeze(1)  # (N, L, K)
-            self.cache.keep_experts(places.slots[: places.total], chosen[: places.total].cpu().numpy())
-        return hidden[: places.total, 0]
+        if self._whole is not None and len(ids) <= self._whole.most_tokens:
+            hidden, chosen = self._whole.hidden(ids, positions, view.first, self.cache.data)
+        else:
+            trunk = self._model.trunk(ids.unsqueeze(1), positions.unsqueeze(1), cache=view)
+            hidden = trunk.hidden[:, 0]
+            chosen = torch.stack([layer.experts[:, 0] for layer in trunk.routing]) if trunk.routing else None
+        if self._kept is not None and chosen is not None:  # (L, N, K)
+            kept = chosen[:, : places.total].transpose(0, 1).cpu().numpy()
+            self.cache.keep_experts(places.slots[: places.total], kept)
+        return hidden[: places.total]
 
     def draft(
         self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, hidden: Tensor
@@ -129,11 +132,7 @@ class Runner:
         positions = numpy.zeros(len(owner), dtype=numpy.int64)
         positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
         slots = table.tables[owner, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
-        runs = tuple(zip((ends - counts).tolist(), counts.tolist(), rows.tolist(), strict=True))
-        padding = tuple((at, 1, len(table.owner)) for at in range(total, len(owner)))
-        pages = Pages(
-            self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)), runs + padding
-        )
+        pages = Pages(self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)))
         return Places(owner, positions, slots, total), View(self.cache, pages, self._there(slots))
 
     def logits(self, hidden: Tensor) -> Tensor:

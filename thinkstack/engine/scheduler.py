@@ -79,10 +79,14 @@ class Scheduler:
             budget -= counts[row]
         chunks = [(row, count) for row, count in counts.items() if count and table.owner[row] is not None]
         chunks.sort(key=lambda each: each[1] > 1)
-        easy = [row for row in rows[is_easy].tolist() if table.owner[row] is not None]
-        for row in easy:
-            if table.known[row] % BLOCK == 0:
-                self.name_blocks(row, int(table.known[row]))
+        easy = rows[is_easy].tolist()
+        if self.preempted:
+            easy = [row for row in easy if table.owner[row] is not None]
+        known = table.known[easy]
+        for row, end in zip(
+            numpy.array(easy)[known % BLOCK == 0].tolist(), known[known % BLOCK == 0].tolist(), strict=True
+        ):
+            self.name_blocks(row, end)
         chosen = numpy.array(easy + [row for row, _ in chunks], dtype=numpy.int64)
         counts_of = numpy.array([1] * len(easy) + [count for _, count in chunks], dtype=numpy.int64)
         return Plan(chosen, counts_of + table.drafts[chosen], table.computed[chosen])

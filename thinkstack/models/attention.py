@@ -138,16 +138,12 @@ def read_pages(
     most at once, others one by one. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V)."""
     out = query.new_empty(*query.shape[:3], heads.value_width)
     span = int(last.max()) + 1
-    singles = [start for start, count, _ in pages.runs if count == 1]
-    size = max(limit // (span * pages.entries.shape[2]), 1)
-    tokens = [torch.tensor(singles[at : at + size], device=query.device) for at in range(0, len(singles), size)]
-    parts = [(at, pages.of(pages.owner[at], span), 1) for at in tokens]
-    for at, context, T in parts + [
-        (torch.arange(start, start + count, device=query.device), pages.of(sequence, span), count)
-        for start, count, sequence in pages.runs
-        if count > 1
-    ]:
-        k, v = heads.split(context)
+    _, counts = torch.unique_consecutive(pages.owner, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    singles = starts[counts == 1].split(max(limit // (span * pages.entries.shape[2]), 1))
+    runs = zip(starts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True)
+    for at, T in [(at, 1) for at in singles] + [(torch.arange(n, n + T, device=query.device), T) for n, T in runs]:
+        k, v = heads.split(pages.of(pages.owner[at[::T]], span))
         places = torch.arange(span, device=query.device)
         mask = torch.zeros(len(at), span, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill_(places > last[at].unsqueeze(1), -torch.inf).view(-1, 1, T, span)
@@ -233,8 +229,19 @@ class MLA(Attention):
 
     def step(self, x: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
         """`forward` of new tokens x (N, 1, D) in one call."""
-        a, direct = self.shape, not self.shape.q_lora_rank
-        weights = {
+        a = self.shape
+        sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
+        sizes |= {"Q": a.q_lora_rank, "interleaved": int(self.interleaved)}
+        last = ctx.last.flatten()
+        out = kernels.latent_step(
+            x[:, 0], self.step_weights(), sizes, ctx.rope, last, pages, self.scale, self.kv_norm.eps
+        )
+        return out.unsqueeze(1)
+
+    def step_weights(self) -> dict[str, Tensor | None]:
+        """The parameters by the names that the kernels know; wq_a and q_norm are None without a query latent."""
+        direct = not self.shape.q_lora_rank
+        return {
             "wq_a": None if direct else self.wq_a.weight,
             "q_norm": None if direct else self.q_norm.weight,
             "wq_b": self.wq.weight if direct else self.wq_b.weight,
@@ -243,11 +250,6 @@ class MLA(Attention):
             "wkv_b": self.wkv_b.weight,
             "wo": self.wo.weight,
         }
-        sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
-        sizes |= {"Q": a.q_lora_rank, "interleaved": int(self.interleaved)}
-        last = ctx.last.flatten()
-        out = kernels.latent_step(x[:, 0], weights, sizes, ctx.rope, last, pages, self.scale, self.kv_norm.eps)
-        return out.unsqueeze(1)
 
     def read_absorbed(self, q: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
         """Attention of q (B, 1, H, N + R) over cached latents, without ever making keys or values.

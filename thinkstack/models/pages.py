@@ -15,12 +15,9 @@ class Pages(NamedTuple):
     tables: Tensor
     """The blocks of each sequence in order, (R, M) int32."""
     owner: Tensor
-    """The sequence of each new token, (N,) int32."""
-    runs: tuple[tuple[int, int, int], ...]
-    """Tokens of one sequence that follow each other: start, count and sequence, in order of their start."""
+    """The sequence of each new token, (N,) int32; tokens of one sequence lie together."""
 
-    def of(self, sequence: int | Tensor, span: int) -> Tensor:
-        """The first `span` tokens of one sequence or of several, copied: (1 or their number, span, W)."""
-        blocks = self.tables[sequence, : -(-span // self.entries.shape[1])]
-        rows = blocks if blocks.dim() == 2 else blocks.unsqueeze(0)
-        return self.entries[rows.long()].flatten(1, 2)[:, :span]
+    def of(self, sequences: Tensor, span: int) -> Tensor:
+        """The first `span` tokens of some sequences (B,), copied: (B, span, W)."""
+        blocks = self.tables[sequences, : -(-span // self.entries.shape[1])]
+        return self.entries[blocks.long()].flatten(1, 2)[:, :span]

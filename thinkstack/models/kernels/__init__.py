@@ -7,13 +7,16 @@ depends on the other rows. Without a compiler, and on other devices, the counter
 from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_few, takes_rows, takes_steps
 from thinkstack.models.kernels.decoding import (
     BlockWeights,
+    LatentLayer,
     block_steps,
     draw,
     feed_forward,
     few_rows,
+    latent_model,
     latent_step,
     read_cache,
     route,
+    rows_of,
 )
 from thinkstack.models.kernels.operators import Heads, attend, expert_mlp
 from thinkstack.models.kernels.rows import (
@@ -29,8 +32,8 @@ from thinkstack.models.kernels.rows import (
 )
 
 __all__ = [
-    "FEW", "LANES", "BlockWeights", "Heads", "attend", "available", "block_steps", "draw", "expert_mlp", "feed_forward",
-    "few_rows", "is_rows", "latent_step", "log_probs", "log_probs_backward", "read_cache", "rms_norm",
-    "rms_norm_backward", "rotate", "route", "swiglu", "swiglu_backward", "takes", "takes_few", "takes_rows",
-    "takes_steps", "widen",
+    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "attend", "available", "block_steps", "draw", "expert_mlp",
+    "feed_forward", "few_rows", "is_rows", "latent_model", "latent_step", "log_probs", "log_probs_backward",
+    "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "rows_of", "swiglu", "swiglu_backward", "takes",
+    "takes_few", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

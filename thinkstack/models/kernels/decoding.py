@@ -4,6 +4,7 @@
 # D hidden size, R rotated width, E experts, K experts per token. Other structures' sizes are in their C++ files.
 
 import ctypes
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ _LatentStep = structure(
 )
 BlockWeights = structure("BlockWeights", "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo", "")
 """Addresses of a block's weights: matrices in bf16, vectors in fp32, of which the last six may be None."""
+LatentLayer = structure(
+    "LatentLayer",
+    "attention_norm wq_a q_norm wq_b wkv_a kv_norm wkv_b wo ffn_norm w1 w2 w3 router bias w_in w_out",
+    "I",
+)
+"""Addresses of a layer's weights in fp32, None for what it lacks, and the width of w1."""
+_LatentModel = structure(
+    "LatentModel",
+    "layers rope last tables owner x cache experts",
+    "L B D H N R V C Q E J K groups top_groups best normalise softmax "
+    "shift table_width layer_stride interleaved longest threads",
+    "scale eps factor",
+)
 _BlockSteps = structure(
     "BlockSteps",
     "blocks rope last tables owner x cache",
@@ -119,6 +133,49 @@ def block_steps(
         **dict(scale=scale, eps=eps),
     )
     run("block_steps", arguments)
+
+
+def rows_of(
+    kind: type[ctypes.Structure],
+    weights: Sequence[Mapping[str, Tensor | None]],
+    sizes: Sequence[Mapping[str, int]] = (),
+) -> ctypes.Array[ctypes.Structure]:
+    """A structure for each of `weights`, which must stay alive as long, and of sizes."""
+    numbers = sizes or [{}] * len(weights)
+    rows = [
+        kind(**{name: address(x) for name, x in held.items()}, **own)
+        for held, own in zip(weights, numbers, strict=True)
+    ]
+    return (kind * len(rows))(*rows)
+
+
+def latent_model(
+    x: Tensor,
+    layers: ctypes.Array[ctypes.Structure],
+    sizes: dict[str, int],
+    rope: Tensor,
+    last: Tensor,
+    pages: Pages,
+    cache: Tensor,
+    experts: Tensor,
+    scales: tuple[float, float, float],
+) -> None:
+    """New tokens through a small model with latent attention, in fp32.
+
+    x: (N, D), contiguous; changed in place. layers: a LatentLayer for each of L. sizes: as of latent_step, and E, J, K,
+    groups, top_groups, best, normalise and softmax where there are experts. rope, last, pages: as of latent_step, of
+    the first layer. cache: (L, blocks, P, C + R); written to. experts: (layers that have some, N, K) int64, written.
+    scales: of the scores, eps of norms, factor of the routed output.
+    """
+    shift, table_width = _layout(pages)
+    arguments = _LatentModel(
+        ctypes.addressof(layers),
+        *map(address, (rope, last, pages.tables, pages.owner, x, cache, experts)),
+        **dict(sizes, L=len(layers), B=x.shape[0], D=x.shape[1], shift=shift, table_width=table_width),
+        **dict(layer_stride=cache.stride(0), longest=_longest(pages), threads=torch.get_num_threads()),
+        **dict(zip(("scale", "eps", "factor"), scales, strict=True)),
+    )
+    run("latent_model", arguments)
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:

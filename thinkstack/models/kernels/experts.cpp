@@ -1,25 +1,11 @@
 // Routed experts: every (token, choice) pair goes through the SwiGLU of its expert, forward and backward. Pairs are
 // sorted by expert and taken in blocks; a block is held with features along its rows, so that weights are read as they
 // are stored and only activations are rearranged.
+#include "experts.h"
 #include "matmul.h"
 
 #include <algorithm>
 #include <vector>
-
-// N tokens, K choices per token, E experts, D hidden size, I intermediate size; D and I are multiples of 16.
-struct Experts {
-  const void* x;            // (N, D)
-  const float* weights;     // (N, K)
-  const int64_t* experts;   // (N, K)
-  const void *w_in, *w_out; // (E, 2I, D): gate rows, then up rows; (E, D, I)
-  void* out;                // (N, D)
-  void* hidden;             // (blocks, 2I, BLOCK): gate and up of each block; null where no gradient is wanted
-  void* picked;             // (N * K, D): output of each pair
-  const void* grad;         // (N, D)
-  void *grad_x, *grad_pairs, *grad_w_in, *grad_w_out;  // (N, D), (N * K, D) scratch, as the weights
-  float* grad_weights;      // (N, K)
-  int64_t N, K, E, D, I, threads;
-};
 
 namespace {
 

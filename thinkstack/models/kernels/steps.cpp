@@ -2,6 +2,7 @@
 // A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
 // norms, rotations and activations work on 16 tokens at once.
 #include "context.h"
+#include "experts.h"
 #include "matmul.h"
 
 #include <limits>
@@ -241,6 +242,104 @@ extern "C" void draw(const float* logits, const float* temperature, const double
       }
       tokens[b] = token;
       log_probs[b] = (row[token] - row[likely]) * cold - float(std::log(total));
+    }
+  }
+}
+
+// Layers of a small model with latent attention. Every token's path is that of the sublayers above.
+struct LatentLayer {
+  const float *attention_norm, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo, *ffn_norm;  // as in LatentStep
+  const float *w1, *w2, *w3;                  // feed-forward, or the shared experts; null without
+  const float *router, *bias, *w_in, *w_out;  // (E, D), (E,), as in Experts; null in a dense layer
+  int64_t I;                                  // intermediate size of w1
+};
+
+// B tokens, L layers, E experts of size J, K per token; other sizes as in LatentStep and `route`.
+struct LatentModel {
+  const LatentLayer* layers;
+  const float* rope;
+  const int64_t* last;
+  const int32_t *tables, *owner;
+  float *x, *cache;  // (B, D), changed in place; (L, cache blocks, 2^shift, C + R)
+  int64_t* experts;  // (layers with experts, B, K): the chosen ones
+  int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, best, normalise, softmax;
+  int64_t shift, table_width, layer_stride, interleaved, longest, threads;
+  double scale, eps, factor;
+};
+
+extern "C" void rms_norm_fp32(const void* x, const float* weight, void* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps,
+                              int64_t threads);
+
+namespace {
+
+std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[round_up(count)]); }
+
+// Affinities (B, E) of rows (B, D).
+void affinities(const LatentModel& a, const float* rows, const float* router, float* scores) {
+  const int64_t size = share(a.B, a.threads);
+#pragma omp parallel num_threads(a.threads)
+  {
+    Scratch scratch(4 * BLOCK * (a.D + a.E) + 2 * Scratch::SLACK);
+    float *x = scratch.take<float>(BLOCK * a.D), *y = scratch.take<float>(BLOCK * a.E);
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < a.B; start += size) {
+      const int64_t count = std::min(size, a.B - start), n = round_up(count);
+      to_features(rows + start * a.D, a.D, count, a.D, x, n);
+      linear(router, x, y, a.E, a.D, n);
+      for (int64_t r = 0; r < n; r += LANES) {
+        vf top = splat(a.softmax ? -INFINITY : 0.0f), total = splat(a.softmax ? 0.0f : 1.0f);
+        for (int64_t e = 0; a.softmax && e < a.E; e++) top = larger(load(y + e * n + r), top);
+        for (int64_t e = 0; e < a.E; e++) {
+          const vf score = load(y + e * n + r);
+          store(y + e * n + r, a.softmax ? exp_of(score - top) : sigmoid(score));
+          if (a.softmax) total += load(y + e * n + r);
+        }
+        for (int64_t e = 0; a.softmax && e < a.E; e++) store(y + e * n + r, load(y + e * n + r) / total);
+      }
+      to_rows(y, n, count, a.E, scores + start * a.E, a.E);
+    }
+  }
+}
+
+// x += first + second, the latter null where there is none.
+void add(float* x, const float* first, const float* second, int64_t count, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < count; i += LANES) {
+    vf change = load_some(first + i, count - i);
+    if (second) change += load_some(second + i, count - i);
+    store_some(x + i, load_some(x + i, count - i) + change, count - i);
+  }
+}
+
+}  // namespace
+
+extern "C" void latent_model(const LatentModel* given) {
+  const LatentModel& a = *given;
+  const auto normed = floats(a.B * a.D), change = floats(a.B * a.D), shared = floats(a.B * a.D), queries = floats(a.B * a.H * (a.C + a.R));
+  const auto scores = floats(a.B * a.E), weights = floats(a.B * a.K), picked = floats(a.B * a.K * a.D);
+  int64_t* chosen = a.experts;
+  for (int64_t l = 0; l < a.L; l++) {
+    const LatentLayer& w = a.layers[l];
+    rms_norm_fp32(a.x, w.attention_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
+    const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.tables, a.owner,
+                          a.cache + l * a.layer_stride, change.get(), queries.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C, a.Q, a.shift,
+                          a.table_width, a.interleaved, a.longest, a.threads, a.scale, a.eps};
+    latent_step(&step);
+    add(a.x, change.get(), nullptr, a.B * a.D, a.threads);
+    rms_norm_fp32(a.x, w.ffn_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
+    if (w.w1) feed_forward(normed.get(), w.w1, w.w2, w.w3, shared.get(), a.B, a.D, w.I, a.threads);
+    if (w.router) {
+      affinities(a, normed.get(), w.router, scores.get());
+      route(scores.get(), w.bias, weights.get(), chosen, a.B, a.E, a.K, a.groups, a.top_groups, a.best, a.normalise, a.factor, a.threads);
+      Experts routed{};
+      routed.x = normed.get(), routed.weights = weights.get(), routed.experts = chosen, routed.w_in = w.w_in, routed.w_out = w.w_out;
+      routed.out = change.get(), routed.picked = picked.get();
+      routed.N = a.B, routed.K = a.K, routed.E = a.E, routed.D = a.D, routed.I = a.J, routed.threads = a.threads;
+      experts(&routed, 0, 0);
+      add(a.x, change.get(), w.w1 ? shared.get() : nullptr, a.B * a.D, a.threads);
+      chosen += a.B * a.K;
+    } else {
+      add(a.x, shared.get(), nullptr, a.B * a.D, a.threads);
     }
   }
 }

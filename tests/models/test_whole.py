@@ -1,4 +1,4 @@
-"""The kernels for a few rows in bf16 against torch's operators."""
+"""The kernels for whole models, and for a few rows in bf16, against torch's operators."""
 
 from dataclasses import replace
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from tests.models.test_kernels import drawn, on_torch  # noqa: F401
-from tests.tiny import GQA_TINY, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.models import kernels
 from thinkstack.models.config import GQAConfig
-from thinkstack.models.few import few_tokens
 from thinkstack.models.kernels import calls
 from thinkstack.models.lora import LoRAConfig, adapt
 from thinkstack.models.pages import Pages
 from thinkstack.models.precision import working_copy
 from thinkstack.models.transformer import Transformer
+from thinkstack.models.whole import FewTokens, SmallLatent, whole_model
 from thinkstack.types import Sampling
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
@@ -70,17 +70,16 @@ def test_blocks_at_once_are_the_blocks_in_parts(kind, count, on_torch):  # noqa:
     tables = (1 + torch.randperm(4 * count, generator=torch.Generator().manual_seed(1))).view(count, 4).int()
     slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
-    runs = tuple((n, 1, int(owner[n])) for n in range(count))
 
     def pages(kept: KVCache) -> Pages:
-        return Pages(kept.data[0], tables, owner.int(), runs)
+        return Pages(kept.data[0], tables, owner.int())
 
     def in_parts(of: Transformer, into: KVCache) -> torch.Tensor:
         return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(into, pages(into), slots)).hidden[:, 0]
 
-    few = few_tokens(model)
-    assert few is not None
-    mine = few.hidden(ids, places, pages(cache), cache.data)
+    few = whole_model(model)
+    assert isinstance(few, FewTokens)
+    mine, _ = few.hidden(ids, places, pages(cache), cache.data)
     theirs, true = on_torch(in_parts, model, twin), on_torch(in_parts, exact, wide)
     assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, ours as little
     assert relative(cache.data, wide.data) < 1.3 * relative(twin.data, wide.data) + 1e-4
@@ -88,17 +87,69 @@ def test_blocks_at_once_are_the_blocks_in_parts(kind, count, on_torch):  # noqa:
     assert set(changed.tolist()) <= set(slots.tolist())
 
 
+SMALL = replace(
+    MLA_TINY,
+    moe=replace(MLA_TINY.moe, expert_size=16),
+    max_positions=300,
+)
+LATENT = {
+    "v3": SMALL,
+    "direct query": replace(SMALL, attention=replace(SMALL.attention, q_lora_rank=0)),
+    "no shared experts": replace(SMALL, moe=replace(SMALL.moe, num_shared_experts=0)),
+    "v2": replace(SMALL, moe=replace(SMALL.moe, scoring="softmax", group_score="max", normalise_weights=False)),
+    "dense": replace(SMALL, moe=None),
+    "halves": replace(SMALL, rope=replace(SMALL.rope, interleaved=False)),
+}
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 150])
+@pytest.mark.parametrize("kind", LATENT)
+@torch.no_grad()
+def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):  # noqa: F811
+    """States, entries and experts, of a chunk of a prompt beside tokens being decoded; alone they are the same bits."""
+    model = tiny_model(LATENT[kind])
+    cache = KVCache(model.cfg, 21, torch.float32)
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    twin = KVCache(model.cfg, 21, torch.float32)
+    twin.data.copy_(cache.data)
+    chunk = max(count - 4, 1)
+    owner = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
+    places = torch.cat((torch.arange(70, 70 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
+    tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
+
+    def in_parts() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        view = View(twin, Pages(twin.data[0], tables, owner.int()), slots)
+        trunk = model.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=view)
+        return trunk.hidden[:, 0], [routing.experts[:, 0] for routing in trunk.routing]
+
+    whole = whole_model(model)
+    assert isinstance(whole, SmallLatent)
+    mine, experts = whole.hidden(ids, places, Pages(cache.data[0], tables, owner.int()), cache.data)
+    theirs, chosen = on_torch(in_parts)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+    assert (experts is None) == (not chosen)
+    if experts is not None:
+        assert torch.equal(experts.sort(-1).values, torch.stack(chosen).sort(-1).values)
+    last = count - 1
+    alone = Pages(cache.data[0], tables, owner[last:].int())
+    again, _ = whole.hidden(ids[last:], places[last:], alone, cache.data)
+    assert torch.equal(again[0], mine[last])
+
+
 @torch.no_grad()
 def test_only_plain_weights_are_read_at_once():
     model = working_copy(tiny_model(WIDE), torch.bfloat16)
-    assert few_tokens(model) is not None
-    assert few_tokens(tiny_model(WIDE)) is None  # fp32
-    assert few_tokens(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
+    assert whole_model(model) is not None
+    assert whole_model(tiny_model(WIDE)) is None  # fp32
+    assert whole_model(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
     adapt(model, LoRAConfig(rank=2))
-    assert few_tokens(model) is None
+    assert whole_model(model) is None
     hooked = working_copy(tiny_model(WIDE), torch.bfloat16)
     hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
-    assert few_tokens(hooked) is None
+    assert whole_model(hooked) is None
 
 
 def test_an_engine_for_one_user_answers_as_on_torch(on_torch):  # noqa: F811

@@ -1,0 +1,140 @@
+"""The engine under mixed load: `python bench/soak.py [--minutes 60] [--model PATH] [--json FILE]`.
+
+Requests of every kind come at random: long and short, groups, shared beginnings, priorities, penalties, kept sets,
+greedy ones; some are aborted. Every 100 steps the invariants of cache and rows are checked; memory is noted once a
+minute; at the end 200 finished requests, drawn at random, are asked again one by one in a fresh engine and must give
+the same tokens.
+"""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Row, arguments, machine, print_table, write_json
+
+from thinkstack.checkpoint.model import load_model
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.table import Request
+from thinkstack.log import Progress
+from thinkstack.machine import prepare_machine
+from thinkstack.models.config import named
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Sampling
+
+REPLAYED = 200
+LONGEST = 1024
+
+
+def resident_megabytes() -> float:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+class Load:
+    """Requests by a seed."""
+
+    def __init__(self, vocab_size: int):
+        self.random, self.vocab_size = random.Random(0), vocab_size
+        self.beginnings = [self.tokens(BLOCK * n + 7) for n in range(1, 6)]
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(self.vocab_size) for _ in range(count)]
+
+    def next(self) -> tuple[list[int], Sampling, int]:
+        """Prompt, sampling and priority."""
+        draw = self.random
+        beginning = draw.choice(self.beginnings) if draw.random() < 0.5 else []
+        prompt = beginning + self.tokens(draw.choice((1, 5, 30, 200)))
+        how: dict[str, Any] = {"max_tokens": draw.choice((1, 10, 60, 250)), "seed": draw.randrange(2**40)}
+        how |= {"temperature": draw.choice((0.0, 0.7, 1.0)), "n": draw.choice((1, 1, 1, 4))}
+        how |= draw.choice(({}, {}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"frequency_penalty": 0.5}))
+        if draw.random() < 0.3:
+            how["stop_ids"] = tuple(self.tokens(3))
+        return prompt, Sampling(**how), draw.choice((0, 0, 0, 1, -1))
+
+
+def soak(model: Transformer, minutes: float) -> list[Row]:
+    """Run the load; raises AssertionError where something does not hold."""
+    load = Load(model.cfg.vocab_size)
+    cfg = EngineConfig(
+        max_batch=48,
+        max_context=LONGEST,
+        cache_tokens=48 * 256,
+        max_prefill_tokens=512,
+        max_drafts=min(model.cfg.mtp_layers, 1),
+    )
+    engine = Engine(model, cfg)
+    alive: list[Request] = []
+    finished: list[Request] = []
+    memory: list[float] = []
+    steps = answers = aborts = shown = 0
+    began = time.monotonic()
+    with Progress("soak [s]", round(minutes * 60)) as progress:
+        while (gone := time.monotonic() - began) < minutes * 60:
+            while engine.scheduler.waiting < 20 and load.random.random() < 0.5:
+                prompt, sampling, priority = load.next()
+                alive.append(engine.submit(prompt, sampling, priority))
+            if alive and load.random.random() < 0.02:
+                aborted = load.random.choice(alive)
+                engine.abort(aborted)
+                alive.remove(aborted)
+                aborts += 1
+            engine.step()
+            steps += 1
+            done = [request for request in alive if request.is_finished]
+            alive = [request for request in alive if not request.is_finished]
+            answers += sum(request.sampling.n for request in done)
+            for request in done:  # a sample of fixed size of all of them
+                if len(finished) < REPLAYED:
+                    finished.append(request)
+                elif load.random.random() < REPLAYED / answers:
+                    finished[load.random.randrange(REPLAYED)] = request
+            if steps % 100 == 0:
+                engine.scheduler.check()
+                progress.advance(int(gone) - shown)
+                shown = int(gone)
+            if gone >= 60 * len(memory):
+                memory.append(resident_megabytes())
+    for request in alive:
+        engine.abort(request)
+    engine.scheduler.check()
+    assert engine.scheduler.pool.available == engine.scheduler.pool.num_blocks, "blocks were lost"
+    for request in finished:
+        fresh = Engine(model, EngineConfig(max_batch=4, max_context=LONGEST, prefix_cache=False))
+        (again,) = fresh.generate([list(request.prompt_ids)], [request.sampling])
+        same = [c.token_ids for c in again] == [c.token_ids for c in request.completions if c is not None]
+        assert same, f"request {request.id} answers otherwise alone"
+    settled = memory[len(memory) // 4 :]
+    values = {
+        ("minutes", "min"): minutes,
+        ("steps", ""): steps,
+        ("answers", ""): answers,
+        ("requests aborted", ""): aborts,
+        ("answers sent back", ""): engine.scheduler.preemptions,
+        ("replayed alone, equal", ""): len(finished),
+        ("memory after a quarter", "MB"): settled[0],
+        ("memory at the end", "MB"): memory[-1],
+        ("most in between", "MB"): max(settled),
+    }
+    return [Row(name=name, value=value, unit=unit, n=1, machine=machine()) for (name, unit), value in values.items()]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--model", help="a checkpoint; else v3-tiny with drawn weights")
+    args = parser.parse_args()
+    prepare_machine(args.threads)
+    drawn = Transformer(named("v3-tiny", max_positions=LONGEST)).initialise(torch.Generator().manual_seed(0))
+    rows = soak(load_model(args.model) if args.model else drawn, args.minutes)
+    print_table("soak", ("", "value", "unit"), [(row.name, f"{row.value:,.0f}", row.unit) for row in rows])
+    print(machine())
+    write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""All blocks of a model in one call of a kernel, where calling operators would take longer than their work: models with
+few features in fp32, and any dense model in bf16 that reads a few tokens at a time.
+"""
+
+# Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from thinkstack.models import kernels
+from thinkstack.models.attention import GQA, MLA
+from thinkstack.models.block import Block
+from thinkstack.models.config import MLAConfig
+from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table
+from thinkstack.models.moe import MoE
+from thinkstack.models.pages import Pages
+from thinkstack.models.transformer import Transformer
+
+PLAIN = {Block, GQA, MLA, SwiGLU, MoE, RMSNorm, Projection, nn.ModuleDict}
+"""What a block consists of as it was built."""
+Weights = dict[str, Tensor | None]
+
+
+class WholeModel(Protocol):
+    """The trunk of a model over a cache. Weights may change in place, not be replaced."""
+
+    most_tokens: int
+    """Tokens of a call."""
+
+    def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `Transformer.trunk` makes of tokens ids (N,) at positions (N,) of their sequences.
+
+        pages: of the N tokens, in the first layer. cache: (L, blocks, P, W), of all layers; written to. Returns (hidden
+        states (N, D), normed; experts (M, N, K) int64 or None).
+        """
+
+
+@torch.no_grad()
+def whole_model(model: Transformer) -> WholeModel | None:
+    """A kernel for the whole of `model`; None where there is none for it."""
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    if any(_has_hooks(module) for module in blocks):  # shares of ranks
+        return None
+    if all(_is_dense(block) for block in blocks):
+        return FewTokens(model, blocks)
+    if all(_is_latent(block) for block in blocks) and kernels.takes_steps(model.embed.weight, model.cfg.hidden_size):
+        return SmallLatent(model, blocks)
+    return None
+
+
+class FewTokens:
+    """Grouped queries and dense feed-forwards in bf16: every weight is read once."""
+
+    most_tokens = kernels.FEW
+
+    def __init__(self, model: Transformer, blocks: list[Block]):
+        self.model, self.kept = model, [_dense_weights(block) for block in blocks]
+        self.blocks = kernels.rows_of(kernels.BlockWeights, self.kept)
+        attention, ffn = blocks[0].attention, blocks[0].ffn
+        assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
+        shape = attention.shape
+        self.sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim, "I": ffn.w1.out_features}
+        self.sizes["interleaved"] = int(attention.interleaved)
+        self.scale = attention.scale
+
+    def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As WholeModel says."""
+        cfg, x = self.model.cfg, self.model.embed(ids)
+        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
+        kernels.block_steps(x, self.blocks, self.sizes, rope, positions, pages, cache, self.scale, cfg.norm_eps)
+        return self.model.norm(x), None
+
+
+class SmallLatent:
+    """Latent attention, experts or not, in fp32: what becomes of a token does not depend on how many there are."""
+
+    most_tokens = 1 << 40
+
+    def __init__(self, model: Transformer, blocks: list[Block]):
+        self.model, self.kept = model, [_latent_weights(block) for block in blocks]
+        widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.kept]
+        self.layers = kernels.rows_of(kernels.LatentLayer, self.kept, widths)
+        a, moe = model.cfg.attention, model.cfg.moe
+        attention = blocks[0].attention
+        assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
+        self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
+        self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
+        self.scale, self.factor = attention.scale, 1.0
+        self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
+        if moe is not None:
+            self.sizes |= dict(E=moe.num_experts, J=moe.expert_size, K=moe.top_k, groups=moe.num_groups)
+            self.sizes |= dict(top_groups=moe.top_groups, best=2 if moe.group_score == "top2" else 1)
+            self.sizes |= dict(normalise=int(moe.normalise_weights), softmax=int(moe.scoring == "softmax"))
+            self.factor = moe.route_scale
+
+    def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As WholeModel says."""
+        cfg, x = self.model.cfg, self.model.embed(ids)
+        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
+        chosen = torch.empty(self.num_routed, len(ids), self.sizes.get("K", 0), dtype=torch.int64)
+        scales = (self.scale, cfg.norm_eps, self.factor)
+        kernels.latent_model(x, self.layers, self.sizes, rope, positions, pages, cache, chosen, scales)
+        return self.model.norm(x), chosen if self.num_routed else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(part._forward_hooks for part in module.modules())
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether nothing in a block is packed, adapted or in FP8."""
+    return all(type(part) in PLAIN for part in block.modules())
+
+
+def _is_dense(block: Block) -> bool:
+    """Whether a block is one of FewTokens', with matrices of widths that it takes."""
+    if not _is_plain(block) or not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU):
+        return False
+    weights = [part.weight for part in block.modules() if isinstance(part, Projection)]
+    return kernels.takes_few(weights[0].new_empty(1, kernels.LANES), *weights)
+
+
+def _is_latent(block: Block) -> bool:
+    """Whether a block is one of SmallLatent's."""
+    ffn = block.ffn
+    if not _is_plain(block) or not isinstance(block.attention, MLA):
+        return False
+    if not isinstance(ffn, MoE):
+        return True
+    sizes = (ffn.w_in.shape[2], ffn.w_out.shape[2])
+    return ffn.products is None and not ffn.adapters and all(size % kernels.LANES == 0 for size in sizes)
+
+
+def _dense_weights(block: Block) -> Weights:
+    """What BlockWeights points to; vectors that are fp32 already are the model's own."""
+    a, ffn = block.attention, block.ffn
+    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    found: Weights = {
+        "wq": a.wq.weight, "wk": a.wk.weight, "wv": a.wv.weight, "wo": a.wo.weight,
+        "w1": ffn.w1.weight, "w2": ffn.w2.weight, "w3": ffn.w3.weight,
+    }  # fmt: skip
+    vectors = {
+        "attention_norm": block.attention_norm.weight,
+        "ffn_norm": block.ffn_norm.weight,
+        "q_norm": None if a.q_norm is None else a.q_norm.weight,
+        "k_norm": None if a.k_norm is None else a.k_norm.weight,
+        **{"bq": a.wq.bias, "bk": a.wk.bias, "bv": a.wv.bias, "bo": a.wo.bias},
+    }
+    return found | {name: None if vector is None else vector.detach().float() for name, vector in vectors.items()}
+
+
+def _latent_weights(block: Block) -> Weights:
+    """What LatentLayer points to."""
+    a, ffn = block.attention, block.ffn
+    assert isinstance(a, MLA)
+    found = a.step_weights() | {"attention_norm": block.attention_norm.weight, "ffn_norm": block.ffn_norm.weight}
+    dense = ffn.shared if isinstance(ffn, MoE) else ffn
+    for name in ("w1", "w2", "w3"):
+        found[name] = None if dense is None else getattr(dense, name).weight
+    for name in ("router", "bias", "w_in", "w_out"):
+        found[name] = getattr(ffn, name) if isinstance(ffn, MoE) else None
+    return found
