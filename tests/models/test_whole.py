@@ -140,6 +140,29 @@ def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):  # 
 
 
 @torch.no_grad()
+def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):  # noqa: F811
+    model = tiny_model(SMALL)
+    cache = KVCache(model.cfg, 3, torch.float32, drafts=True)
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    twin = KVCache(model.cfg, 3, torch.float32, drafts=True)
+    twin.data.copy_(cache.data)
+    owner, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
+    tables = torch.tensor([[2, 1]], dtype=torch.int32)
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    hidden, following = drawn(9, 32, seed=4), torch.arange(9)
+    whole = whole_model(model)
+    assert isinstance(whole, SmallLatent)
+    mine = whole.draft(hidden, following, places, Pages(cache.data[0], tables, owner.int()), cache.data)
+
+    def in_parts() -> torch.Tensor:
+        view = View(twin, Pages(twin.data[0], tables, owner.int()), slots)
+        return model.draft(hidden.unsqueeze(1), following.unsqueeze(1), places.unsqueeze(1), view)[:, 0]
+
+    torch.testing.assert_close(mine, on_torch(in_parts), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_only_plain_weights_are_read_at_once():
     model = working_copy(tiny_model(WIDE), torch.bfloat16)
     assert whole_model(model) is not None

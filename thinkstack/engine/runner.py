@@ -116,10 +116,17 @@ class Runner:
         Returns its states (rows, D) at the last token of each row, where it predicts the token after the next.
         """
         places, view = self._lay_out(table, rows, starts, counts)
-        following = self._there(table.ids[places.owner, places.positions + 1]).unsqueeze(1)
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - places.total)).unsqueeze(1)
-        states = self._model.draft(padded, following, self._there(places.positions).unsqueeze(1), view)
-        return states[self._there(counts.cumsum() - 1), 0]
+        following, positions = (
+            self._there(values) for values in (table.ids[places.owner, places.positions + 1], places.positions)
+        )
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - places.total))
+        states = None
+        if self._whole is not None:
+            states = self._whole.draft(hidden, following, positions, view.first, self.cache.data)
+        if states is None:
+            following, positions = following.unsqueeze(1), positions.unsqueeze(1)
+            states = self._model.draft(hidden.unsqueeze(1), following, positions, view)[:, 0]
+        return states[self._there(counts.cumsum() - 1)]
 
     def _lay_out(
         self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray

@@ -29,6 +29,10 @@ class MTPModule(nn.Module):
 
         Returns (normed hidden (B, T, D), ready for the head; routing).
         """
-        merged = self.merge(torch.cat((self.embedding_norm(next_embedding), self.hidden_norm(hidden)), -1))
-        out, routing = self.block(merged, ctx)
+        out, routing = self.block(self.merged(hidden, next_embedding), ctx)
         return self.norm(out), routing
+
+    def merged(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
+        """What the block is given, (..., D)."""
+        merged: Tensor = self.merge(torch.cat((self.embedding_norm(next_embedding), self.hidden_norm(hidden)), -1))
+        return merged

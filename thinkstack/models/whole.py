@@ -4,6 +4,7 @@ few features in fp32, and any dense model in bf16 that reads a few tokens at a t
 
 # Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
 
+import ctypes
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from thinkstack.models.block import Block
 from thinkstack.models.config import MLAConfig
 from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table
 from thinkstack.models.moe import MoE
+from thinkstack.models.mtp import MTPModule
 from thinkstack.models.pages import Pages
 from thinkstack.models.transformer import Transformer
 
@@ -35,6 +37,9 @@ class WholeModel(Protocol):
         pages: of the N tokens, in the first layer. cache: (L, blocks, P, W), of all layers; written to. Returns (hidden
         states (N, D), normed; experts (M, N, K) int64 or None).
         """
+
+    def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
+        """What `Transformer.draft` makes of (N, D), (N,) and (N,): states (N, D), or None where none can."""
 
 
 @torch.no_grad()
@@ -72,6 +77,10 @@ class FewTokens:
         kernels.block_steps(x, self.blocks, self.sizes, rope, positions, pages, cache, self.scale, cfg.norm_eps)
         return self.model.norm(x), None
 
+    def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
+        """As WholeModel says."""
+        return None
+
 
 class SmallLatent:
     """Latent attention, experts or not, in fp32: what becomes of a token does not depend on how many there are."""
@@ -79,9 +88,15 @@ class SmallLatent:
     most_tokens = 1 << 40
 
     def __init__(self, model: Transformer, blocks: list[Block]):
-        self.model, self.kept = model, [_latent_weights(block) for block in blocks]
+        self.module = next((module for module in model.mtp if isinstance(module, MTPModule)), None)
+        if self.module is not None and not _is_latent(self.module.block):
+            self.module = None
+        own = [] if self.module is None else [self.module.block]
+        self.model, self.kept = model, [_latent_weights(block) for block in (*blocks, *own)]
         widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.kept]
-        self.layers = kernels.rows_of(kernels.LatentLayer, self.kept, widths)
+        count = len(blocks)
+        self.layers = kernels.rows_of(kernels.LatentLayer, self.kept[:count], widths[:count])
+        self.ahead = kernels.rows_of(kernels.LatentLayer, self.kept[count:], widths[count:])
         a, moe = model.cfg.attention, model.cfg.moe
         attention = blocks[0].attention
         assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
@@ -97,12 +112,35 @@ class SmallLatent:
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As WholeModel says."""
-        cfg, x = self.model.cfg, self.model.embed(ids)
-        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
-        chosen = torch.empty(self.num_routed, len(ids), self.sizes.get("K", 0), dtype=torch.int64)
-        scales = (self.scale, cfg.norm_eps, self.factor)
-        kernels.latent_model(x, self.layers, self.sizes, rope, positions, pages, cache, chosen, scales)
+        x = self.model.embed(ids)
+        chosen = self._through(self.layers, self.num_routed, x, positions, pages, cache)
         return self.model.norm(x), chosen if self.num_routed else None
+
+    def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
+        """As WholeModel says."""
+        if self.module is None:
+            return None
+        x = self.module.merged(hidden, self.model.embed(following))
+        self._through(self.ahead, 1, x, positions, pages, cache[len(self.layers) :])
+        states: Tensor = self.module.norm(x)
+        return states
+
+    def _through(
+        self,
+        layers: ctypes.Array[ctypes.Structure],
+        num_routed: int,
+        x: Tensor,
+        positions: Tensor,
+        pages: Pages,
+        cache: Tensor,
+    ) -> Tensor:
+        """Take x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
+        cfg = self.model.cfg
+        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
+        chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
+        scales = (self.scale, cfg.norm_eps, self.factor)
+        kernels.latent_model(x, layers, self.sizes, rope, positions, pages, cache, chosen, scales)
+        return chosen
 
 
 def _has_hooks(module: nn.Module) -> bool:
