@@ -124,8 +124,36 @@ def single(tries: int) -> list[Row]:
     ]
 
 
+class Clock:
+    """Seconds inside an engine's model: products of its trunk, head and drafting module."""
+
+    def __init__(self, engine: Engine):
+        self.seconds = 0.0
+        for name in ("run", "logits", "draft"):
+            setattr(engine.runner, name, self.timed(getattr(engine.runner, name)))
+
+    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            began = time.perf_counter()
+            found = work(*given)
+            self.seconds += time.perf_counter() - began
+            return found
+
+        return call
+
+    def of(self, work: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds inside the model, and all of them."""
+        self.seconds, began = 0.0, time.perf_counter()
+        work()
+        return self.seconds, time.perf_counter() - began
+
+
 def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
-    """Guesses against none on the model's own tasks, greedily; the bound is what acceptance and measured cost allow."""
+    """Guesses against none on the model's own tasks, greedily.
+
+    The bound is what acceptance and the measured cost of guessing and of reading guesses allow: the time inside the
+    model without guesses over that with them.
+    """
     model, chat = load_model(path), load_chat(path)
     asked = problems(families(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
@@ -134,26 +162,22 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
         how = {"temperature": 0.0, "stop_ids": tuple(chat.stop_ids)}
         size = {"max_batch": count, "max_context": 512, "prefix_cache": False}
         guessing = Engine(model, EngineConfig(**size, max_drafts=1, always_draft=True))
-        some = prompts[:count] if count > 1 else prompts[:1]
-        sides = answering(guessing, some, 64, **how), answering(Engine(model, EngineConfig(**size)), some, 64, **how)
-        same = [[c.token_ids for c in group] for group in sides[0]()] == [
-            [c.token_ids for c in group] for group in sides[1]()
-        ]
-        if not same:
+        plain = Engine(model, EngineConfig(**size))
+        sides = answering(guessing, prompts[:count], 64, **how), answering(plain, prompts[:count], 64, **how)
+        answers = [[[c.token_ids for c in group] for group in side()] for side in sides]
+        if answers[0] != answers[1]:
             raise RuntimeError("guesses changed an answer")
         comparisons.append(compare(f"{count} requests, 1 guess", *sides, pairs))
         speculator = guessing.speculator
         assert speculator is not None
-        share = float(speculator.accepted[0] / speculator.drafted[0])
-        rows.append(
-            Row(
-                name=f"second tokens accepted, {count}",
-                value=share,
-                unit="",
-                n=int(speculator.drafted[0]),
-                machine=machine(),
-            )
-        )
+        share, n = float(speculator.accepted[0] / speculator.drafted[0]), int(speculator.drafted[0])
+        rows.append(Row(name=f"second tokens accepted, {count}", value=share, unit="", n=n, machine=machine()))
+        clocks = Clock(guessing), Clock(plain)
+        inside = [[clock.of(side)[0] for _ in range(pairs)] for clock, side in zip(clocks, sides, strict=True)]
+        bound = statistics.median(theirs / ours for ours, theirs in zip(*inside, strict=True))
+        rows.append(Row(name=f"bound on the speed, {count}", value=bound, unit="", n=pairs, machine=machine()))
+        reached = comparisons[-1].ratio / bound
+        rows.append(Row(name=f"speed over the bound, {count}", value=reached, unit="", n=pairs, machine=machine()))
     return comparisons, rows
 
 
@@ -161,24 +185,12 @@ def overhead(tries: int) -> list[Row]:
     """What is not the model."""
     model = random_tiny(mtp_layers=0)
     engine = Engine(model, EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, prefix_cache=False))
-    inside, run, logits = [0.0], engine.runner.run, engine.runner.logits
-
-    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
-            began = time.perf_counter()
-            found = work(*given)
-            inside[0] += time.perf_counter() - began
-            return found
-
-        return call
-
-    engine.runner.run, engine.runner.logits = timed(run), timed(logits)  # type: ignore[method-assign]
-    work, shares = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW), []
+    clock, shares = Clock(engine), []
+    work = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW)
     work()
     for _ in range(tries):
-        inside[0], began = 0.0, time.perf_counter()
-        work()
-        shares.append(1 - inside[0] / (time.perf_counter() - began))
+        inside, whole = clock.of(work)
+        shares.append(1 - inside / whole)
     waiting = ScriptedEngine(lambda prompt, answer: prompt, vocab_size=64, end_id=0, max_batch=REQUESTS)
     for number in range(10_000):
         waiting.submit([1 + number % 60] * 100, Sampling(max_tokens=50))
