@@ -63,7 +63,7 @@ def soak(model: Transformer, minutes: float) -> list[Row]:
     cfg = EngineConfig(
         max_batch=48,
         max_context=LONGEST,
-        cache_tokens=48 * 256,
+        cache_tokens=48 * BLOCK,  # too little for 48 long ones: some are sent back
         max_prefill_tokens=512,
         max_drafts=min(model.cfg.mtp_layers, 1),
     )
