@@ -1,7 +1,7 @@
 """Hand-written CPU kernels for the model's hot operations; each has a counterpart in torch's operators.
 
-The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. What a row becomes never
-depends on the other rows. Without a compiler, and on other devices, the counterparts run.
+The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. What a row becomes does not
+depend on the other rows, only in bf16 on whether they are few. Without a compiler, and on other devices, the counterparts run.
 """
 
 from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_few, takes_rows, takes_steps
