@@ -57,70 +57,86 @@ class Load:
         return prompt, Sampling(**how), draw.choice((0, 0, 0, 1, -1))
 
 
-def soak(model: Transformer, minutes: float) -> list[Row]:
-    """Run the load; raises AssertionError where something does not hold."""
-    load = Load(model.cfg.vocab_size)
-    cfg = EngineConfig(
-        max_batch=48,
-        max_context=LONGEST,
-        cache_tokens=48 * BLOCK,  # too little for 48 long ones: some are sent back
-        max_prefill_tokens=512,
-        max_drafts=min(model.cfg.mtp_layers, 1),
-    )
-    engine = Engine(model, cfg)
-    alive: list[Request] = []
-    finished: list[Request] = []
-    memory: list[float] = []
-    steps = answers = aborts = shown = 0
-    began = time.monotonic()
-    with Progress("soak [s]", round(minutes * 60)) as progress:
-        while (gone := time.monotonic() - began) < minutes * 60:
-            while engine.scheduler.waiting < 20 and load.random.random() < 0.5:
-                prompt, sampling, priority = load.next()
-                alive.append(engine.submit(prompt, sampling, priority))
-            if alive and load.random.random() < 0.02:
-                aborted = load.random.choice(alive)
-                engine.abort(aborted)
-                alive.remove(aborted)
-                aborts += 1
-            engine.step()
-            steps += 1
-            done = [request for request in alive if request.is_finished]
-            alive = [request for request in alive if not request.is_finished]
-            answers += sum(request.sampling.n for request in done)
-            for request in done:  # a sample of fixed size of all of them
-                if len(finished) < REPLAYED:
-                    finished.append(request)
-                elif load.random.random() < REPLAYED / answers:
-                    finished[load.random.randrange(REPLAYED)] = request
-            if steps % 100 == 0:
-                engine.scheduler.check()
-                progress.advance(int(gone) - shown)
-                shown = int(gone)
-            if gone >= 60 * len(memory):
-                memory.append(resident_megabytes())
-    for request in alive:
-        engine.abort(request)
-    engine.scheduler.check()
-    assert engine.scheduler.pool.available == engine.scheduler.pool.num_blocks, "blocks were lost"
-    for request in finished:
-        fresh = Engine(model, EngineConfig(max_batch=4, max_context=LONGEST, prefix_cache=False))
-        (again,) = fresh.generate([list(request.prompt_ids)], [request.sampling])
-        same = [c.token_ids for c in again] == [c.token_ids for c in request.completions if c is not None]
-        assert same, f"request {request.id} answers otherwise alone"
-    settled = memory[len(memory) // 4 :]
-    values = {
-        ("minutes", "min"): minutes,
-        ("steps", ""): steps,
-        ("answers", ""): answers,
-        ("requests aborted", ""): aborts,
-        ("answers sent back", ""): engine.scheduler.preemptions,
-        ("replayed alone, equal", ""): len(finished),
-        ("memory after a quarter", "MB"): settled[0],
-        ("memory at the end", "MB"): memory[-1],
-        ("most in between", "MB"): max(settled),
-    }
-    return [Row(name=name, value=value, unit=unit, n=1, machine=machine()) for (name, unit), value in values.items()]
+class Soak:
+    """An engine under load, and what became of it."""
+
+    def __init__(self, model: Transformer):
+        self.model, self.load = model, Load(model.cfg.vocab_size)
+        cfg = EngineConfig(
+            max_batch=48,
+            max_context=LONGEST,
+            cache_tokens=48 * BLOCK,  # too little for 48 long ones: some are sent back
+            max_prefill_tokens=512,
+            max_drafts=min(model.cfg.mtp_layers, 1),
+        )
+        self.engine = Engine(model, cfg)
+        self.alive: list[Request] = []
+        self.finished: list[Request] = []
+        """A sample of fixed size of all that ended by themselves."""
+        self.memory: list[float] = []
+        self.steps = self.answers = self.aborts = 0
+
+    def step(self) -> None:
+        """Let requests come, perhaps abort one, and make a step."""
+        draw, engine = self.load.random, self.engine
+        while engine.scheduler.waiting < 20 and draw.random() < 0.5:
+            self.alive.append(engine.submit(*self.load.next()))
+        if self.alive and draw.random() < 0.02:
+            engine.abort(self.alive.pop(draw.randrange(len(self.alive))))
+            self.aborts += 1
+        engine.step()
+        self.steps += 1
+        done = [request for request in self.alive if request.is_finished]
+        self.alive = [request for request in self.alive if not request.is_finished]
+        for request in done:
+            self.answers += request.sampling.n
+            if len(self.finished) < REPLAYED:
+                self.finished.append(request)
+            elif draw.random() < REPLAYED / self.answers:
+                self.finished[draw.randrange(REPLAYED)] = request
+
+    def run(self, minutes: float) -> None:
+        """Steps for so long."""
+        began, shown = time.monotonic(), 0
+        with Progress("soak [s]", round(minutes * 60)) as progress:
+            while (gone := time.monotonic() - began) < minutes * 60:
+                self.step()
+                if self.steps % 100 == 0:
+                    self.engine.scheduler.check()
+                    progress.advance(int(gone) - shown)
+                    shown = int(gone)
+                if gone >= 60 * len(self.memory):
+                    self.memory.append(resident_megabytes())
+
+    def check(self) -> None:
+        """Raise AssertionError where a block was lost, or a request of the sample answers otherwise alone."""
+        for request in self.alive:
+            self.engine.abort(request)
+        self.engine.scheduler.check()
+        pool = self.engine.scheduler.pool
+        assert pool.available == pool.num_blocks, "blocks were lost"
+        for request in self.finished:
+            fresh = Engine(self.model, EngineConfig(max_batch=4, max_context=LONGEST, prefix_cache=False))
+            (again,) = fresh.generate([list(request.prompt_ids)], [request.sampling])
+            same = [c.token_ids for c in again] == [c.token_ids for c in request.completions if c is not None]
+            assert same, f"request {request.id} answers otherwise alone"
+
+    def rows(self) -> list[Row]:
+        """What is printed."""
+        settled = self.memory[len(self.memory) // 4 :]
+        values = {
+            ("steps", ""): self.steps,
+            ("answers", ""): self.answers,
+            ("requests aborted", ""): self.aborts,
+            ("answers sent back", ""): self.engine.scheduler.preemptions,
+            ("replayed alone, equal", ""): len(self.finished),
+            ("memory after a quarter", "MB"): settled[0],
+            ("memory at the end", "MB"): settled[-1],
+            ("most in between", "MB"): max(settled),
+        }
+        return [
+            Row(name=name, value=value, unit=unit, n=1, machine=machine()) for (name, unit), value in values.items()
+        ]
 
 
 def main() -> None:
@@ -130,8 +146,15 @@ def main() -> None:
     args = parser.parse_args()
     prepare_machine(args.threads)
     drawn = Transformer(named("v3-tiny", max_positions=LONGEST)).initialise(torch.Generator().manual_seed(0))
-    rows = soak(load_model(args.model) if args.model else drawn, args.minutes)
-    print_table("soak", ("", "value", "unit"), [(row.name, f"{row.value:,.0f}", row.unit) for row in rows])
+    soak = Soak(load_model(args.model) if args.model else drawn)
+    soak.run(args.minutes)
+    soak.check()
+    rows = soak.rows()
+    print_table(
+        f"soak, {args.minutes:g} minutes",
+        ("", "value", "unit"),
+        [(row.name, f"{row.value:,.0f}", row.unit) for row in rows],
+    )
     print(machine())
     write_json(args.json, rows)
 
