@@ -68,14 +68,14 @@ def chat(
         seed: Fixes the draws.
         dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
     """
-    from thinkstack.checkpoint.model import pick_dtype
+    from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import prepare_machine
     from thinkstack.stages.talk import Talk
     from thinkstack.types import Sampling
 
     prepare_machine()
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
-    talk = Talk(model, sampling, pick_dtype(model, dtype))
+    talk = Talk(model, sampling, pick_precision(model, dtype))
     _say(f"{model}: type a question; an empty line ends the talk, /new begins another\n", "dim")
     while True:
         try:
@@ -140,7 +140,7 @@ def generate(
         dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
         device: Where the model runs.
     """
-    from thinkstack.checkpoint.model import pick_dtype
+    from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import pick_device, prepare_machine
     from thinkstack.models.parallel import join_ranks
     from thinkstack.stages.generate import Generator, read_prompts
@@ -153,7 +153,7 @@ def generate(
     place = pick_device(device)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     ranks = join_ranks(place.type)
-    run = Generator(model, sampling, ranks, pick_dtype(model, dtype), place)
+    run = Generator(model, sampling, ranks, pick_precision(model, dtype), place)
     say = _say if ranks.rank == 0 else lambda text: None
     if interactive:
         run.talk(_read_line, say)

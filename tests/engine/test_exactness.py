@@ -5,46 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, how, prompt
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
-from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models.kernels import calls
-from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, RequestError, Sampling
+from thinkstack.engine.engine import Engine
+from thinkstack.types import RequestError, Sampling
 
-WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
-"""Computed by one kernel, where there are kernels."""
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY, WHOLE], ids=["mla", "gqa", "whole"])
-LONG = {"max_positions": 400}
-SMALL = EngineConfig(max_batch=8)
-
-
-@pytest.fixture(params=["kernels", "torch"])
-def path(request, monkeypatch):
-    """With the C++ kernels, and on torch's operators alone."""
-    if request.param == "torch":
-        monkeypatch.setattr(calls, "available", lambda: False)
-    elif not calls.available():
-        pytest.skip("no C++ compiler")
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(48, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def how(count: int, **given) -> list[Sampling]:
-    return [Sampling(**({"max_tokens": 20 + 9 * index, "seed": index} | given)) for index in range(count)]
-
-
-def drawn(found: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[c.token_ids for c in group] for group in found]
-
-
-def alone(model: Transformer, asked: list[list[int]], samplings: list[Sampling]) -> list[list[tuple[int, ...]]]:
-    """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
-    plain = replace(SMALL, prefix_cache=False, max_prefill_tokens=4096)
-    pairs = zip(asked, samplings, strict=True)
-    return [drawn(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]
 
 
 @BOTH

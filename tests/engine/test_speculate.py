@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from tests.engine.test_exactness import LONG, SMALL, WHOLE, alone, drawn, how, path, prompt  # noqa: F401
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, how, prompt
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine
@@ -47,7 +47,7 @@ def guess_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], t
 
 @BOTH
 @pytest.mark.parametrize("drafts", [1, 3])
-def test_the_module_s_guesses_change_no_token(cfg, drafts, path):  # noqa: F811
+def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
     """Of every kind: long and short prompts, groups, chunks, whole blocks, hot and greedy draws."""
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 128)]
     samplings = how(4) + how(1, temperature=0.0, max_tokens=70)

@@ -26,18 +26,6 @@ from thinkstack.types import Sampling
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 
 
-@pytest.fixture
-def on_torch(monkeypatch):
-    """Call a function on torch's operators."""
-
-    def run(function, *arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(calls, "available", lambda: False)
-            return function(*arguments)
-
-    return run
-
-
 def with_gradients(function, *inputs):
     """Result and gradients of a function of tensors, under a fixed weighting of its result."""
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.models.test_kernels import drawn, on_torch  # noqa: F401
+from tests.models.test_kernels import drawn
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
@@ -54,7 +54,7 @@ def test_products_of_a_few_rows(count, width):
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_blocks_at_once_are_the_blocks_in_parts(kind, count, on_torch):  # noqa: F811
+def test_blocks_at_once_are_the_blocks_in_parts(kind, count, on_torch):
     """States and what is written into the cache; three of the tokens follow each other in one sequence."""
     exact = tiny_model(KINDS[kind])
     model = working_copy(exact, torch.bfloat16)
@@ -105,7 +105,7 @@ LATENT = {
 @pytest.mark.parametrize("count", [1, 5, 16, 150])
 @pytest.mark.parametrize("kind", LATENT)
 @torch.no_grad()
-def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):  # noqa: F811
+def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):
     """States, entries and experts, of a chunk of a prompt beside tokens being decoded; alone they are the same bits."""
     model = tiny_model(LATENT[kind])
     cache = KVCache(model.cfg, 21, torch.float32)
@@ -140,7 +140,7 @@ def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):  # 
 
 
 @torch.no_grad()
-def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):  # noqa: F811
+def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
     model = tiny_model(SMALL)
     cache = KVCache(model.cfg, 3, torch.float32, drafts=True)
     cache.data.copy_(drawn(*cache.data.shape, seed=3))
@@ -175,7 +175,7 @@ def test_only_plain_weights_are_read_at_once():
     assert whole_model(hooked) is None
 
 
-def test_an_engine_for_one_user_answers_as_on_torch(on_torch):  # noqa: F811
+def test_an_engine_for_one_user_answers_as_on_torch(on_torch):
     model = tiny_model(WIDE)
     asked = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(1)).tolist()]
 

@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def generator(folder: Path, **changes: object) -> Generator:
     sampling = Sampling(**({"temperature": 1.0, "max_tokens": 12, "seed": 3} | changes))  # type: ignore[arg-type]
-    return Generator(str(folder), sampling, Ranks(), torch.float32, torch.device("cpu"))
+    return Generator(str(folder), sampling, Ranks(), "fp32", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("folder", [SIZES["mla"], SIZES["gqa with biases"]], indirect=True, ids=["mla", "gqa"])

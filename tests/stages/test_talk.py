@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thinkstack.checkpoint.model import pick_dtype, save_model
+from thinkstack.checkpoint.model import pick_precision, save_model
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.talk import Piece, Talk, keep_limit, question_nats, read_limit, split_turn, stream_text
@@ -69,10 +69,10 @@ def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_i
 
 def test_large_models_are_talked_to_in_bf16_unless_asked_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0)))
-    assert pick_dtype(tmp_path / "model", "auto") == torch.float32
+    assert pick_precision(tmp_path / "model", "auto") == "fp32"
     monkeypatch.setattr("thinkstack.checkpoint.model.LARGE", 1_000_000)
-    assert pick_dtype(tmp_path / "model", "auto") == torch.bfloat16
-    assert pick_dtype(tmp_path / "model", "fp32") == torch.float32
+    assert pick_precision(tmp_path / "model", "auto") == "bf16"
+    assert pick_precision(tmp_path / "model", "fp32") == "fp32"
 
 
 def test_a_zero_is_asked_one_question_at_a_time_and_a_chat_model_remembers(tmp_path: Path):

@@ -8,7 +8,7 @@ an installed Python package.
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +31,7 @@ from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.models.counts import count_parameters
 from thinkstack.models.fp8 import E4M3
+from thinkstack.models.precision import Precision
 from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
 from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_format
@@ -109,12 +110,12 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32, storage: 
     return model
 
 
-def pick_dtype(source: str | Path, name: str) -> torch.dtype:
-    """The dtype to talk to a model in: "fp32", "bf16", or "auto": bf16 from LARGE parameters on, where a token costs
-    what reading the weights costs; fp32, which is exact, for smaller ones."""
-    if name == "auto":
-        name = "bf16" if count_parameters(open_source(source).cfg) >= LARGE else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+def pick_precision(source: str | Path, asked: Literal["auto", "fp32", "bf16"]) -> Precision:
+    """The precision to talk to a model in. "auto" is bf16 from LARGE parameters on, where a token costs what reading
+    the weights costs, and fp32, which is exact, for smaller ones."""
+    if asked != "auto":
+        return asked
+    return "bf16" if count_parameters(open_source(source).cfg) >= LARGE else "fp32"
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

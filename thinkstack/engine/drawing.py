@@ -6,6 +6,7 @@ A row may draw several tokens at once: behind tokens that are only guessed, as i
 
 # Shapes in this file: B tokens to draw, V vocabulary size.
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy
@@ -67,14 +68,11 @@ def note(
 ) -> None:
     """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones."""
     table.append(rows[counts], offsets[counts], drawn.tokens[counts], drawn.log_probs[counts])
-    if not table.is_special[rows].any():
-        return
-    for place in numpy.flatnonzero(counts & table.is_special[rows]).tolist():
-        row = int(rows[place])
+    special = numpy.flatnonzero(counts & table.is_special[rows]).tolist()
+    for place in special:
         if place in drawn.alternatives:
-            table.alternatives[row].append(drawn.alternatives[place])
-    for row in numpy.unique(rows[counts & table.is_special[rows]]).tolist():
-        fresh = int((counts & (rows == row)).sum())
+            table.alternatives[int(rows[place])].append(drawn.alternatives[place])
+    for row, fresh in Counter(rows[special].tolist()).items():
         table.is_closed[row] |= _is_closed(table, row, -fresh, 0)
 
 

@@ -20,6 +20,7 @@ from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
 from thinkstack.engine.speculate import Speculator
 from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
+from thinkstack.models.precision import Precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
 
@@ -44,7 +45,7 @@ class EngineConfig:
     """Keep the blocks of finished answers until their room is needed, for prompts that begin alike."""
     max_waiting: int = 0
     """Requests that may wait; 0 for any number."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Precision = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch."""
     return_experts: bool = False
     """Give the experts of every token back with each completion, for a trainer that uses them again."""
@@ -210,7 +211,7 @@ class Engine:
             for copy in copies:  # again, with what the module has kept
                 self.runner.cache.copy(*copy)
 
-    def _who_draws(self, plan: Plan) -> tuple["Draws", list[tuple[int, int, int]]]:
+    def _who_draws(self, plan: Plan) -> tuple[Draws, list[tuple[int, int, int]]]:
         """Rows that have computed all they know, behind each of their guesses too, and those that waited for a prompt.
 
         Returns them, and what has to be copied for the latter: source block, target block, tokens.
@@ -238,12 +239,12 @@ class Engine:
             offsets = numpy.append(offsets, numpy.zeros(len(followers), dtype=numpy.int64))
         return Draws(rows, offsets, sources), copies
 
-    def _draw(self, draws: "Draws", hidden: Tensor) -> int:
+    def _draw(self, draws: Draws, hidden: Tensor) -> int:
         """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
         table, (rows, offsets, sources) = self.table, draws
-        logits = self.runner.logits(hidden[torch.from_numpy(numpy.unique(sources)).to(hidden.device)])
-        if len(logits) < len(sources):  # answers that share their prompt
-            _, places = numpy.unique(sources, return_inverse=True)
+        needed, places = numpy.unique(sources, return_inverse=True)
+        logits = self.runner.logits(hidden[torch.from_numpy(needed).to(hidden.device)])
+        if len(needed) < len(sources):  # answers that share their prompt
             logits = logits[torch.from_numpy(places).to(hidden.device)]
         drawn = draw(table, rows, offsets, logits)
         counts = numpy.ones(len(rows), dtype=bool)

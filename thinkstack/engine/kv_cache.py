@@ -68,12 +68,8 @@ class View:
         """pages: its entries are those of the first layer. slots: (N,) int64, block * P + place in it."""
         self.cache, self.first, self.slots = cache, pages, slots
 
-    def pages(self, layer: int) -> Pages:
-        """The context in one layer."""
-        return self.first._replace(entries=self.cache.data[layer])
-
     def extend(self, layer: int, entries: Tensor) -> Pages:
-        """Keep entries (N, 1, W) of the new tokens; returns `pages`."""
-        found = self.pages(layer)
+        """Keep entries (N, 1, W) of the new tokens; returns the context in this layer."""
+        found = self.first._replace(entries=self.cache.data[layer])
         found.entries.view(-1, found.entries.shape[2]).index_copy_(0, self.slots, entries.squeeze(1))
         return found

@@ -3,7 +3,7 @@
 # Shapes in this file: N tokens of the step, B rows, D hidden size, V vocabulary size.
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -17,7 +17,7 @@ from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
-from thinkstack.models.precision import inference_copy, refresh
+from thinkstack.models.precision import DTYPES, Precision, inference_copy, refresh
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.whole import whole_model
 from thinkstack.types import ConfigError, RequestError, Sampling
@@ -46,7 +46,7 @@ class Runner:
         self,
         model: Transformer,
         num_blocks: int,
-        dtype: Literal["fp32", "bf16"],
+        dtype: Precision,
         keeps_experts: bool = False,
         drafts: bool = False,
     ):
@@ -55,7 +55,7 @@ class Runner:
             raise ConfigError(
                 "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
             )
-        self.dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self.dtype = DTYPES[dtype]
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
         self._kept = _kept_experts(model.cfg) if keeps_experts else None
@@ -97,7 +97,7 @@ class Runner:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
         places, view = self._lay_out(table, plan.rows, plan.starts, plan.counts)
         ids, positions = self._there(table.ids[places.owner, places.positions]), self._there(places.positions)
-        if self._whole is not None and len(ids) <= self._whole.most_tokens:
+        if self._whole is not None and self._takes_whole(len(ids)):
             hidden, chosen = self._whole.hidden(ids, positions, view.first, self.cache.data)
         else:
             trunk = self._model.trunk(ids.unsqueeze(1), positions.unsqueeze(1), cache=view)
@@ -121,7 +121,7 @@ class Runner:
         )
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - places.total))
         states = None
-        if self._whole is not None:
+        if self._whole is not None and self._takes_whole(len(hidden)):
             states = self._whole.draft(hidden, following, positions, view.first, self.cache.data)
         if states is None:
             following, positions = following.unsqueeze(1), positions.unsqueeze(1)
@@ -134,7 +134,8 @@ class Runner:
         """Tokens from `starts` on, counts of each row, filled up to whole tiles with tokens of the row of padding."""
         ends = counts.cumsum()
         total = int(ends[-1])
-        owner = numpy.full(total + self._padding(total), len(table.owner), dtype=numpy.int64)
+        padding = 0 if self._takes_whole(total) else self._padding(total)
+        owner = numpy.full(total + padding, len(table.owner), dtype=numpy.int64)
         owner[:total] = rows.repeat(counts)
         positions = numpy.zeros(len(owner), dtype=numpy.int64)
         positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
@@ -147,6 +148,10 @@ class Runner:
         count = hidden.shape[0]
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._padding(count)))
         return self._model.head(padded)[:count].float()
+
+    def _takes_whole(self, count: int) -> bool:
+        """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""
+        return self._whole is not None and count <= self._whole.most_tokens
 
     def _padding(self, count: int) -> int:
         """Rows that make `count` whole tiles; none where few rows in bf16 have kernels of their own."""

@@ -82,11 +82,9 @@ class Scheduler:
         easy = rows[is_easy].tolist()
         if self.preempted:
             easy = [row for row in easy if table.owner[row] is not None]
-        known = table.known[easy]
-        for row, end in zip(
-            numpy.array(easy)[known % BLOCK == 0].tolist(), known[known % BLOCK == 0].tolist(), strict=True
-        ):
-            self.name_blocks(row, end)
+        for row in rows[is_easy][table.known[rows[is_easy]] % BLOCK == 0].tolist():
+            if table.owner[row] is not None:
+                self.name_blocks(row, int(table.known[row]))
         chosen = numpy.array(easy + [row for row, _ in chunks], dtype=numpy.int64)
         counts_of = numpy.array([1] * len(easy) + [count for _, count in chunks], dtype=numpy.int64)
         return Plan(chosen, counts_of + table.drafts[chosen], table.computed[chosen])

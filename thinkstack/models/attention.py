@@ -26,11 +26,8 @@ from thinkstack.models.pages import Pages
 class LayerCache(Protocol):
     """What the attention of one layer needs of a cache; every row of the pass is one new token."""
 
-    def pages(self, layer: int) -> Pages:
-        """Where the context of the new tokens lies, their own entries to be written there before it is read."""
-
     def extend(self, layer: int, entries: Tensor) -> Pages:
-        """Keep the entries (N, 1, W) of the new tokens; returns `pages`."""
+        """Keep the entries (N, 1, W) of the new tokens; returns where their context lies, these included."""
 
 
 @dataclass(kw_only=True)
@@ -212,8 +209,6 @@ class MLA(Attention):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
         a = self.shape
-        if ctx.cache is not None and kernels.takes_steps(x, x.shape[2]):
-            return self.step(x, ctx.cache.pages(self.layer), ctx)
         q = self.wq_b(self.q_norm(self.wq_a(x))) if a.q_lora_rank else self.wq(x)
         q = q.unflatten(-1, (a.num_heads, -1))  # (B, T, H, N + R)
         latent, k_rope = self.wkv_a(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
@@ -226,30 +221,6 @@ class MLA(Attention):
         else:
             heads = self.read_absorbed(q, context, ctx)
         return self.wo(heads.flatten(2))
-
-    def step(self, x: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
-        """`forward` of new tokens x (N, 1, D) in one call."""
-        a = self.shape
-        sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
-        sizes |= {"Q": a.q_lora_rank, "interleaved": int(self.interleaved)}
-        last = ctx.last.flatten()
-        out = kernels.latent_step(
-            x[:, 0], self.step_weights(), sizes, ctx.rope, last, pages, self.scale, self.kv_norm.eps
-        )
-        return out.unsqueeze(1)
-
-    def step_weights(self) -> dict[str, Tensor | None]:
-        """The parameters by the names that the kernels know; wq_a and q_norm are None without a query latent."""
-        direct = not self.shape.q_lora_rank
-        return {
-            "wq_a": None if direct else self.wq_a.weight,
-            "q_norm": None if direct else self.q_norm.weight,
-            "wq_b": self.wq.weight if direct else self.wq_b.weight,
-            "wkv_a": self.wkv_a.weight,
-            "kv_norm": self.kv_norm.weight,
-            "wkv_b": self.wkv_b.weight,
-            "wo": self.wo.weight,
-        }
 
     def read_absorbed(self, q: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
         """Attention of q (B, 1, H, N + R) over cached latents, without ever making keys or values.

@@ -1,6 +1,7 @@
 """Working copies of a model in a lower precision: the weights that count stay fp32, the products run in bf16."""
 
 import copy
+from typing import Literal
 
 import torch
 from torch import nn
@@ -8,6 +9,9 @@ from torch import nn
 from thinkstack.models.lora import adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def working_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -> Transformer:

@@ -62,19 +62,19 @@ class FewTokens:
 
     def __init__(self, model: Transformer, blocks: list[Block]):
         self.model, self.kept = model, [_dense_weights(block) for block in blocks]
-        self.blocks = kernels.rows_of(kernels.BlockWeights, self.kept)
+        self.layers = kernels.rows_of(kernels.BlockWeights, self.kept)
         attention, ffn = blocks[0].attention, blocks[0].ffn
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
         shape = attention.shape
         self.sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim, "I": ffn.w1.out_features}
         self.sizes["interleaved"] = int(attention.interleaved)
-        self.scale = attention.scale
+        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As WholeModel says."""
         cfg, x = self.model.cfg, self.model.embed(ids)
         rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
-        kernels.block_steps(x, self.blocks, self.sizes, rope, positions, pages, cache, self.scale, cfg.norm_eps)
+        kernels.block_steps(x, self.layers, self.sizes, rope, positions, pages, cache, self.scales)
         return self.model.norm(x), None
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
@@ -102,13 +102,13 @@ class SmallLatent:
         assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
         self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
         self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
-        self.scale, self.factor = attention.scale, 1.0
+        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:
             self.sizes |= dict(E=moe.num_experts, J=moe.expert_size, K=moe.top_k, groups=moe.num_groups)
             self.sizes |= dict(top_groups=moe.top_groups, best=2 if moe.group_score == "top2" else 1)
             self.sizes |= dict(normalise=int(moe.normalise_weights), softmax=int(moe.scoring == "softmax"))
-            self.factor = moe.route_scale
+            self.scales["factor"] = moe.route_scale
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As WholeModel says."""
@@ -138,8 +138,7 @@ class SmallLatent:
         cfg = self.model.cfg
         rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
         chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
-        scales = (self.scale, cfg.norm_eps, self.factor)
-        kernels.latent_model(x, layers, self.sizes, rope, positions, pages, cache, chosen, scales)
+        kernels.latent_model(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
         return chosen
 
 
@@ -193,7 +192,18 @@ def _latent_weights(block: Block) -> Weights:
     """What LatentLayer points to."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, MLA)
-    found = a.step_weights() | {"attention_norm": block.attention_norm.weight, "ffn_norm": block.ffn_norm.weight}
+    direct = not a.shape.q_lora_rank
+    found: Weights = {
+        "attention_norm": block.attention_norm.weight,
+        "wq_a": None if direct else a.wq_a.weight,
+        "q_norm": None if direct else a.q_norm.weight,
+        "wq_b": a.wq.weight if direct else a.wq_b.weight,
+        "wkv_a": a.wkv_a.weight,
+        "kv_norm": a.kv_norm.weight,
+        "wkv_b": a.wkv_b.weight,
+        "wo": a.wo.weight,
+        "ffn_norm": block.ffn_norm.weight,
+    }
     dense = ffn.shared if isinstance(ffn, MoE) else ffn
     for name in ("w1", "w2", "w3"):
         found[name] = None if dense is None else getattr(dense, name).weight

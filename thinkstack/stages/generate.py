@@ -13,6 +13,7 @@ from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.checkpoint.shard import load_shard
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.parallel import Ranks, broadcast_text
+from thinkstack.models.precision import DTYPES, Precision
 from thinkstack.stages.talk import stream_text
 from thinkstack.types import ConfigError, Message, RequestError, Sampling
 
@@ -23,13 +24,13 @@ MAX_BATCH = 64
 class Generator:
     """A model, its chat format and an engine."""
 
-    def __init__(self, source: str, sampling: Sampling, ranks: Ranks, dtype: torch.dtype, device: torch.device):
+    def __init__(self, source: str, sampling: Sampling, ranks: Ranks, precision: Precision, device: torch.device):
         """source: whatever load_model takes. sampling: its stop_ids are those of the chat format."""
         self.ranks, self.chat = ranks, load_chat(source)
+        dtype = DTYPES[precision]
         model = load_shard(source, ranks, dtype) if ranks.count > 1 else load_model(source, dtype)
-        name = "fp32" if dtype == torch.float32 else "bf16"
         context = min(model.cfg.max_positions, 4096 + sampling.max_tokens)
-        size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=name)  # type: ignore[arg-type]
+        size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=precision)
         self.engine = Engine(model.to(device), size)
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
 

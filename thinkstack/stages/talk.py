@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.log import write_json
+from thinkstack.models.precision import DTYPES, Precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.corpus import TALK
 from thinkstack.tasks.puzzles import Family
@@ -39,14 +39,12 @@ class Piece:
 class Talk:
     """A model, its format, and one conversation."""
 
-    def __init__(self, source: str, sampling: Sampling, dtype: torch.dtype = torch.float32):
+    def __init__(self, source: str, sampling: Sampling, precision: Precision = "fp32"):
         """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: stop_ids and seed are filled in here."""
         self.chat = load_chat(source)
-        self.model = load_model(source, dtype)
-        name: Literal["fp32", "bf16"] = "fp32" if dtype == torch.float32 else "bf16"
-        self.engine = Engine(
-            self.model, EngineConfig(max_batch=1, dtype=name, max_drafts=min(self.model.cfg.mtp_layers, 1))
-        )
+        self.model = load_model(source, DTYPES[precision])
+        drafts = min(self.model.cfg.mtp_layers, 1)
+        self.engine = Engine(self.model, EngineConfig(max_batch=1, dtype=precision, max_drafts=drafts))
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
         self.limit = read_limit(source)
         self.messages: list[Message] = []

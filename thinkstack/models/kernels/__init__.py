@@ -1,7 +1,8 @@
 """Hand-written CPU kernels for the model's hot operations; each has a counterpart in torch's operators.
 
 The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. What a row becomes does not
-depend on the other rows, only in bf16 on whether they are few. Without a compiler, and on other devices, the counterparts run.
+depend on the other rows, only in bf16 on whether they are few. Without a compiler, and on other devices, the
+counterparts run.
 """
 
 from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_few, takes_rows, takes_steps
@@ -13,7 +14,6 @@ from thinkstack.models.kernels.decoding import (
     feed_forward,
     few_rows,
     latent_model,
-    latent_step,
     read_cache,
     route,
     rows_of,
@@ -33,7 +33,7 @@ from thinkstack.models.kernels.rows import (
 
 __all__ = [
     "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "attend", "available", "block_steps", "draw", "expert_mlp",
-    "feed_forward", "few_rows", "is_rows", "latent_model", "latent_step", "log_probs", "log_probs_backward",
+    "feed_forward", "few_rows", "is_rows", "latent_model", "log_probs", "log_probs_backward",
     "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "rows_of", "swiglu", "swiglu_backward", "takes",
     "takes_few", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

@@ -15,15 +15,15 @@ struct BlockWeights {
   const float *attention_norm, *ffn_norm, *q_norm, *k_norm, *bq, *bk, *bv, *bo;  // the last six may be null
 };
 
-// N tokens, L blocks.
+// B tokens, L layers.
 struct BlockSteps {
-  const BlockWeights* blocks;
-  const float* rope;      // (N, W / 2) pairs
-  const int64_t* last;    // (N,): the new token's place in its sequence
+  const BlockWeights* layers;
+  const float* rope;      // (B, W / 2) pairs
+  const int64_t* last;    // (B,): the new token's place in its sequence
   const int32_t* tables;  // (sequences, table_width): the cache's blocks of each, in order
-  const int32_t* owner;   // (N,): the sequence of each token
-  bf16 *x, *cache;        // (N, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
-  int64_t L, N, D, H, G, W, I, shift, table_width, layer_stride, interleaved, longest, threads;
+  const int32_t* owner;   // (B,): the sequence of each token
+  bf16 *x, *cache;        // (B, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
+  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, longest, threads;
   double scale, eps;
 };
 
@@ -71,29 +71,16 @@ void rows(const bf16* weights, const bf16* x, int64_t K, int64_t from, int64_t t
   }
 }
 
-// x scaled to a root mean square of 1, times weight.
-template <typename T>
-void norm(const T* x, const float* weight, int64_t width, double eps, bf16* out) {
-  vf total{};
-  for (int64_t c = 0; c < width; c += LANES) {
-    const vf value = load_some(x + c, width - c);
-    total += value * value;
-  }
-  const float scale = 1 / std::sqrt(sum(total) / width + float(eps));
-  for (int64_t c = 0; c < width; c += LANES)
-    store_some(out + c, load_some(x + c, width - c) * scale * load_some(weight + c, width - c), width - c);
-}
-
 template <int N>
 struct Step {
   const BlockSteps& a;
   const int64_t queries, keys;  // widths of all heads
   std::vector<bf16> query, mixed, wide;
-  std::vector<float> qkv, middle;
+  std::vector<float> qkv, middle, gate, up;
 
   explicit Step(const BlockSteps& a)
       : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), mixed(N * queries), wide(N * a.I),
-        qkv(N * (queries + 2 * keys)), middle(N * a.D) {}
+        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I) {}
 
   Pages<bf16> pages(int64_t layer, int64_t n, int64_t at) const {
     return {a.cache + layer * a.layer_stride + at, a.tables + a.owner[n] * a.table_width, a.shift, 2 * keys};
@@ -120,7 +107,7 @@ struct Step {
     bf16* to = is_key ? pages(layer, n, (h - a.H) * a.W).at(a.last[n]) : query.data() + (n * a.H + h) * a.W;
     if (weight) {
       copy(head, to);
-      norm(to, weight, a.W, a.eps, to);
+      norm_row(to, weight, to, a.W, a.eps);
       copy(to, head);
     }
     turn(head, a.rope + n * a.W, a.W, a.interleaved, 1);
@@ -142,7 +129,7 @@ struct Step {
   // What one thread does of a block; all of them meet after each part.
   void block(const BlockWeights& w, int64_t layer, bf16* normed, float* scores) {
     const Share out = share(a.D), inner = share(a.I);
-    for (int n = 0; n < N; n++) norm(a.x + n * a.D, w.attention_norm, a.D, a.eps, normed + n * a.D);
+    for (int n = 0; n < N; n++) norm_row(a.x + n * a.D, w.attention_norm, normed + n * a.D, a.D, a.eps);
     project(w.wq, w.bq, normed, queries, 0);
     project(w.wk, w.bk, normed, keys, queries);
     project(w.wv, w.bv, normed, keys, queries + keys);
@@ -155,13 +142,18 @@ struct Step {
       for (int n = 0; n < N; n++) middle[n * a.D + m] = to_float(a.x[n * a.D + m]) + found[n] + (w.bo ? w.bo[m] : 0);
     });
 #pragma omp barrier
-    for (int n = 0; n < N; n++) norm(middle.data() + n * a.D, w.ffn_norm, a.D, a.eps, normed + n * a.D);
+    for (int n = 0; n < N; n++) norm_row(middle.data() + n * a.D, w.ffn_norm, normed + n * a.D, a.D, a.eps);
     for (int64_t m = inner.from; m < inner.to; m++) {
-      float gate[N], up[N];
-      dots<N>(w.w1 + m * a.D, normed, a.D, gate);
-      dots<N>(w.w3 + m * a.D, normed, a.D, up);
-      for (int n = 0; n < N; n++) put(wide.data() + n * a.I + m, gate[n] / (1 + std::exp(-gate[n])) * up[n]);
+      float found[2][N];
+      dots<N>(w.w1 + m * a.D, normed, a.D, found[0]);
+      dots<N>(w.w3 + m * a.D, normed, a.D, found[1]);
+      for (int n = 0; n < N; n++) gate[n * a.I + m] = found[0][n], up[n * a.I + m] = found[1][n];
     }
+    for (int n = 0; n < N; n++)
+      for (int64_t m = inner.from, left; left = inner.to - m, left > 0; m += LANES) {
+        const vf g = load_some(gate.data() + n * a.I + m, left);
+        store_some(wide.data() + n * a.I + m, g * sigmoid(g) * load_some(up.data() + n * a.I + m, left), left);
+      }
 #pragma omp barrier
     rows<N>(w.w2, wide.data(), a.I, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) put(a.x + n * a.D + m, middle[n * a.D + m] + found[n]);
@@ -174,7 +166,7 @@ struct Step {
     {
       std::unique_ptr<float[]> scores(new float[QUERIES * round_up(a.longest + 4)]);
       std::vector<bf16> normed(N * a.D);
-      for (int64_t layer = 0; layer < a.L; layer++) block(a.blocks[layer], layer, normed.data(), scores.get());
+      for (int64_t layer = 0; layer < a.L; layer++) block(a.layers[layer], layer, normed.data(), scores.get());
     }
   }
 };
@@ -190,7 +182,7 @@ void for_count(int64_t count, Work work) {
 }  // namespace
 
 extern "C" void block_steps(const BlockSteps* a) {
-  for_count<1>(a->N, [&](auto n) { Step<n.value>(*a).run(); });
+  for_count<1>(a->B, [&](auto n) { Step<n.value>(*a).run(); });
 }
 
 // out (N, M) = x (N, K) weights (M, K) transposed, for a few rows.

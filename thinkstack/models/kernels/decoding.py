@@ -19,12 +19,6 @@ _Decode = structure(
     "N G Q W V shift table_width entry_width key_g value_g value_at longest threads",
     "scale",
 )
-_LatentStep = structure(
-    "LatentStep",
-    "x wq_a q_norm wq_b wkv_a kv_norm wkv_b wo rope last tables owner cache out queries",
-    "B D H N R V C Q shift table_width interleaved longest threads",
-    "scale eps",
-)
 BlockWeights = structure("BlockWeights", "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo", "")
 """Addresses of a block's weights: matrices in bf16, vectors in fp32, of which the last six may be None."""
 LatentLayer = structure(
@@ -42,8 +36,8 @@ _LatentModel = structure(
 )
 _BlockSteps = structure(
     "BlockSteps",
-    "blocks rope last tables owner x cache",
-    "L N D H G W I shift table_width layer_stride interleaved longest threads",
+    "layers rope last tables owner x cache",
+    "L B D H G W I shift table_width layer_stride interleaved longest threads",
     "scale eps",
 )
 
@@ -77,62 +71,66 @@ def _longest(pages: Pages) -> int:
     return pages.entries.shape[1] * pages.tables.shape[1]
 
 
-def latent_step(
-    x: Tensor,
-    weights: dict[str, Tensor | None],
-    sizes: dict[str, int],
-    rope: Tensor,
-    last: Tensor,
-    pages: Pages,
-    scale: float,
-    eps: float,
-) -> Tensor:
-    """New tokens through multi-head latent attention, projections included, in fp32.
-
-    x: (B, D), normed. weights: by the names of MLA's parameters; wq_a and q_norm may be None. sizes: H, N, R, V, C, Q
-    and interleaved. rope: (B, R / 2) complex64. last: (B,) int64, where the new entries go. pages: of B tokens, entries
-    of width C + R; written to. Returns (B, D).
-    """
-    out = torch.empty_like(x)
-    queries = x.new_empty(x.shape[0], sizes["H"], pages.entries.shape[2])
-    tensors = dict(weights, x=x, rope=rope, last=last, cache=pages.entries, out=out, queries=queries)
-    tensors |= {"tables": pages.tables, "owner": pages.owner}
-    shift, table_width = _layout(pages)
-    arguments = _LatentStep(
-        **{name: address(tensor) for name, tensor in tensors.items()},
-        **dict(sizes, B=x.shape[0], D=x.shape[1], shift=shift, table_width=table_width, longest=_longest(pages)),
-        **dict(threads=torch.get_num_threads(), scale=scale, eps=eps),
-    )
-    run("latent_step", arguments)
-    return out
-
-
 def block_steps(
     x: Tensor,
-    blocks: ctypes.Array[ctypes.Structure],
+    layers: ctypes.Array[ctypes.Structure],
     sizes: dict[str, int],
     rope: Tensor,
     last: Tensor,
     pages: Pages,
     cache: Tensor,
-    scale: float,
-    eps: float,
+    scales: dict[str, float],
 ) -> None:
     """At most FEW new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
 
-    x: (N, D), contiguous; changed in place. blocks: a BlockWeights for each of L. sizes: H, G, W, I and interleaved.
-    rope: (N, W / 2) complex64. last: (N,) int64, where the new entries go. pages: of N tokens, in the first layer.
-    cache: (L, blocks, P, 2 G W); written to.
+    x: (B, D), contiguous; changed in place. layers: a BlockWeights for each of L. sizes: H, G, W, I and interleaved.
+    rope: (B, W / 2) complex64. last: (B,) int64, where the new entries go. pages: of B tokens, in the first layer.
+    cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
     """
+    tensors = {"x": x, "rope": rope, "last": last, "cache": cache}
+    run("block_steps", _over_cache(_BlockSteps, layers, tensors, pages, sizes | scales))
+
+
+def latent_model(
+    x: Tensor,
+    layers: ctypes.Array[ctypes.Structure],
+    sizes: dict[str, int],
+    rope: Tensor,
+    last: Tensor,
+    pages: Pages,
+    cache: Tensor,
+    scales: dict[str, float],
+    experts: Tensor,
+) -> None:
+    """New tokens through a small model with latent attention, in fp32.
+
+    Arguments as of block_steps, for any number of tokens; layers: a LatentLayer each. sizes, as steps.cpp names them:
+    H, N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, best, normalise, softmax. cache:
+    (L, blocks, P, C + R). scales: also factor of the routed output. experts: (layers that have some, B, K) int64;
+    written.
+    """
+    tensors = {"x": x, "rope": rope, "last": last, "cache": cache, "experts": experts}
+    run("latent_model", _over_cache(_LatentModel, layers, tensors, pages, sizes | scales))
+
+
+def _over_cache(
+    kind: type[ctypes.Structure],
+    layers: ctypes.Array[ctypes.Structure],
+    tensors: dict[str, Tensor],
+    pages: Pages,
+    numbers: Mapping[str, float],
+) -> ctypes.Structure:
+    """The structure of a kernel that takes new tokens through all layers over a cache."""
     shift, table_width = _layout(pages)
-    arguments = _BlockSteps(
-        ctypes.addressof(blocks),
-        *map(address, (rope, last, pages.tables, pages.owner, x, cache)),
-        **dict(sizes, L=len(blocks), N=x.shape[0], D=x.shape[1], shift=shift, table_width=table_width),
-        **dict(layer_stride=cache.stride(0), longest=_longest(pages), threads=torch.get_num_threads()),
-        **dict(scale=scale, eps=eps),
+    (B, D), cache = tensors["x"].shape, tensors["cache"]
+    addresses = {name: address(x) for name, x in (tensors | {"tables": pages.tables, "owner": pages.owner}).items()}
+    return kind(
+        layers=ctypes.addressof(layers),
+        **addresses,
+        **numbers,
+        **dict(L=len(layers), B=B, D=D, shift=shift, table_width=table_width, layer_stride=cache.stride(0)),
+        **dict(longest=_longest(pages), threads=torch.get_num_threads()),
     )
-    run("block_steps", arguments)
 
 
 def rows_of(
@@ -147,35 +145,6 @@ def rows_of(
         for held, own in zip(weights, numbers, strict=True)
     ]
     return (kind * len(rows))(*rows)
-
-
-def latent_model(
-    x: Tensor,
-    layers: ctypes.Array[ctypes.Structure],
-    sizes: dict[str, int],
-    rope: Tensor,
-    last: Tensor,
-    pages: Pages,
-    cache: Tensor,
-    experts: Tensor,
-    scales: tuple[float, float, float],
-) -> None:
-    """New tokens through a small model with latent attention, in fp32.
-
-    x: (N, D), contiguous; changed in place. layers: a LatentLayer for each of L. sizes: as of latent_step, and E, J, K,
-    groups, top_groups, best, normalise and softmax where there are experts. rope, last, pages: as of latent_step, of
-    the first layer. cache: (L, blocks, P, C + R); written to. experts: (layers that have some, N, K) int64, written.
-    scales: of the scores, eps of norms, factor of the routed output.
-    """
-    shift, table_width = _layout(pages)
-    arguments = _LatentModel(
-        ctypes.addressof(layers),
-        *map(address, (rope, last, pages.tables, pages.owner, x, cache, experts)),
-        **dict(sizes, L=len(layers), B=x.shape[0], D=x.shape[1], shift=shift, table_width=table_width),
-        **dict(layer_stride=cache.stride(0), longest=_longest(pages), threads=torch.get_num_threads()),
-        **dict(zip(("scale", "eps", "factor"), scales, strict=True)),
-    )
-    run("latent_model", arguments)
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:

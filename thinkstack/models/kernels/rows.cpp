@@ -10,16 +10,8 @@ template <typename T>
 void norm(const T* x, const float* weight, T* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t n = 0; n < N; n++) {
-    const T* row = x + n * stride;
-    vf total{};
-    for (int64_t c = 0; c < D; c += LANES) {
-      const vf v = load_some(row + c, D - c);
-      total += v * v;
-    }
-    const float scale = 1 / std::sqrt(sum(total) / D + float(eps));
+    const float scale = norm_row(x + n * stride, weight, y + n * D, D, eps);
     if (inverse) inverse[n] = scale;
-    for (int64_t c = 0; c < D; c += LANES)
-      store_some(y + n * D + c, load_some(row + c, D - c) * scale * load_some(weight + c, D - c), D - c);
   }
 }
 

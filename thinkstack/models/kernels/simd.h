@@ -162,6 +162,20 @@ inline vf sigmoid(vf x) {
   return 1.0f / (1.0f + exp_of(x > splat(-88.0f) ? -x : splat(88.0f)));
 }
 
+// out = x scaled to a root mean square of 1, times weight; returns the scale.
+template <typename From, typename To>
+inline float norm_row(const From* x, const float* weight, To* out, int64_t width, double eps) {
+  vf total{};
+  for (int64_t c = 0; c < width; c += LANES) {
+    const vf v = load_some(x + c, width - c);
+    total += v * v;
+  }
+  const float scale = 1 / std::sqrt(sum(total) / width + float(eps));
+  for (int64_t c = 0; c < width; c += LANES)
+    store_some(out + c, load_some(x + c, width - c) * scale * load_some(weight + c, width - c), width - c);
+  return scale;
+}
+
 // Pairs of x[0..R) as complex numbers times the table's (cos, sin), or times its conjugate for sign = -1. Pairs are
 // neighbours, or R / 2 apart.
 inline void turn(float* x, const float* table, int64_t R, bool interleaved, float sign) {

@@ -138,9 +138,7 @@ struct LatentBlock {
 // Tokens per thread and turn: all threads get some, in whole vectors.
 int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK, round_up((tokens + threads - 1) / threads)); }
 
-}  // namespace
-
-extern "C" void latent_step(const LatentStep* a) {
+void latent_step(const LatentStep* a) {
   const int64_t size = share(a->B, a->threads);
 #pragma omp parallel num_threads(a->threads)
   {
@@ -152,6 +150,8 @@ extern "C" void latent_step(const LatentStep* a) {
     for (int64_t start = 0; start < a->B; start += size) block.finish(start, std::min(size, a->B - start));
   }
 }
+
+}  // namespace
 
 // w2 (silu(w1 x) * (w3 x)) of x (B, D), w1 and w3 (I, D), w2 (D, I).
 extern "C" void feed_forward(const float* rows, const float* w1, const float* w2, const float* w3, float* out, int64_t B, int64_t D, int64_t I,

@@ -1,0 +1,14 @@
+"""Both ways to compute."""
+
+import pytest
+
+from thinkstack.models.kernels import calls
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request, monkeypatch):
+    """With the C++ kernels, and on torch's operators alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(calls, "available", lambda: False)
+    elif not calls.available():
+        pytest.skip("no C++ compiler")
