@@ -175,8 +175,11 @@ def test_the_context_counts_from_the_model_or_the_setting():
     ("prompt", "sampling", "part"),
     [
         ([], Sampling(max_tokens=1), "empty"),
-        ([1, 48], Sampling(max_tokens=1), "token id 48"),
+        ([1, 48], Sampling(max_tokens=1), "the prompt names token 48"),
         ([1] * 90, Sampling(max_tokens=10), "by 4"),
+        ([1, -1], Sampling(max_tokens=1), "the prompt names token -1"),
+        ([1], Sampling(max_tokens=1, logit_bias={48: 1.0}), "logit_bias names token 48"),
+        ([1], Sampling(max_tokens=1, stop_ids=(3, 50)), "stop_ids names token 50"),
         ([1], Sampling(max_tokens=1, n=17), "max_batch=16"),
         ([1], Sampling(max_tokens=1, stop_ids=tuple(range(9))), "at most 8"),
     ],

@@ -188,7 +188,9 @@ def test_answers_whose_logits_are_not_finite_end_with_an_error():
     bad, good = engine.submit([1, 7], Sampling(max_tokens=5)), engine.submit([1, 2], Sampling(max_tokens=5))
     engine.step()
     assert bad.completions[0].finish_reason == "error"
-    assert "not finite" in bad.error and engine.last_error == bad.error
+    health = engine.health()
+    assert "not finite" in bad.error and health.last_error == bad.error
+    assert (health.alive, health.running, health.failed) == (True, 1, 1)
     assert not good.is_finished
     with pytest.raises(RequestError, match="not finite"):
         engine.generate([[7]], [Sampling(max_tokens=2)])

@@ -8,7 +8,7 @@ model makes of a token depends on its sequence alone, and draws depend on the re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thinkstack.engine.blocks import BLOCK, BlockPool
 from thinkstack.engine.drawing import draw, note
+from thinkstack.engine.interface import Health, WhileRunning, check_request
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
 from thinkstack.engine.speculate import Speculator
@@ -23,10 +24,6 @@ from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceT
 from thinkstack.models.precision import Precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
-
-WhileRunning = Literal["refuse", "drain", "abort", "keep"]
-"""What happens to answers being drawn when the weights change: the change is refused; they are finished first, with the
-old weights; they end as aborted; they go on with the new weights, their context computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +74,7 @@ class Engine:
     def __init__(self, model: Transformer, cfg: EngineConfig = EngineConfig(), version: int = 0):
         self.cfg = cfg
         self.max_context = min(cfg.max_context or model.cfg.max_positions, model.cfg.max_positions)
+        self.vocab_size = model.cfg.vocab_size
         whole = cfg.max_batch * -(-self.max_context // BLOCK)
         num_blocks = cfg.cache_tokens // BLOCK if cfg.cache_tokens else whole
         self.table = SequenceTable(cfg.max_batch, self.max_context)
@@ -91,8 +89,9 @@ class Engine:
         self.version = version
         self.answers_ended = 0
         """Answers that came to their end in a step, whatever the reason."""
+        self.answers_failed = 0
         self.last_error: str | None = None
-        """What last went wrong with a request, for whoever watches the engine's health."""
+        """What last went wrong with an answer."""
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """What computes the tokens."""
@@ -136,6 +135,17 @@ class Engine:
         else:
             self.scheduler.preempt_all()
 
+    def health(self) -> Health:
+        """How it is; an answer that fails leaves the others, and the engine, alive."""
+        return Health(
+            alive=True,
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting,
+            failed=self.answers_failed,
+            last_error=self.last_error,
+            version=self.version,
+        )
+
     def sleep(self) -> None:
         """Give the cache's memory back; answers being drawn are computed again when they go on."""
         self.pause("keep")
@@ -154,20 +164,15 @@ class Engine:
 
         Raises RequestError if it can never be served, or too many wait.
         """
+        check_request(
+            prompt_ids, sampling, self.max_context, self.vocab_size
+        )  # in step it would end everybody's answers
         total = len(prompt_ids) + sampling.max_tokens
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; it needs at least a BOS token")
-        if total > self.max_context:
-            raise RequestError(
-                f"prompt is {len(prompt_ids):,} tokens; this model takes {self.max_context:,} including "
-                f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - self.max_context:,}"
-            )
         if -(-total // BLOCK) > self.scheduler.pool.num_blocks:
             raise RequestError(
                 f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, the cache holds "
                 f"{self.scheduler.pool.num_blocks * BLOCK:,}; shorten them or raise cache_tokens"
             )
-        self.runner.check(prompt_ids, sampling)  # here, not in step, where it would end everybody's answers
         if sampling.n > self.cfg.max_batch:
             raise RequestError(f"n={sampling.n} answers exceed the engine's max_batch={self.cfg.max_batch}")
         if len(sampling.stop_ids) > MAX_STOP_IDS:
@@ -345,6 +350,7 @@ class Engine:
         """End an answer that cannot go on, and say why; the others go on."""
         request, _ = self.table.held(row)
         request.error = self.last_error = error
+        self.answers_failed += 1
         self._close(row, "error")
 
     def _close(self, row: int, reason: FinishReason) -> None:

@@ -2,7 +2,6 @@
 
 # Shapes in this file: N tokens of the step, B rows, D hidden size, V vocabulary size.
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
@@ -20,7 +19,7 @@ from thinkstack.models.pages import Pages
 from thinkstack.models.precision import DTYPES, Precision, inference_copy, refresh
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.whole import whole_model
-from thinkstack.types import ConfigError, RequestError, Sampling
+from thinkstack.types import ConfigError
 
 
 class Places(NamedTuple):
@@ -83,15 +82,6 @@ class Runner:
         else:
             self._source, self._model = model, inference_copy(model, self.dtype)
         self._whole = whole_model(self._model)
-
-    def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Raise RequestError for tokens outside the vocabulary."""
-        self._model.check(torch.tensor([list(prompt_ids)]))
-        size = self._model.cfg.vocab_size
-        for name in ("stop_ids", "close_ids", "logit_bias"):
-            for token in getattr(sampling, name):
-                if not 0 <= token < size:
-                    raise RequestError(f"{name} names token {token}; this vocabulary has 0..{size - 1}")
 
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""

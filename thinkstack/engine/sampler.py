@@ -24,11 +24,12 @@ def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
     seeds: (B,) uint64, one a sequence. counters: (B,) uint64, tokens drawn so far. Source: doi:10.1145/2660193.2660195.
     """
     with numpy.errstate(over="ignore"):
-        mixed = _mix(_mix(seeds) + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))
+        mixed = mix(mix(seeds) + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))
     return (mixed >> numpy.uint64(11)).astype(numpy.float64) * 2.0**-53
 
 
-def _mix(value: numpy.ndarray) -> numpy.ndarray:
+def mix(value: numpy.ndarray) -> numpy.ndarray:
+    """The splitmix64 finaliser of each uint64 (doi:10.1145/2660193.2660195)."""
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))

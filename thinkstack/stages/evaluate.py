@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.engine import EngineConfig
+from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, write_json
@@ -53,6 +54,8 @@ class EvaluateConfig:
     """Precision that answers are drawn in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; "auto": on CUDA where there is some."""
+    servers: ServersConfig = ServersConfig()
+    """vLLM servers that draw the answers instead of this process; dtype is then that of the weights they get."""
     seed: int = 0
     """Chooses problems and draws."""
 
@@ -82,7 +85,7 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     everything = [problem for found in problems.values() for problem in found]
     longest = max(len(prompt_of(chat, problem)) for problem in everything)
     size = EngineConfig(max_batch=cfg.max_batch, max_context=longest + cfg.max_tokens, dtype=cfg.dtype)
-    engine = Engine(load_model(cfg.start).to(pick_device(cfg.device)), size)
+    engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
     with Progress("evaluation", len(everything)) as progress:
         generate = partial(engine.generate, on_progress=progress.advance)
         for file, config in asked.items():

@@ -17,7 +17,8 @@ from torch import Tensor
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.peft import save_adapter
 from thinkstack.checkpoint.state import load_state, save_state
-from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.engine import EngineConfig
+from thinkstack.engine.remote import open_engine
 from thinkstack.evals.figures import Evaluation, curve_point
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import CURVE, Progress, Run, timed
@@ -70,7 +71,7 @@ class Zero:
             dtype=cfg.rollout_dtype,
             return_experts=cfg.router_replay,
         )
-        self.engine = Engine(model, asked)
+        self.engine = open_engine(model, asked, cfg.servers)
         # adapters are the whole difference between policy and reference: without them no second copy is needed
         needs_copy = cfg.loss.kl and not cfg.trainer.lora.rank
         self.reference = copy.deepcopy(model).requires_grad_(False) if needs_copy else None

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from thinkstack.engine.remote import ServersConfig
 from thinkstack.stages.groups import GROUP_KINDS, AdvantageKind
 from thinkstack.stages.ppo import CriticConfig
 from thinkstack.tasks.curriculum import PhaseConfig, check_phases
@@ -110,6 +111,9 @@ class GrpoConfig:
     """Longest prompt; problems with longer ones are left out and counted. 0: as long as context and answer allow."""
     rollout_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision that answers are drawn in; the loss corrects for the trainer's being another one."""
+    servers: ServersConfig = ServersConfig()
+    """vLLM servers that draw the answers instead of this process; rollout_dtype is then that of the weights they
+    get."""
     truncated: Literal["keep", "mask", "drop"] = "keep"
     """Answers cut off: "keep" in baseline and loss, "mask" out of the loss only, "drop" from both."""
     overlong_penalty: float = 0.0
