@@ -17,7 +17,7 @@ from thinkstack.types import Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(interpreter() is None, reason="THINKSTACK_VLLM names no vLLM")]
 GREEDY = Sampling(temperature=0, max_tokens=32)
-PROMPTS = [[1 + place, 2, 3] for place in range(96)]
+PROMPTS = [[1 + place, *range(100 * (place % 2)), 2, 3] for place in range(96)]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def servers(tmp_path_factory) -> Iterator[list[VllmServer]]:
     model: Path = tmp_path_factory.mktemp("served") / "model"
     save_model(model, tiny_model(SERVED, seed=2))
     settings = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--logprobs-mode", "processed_logprobs")
+    settings += ("--max-num-batched-tokens", "300")
     found = [VllmServer(interpreter(), model, *settings) for _ in range(2)]
     starting = [threading.Thread(target=server.start) for server in found]
     for thread in starting:
