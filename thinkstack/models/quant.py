@@ -62,6 +62,23 @@ class FP8Blocks:
         widen(parts["codes"], parts["scale"], out)
 
 
+@dataclass(frozen=True)
+class Int8:
+    """Whole numbers from -127 to 127, one scale for each output: the largest magnitude of its row / 127."""
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def pack(self, weight: Tensor) -> Parts:
+        wide = weight.float()
+        scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (..., N, 1)
+        return {"codes": (wide / scale).round().to(torch.int8), "scale": scale}
+
+    def unpack(self, parts: Parts, out: Tensor) -> None:
+        out.copy_(parts["codes"] * parts["scale"])
+
+
 class Packed(nn.Module):
     """Matrices (..., N, K) in their storage. The parts are buffers that move with the model and are never cast."""
 
