@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from thinkstack.models import kernels
 from thinkstack.models.fp8 import BLOCK, quantise, widen
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
@@ -76,7 +77,11 @@ class Int8:
         return {"codes": (wide / scale).round().to(torch.int8), "scale": scale}
 
     def unpack(self, parts: Parts, out: Tensor) -> None:
-        out.copy_(parts["codes"] * parts["scale"])
+        codes, scale = parts["codes"], parts["scale"]
+        if kernels.takes(out) and out.is_contiguous():
+            kernels.widen(codes.contiguous(), scale.contiguous(), out, 1, out.shape[-1])
+        else:
+            out.copy_(codes * scale)
 
 
 class Packed(nn.Module):
@@ -146,8 +151,15 @@ class PackedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.packed.dense()
 
+    def in_int8(self) -> Parts | None:
+        """Codes (N, K) and scale (N, 1), which kernels read as they are; None for another storage."""
+        return self.packed.parts() if isinstance(self.packed.storage, Int8) else None
+
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K); returns (..., N)."""
+        """x: (..., K); returns (..., N). For a few rows int8 codes are multiplied as they are read."""
+        parts = self.in_int8() if self.bias is None else None
+        if parts is not None and kernels.takes_few(x, parts["codes"]):
+            return kernels.few_rows(x, parts["codes"], parts["scale"])
         return _Product.apply(x, self.packed, None if self.bias is None else self.bias.to(x.dtype))
 
 
