@@ -57,6 +57,7 @@ def chat(
     max_new_tokens: int = 256,
     seed: int = 0,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    weights: Literal["plain", "int8", "fp8", "nf4"] = "plain",
 ) -> None:
     """Talk to a model: its thinking streams, then its answer. An empty line ends the talk, /new forgets it.
 
@@ -67,6 +68,7 @@ def chat(
         max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
         dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
+        weights: How matrices are kept: in that precision, or packed in 8 bits (int8, fp8) or 4 (nf4).
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import prepare_machine
@@ -75,7 +77,7 @@ def chat(
 
     prepare_machine()
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
-    talk = Talk(model, sampling, pick_precision(model, dtype))
+    talk = Talk(model, sampling, pick_precision(model, dtype), weights)
     _say(f"{model}: type a question; an empty line ends the talk, /new begins another\n", "dim")
     while True:
         try:
@@ -122,6 +124,7 @@ def generate(
     max_new_tokens: int = 200,
     seed: int = 965,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    weights: Literal["plain", "int8", "fp8", "nf4"] = "plain",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Run a model as DeepSeek-V3 is run: talk to it, answer a file of prompts, or continue plain text.
@@ -138,6 +141,7 @@ def generate(
         max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
         dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
+        weights: How matrices are kept: in that precision, or packed in 8 bits (int8, fp8) or 4 (nf4).
         device: Where the model runs.
     """
     from thinkstack.checkpoint.model import pick_precision
@@ -153,7 +157,7 @@ def generate(
     place = pick_device(device)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     ranks = join_ranks(place.type)
-    run = Generator(model, sampling, ranks, pick_precision(model, dtype), place)
+    run = Generator(model, sampling, ranks, pick_precision(model, dtype), place, weights)
     say = _say if ranks.rank == 0 else lambda text: None
     if interactive:
         run.talk(_read_line, say)

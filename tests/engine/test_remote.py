@@ -284,6 +284,8 @@ def test_settings_that_cannot_be_are_refused():
     pool = FakePool("a")
     with pytest.raises(ConfigError, match="router_replay"):
         RemoteEngine(tiny_model(GQA_TINY), EngineConfig(return_experts=True), ONE, transport=pool)
+    with pytest.raises(ConfigError, match="--quantization"):
+        RemoteEngine(tiny_model(GQA_TINY), EngineConfig(weights="int8"), ONE, transport=pool)
     with pytest.raises(ConfigError, match="http://host:port"):
         RemoteEngine(tiny_model(GQA_TINY), EngineConfig(), ServersConfig(addresses=("a:1",)), transport=pool)
     with pytest.raises(ConfigError, match="twice"):

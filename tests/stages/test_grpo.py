@@ -40,6 +40,14 @@ def test_trap_20_on_policy_the_engine_and_the_trainer_agree(make_bandit):
     assert abs(metrics["loss/policy"]) < 1e-6 and metrics["train/grad_norm"] > 1e-3  # trap 10
 
 
+def test_answers_drawn_from_packed_weights_are_near_the_policys_and_learnt_from(make_bandit):
+    """Not the same: rounding shows in the log-probabilities, which the loss corrects for."""
+    zero = make_bandit(rollout_weights="int8")
+    for _ in range(2):  # packed anew after the first step
+        assert 1e-6 < zero.step()["mismatch/abs_nats_max"] < 0.05
+    assert zero.engine.version == 2
+
+
 def test_minibatches_after_the_first_are_off_policy(make_bandit):
     """Without stored old log-probabilities every ratio is 1 and the clip can never bite."""
     fast = TrainerConfig(optim=OptimConfig(learning_rate=5e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)

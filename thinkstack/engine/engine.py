@@ -21,7 +21,7 @@ from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
 from thinkstack.engine.speculate import Speculator
 from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
-from thinkstack.models.precision import Precision
+from thinkstack.models.precision import STORAGES, Precision, Stored
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
 
@@ -44,6 +44,9 @@ class EngineConfig:
     """Requests that may wait; 0 for any number."""
     dtype: Precision = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch."""
+    weights: Stored = "plain"
+    """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
+    stay in `dtype`."""
     return_experts: bool = False
     """Give the experts of every token back with each completion, for a trainer that uses them again."""
     max_drafts: int = 0
@@ -58,6 +61,8 @@ class EngineConfig:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} reads no prompt; use at least 1")
         if self.max_drafts < 0:
             raise ConfigError(f"max_drafts={self.max_drafts} is negative; 0 guesses nothing")
+        if self.weights != "plain" and self.weights not in STORAGES:
+            raise ConfigError(f"weights={self.weights!r} is not known; use plain, {', '.join(STORAGES)}")
 
 
 class Draws(NamedTuple):
@@ -95,7 +100,8 @@ class Engine:
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """What computes the tokens."""
-        return Runner(model, num_blocks, self.cfg.dtype, self.cfg.return_experts, bool(self.cfg.max_drafts))
+        cfg = self.cfg
+        return Runner(model, num_blocks, cfg.dtype, cfg.return_experts, bool(cfg.max_drafts), cfg.weights)
 
     @property
     def version(self) -> int:
@@ -107,8 +113,9 @@ class Engine:
         self.scheduler.version = version
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
-        """Take over the weights of `model` (shared where the precision is the same and nothing is adapted; adapters
-        are merged into a copy). Nothing that was cached is used again. running: what becomes of answers being drawn.
+        """Take over the weights of `model` (shared where the precision is the same and nothing is adapted or packed;
+        adapters are merged into a copy). Nothing that was cached is used again. running: what becomes of answers being
+        drawn.
 
         Raises RequestError where that is "refuse" and there are some.
         """

@@ -109,6 +109,11 @@ class RemoteEngine:
                 "router_replay (return_experts of an engine) is asked for, but servers do not tell which experts they "
                 "chose; leave it out, or draw in this process (no servers.addresses)"
             )
+        if cfg.weights != "plain":
+            raise ConfigError(
+                f"weights={cfg.weights!r}: servers pack by a setting of their own (--quantization) and get plain "
+                "weights; use weights='plain'"
+            )
         self.cfg, self.servers = cfg, servers
         self._own = tempfile.TemporaryDirectory(prefix="thinkstack-") if not servers.weights_folder else None
         self._folder = Path(self._own.name if self._own else servers.weights_folder).absolute()

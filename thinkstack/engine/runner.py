@@ -16,7 +16,7 @@ from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
-from thinkstack.models.precision import DTYPES, Precision, inference_copy, refresh
+from thinkstack.models.precision import DTYPES, Precision, Stored, inference_copy, refresh
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.whole import whole_model
 from thinkstack.types import ConfigError
@@ -48,8 +48,10 @@ class Runner:
         dtype: Precision,
         keeps_experts: bool = False,
         drafts: bool = False,
+        weights: Stored = "plain",
     ):
-        """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for."""
+        """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for. weights: how
+        matrices are kept."""
         if drafts and not model.cfg.mtp_layers:
             raise ConfigError(
                 "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
@@ -60,8 +62,8 @@ class Runner:
         self._kept = _kept_experts(model.cfg) if keeps_experts else None
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
-        self._source, self._model = model, inference_copy(model, self.dtype)
-        self._whole = whole_model(self._model)
+        self._weights = weights
+        self._take(model)
 
     @property
     def cache(self) -> KVCache:
@@ -79,8 +81,14 @@ class Runner:
         """Take over other weights, or those of the same model after a change."""
         if model is self._source:
             refresh(self._model, model)
+            self._whole = whole_model(self._model)
         else:
-            self._source, self._model = model, inference_copy(model, self.dtype)
+            self._take(model)
+
+    def _take(self, model: Transformer) -> None:
+        """Make the copy that answers. A packed one is made anew each time, so the model need not be kept beside it."""
+        self._model = inference_copy(model, self.dtype, self._weights)
+        self._source = model if self._weights == "plain" else None
         self._whole = whole_model(self._model)
 
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:

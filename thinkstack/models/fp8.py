@@ -53,7 +53,7 @@ def widen(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     dtype; the product is taken in fp32 and rounded once.
     """
     if kernels.takes(out) and out.is_contiguous():
-        kernels.widen(codes.contiguous(), scale.float().contiguous(), out, BLOCK)
+        kernels.widen(codes.contiguous(), scale.float().contiguous(), out, BLOCK, BLOCK)
     else:
         out.copy_(dequantise(codes, scale.float(), BLOCK))
 

@@ -1,4 +1,4 @@
-"""Working copies of a model in a lower precision: the weights that count stay fp32, the products run in bf16."""
+"""Working copies of a model: in a lower precision, while the weights that count stay fp32, or in few bits."""
 
 import copy
 from typing import Literal
@@ -6,12 +6,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from thinkstack.models.lora import adapters, merged, plain_tensors
+from thinkstack.models.lora import BASES, adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
+from thinkstack.models.quant import Int8, Storage, matrices, pack, packed_parameters, unpack
 from thinkstack.models.transformer import Transformer
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Stored = Literal["plain", "int8", "fp8", "nf4"]
+"""How matrices are kept for inference: in the model's precision, or packed."""
+STORAGES: dict[str, Storage] = {"int8": Int8(), **BASES}
 
 
 def working_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -> Transformer:
@@ -22,16 +26,38 @@ def working_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -
     if dtype == next(model.parameters()).dtype and not always:
         return model
     twin = copy.deepcopy(model)
-    keep = {id(module.router) for module in twin.modules() if isinstance(module, MoE)}
-    for parameter in twin.parameters():
-        if parameter.dim() > 1 and id(parameter) not in keep:
-            parameter.data = parameter.data.to(dtype)
+    _cast_matrices(twin, dtype)
     return twin
 
 
-def inference_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """`working_copy` without adapters: they are merged into a copy, so what they adapt is never rounded."""
-    return working_copy(merged(model), dtype)
+def _cast_matrices(model: Transformer, dtype: torch.dtype) -> None:
+    keep = {id(module.router) for module in model.modules() if isinstance(module, MoE)}
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and id(parameter) not in keep:
+            parameter.data = parameter.data.to(dtype)
+
+
+def inference_copy(model: Transformer, dtype: torch.dtype, weights: Stored = "plain") -> Transformer:
+    """`working_copy` without adapters: they are merged into a copy, so what they adapt is never rounded.
+
+    weights: unless "plain", matrices and output head are packed, from the model's own numbers; the result is a copy
+    whatever the dtype, and products run in that.
+    """
+    plain = merged(model)
+    return working_copy(plain, dtype) if weights == "plain" else _packed_copy(plain, dtype, STORAGES[weights])
+
+
+@torch.no_grad()
+def _packed_copy(model: Transformer, dtype: torch.dtype, storage: Storage) -> Transformer:
+    """A copy with packed matrices; where head and embedding are one parameter, the head becomes one of its own."""
+    if packed_parameters(model):
+        model = unpack(copy.deepcopy(model))
+    names = matrices(model)
+    packed_here = [model.get_parameter(name) for name in names]
+    twin = copy.deepcopy(model, {id(weight): weight for weight in packed_here})  # not copied before they are packed
+    pack(twin, storage, [*names, "head.weight"], dtype)
+    _cast_matrices(twin, dtype)
+    return twin
 
 
 @torch.no_grad()

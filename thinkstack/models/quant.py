@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from thinkstack.models import kernels
 from thinkstack.models.fp8 import BLOCK, quantise, widen
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
@@ -60,6 +61,27 @@ class FP8Blocks:
 
     def unpack(self, parts: Parts, out: Tensor) -> None:
         widen(parts["codes"], parts["scale"], out)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Whole numbers from -127 to 127, one scale for each output: the largest magnitude of its row / 127."""
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def pack(self, weight: Tensor) -> Parts:
+        wide = weight.float()
+        scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (..., N, 1)
+        return {"codes": (wide / scale).round().to(torch.int8), "scale": scale}
+
+    def unpack(self, parts: Parts, out: Tensor) -> None:
+        codes, scale = parts["codes"], parts["scale"]
+        if kernels.takes(out) and out.is_contiguous():
+            kernels.widen(codes.contiguous(), scale.contiguous(), out, 1, out.shape[-1])
+        else:
+            out.copy_(codes * scale)
 
 
 class Packed(nn.Module):
@@ -129,8 +151,15 @@ class PackedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.packed.dense()
 
+    def in_int8(self) -> Parts | None:
+        """Codes (N, K) and scale (N, 1), which kernels read as they are; None for another storage."""
+        return self.packed.parts() if isinstance(self.packed.storage, Int8) else None
+
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K); returns (..., N)."""
+        """x: (..., K); returns (..., N). For a few rows int8 codes are multiplied as they are read."""
+        parts = self.in_int8() if self.bias is None else None
+        if parts is not None and kernels.takes_few(x, parts["codes"]):
+            return kernels.few_rows(x, parts["codes"], parts["scale"])
         return _Product.apply(x, self.packed, None if self.bias is None else self.bias.to(x.dtype))
 
 

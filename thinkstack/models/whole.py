@@ -1,5 +1,5 @@
 """All blocks of a model in one call of a kernel, where calling operators would take longer than their work: models with
-few features in fp32, and any dense model in bf16 that reads a few tokens at a time.
+few features in fp32, and any dense model that reads a few tokens at a time, in bf16 with matrices in bf16 or int8.
 """
 
 # Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
@@ -18,10 +18,13 @@ from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table
 from thinkstack.models.moe import MoE
 from thinkstack.models.mtp import MTPModule
 from thinkstack.models.pages import Pages
+from thinkstack.models.quant import Packed, PackedLinear
 from thinkstack.models.transformer import Transformer
 
 PLAIN = {Block, GQA, MLA, SwiGLU, MoE, RMSNorm, Projection, nn.ModuleDict}
 """What a block consists of as it was built."""
+PACKED = PLAIN - {Projection, MoE} | {PackedLinear, Packed}
+"""What a dense one consists of whose matrices are packed."""
 Weights = dict[str, Tensor | None]
 
 
@@ -56,7 +59,7 @@ def whole_model(model: Transformer) -> WholeModel | None:
 
 
 class FewTokens:
-    """Grouped queries and dense feed-forwards in bf16: every weight is read once."""
+    """Grouped queries and dense feed-forwards in bf16: every weight is read once, as it is stored."""
 
     most_tokens = kernels.FEW
 
@@ -67,7 +70,7 @@ class FewTokens:
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
         shape = attention.shape
         self.sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim, "I": ffn.w1.out_features}
-        self.sizes["interleaved"] = int(attention.interleaved)
+        self.sizes |= {"interleaved": int(attention.interleaved), "packed": int("sq" in self.kept[0])}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,23 +149,29 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(part._forward_hooks for part in module.modules())
 
 
-def _is_plain(block: Block) -> bool:
-    """Whether nothing in a block is packed, adapted or in FP8."""
-    return all(type(part) in PLAIN for part in block.modules())
+def _consists_of(block: Block, kinds: set[type[nn.Module]]) -> bool:
+    return all(type(part) in kinds for part in block.modules())
 
 
 def _is_dense(block: Block) -> bool:
     """Whether a block is one of FewTokens', with matrices of widths that it takes."""
-    if not _is_plain(block) or not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU):
+    if not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU):
         return False
-    weights = [part.weight for part in block.modules() if isinstance(part, Projection)]
-    return kernels.takes_few(weights[0].new_empty(1, kernels.LANES), *weights)
+    if _consists_of(block, PLAIN):
+        weights = [part.weight for part in block.modules() if isinstance(part, Projection)]
+        return kernels.takes_few(weights[0].new_empty(1, kernels.LANES), *weights)
+    layers = [part for part in block.modules() if isinstance(part, PackedLinear)]
+    packed = [layer.in_int8() for layer in layers]
+    if not _consists_of(block, PACKED) or None in packed:
+        return False
+    codes = [parts["codes"] for parts in packed if parts is not None]
+    return kernels.takes_few(codes[0].new_empty(1, kernels.LANES, dtype=layers[0].packed.dtype), *codes)
 
 
 def _is_latent(block: Block) -> bool:
     """Whether a block is one of SmallLatent's."""
     ffn = block.ffn
-    if not _is_plain(block) or not isinstance(block.attention, MLA):
+    if not _consists_of(block, PLAIN) or not isinstance(block.attention, MLA):
         return False
     if not isinstance(ffn, MoE):
         return True
@@ -174,10 +183,15 @@ def _dense_weights(block: Block) -> Weights:
     """What BlockWeights points to; vectors that are fp32 already are the model's own."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
-    found: Weights = {
-        "wq": a.wq.weight, "wk": a.wk.weight, "wv": a.wv.weight, "wo": a.wo.weight,
-        "w1": ffn.w1.weight, "w2": ffn.w2.weight, "w3": ffn.w3.weight,
-    }  # fmt: skip
+    found: Weights = {}
+    for owner, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
+        for name in names:
+            layer = getattr(owner, name)
+            parts = layer.in_int8() if isinstance(layer, PackedLinear) else None
+            if parts is None:
+                found[name] = layer.weight
+            else:
+                found |= {name: parts["codes"], f"s{name[1]}": parts["scale"]}
     vectors = {
         "attention_norm": block.attention_norm.weight,
         "ffn_norm": block.ffn_norm.weight,

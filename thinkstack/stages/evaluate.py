@@ -14,6 +14,7 @@ from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, write_json
 from thinkstack.machine import pick_device
+from thinkstack.models.precision import Stored
 from thinkstack.stages.rollout import prompt_of
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.text.parse import Form
@@ -52,6 +53,8 @@ class EvaluateConfig:
     """Answers drawn at once."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision that answers are drawn in."""
+    weights: Stored = "plain"
+    """How matrices are kept meanwhile: as they are, or packed (int8, fp8, nf4)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; "auto": on CUDA where there is some."""
     servers: ServersConfig = ServersConfig()
@@ -84,7 +87,8 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     problems = {file: held_out(config) for file, config in asked.items()}
     everything = [problem for found in problems.values() for problem in found]
     longest = max(len(prompt_of(chat, problem)) for problem in everything)
-    size = EngineConfig(max_batch=cfg.max_batch, max_context=longest + cfg.max_tokens, dtype=cfg.dtype)
+    context = longest + cfg.max_tokens
+    size = EngineConfig(max_batch=cfg.max_batch, max_context=context, dtype=cfg.dtype, weights=cfg.weights)
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
     with Progress("evaluation", len(everything)) as progress:
         generate = partial(engine.generate, on_progress=progress.advance)

@@ -13,7 +13,7 @@ from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.checkpoint.shard import load_shard
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.parallel import Ranks, broadcast_text
-from thinkstack.models.precision import DTYPES, Precision
+from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.stages.talk import stream_text
 from thinkstack.types import ConfigError, Message, RequestError, Sampling
 
@@ -24,13 +24,25 @@ MAX_BATCH = 64
 class Generator:
     """A model, its chat format and an engine."""
 
-    def __init__(self, source: str, sampling: Sampling, ranks: Ranks, precision: Precision, device: torch.device):
-        """source: whatever load_model takes. sampling: its stop_ids are those of the chat format."""
+    def __init__(
+        self,
+        source: str,
+        sampling: Sampling,
+        ranks: Ranks,
+        precision: Precision,
+        device: torch.device,
+        weights: Stored = "plain",
+    ):
+        """source: whatever load_model takes. sampling: its stop_ids are those of the chat format. weights: how matrices
+        are kept. Raises ConfigError where several processes would have to pack their parts.
+        """
+        if ranks.count > 1 and weights != "plain":
+            raise ConfigError(f"weights={weights!r} packs a whole model; start one process, or use plain")
         self.ranks, self.chat = ranks, load_chat(source)
         dtype = DTYPES[precision]
         model = load_shard(source, ranks, dtype) if ranks.count > 1 else load_model(source, dtype)
         context = min(model.cfg.max_positions, 4096 + sampling.max_tokens)
-        size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=precision)
+        size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=precision, weights=weights)
         self.engine = Engine(model.to(device), size)
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
 

@@ -69,6 +69,7 @@ class Zero:
             max_batch=cfg.prompts_per_step * cfg.group_size,
             max_context=longest + cfg.max_tokens,
             dtype=cfg.rollout_dtype,
+            weights=cfg.rollout_weights,
             return_experts=cfg.router_replay,
         )
         self.engine = open_engine(model, asked, cfg.servers)

@@ -10,7 +10,7 @@ import torch
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.log import write_json
-from thinkstack.models.precision import DTYPES, Precision
+from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.corpus import TALK
 from thinkstack.tasks.puzzles import Family
@@ -39,12 +39,16 @@ class Piece:
 class Talk:
     """A model, its format, and one conversation."""
 
-    def __init__(self, source: str, sampling: Sampling, precision: Precision = "fp32"):
-        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: stop_ids and seed are filled in here."""
+    def __init__(self, source: str, sampling: Sampling, precision: Precision = "fp32", weights: Stored = "plain"):
+        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: stop_ids and seed are filled in here.
+
+        weights: how matrices are kept.
+        """
         self.chat = load_chat(source)
         self.model = load_model(source, DTYPES[precision])
         drafts = min(self.model.cfg.mtp_layers, 1)
-        self.engine = Engine(self.model, EngineConfig(max_batch=1, dtype=precision, max_drafts=drafts))
+        size = EngineConfig(max_batch=1, dtype=precision, weights=weights, max_drafts=drafts)
+        self.engine = Engine(self.model, size)
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
         self.limit = read_limit(source)
         self.messages: list[Message] = []

@@ -2,28 +2,31 @@
 // or a few users takes. Then every weight is read once, from memory, and that is all that matters; a call for each
 // product, and products made for many rows, would take longer than the reading.
 #include <memory>
-#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "context.h"
+#include "few.h"
 
-// D hidden size, H query heads, G key/value heads, W head width, I intermediate size. Matrices (out, in).
+// D hidden size, H query heads, G key/value heads, W head width, I intermediate size. Matrices (out, in) of M: bf16, or
+// int8 with a scale for each row.
+template <typename M>
 struct BlockWeights {
-  const bf16 *wq, *wk, *wv, *wo, *w1, *w2, *w3;
+  const M *wq, *wk, *wv, *wo, *w1, *w2, *w3;
   const float *attention_norm, *ffn_norm, *q_norm, *k_norm, *bq, *bk, *bv, *bo;  // the last six may be null
+  const float *sq, *sk, *sv, *so, *s1, *s2, *s3;                                 // scales; null for bf16
 };
 
 // B tokens, L layers.
 struct BlockSteps {
-  const BlockWeights* layers;
+  const void* layers;     // BlockWeights of int8 where `packed`, else of bf16
   const float* rope;      // (B, W / 2) pairs
   const int64_t* last;    // (B,): the new token's place in its sequence
   const int32_t* tables;  // (sequences, table_width): the cache's blocks of each, in order
   const int32_t* owner;   // (B,): the sequence of each token
   bf16 *x, *cache;        // (B, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
-  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, longest, threads;
+  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, packed, longest, threads;
   double scale, eps;
 };
 
@@ -39,39 +42,7 @@ int64_t thread() { return 0; }
 int64_t team() { return 1; }
 #endif
 
-// Sums of one row of weights with N rows of x, (N, K); K a multiple of 32.
-template <int N>
-void dots(const bf16* weight, const bf16* x, int64_t K, float* out) {
-  constexpr int CHAINS = N >= 4 ? 1 : 4 / N;  // additions that do not wait for each other
-  constexpr int64_t WIDE = Format<bf16>::WIDE;
-  vf sum[N][CHAINS] = {};
-  int64_t c = 0;
-  for (; c + CHAINS * WIDE <= K; c += CHAINS * WIDE)
-    for (int j = 0; j < CHAINS; j++) {
-      const auto w = Format<bf16>::load_wide(weight + c + j * WIDE);
-      for (int n = 0; n < N; n++) sum[n][j] = multiply_add(sum[n][j], Format<bf16>::load_wide(x + n * K + c + j * WIDE), w);
-    }
-  for (; c < K; c += WIDE) {
-    const auto w = Format<bf16>::load_wide(weight + c);
-    for (int n = 0; n < N; n++) sum[n][0] = multiply_add(sum[n][0], Format<bf16>::load_wide(x + n * K + c), w);
-  }
-  for (int n = 0; n < N; n++) {
-    for (int j = 1; j < CHAINS; j++) sum[n][0] += sum[n][j];
-    out[n] = ::sum(sum[n][0]);
-  }
-}
-
-// each(m, sums (N,)) for rows [from, to) of weights (M, K).
-template <int N, typename Each>
-void rows(const bf16* weights, const bf16* x, int64_t K, int64_t from, int64_t to, Each each) {
-  for (int64_t m = from; m < to; m++) {
-    float found[N];
-    dots<N>(weights + m * K, x, K, found);
-    each(m, found);
-  }
-}
-
-template <int N>
+template <int N, typename M>
 struct Step {
   const BlockSteps& a;
   const int64_t queries, keys;  // widths of all heads
@@ -86,21 +57,21 @@ struct Step {
     return {a.cache + layer * a.layer_stride + at, a.tables + a.owner[n] * a.table_width, a.shift, 2 * keys};
   }
 
-  // Rows [from, to) of a product of M rows are this thread's.
+  // Rows [from, to) of a product of `count` rows are this thread's.
   struct Share {
     int64_t from, to;
   };
-  static Share share(int64_t M) { return {M * thread() / team(), M * (thread() + 1) / team()}; }
+  static Share share(int64_t count) { return {count * thread() / team(), count * (thread() + 1) / team()}; }
 
-  void project(const bf16* weights, const float* bias, const bf16* normed, int64_t M, int64_t at) {
-    const Share own = share(M);
-    rows<N>(weights, normed, a.D, own.from, own.to, [&](int64_t m, const float* found) {
+  void project(Matrix<M> weights, const float* bias, const Input<N, M>& normed, int64_t count, int64_t at) {
+    const Share own = share(count);
+    rows(weights, normed, own.from, own.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) qkv[n * (queries + 2 * keys) + at + m] = found[n] + (bias ? bias[m] : 0);
     });
   }
 
   // Head h of token n, of the keys from head H on: normed, rotated, to where attention reads it.
-  void place_head(const BlockWeights& w, int64_t layer, int64_t n, int64_t h) {
+  void place_head(const BlockWeights<M>& w, int64_t layer, int64_t n, int64_t h) {
     float* head = qkv.data() + n * (queries + 2 * keys) + h * a.W;
     const bool is_key = h >= a.H;
     const float* weight = is_key ? w.k_norm : w.q_norm;
@@ -127,26 +98,29 @@ struct Step {
   }
 
   // What one thread does of a block; all of them meet after each part.
-  void block(const BlockWeights& w, int64_t layer, bf16* normed, float* scores) {
+  void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, float* scores) {
     const Share out = share(a.D), inner = share(a.I);
     for (int n = 0; n < N; n++) norm_row(a.x + n * a.D, w.attention_norm, normed + n * a.D, a.D, a.eps);
-    project(w.wq, w.bq, normed, queries, 0);
-    project(w.wk, w.bk, normed, keys, queries);
-    project(w.wv, w.bv, normed, keys, queries + keys);
+    input.take(normed, a.D);
+    project({w.wq, w.sq}, w.bq, input, queries, 0);
+    project({w.wk, w.sk}, w.bk, input, keys, queries);
+    project({w.wv, w.sv}, w.bv, input, keys, queries + keys);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < N * (a.H + a.G); i++) place_head(w, layer, i / (a.H + a.G), i % (a.H + a.G));
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < N * a.G; i++) attend(layer, i / a.G, i % a.G, scores);
-    rows<N>(w.wo, mixed.data(), queries, out.from, out.to, [&](int64_t m, const float* found) {
+    input.take(mixed.data(), queries);
+    rows(Matrix<M>{w.wo, w.so}, input, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) middle[n * a.D + m] = to_float(a.x[n * a.D + m]) + found[n] + (w.bo ? w.bo[m] : 0);
     });
 #pragma omp barrier
     for (int n = 0; n < N; n++) norm_row(middle.data() + n * a.D, w.ffn_norm, normed + n * a.D, a.D, a.eps);
+    input.take(normed, a.D);
     for (int64_t m = inner.from; m < inner.to; m++) {
       float found[2][N];
-      dots<N>(w.w1 + m * a.D, normed, a.D, found[0]);
-      dots<N>(w.w3 + m * a.D, normed, a.D, found[1]);
+      input.dots({w.w1, w.s1}, m, found[0]);
+      input.dots({w.w3, w.s3}, m, found[1]);
       for (int n = 0; n < N; n++) gate[n * a.I + m] = found[0][n], up[n * a.I + m] = found[1][n];
     }
     for (int n = 0; n < N; n++)
@@ -155,7 +129,8 @@ struct Step {
         store_some(wide.data() + n * a.I + m, g * sigmoid(g) * load_some(up.data() + n * a.I + m, left), left);
       }
 #pragma omp barrier
-    rows<N>(w.w2, wide.data(), a.I, out.from, out.to, [&](int64_t m, const float* found) {
+    input.take(wide.data(), a.I);
+    rows(Matrix<M>{w.w2, w.s2}, input, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) put(a.x + n * a.D + m, middle[n * a.D + m] + found[n]);
     });
 #pragma omp barrier
@@ -166,7 +141,9 @@ struct Step {
     {
       std::unique_ptr<float[]> scores(new float[QUERIES * round_up(a.longest + 4)]);
       std::vector<bf16> normed(N * a.D);
-      for (int64_t layer = 0; layer < a.L; layer++) block(a.layers[layer], layer, normed.data(), scores.get());
+      Input<N, M> input(std::max({a.D, queries, a.I}));
+      const auto layers = static_cast<const BlockWeights<M>*>(a.layers);
+      for (int64_t layer = 0; layer < a.L; layer++) block(layers[layer], layer, normed.data(), input, scores.get());
     }
   }
 };
@@ -179,18 +156,30 @@ void for_count(int64_t count, Work work) {
   }
 }
 
+template <typename M>
+void multiply_few(Matrix<M> weights, const bf16* x, bf16* out, int64_t N, int64_t width, int64_t K, int64_t threads) {
+  for_count<1>(N, [&](auto n) {
+    Input<n.value, M> input(K);
+    input.take(x, K);
+#pragma omp parallel num_threads(threads)
+    rows(weights, input, width * thread() / team(), width * (thread() + 1) / team(), [&](int64_t m, const float* found) {
+      for (int i = 0; i < n.value; i++) put(out + i * width + m, found[i]);
+    });
+  });
+}
+
 }  // namespace
 
 extern "C" void block_steps(const BlockSteps* a) {
-  for_count<1>(a->B, [&](auto n) { Step<n.value>(*a).run(); });
+  for_count<1>(a->B, [&](auto n) {
+    if (a->packed) return Step<n.value, int8_t>(*a).run();
+    Step<n.value, bf16>(*a).run();
+  });
 }
 
-// out (N, M) = x (N, K) weights (M, K) transposed, for a few rows.
-extern "C" void few_rows(const bf16* x, const bf16* weights, bf16* out, int64_t N, int64_t M, int64_t K, int64_t threads) {
-  for_count<1>(N, [&](auto n) {
-#pragma omp parallel num_threads(threads)
-    rows<n.value>(weights, x, K, M * thread() / team(), M * (thread() + 1) / team(), [&](int64_t m, const float* found) {
-      for (int i = 0; i < n.value; i++) put(out + i * M + m, found[i]);
-    });
-  });
+// out (N, M) = x (N, K) weights (M, K) transposed, for a few rows. scale: (M,), of weights in int8; null for bf16.
+extern "C" void few_rows(const bf16* x, const void* weights, const float* scale, bf16* out, int64_t N, int64_t M, int64_t K,
+                         int64_t threads) {
+  if (scale) return multiply_few(Matrix<int8_t>{(const int8_t*)weights, scale}, x, out, N, M, K, threads);
+  multiply_few(Matrix<bf16>{(const bf16*)weights, nullptr}, x, out, N, M, K, threads);
 }

@@ -45,14 +45,16 @@ def takes_steps(x: Tensor, hidden_size: int) -> bool:
 
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
-    """Whether weights (M, K) should be read by the kernels for a few rows: inference on FEW rows at most, in bf16.
+    """Whether weights (M, K) should be read by the kernels for a few rows: inference on FEW rows at most, x in bf16,
+    weights in bf16 or int8.
 
     What comes of a row then depends on whether there are few, as it does among torch's own kernels.
     """
     if x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled() or not takes_rows(x):
         return False
     return x.is_contiguous() and all(
-        weight.dtype == x.dtype and weight.is_contiguous() and weight.shape[1] % WIDE == 0 for weight in weights
+        weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() and weight.shape[1] % WIDE == 0
+        for weight in weights
     )
 
 

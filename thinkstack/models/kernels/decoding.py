@@ -19,8 +19,13 @@ _Decode = structure(
     "N G Q W V shift table_width entry_width key_g value_g value_at longest threads",
     "scale",
 )
-BlockWeights = structure("BlockWeights", "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo", "")
-"""Addresses of a block's weights: matrices in bf16, vectors in fp32, of which the last six may be None."""
+BlockWeights = structure(
+    "BlockWeights",
+    "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo sq sk sv so s1 s2 s3",
+    "",
+)
+"""Addresses of a block's weights: matrices in bf16 or int8; vectors in fp32, of which biases and norms of heads may be
+None; scales of the matrices' rows, None for bf16."""
 LatentLayer = structure(
     "LatentLayer",
     "attention_norm wq_a q_norm wq_b wkv_a kv_norm wkv_b wo ffn_norm w1 w2 w3 router bias w_in w_out",
@@ -37,7 +42,7 @@ _LatentModel = structure(
 _BlockSteps = structure(
     "BlockSteps",
     "layers rope last tables owner x cache",
-    "L B D H G W I shift table_width layer_stride interleaved longest threads",
+    "L B D H G W I shift table_width layer_stride interleaved packed longest threads",
     "scale eps",
 )
 
@@ -83,9 +88,9 @@ def block_steps(
 ) -> None:
     """At most FEW new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
 
-    x: (B, D), contiguous; changed in place. layers: a BlockWeights for each of L. sizes: H, G, W, I and interleaved.
-    rope: (B, W / 2) complex64. last: (B,) int64, where the new entries go. pages: of B tokens, in the first layer.
-    cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
+    x: (B, D), contiguous; changed in place. layers: a BlockWeights for each of L. sizes: H, G, W, I, interleaved, and
+    packed: whether matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, where the new entries go. pages: of
+    B tokens, in the first layer. cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache}
     run("block_steps", _over_cache(_BlockSteps, layers, tensors, pages, sizes | scales))
@@ -147,11 +152,14 @@ def rows_of(
     return (kind * len(rows))(*rows)
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K) times weight (M, K) transposed: (..., M), for at most FEW rows, in bf16."""
+def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (M, K) transposed: (..., M), for at most FEW rows, in bf16.
+
+    scale: (M,) fp32 factors of the rows of a weight in int8.
+    """
     M, K = weight.shape
     out = x.new_empty(*x.shape[:-1], M)
-    call("few_rows", x, weight, out, x.numel() // K, M, K)
+    call("few_rows", x, weight, scale, out, x.numel() // K, M, K)
     return out
 
 

@@ -41,28 +41,15 @@ void norm_backward(const T* grad, const T* x, const float* weight, const float* 
   }
 }
 
-typedef uint8_t vb __attribute__((vector_size(16)));
-
-// e4m3 as float: the bits in their new places and another bias; numbers below 2^-6 are whole multiples of 2^-9.
-inline vf from_e4m3(vb codes) {
-  const vu x = __builtin_convertvector(codes, vu), magnitude = x & 0x7f;
-  const vf small = __builtin_convertvector((vi)magnitude, vf) * 0x1p-9f;
-  const vu bits = magnitude < 8 ? (vu)small : (magnitude << 20) + (120u << 23);
-  return (vf)((magnitude == 0x7f ? bits | 0x7fc00000 : bits) | (x & 0x80) << 24);
-}
-
-// Numbers of e4m3 times the scale of their block of B x B. N rows of each of M matrices.
-template <typename T>
-void widen(const uint8_t* codes, const float* scale, T* out, int64_t M, int64_t N, int64_t D, int64_t B, int64_t threads) {
-  const int64_t blocks = (D + B - 1) / B;
+// Codes times the scale of their block of `rows` x `columns`. N rows of each of M matrices.
+template <typename C, typename T>
+void widen(const C* codes, const float* scale, T* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads) {
+  const int64_t blocks = (D + columns - 1) / columns;
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < M * N; row++) {
-    const float* scales = scale + (row / N * ((N + B - 1) / B) + row % N / B) * blocks;
-    for (int64_t c = 0; c < D; c += LANES) {
-      vb held{};
-      std::memcpy(&held, codes + row * D + c, std::min(LANES, D - c));
-      store_some(out + row * D + c, from_e4m3(held) * scales[c / B], D - c);
-    }
+    const float* scales = scale + (row / N * ((N + rows - 1) / rows) + row % N / rows) * blocks;
+    for (int64_t c = 0; c < D; c += LANES)
+      store_some(out + row * D + c, load_some(codes + row * D + c, D - c) * scales[c / columns], D - c);
   }
 }
 
@@ -163,8 +150,12 @@ BOTH(rms_norm_backward,
      (const void* grad, const void* x, const float* weight, const float* inverse, void* grad_x, float* grad_weight, int64_t N, int64_t D,
       int64_t stride, int64_t threads),
      norm_backward<T>((const T*)grad, (const T*)x, weight, inverse, (T*)grad_x, grad_weight, N, D, stride, threads))
-BOTH(widen, (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t B, int64_t threads),
-     widen<T>((const uint8_t*)codes, scale, (T*)out, M, N, D, B, threads))
+BOTH(widen_e4m3,
+     (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
+     widen((const e4m3*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
+BOTH(widen_int8,
+     (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
+     widen((const int8_t*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
 BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t threads),
      swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, threads))
 BOTH(swiglu_backward, (const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t N, int64_t threads),

@@ -39,11 +39,12 @@ def is_rows(x: Tensor) -> bool:
     return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
 
 
-def widen(codes: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
-    """out (..., N, D) = codes, e4m3, times scale (..., ceil(N / block), ceil(D / block)) fp32 of their block; all
-    contiguous."""
+def widen(codes: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
+    """out (..., N, D) = codes, e4m3 or int8, times scale (..., ceil(N / rows), ceil(D / columns)) fp32 of their block;
+    all contiguous."""
     N, D = codes.shape[-2:]
-    call_for(out.dtype, "widen", codes, scale, out, codes.shape[:-2].numel(), N, D, block)
+    kind = "int8" if codes.dtype == torch.int8 else "e4m3"
+    call_for(out.dtype, f"widen_{kind}", codes, scale, out, codes.shape[:-2].numel(), N, D, rows, columns)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 // Sixteen lanes at a time, in GCC's portable vectors: AVX-512 where the machine has it, several narrower ones elsewhere.
 //
-// Numbers are read as float or bf16 and computed in float. A "unit" is what one step of a matrix product consumes of a
-// row: a float, or a pair of bf16.
+// Numbers are read as float, bf16, e4m3 or int8 and computed in float. A "unit" is what one step of a matrix product consumes
+// of a row: a float, or a pair of bf16.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,6 +22,9 @@ typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
 struct bf16 {
   uint16_t bits;
 };
+struct e4m3 {
+  int8_t bits;
+};
 
 inline int64_t round_up(int64_t value) { return (value + LANES - 1) / LANES * LANES; }
 inline vf splat(float x) { return vf{} + x; }
@@ -33,6 +36,24 @@ inline vf load(const bf16* p) {
 #else
   return (vf)(__builtin_convertvector(vh(*reinterpret_cast<const vh_any*>(p)), vu) << 16);
 #endif
+}
+inline vi load_bytes(const int8_t* p) {
+#ifdef __AVX512F__
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  typedef int8_t bytes __attribute__((vector_size(16)));
+  typedef int16_t words __attribute__((vector_size(32)));  // in one step GCC widens them one by one
+  bytes held;
+  std::memcpy(&held, p, sizeof(held));
+  return __builtin_convertvector(__builtin_convertvector(held, words), vi);
+#endif
+}
+inline vf load(const int8_t* p) { return __builtin_convertvector(load_bytes(p), vf); }
+inline vf load(const e4m3* p) {  // the bits in their new places and another bias; below 2^-6 whole multiples of 2^-9
+  const vu x = (vu)load_bytes(&p->bits), magnitude = x & 0x7f;
+  const vf small = __builtin_convertvector((vi)magnitude, vf) * 0x1p-9f;
+  const vu bits = magnitude < 8 ? (vu)small : (magnitude << 20) + (120u << 23);
+  return (vf)((magnitude == 0x7f ? bits | 0x7fc00000 : bits) | (x & 0x80) << 24);
 }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 
@@ -46,6 +67,17 @@ inline vh round_to_bf16(vf x) {  // to nearest, ties to even
 #endif
 }
 inline void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = round_to_bf16(x); }
+
+// bf16 of 32 numbers in their order.
+inline vu join(vf first, vf second) {
+#ifdef __AVX512BF16__
+  return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  const vh a = round_to_bf16(first), b = round_to_bf16(second);
+  return (vu)__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
+                                     26, 27, 28, 29, 30, 31);
+#endif
+}
 
 // bf16 of `even` in the low halves, of `odd` in the high ones.
 inline vu pair_up(vf even, vf odd) {
@@ -87,6 +119,13 @@ struct Format<bf16> {
   static constexpr int64_t STEP = 2;
   static constexpr int64_t WIDE = 2 * LANES;
   static vu load_wide(const bf16* p) { return load_units(reinterpret_cast<const uint32_t*>(p)); }
+};
+template <>
+struct Format<int8_t> {  // bf16 holds each of its numbers exactly
+  typedef uint32_t Unit;
+  static constexpr int64_t STEP = 2;
+  static constexpr int64_t WIDE = 2 * LANES;
+  static vu load_wide(const int8_t* p) { return join(load(p), load(p + LANES)); }
 };
 
 inline float to_float(float x) { return x; }

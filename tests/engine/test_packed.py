@@ -1,0 +1,83 @@
+"""Engines on packed matrices: the answers of the numbers that were packed, and never those of old ones."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.models.precision import STORAGES
+from thinkstack.models.quant import matrices, pack, unpack
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import ConfigError, Sampling
+
+LONG = {"max_positions": 300}
+KINDS = {
+    "latent, experts": replace(MLA_TINY, **LONG),
+    "grouped": replace(GQA_TINY, **LONG),
+    "tied": replace(GQA_TINY, tie_embeddings=True, **LONG),
+}
+INT8 = EngineConfig(max_batch=16, weights="int8")
+
+
+def widened(model: Transformer, weights: str = "int8") -> Transformer:
+    """A plain model of the numbers that packing leaves."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        pack(twin, STORAGES[weights], [*matrices(twin), "head.weight"])
+        return unpack(twin)
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(48, (5 + 37 * index,), generator=generator).tolist() for index in range(count)]
+
+
+def answers(engine: Engine, asked: list[list[int]]) -> list[tuple[int, ...]]:
+    how = [Sampling(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(asked))]
+    return [group[0].token_ids for group in engine.generate(asked, how)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", STORAGES)
+def test_answers_are_those_of_the_widened_numbers(kind, weights, path):
+    model, asked = tiny_model(KINDS[kind]), prompts(4)
+    found = answers(Engine(model, replace(INT8, weights=weights)), asked)
+    assert found == answers(Engine(widened(model, weights), EngineConfig(max_batch=16)), asked)
+
+
+def test_an_answer_on_packed_weights_is_the_same_alone_and_in_a_batch(path):
+    model, asked = tiny_model(**LONG), prompts(3)
+    how = [Sampling(max_tokens=20, seed=seed) for seed in range(3)]
+    together = Engine(model, INT8).generate(asked, how)
+    for prompt, sampling, found in zip(asked, how, together, strict=True):
+        assert Engine(model, INT8).generate([prompt], [sampling])[0][0].token_ids == found[0].token_ids
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_new_weights_are_packed_and_what_the_old_ones_read_is_forgotten(dtype):
+    """Both for another model and for the same one after training; neither is changed."""
+    model, other = tiny_model(**LONG), tiny_model(seed=1, **LONG)
+    asked, cfg = prompts(5)[-1:], replace(INT8, dtype=dtype)
+    engine = Engine(model, cfg)
+    first, expected = answers(engine, asked), answers(Engine(other, cfg), asked)
+    assert first != expected
+    engine.load_weights(other, version=1)
+    assert answers(engine, asked) == expected
+    engine.load_weights(model, version=2)
+    assert answers(engine, asked) == first
+    model.load_state_dict(other.state_dict())
+    engine.load_weights(model, version=3)
+    request = engine.submit(asked[0], Sampling(max_tokens=1))
+    engine.step()
+    assert request.cached_tokens == 0 and request.is_finished
+    assert answers(engine, asked) == expected
+    same = zip(model.state_dict().items(), tiny_model(seed=1, **LONG).state_dict().items(), strict=True)
+    assert all(name == known and torch.equal(value, wanted) for (name, value), (known, wanted) in same)
+
+
+def test_an_unknown_way_to_keep_weights_is_refused_by_name():
+    with pytest.raises(ConfigError, match="weights='int4' is not known; use plain, int8, fp8, nf4"):
+        EngineConfig(weights="int4")  # type: ignore[arg-type]
