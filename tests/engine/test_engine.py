@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.data import Sample, lay_out, pack, spread
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.models import kernels
 from thinkstack.models.config import named
+from thinkstack.models.precision import working_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.passes import batch_log_probs
 from thinkstack.types import Completion, ConfigError, RequestError, Sampling
@@ -218,9 +221,10 @@ def test_completions_carry_the_version_that_drew_them():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_new_weights_are_used_at_once(dtype):
+@pytest.mark.parametrize("shape", [MLA_TINY, WHOLE], ids=["by operators", "whole"])
+def test_new_weights_are_used_at_once(shape, dtype):
     """Copies that are derived from the weights must be made again; a forgotten one would answer with old weights."""
-    model, other = tiny_model(), tiny_model(seed=1)
+    model, other = tiny_model(shape), tiny_model(shape, seed=1)
     cfg = replace(SMALL, dtype=dtype)
     how = samplings(1, temperature=0.0, max_tokens=15)
     expected = Engine(other, cfg).generate([[1, 2]], how)
@@ -323,6 +327,21 @@ def test_bf16_engine_stays_near_the_fp32_trainer():
         trainer = batch_log_probs(model, lay_out([sample], [[0]], 64), 1.0, 64)[0, len(prompt) - 1 : sample.width]
         gaps.append((trainer - torch.tensor(completion.log_probs)).abs().mean())
     assert 0 < float(torch.stack(gaps).mean()) < 0.02
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+def test_a_small_model_in_bf16_computes_in_fp32_with_rounded_weights():
+    """What it answers is then as exact as fp32: alone or in a batch, and that of a model of these very numbers."""
+    model, how = tiny_model(WHOLE), samplings(9)
+    engine = Engine(model, replace(SMALL, dtype="bf16"))
+    together = engine.generate(prompts(9), how)
+    assert engine.runner.dtype == torch.float32
+    rounded = working_copy(model, torch.bfloat16).float()
+    assert (
+        together == Engine(rounded, SMALL).generate(prompts(9), how) != Engine(model, SMALL).generate(prompts(9), how)
+    )
+    assert together == [engine.generate([prompt], [one])[0] for prompt, one in zip(prompts(9), how, strict=True)]
+    assert Engine(tiny_model(GQA_TINY), replace(SMALL, dtype="bf16")).runner.dtype == torch.bfloat16
 
 
 def test_an_engine_without_places_is_refused():

@@ -43,7 +43,8 @@ class EngineConfig:
     max_waiting: int = 0
     """Requests that may wait; 0 for any number."""
     dtype: Precision = "fp32"
-    """Precision of weights and cache; fp32 is exact alone or in a batch."""
+    """Precision of weights and cache; fp32 is exact alone or in a batch. Small models in bf16 may compute in fp32 where
+    that is faster."""
     weights: Stored = "plain"
     """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
     stay in `dtype`."""

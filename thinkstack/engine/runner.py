@@ -18,7 +18,7 @@ from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
 from thinkstack.models.precision import DTYPES, Precision, Stored, inference_copy, refresh
 from thinkstack.models.transformer import Transformer
-from thinkstack.models.whole import whole_model
+from thinkstack.models.whole import whole_model, widened
 from thinkstack.types import ConfigError
 
 
@@ -56,7 +56,7 @@ class Runner:
             raise ConfigError(
                 "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
             )
-        self.dtype = DTYPES[dtype]
+        self._asked = DTYPES[dtype]
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
         self._kept = _kept_experts(model.cfg) if keeps_experts else None
@@ -86,10 +86,14 @@ class Runner:
             self._take(model)
 
     def _take(self, model: Transformer) -> None:
-        """Make the copy that answers. A packed one is made anew each time, so the model need not be kept beside it."""
-        self._model = inference_copy(model, self.dtype, self._weights)
-        self._source = model if self._weights == "plain" else None
+        """Make the copy that answers. One that rounds and widens is made anew each time: nothing of it can be refreshed
+        in place, and the model need not be kept beside it."""
+        rounded = inference_copy(model, self._asked, self._weights)
+        self._model = widened(rounded)
+        self._source = model if self._model is rounded and self._weights == "plain" else None
         self._whole = whole_model(self._model)
+        self.dtype = self._model.embed.weight.dtype
+        """Of products and cache; fp32 where a small model in bf16 is widened."""
 
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
