@@ -14,6 +14,7 @@ from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
 from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig
+from thinkstack.models.layers import keep_blocked
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
 from thinkstack.models.precision import DTYPES, Precision, Stored, inference_copy, refresh
@@ -82,6 +83,7 @@ class Runner:
         if model is self._source:
             refresh(self._model, model)
             self._whole = whole_model(self._model)
+            keep_blocked(self._model)
         else:
             self._take(model)
 
@@ -92,6 +94,7 @@ class Runner:
         self._model = widened(rounded)
         self._source = model if self._model is rounded and self._weights == "plain" else None
         self._whole = whole_model(self._model)
+        keep_blocked(self._model)
         self.dtype = self._model.embed.weight.dtype
         """Of products and cache; fp32 where a small model in bf16 is widened."""
 

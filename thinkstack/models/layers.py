@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
+from thinkstack.models.blocked import Blocked, can_block
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -99,11 +100,25 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 class Projection(nn.Linear):
     """A linear layer whose bias may stay fp32 beside a matrix in bf16, as precision.working_copy keeps vectors."""
 
+    blocked: Blocked | None = None
+    """The matrix a second time, for inference in bf16 (`keep_blocked`)."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features). A few rows in bf16 are multiplied as weights are read."""
         if self.bias is None and kernels.takes_few(x, self.weight):
             return kernels.few_rows(x, self.weight)
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.blocked is not None and self.blocked.takes(x):
+            return self.blocked.product(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
+
+
+def keep_blocked(model: nn.Module) -> None:
+    """Let the linear layers of a bf16 model keep their matrices blocked, from what they hold now; without oneDNN's
+    products in bf16, or elsewhere than on a CPU, nothing is kept."""
+    for module in model.modules():
+        if isinstance(module, Projection):
+            module.blocked = Blocked() if can_block(module.weight) else None
 
 
 class SwiGLU(nn.Module):

@@ -1,0 +1,74 @@
+"""Matrices in oneDNN's layout against F.linear."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.models.test_kernels import drawn
+from thinkstack.models import kernels
+from thinkstack.models.blocked import MOST_ROWS, Blocked, can_block
+from thinkstack.models.layers import Projection, keep_blocked
+
+pytestmark = pytest.mark.skipif(
+    not can_block(torch.empty(1, dtype=torch.bfloat16)), reason="no bf16 products of oneDNN on this machine"
+)
+
+
+def layer(bias: bool = False) -> Projection:
+    made = Projection(96, 40, bias=bias)
+    made.weight.data = drawn(40, 96, dtype=torch.bfloat16)
+    if bias:
+        made.bias.data = drawn(40)
+    keep_blocked(made)
+    return made
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("rows", [(1,), (9,), (64, 1), (2, 33), (MOST_ROWS + 1,)])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_product_is_that_of_the_plain_layout(monkeypatch, rows, bias):
+    monkeypatch.setattr(kernels, "takes_few", lambda *_: False)
+    made, x = layer(bias), drawn(*rows, 96, seed=1, dtype=torch.bfloat16)
+    expected = F.linear(x, made.weight, made.bias.bfloat16() if bias else None)
+    assert close(made(x), expected)
+    assert (made.blocked._matrix is not None) == (x.numel() // 96 <= MOST_ROWS)
+    every_other = drawn(rows[0], 192, seed=2, dtype=torch.bfloat16)[:, ::2]
+    assert close(made(every_other), F.linear(every_other, made.weight, made.bias.bfloat16() if bias else None))
+
+
+@torch.no_grad()
+def test_a_matrix_that_changed_is_laid_out_again():
+    made, x = layer(), drawn(16, 96, seed=1, dtype=torch.bfloat16)
+    before = made(x)
+    made.weight.mul_(2)
+    assert close(made(x), 2 * before)
+    made.load_state_dict({"weight": -made.weight})
+    assert close(made(x), -2 * before)
+    made.weight.data = made.weight.data.clone().mul_(0.5)
+    assert close(made(x), -before)
+
+
+@torch.no_grad()
+def test_copies_have_a_layout_of_their_own():
+    made, x = layer(), drawn(16, 96, seed=1, dtype=torch.bfloat16)
+    before = made(x)
+    twin = copy.deepcopy(made)
+    assert isinstance(twin.blocked, Blocked) and twin.blocked is not made.blocked
+    twin.weight.mul_(2)
+    assert close(twin(x), 2 * before) and close(made(x), before)
+    assert list(made.state_dict()) == ["weight"]
+
+
+def test_it_is_not_used_where_gradients_are_or_in_fp32():
+    made, x = layer(), drawn(16, 96, seed=1, dtype=torch.bfloat16)
+    made(x).sum().backward()
+    assert made.weight.grad is not None and made.blocked._matrix is None
+    plain = Projection(96, 40, bias=False)
+    keep_blocked(plain)
+    assert plain.blocked is None
