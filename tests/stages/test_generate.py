@@ -12,8 +12,12 @@ import torch
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.checkpoint.shard import load_shard
+from thinkstack.config import build
+from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.parallel import Ranks, local_config
+from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.stages.generate import Generator, read_prompts
+from thinkstack.stages.talk import Talk
 from thinkstack.types import ConfigError, Message, Sampling
 
 SIZES = {
@@ -121,3 +125,20 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(ConfigError, match="cannot read the prompts"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_weights_are_kept_as_asked_wherever_text_is_made(folder: Path):
+    """For a file of prompts the answers are those of an engine on int8; chat and evaluation pass the setting on."""
+    sampling, cpu = Sampling(temperature=0.0, max_tokens=12), torch.device("cpu")
+    packed = Generator(str(folder), sampling, Ranks(), "fp32", cpu, "int8")
+    ids = packed.chat.prompt([Message(role="user", content="1+2?")])
+    how = [replace(sampling, stop_ids=packed.chat.stop_ids)]
+    engine = Engine(load_model(folder), EngineConfig(weights="int8"))
+    assert packed.answers(["1+2?"]) == [packed.chat.text_of(engine.generate([ids], how)[0][0].token_ids)]
+    assert Talk(str(folder), sampling, weights="int8").engine.cfg.weights == "int8"
+    assert build(EvaluateConfig, {"start": "base", "weights": "int8"}).weights == "int8"
+
+
+def test_processes_that_share_a_model_cannot_pack_it(folder: Path):
+    with pytest.raises(ConfigError, match="weights='int8' packs a whole model"):
+        Generator(str(folder), Sampling(), Ranks(0, 2), "fp32", torch.device("cpu"), "int8")

@@ -1,8 +1,8 @@
 """Matrices kept in few bits and widened where they are used: a model to serve or adapt, not to train as a whole.
 
 A storage is a value with two functions, `pack` and `unpack`. Linear layers and stacks of routed experts hold packed
-matrices of any storage; of a stack only the experts that tokens chose are widened. Gradients pass through to the input;
-the packed numbers get none.
+matrices of any storage; of a stack only the experts that tokens chose are widened. A few rows in bf16 are multiplied
+with int8 as it is. Gradients pass through to the input; the packed numbers get none.
 """
 
 # Shapes in this file: N outputs, K inputs, leading dimensions (...) are independent matrices, E experts, P matrices
