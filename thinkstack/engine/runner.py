@@ -12,7 +12,6 @@ from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
-from thinkstack.models import kernels
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import keep_blocked
 from thinkstack.models.moe import ROW_TILE
@@ -159,10 +158,9 @@ class Runner:
         return self._whole is not None and count <= self._whole.most_tokens
 
     def _padding(self, count: int) -> int:
-        """Rows that make `count` whole tiles; none where few rows in bf16 have kernels of their own."""
-        if self.dtype == torch.bfloat16 and count <= kernels.FEW and self.device.type == "cpu" and kernels.available():
-            return 0
-        return -count % ROW_TILE
+        """Rows that make `count` whole tiles, for fp32, where what becomes of a row then depends on no other; in bf16
+        it does in any case."""
+        return -count % ROW_TILE if self.dtype == torch.float32 else 0
 
     def _there(self, values: numpy.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
