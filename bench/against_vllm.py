@@ -94,8 +94,8 @@ def faster(model: Path, dtype: str, prompts: list[list[int]], new: int) -> tuple
         except SystemExit as error:
             print(f"{kind}: {error}")
             continue
-        peer.seconds(prompts, min(new, 16))
-        took = peer.seconds(prompts, min(new, 16))
+        peer.seconds(prompts, min(new, 64))
+        took = peer.seconds(prompts, min(new, 64))
         print(f"vLLM {kind}: {took:.2f} s")
         if best is None or took < best[0]:
             if best is not None:

@@ -329,5 +329,17 @@ def test_only_one_set_of_weights_lies_in_the_folder(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_cannot_be_written_leave_the_old_ones_in_use(monkeypatch):
+    engine = pooled(FakePool("a"))
+
+    def refuse(*given) -> None:
+        raise ConfigError("the disk is full")
+
+    monkeypatch.setattr(remote, "save_model", refuse)
+    with pytest.raises(ConfigError, match="full"):
+        engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
+    assert asked_of(engine) == right() and engine.version == 0
+
+
 def test_one_setting_switches():
     assert isinstance(open_engine(tiny_model(), EngineConfig(), ServersConfig()), Engine)

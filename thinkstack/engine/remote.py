@@ -142,10 +142,10 @@ class RemoteEngine:
             )
         if running == "refuse" and self._under_way:
             raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
-        self._model, self.version, before = model, version, self._weights
-        self._name = f"{uuid.uuid4().hex[:16]}:{version}"
-        self._weights = self._folder / self._name.replace(":", "-")
-        save_model(self._weights, inference_copy(model, DTYPES[self.cfg.dtype]))
+        name, before = f"{uuid.uuid4().hex[:16]}:{version}", self._weights
+        folder = self._folder / name.replace(":", "-")
+        save_model(folder, inference_copy(model, DTYPES[self.cfg.dtype]))  # if the disk refuses, the old ones stay
+        self._model, self.version, self._name, self._weights = model, version, name, folder
         with ThreadPoolExecutor(len(self.members)) as threads:
             list(threads.map(lambda member: self._bring_up(member, running == "abort"), self.members))
         if before is not None:

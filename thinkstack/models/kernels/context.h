@@ -7,7 +7,8 @@
 
 #include <algorithm>
 
-constexpr int QUERIES = 4;  // at a time
+constexpr int QUERIES = 4;     // at a time
+constexpr int64_t AHEAD = 4;  // tokens between what is read and what is fetched
 
 // Part of the cached entries of one sequence: token s lies in block blocks[s >> shift], blocks hold 2^shift tokens.
 template <typename T>
@@ -15,6 +16,7 @@ struct Pages {
   const T* base;
   const int32_t* blocks;
   int64_t shift, stride;  // elements from token to token
+  int64_t ahead = 0;      // elements of each token to fetch before they are asked for
 
   T* at(int64_t s) const { return const_cast<T*>(base) + (((int64_t)blocks[s >> shift] << shift) + (s & ((1 << shift) - 1))) * stride; }
 
@@ -68,7 +70,12 @@ void score(const T* const query[QUERIES], const Pages<T>& keys, float* scores, i
     int64_t j = 0;
     if (is_cached)
       for (; j + 4 <= count; j += 4) score_keys<4>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
-    for (; j < count; j++) score_keys<1>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
+    for (; j < count; j++) {
+      const char* later = reinterpret_cast<const char*>(key + (j + AHEAD) * keys.stride);
+      if (j + AHEAD < count)
+        for (int64_t c = 0; c < keys.ahead * int64_t(sizeof(T)); c += 64) __builtin_prefetch(later + c);
+      score_keys<1>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
+    }
   });
 }
 

@@ -30,23 +30,27 @@ void run(const Decode& a) {
   };
   std::vector<Run> runs;
   for (int64_t n = 0; n < a.N; n += runs.back().count) runs.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
+  // Many runs: the groups of one on one thread, which finds in its cache what the first group has brought there.
+  const int64_t together = int64_t(runs.size()) >= 4 * a.threads ? a.G : 1;
 #pragma omp parallel num_threads(a.threads)
   {
     std::unique_ptr<float[]> scores(new float[QUERIES * round_up(a.longest + 4)]);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < int64_t(runs.size()) * a.G; i++) {
-      const Run run = runs[i / a.G];
-      const int64_t g = i % a.G;
+    for (int64_t i = 0; i < int64_t(runs.size()) * a.G / together; i++) {
+      const Run run = runs[i * together / a.G];
       const int32_t* blocks = a.tables + a.owner[run.start] * a.table_width;
       const T* entries = static_cast<const T*>(a.entries);
-      const Pages<T> keys{entries + g * a.key_g, blocks, a.shift, a.entry_width};
-      const Pages<T> values{entries + a.value_at + g * a.value_g, blocks, a.shift, a.entry_width};
-      const auto places = [&](int64_t i) {
-        const int64_t n = run.start + i / a.Q;
-        return Place{(n * a.G + g) * a.Q + i % a.Q, a.last[n]};
-      };
-      attend_to(static_cast<const T*>(a.query), static_cast<T*>(a.out), run.count * a.Q, places, keys, values, scores.get(), a.W, a.V,
-                float(a.scale));
+      for (int64_t g = i * together % a.G, end = g + together; g < end; g++) {
+        const int64_t ahead = together > 1 && g == 0 ? a.entry_width : 0;
+        const Pages<T> keys{entries + g * a.key_g, blocks, a.shift, a.entry_width, ahead};
+        const Pages<T> values{entries + a.value_at + g * a.value_g, blocks, a.shift, a.entry_width};
+        const auto places = [&](int64_t i) {
+          const int64_t n = run.start + i / a.Q;
+          return Place{(n * a.G + g) * a.Q + i % a.Q, a.last[n]};
+        };
+        attend_to(static_cast<const T*>(a.query), static_cast<T*>(a.out), run.count * a.Q, places, keys, values, scores.get(), a.W, a.V,
+                  float(a.scale));
+      }
     }
   }
 }
