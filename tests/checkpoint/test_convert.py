@@ -211,7 +211,7 @@ from thinkstack.checkpoint.model import load_model
 def resident(kind):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) * 1024
 
-load_model(sys.argv[2])  # libraries, once
+load_model(sys.argv[2], torch.float8_e4m3fn)  # libraries, once: packing on the meta device imports most of them
 for how in ("bfloat16", "float8_e4m3fn", "convert"):
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak

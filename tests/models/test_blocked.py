@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.test_kernels import drawn
-from thinkstack.models import kernels
+from thinkstack.models import kernels, layers
 from thinkstack.models.blocked import MOST_ROWS, Blocked, can_block
 from thinkstack.models.layers import Projection, keep_blocked
 
@@ -63,6 +63,11 @@ def test_copies_have_a_layout_of_their_own():
     twin.weight.mul_(2)
     assert close(twin(x), 2 * before) and close(made(x), before)
     assert list(made.state_dict()) == ["weight"]
+
+
+def test_matrices_too_large_for_the_memory_are_not_kept_twice(monkeypatch):
+    monkeypatch.setattr(layers, "SHARE", 0)
+    assert layer().blocked is None
 
 
 def test_it_is_not_used_where_gradients_are_or_in_fp32():

@@ -186,12 +186,12 @@ def empty_model(
     if storage is not None:
         pack(model, storage, matrices(model) if packed is None else packed)
     try:
-        model.to_empty(device="cpu")
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # to_empty imports half of torch
     except RuntimeError as error:
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e9
         raise ConfigError(f"a model of {size:,.1f} GB does not fit into memory ({error}); use a smaller one") from error
     if cfg.tie_embeddings:
-        model.head.weight = model.embed.weight  # to_empty gives each module its own tensor
+        model.head.weight = model.embed.weight  # each module has got a tensor of its own
     for module in model.modules():
         if isinstance(module, MoE):
             module.bias.zero_()

@@ -8,6 +8,7 @@ composite passes move two to three times the bytes that the formulas need. Witho
 
 import functools
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
 from thinkstack.models.blocked import Blocked, can_block
+
+SHARE = 1 / 8
+"""Of the memory, for matrices that are kept a second time."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -97,11 +101,25 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors."""
+
+    def reset_parameters(self) -> None:
+        """Nothing on the meta device: torch would import its compiler to draw numbers that do not exist."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Projection(nn.Linear):
     """A linear layer whose bias may stay fp32 beside a matrix in bf16, as precision.working_copy keeps vectors."""
 
     blocked: Blocked | None = None
     """The matrix a second time, for inference in bf16 (`keep_blocked`)."""
+
+    def reset_parameters(self) -> None:
+        """As of Embedding."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features). A few rows in bf16 are multiplied as weights are read."""
@@ -114,11 +132,13 @@ class Projection(nn.Linear):
 
 
 def keep_blocked(model: nn.Module) -> None:
-    """Let the linear layers of a bf16 model keep their matrices blocked, from what they hold now; without oneDNN's
-    products in bf16, or elsewhere than on a CPU, nothing is kept."""
-    for module in model.modules():
-        if isinstance(module, Projection):
-            module.blocked = Blocked() if can_block(module.weight) else None
+    """Let the linear layers of a bf16 model keep their matrices blocked, from what they hold now: where this machine
+    multiplies them so, and all of them together take no more than SHARE of its memory."""
+    layers = [module for module in model.modules() if isinstance(module, Projection)]
+    size = sum(layer.weight.nbytes for layer in layers)
+    keeps = size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for layer in layers:
+        layer.blocked = Blocked() if keeps and can_block(layer.weight) else None
 
 
 class SwiGLU(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, sight_of
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import Projection, RMSNorm, rope_table
+from thinkstack.models.layers import Embedding, Projection, RMSNorm, rope_table
 from thinkstack.models.moe import Routing
 from thinkstack.models.mtp import MTPModule
 from thinkstack.types import RequestError
@@ -37,7 +37,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.head = Projection(cfg.hidden_size, cfg.vocab_size, bias=False)

@@ -24,10 +24,13 @@ def takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and available()
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the kernels could be built here."""
     return binary() is not None
+
+
+# What torch.compiler.assume_constant_result sets; calling that imports the whole compiler, a second of every start.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes_rows(x: Tensor) -> bool:
