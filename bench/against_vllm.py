@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import Comparison, arguments, comparison_of, print_comparisons, seconds, write_json
+from common import Comparison, arguments, compare, comparison_of, print_comparisons, seconds, write_json
 from engine import NEW, PROMPT, REQUESTS, SMOLLM2, TYPES, answering, drawn, random_tiny
 from floor import peak_gflops
 from vllm_server import interpreter
@@ -152,7 +153,8 @@ def prefill(pairs: int) -> list[Comparison]:
 
 
 def start(pairs: int) -> list[Comparison]:
-    """A process from its start to the first token."""
+    """A process from its start to the first token; vLLM as it is by default, and without compiling."""
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         save_model(model, load_model(SMOLLM2))
@@ -160,17 +162,15 @@ def start(pairs: int) -> list[Comparison]:
         def ours() -> None:
             subprocess.run([sys.executable, "-c", FIRST, str(model)], check=True)
 
-        def theirs() -> None:
-            peer = Peer(model, "bf16", 1024, eager=True)
+        def theirs(eager: bool) -> None:
+            peer = Peer(model, "bf16", 1024, eager)
             peer.seconds([list(range(16))], 1)
             peer.close()
 
-        ours(), theirs()
-        mine, others = [], []
-        for _ in range(pairs):
-            mine.append(seconds(ours))
-            others.append(seconds(theirs))
-    return [comparison_of("SmolLM2, start to first token, bf16, vLLM eager", mine, others, 0.0)]
+        for kind in ("compiled", "eager"):
+            peer = partial(theirs, kind == "eager")
+            found.append(compare(f"SmolLM2, start to first token, bf16, vLLM {kind}", ours, peer, pairs, warm_up=1))
+    return found
 
 
 PARTS = {"throughput": throughput, "prefill": prefill, "start": start}

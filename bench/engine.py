@@ -278,13 +278,13 @@ def overhead(tries: int) -> list[Row]:
 
 
 def context(tries: int) -> list[Row]:
-    """A token for one user behind long contexts, v3-tiny with more positions in bf16."""
+    """A token for one user behind long contexts, v3-tiny with more positions."""
     from matplotlib.figure import Figure
     from studies import panel
 
     model, found = random_tiny(mtp_layers=0, max_positions=33_024), []
     for length in (1024, 2048, 4096, 8192, 16_384, 32_768):
-        engine = Engine(model, EngineConfig(max_batch=1, max_context=length + 65, dtype="bf16"))
+        engine = Engine(model, EngineConfig(max_batch=1, max_context=length + 65))
         prompt = drawn(1, length, model.cfg.vocab_size)
         answering(engine, prompt, 1)()  # into the cache
         seconds = []
@@ -297,10 +297,10 @@ def context(tries: int) -> list[Row]:
             seconds.append((time.perf_counter() - began) / 32)
         found.append((length, statistics.median(seconds)))
     rate, _ = gigabytes_per_second(torch.ones(MEMORY_BYTES // 4).sum, MEMORY_BYTES)
-    floor = [found[0][1] + cache_bytes_per_token(model.cfg) * (n - found[0][0]) / rate / 1e9 for n, _ in found]
+    floor = [found[0][1] + cache_bytes_per_token(model.cfg, 4) * (n - found[0][0]) / rate / 1e9 for n, _ in found]
     canvas = Figure(figsize=(6.4, 3.4), dpi=144, layout="constrained")
     axes = canvas.subplots()
-    panel(canvas, axes, "A token for one user, v3-tiny, bf16", "tokens of context", "ms")
+    panel(canvas, axes, "A token for one user, v3-tiny, fp32", "tokens of context", "ms")
     axes.plot([n for n, _ in found], [s * 1e3 for _, s in found], marker="o", label="measured")
     axes.plot(
         [n for n, _ in found], [s * 1e3 for s in floor], linestyle=":", label="as at 1,024, and reading the cache once"
