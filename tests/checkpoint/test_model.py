@@ -12,6 +12,7 @@ import torch
 
 import thinkstack
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
+from thinkstack.checkpoint import hf
 from thinkstack.checkpoint import model as checkpoint
 from thinkstack.checkpoint.hf_files import INDEX, WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, save_model
@@ -167,11 +168,11 @@ def test_an_unstorable_model_leaves_nothing(tmp_path: Path):
 
 
 def test_a_model_beyond_the_memory_says_so(tmp_path: Path, monkeypatch):
-    def refuse(self: Transformer, device: str) -> None:
+    def refuse(model: Transformer) -> None:
         raise RuntimeError("can't allocate memory")
 
     saved(tmp_path / "model")
-    monkeypatch.setattr(Transformer, "to_empty", refuse)
+    monkeypatch.setattr(hf, "allocate", refuse)
     assert "GB does not fit into memory" in refused(tmp_path / "model")
 
 

@@ -171,6 +171,14 @@ def _counts(cfg: ModelConfig) -> str:
     return f"{cfg.num_layers} layers, width {cfg.hidden_size}, {cfg.attention.num_heads} heads, {tied} head"
 
 
+def allocate(model: Transformer) -> None:
+    """Give a model on the meta device memory, with whatever numbers are in it; each module gets a tensor of its own.
+
+    What torch has for this, to_empty, imports its compiler, half a second of every start.
+    """
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+
+
 def empty_model(
     cfg: ModelConfig, dtype: torch.dtype, storage: Storage | None = None, packed: list[str] | None = None
 ) -> Transformer:
@@ -186,7 +194,7 @@ def empty_model(
     if storage is not None:
         pack(model, storage, matrices(model) if packed is None else packed)
     try:
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # to_empty imports half of torch
+        allocate(model)
     except RuntimeError as error:
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e9
         raise ConfigError(f"a model of {size:,.1f} GB does not fit into memory ({error}); use a smaller one") from error

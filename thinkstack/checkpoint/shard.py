@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from thinkstack.checkpoint.hf import STACKED, stored_tensors
+from thinkstack.checkpoint.hf import STACKED, allocate, stored_tensors
 from thinkstack.checkpoint.model import open_source
 from thinkstack.models.moe import MoE
 from thinkstack.models.parallel import Ranks, local_model, part_here
@@ -23,7 +23,7 @@ def load_shard(source: str | Path, ranks: Ranks, dtype: torch.dtype = torch.floa
     model = local_model(cfg, ranks)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.to_empty(device="cpu")
+    allocate(model)
     if cfg.tie_embeddings:
         model.head.weight = model.embed.weight
     for module in model.modules():
