@@ -8,6 +8,7 @@ states, draw the same tokens, and need no driver. Cuts as in DeepSeek-V3, infere
 
 # Shapes in this file: N tokens, D hidden size, K experts per token, E experts of a rank, I intermediate size.
 
+import atexit
 import os
 import re
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ def join_ranks(device: str = "cpu") -> Ranks:
         return Ranks()
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)  # else its threads may end the process with an abort
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
