@@ -23,7 +23,7 @@ from typing import Any
 from common import Comparison, arguments, compare, comparison_of, print_comparisons, seconds, write_json
 from engine import NEW, PROMPT, REQUESTS, SMOLLM2, TYPES, answering, drawn, random_tiny
 from floor import peak_gflops
-from vllm_server import interpreter
+from vllm_server import ENVIRONMENT, interpreter
 
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.engine.engine import Engine, EngineConfig
@@ -55,7 +55,8 @@ class Peer:
         command += ["eager"] if eager else []
         handle, self.log = tempfile.mkstemp(prefix="vllm-", suffix=".log")
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": handle}
-        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        settings = os.environ | ENVIRONMENT
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, env=settings, **pipes)
         os.close(handle)
         self.read()
         self.signal(signal.SIGSTOP)

@@ -174,7 +174,7 @@ def test_the_others_answer_for_a_server_that_fails(failure, caplog):
     with caplog.at_level(logging.WARNING):
         assert asked_of(engine) == right()
     health = engine.health()
-    assert health.alive and health.failed > 0 and health.running == 0
+    assert health.alive and 0 < health.failed <= 12 and health.running == 0
     assert "http://a:1" in health.last_error and "http://a:1 is left out" in caplog.text
 
 
@@ -324,7 +324,7 @@ def test_only_one_set_of_weights_lies_in_the_folder(tmp_path: Path):
     engine = pooled(FakePool("a"), weights_folder=str(tmp_path))
     for version in (1, 2):
         engine.load_weights(tiny_model(GQA_TINY, seed=version), version)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     engine.close()
     assert list(tmp_path.iterdir()) == []
 

@@ -172,9 +172,8 @@ class Engine:
 
         Raises RequestError if it can never be served, or too many wait.
         """
-        check_request(
-            prompt_ids, sampling, self.max_context, self.vocab_size
-        )  # in step it would end everybody's answers
+        # here, not in step, where it would end everybody's answers
+        check_request(prompt_ids, sampling, self.max_context, self.vocab_size)
         total = len(prompt_ids) + sampling.max_tokens
         if -(-total // BLOCK) > self.scheduler.pool.num_blocks:
             raise RequestError(

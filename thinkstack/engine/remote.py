@@ -115,8 +115,10 @@ class RemoteEngine:
                 "weights; use weights='plain'"
             )
         self.cfg, self.servers = cfg, servers
-        self._own = tempfile.TemporaryDirectory(prefix="thinkstack-") if not servers.weights_folder else None
-        self._folder = Path(self._own.name if self._own else servers.weights_folder).absolute()
+        shared = Path(servers.weights_folder or tempfile.gettempdir()).absolute()
+        shared.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="thinkstack-", dir=shared)  # goes when the engine does
+        os.chmod(self._folder.name, 0o755)  # servers may be another user's
         key = os.environ.get(KEY, "")
         self.members = [Member(Server(each, servers.timeout_seconds, key, transport)) for each in servers.addresses]
         self._changed, self._under_way = threading.Lock(), set[str]()
@@ -143,7 +145,7 @@ class RemoteEngine:
         if running == "refuse" and self._under_way:
             raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
         name, before = f"{uuid.uuid4().hex[:16]}:{version}", self._weights
-        folder = self._folder / name.replace(":", "-")
+        folder = Path(self._folder.name) / name.replace(":", "-")
         save_model(folder, inference_copy(model, DTYPES[self.cfg.dtype]))  # if the disk refuses, the old ones stay
         self._model, self.version, self._name, self._weights = model, version, name, folder
         with ThreadPoolExecutor(len(self.members)) as threads:
@@ -261,10 +263,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Remove the weights on their way, and close all connections."""
-        if self._weights is not None:
-            shutil.rmtree(self._weights, ignore_errors=True)
-        if self._own is not None:
-            self._own.cleanup()
+        self._folder.cleanup()
         for member in self.members:
             member.server.close()
 
@@ -292,6 +291,8 @@ class RemoteEngine:
             yield member, request_id
         except ServerFailed as error:
             failures.append(f"{member.server.address}: {error}")
+            with self._changed:
+                self._failed += 1
             self._leave_out(member, str(error), at_once=isinstance(error, OtherWeights))
             if len(failures) > self.servers.retries:
                 raise RequestError(
@@ -341,7 +342,6 @@ class RemoteEngine:
     def _leave_out(self, member: Member, reason: str, at_once: bool = False) -> None:
         """Ask a server nothing until it has been looked at again. at_once: the next request may do so."""
         with self._changed:
-            self._failed += 1
             self._last_error = f"{member.server.address}: {reason}"
             if member.failure is None:
                 log.warning("%s is left out: %s", member.server.address, reason)

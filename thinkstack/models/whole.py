@@ -54,20 +54,15 @@ def whole_model(model: Transformer) -> WholeModel | None:
         return None
     if all(_is_dense(block) for block in blocks):
         return FewTokens(model, blocks)
-    if all(_is_latent(block) for block in blocks) and kernels.takes_steps(model.embed.weight, model.cfg.hidden_size):
-        return SmallLatent(model, blocks)
-    return None
+    return SmallLatent(model, blocks) if _is_small_latent(model, model.embed.weight) else None
 
 
 @torch.no_grad()
 def widened(model: Transformer) -> Transformer:
     """A model in bf16, or, where one kernel then takes the whole of it, a copy with the same numbers in fp32: at such
     sizes the calls are what takes the time, not the bytes. It is more exact than bf16, not as exact as fp32."""
-    blocks = [block for block in model.layers if isinstance(block, Block)]
     weight = model.embed.weight
-    if weight.dtype != torch.bfloat16 or not all(_is_latent(block) for block in blocks):
-        return model
-    if not kernels.takes_steps(weight.new_empty(0, dtype=torch.float32), model.cfg.hidden_size):
+    if weight.dtype != torch.bfloat16 or not _is_small_latent(model, weight.new_empty(0, dtype=torch.float32)):
         return model
     return copy.deepcopy(model).float()
 
@@ -165,6 +160,14 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _consists_of(block: Block, kinds: set[type[nn.Module]]) -> bool:
     return all(type(part) in kinds for part in block.modules())
+
+
+def _is_small_latent(model: Transformer, like: Tensor) -> bool:
+    """Whether SmallLatent takes a model of numbers like `like`; shares of ranks it does not."""
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    if any(_has_hooks(block) for block in blocks) or not all(_is_latent(block) for block in blocks):
+        return False
+    return kernels.takes_steps(like, model.cfg.hidden_size)
 
 
 def _is_dense(block: Block) -> bool:
