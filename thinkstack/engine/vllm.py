@@ -5,6 +5,7 @@ is in this file.
 """
 
 import json
+import logging
 import math
 import uuid
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ class Server:
         self.address = address.rstrip("/")
         if not self.address.startswith(("http://", "https://")):
             raise ConfigError(f"servers.addresses names {address!r}; write it as http://host:port")
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells every request
         self.model = ""
         """What the server calls its model."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
