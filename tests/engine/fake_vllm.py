@@ -52,7 +52,8 @@ class FakeServer(Wire):
             return httpx2.Response(200, json={"weight_version": self.name})
         if path == "/collective_rpc" and not self.keeps_weights:
             folder = json.loads(request.content)["kwargs"]["weights_path"]
-            self.engine = Engine(load_model(Path(folder)), EngineConfig(max_batch=32, max_context=self.context))
+            with self.drawing:  # what is being drawn is finished first, and told with the old name
+                self.engine = Engine(load_model(Path(folder)), EngineConfig(max_batch=32, max_context=self.context))
         if path == "/update_weight_version":
             self.name = json.loads(request.content)["new_version"]
         if path != GENERATE:
@@ -67,9 +68,9 @@ class FakeServer(Wire):
         time.sleep(self.seconds)
         with self.drawing:
             (group,) = self.engine.generate([body["token_ids"]], [self.sampling(body["sampling_params"])])
+            choices = [self.choice(place, found) for place, found in enumerate(group)]
         with self.lock:
             self.at_once -= 1
-        choices = [self.choice(place, found) for place, found in enumerate(group)]
         if not body.get("stream"):
             return httpx2.Response(200, json={"choices": choices[::-1]})  # in no order
         lines = [f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices]
