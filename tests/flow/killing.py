@@ -153,9 +153,8 @@ def drive(launch: Launch, recipe: Path, out: Path, stage: str, kills: int, steps
             if kind == "row":
                 time.sleep(rng.uniform(0, 0.2))
             else:
-                wanted = "model" if is_last else ""
-                _wait(process, lambda wanted=wanted: _is_writing(out / stage, wanted))
-                _spin(rng.uniform(0, 0.02))
+                wanted, longest = ("model", 1e-3) if is_last else ("", 0.02)  # the model is written once
+                _stop_in_a_write(process, out / stage, wanted, rng.uniform(0, longest))
         assert process.is_alive() and process.pid is not None, f"the run ended before kill {number} ({kind} at {rows})"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -182,6 +181,19 @@ def _wait(process: Process, *conditions: Callable[[], bool]) -> None:
         if not process.is_alive():
             return
         time.sleep(POLL_SECONDS)
+
+
+def _stop_in_a_write(process: Process, stage: Path, wanted: str, delay: float) -> None:
+    """Stop the process some seconds after a write has begun; one that has ended by then is let go, and the next one is
+    stopped sooner."""
+    while process.is_alive() and process.pid is not None:
+        _wait(process, lambda: _is_writing(stage, wanted))
+        _spin(delay)
+        os.kill(process.pid, signal.SIGSTOP)
+        if _half(stage) or (stage / "model").exists():
+            return
+        os.kill(process.pid, signal.SIGCONT)
+        delay /= 4
 
 
 def _spin(seconds: float) -> None:
