@@ -17,7 +17,7 @@ def draw(
     uniform: float, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS
 ) -> tuple[int, float]:
     kept = None if top_p == 1 else (torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
-    tokens, log_probs, _ = sample(
+    tokens, log_probs = sample(
         logits, torch.tensor([temperature]), torch.tensor([uniform], dtype=torch.float64), kept
     )
     return int(tokens[0]), float(log_probs[0])
@@ -49,7 +49,7 @@ def test_temperature_zero_takes_the_most_likely_at_any_draw():
 
 
 def test_greedy_and_drawn_rows_share_a_batch():
-    tokens, *_ = sample(LOGITS.expand(2, 3), torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.9], dtype=torch.float64))
+    tokens, _ = sample(LOGITS.expand(2, 3), torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.9], dtype=torch.float64))
     assert tokens.tolist() == [0, 2]
 
 

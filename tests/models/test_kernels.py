@@ -172,15 +172,43 @@ def test_routing_chooses_as_torch_does(group_score, normalise, on_torch):
     torch.testing.assert_close(mine[0].gather(1, order), theirs[0].gather(1, other))
 
 
-def test_draws_invert_the_same_distribution(on_torch):
-    logits = drawn(400, 53) * 3
-    settings = torch.full((400,), 0.8), torch.rand(400, dtype=torch.float64)
-    settings[0][::7] = 0
-    with torch.no_grad():
-        (mine, my_log_probs, _), (theirs, log_probs, _) = sample(logits, *settings), on_torch(sample, logits, *settings)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.3, 3, 12])
+@pytest.mark.parametrize("vocabulary", [1, 53, 5000])
+@pytest.mark.parametrize("kept", [False, True])
+def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_torch):
+    rows = 400 if vocabulary < 1000 else 60
+    logits = (drawn(rows, vocabulary) * spread).to(dtype)
+    logits[::5, : vocabulary // 2] = -torch.inf
+    generator = torch.Generator().manual_seed(0)
+    temperature, uniform = torch.full((rows,), 0.8), torch.rand(rows, dtype=torch.float64, generator=generator)
+    temperature[::7] = 0
+    limits = None
+    if kept:
+        limits = (torch.tensor([0, 1, 2, 40, 10_000]), torch.tensor([1.0, 0.9, 0.3, 0.999]), torch.tensor([0, 0.02, 1]))
+        limits = tuple(limit.repeat(rows)[:rows] for limit in limits)
+    settings = logits, temperature, uniform, limits
+    (mine, my_log_probs), (theirs, log_probs) = sample(*settings), on_torch(sample, *settings)
     same = mine == theirs
-    assert same.float().mean() > 0.99  # a draw on the edge of two tokens may fall either way
-    torch.testing.assert_close(my_log_probs[same], log_probs[same], rtol=1e-5, atol=1e-5)
+    assert same.float().mean() > 0.98  # a draw on the edge of two tokens may fall either way
+    torch.testing.assert_close(my_log_probs[same], log_probs[same], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(broken):
+    logits = drawn(3, 200)
+    logits[1, 77] = broken
+    _, log_probs = sample(logits, torch.ones(3), torch.full((3,), 0.5, dtype=torch.float64))
+    assert log_probs.isnan().tolist() == [False, True, False]
+
+
+def test_tokens_that_weigh_the_same_are_kept_from_the_lowest_on(on_torch):
+    """Thousands of equals in one bin, which the kernel sorts."""
+    logits, uniform = torch.zeros(50, 3000), torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    top_k, ones = torch.full((50,), 1234), torch.ones(50)
+    for kept in ((top_k, ones, 0 * ones), (0 * top_k, ones * 0.5, 0 * ones), (top_k, ones * 0.5, ones)):
+        tokens, _ = sample(logits, ones, uniform, kept)
+        assert torch.equal(tokens, on_torch(sample, logits, ones, uniform, kept)[0])
 
 
 @pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.sampler import adjust, alternatives, closing, ends_with, sample, uniforms
+from thinkstack.engine.sampler import Kept, adjust, alternatives, closing, distribution, ends_with, sample, uniforms
 from thinkstack.engine.table import Alternatives, SequenceTable
 
 
@@ -29,38 +29,41 @@ class Drawn(NamedTuple):
 
 
 def draw(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> Drawn:
-    """Draw a token from each row of logits (B, V) fp32: that of rows[b], `offsets[b]` tokens after its known ones."""
+    """Draw a token from each row of logits (B, V): that of rows[b], `offsets[b]` tokens after its known ones."""
     special = numpy.flatnonzero(table.is_special[rows]).tolist()
     if not special:
-        tokens, log_probs, _ = draw_plainly(table, rows, offsets, logits)
+        tokens, log_probs = draw_plainly(table, rows, offsets, logits)
         return Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
-    raw = torch.log_softmax(logits[special], -1)
-    logits = logits.clone()
+    raw, logits = logits[special].float(), logits.clone().float()
     for place in special:
         _shape(table, int(rows[place]), int(offsets[place]), logits[place])
-    found, values, everything = draw_plainly(table, rows, offsets, logits)
-    if everything is None:
-        temperature = torch.from_numpy(table.temperature[rows]).to(logits.device)
-        everything = torch.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
-    drawn = Drawn(found.cpu().numpy(), values.cpu().numpy(), {})
+    tokens, log_probs = draw_plainly(table, rows, offsets, logits)
+    drawn = Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
     for place, own in zip(special, raw, strict=True):
-        _report(table, int(rows[place]), int(offsets[place]), place, drawn, own, everything[place])
+        _report(table, int(rows[place]), int(offsets[place]), place, drawn, own, logits[place])
     return drawn
 
 
 def draw_plainly(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """`draw` by temperature and kept sets alone; returns what `sample` does."""
+    counters = (table.known[rows] - table.prompt[rows] + offsets).astype(numpy.uint64)
+    uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
+    temperature, kept = _asked(table, rows, logits.device)
+    return sample(logits, temperature, uniform, kept)
+
+
+def _asked(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> tuple[Tensor, Kept | None]:
+    """Temperatures of rows, and which of their tokens may be drawn."""
 
     def there(values: numpy.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(logits.device)
+        return torch.from_numpy(values[rows]).to(device)
 
-    kept = None
-    if not table.keeps_all[rows].all():
-        kept = (there(table.top_k[rows]), there(table.top_p[rows]), there(table.min_p[rows]))
-    counters = (table.known[rows] - table.prompt[rows] + offsets).astype(numpy.uint64)
-    return sample(logits, there(table.temperature[rows]), there(uniforms(table.seed[rows], counters)), kept)
+    temperature = there(table.temperature)
+    if table.keeps_all[rows].all():
+        return temperature, None
+    return temperature, (there(table.top_k), there(table.top_p), there(table.min_p))
 
 
 def note(
@@ -93,10 +96,10 @@ def _shape(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
 
 
 def _report(
-    table: SequenceTable, row: int, offset: int, place: int, drawn: Drawn, raw: Tensor, everything: Tensor
+    table: SequenceTable, row: int, offset: int, place: int, drawn: Drawn, raw: Tensor, shaped: Tensor
 ) -> None:
-    """What a special row's token and its log-probability become; raw, everything: log-probabilities (V,) of the model
-    itself and of the distribution drawn from."""
+    """What a special row's token and its log-probability become; raw, shaped: logits (V,) of the model itself and those
+    drawn from."""
     sampling = table.held(row)[0].sampling
     is_closed = table.is_closed[row] or _is_closed(table, row, 0, offset)
     forced = None
@@ -105,7 +108,10 @@ def _report(
     if forced is not None:
         drawn.tokens[place], drawn.log_probs[place] = forced, 0.0
     elif sampling.raw_log_probs:
-        drawn.log_probs[place] = float(raw[drawn.tokens[place]])
+        drawn.log_probs[place] = float(torch.log_softmax(raw, -1)[drawn.tokens[place]])
     if sampling.top_log_probs:
-        source = raw if sampling.raw_log_probs else everything
-        drawn.alternatives[place] = alternatives(source.unsqueeze(0), sampling.top_log_probs)[0]
+        if sampling.raw_log_probs:
+            source = torch.log_softmax(raw, -1).unsqueeze(0)
+        else:
+            source = distribution(shaped.unsqueeze(0), *_asked(table, numpy.array([row]), shaped.device))
+        drawn.alternatives[place] = alternatives(source, sampling.top_log_probs)[0]

@@ -148,10 +148,10 @@ class Runner:
         return Places(owner, positions, slots, total), View(self.cache, pages, self._there(slots))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (B, V) fp32 of hidden states (B, D), computed on whole row tiles."""
+        """Logits (B, V) of hidden states (B, D), computed on whole row tiles."""
         count = hidden.shape[0]
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._padding(count)))
-        return self._model.head(padded)[:count].float()
+        return self._model.head(padded)[:count]
 
     def _takes_whole(self, count: int) -> bool:
         """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""

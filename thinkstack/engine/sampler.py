@@ -60,22 +60,23 @@ def adjust(logits: Tensor, sampling: Sampling, prompt: numpy.ndarray, drawn: num
         logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts.float()
 
 
+Kept = tuple[Tensor, Tensor, Tensor]
+"""Which tokens may be drawn: top_k (B,) int64, 0 for all, top_p (B,) and min_p (B,) fp32."""
+
+
 def sample(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution.
 
-    logits: (B, V) fp32. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). kept: top_k (B,) int64, top_p (B,) and
-    min_p (B,) fp32, or None where every token is kept. Returns (tokens (B,) int64, their log-probabilities (B,) fp32
-    under the distribution drawn from, all log-probabilities (B, V) where they were made). Temperature 0 takes the most
-    likely token and reports its log-probability at temperature 1.
+    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). kept: None where every token
+    is. Returns (tokens (B,) int64, their log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0
+    takes the most likely token and reports its log-probability at temperature 1.
     """
-    if kept is None and kernels.takes_steps(logits, 0):
-        return *kernels.draw(logits.contiguous(), temperature.float(), uniform.double()), None
+    if kernels.takes(logits):
+        return kernels.draw(logits, temperature, uniform, kept)
+    log_probs = distribution(logits, temperature, kept)
     greedy = temperature == 0
-    log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature).unsqueeze(1), -1)
-    if kept is not None:
-        log_probs = keep_likely(log_probs, *kept)
     if bool(greedy.all()):
         tokens = logits.argmax(-1)
     else:
@@ -84,7 +85,13 @@ def sample(
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
         if bool(greedy.any()):
             tokens = torch.where(greedy, logits.argmax(-1), tokens)
-    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1), log_probs
+    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def distribution(logits: Tensor, temperature: Tensor, kept: Kept | None = None) -> Tensor:
+    """What `sample` draws from: log-probabilities (B, V) fp32."""
+    log_probs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
+    return log_probs if kept is None else keep_likely(log_probs, *kept)
 
 
 def keep_likely(log_probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("attention.cpp", "blocks.cpp", "decode.cpp", "experts.cpp", "rows.cpp", "steps.cpp")
+SOURCES = ("attention.cpp", "blocks.cpp", "decode.cpp", "draw.cpp", "experts.cpp", "rows.cpp", "steps.cpp")
 HEADERS = ("simd.h", "matmul.h", "context.h", "few.h", "experts.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-w")
 SWITCH = "THINKSTACK_KERNELS"

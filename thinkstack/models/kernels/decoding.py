@@ -19,6 +19,7 @@ _Decode = structure(
     "N G Q W V shift table_width entry_width key_g value_g value_at longest threads",
     "scale",
 )
+_Draw = structure("Draw", "logits temperature uniform top_k top_p min_p tokens log_probs", "B V threads")
 BlockWeights = structure(
     "BlockWeights",
     "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo sq sk sv so s1 s2 s3",
@@ -184,8 +185,15 @@ def route(
     return weights, experts
 
 
-def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A token per row of logits (B, V) fp32, contiguous; arguments and results as in engine/sampler.py."""
-    tokens, log_probs = torch.empty(logits.shape[0], dtype=torch.int64), torch.empty(logits.shape[0])
-    call("draw", logits, temperature, uniform, tokens, log_probs, *logits.shape)
+def draw(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """A token per row of logits (B, V); arguments and results as in engine/sampler.py."""
+    B, V = logits.shape
+    tokens, log_probs = torch.empty(B, dtype=torch.int64), torch.empty(B)
+    settings = (temperature.float(), uniform.double())
+    limits = (None, None, None) if kept is None else (kept[0].long(), kept[1].float(), kept[2].float())
+    logits = logits.contiguous()
+    arguments = _Draw(*map(address, (logits, *settings, *limits, tokens, log_probs)), B, V, torch.get_num_threads())
+    run("draw", arguments, logits.dtype == torch.bfloat16)
     return tokens, log_probs

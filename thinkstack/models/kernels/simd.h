@@ -167,6 +167,15 @@ inline float sum(vf x) {
   const v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
+inline bool any(vi held) {  // of a comparison
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)held, (__m512i)held);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < LANES; i++) found |= held[i];
+  return found;
+#endif
+}
 inline vf larger(vf a, vf b) { return a < b ? b : a; }  // a where unordered: NaN in a stays
 inline float largest(vf x) {
   float best = x[0];

@@ -213,39 +213,6 @@ extern "C" void route(const float* scores, const float* bias, float* weights, in
   }
 }
 
-// A draw per row by inverting the cumulative distribution of softmax(logits / temperature) at `uniform`, with its
-// log-probability; the most likely token, at temperature 1, where temperature is 0.
-extern "C" void draw(const float* logits, const float* temperature, const double* uniform, int64_t* tokens, float* log_probs, int64_t B,
-                     int64_t V, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    std::unique_ptr<float[]> mass(new float[round_up(V)]);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < B; b++) {
-      const float* row = logits + b * V;
-      const float cold = temperature[b] == 0 ? 1 : 1 / temperature[b];
-      const int64_t likely = std::max_element(row, row + V) - row;
-      double total = 0;
-      for (int64_t c = 0; c < V; c += LANES) {
-        const vf p = exp_of((load_some(row + c, V - c) - row[likely]) * cold);
-        store(mass.get() + c, p);
-      }
-      for (int64_t c = 0; c < V; c++) total += mass[c];
-      int64_t token = likely;
-      if (temperature[b] != 0) {
-        const double target = uniform[b] * total;
-        double sum = 0;
-        for (token = 0; token < V - 1; token++) {
-          sum += mass[token];
-          if (sum > target) break;
-        }
-      }
-      tokens[b] = token;
-      log_probs[b] = (row[token] - row[likely]) * cold - float(std::log(total));
-    }
-  }
-}
-
 // Layers of a small model with latent attention. Every token's path is that of the sublayers above.
 struct LatentLayer {
   const float *attention_norm, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo, *ffn_norm;  // as in LatentStep

@@ -1,0 +1,184 @@
+// Drawing tokens. A row of logits becomes masses relative to its likeliest token, those that are not kept become 0, and
+// the cumulative distribution is inverted, in the order of the tokens.
+#include "simd.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+// B rows, V tokens.
+struct Draw {
+  const void* logits;          // (B, V)
+  const float* temperature;    // (B,): 0 takes the likeliest token, at temperature 1
+  const double* uniform;       // (B,), in [0, 1)
+  const int64_t* top_k;        // (B,), 0 for all; null, like the next two, where every token is kept
+  const float *top_p, *min_p;  // (B,)
+  int64_t* tokens;             // (B,): drawn
+  float* log_probs;            // (B,): theirs under the distribution drawn from; NaN where that is not finite
+  int64_t B, V, threads;
+};
+
+namespace {
+
+constexpr int64_t CHUNK = 256;      // masses that are summed in float; sums of chunks are double
+constexpr float LIKELY = 0x1p-12f;  // least mass of the tokens among which the end of the kept ones is sought first
+
+template <typename T>
+float largest_of(const T* row, int64_t V) {
+  vf top = splat(-INFINITY);
+  int64_t c = 0;
+  for (; c + LANES <= V; c += LANES) top = larger(load(row + c), top);
+  float best = -INFINITY;
+  for (int i = 0; i < LANES; i++) best = std::max(best, top[i]);
+  for (; c < V; c++) best = std::max(best, to_float(row[c]));
+  return best;
+}
+
+// Of one row, each a part of the largest's; whole vectors, 0 beyond V.
+class Masses {
+ public:
+  explicit Masses(int64_t V) : V_(V), held_(new float[round_up(V)]), chunks_((V + CHUNK - 1) / CHUNK) {}
+
+  template <typename T>
+  void take(const T* row, float top, float cold) {
+    for (int64_t c = 0; c < V_; c += LANES) store(held_.get() + c, exp_of((load_some(row + c, V_ - c) - top) * cold));
+    std::fill(held_.get() + V_, held_.get() + round_up(V_), 0.0f);
+  }
+
+  // Their sum, by chunks.
+  double total() {
+    double found = 0;
+    for (int64_t n = 0; n < int64_t(chunks_.size()); n++) {
+      vf own{};
+      for (int64_t c = n * CHUNK; c < std::min((n + 1) * CHUNK, V_); c += LANES) own += load(held_.get() + c);
+      found += chunks_[n] = sum(own);
+    }
+    return found;
+  }
+
+  // The first token up to which they are more than `target`, which is less than their sum; total() comes before.
+  int64_t find(double target) const {
+    double before = 0;
+    int64_t n = 0;
+    for (; n + 1 < int64_t(chunks_.size()) && before + chunks_[n] <= target; n++) before += chunks_[n];
+    int64_t found = 0;
+    for (int64_t i = n * CHUNK; i < std::min((n + 1) * CHUNK, V_); i++) {
+      if (held_[i] == 0) continue;
+      found = i;
+      before += held_[i];
+      if (before > target) break;
+    }
+    return found;
+  }
+
+  // Drop those below min_p; keep the top_k largest of the rest, 0 for all, and of these the fewest that make up the
+  // share top_p. Of equals the lower tokens come first.
+  void keep(int64_t top_k, float top_p, float min_p) {
+    if (min_p > 0) drop([&](Token token) { return token.mass < min_p; });
+    if (top_k > 0 && top_k < V_) cut([&](int64_t count, double) { return count >= top_k; });
+    if (top_p < 1) {
+      const double target = top_p * total();
+      cut([&](int64_t, double mass) { return mass >= target; });
+    }
+  }
+
+ private:
+  struct Token {
+    float mass;
+    int64_t index;
+    bool operator<(const Token& other) const { return mass > other.mass || (mass == other.mass && index < other.index); }
+  };
+  struct Bin {
+    int64_t count;
+    double mass;
+  };
+  static constexpr int SHIFT = 19;  // of a float's bits: sixteen bins between powers of 2
+  static int64_t bin(float mass) {
+    uint32_t bits;
+    std::memcpy(&bits, &mass, 4);
+    return bits >> SHIFT;
+  }
+
+  // each(token) of mass `least` or more.
+  template <typename Each>
+  void through(float least, Each each) const {
+    for (int64_t c = 0; c < V_; c += LANES)
+      if (any(load(held_.get() + c) >= least))
+        for (int64_t i = c; i < std::min(c + LANES, V_); i++)
+          if (held_[i] >= least) each(Token{held_[i], i});
+  }
+  template <typename Falls>
+  void drop(Falls falls) {
+    for (int64_t i = 0; i < V_; i++)
+      if (falls(Token{held_[i], i})) held_[i] = 0;
+  }
+
+  // From the largest on, keep those until suffices(how many, their mass), at least one.
+  template <typename Suffices>
+  void cut(Suffices suffices) {
+    for (const float least : {LIKELY, 0x1p-126f}) {
+      bins_.assign(bin(1) + 1, {});
+      through(least, [&](Token token) { bins_[bin(token.mass)].count++, bins_[bin(token.mass)].mass += token.mass; });
+      int64_t count = 0;
+      double mass = 0;
+      for (int64_t b = bin(1); b >= bin(least); count += bins_[b].count, mass += bins_[b].mass, b--)
+        if (bins_[b].count && suffices(count + bins_[b].count, mass + bins_[b].mass)) return cut_within(b, least, count, mass, suffices);
+    }
+  }
+  // The last one kept is of bin b; `count` of `mass` come before that.
+  template <typename Suffices>
+  void cut_within(int64_t b, float least, int64_t count, double mass, Suffices suffices) {
+    own_.clear();
+    through(least, [&](Token token) {
+      if (bin(token.mass) == b) own_.push_back(token);
+    });
+    std::sort(own_.begin(), own_.end());
+    size_t kept = 0;
+    do count++, mass += own_[kept++].mass;
+    while (kept < own_.size() && !suffices(count, mass));
+    drop([&](Token token) { return own_[kept - 1] < token; });
+  }
+
+  const int64_t V_;
+  std::unique_ptr<float[]> held_;
+  std::vector<float> chunks_;
+  std::vector<Bin> bins_;
+  std::vector<Token> own_;
+};
+
+template <typename T>
+void draw_row(const Draw& a, int64_t b, Masses& masses) {
+  const T* row = static_cast<const T*>(a.logits) + b * a.V;
+  const bool is_greedy = a.temperature[b] == 0;
+  const float top = largest_of(row, a.V), cold = is_greedy ? 1 : 1 / a.temperature[b];
+  masses.take(row, top, cold);
+  double total = masses.total();
+  a.tokens[b] = 0;
+  a.log_probs[b] = NAN;
+  if (!std::isfinite(total)) return;
+  if (a.top_k) {
+    masses.keep(a.top_k[b], a.top_p[b], a.min_p[b]);
+    total = masses.total();
+  }
+  int64_t token = 0;
+  if (is_greedy)
+    while (to_float(row[token]) != top) token++;
+  else
+    token = masses.find(a.uniform[b] * total);
+  a.tokens[b] = token;
+  a.log_probs[b] = (to_float(row[token]) - top) * cold - float(std::log(total));
+}
+
+template <typename T>
+void run(const Draw& a) {
+#pragma omp parallel num_threads(a.threads)
+  {
+    Masses masses(a.V);
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < a.B; b++) draw_row<T>(a, b, masses);
+  }
+}
+
+}  // namespace
+
+extern "C" void draw(const Draw* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
