@@ -18,7 +18,9 @@ from thinkstack.models.pages import Pages
 from thinkstack.models.precision import inference_copy, working_copy
 from thinkstack.models.quant import Int8, matrices, pack, unpack
 from thinkstack.models.transformer import Transformer
-from thinkstack.models.whole import FewTokens, SmallLatent, whole_model
+from thinkstack.models.dense import Dense
+from thinkstack.models.latent import SmallLatent
+from thinkstack.models.whole import whole_model
 from thinkstack.types import Sampling
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
@@ -83,7 +85,7 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch):
         return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(into, pages(into), slots)).hidden[:, 0]
 
     few = whole_model(model)
-    assert isinstance(few, FewTokens) and few.sizes["packed"] == (weights == "int8")
+    assert isinstance(few, Dense) and few.sizes["packed"] == (weights == "int8")
     mine, _ = few.hidden(ids, places, pages(cache), cache.data)
     theirs, true = on_torch(in_parts, model, twin), on_torch(in_parts, exact, wide)
     assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, ours as little

@@ -81,8 +81,7 @@ class Runner:
         """Take over other weights, or those of the same model after a change."""
         if model is self._source:
             refresh(self._model, model)
-            self._whole = whole_model(self._model)
-            keep_blocked(self._model)
+            self._settle()
         else:
             self._take(model)
 
@@ -92,10 +91,14 @@ class Runner:
         rounded = inference_copy(model, self._asked, self._weights)
         self._model = widened(rounded)
         self._source = model if self._model is rounded and self._weights == "plain" else None
-        self._whole = whole_model(self._model)
-        keep_blocked(self._model)
+        self._settle()
         self.dtype = self._model.embed.weight.dtype
         """Of products and cache; fp32 where a small model in bf16 is widened."""
+
+    def _settle(self) -> None:
+        """Choose how products are made, from the weights as they are now."""
+        keep_blocked(self._model)
+        self._whole = whole_model(self._model)
 
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thinkstack.models.attention import GQA, MLA, AttentionContext
 from thinkstack.models.config import MLAConfig, ModelConfig
-from thinkstack.models.layers import RMSNorm, SwiGLU
+from thinkstack.models.layers import Projection, RMSNorm, SwiGLU
 from thinkstack.models.moe import MoE, Routing
 
 
@@ -42,3 +42,12 @@ class Block(nn.Module):
             out, routing = self.ffn(normed, replayed)
             return x + out, routing
         return x + self.ffn(normed), None
+
+
+PLAIN: set[type[nn.Module]] = {Block, GQA, MLA, SwiGLU, MoE, RMSNorm, Projection, nn.ModuleDict}
+"""What a block consists of as it was built."""
+
+
+def consists_of(block: Block, kinds: set[type[nn.Module]]) -> bool:
+    """Whether nothing else is part of a block: no adapter, no share of a layer."""
+    return all(type(part) in kinds for part in block.modules())

@@ -9,6 +9,7 @@ from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_
 from thinkstack.models.kernels.decoding import (
     BlockWeights,
     LatentLayer,
+    attend_new,
     block_steps,
     draw,
     feed_forward,
@@ -20,6 +21,7 @@ from thinkstack.models.kernels.decoding import (
 )
 from thinkstack.models.kernels.operators import Heads, attend, expert_mlp
 from thinkstack.models.kernels.rows import (
+    add_norm,
     is_rows,
     log_probs,
     log_probs_backward,
@@ -28,12 +30,13 @@ from thinkstack.models.kernels.rows import (
     rotate,
     swiglu,
     swiglu_backward,
+    swiglu_halves,
     widen,
 )
 
 __all__ = [
-    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "attend", "available", "block_steps", "draw", "expert_mlp",
-    "feed_forward", "few_rows", "is_rows", "latent_model", "log_probs", "log_probs_backward",
-    "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "rows_of", "swiglu", "swiglu_backward", "takes",
-    "takes_few", "takes_rows", "takes_steps", "widen",
+    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "add_norm", "attend", "attend_new", "available",
+    "block_steps", "draw", "expert_mlp", "feed_forward", "few_rows", "is_rows", "latent_model", "log_probs",
+    "log_probs_backward", "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "rows_of", "swiglu",
+    "swiglu_backward", "swiglu_halves", "takes", "takes_few", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

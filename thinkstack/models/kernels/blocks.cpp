@@ -6,7 +6,7 @@
 #include <omp.h>
 #endif
 
-#include "context.h"
+#include "decode.h"
 #include "few.h"
 
 // D hidden size, H query heads, G key/value heads, W head width, I intermediate size. Matrices (out, in) of M: bf16, or
@@ -70,24 +70,13 @@ struct Step {
     });
   }
 
-  // Head h of token n, of the keys from head H on: normed, rotated, to where attention reads it.
-  void place_head(const BlockWeights<M>& w, int64_t layer, int64_t n, int64_t h) {
+  // Head h of token n, of the keys from head H on.
+  void place(const BlockWeights<M>& w, int64_t layer, int64_t n, int64_t h) {
     float* head = qkv.data() + n * (queries + 2 * keys) + h * a.W;
     const bool is_key = h >= a.H;
-    const float* weight = is_key ? w.k_norm : w.q_norm;
     bf16* to = is_key ? pages(layer, n, (h - a.H) * a.W).at(a.last[n]) : query.data() + (n * a.H + h) * a.W;
-    if (weight) {
-      copy(head, to);
-      norm_row(to, weight, to, a.W, a.eps);
-      copy(to, head);
-    }
-    turn(head, a.rope + n * a.W, a.W, a.interleaved, 1);
-    copy(head, to);
-    if (is_key) copy(head + keys, to + keys);
-  }
-  template <typename From, typename To>
-  void copy(const From* from, To* to) const {
-    for (int64_t c = 0; c < a.W; c += LANES) store_some(to + c, load_some(from + c, a.W - c), a.W - c);
+    place_head(head, is_key ? w.k_norm : w.q_norm, a.eps, a.rope + n * a.W, a.interleaved, to, a.W, head);
+    if (is_key) copy_row(head + keys, to + keys, a.W);
   }
 
   void attend(int64_t layer, int64_t n, int64_t g, float* scores) {
@@ -107,7 +96,7 @@ struct Step {
     project({w.wv, w.sv}, w.bv, input, keys, queries + keys);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < N * (a.H + a.G); i++) place_head(w, layer, i / (a.H + a.G), i % (a.H + a.G));
+    for (int64_t i = 0; i < N * (a.H + a.G); i++) place(w, layer, i / (a.H + a.G), i % (a.H + a.G));
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < N * a.G; i++) attend(layer, i / a.G, i % a.G, scores);
     input.take(mixed.data(), queries);

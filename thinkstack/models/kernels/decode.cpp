@@ -1,22 +1,20 @@
 // New tokens read their sequences' cached context. Heads that share entries read them together: all heads of
 // multi-head latent attention, the heads of a group in grouped-query attention. So do the tokens of a prompt.
-#include "context.h"
+#include "decode.h"
 
 #include <memory>
 #include <vector>
 
-// N tokens, G groups, Q query heads per group, W key width, V value width.
-struct Decode {
-  const void* query;      // (N, G, Q, W)
-  const void* entries;    // of one layer, (blocks, 2^shift, entry width)
-  const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
-  const int32_t* owner;   // (N,): the sequence of each token
-  const int64_t* last;    // (N,): the last token of it that it sees; the first is 0
-  void* out;              // (N, G, Q, V)
-  int64_t N, G, Q, W, V, shift, table_width, entry_width;
-  int64_t key_g, value_g, value_at;  // group g's key starts at g * key_g, its value at value_at + g * value_g
-  int64_t longest, threads;
-  double scale;  // of the scores
+// Queries, keys and values of N new tokens in grouped-query attention, as they come from their projection.
+struct AttendNew {
+  const bf16* qkv;                 // (N, (H + 2 G) W): heads of queries, keys, values
+  const float *q_norm, *k_norm;    // (W,), or null
+  const float* rope;               // (N, W / 2) pairs
+  const int64_t* last;             // (N,): the token's place in its sequence
+  const int32_t *tables, *owner;   // as in Decode
+  bf16 *query, *entries, *out;     // (N, H, W), scratch; (blocks, 2^shift, 2 G W): keys, then values; (N, H, W)
+  int64_t N, H, G, W, shift, table_width, interleaved, longest, threads;
+  double scale, eps;
 };
 
 namespace {
@@ -58,3 +56,27 @@ void run(const Decode& a) {
 }  // namespace
 
 extern "C" void decode(const Decode* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+
+// The new tokens' entries go to the cache, then the tokens read it.
+extern "C" void attend_new(const AttendNew* a) {
+  const int64_t W = a->W, heads = a->H + 2 * a->G, width = 2 * a->G * W;
+#pragma omp parallel num_threads(a->threads)
+  {
+    std::vector<float> room(W);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < a->N; n++) {
+      const bf16* head = a->qkv + n * heads * W;
+      const Pages<bf16> pages{a->entries, a->tables + a->owner[n] * a->table_width, a->shift, width};
+      bf16* entry = pages.at(a->last[n]);
+      for (int64_t h = 0; h < a->H + a->G; h++, head += W) {
+        const bool is_key = h >= a->H;
+        bf16* to = is_key ? entry + (h - a->H) * W : a->query + (n * a->H + h) * W;
+        place_head(head, is_key ? a->k_norm : a->q_norm, a->eps, a->rope + n * W, a->interleaved, to, W, room.data());
+      }
+      std::copy(head, head + a->G * W, entry + a->G * W);
+    }
+  }
+  Decode read{a->query, a->entries, a->tables, a->owner, a->last, a->out, a->N, a->G, a->H / a->G, W, W, a->shift, a->table_width, width};
+  read.key_g = read.value_g = W, read.value_at = a->G * W, read.longest = a->longest, read.threads = a->threads, read.scale = a->scale;
+  decode(&read, 1);
+}

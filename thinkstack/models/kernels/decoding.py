@@ -19,6 +19,12 @@ _Decode = structure(
     "N G Q W V shift table_width entry_width key_g value_g value_at longest threads",
     "scale",
 )
+_AttendNew = structure(
+    "AttendNew",
+    "qkv q_norm k_norm rope last tables owner query entries out",
+    "N H G W shift table_width interleaved longest threads",
+    "scale eps",
+)
 _Draw = structure("Draw", "logits temperature uniform top_k top_p min_p tokens log_probs", "B V threads")
 BlockWeights = structure(
     "BlockWeights",
@@ -63,6 +69,35 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: f
         *(heads.key_step, heads.value_step, heads.value_at, _longest(pages), torch.get_num_threads(), scale),
     )
     run("decode", arguments, query.dtype == torch.bfloat16)
+    return out
+
+
+def attend_new(
+    qkv: Tensor,
+    norms: tuple[Tensor | None, Tensor | None],
+    sizes: Mapping[str, int],
+    rope: Tensor,
+    last: Tensor,
+    pages: Pages,
+    scales: Mapping[str, float],
+) -> Tensor:
+    """Grouped-query attention of new tokens, in bf16, whose keys and values go to the cache first.
+
+    qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: of the heads of queries and
+    keys, (W,) fp32, or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the places of
+    the tokens in their sequences. pages: of N tokens. scales: as in block_steps. Returns (N, H W).
+    """
+    N, width = len(qkv), sizes["H"] * sizes["W"]
+    query, out = qkv.new_empty(2, N, width)
+    given = (qkv, *norms, rope, last, pages.tables, pages.owner, query, pages.entries, out)
+    arguments = _AttendNew(
+        *map(address, given),
+        **sizes,
+        **scales,
+        **dict(N=N, shift=_layout(pages)[0], table_width=_layout(pages)[1], longest=_longest(pages)),
+        threads=torch.get_num_threads(),
+    )
+    run("attend_new", arguments)
     return out
 
 

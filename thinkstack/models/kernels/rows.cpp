@@ -15,6 +15,17 @@ void norm(const T* x, const float* weight, T* y, float* inverse, int64_t N, int6
   }
 }
 
+// x += change, and its norm.
+template <typename T>
+void add_norm(T* x, const T* change, const float* weight, T* y, int64_t N, int64_t D, double eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < N; n++) {
+    T* row = x + n * D;
+    for (int64_t c = 0; c < D; c += LANES) store_some(row + c, load_some(row + c, D - c) + load_some(change + n * D + c, D - c), D - c);
+    norm_row(row, weight, y + n * D, D, eps);
+  }
+}
+
 // grad_weight: (threads, D), one part each, zero where a thread had no rows.
 template <typename T>
 void norm_backward(const T* grad, const T* x, const float* weight, const float* inverse, T* grad_x, float* grad_weight, int64_t N,
@@ -53,13 +64,15 @@ void widen(const C* codes, const float* scale, T* out, int64_t M, int64_t N, int
   }
 }
 
+// N rows of width I; gates and ups, `stride` from row to row.
 template <typename T>
-void swiglu(const T* gate, const T* up, T* out, int64_t N, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < N; i += LANES) {
-    const vf g = load_some(gate + i, N - i);
-    store_some(out + i, g * sigmoid(g) * load_some(up + i, N - i), N - i);
-  }
+void swiglu(const T* gate, const T* up, T* out, int64_t N, int64_t I, int64_t stride, int64_t threads) {
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t i = 0; i < I; i += LANES) {
+      const vf g = load_some(gate + n * stride + i, I - i);
+      store_some(out + n * I + i, g * sigmoid(g) * load_some(up + n * stride + i, I - i), I - i);
+    }
 }
 
 template <typename T>
@@ -146,6 +159,8 @@ void log_probs_backward(T* logits, const int64_t* targets, const float* normalis
 
 BOTH(rms_norm, (const void* x, const float* weight, void* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps, int64_t threads),
      norm<T>((const T*)x, weight, (T*)y, inverse, N, D, stride, eps, threads))
+BOTH(add_norm, (void* x, const void* change, const float* weight, void* y, int64_t N, int64_t D, double eps, int64_t threads),
+     add_norm<T>((T*)x, (const T*)change, weight, (T*)y, N, D, eps, threads))
 BOTH(rms_norm_backward,
      (const void* grad, const void* x, const float* weight, const float* inverse, void* grad_x, float* grad_weight, int64_t N, int64_t D,
       int64_t stride, int64_t threads),
@@ -156,8 +171,8 @@ BOTH(widen_e4m3,
 BOTH(widen_int8,
      (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
      widen((const int8_t*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
-BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t threads),
-     swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, threads))
+BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t I, int64_t stride, int64_t threads),
+     swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, I, stride, threads))
 BOTH(swiglu_backward, (const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t N, int64_t threads),
      swiglu_backward<T>((const T*)grad, (const T*)gate, (const T*)up, (T*)grad_gate, (T*)grad_up, N, threads))
 BOTH(rotate,

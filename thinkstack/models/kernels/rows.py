@@ -17,6 +17,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor,
     return out, inverse
 
 
+def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add change to x, (N, D) both, contiguous; returns the norm of the sum, as rms_norm."""
+    out = torch.empty_like(x)
+    call_for(x.dtype, "add_norm", x, change, weight, out, *x.shape, float(eps))
+    return out
+
+
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, in its dtype, and of weight, fp32."""
     rows, stride = _rows(x)
@@ -50,7 +57,15 @@ def widen(codes: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) ->
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of contiguous tensors."""
     out = torch.empty_like(gate)
-    call_for(gate.dtype, "swiglu", gate, up, out, gate.numel())
+    call_for(gate.dtype, "swiglu", gate, up, out, 1, gate.numel(), 0)
+    return out
+
+
+def swiglu_halves(both: Tensor) -> Tensor:
+    """silu(gate) * up of rows (N, 2 I) that hold gates, then ups: (N, I)."""
+    N, width = both.shape
+    out = both.new_empty(N, width // 2)
+    call_for(both.dtype, "swiglu", both, both[:, width // 2 :], out, N, width // 2, width)
     return out
 
 

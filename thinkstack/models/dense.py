@@ -1,0 +1,139 @@
+"""Models of dense blocks with grouped queries, in bf16: a few tokens in one call of a kernel, many by oneDNN's products
+and a call for all that lies between two of them.
+"""
+
+# Shapes in this file: N tokens, D hidden size, L blocks, H heads, G key/value heads, W head width, I intermediate size.
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from thinkstack.models import kernels
+from thinkstack.models.attention import GQA
+from thinkstack.models.block import PLAIN, Block, consists_of
+from thinkstack.models.blocked import blocked, multiply
+from thinkstack.models.layers import Projection, SwiGLU, rope_table
+from thinkstack.models.moe import MoE
+from thinkstack.models.pages import Pages
+from thinkstack.models.quant import Packed, PackedLinear
+from thinkstack.models.transformer import Transformer
+
+PACKED = PLAIN - {Projection, MoE} | {PackedLinear, Packed}
+"""What a block consists of whose matrices are packed."""
+Weights = dict[str, Tensor | None]
+
+
+class Blocks(NamedTuple):
+    """One block's matrices as oneDNN multiplies them, those of one input in one, and their biases in bf16."""
+
+    qkv: Tensor
+    """(D, (H + 2 G) W)."""
+    out: Tensor
+    """(H W, D)."""
+    gate_up: Tensor
+    """(D, 2 I)."""
+    down: Tensor
+    """(I, D)."""
+    qkv_bias: Tensor | None
+    out_bias: Tensor | None
+
+
+class Dense:
+    """The trunk of such a model; made anew when weights have changed."""
+
+    def __init__(self, model: Transformer, blocks: list[Block]):
+        self.model, self.blocks, self.kept = model, blocks, [_weights(block) for block in blocks]
+        self.layers = kernels.rows_of(kernels.BlockWeights, self.kept)
+        attention, ffn = blocks[0].attention, blocks[0].ffn
+        assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
+        shape = attention.shape
+        self.heads = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
+        self.heads["interleaved"] = int(attention.interleaved)
+        self.sizes = self.heads | {"I": ffn.w1.out_features, "packed": int("sq" in self.kept[0])}
+        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
+        self.norm = model.norm.weight.detach().float()
+        self.blocked: list[Blocks] = []
+        """Of all blocks, once many tokens have come."""
+        parts = [part for block in blocks for part in block.modules()]
+        multiplies = all(part.blocked is not None for part in parts if isinstance(part, Projection))
+        self.most_tokens = kernels.FEW if self.sizes["packed"] or not multiplies else 1 << 40
+
+    def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As WholeModel says."""
+        cfg, x = self.model.cfg, self.model.embed(ids)
+        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
+        if len(ids) > kernels.FEW:
+            return self._many(x, positions, pages, cache, rope), None
+        kernels.block_steps(x, self.layers, self.sizes, rope, positions, pages, cache, self.scales)
+        return self.model.norm(x), None
+
+    def _many(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
+        """Take x (N, D) through all blocks; it ends as the sum before the last norm, which is returned."""
+        self.blocked = self.blocked or [_blocks(block) for block in self.blocks]
+        eps = self.scales["eps"]
+        norms = [held["attention_norm"] for held in self.kept[1:]] + [self.norm]
+        normed, _ = kernels.rms_norm(x, self.kept[0]["attention_norm"], eps, keep=False)
+        for layer, (block, held, following) in enumerate(zip(self.blocked, self.kept, norms, strict=True)):
+            own = pages._replace(entries=cache[layer])
+            qkv = multiply(normed, block.qkv, block.qkv_bias)
+            read = kernels.attend_new(qkv, (held["q_norm"], held["k_norm"]), self.heads, rope, positions, own, self.scales)
+            normed = kernels.add_norm(x, multiply(read, block.out, block.out_bias), held["ffn_norm"], eps)
+            wide = kernels.swiglu_halves(multiply(normed, block.gate_up))
+            normed = kernels.add_norm(x, multiply(wide, block.down), following, eps)
+        return normed
+
+    def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
+        """As WholeModel says."""
+        return None
+
+
+def is_dense(block: Block) -> bool:
+    """Whether a block is one of the kernels', with matrices of widths that it takes."""
+    if not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU):
+        return False
+    if consists_of(block, PLAIN):
+        weights = [part.weight for part in block.modules() if isinstance(part, Projection)]
+        return kernels.takes_few(weights[0].new_empty(1, kernels.LANES), *weights)
+    layers = [part for part in block.modules() if isinstance(part, PackedLinear)]
+    packed = [layer.in_int8() for layer in layers]
+    if not consists_of(block, PACKED) or None in packed:
+        return False
+    codes = [parts["codes"] for parts in packed if parts is not None]
+    return kernels.takes_few(codes[0].new_empty(1, kernels.LANES, dtype=layers[0].packed.dtype), *codes)
+
+
+def _weights(block: Block) -> Weights:
+    """What BlockWeights points to; vectors that are fp32 already are the model's own."""
+    a, ffn = block.attention, block.ffn
+    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    found: Weights = {}
+    for owner, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
+        for name in names:
+            layer = getattr(owner, name)
+            parts = layer.in_int8() if isinstance(layer, PackedLinear) else None
+            if parts is None:
+                found[name] = layer.weight
+            else:
+                found |= {name: parts["codes"], f"s{name[1]}": parts["scale"]}
+    vectors = {
+        "attention_norm": block.attention_norm.weight,
+        "ffn_norm": block.ffn_norm.weight,
+        "q_norm": None if a.q_norm is None else a.q_norm.weight,
+        "k_norm": None if a.k_norm is None else a.k_norm.weight,
+        **{"bq": a.wq.bias, "bk": a.wk.bias, "bv": a.wv.bias, "bo": a.wo.bias},
+    }
+    return found | {name: None if vector is None else vector.detach().float() for name, vector in vectors.items()}
+
+
+def _blocks(block: Block) -> Blocks:
+    """A block's matrices in oneDNN's layout."""
+    a, ffn = block.attention, block.ffn
+    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+
+    def together(*layers: Projection) -> tuple[Tensor, Tensor | None]:
+        biases = [layer.bias.bfloat16() for layer in layers if layer.bias is not None]
+        return blocked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
+
+    (qkv, qkv_bias), (out, out_bias) = together(a.wq, a.wk, a.wv), together(a.wo)
+    return Blocks(qkv, out, together(ffn.w1, ffn.w3)[0], together(ffn.w2)[0], qkv_bias, out_bias)
