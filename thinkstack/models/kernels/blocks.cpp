@@ -79,15 +79,15 @@ struct Step {
     if (is_key) copy_row(head + keys, to + keys, a.W);
   }
 
-  void attend(int64_t layer, int64_t n, int64_t g, float* scores) {
+  void attend(int64_t layer, int64_t n, int64_t g, Reader<bf16>& reader) {
     const int64_t per_group = a.H / a.G;
-    const auto places = [&](int64_t i) { return Place{n * a.H + g * per_group + i, a.last[n]}; };
-    attend_to(query.data(), mixed.data(), per_group, places, pages(layer, n, g * a.W), pages(layer, n, keys + g * a.W), scores, a.W,
-              a.W, float(a.scale));
+    const auto places = [&](int64_t g, int64_t i) { return Place{n * a.H + g * per_group + i, a.last[n]}; };
+    const Groups<bf16> groups{pages(layer, n, 0), pages(layer, n, keys), g, g + 1, a.W, a.W};
+    reader.attend(query.data(), mixed.data(), per_group, places, groups, float(a.scale));
   }
 
   // What one thread does of a block; all of them meet after each part.
-  void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, float* scores) {
+  void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16>& reader) {
     const Share out = share(a.D), inner = share(a.I);
     for (int n = 0; n < N; n++) norm_row(a.x + n * a.D, w.attention_norm, normed + n * a.D, a.D, a.eps);
     input.take(normed, a.D);
@@ -98,7 +98,7 @@ struct Step {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < N * (a.H + a.G); i++) place(w, layer, i / (a.H + a.G), i % (a.H + a.G));
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < N * a.G; i++) attend(layer, i / a.G, i % a.G, scores);
+    for (int64_t i = 0; i < N * a.G; i++) attend(layer, i / a.G, i % a.G, reader);
     input.take(mixed.data(), queries);
     rows(Matrix<M>{w.wo, w.so}, input, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) middle[n * a.D + m] = to_float(a.x[n * a.D + m]) + found[n] + (w.bo ? w.bo[m] : 0);
@@ -128,11 +128,11 @@ struct Step {
   void run() {
 #pragma omp parallel num_threads(a.threads)
     {
-      std::unique_ptr<float[]> scores(new float[QUERIES * round_up(a.longest + 4)]);
+      Reader<bf16> reader(a.W, a.W, 1 << a.shift, a.longest);
       std::vector<bf16> normed(N * a.D);
       Input<N, M> input(std::max({a.D, queries, a.I}));
       const auto layers = static_cast<const BlockWeights<M>*>(a.layers);
-      for (int64_t layer = 0; layer < a.L; layer++) block(layers[layer], layer, normed.data(), input, scores.get());
+      for (int64_t layer = 0; layer < a.L; layer++) block(layers[layer], layer, normed.data(), input, reader);
     }
   }
 };

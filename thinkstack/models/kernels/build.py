@@ -19,7 +19,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCES = ("attention.cpp", "blocks.cpp", "decode.cpp", "draw.cpp", "experts.cpp", "rows.cpp", "steps.cpp")
-HEADERS = ("simd.h", "matmul.h", "context.h", "decode.h", "few.h", "experts.h")
+HEADERS = ("simd.h", "matmul.h", "context.h", "tiles.h", "decode.h", "few.h", "experts.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-w")
 SWITCH = "THINKSTACK_KERNELS"
 """Environment variable; "0" runs on torch's operators alone."""

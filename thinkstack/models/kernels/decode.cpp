@@ -19,7 +19,7 @@ struct AttendNew {
 
 namespace {
 
-constexpr int64_t TOKENS = 16;  // of one sequence at a time
+constexpr int64_t TOKENS = 32;  // of one sequence at a time
 
 template <typename T>
 void run(const Decode& a) {
@@ -30,25 +30,23 @@ void run(const Decode& a) {
   for (int64_t n = 0; n < a.N; n += runs.back().count) runs.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
   // Many runs: the groups of one on one thread, which finds in its cache what the first group has brought there.
   const int64_t together = int64_t(runs.size()) >= 4 * a.threads ? a.G : 1;
+  const auto pages = [&](int64_t run, int64_t at) {
+    const T* entries = static_cast<const T*>(a.entries) + at;
+    return Pages<T>{entries, a.tables + a.owner[runs[run].start] * a.table_width, a.shift, a.entry_width};
+  };
 #pragma omp parallel num_threads(a.threads)
   {
-    std::unique_ptr<float[]> scores(new float[QUERIES * round_up(a.longest + 4)]);
+    Reader<T> reader(a.W, a.V, 1 << a.shift, a.longest);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < int64_t(runs.size()) * a.G / together; i++) {
-      const Run run = runs[i * together / a.G];
-      const int32_t* blocks = a.tables + a.owner[run.start] * a.table_width;
-      const T* entries = static_cast<const T*>(a.entries);
-      for (int64_t g = i * together % a.G, end = g + together; g < end; g++) {
-        const int64_t ahead = together > 1 && g == 0 ? a.entry_width : 0;
-        const Pages<T> keys{entries + g * a.key_g, blocks, a.shift, a.entry_width, ahead};
-        const Pages<T> values{entries + a.value_at + g * a.value_g, blocks, a.shift, a.entry_width};
-        const auto places = [&](int64_t i) {
-          const int64_t n = run.start + i / a.Q;
-          return Place{(n * a.G + g) * a.Q + i % a.Q, a.last[n]};
-        };
-        attend_to(static_cast<const T*>(a.query), static_cast<T*>(a.out), run.count * a.Q, places, keys, values, scores.get(), a.W, a.V,
-                  float(a.scale));
-      }
+      const int64_t n = i * together / a.G, g = i * together % a.G, following = std::min<int64_t>(n + a.threads, runs.size() - 1);
+      Groups<T> groups{pages(n, 0), pages(n, a.value_at), g, g + together, a.key_g, a.value_g};
+      if (together == a.G) groups.upcoming = pages(following, 0).at(0);
+      const auto places = [&](int64_t g, int64_t i) {
+        const int64_t token = runs[n].start + i / a.Q;
+        return Place{(token * a.G + g) * a.Q + i % a.Q, a.last[token]};
+      };
+      reader.attend(static_cast<const T*>(a.query), static_cast<T*>(a.out), runs[n].count * a.Q, places, groups, float(a.scale));
     }
   }
 }

@@ -1,6 +1,6 @@
 // Attention of new tokens over their sequences' cached contexts: what the kernel is given, and how heads get there.
 #pragma once
-#include "context.h"
+#include "tiles.h"
 
 // N tokens, G groups, Q query heads per group, W key width, V value width.
 struct Decode {

@@ -28,8 +28,7 @@ float largest_of(const T* row, int64_t V) {
   vf top = splat(-INFINITY);
   int64_t c = 0;
   for (; c + LANES <= V; c += LANES) top = larger(load(row + c), top);
-  float best = -INFINITY;
-  for (int i = 0; i < LANES; i++) best = std::max(best, top[i]);
+  float best = largest(top);
   for (; c < V; c++) best = std::max(best, to_float(row[c]));
   return best;
 }

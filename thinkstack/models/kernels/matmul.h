@@ -42,7 +42,8 @@ inline void column_of_tiles(Operand<U> a, const U* b, int64_t b_step, float* c, 
   int64_t i = 0;
   for (; i + ROWS <= m; i += ROWS) tile<ROWS, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
   for (; i + 4 <= m; i += 4) tile<4, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
-  for (; i < m; i++) tile<1, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
+  if (i + 2 <= m) tile<2, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add), i += 2;
+  if (i < m) tile<1, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
 }
 
 // C = A B, or C += A B. n: columns, a multiple of 16.
@@ -99,16 +100,22 @@ inline void transpose(vu x[16]) {
 }
 
 // B whose steps run along the columns of `from` (so B = from transposed), itself held as units of the same type:
-// out[step * count + r]. from: units, `count` rows (a multiple of 16) of `steps` units (a multiple of 8).
-template <typename U>
-void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64_t steps) {
+// out[step * count + r]. from: units, `count` rows (a multiple of 16) of `steps` units (a multiple of 8). between(): called
+// for every 16 x 16 of them.
+template <typename U, typename Between>
+void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64_t steps, Between between) {
   for (int64_t r = 0; r < count; r += LANES)
     for (int64_t k = 0; k < steps; k += LANES) {
       vu block[16];
       for (int i = 0; i < 16; i++) std::memcpy(&block[i], from + (r + i) * stride + k, sizeof(vu));
       transpose(block);
       for (int i = 0; i < 16 && k + i < steps; i++) std::memcpy(out + (k + i) * count + r, &block[i], sizeof(vu));
+      between();
     }
+}
+template <typename U>
+void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64_t steps) {
+  pack_transposed(from, stride, out, count, steps, [] {});
 }
 
 // Scratch memory that is handed out in pieces. A read of one vector beyond a piece is allowed.

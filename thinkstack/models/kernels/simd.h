@@ -3,6 +3,7 @@
 // Numbers are read as float, bf16, e4m3 or int8 and computed in float. A "unit" is what one step of a matrix product consumes
 // of a row: a float, or a pair of bf16.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -178,9 +179,13 @@ inline bool any(vi held) {  // of a comparison
 }
 inline vf larger(vf a, vf b) { return a < b ? b : a; }  // a where unordered: NaN in a stays
 inline float largest(vf x) {
-  float best = x[0];
-  for (int i = 1; i < LANES; i++) best = best < x[i] || x[i] != x[i] ? x[i] : best;
-  return best;
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  a = a < b ? b : a;
+  v4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  c = c < d ? d : c;
+  return std::max(std::max(c[0], c[1]), std::max(c[2], c[3]));
 }
 
 // e^x within 2 ulp; what would be below 1e-38 may come out as that or 0. NaN stays NaN. Cody and Waite's reduction,

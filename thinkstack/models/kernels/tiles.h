@@ -1,0 +1,170 @@
+// Queries over the cached entries of one sequence in bf16: a block of the cache meets up to ROWS queries, as two products of
+// small matrices around a softmax that goes on from block to block (after FlashAttention, arXiv:2205.14135).
+//
+// What comes of a query does not depend on the others.
+#pragma once
+#include "context.h"
+#include "matmul.h"
+
+#include <type_traits>
+
+// One after the other of 32 numbers each: pairs of both, of the first 16 and of the last 16.
+inline void interleave(const bf16* a, const bf16* b, uint32_t* first, uint32_t* last) {
+  typedef uint16_t vh32 __attribute__((vector_size(64)));
+  const vh32 x = (vh32)load_units(reinterpret_cast<const uint32_t*>(a)), y = (vh32)load_units(reinterpret_cast<const uint32_t*>(b));
+  store_units(first, (vu)__builtin_shufflevector(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43,
+                                                 12, 44, 13, 45, 14, 46, 15, 47));
+  store_units(last, (vu)__builtin_shufflevector(x, y, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26,
+                                                58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+}
+
+// Lines of memory that are asked for before they are needed, some at a time.
+struct Fetch {
+  const char* next;
+  int64_t lines, each;
+  Fetch(const void* from, int64_t bytes, int64_t times) : next((const char*)from), lines((bytes + 63) / 64), each((lines + times - 1) / times) {}
+  void some() {
+    for (int64_t i = 0; i < std::min(each, lines); i++, next += 64) __builtin_prefetch(next);
+    lines -= std::min(each, lines);
+  }
+};
+
+// Groups [from, to) of heads over the entries of one sequence: group g's keys and values lie key_g and value_g elements
+// behind those of the one before.
+template <typename T>
+struct Groups {
+  Pages<T> keys, values;  // of group 0
+  int64_t from, to, key_g, value_g;
+  const T* upcoming = nullptr;  // entries that are read next, on this thread
+};
+
+// Scratch of one thread. W: width of queries and keys, V: of values.
+class Tiles {
+ public:
+  static bool takes(int64_t W, int64_t V) { return W % 32 == 0 && V % 32 == 0; }
+
+  // block: tokens of a block of the cache.
+  Tiles(int64_t W, int64_t V, int64_t block)
+      : W_(W), V_(V), block_(block), scratch_(4 * (block * (W + V) / 2 + ROWS * (W / 2 + block / 2 + block + V)) + 6 * Scratch::SLACK) {
+    keys_ = scratch_.take<uint32_t>(block * W / 2);
+    values_ = scratch_.take<uint32_t>(block * V / 2);
+    queries_ = scratch_.take<bf16>(ROWS * W);
+    probs_ = scratch_.take<bf16>(ROWS * block);
+    scores_ = scratch_.take<float>(ROWS * block);
+    out_ = scratch_.take<float>(ROWS * V);
+  }
+
+  // places(g, i): as of attend_to, for query i of group g; each group has `count`.
+  template <typename Places>
+  void attend(const bf16* query, bf16* out, int64_t count, Places places, const Groups<bf16>& groups, float scale) {
+    for (int64_t i = 0; i < count; i += ROWS) {
+      const int64_t rows = std::min(ROWS, count - i), together = std::max<int64_t>(ROWS / rows, 1);
+      for (int64_t g = groups.from; g < groups.to; g += together) {
+        Groups<bf16> own = groups;
+        own.from = g, own.to = std::min(g + together, groups.to);
+        some(query, out, rows, [&](int64_t n) { return places(g + n / rows, i + n % rows); }, own, scale);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t ROWS = 96;
+  static const uint32_t* units(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
+
+  // `rows` queries of each group; places(n) of all of them, group by group.
+  template <typename Places>
+  void some(const bf16* query, bf16* out, int64_t rows, Places places, const Groups<bf16>& groups, float scale) {
+    const int64_t all = (groups.to - groups.from) * rows, stride = groups.keys.stride;
+    begin(query, all, places);
+    const int64_t last = *std::max_element(last_, last_ + all);
+    groups.keys.through(last, [&](int64_t s, const bf16* entries, int64_t tokens) {
+      const int64_t columns = round_up(tokens), later = std::min(last + 1 - s - block_, block_);
+      const bf16* next = later > 0 ? groups.keys.at(s + block_) : groups.upcoming;
+      const int64_t times = (groups.to - groups.from) * (columns / LANES * (W_ / 32) + (tokens + 1) / 2);
+      Fetch fetch(next, groups.upcoming ? (later > 0 ? later : block_) * stride * sizeof(bf16) : 0, times);
+      for (int64_t g = groups.from, row = 0; g < groups.to; g++, row += rows) {
+        pack_transposed(units(entries + g * groups.key_g), stride / 2, keys_, columns, W_ / 2, [&] { fetch.some(); });
+        multiply<uint32_t>({units(queries_ + row * W_), W_ / 2, 1}, keys_, columns, scores_, columns, rows, columns, W_ / 2, false);
+        for (int64_t n = 0; n < rows; n++) weigh(row + n, n, std::min(last_[row + n] + 1 - s, tokens), columns, scale);
+        pack_values(groups.values.at(s) + g * groups.value_g, stride, tokens, fetch);
+        multiply<uint32_t>({units(probs_), columns / 2, 1}, values_, V_, out_ + row * V_, V_, rows, V_, (tokens + 1) / 2, true);
+      }
+    });
+    for (int64_t n = 0; n < all; n++)
+      for (int64_t c = 0; c < V_; c += LANES) store(out + places(n).row * V_ + c, load(out_ + n * V_ + c) / mass_[n]);
+  }
+
+  template <typename Places>
+  void begin(const bf16* query, int64_t rows, Places places) {
+    std::fill(out_, out_ + rows * V_, 0.0f);
+    for (int64_t row = 0; row < rows; row++) {
+      const Place place = places(row);
+      std::copy(query + place.row * W_, query + (place.row + 1) * W_, queries_ + row * W_);
+      last_[row] = place.last, top_[row] = -INFINITY, mass_[row] = 0;
+    }
+  }
+
+  void pack_values(const bf16* value, int64_t stride, int64_t tokens, Fetch& fetch) {
+    static const bf16 nothing[32] = {};
+    for (int64_t t = 0; t < tokens; t += 2, fetch.some())
+      for (int64_t c = 0; c < V_; c += 32) {
+        uint32_t* to = values_ + t / 2 * V_ + c;
+        interleave(value + t * stride + c, t + 1 < tokens ? value + (t + 1) * stride + c : nothing, to, to + LANES);
+      }
+  }
+
+  // Scores n of a row become probabilities, relative to the largest so far; what was mixed before is brought to it.
+  void weigh(int64_t row, int64_t n, int64_t seen, int64_t columns, float scale) {
+    float* scores = scores_ + n * columns;
+    for (int64_t t = std::max<int64_t>(seen, 0); t < columns; t++) scores[t] = -INFINITY;
+    vf best = splat(top_[row]), total{};
+    for (int64_t c = 0; c < columns; c += LANES) best = larger(load(scores + c) * scale, best);
+    const float top = largest(best);
+    for (int64_t c = 0; c < columns; c += LANES) {
+      const vf p = exp_of(load(scores + c) * scale - top);
+      total += p;
+      store(probs_ + n * columns + c, p);
+    }
+    if (top != top_[row]) {
+      const float less = exp_of(splat(top_[row] - top))[0];
+      mass_[row] *= less;
+      for (int64_t c = 0; c < V_; c += LANES) store(out_ + row * V_ + c, load(out_ + row * V_ + c) * less);
+      top_[row] = top;
+    }
+    mass_[row] += sum(total);
+  }
+
+  const int64_t W_, V_, block_;
+  Scratch scratch_;
+  uint32_t *keys_, *values_;
+  bf16 *queries_, *probs_;
+  float *scores_, *out_, top_[ROWS], mass_[ROWS];
+  int64_t last_[ROWS];
+};
+
+// Attention over a cache, with the scratch of one thread: by tiles in bf16, where widths allow it.
+template <typename T>
+class Reader {
+ public:
+  // block: tokens of a block of the cache; longest: tokens that a sequence may have.
+  Reader(int64_t W, int64_t V, int64_t block, int64_t longest) : W_(W), V_(V) {
+    if (std::is_same<T, bf16>::value && Tiles::takes(W, V)) tiles_.reset(new Tiles(W, V, block));
+    else scores_.reset(new float[QUERIES * round_up(longest + 4)]);
+  }
+  template <typename Places>
+  void attend(const T* query, T* out, int64_t count, Places places, const Groups<T>& groups, float scale) {
+    if constexpr (std::is_same<T, bf16>::value)
+      if (tiles_) return tiles_->attend(query, out, count, places, groups, scale);
+    for (int64_t g = groups.from; g < groups.to; g++) {
+      Pages<T> keys = groups.keys, values = groups.values;
+      keys.base += g * groups.key_g, values.base += g * groups.value_g;
+      keys.ahead = groups.to - groups.from > 1 && g == groups.from ? keys.stride : 0;  // for all groups
+      attend_to(query, out, count, [&](int64_t i) { return places(g, i); }, keys, values, scores_.get(), W_, V_, scale);
+    }
+  }
+
+ private:
+  const int64_t W_, V_;
+  std::unique_ptr<Tiles> tiles_;
+  std::unique_ptr<float[]> scores_;
+};
