@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
 
 def draw(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> Drawn:
     """Draw a token from each row of logits (B, V): that of rows[b], `offsets[b]` tokens after its known ones."""
-    special = numpy.flatnonzero(table.is_special[rows]).tolist()
+    special = numpy.flatnonzero(table.is_special[rows]).tolist() if table.is_special.any() else []
     if not special:
         tokens, log_probs = draw_plainly(table, rows, offsets, logits)
         return Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
@@ -61,20 +61,26 @@ def _asked(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> t
         return torch.from_numpy(values[rows]).to(device)
 
     temperature = there(table.temperature)
-    if table.keeps_all[rows].all():
+    if table.keeps_all.all() or table.keeps_all[rows].all():
         return temperature, None
     return temperature, (there(table.top_k), there(table.top_p), there(table.min_p))
 
 
 def note(
-    table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, drawn: Drawn, counts: numpy.ndarray
+    table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, drawn: Drawn, counts: numpy.ndarray | None
 ) -> None:
-    """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones."""
-    table.append(rows[counts], offsets[counts], drawn.tokens[counts], drawn.log_probs[counts])
-    special = numpy.flatnonzero(counts & table.is_special[rows]).tolist()
-    for place in special:
+    """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones; None: all of them."""
+    tokens, log_probs = drawn.tokens, drawn.log_probs
+    if counts is not None:
+        rows, offsets, tokens, log_probs = rows[counts], offsets[counts], tokens[counts], log_probs[counts]
+    table.append(rows, offsets, tokens, log_probs)
+    if not table.is_special.any():
+        return
+    special = numpy.flatnonzero(table.is_special[rows])
+    places = special if counts is None else numpy.flatnonzero(counts)[special]
+    for row, place in zip(rows[special].tolist(), places.tolist(), strict=True):
         if place in drawn.alternatives:
-            table.alternatives[int(rows[place])].append(drawn.alternatives[place])
+            table.alternatives[row].append(drawn.alternatives[place])
     for row, fresh in Counter(rows[special].tolist()).items():
         table.is_closed[row] |= _is_closed(table, row, -fresh, 0)
 

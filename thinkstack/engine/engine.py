@@ -254,22 +254,18 @@ class Engine:
     def _draw(self, draws: Draws, hidden: Tensor) -> int:
         """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
         table, (rows, offsets, sources) = self.table, draws
-        needed, places = numpy.unique(sources, return_inverse=True)
-        logits = self.runner.logits(hidden[torch.from_numpy(needed).to(hidden.device)])
-        if len(needed) < len(sources):  # answers that share their prompt
-            logits = logits[torch.from_numpy(places).to(hidden.device)]
-        drawn = draw(table, rows, offsets, logits)
-        counts = numpy.ones(len(rows), dtype=bool)
-        guessed = bool(offsets.any())
-        if guessed and self.speculator is not None:
+        logits = self.runner.logits(hidden[torch.from_numpy(sources).to(hidden.device)])
+        drawn, counts = draw(table, rows, offsets, logits), None
+        if self.speculator is not None and offsets.any():
             counts = self.speculator.counts(rows, offsets, drawn.tokens)
         note(table, rows, offsets, drawn, counts)
-        table.computed[rows] = table.known[rows] - 1
-        if guessed:
-            rows = numpy.unique(rows)
+        given = len(rows)
+        failed = numpy.isnan(drawn.log_probs)
+        if counts is not None:
+            given, failed, rows = int(counts.sum()), failed & counts, numpy.unique(rows)
+            table.computed[rows] = table.known[rows] - 1
             for row in rows.tolist():
                 self.scheduler.name_blocks(row, int(table.computed[row]))  # right guesses may have filled one
-        failed = numpy.isnan(drawn.log_probs) & counts
         if failed.any():
             broken = numpy.unique(draws.rows[failed])
             for row in broken.tolist():
@@ -277,7 +273,7 @@ class Engine:
             rows = numpy.setdiff1d(rows, broken)
         for row, reason in table.finished(rows):
             self._close(row, reason)
-        return int(counts.sum())
+        return given
 
     def generate(
         self,

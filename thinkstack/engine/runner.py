@@ -152,9 +152,10 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of hidden states (B, D), computed on whole row tiles."""
-        count = hidden.shape[0]
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._padding(count)))
-        return self._model.head(padded)[:count]
+        count = len(hidden)
+        if padding := self._padding(count):
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
+        return self._model.head(hidden)[:count]
 
     def _takes_whole(self, count: int) -> bool:
         """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""

@@ -23,8 +23,7 @@ def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
 
     seeds: (B,) uint64, one a sequence. counters: (B,) uint64, tokens drawn so far. Source: doi:10.1145/2660193.2660195.
     """
-    with numpy.errstate(over="ignore"):
-        mixed = mix(mix(seeds) + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))
+    mixed = mix(seeds + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))  # modulo 2^64
     return (mixed >> numpy.uint64(11)).astype(numpy.float64) * 2.0**-53
 
 

@@ -64,8 +64,10 @@ class Scheduler:
         budget, self.preempted = self.max_prefill_tokens, False
         table = self.table
         rows = numpy.array(self.running, dtype=numpy.int64)
-        place, pending = table.computed[rows] % BLOCK, table.known[rows] - table.computed[rows]
-        is_easy = (pending == 1) & (place != 0) & (place + 1 + table.drafts[rows] <= BLOCK)  # in the block it has
+        computed = table.computed[rows]
+        place = computed % BLOCK
+        is_easy = (table.known[rows] == computed + 1) & (place != 0)
+        is_easy &= place + table.drafts[rows] < BLOCK  # in the block it has
         for row in rows[~is_easy].tolist():
             if table.owner[row] is None or table.follows[row]:
                 continue  # preempted above, or computes nothing itself
@@ -79,14 +81,15 @@ class Scheduler:
             budget -= counts[row]
         chunks = [(row, count) for row, count in counts.items() if count and table.owner[row] is not None]
         chunks.sort(key=lambda each: each[1] > 1)
-        easy = rows[is_easy].tolist()
+        easy = rows[is_easy]
         if self.preempted:
-            easy = [row for row in easy if table.owner[row] is not None]
-        for row in rows[is_easy][table.known[rows[is_easy]] % BLOCK == 0].tolist():
-            if table.owner[row] is not None:
-                self.name_blocks(row, int(table.known[row]))
-        chosen = numpy.array(easy + [row for row, _ in chunks], dtype=numpy.int64)
-        counts_of = numpy.array([1] * len(easy) + [count for _, count in chunks], dtype=numpy.int64)
+            easy = numpy.array([row for row in easy.tolist() if table.owner[row] is not None], dtype=numpy.int64)
+        for row in easy[table.known[easy] % BLOCK == 0].tolist():
+            self.name_blocks(row, int(table.known[row]))
+        chosen, counts_of = easy, numpy.ones(len(easy), dtype=numpy.int64)
+        if chunks:
+            more, counts_of_more = numpy.array(chunks, dtype=numpy.int64).T
+            chosen, counts_of = numpy.append(chosen, more), numpy.append(counts_of, counts_of_more)
         return Plan(chosen, counts_of + table.drafts[chosen], table.computed[chosen])
 
     def _chunk(self, row: int, budget: int) -> int:

@@ -11,7 +11,7 @@ import numpy
 from torch import Tensor
 
 from thinkstack.engine.blocks import BLOCK, SPARE
-from thinkstack.engine.sampler import is_plain
+from thinkstack.engine.sampler import is_plain, mix
 from thinkstack.types import Completion, FinishReason, Sampling
 
 MAX_STOP_IDS = 8
@@ -184,10 +184,9 @@ class SequenceTable:
 
     def finished(self, rows: numpy.ndarray) -> list[tuple[int, FinishReason]]:
         """Of `rows` those that their last token ended, with the reason; a stop token in the last place is a stop."""
-        last = self.ids[rows, self.known[rows] - 1]
-        drawn = self.known[rows] - self.prompt[rows]
-        stopped = (last[:, None] == self.stop_ids[rows]).any(1)
-        ended = numpy.flatnonzero(stopped | (drawn >= self.limit[rows]))
+        known = self.known[rows]
+        stopped = (self.ids[rows, known - 1, None] == self.stop_ids[rows]).any(1)
+        ended = numpy.flatnonzero(stopped | (known - self.prompt[rows] >= self.limit[rows]))
         return [(int(rows[place]), "stop" if stopped[place] else "length") for place in ended]
 
     def clear(self, row: int) -> None:
@@ -196,11 +195,13 @@ class SequenceTable:
         del request.rows[answer]
         self.owner[row], self.blocks[row], self.names[row], self.followers[row] = None, [], [], []
         self.tables[row] = SPARE
-        self.follows[row] = self.is_drafting[row] = False
+        self.follows[row] = self.is_drafting[row] = self.is_special[row] = False
+        self.keeps_all[row] = True
         self.drafts[row] = 0
         heapq.heappush(self.free, row)
 
 
 def answer_seed(seed: int, answer: int) -> int:
-    """Seed of one of a request's answers, as an unsigned 64-bit number."""
-    return (seed * 0x2545F4914F6CDD1D + answer * 0x9E3779B97F4A7C15 + 1) % 2**64
+    """Seed of one of a request's answers, an unsigned 64-bit number, for `uniforms`."""
+    start = (seed * 0x2545F4914F6CDD1D + answer * 0x9E3779B97F4A7C15 + 1) % 2**64
+    return int(mix(numpy.array([start], dtype=numpy.uint64))[0])
