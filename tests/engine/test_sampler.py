@@ -17,9 +17,7 @@ def draw(
     uniform: float, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS
 ) -> tuple[int, float]:
     kept = None if top_p == 1 else (torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
-    tokens, log_probs = sample(
-        logits, torch.tensor([temperature]), torch.tensor([uniform], dtype=torch.float64), kept
-    )
+    tokens, log_probs = sample(logits, torch.tensor([temperature]), torch.tensor([uniform], dtype=torch.float64), kept)
     return int(tokens[0]), float(log_probs[0])
 
 

@@ -321,6 +321,35 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     torch.testing.assert_close(few, theirs)
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [kernels.Heads(1, 96, 0, 0, 0, 64), kernels.Heads(3, 64, 64, 192, 64, 64), kernels.Heads(2, 32, 32, 64, 32, 32)],
+    ids=["mla", "gqa, 64", "gqa, 32"],
+)
+@pytest.mark.parametrize("per_group", [1, 3, 40])
+def test_tiles_of_a_cache_in_bf16_are_read_alike_alone_and_in_company(heads, per_group):
+    """Long contexts, chunks of prompts over the edge of a block, and blocks whose rest holds what is not a number."""
+    width = max(heads.key_width, heads.value_at + heads.groups * heads.value_step)
+    entries = drawn(15, 64, width).bfloat16()
+    tables = (1 + torch.randperm(14, generator=torch.Generator().manual_seed(0))[:12]).view(2, 6).int()
+    chunk = torch.arange(100, 147)
+    owner, last = torch.tensor([0] * len(chunk) + [1], dtype=torch.int32), torch.cat((chunk, torch.tensor([330])))
+    entries[0] = torch.nan
+    entries[int(tables[0, 2]), 19:] = torch.nan  # behind token 146
+    entries[int(tables[1, 5]), 11:] = torch.nan
+    query = drawn(len(owner), heads.groups, per_group, heads.key_width).bfloat16()
+
+    def read(rows):
+        return kernels.read_cache(query[rows], Pages(entries, tables, owner[rows]), last[rows], heads, 0.2)
+
+    together = read(slice(None))
+    assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, 46, 47))
+    assert torch.equal(read(slice(30, 48)), together[30:])
+    whole = Pages(entries.float().nan_to_num(), tables, owner)
+    exact = read_pages(query.float(), whole, last, heads, 0.2)
+    assert (together.float() - exact).norm() < 6e-3 * exact.norm()  # probabilities are rounded to bf16
+
+
 def test_threads_that_ask_at_once_build_once(monkeypatch):
     """The workers of a trainer ask together; both compiled, on the cores they shared."""
     built = []

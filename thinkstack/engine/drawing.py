@@ -101,9 +101,7 @@ def _shape(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
         logits[~allowed.to(logits.device)] = -torch.inf
 
 
-def _report(
-    table: SequenceTable, row: int, offset: int, place: int, drawn: Drawn, raw: Tensor, shaped: Tensor
-) -> None:
+def _report(table: SequenceTable, row: int, offset: int, place: int, drawn: Drawn, raw: Tensor, shaped: Tensor) -> None:
     """What a special row's token and its log-probability become; raw, shaped: logits (V,) of the model itself and those
     drawn from."""
     sampling = table.held(row)[0].sampling

@@ -63,9 +63,7 @@ Kept = tuple[Tensor, Tensor, Tensor]
 """Which tokens may be drawn: top_k (B,) int64, 0 for all, top_p (B,) and min_p (B,) fp32."""
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | None = None
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution.
 
     logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). kept: None where every token

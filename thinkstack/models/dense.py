@@ -13,7 +13,7 @@ from thinkstack.models import kernels
 from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
 from thinkstack.models.blocked import blocked, multiply
-from thinkstack.models.layers import Projection, SwiGLU, rope_table
+from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table
 from thinkstack.models.moe import MoE
 from thinkstack.models.pages import Pages
 from thinkstack.models.quant import Packed, PackedLinear
@@ -24,8 +24,8 @@ PACKED = PLAIN - {Projection, MoE} | {PackedLinear, Packed}
 Weights = dict[str, Tensor | None]
 
 
-class Blocks(NamedTuple):
-    """One block's matrices as oneDNN multiplies them, those of one input in one, and their biases in bf16."""
+class Parts(NamedTuple):
+    """One block's matrices as oneDNN multiplies them, those of one input in one, biases in bf16, norms in fp32."""
 
     qkv: Tensor
     """(D, (H + 2 G) W)."""
@@ -37,6 +37,10 @@ class Blocks(NamedTuple):
     """(I, D)."""
     qkv_bias: Tensor | None
     out_bias: Tensor | None
+    norms: tuple[Tensor, Tensor]
+    """Before attention and before the feed-forward, (D,)."""
+    head_norms: tuple[Tensor | None, Tensor | None]
+    """Of queries and keys, (W,)."""
 
 
 class Dense:
@@ -52,12 +56,11 @@ class Dense:
         self.heads["interleaved"] = int(attention.interleaved)
         self.sizes = self.heads | {"I": ffn.w1.out_features, "packed": int("sq" in self.kept[0])}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
-        self.norm = model.norm.weight.detach().float()
-        self.blocked: list[Blocks] = []
+        self.parts: list[Parts] = []
         """Of all blocks, once many tokens have come."""
-        parts = [part for block in blocks for part in block.modules()]
-        multiplies = all(part.blocked is not None for part in parts if isinstance(part, Projection))
-        self.most_tokens = kernels.FEW if self.sizes["packed"] or not multiplies else 1 << 40
+        layers = [part for block in blocks for part in block.modules() if isinstance(part, Projection)]
+        is_blocked = bool(layers) and all(layer.blocked is not None for layer in layers)
+        self.most_tokens = 1 << 40 if is_blocked else kernels.FEW
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As WholeModel says."""
@@ -69,18 +72,17 @@ class Dense:
         return self.model.norm(x), None
 
     def _many(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
-        """Take x (N, D) through all blocks; it ends as the sum before the last norm, which is returned."""
-        self.blocked = self.blocked or [_blocks(block) for block in self.blocks]
+        """Take x (N, D) through all blocks, in place. Returns the norm of what it becomes."""
+        self.parts = self.parts or [_parts(block) for block in self.blocks]
         eps = self.scales["eps"]
-        norms = [held["attention_norm"] for held in self.kept[1:]] + [self.norm]
-        normed, _ = kernels.rms_norm(x, self.kept[0]["attention_norm"], eps, keep=False)
-        for layer, (block, held, following) in enumerate(zip(self.blocked, self.kept, norms, strict=True)):
-            own = pages._replace(entries=cache[layer])
-            qkv = multiply(normed, block.qkv, block.qkv_bias)
-            read = kernels.attend_new(qkv, (held["q_norm"], held["k_norm"]), self.heads, rope, positions, own, self.scales)
-            normed = kernels.add_norm(x, multiply(read, block.out, block.out_bias), held["ffn_norm"], eps)
-            wide = kernels.swiglu_halves(multiply(normed, block.gate_up))
-            normed = kernels.add_norm(x, multiply(wide, block.down), following, eps)
+        following = [part.norms[0] for part in self.parts[1:]] + [self.model.norm.weight.detach().float()]
+        normed, _ = kernels.rms_norm(x, self.parts[0].norms[0], eps, keep=False)
+        for layer, (part, last_norm) in enumerate(zip(self.parts, following, strict=True)):
+            qkv, own = multiply(normed, part.qkv, part.qkv_bias), pages._replace(entries=cache[layer])
+            read = kernels.attend_new(qkv, part.head_norms, self.heads, rope, positions, own, self.scales)
+            normed = kernels.add_norm(x, multiply(read, part.out, part.out_bias), part.norms[1], eps)
+            wide = kernels.swiglu_halves(multiply(normed, part.gate_up))
+            normed = kernels.add_norm(x, multiply(wide, part.down), last_norm, eps)
         return normed
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
@@ -126,8 +128,8 @@ def _weights(block: Block) -> Weights:
     return found | {name: None if vector is None else vector.detach().float() for name, vector in vectors.items()}
 
 
-def _blocks(block: Block) -> Blocks:
-    """A block's matrices in oneDNN's layout."""
+def _parts(block: Block) -> Parts:
+    """What many tokens are multiplied with."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
 
@@ -135,5 +137,10 @@ def _blocks(block: Block) -> Blocks:
         biases = [layer.bias.bfloat16() for layer in layers if layer.bias is not None]
         return blocked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
 
+    def fp32(norm: RMSNorm | None) -> Tensor | None:
+        return None if norm is None else norm.weight.detach().float()
+
     (qkv, qkv_bias), (out, out_bias) = together(a.wq, a.wk, a.wv), together(a.wo)
-    return Blocks(qkv, out, together(ffn.w1, ffn.w3)[0], together(ffn.w2)[0], qkv_bias, out_bias)
+    gate_up, down = together(ffn.w1, ffn.w3)[0], together(ffn.w2)[0]
+    norms = block.attention_norm.weight.detach().float(), block.ffn_norm.weight.detach().float()
+    return Parts(qkv, out, gate_up, down, qkv_bias, out_bias, norms, (fp32(a.q_norm), fp32(a.k_norm)))

@@ -41,7 +41,7 @@ struct Groups {
 // Scratch of one thread. W: width of queries and keys, V: of values.
 class Tiles {
  public:
-  static bool takes(int64_t W, int64_t V) { return W % 32 == 0 && V % 32 == 0; }
+  static bool takes(int64_t W, int64_t V, int64_t block) { return W % 32 == 0 && V % 32 == 0 && block % LANES == 0; }
 
   // block: tokens of a block of the cache.
   Tiles(int64_t W, int64_t V, int64_t block)
@@ -148,7 +148,7 @@ class Reader {
  public:
   // block: tokens of a block of the cache; longest: tokens that a sequence may have.
   Reader(int64_t W, int64_t V, int64_t block, int64_t longest) : W_(W), V_(V) {
-    if (std::is_same<T, bf16>::value && Tiles::takes(W, V)) tiles_.reset(new Tiles(W, V, block));
+    if (std::is_same<T, bf16>::value && Tiles::takes(W, V, block)) tiles_.reset(new Tiles(W, V, block));
     else scores_.reset(new float[QUERIES * round_up(longest + 4)]);
   }
   template <typename Places>
