@@ -328,23 +328,26 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
 )
 @pytest.mark.parametrize("per_group", [1, 3, 40])
 def test_tiles_of_a_cache_in_bf16_are_read_alike_alone_and_in_company(heads, per_group):
-    """Long contexts, chunks of prompts over the edge of a block, and blocks whose rest holds what is not a number."""
+    """Chunks of prompts over the edge of a block, contexts of several segments, which few sequences read in parts at
+    once, and blocks whose rest holds what is not a number."""
     width = max(heads.key_width, heads.value_at + heads.groups * heads.value_step)
-    entries = drawn(15, 64, width).bfloat16()
-    tables = (1 + torch.randperm(14, generator=torch.Generator().manual_seed(0))[:12]).view(2, 6).int()
-    chunk = torch.arange(100, 147)
-    owner, last = torch.tensor([0] * len(chunk) + [1], dtype=torch.int32), torch.cat((chunk, torch.tensor([330])))
+    entries = drawn(102, 64, width).bfloat16()
+    tables = (1 + torch.randperm(100, generator=torch.Generator().manual_seed(0))).view(2, 50).int()
+    tables = torch.cat((tables, tables.flip(1).repeat(5, 1)))
+    chunk = torch.arange(2020, 2067)
+    owner = torch.tensor([0] * len(chunk) + list(range(1, 12)), dtype=torch.int32)
+    last = torch.cat((chunk, torch.tensor([2498, 0, 63, 64, 1023, 1024, 1500, 2047, 2048, 3000, 9])))
     entries[0] = torch.nan
-    entries[int(tables[0, 2]), 19:] = torch.nan  # behind token 146
-    entries[int(tables[1, 5]), 11:] = torch.nan
+    tables[0, 32] = 101
+    entries[101, 19:] = torch.nan  # behind token 2066
     query = drawn(len(owner), heads.groups, per_group, heads.key_width).bfloat16()
 
     def read(rows):
         return kernels.read_cache(query[rows], Pages(entries, tables, owner[rows]), last[rows], heads, 0.2)
 
     together = read(slice(None))
-    assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, 46, 47))
-    assert torch.equal(read(slice(30, 48)), together[30:])
+    assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, *range(46, 58)))
+    assert torch.equal(read(slice(30, 50)), together[30:50])
     whole = Pages(entries.float().nan_to_num(), tables, owner)
     exact = read_pages(query.float(), whole, last, heads, 0.2)
     assert (together.float() - exact).norm() < 6e-3 * exact.norm()  # probabilities are rounded to bf16

@@ -48,10 +48,17 @@ struct Step {
   const int64_t queries, keys;  // widths of all heads
   std::vector<bf16> query, mixed, wide;
   std::vector<float> qkv, middle, gate, up;
+  Attend<bf16> attend;
 
   explicit Step(const BlockSteps& a)
       : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), mixed(N * queries), wide(N * a.I),
-        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I) {}
+        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(reading()) {}
+
+  Decode reading() {
+    Decode read{query.data(), a.cache, a.tables, a.owner, a.last, mixed.data(), N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * keys};
+    read.key_g = read.value_g = a.W, read.value_at = keys, read.longest = a.longest, read.threads = a.threads, read.scale = a.scale;
+    return read;
+  }
 
   Pages<bf16> pages(int64_t layer, int64_t n, int64_t at) const {
     return {a.cache + layer * a.layer_stride + at, a.tables + a.owner[n] * a.table_width, a.shift, 2 * keys};
@@ -79,13 +86,6 @@ struct Step {
     if (is_key) copy_row(head + keys, to + keys, a.W);
   }
 
-  void attend(int64_t layer, int64_t n, int64_t g, Reader<bf16>& reader) {
-    const int64_t per_group = a.H / a.G;
-    const auto places = [&](int64_t g, int64_t i) { return Place{n * a.H + g * per_group + i, a.last[n]}; };
-    const Groups<bf16> groups{pages(layer, n, 0), pages(layer, n, keys), g, g + 1, a.W, a.W};
-    reader.attend(query.data(), mixed.data(), per_group, places, groups, float(a.scale));
-  }
-
   // What one thread does of a block; all of them meet after each part.
   void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16>& reader) {
     const Share out = share(a.D), inner = share(a.I);
@@ -97,8 +97,7 @@ struct Step {
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < N * (a.H + a.G); i++) place(w, layer, i / (a.H + a.G), i % (a.H + a.G));
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < N * a.G; i++) attend(layer, i / a.G, i % a.G, reader);
+    attend.work(reader, a.cache + layer * a.layer_stride);
     input.take(mixed.data(), queries);
     rows(Matrix<M>{w.wo, w.so}, input, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) middle[n * a.D + m] = to_float(a.x[n * a.D + m]) + found[n] + (w.bo ? w.bo[m] : 0);
@@ -128,7 +127,7 @@ struct Step {
   void run() {
 #pragma omp parallel num_threads(a.threads)
     {
-      Reader<bf16> reader(a.W, a.W, 1 << a.shift, a.longest);
+      Reader<bf16> reader = attend.reader();
       std::vector<bf16> normed(N * a.D);
       Input<N, M> input(std::max({a.D, queries, a.I}));
       const auto layers = static_cast<const BlockWeights<M>*>(a.layers);

@@ -2,9 +2,6 @@
 // multi-head latent attention, the heads of a group in grouped-query attention. So do the tokens of a prompt.
 #include "decode.h"
 
-#include <memory>
-#include <vector>
-
 // Queries, keys and values of N new tokens in grouped-query attention, as they come from their projection.
 struct AttendNew {
   const bf16* qkv;                 // (N, (H + 2 G) W): heads of queries, keys, values
@@ -19,35 +16,13 @@ struct AttendNew {
 
 namespace {
 
-constexpr int64_t TOKENS = 32;  // of one sequence at a time
-
 template <typename T>
 void run(const Decode& a) {
-  struct Run {
-    int64_t start, count;
-  };
-  std::vector<Run> runs;
-  for (int64_t n = 0; n < a.N; n += runs.back().count) runs.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
-  // Many runs: the groups of one on one thread, which finds in its cache what the first group has brought there.
-  const int64_t together = int64_t(runs.size()) >= 4 * a.threads ? a.G : 1;
-  const auto pages = [&](int64_t run, int64_t at) {
-    const T* entries = static_cast<const T*>(a.entries) + at;
-    return Pages<T>{entries, a.tables + a.owner[runs[run].start] * a.table_width, a.shift, a.entry_width};
-  };
+  Attend<T> attend(a);
 #pragma omp parallel num_threads(a.threads)
   {
-    Reader<T> reader(a.W, a.V, 1 << a.shift, a.longest);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < int64_t(runs.size()) * a.G / together; i++) {
-      const int64_t n = i * together / a.G, g = i * together % a.G, following = std::min<int64_t>(n + a.threads, runs.size() - 1);
-      Groups<T> groups{pages(n, 0), pages(n, a.value_at), g, g + together, a.key_g, a.value_g};
-      if (together == a.G) groups.upcoming = pages(following, 0).at(0);
-      const auto places = [&](int64_t g, int64_t i) {
-        const int64_t token = runs[n].start + i / a.Q;
-        return Place{(token * a.G + g) * a.Q + i % a.Q, a.last[token]};
-      };
-      reader.attend(static_cast<const T*>(a.query), static_cast<T*>(a.out), runs[n].count * a.Q, places, groups, float(a.scale));
-    }
+    Reader<T> reader = attend.reader();
+    attend.work(reader, static_cast<const T*>(a.entries));
   }
 }
 
@@ -58,9 +33,13 @@ extern "C" void decode(const Decode* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*
 // The new tokens' entries go to the cache, then the tokens read it.
 extern "C" void attend_new(const AttendNew* a) {
   const int64_t W = a->W, heads = a->H + 2 * a->G, width = 2 * a->G * W;
+  Decode read{a->query, a->entries, a->tables, a->owner, a->last, a->out, a->N, a->G, a->H / a->G, W, W, a->shift, a->table_width, width};
+  read.key_g = read.value_g = W, read.value_at = a->G * W, read.longest = a->longest, read.threads = a->threads, read.scale = a->scale;
+  Attend<bf16> attend(read);
 #pragma omp parallel num_threads(a->threads)
   {
     std::vector<float> room(W);
+    Reader<bf16> reader = attend.reader();
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a->N; n++) {
       const bf16* head = a->qkv + n * heads * W;
@@ -73,8 +52,6 @@ extern "C" void attend_new(const AttendNew* a) {
       }
       std::copy(head, head + a->G * W, entry + a->G * W);
     }
+    attend.work(reader, a->entries);
   }
-  Decode read{a->query, a->entries, a->tables, a->owner, a->last, a->out, a->N, a->G, a->H / a->G, W, W, a->shift, a->table_width, width};
-  read.key_g = read.value_g = W, read.value_at = a->G * W, read.longest = a->longest, read.threads = a->threads, read.scale = a->scale;
-  decode(&read, 1);
 }

@@ -2,10 +2,12 @@
 #pragma once
 #include "tiles.h"
 
+#include <vector>
+
 // N tokens, G groups, Q query heads per group, W key width, V value width.
 struct Decode {
   const void* query;      // (N, G, Q, W)
-  const void* entries;    // of one layer, (blocks, 2^shift, entry width)
+  const void* entries;    // of one layer, (blocks, 2^shift, entry_width)
   const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
   const int32_t* owner;   // (N,): the sequence of each token
   const int64_t* last;    // (N,): the last token of it that it sees; the first is 0
@@ -16,7 +18,92 @@ struct Decode {
   double scale;  // of the scores
 };
 
-extern "C" void decode(const Decode* a, int64_t is_bf16);
+// What a team of threads does together. Runs of tokens of one sequence are read by one thread each; where there are few,
+// each group of their heads by another, or, by tiles, each segment of their context.
+template <typename T>
+class Attend {
+ public:
+  explicit Attend(const Decode& a) : a_(a) {
+    for (int64_t n = 0; n < a.N; n += runs_.back().count) runs_.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
+    is_many_ = int64_t(runs_.size()) >= 4 * a.threads;
+    if (is_many_ || !Reader<T>::by_tiles(a.W, a.V, 1 << a.shift)) return;
+    int64_t rows = 0;
+    for (int64_t n = 0; n < int64_t(runs_.size()); n++) {
+      const Run& run = runs_[n];
+      rows = std::max(rows, run.count * a.Q * a.G);
+      const int64_t last = *std::max_element(a.last + run.start, a.last + run.start + run.count);
+      for (int64_t from = 0; from <= last; from += Tiles::SEGMENT) parts_.push_back({n, from});
+    }
+    apart_ = Mixed::floats(rows, a.V);
+    room_.reset(new float[apart_ * parts_.size()]);
+  }
+
+  Reader<T> reader() const { return {a_.W, a_.V, 1 << a_.shift, a_.longest}; }
+
+  // All threads of a team call it; entries: of a layer, in place of the first one's.
+  void work(Reader<T>& reader, const T* entries) {
+    if (!parts_.empty()) return by_segments(reader, entries);
+    const int64_t together = is_many_ ? a_.G : 1;  // the first group brings what the others then find in the thread's cache
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < int64_t(runs_.size()) * a_.G / together; i++) {
+      const int64_t n = i * together / a_.G, g = i * together % a_.G, later = std::min<int64_t>(n + a_.threads, runs_.size() - 1);
+      Groups<T> groups = groups_of(n, entries, g, g + together);
+      groups.fetches = is_many_, groups.upcoming = pages(later, entries).at(0);
+      reader.attend(query(), out(), runs_[n].count * a_.Q, places(n), groups, float(a_.scale));
+    }
+  }
+
+ private:
+  static constexpr int64_t TOKENS = 32;  // of a run at most
+  struct Run {
+    int64_t start, count;
+  };
+  struct Part {
+    int64_t run, from;
+  };
+
+  void by_segments(Reader<T>& reader, const T* entries) {
+    if constexpr (std::is_same<T, bf16>::value) {
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < int64_t(parts_.size()); i++) {
+        const int64_t n = parts_[i].run, count = runs_[n].count * a_.Q;
+        Groups<T> groups = groups_of(n, entries, 0, a_.G);
+        groups.fetches = true;
+        reader.tiles().attend_part(query(), count, places(n), groups, parts_[i].from, Mixed(room_.get() + i * apart_, count * a_.G), float(a_.scale));
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < int64_t(parts_.size()); i++) {
+        const int64_t n = parts_[i].run;
+        if (parts_[i].from > 0) continue;
+        int64_t segments = 1;
+        while (i + segments < int64_t(parts_.size()) && parts_[i + segments].run == n) segments++;
+        reader.tiles().join(room_.get() + i * apart_, apart_, segments, out(), runs_[n].count * a_.Q, places(n), groups_of(n, entries, 0, a_.G));
+      }
+    }
+  }
+
+  const T* query() const { return static_cast<const T*>(a_.query); }
+  T* out() const { return static_cast<T*>(a_.out); }
+  Pages<T> pages(int64_t run, const T* entries) const {
+    return {entries, a_.tables + a_.owner[runs_[run].start] * a_.table_width, a_.shift, a_.entry_width};
+  }
+  Groups<T> groups_of(int64_t run, const T* entries, int64_t from, int64_t to) const {
+    return {pages(run, entries), pages(run, entries + a_.value_at), from, to, a_.key_g, a_.value_g};
+  }
+  auto places(int64_t run) const {
+    return [this, start = runs_[run].start](int64_t g, int64_t i) {
+      const int64_t token = start + i / a_.Q;
+      return Place{(token * a_.G + g) * a_.Q + i % a_.Q, a_.last[token]};
+    };
+  }
+
+  const Decode a_;
+  std::vector<Run> runs_;
+  bool is_many_;
+  std::vector<Part> parts_;  // where segments are read apart: run by run, in order
+  int64_t apart_;            // floats of a part
+  std::unique_ptr<float[]> room_;
+};
 
 template <typename From, typename To>
 void copy_row(const From* from, To* to, int64_t width) {

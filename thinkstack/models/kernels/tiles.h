@@ -35,72 +35,146 @@ template <typename T>
 struct Groups {
   Pages<T> keys, values;  // of group 0
   int64_t from, to, key_g, value_g;
-  const T* upcoming = nullptr;  // entries that are read next, on this thread
+  bool fetches = false;         // whether to ask for entries before they are needed
+  const T* upcoming = nullptr;  // what is read after them
+};
+
+// What some queries have read: their largest score, the sum of e^(score - top), and the values mixed by these.
+struct Mixed {
+  float *top, *mass, *out;  // (rows,), (rows,), (rows, V)
+
+  static int64_t floats(int64_t rows, int64_t V) { return rows * (V + 2); }
+  Mixed(float* room, int64_t rows) : top(room), mass(room + rows), out(room + 2 * rows) {}
+
+  void clear(int64_t rows, int64_t V) {
+    std::fill(top, top + rows, -INFINITY);
+    std::fill(mass, mass + rows, 0.0f);
+    std::fill(out, out + rows * V, 0.0f);
+  }
+  // Row n counts so much less, because scores up to `most` were found.
+  void raise(int64_t n, float most, int64_t V) {
+    if (most == top[n]) return;
+    const float less = exp_of(splat(top[n] - most))[0];
+    top[n] = most, mass[n] *= less;
+    for (int64_t c = 0; c < V; c += LANES) store(out + n * V + c, load(out + n * V + c) * less);
+  }
+  // Row n of what was read of other tokens, which is spoilt.
+  void add(int64_t n, Mixed other, int64_t m, int64_t V) {
+    const float most = std::max(top[n], other.top[m]);
+    raise(n, most, V);
+    other.raise(m, most, V);
+    mass[n] += other.mass[m];
+    for (int64_t c = 0; c < V; c += LANES) store(out + n * V + c, load(out + n * V + c) + load(other.out + m * V + c));
+  }
+  void write(int64_t n, bf16* row, int64_t V) const {
+    for (int64_t c = 0; c < V; c += LANES) store(row + c, load(out + n * V + c) / mass[n]);
+  }
 };
 
 // Scratch of one thread. W: width of queries and keys, V: of values.
 class Tiles {
  public:
-  static bool takes(int64_t W, int64_t V, int64_t block) { return W % 32 == 0 && V % 32 == 0 && block % LANES == 0; }
+  static constexpr int64_t SEGMENT = 1024;  // tokens that are read in one go; what came of several is added in their order
+  static bool takes(int64_t W, int64_t V, int64_t block) { return W % 32 == 0 && V % 32 == 0 && block % LANES == 0 && SEGMENT % block == 0; }
 
   // block: tokens of a block of the cache.
   Tiles(int64_t W, int64_t V, int64_t block)
-      : W_(W), V_(V), block_(block), scratch_(4 * (block * (W + V) / 2 + ROWS * (W / 2 + block / 2 + block + V)) + 6 * Scratch::SLACK) {
+      : W_(W), V_(V), block_(block),
+        scratch_(4 * (block * (W + V) / 2 + ROWS * (W / 2 + block / 2 + block) + 2 * Mixed::floats(ROWS, V)) + 7 * Scratch::SLACK),
+        mixed_(scratch_.take<float>(Mixed::floats(ROWS, V)), ROWS), all_(scratch_.take<float>(Mixed::floats(ROWS, V)), ROWS) {
     keys_ = scratch_.take<uint32_t>(block * W / 2);
     values_ = scratch_.take<uint32_t>(block * V / 2);
     queries_ = scratch_.take<bf16>(ROWS * W);
     probs_ = scratch_.take<bf16>(ROWS * block);
     scores_ = scratch_.take<float>(ROWS * block);
-    out_ = scratch_.take<float>(ROWS * V);
   }
 
   // places(g, i): as of attend_to, for query i of group g; each group has `count`.
   template <typename Places>
   void attend(const bf16* query, bf16* out, int64_t count, Places places, const Groups<bf16>& groups, float scale) {
-    for (int64_t i = 0; i < count; i += ROWS) {
-      const int64_t rows = std::min(ROWS, count - i), together = std::max<int64_t>(ROWS / rows, 1);
-      for (int64_t g = groups.from; g < groups.to; g += together) {
-        Groups<bf16> own = groups;
-        own.from = g, own.to = std::min(g + together, groups.to);
-        some(query, out, rows, [&](int64_t n) { return places(g + n / rows, i + n % rows); }, own, scale);
+    by_tiles(count, places, groups, [&](const Groups<bf16>& own, int64_t rows, int64_t all, auto place) {
+      begin(query, all, place);
+      const int64_t last = furthest(all);
+      read(rows, all, own, 0, last, scale);
+      if (last >= SEGMENT) std::swap(all_, mixed_);
+      for (int64_t from = SEGMENT; from <= last; from += SEGMENT) {
+        read(rows, all, own, from, last, scale);
+        for (int64_t n = 0; n < all; n++) all_.add(n, mixed_, n, V_);
       }
-    }
+      for (int64_t n = 0; n < all; n++) (last < SEGMENT ? mixed_ : all_).write(n, out + place(n).row * V_, V_);
+    });
+  }
+
+  // Only the tokens of the segment that begins at `from`, into rows of `into`, in the order of the tiles.
+  template <typename Places>
+  void attend_part(const bf16* query, int64_t count, Places places, const Groups<bf16>& groups, int64_t from, Mixed into, float scale) {
+    int64_t at = 0;
+    by_tiles(count, places, groups, [&](const Groups<bf16>& own, int64_t rows, int64_t all, auto place) {
+      begin(query, all, place);
+      read(rows, all, own, from, furthest(all), scale);
+      for (int64_t n = 0; n < all; n++, at++) {
+        into.top[at] = mixed_.top[n], into.mass[at] = mixed_.mass[n];
+        std::copy(mixed_.out + n * V_, mixed_.out + (n + 1) * V_, into.out + at * V_);
+      }
+    });
+  }
+  // The parts of all segments, `apart` floats from each other, to `out`. The first becomes their sum.
+  template <typename Places>
+  void join(float* parts, int64_t apart, int64_t segments, bf16* out, int64_t count, Places places, const Groups<bf16>& groups) {
+    const int64_t total = count * (groups.to - groups.from);
+    Mixed sum(parts, total);
+    int64_t at = 0;
+    by_tiles(count, places, groups, [&](const Groups<bf16>&, int64_t, int64_t all, auto place) {
+      for (int64_t n = 0; n < all; n++, at++) {
+        for (int64_t s = 1; s < segments; s++) sum.add(at, Mixed(parts + s * apart, total), at, V_);
+        sum.write(at, out + place(n).row * V_, V_);
+      }
+    });
   }
 
  private:
   static constexpr int64_t ROWS = 96;
   static const uint32_t* units(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
 
-  // `rows` queries of each group; places(n) of all of them, group by group.
-  template <typename Places>
-  void some(const bf16* query, bf16* out, int64_t rows, Places places, const Groups<bf16>& groups, float scale) {
-    const int64_t all = (groups.to - groups.from) * rows, stride = groups.keys.stride;
-    begin(query, all, places);
-    const int64_t last = *std::max_element(last_, last_ + all);
-    groups.keys.through(last, [&](int64_t s, const bf16* entries, int64_t tokens) {
-      const int64_t columns = round_up(tokens), later = std::min(last + 1 - s - block_, block_);
-      const bf16* next = later > 0 ? groups.keys.at(s + block_) : groups.upcoming;
+  // each(groups, rows of a group, all rows, place of each row) for so many queries as fit, of as many groups as fit.
+  template <typename Places, typename Each>
+  static void by_tiles(int64_t count, Places places, const Groups<bf16>& groups, Each each) {
+    for (int64_t i = 0; i < count; i += ROWS) {
+      const int64_t rows = std::min(ROWS, count - i), together = std::max<int64_t>(ROWS / rows, 1);
+      for (int64_t g = groups.from; g < groups.to; g += together) {
+        Groups<bf16> own = groups;
+        own.from = g, own.to = std::min(g + together, groups.to);
+        each(own, rows, (own.to - g) * rows, [&](int64_t n) { return places(g + n / rows, i + n % rows); });
+      }
+    }
+  }
+
+  template <typename Place>
+  void begin(const bf16* query, int64_t all, Place place) {
+    for (int64_t n = 0; n < all; n++) {
+      const auto found = place(n);
+      std::copy(query + found.row * W_, query + (found.row + 1) * W_, queries_ + n * W_);
+      last_[n] = found.last;
+    }
+  }
+  int64_t furthest(int64_t all) const { return *std::max_element(last_, last_ + all); }
+
+  // The segment from `from` on, to token `last` at most: into mixed_.
+  void read(int64_t rows, int64_t all, const Groups<bf16>& groups, int64_t from, int64_t last, float scale) {
+    const int64_t end = std::min(last + 1, from + SEGMENT), stride = groups.keys.stride;
+    mixed_.clear(all, V_);
+    for (int64_t s = from; s < end; s += block_) {
+      const int64_t tokens = std::min(end - s, block_), columns = round_up(tokens), later = std::min(last + 1 - s - block_, block_);
+      const bf16 *entries = groups.keys.at(s), *next = later > 0 ? groups.keys.at(s + block_) : groups.upcoming;
       const int64_t times = (groups.to - groups.from) * (columns / LANES * (W_ / 32) + (tokens + 1) / 2);
-      Fetch fetch(next, groups.upcoming ? (later > 0 ? later : block_) * stride * sizeof(bf16) : 0, times);
+      Fetch fetch(next, groups.fetches && next ? (later > 0 ? later : block_) * stride * sizeof(bf16) : 0, times);
       for (int64_t g = groups.from, row = 0; g < groups.to; g++, row += rows) {
         pack_transposed(units(entries + g * groups.key_g), stride / 2, keys_, columns, W_ / 2, [&] { fetch.some(); });
         multiply<uint32_t>({units(queries_ + row * W_), W_ / 2, 1}, keys_, columns, scores_, columns, rows, columns, W_ / 2, false);
         for (int64_t n = 0; n < rows; n++) weigh(row + n, n, std::min(last_[row + n] + 1 - s, tokens), columns, scale);
         pack_values(groups.values.at(s) + g * groups.value_g, stride, tokens, fetch);
-        multiply<uint32_t>({units(probs_), columns / 2, 1}, values_, V_, out_ + row * V_, V_, rows, V_, (tokens + 1) / 2, true);
+        multiply<uint32_t>({units(probs_), columns / 2, 1}, values_, V_, mixed_.out + row * V_, V_, rows, V_, (tokens + 1) / 2, true);
       }
-    });
-    for (int64_t n = 0; n < all; n++)
-      for (int64_t c = 0; c < V_; c += LANES) store(out + places(n).row * V_ + c, load(out_ + n * V_ + c) / mass_[n]);
-  }
-
-  template <typename Places>
-  void begin(const bf16* query, int64_t rows, Places places) {
-    std::fill(out_, out_ + rows * V_, 0.0f);
-    for (int64_t row = 0; row < rows; row++) {
-      const Place place = places(row);
-      std::copy(query + place.row * W_, query + (place.row + 1) * W_, queries_ + row * W_);
-      last_[row] = place.last, top_[row] = -INFINITY, mass_[row] = 0;
     }
   }
 
@@ -113,44 +187,43 @@ class Tiles {
       }
   }
 
-  // Scores n of a row become probabilities, relative to the largest so far; what was mixed before is brought to it.
+  // Scores n of a row become probabilities, relative to the largest so far.
   void weigh(int64_t row, int64_t n, int64_t seen, int64_t columns, float scale) {
     float* scores = scores_ + n * columns;
     for (int64_t t = std::max<int64_t>(seen, 0); t < columns; t++) scores[t] = -INFINITY;
-    vf best = splat(top_[row]), total{};
+    vf best = splat(mixed_.top[row]), total{};
     for (int64_t c = 0; c < columns; c += LANES) best = larger(load(scores + c) * scale, best);
-    const float top = largest(best);
+    const float top = largest(best), zero = seen > 0 ? top : 0;  // a row that sees nothing yet has no score
     for (int64_t c = 0; c < columns; c += LANES) {
-      const vf p = exp_of(load(scores + c) * scale - top);
+      const vf p = exp_of(load(scores + c) * scale - zero);
       total += p;
       store(probs_ + n * columns + c, p);
     }
-    if (top != top_[row]) {
-      const float less = exp_of(splat(top_[row] - top))[0];
-      mass_[row] *= less;
-      for (int64_t c = 0; c < V_; c += LANES) store(out_ + row * V_ + c, load(out_ + row * V_ + c) * less);
-      top_[row] = top;
-    }
-    mass_[row] += sum(total);
+    if (seen > 0) mixed_.raise(row, top, V_);
+    mixed_.mass[row] += sum(total);
   }
 
   const int64_t W_, V_, block_;
   Scratch scratch_;
+  Mixed mixed_, all_;  // of the segment that is being read; of those before
   uint32_t *keys_, *values_;
   bf16 *queries_, *probs_;
-  float *scores_, *out_, top_[ROWS], mass_[ROWS];
+  float* scores_;
   int64_t last_[ROWS];
 };
 
-// Attention over a cache, with the scratch of one thread: by tiles in bf16, where widths allow it.
+// Attention over a cache, with the scratch of one thread: by tiles where they can be.
 template <typename T>
 class Reader {
  public:
   // block: tokens of a block of the cache; longest: tokens that a sequence may have.
   Reader(int64_t W, int64_t V, int64_t block, int64_t longest) : W_(W), V_(V) {
-    if (std::is_same<T, bf16>::value && Tiles::takes(W, V, block)) tiles_.reset(new Tiles(W, V, block));
+    if (by_tiles(W, V, block)) tiles_.reset(new Tiles(W, V, block));
     else scores_.reset(new float[QUERIES * round_up(longest + 4)]);
   }
+  static bool by_tiles(int64_t W, int64_t V, int64_t block) { return std::is_same<T, bf16>::value && Tiles::takes(W, V, block); }
+  Tiles& tiles() { return *tiles_; }
+
   template <typename Places>
   void attend(const T* query, T* out, int64_t count, Places places, const Groups<T>& groups, float scale) {
     if constexpr (std::is_same<T, bf16>::value)
@@ -158,7 +231,7 @@ class Reader {
     for (int64_t g = groups.from; g < groups.to; g++) {
       Pages<T> keys = groups.keys, values = groups.values;
       keys.base += g * groups.key_g, values.base += g * groups.value_g;
-      keys.ahead = groups.to - groups.from > 1 && g == groups.from ? keys.stride : 0;  // for all groups
+      keys.ahead = groups.fetches && g == groups.from ? keys.stride : 0;  // for all groups
       attend_to(query, out, count, [&](int64_t i) { return places(g, i); }, keys, values, scores_.get(), W_, V_, scale);
     }
   }
