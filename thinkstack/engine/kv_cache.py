@@ -5,6 +5,7 @@ MLA keeps a latent and a rotated key per token, GQA keys and values; both arrive
 
 # Shapes in this file: L layers, N new tokens, P = BLOCK tokens of a block, W width of an entry, K experts per token.
 
+import math
 from collections.abc import Sequence
 
 import numpy
@@ -14,6 +15,9 @@ from torch import Tensor
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.pages import Pages
+
+LINE = 64
+"""Bytes that a processor's cache fetches at once."""
 
 
 class KVCache:
@@ -35,9 +39,7 @@ class KVCache:
         if device is not None and device.type != "cpu":
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         else:
-            # numpy's zeros take no memory until written; zeros, not garbage: a masked NaN would still be NaN
-            kind = numpy.float32 if dtype == torch.float32 else numpy.uint16
-            self.data = torch.from_numpy(numpy.zeros(shape, dtype=kind)).view(dtype)
+            self.data = _zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
         self.experts: numpy.ndarray | None = None
         if experts is not None:
             self.experts = numpy.zeros((num_blocks, BLOCK, *experts[:2]), dtype=experts[2])
@@ -59,6 +61,14 @@ class KVCache:
             return None
         found = self.experts[list(blocks)]
         return torch.from_numpy(found.reshape(-1, *found.shape[2:])[:count].copy())
+
+
+def _zeros(size: int) -> Tensor:
+    """So many bytes, from the beginning of a line of the processor's cache. numpy's zeros take no memory until they are
+    written; zeros, not garbage: a masked NaN would still be NaN."""
+    held = numpy.zeros(size + LINE, dtype=numpy.uint8)
+    start = -held.ctypes.data % LINE
+    return torch.from_numpy(held[start : start + size])
 
 
 class View:

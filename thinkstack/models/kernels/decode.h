@@ -35,7 +35,7 @@ class Attend {
       for (int64_t from = 0; from <= last; from += Tiles::SEGMENT) parts_.push_back({n, from});
     }
     apart_ = Mixed::floats(rows, a.V);
-    room_.reset(new float[apart_ * parts_.size()]);
+    room_ = room_for<float>(apart_ * parts_.size());
   }
 
   Reader<T> reader() const { return {a_.W, a_.V, 1 << a_.shift, a_.longest}; }
@@ -102,7 +102,7 @@ class Attend {
   bool is_many_;
   std::vector<Part> parts_;  // where segments are read apart: run by run, in order
   int64_t apart_;            // floats of a part
-  std::unique_ptr<float[]> room_;
+  Room<float> room_;
 };
 
 template <typename From, typename To>

@@ -3,7 +3,6 @@
 #include "simd.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 // B rows, V tokens.
@@ -36,7 +35,7 @@ float largest_of(const T* row, int64_t V) {
 // Of one row, each a part of the largest's; whole vectors, 0 beyond V.
 class Masses {
  public:
-  explicit Masses(int64_t V) : V_(V), held_(new float[round_up(V)]), chunks_((V + CHUNK - 1) / CHUNK) {}
+  explicit Masses(int64_t V) : V_(V), held_(room_for<float>(V)), chunks_((V + CHUNK - 1) / CHUNK) {}
 
   template <typename T>
   void take(const T* row, float top, float cold) {
@@ -139,7 +138,7 @@ class Masses {
   }
 
   const int64_t V_;
-  std::unique_ptr<float[]> held_;
+  Room<float> held_;
   std::vector<float> chunks_;
   std::vector<Bin> bins_;
   std::vector<Token> own_;

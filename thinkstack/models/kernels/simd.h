@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -26,6 +28,17 @@ struct bf16 {
 struct e4m3 {
   int8_t bits;
 };
+
+// Room for `count` numbers, from the beginning of a line of the processor's cache; whole vectors of them.
+struct Free {
+  void operator()(void* held) const { std::free(held); }
+};
+template <typename T>
+using Room = std::unique_ptr<T[], Free>;
+template <typename T>
+Room<T> room_for(int64_t count) {
+  return Room<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)));
+}
 
 inline int64_t round_up(int64_t value) { return (value + LANES - 1) / LANES * LANES; }
 inline vf splat(float x) { return vf{} + x; }

@@ -175,41 +175,56 @@ extern "C" void feed_forward(const float* rows, const float* w1, const float* w2
   }
 }
 
-// Group-limited top-k of each token. scores: (B, E); bias: (E,). best: affinities of a group that count. Ties go to the
-// lower index. Returns weights (B, K) and experts (B, K).
+namespace {
+
+// How experts are chosen: `top_groups` of `groups`, by their `best` highest affinities, then K of E.
+struct Choice {
+  int64_t E, K, groups, top_groups, best, normalise;
+  double factor;
+};
+
+// Of one token. own: affinities (E,); room: E + groups floats. Ties go to the lower index.
+void choose(const Choice& a, const float* own, const float* bias, float* weights, int64_t* experts, float* room) {
+  const float closed = -std::numeric_limits<float>::infinity();
+  const int64_t size = a.E / a.groups;
+  float* group_score = room + a.E;
+  for (int64_t e = 0; e < a.E; e++) room[e] = own[e] + bias[e];
+  for (int64_t g = 0; g < a.groups && a.top_groups < a.groups; g++) {
+    float first = closed, second = closed;
+    for (int64_t e = g * size; e < (g + 1) * size; e++)
+      if (room[e] > first) second = first, first = room[e];
+      else second = std::max(second, room[e]);
+    group_score[g] = a.best == 2 ? first + second : first;
+  }
+  for (int64_t dropped = a.top_groups; dropped < a.groups; dropped++) {  // the worst group, the last of equals
+    int64_t worst = -1;
+    for (int64_t g = 0; g < a.groups; g++)
+      if (group_score[g] != INFINITY && (worst < 0 || group_score[g] <= group_score[worst])) worst = g;
+    group_score[worst] = INFINITY;
+    std::fill(room + worst * size, room + (worst + 1) * size, closed);
+  }
+  float total = 0;
+  for (int64_t k = 0; k < a.K; k++) {
+    const int64_t top = std::max_element(room, room + a.E) - room;
+    experts[k] = top;
+    total += weights[k] = own[top];
+    room[top] = closed;
+  }
+  const float scale = a.normalise ? float(a.factor) / (total + 1e-20f) : float(a.factor);
+  for (int64_t k = 0; k < a.K; k++) weights[k] *= scale;
+}
+
+}  // namespace
+
+// Group-limited top-k of each token. scores: (B, E); bias: (E,). Returns weights (B, K) and experts (B, K).
 extern "C" void route(const float* scores, const float* bias, float* weights, int64_t* experts, int64_t B, int64_t E, int64_t K, int64_t groups,
                       int64_t top_groups, int64_t best, int64_t normalise, double factor, int64_t threads) {
-  const float closed = -std::numeric_limits<float>::infinity();
-  const int64_t size = E / groups;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t b = 0; b < B; b++) {
-    const float* own = scores + b * E;
-    std::unique_ptr<float[]> choice(new float[E + groups]);
-    float* group_score = choice.get() + E;
-    for (int64_t e = 0; e < E; e++) choice[e] = own[e] + bias[e];
-    for (int64_t g = 0; g < groups && top_groups < groups; g++) {
-      float first = closed, second = closed;
-      for (int64_t e = g * size; e < (g + 1) * size; e++)
-        if (choice[e] > first) second = first, first = choice[e];
-        else second = std::max(second, choice[e]);
-      group_score[g] = best == 2 ? first + second : first;
-    }
-    for (int64_t dropped = top_groups; dropped < groups; dropped++) {  // the worst group, the last of equals
-      int64_t worst = -1;
-      for (int64_t g = 0; g < groups; g++)
-        if (group_score[g] != INFINITY && (worst < 0 || group_score[g] <= group_score[worst])) worst = g;
-      group_score[worst] = INFINITY;
-      std::fill(choice.get() + worst * size, choice.get() + (worst + 1) * size, closed);
-    }
-    float total = 0;
-    for (int64_t k = 0; k < K; k++) {
-      const int64_t top = std::max_element(choice.get(), choice.get() + E) - choice.get();
-      experts[b * K + k] = top;
-      total += weights[b * K + k] = own[top];
-      choice[top] = closed;
-    }
-    const float scale = normalise ? float(factor) / (total + 1e-20f) : float(factor);
-    for (int64_t k = 0; k < K; k++) weights[b * K + k] *= scale;
+  const Choice choice{E, K, groups, top_groups, best, normalise, factor};
+#pragma omp parallel num_threads(threads)
+  {
+    const Room<float> room = room_for<float>(E + groups);
+#pragma omp for
+    for (int64_t b = 0; b < B; b++) choose(choice, scores + b * E, bias, weights + b * K, experts + b * K, room.get());
   }
 }
 
@@ -239,20 +254,20 @@ extern "C" void rms_norm_fp32(const void* x, const float* weight, void* y, float
 
 namespace {
 
-std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[round_up(count)]); }
-
-// Affinities (B, E) of rows (B, D).
-void affinities(const LatentModel& a, const float* rows, const float* router, float* scores) {
+// Experts and their weights, (B, K), of normed rows (B, D).
+void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, float* weights, int64_t* experts) {
   const int64_t size = share(a.B, a.threads);
+  const Choice choice{a.E, a.K, a.groups, a.top_groups, a.best, a.normalise, a.factor};
 #pragma omp parallel num_threads(a.threads)
   {
-    Scratch scratch(4 * BLOCK * (a.D + a.E) + 2 * Scratch::SLACK);
-    float *x = scratch.take<float>(BLOCK * a.D), *y = scratch.take<float>(BLOCK * a.E);
+    Scratch scratch(4 * (BLOCK * (a.D + 2 * a.E) + a.E + a.groups) + 4 * Scratch::SLACK);
+    float *x = scratch.take<float>(BLOCK * a.D), *y = scratch.take<float>(BLOCK * a.E), *scores = scratch.take<float>(BLOCK * a.E);
+    float* room = scratch.take<float>(a.E + a.groups);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a.B; start += size) {
       const int64_t count = std::min(size, a.B - start), n = round_up(count);
       to_features(rows + start * a.D, a.D, count, a.D, x, n);
-      linear(router, x, y, a.E, a.D, n);
+      linear(w.router, x, y, a.E, a.D, n);
       for (int64_t r = 0; r < n; r += LANES) {
         vf top = splat(a.softmax ? -INFINITY : 0.0f), total = splat(a.softmax ? 0.0f : 1.0f);
         for (int64_t e = 0; a.softmax && e < a.E; e++) top = larger(load(y + e * n + r), top);
@@ -263,18 +278,24 @@ void affinities(const LatentModel& a, const float* rows, const float* router, fl
         }
         for (int64_t e = 0; a.softmax && e < a.E; e++) store(y + e * n + r, load(y + e * n + r) / total);
       }
-      to_rows(y, n, count, a.E, scores + start * a.E, a.E);
+      to_rows(y, n, count, a.E, scores, a.E);
+      for (int64_t i = 0; i < count; i++)
+        choose(choice, scores + i * a.E, w.bias, weights + (start + i) * a.K, experts + (start + i) * a.K, room);
     }
   }
 }
 
-// x += first + second, the latter null where there is none.
-void add(float* x, const float* first, const float* second, int64_t count, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; i += LANES) {
-    vf change = load_some(first + i, count - i);
-    if (second) change += load_some(second + i, count - i);
-    store_some(x + i, load_some(x + i, count - i) + change, count - i);
+// x += first + second, the latter null where there is none; then its norm, unless weight is null.
+void add_norm(const LatentModel& a, const float* first, const float* second, const float* weight, float* normed) {
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+  for (int64_t b = 0; b < a.B; b++) {
+    float* row = a.x + b * a.D;
+    for (int64_t c = 0; c < a.D; c += LANES) {
+      vf change = load_some(first + b * a.D + c, a.D - c);
+      if (second) change += load_some(second + b * a.D + c, a.D - c);
+      store_some(row + c, load_some(row + c, a.D - c) + change, a.D - c);
+    }
+    if (weight) norm_row(row, weight, normed + b * a.D, a.D, a.eps);
   }
 }
 
@@ -282,31 +303,31 @@ void add(float* x, const float* first, const float* second, int64_t count, int64
 
 extern "C" void latent_model(const LatentModel* given) {
   const LatentModel& a = *given;
-  const auto normed = floats(a.B * a.D), change = floats(a.B * a.D), shared = floats(a.B * a.D), queries = floats(a.B * a.H * (a.C + a.R));
-  const auto scores = floats(a.B * a.E), weights = floats(a.B * a.K), picked = floats(a.B * a.K * a.D);
+  const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
+  const auto queries = room_for<float>(a.B * a.H * (a.C + a.R));
+  const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);
   int64_t* chosen = a.experts;
+  rms_norm_fp32(a.x, a.layers[0].attention_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
   for (int64_t l = 0; l < a.L; l++) {
     const LatentLayer& w = a.layers[l];
-    rms_norm_fp32(a.x, w.attention_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
+    const float* following = l + 1 < a.L ? a.layers[l + 1].attention_norm : nullptr;
     const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.tables, a.owner,
                           a.cache + l * a.layer_stride, change.get(), queries.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C, a.Q, a.shift,
                           a.table_width, a.interleaved, a.longest, a.threads, a.scale, a.eps};
     latent_step(&step);
-    add(a.x, change.get(), nullptr, a.B * a.D, a.threads);
-    rms_norm_fp32(a.x, w.ffn_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
+    add_norm(a, change.get(), nullptr, w.ffn_norm, normed.get());
     if (w.w1) feed_forward(normed.get(), w.w1, w.w2, w.w3, shared.get(), a.B, a.D, w.I, a.threads);
     if (w.router) {
-      affinities(a, normed.get(), w.router, scores.get());
-      route(scores.get(), w.bias, weights.get(), chosen, a.B, a.E, a.K, a.groups, a.top_groups, a.best, a.normalise, a.factor, a.threads);
+      route_rows(a, w, normed.get(), weights.get(), chosen);
       Experts routed{};
       routed.x = normed.get(), routed.weights = weights.get(), routed.experts = chosen, routed.w_in = w.w_in, routed.w_out = w.w_out;
       routed.out = change.get(), routed.picked = picked.get();
       routed.N = a.B, routed.K = a.K, routed.E = a.E, routed.D = a.D, routed.I = a.J, routed.threads = a.threads;
       experts(&routed, 0, 0);
-      add(a.x, change.get(), w.w1 ? shared.get() : nullptr, a.B * a.D, a.threads);
+      add_norm(a, change.get(), w.w1 ? shared.get() : nullptr, following, normed.get());
       chosen += a.B * a.K;
     } else {
-      add(a.x, shared.get(), nullptr, a.B * a.D, a.threads);
+      add_norm(a, shared.get(), nullptr, following, normed.get());
     }
   }
 }

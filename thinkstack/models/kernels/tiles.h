@@ -219,7 +219,7 @@ class Reader {
   // block: tokens of a block of the cache; longest: tokens that a sequence may have.
   Reader(int64_t W, int64_t V, int64_t block, int64_t longest) : W_(W), V_(V) {
     if (by_tiles(W, V, block)) tiles_.reset(new Tiles(W, V, block));
-    else scores_.reset(new float[QUERIES * round_up(longest + 4)]);
+    else scores_ = room_for<float>(QUERIES * (longest + 4));
   }
   static bool by_tiles(int64_t W, int64_t V, int64_t block) { return std::is_same<T, bf16>::value && Tiles::takes(W, V, block); }
   Tiles& tiles() { return *tiles_; }
@@ -239,5 +239,5 @@ class Reader {
  private:
   const int64_t W_, V_;
   std::unique_ptr<Tiles> tiles_;
-  std::unique_ptr<float[]> scores_;
+  Room<float> scores_;
 };
