@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.test_kernels import drawn
-from thinkstack.models import kernels, layers
-from thinkstack.models.blocked import MOST_ROWS, Blocked, can_block
+from thinkstack.models import blocked, kernels
+from thinkstack.models.blocked import MOST_ROWS, Blocked, can_block, keeps_rows, multiply
 from thinkstack.models.layers import Projection, keep_blocked
 
 pytestmark = pytest.mark.skipif(
@@ -66,7 +66,7 @@ def test_copies_have_a_layout_of_their_own():
 
 
 def test_matrices_too_large_for_the_memory_are_not_kept_twice(monkeypatch):
-    monkeypatch.setattr(layers, "SHARE", 0)
+    monkeypatch.setattr(blocked, "SHARE", 0)
     assert layer().blocked is None
 
 
@@ -77,3 +77,15 @@ def test_it_is_not_used_where_gradients_are_or_in_fp32():
     plain = Projection(96, 40, bias=False)
     keep_blocked(plain)
     assert plain.blocked is None
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (960, 576), (576, 1536)])
+@torch.no_grad()
+def test_a_row_in_fp32_is_the_same_in_any_company(outputs, inputs):
+    """A single row of 1,536 numbers was summed in another order than one of two."""
+    assert keeps_rows(outputs, inputs)
+    x, matrix = drawn(70, inputs), blocked.blocked(drawn(outputs, inputs, seed=1))
+    together = multiply(x, matrix)
+    assert all(torch.equal(multiply(x[n : n + 1], matrix)[0], together[n]) for n in (0, 33, 69))
+    assert torch.equal(multiply(x[5:42], matrix), together[5:42])
+    torch.testing.assert_close(together, F.linear(x, drawn(outputs, inputs, seed=1)), rtol=1e-4, atol=1e-3)

@@ -10,8 +10,8 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache, View
-from thinkstack.models import kernels
-from thinkstack.models.blocked import can_block
+from thinkstack.models import dense, kernels
+from thinkstack.models.blocked import can_block, multiply
 from thinkstack.models.config import GQAConfig
 from thinkstack.models.dense import Dense
 from thinkstack.models.kernels import calls
@@ -116,11 +116,11 @@ LATENT = {
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 150])
-@pytest.mark.parametrize("kind", LATENT)
+@pytest.mark.parametrize("kind", [*LATENT, *KINDS])
 @torch.no_grad()
-def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):
+def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     """States, entries and experts, of a chunk of a prompt beside tokens being decoded; alone they are the same bits."""
-    model = tiny_model(LATENT[kind])
+    model = tiny_model((LATENT | KINDS)[kind])
     cache = KVCache(model.cfg, 21, torch.float32)
     cache.data.copy_(drawn(*cache.data.shape, seed=3))
     twin = KVCache(model.cfg, 21, torch.float32)
@@ -138,7 +138,8 @@ def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):
         return trunk.hidden[:, 0], [routing.experts[:, 0] for routing in trunk.routing]
 
     whole = whole_model(model)
-    assert isinstance(whole, SmallLatent)
+    assert isinstance(whole, Dense if kind in KINDS else SmallLatent)
+    assert whole.most_tokens >= count
     mine, experts = whole.hidden(ids, places, Pages(cache.data[0], tables, owner.int()), cache.data)
     theirs, chosen = on_torch(in_parts)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -150,6 +151,8 @@ def test_a_small_model_at_once_is_the_model_in_parts(kind, count, on_torch):
     alone = Pages(cache.data[0], tables, owner[last:].int())
     again, _ = whole.hidden(ids[last:], places[last:], alone, cache.data)
     assert torch.equal(again[0], mine[last])
+    assert whole.head is not None
+    assert torch.equal(multiply(again, whole.head)[0], multiply(mine, whole.head)[last])
 
 
 @torch.no_grad()
@@ -176,10 +179,9 @@ def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
 
 
 @torch.no_grad()
-def test_only_plain_weights_are_read_at_once():
+def test_only_plain_weights_are_read_at_once(monkeypatch):
     model = working_copy(tiny_model(WIDE), torch.bfloat16)
     assert whole_model(model) is not None
-    assert whole_model(tiny_model(WIDE)) is None  # fp32
     assert whole_model(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
     adapt(model, LoRAConfig(rank=2))
     assert whole_model(model) is None
@@ -190,6 +192,8 @@ def test_only_plain_weights_are_read_at_once():
     hooked = working_copy(tiny_model(WIDE), torch.bfloat16)
     hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
     assert whole_model(hooked) is None
+    monkeypatch.setattr(dense, "keeps_rows", lambda *_: False)
+    assert whole_model(tiny_model(WIDE)) is None  # in fp32 it would not be exact
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8"])

@@ -12,6 +12,7 @@ from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
+from thinkstack.models.blocked import multiply
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import keep_blocked
 from thinkstack.models.moe import ROW_TILE
@@ -152,6 +153,8 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of hidden states (B, D), computed on whole row tiles."""
+        if self._whole is not None and self._whole.head is not None:
+            return multiply(hidden, self._whole.head)
         count = len(hidden)
         if padding := self._padding(count):
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))

@@ -1,30 +1,50 @@
-"""Matrices in the layout that oneDNN multiplies in, for inference in bf16 on a CPU.
+"""Matrices in the layout that oneDNN multiplies in, for inference on a CPU.
 
-F.linear brings the matrix into that layout on every call. For a few hundred rows or fewer that takes as long as the
-product, or longer.
+In bf16 F.linear brings the matrix into that layout on every call. For a few hundred rows or fewer that takes as long as
+the product, or longer. In fp32 F.linear is MKL's, which on processors of other makers than its own is half as fast.
 """
 
+import functools
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SHARE = 1 / 8
+"""Of the memory, for matrices that are kept a second time."""
 MOST_ROWS = 512
 """Beyond it the product outweighs the layout."""
 USUAL_ROWS = 64
 """What the layout is made for; it serves any number of rows."""
+ROWS_TRIED = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
+OUTPUTS_TRIED = 2048
 
 
 def blocked(weight: Tensor) -> Tensor:
-    """A matrix (N, K) in bf16 in that layout, for `multiply` alone; as much memory once more."""
+    """A matrix (N, K) in that layout, for `multiply` alone; as much memory once more."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
     return found
 
 
 def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of x (..., K) in bf16 with a matrix that is blocked; bias (N,) in bf16."""
+    """F.linear of x (B, K) with a matrix that is blocked; bias (N,); all of one dtype. A single row in fp32 is made
+    two, because alone its products may be summed in another order."""
+    if x.dtype == torch.float32 and len(x) == 1:
+        return multiply(x.repeat(2, 1), matrix, bias)[:1]
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return found
+
+
+@functools.cache
+def keeps_rows(outputs: int, inputs: int) -> bool:
+    """Whether a row of a product in fp32 with a matrix (outputs, inputs) is the same, bit for bit, in any company.
+    Nobody promises it, so it is tried."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(ROWS_TRIED[-1], inputs, generator=generator)
+    matrix = blocked(torch.randn(min(outputs, OUTPUTS_TRIED + outputs % USUAL_ROWS), inputs, generator=generator))
+    together = multiply(rows, matrix)
+    return all(torch.equal(multiply(rows[-count:], matrix), together[-count:]) for count in ROWS_TRIED)
 
 
 class Blocked:
@@ -51,9 +71,14 @@ class Blocked:
 
 def can_block(weight: Tensor) -> bool:
     """Whether this machine multiplies matrices like `weight` in that layout."""
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float32:
+        return True
+    return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def can_keep(*weights: Tensor) -> bool:
+    """Whether matrices may be kept a second time: blocked, in no more than SHARE of the memory."""
+    size = sum(weight.nbytes for weight in weights)
+    return size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(map(can_block, weights))

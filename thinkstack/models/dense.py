@@ -1,5 +1,5 @@
-"""Models of dense blocks with grouped queries, in bf16: a few tokens in one call of a kernel, many by oneDNN's products
-and a call for all that lies between two of them.
+"""Models of dense blocks with grouped queries: in bf16 a few tokens in one call of a kernel, many, and any number in
+fp32, by oneDNN's products and one call for all that lies between two of them.
 """
 
 # Shapes in this file: N tokens, D hidden size, L blocks, H heads, G key/value heads, W head width, I intermediate size.
@@ -12,7 +12,7 @@ from torch import Tensor
 from thinkstack.models import kernels
 from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
-from thinkstack.models.blocked import blocked, multiply
+from thinkstack.models.blocked import blocked, can_keep, keeps_rows, multiply
 from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table
 from thinkstack.models.moe import MoE
 from thinkstack.models.pages import Pages
@@ -25,7 +25,7 @@ Weights = dict[str, Tensor | None]
 
 
 class Parts(NamedTuple):
-    """One block's matrices as oneDNN multiplies them, those of one input in one, biases in bf16, norms in fp32."""
+    """One block's matrices as oneDNN multiplies them, those of one input in one, biases, and norms in fp32."""
 
     qkv: Tensor
     """(D, (H + 2 G) W)."""
@@ -47,28 +47,29 @@ class Dense:
     """The trunk of such a model; made anew when weights have changed."""
 
     def __init__(self, model: Transformer, blocks: list[Block]):
-        self.model, self.blocks, self.kept = model, blocks, [_weights(block) for block in blocks]
-        self.layers = kernels.rows_of(kernels.BlockWeights, self.kept)
+        """blocks: the model's, of which `is_dense` holds."""
+        self.model, self.blocks = model, blocks
         attention, ffn = blocks[0].attention, blocks[0].ffn
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
         shape = attention.shape
         self.heads = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
         self.heads["interleaved"] = int(attention.interleaved)
-        self.sizes = self.heads | {"I": ffn.w1.out_features, "packed": int("sq" in self.kept[0])}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
+        self.kept = [_weights(block) for block in blocks] if _takes_few(blocks) else []
+        self.few = kernels.rows_of(kernels.BlockWeights, self.kept) if self.kept else None
+        self.sizes = self.heads | {"I": ffn.w1.out_features, "packed": int(bool(self.kept) and "sq" in self.kept[0])}
         self.parts: list[Parts] = []
         """Of all blocks, once many tokens have come."""
-        layers = [part for block in blocks for part in block.modules() if isinstance(part, Projection)]
-        is_blocked = bool(layers) and all(layer.blocked is not None for layer in layers)
-        self.most_tokens = 1 << 40 if is_blocked else kernels.FEW
+        self.most_tokens = 1 << 40 if _takes_many(blocks) else kernels.FEW
+        self.head = exact_head(model)
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As WholeModel says."""
         cfg, x = self.model.cfg, self.model.embed(ids)
         rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
-        if len(ids) > kernels.FEW:
+        if self.few is None or len(ids) > kernels.FEW:
             return self._many(x, positions, pages, cache, rope), None
-        kernels.block_steps(x, self.layers, self.sizes, rope, positions, pages, cache, self.scales)
+        kernels.block_steps(x, self.few, self.sizes, rope, positions, pages, cache, self.scales)
         return self.model.norm(x), None
 
     def _many(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
@@ -90,19 +91,53 @@ class Dense:
         return None
 
 
-def is_dense(block: Block) -> bool:
-    """Whether a block is one of the kernels', with matrices of widths that it takes."""
-    if not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU):
+def exact_head(model: Transformer) -> Tensor | None:
+    """The head's matrix for `multiply`, where products in fp32 with it do not depend on the company of a row."""
+    weight = model.head.weight
+    is_exact = weight.dtype == torch.float32 and can_keep(weight) and keeps_rows(*weight.shape)
+    return blocked(weight) if is_exact else None
+
+
+def is_dense(blocks: list[Block]) -> bool:
+    """Whether Dense takes them, a few tokens at least."""
+    if any(not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU) for block in blocks):
         return False
-    if consists_of(block, PLAIN):
-        weights = [part.weight for part in block.modules() if isinstance(part, Projection)]
-        return kernels.takes_few(weights[0].new_empty(1, kernels.LANES), *weights)
-    layers = [part for part in block.modules() if isinstance(part, PackedLinear)]
-    packed = [layer.in_int8() for layer in layers]
-    if not consists_of(block, PACKED) or None in packed:
+    return _takes_few(blocks) or _takes_many(blocks)
+
+
+def _takes_few(blocks: list[Block]) -> bool:
+    """Whether a kernel reads all matrices as they are stored, in bf16 or int8, of widths that it takes."""
+    weights: list[Tensor] = []
+    for block in blocks:
+        if consists_of(block, PLAIN):
+            weights += [part.weight for part in block.modules() if isinstance(part, Projection)]
+            continue
+        layers = [part for part in block.modules() if isinstance(part, PackedLinear)]
+        packed = [layer.in_int8() for layer in layers if layer.packed.dtype == torch.bfloat16]
+        if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
+            return False
+        weights += [parts["codes"] for parts in packed if parts is not None]
+    return kernels.takes_few(torch.empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
+
+
+def _takes_many(blocks: list[Block]) -> bool:
+    """Whether their matrices may be kept as oneDNN multiplies them; in fp32, where a row's company does not matter."""
+    if not all(consists_of(block, PLAIN) for block in blocks):
         return False
-    codes = [parts["codes"] for parts in packed if parts is not None]
-    return kernels.takes_few(codes[0].new_empty(1, kernels.LANES, dtype=layers[0].packed.dtype), *codes)
+    weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Projection)]
+    if not kernels.takes(weights[0]) or len({weight.dtype for weight in weights}) > 1:
+        return False
+    if not can_keep(*weights):
+        return False
+    return weights[0].dtype == torch.bfloat16 or all(keeps_rows(*shape) for block in blocks for shape in _shapes(block))
+
+
+def _shapes(block: Block) -> list[tuple[int, int]]:
+    """Of the matrices of Parts, outputs first."""
+    a, ffn = block.attention, block.ffn
+    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    groups = ((a.wq, a.wk, a.wv), (a.wo,), (ffn.w1, ffn.w3), (ffn.w2,))
+    return [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
 
 
 def _weights(block: Block) -> Weights:
@@ -134,7 +169,7 @@ def _parts(block: Block) -> Parts:
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
 
     def together(*layers: Projection) -> tuple[Tensor, Tensor | None]:
-        biases = [layer.bias.bfloat16() for layer in layers if layer.bias is not None]
+        biases = [layer.bias.to(layer.weight.dtype) for layer in layers if layer.bias is not None]
         return blocked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
 
     def fp32(norm: RMSNorm | None) -> Tensor | None:

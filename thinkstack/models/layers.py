@@ -8,7 +8,6 @@ composite passes move two to three times the bytes that the formulas need. Witho
 
 import functools
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 
 from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
-from thinkstack.models.blocked import Blocked, can_block
-
-SHARE = 1 / 8
-"""Of the memory, for matrices that are kept a second time."""
+from thinkstack.models.blocked import Blocked, can_keep
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -132,13 +128,11 @@ class Projection(nn.Linear):
 
 
 def keep_blocked(model: nn.Module) -> None:
-    """Let the linear layers of a bf16 model keep their matrices blocked, from what they hold now: where this machine
-    multiplies them so, and all of them together take no more than SHARE of its memory."""
+    """Let the linear layers of a bf16 model keep their matrices blocked, from what they hold now, where they can."""
     layers = [module for module in model.modules() if isinstance(module, Projection)]
-    size = sum(layer.weight.nbytes for layer in layers)
-    keeps = size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    keeps = can_keep(*(layer.weight for layer in layers if layer.weight.dtype == torch.bfloat16))
     for layer in layers:
-        layer.blocked = Blocked() if keeps and can_block(layer.weight) else None
+        layer.blocked = Blocked() if keeps and layer.weight.dtype == torch.bfloat16 else None
 
 
 class SwiGLU(nn.Module):

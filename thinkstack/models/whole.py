@@ -19,10 +19,12 @@ from thinkstack.models.transformer import Transformer
 
 
 class WholeModel(Protocol):
-    """The trunk of a model over a cache. Weights may change in place, not be replaced."""
+    """The trunk of a model over a cache, with the weights that it had when this was made."""
 
     most_tokens: int
     """Tokens of a call."""
+    head: Tensor | None
+    """The head's matrix, blocked, where its products are exact in any company."""
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `Transformer.trunk` makes of tokens ids (N,) at positions (N,) of their sequences.
@@ -41,7 +43,7 @@ def whole_model(model: Transformer) -> WholeModel | None:
     blocks = [block for block in model.layers if isinstance(block, Block)]
     if any(_has_hooks(module) for module in blocks):  # shares of ranks
         return None
-    if all(is_dense(block) for block in blocks):
+    if is_dense(blocks):
         return Dense(model, blocks)
     return SmallLatent(model, blocks) if _is_small_latent(model, model.embed.weight) else None
 

@@ -4,12 +4,12 @@
 
 // Queries, keys and values of N new tokens in grouped-query attention, as they come from their projection.
 struct AttendNew {
-  const bf16* qkv;                 // (N, (H + 2 G) W): heads of queries, keys, values
+  const void* qkv;                 // (N, (H + 2 G) W): heads of queries, keys, values
   const float *q_norm, *k_norm;    // (W,), or null
   const float* rope;               // (N, W / 2) pairs
   const int64_t* last;             // (N,): the token's place in its sequence
   const int32_t *tables, *owner;   // as in Decode
-  bf16 *query, *entries, *out;     // (N, H, W), scratch; (blocks, 2^shift, 2 G W): keys, then values; (N, H, W)
+  void *query, *entries, *out;     // (N, H, W), scratch; (blocks, 2^shift, 2 G W): keys, then values; (N, H, W)
   int64_t N, H, G, W, shift, table_width, interleaved, longest, threads;
   double scale, eps;
 };
@@ -26,32 +26,36 @@ void run(const Decode& a) {
   }
 }
 
+template <typename T>
+void run_new(const AttendNew& a) {
+  const int64_t W = a.W, heads = a.H + 2 * a.G, width = 2 * a.G * W;
+  const auto qkv = static_cast<const T*>(a.qkv);
+  const auto query = static_cast<T*>(a.query), entries = static_cast<T*>(a.entries);
+  Decode read{query, entries, a.tables, a.owner, a.last, a.out, a.N, a.G, a.H / a.G, W, W, a.shift, a.table_width, width};
+  read.key_g = read.value_g = W, read.value_at = a.G * W, read.longest = a.longest, read.threads = a.threads, read.scale = a.scale;
+  Attend<T> attend(read);
+#pragma omp parallel num_threads(a.threads)
+  {
+    std::vector<float> room(W);
+    Reader<T> reader = attend.reader();
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < a.N; n++) {
+      const T* head = qkv + n * heads * W;
+      T* entry = Pages<T>{entries, a.tables + a.owner[n] * a.table_width, a.shift, width}.at(a.last[n]);
+      for (int64_t h = 0; h < a.H + a.G; h++, head += W) {
+        const bool is_key = h >= a.H;
+        T* to = is_key ? entry + (h - a.H) * W : query + (n * a.H + h) * W;
+        place_head(head, is_key ? a.k_norm : a.q_norm, a.eps, a.rope + n * W, a.interleaved, to, W, room.data());
+      }
+      std::copy(head, head + a.G * W, entry + a.G * W);
+    }
+    attend.work(reader, entries);
+  }
+}
+
 }  // namespace
 
 extern "C" void decode(const Decode* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
 
 // The new tokens' entries go to the cache, then the tokens read it.
-extern "C" void attend_new(const AttendNew* a) {
-  const int64_t W = a->W, heads = a->H + 2 * a->G, width = 2 * a->G * W;
-  Decode read{a->query, a->entries, a->tables, a->owner, a->last, a->out, a->N, a->G, a->H / a->G, W, W, a->shift, a->table_width, width};
-  read.key_g = read.value_g = W, read.value_at = a->G * W, read.longest = a->longest, read.threads = a->threads, read.scale = a->scale;
-  Attend<bf16> attend(read);
-#pragma omp parallel num_threads(a->threads)
-  {
-    std::vector<float> room(W);
-    Reader<bf16> reader = attend.reader();
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < a->N; n++) {
-      const bf16* head = a->qkv + n * heads * W;
-      const Pages<bf16> pages{a->entries, a->tables + a->owner[n] * a->table_width, a->shift, width};
-      bf16* entry = pages.at(a->last[n]);
-      for (int64_t h = 0; h < a->H + a->G; h++, head += W) {
-        const bool is_key = h >= a->H;
-        bf16* to = is_key ? entry + (h - a->H) * W : a->query + (n * a->H + h) * W;
-        place_head(head, is_key ? a->k_norm : a->q_norm, a->eps, a->rope + n * W, a->interleaved, to, W, room.data());
-      }
-      std::copy(head, head + a->G * W, entry + a->G * W);
-    }
-    attend.work(reader, a->entries);
-  }
-}
+extern "C" void attend_new(const AttendNew* a, int64_t is_bf16) { is_bf16 ? run_new<bf16>(*a) : run_new<float>(*a); }

@@ -112,8 +112,8 @@ void copy_row(const From* from, To* to, int64_t width) {
 
 // A projected head of width W, normed where there is a weight and rotated, to where attention reads it. room: W floats,
 // which may be the head itself.
-template <typename From>
-void place_head(const From* head, const float* weight, double eps, const float* rope, bool interleaved, bf16* to, int64_t W, float* room) {
+template <typename From, typename To>
+void place_head(const From* head, const float* weight, double eps, const float* rope, bool interleaved, To* to, int64_t W, float* room) {
   if (weight) {
     copy_row(head, to, W);
     norm_row(to, weight, to, W, eps);

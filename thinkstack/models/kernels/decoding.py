@@ -81,7 +81,7 @@ def attend_new(
     pages: Pages,
     scales: Mapping[str, float],
 ) -> Tensor:
-    """Grouped-query attention of new tokens, in bf16, whose keys and values go to the cache first.
+    """Grouped-query attention of new tokens whose keys and values go to the cache first.
 
     qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: of the heads of queries and
     keys, (W,) fp32, or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the places of
@@ -97,7 +97,7 @@ def attend_new(
         **dict(N=N, shift=_layout(pages)[0], table_width=_layout(pages)[1], longest=_longest(pages)),
         threads=torch.get_num_threads(),
     )
-    run("attend_new", arguments)
+    run("attend_new", arguments, qkv.dtype == torch.bfloat16)
     return out
 
 
