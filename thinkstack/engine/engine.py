@@ -232,7 +232,7 @@ class Engine:
         done = numpy.flatnonzero(table.computed[plan.rows] == table.known[plan.rows])
         rows, sources, copies = plan.rows[done], ends[done] - 1, []
         offsets = numpy.zeros(len(done), dtype=numpy.int64)
-        if table.drafts[rows].any():
+        if self.speculator is not None and table.drafts[rows].any():
             many = table.drafts[rows] + 1
             offsets = numpy.arange(many.sum()) - (many.cumsum() - many).repeat(many)
             sources = (sources + 1 - many).repeat(many) + offsets

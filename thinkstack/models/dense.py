@@ -13,7 +13,7 @@ from thinkstack.models import kernels
 from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
 from thinkstack.models.blocked import blocked, can_keep, keeps_rows, multiply
-from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table
+from thinkstack.models.layers import Projection, RMSNorm, Rotations, SwiGLU
 from thinkstack.models.moe import MoE
 from thinkstack.models.pages import Pages
 from thinkstack.models.quant import Packed, PackedLinear
@@ -62,11 +62,11 @@ class Dense:
         """Of all blocks, once many tokens have come."""
         self.most_tokens = 1 << 40 if _takes_many(blocks) else kernels.FEW
         self.head = exact_head(model)
+        self.rotations = Rotations(model.cfg.attention.rope_dim, model.cfg.rope)
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As WholeModel says."""
-        cfg, x = self.model.cfg, self.model.embed(ids)
-        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
+        x, rope = self.model.embed(ids), self.rotations.at(positions)
         if self.few is None or len(ids) > kernels.FEW:
             return self._many(x, positions, pages, cache, rope), None
         kernels.block_steps(x, self.few, self.sizes, rope, positions, pages, cache, self.scales)

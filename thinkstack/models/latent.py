@@ -12,7 +12,7 @@ from thinkstack.models.attention import MLA
 from thinkstack.models.block import PLAIN, Block, consists_of
 from thinkstack.models.config import MLAConfig
 from thinkstack.models.dense import exact_head
-from thinkstack.models.layers import rope_table
+from thinkstack.models.layers import Rotations
 from thinkstack.models.moe import MoE
 from thinkstack.models.mtp import MTPModule
 from thinkstack.models.pages import Pages
@@ -41,6 +41,7 @@ class SmallLatent:
         self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
         self.head = exact_head(model)
+        self.rotations = Rotations(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:
             self.sizes |= dict(E=moe.num_experts, J=moe.expert_size, K=moe.top_k, groups=moe.num_groups)
@@ -73,8 +74,7 @@ class SmallLatent:
         cache: Tensor,
     ) -> Tensor:
         """Take x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
-        cfg = self.model.cfg
-        rope = rope_table(positions.unsqueeze(1), cfg.attention.rope_dim, cfg.rope)
+        rope = self.rotations.at(positions)
         chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
         kernels.latent_model(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
         return chosen

@@ -194,6 +194,21 @@ def rope_table(positions: Tensor, width: int, cfg: RopeConfig) -> Tensor:
     return torch.polar(amplitude, angles)
 
 
+class Rotations:
+    """`rope_table` for inference: all positions up to the largest so far are kept, and looked up."""
+
+    def __init__(self, width: int, cfg: RopeConfig):
+        self.width, self.cfg = width, cfg
+        self.table = torch.empty(0, width // 2, dtype=torch.complex64)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Of positions (N,): (N, width / 2) complex64."""
+        last = int(positions.max())
+        if last >= len(self.table):
+            self.table = rope_table(torch.arange(2 << last.bit_length()).unsqueeze(0), self.width, self.cfg)[0]
+        return self.table.index_select(0, positions)
+
+
 class _Rotate(torch.autograd.Function):
     """Pairs as complex numbers times the table; the gradient turns back."""
 

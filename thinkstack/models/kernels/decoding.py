@@ -225,10 +225,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """A token per row of logits (B, V); arguments and results as in engine/sampler.py."""
     B, V = logits.shape
-    tokens, log_probs = torch.empty(B, dtype=torch.int64), torch.empty(B)
-    settings = (temperature.float(), uniform.double())
-    limits = (None, None, None) if kept is None else (kept[0].long(), kept[1].float(), kept[2].float())
-    logits = logits.contiguous()
-    arguments = _Draw(*map(address, (logits, *settings, *limits, tokens, log_probs)), B, V, torch.get_num_threads())
-    run("draw", arguments, logits.dtype == torch.bfloat16)
+    tokens, log_probs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
+    given = (logits, temperature, uniform, *(kept or (None, None, None)), tokens, log_probs)
+    run("draw", _Draw(*map(address, given), B, V, torch.get_num_threads()), logits.dtype == torch.bfloat16)
     return tokens, log_probs
