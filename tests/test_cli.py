@@ -28,6 +28,17 @@ def test_a_mistake_ends_in_one_line_with_the_way_out(monkeypatch, tmp_path, argu
     assert found.startswith("thinkstack: ") and message in found and "\n" not in found
 
 
+def test_settings_may_be_given_together_or_one_by_one(monkeypatch, tmp_path):
+    """Of several --set only the last one counted."""
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr("thinkstack.pipeline.read_recipe", lambda recipe, scale, settings: given.append(settings))
+    monkeypatch.setattr("thinkstack.pipeline.run_recipe", lambda recipe, out: None)
+    words = ["run", "demo", "--out", str(tmp_path), "--set", "a.b=1", "c=[2]", "--seed", "3", "--set", "d=4"]
+    monkeypatch.setattr("sys.argv", ["thinkstack", *words])
+    cli.main()
+    assert given == [("shared.seed=3", "a.b=1", "c=[2]", "d=4")]
+
+
 def test_inspect_says_the_published_counts(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["thinkstack", "inspect", "v3-671b"])
     cli.main()

@@ -4,15 +4,18 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
 
+Settings = Annotated[tuple[tuple[str, ...], ...], UseAppendAction]
+"""Given once or several times, one or several at a time."""
 
-def demo(out: Path = Path("runs/demo"), scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()) -> None:
+
+def demo(out: Path = Path("runs/demo"), scale: str = "", seed: int | None = None, set: Settings = ()) -> None:
     """Pre-train v3-tiny, run R1-Zero, measure both, write the report, then chat.
 
     Args:
@@ -29,9 +32,7 @@ def demo(out: Path = Path("runs/demo"), scale: str = "", seed: int | None = None
         print(f"talk to it: thinkstack chat {model}")
 
 
-def run(
-    recipe: Positional[str], /, out: Path, scale: str = "", seed: int | None = None, set: tuple[str, ...] = ()
-) -> None:
+def run(recipe: Positional[str], /, out: Path, scale: str = "", seed: int | None = None, set: Settings = ()) -> None:
     """Run a recipe: a name of the package or a TOML file.
 
     Args:
@@ -46,7 +47,7 @@ def run(
 
     prepare_machine()
     seeds = () if seed is None else (f"shared.seed={seed}",)
-    run_recipe(read_recipe(recipe, scale, (*seeds, *set)), out)
+    run_recipe(read_recipe(recipe, scale, (*seeds, *(setting for settings in set for setting in settings))), out)
 
 
 def chat(
