@@ -12,15 +12,18 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from thinkstack.machine import usable_cores
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("attention.cpp", "blocks.cpp", "decode.cpp", "draw.cpp", "experts.cpp", "rows.cpp", "steps.cpp")
 HEADERS = ("simd.h", "matmul.h", "context.h", "tiles.h", "decode.h", "few.h", "experts.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-w")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-w")
 SWITCH = "THINKSTACK_KERNELS"
 """Environment variable; "0" runs on torch's operators alone."""
 
@@ -90,11 +93,26 @@ def fingerprint(compiler: list[str], folder: Path) -> str:
 def compile_to(path: Path, compiler: list[str], folder: Path) -> None:
     """Build the library beside `path` and move it there, so that no process ever loads half of one."""
     log.info("compiling the CPU kernels, once")
-    sources = [str(folder / name) for name in SOURCES]
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         built = Path(work) / path.name
-        command = [*compiler, *FLAGS, *sources, "-o", str(built)]
-        done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
-        if done.returncode:  # a compiler without OpenMP: one thread
-            subprocess.run(command, check=True, capture_output=True, text=True)
+
+        def compile_one(name: str, flags: tuple[str, ...]) -> str:
+            made = built.with_name(f"{name}.o")
+            call([*compiler, *FLAGS, *flags, "-c", str(folder / name), "-o", str(made)])
+            return str(made)
+
+        def compile_all(*flags: str) -> None:
+            with ThreadPoolExecutor(usable_cores()) as pool:
+                objects = list(pool.map(compile_one, SOURCES, [flags] * len(SOURCES)))
+            call([*compiler, *FLAGS, *flags, "-shared", *objects, "-o", str(built)])
+
+        try:
+            compile_all("-fopenmp")
+        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
+            compile_all()
         os.replace(built, path)
+
+
+def call(command: list[str]) -> None:
+    """Run a compiler; raises CalledProcessError with what it wrote."""
+    subprocess.run(command, check=True, capture_output=True, text=True)
