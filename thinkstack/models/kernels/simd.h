@@ -201,14 +201,15 @@ inline float largest(vf x) {
   return std::max(std::max(c[0], c[1]), std::max(c[2], c[3]));
 }
 
-// e^x within 2 ulp; what would be below 1e-38 may come out as that or 0. NaN stays NaN. Cody and Waite's reduction,
+// e^x within 2 ulp; what would be below 1e-38 may come out as 0, and that of -inf does. NaN stays NaN. Cody and Waite's reduction,
 // Cephes' polynomial.
 inline vf exp_of(vf x) {
 #ifdef __AVX512F__
   x = x < splat(-104.0f) ? splat(-104.0f) : x;
   const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);  // to the nearest integer
 #else
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const vi gone = x < splat(-87.0f);
+  x = gone ? splat(-87.0f) : x;
   const vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
 #endif
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -221,7 +222,7 @@ inline vf exp_of(vf x) {
 #ifdef __AVX512F__
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+  return gone ? vf{} : p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 #endif
 }
 inline vf sigmoid(vf x) {
