@@ -155,6 +155,29 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     assert torch.equal(multiply(again, whole.head)[0], multiply(mine, whole.head)[last])
 
 
+@pytest.mark.parametrize("kind", LATENT)
+@torch.no_grad()
+def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
+    """What is read is rounded, what is computed is not; 20 tokens of one sequence, over the edge of a block."""
+    whole = whole_model(tiny_model(LATENT[kind]))
+    exact, cache = (KVCache(LATENT[kind], 3, dtype) for dtype in (torch.float32, torch.bfloat16))
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    exact.data.copy_(cache.data)
+    tables, owner, places = (
+        torch.tensor([[2, 1]], dtype=torch.int32),
+        torch.zeros(20, dtype=torch.int32),
+        torch.arange(50, 70),
+    )
+    ids = torch.randint(48, (20,), generator=torch.Generator().manual_seed(2))
+
+    def hidden(into: KVCache, rows: slice) -> torch.Tensor:
+        return whole.hidden(ids[rows], places[rows], Pages(into.data[0], tables, owner[rows]), into.data)[0]
+
+    together = hidden(cache, slice(None))
+    assert 0 < relative(together, hidden(exact, slice(None))) < 1e-2
+    assert torch.equal(hidden(cache, slice(13, 14)), together[13:14])
+
+
 @torch.no_grad()
 def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
     model = tiny_model(SMALL)

@@ -71,7 +71,7 @@ class Runner:
         """The context of all sequences; made when it is first needed."""
         if self._cache is None:
             size = self._num_blocks + 1
-            self._cache = KVCache(self._model.cfg, size, self.dtype, self.device, self._kept, self._drafts)
+            self._cache = KVCache(self._model.cfg, size, self._asked, self.device, self._kept, self._drafts)
         return self._cache
 
     def drop_cache(self) -> None:
@@ -94,7 +94,7 @@ class Runner:
         self._source = model if self._model is rounded and self._weights == "plain" else None
         self._settle()
         self.dtype = self._model.embed.weight.dtype
-        """Of products and cache; fp32 where a small model in bf16 is widened."""
+        """Of products; fp32 where a small model in bf16 is widened, over a cache in bf16."""
 
     def _settle(self) -> None:
         """Choose how products are made, from the weights as they are now."""

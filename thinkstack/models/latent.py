@@ -26,8 +26,6 @@ class SmallLatent:
 
     def __init__(self, model: Transformer, blocks: list[Block]):
         self.module = next((module for module in model.mtp if isinstance(module, MTPModule)), None)
-        if self.module is not None and not is_latent(self.module.block):
-            self.module = None
         own = [] if self.module is None else [self.module.block]
         self.model, self.kept = model, [_latent_weights(block) for block in (*blocks, *own)]
         widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.kept]

@@ -51,7 +51,7 @@ def whole_model(model: Transformer) -> WholeModel | None:
 @torch.no_grad()
 def widened(model: Transformer) -> Transformer:
     """A model in bf16, or, where one kernel then takes the whole of it, a copy with the same numbers in fp32: at such
-    sizes the calls are what takes the time, not the bytes. It is more exact than bf16, not as exact as fp32."""
+    sizes the calls are what takes the time, not the bytes of the weights. It is more exact than bf16, not as fp32."""
     weight = model.embed.weight
     if weight.dtype != torch.bfloat16 or not _is_small_latent(model, weight.new_empty(0, dtype=torch.float32)):
         return model
@@ -63,8 +63,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_small_latent(model: Transformer, like: Tensor) -> bool:
-    """Whether SmallLatent takes a model of numbers like `like`; shares of ranks it does not."""
-    blocks = [block for block in model.layers if isinstance(block, Block)]
+    """Whether SmallLatent takes a model of numbers like `like`, drafting modules too; shares of ranks it does not."""
+    blocks = model.blocks()
     if any(_has_hooks(block) for block in blocks) or not all(is_latent(block) for block in blocks):
         return False
     return kernels.takes_steps(like, model.cfg.hidden_size)

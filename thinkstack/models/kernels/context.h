@@ -41,13 +41,33 @@ inline void sums(const vf x[4], float out[4]) {
   *reinterpret_cast<v4*>(out) = __builtin_shufflevector(d, d, 0, 1, 2, 3) + __builtin_shufflevector(d, d, 4, 5, 6, 7);
 }
 
+// How pairs of numbers of a query in Q and of a key in T are read for multiply_add: as they lie where both are alike,
+// widened where a query in float meets a cache in bf16.
+template <typename Q, typename T>
+struct Together {
+  static constexpr int64_t WIDE = Format<T>::WIDE;
+  static auto load_wide(const T* p) { return Format<T>::load_wide(p); }
+};
+template <>
+struct Together<float, bf16> {
+  static constexpr int64_t WIDE = LANES;
+  static vf load_wide(const float* p) { return load(p); }
+  static vf load_wide(const bf16* p) { return load(p); }
+};
+template <typename F, typename T>
+auto load_last(const T* p, int64_t count) {
+  T held[F::WIDE] = {};
+  std::memcpy(held, p, count * sizeof(T));
+  return F::load_wide(held);
+}
+
 // scores[j * QUERIES + h] of KEYS keys, `stride` apart, and the queries of width W at the addresses given.
-template <int KEYS, typename T>
-void score_keys(const T* const query[QUERIES], const T* key, int64_t stride, float* scores, int64_t W) {
-  using F = Format<T>;
+template <int KEYS, typename Q, typename T>
+void score_keys(const Q* const query[QUERIES], const T* key, int64_t stride, float* scores, int64_t W) {
+  using F = Together<Q, T>;
   vf total[KEYS][QUERIES] = {};
   const auto add = [&](auto read) {
-    decltype(read(key)) q[QUERIES];
+    decltype(read(query[0])) q[QUERIES];
     for (int h = 0; h < QUERIES; h++) q[h] = read(query[h]);
     for (int j = 0; j < KEYS; j++) {
       const auto k = read(key + j * stride);
@@ -55,17 +75,13 @@ void score_keys(const T* const query[QUERIES], const T* key, int64_t stride, flo
     }
   };
   int64_t c = 0;
-  for (; c + F::WIDE <= W; c += F::WIDE) add([&](const T* p) { return F::load_wide(p + c); });
-  if (c < W) add([&](const T* p) {
-    T held[F::WIDE] = {};
-    std::memcpy(held, p + c, (W - c) * sizeof(T));
-    return F::load_wide(held);
-  });
+  for (; c + F::WIDE <= W; c += F::WIDE) add([&](const auto* p) { return F::load_wide(p + c); });
+  if (c < W) add([&](const auto* p) { return load_last<F>(p + c, W - c); });
   for (int j = 0; j < KEYS; j++) sums(total[j], scores + j * QUERIES);
 }
 // All keys that are seen: one by one where they come from memory, which foresees a single stream, else by fours.
-template <typename T>
-void score(const T* const query[QUERIES], const Pages<T>& keys, float* scores, int64_t W, int64_t last, bool is_cached) {
+template <typename Q, typename T>
+void score(const Q* const query[QUERIES], const Pages<T>& keys, float* scores, int64_t W, int64_t last, bool is_cached) {
   keys.through(last, [&](int64_t s, const T* key, int64_t count) {
     int64_t j = 0;
     if (is_cached)
@@ -100,8 +116,8 @@ inline void softmax(float* scores, int64_t last, float scale) {
 }
 
 // out[h] = sum over s of probs[s * QUERIES + h] * values[s], `VECTORS` vectors from column c.
-template <int VECTORS, typename T>
-void mix_columns(const float* probs, const Pages<T>& values, T* const out[QUERIES], int64_t c, int64_t V, int64_t last) {
+template <int VECTORS, typename Q, typename T>
+void mix_columns(const float* probs, const Pages<T>& values, Q* const out[QUERIES], int64_t c, int64_t V, int64_t last) {
   vf total[QUERIES][VECTORS] = {};
   values.through(last, [&](int64_t s, const T* entry, int64_t count) {
     for (int64_t i = s; i < s + count; i++, entry += values.stride)
@@ -113,8 +129,8 @@ void mix_columns(const float* probs, const Pages<T>& values, T* const out[QUERIE
   for (int h = 0; h < QUERIES; h++)
     for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
 }
-template <typename T>
-void mix(const float* probs, const Pages<T>& values, T* const out[QUERIES], int64_t V, int64_t last) {
+template <typename Q, typename T>
+void mix(const float* probs, const Pages<T>& values, Q* const out[QUERIES], int64_t V, int64_t last) {
   int64_t c = 0;
   for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(probs, values, out, c, V, last);
   for (; c < V; c += LANES) mix_columns<1>(probs, values, out, c, V, last);
@@ -122,12 +138,12 @@ void mix(const float* probs, const Pages<T>& values, T* const out[QUERIES], int6
 
 // Attention of `count` queries of one sequence. places(i): where query i, of width W, and its answer, of width V, lie,
 // and the last token that it sees. scores: scratch of QUERIES * (longest + 4).
-template <typename T, typename Places>
-void attend_to(const T* query, T* out, int64_t count, Places places, const Pages<T>& keys, const Pages<T>& values, float* scores, int64_t W,
+template <typename Q, typename T, typename Places>
+void attend_to(const Q* query, Q* out, int64_t count, Places places, const Pages<T>& keys, const Pages<T>& values, float* scores, int64_t W,
                int64_t V, float scale) {
   for (int64_t i = 0; i < count; i += QUERIES) {
-    const T* from[QUERIES];
-    T* to[QUERIES];
+    const Q* from[QUERIES];
+    Q* to[QUERIES];
     int64_t last[QUERIES], furthest = 0;
     for (int h = 0; h < QUERIES; h++) {  // the last one fills up the four
       const auto place = places(std::min<int64_t>(i + h, count - 1));

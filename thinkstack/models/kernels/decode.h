@@ -105,11 +105,6 @@ class Attend {
   Room<float> room_;
 };
 
-template <typename From, typename To>
-void copy_row(const From* from, To* to, int64_t width) {
-  for (int64_t c = 0; c < width; c += LANES) store_some(to + c, load_some(from + c, width - c), width - c);
-}
-
 // A projected head of width W, normed where there is a weight and rotated, to where attention reads it. room: W floats,
 // which may be the head itself.
 template <typename From, typename To>

@@ -143,7 +143,7 @@ def latent_model(
     scales: dict[str, float],
     experts: Tensor,
 ) -> None:
-    """New tokens through a small model with latent attention, in fp32.
+    """New tokens through a small model with latent attention, in fp32 over a cache in fp32 or bf16.
 
     Arguments as of block_steps, for any number of tokens; layers: a LatentLayer each. sizes, as steps.cpp names them:
     H, N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, best, normalise, softmax. cache:
@@ -151,7 +151,9 @@ def latent_model(
     written.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache, "experts": experts}
-    run("latent_model", _over_cache(_LatentModel, layers, tensors, pages, sizes | scales))
+    run(
+        "latent_model", _over_cache(_LatentModel, layers, tensors, pages, sizes | scales), cache.dtype == torch.bfloat16
+    )
 
 
 def _over_cache(

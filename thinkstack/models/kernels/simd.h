@@ -174,6 +174,11 @@ inline void store_some(T* p, vf x, int64_t count) {
   std::memcpy(p, held, count * sizeof(T));
 }
 
+template <typename From, typename To>
+void copy_row(const From* from, To* to, int64_t width) {
+  for (int64_t c = 0; c < width; c += LANES) store_some(to + c, load_some(from + c, width - c), width - c);
+}
+
 inline float sum(vf x) {
   typedef float v8 __attribute__((vector_size(32)));
   typedef float v4 __attribute__((vector_size(16)));

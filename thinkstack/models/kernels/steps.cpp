@@ -14,8 +14,8 @@ struct LatentStep {
   const int64_t* last;    // (B,): where the new token's entry goes in its sequence
   const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
   const int32_t* owner;   // (B,): the sequence of each token
-  float *cache, *out;     // (blocks, 2^shift, C + R); (B, D)
-  float* queries;         // (B, H, C + R): room for the queries over entries
+  void* cache;            // (blocks, 2^shift, C + R), in bf16 or float
+  float *out, *queries;   // (B, D); (B, H, C + R): room for the queries over entries
   int64_t B, D, H, N, R, V, C, Q, shift, table_width, interleaved, longest, threads;
   double scale, eps;
 };
@@ -71,6 +71,7 @@ void rotate(float* x, const float* table, int64_t R, int64_t n, bool interleaved
     }
 }
 
+template <typename T>  // of the cache
 struct LatentBlock {
   const LatentStep& a;
   const int64_t W, K;
@@ -113,10 +114,10 @@ struct LatentBlock {
     }
     to_rows(absorbed, n, count, a.H * W, a.queries + start * a.H * W, a.H * W);
     to_rows(entry, n, count, W, absorbed, W);
-    for (int64_t i = 0; i < count; i++) std::copy(absorbed + i * W, absorbed + (i + 1) * W, pages(start + i).at(a.last[start + i]));
+    for (int64_t i = 0; i < count; i++) copy_row(absorbed + i * W, pages(start + i).at(a.last[start + i]), W);
   }
 
-  Pages<float> pages(int64_t b) const { return {a.cache, a.tables + a.owner[b] * a.table_width, a.shift, W}; }
+  Pages<T> pages(int64_t b) const { return {static_cast<T*>(a.cache), a.tables + a.owner[b] * a.table_width, a.shift, W}; }
 
   void finish(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
@@ -138,11 +139,12 @@ struct LatentBlock {
 // Tokens per thread and turn: all threads get some, in whole vectors.
 int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK, round_up((tokens + threads - 1) / threads)); }
 
+template <typename T>
 void latent_step(const LatentStep* a) {
   const int64_t size = share(a->B, a->threads);
 #pragma omp parallel num_threads(a->threads)
   {
-    LatentBlock block(*a);
+    LatentBlock<T> block(*a);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a->B; start += size) block.prepare(start, std::min(size, a->B - start));
     // all entries are there before the first is read: several tokens may be of one sequence, later ones see more
@@ -242,7 +244,8 @@ struct LatentModel {
   const float* rope;
   const int64_t* last;
   const int32_t *tables, *owner;
-  float *x, *cache;  // (B, D), changed in place; (L, cache blocks, 2^shift, C + R)
+  float* x;          // (B, D), changed in place
+  void* cache;       // (L, cache blocks, 2^shift, C + R), in bf16 or float
   int64_t* experts;  // (layers with experts, B, K): the chosen ones
   int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, best, normalise, softmax;
   int64_t shift, table_width, layer_stride, interleaved, longest, threads;
@@ -301,8 +304,10 @@ void add_norm(const LatentModel& a, const float* first, const float* second, con
 
 }  // namespace
 
-extern "C" void latent_model(const LatentModel* given) {
-  const LatentModel& a = *given;
+namespace {
+
+template <typename T>  // of the cache
+void run(const LatentModel& a) {
   const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
   const auto queries = room_for<float>(a.B * a.H * (a.C + a.R));
   const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);
@@ -312,9 +317,9 @@ extern "C" void latent_model(const LatentModel* given) {
     const LatentLayer& w = a.layers[l];
     const float* following = l + 1 < a.L ? a.layers[l + 1].attention_norm : nullptr;
     const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.tables, a.owner,
-                          a.cache + l * a.layer_stride, change.get(), queries.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C, a.Q, a.shift,
+                          static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C, a.Q, a.shift,
                           a.table_width, a.interleaved, a.longest, a.threads, a.scale, a.eps};
-    latent_step(&step);
+    latent_step<T>(&step);
     add_norm(a, change.get(), nullptr, w.ffn_norm, normed.get());
     if (w.w1) feed_forward(normed.get(), w.w1, w.w2, w.w3, shared.get(), a.B, a.D, w.I, a.threads);
     if (w.router) {
@@ -331,3 +336,7 @@ extern "C" void latent_model(const LatentModel* given) {
     }
   }
 }
+
+}  // namespace
+
+extern "C" void latent_model(const LatentModel* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
