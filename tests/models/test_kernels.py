@@ -202,6 +202,15 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(broken):
     assert log_probs.isnan().tolist() == [False, True, False]
 
 
+def test_the_last_number_draws_the_last_token_that_is_kept():
+    """Rounding makes the target the whole mass; the vectors behind hold none."""
+    logits = drawn(300, 2000)
+    logits[:, 700:] = -torch.inf
+    uniform = torch.full((300,), 1 - 2**-53, dtype=torch.float64)
+    tokens, log_probs = sample(logits, torch.ones(300), uniform)
+    assert (tokens == 699).all() and log_probs.isfinite().all()
+
+
 def test_tokens_that_weigh_the_same_are_kept_from_the_lowest_on(on_torch):
     """Thousands of equals in one bin, which the kernel sorts."""
     logits, uniform = torch.zeros(50, 3000), torch.linspace(0, 0.999, 50, dtype=torch.float64)

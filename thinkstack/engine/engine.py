@@ -254,7 +254,7 @@ class Engine:
     def _draw(self, draws: Draws, hidden: Tensor) -> int:
         """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
         table, (rows, offsets, sources) = self.table, draws
-        logits = self.runner.logits(hidden[torch.from_numpy(sources).to(hidden.device)])
+        logits = self.runner.logits(hidden.index_select(0, torch.from_numpy(sources).to(hidden.device)))
         drawn, counts = draw(table, rows, offsets, logits), None
         if self.speculator is not None and offsets.any():
             counts = self.speculator.counts(rows, offsets, drawn.tokens)

@@ -19,14 +19,15 @@ struct Decode {
 };
 
 // What a team of threads does together. Runs of tokens of one sequence are read by one thread each; where there are few,
-// each group of their heads by another, or, by tiles, each segment of their context.
+// each group of their heads by another, or, by tiles and for short runs, each segment of their context.
 template <typename T>
 class Attend {
  public:
   explicit Attend(const Decode& a) : a_(a) {
     for (int64_t n = 0; n < a.N; n += runs_.back().count) runs_.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
     is_many_ = int64_t(runs_.size()) >= 4 * a.threads;
-    if (is_many_ || !Reader<T>::by_tiles(a.W, a.V, 1 << a.shift)) return;
+    const bool are_short = std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.count <= SHORT; });
+    if (is_many_ || !are_short || !Reader<T>::by_tiles(a.W, a.V, 1 << a.shift)) return;
     int64_t rows = 0;
     for (int64_t n = 0; n < int64_t(runs_.size()); n++) {
       const Run& run = runs_[n];
@@ -54,7 +55,7 @@ class Attend {
   }
 
  private:
-  static constexpr int64_t TOKENS = 32;  // of a run at most
+  static constexpr int64_t TOKENS = 32, SHORT = 8;  // of a run at most; of a short one
   struct Run {
     int64_t start, count;
   };
@@ -101,7 +102,7 @@ class Attend {
   std::vector<Run> runs_;
   bool is_many_;
   std::vector<Part> parts_;  // where segments are read apart: run by run, in order
-  int64_t apart_;            // floats of a part
+  int64_t apart_ = 0;        // floats of a part
   Room<float> room_;
 };
 

@@ -57,10 +57,15 @@ class Masses {
   // The first token up to which they are more than `target`, which is less than their sum; total() comes before.
   int64_t find(double target) const {
     double before = 0;
-    int64_t n = 0;
-    for (; n + 1 < int64_t(chunks_.size()) && before + chunks_[n] <= target; n++) before += chunks_[n];
+    int64_t last = 0;  // the chunk that holds it: with any mass, even where rounding has made `target` the whole
+    for (int64_t n = 0; n < int64_t(chunks_.size()); n++) {
+      if (chunks_[n] == 0) continue;
+      if (n > last) before += chunks_[last];
+      last = n;
+      if (before + chunks_[n] > target) break;
+    }
     int64_t found = 0;
-    for (int64_t i = n * CHUNK; i < std::min((n + 1) * CHUNK, V_); i++) {
+    for (int64_t i = last * CHUNK; i < std::min((last + 1) * CHUNK, V_); i++) {
       if (held_[i] == 0) continue;
       found = i;
       before += held_[i];
