@@ -34,13 +34,13 @@ def draw(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logi
     if not special:
         tokens, log_probs = draw_plainly(table, rows, offsets, logits)
         return Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
-    raw, logits = logits[special].float(), logits.clone().float()
+    shaped = logits.to(torch.float32, copy=True)
     for place in special:
-        _shape(table, int(rows[place]), int(offsets[place]), logits[place])
-    tokens, log_probs = draw_plainly(table, rows, offsets, logits)
+        _shape(table, int(rows[place]), int(offsets[place]), shaped[place])
+    tokens, log_probs = draw_plainly(table, rows, offsets, shaped)
     drawn = Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
-    for place, own in zip(special, raw, strict=True):
-        _report(table, int(rows[place]), int(offsets[place]), place, drawn, own, logits[place])
+    for place in special:
+        _report(table, int(rows[place]), int(offsets[place]), place, drawn, logits[place], shaped[place])
     return drawn
 
 
@@ -61,7 +61,7 @@ def _asked(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> t
         return torch.from_numpy(values[rows]).to(device)
 
     temperature = there(table.temperature)
-    if table.keeps_all.all() or table.keeps_all[rows].all():
+    if table.keeps_all[rows].all():
         return temperature, None
     return temperature, (there(table.top_k), there(table.top_p), there(table.min_p))
 
@@ -106,16 +106,16 @@ def _report(table: SequenceTable, row: int, offset: int, place: int, drawn: Draw
     drawn from."""
     sampling = table.held(row)[0].sampling
     is_closed = table.is_closed[row] or _is_closed(table, row, 0, offset)
-    forced = None
+    forced = reported = None
     if not is_closed:
         forced = closing(sampling, table.ids[row, table.prompt[row] : table.known[row] + offset])
+    if sampling.raw_log_probs:
+        reported = torch.log_softmax(raw.float(), -1)
+    elif sampling.top_log_probs:
+        reported = distribution(shaped.unsqueeze(0), *_asked(table, numpy.array([row]), shaped.device))[0]
     if forced is not None:
         drawn.tokens[place], drawn.log_probs[place] = forced, 0.0
-    elif sampling.raw_log_probs:
-        drawn.log_probs[place] = float(torch.log_softmax(raw, -1)[drawn.tokens[place]])
-    if sampling.top_log_probs:
-        if sampling.raw_log_probs:
-            source = torch.log_softmax(raw, -1).unsqueeze(0)
-        else:
-            source = distribution(shaped.unsqueeze(0), *_asked(table, numpy.array([row]), shaped.device))
-        drawn.alternatives[place] = alternatives(source, sampling.top_log_probs)[0]
+    elif sampling.raw_log_probs and reported is not None:
+        drawn.log_probs[place] = float(reported[drawn.tokens[place]])
+    if sampling.top_log_probs and reported is not None:
+        drawn.alternatives[place] = alternatives(reported.unsqueeze(0), sampling.top_log_probs)[0]

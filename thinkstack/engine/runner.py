@@ -152,7 +152,7 @@ class Runner:
         return Places(owner, positions, slots, total), View(self.cache, pages, self._there(slots))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (B, V) of hidden states (B, D), computed on whole row tiles."""
+        """Logits (B, V) of hidden states (B, D); in fp32 those of a row do not depend on the others."""
         if self._whole is not None and self._whole.head is not None:
             return multiply(hidden, self._whole.head)
         count = len(hidden)

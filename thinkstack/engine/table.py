@@ -196,7 +196,6 @@ class SequenceTable:
         self.owner[row], self.blocks[row], self.names[row], self.followers[row] = None, [], [], []
         self.tables[row] = SPARE
         self.follows[row] = self.is_drafting[row] = self.is_special[row] = False
-        self.keeps_all[row] = True
         self.drafts[row] = 0
         heapq.heappush(self.free, row)
 

@@ -18,7 +18,9 @@ MOST_ROWS = 512
 USUAL_ROWS = 64
 """What the layout is made for; it serves any number of rows."""
 ROWS_TRIED = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
+"""Numbers of rows that are multiplied to see whether their company matters."""
 OUTPUTS_TRIED = 2048
+"""Outputs of the matrix that they are multiplied with, at most."""
 
 
 def blocked(weight: Tensor) -> Tensor:
@@ -82,3 +84,9 @@ def can_keep(*weights: Tensor) -> bool:
     """Whether matrices may be kept a second time: blocked, in no more than SHARE of the memory."""
     size = sum(weight.nbytes for weight in weights)
     return size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(map(can_block, weights))
+
+
+def exact(weight: Tensor) -> Tensor | None:
+    """A matrix in fp32, blocked, where products with it do not depend on a row's company."""
+    takes = weight.dtype == torch.float32 and can_keep(weight) and keeps_rows(*weight.shape)
+    return blocked(weight) if takes else None

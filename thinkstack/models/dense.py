@@ -12,7 +12,7 @@ from torch import Tensor
 from thinkstack.models import kernels
 from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
-from thinkstack.models.blocked import blocked, can_keep, keeps_rows, multiply
+from thinkstack.models.blocked import blocked, can_keep, exact, keeps_rows, multiply
 from thinkstack.models.layers import Projection, RMSNorm, Rotations, SwiGLU
 from thinkstack.models.moe import MoE
 from thinkstack.models.pages import Pages
@@ -61,7 +61,7 @@ class Dense:
         self.parts: list[Parts] = []
         """Of all blocks, once many tokens have come."""
         self.most_tokens = 1 << 40 if _takes_many(blocks) else kernels.FEW
-        self.head = exact_head(model)
+        self.head = exact(model.head.weight)
         self.rotations = Rotations(model.cfg.attention.rope_dim, model.cfg.rope)
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -91,13 +91,6 @@ class Dense:
         return None
 
 
-def exact_head(model: Transformer) -> Tensor | None:
-    """The head's matrix for `multiply`, where products in fp32 with it do not depend on the company of a row."""
-    weight = model.head.weight
-    is_exact = weight.dtype == torch.float32 and can_keep(weight) and keeps_rows(*weight.shape)
-    return blocked(weight) if is_exact else None
-
-
 def is_dense(blocks: list[Block]) -> bool:
     """Whether Dense takes them, a few tokens at least."""
     if any(not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU) for block in blocks):
@@ -117,7 +110,7 @@ def _takes_few(blocks: list[Block]) -> bool:
         if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
             return False
         weights += [parts["codes"] for parts in packed if parts is not None]
-    return kernels.takes_few(torch.empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
+    return kernels.takes_few(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
 
 
 def _takes_many(blocks: list[Block]) -> bool:

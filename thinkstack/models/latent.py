@@ -10,8 +10,8 @@ from torch import Tensor
 from thinkstack.models import kernels
 from thinkstack.models.attention import MLA
 from thinkstack.models.block import PLAIN, Block, consists_of
+from thinkstack.models.blocked import exact
 from thinkstack.models.config import MLAConfig
-from thinkstack.models.dense import exact_head
 from thinkstack.models.layers import Rotations
 from thinkstack.models.moe import MoE
 from thinkstack.models.mtp import MTPModule
@@ -38,7 +38,7 @@ class SmallLatent:
         self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
         self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
-        self.head = exact_head(model)
+        self.head = exact(model.head.weight)
         self.rotations = Rotations(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:

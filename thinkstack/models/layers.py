@@ -205,7 +205,7 @@ class Rotations:
         """Of positions (N,): (N, width / 2) complex64."""
         last = int(positions.max())
         if last >= len(self.table):
-            self.table = rope_table(torch.arange(2 << last.bit_length()).unsqueeze(0), self.width, self.cfg)[0]
+            self.table = rope_table(torch.arange(1 << last.bit_length()).unsqueeze(0), self.width, self.cfg)[0]
         return self.table.index_select(0, positions)
 
 

@@ -1,5 +1,5 @@
-"""All blocks of a model in one call of a kernel, where calling operators would take longer than their work: models with
-few features in fp32, and any dense model that reads a few tokens at a time, in bf16 with matrices in bf16 or int8.
+"""Forward passes over a cache that are written for a kind of model, where calling a module's operators one by one would
+take longer than their work: dense models (dense.py), and small ones with latent attention (latent.py).
 """
 
 # Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
@@ -51,7 +51,7 @@ def whole_model(model: Transformer) -> WholeModel | None:
 @torch.no_grad()
 def widened(model: Transformer) -> Transformer:
     """A model in bf16, or, where one kernel then takes the whole of it, a copy with the same numbers in fp32: at such
-    sizes the calls are what takes the time, not the bytes of the weights. It is more exact than bf16, not as fp32."""
+    sizes the calls are what takes the time, not the bytes of the weights. More exact than bf16, less so than fp32."""
     weight = model.embed.weight
     if weight.dtype != torch.bfloat16 or not _is_small_latent(model, weight.new_empty(0, dtype=torch.float32)):
         return model

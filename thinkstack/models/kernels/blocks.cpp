@@ -52,13 +52,7 @@ struct Step {
 
   explicit Step(const BlockSteps& a)
       : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), mixed(N * queries), wide(N * a.I),
-        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(reading()) {}
-
-  Decode reading() {
-    Decode read{query.data(), a.cache, a.tables, a.owner, a.last, mixed.data(), N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * keys};
-    read.key_g = read.value_g = a.W, read.value_at = keys, read.longest = a.longest, read.threads = a.threads, read.scale = a.scale;
-    return read;
-  }
+        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(grouped(a, N, query.data(), a.cache, mixed.data())) {}
 
   Pages<bf16> pages(int64_t layer, int64_t n, int64_t at) const {
     return {a.cache + layer * a.layer_stride + at, a.tables + a.owner[n] * a.table_width, a.shift, 2 * keys};

@@ -31,9 +31,7 @@ void run_new(const AttendNew& a) {
   const int64_t W = a.W, heads = a.H + 2 * a.G, width = 2 * a.G * W;
   const auto qkv = static_cast<const T*>(a.qkv);
   const auto query = static_cast<T*>(a.query), entries = static_cast<T*>(a.entries);
-  Decode read{query, entries, a.tables, a.owner, a.last, a.out, a.N, a.G, a.H / a.G, W, W, a.shift, a.table_width, width};
-  read.key_g = read.value_g = W, read.value_at = a.G * W, read.longest = a.longest, read.threads = a.threads, read.scale = a.scale;
-  Attend<T> attend(read);
+  Attend<T> attend(grouped(a, a.N, query, entries, a.out));
 #pragma omp parallel num_threads(a.threads)
   {
     std::vector<float> room(W);

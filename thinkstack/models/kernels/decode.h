@@ -18,6 +18,15 @@ struct Decode {
   double scale;  // of the scores
 };
 
+// How N tokens of grouped queries read a cache of keys, then values: of BlockSteps or AttendNew.
+template <typename A>
+Decode grouped(const A& a, int64_t N, const void* query, const void* entries, void* out) {
+  Decode read{query, entries, a.tables, a.owner, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};
+  read.key_g = read.value_g = a.W, read.value_at = a.G * a.W;
+  read.longest = a.longest, read.threads = a.threads, read.scale = a.scale;
+  return read;
+}
+
 // What a team of threads does together. Runs of tokens of one sequence are read by one thread each; where there are few,
 // each group of their heads by another, or, by tiles and for short runs, each segment of their context.
 template <typename T>

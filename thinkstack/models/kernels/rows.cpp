@@ -15,14 +15,18 @@ void norm(const T* x, const float* weight, T* y, float* inverse, int64_t N, int6
   }
 }
 
-// x += change, and its norm.
+// x += first + second, the latter null where there is none; y: its norm, unless weight is null.
 template <typename T>
-void add_norm(T* x, const T* change, const float* weight, T* y, int64_t N, int64_t D, double eps, int64_t threads) {
+void add_norm(T* x, const T* first, const T* second, const float* weight, T* y, int64_t N, int64_t D, double eps, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t n = 0; n < N; n++) {
     T* row = x + n * D;
-    for (int64_t c = 0; c < D; c += LANES) store_some(row + c, load_some(row + c, D - c) + load_some(change + n * D + c, D - c), D - c);
-    norm_row(row, weight, y + n * D, D, eps);
+    for (int64_t c = 0; c < D; c += LANES) {
+      vf change = load_some(first + n * D + c, D - c);
+      if (second) change += load_some(second + n * D + c, D - c);
+      store_some(row + c, load_some(row + c, D - c) + change, D - c);
+    }
+    if (weight) norm_row(row, weight, y + n * D, D, eps);
   }
 }
 
@@ -159,8 +163,9 @@ void log_probs_backward(T* logits, const int64_t* targets, const float* normalis
 
 BOTH(rms_norm, (const void* x, const float* weight, void* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps, int64_t threads),
      norm<T>((const T*)x, weight, (T*)y, inverse, N, D, stride, eps, threads))
-BOTH(add_norm, (void* x, const void* change, const float* weight, void* y, int64_t N, int64_t D, double eps, int64_t threads),
-     add_norm<T>((T*)x, (const T*)change, weight, (T*)y, N, D, eps, threads))
+BOTH(add_norm,
+     (void* x, const void* first, const void* second, const float* weight, void* y, int64_t N, int64_t D, double eps, int64_t threads),
+     add_norm<T>((T*)x, (const T*)first, (const T*)second, weight, (T*)y, N, D, eps, threads))
 BOTH(rms_norm_backward,
      (const void* grad, const void* x, const float* weight, const float* inverse, void* grad_x, float* grad_weight, int64_t N, int64_t D,
       int64_t stride, int64_t threads),

@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor,
 def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Add change to x, (N, D) both, contiguous; returns the norm of the sum, as rms_norm."""
     out = torch.empty_like(x)
-    call_for(x.dtype, "add_norm", x, change, weight, out, *x.shape, float(eps))
+    call_for(x.dtype, "add_norm", x, change, None, weight, out, *x.shape, float(eps))
     return out
 
 

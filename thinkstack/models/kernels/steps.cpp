@@ -252,7 +252,10 @@ struct LatentModel {
   double scale, eps, factor;
 };
 
+// rows.cpp
 extern "C" void rms_norm_fp32(const void* x, const float* weight, void* y, float* inverse, int64_t N, int64_t D, int64_t stride, double eps,
+                              int64_t threads);
+extern "C" void add_norm_fp32(void* x, const void* first, const void* second, const float* weight, void* y, int64_t N, int64_t D, double eps,
                               int64_t threads);
 
 namespace {
@@ -288,30 +291,15 @@ void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, f
   }
 }
 
-// x += first + second, the latter null where there is none; then its norm, unless weight is null.
-void add_norm(const LatentModel& a, const float* first, const float* second, const float* weight, float* normed) {
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-  for (int64_t b = 0; b < a.B; b++) {
-    float* row = a.x + b * a.D;
-    for (int64_t c = 0; c < a.D; c += LANES) {
-      vf change = load_some(first + b * a.D + c, a.D - c);
-      if (second) change += load_some(second + b * a.D + c, a.D - c);
-      store_some(row + c, load_some(row + c, a.D - c) + change, a.D - c);
-    }
-    if (weight) norm_row(row, weight, normed + b * a.D, a.D, a.eps);
-  }
-}
-
-}  // namespace
-
-namespace {
-
 template <typename T>  // of the cache
 void run(const LatentModel& a) {
   const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
   const auto queries = room_for<float>(a.B * a.H * (a.C + a.R));
   const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);
   int64_t* chosen = a.experts;
+  const auto add = [&](const float* first, const float* second, const float* weight) {
+    add_norm_fp32(a.x, first, second, weight, normed.get(), a.B, a.D, a.eps, a.threads);
+  };
   rms_norm_fp32(a.x, a.layers[0].attention_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
   for (int64_t l = 0; l < a.L; l++) {
     const LatentLayer& w = a.layers[l];
@@ -320,7 +308,7 @@ void run(const LatentModel& a) {
                           static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C, a.Q, a.shift,
                           a.table_width, a.interleaved, a.longest, a.threads, a.scale, a.eps};
     latent_step<T>(&step);
-    add_norm(a, change.get(), nullptr, w.ffn_norm, normed.get());
+    add(change.get(), nullptr, w.ffn_norm);
     if (w.w1) feed_forward(normed.get(), w.w1, w.w2, w.w3, shared.get(), a.B, a.D, w.I, a.threads);
     if (w.router) {
       route_rows(a, w, normed.get(), weights.get(), chosen);
@@ -329,10 +317,10 @@ void run(const LatentModel& a) {
       routed.out = change.get(), routed.picked = picked.get();
       routed.N = a.B, routed.K = a.K, routed.E = a.E, routed.D = a.D, routed.I = a.J, routed.threads = a.threads;
       experts(&routed, 0, 0);
-      add_norm(a, change.get(), w.w1 ? shared.get() : nullptr, following, normed.get());
+      add(change.get(), w.w1 ? shared.get() : nullptr, following);
       chosen += a.B * a.K;
     } else {
-      add_norm(a, shared.get(), nullptr, following, normed.get());
+      add(shared.get(), nullptr, following);
     }
   }
 }
