@@ -5,7 +5,7 @@ single      SmolLM2 for one user, matrices in bf16 and int8: a token against rea
             llama.cpp on Q8_0 where THINKSTACK_LLAMA_CPP names a Python that has it; a prompt of 512 tokens
 drafts      --model with a multi-token-prediction module: guesses against none, at 1 to 64 requests
 overhead    time outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens
-context     seconds a token from 1,024 to 32,768 tokens of context, drawn in docs/engine-context.png
+context     a token behind 1,024 tokens and more, v3-tiny in fp32, SmolLM2 in bf16, drawn in docs/engine-context.png
 """
 
 import statistics
@@ -40,7 +40,7 @@ from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
-from thinkstack.models.precision import Stored, inference_copy
+from thinkstack.models.precision import Precision, Stored, inference_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.table import families, problems
 from thinkstack.types import Message, Sampling
@@ -227,14 +227,13 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
 
 def overhead(tries: int) -> list[Row]:
     """What is not the model."""
-    model = random_tiny(mtp_layers=0)
-    engine = Engine(model, EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, prefix_cache=False))
-    clock, shares = Clock(engine), []
-    work = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW)
-    work()
-    for _ in range(tries):
-        inside, whole = clock.of(work)
-        shares.append(1 - inside / whole)
+    shares = {
+        name: outside(model, dtype, tries)
+        for name, dtype, model in (
+            ("v3-tiny", "fp32", random_tiny(mtp_layers=0)),
+            ("SmolLM2", "bf16", load_model(SMOLLM2)),
+        )
+    }
     waiting = ScriptedEngine(lambda prompt, answer: prompt, vocab_size=64, end_id=0, max_batch=REQUESTS)
     for number in range(10_000):
         waiting.submit([1 + number % 60] * 100, Sampling(max_tokens=50))
@@ -259,12 +258,9 @@ def overhead(tries: int) -> list[Row]:
     answering(sharing, [shared + one for one in own], 1)()
     distinct = 1024 + REQUESTS * 64
     return [
-        Row(
-            name="step outside the model, 64 requests",
-            value=statistics.median(shares),
-            unit="",
-            n=tries,
-            machine=machine(),
+        *(
+            Row(name=f"{name}: outside the model, 64 requests", value=share, unit="", n=tries, machine=machine())
+            for name, share in shares.items()
         ),
         Row(
             name="planning with 10,000 waiting",
@@ -277,38 +273,60 @@ def overhead(tries: int) -> list[Row]:
     ]
 
 
+def outside(model: Transformer, dtype: Precision, tries: int) -> float:
+    """Share of 64 requests' time that is not the model."""
+    size = EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, dtype=dtype, prefix_cache=False)
+    engine = Engine(model, size)
+    clock, shares = Clock(engine), []
+    work = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW)
+    work()
+    for _ in range(tries):
+        inside, whole = clock.of(work)
+        shares.append(1 - inside / whole)
+    return statistics.median(shares)
+
+
 def context(tries: int) -> list[Row]:
-    """A token for one user behind long contexts, v3-tiny with more positions."""
+    """A token for one user behind long contexts: v3-tiny with more positions, and SmolLM2."""
     from matplotlib.figure import Figure
     from studies import panel
 
-    model, found = random_tiny(mtp_layers=0, max_positions=33_024), []
-    for length in (1024, 2048, 4096, 8192, 16_384, 32_768):
-        engine = Engine(model, EngineConfig(max_batch=1, max_context=length + 65))
-        prompt = drawn(1, length, model.cfg.vocab_size)
-        answering(engine, prompt, 1)()  # into the cache
-        seconds = []
-        for _ in range(tries):
-            request = engine.submit(prompt[0], Sampling(max_tokens=33))
-            engine.step()
-            began = time.perf_counter()
-            while not request.is_finished:
-                engine.step()
-            seconds.append((time.perf_counter() - began) / 32)
-        found.append((length, statistics.median(seconds)))
     rate, _ = gigabytes_per_second(torch.ones(MEMORY_BYTES // 4).sum, MEMORY_BYTES)
-    floor = [found[0][1] + cache_bytes_per_token(model.cfg, 4) * (n - found[0][0]) / rate / 1e9 for n, _ in found]
-    canvas = Figure(figsize=(6.4, 3.4), dpi=144, layout="constrained")
-    axes = canvas.subplots()
-    panel(canvas, axes, "A token for one user, v3-tiny, fp32", "tokens of context", "ms")
-    axes.plot([n for n, _ in found], [s * 1e3 for _, s in found], marker="o", label="measured")
-    axes.plot(
-        [n for n, _ in found], [s * 1e3 for s in floor], linestyle=":", label="as at 1,024, and reading the cache once"
-    )
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    canvas = Figure(figsize=(9.6, 3.4), dpi=144, layout="constrained")
+    places, rows = canvas.subplots(1, 2), []
+    for axes, name, dtype, model, lengths in (
+        (places[0], "v3-tiny", "fp32", random_tiny(mtp_layers=0, max_positions=33_024), [1024 << n for n in range(6)]),
+        (places[1], "SmolLM2", "bf16", load_model(SMOLLM2), [1024, 2048, 4096, 7936]),
+    ):
+        seconds = [behind(model, dtype, length, tries) for length in lengths]
+        size = cache_bytes_per_token(model.cfg, TYPES[dtype].itemsize)
+        floor = [seconds[0] + size * (length - lengths[0]) / rate / 1e9 for length in lengths]
+        panel(canvas, axes, f"A token for one user, {name}, {dtype}", "tokens of context", "ms")
+        axes.plot(lengths, [s * 1e3 for s in seconds], marker="o", label="measured")
+        axes.plot(lengths, [s * 1e3 for s in floor], linestyle=":", label="as at 1,024, and reading the cache once")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        for length, value in zip(lengths, seconds, strict=True):
+            figure = {"name": f"{name}: token behind {length:,}", "value": value * 1e3, "unit": "ms"}
+            rows.append(Row(**figure, n=tries, machine=machine()))
     canvas.savefig(Path(__file__).parent.parent / "docs" / "engine-context.png")
-    return [Row(name=f"token behind {n:,}", value=s * 1e3, unit="ms", n=tries, machine=machine()) for n, s in found]
+    return rows
+
+
+def behind(model: Transformer, dtype: Precision, length: int, tries: int) -> float:
+    """Seconds a token behind so many tokens, which are in the cache."""
+    engine = Engine(model, EngineConfig(max_batch=1, max_context=length + 65, dtype=dtype))
+    prompt = drawn(1, length, model.cfg.vocab_size)
+    answering(engine, prompt, 1)()
+    seconds = []
+    for _ in range(tries):
+        request = engine.submit(prompt[0], Sampling(max_tokens=33))
+        engine.step()
+        began = time.perf_counter()
+        while not request.is_finished:
+            engine.step()
+        seconds.append((time.perf_counter() - began) / 32)
+    return statistics.median(seconds)
 
 
 def main() -> None:
