@@ -29,7 +29,7 @@ class Oracle:
         for row in rows.tolist():
             known, prompt_end = int(table.known[row]), int(table.prompt[row])
             answer = self.answers.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
-            left = int(table.limit[row]) - (known - prompt_end)
+            left = int(table.limit[row]) - known
             if table.computed[row] != known - 1:
                 continue
             guesses = list(answer[known - prompt_end :][: min(speculator.max_drafts, left - 1)])

@@ -7,12 +7,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.sampler import sample
+from thinkstack.engine.sampler import sample, uniforms
 from thinkstack.models import kernels
 from thinkstack.models.attention import MLA, AttentionContext, read_pages, sight_of
 from thinkstack.models.config import MoEConfig
@@ -192,6 +193,26 @@ def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_
     same = mine == theirs
     assert same.float().mean() > 0.98  # a draw on the edge of two tokens may fall either way
     torch.testing.assert_close(my_log_probs[same], log_probs[same], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_rows_of_columns_draw_with_their_own_settings_and_numbers(keeps_all):
+    """Every token says which number it was drawn with: there are 4,000 of the same mass."""
+    random = numpy.random.default_rng(0)
+    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
+    columns |= dict(prompt=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
+    columns |= {name: random.uniform(0.3, 1, 50).astype(numpy.float32) for name in ("temperature", "top_p", "min_p")}
+    rows, offsets = random.permutation(50)[:40], random.integers(0, 4, 40)
+    logits = torch.zeros(40, 4000)
+    numbers = uniforms(
+        columns["seed"][rows], (columns["known"] - columns["prompt"])[rows].astype("u8") + offsets.astype("u8")
+    )
+    temperature, *kept = (torch.from_numpy(columns[name][rows]) for name in ("temperature", "top_k", "top_p", "min_p"))
+    expected = kernels.draw(logits, temperature, torch.from_numpy(numbers), None if keeps_all else tuple(kept))
+    found = kernels.RowDraws(**columns).draw(logits, rows, offsets, keeps_all)
+    assert len(set(found[0].tolist())) > 30
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine == theirs.numpy()).all()
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])

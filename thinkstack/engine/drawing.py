@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thinkstack.engine.sampler import Kept, adjust, alternatives, closing, distribution, ends_with, sample, uniforms
 from thinkstack.engine.table import Alternatives, SequenceTable
+from thinkstack.models import kernels
 
 
 class Drawn(NamedTuple):
@@ -32,13 +33,11 @@ def draw(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logi
     """Draw a token from each row of logits (B, V): that of rows[b], `offsets[b]` tokens after its known ones."""
     special = numpy.flatnonzero(table.is_special[rows]).tolist() if table.is_special.any() else []
     if not special:
-        tokens, log_probs = draw_plainly(table, rows, offsets, logits)
-        return Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
+        return Drawn(*draw_plainly(table, rows, offsets, logits), {})
     shaped = logits.to(torch.float32, copy=True)
     for place in special:
         _shape(table, int(rows[place]), int(offsets[place]), shaped[place])
-    tokens, log_probs = draw_plainly(table, rows, offsets, shaped)
-    drawn = Drawn(tokens.cpu().numpy(), log_probs.cpu().numpy(), {})
+    drawn = Drawn(*draw_plainly(table, rows, offsets, shaped), {})
     for place in special:
         _report(table, int(rows[place]), int(offsets[place]), place, drawn, logits[place], shaped[place])
     return drawn
@@ -46,12 +45,15 @@ def draw(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logi
 
 def draw_plainly(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`draw` by temperature and kept sets alone; returns what `sample` does."""
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """`draw` by temperature and kept sets alone; returns tokens and log-probabilities as `Drawn` has them."""
+    if kernels.takes(logits):
+        return table.draws.draw(logits, rows, offsets, bool(table.keeps_all[rows].all()))
     counters = (table.known[rows] - table.prompt[rows] + offsets).astype(numpy.uint64)
     uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
     temperature, kept = _asked(table, rows, logits.device)
-    return sample(logits, temperature, uniform, kept)
+    tokens, log_probs = sample(logits, temperature, uniform, kept)
+    return tokens.cpu().numpy(), log_probs.cpu().numpy()
 
 
 def _asked(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> tuple[Tensor, Kept | None]:

@@ -213,8 +213,9 @@ class Engine:
             self.scheduler.preempt_all()
             self.scheduler.pool.forget_cached()
             raise
-        table.computed[plan.rows] = numpy.minimum(plan.starts + plan.counts, table.known[plan.rows])
-        draws, copies = self._who_draws(plan)
+        known = table.known[plan.rows]
+        table.computed[plan.rows] = reached = numpy.minimum(plan.starts + plan.counts, known)
+        draws, copies = self._who_draws(plan, (reached == known).nonzero()[0])
         for copy in copies:
             self.runner.cache.copy(*copy)
         given = self._draw(draws, hidden) if len(draws.rows) else 0
@@ -223,13 +224,13 @@ class Engine:
             for copy in copies:  # again, with what the module has kept
                 self.runner.cache.copy(*copy)
 
-    def _who_draws(self, plan: Plan) -> tuple[Draws, list[tuple[int, int, int]]]:
+    def _who_draws(self, plan: Plan, done: numpy.ndarray) -> tuple[Draws, list[tuple[int, int, int]]]:
         """Rows that have computed all they know, behind each of their guesses too, and those that waited for a prompt.
 
-        Returns them, and what has to be copied for the latter: source block, target block, tokens.
+        done: places of the former in the plan. Returns them, and what has to be copied for the latter: source block,
+        target block, tokens.
         """
         table, ends = self.table, plan.counts.cumsum()
-        done = numpy.flatnonzero(table.computed[plan.rows] == table.known[plan.rows])
         rows, sources, copies = plan.rows[done], ends[done] - 1, []
         offsets = numpy.zeros(len(done), dtype=numpy.int64)
         if self.speculator is not None and table.drafts[rows].any():

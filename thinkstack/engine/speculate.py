@@ -91,7 +91,7 @@ class Speculator:
         """
         table = self.table
         is_right = tokens == table.ids[rows, table.known[rows] + offsets]  # meaningless for the last of each row
-        stops = (tokens[:, None] == table.stop_ids[rows]).any(1)
+        stops = table.is_stop(rows, tokens)
         counts = numpy.ones(len(rows), dtype=bool)
         for place in numpy.flatnonzero(offsets).tolist():  # in order
             accepted = bool(counts[place - 1] and is_right[place - 1])
@@ -133,7 +133,7 @@ class Speculator:
         """Write guesses behind the known tokens of those rows whose known tokens but the last are all computed."""
         table = self.table
         for ahead in range(self.max_drafts):
-            left = table.limit[rows] - (table.known[rows] - table.prompt[rows])
+            left = table.limit[rows] - table.known[rows]
             goes_on = (table.computed[rows] == table.known[rows] - 1) & (ahead + 1 < left)
             if ahead:
                 held = numpy.array([len(table.blocks[row]) for row in rows.tolist()]) * BLOCK
@@ -145,6 +145,6 @@ class Speculator:
                 ones = numpy.ones(len(rows), dtype=numpy.int64)
                 states = self.runner.draft(table, rows, table.known[rows] + ahead - 2, ones, states)
             offsets = numpy.full(len(rows), ahead)
-            tokens = draw_plainly(table, rows, offsets, self.runner.logits(states))[0].cpu().numpy()
+            tokens, _ = draw_plainly(table, rows, offsets, self.runner.logits(states))
             table.ids[rows, table.known[rows] + ahead] = tokens
             table.drafts[rows] = ahead + 1

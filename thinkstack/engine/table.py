@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thinkstack.engine.blocks import BLOCK, SPARE
 from thinkstack.engine.sampler import is_plain, mix
+from thinkstack.models import kernels
 from thinkstack.types import Completion, FinishReason, Sampling
 
 MAX_STOP_IDS = 8
@@ -98,7 +99,7 @@ class SequenceTable:
         self.log_probs = numpy.zeros((num_rows, max_tokens + 1), dtype=numpy.float32)
         """Of the drawn tokens, at the places of `ids`."""
         self.prompt, self.known, self.computed, self.limit = numpy.zeros((4, num_rows + 1), dtype=numpy.int64)
-        """Tokens of the prompt; of prompt and answer; in the cache; most tokens of the answer."""
+        """Tokens of the prompt; of prompt and answer; in the cache; most tokens of both."""
         self.drafts = numpy.zeros(num_rows + 1, dtype=numpy.int64)
         """Tokens in `ids` after the known ones that are only guessed."""
         self.is_drafting = numpy.zeros(num_rows + 1, dtype=bool)
@@ -110,13 +111,15 @@ class SequenceTable:
         self.top_k = numpy.zeros(num_rows, dtype=numpy.int64)
         self.keeps_all = numpy.ones(num_rows, dtype=bool)
         """Whether top_k, top_p and min_p keep every token."""
+        columns = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self.draws = kernels.RowDraws(**columns, seed=self.seed, known=self.known, prompt=self.prompt)
         self.is_special = numpy.zeros(num_rows, dtype=bool)
         """Whether the row needs more than temperature and a kept set: penalties, a thinking budget, a grammar, ..."""
         self.is_closed = numpy.zeros(num_rows, dtype=bool)
         """Whether `close_ids` have been drawn."""
         self.alternatives: list[list[Alternatives]] = [[] for _ in range(num_rows)]
         """Most likely alternatives of each drawn token, where they are reported."""
-        self.stop_ids = numpy.full((num_rows, MAX_STOP_IDS), -1, dtype=numpy.int64)
+        self.stop_ids = numpy.full((MAX_STOP_IDS, num_rows), -1, dtype=numpy.int64)
 
     def open(self, waiting: Waiting, answer: int, root: bytes) -> int:
         """Give a free row to one of the waiting answers."""
@@ -130,7 +133,7 @@ class SequenceTable:
         self.ids[row, prompt:known] = waiting.drawn
         self.log_probs[row, prompt:known] = waiting.log_probs
         self.prompt[row], self.known[row], self.computed[row] = prompt, known, 0
-        self.limit[row], self.seed[row] = sampling.max_tokens, answer_seed(sampling.seed, answer)
+        self.limit[row], self.seed[row] = prompt + sampling.max_tokens, answer_seed(sampling.seed, answer)
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
         self.top_k[row], self.min_p[row] = sampling.top_k, sampling.min_p
         self.keeps_all[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
@@ -142,8 +145,8 @@ class SequenceTable:
             waiting.drawn[at : at + len(close)] == close for at in range(len(waiting.drawn) - len(close) + 1)
         )
         self.alternatives[row] = list(waiting.alternatives)
-        self.stop_ids[row] = -1
-        self.stop_ids[row, : len(sampling.stop_ids)] = sampling.stop_ids
+        self.stop_ids[:, row] = -1
+        self.stop_ids[: len(sampling.stop_ids), row] = sampling.stop_ids
         return row
 
     def key(self, row: int) -> tuple[int, int, int]:
@@ -166,6 +169,10 @@ class SequenceTable:
             tuple(self.alternatives[row]),
         )
 
+    def is_stop(self, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
+        """Whether a token of each row ends its answer, (N,) bool."""
+        return (tokens == self.stop_ids.take(rows, axis=1)).any(0)
+
     def hold(self, row: int, blocks: Sequence[int]) -> None:
         """Add blocks to a row's."""
         start = len(self.blocks[row])
@@ -175,19 +182,19 @@ class SequenceTable:
     def append(
         self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray, log_probs: numpy.ndarray
     ) -> None:
-        """Note tokens just drawn: `offsets` counts a row's from 0. Whatever was only guessed is forgotten."""
+        """Note tokens just drawn: `offsets` counts a row's from 0, in order. Whatever was only guessed is forgotten."""
         places = self.known[rows] + offsets
         self.ids[rows, places] = tokens
         self.log_probs[rows, places] = log_probs
-        numpy.add.at(self.known, rows, 1)
+        self.known[rows] = places + 1  # of a row's several the last one stands
         self.drafts[rows] = 0
 
     def finished(self, rows: numpy.ndarray) -> list[tuple[int, FinishReason]]:
         """Of `rows` those that their last token ended, with the reason; a stop token in the last place is a stop."""
         known = self.known[rows]
-        stopped = (self.ids[rows, known - 1, None] == self.stop_ids[rows]).any(1)
-        ended = numpy.flatnonzero(stopped | (known - self.prompt[rows] >= self.limit[rows]))
-        return [(int(rows[place]), "stop" if stopped[place] else "length") for place in ended]
+        stopped = self.is_stop(rows, self.ids[rows, known - 1])
+        ended = (stopped | (known >= self.limit[rows])).nonzero()[0]
+        return [(int(rows[place]), "stop" if stopped[place] else "length") for place in ended.tolist()]
 
     def clear(self, row: int) -> None:
         """Free a row; its blocks are let go of elsewhere."""

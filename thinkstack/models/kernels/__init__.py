@@ -9,6 +9,7 @@ from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_
 from thinkstack.models.kernels.decoding import (
     BlockWeights,
     LatentLayer,
+    RowDraws,
     attend_new,
     block_steps,
     draw,
@@ -35,7 +36,7 @@ from thinkstack.models.kernels.rows import (
 )
 
 __all__ = [
-    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "add_norm", "attend", "attend_new", "available",
+    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "RowDraws", "add_norm", "attend", "attend_new", "available",
     "block_steps", "draw", "expert_mlp", "feed_forward", "few_rows", "is_rows", "latent_model", "log_probs",
     "log_probs_backward", "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "rows_of", "swiglu",
     "swiglu_backward", "swiglu_halves", "takes", "takes_few", "takes_rows", "takes_steps", "widen",

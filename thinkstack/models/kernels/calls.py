@@ -2,6 +2,7 @@
 
 import ctypes
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -86,6 +87,11 @@ def call_for(dtype: torch.dtype, name: str, *arguments: object) -> None:
 def address(x: Tensor | None) -> int | None:
     """Where the elements of x lie."""
     return None if x is None else x.data_ptr()
+
+
+def place(x: numpy.ndarray) -> int:
+    """`address` of an array."""
+    return x.__array_interface__["data"][0]
 
 
 def _plain(value: object) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:

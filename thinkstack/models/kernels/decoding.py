@@ -6,10 +6,11 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.models.kernels.calls import address, call, run, structure
+from thinkstack.models.kernels.calls import address, call, place, run, structure
 from thinkstack.models.kernels.operators import Heads
 from thinkstack.models.pages import Pages
 
@@ -25,7 +26,11 @@ _AttendNew = structure(
     "N H G W shift table_width interleaved longest threads",
     "scale eps",
 )
-_Draw = structure("Draw", "logits temperature uniform top_k top_p min_p tokens log_probs", "B V threads")
+_Draw = structure(
+    "Draw",
+    "logits rows temperature top_k top_p min_p uniform seed known prompt offsets tokens log_probs",
+    "B V threads",
+)
 BlockWeights = structure(
     "BlockWeights",
     "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo sq sk sv so s1 s2 s3",
@@ -226,8 +231,45 @@ def draw(
     logits: Tensor, temperature: Tensor, uniform: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """A token per row of logits (B, V); arguments and results as in engine/sampler.py."""
-    B, V = logits.shape
+    B = len(logits)
     tokens, log_probs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
-    given = (logits, temperature, uniform, *(kept or (None, None, None)), tokens, log_probs)
-    run("draw", _Draw(*map(address, given), B, V, torch.get_num_threads()), logits.dtype == torch.bfloat16)
+    given = dict(logits=logits, temperature=temperature, uniform=uniform, tokens=tokens, log_probs=log_probs)
+    if kept is not None:
+        given |= dict(zip(("top_k", "top_p", "min_p"), kept, strict=True))
+    _run_draw(_Draw(**{name: address(x) for name, x in given.items()}), logits)
     return tokens, log_probs
+
+
+class RowDraws:
+    """`draw` for rows whose settings lie in columns, each row with its own numbers (`uniforms` in engine/sampler.py).
+
+    The columns may change their contents, not their places.
+    """
+
+    def __init__(self, **columns: numpy.ndarray):
+        """columns: temperature, top_p, min_p fp32; top_k, known, prompt int64; seed uint64."""
+        self._columns = columns
+        self._settings = {name: place(column) for name, column in columns.items()}
+
+    def draw(
+        self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, keeps_all: bool
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """From logits (B, V) of rows (B,), the offsets-th token, (B,) from 0, after a row's known ones.
+
+        keeps_all: whether top_k, top_p and min_p are neutral in these rows. Returns what `draw` does.
+        """
+        logits = logits.contiguous()
+        tokens, log_probs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
+        arguments = _Draw(**self._settings)
+        if keeps_all:
+            arguments.top_k = None
+        arguments.logits, arguments.rows, arguments.offsets = logits.data_ptr(), place(rows), place(offsets)
+        arguments.tokens, arguments.log_probs = place(tokens), place(log_probs)
+        _run_draw(arguments, logits)
+        return tokens, log_probs
+
+
+def _run_draw(arguments: ctypes.Structure, logits: Tensor) -> None:
+    arguments.B, arguments.V = logits.shape
+    arguments.threads = torch.get_num_threads()
+    run("draw", arguments, logits.dtype == torch.bfloat16)

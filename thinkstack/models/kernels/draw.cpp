@@ -8,10 +8,13 @@
 // B rows, V tokens.
 struct Draw {
   const void* logits;          // (B, V)
-  const float* temperature;    // (B,): 0 takes the likeliest token, at temperature 1
-  const double* uniform;       // (B,), in [0, 1)
-  const int64_t* top_k;        // (B,), 0 for all; null, like the next two, where every token is kept
-  const float *top_p, *min_p;  // (B,)
+  const int64_t* rows;         // (B,): where the columns below have a row's settings; null: in order
+  const float* temperature;    // 0 takes the likeliest token, at temperature 1
+  const int64_t* top_k;        // 0 for all; null, like the next two, where every token is kept
+  const float *top_p, *min_p;
+  const double* uniform;       // (B,), in [0, 1); null: numbers that belong to
+  const uint64_t* seed;        // a row's seed and
+  const int64_t *known, *prompt, *offsets;  // its tokens: known - prompt + offsets (B,) are drawn already
   int64_t* tokens;             // (B,): drawn
   float* log_probs;            // (B,): theirs under the distribution drawn from; NaN where that is not finite
   int64_t B, V, threads;
@@ -57,21 +60,10 @@ class Masses {
   // The first token up to which they are more than `target`, which is less than their sum; total() comes before.
   int64_t find(double target) const {
     double before = 0;
-    int64_t last = 0;  // the chunk that holds it: with any mass, even where rounding has made `target` the whole
-    for (int64_t n = 0; n < int64_t(chunks_.size()); n++) {
-      if (chunks_[n] == 0) continue;
-      if (n > last) before += chunks_[last];
-      last = n;
-      if (before + chunks_[n] > target) break;
-    }
-    int64_t found = 0;
-    for (int64_t i = last * CHUNK; i < std::min((last + 1) * CHUNK, V_); i++) {
-      if (held_[i] == 0) continue;
-      found = i;
-      before += held_[i];
-      if (before > target) break;
-    }
-    return found;
+    const int64_t chunk = part(0, int64_t(chunks_.size()), target, before, [&](int64_t n) { return chunks_[n]; });
+    const int64_t begin = chunk * CHUNK, end = std::min(begin + CHUNK, round_up(V_));
+    const int64_t vector = part(begin / LANES, end / LANES, target, before, [&](int64_t n) { return sum(load(held_.get() + n * LANES)); });
+    return part(vector * LANES, (vector + 1) * LANES, target, before, [&](int64_t i) { return held_[i]; });
   }
 
   // Drop those below min_p; keep the top_k largest of the rest, 0 for all, and of these the fewest that make up the
@@ -109,6 +101,20 @@ class Masses {
       if (any(load(held_.get() + c) >= least))
         for (int64_t i = c; i < std::min(c + LANES, V_); i++)
           if (held_[i] >= least) each(Token{held_[i], i});
+  }
+  // The part that holds it, of masses mass_of(begin..end): one with any mass, even where rounding has made `target` the
+  // whole. `before` grows by the parts before.
+  template <typename MassOf>
+  static int64_t part(int64_t begin, int64_t end, double target, double& before, MassOf mass_of) {
+    int64_t found = begin;
+    float held = 0;
+    for (int64_t n = begin; n < end; n++) {
+      const float mass = mass_of(n);
+      if (mass == 0) continue;
+      before += held, held = mass, found = n;
+      if (before + held > target) break;
+    }
+    return found;
   }
   template <typename Falls>
   void drop(Falls falls) {
@@ -149,35 +155,45 @@ class Masses {
   std::vector<Token> own_;
 };
 
+// As `uniforms` in engine/sampler.py: the splitmix64 finaliser (doi:10.1145/2660193.2660195).
+double uniform_of(uint64_t seed, uint64_t counter) {
+  uint64_t mixed = seed + (counter + 1) * 0x9E3779B97F4A7C15u;
+  mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9u;
+  mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBu;
+  return double((mixed ^ (mixed >> 31)) >> 11) * 0x1p-53;
+}
+
 template <typename T>
 void draw_row(const Draw& a, int64_t b, Masses& masses) {
   const T* row = static_cast<const T*>(a.logits) + b * a.V;
-  const bool is_greedy = a.temperature[b] == 0;
-  const float top = largest_of(row, a.V), cold = is_greedy ? 1 : 1 / a.temperature[b];
+  const int64_t at = a.rows ? a.rows[b] : b;
+  const bool is_greedy = a.temperature[at] == 0;
+  const float top = largest_of(row, a.V), cold = is_greedy ? 1 : 1 / a.temperature[at];
   masses.take(row, top, cold);
   double total = masses.total();
   a.tokens[b] = 0;
   a.log_probs[b] = NAN;
   if (!std::isfinite(total)) return;
   if (a.top_k) {
-    masses.keep(a.top_k[b], a.top_p[b], a.min_p[b]);
+    masses.keep(a.top_k[at], a.top_p[at], a.min_p[at]);
     total = masses.total();
   }
   int64_t token = 0;
   if (is_greedy)
     while (to_float(row[token]) != top) token++;
   else
-    token = masses.find(a.uniform[b] * total);
+    token = masses.find((a.uniform ? a.uniform[b] : uniform_of(a.seed[at], a.known[at] - a.prompt[at] + a.offsets[b])) * total);
   a.tokens[b] = token;
   a.log_probs[b] = (to_float(row[token]) - top) * cold - float(std::log(total));
 }
 
 template <typename T>
 void run(const Draw& a) {
+  const int64_t chunk = 1 + 4096 / a.V;  // rows of few tokens take less time than fetching one
 #pragma omp parallel num_threads(a.threads)
   {
     Masses masses(a.V);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t b = 0; b < a.B; b++) draw_row<T>(a, b, masses);
   }
 }
