@@ -54,6 +54,8 @@ class EngineConfig:
     """Tokens that the model's multi-token-prediction module guesses ahead, where the clock says that it pays."""
     always_draft: bool = False
     """Guess even where it does not pay."""
+    graphs: bool = True
+    """On a CUDA device, record decoding steps and play them back."""
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -102,7 +104,8 @@ class Engine:
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """What computes the tokens."""
         cfg = self.cfg
-        return Runner(model, num_blocks, cfg.dtype, cfg.return_experts, bool(cfg.max_drafts), cfg.weights)
+        most = cfg.max_batch if cfg.graphs else 0
+        return Runner(model, num_blocks, cfg.dtype, cfg.return_experts, bool(cfg.max_drafts), cfg.weights, most)
 
     @property
     def version(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.graphs import Graphs, Inputs, Outputs, can_record
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
@@ -24,7 +25,7 @@ from thinkstack.types import ConfigError
 
 
 class Places(NamedTuple):
-    """Where the tokens of a pass belong; padding, beyond `total`, belongs to the row after the last."""
+    """Where the tokens of a pass belong; padding, at their end, belongs to the row after the last."""
 
     owner: numpy.ndarray
     """Row of each token, (N,)."""
@@ -32,8 +33,6 @@ class Places(NamedTuple):
     """Its place in the row's context."""
     slots: numpy.ndarray
     """Its place in the cache: block * BLOCK + place in it."""
-    total: int
-    """Tokens without padding."""
 
 
 class Runner:
@@ -50,9 +49,11 @@ class Runner:
         keeps_experts: bool = False,
         drafts: bool = False,
         weights: Stored = "plain",
+        most: int = 0,
     ):
         """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for. weights: how
-        matrices are kept."""
+        matrices are kept. most: rows that decode at once, whose steps are recorded on a device that can; 0 records
+        nothing."""
         if drafts and not model.cfg.mtp_layers:
             raise ConfigError(
                 "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
@@ -64,6 +65,9 @@ class Runner:
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
         self._weights = weights
+        self._most = most
+        self.graphs: Graphs | None = None
+        """Recordings of decoding steps, on a device that can be recorded."""
         self._take(model)
 
     @property
@@ -77,6 +81,7 @@ class Runner:
     def drop_cache(self) -> None:
         """Give the cache's memory back."""
         self._cache = None
+        self._forget_recordings()
 
     def load(self, model: Transformer) -> None:
         """Take over other weights, or those of the same model after a change."""
@@ -95,6 +100,11 @@ class Runner:
         self._settle()
         self.dtype = self._model.embed.weight.dtype
         """Of products; fp32 where a small model in bf16 is widened, over a cache in bf16."""
+        self._forget_recordings()
+
+    def _forget_recordings(self) -> None:
+        """Begin anew: recordings know where weights and cache lie, and these lie elsewhere now."""
+        self.graphs = Graphs(self.compute, self._most) if self._most and can_record(self._model) else None
 
     def _settle(self) -> None:
         """Choose how products are made, from the weights as they are now."""
@@ -103,18 +113,28 @@ class Runner:
 
     def run(self, plan: Plan, table: SequenceTable) -> Tensor:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
-        places, view = self._lay_out(table, plan.rows, plan.starts, plan.counts)
-        ids, positions = self._there(table.ids[places.owner, places.positions]), self._there(places.positions)
-        if self._whole is not None and self._takes_whole(len(ids)):
-            hidden, chosen = self._whole.hidden(ids, positions, view.first, self.cache.data)
+        total, longest = int(plan.counts.sum()), int(plan.counts.max())
+        graphs = self.graphs if longest == 1 else None
+        size = self._size(total) if graphs is None else graphs.size_for(total)
+        places = _places(table, plan.rows, plan.starts, plan.counts, size)
+        given = self._inputs(table, places, table.ids[places.owner, places.positions])
+        if graphs is None:
+            hidden, chosen = self.compute(Inputs(*map(self._there, given)), longest)
         else:
-            trunk = self._model.trunk(ids.unsqueeze(1), positions.unsqueeze(1), cache=view)
-            hidden = trunk.hidden[:, 0]
-            chosen = torch.stack([layer.experts[:, 0] for layer in trunk.routing]) if trunk.routing else None
+            hidden, chosen = graphs.run(given, self.device)
         if self._kept is not None and chosen is not None:  # (L, N, K)
-            kept = chosen[:, : places.total].transpose(0, 1).cpu().numpy()
-            self.cache.keep_experts(places.slots[: places.total], kept)
-        return hidden[: places.total]
+            kept = chosen[:, :total].transpose(0, 1).cpu().numpy()
+            self.cache.keep_experts(places.slots[:total], kept)
+        return hidden[:total]
+
+    def compute(self, given: Inputs, longest: int = 1) -> Outputs:
+        """The pass itself, over tokens that are on the device. longest: most tokens of a row."""
+        view = self._view(given, longest)
+        if self._whole is not None and self._takes_whole(len(given.ids)):
+            return Outputs(*self._whole.hidden(given.ids, given.positions, view.first, self.cache.data))
+        trunk = self._model.trunk(given.ids.unsqueeze(1), given.positions.unsqueeze(1), cache=view)
+        chosen = torch.stack([layer.experts[:, 0] for layer in trunk.routing]) if trunk.routing else None
+        return Outputs(trunk.hidden[:, 0], chosen)
 
     def draft(
         self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, hidden: Tensor
@@ -123,33 +143,28 @@ class Runner:
 
         Returns its states (rows, D) at the last token of each row, where it predicts the token after the next.
         """
-        places, view = self._lay_out(table, rows, starts, counts)
-        following, positions = (
-            self._there(values) for values in (table.ids[places.owner, places.positions + 1], places.positions)
-        )
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - places.total))
+        total = int(counts.sum())
+        places = _places(table, rows, starts, counts, self._size(total))
+        given = self._inputs(table, places, table.ids[places.owner, places.positions + 1])
+        following, positions, *_ = given = Inputs(*map(self._there, given))
+        view = self._view(given, int(counts.max()))
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - total))
         states = None
         if self._whole is not None and self._takes_whole(len(hidden)):
             states = self._whole.draft(hidden, following, positions, view.first, self.cache.data)
         if states is None:
             following, positions = following.unsqueeze(1), positions.unsqueeze(1)
             states = self._model.draft(hidden.unsqueeze(1), following, positions, view)[:, 0]
-        return states[self._there(counts.cumsum() - 1)]
+        return states[self._there(torch.from_numpy(counts.cumsum() - 1))]
 
-    def _lay_out(
-        self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray
-    ) -> tuple["Places", View]:
-        """Tokens from `starts` on, counts of each row, filled up to whole tiles with tokens of the row of padding."""
-        ends = counts.cumsum()
-        total = int(ends[-1])
-        padding = 0 if self._takes_whole(total) else self._padding(total)
-        owner = numpy.full(total + padding, len(table.owner), dtype=numpy.int64)
-        owner[:total] = rows.repeat(counts)
-        positions = numpy.zeros(len(owner), dtype=numpy.int64)
-        positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
-        slots = table.tables[owner, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
-        pages = Pages(self.cache.data[0], self._there(table.tables), self._there(owner.astype(numpy.int32)))
-        return Places(owner, positions, slots, total), View(self.cache, pages, self._there(slots))
+    def _inputs(self, table: SequenceTable, places: Places, ids: numpy.ndarray) -> Inputs:
+        """What a pass over tokens `ids` (N,) at these places needs to know, on the CPU."""
+        given = (ids, places.positions, places.slots, places.owner.astype(numpy.int32), table.tables)
+        return Inputs(*map(torch.from_numpy, given))
+
+    def _view(self, given: Inputs, longest: int) -> View:
+        """The cache as these tokens see it; longest: most tokens of a row."""
+        return View(self.cache, Pages(self.cache.data[0], given.tables, given.owner, longest), given.slots)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of hidden states (B, D); in fp32 those of a row do not depend on the others."""
@@ -164,13 +179,31 @@ class Runner:
         """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""
         return self._whole is not None and count <= self._whole.most_tokens
 
+    def _size(self, count: int) -> int:
+        """Tokens of a pass over `count`, padding included."""
+        return count if self._takes_whole(count) else count + self._padding(count)
+
     def _padding(self, count: int) -> int:
         """Rows that make `count` whole tiles, for fp32, where what becomes of a row then depends on no other; in bf16
         it does in any case."""
         return -count % ROW_TILE if self.dtype == torch.float32 else 0
 
-    def _there(self, values: numpy.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def _there(self, values: Tensor) -> Tensor:
+        return values.to(self.device)
+
+
+def _places(
+    table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, size: int
+) -> Places:
+    """Tokens from `starts` on, counts of each row, filled up to `size` with tokens of the row of padding."""
+    ends = counts.cumsum()
+    total = int(ends[-1])
+    owner = numpy.full(size, len(table.owner), dtype=numpy.int64)
+    owner[:total] = rows.repeat(counts)
+    positions = numpy.zeros(size, dtype=numpy.int64)
+    positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
+    slots = table.tables[owner, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
+    return Places(owner, positions, slots)
 
 
 def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:

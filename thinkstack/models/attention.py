@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from thinkstack.models import kernels
+from thinkstack.models import cuda, kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
 from thinkstack.models.layers import Projection, RMSNorm, rotate
 from thinkstack.models.pages import Pages
@@ -172,14 +172,14 @@ class Attention(nn.Module):
         own = q.shape[-1] - 2 * ctx.rope.shape[-1]
         q = torch.cat((q[..., :own], rotate(q[..., own:], ctx.rope, self.interleaved)), -1)
         grouped = q.unflatten(2, (heads.groups, -1))
-        if q.is_cuda or ctx.blocks is not None:
+        if cuda.is_device(q) or ctx.blocks is not None:
             return fused_attention(grouped, k, v, ctx, self.scale).flatten(2, 3)
         return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
 
     def read(self, q: Tensor, pages: Pages, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:
         """q (N, 1, H, K), rotated, over the context of each token. Returns (N, 1, H, V)."""
         grouped, last = q.squeeze(1).unflatten(1, (heads.groups, -1)), ctx.last.squeeze(1)
-        attend = kernels.read_cache if kernels.takes(q) else read_pages
+        attend = kernels.read_cache if kernels.takes(q) else cuda.read_cache if cuda.takes(q) else read_pages
         return attend(grouped, pages, last, heads, self.scale).flatten(1, 2).unsqueeze(1)
 
 

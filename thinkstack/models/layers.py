@@ -172,6 +172,12 @@ def rope_frequencies(width: int, cfg: RopeConfig) -> Tensor:
     return frequencies / cfg.yarn.factor * ramp + frequencies * (1 - ramp)
 
 
+@functools.lru_cache(maxsize=64)
+def _frequencies_on(width: int, cfg: RopeConfig, device: torch.device) -> Tensor:
+    """`rope_frequencies` there; the same numbers everywhere, brought to a device once."""
+    return rope_frequencies(width, cfg).to(device)
+
+
 def yarn_range(width: int, theta: float, yarn: YarnConfig) -> tuple[float, float]:
     """Pair indices between which YaRN blends: below the first nothing changes, above the second all is stretched."""
 
@@ -185,7 +191,7 @@ def yarn_range(width: int, theta: float, yarn: YarnConfig) -> tuple[float, float
 
 def rope_table(positions: Tensor, width: int, cfg: RopeConfig) -> Tensor:
     """Rotations cos + i sin for integer positions (B, T): (B, T, width / 2) complex64."""
-    angles = positions[..., None].float() * rope_frequencies(width, cfg).to(positions.device)
+    angles = positions[..., None].float() * _frequencies_on(width, cfg, positions.device)
     amplitude = torch.ones_like(angles)
     if cfg.yarn is not None:
         amplitude *= yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale) / yarn_mscale(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models import kernels
+from thinkstack.models import cuda, kernels
 from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.layers import SwiGLU, swiglu, swiglu_backward
 
@@ -136,12 +136,18 @@ def grouped_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out
     return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
 
 
+def takes_grouped(w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether torch's grouped products take experts w_in (E, 2I, D), w_out (E, D, I): in bf16, on a device."""
+    widths = w_in.shape[2], w_out.shape[2]
+    return cuda.is_device(w_in) and w_in.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+
+
 def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """The experts of x (N, D) by the fastest means for its device; arguments as of `ExpertMLP`."""
     D, I = x.shape[1], w_out.shape[2]  # noqa: E741
     if kernels.takes(x) and D % kernels.LANES == 0 and I % kernels.LANES == 0:
         return kernels.expert_mlp(x, weights, experts, w_in, w_out)
-    if x.is_cuda and x.dtype == torch.bfloat16 and D % 8 == 0 and I % 8 == 0:
+    if takes_grouped(w_in, w_out):
         return grouped_mlp(x, weights, experts, w_in, w_out)
     return ExpertMLP.apply(x, weights, experts, w_in, w_out)
 

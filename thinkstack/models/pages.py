@@ -16,6 +16,8 @@ class Pages(NamedTuple):
     """The blocks of each sequence in order, (R, M) int32."""
     owner: Tensor
     """The sequence of each new token, (N,) int32; tokens of one sequence lie together."""
+    longest_run: int = 0
+    """Most new tokens of one sequence; 0 where nobody has counted."""
 
     def of(self, sequences: Tensor, span: int) -> Tensor:
         """The first `span` tokens of some sequences (B,), copied: (B, span, W)."""

@@ -88,12 +88,14 @@ class Transformer(nn.Module):
 
         ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
         ids is a document, tokens attend only within theirs; by default a row is one document. cache: from the engine;
-        ids are then (N, 1), positions places in the context of each token's sequence. experts: (B, T, L, K) integers,
-        the experts of each of the L layers that have them, in place of the routers' choice; -1 leaves it to the router.
+        ids are then (N, 1), positions places in the context of each token's sequence, both checked before. experts:
+        (B, T, L, K) integers, the experts of each of the L layers that have them, in place of the routers' choice; -1
+        leaves it to the router.
         branches: (B, T) int64, which continuation of its document each token belongs to, as in types.Batch.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
-        self.check(ids, positions)
+        if cache is None:
+            self.check(ids, positions)
         hidden = self.embed(ids)  # (B, T, D)
         rows = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         if cache is not None:

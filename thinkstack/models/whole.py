@@ -41,7 +41,7 @@ class WholeModel(Protocol):
 def whole_model(model: Transformer) -> WholeModel | None:
     """A kernel for the whole of `model`; None where there is none for it."""
     blocks = [block for block in model.layers if isinstance(block, Block)]
-    if any(_has_hooks(module) for module in blocks):  # shares of ranks
+    if any(has_hooks(module) for module in blocks):  # shares of ranks
         return None
     if is_dense(blocks):
         return Dense(model, blocks)
@@ -58,13 +58,14 @@ def widened(model: Transformer) -> Transformer:
     return copy.deepcopy(model).float()
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is done around a module's own work: ranks share it."""
     return any(part._forward_hooks for part in module.modules())
 
 
 def _is_small_latent(model: Transformer, like: Tensor) -> bool:
     """Whether SmallLatent takes a model of numbers like `like`, drafting modules too; shares of ranks it does not."""
     blocks = model.blocks()
-    if any(_has_hooks(block) for block in blocks) or not all(is_latent(block) for block in blocks):
+    if any(has_hooks(block) for block in blocks) or not all(is_latent(block) for block in blocks):
         return False
     return kernels.takes_steps(like, model.cfg.hidden_size)
