@@ -14,6 +14,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.graphs import Graphs, Inputs, can_record
 from thinkstack.engine.runner import Runner
 from thinkstack.models import cuda
+from thinkstack.models.precision import Stored
 from thinkstack.models.transformer import Transformer
 
 WIDE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
@@ -84,9 +85,9 @@ class Operators(TorchDispatchMode):
         return found
 
 
-def traced(cfg, dtype: torch.dtype) -> list[str]:
+def traced(cfg, dtype: torch.dtype, weights: Stored = "plain") -> list[str]:
     """Operators of a decoding step of 4 rows, as a device would run them: of the meta device no value can be asked."""
-    runner = Runner(meta_model(cfg, dtype), 4, "bf16" if dtype == torch.bfloat16 else "fp32")
+    runner = Runner(meta_model(cfg, dtype), 4, "bf16" if dtype == torch.bfloat16 else "fp32", weights=weights)
     numbers = (torch.empty(4, dtype=torch.int64, device="meta") for _ in range(3))
     given = Inputs(*numbers, *(torch.empty(n, dtype=torch.int32, device="meta") for n in ((4,), (5, 2))))
     with torch.no_grad():
@@ -102,6 +103,12 @@ def test_a_recorded_step_never_waits_for_the_device(cfg, with_triton):
     names = traced(cfg, torch.bfloat16)
     assert names.count("thinkstack.read_cache.default") == cfg.num_layers
     assert any("grouped_mm" in name for name in names) == (cfg.moe is not None)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_packed_matrices_are_multiplied_as_they_are_read(weights, with_triton):
+    names = traced(GQA_TINY, torch.bfloat16, weights)
+    assert names.count("thinkstack.packed_product.default") == 7 * GQA_TINY.num_layers
 
 
 def test_what_would_wait_is_not_recorded(with_triton, monkeypatch):

@@ -1,5 +1,6 @@
 """On a CUDA device, against the CPU: run with `pytest -m gpu tests/gpu`. Bounds are those of the dtype."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.fp8 import BLOCK, dequantise, linear, product, quantise
 from thinkstack.models.moe import ExpertMLP, expert_mlp
+from thinkstack.models.quant import unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
@@ -76,6 +78,48 @@ def test_the_engine_draws_what_the_model_says(cfg, with_experts):
         expected = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None]).squeeze(1).detach().cpu()
         torch.testing.assert_close(torch.tensor(found.log_probs), expected, atol=1e-3, rtol=1e-3)
         assert (found.experts is not None) == with_experts
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
+    """Rows that end one after the other, a change of weights in place and one of the model; drawn tokens may part where
+    two are as likely, their log-probabilities are those of the model. Experts in fp32 are not recorded."""
+    model = tiny_model(cfg, max_positions=400).cuda()
+    asked = [[3, 1, 4, 1, 5] * n for n in (1, 20, 7, 2, 40)]
+    samplings = [Sampling(max_tokens=60 + 9 * n, seed=n, n=1 + n % 2) for n in range(5)]
+    engine, plain = (Engine(model, EngineConfig(max_batch=16, dtype=dtype, graphs=on)) for on in (True, False))
+    assert plain.runner.graphs is None
+    assert (engine.runner.graphs is None) == (cfg.moe is not None and dtype == "fp32")
+    for change in range(3):
+        if change == 1:
+            with torch.no_grad():
+                model.head.weight.mul_(1.5)
+        if change == 2:
+            model = tiny_model(cfg, max_positions=400, seed=1).cuda()
+        for each in (engine, plain):
+            each.load_weights(model, version=change)
+        pairs = zip(engine.generate(asked, samplings), plain.generate(asked, samplings), strict=True)
+        pairs = [pair for group in pairs for pair in zip(*group, strict=True)]
+        same = [a.token_ids == b.token_ids for a, b in pairs]
+        assert sum(same) > (len(same) - 1 if dtype == "fp32" else len(same) // 3)
+        for (a, b), is_same in zip(pairs, same, strict=True):
+            if is_same:
+                bound = 1e-3 if dtype == "fp32" else 0.1
+                torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=bound, rtol=0)
+    if engine.runner.graphs is not None:
+        assert len(engine.runner.graphs._recordings) > 3
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_packed_matrices_draw_what_widened_ones_draw(weights):
+    model = tiny_model(GQA_TINY).cuda()
+    engine = Engine(model, EngineConfig(max_batch=4, dtype="bf16", weights=weights))
+    wide = unpack(copy.deepcopy(engine.runner._model))
+    found = engine.generate([[3, 1, 4]], [Sampling(max_tokens=30)])[0][0]
+    ids = torch.tensor([[3, 1, 4, *found.token_ids]], device="cuda")
+    expected = torch.log_softmax(wide(ids[:, :-1])[0, 2:].float(), -1).gather(1, ids[0, 3:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor(found.log_probs), expected.detach().cpu(), atol=0.1, rtol=0)
 
 
 def test_grouped_experts_run_and_agree_with_the_reference():

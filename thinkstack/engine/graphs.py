@@ -8,7 +8,7 @@ lengths differ every time, and steps with guesses run as they are.
 # longest sequence, D hidden size, L layers with experts, K experts per token.
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ class Recorder:
     """Records CUDA graphs that share their memory: only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         """A `Record`."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from thinkstack.models import kernels
+from thinkstack.models import cuda, kernels
 from thinkstack.models.fp8 import BLOCK, quantise, widen
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
@@ -151,16 +151,23 @@ class PackedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.packed.dense()
 
+    def in_8_bits(self) -> Parts | None:
+        """Codes (N, K) and their blocks' scales; None for another storage."""
+        return self.packed.parts() if isinstance(self.packed.storage, Int8 | FP8Blocks) else None
+
     def in_int8(self) -> Parts | None:
         """Codes (N, K) and scale (N, 1), which kernels read as they are; None for another storage."""
         return self.packed.parts() if isinstance(self.packed.storage, Int8) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K); returns (..., N). For a few rows int8 codes are multiplied as they are read."""
-        parts = self.in_int8() if self.bias is None else None
-        if parts is not None and kernels.takes_few(x, parts["codes"]):
+        """x: (..., K); returns (..., N). For a few rows codes of 8 bits are multiplied as they are read."""
+        parts, bias = self.in_8_bits(), None if self.bias is None else self.bias.to(x.dtype)
+        if parts is not None and cuda.takes_packed(x, parts["codes"]):
+            out = cuda.packed_product(x, parts["codes"], parts["scale"].float())
+            return out if bias is None else out + bias
+        if parts is not None and bias is None and kernels.takes_few(x, parts["codes"]):
             return kernels.few_rows(x, parts["codes"], parts["scale"])
-        return _Product.apply(x, self.packed, None if self.bias is None else self.bias.to(x.dtype))
+        return _Product.apply(x, self.packed, bias)
 
 
 class PackedExperts(nn.Module):

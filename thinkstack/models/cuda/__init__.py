@@ -12,6 +12,9 @@ from torch import Tensor, library
 from thinkstack.models.kernels import Heads
 from thinkstack.models.pages import Pages
 
+FEW = 64
+"""Rows that are few: their products with matrices in 8 bits take as long as reading the codes."""
+
 
 @functools.cache
 def available() -> bool:
@@ -48,6 +51,33 @@ def _read_cache_shapes(query, entries, tables, owner, longest_run, last, heads, 
     return query.new_empty(*query.shape[:3], Heads(*heads).value_width)
 
 
+def takes_packed(x: Tensor, codes: Tensor) -> bool:
+    """Whether x (..., K) should be multiplied with codes (N, K) as they are read: inference on FEW rows at most, in
+    bf16, int8 anywhere and e4m3 from Ada on."""
+    if not takes(x) or x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled():
+        return False
+    if codes.dtype == torch.float8_e4m3fn:
+        return x.is_meta or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    return codes.dtype == torch.int8
+
+
+def packed_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) times the transpose of codes (N, K), each times its block's scale: (..., N). Blocks are rows for int8,
+    128 x 128 for e4m3."""
+    return torch.ops.thinkstack.packed_product(x.flatten(0, -2), codes, scale).unflatten(0, x.shape[:-1])
+
+
+def _packed_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    from thinkstack.models.cuda.packed import product
+
+    block = (1, codes.shape[1]) if codes.dtype == torch.int8 else (128, 128)
+    return product(x, codes, scale, block)
+
+
+def _packed_product_shapes(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(codes))
+
+
 _operators = library.Library("thinkstack", "FRAGMENT")
 _operators.define(
     "read_cache(Tensor query, Tensor entries, Tensor tables, Tensor owner, int longest_run, Tensor last, int[] heads, "
@@ -55,3 +85,6 @@ _operators.define(
 )
 _operators.impl("read_cache", _read_cache, "CUDA")
 _operators.impl("read_cache", _read_cache_shapes, "Meta")
+_operators.define("packed_product(Tensor x, Tensor codes, Tensor scale) -> Tensor")
+_operators.impl("packed_product", _packed_product, "CUDA")
+_operators.impl("packed_product", _packed_product_shapes, "Meta")

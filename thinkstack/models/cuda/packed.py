@@ -1,0 +1,62 @@
+"""Products of a few rows with matrices in 8 bits as one Triton kernel: codes are widened on their way, never stored.
+
+`PackedLinear` in models/quant.py says what it computes. Importing this module needs Triton.
+"""
+
+# Shapes in this file: B rows, K inputs, N outputs, S parts that the inputs are cut into.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STEP, OUTPUTS = 128, 32
+"""Inputs and outputs that a program multiplies at a time; both divide the blocks that share a scale in fp8."""
+MOST_PARTS = 16
+
+
+@triton.jit
+def multiply(
+    x, codes, scale, out,
+    B, N, K, SCALES,
+    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip  # type: ignore[no-untyped-def]
+    """A program makes OUTPUTS outputs of all rows, from one part of the inputs."""
+    outputs, part = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.program_id(1)
+    rows = tl.arange(0, ROWS)
+    length = tl.cdiv(tl.cdiv(K, STEP), S) * STEP
+    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for begin in range(part * length, tl.minimum(part * length + length, K), STEP):
+        inputs = begin + tl.arange(0, STEP)
+        is_there = (outputs < N)[:, None] & (inputs < K)[None, :]
+        weight = tl.load(codes + outputs.to(tl.int64)[:, None] * K + inputs[None, :], mask=is_there, other=0.0)
+        is_given = (rows < B)[:, None] & (inputs < K)[None, :]
+        given = tl.load(x + rows[:, None] * K + inputs[None, :], mask=is_given, other=0.0)
+        factor = tl.load(scale + outputs // SCALE_ROWS * SCALES + begin // SCALE_COLUMNS, mask=outputs < N, other=0.0)
+        sums += tl.dot(given, tl.trans(weight.to(tl.float32).to(given.dtype))) * factor[None, :]
+    places = (part * B + rows)[:, None] * N + outputs[None, :]
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=(rows < B)[:, None] & (outputs < N)[None, :])
+
+
+def product(x: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int], parts: int = 0) -> Tensor:
+    """x (B, K) bf16 times the transpose of codes (N, K), int8 or e4m3, each times its block's scale: (B, N).
+
+    scale: (ceil(N / rows), ceil(K / columns)) fp32, block = rows, columns. parts: pieces of the inputs that are summed
+    side by side; 0 for as many as the device has room for.
+    """
+    (B, K), N = x.shape, len(codes)
+    programs = triton.cdiv(N, OUTPUTS)
+    S = parts or _parts(programs, K, x.device)
+    out = x.new_empty(S, B, N, dtype=x.dtype if S == 1 else torch.float32)
+    multiply[(programs, S)](
+        x.contiguous(), codes, scale, out, B, N, K, scale.shape[1], *block,
+        ROWS=max(16, triton.next_power_of_2(B)), OUTPUTS=OUTPUTS, STEP=STEP, S=S,
+    )  # fmt: skip
+    return out[0] if S == 1 else out.sum(0).to(x.dtype)
+
+
+def _parts(programs: int, K: int, device: torch.device) -> int:
+    """Pieces of the inputs that give every multiprocessor two programs."""
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs
+    return max(1, min(wanted, triton.cdiv(K, STEP), MOST_PARTS))
