@@ -1,5 +1,5 @@
-"""What the Triton kernels compute: on a device, or step by step in Triton's interpreter where there is none, as conftest.py
-asks; and that compilers for three generations of devices keep them in registers and fast memory."""
+"""What the Triton kernels compute: on a device, or step by step in Triton's interpreter where there is none (which
+conftest.py asks for); and that compilers for three generations of devices keep them in registers and fast memory."""
 
 import json
 import os

@@ -1,0 +1,150 @@
+"""The engine on a GPU: `python bench/gpu.py [--models NAME ...] [--json FILE]`, meant for ten minutes of one device.
+
+Models with drawn weights in bf16: v3-tiny, R1's Qwen student of 1.5B, DeepSeek-V2-Lite. Operations of reading prompts
+against the device's best product (MFU); a decoding step of 1, 8, 64 and 256 requests behind 128 tokens against reading
+what it needs once, with recorded steps and without. `--device cpu --batches 1 4` tries the command without a GPU.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Row, arguments, machine, print_table, repeat, write_json
+
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.machine import prepare_machine
+from thinkstack.models.config import ModelConfig, named
+from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Sampling
+
+MODELS = ("v3-tiny", "r1-distill-qwen-1.5b", "v2-lite")
+BATCHES = (1, 8, 64, 256)
+PROMPT, STEPS = 128, 64
+READ = 512, 8
+"""Tokens of a prompt, and prompts, whose reading is timed."""
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was begun is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_of(work: Callable[[], Any], device: torch.device, budget: float = 1.0) -> float:
+    """Least seconds of a call."""
+
+    def call() -> None:
+        work()
+        wait(device)
+
+    return min(repeat(call, budget))
+
+
+def floors(device: torch.device) -> tuple[float, float]:
+    """Operations a second of the best bf16 product, and bytes a second of reading."""
+    rates = []
+    for size in (1024, 4096, 8192) if device.type == "cuda" else (1024,):
+        left, right = torch.randn(2, size, size, device=device).bfloat16()
+        rates.append(2 * size**3 / best_of(lambda a=left, b=right: a @ b, device))
+    memory = torch.ones((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    return max(rates), memory.nbytes / best_of(memory.sum, device)
+
+
+def drawn_model(cfg: ModelConfig, device: torch.device) -> Transformer:
+    """A model in bf16 whose weights are drawn where it lies."""
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
+    return model.to_empty(device=device).initialise(torch.Generator(device).manual_seed(0))
+
+
+def bytes_a_step(model: Transformer, batch: int, context: int) -> float:
+    """What a decoding step reads: every matrix but a separate embedding, of the routed experts those that somebody is
+    expected to choose, and every request's context."""
+    cfg, total = model.cfg, 0.0
+    for name, parameter in model.named_parameters():
+        if parameter is model.embed.weight and parameter is not model.head.weight:
+            continue
+        if cfg.moe is not None and name.endswith(("w_in", "w_out")):
+            total += parameter.nbytes * (1 - (1 - cfg.moe.top_k / cfg.moe.num_experts) ** batch)
+        else:
+            total += parameter.nbytes
+    return total + batch * context * cache_bytes_per_token(cfg)
+
+
+def seconds_a_step(model: Transformer, batch: int, recorded: bool) -> float:
+    """Median of a decoding step of so many requests, drawing included."""
+    size = EngineConfig(
+        max_batch=batch, max_context=PROMPT + 2 * STEPS, dtype="bf16", prefix_cache=False, graphs=recorded
+    )
+    engine, times = Engine(model, size), []
+    prompts = torch.randint(8, model.cfg.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    for seed, prompt in enumerate(prompts.tolist()):
+        engine.submit(prompt, Sampling(max_tokens=2 * STEPS, seed=seed))
+    while len(engine.scheduler.running) < batch or (engine.table.computed < PROMPT)[:batch].any():
+        engine.step()
+    for step in range(STEPS):
+        began = time.perf_counter()
+        engine.step()
+        if step >= 8:  # the first ones compile and record
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def seconds_of_prompts(model: Transformer, device: torch.device) -> float:
+    """Least time of reading prompts, with a token drawn behind each."""
+    length, count = READ
+    size = EngineConfig(
+        max_batch=count, max_context=length + 1, max_prefill_tokens=length * count, dtype="bf16", prefix_cache=False
+    )
+    engine = Engine(model, size)
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(8, model.cfg.vocab_size, (count, length), generator=generator).tolist()
+    return best_of(lambda: engine.generate(prompts, [Sampling(max_tokens=1)] * count), device)
+
+
+def measure(name: str, device: torch.device, batches: list[int], peak: float, bandwidth: float) -> list[Row]:
+    """All figures of one model."""
+    model = drawn_model(named(name, mtp_layers=0, max_positions=1024), device)
+    prompts, (length, count) = seconds_of_prompts(model, device), READ
+    operations = length * count * flops_per_token(model.cfg, length // 2)
+    figures = [("prompts, tokens/s", length * count / prompts, ""), ("prompts, MFU", operations / prompts / peak, "")]
+    for batch in batches:
+        plain, recorded = (seconds_a_step(model, batch, on) for on in (False, True))
+        floor = bytes_a_step(model, batch, PROMPT + STEPS // 2) / bandwidth
+        figures += [
+            (f"batch {batch}: step", recorded * 1e3, "ms"),
+            (f"batch {batch}: new tokens/s", batch / recorded, ""),
+            (f"batch {batch}: share of the bandwidth floor", floor / recorded, ""),
+            (f"batch {batch}: gain of recorded steps", plain / recorded, ""),
+        ]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else machine()
+    return [
+        Row(name=f"{name}: {what}", value=value, unit=unit, n=STEPS - 8, machine=where) for what, value, unit in figures
+    ]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    args = parser.parse_args()
+    prepare_machine(args.threads)
+    device, rows = torch.device(args.device), []
+    peak, bandwidth = floors(device)
+    print(f"floors: {peak / 1e12:.1f} TFLOP/s in bf16, reading {bandwidth / 1e9:.0f} GB/s")
+    for name in args.models:
+        rows += measure(name, device, args.batches, peak, bandwidth)
+        write_json(args.json, rows)  # after every model: time may run out
+        print_table(name, ("", "value", "unit"), [(r.name, f"{r.value:.4g}", r.unit) for r in rows if name in r.name])
+    print(rows[0].machine)
+
+
+if __name__ == "__main__":
+    main()
