@@ -26,7 +26,7 @@ struct BlockSteps {
   const int32_t* tables;  // (sequences, table_width): the cache's blocks of each, in order
   const int32_t* owner;   // (B,): the sequence of each token
   bf16 *x, *cache;        // (B, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
-  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, packed, longest, threads;
+  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, packed, threads;
   double scale, eps;
 };
 
@@ -48,7 +48,7 @@ struct Step {
   const int64_t queries, keys;  // widths of all heads
   std::vector<bf16> query, mixed, wide;
   std::vector<float> qkv, middle, gate, up;
-  Attend<bf16> attend;
+  Attend<bf16, bf16> attend;
 
   explicit Step(const BlockSteps& a)
       : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), mixed(N * queries), wide(N * a.I),
@@ -81,7 +81,7 @@ struct Step {
   }
 
   // What one thread does of a block; all of them meet after each part.
-  void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16>& reader) {
+  void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16, bf16>& reader) {
     const Share out = share(a.D), inner = share(a.I);
     for (int n = 0; n < N; n++) norm_row(a.x + n * a.D, w.attention_norm, normed + n * a.D, a.D, a.eps);
     input.take(normed, a.D);
@@ -121,7 +121,7 @@ struct Step {
   void run() {
 #pragma omp parallel num_threads(a.threads)
     {
-      Reader<bf16> reader = attend.reader();
+      Reader<bf16, bf16> reader = attend.reader();
       std::vector<bf16> normed(N * a.D);
       Input<N, M> input(std::max({a.D, queries, a.I}));
       const auto layers = static_cast<const BlockWeights<M>*>(a.layers);

@@ -3,12 +3,13 @@
 // Queries go by fours, whichever heads and tokens they are of. What comes of one does not depend on the others: sums run
 // in the same order, and what a query does not see adds zeros at their end.
 #pragma once
-#include "simd.h"
+#include "matmul.h"
 
 #include <algorithm>
 
-constexpr int QUERIES = 4;     // at a time
-constexpr int64_t AHEAD = 4;  // tokens between what is read and what is fetched
+constexpr int QUERIES = 4;          // at a time
+constexpr int64_t AHEAD = 6 << 10;  // bytes between what is read and what is fetched
+constexpr int64_t SEGMENT = 1024;   // tokens that are read in one go; what came of several is added in their order
 
 // Part of the cached entries of one sequence: token s lies in block blocks[s >> shift], blocks hold 2^shift tokens.
 template <typename T>
@@ -20,10 +21,59 @@ struct Pages {
 
   T* at(int64_t s) const { return const_cast<T*>(base) + (((int64_t)blocks[s >> shift] << shift) + (s & ((1 << shift) - 1))) * stride; }
 
-  // each(s, address, count) for tokens 0..last in order, as many as lie together.
+  // each(s, address, count) for tokens [first, end) in order, as many as lie together; a block begins at the first.
   template <typename Each>
-  void through(int64_t last, Each each) const {
-    for (int64_t s = 0; s <= last; s += 1 << shift) each(s, at(s), std::min<int64_t>(last + 1 - s, 1 << shift));
+  void through(int64_t first, int64_t end, Each each) const {
+    for (int64_t s = first; s < end; s += 1 << shift) each(s, at(s), std::min<int64_t>(end - s, 1 << shift));
+  }
+};
+
+// Groups [from, to) of heads over the entries of one sequence: group g's keys and values lie key_g and value_g elements
+// behind those of the one before.
+template <typename T>
+struct Groups {
+  Pages<T> keys, values;  // of group 0
+  int64_t from, to, key_g, value_g;
+  bool fetches = false;         // whether to ask for entries before they are needed
+  const T* upcoming = nullptr;  // what is read after them
+};
+
+// What some queries have read: their largest score, the sum of e^(score - top), and the values mixed by these.
+struct Mixed {
+  float *top, *mass, *out;  // (rows,), (rows,), (rows, V)
+
+  static int64_t floats(int64_t rows, int64_t V) { return rows * (V + 2); }
+  Mixed(float* room, int64_t rows) : top(room), mass(room + rows), out(room + 2 * rows) {}
+  Mixed from(int64_t row, int64_t V) const {
+    Mixed own = *this;
+    own.top += row, own.mass += row, own.out += row * V;
+    return own;
+  }
+
+  void clear(int64_t rows, int64_t V) {
+    std::fill(top, top + rows, -INFINITY);
+    std::fill(mass, mass + rows, 0.0f);
+    std::fill(out, out + rows * V, 0.0f);
+  }
+  // Row n counts so much less, because scores up to `most` were found.
+  void raise(int64_t n, float most, int64_t V) {
+    if (most == top[n]) return;
+    const float less = exp_of(splat(top[n] - most))[0];
+    top[n] = most, mass[n] *= less;
+    for (int64_t c = 0; c < V; c += LANES) store_some(out + n * V + c, load_some(out + n * V + c, V - c) * less, V - c);
+  }
+  // Row n of what was read of other tokens, which is spoilt.
+  void add(int64_t n, Mixed other, int64_t m, int64_t V) {
+    const float most = std::max(top[n], other.top[m]);
+    raise(n, most, V);
+    other.raise(m, most, V);
+    mass[n] += other.mass[m];
+    for (int64_t c = 0; c < V; c += LANES)
+      store_some(out + n * V + c, load_some(out + n * V + c, V - c) + load_some(other.out + m * V + c, V - c), V - c);
+  }
+  template <typename Q>
+  void write(int64_t n, Q* row, int64_t V) const {
+    for (int64_t c = 0; c < V; c += LANES) store_some(row + c, load_some(out + n * V + c, V - c) / mass[n], V - c);
   }
 };
 
@@ -79,86 +129,65 @@ void score_keys(const Q* const query[QUERIES], const T* key, int64_t stride, flo
   if (c < W) add([&](const auto* p) { return load_last<F>(p + c, W - c); });
   for (int j = 0; j < KEYS; j++) sums(total[j], scores + j * QUERIES);
 }
-// All keys that are seen: one by one where they come from memory, which foresees a single stream, else by fours.
+// Keys [first, end): one by one where they come from memory, which foresees a single stream, else by fours.
 template <typename Q, typename T>
-void score(const Q* const query[QUERIES], const Pages<T>& keys, float* scores, int64_t W, int64_t last, bool is_cached) {
-  keys.through(last, [&](int64_t s, const T* key, int64_t count) {
+void score(const Q* const query[QUERIES], const Pages<T>& keys, float* scores, int64_t W, int64_t first, int64_t end, bool is_cached) {
+  keys.through(first, end, [&](int64_t s, const T* key, int64_t count) {
+    float* own = scores + (s - first) * QUERIES;
+    const T* next = s + count < end ? keys.at(s + count) : key;
+    const int64_t ahead = (AHEAD / int64_t(sizeof(T)) + keys.stride - 1) / keys.stride;
     int64_t j = 0;
     if (is_cached)
-      for (; j + 4 <= count; j += 4) score_keys<4>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
+      for (; j + 4 <= count; j += 4) score_keys<4>(query, key + j * keys.stride, keys.stride, own + j * QUERIES, W);
     for (; j < count; j++) {
-      const char* later = reinterpret_cast<const char*>(key + (j + AHEAD) * keys.stride);
-      if (j + AHEAD < count)
-        for (int64_t c = 0; c < keys.ahead * int64_t(sizeof(T)); c += 64) __builtin_prefetch(later + c);
-      score_keys<1>(query, key + j * keys.stride, keys.stride, scores + (s + j) * QUERIES, W);
+      const T* later = j + ahead < count ? key + (j + ahead) * keys.stride : next + (j + ahead - count) * keys.stride;
+      for (int64_t c = 0; c < keys.ahead; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(later + c);
+      score_keys<1>(query, key + j * keys.stride, keys.stride, own + j * QUERIES, W);
     }
   });
 }
 
-// Softmax along s of scores[s * QUERIES + h]; four tokens of four heads at a time.
-inline void softmax(float* scores, int64_t last, float scale) {
-  for (int64_t i = (last + 1) * QUERIES; i < round_up((last + 1) * QUERIES); i++) scores[i] = -INFINITY;
-  vf top = splat(-INFINITY), total{};
-  for (int64_t i = 0; i <= last * QUERIES; i += LANES) top = larger(load(scores + i), top);
-  float best[LANES], mass[LANES];
-  store(best, top);
-  for (int h = 0; h < QUERIES; h++) best[h] = std::max(std::max(best[h], best[h + 4]), std::max(best[h + 8], best[h + 12]));
-  for (int i = QUERIES; i < LANES; i++) best[i] = best[i % QUERIES];
-  for (int64_t i = 0; i <= last * QUERIES; i += LANES) {
+// scores[s * QUERIES + h] of `count` tokens become e^(score - top), and each query's top and their sum are noted; four
+// tokens of four queries at a time. A query that sees none of them has no top.
+inline void weigh(float* scores, int64_t count, float scale, float top[QUERIES], float mass[QUERIES]) {
+  for (int64_t i = count * QUERIES; i < round_up(count * QUERIES); i++) scores[i] = -INFINITY;
+  vf largest = splat(-INFINITY), total{};
+  for (int64_t i = 0; i < count * QUERIES; i += LANES) largest = larger(load(scores + i), largest);
+  float best[LANES], part[LANES];
+  store(best, largest);
+  for (int h = 0; h < QUERIES; h++) top[h] = std::max(std::max(best[h], best[h + 4]), std::max(best[h + 8], best[h + 12]));
+  for (int i = 0; i < LANES; i++) best[i] = top[i % QUERIES];
+  for (int64_t i = 0; i < count * QUERIES; i += LANES) {
     const vf x = load(scores + i), p = exp_of((x - load(best)) * scale);
     store(scores + i, x == splat(-INFINITY) ? vf{} : p);
     total += load(scores + i);
   }
-  store(mass, total);
-  for (int h = 0; h < QUERIES; h++) mass[h] = 1 / ((mass[h] + mass[h + 4]) + (mass[h + 8] + mass[h + 12]));
-  for (int i = QUERIES; i < LANES; i++) mass[i] = mass[i % QUERIES];
-  for (int64_t i = 0; i <= last * QUERIES; i += LANES) store(scores + i, load(scores + i) * load(mass));
+  store(part, total);
+  for (int h = 0; h < QUERIES; h++) top[h] *= scale, mass[h] = (part[h] + part[h + 4]) + (part[h + 8] + part[h + 12]);
 }
 
-// out[h] = sum over s of probs[s * QUERIES + h] * values[s], `VECTORS` vectors from column c.
-template <int VECTORS, typename Q, typename T>
-void mix_columns(const float* probs, const Pages<T>& values, Q* const out[QUERIES], int64_t c, int64_t V, int64_t last) {
+// out[h] = sum over tokens [first, end) of weights[(s - first) * QUERIES + h] * values[s], `VECTORS` vectors from column c.
+template <int VECTORS, typename T>
+void mix_columns(const float* weights, const Pages<T>& values, float* const out[QUERIES], int64_t c, int64_t V, int64_t first, int64_t end) {
   vf total[QUERIES][VECTORS] = {};
-  values.through(last, [&](int64_t s, const T* entry, int64_t count) {
-    for (int64_t i = s; i < s + count; i++, entry += values.stride)
+  values.through(first, end, [&](int64_t s, const T* entry, int64_t count) {
+    const float* own = weights + (s - first) * QUERIES;
+    for (int64_t i = 0; i < count; i++, entry += values.stride, own += QUERIES)
       for (int j = 0; j < VECTORS; j++) {
         const vf value = VECTORS > 1 ? load(entry + c + j * LANES) : load_some(entry + c, V - c);
-        for (int h = 0; h < QUERIES; h++) total[h][j] += probs[i * QUERIES + h] * value;
+        for (int h = 0; h < QUERIES; h++) total[h][j] += own[h] * value;
       }
   });
   for (int h = 0; h < QUERIES; h++)
     for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
 }
-template <typename Q, typename T>
-void mix(const float* probs, const Pages<T>& values, Q* const out[QUERIES], int64_t V, int64_t last) {
+template <typename T>
+void mix(const float* weights, const Pages<T>& values, float* const out[QUERIES], int64_t V, int64_t first, int64_t end) {
   int64_t c = 0;
-  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(probs, values, out, c, V, last);
-  for (; c < V; c += LANES) mix_columns<1>(probs, values, out, c, V, last);
+  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(weights, values, out, c, V, first, end);
+  for (; c < V; c += LANES) mix_columns<1>(weights, values, out, c, V, first, end);
 }
 
-// Attention of `count` queries of one sequence. places(i): where query i, of width W, and its answer, of width V, lie,
-// and the last token that it sees. scores: scratch of QUERIES * (longest + 4).
-template <typename Q, typename T, typename Places>
-void attend_to(const Q* query, Q* out, int64_t count, Places places, const Pages<T>& keys, const Pages<T>& values, float* scores, int64_t W,
-               int64_t V, float scale) {
-  for (int64_t i = 0; i < count; i += QUERIES) {
-    const Q* from[QUERIES];
-    Q* to[QUERIES];
-    int64_t last[QUERIES], furthest = 0;
-    for (int h = 0; h < QUERIES; h++) {  // the last one fills up the four
-      const auto place = places(std::min<int64_t>(i + h, count - 1));
-      from[h] = query + place.row * W;
-      to[h] = out + place.row * V;
-      last[h] = place.last;
-      furthest = std::max(furthest, last[h]);
-    }
-    score(from, keys, scores, W, furthest, i > 0);
-    for (int h = 0; h < QUERIES; h++)
-      for (int64_t s = last[h] + 1; s <= furthest; s++) scores[s * QUERIES + h] = -INFINITY;
-    softmax(scores, furthest, scale);
-    mix(scores, values, to, V, furthest);
-  }
-}
 struct Place {
   int64_t row, last;
 };
@@ -169,3 +198,86 @@ inline int64_t run_of(const int32_t* owner, int64_t start, int64_t end, int64_t 
   while (n < end && n - start < limit && owner[n] == owner[start]) n++;
   return n - start;
 }
+
+// Scratch of one thread. W: width of queries and keys, V: of values; Q, T: types of queries and of the cache.
+template <typename Q, typename T>
+class Fours {
+ public:
+  Fours(int64_t W, int64_t V)
+      : W_(W), V_(V), scratch_(4 * (QUERIES * SEGMENT + Mixed::floats(ROWS, V) + Mixed::floats(QUERIES, V)) + 3 * Scratch::SLACK),
+        scores_(scratch_.take<float>(QUERIES * SEGMENT)), all_(scratch_.take<float>(Mixed::floats(ROWS, V)), ROWS),
+        more_(scratch_.take<float>(Mixed::floats(QUERIES, V)), QUERIES) {}
+
+  // places(g, i): where query i of group g and its answer lie, and the last token that it sees; each group has `count`.
+  template <typename Places>
+  void attend(const Q* query, Q* out, int64_t count, Places places, const Groups<T>& groups, float scale) {
+    for (int64_t g = groups.from; g < groups.to; g++)
+      for (int64_t i = 0; i < count; i += ROWS) {
+        const int64_t rows = std::min(ROWS, count - i);
+        const auto place = [&](int64_t n) { return places(g, i + n); };
+        int64_t last = 0;
+        for (int64_t n = 0; n < rows; n++) last = std::max(last, place(n).last);
+        read(query, rows, place, groups, g, 0, all_, scale);
+        for (int64_t from = SEGMENT; from <= last; from += SEGMENT)
+          for (int64_t n = 0; n < rows; n += QUERIES) {
+            const int64_t some = std::min<int64_t>(QUERIES, rows - n);
+            read(query, some, [&](int64_t m) { return place(n + m); }, groups, g, from, more_, scale, n > 0);
+            for (int64_t m = 0; m < some; m++) all_.add(n + m, more_, m, V_);
+          }
+        for (int64_t n = 0; n < rows; n++) all_.write(n, out + place(n).row * V_, V_);
+      }
+  }
+
+  // Only the tokens of the segment that begins at `from`, into rows of `into`, group by group.
+  template <typename Places>
+  void attend_part(const Q* query, int64_t count, Places places, const Groups<T>& groups, int64_t from, Mixed into, float scale) {
+    for (int64_t g = groups.from; g < groups.to; g++) {
+      const int64_t at = (g - groups.from) * count;
+      const Mixed own = into.from(at, V_);
+      read(query, count, [&](int64_t n) { return places(g, n); }, groups, g, from, own, scale);
+    }
+  }
+  // The parts of all segments, `apart` floats from each other, to `out`. The first becomes their sum.
+  template <typename Places>
+  void join(float* parts, int64_t apart, int64_t segments, Q* out, int64_t count, Places places, const Groups<T>& groups) {
+    const int64_t total = count * (groups.to - groups.from);
+    Mixed sum(parts, total);
+    for (int64_t at = 0; at < total; at++) {
+      for (int64_t s = 1; s < segments; s++) sum.add(at, Mixed(parts + s * apart, total), at, V_);
+      sum.write(at, out + places(groups.from + at / count, at % count).row * V_, V_);
+    }
+  }
+
+ private:
+  static constexpr int64_t ROWS = 96;
+
+  // The segment from `from` on, for rows 0..rows of one group.
+  template <typename At>
+  void read(const Q* query, int64_t rows, At place, const Groups<T>& groups, int64_t g, int64_t from, Mixed into, float scale, bool is_cached = false) {
+    Pages<T> keys = groups.keys, values = groups.values;
+    keys.base += g * groups.key_g, values.base += g * groups.value_g;
+    keys.ahead = groups.fetches && g == groups.from ? keys.stride : 0;  // for all groups
+    for (int64_t n = 0; n < rows; n += QUERIES) {
+      const Q* asks[QUERIES];
+      float *to[QUERIES], top[QUERIES], mass[QUERIES];
+      int64_t seen[QUERIES], end = from;
+      for (int h = 0; h < QUERIES; h++) {  // the last one fills up the four
+        const int64_t row = std::min<int64_t>(n + h, rows - 1);
+        const auto found = place(row);
+        asks[h] = query + found.row * W_, to[h] = into.out + row * V_;
+        seen[h] = std::min(found.last + 1, from + SEGMENT), end = std::max(end, seen[h]);
+      }
+      score(asks, keys, scores_, W_, from, end, is_cached || n > 0);
+      for (int h = 0; h < QUERIES; h++)
+        for (int64_t s = std::max(seen[h], from); s < end; s++) scores_[(s - from) * QUERIES + h] = -INFINITY;
+      weigh(scores_, end - from, scale, top, mass);
+      mix(scores_, values, to, V_, from, end);
+      for (int h = 0; h < std::min<int64_t>(QUERIES, rows - n); h++) into.top[n + h] = top[h], into.mass[n + h] = mass[h];
+    }
+  }
+
+  const int64_t W_, V_;
+  Scratch scratch_;
+  float* scores_;
+  Mixed all_, more_;  // of all segments so far; of the one that is being read
+};

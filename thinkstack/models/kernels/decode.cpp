@@ -10,7 +10,7 @@ struct AttendNew {
   const int64_t* last;             // (N,): the token's place in its sequence
   const int32_t *tables, *owner;   // as in Decode
   void *query, *entries, *out;     // (N, H, W), scratch; (blocks, 2^shift, 2 G W): keys, then values; (N, H, W)
-  int64_t N, H, G, W, shift, table_width, interleaved, longest, threads;
+  int64_t N, H, G, W, shift, table_width, interleaved, threads;
   double scale, eps;
 };
 
@@ -18,10 +18,10 @@ namespace {
 
 template <typename T>
 void run(const Decode& a) {
-  Attend<T> attend(a);
+  Attend<T, T> attend(a);
 #pragma omp parallel num_threads(a.threads)
   {
-    Reader<T> reader = attend.reader();
+    Reader<T, T> reader = attend.reader();
     attend.work(reader, static_cast<const T*>(a.entries));
   }
 }
@@ -31,11 +31,11 @@ void run_new(const AttendNew& a) {
   const int64_t W = a.W, heads = a.H + 2 * a.G, width = 2 * a.G * W;
   const auto qkv = static_cast<const T*>(a.qkv);
   const auto query = static_cast<T*>(a.query), entries = static_cast<T*>(a.entries);
-  Attend<T> attend(grouped(a, a.N, query, entries, a.out));
+  Attend<T, T> attend(grouped(a, a.N, query, entries, a.out));
 #pragma omp parallel num_threads(a.threads)
   {
     std::vector<float> room(W);
-    Reader<T> reader = attend.reader();
+    Reader<T, T> reader = attend.reader();
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.N; n++) {
       const T* head = qkv + n * heads * W;

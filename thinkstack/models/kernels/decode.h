@@ -14,7 +14,7 @@ struct Decode {
   void* out;              // (N, G, Q, V)
   int64_t N, G, Q, W, V, shift, table_width, entry_width;
   int64_t key_g, value_g, value_at;  // group g's key starts at g * key_g, its value at value_at + g * value_g
-  int64_t longest, threads;
+  int64_t threads;
   double scale;  // of the scores
 };
 
@@ -23,35 +23,37 @@ template <typename A>
 Decode grouped(const A& a, int64_t N, const void* query, const void* entries, void* out) {
   Decode read{query, entries, a.tables, a.owner, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};
   read.key_g = read.value_g = a.W, read.value_at = a.G * a.W;
-  read.longest = a.longest, read.threads = a.threads, read.scale = a.scale;
+  read.threads = a.threads, read.scale = a.scale;
   return read;
 }
 
 // What a team of threads does together. Runs of tokens of one sequence are read by one thread each; where there are few,
-// each group of their heads by another, or, by tiles and for short runs, each segment of their context.
-template <typename T>
+// each group of their heads by another, or, for short runs, each segment of their context. Q, T: types of queries and of
+// the cache.
+template <typename Q, typename T>
 class Attend {
  public:
   explicit Attend(const Decode& a) : a_(a) {
     for (int64_t n = 0; n < a.N; n += runs_.back().count) runs_.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
     is_many_ = int64_t(runs_.size()) >= 4 * a.threads;
     const bool are_short = std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.count <= SHORT; });
-    if (is_many_ || !are_short || !Reader<T>::by_tiles(a.W, a.V, 1 << a.shift)) return;
+    if (is_many_ || !are_short) return;
     int64_t rows = 0;
     for (int64_t n = 0; n < int64_t(runs_.size()); n++) {
       const Run& run = runs_[n];
       rows = std::max(rows, run.count * a.Q * a.G);
       const int64_t last = *std::max_element(a.last + run.start, a.last + run.start + run.count);
-      for (int64_t from = 0; from <= last; from += Tiles::SEGMENT) parts_.push_back({n, from});
+      for (int64_t from = 0; from <= last; from += SEGMENT) parts_.push_back({n, from});
     }
+    if (int64_t(parts_.size()) < a.threads) parts_.clear();
     apart_ = Mixed::floats(rows, a.V);
     room_ = room_for<float>(apart_ * parts_.size());
   }
 
-  Reader<T> reader() const { return {a_.W, a_.V, 1 << a_.shift, a_.longest}; }
+  Reader<Q, T> reader() const { return {a_.W, a_.V, 1 << a_.shift}; }
 
   // All threads of a team call it; entries: of a layer, in place of the first one's.
-  void work(Reader<T>& reader, const T* entries) {
+  void work(Reader<Q, T>& reader, const T* entries) {
     if (!parts_.empty()) return by_segments(reader, entries);
     const int64_t together = is_many_ ? a_.G : 1;  // the first group brings what the others then find in the thread's cache
 #pragma omp for schedule(dynamic)
@@ -59,7 +61,7 @@ class Attend {
       const int64_t n = i * together / a_.G, g = i * together % a_.G, later = std::min<int64_t>(n + a_.threads, runs_.size() - 1);
       Groups<T> groups = groups_of(n, entries, g, g + together);
       groups.fetches = is_many_, groups.upcoming = pages(later, entries).at(0);
-      reader.attend(query(), out(), runs_[n].count * a_.Q, places(n), groups, float(a_.scale));
+      reader.with([&](auto& read) { read.attend(query(), out(), runs_[n].count * a_.Q, places(n), groups, float(a_.scale)); });
     }
   }
 
@@ -72,28 +74,28 @@ class Attend {
     int64_t run, from;
   };
 
-  void by_segments(Reader<T>& reader, const T* entries) {
-    if constexpr (std::is_same<T, bf16>::value) {
+  void by_segments(Reader<Q, T>& reader, const T* entries) {
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < int64_t(parts_.size()); i++) {
-        const int64_t n = parts_[i].run, count = runs_[n].count * a_.Q;
-        Groups<T> groups = groups_of(n, entries, 0, a_.G);
-        groups.fetches = true;
-        reader.tiles().attend_part(query(), count, places(n), groups, parts_[i].from, Mixed(room_.get() + i * apart_, count * a_.G), float(a_.scale));
-      }
+    for (int64_t i = 0; i < int64_t(parts_.size()); i++) {
+      const int64_t n = parts_[i].run, count = runs_[n].count * a_.Q;
+      Groups<T> groups = groups_of(n, entries, 0, a_.G);
+      groups.fetches = true;
+      const Mixed into(room_.get() + i * apart_, count * a_.G);
+      reader.with([&](auto& read) { read.attend_part(query(), count, places(n), groups, parts_[i].from, into, float(a_.scale)); });
+    }
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < int64_t(parts_.size()); i++) {
-        const int64_t n = parts_[i].run;
-        if (parts_[i].from > 0) continue;
-        int64_t segments = 1;
-        while (i + segments < int64_t(parts_.size()) && parts_[i + segments].run == n) segments++;
-        reader.tiles().join(room_.get() + i * apart_, apart_, segments, out(), runs_[n].count * a_.Q, places(n), groups_of(n, entries, 0, a_.G));
-      }
+    for (int64_t i = 0; i < int64_t(parts_.size()); i++) {
+      const int64_t n = parts_[i].run;
+      if (parts_[i].from > 0) continue;
+      int64_t segments = 1;
+      while (i + segments < int64_t(parts_.size()) && parts_[i + segments].run == n) segments++;
+      float* first = room_.get() + i * apart_;
+      reader.with([&](auto& read) { read.join(first, apart_, segments, out(), runs_[n].count * a_.Q, places(n), groups_of(n, entries, 0, a_.G)); });
     }
   }
 
-  const T* query() const { return static_cast<const T*>(a_.query); }
-  T* out() const { return static_cast<T*>(a_.out); }
+  const Q* query() const { return static_cast<const Q*>(a_.query); }
+  Q* out() const { return static_cast<Q*>(a_.out); }
   Pages<T> pages(int64_t run, const T* entries) const {
     return {entries, a_.tables + a_.owner[runs_[run].start] * a_.table_width, a_.shift, a_.entry_width};
   }

@@ -17,13 +17,13 @@ from thinkstack.models.pages import Pages
 _Decode = structure(
     "Decode",
     "query entries tables owner last out",
-    "N G Q W V shift table_width entry_width key_g value_g value_at longest threads",
+    "N G Q W V shift table_width entry_width key_g value_g value_at threads",
     "scale",
 )
 _AttendNew = structure(
     "AttendNew",
     "qkv q_norm k_norm rope last tables owner query entries out",
-    "N H G W shift table_width interleaved longest threads",
+    "N H G W shift table_width interleaved threads",
     "scale eps",
 )
 _Draw = structure(
@@ -48,13 +48,13 @@ _LatentModel = structure(
     "LatentModel",
     "layers rope last tables owner x cache experts",
     "L B D H N R V C Q E J K groups top_groups best normalise softmax "
-    "shift table_width layer_stride interleaved longest threads",
+    "shift table_width layer_stride interleaved threads",
     "scale eps factor",
 )
 _BlockSteps = structure(
     "BlockSteps",
     "layers rope last tables owner x cache",
-    "L B D H G W I shift table_width layer_stride interleaved packed longest threads",
+    "L B D H G W I shift table_width layer_stride interleaved packed threads",
     "scale eps",
 )
 
@@ -71,7 +71,7 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: f
     arguments = _Decode(
         *map(address, (query, pages.entries, pages.tables, pages.owner, last, out)),
         *(N, G, Q, W, heads.value_width, *_layout(pages), pages.entries.shape[2]),
-        *(heads.key_step, heads.value_step, heads.value_at, _longest(pages), torch.get_num_threads(), scale),
+        *(heads.key_step, heads.value_step, heads.value_at, torch.get_num_threads(), scale),
     )
     run("decode", arguments, query.dtype == torch.bfloat16)
     return out
@@ -99,7 +99,7 @@ def attend_new(
         *map(address, given),
         **sizes,
         **scales,
-        **dict(N=N, shift=_layout(pages)[0], table_width=_layout(pages)[1], longest=_longest(pages)),
+        **dict(N=N, shift=_layout(pages)[0], table_width=_layout(pages)[1]),
         threads=torch.get_num_threads(),
     )
     run("attend_new", arguments, qkv.dtype == torch.bfloat16)
@@ -110,11 +110,6 @@ def _layout(pages: Pages) -> tuple[int, int]:
     """Power of 2 of a block's tokens, and width of the tables."""
     assert pages.entries.is_contiguous() and pages.tables.is_contiguous()
     return pages.entries.shape[1].bit_length() - 1, pages.tables.shape[1]
-
-
-def _longest(pages: Pages) -> int:
-    """Most tokens that a sequence could have."""
-    return pages.entries.shape[1] * pages.tables.shape[1]
 
 
 def block_steps(
@@ -177,7 +172,7 @@ def _over_cache(
         **addresses,
         **numbers,
         **dict(L=len(layers), B=B, D=D, shift=shift, table_width=table_width, layer_stride=cache.stride(0)),
-        **dict(longest=_longest(pages), threads=torch.get_num_threads()),
+        threads=torch.get_num_threads(),
     )
 
 

@@ -1,9 +1,8 @@
 // Inference on a small model, where calls would cost more than arithmetic: whole sublayers in fp32.
 // A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
 // norms, rotations and activations work on 16 tokens at once.
-#include "context.h"
+#include "decode.h"
 #include "experts.h"
-#include "matmul.h"
 
 #include <limits>
 
@@ -15,8 +14,8 @@ struct LatentStep {
   const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
   const int32_t* owner;   // (B,): the sequence of each token
   void* cache;            // (blocks, 2^shift, C + R), in bf16 or float
-  float *out, *queries;   // (B, D); (B, H, C + R): room for the queries over entries
-  int64_t B, D, H, N, R, V, C, Q, shift, table_width, interleaved, longest, threads;
+  float *out, *queries, *mixed;  // (B, D); room for the queries over entries, (B, H, C + R), and for what they read, (B, H, C)
+  int64_t B, D, H, N, R, V, C, Q, shift, table_width, interleaved, threads;
   double scale, eps;
 };
 
@@ -76,10 +75,10 @@ struct LatentBlock {
   const LatentStep& a;
   const int64_t W, K;
   Scratch scratch;
-  float *x, *latent, *q, *table, *entry, *absorbed, *mixed, *wide, *scores;
+  float *x, *latent, *q, *table, *entry, *absorbed, *wide;
   static int64_t bytes(const LatentStep& a) {
     const int64_t W = a.C + a.R, K = a.N + a.R;
-    return 4 * (BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (2 * W + a.C + a.V)) + QUERIES * (a.longest + 32)) + 12 * Scratch::SLACK;
+    return 4 * BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (W + a.C + a.V)) + 8 * Scratch::SLACK;
   }
   explicit LatentBlock(const LatentStep& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
     x = scratch.take<float>(BLOCK * a.D);
@@ -88,9 +87,7 @@ struct LatentBlock {
     table = scratch.take<float>(BLOCK * a.R);
     entry = scratch.take<float>(BLOCK * W);
     absorbed = scratch.take<float>(BLOCK * a.H * W);  // queries over entries, (H * W, n)
-    mixed = scratch.take<float>(BLOCK * a.H * W);     // latents read, (n, H * C), then (H * C, n)
-    wide = scratch.take<float>(BLOCK * (a.H * (a.C + a.V) + a.D));
-    scores = scratch.take<float>(QUERIES * (a.longest + 32));
+    wide = scratch.take<float>(BLOCK * (a.H * (a.C + a.V) + a.D));  // latents read, (H * C, n), and values
   }
 
   // Queries and entries of some tokens; the entries go to the cache, where later tokens of their sequences read them.
@@ -121,13 +118,7 @@ struct LatentBlock {
 
   void finish(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
-    for (int64_t i = 0, run; i < count; i += run) {
-      run = run_of(a.owner, start + i, start + count, count);
-      const auto places = [&](int64_t row) { return Place{row, a.last[start + i + row / a.H]}; };
-      attend_to(a.queries + (start + i) * a.H * W, mixed + i * a.H * a.C, run * a.H, places, pages(start + i), pages(start + i), scores, W,
-                a.C, float(a.scale));
-    }
-    to_features(mixed, a.H * a.C, count, a.H * a.C, wide, n);
+    to_features(a.mixed + start * a.H * a.C, a.H * a.C, count, a.H * a.C, wide, n);
     float* values = wide + a.H * a.C * n;
     for (int64_t h = 0; h < a.H; h++)
       linear(a.wkv_b + (h * (a.N + a.V) + a.N) * a.C, wide + h * a.C * n, values + h * a.V * n, a.V, a.C, n);
@@ -140,15 +131,17 @@ struct LatentBlock {
 int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK, round_up((tokens + threads - 1) / threads)); }
 
 template <typename T>
-void latent_step(const LatentStep* a) {
+void latent_step(const LatentStep* a, Attend<float, T>& attend) {
   const int64_t size = share(a->B, a->threads);
 #pragma omp parallel num_threads(a->threads)
   {
     LatentBlock<T> block(*a);
+    Reader<float, T> reader = attend.reader();
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a->B; start += size) block.prepare(start, std::min(size, a->B - start));
     // all entries are there before the first is read: several tokens may be of one sequence, later ones see more
-#pragma omp for schedule(dynamic)
+    attend.work(reader, static_cast<const T*>(a->cache));
+#pragma omp for schedule(static)
     for (int64_t start = 0; start < a->B; start += size) block.finish(start, std::min(size, a->B - start));
   }
 }
@@ -248,7 +241,7 @@ struct LatentModel {
   void* cache;       // (L, cache blocks, 2^shift, C + R), in bf16 or float
   int64_t* experts;  // (layers with experts, B, K): the chosen ones
   int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, best, normalise, softmax;
-  int64_t shift, table_width, layer_stride, interleaved, longest, threads;
+  int64_t shift, table_width, layer_stride, interleaved, threads;
   double scale, eps, factor;
 };
 
@@ -294,7 +287,11 @@ void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, f
 template <typename T>  // of the cache
 void run(const LatentModel& a) {
   const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
-  const auto queries = room_for<float>(a.B * a.H * (a.C + a.R));
+  const int64_t W = a.C + a.R;
+  const auto queries = room_for<float>(a.B * a.H * W), mixed = room_for<float>(a.B * a.H * a.C);
+  Decode read{queries.get(), a.cache, a.tables, a.owner, a.last, mixed.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
+  read.threads = a.threads, read.scale = a.scale;
+  Attend<float, T> attend(read);
   const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);
   int64_t* chosen = a.experts;
   const auto add = [&](const float* first, const float* second, const float* weight) {
@@ -305,9 +302,9 @@ void run(const LatentModel& a) {
     const LatentLayer& w = a.layers[l];
     const float* following = l + 1 < a.L ? a.layers[l + 1].attention_norm : nullptr;
     const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.tables, a.owner,
-                          static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C, a.Q, a.shift,
-                          a.table_width, a.interleaved, a.longest, a.threads, a.scale, a.eps};
-    latent_step<T>(&step);
+                          static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), mixed.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C,
+                          a.Q, a.shift, a.table_width, a.interleaved, a.threads, a.scale, a.eps};
+    latent_step<T>(&step, attend);
     add(change.get(), nullptr, w.ffn_norm);
     if (w.w1) feed_forward(normed.get(), w.w1, w.w2, w.w3, shared.get(), a.B, a.D, w.I, a.threads);
     if (w.router) {

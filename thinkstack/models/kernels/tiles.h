@@ -4,7 +4,6 @@
 // What comes of a query does not depend on the others.
 #pragma once
 #include "context.h"
-#include "matmul.h"
 
 #include <type_traits>
 
@@ -29,52 +28,9 @@ struct Fetch {
   }
 };
 
-// Groups [from, to) of heads over the entries of one sequence: group g's keys and values lie key_g and value_g elements
-// behind those of the one before.
-template <typename T>
-struct Groups {
-  Pages<T> keys, values;  // of group 0
-  int64_t from, to, key_g, value_g;
-  bool fetches = false;         // whether to ask for entries before they are needed
-  const T* upcoming = nullptr;  // what is read after them
-};
-
-// What some queries have read: their largest score, the sum of e^(score - top), and the values mixed by these.
-struct Mixed {
-  float *top, *mass, *out;  // (rows,), (rows,), (rows, V)
-
-  static int64_t floats(int64_t rows, int64_t V) { return rows * (V + 2); }
-  Mixed(float* room, int64_t rows) : top(room), mass(room + rows), out(room + 2 * rows) {}
-
-  void clear(int64_t rows, int64_t V) {
-    std::fill(top, top + rows, -INFINITY);
-    std::fill(mass, mass + rows, 0.0f);
-    std::fill(out, out + rows * V, 0.0f);
-  }
-  // Row n counts so much less, because scores up to `most` were found.
-  void raise(int64_t n, float most, int64_t V) {
-    if (most == top[n]) return;
-    const float less = exp_of(splat(top[n] - most))[0];
-    top[n] = most, mass[n] *= less;
-    for (int64_t c = 0; c < V; c += LANES) store(out + n * V + c, load(out + n * V + c) * less);
-  }
-  // Row n of what was read of other tokens, which is spoilt.
-  void add(int64_t n, Mixed other, int64_t m, int64_t V) {
-    const float most = std::max(top[n], other.top[m]);
-    raise(n, most, V);
-    other.raise(m, most, V);
-    mass[n] += other.mass[m];
-    for (int64_t c = 0; c < V; c += LANES) store(out + n * V + c, load(out + n * V + c) + load(other.out + m * V + c));
-  }
-  void write(int64_t n, bf16* row, int64_t V) const {
-    for (int64_t c = 0; c < V; c += LANES) store(row + c, load(out + n * V + c) / mass[n]);
-  }
-};
-
 // Scratch of one thread. W: width of queries and keys, V: of values.
 class Tiles {
  public:
-  static constexpr int64_t SEGMENT = 1024;  // tokens that are read in one go; what came of several is added in their order
   static bool takes(int64_t W, int64_t V, int64_t block) { return W % 32 == 0 && V % 32 == 0 && block % LANES == 0 && SEGMENT % block == 0; }
 
   // block: tokens of a block of the cache.
@@ -213,31 +169,24 @@ class Tiles {
 };
 
 // Attention over a cache, with the scratch of one thread: by tiles where they can be.
-template <typename T>
+template <typename Q, typename T>
 class Reader {
  public:
-  // block: tokens of a block of the cache; longest: tokens that a sequence may have.
-  Reader(int64_t W, int64_t V, int64_t block, int64_t longest) : W_(W), V_(V) {
-    if (by_tiles(W, V, block)) tiles_.reset(new Tiles(W, V, block));
-    else scores_ = room_for<float>(QUERIES * (longest + 4));
+  // block: tokens of a block of the cache.
+  Reader(int64_t W, int64_t V, int64_t block) {
+    if (std::is_same<Q, bf16>::value && Tiles::takes(W, V, block)) tiles_.reset(new Tiles(W, V, block));
+    else fours_.reset(new Fours<Q, T>(W, V));
   }
-  static bool by_tiles(int64_t W, int64_t V, int64_t block) { return std::is_same<T, bf16>::value && Tiles::takes(W, V, block); }
-  Tiles& tiles() { return *tiles_; }
 
-  template <typename Places>
-  void attend(const T* query, T* out, int64_t count, Places places, const Groups<T>& groups, float scale) {
-    if constexpr (std::is_same<T, bf16>::value)
-      if (tiles_) return tiles_->attend(query, out, count, places, groups, scale);
-    for (int64_t g = groups.from; g < groups.to; g++) {
-      Pages<T> keys = groups.keys, values = groups.values;
-      keys.base += g * groups.key_g, values.base += g * groups.value_g;
-      keys.ahead = groups.fetches && g == groups.from ? keys.stride : 0;  // for all groups
-      attend_to(query, out, count, [&](int64_t i) { return places(g, i); }, keys, values, scores_.get(), W_, V_, scale);
-    }
+  // work(Tiles or Fours).
+  template <typename Work>
+  void with(Work work) {
+    if constexpr (std::is_same<Q, bf16>::value)
+      if (tiles_) return work(*tiles_);
+    work(*fours_);
   }
 
  private:
-  const int64_t W_, V_;
   std::unique_ptr<Tiles> tiles_;
-  Room<float> scores_;
+  std::unique_ptr<Fours<Q, T>> fours_;
 };
