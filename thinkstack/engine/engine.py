@@ -69,11 +69,12 @@ class EngineConfig:
 
 
 class Draws(NamedTuple):
-    """Tokens to draw, (N,) int64 each: of which row, how far behind its known tokens, from which computed token."""
+    """Tokens to draw, (N,) int64 each: of which row, how far behind its known tokens, from which computed token; None:
+    from each in order."""
 
     rows: numpy.ndarray
     offsets: numpy.ndarray
-    sources: numpy.ndarray
+    sources: numpy.ndarray | None
 
 
 class Engine:
@@ -234,8 +235,10 @@ class Engine:
         target block, tokens.
         """
         table, ends = self.table, plan.counts.cumsum()
-        rows, sources, copies = plan.rows[done], ends[done] - 1, []
         offsets = numpy.zeros(len(done), dtype=numpy.int64)
+        if len(done) == ends[-1] and not table.follows.any():  # every row has one token, and draws
+            return Draws(plan.rows, offsets, None), []
+        rows, sources, copies = plan.rows[done], ends[done] - 1, []
         if self.speculator is not None and table.drafts[rows].any():
             many = table.drafts[rows] + 1
             offsets = numpy.arange(many.sum()) - (many.cumsum() - many).repeat(many)
@@ -258,8 +261,9 @@ class Engine:
     def _draw(self, draws: Draws, hidden: Tensor) -> int:
         """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
         table, (rows, offsets, sources) = self.table, draws
-        logits = self.runner.logits(hidden.index_select(0, torch.from_numpy(sources).to(hidden.device)))
-        drawn, counts = draw(table, rows, offsets, logits), None
+        if sources is not None:
+            hidden = hidden.index_select(0, torch.from_numpy(sources).to(hidden.device))
+        drawn, counts = draw(table, rows, offsets, self.runner.logits(hidden)), None
         if self.speculator is not None and offsets.any():
             counts = self.speculator.counts(rows, offsets, drawn.tokens)
         note(table, rows, offsets, drawn, counts)
