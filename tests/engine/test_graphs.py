@@ -121,13 +121,17 @@ def test_what_would_wait_is_not_recorded(with_triton, monkeypatch):
     assert not can_record(meta_model(GQA_TINY, torch.float32))
 
 
-def test_other_weights_and_a_new_cache_are_recorded_anew(with_triton):
+def test_other_weights_and_a_new_cache_are_recorded_anew(with_triton, monkeypatch):
     """A recording knows where both lay; weights that change in place stay where they are."""
     models = [meta_model(GQA_TINY, torch.float32) for _ in range(2)]
     runner = Runner(models[0], 4, "fp32", most=8)
     first = runner.graphs
     runner.load(models[0])
     assert runner.graphs is first is not None
+    monkeypatch.setattr(runner, "_addresses", lambda: [1])
+    runner.load(models[0])
+    assert runner.graphs not in (first, None)
+    first = runner.graphs
     runner.load(models[1])
     assert runner.graphs not in (first, None)
     second = runner.graphs

@@ -79,9 +79,10 @@ class Graphs:
         next call."""
         recording = self._recordings.get(len(given.ids))
         if recording is None:
-            recording = self._recordings[len(given.ids)] = _Recording(given, device)
+            recording = _Recording(given, device)
             recording.take(given)
             recording.outputs, recording.replay = self._record(lambda: self._compute(recording.inputs))
+            self._recordings[len(given.ids)] = recording  # one that failed is tried again
         recording.take(given)
         recording.replay()
         return recording.outputs

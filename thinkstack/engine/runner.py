@@ -88,6 +88,8 @@ class Runner:
         if model is self._source:
             refresh(self._model, model)
             self._settle()
+            if self.graphs is not None and self._addresses() != self._recorded:
+                self._forget_recordings()
         else:
             self._take(model)
 
@@ -102,9 +104,14 @@ class Runner:
         """Of products; fp32 where a small model in bf16 is widened, over a cache in bf16."""
         self._forget_recordings()
 
+    def _addresses(self) -> list[int]:
+        """Where the weights lie."""
+        return [weight.data_ptr() for weight in self._model.parameters()]
+
     def _forget_recordings(self) -> None:
         """Begin anew: recordings know where weights and cache lie, and these lie elsewhere now."""
         self.graphs = Graphs(self.compute, self._most) if self._most and can_record(self._model) else None
+        self._recorded = self._addresses() if self.graphs is not None else []
 
     def _settle(self) -> None:
         """Choose how products are made, from the weights as they are now."""
