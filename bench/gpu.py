@@ -22,7 +22,8 @@ from thinkstack.types import Sampling
 
 MODELS = ("v3-tiny", "r1-distill-qwen-1.5b", "v2-lite")
 BATCHES = (1, 8, 64, 256)
-PROMPT, STEPS = 128, 64
+PROMPT, STEPS, WARM = 128, 64, 8
+"""Tokens of a prompt, decoding steps, and how many of these compile and record and do not count."""
 READ = 512, 8
 """Tokens of a prompt, and prompts, whose reading is timed."""
 
@@ -33,14 +34,15 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def best_of(work: Callable[[], Any], device: torch.device, budget: float = 1.0) -> float:
-    """Least seconds of a call."""
+def best_of(work: Callable[[], Any], device: torch.device, budget: float = 1.0) -> tuple[float, int]:
+    """Least seconds of a call, and how many there were."""
 
     def call() -> None:
         work()
         wait(device)
 
-    return min(repeat(call, budget))
+    times = repeat(call, budget)
+    return min(times), len(times)
 
 
 def floors(device: torch.device) -> tuple[float, float]:
@@ -48,9 +50,9 @@ def floors(device: torch.device) -> tuple[float, float]:
     rates = []
     for size in (1024, 4096, 8192) if device.type == "cuda" else (1024,):
         left, right = torch.randn(2, size, size, device=device).bfloat16()
-        rates.append(2 * size**3 / best_of(lambda a=left, b=right: a @ b, device))
+        rates.append(2 * size**3 / best_of(lambda a=left, b=right: a @ b, device)[0])
     memory = torch.ones((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
-    return max(rates), memory.nbytes / best_of(memory.sum, device)
+    return max(rates), memory.nbytes / best_of(memory.sum, device)[0]
 
 
 def drawn_model(cfg: ModelConfig, device: torch.device) -> Transformer:
@@ -91,13 +93,13 @@ def seconds_a_step(model: Transformer, batch: int, recorded: bool) -> float:
     for step in range(STEPS):
         began = time.perf_counter()
         engine.step()
-        if step >= 8:  # the first ones compile and record
+        if step >= WARM:
             times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 
-def seconds_of_prompts(model: Transformer, device: torch.device) -> float:
-    """Least time of reading prompts, with a token drawn behind each."""
+def seconds_of_prompts(model: Transformer, device: torch.device) -> tuple[float, int]:
+    """Least time of reading prompts, with a token drawn behind each, and how often they were read."""
     length, count = READ
     size = EngineConfig(
         max_batch=count, max_context=length + 1, max_prefill_tokens=length * count, dtype="bf16", prefix_cache=False
@@ -111,22 +113,23 @@ def seconds_of_prompts(model: Transformer, device: torch.device) -> float:
 def measure(name: str, device: torch.device, batches: list[int], peak: float, bandwidth: float) -> list[Row]:
     """All figures of one model."""
     model = drawn_model(named(name, mtp_layers=0, max_positions=1024), device)
-    prompts, (length, count) = seconds_of_prompts(model, device), READ
+    (prompts, tries), (length, count) = seconds_of_prompts(model, device), READ
     operations = length * count * flops_per_token(model.cfg, length // 2)
-    figures = [("prompts, tokens/s", length * count / prompts, ""), ("prompts, MFU", operations / prompts / peak, "")]
+    figures = [
+        ("prompts, tokens/s", length * count / prompts, "", tries),
+        ("prompts, MFU", operations / prompts / peak, "", tries),
+    ]
     for batch in batches:
         plain, recorded = (seconds_a_step(model, batch, on) for on in (False, True))
         floor = bytes_a_step(model, batch, PROMPT + STEPS // 2) / bandwidth
         figures += [
-            (f"batch {batch}: step", recorded * 1e3, "ms"),
-            (f"batch {batch}: new tokens/s", batch / recorded, ""),
-            (f"batch {batch}: share of the bandwidth floor", floor / recorded, ""),
-            (f"batch {batch}: gain of recorded steps", plain / recorded, ""),
+            (f"batch {batch}: step", recorded * 1e3, "ms", STEPS - WARM),
+            (f"batch {batch}: new tokens/s", batch / recorded, "", STEPS - WARM),
+            (f"batch {batch}: share of the bandwidth floor", floor / recorded, "", STEPS - WARM),
+            (f"batch {batch}: gain of recorded steps", plain / recorded, "", STEPS - WARM),
         ]
     where = torch.cuda.get_device_name() if device.type == "cuda" else machine()
-    return [
-        Row(name=f"{name}: {what}", value=value, unit=unit, n=STEPS - 8, machine=where) for what, value, unit in figures
-    ]
+    return [Row(name=f"{name}: {what}", value=value, unit=unit, n=n, machine=where) for what, value, unit, n in figures]
 
 
 def main() -> None:
@@ -142,7 +145,8 @@ def main() -> None:
     for name in args.models:
         rows += measure(name, device, args.batches, peak, bandwidth)
         write_json(args.json, rows)  # after every model: time may run out
-        print_table(name, ("", "value", "unit"), [(r.name, f"{r.value:.4g}", r.unit) for r in rows if name in r.name])
+        mine = [(r.name, f"{r.value:.4g}", r.unit, str(r.n)) for r in rows if r.name.startswith(f"{name}: ")]
+        print_table(name, ("", "value", "unit", "n"), mine)
     print(rows[0].machine)
 
 

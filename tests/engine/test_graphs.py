@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.engine.requests import LONG, SMALL, drawn, how, prompt
+from tests.engine.requests import LONG, SMALL, WHOLE, drawn, how, prompt
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.graphs import Graphs, Inputs, can_record
@@ -16,9 +16,6 @@ from thinkstack.engine.runner import Runner
 from thinkstack.models import cuda
 from thinkstack.models.precision import Stored
 from thinkstack.models.transformer import Transformer
-
-WIDE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
-"""Of widths that grouped products take."""
 
 
 def call_again(work):
@@ -97,7 +94,7 @@ def traced(cfg, dtype: torch.dtype, weights: Stored = "plain") -> list[str]:
     return seen.names
 
 
-@pytest.mark.parametrize("cfg", [WIDE, GQA_TINY], ids=["mla", "gqa"])
+@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["mla", "gqa"])
 def test_a_recorded_step_never_waits_for_the_device(cfg, with_triton):
     assert can_record(meta_model(cfg, torch.bfloat16))
     names = traced(cfg, torch.bfloat16)
@@ -113,9 +110,9 @@ def test_packed_matrices_are_multiplied_as_they_are_read(weights, with_triton):
 
 def test_what_would_wait_is_not_recorded(with_triton, monkeypatch):
     """Experts in fp32 are counted; so the trace above can fail."""
-    assert not can_record(meta_model(WIDE, torch.float32))
+    assert not can_record(meta_model(WHOLE, torch.float32))
     with pytest.raises(RuntimeError, match="bincount"):
-        traced(WIDE, torch.float32)
+        traced(WHOLE, torch.float32)
     assert can_record(meta_model(GQA_TINY, torch.float32))
     monkeypatch.setattr(cuda, "available", lambda: False)
     assert not can_record(meta_model(GQA_TINY, torch.float32))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
@@ -80,7 +81,7 @@ def test_the_engine_draws_what_the_model_says(cfg, with_experts):
         assert (found.experts is not None) == with_experts
 
 
-@BOTH
+@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["mla", "gqa"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
     """Rows that end one after the other, a change of weights in place and one of the model; drawn tokens may part where
@@ -107,8 +108,8 @@ def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
             if is_same:
                 bound = 1e-3 if dtype == "fp32" else 0.1
                 torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=bound, rtol=0)
-    if engine.runner.graphs is not None:
-        assert len(engine.runner.graphs._recordings) > 3
+    if engine.runner.graphs is not None:  # seven answers, which end at five different lengths
+        assert sorted(engine.runner.graphs._recordings) == [1, 4, 8]
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])

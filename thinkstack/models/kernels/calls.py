@@ -90,7 +90,8 @@ def address(x: Tensor | None) -> int | None:
 
 
 def place(x: numpy.ndarray) -> int:
-    """`address` of an array."""
+    """`address` of an array, whose elements lie together."""
+    assert x.flags.c_contiguous
     return x.__array_interface__["data"][0]
 
 
