@@ -10,9 +10,14 @@ import numpy
 import pytest
 import torch
 
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.models import cuda
 from thinkstack.models.attention import read_pages
+from thinkstack.models.kernels import calls
 from thinkstack.models.pages import Pages
 from thinkstack.models.quant import FP8Blocks, Int8
+from thinkstack.types import Sampling
 
 triton = pytest.importorskip("triton")
 from tests.models.compiled_triton import FAST_MEMORY, SHAPES  # noqa: E402
@@ -87,6 +92,30 @@ def test_tokens_that_nobody_counted_and_padding_are_read_too():
     found = paged.read_cache(query, pages._replace(longest_run=0), last, heads, 0.2, 1)
     expected = exact(query, pages, last, heads, 0.2)
     assert (found.double() - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
+def test_an_engine_that_reads_through_the_kernel_draws_the_same_tokens(cfg, monkeypatch):
+    """Prompts in chunks beside decoding, padding, groups of answers."""
+    if DEVICE == "cuda":
+        pytest.skip("tests/gpu has engines")
+    asked, samplings = [[7] * 19, [3, 1, 4], [5] * 8], [Sampling(max_tokens=5, seed=n, n=1 + n % 2) for n in range(3)]
+    monkeypatch.setattr(calls, "available", lambda: False)
+
+    def answers():
+        engine = Engine(tiny_model(cfg), EngineConfig(max_batch=8, max_prefill_tokens=9, graphs=False))
+        return [[c.token_ids for c in group] for group in engine.generate(asked, samplings)]
+
+    expected, seen = answers(), []
+    monkeypatch.setattr(cuda, "takes", lambda x: True)
+
+    def read(query, pages, last, heads, scale):
+        seen.append(pages.longest_run)
+        return paged.read_cache(query, pages, last, heads, scale, parts=2)
+
+    monkeypatch.setattr(cuda, "read_cache", read)
+    assert answers() == expected
+    assert {1, 9} <= set(seen)
 
 
 @pytest.mark.parametrize("storage", [Int8(), FP8Blocks(), FP8Blocks(power_of_two=True)], ids=lambda each: each.name)
