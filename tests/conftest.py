@@ -6,5 +6,8 @@ import os
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault(
+    "THINKSTACK_KERNELS", "1"
+)  # all that they can do, so that they are tested where others are faster
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton

@@ -47,7 +47,7 @@ def draw_plainly(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """`draw` by temperature and kept sets alone; returns tokens and log-probabilities as `Drawn` has them."""
-    if kernels.takes(logits):
+    if kernels.takes(logits, "sample"):
         return table.draws.draw(logits, rows, offsets, bool(table.keeps_all[rows].all()))
     counters = (table.known[rows] - table.prompt[rows] + offsets).astype(numpy.uint64)
     uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)

@@ -70,7 +70,7 @@ def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | No
     is. Returns (tokens (B,) int64, their log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0
     takes the most likely token and reports its log-probability at temperature 1.
     """
-    if kernels.takes(logits):
+    if kernels.takes(logits, "sample"):
         return kernels.draw(logits, temperature, uniform, kept)
     log_probs = distribution(logits, temperature, kept)
     greedy = temperature == 0

@@ -161,7 +161,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
         last part of every key, or None. Returns (B, T, H, V)."""
-        if kernels.takes(q) and ctx.blocks is None:
+        if kernels.takes(q, "attend") and ctx.blocks is None:
             return kernels.attend(q, kv, k_shared, ctx.rope, ctx.sight, heads, self.scale, self.interleaved)
         k, v = heads.split(kv)  # (B, T, G, ...)
         if k_shared is None:
@@ -179,7 +179,9 @@ class Attention(nn.Module):
     def read(self, q: Tensor, pages: Pages, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:
         """q (N, 1, H, K), rotated, over the context of each token. Returns (N, 1, H, V)."""
         grouped, last = q.squeeze(1).unflatten(1, (heads.groups, -1)), ctx.last.squeeze(1)
-        attend = kernels.read_cache if kernels.takes(q) else cuda.read_cache if cuda.takes(q) else read_pages
+        attend = (
+            kernels.read_cache if kernels.takes(q, "paged_attend") else cuda.read_cache if cuda.takes(q) else read_pages
+        )
         return attend(grouped, pages, last, heads, self.scale).flatten(1, 2).unsqueeze(1)
 
 

@@ -9,7 +9,10 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from thinkstack.models.kernels import choice
 
 SHARE = 1 / 8
 """Of the memory, for matrices that are kept a second time."""
@@ -21,6 +24,22 @@ ROWS_TRIED = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
 """Numbers of rows that are multiplied to see whether their company matters."""
 OUTPUTS_TRIED = 2048
 """Outputs of the matrix that they are multiplied with, at most."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, computed in `product_dtype`."""
+    dtype = product_dtype(x)
+    if dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products of x without gradients are computed in: fp32 for bf16 on a processor that only emulates these,
+    where torch's own way takes up to 40 times as long; otherwise the dtype of x."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return x.dtype
+    return torch.float32 if choice.emulates_bf16() else x.dtype
 
 
 def blocked(weight: Tensor) -> Tensor:

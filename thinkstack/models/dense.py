@@ -57,7 +57,8 @@ class Dense:
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
         self.kept = [_weights(block) for block in blocks] if _takes_few(blocks) else []
         self.few = kernels.rows_of(kernels.BlockWeights, self.kept) if self.kept else None
-        self.sizes = self.heads | {"I": ffn.w1.out_features, "packed": int(bool(self.kept) and "sq" in self.kept[0])}
+        self.sizes = self.heads | {"I": ffn.w1.out_features}
+        self.is_packed = bool(self.kept) and "sq" in self.kept[0]
         self.parts: list[Parts] = []
         """Of all blocks, once many tokens have come."""
         self.most_tokens = 1 << 40 if _takes_many(blocks) else kernels.FEW
@@ -69,7 +70,7 @@ class Dense:
         x, rope = self.model.embed(ids), self.rotations.at(positions)
         if self.few is None or len(ids) > kernels.FEW:
             return self._many(x, positions, pages, cache, rope), None
-        kernels.block_steps(x, self.few, self.sizes, rope, positions, pages, cache, self.scales)
+        kernels.block_steps(x, self.few, self.sizes, rope, positions, pages, cache, self.scales, self.is_packed)
         return self.model.norm(x), None
 
     def _many(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def _takes_many(blocks: list[Block]) -> bool:
     if not all(consists_of(block, PLAIN) for block in blocks):
         return False
     weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Projection)]
-    if not kernels.takes(weights[0]) or len({weight.dtype for weight in weights}) > 1:
+    if not kernels.takes(weights[0], "fused_dense") or len({weight.dtype for weight in weights}) > 1:
         return False
     if not can_keep(*weights):
         return False

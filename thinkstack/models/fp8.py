@@ -52,7 +52,7 @@ def widen(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """Write codes (..., N, K) e4m3 times scale (..., ceil(N / 128), ceil(K / 128)) into out (..., N, K) of any float
     dtype; the product is taken in fp32 and rounded once.
     """
-    if kernels.takes(out) and out.is_contiguous():
+    if kernels.takes(out, "dequantize") and out.is_contiguous():
         kernels.widen(codes.contiguous(), scale.float().contiguous(), out, BLOCK, BLOCK)
     else:
         out.copy_(dequantise(codes, scale.float(), BLOCK))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
-from thinkstack.models.blocked import Blocked, can_keep
+from thinkstack.models.blocked import Blocked, can_keep, linear
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        if kernels.takes_rows(x):
+        if kernels.takes_rows(x, "rms_norm"):
             x = x if kernels.is_rows(x) else x.contiguous()
             out, inverse = kernels.rms_norm(x, weight.float(), eps, keep=True)
             ctx.save_for_backward(x, inverse, weight)
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         normed, rstd, weight = ctx.saved_tensors
-        if kernels.takes_rows(grad):
+        if kernels.takes_rows(grad, "rms_norm"):
             grad_x, grad_weight = kernels.rms_norm_backward(grad, normed, weight.float(), rstd)
             return grad_x, grad_weight.to(weight.dtype), None
         wide = grad.float()
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         """x: (..., width) in any float dtype; returns the same shape and dtype, computed in fp32."""
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps)
-        if kernels.takes_rows(x) and kernels.is_rows(x):
+        if kernels.takes_rows(x, "rms_norm") and kernels.is_rows(x):
             return kernels.rms_norm(x, self.weight.float(), self.eps, keep=False)[0]
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
@@ -85,14 +85,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def activate(gate: Tensor, up: Tensor) -> Tensor:
     """The arithmetic of `swiglu`."""
-    if kernels.takes_rows(gate) and gate.is_contiguous() and up.is_contiguous():
+    if kernels.takes_rows(gate, "swiglu") and gate.is_contiguous() and up.is_contiguous():
         return kernels.swiglu(gate, up)
     return F.silu(gate).mul_(up)
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of swiglu with respect to gate and up."""
-    if kernels.takes_rows(gate) and gate.is_contiguous() and up.is_contiguous():
+    if kernels.takes_rows(gate, "swiglu") and gate.is_contiguous() and up.is_contiguous():
         return kernels.swiglu_backward(grad, gate, up)
     return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
@@ -124,7 +124,7 @@ class Projection(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.blocked is not None and self.blocked.takes(x):
             return self.blocked.product(x, self.weight, bias)
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 def keep_blocked(model: nn.Module) -> None:
@@ -146,7 +146,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); returns (..., D)."""
-        if kernels.takes_steps(x, x.shape[-1]) and x.is_contiguous():
+        if kernels.takes_steps(x, x.shape[-1], "feed_forward") and x.is_contiguous():
             return kernels.feed_forward(x, self.w1.weight, self.w2.weight, self.w3.weight)
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
@@ -236,7 +236,7 @@ def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
 
 def turn(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Tensor:
     """The arithmetic of `rotate`; back: the other way round, which undoes it where the table's amplitude is 1."""
-    if kernels.takes_rows(x) and kernels.is_rows(x[:, :, 0]) and x.stride(-1) == 1:
+    if kernels.takes_rows(x, "rope") and kernels.is_rows(x[:, :, 0]) and x.stride(-1) == 1:
         return kernels.rotate(x, table, interleaved, back)
     table = (table.conj() if back else table).unsqueeze(2)
     pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))

@@ -40,7 +40,7 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
     """
     best = 2 if cfg.group_score == "top2" else 1
-    if kernels.takes_steps(scores, 0):
+    if kernels.takes_steps(scores, 0, "route"):
         groups = (cfg.num_groups, cfg.top_groups, best)
         return kernels.route(scores, bias.float(), cfg.top_k, groups, cfg.normalise_weights, cfg.route_scale)
     choice = scores.detach() + bias
@@ -145,7 +145,7 @@ def takes_grouped(w_in: Tensor, w_out: Tensor) -> bool:
 def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """The experts of x (N, D) by the fastest means for its device; arguments as of `ExpertMLP`."""
     D, I = x.shape[1], w_out.shape[2]  # noqa: E741
-    if kernels.takes(x) and D % kernels.LANES == 0 and I % kernels.LANES == 0:
+    if kernels.takes(x, "experts") and D % kernels.LANES == 0 and I % kernels.LANES == 0:
         return kernels.expert_mlp(x, weights, experts, w_in, w_out)
     if takes_grouped(w_in, w_out):
         return grouped_mlp(x, weights, experts, w_in, w_out)

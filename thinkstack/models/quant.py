@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thinkstack.models import cuda, kernels
+from thinkstack.models.blocked import linear, product_dtype
 from thinkstack.models.fp8 import BLOCK, quantise, widen
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
@@ -78,7 +78,7 @@ class Int8:
 
     def unpack(self, parts: Parts, out: Tensor) -> None:
         codes, scale = parts["codes"], parts["scale"]
-        if kernels.takes(out) and out.is_contiguous():
+        if kernels.takes(out, "dequantize") and out.is_contiguous():
             kernels.widen(codes.contiguous(), scale.contiguous(), out, 1, out.shape[-1])
         else:
             out.copy_(codes * scale)
@@ -130,12 +130,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        return F.linear(x, packed.dense(dtype=x.dtype), bias)
+        return linear(x, packed.dense(dtype=product_dtype(x)), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ ctx.packed.dense(dtype=grad.dtype), None, grad_bias
+        weight = ctx.packed.dense(dtype=product_dtype(grad))
+        return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, grad_bias
 
 
 class PackedLinear(nn.Linear):

@@ -68,4 +68,4 @@ def _is_small_latent(model: Transformer, like: Tensor) -> bool:
     blocks = model.blocks()
     if any(has_hooks(block) for block in blocks) or not all(is_latent(block) for block in blocks):
         return False
-    return kernels.takes_steps(like, model.cfg.hidden_size)
+    return kernels.takes_steps(like, model.cfg.hidden_size, "fused_latent")

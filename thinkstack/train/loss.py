@@ -92,7 +92,7 @@ class _TokenLogProbs(torch.autograd.Function):
         normaliser, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
         for part in _chunks(index.numel(), weight.shape[0]):
             logits = F.linear(hidden[index[part]], weight)  # (m, V)
-            if kernels.takes_rows(logits):
+            if kernels.takes_rows(logits, "log_probs"):
                 into = entropy[part] if with_entropy else None
                 log_probs[part], normaliser[part] = kernels.log_probs(logits, targets[part], temperature, into)
                 continue
@@ -115,7 +115,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for part in _chunks(index.numel(), weight.shape[0]):
             rows = hidden[index[part]]
             logits = F.linear(rows, weight)
-            if kernels.takes_rows(logits):
+            if kernels.takes_rows(logits, "log_probs"):
                 kernels.log_probs_backward(logits, targets[part], normaliser[part], grad[part], ctx.temperature)
                 grad_logits = logits
             else:

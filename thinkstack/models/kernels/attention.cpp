@@ -32,7 +32,7 @@ const float* rope_at(const Attention& a, int64_t b, int64_t t) {
 
 constexpr int64_t AHEAD = 12;  // tokens: heads lie apart from token to token, which the hardware does not foresee
 
-// One head of one token as the product needs it: own part, shared part, rotated, zeros up to a multiple of 16.
+// One head of one token as the product needs it: own part, shared part, rotated, zeros up to a multiple of LANES.
 template <typename T>
 void gather_head(const Attention& a, const T* own, const T* shared, const float* table, T* out) {
   float row[4096];
@@ -50,38 +50,38 @@ struct Task {  // one key/value head of one row of the batch
   using F = Format<T>;
   using U = typename F::Unit;
   const Attention& a;
-  const int64_t T16, D16, V16;
+  const int64_t T_, D_, V_;  // rounded up to whole vectors
   Scratch scratch;
-  T *keys, *queries, *grads;     // (T16, D16), (BLOCK, D16), (BLOCK, V16)
+  T *keys, *queries, *grads;     // (T_, D_), (BLOCK, D_), (BLOCK, V_)
   U *keys_by_width, *values, *keys_by_token, *values_by_width, *query_steps, *grad_steps;
-  float *scores, *changes, *result;  // (BLOCK, T16), (BLOCK, T16), (BLOCK, max(D16, V16))
-  T *probs;                          // (BLOCK, T16): probabilities, or gradients of scores
+  float *scores, *changes, *result;  // (BLOCK, T_), (BLOCK, T_), (BLOCK, max(D_, V_))
+  T *probs;                          // (BLOCK, T_): probabilities, or gradients of scores
   U *prob_steps, *change_steps;      // the same, steps along the queries
-  float *grad_keys, *grad_values;    // (T16, D16), (T16, V16)
+  float *grad_keys, *grad_values;    // (T_, D_), (T_, V_)
 
-  static int64_t bytes(int64_t T16, int64_t D16, int64_t V16) {
-    const int64_t floats = T16 * (4 * D16 + 4 * V16) + BLOCK * (4 * T16 + 4 * D16 + 4 * V16 + T16);
+  static int64_t bytes(int64_t T_, int64_t D_, int64_t V_) {
+    const int64_t floats = T_ * (4 * D_ + 4 * V_) + BLOCK * (4 * T_ + 4 * D_ + 4 * V_ + T_);
     return 4 * floats + 20 * Scratch::SLACK;
   }
   explicit Task(const Attention& a)
-      : a(a), T16(round_up(a.T)), D16(round_up(a.D)), V16(round_up(a.V)), scratch(bytes(T16, D16, V16)) {
-    keys = scratch.take<T>(T16 * D16);
-    queries = scratch.take<T>(BLOCK * D16);
-    grads = scratch.take<T>(BLOCK * V16);
-    keys_by_width = scratch.take<U>(T16 * D16 / F::STEP);
-    keys_by_token = scratch.take<U>(T16 * D16 / F::STEP);
-    values = scratch.take<U>(T16 * V16 / F::STEP);
-    values_by_width = scratch.take<U>(T16 * V16 / F::STEP);
-    query_steps = scratch.take<U>(BLOCK * D16 / F::STEP);
-    grad_steps = scratch.take<U>(BLOCK * V16 / F::STEP);
-    scores = scratch.take<float>(BLOCK * T16);
-    changes = scratch.take<float>(BLOCK * T16);
-    result = scratch.take<float>(BLOCK * std::max(D16, V16));
-    probs = scratch.take<T>(BLOCK * T16);
-    prob_steps = scratch.take<U>(BLOCK * T16 / F::STEP);
-    change_steps = scratch.take<U>(BLOCK * T16 / F::STEP);
-    grad_keys = scratch.take<float>(T16 * D16);
-    grad_values = scratch.take<float>(T16 * V16);
+      : a(a), T_(round_up(a.T)), D_(round_up(a.D)), V_(round_up(a.V)), scratch(bytes(T_, D_, V_)) {
+    keys = scratch.take<T>(T_ * D_);
+    queries = scratch.take<T>(BLOCK * D_);
+    grads = scratch.take<T>(BLOCK * V_);
+    keys_by_width = scratch.take<U>(T_ * D_ / F::STEP);
+    keys_by_token = scratch.take<U>(T_ * D_ / F::STEP);
+    values = scratch.take<U>(T_ * V_ / F::STEP);
+    values_by_width = scratch.take<U>(T_ * V_ / F::STEP);
+    query_steps = scratch.take<U>(BLOCK * D_ / F::STEP);
+    grad_steps = scratch.take<U>(BLOCK * V_ / F::STEP);
+    scores = scratch.take<float>(BLOCK * T_);
+    changes = scratch.take<float>(BLOCK * T_);
+    result = scratch.take<float>(BLOCK * std::max(D_, V_));
+    probs = scratch.take<T>(BLOCK * T_);
+    prob_steps = scratch.take<U>(BLOCK * T_ / F::STEP);
+    change_steps = scratch.take<U>(BLOCK * T_ / F::STEP);
+    grad_keys = scratch.take<float>(T_ * D_);
+    grad_values = scratch.take<float>(T_ * V_);
   }
 
   const T* query(const void* of, int64_t b, int64_t t, int64_t h) const {
@@ -109,16 +109,16 @@ struct Task {  // one key/value head of one row of the batch
         prefetch(value + AHEAD * a.v_t, a.V);
         if (shared) prefetch(shared + AHEAD * a.shared_t, a.R);
       }
-      gather_head(a, own, shared, rope_at(a, b, t), keys + t * D16);
+      gather_head(a, own, shared, rope_at(a, b, t), keys + t * D_);
     }
-    std::memset(static_cast<void*>(keys + a.T * D16), 0, (T16 - a.T) * D16 * sizeof(T));
-    pack_transposed(units(keys), D16 / F::STEP, keys_by_width, T16, D16 / F::STEP);
+    std::memset(static_cast<void*>(keys + a.T * D_), 0, (T_ - a.T) * D_ * sizeof(T));
+    pack_transposed(units(keys), D_ / F::STEP, keys_by_width, T_, D_ / F::STEP);
   }
   Rows<T> value_rows(int64_t b, int64_t g) const {
     return {static_cast<const T*>(a.v) + b * a.T * a.v_t + g * a.v_h, a.v_t, a.T, a.V};
   }
 
-  // What block [start, start + count) sees lies in tokens [low, hole) and [back, high), all multiples of 16.
+  // What block [start, start + count) sees lies in tokens [low, hole) and [back, high), all multiples of LANES.
   struct Span {
     int64_t b, h, start, count, low, hole, back, high;
     // Calls use(columns before, columns) for the two parts, columns counted from low.
@@ -152,18 +152,18 @@ struct Task {  // one key/value head of one row of the batch
         prefetch(output(a.grad, s.b, s.start + i, s.h), a.V);
         prefetch(output(a.out, s.b, s.start + i, s.h), a.V);
       }
-      gather_head(a, query(a.q, s.b, s.start + i, s.h), static_cast<const T*>(nullptr), rope_at(a, s.b, s.start + i), queries + i * D16);
+      gather_head(a, query(a.q, s.b, s.start + i, s.h), static_cast<const T*>(nullptr), rope_at(a, s.b, s.start + i), queries + i * D_);
     }
-    by_columns({units(queries), D16 / F::STEP, 1}, keys_by_width, scores, s, D16 / F::STEP);
+    by_columns({units(queries), D_ / F::STEP, 1}, keys_by_width, scores, s, D_ / F::STEP);
   }
-  // Products of the block's rows with the tokens it sees: out (BLOCK, columns), tokens (steps, T16).
+  // Products of the block's rows with the tokens it sees: out (BLOCK, columns), tokens (steps, T_).
   void by_columns(Operand<U> rows, const U* tokens, float* out, const Span& s, int64_t steps) {
-    s.parts([&](int64_t c, int64_t n) { multiply<U>(rows, tokens + s.low + c, T16, out + c, T16, s.count, n, steps, false); });
+    s.parts([&](int64_t c, int64_t n) { multiply<U>(rows, tokens + s.low + c, T_, out + c, T_, s.count, n, steps, false); });
   }
-  // Sums over the tokens the block sees, into result: probs times tokens (T16, width).
+  // Sums over the tokens the block sees, into result: probs times tokens (T_, width).
   void over_columns(const U* tokens, int64_t width, const Span& s) {
     s.parts([&](int64_t c, int64_t n) {
-      multiply<U>({units(probs) + c / F::STEP, T16 / F::STEP, 1}, tokens + (s.low + c) / F::STEP * width, width, result, width, s.count, width, n / F::STEP, c > 0);
+      multiply<U>({units(probs) + c / F::STEP, T_ / F::STEP, 1}, tokens + (s.low + c) / F::STEP * width, width, result, width, s.count, width, n / F::STEP, c > 0);
     });
   }
   // x where query `i` of the block sees the tokens of the vector at column c, else `other`.
@@ -171,8 +171,7 @@ struct Task {  // one key/value head of one row of the batch
     const int64_t token = s.low + c, last = s.start + i;
     const bool is_apart = token + LANES <= sight.from || token >= sight.to;
     if (token >= sight.first && token + LANES <= last + 1 && is_apart) return x;
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const vi tokens = lane + int32_t(token);
+    const vi tokens = iota() + int32_t(token);
     const vi open = (tokens >= int32_t(sight.first)) & (tokens <= int32_t(last));
     return open & ((tokens < int32_t(sight.from)) | (tokens >= int32_t(sight.to))) ? x : splat(other);
   }
@@ -182,13 +181,13 @@ struct Task {  // one key/value head of one row of the batch
 
   // Exponentiated scores of row i; returns the inverse of their sum.
   float softmax(const Span& s, int64_t i) {
-    const float* row = scores + i * T16;
+    const float* row = scores + i * T_;
     const Sight sight = sight_of(s.b, s.start + i);
     const int64_t begin = from(s, sight.first), end = to(s, i);
     vf top = splat(-INFINITY), total{};
     for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) top = larger(seen(s, i, sight, c, load(row + c), -INFINITY), top);
     const float scale = float(a.scale), best = largest(top) * scale;
-    T* out = probs + i * T16;
+    T* out = probs + i * T_;
     for (int64_t c = 0; c < begin; c += LANES) store(out + c, vf{});
     for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) {
       const vf p = seen(s, i, sight, c, exp_of(load(row + c) * scale - best), 0);
@@ -203,17 +202,17 @@ struct Task {  // one key/value head of one row of the batch
 
   void forward(int64_t b, int64_t g) {
     gather_keys(b, g);
-    pack_rows(value_rows(b, g), values, T16, V16);
+    pack_rows(value_rows(b, g), values, T_, V_);
     for (int64_t h = g * (a.H / a.G); h < (g + 1) * (a.H / a.G); h++)
       for (int64_t start = 0; start < a.T; start += BLOCK) {
         const Span s = span_of(b, h, start);
         score(s, false);
         float inverse[BLOCK];
         for (int64_t i = 0; i < s.count; i++) inverse[i] = softmax(s, i);
-        over_columns(values, V16, s);
+        over_columns(values, V_, s);
         for (int64_t i = 0; i < s.count; i++) {
           T* out = const_cast<T*>(output(a.out, b, start + i, h));
-          for (int64_t c = 0; c < a.V; c += LANES) store_some(out + c, load(result + i * V16 + c) * inverse[i], a.V - c);
+          for (int64_t c = 0; c < a.V; c += LANES) store_some(out + c, load(result + i * V_ + c) * inverse[i], a.V - c);
         }
       }
   }
@@ -229,7 +228,7 @@ struct Task {  // one key/value head of one row of the batch
     if (i >= s.count) return {i, {0, 0, 0}, 0, 0, 0, 0};  // the missing half of a pair
     const T* out = output(a.out, s.b, s.start + i, s.h);
     vf inner{};
-    for (int64_t c = 0; c < a.V; c += LANES) inner += load_some(out + c, a.V - c) * load(grads + i * V16 + c);
+    for (int64_t c = 0; c < a.V; c += LANES) inner += load_some(out + c, a.V - c) * load(grads + i * V_ + c);
     const Sight sight = sight_of(s.b, s.start + i);
     return {i, sight, from(s, sight.first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
   }
@@ -238,8 +237,8 @@ struct Task {  // one key/value head of one row of the batch
     p = change = vf{};
     if (c < r.begin || c >= r.end) return;
     const float scale = float(a.scale);
-    p = seen(s, r.i, r.sight, c, exp_of(load(scores + r.i * T16 + c) * scale - r.shift), 0);
-    change = seen(s, r.i, r.sight, c, p * (load(changes + r.i * T16 + c) - r.mean) * scale, 0);
+    p = seen(s, r.i, r.sight, c, exp_of(load(scores + r.i * T_ + c) * scale - r.shift), 0);
+    change = seen(s, r.i, r.sight, c, p * (load(changes + r.i * T_ + c) - r.mean) * scale, 0);
   }
   // Rows i and i + 1: gradients of the scores by row, and they and the probabilities as units along the queries.
   void two_rows(const Span& s, int64_t i) {
@@ -248,36 +247,36 @@ struct Task {  // one key/value head of one row of the batch
       vf p[2], change[2];
       score_gradient(s, even, c, p[0], change[0]);
       score_gradient(s, odd, c, p[1], change[1]);
-      store(probs + i * T16 + c, change[0]);
-      store(probs + (i + 1) * T16 + c, change[1]);
+      store(probs + i * T_ + c, change[0]);
+      store(probs + (i + 1) * T_ + c, change[1]);
       put_steps(prob_steps + c, i, p);
       put_steps(change_steps + c, i, change);
     }
   }
   void put_steps(float* steps, int64_t i, const vf x[2]) const {
-    store(steps + i * T16, x[0]);
-    store(steps + (i + 1) * T16, x[1]);
+    store(steps + i * T_, x[0]);
+    store(steps + (i + 1) * T_, x[1]);
   }
-  void put_steps(uint32_t* steps, int64_t i, const vf x[2]) const { store_units(steps + i / 2 * T16, pair_up(x[0], x[1])); }
+  void put_steps(uint32_t* steps, int64_t i, const vf x[2]) const { store_units(steps + i / 2 * T_, pair_up(x[0], x[1])); }
 
   void backward_block(const Span& s) {
     score(s, true);
     for (int64_t i = 0; i < s.count; i++) {
       const T* grad = output(a.grad, s.b, s.start + i, s.h);
-      for (int64_t c = 0; c < V16; c += LANES) store(grads + i * V16 + c, c < a.V ? load_some(grad + c, a.V - c) : vf{});
+      for (int64_t c = 0; c < V_; c += LANES) store(grads + i * V_ + c, c < a.V ? load_some(grad + c, a.V - c) : vf{});
     }
     const int64_t steps = (s.count + F::STEP - 1) / F::STEP;
-    pack_rows(Rows<T>{queries, D16, s.count, D16}, query_steps, s.count, D16);
-    pack_rows(Rows<T>{grads, V16, s.count, V16}, grad_steps, s.count, V16);
-    by_columns({units(grads), V16 / F::STEP, 1}, values_by_width, changes, s, V16 / F::STEP);
+    pack_rows(Rows<T>{queries, D_, s.count, D_}, query_steps, s.count, D_);
+    pack_rows(Rows<T>{grads, V_, s.count, V_}, grad_steps, s.count, V_);
+    by_columns({units(grads), V_ / F::STEP, 1}, values_by_width, changes, s, V_ / F::STEP);
     for (int64_t i = 0; i < s.count; i += 2) two_rows(s, i);
     s.parts([&](int64_t c, int64_t n) {
-      multiply<U>({prob_steps + c, 1, T16}, grad_steps, V16, grad_values + (s.low + c) * V16, V16, n, V16, steps, true);
-      multiply<U>({change_steps + c, 1, T16}, query_steps, D16, grad_keys + (s.low + c) * D16, D16, n, D16, steps, true);
+      multiply<U>({prob_steps + c, 1, T_}, grad_steps, V_, grad_values + (s.low + c) * V_, V_, n, V_, steps, true);
+      multiply<U>({change_steps + c, 1, T_}, query_steps, D_, grad_keys + (s.low + c) * D_, D_, n, D_, steps, true);
     });
-    over_columns(keys_by_token, D16, s);
+    over_columns(keys_by_token, D_, s);
     for (int64_t i = 0; i < s.count; i++) {
-      float* row = result + i * D16;
+      float* row = result + i * D_;
       turn(row + a.D - a.R, rope_at(a, s.b, s.start + i), a.R, a.interleaved, -1);
       T* out = const_cast<T*>(query(a.grad_q, s.b, s.start + i, s.h));
       for (int64_t c = 0; c < a.D; c += LANES) store_some(out + c, load(row + c), a.D - c);
@@ -286,19 +285,19 @@ struct Task {  // one key/value head of one row of the batch
 
   void backward(int64_t b, int64_t g) {
     gather_keys(b, g);
-    pack_rows(Rows<T>{keys, D16, T16, D16}, keys_by_token, T16, D16);
-    T* rows = reinterpret_cast<T*>(values);  // (T16, V16), read by the packing below only
-    for (int64_t t = 0; t < T16; t++)
-      for (int64_t c = 0; c < V16; c += LANES) store(rows + t * V16 + c, value_rows(b, g).at(t, c));
-    pack_transposed(units(rows), V16 / F::STEP, values_by_width, T16, V16 / F::STEP);
-    std::fill(grad_keys, grad_keys + T16 * D16, 0.0f);
-    std::fill(grad_values, grad_values + T16 * V16, 0.0f);
+    pack_rows(Rows<T>{keys, D_, T_, D_}, keys_by_token, T_, D_);
+    T* rows = reinterpret_cast<T*>(values);  // (T_, V_), read by the packing below only
+    for (int64_t t = 0; t < T_; t++)
+      for (int64_t c = 0; c < V_; c += LANES) store(rows + t * V_ + c, value_rows(b, g).at(t, c));
+    pack_transposed(units(rows), V_ / F::STEP, values_by_width, T_, V_ / F::STEP);
+    std::fill(grad_keys, grad_keys + T_ * D_, 0.0f);
+    std::fill(grad_values, grad_values + T_ * V_, 0.0f);
     for (int64_t h = g * (a.H / a.G); h < (g + 1) * (a.H / a.G); h++)
       for (int64_t start = 0; start < a.T; start += BLOCK) backward_block(span_of(b, h, start));
     const int64_t own = a.k_shared ? a.D - a.R : a.D;
     for (int64_t t = 0; t < a.T; t++) {
       const int64_t at = b * a.T + t;
-      float *key = grad_keys + t * D16, *value = grad_values + t * V16;
+      float *key = grad_keys + t * D_, *value = grad_values + t * V_;
       turn(key + a.D - a.R, rope_at(a, b, t), a.R, a.interleaved, -1);
       T* out = static_cast<T*>(a.grad_k) + at * a.k_t + g * a.k_h;
       for (int64_t c = 0; c < own; c += LANES) store_some(out + c, load(key + c), own - c);

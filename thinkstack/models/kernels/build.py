@@ -1,31 +1,44 @@
-"""Compile the kernels once per machine and load them; without a compiler everything runs on torch's operators."""
+"""Compile the kernels once per instruction set and load them; without a compiler torch's operators do all work."""
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from thinkstack.machine import usable_cores
+from thinkstack.machine import InstructionSet, instruction_set, usable_cores
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("attention.cpp", "blocks.cpp", "decode.cpp", "draw.cpp", "experts.cpp", "rows.cpp", "steps.cpp")
-HEADERS = ("simd.h", "matmul.h", "context.h", "tiles.h", "decode.h", "few.h", "experts.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-w")
+SOURCES = (
+    "blocks_bf16.cpp",
+    "blocks_int8.cpp",
+    "attention.cpp",
+    "decode.cpp",
+    "steps.cpp",
+    "experts.cpp",
+    "draw.cpp",
+    "rows.cpp",
+)
+"""The longest first."""
+HEADERS = ("simd.h", "matmul.h", "context.h", "tiles.h", "decode.h", "few.h", "blocks.h", "experts.h")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
+LOCK = "building.lock"
 SWITCH = "THINKSTACK_KERNELS"
-"""Environment variable; "0" runs on torch's operators alone."""
+"""Environment variable; "0" runs on torch's operators alone, "1" uses the kernels for all that they can do."""
 
 
 _BUILDING = threading.Lock()
@@ -44,17 +57,27 @@ def load() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         log.info("%s=0: running on torch's operators", SWITCH)
         return None
+    isa = instruction_set()
+    if not isa.has_kernels:
+        log.info("a processor without AVX2: running on torch's operators")
+        return None
     found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
     compiler = shlex.split(os.environ.get("CXX", "")) or [found]
     if not compiler[0]:
-        log.warning("no C++ compiler found: running on torch's operators, about half as fast; install g++ to change it")
+        log.warning("no C++ compiler found: running on torch's operators, which is slower; install g++ to change it")
         return None
     folder = Path(__file__).parent
     try:
-        path = cache_folder() / f"kernels-{fingerprint(compiler, folder)}.so"
-        if not path.exists():
-            compile_to(path, compiler, folder)
-        return ctypes.CDLL(str(path))
+        path = cache_folder() / f"kernels-{isa.name}-{fingerprint(compiler, folder, isa)}.so"
+        with only_builder(path):
+            if not path.exists():
+                compile_to(path, compiler, folder, isa)
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # damaged, or made for another system: once more
+                path.unlink()
+                compile_to(path, compiler, folder, isa)
+                return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         log.warning("the C++ kernels cannot be built, running on torch's operators: %s", detail.strip()[-400:])
@@ -62,55 +85,81 @@ def load() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: in XDG_CACHE_HOME or ~/.cache.
+    """Where compiled kernels and what was measured of this machine are kept: in XDG_CACHE_HOME or ~/.cache.
 
-    Where that cannot be written, a new folder of this process alone: others could put code into a shared one.
+    Where that cannot be written, or where others can write, a new folder of this process alone: others could put code
+    into a shared one.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkstack"
+    reason = "cannot be written"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        if os.access(home, os.W_OK):
+        found = home.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            reason = "can be written by others"
+        elif os.access(home, os.W_OK):
             return home
     except OSError:
         pass  # not ours to write: as said above
+    return private_folder(f"{home} {reason}")
+
+
+@functools.cache
+def private_folder(reason: str) -> Path:
+    """A folder of this process alone; why is said once."""
+    log.warning("%s: kernels are compiled for this process alone; set XDG_CACHE_HOME to a folder of yours", reason)
     private = tempfile.mkdtemp(prefix="thinkstack-")
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     return Path(private)
 
 
-def fingerprint(compiler: list[str], folder: Path) -> str:
-    """Changes with the sources, the compiler, torch and the processor."""
+def fingerprint(compiler: list[str], folder: Path, isa: InstructionSet) -> str:
+    """Changes with the sources, the compiler, torch and the instruction set."""
     parts = [(folder / name).read_bytes() for name in (*HEADERS, *SOURCES)]
     parts.append(subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout)
-    parts += [torch.__version__.encode(), platform.machine().encode(), " ".join(FLAGS).encode()]
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        known = [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "model name"))]
-        parts += [line.encode() for line in known[:2]]
+    parts += [torch.__version__.encode(), " ".join((*compiler, *FLAGS, *isa.flags)).encode()]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 
-def compile_to(path: Path, compiler: list[str], folder: Path) -> None:
+@contextlib.contextmanager
+def only_builder(path: Path) -> Iterator[None]:
+    """Other processes that would build the same wait here; where files cannot be locked they build it as well."""
+    try:
+        import fcntl
+
+        with (path.parent / LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except (ImportError, PermissionError, BlockingIOError):
+        yield
+
+
+def compile_to(path: Path, compiler: list[str], folder: Path, isa: InstructionSet) -> None:
     """Build the library beside `path` and move it there, so that no process ever loads half of one."""
-    log.info("compiling the CPU kernels, once")
+    cores = usable_cores()
+    log.info("compiling the CPU kernels for %s, once: %d files on %d cores ...", isa.name, len(SOURCES), cores)
+    started = time.monotonic()
+    flags = (*FLAGS, *isa.flags)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         built = Path(work) / path.name
 
-        def compile_one(name: str, flags: tuple[str, ...]) -> str:
+        def compile_one(name: str, more: tuple[str, ...]) -> str:
             made = built.with_name(f"{name}.o")
-            call([*compiler, *FLAGS, *flags, "-c", str(folder / name), "-o", str(made)])
+            call([*compiler, *flags, *more, "-c", str(folder / name), "-o", str(made)])
             return str(made)
 
-        def compile_all(*flags: str) -> None:
-            with ThreadPoolExecutor(usable_cores()) as pool:
-                objects = list(pool.map(compile_one, SOURCES, [flags] * len(SOURCES)))
-            call([*compiler, *FLAGS, *flags, "-shared", *objects, "-o", str(built)])
+        def compile_all(*more: str) -> None:
+            with ThreadPoolExecutor(cores) as pool:
+                objects = list(pool.map(compile_one, SOURCES, [more] * len(SOURCES)))
+            call([*compiler, *flags, *more, "-shared", *objects, "-o", str(built)])
 
         try:
             compile_all("-fopenmp")
-        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
-            compile_all()
+        except subprocess.CalledProcessError as error:
+            compile_all()  # if this fails too, it says why
+            log.warning("the compiler knows no OpenMP, so the kernels run on one core: %s", error.stderr.strip()[-200:])
         os.replace(built, path)
+    log.info("compiled in %.0f s: %s", time.monotonic() - started, path)
 
 
 def call(command: list[str]) -> None:

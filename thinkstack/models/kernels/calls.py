@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.models.kernels.build import binary
+from thinkstack.models.kernels.choice import DTYPES, uses
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 LANES = 16
@@ -17,12 +18,11 @@ WIDE = 32
 """Widths that `takes_few` asks for are multiples of this."""
 SMALL = 1024
 """Hidden sizes up to this decode by whole sublayers."""
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the kernels can work on tensors like x."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and available()
+def takes(x: Tensor, operation: str) -> bool:
+    """Whether a kernel computes this operation (choice.py) on tensors like x: it can, and is faster."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and available() and uses(operation, x.dtype)
 
 
 def available() -> bool:
@@ -34,18 +34,18 @@ def available() -> bool:
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def takes_rows(x: Tensor) -> bool:
+def takes_rows(x: Tensor, operation: str) -> bool:
     """Whether the kernels for norms, activations and rotations should: as `takes`, but not while compiling."""
-    return not torch.compiler.is_compiling() and takes(x)
+    return not torch.compiler.is_compiling() and takes(x, operation)
 
 
-def takes_steps(x: Tensor, hidden_size: int) -> bool:
+def takes_steps(x: Tensor, hidden_size: int, operation: str) -> bool:
     """Whether whole sublayers should be computed by the kernels: inference in fp32 on a model of few features.
 
     Beyond SMALL features the products outweigh the calls, and torch's are as good.
     """
     small = hidden_size <= SMALL and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    return small and takes_rows(x)
+    return small and takes_rows(x, operation)
 
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
@@ -54,7 +54,9 @@ def takes_few(x: Tensor, *weights: Tensor) -> bool:
 
     What comes of a row then depends on whether there are few, as it does among torch's own kernels.
     """
-    if x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled() or not takes_rows(x):
+    if x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled():
+        return False
+    if not takes_rows(x, "small_m_int8" if weights[0].dtype == torch.int8 else "small_m"):
         return False
     return x.is_contiguous() and all(
         weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() and weight.shape[1] % WIDE == 0

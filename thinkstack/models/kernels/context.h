@@ -6,6 +6,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <functional>
 
 constexpr int QUERIES = 4;          // at a time
 constexpr int64_t AHEAD = 6 << 10;  // bytes between what is read and what is fetched
@@ -77,18 +78,26 @@ struct Mixed {
   }
 };
 
+// Vectors a and b are summed a step further, within four lanes that lie together: those BY apart.
+template <int BY, bool FIRST>
+struct Folded {
+  static constexpr int at(int i) { return (i & BY ? int(LANES) + i - BY : i) + (FIRST ? 0 : BY); }
+};
+template <int BY>
+inline vf fold(vf a, vf b) {
+  return shuffle<Folded<BY, true>>(a, b) + shuffle<Folded<BY, false>>(a, b);
+}
+inline v4 in_four(v4 x) { return x; }
+#ifdef __AVX2__
+inline v4 in_four(v8 x) { return low(x) + high(x); }
+#endif
+#ifdef __AVX512F__
+inline v4 in_four(vf x) { return in_four(low(x) + high(x)); }
+#endif
 // The sums of four vectors, side by side.
 inline void sums(const vf x[4], float out[4]) {
-  const vf a = __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               __builtin_shufflevector(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  const vf b = __builtin_shufflevector(x[2], x[3], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               __builtin_shufflevector(x[2], x[3], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  const vf c = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
-  const v8 d = __builtin_shufflevector(c, c, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(c, c, 8, 9, 10, 11, 12, 13, 14, 15);
-  *reinterpret_cast<v4*>(out) = __builtin_shufflevector(d, d, 0, 1, 2, 3) + __builtin_shufflevector(d, d, 4, 5, 6, 7);
+  const v4 found = in_four(fold<2>(fold<1>(x[0], x[1]), fold<1>(x[2], x[3])));
+  std::memcpy(out, &found, sizeof(found));
 }
 
 // How pairs of numbers of a query in Q and of a key in T are read for multiply_add: as they lie where both are alike,
@@ -111,15 +120,15 @@ auto load_last(const T* p, int64_t count) {
   return F::load_wide(held);
 }
 
-// scores[j * QUERIES + h] of KEYS keys, `stride` apart, and the queries of width W at the addresses given.
-template <int KEYS, typename Q, typename T>
+// scores[j * QUERIES + h] of COUNT keys, `stride` apart, and the queries of width W at the addresses given.
+template <int COUNT, typename Q, typename T>
 void score_keys(const Q* const query[QUERIES], const T* key, int64_t stride, float* scores, int64_t W) {
   using F = Together<Q, T>;
-  vf total[KEYS][QUERIES] = {};
+  vf total[COUNT][QUERIES] = {};
   const auto add = [&](auto read) {
     decltype(read(query[0])) q[QUERIES];
     for (int h = 0; h < QUERIES; h++) q[h] = read(query[h]);
-    for (int j = 0; j < KEYS; j++) {
+    for (int j = 0; j < COUNT; j++) {
       const auto k = read(key + j * stride);
       for (int h = 0; h < QUERIES; h++) total[j][h] = multiply_add(total[j][h], q[h], k);
     }
@@ -127,9 +136,10 @@ void score_keys(const Q* const query[QUERIES], const T* key, int64_t stride, flo
   int64_t c = 0;
   for (; c + F::WIDE <= W; c += F::WIDE) add([&](const auto* p) { return F::load_wide(p + c); });
   if (c < W) add([&](const auto* p) { return load_last<F>(p + c, W - c); });
-  for (int j = 0; j < KEYS; j++) sums(total[j], scores + j * QUERIES);
+  for (int j = 0; j < COUNT; j++) sums(total[j], scores + j * QUERIES);
 }
-// Keys [first, end): one by one where they come from memory, which foresees a single stream, else by fours.
+constexpr int KEYS = REGISTERS / 8, MIXED = REGISTERS / 8;  // keys that four queries meet at a time; vectors of a value
+// Keys [first, end): one by one where they come from memory, which foresees a single stream, else several at a time.
 template <typename Q, typename T>
 void score(const Q* const query[QUERIES], const Pages<T>& keys, float* scores, int64_t W, int64_t first, int64_t end, bool is_cached) {
   keys.through(first, end, [&](int64_t s, const T* key, int64_t count) {
@@ -138,7 +148,7 @@ void score(const Q* const query[QUERIES], const Pages<T>& keys, float* scores, i
     const int64_t ahead = (AHEAD / int64_t(sizeof(T)) + keys.stride - 1) / keys.stride;
     int64_t j = 0;
     if (is_cached)
-      for (; j + 4 <= count; j += 4) score_keys<4>(query, key + j * keys.stride, keys.stride, own + j * QUERIES, W);
+      for (; j + KEYS <= count; j += KEYS) score_keys<KEYS>(query, key + j * keys.stride, keys.stride, own + j * QUERIES, W);
     for (; j < count; j++) {
       const T* later = j + ahead < count ? key + (j + ahead) * keys.stride : next + (j + ahead - count) * keys.stride;
       for (int64_t c = 0; c < keys.ahead; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(later + c);
@@ -147,7 +157,14 @@ void score(const Q* const query[QUERIES], const Pages<T>& keys, float* scores, i
   });
 }
 
-// scores[s * QUERIES + h] of `count` tokens become e^(score - top), and each query's top and their sum are noted; four
+// Every QUERIES-th of N * QUERIES numbers, combined by pairs.
+template <int N, typename Combine>
+inline float combined(const float* x, Combine combine) {
+  if constexpr (N == 1) return x[0];
+  else return combine(combined<N / 2>(x, combine), combined<N / 2>(x + N / 2 * QUERIES, combine));
+}
+
+// scores[s * QUERIES + h] of `count` tokens become e^(score - top), and each query's top and their sum are noted; some
 // tokens of four queries at a time. A query that sees none of them has no top.
 inline void weigh(float* scores, int64_t count, float scale, float top[QUERIES], float mass[QUERIES]) {
   for (int64_t i = count * QUERIES; i < round_up(count * QUERIES); i++) scores[i] = -INFINITY;
@@ -155,7 +172,8 @@ inline void weigh(float* scores, int64_t count, float scale, float top[QUERIES],
   for (int64_t i = 0; i < count * QUERIES; i += LANES) largest = larger(load(scores + i), largest);
   float best[LANES], part[LANES];
   store(best, largest);
-  for (int h = 0; h < QUERIES; h++) top[h] = std::max(std::max(best[h], best[h + 4]), std::max(best[h + 8], best[h + 12]));
+  constexpr int TOKENS = LANES / QUERIES;
+  for (int h = 0; h < QUERIES; h++) top[h] = combined<TOKENS>(best + h, [](float a, float b) { return std::max(a, b); });
   for (int i = 0; i < LANES; i++) best[i] = top[i % QUERIES];
   for (int64_t i = 0; i < count * QUERIES; i += LANES) {
     const vf x = load(scores + i), p = exp_of((x - load(best)) * scale);
@@ -163,7 +181,7 @@ inline void weigh(float* scores, int64_t count, float scale, float top[QUERIES],
     total += load(scores + i);
   }
   store(part, total);
-  for (int h = 0; h < QUERIES; h++) top[h] *= scale, mass[h] = (part[h] + part[h + 4]) + (part[h + 8] + part[h + 12]);
+  for (int h = 0; h < QUERIES; h++) top[h] *= scale, mass[h] = combined<TOKENS>(part + h, std::plus<float>());
 }
 
 // out[h] = sum over tokens [first, end) of weights[(s - first) * QUERIES + h] * values[s], `VECTORS` vectors from column c.
@@ -184,7 +202,7 @@ void mix_columns(const float* weights, const Pages<T>& values, float* const out[
 template <typename T>
 void mix(const float* weights, const Pages<T>& values, float* const out[QUERIES], int64_t V, int64_t first, int64_t end) {
   int64_t c = 0;
-  for (; c + 4 * LANES <= V; c += 4 * LANES) mix_columns<4>(weights, values, out, c, V, first, end);
+  for (; c + MIXED * LANES <= V; c += MIXED * LANES) mix_columns<MIXED>(weights, values, out, c, V, first, end);
   for (; c < V; c += LANES) mix_columns<1>(weights, values, out, c, V, first, end);
 }
 

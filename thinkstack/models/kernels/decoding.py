@@ -54,7 +54,7 @@ _LatentModel = structure(
 _BlockSteps = structure(
     "BlockSteps",
     "layers rope last tables owner x cache",
-    "L B D H G W I shift table_width layer_stride interleaved packed threads",
+    "L B D H G W I shift table_width layer_stride interleaved threads",
     "scale eps",
 )
 
@@ -121,15 +121,19 @@ def block_steps(
     pages: Pages,
     cache: Tensor,
     scales: dict[str, float],
+    packed: bool,
 ) -> None:
     """At most FEW new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
 
-    x: (B, D), contiguous; changed in place. layers: a BlockWeights for each of L. sizes: H, G, W, I, interleaved, and
+    x: (B, D), contiguous; changed in place. layers: a BlockWeights for each of L. sizes: H, G, W, I, interleaved.
     packed: whether matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, where the new entries go. pages: of
     B tokens, in the first layer. cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache}
-    run("block_steps", _over_cache(_BlockSteps, layers, tensors, pages, sizes | scales))
+    run(
+        "block_steps_int8" if packed else "block_steps_bf16",
+        _over_cache(_BlockSteps, layers, tensors, pages, sizes | scales),
+    )
 
 
 def latent_model(
@@ -197,7 +201,10 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """
     M, K = weight.shape
     out = x.new_empty(*x.shape[:-1], M)
-    call("few_rows", x, weight, scale, out, x.numel() // K, M, K)
+    if scale is None:
+        call("few_rows_bf16", x, weight, out, x.numel() // K, M, K)
+    else:
+        call("few_rows_int8", x, weight, scale, out, x.numel() // K, M, K)
     return out
 
 

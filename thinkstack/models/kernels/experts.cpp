@@ -71,7 +71,7 @@ struct Worker {
   const T* w_in(int64_t e) const { return static_cast<const T*>(a.w_in) + e * 2 * I * D; }
   const T* w_out(int64_t e) const { return static_cast<const T*>(a.w_out) + e * D * I; }
 
-  // Tokens of the piece as rows, zeros up to a multiple of 16; returns that multiple.
+  // Tokens of the piece as rows, zeros up to a multiple of LANES; returns that multiple.
   int64_t gather(const Plan::Piece& piece) {
     const int64_t count = piece.end - piece.begin, padded = round_up(count);
     const T* x = static_cast<const T*>(a.x);
@@ -94,10 +94,10 @@ struct Worker {
   void scatter(const Plan::Piece& piece, T* to) {
     for (int64_t c = 0; c < piece.end - piece.begin; c += LANES)
       for (int64_t d = 0; d < D; d += LANES) {
-        vu block[16];
-        for (int i = 0; i < 16; i++) block[i] = (vu)load(wide + (d + i) * BLOCK + c);
+        vu block[LANES];
+        for (int i = 0; i < LANES; i++) block[i] = (vu)load(wide + (d + i) * BLOCK + c);
         transpose(block);
-        for (int i = 0; i < 16 && c + i < piece.end - piece.begin; i++) store(to + plan.pairs[piece.begin + c + i] * D + d, (vf)block[i]);
+        for (int i = 0; i < LANES && c + i < piece.end - piece.begin; i++) store(to + plan.pairs[piece.begin + c + i] * D + d, (vf)block[i]);
       }
   }
   void narrow(const float* from, T* to, int64_t count, int64_t padded) {

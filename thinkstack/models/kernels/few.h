@@ -12,63 +12,135 @@ struct Matrix {
   const float* scale;  // null: 1
 };
 
-// N rows of bf16 to be multiplied with matrices of M.
+// 2 * LANES numbers in float, in the order in which weights of type M come apart: bf16 by shifting, evens before odds.
+struct Halves {
+  vf first, second;
+};
+inline Halves halves(const bf16* p, bf16) {
+  const vu pairs = load_units(reinterpret_cast<const uint32_t*>(p));
+  return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
+}
+template <typename T>
+inline Halves halves(const T* p, int8_t) {
+  return {load(p), load(p + LANES)};
+}
+
+// N rows of bf16 to be multiplied with matrices of M, in float.
 template <int N, typename M>
 class Input {
  public:
-  explicit Input(int64_t) {}
+  // most: the greatest K.
+  explicit Input(int64_t most) : wide_(N * most) {}
 
-  // Take rows x (N, K), which must stay; K a multiple of 32.
-  void take(const bf16* x, int64_t K) { x_ = x, K_ = K; }
+  // Take rows x (N, K); K a multiple of 32.
+  void take(const bf16* x, int64_t K) {
+    K_ = K;
+    for (int64_t c = 0; c < N * K; c += 2 * LANES) {
+      const Halves both = halves(x + c, M());
+      store(wide_.data() + c, both.first);
+      store(wide_.data() + c + LANES, both.second);
+    }
+  }
 
   // Sums of row m of weights with each of them.
   void dots(Matrix<M> weights, int64_t m, float* out) const {
+    const M* weight = weights.data + m * K_;
+    vf sum[N] = {}, second[N] = {};
+    for (int64_t c = 0; c < K_; c += 2 * LANES) {
+      const Halves w = halves(weight + c, M());
+      for (int n = 0; n < N; n++) {
+        sum[n] += load(wide_.data() + n * K_ + c) * w.first;
+        (N > 4 ? sum : second)[n] += load(wide_.data() + n * K_ + c + LANES) * w.second;  // few sums would wait for each other
+      }
+    }
+    for (int n = 0; n < N; n++) out[n] = ::sum(sum[n] + second[n]) * (weights.scale ? weights.scale[m] : 1);
+  }
+
+ private:
+  std::vector<float> wide_;
+  int64_t K_;
+};
+
+#ifdef __AVX512BF16__
+// In pairs of bf16. The rows must stay.
+template <int N>
+class Input<N, bf16> {
+ public:
+  explicit Input(int64_t) {}
+
+  void take(const bf16* x, int64_t K) { x_ = x, K_ = K; }
+
+  void dots(Matrix<bf16> weights, int64_t m, float* out) const {
     constexpr int CHAINS = N >= 4 ? 1 : 4 / N;  // additions that do not wait for each other
     constexpr int64_t WIDE = Format<bf16>::WIDE;
-    const M* weight = weights.data + m * K_;
-    const float scale = weights.scale ? weights.scale[m] : 1;
+    const bf16* weight = weights.data + m * K_;
     vf sum[N][CHAINS] = {};
     int64_t c = 0;
     for (; c + CHAINS * WIDE <= K_; c += CHAINS * WIDE)
-      for (int j = 0; j < CHAINS; j++) {
-        const auto w = Format<M>::load_wide(weight + c + j * WIDE);
-        for (int n = 0; n < N; n++) sum[n][j] = multiply_add(sum[n][j], Format<bf16>::load_wide(x_ + n * K_ + c + j * WIDE), w);
-      }
-    for (; c < K_; c += WIDE) {
-      const auto w = Format<M>::load_wide(weight + c);
-      for (int n = 0; n < N; n++) sum[n][0] = multiply_add(sum[n][0], Format<bf16>::load_wide(x_ + n * K_ + c), w);
-    }
+      for (int j = 0; j < CHAINS; j++) add(weight, c + j * WIDE, sum, j);
+    for (; c < K_; c += WIDE) add(weight, c, sum, 0);
     for (int n = 0; n < N; n++) {
       for (int j = 1; j < CHAINS; j++) sum[n][0] += sum[n][j];
-      out[n] = ::sum(sum[n][0]) * scale;
+      out[n] = ::sum(sum[n][0]);
     }
   }
 
  private:
+  template <int CHAINS>
+  void add(const bf16* weight, int64_t c, vf (&sum)[N][CHAINS], int j) const {
+    const vu w = Format<bf16>::load_wide(weight + c);
+    for (int n = 0; n < N; n++) sum[n][j] = multiply_add(sum[n][j], Format<bf16>::load_wide(x_ + n * K_ + c), w);
+  }
+
   const bf16* x_;
   int64_t K_;
 };
+#endif
 
+#ifdef __AVX2__
+// Products with int8 in whole numbers: widening it to float first would take longer than reading it. A row of x is written
+// in whole numbers of 22 bits and sign, times a power of two, and those in pieces that the processor multiplies: three of
+// 8 bits where it multiplies bytes by fours, else two of 11 bits. Sums of their products are exact. bf16 has 8 bits: nothing
+// is lost of numbers down to 2^-14 of the row's largest, and of smaller ones what a sum in float would lose beside it.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// Where bytes are multiplied by fours, widening int8 first would take longer than reading it. A row of x is written in
-// whole numbers of 22 bits and sign, times a power of two, and those in three signed bytes; sums of their products are
-// exact. bf16 has 8 bits: nothing is lost of numbers down to 2^-14 of the row's largest, and of smaller ones what a sum
-// in float would lose beside it.
-template <int N>
-class Input<N, int8_t> {
-  static constexpr int PLANES = 3;
-  static constexpr int64_t WIDE = 64;
+struct Pieces {
+  typedef int8_t Piece;
+  static constexpr int COUNT = 3, BITS = 8;
+  static constexpr int64_t WIDE = 64, SPAN = 1 << 16;  // numbers of a step; numbers whose sums fit 32 bits
+  typedef __m512i Codes;
+  static Codes load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }  // + 128: one factor must be unsigned
+  static vi add(vi sum, Codes codes, const Piece* x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, codes, _mm512_loadu_si512(x)); }
+  static constexpr int32_t RAISED = 128;  // of every code
+};
+#else
+struct Pieces {
+  typedef int16_t Piece;
+  static constexpr int COUNT = 2, BITS = 11;
+  static constexpr int64_t WIDE = 2 * LANES, SPAN = 1 << 14;
+  static constexpr int32_t RAISED = 0;
+#ifdef __AVX512BW__
+  typedef __m512i Codes;
+  static Codes load(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  static vi add(vi sum, Codes codes, const Piece* x) { return sum + (vi)_mm512_madd_epi16(codes, _mm512_loadu_si512(x)); }
+#else
+  typedef __m256i Codes;
+  static Codes load(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  static vi add(vi sum, Codes codes, const Piece* x) { return sum + (vi)_mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i*)x)); }
+#endif
+};
+#endif
 
+template <int N>
+class Input<N, int8_t> : Pieces {
  public:
-  // most: the greatest K.
-  explicit Input(int64_t most) : stride_((most + WIDE - 1) / WIDE * WIDE), planes_(N * PLANES * stride_) {}
+  explicit Input(int64_t most) : stride_((most + WIDE - 1) / WIDE * WIDE), pieces_(N * COUNT * stride_) {}
 
   void take(const bf16* x, int64_t K) {
     K_ = K;
     for (int n = 0; n < N; n++) {
       vu top{};
       for (int64_t c = 0; c < K; c += LANES) {
-        const vu magnitude = (vu)load(x + n * K + c) & 0x7fffffff;  // NaN counts most
+        const vu magnitude = (vu)::load(x + n * K + c) & 0x7fffffff;  // NaN counts most
         top = magnitude > top ? magnitude : top;
       }
       uint32_t peak = 64u << 23;  // 2^-63
@@ -81,51 +153,79 @@ class Input<N, int8_t> {
 
   void dots(Matrix<int8_t> weights, int64_t m, float* out) const {
     const int8_t* weight = weights.data + m * K_;
-    __m512i sum[N][PLANES];
-    for (int n = 0; n < N; n++)
-      for (int p = 0; p < PLANES; p++) sum[n][p] = begin_[n][p];
-    const auto add = [&](int64_t c, __m512i codes) {
-      const __m512i raised = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));  // + 128: one factor must be unsigned
-      for (int n = 0; n < N; n++)
-        for (int p = 0; p < PLANES; p++) sum[n][p] = _mm512_dpbusd_epi32(sum[n][p], raised, _mm512_loadu_si512(plane(n, p) + c));
-    };
-    int64_t c = 0;
-    for (; c + WIDE <= K_; c += WIDE) add(c, _mm512_loadu_si512(weight + c));
-    if (c < K_) add(c, _mm512_maskz_loadu_epi8((1ull << (K_ - c)) - 1, weight + c));
-    for (int n = 0; n < N; n++) {
-      const vf low = wide(sum[n][0]), middle = wide(sum[n][1]), high = wide(sum[n][2]);
-      out[n] = ::sum(high * 65536.0f + middle * 256.0f + low) * (factor_[n] * weights.scale[m]);
-    }
+    std::fill(out, out + N, 0.0f);
+    for (int64_t from = 0; from < K_; from += SPAN) span<0>(weight, from, std::min(from + SPAN, K_), out);
+    for (int n = 0; n < N; n++) out[n] *= factor_[n] * weights.scale[m];
   }
 
  private:
-  const int8_t* plane(int n, int p) const { return planes_.data() + (n * PLANES + p) * stride_; }
-  static vf wide(__m512i x) { return __builtin_convertvector((vi)x, vf); }
+  typedef Piece Narrow __attribute__((vector_size(sizeof(Piece) * LANES)));
+  static constexpr int TOGETHER = std::min<int>(N, REGISTERS / 2 / COUNT);  // rows whose sums stay in registers
+
+  const Piece* piece(int n, int p) const { return pieces_.data() + (n * COUNT + p) * stride_; }
+  static vf wide(vi x) { return __builtin_convertvector(x, vf); }
   static float float_of(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
   }
 
-  // Row n in its planes, and what takes the 128 of all codes off again.
+  // Sums over numbers [from, to) for the rows from FIRST on.
+  template <int FIRST>
+  void span(const int8_t* weight, int64_t from, int64_t to, float* out) const {
+    constexpr int ROWS = std::min(TOGETHER, N - FIRST);
+    vi sum[ROWS][COUNT] = {};
+    const auto add = [&](int64_t c, Codes codes) {
+      for (int n = 0; n < ROWS; n++)
+        for (int p = 0; p < COUNT; p++) sum[n][p] = Pieces::add(sum[n][p], codes, piece(FIRST + n, p) + c);
+    };
+    int64_t c = from;
+    for (; c + WIDE <= to; c += WIDE) add(c, Pieces::load(weight + c));
+    if (c < to) {
+      int8_t last[WIDE] = {};
+      std::memcpy(last, weight + c, to - c);
+      add(c, Pieces::load(last));
+    }
+    for (int n = 0; n < ROWS; n++) {
+      vf total{};
+      for (int p = COUNT; p-- > 0;) total = total * float(1 << BITS) + wide(sum[n][p] - (from ? vi{} : raised_[FIRST + n][p]));
+      out[FIRST + n] += ::sum(total);
+    }
+    if constexpr (FIRST + ROWS < N) span<FIRST + ROWS>(weight, from, to, out);
+  }
+
+  // Row n in its pieces, the lowest first, and what RAISED codes add to its sums.
   void cut(const bf16* x, float scale, int n) {
-    for (int p = 0; p < PLANES; p++) begin_[n][p] = _mm512_setzero_si512();
     for (int64_t c = 0; c < (K_ + WIDE - 1) / WIDE * WIDE; c += LANES) {
-      vi rest = c < K_ ? (vi)_mm512_cvtps_epi32((__m512)(load(x + c) * scale)) : vi{};
-      for (int p = 0; p < PLANES; p++) {
-        _mm_storeu_si128((__m128i*)(plane(n, p) + c), _mm512_cvtepi32_epi8((__m512i)rest));
-        rest = (rest + 128) >> 8;
+      vi rest{};
+      if (c < K_) rest = nearest(::load(x + c) * scale);
+      for (int p = 0; p < COUNT; p++) {
+        vi low = rest;
+        if (p + 1 < COUNT) low = (rest << (32 - BITS)) >> (32 - BITS);  // with its sign
+        const Narrow narrow = __builtin_convertvector(low, Narrow);
+        std::memcpy(const_cast<Piece*>(piece(n, p)) + c, &narrow, sizeof(narrow));
+        rest = (rest - low) >> BITS;
       }
     }
-    for (int64_t c = 0; c < K_; c += WIDE)
-      for (int p = 0; p < PLANES; p++)
-        begin_[n][p] = _mm512_dpbusd_epi32(begin_[n][p], _mm512_set1_epi8(-128), _mm512_loadu_si512(plane(n, p) + c));
-    for (int p = 0; p < PLANES; p++) begin_[n][p] = _mm512_sub_epi32(_mm512_setzero_si512(), begin_[n][p]);
+    for (int p = 0; p < COUNT; p++) {
+      raised_[n][p] = vi{};
+      if constexpr (RAISED != 0) {
+        const Codes ones = _mm512_set1_epi8(char(RAISED));
+        for (int64_t c = 0; c < K_; c += WIDE) raised_[n][p] = Pieces::add(raised_[n][p], ones, piece(n, p) + c);
+      }
+    }
+  }
+  static vi nearest(vf x) {
+#ifdef __AVX512F__
+    return (vi)_mm512_cvtps_epi32((__m512)x);
+#else
+    return (vi)_mm256_cvtps_epi32((__m256)x);
+#endif
   }
 
   int64_t stride_, K_;
-  std::vector<int8_t> planes_;  // (N, PLANES, stride), the lowest first
-  __m512i begin_[N][PLANES];
+  std::vector<Piece> pieces_;  // (N, COUNT, stride)
+  vi raised_[N][COUNT];
   float factor_[N];
 };
 #endif

@@ -1,4 +1,4 @@
-// Products of small matrices held in scratch memory: C (M, N) = A (M, K) B (K, N), N a multiple of 16, C in float.
+// Products of small matrices held in scratch memory: C (M, N) = A (M, K) B (K, N), N a multiple of LANES, C in float.
 //
 // A is read one unit at a time with any two strides, so a transposed A costs nothing. B is packed: one row per step, a
 // unit per column. Every element of C is summed along K in order, so it does not depend on the other rows.
@@ -36,9 +36,12 @@ inline void tile(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_r
     for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES, sum[i][j]);
 }
 
+constexpr int SUMS = REGISTERS * 3 / 4;                // vectors of sums at a time; the others hold operands
+constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;  // columns of a tile
+
 template <int VECTORS, typename U>
 inline void column_of_tiles(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t steps, bool add) {
-  constexpr int ROWS = 24 / VECTORS < 12 ? 24 / VECTORS : 12;  // 24 of 32 registers hold sums
+  constexpr int ROWS = SUMS / VECTORS < 12 ? SUMS / VECTORS : 12;
   int64_t i = 0;
   for (; i + ROWS <= m; i += ROWS) tile<ROWS, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
   for (; i + 4 <= m; i += 4) tile<4, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
@@ -46,15 +49,22 @@ inline void column_of_tiles(Operand<U> a, const U* b, int64_t b_step, float* c, 
   if (i < m) tile<1, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
 }
 
-// C = A B, or C += A B. n: columns, a multiple of 16.
+// The last columns, fewer vectors than a tile's.
+template <int VECTORS, typename U>
+inline void last_columns(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t rest, int64_t steps, bool add) {
+  if constexpr (VECTORS > 0) {
+    if (rest == VECTORS) return column_of_tiles<VECTORS>(a, b, b_step, c, c_row, m, steps, add);
+    last_columns<VECTORS - 1>(a, b, b_step, c, c_row, m, rest, steps, add);
+  }
+}
+
+// C = A B, or C += A B. n: columns, a multiple of LANES.
 template <typename U>
 void multiply(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t n, int64_t steps, bool add) {
+  constexpr int64_t WIDTH = MOST_VECTORS * LANES;
   int64_t j = 0;
-  for (; j + 64 <= n; j += 64) column_of_tiles<4>(a, b + j, b_step, c + j, c_row, m, steps, add);
-  const int64_t rest = (n - j) / LANES;
-  if (rest == 3) column_of_tiles<3>(a, b + j, b_step, c + j, c_row, m, steps, add);
-  if (rest == 2) column_of_tiles<2>(a, b + j, b_step, c + j, c_row, m, steps, add);
-  if (rest == 1) column_of_tiles<1>(a, b + j, b_step, c + j, c_row, m, steps, add);
+  for (; j + WIDTH <= n; j += WIDTH) column_of_tiles<MOST_VECTORS>(a, b + j, b_step, c + j, c_row, m, steps, add);
+  last_columns<MOST_VECTORS - 1>(a, b + j, b_step, c + j, c_row, m, (n - j) / LANES, steps, add);
 }
 
 // Row r of a matrix of which `width` columns are given; rows beyond `rows` read as zero.
@@ -67,7 +77,7 @@ struct Rows {
   }
 };
 
-// B whose steps run along the rows of `from`: out[(r / STEP) * columns + c], `count` rows, `columns` a multiple of 16.
+// B whose steps run along the rows of `from`: out[(r / STEP) * columns + c], `count` rows, `columns` a multiple of LANES.
 inline void pack_rows(Rows<float> from, float* out, int64_t count, int64_t columns) {
   for (int64_t r = 0; r < count; r++)
     for (int64_t c = 0; c < columns; c += LANES) store(out + r * columns + c, from.at(r, c));
@@ -79,37 +89,35 @@ inline void pack_rows(Rows<S> from, uint32_t* out, int64_t count, int64_t column
       store_units(out + r / 2 * columns + c, pair_up(from.at(r, c), from.at(r + 1, c)));
 }
 
-// The 16 x 16 block with rows x[0..15], transposed in place.
-inline void transpose(vu x[16]) {
-#define SWAP(S, ...)                                                   \
-  for (int i = 0; i < 16; i++)                                         \
-    if (!(i & S)) {                                                    \
-      const vu low = x[i], high = x[i + S];                            \
-      const int index[32] = {__VA_ARGS__};                             \
-      vu first, second;                                                \
-      first = __builtin_shuffle(low, high, *(const vu_any*)index);     \
-      second = __builtin_shuffle(low, high, *(const vu_any*)(index + 16)); \
-      x[i] = first;                                                    \
-      x[i + S] = second;                                               \
+// Rows i and i + S of a block exchange the parts that lie S lanes apart: what the first of them, or the second, becomes.
+template <int S, bool FIRST>
+struct Exchanged {
+  static constexpr int at(int i) { return FIRST ? (i & S ? int(LANES) + i - S : i) : (i & S ? int(LANES) + i : i + S); }
+};
+
+// The LANES x LANES block with rows x[0..LANES), transposed in place.
+template <int S = LANES / 2>
+inline void transpose(vu x[LANES]) {
+  for (int i = 0; i < LANES; i++)
+    if (!(i & S)) {
+      const vu first = x[i], second = x[i + S];
+      x[i] = shuffle<Exchanged<S, true>>(first, second);
+      x[i + S] = shuffle<Exchanged<S, false>>(first, second);
     }
-  SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-  SWAP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
-  SWAP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-  SWAP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
-#undef SWAP
+  if constexpr (S > 1) transpose<S / 2>(x);
 }
 
 // B whose steps run along the columns of `from` (so B = from transposed), itself held as units of the same type:
-// out[step * count + r]. from: units, `count` rows (a multiple of 16) of `steps` units (a multiple of 8). between(): called
-// for every 16 x 16 of them.
+// out[step * count + r]. from: units, `count` rows (a multiple of LANES) of `steps` units. between(): called for every
+// LANES x LANES of them.
 template <typename U, typename Between>
 void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64_t steps, Between between) {
   for (int64_t r = 0; r < count; r += LANES)
     for (int64_t k = 0; k < steps; k += LANES) {
-      vu block[16];
-      for (int i = 0; i < 16; i++) std::memcpy(&block[i], from + (r + i) * stride + k, sizeof(vu));
+      vu block[LANES];
+      for (int i = 0; i < LANES; i++) std::memcpy(&block[i], from + (r + i) * stride + k, sizeof(vu));
       transpose(block);
-      for (int i = 0; i < 16 && k + i < steps; i++) std::memcpy(out + (k + i) * count + r, &block[i], sizeof(vu));
+      for (int i = 0; i < LANES && k + i < steps; i++) std::memcpy(out + (k + i) * count + r, &block[i], sizeof(vu));
       between();
     }
 }

@@ -63,8 +63,12 @@ void widen(const C* codes, const float* scale, T* out, int64_t M, int64_t N, int
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < M * N; row++) {
     const float* scales = scale + (row / N * ((N + rows - 1) / rows) + row % N / rows) * blocks;
-    for (int64_t c = 0; c < D; c += LANES)
-      store_some(out + row * D + c, load_some(codes + row * D + c, D - c) * scales[c / columns], D - c);
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t from = row * D + b * columns, width = std::min(columns, D - b * columns);
+      int64_t c = 0;
+      for (; c + LANES <= width; c += LANES) store(out + from + c, load(codes + from + c) * scales[b]);
+      if (c < width) store_some(out + from + c, load_some(codes + from + c, width - c) * scales[b], width - c);
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// Sixteen lanes at a time, in GCC's portable vectors: AVX-512 where the machine has it, several narrower ones elsewhere.
+// LANES numbers at a time, in GCC's portable vectors: 16 with AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE).
 //
 // Numbers are read as float, bf16, e4m3 or int8 and computed in float. A "unit" is what one step of a matrix product consumes
 // of a row: a float, or a pair of bf16.
@@ -9,18 +9,60 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#ifdef __AVX512F__
+#include <utility>
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-constexpr int64_t LANES = 16;
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t vu_any __attribute__((vector_size(64), aligned(2), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 16;
+#endif
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef uint16_t vhh __attribute__((vector_size(4 * LANES)));  // twice as many
+typedef float vf_any __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+// Lane i becomes lane P::at(i) of a and b, one behind the other.
+template <typename P, typename V, int... I>
+inline V shuffled(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, P::at(I)...);
+}
+template <typename P, typename V>
+inline V shuffle(V a, V b) {
+  return shuffled<P>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
+}
+struct Evens {
+  static constexpr int at(int i) { return 2 * i; }
+};
+struct Odds {
+  static constexpr int at(int i) { return 2 * i + 1; }
+};
+struct TwiceEvens {
+  static constexpr int at(int i) { return i & ~1; }
+};
+struct TwiceOdds {
+  static constexpr int at(int i) { return i | 1; }
+};
+struct Crossed {
+  static constexpr int at(int i) { return i ^ 1; }
+};
+struct Alternating {
+  static constexpr int at(int i) { return i + i % 2 * int(LANES); }
+};
+template <int FROM, int APART>
+struct Zipped {  // one of each in turn
+  static constexpr int at(int i) { return FROM + i / 2 + i % 2 * APART; }
+};
 
 struct bf16 {
   uint16_t bits;
@@ -42,24 +84,31 @@ Room<T> room_for(int64_t count) {
 
 inline int64_t round_up(int64_t value) { return (value + LANES - 1) / LANES * LANES; }
 inline vf splat(float x) { return vf{} + x; }
+inline vi iota() {  // 0, 1, 2, ...
+  vi lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  return lane;
+}
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 inline vf load(const bf16* p) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   return (vf)(__builtin_convertvector(vh(*reinterpret_cast<const vh_any*>(p)), vu) << 16);
 #endif
 }
 inline vi load_bytes(const int8_t* p) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
-  typedef int8_t bytes __attribute__((vector_size(16)));
-  typedef int16_t words __attribute__((vector_size(32)));  // in one step GCC widens them one by one
-  bytes held;
-  std::memcpy(&held, p, sizeof(held));
-  return __builtin_convertvector(__builtin_convertvector(held, words), vi);
+  vi found;
+  for (int i = 0; i < LANES; i++) found[i] = p[i];
+  return found;
 #endif
 }
 inline vf load(const int8_t* p) { return __builtin_convertvector(load_bytes(p), vf); }
@@ -82,24 +131,11 @@ inline vh round_to_bf16(vf x) {  // to nearest, ties to even
 }
 inline void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = round_to_bf16(x); }
 
-// bf16 of 32 numbers in their order.
-inline vu join(vf first, vf second) {
-#ifdef __AVX512BF16__
-  return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-#else
-  const vh a = round_to_bf16(first), b = round_to_bf16(second);
-  return (vu)__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
-                                     26, 27, 28, 29, 30, 31);
-#endif
-}
-
 // bf16 of `even` in the low halves, of `odd` in the high ones.
 inline vu pair_up(vf even, vf odd) {
 #ifdef __AVX512BF16__
-  typedef uint16_t vh32 __attribute__((vector_size(64)));
-  const vh32 both = (vh32)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  return (vu)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
-                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const vhh both = (vhh)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (vu)shuffle<Zipped<0, LANES>>(both, both);
 #else
   return __builtin_convertvector(round_to_bf16(even), vu) | (__builtin_convertvector(round_to_bf16(odd), vu) << 16);
 #endif
@@ -124,7 +160,7 @@ template <>
 struct Format<float> {
   typedef float Unit;
   static constexpr int64_t STEP = 1;      // elements of K per unit
-  static constexpr int64_t WIDE = LANES;  // elements of 16 units
+  static constexpr int64_t WIDE = LANES;  // elements of a vector of units
   static vf load_wide(const float* p) { return load_units(p); }
 };
 template <>
@@ -134,14 +170,6 @@ struct Format<bf16> {
   static constexpr int64_t WIDE = 2 * LANES;
   static vu load_wide(const bf16* p) { return load_units(reinterpret_cast<const uint32_t*>(p)); }
 };
-template <>
-struct Format<int8_t> {  // bf16 holds each of its numbers exactly
-  typedef uint32_t Unit;
-  static constexpr int64_t STEP = 2;
-  static constexpr int64_t WIDE = 2 * LANES;
-  static vu load_wide(const int8_t* p) { return join(load(p), load(p + LANES)); }
-};
-
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
@@ -179,32 +207,32 @@ void copy_row(const From* from, To* to, int64_t width) {
   for (int64_t c = 0; c < width; c += LANES) store_some(to + c, load_some(from + c, width - c), width - c);
 }
 
-inline float sum(vf x) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  const v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  const v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
-}
-inline bool any(vi held) {  // of a comparison
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v8 __attribute__((vector_size(32)));
+inline float sum(v4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float largest(v4 x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
+#ifdef __AVX2__
+inline v4 low(v8 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+inline v4 high(v8 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+inline float sum(v8 x) { return sum(low(x) + high(x)); }
+inline float largest(v8 x) { return largest(low(x) < high(x) ? high(x) : low(x)); }
+#endif
 #ifdef __AVX512F__
+inline v8 low(vf x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline v8 high(vf x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline float sum(vf x) { return sum(low(x) + high(x)); }
+inline float largest(vf x) { return largest(low(x) < high(x) ? high(x) : low(x)); }
+#endif
+inline bool any(vi held) {  // of a comparison
+#if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)held, (__m512i)held);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)held);
 #else
-  int32_t found = 0;
-  for (int i = 0; i < LANES; i++) found |= held[i];
-  return found;
+  return held[0] | held[1] | held[2] | held[3];
 #endif
 }
 inline vf larger(vf a, vf b) { return a < b ? b : a; }  // a where unordered: NaN in a stays
-inline float largest(vf x) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  a = a < b ? b : a;
-  v4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  c = c < d ? d : c;
-  return std::max(std::max(c[0], c[1]), std::max(c[2], c[3]));
-}
 
 // e^x within 2 ulp; what would be below 1e-38 may come out as 0, and that of -inf does. NaN stays NaN. Cody and Waite's reduction,
 // Cephes' polynomial.
@@ -251,21 +279,18 @@ inline float norm_row(const From* x, const float* weight, To* out, int64_t width
 // Pairs of x[0..R) as complex numbers times the table's (cos, sin), or times its conjugate for sign = -1. Pairs are
 // neighbours, or R / 2 apart.
 inline void turn(float* x, const float* table, int64_t R, bool interleaved, float sign) {
-  const vf signs = {-sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign, -sign, sign};
+  const vf signs = shuffle<Alternating>(splat(-sign), splat(sign));
   int64_t i = 0;
   if (interleaved) {
     for (; i + LANES <= R; i += LANES) {
       const vf old = load(x + i), angle = load(table + i);
-      const vf cos = __builtin_shufflevector(angle, angle, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
-      const vf sin = __builtin_shufflevector(angle, angle, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
-      const vf crossed = __builtin_shufflevector(old, old, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+      const vf cos = shuffle<TwiceEvens>(angle, angle), sin = shuffle<TwiceOdds>(angle, angle), crossed = shuffle<Crossed>(old, old);
       store(x + i, old * cos + crossed * sin * signs);
     }
   } else {
     for (; i + LANES <= R / 2; i += LANES) {
       const vf a = load(table + 2 * i), b = load(table + 2 * i + LANES), re = load(x + i), im = load(x + i + R / 2);
-      const vf cos = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-      const vf sin = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31) * sign;
+      const vf cos = shuffle<Evens>(a, b), sin = shuffle<Odds>(a, b) * sign;
       store(x + i, re * cos - im * sin);
       store(x + i + R / 2, re * sin + im * cos);
     }

@@ -1,6 +1,6 @@
 // Inference on a small model, where calls would cost more than arithmetic: whole sublayers in fp32.
 // A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
-// norms, rotations and activations work on 16 tokens at once.
+// norms, rotations and activations work on LANES tokens at once.
 #include "decode.h"
 #include "experts.h"
 
@@ -27,19 +27,19 @@ constexpr int64_t BLOCK = 64;  // tokens of a thread at a time
 void to_features(const float* rows, int64_t stride, int64_t count, int64_t width, float* out, int64_t n) {
   for (int64_t r = 0; r < n; r += LANES)
     for (int64_t c = 0; c < width; c += LANES) {
-      vu block[16];
-      for (int64_t i = 0; i < 16; i++) block[i] = r + i < count ? (vu)load_some(rows + (r + i) * stride + c, width - c) : vu{};
+      vu block[LANES];
+      for (int64_t i = 0; i < LANES; i++) block[i] = r + i < count ? (vu)load_some(rows + (r + i) * stride + c, width - c) : vu{};
       transpose(block);
-      for (int64_t i = 0; i < 16 && c + i < width; i++) store(out + (c + i) * n + r, (vf)block[i]);
+      for (int64_t i = 0; i < LANES && c + i < width; i++) store(out + (c + i) * n + r, (vf)block[i]);
     }
 }
 void to_rows(const float* features, int64_t n, int64_t count, int64_t width, float* rows, int64_t stride) {
   for (int64_t r = 0; r < count; r += LANES)
     for (int64_t c = 0; c < width; c += LANES) {
-      vu block[16];
-      for (int64_t i = 0; i < 16; i++) block[i] = c + i < width ? (vu)load(features + (c + i) * n + r) : vu{};
+      vu block[LANES];
+      for (int64_t i = 0; i < LANES; i++) block[i] = c + i < width ? (vu)load(features + (c + i) * n + r) : vu{};
       transpose(block);
-      for (int64_t i = 0; i < 16 && r + i < count; i++) store_some(rows + (r + i) * stride + c, (vf)block[i], width - c);
+      for (int64_t i = 0; i < LANES && r + i < count; i++) store_some(rows + (r + i) * stride + c, (vf)block[i], width - c);
     }
 }
 

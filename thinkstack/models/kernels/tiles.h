@@ -7,14 +7,11 @@
 
 #include <type_traits>
 
-// One after the other of 32 numbers each: pairs of both, of the first 16 and of the last 16.
+// One after the other of two vectors of bf16: pairs of both, of their first halves and of their last.
 inline void interleave(const bf16* a, const bf16* b, uint32_t* first, uint32_t* last) {
-  typedef uint16_t vh32 __attribute__((vector_size(64)));
-  const vh32 x = (vh32)load_units(reinterpret_cast<const uint32_t*>(a)), y = (vh32)load_units(reinterpret_cast<const uint32_t*>(b));
-  store_units(first, (vu)__builtin_shufflevector(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43,
-                                                 12, 44, 13, 45, 14, 46, 15, 47));
-  store_units(last, (vu)__builtin_shufflevector(x, y, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26,
-                                                58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+  const vhh x = (vhh)load_units(reinterpret_cast<const uint32_t*>(a)), y = (vhh)load_units(reinterpret_cast<const uint32_t*>(b));
+  store_units(first, (vu)shuffle<Zipped<0, 2 * LANES>>(x, y));
+  store_units(last, (vu)shuffle<Zipped<LANES, 2 * LANES>>(x, y));
 }
 
 // Lines of memory that are asked for before they are needed, some at a time.
@@ -89,7 +86,7 @@ class Tiles {
   }
 
  private:
-  static constexpr int64_t ROWS = 96;
+  static constexpr int64_t ROWS = 96, WIDE = Format<bf16>::WIDE;
   static const uint32_t* units(const bf16* p) { return reinterpret_cast<const uint32_t*>(p); }
 
   // each(groups, rows of a group, all rows, place of each row) for so many queries as fit, of as many groups as fit.
@@ -122,7 +119,7 @@ class Tiles {
     for (int64_t s = from; s < end; s += block_) {
       const int64_t tokens = std::min(end - s, block_), columns = round_up(tokens), later = std::min(last + 1 - s - block_, block_);
       const bf16 *entries = groups.keys.at(s), *next = later > 0 ? groups.keys.at(s + block_) : groups.upcoming;
-      const int64_t times = (groups.to - groups.from) * (columns / LANES * (W_ / 32) + (tokens + 1) / 2);
+      const int64_t times = (groups.to - groups.from) * (columns / LANES * (W_ / WIDE) + (tokens + 1) / 2);
       Fetch fetch(next, groups.fetches && next ? (later > 0 ? later : block_) * stride * sizeof(bf16) : 0, times);
       for (int64_t g = groups.from, row = 0; g < groups.to; g++, row += rows) {
         pack_transposed(units(entries + g * groups.key_g), stride / 2, keys_, columns, W_ / 2, [&] { fetch.some(); });
@@ -135,9 +132,9 @@ class Tiles {
   }
 
   void pack_values(const bf16* value, int64_t stride, int64_t tokens, Fetch& fetch) {
-    static const bf16 nothing[32] = {};
+    static const bf16 nothing[WIDE] = {};
     for (int64_t t = 0; t < tokens; t += 2, fetch.some())
-      for (int64_t c = 0; c < V_; c += 32) {
+      for (int64_t c = 0; c < V_; c += WIDE) {
         uint32_t* to = values_ + t / 2 * V_ + c;
         interleave(value + t * stride + c, t + 1 < tokens ? value + (t + 1) * stride + c : nothing, to, to + LANES);
       }

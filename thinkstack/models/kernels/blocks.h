@@ -1,6 +1,7 @@
 // A few new tokens through all blocks of a dense model with grouped-query attention, in one call: what decoding for one
 // or a few users takes. Then every weight is read once, from memory, and that is all that matters; a call for each
 // product, and products made for many rows, would take longer than the reading.
+#pragma once
 #include <memory>
 #ifdef _OPENMP
 #include <omp.h>
@@ -20,13 +21,13 @@ struct BlockWeights {
 
 // B tokens, L layers.
 struct BlockSteps {
-  const void* layers;     // BlockWeights of int8 where `packed`, else of bf16
+  const void* layers;     // BlockWeights of the type that the called kernel is for
   const float* rope;      // (B, W / 2) pairs
   const int64_t* last;    // (B,): the new token's place in its sequence
   const int32_t* tables;  // (sequences, table_width): the cache's blocks of each, in order
   const int32_t* owner;   // (B,): the sequence of each token
   bf16 *x, *cache;        // (B, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
-  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, packed, threads;
+  int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, threads;
   double scale, eps;
 };
 
@@ -139,6 +140,12 @@ void for_count(int64_t count, Work work) {
 }
 
 template <typename M>
+void take_steps(const BlockSteps& a) {
+  for_count<1>(a.B, [&](auto n) { Step<n.value, M>(a).run(); });
+}
+
+// out (N, M) = x (N, K) weights (M, K) transposed, for a few rows.
+template <typename M>
 void multiply_few(Matrix<M> weights, const bf16* x, bf16* out, int64_t N, int64_t width, int64_t K, int64_t threads) {
   for_count<1>(N, [&](auto n) {
     Input<n.value, M> input(K);
@@ -151,17 +158,3 @@ void multiply_few(Matrix<M> weights, const bf16* x, bf16* out, int64_t N, int64_
 }
 
 }  // namespace
-
-extern "C" void block_steps(const BlockSteps* a) {
-  for_count<1>(a->B, [&](auto n) {
-    if (a->packed) return Step<n.value, int8_t>(*a).run();
-    Step<n.value, bf16>(*a).run();
-  });
-}
-
-// out (N, M) = x (N, K) weights (M, K) transposed, for a few rows. scale: (M,), of weights in int8; null for bf16.
-extern "C" void few_rows(const bf16* x, const void* weights, const float* scale, bf16* out, int64_t N, int64_t M, int64_t K,
-                         int64_t threads) {
-  if (scale) return multiply_few(Matrix<int8_t>{(const int8_t*)weights, scale}, x, out, N, M, K, threads);
-  multiply_few(Matrix<bf16>{(const bf16*)weights, nullptr}, x, out, N, M, K, threads);
-}
