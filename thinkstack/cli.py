@@ -42,10 +42,10 @@ def run(recipe: Positional[str], /, out: Path, scale: str = "", seed: int | None
         seed: Fixes everything random.
         set: Settings to change, such as stages.zero.steps=20.
     """
-    from thinkstack.machine import prepare_machine
     from thinkstack.pipeline import read_recipe, run_recipe
+    from thinkstack.stages.measure import prepare
 
-    prepare_machine()
+    prepare()
     seeds = () if seed is None else (f"shared.seed={seed}",)
     run_recipe(read_recipe(recipe, scale, (*seeds, *(setting for settings in set for setting in settings))), out)
 
@@ -68,17 +68,17 @@ def chat(
         top_p: Keeps the smallest set of tokens with at least this probability.
         max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
-        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
+        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on, where that is faster.
         weights: How matrices are kept: in that precision, or packed in 8 bits (int8, fp8) or 4 (nf4).
     """
     from thinkstack.checkpoint.model import pick_precision
-    from thinkstack.machine import prepare_machine
+    from thinkstack.stages.measure import prepare
     from thinkstack.stages.talk import Talk
     from thinkstack.types import Sampling
 
-    prepare_machine()
+    prepare()
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
-    talk = Talk(model, sampling, pick_precision(model, dtype), weights)
+    talk = Talk(model, sampling, pick_precision(model, dtype, weights), weights)
     _say(f"{model}: type a question; an empty line ends the talk, /new begins another\n", "dim")
     while True:
         try:
@@ -141,24 +141,25 @@ def generate(
         top_p: Keeps the smallest set of tokens with at least this probability.
         max_new_tokens: Most tokens of an answer.
         seed: Fixes the draws.
-        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on.
+        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on, where that is faster.
         weights: How matrices are kept: in that precision, or packed in 8 bits (int8, fp8) or 4 (nf4).
         device: Where the model runs.
     """
     from thinkstack.checkpoint.model import pick_precision
-    from thinkstack.machine import pick_device, prepare_machine
+    from thinkstack.machine import pick_device
     from thinkstack.models.parallel import join_ranks
     from thinkstack.stages.generate import Generator, read_prompts
+    from thinkstack.stages.measure import prepare
     from thinkstack.types import Sampling
 
     if bool(prompt) + interactive + (input_file is not None) != 1:
         raise ConfigError("say what to generate from: one of --prompt TEXT, --interactive, --input-file FILE")
     prompts = [] if input_file is None else read_prompts(input_file)
-    prepare_machine()
+    prepare()
     place = pick_device(device)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     ranks = join_ranks(place.type)
-    run = Generator(model, sampling, ranks, pick_precision(model, dtype), place, weights)
+    run = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, place), place, weights)
     say = _say if ranks.rank == 0 else lambda text: None
     if interactive:
         run.talk(_read_line, say)
@@ -205,21 +206,25 @@ def replay(run: Positional[Path], model: Positional[str], /, step: int, temperat
         temperature: The one the answers were drawn at.
     """
     from thinkstack.checkpoint.model import load_model
-    from thinkstack.machine import prepare_machine
+    from thinkstack.log import Run
+    from thinkstack.models.kernels import choice
+    from thinkstack.stages.measure import prepare
     from thinkstack.stages.replay import describe_replay
     from thinkstack.stages.replay import replay as recompute
 
-    prepare_machine()
+    prepare()
+    choice.adopt(Run(run).provenance().get("config", {}).get("computed_with"))
     print(describe_replay(recompute(run, step, load_model(model), temperature)))
 
 
 def inspect(
-    model: Positional[str],
+    model: Positional[str] = "",
     /,
+    machine: bool = False,
     train: bool = False,
     rows: int = 8,
     row_tokens: int = 256,
-    dtype: Literal["bf16", "fp32"] = "bf16",
+    dtype: Literal["auto", "bf16", "fp32"] = "auto",
     workers: int = 1,
     passes: int = 1,
     checkpoint_layers: bool = False,
@@ -229,25 +234,36 @@ def inspect(
 
     Args:
         model: A named size such as v3-671b or v3-tiny, or a checkpoint: a folder, a .gguf file, OWNER/NAME of the hub.
+        machine: Show what this machine computes with: instruction sets, threads, speeds, and who does which operation.
         train: Also predict the memory of a training step, by part; the settings below are its.
         rows: Rows of a micro-batch.
         row_tokens: Tokens of a row.
-        dtype: Precision of products and activations.
+        dtype: Precision of products and activations; auto is bf16 where this machine multiplies it faster.
         workers: Threads that each take micro-batches.
         passes: Micro-batches of each worker in a step.
         checkpoint_layers: Keep of each block only its input.
         kernels: Computed by the C++ kernels; without, by torch's operators.
     """
+    if machine:
+        from thinkstack.stages.measure import describe_speed, prepare
+
+        prepare()
+        print(describe_speed())
+    if not model:
+        if machine:
+            return
+        raise ConfigError("say what to inspect: a model size, a checkpoint, or --machine")
     from thinkstack.checkpoint.inspect import describe_model, describe_training
 
     print(describe_model(model))
     if train:
         from thinkstack.models.memory import TrainingShape
+        from thinkstack.models.precision import resolve_precision
 
         shape = TrainingShape(
             rows=rows,
             row_tokens=row_tokens,
-            dtype=dtype,
+            dtype=resolve_precision(dtype),
             workers=workers,
             passes=passes,
             checkpoint_layers=checkpoint_layers,

@@ -83,6 +83,15 @@ class Run:
         write_json(self.folder / PROVENANCE, facts)
         log.info("%s: commit %s, seed %d, %s", self.folder, commit, seed, machine)
 
+    def provenance(self) -> dict[str, Any]:
+        """What `start` kept before; {} in a new folder."""
+        path = self.folder / PROVENANCE
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            found = {}
+        return found if isinstance(found, dict) else {}
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to the metrics, without what the clock decided; that goes to the timings."""
         timings = {name: value for name, value in metrics.items() if is_timing(name)}

@@ -20,6 +20,7 @@ from typing import Any
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
 from thinkstack.log import Run, clock, write_json
 from thinkstack.machine import describe_machine
+from thinkstack.models.kernels import choice
 from thinkstack.stages.adopt import AdoptConfig, adopt
 from thinkstack.stages.evaluate import EvaluateConfig, measure
 from thinkstack.stages.grpo import grpo
@@ -118,7 +119,9 @@ def run_recipe(tree: Tree, out: Path) -> None:
             log.info("[%d/%d] %s", number, len(steps), step.name)
             write_json(out / MANIFEST, manifest)  # before the first state: a killed stage keeps its settings too
             run = Run(out / step.name, is_stopping)
-            run.start(dump(step.config) | {"stage": step.kind}, getattr(step.config, "seed", 0), machine)
+            choice.adopt(run.provenance().get("config", {}).get("computed_with"))
+            config = dump(step.config) | {"stage": step.kind, "computed_with": choice.record()}
+            run.start(config, getattr(step.config, "seed", 0), f"{machine}; {choice.describe()}")
             started = time.monotonic()
             try:
                 STAGES[step.kind][1](step.config, run)

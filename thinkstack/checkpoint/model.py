@@ -8,7 +8,7 @@ an installed Python package.
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.models.counts import count_parameters
 from thinkstack.models.fp8 import E4M3
-from thinkstack.models.precision import Precision
+from thinkstack.models.precision import AskedPrecision, Precision, Stored, resolve_precision
 from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
 from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_format
@@ -110,12 +110,17 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32, storage: 
     return model
 
 
-def pick_precision(source: str | Path, asked: Literal["auto", "fp32", "bf16"]) -> Precision:
-    """The precision to talk to a model in. "auto" is bf16 from LARGE parameters on, where a token costs what reading
-    the weights costs, and fp32, which is exact, for smaller ones."""
-    if asked != "auto":
-        return asked
-    return "bf16" if count_parameters(open_source(source).cfg) >= LARGE else "fp32"
+def pick_precision(
+    source: str | Path, asked: AskedPrecision, weights: Stored = "plain", device: torch.device | str = "cpu"
+) -> Precision:
+    """The precision to talk to a model in. "auto" is fp32, which is exact, for models of fewer than LARGE parameters;
+    for larger ones, where a token costs what reading the weights costs, bf16 if the device multiplies it faster, or if
+    the weights are packed: the kernels that read those take bf16 everywhere."""
+    if asked == "auto" and count_parameters(open_source(source).cfg) < LARGE:
+        return "fp32"
+    if asked == "auto" and weights != "plain":
+        return "bf16"
+    return resolve_precision(asked, device)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -21,7 +21,7 @@ from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
 from thinkstack.engine.speculate import Speculator
 from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
-from thinkstack.models.precision import STORAGES, Precision, Stored
+from thinkstack.models.precision import STORAGES, AskedPrecision, Stored
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
 
@@ -42,9 +42,9 @@ class EngineConfig:
     """Keep the blocks of finished answers until their room is needed, for prompts that begin alike."""
     max_waiting: int = 0
     """Requests that may wait; 0 for any number."""
-    dtype: Precision = "fp32"
-    """Precision of weights and cache; fp32 is exact alone or in a batch. Small models in bf16 may compute in fp32 where
-    that is faster."""
+    dtype: AskedPrecision = "fp32"
+    """Precision of weights and cache; fp32 is exact alone or in a batch, auto is bf16 where that is
+    faster. Small models in bf16 may compute in fp32 where that is faster."""
     weights: Stored = "plain"
     """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
     stay in `dtype`."""

@@ -26,7 +26,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.interface import AnyEngine, Health, WhileRunning, check_request
 from thinkstack.engine.sampler import is_plain
 from thinkstack.engine.vllm import OtherWeights, Server, ServerFailed, check_sampling, new_id
-from thinkstack.models.precision import DTYPES, inference_copy
+from thinkstack.models.precision import DTYPES, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, RequestError, Sampling
 
@@ -146,7 +146,9 @@ class RemoteEngine:
             raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
         name, before = f"{uuid.uuid4().hex[:16]}:{version}", self._weights
         folder = Path(self._folder.name) / name.replace(":", "-")
-        save_model(folder, inference_copy(model, DTYPES[self.cfg.dtype]))  # if the disk refuses, the old ones stay
+        save_model(
+            folder, inference_copy(model, DTYPES[resolve_precision(self.cfg.dtype)])
+        )  # if the disk refuses, the old ones stay
         self._model, self.version, self._name, self._weights = model, version, name, folder
         with ThreadPoolExecutor(len(self.members)) as threads:
             list(threads.map(lambda member: self._bring_up(member, running == "abort"), self.members))

@@ -18,7 +18,7 @@ from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import keep_blocked
 from thinkstack.models.moe import ROW_TILE
 from thinkstack.models.pages import Pages
-from thinkstack.models.precision import DTYPES, Precision, Stored, inference_copy, refresh
+from thinkstack.models.precision import DTYPES, AskedPrecision, Stored, inference_copy, refresh, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.whole import whole_model, widened
 from thinkstack.types import ConfigError
@@ -45,7 +45,7 @@ class Runner:
         self,
         model: Transformer,
         num_blocks: int,
-        dtype: Precision,
+        dtype: AskedPrecision,
         keeps_experts: bool = False,
         drafts: bool = False,
         weights: Stored = "plain",
@@ -58,9 +58,9 @@ class Runner:
             raise ConfigError(
                 "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
             )
-        self._asked = DTYPES[dtype]
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
+        self._asked = DTYPES[resolve_precision(dtype, self.device)]
         self._kept = _kept_experts(model.cfg) if keeps_experts else None
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None

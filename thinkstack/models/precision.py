@@ -1,21 +1,45 @@
 """Working copies of a model: in a lower precision, while the weights that count stay fp32, or in few bits."""
 
 import copy
+import functools
+import logging
 from typing import Literal
 
 import torch
 from torch import nn
 
+from thinkstack.models.kernels import choice
 from thinkstack.models.lora import BASES, adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.quant import Int8, Storage, matrices, pack, packed_parameters, unpack
 from thinkstack.models.transformer import Transformer
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["fp32", "bf16"]
+AskedPrecision = Literal["auto", "fp32", "bf16"]
+"""auto: bf16 where the device multiplies it faster than fp32 (`resolve_precision`)."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Stored = Literal["plain", "int8", "fp8", "nf4"]
 """How matrices are kept for inference: in the model's precision, or packed."""
 STORAGES: dict[str, Storage] = {"int8": Int8(), **BASES}
+
+
+def resolve_precision(asked: AskedPrecision, device: torch.device | str = "cpu") -> Precision:
+    """What "auto" means on a device: on CUDA bf16, on a CPU what its instruction set and a measurement say. Asking for
+    bf16 on a CPU that emulates it is warned about once."""
+    if torch.device(device).type != "cpu":
+        return "bf16" if asked == "auto" else asked
+    if asked == "auto":
+        return "bf16" if choice.choices().auto_dtype == "bf16" else "fp32"
+    if asked == "bf16" and choice.choices().auto_dtype != "bf16":
+        _warn_of_emulation(choice.choices().reason)
+    return asked
+
+
+@functools.cache
+def _warn_of_emulation(reason: str) -> None:
+    log.warning("dtype=bf16 is slow on this processor (%s); use dtype=auto or fp32", reason)
 
 
 def working_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -> Transformer:

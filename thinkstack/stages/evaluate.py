@@ -14,7 +14,7 @@ from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import Progress, Run, write_json
 from thinkstack.machine import pick_device
-from thinkstack.models.precision import Stored
+from thinkstack.models.precision import AskedPrecision, Stored
 from thinkstack.stages.rollout import prompt_of
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.text.parse import Form
@@ -51,8 +51,8 @@ class EvaluateConfig:
     """Most tokens of an answer."""
     max_batch: int = 384
     """Answers drawn at once."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision that answers are drawn in."""
+    dtype: AskedPrecision = "fp32"
+    """Precision that answers are drawn in; auto: bf16 where that is faster."""
     weights: Stored = "plain"
     """How matrices are kept meanwhile: as they are, or packed (int8, fp8, nf4)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thinkstack.engine.remote import ServersConfig
-from thinkstack.models.precision import Stored
+from thinkstack.models.precision import AskedPrecision, Stored
 from thinkstack.stages.groups import GROUP_KINDS, AdvantageKind
 from thinkstack.stages.ppo import CriticConfig
 from thinkstack.tasks.curriculum import PhaseConfig, check_phases
@@ -110,8 +110,9 @@ class GrpoConfig:
     """Most tokens of an answer; longer ones are cut off and earn what their text earns, mostly nothing."""
     max_prompt_tokens: int = 0
     """Longest prompt; problems with longer ones are left out and counted. 0: as long as context and answer allow."""
-    rollout_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision that answers are drawn in; the loss corrects for the trainer's being another one."""
+    rollout_dtype: AskedPrecision = "fp32"
+    """Precision that answers are drawn in; auto: bf16 where that is faster. The loss corrects for the trainer's being
+    another one."""
     rollout_weights: Stored = "plain"
     """How matrices are kept for drawing: as they are, or packed (int8, fp8, nf4), which the loss corrects for too."""
     servers: ServersConfig = ServersConfig()

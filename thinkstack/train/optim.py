@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from thinkstack.models.precision import DTYPES, AskedPrecision, resolve_precision
 from thinkstack.train.low_moments import LowMomentAdamW
 from thinkstack.train.muon import Muon, hidden_matrices
 from thinkstack.types import ConfigError
@@ -46,7 +47,7 @@ class OptimConfig:
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Size of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which AdamW's rate and decay fit, or
     sqrt(max(1, rows / columns)) as in the first version."""
-    muon_dtype: Literal["bf16", "fp32"] = "bf16"
+    muon_dtype: AskedPrecision = "auto"
     """Precision of Muon's products; fp32 where the processor has none in bf16."""
     clip_norm: float = 1.0
     """Largest gradient norm of a step; larger ones are scaled down."""
@@ -90,7 +91,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     stacks = hidden_matrices(model)
     mine = {id(stack.parameter) for stack in stacks}
     others = _adamw([parameter for parameter in model.parameters() if id(parameter) not in mine], cfg)
-    dtype = torch.bfloat16 if cfg.muon_dtype == "bf16" else torch.float32
+    dtype = DTYPES[resolve_precision(cfg.muon_dtype, others.param_groups[0]["params"][0].device)]
     return Muon(stacks, others, cfg.weight_decay, cfg.momentum, cfg.muon_scale, dtype)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thinkstack.models.fp8 import use_fp8
 from thinkstack.models.heads import ValueModel
 from thinkstack.models.moe import Routing
-from thinkstack.models.precision import working_copy
+from thinkstack.models.precision import DTYPES, resolve_precision, working_copy
 from thinkstack.models.transformer import Transformer, Trunk
 from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss
 from thinkstack.train.loss import Stats, TrainedTokens, token_log_probs
@@ -50,7 +50,8 @@ class Part:
 
 def model_to_run(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> Transformer:
     """The model that passes run on: `model` itself, or a copy in the working precision."""
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    asked = cfg.dtype if cfg.fp8 == "off" else "bf16"
+    dtype = DTYPES[resolve_precision(asked, next(model.parameters()).device)]
     copy = working_copy(model, dtype, always_copy or cfg.compile)
     if cfg.fp8 != "off":
         use_fp8(copy, power_of_two=cfg.fp8 == "ue8m0")

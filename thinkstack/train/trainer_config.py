@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thinkstack.models.lora import LoRAConfig
+from thinkstack.models.precision import AskedPrecision
 from thinkstack.train.optim import OptimConfig
 from thinkstack.types import ConfigError
 
@@ -13,14 +14,15 @@ class TrainerConfig:
     """How steps are taken."""
 
     optim: OptimConfig = OptimConfig()
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of matrix products and activations; weights, gradients and the optimizer are fp32 in both."""
+    dtype: AskedPrecision = "auto"
+    """Precision of matrix products and activations; weights, gradients and the optimizer are fp32 in both. "auto": bf16
+    where the device multiplies it faster than fp32, and with `fp8`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained and the engine of the same stage draws; "auto": on CUDA where there is some."""
     compile: bool = False
     """Compile the blocks with torch.compile (docs/gpu.md says what it costs); on CUDA they attend by FlexAttention."""
     fp8: Literal["off", "fp32", "ue8m0"] = "off"
-    """Products of the blocks in 8 bits, with scales of this kind (docs/gpu.md); needs dtype="bf16"."""
+    """Products of the blocks in 8 bits, with scales of this kind (docs/gpu.md); needs dtype="bf16" or "auto"."""
     micro_tokens: int = 2048
     """Tokens of one forward and backward pass; more passes add up to a step."""
     workers: int = 1
@@ -44,7 +46,7 @@ class TrainerConfig:
                 f"bias_speed={self.bias_speed} would change the model that lora.rank={self.lora.rank} keeps frozen; "
                 "use bias_speed=0"
             )
-        if self.fp8 != "off" and self.dtype != "bf16":
+        if self.fp8 != "off" and self.dtype == "fp32":
             raise ConfigError(f"fp8={self.fp8!r} rounds what dtype={self.dtype!r} keeps exact; use dtype='bf16'")
         if self.device == "cuda" and self.workers > 1:
             raise ConfigError(f"workers={self.workers} are threads on CPU cores; use workers=1 with device='cuda'")
