@@ -8,7 +8,8 @@ import torch
 from tests.models.test_kernels import drawn
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.models import kernels
-from thinkstack.models.kernels import calls, choice
+from thinkstack.models.blocked import upcast_linear
+from thinkstack.models.kernels import calls
 from thinkstack.models.precision import inference_copy
 from thinkstack.models.quant import Int8, Packed, PackedLinear, matrices, pack, packed_parameters, unpack
 
@@ -106,9 +107,8 @@ def test_a_packed_layer_takes_the_kernel_for_a_few_rows_only(on_torch):
     x = drawn(9, 64, dtype=torch.bfloat16)
     few, many = packed(x[:8]), packed(x)
     assert torch.equal(few, kernels.few_rows(x[:8], packed.packed.codes, packed.packed.scale))
-    dtype = torch.float32 if choice.emulates_bf16() else torch.bfloat16
-    wide = torch.nn.functional.linear(x.to(dtype), packed.packed.dense(dtype=dtype))
-    assert torch.equal(many, wide.bfloat16())
+    with torch.no_grad():
+        assert torch.equal(many, upcast_linear(x, packed.weight))
     torch.testing.assert_close(few, on_torch(packed, x[:8]), rtol=2e-2, atol=2e-2)
 
 

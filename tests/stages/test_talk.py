@@ -8,6 +8,7 @@ import torch
 
 from thinkstack.checkpoint.model import pick_precision, save_model
 from thinkstack.models.config import named
+from thinkstack.models.kernels import choice
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.talk import Piece, Talk, keep_limit, question_nats, read_limit, split_turn, stream_text
 from thinkstack.tasks.table import families
@@ -67,11 +68,16 @@ def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_i
     assert read_limit(str(tmp_path / "none")) is None
 
 
-def test_large_models_are_talked_to_in_bf16_unless_asked_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0)))
     assert pick_precision(tmp_path / "model", "auto") == "fp32"
     monkeypatch.setattr("thinkstack.checkpoint.model.LARGE", 1_000_000)
-    assert pick_precision(tmp_path / "model", "auto") == "bf16"
+    for fast in ("bf16", "fp32"):
+        monkeypatch.setattr(choice.choices(), "auto_dtype", fast)
+        assert pick_precision(tmp_path / "model", "auto") == fast
+        assert pick_precision(tmp_path / "model", "auto", "int8") == "bf16"
     assert pick_precision(tmp_path / "model", "fp32") == "fp32"
 
 

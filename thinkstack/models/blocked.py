@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thinkstack.models import kernels
 from thinkstack.models.kernels import choice
 
 SHARE = 1 / 8
@@ -27,11 +28,48 @@ OUTPUTS_TRIED = 2048
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, computed in `product_dtype`."""
+    """F.linear, by the kernel where that is faster."""
+    if weight.dtype == x.dtype and kernels.takes_linear(x, *weight.shape):
+        return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else kernels.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, computed in `product_dtype`."""
     dtype = product_dtype(x)
     if dtype == x.dtype:
-        return F.linear(x, weight, bias)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+        return linear(x, weight, bias)
+    return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of x (N, K), given that (N, M) of its product with weight (M, K)."""
+    return kernels.linear_grad_x(grad, weight) if kernels.takes_linear(grad, *weight.shape) else grad @ weight
+
+
+def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a weight (M, K), given that (N, M) of its product with x (N, K)."""
+    takes = kernels.takes_linear(grad, grad.shape[1], x.shape[1])
+    return kernels.linear_grad_weight(grad, x) if takes else grad.T @ x
+
+
+class _Linear(torch.autograd.Function):
+    """x (..., K) times weight (M, K) transposed, plus bias (M,) or None, by the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return kernels.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            kernels.linear_grad_x(grad, weight) if wants_x else None,
+            kernels.linear_grad_weight(grad, x) if wants_weight else None,
+            grad.flatten(0, -2).sum(0) if wants_bias else None,
+        )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

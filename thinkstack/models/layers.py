@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
-from thinkstack.models.blocked import Blocked, can_keep, linear
+from thinkstack.models.blocked import Blocked, can_keep, upcast_linear
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -124,7 +124,7 @@ class Projection(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.blocked is not None and self.blocked.takes(x):
             return self.blocked.product(x, self.weight, bias)
-        return linear(x, self.weight, bias)
+        return upcast_linear(x, self.weight, bias)
 
 
 def keep_blocked(model: nn.Module) -> None:

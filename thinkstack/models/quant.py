@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thinkstack.models import cuda, kernels
-from thinkstack.models.blocked import linear, product_dtype
+from thinkstack.models.blocked import product_dtype, upcast_linear
 from thinkstack.models.fp8 import BLOCK, quantise, widen
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
@@ -130,13 +130,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        return linear(x, packed.dense(dtype=product_dtype(x)), bias)
+        return upcast_linear(x, packed.dense(dtype=x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        weight = ctx.packed.dense(dtype=product_dtype(grad))
-        return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, grad_bias
+        weight, dtype = ctx.packed.dense(dtype=grad.dtype), product_dtype(grad)
+        return (grad.to(dtype) @ weight.to(dtype)).to(grad.dtype), None, grad_bias
 
 
 class PackedLinear(nn.Linear):

@@ -19,6 +19,7 @@ from thinkstack.engine.sampler import sample
 from thinkstack.machine import describe_machine, instruction_set, instruction_sets, prepare_machine
 from thinkstack.models import kernels
 from thinkstack.models.attention import MLA, AttentionContext, sight_of
+from thinkstack.models.blocked import linear
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
 from thinkstack.models.kernels import choice
 from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table, rotate, swiglu
@@ -184,6 +185,11 @@ def _rope(dtype: torch.dtype) -> Work:
     return _with_gradients(lambda x: rotate(x, table, True), _drawn(4, 160, 4, 32, dtype=dtype))
 
 
+def _linear(dtype: torch.dtype) -> Work:
+    x, weight = _drawn(640, SHAPE.hidden_size, dtype=dtype), _drawn(SHAPE.dense_size, SHAPE.hidden_size, dtype=dtype)
+    return _with_gradients(linear, x, weight)
+
+
 def _dequantize(dtype: torch.dtype) -> Work:
     stored = Int8()
     packed = stored.pack(_drawn(576, 1536, dtype=torch.float32))
@@ -246,6 +252,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 CASES: dict[str, Callable[[], Work]] = {
     f"{name}.{choice.DTYPES[dtype]}": partial(case, dtype)
     for name, case, dtypes in (
+        ("linear", _linear, (FP32,)),
         ("attend", _attend, (FP32, BF16)),
         ("experts", _experts, (FP32, BF16)),
         ("rms_norm", _rms_norm, (FP32, BF16)),

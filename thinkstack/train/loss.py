@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from thinkstack.models import kernels
+from thinkstack.models.blocked import linear, linear_grad_weight, linear_grad_x
 from thinkstack.models.memory import head_chunk
 from thinkstack.types import Batch, ConfigError
 
@@ -91,7 +91,7 @@ class _TokenLogProbs(torch.autograd.Function):
         log_probs = hidden.new_empty(index.numel(), dtype=torch.float32)
         normaliser, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
         for part in _chunks(index.numel(), weight.shape[0]):
-            logits = F.linear(hidden[index[part]], weight)  # (m, V)
+            logits = linear(hidden[index[part]], weight)  # (m, V)
             if kernels.takes_rows(logits, "log_probs"):
                 into = entropy[part] if with_entropy else None
                 log_probs[part], normaliser[part] = kernels.log_probs(logits, targets[part], temperature, into)
@@ -114,7 +114,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(index.numel(), weight.shape[0]):
             rows = hidden[index[part]]
-            logits = F.linear(rows, weight)
+            logits = linear(rows, weight)
             if kernels.takes_rows(logits, "log_probs"):
                 kernels.log_probs_backward(logits, targets[part], normaliser[part], grad[part], ctx.temperature)
                 grad_logits = logits
@@ -122,9 +122,9 @@ class _TokenLogProbs(torch.autograd.Function):
                 scale = (grad[part] / ctx.temperature).unsqueeze(1)
                 probs = logits.float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
                 grad_logits = probs.mul_(-scale).scatter_add_(1, targets[part].unsqueeze(1), scale).to(hidden.dtype)
-            grad_hidden.index_copy_(0, index[part], grad_logits @ weight)
+            grad_hidden.index_copy_(0, index[part], linear_grad_x(grad_logits, weight))
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ rows
+                grad_weight += linear_grad_weight(grad_logits, rows)
         return grad_hidden, None, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 

@@ -5,7 +5,16 @@ depend on the other rows, only in bf16 on whether they are few. Without a compil
 counterparts run.
 """
 
-from thinkstack.models.kernels.calls import FEW, LANES, available, takes, takes_few, takes_rows, takes_steps
+from thinkstack.models.kernels.calls import (
+    FEW,
+    LANES,
+    available,
+    takes,
+    takes_few,
+    takes_linear,
+    takes_rows,
+    takes_steps,
+)
 from thinkstack.models.kernels.decoding import (
     BlockWeights,
     LatentLayer,
@@ -24,6 +33,9 @@ from thinkstack.models.kernels.operators import Heads, attend, expert_mlp
 from thinkstack.models.kernels.rows import (
     add_norm,
     is_rows,
+    linear,
+    linear_grad_weight,
+    linear_grad_x,
     log_probs,
     log_probs_backward,
     rms_norm,
@@ -36,8 +48,9 @@ from thinkstack.models.kernels.rows import (
 )
 
 __all__ = [
-    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "RowDraws", "add_norm", "attend", "attend_new", "available",
-    "block_steps", "draw", "expert_mlp", "feed_forward", "few_rows", "is_rows", "latent_model", "log_probs",
-    "log_probs_backward", "read_cache", "rms_norm", "rms_norm_backward", "rotate", "route", "rows_of", "swiglu",
-    "swiglu_backward", "swiglu_halves", "takes", "takes_few", "takes_rows", "takes_steps", "widen",
+    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "RowDraws", "add_norm", "attend", "attend_new",
+    "available", "block_steps", "draw", "expert_mlp", "feed_forward", "few_rows", "is_rows", "latent_model", "linear",
+    "linear_grad_weight", "linear_grad_x", "log_probs", "log_probs_backward", "read_cache", "rms_norm",
+    "rms_norm_backward", "rotate", "route", "rows_of", "swiglu", "swiglu_backward", "swiglu_halves", "takes",
+    "takes_few", "takes_linear", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ SOURCES = (
     "blocks_bf16.cpp",
     "blocks_int8.cpp",
     "attention.cpp",
+    "linear.cpp",
     "decode.cpp",
     "steps.cpp",
     "experts.cpp",

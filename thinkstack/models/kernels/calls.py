@@ -48,6 +48,13 @@ def takes_steps(x: Tensor, hidden_size: int, operation: str) -> bool:
     return small and takes_rows(x, operation)
 
 
+def takes_linear(x: Tensor, *widths: int) -> bool:
+    """Whether the kernel multiplies x by a matrix of these widths: in fp32, of whole vectors."""
+    if x.dtype != torch.float32 or x.numel() == 0:
+        return False
+    return all(width % LANES == 0 for width in widths) and takes_rows(x, "linear")
+
+
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
     """Whether weights (M, K) should be read by the kernels for a few rows: inference on FEW rows at most, x in bf16,
     weights in bf16 or int8.

@@ -1,11 +1,11 @@
-"""Norms, activations, rotations and log-probabilities: operations on rows that memory bounds."""
+"""Norms, activations, rotations and log-probabilities, operations on rows that memory bounds, and products in fp32."""
 
 # Shapes in this file: B rows, T tokens, H heads, D width, R rotated width, N tokens, V vocabulary size.
 
 import torch
 from torch import Tensor
 
-from thinkstack.models.kernels.calls import call_for
+from thinkstack.models.kernels.calls import call, call_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,3 +99,27 @@ def log_probs_backward(logits: Tensor, targets: Tensor, normaliser: Tensor, grad
     """Turn logits into their gradients, in place; grad (N,) fp32 is that of the log-probabilities."""
     rows = logits, targets, normaliser, grad.contiguous()
     call_for(logits.dtype, "log_probs_backward", *rows, *logits.shape, float(temperature))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) times weight (M, K) transposed, plus bias (M,): (..., M), all fp32; M and K multiples of LANES."""
+    x, (M, K) = x.contiguous(), weight.shape
+    out = torch.empty(*x.shape[:-1], M)
+    call("linear", x, weight.contiguous(), bias, out, x.numel() // K, M, K)
+    return out
+
+
+def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad (..., M) times weight (M, K): (..., K), as `linear`."""
+    grad, (M, K) = grad.contiguous(), weight.shape
+    out = torch.empty(*grad.shape[:-1], K)
+    call("linear_grad_x", grad, weight.contiguous(), out, grad.numel() // M, M, K)
+    return out
+
+
+def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """grad (..., M) transposed times x (..., K): (M, K), as `linear`."""
+    M, K = grad.shape[-1], x.shape[-1]
+    out = torch.empty(M, K)
+    call("linear_grad_weight", grad.contiguous(), x.contiguous(), out, x.numel() // K, M, K)
+    return out
