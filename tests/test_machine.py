@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from thinkstack.machine import (
     OtherWork,
+    SharedCores,
     bound_cores,
     cpu_quota,
     fastest_threads,
@@ -243,3 +245,21 @@ def test_a_setting_that_comes_after_torch_is_known_to_be_late():
 
 def test_the_cores_of_this_process_are_among_those_of_the_machine():
     assert 1 <= usable_cores() <= bound_cores() <= (os.cpu_count() or 1)
+
+
+def test_threads_leave_busy_cores_alone_and_come_back(monkeypatch):
+    """A thread that shares its core with another program held up all others at the next barrier."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cores = SharedCores()
+        monkeypatch.setattr(cores, "_asked", -1e9)
+        monkeypatch.setattr(cores._others, "cores", lambda: 1.9)
+        with cores:
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        with cores:  # asked a moment ago
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

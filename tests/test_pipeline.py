@@ -1,5 +1,7 @@
 """Recipes: planning, resuming, and refusing what does not fit."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from thinkstack import pipeline
 from thinkstack.config import override
 from thinkstack.log import Run
+from thinkstack.models.kernels import choice
+from thinkstack.models.precision import resolve_precision
 from thinkstack.pipeline import plan, read_manifest, read_recipe, run_recipe
 from thinkstack.types import ConfigError, Interrupted
 
@@ -120,3 +124,26 @@ def test_a_folder_made_with_other_settings_is_not_mixed_with_these(tmp_path: Pat
     run_recipe(tree, tmp_path)
     with pytest.raises(ConfigError, match=r"was made with other settings; choose another folder with --out"):
         run_recipe(override(tree, "stages.zero.steps=3"), tmp_path)
+
+
+def test_a_resumed_stage_computes_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On another machine "auto" was another precision, and the rest of the run another run."""
+    dtypes: list[str] = []
+
+    def stage(config: object, run: Run) -> None:
+        dtypes.append(resolve_precision("auto"))
+        if len(dtypes) == 1:
+            raise Interrupted
+
+    monkeypatch.setitem(pipeline.STAGES, "pretrain", (pipeline.STAGES["pretrain"][0], stage))
+    recipe = {"stages": {name: read_recipe("demo", "smoke")["stages"]["base"] for name in ("first", "second")}}
+    for machine in ("bf16", "fp32"):
+        found = replace(choice.decide(), auto_dtype=machine)
+        monkeypatch.setattr(choice, "decide", lambda found=found: found)
+        choice.adopt(None)
+        with contextlib.suppress(Interrupted):
+            run_recipe(recipe, tmp_path)
+    choice.adopt(None)
+    assert dtypes == ["bf16", "bf16", "fp32"]  # the second stage was not begun before
+    kept = Run(tmp_path / "first").provenance()["config"]["computed_with"]
+    assert kept["auto_dtype"] == "bf16" and kept["reason"]

@@ -28,6 +28,8 @@ CLEARLY_FASTER = 1.1
 """More threads are used where they are so many times as fast as fewer."""
 SPARE = 0.25
 """Other work of less than so much of a core is left out of account."""
+ADAPT_SECONDS = 0.3
+"""Between two looks at what other work takes of the cores."""
 MEASURE_SECONDS, DOUBT_SECONDS = 0.04, 0.3
 """How long thread counts are measured, and how long where more threads look slower: other work may be the cause."""
 
@@ -229,6 +231,29 @@ class OtherWork:
             if words and re.fullmatch(r"cpu\d+", words[0]) and int(words[0][3:]) in mine:
                 ticks += sum(int(words[place]) for place in (1, 2, 3, 6, 7))
         return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0, time.process_time()
+
+
+class SharedCores:
+    """Inside a with block torch has no more threads than cores are free, as other work comes and goes."""
+
+    def __init__(self) -> None:
+        self._others, self._asked, self._busy, self._before = OtherWork(), time.monotonic(), 0.0, 0
+
+    def __enter__(self) -> "SharedCores":
+        import torch
+
+        if time.monotonic() - self._asked >= ADAPT_SECONDS:
+            self._asked, self._busy = time.monotonic(), self._others.cores()
+        self._before = torch.get_num_threads()
+        if (threads := threads_beside(self._before, self._busy)) < self._before:
+            torch.set_num_threads(threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        if torch.get_num_threads() != self._before:
+            torch.set_num_threads(self._before)
 
 
 def pick_device(name: str) -> "torch.device":

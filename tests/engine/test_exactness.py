@@ -230,3 +230,26 @@ def test_contexts_of_several_segments_give_the_same_tokens_alone_and_in_company(
     for one, sampling, found in zip(asked[:3], samplings, together, strict=False):
         [[expected]] = Engine(model, replace(settings, max_prefill_tokens=300)).generate([one], [sampling])
         assert (expected.token_ids, expected.log_probs) == (found[0].token_ids, found[0].log_probs)
+
+
+@pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["whole", "gqa"])
+def test_the_number_of_threads_changes_no_bit(cfg):
+    """An engine takes fewer of them while other work keeps cores busy, where this holds."""
+    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 200)], how(4)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            engine = Engine(model, SMALL)
+            assert engine.runner.ignores_threads
+            answers = engine.generate(asked, samplings)
+            found.append([(one.token_ids, one.log_probs) for group in answers for one in group])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+def test_torchs_own_products_may_depend_on_threads_so_the_engine_leaves_them(monkeypatch):
+    monkeypatch.setattr(calls, "available", lambda: False)
+    assert not Engine(tiny_model(WHOLE, **LONG), SMALL).runner.ignores_threads

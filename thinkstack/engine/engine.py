@@ -5,6 +5,7 @@ the same tokens alone or in company, from cached prefixes or not, in one piece o
 model makes of a token depends on its sequence alone, and draws depend on the request.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
 from thinkstack.engine.speculate import Speculator
 from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
+from thinkstack.machine import SharedCores
 from thinkstack.models.precision import STORAGES, AskedPrecision, Stored
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
@@ -101,6 +103,7 @@ class Engine:
         self.answers_failed = 0
         self.last_error: str | None = None
         """What last went wrong with an answer."""
+        self.cores = SharedCores()
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """What computes the tokens."""
@@ -204,7 +207,12 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute a token or more for every running sequence, and prompts as far as they fit; draw; settle."""
+        """Compute a token or more for every running sequence, and prompts as far as they fit; draw; settle. Where other
+        work keeps cores busy, on those that are left."""
+        with self.cores if self.runner.ignores_threads else contextlib.nullcontext():
+            self._step()
+
+    def _step(self) -> None:
         began, speculator, table = time.perf_counter(), self.speculator, self.table
         drafting = speculator is not None and speculator.begins(len(self.scheduler.running))
         self.scheduler.drafting = drafting

@@ -13,6 +13,7 @@ from thinkstack.engine.graphs import Graphs, Inputs, Outputs, can_record
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
+from thinkstack.models import kernels
 from thinkstack.models.blocked import multiply
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import keep_blocked
@@ -181,6 +182,12 @@ class Runner:
         if padding := self._padding(count):
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
         return self._model.head(hidden)[:count]
+
+    @property
+    def ignores_threads(self) -> bool:
+        """Whether no bit of a completion depends on how many threads torch has: one pass computes all of any step."""
+        whole = self._whole
+        return whole is not None and whole.head is not None and whole.most_tokens > kernels.FEW
 
     def _takes_whole(self, count: int) -> bool:
         """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""
