@@ -144,17 +144,21 @@ void take_steps(const BlockSteps& a) {
   for_count<1>(a.B, [&](auto n) { Step<n.value, M>(a).run(); });
 }
 
-// out (N, M) = x (N, K) weights (M, K) transposed, for a few rows.
+// out (N, width) = x (N, K) weights (width, K) transposed.
+template <int N, typename M>
+void multiply_rows(Matrix<M> weights, const bf16* x, bf16* out, int64_t width, int64_t K, int64_t threads) {
+  Input<N, M> input(K);
+  input.take(x, K);
+#pragma omp parallel num_threads(threads)
+  rows(weights, input, width * thread() / team(), width * (thread() + 1) / team(), [&](int64_t m, const float* found) {
+    for (int i = 0; i < N; i++) put(out + i * width + m, found[i]);
+  });
+}
+
+// The same for a few rows, N of them. Clang compiles no parallel region within the lambda itself.
 template <typename M>
 void multiply_few(Matrix<M> weights, const bf16* x, bf16* out, int64_t N, int64_t width, int64_t K, int64_t threads) {
-  for_count<1>(N, [&](auto n) {
-    Input<n.value, M> input(K);
-    input.take(x, K);
-#pragma omp parallel num_threads(threads)
-    rows(weights, input, width * thread() / team(), width * (thread() + 1) / team(), [&](int64_t m, const float* found) {
-      for (int i = 0; i < n.value; i++) put(out + i * width + m, found[i]);
-    });
-  });
+  for_count<1>(N, [&](auto n) { multiply_rows<n.value>(weights, x, out, width, K, threads); });
 }
 
 }  // namespace

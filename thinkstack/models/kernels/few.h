@@ -111,6 +111,7 @@ struct Pieces {
   static Codes load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }  // + 128: one factor must be unsigned
   static vi add(vi sum, Codes codes, const Piece* x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, codes, _mm512_loadu_si512(x)); }
   static constexpr int32_t RAISED = 128;  // of every code
+  static Codes raised() { return _mm512_set1_epi8(char(RAISED)); }
 };
 #else
 struct Pieces {
@@ -127,6 +128,7 @@ struct Pieces {
   static Codes load(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
   static vi add(vi sum, Codes codes, const Piece* x) { return sum + (vi)_mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i*)x)); }
 #endif
+  static Codes raised() { return Codes{}; }
 };
 #endif
 
@@ -210,8 +212,7 @@ class Input<N, int8_t> : Pieces {
     for (int p = 0; p < COUNT; p++) {
       raised_[n][p] = vi{};
       if constexpr (RAISED != 0) {
-        const Codes ones = _mm512_set1_epi8(char(RAISED));
-        for (int64_t c = 0; c < K_; c += WIDE) raised_[n][p] = Pieces::add(raised_[n][p], ones, piece(n, p) + c);
+        for (int64_t c = 0; c < K_; c += WIDE) raised_[n][p] = Pieces::add(raised_[n][p], Pieces::raised(), piece(n, p) + c);
       }
     }
   }

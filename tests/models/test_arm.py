@@ -1,0 +1,518 @@
+"""The kernels on Arm, whose vectors have 4 numbers: compiled by a cross compiler, run by an emulator.
+
+Python does not run there. Calls are recorded here with all memory that they point to, made once more by arm_driver.cpp,
+and played back: the same Python code then gets what the kernels wrote on Arm, which is compared with torch's operators.
+"""
+
+import ctypes
+import functools
+import itertools
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.models.arm_calls import COMPILER, EMULATOR, SOURCES, Call, Memory, answered, described, run_on_arm
+from tests.models.test_kernels import MLA_ODD, MLA_WHOLE, branches_of, drawn, with_gradients
+from tests.models.test_whole import KINDS, LATENT
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.engine.sampler import sample, uniforms
+from thinkstack.models import fp8, kernels
+from thinkstack.models.attention import GQA, MLA, AttentionContext, read_pages, sight_of
+from thinkstack.models.config import MoEConfig
+from thinkstack.models.kernels import build, calls
+from thinkstack.models.layers import RMSNorm, SwiGLU, rope_table, rotate, swiglu
+from thinkstack.models.moe import route
+from thinkstack.models.pages import Pages
+from thinkstack.models.precision import inference_copy
+from thinkstack.models.quant import Int8
+from thinkstack.models.whole import whole_model
+from thinkstack.train.loss import token_log_probs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not calls.available(), reason="no C++ compiler"),
+    pytest.mark.skipif(
+        not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
+        reason=f"needs {COMPILER} and {EMULATOR}: apt install g++-aarch64-linux-gnu qemu-user",
+    ),
+]
+FP32, BF16 = torch.float32, torch.bfloat16
+BOUND = {FP32: 2e-6, BF16: 1e-2}
+"""Of the norm of a difference over the norm, as in test_kernels.py."""
+
+
+class Case(NamedTuple):
+    """The same twice."""
+
+    mine: Callable[[], list[Tensor]]
+    """With kernels."""
+    theirs: Callable[[], list[Tensor]]
+    """Called where torch's operators compute everything."""
+    bound: float
+
+
+def alike(run: Callable[[], list[Tensor]], bound: float) -> Case:
+    return Case(run, run, bound)
+
+
+def attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
+    """Latent attention with a shared part of the keys, at odd widths; documents, or one that branches."""
+    cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
+    module = MLA(replace(MLA_TINY, attention=cfg), 0)
+    context = among(tokens, branched, 4)
+    inputs = [drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)]
+    return attended(lambda *x: module.among_themselves(*x, module.expanded, context), inputs, dtype)
+
+
+def grouped_attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
+    module, context = GQA(GQA_TINY, 0), among(tokens, branched, 8)
+    inputs = [drawn(2, tokens, 4, 8), drawn(2, tokens, 32, seed=1)]
+    return attended(lambda q, kv: module.among_themselves(q, kv, None, module.heads, context), inputs, dtype)
+
+
+def among(tokens: int, branched: bool, width: int) -> AttentionContext:
+    documents = torch.arange(tokens)[None] // (1000 if branched else 37)
+    sight = sight_of(documents, branches_of(tokens) if branched else None)
+    rope = rope_table(torch.arange(tokens)[None], width, MLA_TINY.rope)
+    return AttentionContext(rope=rope, sight=sight, last=torch.arange(tokens)[None])
+
+
+def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Case:
+    """Result and gradients; the other side computes in fp32 what is exact there."""
+    own = [x.to(dtype) for x in inputs]
+
+    def theirs() -> list[Tensor]:
+        return with_gradients(run, *(x.float() for x in own))
+
+    return Case(lambda: with_gradients(run, *own), theirs, BOUND[dtype])
+
+
+def experts(dtype: torch.dtype) -> Case:
+    """More pairs than a block holds of some experts, none of the last."""
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.randint(3, (150, 1), generator=generator)
+    chosen = torch.cat((chosen, (chosen + 1) % 4), 1)
+    chosen[chosen == 3] = 2
+    weights = torch.rand(150, 2, generator=generator)
+    inputs = [x.to(dtype) for x in (drawn(150, 48), drawn(4, 64, 48, seed=6) / 7, drawn(4, 48, 32, seed=7) / 6)]
+
+    def plain(x: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        gate, up = torch.einsum("nd,nkid->nki", x, w_in[chosen]).chunk(2, -1)
+        return torch.einsum("nki,nkdi,nk->nd", F.silu(gate) * up, w_out[chosen], weights)
+
+    def mine() -> list[Tensor]:
+        x, w_in, w_out = inputs
+        with torch.no_grad():
+            alone = kernels.expert_mlp(x, weights, chosen, w_in, w_out)
+        run = lambda x, weights, w_in, w_out: kernels.expert_mlp(x, weights, chosen, w_in, w_out)  # noqa: E731
+        return [alone, *with_gradients(run, x, weights, w_in, w_out)]
+
+    def theirs() -> list[Tensor]:
+        x, w_in, w_out = (one.float() for one in inputs)
+        found = with_gradients(plain, x, weights, w_in, w_out)
+        return [found[0], *found]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def model(name: str, interleaved: bool) -> Case:
+    """Logits and gradients of a whole model."""
+    cfg = {"whole vectors": MLA_WHOLE, "odd widths": MLA_ODD, "gqa": GQA_TINY}[name]
+    whole = tiny_model(replace(cfg, rope=replace(cfg.rope, interleaved=interleaved)))
+    ids = torch.randint(cfg.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[1] * 23 + [2] * 30 + [0] * 8, [3] * 61])
+
+    def run() -> list[Tensor]:
+        whole.zero_grad()
+        logits = whole(ids, None, documents)
+        logits.logsumexp(-1).square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in whole.parameters() if p.grad is not None)]
+
+    return alike(run, 3e-5)
+
+
+def rows(width: int, dtype: torch.dtype) -> Case:
+    """Norms, activations and rotations with their gradients."""
+    x, y = drawn(3, 5, width, dtype=dtype), drawn(3, 5, width, seed=1, dtype=dtype)
+    norm = RMSNorm(width, 1e-6)
+    norm.weight.data = drawn(width, seed=2)
+    wide, pairs = drawn(3, 5, width + 3, dtype=dtype), drawn(3, 5, 2, 2 * width, dtype=dtype)
+    table = rope_table(torch.arange(5)[None], 2 * width, MLA_TINY.rope)
+
+    def run() -> list[Tensor]:
+        found = with_gradients(lambda x: norm(x[..., :width]), wide) + with_gradients(swiglu, x, y)
+        for interleaved in (True, False):
+            found += with_gradients(functools.partial(rotate, table=table, interleaved=interleaved), pairs)
+        return [*found, *with_gradients(norm, x), norm.weight.grad.clone()]
+
+    def fresh() -> list[Tensor]:
+        norm.weight.grad = None
+        return run()
+
+    return alike(fresh, BOUND[dtype])
+
+
+def halves(dtype: torch.dtype) -> Case:
+    """What lies between the products of a dense model."""
+    x, change, both = (drawn(5, 37, seed=s, dtype=dtype) for s in (0, 1, 2))
+    both, weight = torch.cat((x, both), 1), drawn(37, seed=3)
+
+    def mine() -> list[Tensor]:
+        total = x.clone()
+        normed = kernels.add_norm(total, change, weight, 1e-6)
+        return [total, normed, kernels.swiglu_halves(both)]
+
+    def theirs() -> list[Tensor]:
+        total = (x.float() + change.float()).to(dtype)
+        normed = F.rms_norm(total.float(), (37,), weight, 1e-6)
+        return [total, normed, F.silu(x.float()) * both[:, 37:].float()]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def log_probabilities(dtype: torch.dtype) -> Case:
+    hidden, weight = drawn(9, 12, dtype=dtype), drawn(53, 12, seed=1, dtype=dtype)
+    index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        log_probs, entropy = token_log_probs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
+        return log_probs + entropy
+
+    return alike(lambda: with_gradients(run, hidden, weight), BOUND[dtype])
+
+
+def widened(dtype: torch.dtype) -> Case:
+    """All numbers of e4m3, and int8, to the bit."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[:, 140:, :54] += 202
+    scale, parts = drawn(2, 2, 2), Int8().pack(drawn(3, 5, 70, seed=1))
+
+    def run() -> list[Tensor]:
+        out, plain = torch.empty(codes.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
+        fp8.widen(codes, scale, out)
+        Int8().unpack(parts, plain)
+        return [out.isnan().int(), out.nan_to_num(), plain]
+
+    return alike(run, 0)
+
+
+def routing(group_score: str, normalise: bool) -> Case:
+    sizes = dict(num_experts=12, top_k=3, expert_size=16, num_groups=4, top_groups=2)
+    cfg = MoEConfig(**sizes, group_score=group_score, normalise_weights=normalise)
+    scores, bias = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)), drawn(12, seed=1) * 0.2
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        weights, chosen = route(scores, bias, cfg)
+        chosen, order = chosen.sort(-1)
+        return [chosen, weights.gather(1, order)]
+
+    return alike(run, BOUND[FP32])
+
+
+def feed_forward(tokens: int) -> Case:
+    module = SwiGLU(37, 21)
+    for n, parameter in enumerate(module.parameters()):
+        parameter.data = drawn(*parameter.shape, seed=n)
+    return alike(lambda: [torch.no_grad()(module)(drawn(tokens, 37, seed=9))], BOUND[FP32])
+
+
+def products(count: int, wide: int, narrow: int) -> Case:
+    """With and without a bias, and the gradients; sums longer than a panel."""
+    x, weight, bias, grad = drawn(count, wide), drawn(narrow, wide, seed=1), drawn(narrow, seed=2), drawn(count, narrow)
+
+    def mine() -> list[Tensor]:
+        found = [kernels.linear(x, weight, None), kernels.linear(x, weight, bias)]
+        return [*found, kernels.linear_grad_x(grad, weight), kernels.linear_grad_weight(grad, x)]
+
+    def theirs() -> list[Tensor]:
+        found = x.double() @ weight.double().T
+        return [found, found + bias, grad.double() @ weight.double(), grad.double().T @ x.double()]
+
+    return Case(mine, theirs, BOUND[FP32])
+
+
+HEADS = {
+    "mla": kernels.Heads(1, 96, 0, 0, 0, 64),
+    "mla, odd": kernels.Heads(1, 24, 0, 0, 0, 19),
+    "gqa": kernels.Heads(2, 32, 32, 64, 32, 32),
+    "gqa, odd": kernels.Heads(2, 6, 6, 12, 6, 6),
+}
+
+
+def cache_read(kind: str, per_group: int, company: bool, dtype: torch.dtype) -> Case:
+    """Contexts of several segments, chunks of prompts over the edge of a block; what is not seen is not a number."""
+    heads = HEADS[kind]
+    entries = drawn(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
+    tables = (1 + torch.randperm(39, generator=torch.Generator().manual_seed(0))).view(1, 39).int()
+    tables = torch.cat((tables, tables.flip(1).repeat(5, 1)))
+    entries[0] = torch.nan
+    tables[0, 32] = 40
+    entries[40, 6:] = torch.nan  # behind token 2053
+    owner, last = torch.zeros(7, dtype=torch.int32), torch.arange(2047, 2054)
+    if company:
+        owner = torch.cat((owner, torch.arange(1, 6, dtype=torch.int32)))
+        last = torch.cat((last, torch.tensor([0, 63, 1024, 1500, 9])))
+    query = drawn(len(owner), heads.groups, per_group, heads.key_width).to(dtype)
+
+    def mine() -> list[Tensor]:
+        return [kernels.read_cache(query, Pages(entries, tables, owner), last, heads, 0.2)]
+
+    def theirs() -> list[Tensor]:
+        return [read_pages(query.double(), Pages(entries.double().nan_to_num(), tables, owner), last, heads, 0.2)]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) -> Case:
+    """Of two sequences, over the edge of a block; their entries are written too."""
+    H, G, N = 6, 2, 5
+    qkv, entries = drawn(N, (H + 2 * G) * width, dtype=dtype), drawn(7, 64, 2 * G * width, seed=1, dtype=dtype)
+    norms = (drawn(width, seed=2), drawn(width, seed=3)) if normed else (None, None)
+    tables, owner = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32), torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32)
+    last = torch.tensor([62, 63, 64, 65, 9])
+    rope = rope_table(last, width, MLA_TINY.rope)
+    sizes, scales = dict(H=H, G=G, W=width, interleaved=int(interleaved)), dict(scale=0.3, eps=1e-6)
+
+    def mine() -> list[Tensor]:
+        own = entries.clone()
+        return [kernels.attend_new(qkv, norms, sizes, rope, last, Pages(own, tables, owner), scales), own]
+
+    def theirs() -> list[Tensor]:
+        q, k, v = qkv.float().unflatten(1, (-1, width)).split([H, G, G], 1)
+        if normed:
+            q, k = (F.rms_norm(x, (width,), weight, 1e-6) for x, weight in zip((q, k), norms, strict=True))
+        q, k = (rotate(x[None].contiguous(), rope[None], interleaved)[0] for x in (q, k))
+        own = entries.float()
+        own[tables[owner, last // 64].long(), last % 64] = torch.cat((k.flatten(1), v.flatten(1)), 1)
+        heads = kernels.Heads(G, width, width, G * width, width, width)
+        return [read_pages(q.unflatten(1, (G, -1)), Pages(own, tables, owner), last, heads, 0.3).view(N, -1), own]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def draws(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
+    """With top-k, top-p and min-p or without, some greedy, some without the lower half of the tokens."""
+    logits = (drawn(60, vocabulary) * 3).to(dtype)
+    logits[::5, : vocabulary // 2] = -torch.inf
+    temperature, uniform = torch.full((60,), 0.8), torch.linspace(0, 0.999, 60, dtype=torch.float64)
+    temperature[::7] = 0
+    limits = None
+    if kept:
+        limits = (torch.tensor([0, 1, 2, 40, 10_000]), torch.tensor([1.0, 0.9, 0.3, 0.999]), torch.tensor([0, 0.02, 1]))
+        limits = tuple(limit.repeat(60)[:60] for limit in limits)
+    return alike(lambda: list(sample(logits, temperature, uniform, limits)), 2e-5)
+
+
+def draws_of_rows(keeps_all: bool) -> Case:
+    """Rows with their own settings and numbers, which the kernel makes: of 4,000 tokens of one mass."""
+    random = numpy.random.default_rng(0)
+    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
+    columns |= dict(prompt=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
+    columns |= {name: random.uniform(0.3, 1, 50).astype(numpy.float32) for name in ("temperature", "top_p", "min_p")}
+    chosen, offsets, logits = random.permutation(50)[:40], random.integers(0, 4, 40), torch.zeros(40, 4000)
+
+    def mine() -> list[Tensor]:
+        found = kernels.RowDraws(**columns).draw(logits, chosen, offsets, keeps_all)
+        return [torch.from_numpy(one) for one in found]
+
+    def theirs() -> list[Tensor]:
+        counters = (columns["known"] - columns["prompt"])[chosen] + offsets
+        numbers = torch.from_numpy(uniforms(columns["seed"][chosen], counters.astype("u8")))
+        names = ("temperature", "top_k", "top_p", "min_p")
+        temperature, *kept = (torch.from_numpy(columns[name][chosen]) for name in names)
+        return list(sample(logits, temperature, numbers, None if keeps_all else tuple(kept)))
+
+    return Case(mine, theirs, 2e-5)
+
+
+def few_rows(count: int, width: int) -> Case:
+    x, weight = drawn(count, width, dtype=BF16), drawn(50, width, seed=1)
+    parts = Int8().pack(weight)
+
+    @torch.no_grad()
+    def mine() -> list[Tensor]:
+        return [kernels.few_rows(x, weight.bfloat16()), kernels.few_rows(x, parts["codes"], parts["scale"])]
+
+    def theirs() -> list[Tensor]:
+        matrices = weight.bfloat16().double(), parts["codes"].double() * parts["scale"].double()
+        return [x.double() @ matrix.T for matrix in matrices]
+
+    return Case(mine, theirs, 3e-3)
+
+
+def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torch.dtype) -> Case:
+    """New tokens through a whole model: states, experts, and what is written into the cache. The other side: the model
+    in parts, in fp32 over a cache in fp32. weights: "fp32", or those of inference_copy in bf16."""
+    exact = tiny_model((LATENT | KINDS)[kind])
+    own = exact if weights == "fp32" else inference_copy(exact, BF16, weights)
+    if weights == "int8":
+        exact = tiny_model(KINDS[kind])
+        for block in exact.layers:
+            for layer in block.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    Int8().unpack(Int8().pack(layer.weight.data), layer.weight.data)
+    chunk = max(count - 4, 1)
+    owner = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
+    places = torch.cat((torch.arange(62, 62 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
+    tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
+
+    def cache_of(dtype: torch.dtype) -> KVCache:
+        cache = KVCache(exact.cfg, 21, dtype)
+        cache.data.copy_(drawn(*cache.data.shape, seed=3))
+        return cache
+
+    def pages(cache: KVCache) -> Pages:
+        return Pages(cache.data[0], tables, owner.int())
+
+    @torch.no_grad()
+    def mine() -> list[Tensor]:
+        cache, whole = cache_of(cache_dtype), whole_model(own)
+        hidden, chosen = whole.hidden(ids, places, pages(cache), cache.data)
+        return [hidden, cache.data, *([] if chosen is None else chosen.sort(-1).values)]
+
+    @torch.no_grad()
+    def theirs() -> list[Tensor]:
+        cache = cache_of(FP32)
+        trunk = exact.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(cache, pages(cache), slots))
+        chosen = [each.experts[:, 0].sort(-1).values for each in trunk.routing]
+        return [trunk.hidden[:, 0], cache.data, *chosen]
+
+    return Case(mine, theirs, bound)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(function: Callable[..., Case], *settings: object) -> None:
+    words = ", ".join(str(setting).removeprefix("torch.") for setting in settings)
+    CASES[f"{function.__name__}: {words}"] = functools.partial(function, *settings)
+
+
+for _dtype in (FP32, BF16):
+    for _tokens, _branched in ((50, False), (50, True), (131, False), (131, True)):
+        case(attention, _tokens, _branched, _dtype)
+        case(grouped_attention, _tokens, _branched, _dtype)
+    for _width in (2, 16, 37):
+        case(rows, _width, _dtype)
+    for _function in (experts, halves, log_probabilities, widened):
+        case(_function, _dtype)
+    for _kind in HEADS:
+        case(cache_read, _kind, 3, False, _dtype)
+        case(cache_read, _kind, 3, True, _dtype)
+    case(cache_read, "gqa", 40, True, _dtype)
+    for _width, _normed, _interleaved in ((32, True, False), (12, False, True), (10, True, True), (32, False, False)):
+        case(new_tokens, _width, _normed, _interleaved, _dtype)
+    for _vocabulary, _kept in itertools.product((53, 1003), (False, True)):
+        case(draws, _vocabulary, _kept, _dtype)
+for _name, _interleaved in itertools.product(("whole vectors", "odd widths", "gqa"), (True, False)):
+    case(model, _name, _interleaved)
+for _score, _normalise in itertools.product(("top2", "max"), (True, False)):
+    case(routing, _score, _normalise)
+for _tokens in (1, 19):
+    case(feed_forward, _tokens)
+for _count, _wide, _narrow in ((1, 48, 16), (5, 304, 80), (263, 64, 336)):
+    case(products, _count, _wide, _narrow)
+for _keeps_all in (False, True):
+    case(draws_of_rows, _keeps_all)
+for _count, _width in ((1, 32), (2, 96), (3, 576), (5, 96), (8, 576)):
+    case(few_rows, _count, _width)
+for _kind in LATENT:
+    case(at_once, _kind, 19, "fp32", 1e-5, FP32)
+    case(at_once, _kind, 5, "fp32", 1e-2, BF16)
+for _kind, _count in itertools.product(KINDS, (1, 3, 8)):
+    case(at_once, _kind, _count, "plain", 5e-2, BF16)
+    case(at_once, _kind, _count, "int8", 5e-2, BF16)
+
+
+class Arm:
+    """What the kernels were called with for all cases, and what they wrote here and on Arm."""
+
+    def __init__(self, folder: Path):
+        self.recorded: dict[str, list[Call]] = {}
+        self.here: dict[str, list[Tensor]] = {}
+        for name, make in CASES.items():
+            self.here[name], self.recorded[name] = record(make)
+        every = [call for recorded in self.recorded.values() for call in recorded]
+        run_on_arm(every, folder)
+
+    def play(self, name: str) -> list[Tensor]:
+        """The case's results where the kernels write what they wrote on Arm."""
+        left = iter(self.recorded[name])
+
+        def answer(kernel: str, arguments: tuple, memory: Memory) -> None:
+            known, own = next(left), described(kernel, arguments, memory)
+            assert (own.name, own.integers, own.reals) == (known.name, known.integers, known.reals)
+            assert own.addresses == known.addresses
+            holds_addresses = {block for block, *_ in own.addresses}
+            for n, (at, before, after) in enumerate(zip(own.blocks, known.before, known.after, strict=True)):
+                if n not in holds_addresses and before != after:
+                    ctypes.memmove(at, after, len(after))
+
+        with answered(answer):
+            found = CASES[name]().mine()
+        assert next(left, None) is None
+        return found
+
+
+def record(make: Callable[[], Case]) -> tuple[list[Tensor], list[Call]]:
+    """Results of a case here, and the calls that it made."""
+    recorded, library = [], build.binary()
+
+    def answer(name: str, arguments: tuple, memory: Memory) -> None:
+        recorded.append(described(name, arguments, memory))
+        getattr(library, name)(*arguments)
+
+    with answered(answer):
+        return make().mine(), recorded
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    return Arm(tmp_path_factory.mktemp("arm"))
+
+
+def difference(mine: Tensor, theirs: Tensor) -> float:
+    """Relative; of whole numbers, whether there is any."""
+    if not mine.is_floating_point():
+        return float(not torch.equal(mine, theirs))
+    mine, theirs = mine.double(), theirs.double()
+    return float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_arm_the_kernels_compute_what_torch_does(name, arm, on_torch):
+    """And what they do here."""
+    mine, expected = arm.play(name), CASES[name]()
+    theirs = on_torch(expected.theirs)
+    assert len(mine) == len(theirs) == len(arm.here[name]) > 0
+    for own, other, here in zip(mine, theirs, arm.here[name], strict=True):
+        assert own.dtype == here.dtype and own.shape == other.shape == here.shape
+        assert difference(own, other) <= expected.bound
+        assert difference(own, here) <= min(expected.bound, BOUND[BF16])
+
+
+def test_every_kernel_was_called_in_each_of_its_variants(arm):
+    """Those that take a structure have flags: bf16 or not, gradients or not."""
+    text = "".join((SOURCES / name).read_text() for name in build.SOURCES)
+    exported = set(re.findall(r'^extern "C" void (\w+)\(', text, re.MULTILINE))
+    for name in re.findall(r"^BOTH\((\w+),", text, re.MULTILINE):
+        exported |= {f"{name}_fp32", f"{name}_bf16"}
+    every = [call for recorded in arm.recorded.values() for call in recorded]
+    assert {call.name for call in every} == exported
+    for name, flags in re.findall(r'^extern "C" void (\w+)\(const [A-Z]\w+\* a\b(.*?)\)', text, re.MULTILINE):
+        called = {tuple(call.integers[1:]) for call in every if call.name == name}
+        assert called == set(itertools.product((0, 1), repeat=flags.count("int64_t"))), name
