@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy
@@ -21,13 +22,23 @@ from thinkstack.models.quant import FP8Blocks, Int8
 from thinkstack.types import Sampling
 
 triton = pytest.importorskip("triton")
-from tests.models.compiled_triton import FAST_MEMORY, SHAPES  # noqa: E402
+from tests.models.compiled_triton import FAST_MEMORY, SHAPES, TYPES  # noqa: E402
 from thinkstack.models.cuda import packed, paged  # noqa: E402
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 BLOCK = 64
-EVERY = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+ONE_BY_ONE, RUNS = [1, 1, 1, 1], [5, 23, 1, 9]
+"""New tokens of four sequences."""
+
+
+def readings():
+    """Every shape in both precisions, whole and in parts; the larger ones by default as a device would read them."""
+    for (name, shape), dtype, parts, new in product(SHAPES.items(), TYPES, (1, 3), (ONE_BY_ONE, RUNS)):
+        is_default = name.endswith("small") or (dtype == torch.bfloat16 and parts == 3)
+        if shape[1] > 32:  # a program reads for one token then, and as well for the first of many as for all
+            new = [min(count, 3) for count in new]
+        what = f"{name}, {TYPES[dtype][1:]}, {parts} parts, {'decoding' if max(new) == 1 else 'prompts'}"
+        yield pytest.param(shape, dtype, parts, new, id=what, marks=() if is_default else pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +83,9 @@ def exact(query, pages, last, heads, scale):
     return read_pages(query.double(), wide, last, heads, scale)
 
 
-@EVERY
-@BOTH_DTYPES
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("new", [[1, 1, 1, 1], [5, 23, 1, 9]], ids=["decoding", "prompts"])
+@pytest.mark.parametrize(("shape", "dtype", "parts", "new"), readings())
 def test_the_cache_is_read_as_the_plain_path_reads_it(shape, dtype, parts, new):
     """Contexts within a block, at its edge, over several; parts that have nothing to read."""
-    if shape[1] > 32:  # a program reads for one token then, and as well for the first of many as for all
-        new = [min(count, 3) for count in new]
     query, pages, last, heads = case(shape, [5, 150, 64, 130], new, dtype)
     found = paged.read_cache(query, pages, last, heads, 0.2, parts)
     expected = exact(query, pages, last, heads, 0.2)
