@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import HANG_SECONDS
 from tests.tiny import MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.hf_files import WEIGHTS
 from thinkstack.checkpoint.hub import is_hub_name
@@ -105,16 +106,18 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (tmp_path / "published" / "original").mkdir()
     (tmp_path / "published" / "original" / "consolidated.safetensors").write_bytes(b"never fetched")
     server = Hub(tmp_path / "published")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
 def ask(name: str, cache: Path, address: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Fetch in a process of its own, which prints the folder: the library reads its settings when it is imported."""
+    """Fetch in a process of its own, which prints the folder: the library reads its settings when it is imported. It
+    does not wait before it asks again."""
     code = (
-        "import sys; from thinkstack.checkpoint.hub import fetch\n"
+        "import sys, time; time.sleep = lambda seconds: None\n"
+        "from thinkstack.checkpoint.hub import fetch\n"
         "from thinkstack.types import ConfigError\n"
         "try: print(fetch(sys.argv[1]))\n"
         "except ConfigError as error: sys.exit(str(error))"
@@ -122,7 +125,7 @@ def ask(name: str, cache: Path, address: str, **settings: str) -> subprocess.Com
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"} | settings
     return subprocess.run(
-        [sys.executable, "-c", code, name], env=kept | settings, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, name], env=kept | settings, capture_output=True, text=True, timeout=HANG_SECONDS
     )
 
 

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 
+from tests import HANG_SECONDS
 from tests.checkpoint.test_gguf_families import CASES, drawn
 from tests.checkpoint.test_gguf_tokenizer import foreign
 from tests.tiny import tiny_tokenizer
@@ -86,7 +87,9 @@ class Peer:
         job = {"path": str(path), "out": str(path.parent), "context": 256, "answer": answer}
         job |= {"prompts": prompts, "texts": texts, "questions": questions, "vocab_only": not prompts}
         command = [interpreter(), "-c", PEER]
-        run = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, check=False)
+        run = subprocess.run(
+            command, input=json.dumps(job), capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+        )
         assert run.returncode == 0, run.stderr[-2000:]
         found = json.loads(run.stdout.splitlines()[-1])
         self.answers, self.texts, self.said = found["answers"], found["texts"], found["said"]

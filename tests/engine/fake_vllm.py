@@ -2,7 +2,7 @@
 
 import json
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class FakeServer(Wire):
         """Says that it takes over new weights, and does not."""
         self.is_raw = False
         """Reports log-probabilities of the model itself."""
-        self.at_once, self.most_at_once, self.seconds = 0, 0, 0.0
+        self.at_once, self.most_at_once = 0, 0
+        self.before_answer: Callable[[], object] = lambda: None
+        """What it waits for before it draws."""
         self.lock, self.drawing = threading.Lock(), threading.Lock()
 
     def restart(self) -> None:
@@ -65,7 +67,7 @@ class FakeServer(Wire):
         with self.lock:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-        time.sleep(self.seconds)
+        self.before_answer()
         with self.drawing:
             (group,) = self.engine.generate([body["token_ids"]], [self.sampling(body["sampling_params"])])
             choices = [self.choice(place, found) for place, found in enumerate(group)]

@@ -2,17 +2,29 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from tests.tiny import MLA_TINY
+from tests.tiny import GQA_TINY, MLA_TINY
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.models.config import ModelConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, Sampling
 
 WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
 """Computed by one kernel, where there are kernels."""
-LONG = {"max_positions": 400}
+WAYS = [("kernels", "mla"), ("kernels", "gqa"), ("kernels", "whole"), ("torch", "mla"), ("torch", "gqa")]
+"""How a model may be computed: on torch's operators `WHOLE` is one like "mla"."""
+LONG = {"max_positions": 400, "num_layers": 2}
+"""Changes to a model: room for prompts over several blocks; a dense block and one with experts."""
 SMALL = EngineConfig(max_batch=8)
+
+
+def every_way(gqa: ModelConfig = GQA_TINY) -> pytest.MarkDecorator:
+    """Models by what computes them."""
+    models = {"mla": MLA_TINY, "gqa": gqa, "whole": WHOLE}
+    cases = [pytest.param(path, models[name], id=f"{path}-{name}") for path, name in WAYS]
+    return pytest.mark.parametrize(("path", "cfg"), cases, indirect=["path"])
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

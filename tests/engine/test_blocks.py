@@ -74,7 +74,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestTraffic.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
 
 
 class Guessing(Traffic):
@@ -84,7 +84,7 @@ class Guessing(Traffic):
 
 
 TestGuessing = Guessing.TestCase
-TestGuessing.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+TestGuessing.settings = settings(max_examples=6, stateful_step_count=15, deadline=None)
 
 
 @pytest.mark.slow

@@ -5,25 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, how, prompt
-from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, every_way, how, prompt
+from tests.tiny import tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.kernels import calls
 from thinkstack.types import RequestError, Sampling
 
-BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY, WHOLE], ids=["mla", "gqa", "whole"])
+EVERY_WAY = every_way()
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_chunks_of_any_size_give_the_tokens_of_a_whole_prompt(cfg, chunk, path):
-    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 200)], how(5)
+    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (130, 3, 64, 65)], how(4)
     found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(asked, samplings)
     assert drawn(found) == alone(model, asked, samplings)
 
 
-@BOTH
+@EVERY_WAY
 def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
     """Prompts that begin alike, asked at once and again: whole blocks, a whole prompt, and one token more or less."""
     model, base = tiny_model(cfg, **LONG), prompt(200)
@@ -35,7 +35,7 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
     engine.scheduler.check()
 
 
-@BOTH
+@EVERY_WAY
 def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
     """A cache of 6 blocks for 6 requests of up to 4: they push each other out, and all end as alone."""
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
@@ -46,7 +46,7 @@ def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
     engine.scheduler.check()
 
 
-@BOTH
+@EVERY_WAY
 def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
     model, asked, samplings = tiny_model(cfg, **LONG), [prompt(100), prompt(70, 1)], how(2, n=4, max_tokens=90)
     expected = alone(model, asked, samplings)

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 
+from tests import HANG_SECONDS
 from tests.engine.fake_vllm import FakePool
 from tests.engine.vllm_wire import ASKED, CONTEXT, FILE, PROMPT, REFUSED, SERVED, STREAMED, Replay
 from tests.tiny import GQA_TINY, tiny_model
@@ -123,7 +124,7 @@ def fast(monkeypatch):
 
 
 def pooled(pool: FakePool, **settings) -> RemoteEngine:
-    known = {"addresses": pool.addresses, "patience_seconds": 0.2}
+    known = {"addresses": pool.addresses, "patience_seconds": HANG_SECONDS}
     return RemoteEngine(tiny_model(GQA_TINY), EngineConfig(), ServersConfig(**known | settings), transport=pool)
 
 
@@ -142,16 +143,16 @@ def right(count: int = 12) -> list[tuple[int, ...]]:
 def test_answers_come_in_order_from_all_servers_and_progress_is_told():
     pool = FakePool("a", "b")
     engine, told = pooled(pool), []
-    pool["a"].seconds = pool["b"].seconds = 0.01
+    pool["a"].before_answer = pool["b"].before_answer = threading.Barrier(12, timeout=HANG_SECONDS).wait
     found = engine.generate([[1 + place] for place in range(12)], [SHORT] * 12, told.append)
     assert [group[0].token_ids for group in found] == right() and sum(told) == 12
-    assert min(len(server.bodies) for server in pool.servers.values()) > 3
+    assert [len(server.bodies) - 1 for server in pool.servers.values()] == [6, 6], "the first checks the weights"
 
 
 def test_a_server_gets_no_more_requests_than_it_may():
     pool = FakePool("a", "b")
     engine = pooled(pool, in_flight=2)
-    pool["a"].seconds = pool["b"].seconds = 0.01
+    pool["a"].before_answer = pool["b"].before_answer = threading.Barrier(4, timeout=HANG_SECONDS).wait
     assert asked_of(engine) == right()
     assert [server.most_at_once for server in pool.servers.values()] == [2, 2]
 
@@ -207,7 +208,7 @@ def test_answers_of_other_weights_are_thrown_away():
 
 def test_weights_that_do_not_arrive_are_noticed():
     pool = FakePool("a")
-    engine = pooled(pool)
+    engine = pooled(pool, patience_seconds=0.0)
     pool["a"].keeps_weights = True
     engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
     assert not engine.health().alive and "draws from other weights than it was given" in engine.health().last_error
@@ -225,7 +226,7 @@ def test_no_server_at_all_is_said_with_the_reason_of_each():
 def test_a_request_that_every_server_fails_at_ends_for_itself():
     """One that kills servers must not be handed on for ever."""
     pool = FakePool("a", "b", "c")
-    engine = pooled(pool, retries=1, patience_seconds=5.0)
+    engine = pooled(pool, retries=1)
     for server in pool.servers.values():
         server.answer = lambda body: httpx2.Response(500, json={"error": {"message": "EngineCore died"}})
     with pytest.raises(RequestError, match=r"tried 2 times: .*EngineCore died"):
@@ -307,15 +308,25 @@ def test_weights_do_not_change_under_an_open_stream():
 def test_giving_up_ends_what_is_under_way():
     """Ctrl-C must not leave servers drawing for nobody, nor wait for a queue of requests."""
     pool = FakePool("a")
-    engine = pooled(pool, in_flight=2)
+    engine, aborted = pooled(pool, in_flight=2), threading.Event()
+    handle, first = pool.handle_request, iter([True])
+
+    def handle_request(request):
+        if request.url.path == "/abort_requests":
+            aborted.set()
+        return handle(request)
+
+    def wait_for_the_abort() -> None:
+        assert next(first, False) or aborted.wait(HANG_SECONDS)
+
+    pool.handle_request, pool["a"].before_answer = handle_request, wait_for_the_abort
 
     def stop(count: int) -> None:
-        pool["a"].seconds = 0.2
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1]] * 64, [SHORT] * 64, stop)
-    assert "/abort_requests" in pool["a"].asked and len(pool["a"].bodies) < 16
+    assert "/abort_requests" in pool["a"].asked and len(pool["a"].bodies) < 6
     assert engine.health().running == 0
     assert threading.active_count() < 8
 

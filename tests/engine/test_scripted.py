@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.types import Sampling
@@ -30,6 +32,7 @@ def test_a_script_goes_on_after_preemption():
     assert [group[0].token_ids[:90] for group in found] == [tuple(t + 1 for t in one) for one in asked]
 
 
+@pytest.mark.slow
 def test_ten_thousand_waiting_requests_cost_less_than_a_millisecond_a_step():
     engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_batch=64)
     requests = [engine.submit([1 + n % 5] * 100, Sampling(max_tokens=50), priority=n % 3) for n in range(10_000)]

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, how, prompt
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, every_way, how, prompt
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine
@@ -45,7 +45,7 @@ def guess_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], t
     monkeypatch.setattr(Speculator, "_guess", lambda self, rows, states: oracle(self, rows, states))
 
 
-@BOTH
+@every_way(GQA_AHEAD)
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
     """Of every kind: long and short prompts, groups, chunks, whole blocks, hot and greedy draws."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 RECIPE = """
 [shared]
@@ -95,19 +95,49 @@ def take_one_core() -> None:
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
 
-def _main(recipe: Path, out: Path) -> None:
+class Moment(NamedTuple):
+    """The instant right before a file operation."""
+
+    operation: str
+    """As Python names it to audit hooks."""
+    path: str
+    """Below the folder of the run."""
+    count: int = 1
+    """Which of the operations of this kind on this path."""
+
+
+def _main(recipe: Path, out: Path, moment: Moment | None) -> None:
     from thinkstack.cli import main
+    from thinkstack.stages import pretrain, talk
 
     take_one_core()
+    pretrain.TOKENIZER_DOCUMENTS, talk.KNOWN_QUESTIONS = 200, 20  # more take longer than all the steps
+    if moment:
+        sys.addaudithook(_kill_before(moment, out))
     sys.argv = ["thinkstack", "run", str(recipe), "--out", str(out)]
     main()
 
 
-def forked(recipe: Path, out: Path) -> Process:
-    """The same command line in a process forked from one that has imported everything and done nothing."""
+def _kill_before(moment: Moment, out: Path) -> Callable[[str, tuple], None]:
+    """A hook that kills its process."""
+    operation, path, left = moment.operation, str(out / moment.path), moment.count
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if event == operation and str(arguments[0]) == path:
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def forked(recipe: Path, out: Path, moment: Moment | None = None) -> multiprocessing.process.BaseProcess:
+    """The same command line in a process forked from one that has imported everything and done nothing; it is killed
+    at a moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["thinkstack.pipeline", "thinkstack.cli"])
-    process = context.Process(target=_main, args=(recipe, out))
+    context.set_forkserver_preload(["thinkstack.pipeline", "thinkstack.stages.grpo", "thinkstack.cli", "torch._dynamo"])
+    process = context.Process(target=_main, args=(recipe, out, moment))
     process.start()
     return process
 
@@ -173,6 +203,14 @@ def kill_when(launch: Launch, recipe: Path, out: Path, condition: Callable[[], b
     assert process.is_alive() and process.pid is not None, "the run ended before it was killed"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def kill_at(moment: Moment, recipe: Path, out: Path) -> list[str]:
+    """Run the recipe until it is killed at a moment. Returns names of folders that are half there then."""
+    process = forked(recipe, out, moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"the run ended before {moment}"
+    return _half(out / Path(moment.path).parts[0])
 
 
 def _wait(process: Process, *conditions: Callable[[], bool]) -> None:

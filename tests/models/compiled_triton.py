@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for several generations of devices: `python -m tests.models.compiled_triton FOLDER`.
+"""Compile the Triton kernels for a generation of devices: `python -m tests.models.compiled_triton FOLDER GENERATION`.
 
 Prints {name: [bytes of fast memory, bytes of registers that did not fit]}. A process of its own, for in that of the
 tests kernels are interpreted.
@@ -58,7 +58,7 @@ def reading(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
         types = {name: TYPES[dtype] for name in ("query", "entries")} | {name: "*fp32" for name in ("out", "log_sums")}
         types |= {"tables": "*i32", "owner": "*i32", "last": "*i64", "scale": "fp32"}
         found = compiled(paged.attend, types, shape | {"S": 4}, paged.options_of(shape), generation, folder)
-        yield f"{generation} attend, {name}, {dtype}, longest run {longest}", found
+        yield f"attend, {name}, {dtype}, longest run {longest}", found
 
 
 def multiplying(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
@@ -69,12 +69,11 @@ def multiplying(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]
         constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block, strict=True))
         types = {"x": "*bf16", "codes": codes, "scale": "*fp32", "out": "*fp32"}
         yield (
-            f"{generation} multiply, {codes}, {rows}",
+            f"multiply, {codes}, {rows}",
             compiled(packed.multiply, types, constants, {}, generation, folder),
         )
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    found = (pair for each in FAST_MEMORY for kernels in (reading, multiplying) for pair in kernels(each, folder))
-    print(json.dumps(dict(found)))
+    folder, generation = Path(sys.argv[1]), int(sys.argv[2])
+    print(json.dumps(dict([*reading(generation, folder), *multiplying(generation, folder)])))

@@ -91,16 +91,32 @@ def test_activations_are_those_that_autograd_keeps(name: str, dtype: str, with_k
     assert predicted == pytest.approx(found, rel=bound)
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
 def allocated(trainer: Trainer, batch: Batch, folder: Path) -> int:
-    """Most bytes that torch's allocator had given out at once during a step, beyond those from before."""
+    """Most bytes that torch's allocator had given out at once during a step, beyond those from before.
+
+    What a product asks for and returns before it ends is left out: with bf16 in hardware its library rearranges
+    operands there, up to some megabytes, and elsewhere it does not.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         trainer.step(batch, next_token_loss)
     recorded.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    traced = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    products = [(e["ts"], e["ts"] + e["dur"]) for e in traced if e.get("name") in PRODUCTS]
+    events = sorted((e for e in traced if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    given, scratch = {}, set()  # places in events: of an address, and what is left out
+    for place, event in enumerate(events):
+        if event["args"]["Bytes"] > 0:
+            given[event["args"]["Addr"]] = place
+            continue
+        first = given.pop(event["args"]["Addr"], None)
+        if first is not None and any(a <= events[first]["ts"] and event["ts"] <= b for a, b in products):
+            scratch |= {first, place}
     live = most = 0
-    for event in events:
-        live += event["args"]["Bytes"]
+    for place, event in enumerate(events):
+        live += event["args"]["Bytes"] * (place not in scratch)
         most = max(most, live)
     return most
 
@@ -125,7 +141,7 @@ def test_the_peak_of_a_step_is_predicted(name: str, case: str, tmp_path: Path):
     trainer, batch = trainer_of(cfg, shape), rows_of(cfg, shape)
     trainer.step(batch, next_token_loss)
     found = allocated(trainer, batch, tmp_path)
-    assert predicted == pytest.approx(found, rel=0.05)
+    assert predicted == pytest.approx(found, rel=0.05 if cfg.moe else 0.01)
 
 
 @pytest.mark.parametrize(("dtype", "workers"), [("bf16", 1), ("fp32", 1), ("bf16", 2), ("fp32", 2)])

@@ -39,7 +39,7 @@ MODEL = {
     "embed_init_std": 0.3,
 }
 YARN = {"max_positions": 128, "rope": {"yarn": {"factor": 4.0, "original_max_positions": 32}}}
-OPTIM = {"learning_rate": 3e-3, "warmup_steps": 20}
+OPTIM = {"learning_rate": 8e-3, "warmup_steps": 20}
 COMMON = {
     "text_share": 1.0,
     "save_steps": 0,
@@ -59,7 +59,7 @@ def runs_of_digits(path: Path) -> str:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that learnt to look ten places back, in rows of 32."""
     folder = tmp_path_factory.mktemp("context")
-    table = {"model": MODEL, "steps": 300, "rows": 16, "row_tokens": 32}
+    table = {"model": MODEL, "steps": 200, "rows": 16, "row_tokens": 32}
     cfg = build(PretrainConfig, merge(COMMON, table | {"text_files": (runs_of_digits(folder / "digits.txt"),)}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "TOKENIZER_DOCUMENTS", 200)
@@ -70,7 +70,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def extension(base: Path, **changes: Any) -> PretrainConfig:
     table = {"start": str(base / "base" / "model"), "text_files": (str(base / "digits.txt"),), "model": YARN}
-    return build(PretrainConfig, merge(COMMON, table | {"steps": 200, "rows": 4, "row_tokens": 128} | changes))
+    return build(PretrainConfig, merge(COMMON, table | {"steps": 100, "rows": 4, "row_tokens": 128} | changes))
 
 
 def nats(row: dict[str, Any]) -> dict[int, float]:

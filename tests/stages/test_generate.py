@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import HANG_SECONDS
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.checkpoint.shard import load_shard
@@ -58,7 +59,7 @@ def test_two_processes_give_the_tokens_of_one(folder: Path, tmp_path: Path):
     ]
     command = [sys.executable, *launcher, "-m", "thinkstack", "generate", str(folder), *asked]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
     alone = generator(folder).answers(prompts)
     assert done.stdout == "".join(f"Prompt: {p}\nCompletion: {a}\n\n" for p, a in zip(prompts, alone, strict=True))

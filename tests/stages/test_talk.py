@@ -54,7 +54,10 @@ def test_half_a_character_waits_for_its_other_half():
     assert list(stream_text(chat.text_of, iter(ids))) == ["从", "a"]
 
 
-def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_it(tmp_path: Path):
+def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("thinkstack.stages.talk.KNOWN_QUESTIONS", 20)
     suite = families(["chain", "cups"])
     chat = chat_format("r1_zero_short", train_tokenizer(["What is the last digit? Swap"], 640))
     model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))

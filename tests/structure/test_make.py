@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -26,7 +28,7 @@ def make(folder, *arguments):
         env={"PATH": f"{folder}:/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -77,7 +79,7 @@ def checkout(folder, readme):
     (folder / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
     (folder / "README.md").write_text(readme)
-    return subprocess.run([str(folder / ".ci" / "run")], cwd="/", capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(folder / ".ci" / "run")], cwd="/", capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_ci_runs_the_marked_command_of_the_readme_on_the_checkout(tmp_path):

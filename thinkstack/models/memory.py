@@ -283,8 +283,9 @@ def _head(cfg: ModelConfig, shape: TrainingShape, is_first: bool) -> Stage:
         logits += logits + 4 * chunk * V if s < 4 else 0
     table = V * D * s
     product = table + (4 * V * D if s < 4 else 0)  # of one chunk, and widened to join the fp32 sum of all
-    summing = 4 * V * D + max(logits + product, logits + again, table)
-    backward = N * D * s + 2 * chunk * D * s + summing
+    summing = 4 * V * D + logits + max(product, again, chunk * D * s)
+    # less what is counted as a gradient that stays: it comes of the sum, when the products are gone
+    backward = N * D * s + chunk * D * s + summing - (table if is_first else 0)
     return Stage(24 * N, forward + chunk * D * s, backward, table if is_first else 0)
 
 
