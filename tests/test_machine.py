@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import HANG_SECONDS
 from thinkstack.machine import (
     OtherWork,
     SharedCores,
@@ -22,8 +23,6 @@ from thinkstack.machine import (
 
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
-
-from tests import HANG_SECONDS
 
 STEPS = """
 import torch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, every_way, how, prompt
-from tests.tiny import tiny_model
+from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.kernels import calls
