@@ -130,14 +130,17 @@ def test_the_extension_changes_no_weight_before_it_trains(base: Path):
 
 
 def test_transformers_computes_the_same_logits(extended: Run):
+    """In fp64: in fp32 its own error at one token was five times ours, on one processor more than the bound."""
     transformers = pytest.importorskip("transformers")
     from bench.parity import logit_error
 
     model = load_model(extended.folder / "model")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(extended.folder / "model", dtype=torch.float32)
+    settings = dict(dtype=torch.float32, experts_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(extended.folder / "model", **settings).double()
     ids = torch.randint(300, (2, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert logit_error(model(ids), theirs(ids).logits).is_within_bounds
+        ours, exact = model(ids), theirs(ids).logits
+    assert logit_error(ours / exact.std(), exact / exact.std()).is_within_bounds
 
 
 @pytest.mark.parametrize(
