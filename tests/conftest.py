@@ -3,8 +3,18 @@ are interpreted where there is no device."""
 
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch):
+    """For commands too, which take all there are: one took them for every test that came after it, and where cores are
+    shared, threads that wait for each other by spinning took minutes for seconds."""
+    monkeypatch.setattr("thinkstack.machine.usable_cores", lambda: 1)
+    yield
+    torch.set_num_threads(1)
