@@ -18,7 +18,7 @@ from pathlib import Path
 from common import machine
 
 from thinkstack.machine import instruction_sets, prepare_machine
-from thinkstack.stages.measure import CASES, factor
+from thinkstack.stages.measure import CASES, factor, warm_up
 
 TABLE = Path(__file__).parents[1] / "thinkstack" / "models" / "kernels" / "table.toml"
 CAPS = {"x86-64-v3": ("avx2", "AVX2", "AVX2"), "x86-64-v4": ("avx512", "AVX512_CORE", "AVX512"),
@@ -31,6 +31,7 @@ PAIR_SECONDS = 0.1
 def pairs(n: int) -> dict[str, list[float]]:
     """Ratios of each operation here and now."""
     prepare_machine(1)
+    warm_up()
     found: dict[str, list[float]] = {}
     for name, case in CASES.items():
         work = case()

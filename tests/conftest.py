@@ -3,11 +3,19 @@ are interpreted where there is no device."""
 
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
-os.environ.setdefault(
-    "THINKSTACK_KERNELS", "1"
-)  # all that they can do, so that they are tested where others are faster
+os.environ.setdefault("THINKSTACK_KERNELS", "1")  # tested where torch is faster, too
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch):
+    """For commands too, which take all there are: one took them for every test that came after it, and where cores are
+    shared, threads that wait for each other by spinning took minutes for seconds."""
+    monkeypatch.setattr("thinkstack.machine.usable_cores", lambda: 1)
+    yield
+    torch.set_num_threads(1)

@@ -197,7 +197,7 @@ def test_a_wrong_working_knows_whether_its_answer_survived():
 
 @EACH
 def test_no_problem_is_in_both_splits(family):
-    """Overlapping seeds, all levels, 400 draws of each: no key in common, each of the split it was drawn for."""
+    """Overlapping seeds, all levels, 400 draws each: no key in common, each of the split it was drawn for."""
     keys = {
         split: {
             key_of(family, draw_puzzle(family, split, level, seed)) for level in family.levels for seed in range(400)
