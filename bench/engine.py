@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import torch
 from common import (
     Comparison,

@@ -7,6 +7,9 @@ targets are stated as shares of these figures. The best of all repetitions count
 import statistics
 from collections.abc import Callable
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import torch
 from common import Row, arguments, machine, print_table, repeat, write_json
 

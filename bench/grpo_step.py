@@ -21,6 +21,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import tokenizers
 import torch
 from common import DEFAULT, Comparison, arguments, comparison_of, print_comparisons, twins, write_json

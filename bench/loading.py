@@ -14,6 +14,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import numpy
 import torch
 from common import Comparison, Row, arguments, compare, machine, print_comparisons, print_table, write_json

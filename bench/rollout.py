@@ -9,6 +9,9 @@ once for the ids alone and once with the log-probabilities that ours returns in 
 from collections.abc import Callable
 from typing import Any
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import torch
 from common import DEFAULT, Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
 from floor import peak_gflops

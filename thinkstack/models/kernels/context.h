@@ -127,16 +127,16 @@ void score_keys(const Q* const query[QUERIES], const T* key, int64_t stride, flo
   vf total[COUNT][QUERIES] = {};
   const auto add = [&](auto read) {
     decltype(read(query[0])) q[QUERIES];
-    for (int h = 0; h < QUERIES; h++) q[h] = read(query[h]);
-    for (int j = 0; j < COUNT; j++) {
+    UNROLLED for (int h = 0; h < QUERIES; h++) q[h] = read(query[h]);
+    UNROLLED for (int j = 0; j < COUNT; j++) {
       const auto k = read(key + j * stride);
-      for (int h = 0; h < QUERIES; h++) total[j][h] = multiply_add(total[j][h], q[h], k);
+      UNROLLED for (int h = 0; h < QUERIES; h++) total[j][h] = multiply_add(total[j][h], q[h], k);
     }
   };
   int64_t c = 0;
   for (; c + F::WIDE <= W; c += F::WIDE) add([&](const auto* p) { return F::load_wide(p + c); });
   if (c < W) add([&](const auto* p) { return load_last<F>(p + c, W - c); });
-  for (int j = 0; j < COUNT; j++) sums(total[j], scores + j * QUERIES);
+  UNROLLED for (int j = 0; j < COUNT; j++) sums(total[j], scores + j * QUERIES);
 }
 constexpr int KEYS = REGISTERS / 8, MIXED = REGISTERS / 8;  // keys that four queries meet at a time; vectors of a value
 // Keys [first, end): one by one where they come from memory, which foresees a single stream, else several at a time.
@@ -191,13 +191,13 @@ void mix_columns(const float* weights, const Pages<T>& values, float* const out[
   values.through(first, end, [&](int64_t s, const T* entry, int64_t count) {
     const float* own = weights + (s - first) * QUERIES;
     for (int64_t i = 0; i < count; i++, entry += values.stride, own += QUERIES)
-      for (int j = 0; j < VECTORS; j++) {
+      UNROLLED for (int j = 0; j < VECTORS; j++) {
         const vf value = VECTORS > 1 ? load(entry + c + j * LANES) : load_some(entry + c, V - c);
-        for (int h = 0; h < QUERIES; h++) total[h][j] += own[h] * value;
+        UNROLLED for (int h = 0; h < QUERIES; h++) total[h][j] += own[h] * value;
       }
   });
-  for (int h = 0; h < QUERIES; h++)
-    for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
+  UNROLLED for (int h = 0; h < QUERIES; h++)
+    UNROLLED for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
 }
 template <typename T>
 void mix(const float* weights, const Pages<T>& values, float* const out[QUERIES], int64_t V, int64_t first, int64_t end) {

@@ -48,12 +48,12 @@ class Input {
     vf sum[N] = {}, second[N] = {};
     for (int64_t c = 0; c < K_; c += 2 * LANES) {
       const Halves w = halves(weight + c, M());
-      for (int n = 0; n < N; n++) {
+      UNROLLED for (int n = 0; n < N; n++) {
         sum[n] += load(wide_.data() + n * K_ + c) * w.first;
         (N > 4 ? sum : second)[n] += load(wide_.data() + n * K_ + c + LANES) * w.second;  // few sums would wait for each other
       }
     }
-    for (int n = 0; n < N; n++) out[n] = ::sum(sum[n] + second[n]) * (weights.scale ? weights.scale[m] : 1);
+    UNROLLED for (int n = 0; n < N; n++) out[n] = ::sum(sum[n] + second[n]) * (weights.scale ? weights.scale[m] : 1);
   }
 
  private:
@@ -77,9 +77,9 @@ class Input<N, bf16> {
     vf sum[N][CHAINS] = {};
     int64_t c = 0;
     for (; c + CHAINS * WIDE <= K_; c += CHAINS * WIDE)
-      for (int j = 0; j < CHAINS; j++) add(weight, c + j * WIDE, sum, j);
+      UNROLLED for (int j = 0; j < CHAINS; j++) add(weight, c + j * WIDE, sum, j);
     for (; c < K_; c += WIDE) add(weight, c, sum, 0);
-    for (int n = 0; n < N; n++) {
+    UNROLLED for (int n = 0; n < N; n++) {
       for (int j = 1; j < CHAINS; j++) sum[n][0] += sum[n][j];
       out[n] = ::sum(sum[n][0]);
     }
@@ -87,9 +87,9 @@ class Input<N, bf16> {
 
  private:
   template <int CHAINS>
-  void add(const bf16* weight, int64_t c, vf (&sum)[N][CHAINS], int j) const {
+  INLINED void add(const bf16* weight, int64_t c, vf (&sum)[N][CHAINS], int j) const {
     const vu w = Format<bf16>::load_wide(weight + c);
-    for (int n = 0; n < N; n++) sum[n][j] = multiply_add(sum[n][j], Format<bf16>::load_wide(x_ + n * K_ + c), w);
+    UNROLLED for (int n = 0; n < N; n++) sum[n][j] = multiply_add(sum[n][j], Format<bf16>::load_wide(x_ + n * K_ + c), w);
   }
 
   const bf16* x_;
@@ -139,7 +139,7 @@ class Input<N, int8_t> : Pieces {
 
   void take(const bf16* x, int64_t K) {
     K_ = K;
-    for (int n = 0; n < N; n++) {
+    UNROLLED for (int n = 0; n < N; n++) {
       vu top{};
       for (int64_t c = 0; c < K; c += LANES) {
         const vu magnitude = (vu)::load(x + n * K + c) & 0x7fffffff;  // NaN counts most
@@ -157,7 +157,7 @@ class Input<N, int8_t> : Pieces {
     const int8_t* weight = weights.data + m * K_;
     std::fill(out, out + N, 0.0f);
     for (int64_t from = 0; from < K_; from += SPAN) span<0>(weight, from, std::min(from + SPAN, K_), out);
-    for (int n = 0; n < N; n++) out[n] *= factor_[n] * weights.scale[m];
+    UNROLLED for (int n = 0; n < N; n++) out[n] *= factor_[n] * weights.scale[m];
   }
 
  private:
@@ -177,9 +177,9 @@ class Input<N, int8_t> : Pieces {
   void span(const int8_t* weight, int64_t from, int64_t to, float* out) const {
     constexpr int ROWS = std::min(TOGETHER, N - FIRST);
     vi sum[ROWS][COUNT] = {};
-    const auto add = [&](int64_t c, Codes codes) {
-      for (int n = 0; n < ROWS; n++)
-        for (int p = 0; p < COUNT; p++) sum[n][p] = Pieces::add(sum[n][p], codes, piece(FIRST + n, p) + c);
+    const auto add = [&](int64_t c, Codes codes) INLINED {
+      UNROLLED for (int n = 0; n < ROWS; n++)
+        UNROLLED for (int p = 0; p < COUNT; p++) sum[n][p] = Pieces::add(sum[n][p], codes, piece(FIRST + n, p) + c);
     };
     int64_t c = from;
     for (; c + WIDE <= to; c += WIDE) add(c, Pieces::load(weight + c));
@@ -188,7 +188,7 @@ class Input<N, int8_t> : Pieces {
       std::memcpy(last, weight + c, to - c);
       add(c, Pieces::load(last));
     }
-    for (int n = 0; n < ROWS; n++) {
+    UNROLLED for (int n = 0; n < ROWS; n++) {
       vf total{};
       for (int p = COUNT; p-- > 0;) total = total * float(1 << BITS) + wide(sum[n][p] - (from ? vi{} : raised_[FIRST + n][p]));
       out[FIRST + n] += ::sum(total);
@@ -201,7 +201,7 @@ class Input<N, int8_t> : Pieces {
     for (int64_t c = 0; c < (K_ + WIDE - 1) / WIDE * WIDE; c += LANES) {
       vi rest{};
       if (c < K_) rest = nearest(::load(x + c) * scale);
-      for (int p = 0; p < COUNT; p++) {
+      UNROLLED for (int p = 0; p < COUNT; p++) {
         vi low = rest;
         if (p + 1 < COUNT) low = (rest << (32 - BITS)) >> (32 - BITS);  // with its sign
         const Narrow narrow = __builtin_convertvector(low, Narrow);
@@ -209,7 +209,7 @@ class Input<N, int8_t> : Pieces {
         rest = (rest - low) >> BITS;
       }
     }
-    for (int p = 0; p < COUNT; p++) {
+    UNROLLED for (int p = 0; p < COUNT; p++) {
       raised_[n][p] = vi{};
       if constexpr (RAISED != 0) {
         for (int64_t c = 0; c < K_; c += WIDE) raised_[n][p] = Pieces::add(raised_[n][p], Pieces::raised(), piece(n, p) + c);

@@ -22,18 +22,18 @@ struct Operand {
 template <int ROWS, int VECTORS, typename U>
 inline void tile(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t steps, bool add) {
   vf sum[ROWS][VECTORS];
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < VECTORS; j++) sum[i][j] = add ? load(c + i * c_row + j * LANES) : vf{};
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < VECTORS; j++) sum[i][j] = add ? load(c + i * c_row + j * LANES) : vf{};
   for (int64_t k = 0; k < steps; k++) {
     decltype(load_units(b)) column[VECTORS];
-    for (int j = 0; j < VECTORS; j++) column[j] = load_units(b + k * b_step + j * LANES);
-    for (int i = 0; i < ROWS; i++) {
+    UNROLLED for (int j = 0; j < VECTORS; j++) column[j] = load_units(b + k * b_step + j * LANES);
+    UNROLLED for (int i = 0; i < ROWS; i++) {
       const U x = a.data[i * a.row + k * a.step];
-      for (int j = 0; j < VECTORS; j++) sum[i][j] = multiply_add(sum[i][j], x, column[j]);
+      UNROLLED for (int j = 0; j < VECTORS; j++) sum[i][j] = multiply_add(sum[i][j], x, column[j]);
     }
   }
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES, sum[i][j]);
+  UNROLLED for (int i = 0; i < ROWS; i++)
+    UNROLLED for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES, sum[i][j]);
 }
 
 constexpr int SUMS = REGISTERS * 3 / 4;                // vectors of sums at a time; the others hold operands

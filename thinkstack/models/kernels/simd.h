@@ -32,6 +32,10 @@ typedef float vf_any __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t vu_any __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
+// A loop of few turns whose results must stay in registers.
+#define UNROLLED _Pragma("GCC unroll 16")
+#define INLINED __attribute__((always_inline))
+
 // Lane i becomes lane P::at(i) of a and b, one behind the other.
 template <typename P, typename V, int... I>
 inline V shuffled(V a, V b, std::integer_sequence<int, I...>) {
