@@ -24,7 +24,7 @@ struct Attention {
 
 namespace {
 
-constexpr int64_t BLOCK = 48;  // queries at a time
+constexpr int64_t BLOCK = 24;  // queries at a time: few, so that little is computed that they do not see
 
 const float* rope_at(const Attention& a, int64_t b, int64_t t) {
   return a.rope + ((a.rope_rows == 1 ? 0 : b) * a.T + t) * a.R;
