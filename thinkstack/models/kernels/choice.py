@@ -118,16 +118,20 @@ def product_speeds(size: int = 256, repetitions: int = 8) -> dict[str, float]:
     return speeds
 
 
+def contradicts(name: str, factor: float) -> bool:
+    """Whether a measured factor clearly says the opposite of what the table says of an operation."""
+    by_table = table().get(instruction_set().name, {}).get(name, 1.0) >= 1
+    return factor <= 1 / CLEARLY if by_table else factor >= CLEARLY
+
+
 def decide() -> Choices:
     """Table, instruction set and measurements, put together."""
     isa, found = instruction_set().name, measured()
     rows = table().get(isa, {})
     kernels = {}
     for name in sorted({*rows, *found.factors}):
-        by_table = rows.get(name, 1.0) >= 1
         own = found.factors.get(name)
-        is_clear = own is not None and (own <= 1 / CLEARLY if by_table else own >= CLEARLY)
-        kernels[name] = by_table != is_clear
+        kernels[name] = (rows.get(name, 1.0) >= 1) != (own is not None and contradicts(name, own))
     fp32, bf16 = found.gflops["fp32"], found.gflops["bf16"]
     is_fast = isa in BF16_PRODUCTS and bf16 > fp32
     speeds = f"torch multiplies bf16 at {bf16:.4g} GFLOP/s and fp32 at {fp32:.4g}"
