@@ -101,6 +101,16 @@ def test_a_record_is_taken_over_on_another_machine_which_the_log_says(here, capl
     assert resolve_precision("auto") == "fp32"
 
 
+def test_a_run_begun_without_kernels_goes_on_without(here, monkeypatch):
+    here(table={"attend.fp32": 2.0})
+    monkeypatch.setenv(build.SWITCH, "0")
+    kept = choice.record()
+    monkeypatch.delenv(build.SWITCH)
+    choice.adopt(kept)
+    assert not choice.uses("attend", torch.float32) and not choice.uses("fused_latent", torch.float32)
+    choice.adopt(None)
+
+
 def test_measurements_are_kept_and_apart_for_each_cap(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_MEASURED", None)

@@ -47,6 +47,8 @@ class Choices:
     """Whether torch's products in bf16 take more than twice as long as those in fp32 (`emulates_bf16`)."""
     kernels: dict[str, bool] = field(default_factory=dict)
     """By operation and precision, such as "attend.fp32": whether a kernel computes it."""
+    others: bool = True
+    """The same of operations that are not named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +154,11 @@ def choices() -> Choices:
 
 
 def record() -> dict[str, Any]:
-    """What was chosen, for a run's provenance."""
-    return asdict(choices()) | {SWITCH: os.environ.get(SWITCH, "")}
+    """What was chosen, for a run's provenance; where THINKSTACK_KERNELS forces it, what that says."""
+    found = asdict(choices())
+    if switch := os.environ.get(SWITCH, ""):
+        found |= {"kernels": dict.fromkeys(found["kernels"], switch != "0"), "others": switch != "0"}
+    return found
 
 
 def describe() -> str:
@@ -201,7 +206,8 @@ def uses(operation: str, dtype: torch.dtype) -> bool:
     switch = os.environ.get(SWITCH, "")
     if switch == "0" or binary() is None:
         return False
-    return switch == "1" or choices().kernels.get(f"{operation}.{DTYPES[dtype]}", True)
+    found = choices()
+    return switch == "1" or found.kernels.get(f"{operation}.{DTYPES[dtype]}", found.others)
 
 
 def emulates_bf16() -> bool:
