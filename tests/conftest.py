@@ -17,6 +17,6 @@ def one_core(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     """For commands too, which take all there are: one took them for every test that came after it, and where cores are
     shared, threads that wait for each other by spinning took minutes for seconds."""
     if request.module.__name__ != "tests.test_machine":  # which counts cores
-        monkeypatch.setattr("thinkstack.machine.usable_cores", lambda root=None: 1)
+        monkeypatch.setattr("thinkstack.machine.bound_cores", lambda: 1)
     yield
     torch.set_num_threads(1)
