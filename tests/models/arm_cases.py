@@ -164,7 +164,7 @@ def log_probabilities(dtype: torch.dtype) -> Case:
     return alike(lambda: with_gradients(run, hidden, weight), BOUND[dtype])
 
 
-def widened(dtype: torch.dtype) -> Case:
+def dequantized(dtype: torch.dtype) -> Case:
     """All numbers of e4m3, and int8, to the bit."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
     codes.view(torch.uint8)[:, 140:, :54] += 202

@@ -26,6 +26,7 @@ from tests.models.arm_cases import (
     Case,
     alike,
     attention,
+    dequantized,
     experts,
     feed_forward,
     grouped_attention,
@@ -35,7 +36,6 @@ from tests.models.arm_cases import (
     products,
     routing,
     rows,
-    widened,
 )
 from tests.models.test_kernels import drawn
 from tests.models.test_whole import KINDS, LATENT
@@ -69,7 +69,7 @@ HEADS = {
 }
 
 
-def cache_read(kind: str, per_group: int, company: bool, dtype: torch.dtype) -> Case:
+def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> Case:
     """Contexts of several segments, chunks of prompts over the edge of a block; what is not seen is not a number."""
     heads = HEADS[kind]
     entries = drawn(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
@@ -79,7 +79,7 @@ def cache_read(kind: str, per_group: int, company: bool, dtype: torch.dtype) -> 
     tables[0, 32] = 40
     entries[40, 6:] = torch.nan  # behind token 2053
     owner, last = torch.zeros(7, dtype=torch.int32), torch.arange(2047, 2054)
-    if company:
+    if batched:
         owner = torch.cat((owner, torch.arange(1, 6, dtype=torch.int32)))
         last = torch.cat((last, torch.tensor([0, 63, 1024, 1500, 9])))
     query = drawn(len(owner), heads.groups, per_group, heads.key_width).to(dtype)
@@ -120,7 +120,7 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
     return Case(mine, theirs, BOUND[dtype])
 
 
-def draws(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
+def sampling(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
     """With top-k, top-p and min-p or without, some greedy, some without the lower half of the tokens."""
     logits = (drawn(60, vocabulary) * 3).to(dtype)
     logits[::5, : vocabulary // 2] = -torch.inf
@@ -133,7 +133,7 @@ def draws(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
     return alike(lambda: list(sample(logits, temperature, uniform, limits)), 2e-5)
 
 
-def draws_of_rows(keeps_all: bool) -> Case:
+def sampling_of_rows(keeps_all: bool) -> Case:
     """Rows with their own settings and numbers, which the kernel makes: of 4,000 tokens of one mass."""
     random = numpy.random.default_rng(0)
     columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
@@ -226,7 +226,7 @@ for _dtype in (FP32, BF16):
         case(grouped_attention, _tokens, _branched, _dtype)
     for _width in (2, 16, 37):
         case(rows, _width, _dtype)
-    for _function in (experts, halves, log_probabilities, widened):
+    for _function in (experts, halves, log_probabilities, dequantized):
         case(_function, _dtype)
     for _kind in HEADS:
         case(cache_read, _kind, 3, False, _dtype)
@@ -235,7 +235,7 @@ for _dtype in (FP32, BF16):
     for _width, _normed, _interleaved in ((32, True, False), (12, False, True), (10, True, True), (32, False, False)):
         case(new_tokens, _width, _normed, _interleaved, _dtype)
     for _vocabulary, _kept in itertools.product((53, 1003), (False, True)):
-        case(draws, _vocabulary, _kept, _dtype)
+        case(sampling, _vocabulary, _kept, _dtype)
 for _name, _interleaved in itertools.product(("whole vectors", "odd widths", "gqa"), (True, False)):
     case(model, _name, _interleaved)
 for _score, _normalise in itertools.product(("top2", "max"), (True, False)):
@@ -245,7 +245,7 @@ for _tokens in (1, 19):
 for _count, _wide, _narrow in ((1, 48, 16), (5, 304, 80), (263, 64, 336)):
     case(products, _count, _wide, _narrow)
 for _keeps_all in (False, True):
-    case(draws_of_rows, _keeps_all)
+    case(sampling_of_rows, _keeps_all)
 for _count, _width in ((1, 32), (2, 96), (3, 576), (5, 96), (8, 576)):
     case(few_rows, _count, _width)
 for _kind in LATENT:

@@ -115,7 +115,7 @@ def test_measurements_are_kept_and_apart_for_each_cap(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_MEASURED", None)
     monkeypatch.setattr(choice, "_CHOICES", None)
-    choice.keep(Measured(gflops={"fp32": 1.0, "bf16": 2.0}, threads=1, factors={"attend.fp32": 3.0}))
+    choice.store_measured(Measured(gflops={"fp32": 1.0, "bf16": 2.0}, threads=1, factors={"attend.fp32": 3.0}))
     monkeypatch.setattr(choice, "_MEASURED", None)
     assert choice.measured().factors == {"attend.fp32": 3.0}
     path = choice.facts_path()

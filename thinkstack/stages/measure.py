@@ -27,7 +27,7 @@ from thinkstack.machine import (
 from thinkstack.models import kernels
 from thinkstack.models.attention import MLA, AttentionContext, sight_of
 from thinkstack.models.blocked import linear
-from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
+from thinkstack.models.config import MLAConfig, named
 from thinkstack.models.kernels import choice
 from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table, rotate, swiglu
 from thinkstack.models.moe import expert_mlp, route
@@ -38,18 +38,8 @@ from thinkstack.train.loss import token_log_probs
 log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
-SHAPE = ModelConfig(
-    family="deepseek_v3",
-    vocab_size=640,
-    hidden_size=128,
-    num_layers=1,
-    attention=MLAConfig(
-        num_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=48
-    ),
-    dense_size=256,
-    moe=MoEConfig(num_experts=8, top_k=2, expert_size=64, num_groups=4, top_groups=2, route_scale=1.0),
-)
-"""Widths of the operations, those of v3-tiny."""
+SHAPE = named("v3-tiny")
+"""Whose widths the operations have."""
 SECONDS = 2.0
 """Most that `settle` spends on operations."""
 WARM_UP_SECONDS, AGAIN_SECONDS = 0.2, 0.3
@@ -72,7 +62,7 @@ def fast_threads() -> int:
     cores, known = usable_cores(), choice.measured()
     if str(cores) not in known.fast_threads and (found := measure_threads(cores)):
         known = replace(known, fast_threads=known.fast_threads | {str(cores): found})
-        choice.keep(known)
+        choice.store_measured(known)
     return known.fast_threads.get(str(cores), cores)
 
 
@@ -97,7 +87,7 @@ def settle() -> None:
     finally:
         torch.set_num_threads(threads)
     found = replace(known, factors=factors, read_gb_per_second=read_speed())
-    choice.keep(found)
+    choice.store_measured(found)
     log.info("measured this machine in %.1f s; `thinkstack inspect --machine` shows it", time.monotonic() - started)
 
 
@@ -134,7 +124,10 @@ def describe_speed() -> str:
         ("machine", describe_machine()),
         ("instruction set", f"{instruction_set().name}{f' (also: {others})' if others else ''}"),
         ("threads", f"{torch.get_num_threads()}"),
-        *((f"products, {name}", f"{speed:.4g} GFLOP/s") for name, speed in found.gflops.items()),
+        *(
+            (f"products, {name}", f"{speed:.4g} GFLOP/s on {found.threads} threads")
+            for name, speed in found.gflops.items()
+        ),
         ("reading memory", f"{found.read_gb_per_second:.3g} GB/s"),
         ("dtype auto", f"{chosen.auto_dtype}: {chosen.reason}"),
         ("kernels", "none" if not kernels.available() else "compiled; times as fast as torch's operators:"),
@@ -160,7 +153,7 @@ def read_speed() -> float:
     return READ_BYTES / best / 1e9
 
 
-def _drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -188,8 +181,8 @@ def _attend(dtype: torch.dtype) -> Work:
     sight = sight_of(positions // 40)
     ctx = AttentionContext(rope=rope_table(positions, a.qk_rope_head_dim, SHAPE.rope), sight=sight, last=positions)
     width = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-    q, kv = _drawn(B, T, a.num_heads, a.qk_head_dim, dtype=dtype), _drawn(B, T, width, dtype=dtype)
-    shared = _drawn(B, T, a.qk_rope_head_dim, dtype=dtype)
+    q, kv = _random(B, T, a.num_heads, a.qk_head_dim, dtype=dtype), _random(B, T, width, dtype=dtype)
+    shared = _random(B, T, a.qk_rope_head_dim, dtype=dtype)
     return _with_gradients(lambda q, kv, k: layer.among_themselves(q, kv, k, layer.expanded, ctx), q, kv, shared)
 
 
@@ -198,46 +191,46 @@ def _experts(dtype: torch.dtype) -> Work:
     assert moe is not None
     experts = torch.stack([torch.randperm(moe.num_experts)[: moe.top_k] for _ in range(N)])
     w_in, w_out = (
-        _drawn(moe.num_experts, *shape, dtype=dtype) for shape in ((2 * moe.expert_size, D), (D, moe.expert_size))
+        _random(moe.num_experts, *shape, dtype=dtype) for shape in ((2 * moe.expert_size, D), (D, moe.expert_size))
     )
-    x, weights = _drawn(N, D, dtype=dtype), _drawn(N, moe.top_k, dtype=torch.float32)
+    x, weights = _random(N, D, dtype=dtype), _random(N, moe.top_k, dtype=torch.float32)
     return _with_gradients(lambda x, w, i, o: expert_mlp(x, w, experts, i, o), x, weights, w_in, w_out)
 
 
 def _rms_norm(dtype: torch.dtype) -> Work:
-    return _with_gradients(RMSNorm(SHAPE.hidden_size, 1e-6), _drawn(640, SHAPE.hidden_size, dtype=dtype))
+    return _with_gradients(RMSNorm(SHAPE.hidden_size, 1e-6), _random(640, SHAPE.hidden_size, dtype=dtype))
 
 
 def _swiglu(dtype: torch.dtype) -> Work:
-    return _with_gradients(swiglu, *(_drawn(640, SHAPE.dense_size, dtype=dtype, seed=seed) for seed in range(2)))
+    return _with_gradients(swiglu, *(_random(640, SHAPE.dense_size, dtype=dtype, seed=seed) for seed in range(2)))
 
 
 def _rope(dtype: torch.dtype) -> Work:
     table = rope_table(torch.arange(160).unsqueeze(0), 32, SHAPE.rope)
-    return _with_gradients(lambda x: rotate(x, table, True), _drawn(4, 160, 4, 32, dtype=dtype))
+    return _with_gradients(lambda x: rotate(x, table, True), _random(4, 160, 4, 32, dtype=dtype))
 
 
 def _linear(dtype: torch.dtype) -> Work:
-    x, weight = _drawn(640, SHAPE.hidden_size, dtype=dtype), _drawn(SHAPE.dense_size, SHAPE.hidden_size, dtype=dtype)
+    x, weight = _random(640, SHAPE.hidden_size, dtype=dtype), _random(SHAPE.dense_size, SHAPE.hidden_size, dtype=dtype)
     return _with_gradients(linear, x, weight)
 
 
 def _dequantize(dtype: torch.dtype) -> Work:
     stored = Int8()
-    packed = stored.pack(_drawn(576, 1536, dtype=torch.float32))
+    packed = stored.pack(_random(576, 1536, dtype=torch.float32))
     out = torch.empty(576, 1536, dtype=dtype)
     return _without(lambda: stored.unpack(packed, out))
 
 
 def _feed_forward(dtype: torch.dtype) -> Work:
-    module, x = SwiGLU(SHAPE.hidden_size, SHAPE.dense_size).to(dtype), _drawn(64, SHAPE.hidden_size, dtype=dtype)
+    module, x = SwiGLU(SHAPE.hidden_size, SHAPE.dense_size).to(dtype), _random(64, SHAPE.hidden_size, dtype=dtype)
     return _without(lambda: module(x))
 
 
 def _route(dtype: torch.dtype) -> Work:
     moe = SHAPE.moe
     assert moe is not None
-    scores, bias = _drawn(64, moe.num_experts, dtype=dtype).sigmoid(), torch.zeros(moe.num_experts)
+    scores, bias = _random(64, moe.num_experts, dtype=dtype).sigmoid(), torch.zeros(moe.num_experts)
     return _without(lambda: route(scores, bias, moe))
 
 
@@ -245,37 +238,37 @@ def _paged_attend(dtype: torch.dtype) -> Work:
     sequences, blocks, size = 16, 4, 64
     layer, a = MLA(SHAPE, 0), SHAPE.attention
     assert isinstance(a, MLAConfig)
-    entries = _drawn(1 + sequences * blocks, size, a.cache_width, dtype=dtype)
+    entries = _random(1 + sequences * blocks, size, a.cache_width, dtype=dtype)
     tables = torch.arange(1, 1 + sequences * blocks, dtype=torch.int32).view(sequences, blocks)
     pages = Pages(entries, tables, torch.arange(sequences, dtype=torch.int32))
     last = torch.full((sequences, 1), 200)
     ctx = AttentionContext(rope=torch.empty(0), sight=torch.empty(0), last=last)
-    q = _drawn(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)
+    q = _random(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)
     return _without(lambda: layer.read(q, pages, layer.absorbed, ctx))
 
 
 def _small_m(dtype: torch.dtype) -> Work:
-    layer, x = Projection(576, 1536, bias=False).to(dtype), _drawn(1, 576, dtype=dtype)
+    layer, x = Projection(576, 1536, bias=False).to(dtype), _random(1, 576, dtype=dtype)
     return _without(lambda: layer(x))
 
 
 def _small_m_int8(dtype: torch.dtype) -> Work:
-    layer = PackedLinear(Packed(Int8(), _drawn(1536, 576, dtype=torch.float32), dtype), None)
-    x = _drawn(1, 576, dtype=dtype)
+    layer = PackedLinear(Packed(Int8(), _random(1536, 576, dtype=torch.float32), dtype), None)
+    x = _random(1, 576, dtype=dtype)
     return _without(lambda: layer(x))
 
 
 def _log_probs(dtype: torch.dtype) -> Work:
     hidden, weight = (
-        _drawn(640, SHAPE.hidden_size, dtype=dtype),
-        _drawn(SHAPE.vocab_size, SHAPE.hidden_size, dtype=dtype),
+        _random(640, SHAPE.hidden_size, dtype=dtype),
+        _random(SHAPE.vocab_size, SHAPE.hidden_size, dtype=dtype),
     )
     index = torch.arange(640)
     return _with_gradients(lambda h, w: token_log_probs(h, index, w, index)[0], hidden, weight)
 
 
 def _sample(dtype: torch.dtype) -> Work:
-    logits, ones = _drawn(64, 4096, dtype=dtype), torch.ones(64)
+    logits, ones = _random(64, 4096, dtype=dtype), torch.ones(64)
     uniform = torch.linspace(0, 0.99, 64, dtype=torch.float64)
     return _without(lambda: sample(logits, ones, uniform))
 

@@ -27,12 +27,12 @@ SOURCES = (
     "blocks_bf16.cpp",
     "blocks_int8.cpp",
     "attention.cpp",
-    "linear.cpp",
     "decode.cpp",
     "steps.cpp",
     "experts.cpp",
     "draw.cpp",
     "rows.cpp",
+    "linear.cpp",
 )
 """The longest first."""
 HEADERS = ("simd.h", "matmul.h", "context.h", "tiles.h", "decode.h", "few.h", "blocks.h", "experts.h")

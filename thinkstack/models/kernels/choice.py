@@ -87,12 +87,12 @@ def measured() -> Measured:
         try:
             _MEASURED = Measured(**json.loads(facts_path().read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            keep(Measured(gflops=product_speeds(), threads=torch.get_num_threads()))
+            store_measured(Measured(gflops=product_speeds(), threads=torch.get_num_threads()))
     assert _MEASURED is not None
     return _MEASURED
 
 
-def keep(found: Measured) -> None:
+def store_measured(found: Measured) -> None:
     """Use what was measured, and write it down for later processes; a folder that refuses is no reason to stop."""
     global _MEASURED, _CHOICES
     _MEASURED, _CHOICES = found, None
