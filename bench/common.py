@@ -22,6 +22,10 @@ EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """What transformers offers on a CPU; a bench takes the fastest combination for the work it measures."""
 DEFAULT = "sdpa attention, grouped_mm experts"
 """What transformers builds when nothing is asked for."""
+CAPS = {"x86-64-v3": ("avx2", "AVX2", "AVX2"), "x86-64-v4": ("avx512", "AVX512_CORE", "AVX512"),
+        "avx512-vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+        "avx512-bf16": ("avx512", "AVX512_CORE_BF16", "AVX512")}  # fmt: skip
+"""What torch, oneDNN and MKL are told, so that they use an instruction set and none better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,12 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+
+
+def capped(isa: str) -> dict[str, str]:
+    """Environment variables of a process that has this instruction set and none better."""
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    return dict(zip(names, CAPS.get(isa, ()), strict=False)) | {"THINKSTACK_ISA": isa}
 
 
 def seconds(work: Callable[[], Any]) -> float:

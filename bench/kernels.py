@@ -15,16 +15,12 @@ import sys
 import tomllib
 from pathlib import Path
 
-from common import machine
+from common import capped, machine
 
 from thinkstack.machine import instruction_sets, prepare_machine
 from thinkstack.stages.measure import CASES, factor, warm_up
 
 TABLE = Path(__file__).parents[1] / "thinkstack" / "models" / "kernels" / "table.toml"
-CAPS = {"x86-64-v3": ("avx2", "AVX2", "AVX2"), "x86-64-v4": ("avx512", "AVX512_CORE", "AVX512"),
-        "avx512-vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
-        "avx512-bf16": ("avx512", "AVX512_CORE_BF16", "AVX512")}  # fmt: skip
-"""What torch, oneDNN and MKL are told."""
 PAIR_SECONDS = 0.1
 
 
@@ -40,11 +36,9 @@ def pairs(n: int) -> dict[str, list[float]]:
     return found
 
 
-def capped(isa: str, n: int) -> dict[str, list[float]]:
+def capped_pairs(isa: str, n: int) -> dict[str, list[float]]:
     """`pairs` in a process that has this instruction set and none better."""
-    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-    caps = dict(zip(names, CAPS[isa], strict=True)) if isa in CAPS else {}
-    environment = os.environ | caps | {"THINKSTACK_ISA": isa, "THINKSTACK_KERNELS": ""}
+    environment = os.environ | capped(isa) | {"THINKSTACK_KERNELS": ""}
     command = [sys.executable, __file__, "--here", "--n", str(n)]
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
@@ -62,7 +56,7 @@ def main() -> None:
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     for isa in (one for one in instruction_sets() if one.has_kernels):
         print(f"{isa.name}: median, least of {args.n}; {machine()}", file=sys.stderr)
-        table[isa.name] = {name: round(min(ratios), 2) for name, ratios in capped(isa.name, args.n).items()}
+        table[isa.name] = {name: round(min(ratios), 2) for name, ratios in capped_pairs(isa.name, args.n).items()}
     lines = ["# Seconds of torch's operators over those of the kernel, the least of nine pairs; from 1 on it is used.",
              "# Made by: python bench/kernels.py --write"]  # fmt: skip
     for isa, rows in table.items():

@@ -1,6 +1,7 @@
 """Requests, and what each is answered alone: the measure of exactness."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,11 +36,18 @@ def how(count: int, **given) -> list[Sampling]:
     return [Sampling(**({"max_tokens": 20 + 9 * index, "seed": index} | given)) for index in range(count)]
 
 
-def drawn(found: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[c.token_ids for c in group] for group in found]
+class Sampled(NamedTuple):
+    """What must be equal; of log-probabilities every bit, for tokens hide small differences."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
 
 
-def alone(model: Transformer, asked: list[list[int]], samplings: list[Sampling]) -> list[list[tuple[int, ...]]]:
+def drawn(found: list[list[Completion]]) -> list[list[Sampled]]:
+    return [[Sampled(c.token_ids, c.log_probs) for c in group] for group in found]
+
+
+def alone(model: Transformer, asked: list[list[int]], samplings: list[Sampling]) -> list[list[Sampled]]:
     """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
     plain = replace(SMALL, prefix_cache=False, max_prefill_tokens=4096)
     pairs = zip(asked, samplings, strict=True)

@@ -36,6 +36,24 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
 
 
 @EVERY_WAY
+def test_company_changes_no_bit_however_long_it_is_and_whatever_it_keeps(cfg, path):
+    """Log-probabilities depended on the longest context present, where torch's operators padded all to it, and on
+    whether another request kept a top-k or top-p set, because then all were normalised twice."""
+    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (2, 250, 63, 5, 64, 129)]
+    keeps: list[dict[str, float]] = [
+        {},
+        {},
+        {"top_k": 5},
+        {"top_p": 0.7, "min_p": 0.01},
+        {"top_k": 30, "top_p": 0.9},
+        {},
+    ]
+    samplings = [replace(one, **keep) for one, keep in zip(how(6, n=2, top_log_probs=2), keeps, strict=True)]
+    engine = Engine(model, replace(SMALL, max_batch=12, max_prefill_tokens=90))
+    assert drawn(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+
+
+@EVERY_WAY
 def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
     """A cache of 6 blocks for 6 requests of up to 4: they push each other out, and all end as alone."""
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
@@ -143,13 +161,13 @@ def test_weights_change_under_running_answers_as_asked(running):
         engine.step()
     found = [request.completions[0] for request in requests]
     if running == "drain":
-        assert [[c.token_ids] for c in found] == alone(old, asked, samplings)
+        assert drawn([[c] for c in found]) == alone(old, asked, samplings)
     elif running == "abort":
         assert [(c.token_ids, c.finish_reason) for c in found] == [(tokens, "abort") for tokens in begun]
     else:
         rest = [one + list(tokens) for one, tokens in zip(asked, begun, strict=True)]
         expected = alone(new, rest, [replace(s, max_tokens=30) for s in samplings])
-        assert [c.token_ids[10:] for c in found] == [tokens for (tokens,) in expected]
+        assert [c.token_ids[10:] for c in found] == [group[0].token_ids for group in expected]
     assert {c.weights_version for c in found} == {0}
     engine.scheduler.check()
 
@@ -162,7 +180,7 @@ def test_an_engine_that_slept_goes_on():
     engine.sleep()
     while not request.is_finished:
         engine.step()
-    assert [[request.completions[0].token_ids]] == alone(model, asked, samplings)
+    assert drawn([request.completions]) == alone(model, asked, samplings)
 
 
 def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
@@ -177,7 +195,7 @@ def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
     engine.scheduler.check()
     while not all(request.is_finished for request in requests):
         engine.step()
-    assert [[request.completions[0].token_ids] for request in requests] == alone(model, asked, samplings)
+    assert drawn([request.completions for request in requests]) == alone(model, asked, samplings)
 
 
 def test_answers_whose_logits_are_not_finite_end_with_an_error():

@@ -65,10 +65,10 @@ def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (60, 3, 64, 65, 128)]
     samplings = how(5, max_tokens=100)
     expected = alone(model, asked, samplings)
-    guess_from(monkeypatch, {tuple(one): group[0] for one, group in zip(asked, expected, strict=True)}, wrong)
+    guess_from(monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong)
     engine = Engine(model, DRAFTING)
     assert drawn(engine.generate(asked, samplings)) == expected
-    longer = [one + [*group[0]][:40] for one, group in zip(asked, expected, strict=True)]
+    longer = [one + [*group[0].token_ids][:40] for one, group in zip(asked, expected, strict=True)]
     assert drawn(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from what was kept
     engine.scheduler.check()
 
@@ -76,8 +76,8 @@ def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
 def test_right_guesses_save_steps_and_are_counted(monkeypatch):
     """41 tokens by 4 a step, the first with the prompt: 11 steps instead of 41."""
     model, asked = tiny_model(**LONG), prompt(30)
-    (expected,) = alone(model, [asked], how(1, max_tokens=41))
-    guess_from(monkeypatch, {tuple(asked): expected[0]}, wrong=0.0)
+    (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
+    guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
     engine = Engine(model, DRAFTING)
     request = engine.submit(asked, how(1, max_tokens=41)[0])
     steps = 0
@@ -91,12 +91,12 @@ def test_right_guesses_save_steps_and_are_counted(monkeypatch):
 
 def test_nothing_counts_behind_a_stop_token(monkeypatch):
     model, asked = tiny_model(**LONG), prompt(30)
-    (expected,) = alone(model, [asked], how(1, max_tokens=41))
-    guess_from(monkeypatch, {tuple(asked): expected[0]}, wrong=0.0)
-    stopping = how(1, max_tokens=41, stop_ids=(expected[0][17],))
+    (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
+    guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+    stopping = how(1, max_tokens=41, stop_ids=(expected[17],))
     found = Engine(model, DRAFTING).generate([asked], stopping)[0][0]
-    place = expected[0].index(expected[0][17])
-    assert found.token_ids == expected[0][: place + 1] and found.finish_reason == "stop"
+    place = expected.index(expected[17])
+    assert found.token_ids == expected[: place + 1] and found.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,9 @@ def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatc
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
     expected = alone(model, asked, samplings)
-    guess_from(monkeypatch, {tuple(one): group[0] for one, group in zip(asked, expected, strict=True)}, wrong=0.3)
+    guess_from(
+        monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong=0.3
+    )
     engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK))
     assert drawn(engine.generate(asked, samplings)) == expected
     assert engine.scheduler.preemptions > 0

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from tests.tiny import MLA_TINY
 from thinkstack.models.config import MoEConfig
-from thinkstack.models.moe import ROW_TILE, ExpertMLP, MoE, dispatch, route
+from thinkstack.models.layers import ROW_TILE
+from thinkstack.models.moe import ExpertMLP, MoE, dispatch, route
 from thinkstack.types import ConfigError
 
 GROUPED = MoEConfig(num_experts=12, top_k=3, expert_size=4, num_groups=4, top_groups=2, route_scale=2.5)

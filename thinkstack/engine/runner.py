@@ -16,8 +16,7 @@ from thinkstack.engine.table import SequenceTable
 from thinkstack.models import kernels
 from thinkstack.models.blocked import multiply
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import keep_blocked
-from thinkstack.models.moe import ROW_TILE
+from thinkstack.models.layers import ROW_TILE, keep_blocked
 from thinkstack.models.pages import Pages
 from thinkstack.models.precision import DTYPES, AskedPrecision, Stored, inference_copy, refresh, resolve_precision
 from thinkstack.models.transformer import Transformer

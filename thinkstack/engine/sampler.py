@@ -97,26 +97,30 @@ def keep_likely(log_probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) 
     (arXiv:1904.09751).
 
     top_k: (B,) int64, 0 for all. top_p, min_p: (B,). The most likely token is always kept; of equals the lower id.
+    Batch-invariant: a row that keeps all is returned as it came, and no sum depends on what the others keep.
     """
-    V = log_probs.shape[1]
+    V, given = log_probs.shape[1], log_probs
     floor = log_probs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
     log_probs = torch.where((log_probs < floor) & (min_p > 0).unsqueeze(1), -torch.inf, log_probs)
     limit = torch.where(top_k > 0, top_k, V).clamp(max=V).unsqueeze(1)
+    keeps_all = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
     count = min(CANDIDATES, V)
     while True:
         ordered, order = _largest(log_probs, count)
         places = torch.arange(count, device=log_probs.device)
         mass = torch.where(places < limit, ordered.exp(), 0.0)
         upto = mass.cumsum(-1)
-        whole = torch.where(limit.squeeze(1) <= count, upto[:, -1], log_probs.exp().sum(-1))  # of what top-k leaves
+        # of what top-k leaves; summed in the same order whatever `count` the other rows need, and for a single row
+        whole = torch.where(limit.squeeze(1) < V, upto[:, -1], log_probs.exp().cumsum(-1)[:, -1])
         before = upto - mass
         outside = (places >= limit) | (before >= (top_p * whole).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
-        ended = (outside | (ordered == -torch.inf)).any(-1) | (limit.squeeze(1) <= count)
+        complete = (ordered == -torch.inf).any(-1) | (limit.squeeze(1) <= count)
+        ended = complete | keeps_all | (outside.any(-1) & (limit.squeeze(1) == V))
         if count == V or bool(ended.all()):
             break
         count = V
     kept = torch.full_like(log_probs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
-    return torch.log_softmax(kept, -1)
+    return torch.where(keeps_all.unsqueeze(1), given, torch.log_softmax(kept, -1))
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from thinkstack.models import cuda, kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
-from thinkstack.models.layers import Projection, RMSNorm, rotate
+from thinkstack.models.layers import ROW_TILE, Projection, RMSNorm, rotate
 from thinkstack.models.pages import Pages
 
 
@@ -131,22 +131,41 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionCon
 def read_pages(
     query: Tensor, pages: Pages, last: Tensor, heads: kernels.Heads, scale: float, limit: int = 1 << 26
 ) -> Tensor:
-    """`kernels.read_cache` in torch's operators: sequences with one new token together, `limit` elements of context at
-    most at once, others one by one. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V)."""
-    out = query.new_empty(*query.shape[:3], heads.value_width)
-    span = int(last.max()) + 1
-    _, counts = torch.unique_consecutive(pages.owner, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    singles = starts[counts == 1].split(max(limit // (span * pages.entries.shape[2]), 1))
-    runs = zip(starts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True)
-    for at, T in [(at, 1) for at in singles] + [(torch.arange(n, n + T, device=query.device), T) for n, T in runs]:
-        k, v = heads.split(pages.of(pages.owner[at[::T]], span))
-        places = torch.arange(span, device=query.device)
-        mask = torch.zeros(len(at), span, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill_(places > last[at].unsqueeze(1), -torch.inf).view(-1, 1, T, span)
-        found = weighted_values(query[at].unflatten(0, (-1, T)), k, v, mask, scale)
-        out[at] = found.flatten(0, 1)
-    return out
+    """`kernels.read_cache` in torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
+
+    Batch-invariant: each product has ROW_TILE new tokens of one sequence and one block, padding included, and the
+    whole blocks up to that one, in contiguous operands (the order of sums depends on strides too). So it depends on a
+    token's own position only. Tiles with equally many blocks are computed together, `limit` elements of context at
+    most at once.
+    """
+    size = pages.entries.shape[1]
+    blocks = last // size
+    first = run_starts(pages.owner.unsqueeze(0), blocks.unsqueeze(0)).squeeze(0)
+    lane = (torch.arange(len(last), device=last.device) - first) % ROW_TILE
+    heads_of_tiles = (lane == 0).nonzero().squeeze(1)  # the first token of each tile
+    tile = (lane == 0).cumsum(0) - 1
+    tiles = query.new_zeros(len(heads_of_tiles), ROW_TILE, *query.shape[1:])
+    tiles[tile, lane] = query
+    seen = last.new_zeros(len(heads_of_tiles), ROW_TILE)
+    seen[tile, lane] = last
+    out = query.new_empty(*tiles.shape[:-1], heads.value_width)
+    for count in blocks[heads_of_tiles].unique().tolist():
+        span = (count + 1) * size
+        places = torch.arange(span, device=last.device)
+        alike = (blocks[heads_of_tiles] == count).nonzero().squeeze(1)
+        for some in alike.split(max(limit // (span * pages.entries.shape[2]), 1)):
+            context = pages.of(pages.owner[heads_of_tiles[some]], span)
+            unused = places > seen[some].amax(1, keepdim=True)  # entries of earlier sequences, finite or not
+            k, v = (
+                part.transpose(1, 2).flatten(0, 1).contiguous()  # (tiles * G, span, K or V)
+                for part in heads.split(context.masked_fill_(unused.unsqueeze(2), 0.0))
+            )
+            rows = (tiles[some] * scale).transpose(1, 2).reshape(len(k), -1, k.shape[-1])  # (tiles * G, -1, K)
+            scores = torch.bmm(rows, k.mT).view(len(some), -1, ROW_TILE, query.shape[2], span)
+            closed = (places > seen[some].unsqueeze(2))[:, None, :, None]  # (tiles, 1, ROW_TILE, 1, span)
+            weights = torch.softmax(scores.masked_fill_(closed, -torch.inf), -1).view(len(k), -1, span)
+            out[some] = torch.bmm(weights, v).view(len(some), -1, ROW_TILE, *out.shape[3:]).transpose(1, 2)
+    return out[tile, lane]
 
 
 class Attention(nn.Module):

@@ -17,6 +17,10 @@ from thinkstack.models import kernels
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
 from thinkstack.models.blocked import Blocked, can_keep, upcast_linear
 
+ROW_TILE = 16
+"""Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on how many others
+there are."""
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = x / rms(x) * weight, computed in fp32 and returned in x's dtype."""

@@ -22,7 +22,7 @@ from thinkstack.models.counts import (
 )
 from thinkstack.models.kernels.calls import LANES
 from thinkstack.models.kernels.operators import EXPERT_BLOCK
-from thinkstack.models.moe import ROW_TILE
+from thinkstack.models.layers import ROW_TILE
 from thinkstack.types import ConfigError
 
 HEAD_TOKENS, HEAD_TILE, HEAD_LOGITS = 1024, 16, 2**25

@@ -16,11 +16,7 @@ from torch import Tensor, nn
 
 from thinkstack.models import cuda, kernels
 from thinkstack.models.config import ModelConfig, MoEConfig
-from thinkstack.models.layers import SwiGLU, swiglu, swiglu_backward
-
-ROW_TILE = 16
-"""Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on how many others
-there are."""
+from thinkstack.models.layers import ROW_TILE, SwiGLU, swiglu, swiglu_backward
 
 
 class Routing(NamedTuple):

@@ -1,0 +1,171 @@
+"""Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--seed 0]`.
+
+Random small models of every attention; random requests in batches, in chunks, pushed out of a small cache, over cached
+prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again in a fresh engine of its own.
+Tokens, log-probabilities and alternatives must have the same bits. Every path in a process of its own: the kernels,
+torch's operators alone, and what is used where nothing is asked for, on every instruction set of this processor.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
+import torch
+from common import capped, machine, print_table
+
+from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.log import Progress
+from thinkstack.machine import instruction_sets, prepare_machine
+from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Completion, Sampling
+
+LONGEST = 640
+ALONE = EngineConfig(max_batch=8, prefix_cache=False, max_prefill_tokens=4096)
+Bits = tuple[tuple[int, ...], tuple[str, ...], str]
+
+
+def model_config(draw: random.Random) -> ModelConfig:
+    """A small model of any shape that a family has."""
+    common = ModelConfig(
+        family="llama",
+        vocab_size=draw.choice((48, 320, 1000, 33000)),
+        hidden_size=draw.choice((32, 48, 64, 64, 256, 576)),
+        num_layers=draw.choice((1, 2, 3)),
+        attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+        dense_size=draw.choice((40, 64, 96, 1536)),
+        moe=None,
+        mtp_layers=0,
+        max_positions=LONGEST,
+        init_std=0.2,
+        rope=RopeConfig(interleaved=False),
+    )
+    if draw.random() < 0.5:
+        heads, groups = draw.choice(((4, 2), (4, 4), (2, 1), (6, 2)))
+        family = draw.choice(("llama", "qwen2", "qwen3"))
+        attention = GQAConfig(
+            num_heads=heads,
+            num_kv_heads=groups,
+            head_dim=draw.choice((8, 16, 32)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+        return replace(common, family=family, attention=attention, tie_embeddings=draw.random() < 0.5)
+    latent = MLAConfig(
+        num_heads=draw.choice((2, 3, 4)),
+        q_lora_rank=draw.choice((0, 12)),
+        kv_lora_rank=draw.choice((8, 16, 32)),
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=draw.choice((6, 8)),
+    )
+    size = draw.choice((12, 16))
+    moe = MoEConfig(num_experts=8, top_k=2, expert_size=size, num_groups=4, top_groups=2, route_scale=1.5)
+    drafts = draw.choice((0, 1))
+    return replace(common, family="deepseek_v3", attention=latent, moe=moe, mtp_layers=drafts, rope=RopeConfig())
+
+
+def request(draw: random.Random, vocab: int, shared: list[int]) -> tuple[list[int], Sampling]:
+    """A prompt, perhaps one that begins as others do, and how it is answered."""
+    beginning = shared[: draw.choice((64, 128, 130, 200))] if draw.random() < 0.4 else []
+    prompt = beginning + [draw.randrange(vocab) for _ in range(draw.choice((1, 2, 5, 17, 30, 64, 100, 250)))]
+    how = {"max_tokens": draw.choice((1, 5, 12, 30, 80)), "seed": draw.randrange(2**40)}
+    how |= {"temperature": draw.choice((0.0, 0.7, 1.0)), "n": draw.choice((1, 1, 2, 3))}
+    how |= draw.choice(({}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"top_k": 300, "top_p": 0.95}))
+    how |= draw.choice(({}, {}, {"frequency_penalty": 0.5, "presence_penalty": 0.3}, {"repetition_penalty": 1.2}))
+    how |= draw.choice(({}, {"top_log_probs": 3}, {"raw_log_probs": True}, {"logit_bias": {3: 2.0}}))
+    return prompt, Sampling(**how)
+
+
+def bits(completion: Completion) -> Bits:
+    """All that must be equal."""
+    log_probs = tuple(map(float.hex, completion.log_probs))
+    return completion.token_ids, log_probs, repr(completion.top_log_probs)
+
+
+def count_differences(answers: int, seed: int) -> dict[str, int]:
+    """Answers, and those of which tokens, log-probabilities or alternatives differ from those alone."""
+    draw, found = random.Random(seed), {"answers": 0, "tokens": 0, "log_probs": 0, "preempted": 0}
+    with Progress("answers", answers) as progress:
+        while found["answers"] < answers:
+            model_seed = draw.randrange(2**20)
+            model = Transformer(model_config(draw)).initialise(torch.Generator().manual_seed(model_seed))
+            cfg = EngineConfig(
+                max_batch=draw.choice((4, 8, 16, 40)),
+                max_prefill_tokens=draw.choice((16, 64, 100, 4096)),
+                cache_tokens=draw.choice((0, 12, 16)) * BLOCK,
+                max_drafts=min(draw.choice((0, 1)), model.cfg.mtp_layers),
+            )
+            engine = Engine(model, cfg)
+            shared = [draw.randrange(model.cfg.vocab_size) for _ in range(200)]
+            asked = [request(draw, model.cfg.vocab_size, shared) for _ in range(40)]
+            together = engine.generate([prompt for prompt, _ in asked], [sampling for _, sampling in asked])
+            found["preempted"] += engine.scheduler.preemptions
+            for (prompt, sampling), group in zip(asked, together, strict=True):
+                (expected,) = Engine(model, ALONE).generate([prompt], [sampling])
+                for ours, theirs in zip(map(bits, group), map(bits, expected), strict=True):
+                    found["answers"] += 1
+                    found["tokens"] += ours[0] != theirs[0]
+                    found["log_probs"] += ours != theirs
+                    if ours != theirs:
+                        differing = (n for n, (a, b) in enumerate(zip(ours[1], theirs[1], strict=False)) if a != b)
+                        where = f"model seed {model_seed}, prompt of {len(prompt)}, {sampling}"
+                        print(f"{where}: token {next(differing, None)} differs", file=sys.stderr)
+                progress.advance(len(group))
+    return found
+
+
+def paths() -> dict[str, dict[str, str]]:
+    """Environments by name: each instruction set that this processor has, with the kernels and without."""
+    return {
+        f"{isa.name}, {'kernels' if kernels == '1' else 'torch alone'}": capped(isa.name)
+        | {"THINKSTACK_KERNELS": kernels}
+        for isa in instruction_sets()
+        for kernels in ("1", "0")
+    }
+
+
+def main() -> None:
+    """Every path, and a table of what differed; exit code 1 where anything did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--here", action="store_true", help="in this process, as it is")
+    args = parser.parse_args()
+    if args.here:
+        prepare_machine(args.threads)
+        print(json.dumps(count_differences(args.answers, args.seed)))
+        return
+    command = [
+        sys.executable,
+        __file__,
+        "--here",
+        "--answers",
+        str(args.answers),
+        "--seed",
+        str(args.seed),
+        "--threads",
+    ]
+    command += ["--threads", str(args.threads)]
+    rows, differ = [], 0
+    for name, environment in paths().items():
+        ran = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
+        counts = json.loads(ran.stdout)
+        differ += counts["log_probs"]
+        rows.append((name, *(f"{value:,}" for value in counts.values())))
+    print_table("answers in company that differ from those alone", ("path", *counts), rows)
+    print(machine())
+    sys.exit(differ > 0)
+
+
+if __name__ == "__main__":
+    main()
