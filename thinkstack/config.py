@@ -3,16 +3,32 @@
 import dataclasses
 import difflib
 import functools
+import math
 import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Gt, Le
 
 from thinkstack.types import ConfigError
 
 T = TypeVar("T")
 Tree = dict[str, Any]
+
+Count = Annotated[int, Ge(1), Le(10**9)]
+"""How many; at least one. These types are what `build` checks; the dataclass checks what its fields mean together."""
+CountOrZero = Annotated[int, Ge(0), Le(10**9)]
+"""How many; 0 has a meaning of its own."""
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+Share = Annotated[float, Ge(0), Le(1)]
+"""A part of a whole, or a decay rate."""
+Weight = Annotated[float, Ge(0), Le(1e6)]
+"""Of a term; 0 leaves it out."""
+Positive = Annotated[float, Gt(0), Le(1e6)]
+Temperature = Annotated[float, Ge(0), Le(100)]
+"""Divides logits; 0 takes the most likely token."""
 
 
 def read_toml(path: Path) -> Tree:
@@ -59,6 +75,7 @@ def build(kind: type[T], values: Tree, where: str = "") -> T:
     for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
         if dataclasses.is_dataclass(entry.default) and isinstance(values.get(entry.name), dict):
             values = values | {entry.name: merge(dump(entry.default), values[entry.name])}
+    _refuse_not_finite(values, where)
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
@@ -68,6 +85,15 @@ def build(kind: type[T], values: Tree, where: str = "") -> T:
             raise ConfigError(str(cause)) from error
         address = ".".join(filter(None, (where, *(str(part) for part in first["loc"] if not _is_type_name(part)))))
         raise ConfigError(f"{address}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def _refuse_not_finite(value: Any, address: str) -> None:
+    """Raise ConfigError for a number that is NaN or infinite, at any depth: it would pass every comparison, or none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{address}={value} is not a finite number; give one, or leave the setting out")
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, entry in entries:
+        _refuse_not_finite(entry, f"{address}.{key}" if address else str(key))
 
 
 def _is_type_name(part: object) -> bool:

@@ -6,6 +6,7 @@ command line starts without it.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -141,32 +142,49 @@ class Sampling:
     """Answers to draw from one prompt, which is prefilled once."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise RequestError(f"temperature={self.temperature} is negative; use 0 for the most likely token")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
-        if not 0 <= self.min_p <= 1:
-            raise RequestError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token")
-        if self.top_k < 0 or self.top_log_probs < 0:
-            raise RequestError(
-                f"top_k={self.top_k} and top_log_probs={self.top_log_probs} cannot be negative; 0 is off"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise RequestError(f"{name}={getattr(self, name)} must lie in [-2, 2]; 0 is off")
-        if not self.repetition_penalty > 0:
-            raise RequestError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is off")
-        if not 0 <= self.min_tokens <= self.max_tokens:
+        for name, (low, high, meaning) in SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            kind = numbers.Integral if isinstance(low, int) else numbers.Real
+            if value is None and name == "thinking_budget":
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind):
+                whole = " whole" if kind is numbers.Integral else ""
+                raise RequestError(f"{name}={value!r} is not a{whole} number; {meaning}")
+            if not low <= value <= high and not (name == "temperature" and value == 0):
+                raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}]; {meaning}")
+        for token, bias in self.logit_bias.items():
+            if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not abs(bias) <= LARGEST_BIAS:
+                raise RequestError(
+                    f"logit_bias={bias!r} of token {token} must be a number in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
+                )
+        if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}")
-        if self.thinking_budget is not None and (self.thinking_budget < 0 or not self.close_ids):
+        if self.thinking_budget is not None and not self.close_ids:
             raise RequestError(
-                f"thinking_budget={self.thinking_budget} needs close_ids, the tokens that close thinking, "
-                "and cannot be negative"
+                f"thinking_budget={self.thinking_budget} needs close_ids, the tokens that close thinking"
             )
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens={self.max_tokens} leaves no room for an answer; use at least 1")
-        if self.n < 1:
-            raise RequestError(f"n={self.n} asks for no answer; use at least 1")
+
+
+LARGEST_BIAS = 100
+"""Of a logit, either way, as in OpenAI's interface: enough to ban or to force a token."""
+_MOST = 2**31 - 1
+SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (1e-3, 100.0, "0 takes the most likely token"),
+    "top_p": (1e-6, 1.0, "1 keeps every token"),
+    "min_p": (0.0, 1.0, "0 keeps every token"),
+    "presence_penalty": (-2.0, 2.0, "0 is off"),
+    "frequency_penalty": (-2.0, 2.0, "0 is off"),
+    "repetition_penalty": (0.01, 100.0, "1 is off"),
+    "top_k": (0, _MOST, "0 keeps every token"),
+    "top_log_probs": (0, _MOST, "0 is off"),
+    "min_tokens": (0, _MOST, "0 lets an answer end at once"),
+    "max_tokens": (1, _MOST, "an answer has at least one token"),
+    "thinking_budget": (0, _MOST, "None sets no limit"),
+    "n": (1, _MOST, "1 asks for one answer"),
+    "seed": (-(2**64), 2**64, "equal seeds give equal answers"),
+}
+"""Least and largest value of each field of `Sampling`, inclusive, and what its neutral value means; whole numbers where
+the least one is written as such. Beyond them fp32 has no digits left, or the value says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,7 +180,7 @@ class Engine:
         Raises RequestError if it can never be served, or too many wait.
         """
         # here, not in step, where it would end everybody's answers
-        check_request(prompt_ids, sampling, self.max_context, self.vocab_size)
+        prompt_ids = check_request(prompt_ids, sampling, self.max_context, self.vocab_size)
         total = len(prompt_ids) + sampling.max_tokens
         if -(-total // BLOCK) > self.scheduler.pool.num_blocks:
             raise RequestError(
@@ -193,7 +193,7 @@ class Engine:
             raise RequestError(f"{len(sampling.stop_ids)} stop_ids given; at most {MAX_STOP_IDS} are supported")
         request = Request(
             self.next_id,
-            tuple(prompt_ids),
+            prompt_ids,
             sampling,
             completions=[None] * sampling.n,
             priority=priority,

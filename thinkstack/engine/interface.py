@@ -1,8 +1,9 @@
 """What every engine offers, ours and a pool of servers, and what all of them refuse alike."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, RequestError, Sampling
@@ -56,8 +57,12 @@ class AnyEngine(Protocol):
         """How it is."""
 
 
-def check_request(prompt_ids: Sequence[int], sampling: Sampling, max_context: int, vocab_size: int) -> None:
-    """Raise RequestError for a request that no engine of this context and vocabulary can serve."""
+def check_request(prompt: Sequence[int], sampling: Sampling, max_context: int, vocab_size: int) -> tuple[int, ...]:
+    """The ids of a prompt: whole numbers in a sequence, an array of numpy or a tensor of one dimension.
+
+    Raises RequestError for a request that no engine of this context and vocabulary can serve.
+    """
+    prompt_ids = _token_ids("the prompt", prompt, vocab_size)
     total = len(prompt_ids) + sampling.max_tokens
     if not prompt_ids:
         raise RequestError("the prompt is empty; it needs at least a BOS token")
@@ -67,11 +72,26 @@ def check_request(prompt_ids: Sequence[int], sampling: Sampling, max_context: in
             f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_context:,}"
         )
     for name in ("stop_ids", "close_ids", "logit_bias"):
-        _check_tokens(name, getattr(sampling, name), vocab_size)
-    _check_tokens("the prompt", prompt_ids, vocab_size)
+        _token_ids(name, getattr(sampling, name), vocab_size)
+    return prompt_ids
 
 
-def _check_tokens(name: str, tokens: Collection[int], vocab_size: int) -> None:
-    if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+def _token_ids(name: str, given: Any, vocab_size: int) -> tuple[int, ...]:
+    """Token ids from a sequence, an array or a tensor of one dimension. Raises RequestError where they are no such."""
+    found = given.tolist() if hasattr(given, "tolist") else given  # of any library
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise RequestError(f"{name} is {_short(given)}; give a sequence of token ids")
+    ids = tuple(found)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise RequestError(f"{name} holds {_short(token)}; token ids are whole numbers, one prompt a sequence")
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise RequestError(f"{name} names token {wrong}; this vocabulary has 0..{vocab_size - 1}")
+    return tuple(map(int, ids))
+
+
+def _short(value: object) -> str:
+    """A value and its type, for a message."""
+    text = " ".join(repr(value).split())
+    return f"{text[:40]}{'...' if len(text) > 40 else ''} ({type(value).__name__})"

@@ -22,6 +22,7 @@ import httpx2
 import torch
 
 from thinkstack.checkpoint.model import save_model
+from thinkstack.config import Count, CountOrZero, Positive
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.interface import AnyEngine, Health, WhileRunning, check_request
 from thinkstack.engine.sampler import is_plain
@@ -50,15 +51,15 @@ class ServersConfig:
     weights_folder: str = ""
     """Folder that this process and all servers see at the same path, for weights on their way; "" is one of the
     system's temporary ones, for servers on this machine."""
-    in_flight: int = 64
+    in_flight: Count = 64
     """Requests that a server gets at once."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Positive = 600.0
     """Longest wait for the answers to one request."""
-    retries: int = 2
+    retries: CountOrZero = 2
     """Further tries for a request that a server fails to answer."""
-    patience_seconds: float = 180.0
+    patience_seconds: Positive = 180.0
     """How long to wait for a server to come back where none is left."""
-    tolerance_nats: float = 0.1
+    tolerance_nats: Positive = 0.1
     """Mean difference of log-probabilities between a server and this process that is put down to rounding; servers that
     quantise need more."""
 
@@ -214,9 +215,7 @@ class RemoteEngine:
 
         Raises RequestError for what is refused, and for a request that no server answers.
         """
-        pairs = list(zip(prompts, samplings, strict=True))
-        for prompt, sampling in pairs:
-            self._check(prompt, sampling)
+        pairs = [(self._check(*pair), pair[1]) for pair in zip(prompts, samplings, strict=True)]
         many = min(len(pairs), self.servers.in_flight * len(self.members))
         threads, halt = ThreadPoolExecutor(max(many, 1)), threading.Event()
         try:
@@ -239,7 +238,7 @@ class RemoteEngine:
         before the first token is replaced by another."""
         if sampling.n != 1:
             raise RequestError(f"a stream carries one answer, not n={sampling.n}")
-        self._check(prompt_ids, sampling)
+        prompt_ids = self._check(prompt_ids, sampling)
         failures: list[str] = []
         while True:
             seen = False
@@ -269,10 +268,10 @@ class RemoteEngine:
         for member in self.members:
             member.server.close()
 
-    def _check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """A server's engine may die of a request that cannot be served; none of these gets there."""
-        check_request(prompt_ids, sampling, self.max_context, self._model.cfg.vocab_size)
+    def _check(self, prompt: Sequence[int], sampling: Sampling) -> tuple[int, ...]:
+        """The prompt's ids. A server's engine may die of a request that cannot be served; none of these gets there."""
         check_sampling(sampling)
+        return check_request(prompt, sampling, self.max_context, self._model.cfg.vocab_size)
 
     def _answer(self, prompt_ids: Sequence[int], sampling: Sampling, halt: threading.Event) -> list[Completion]:
         failures: list[str] = []

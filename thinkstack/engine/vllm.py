@@ -22,8 +22,8 @@ from thinkstack.types import Completion, ConfigError, FinishReason, RequestError
 GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
 IMPOSSIBLE = -9000.0
 """vLLM writes -9999 for a log-probability that is no number, or minus infinity."""
-COLDEST, LARGEST_BIAS = 0.01, 100.0
-"""vLLM raises temperatures below the one to it, and cuts biases beyond the other, without a word."""
+COLDEST = 0.01
+"""vLLM raises temperatures below it to it, without a word."""
 LOOK_SECONDS = 10.0
 """Longest wait for a connection, or for a server to say that it is alive."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -223,9 +223,6 @@ def check_sampling(sampling: Sampling) -> None:
         raise RequestError(
             f"temperature={sampling.temperature} would be raised to {COLDEST} by vLLM; use 0 or at least {COLDEST}"
         )
-    beyond = [bias for bias in sampling.logit_bias.values() if abs(bias) > LARGEST_BIAS]
-    if beyond:
-        raise RequestError(f"logit_bias={beyond[0]} would be cut by vLLM; use -{LARGEST_BIAS} to {LARGEST_BIAS}")
 
 
 def completion(choice: dict[str, Any], sampling: Sampling, weights: str, version: int) -> Completion:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkstack.config import CountOrZero, Positive, Seed
 from thinkstack.models.moe import MoE
 from thinkstack.models.nf4 import NF4Blocks
 from thinkstack.models.quant import FP8Blocks, Packed, Storage, matrices, pack, packed_parameters, unpack
@@ -33,9 +34,9 @@ BASES: dict[str, Storage] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
 class LoRAConfig:
     """What is adapted, and how much. The names of the fields are those of PEFT where it has them."""
 
-    rank: int = 0
+    rank: CountOrZero = 0
     """Columns of A and B (r); 0 trains the whole model instead."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The product of B and A counts alpha / rank times."""
     rslora: bool = False
     """Divide by the root of the rank, which keeps the step size of large ranks (arXiv:2312.03732)."""
@@ -43,7 +44,7 @@ class LoRAConfig:
     """Which matrices: the projections of attention, dense and shared feed-forwards, routed experts one by one."""
     base: Literal["float", "fp8", "nf4"] = "float"
     """How the frozen matrices are kept: as floats, in 8 bits (models/fp8.py) or in 4 (QLoRA: models/nf4.py)."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes the drawn A."""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.config import Count, Seed, Share, Temperature
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.figures import Evaluation, write_samples
@@ -35,21 +36,21 @@ class EvaluateConfig:
     """Folders of published data sets asked too, from their test split."""
     languages: tuple[str, ...] = ()
     """Languages of generated questions; empty asks in all of them."""
-    num_problems: int = 200
+    num_problems: Count = 200
     """Held-out problems: of the families together, and of each data set."""
-    samples: int = 16
+    samples: Count = 16
     """Answers drawn to each."""
     form: Form = "tagged"
     """How a turn is to look: "tagged" as R1-Zero's, "open" as R1's (text/parse.py)."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits of the sampled answers."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Keeps the smallest set of tokens with at least this probability, in the sampled answers."""
     greedy: bool = True
     """Ask for the most likely answers too: to the same problems, and to generated ones in wordings never trained on."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Most tokens of an answer."""
-    max_batch: int = 384
+    max_batch: Count = 384
     """Answers drawn at once."""
     dtype: AskedPrecision = "fp32"
     """Precision that answers are drawn in; auto: bf16 where that is faster."""
@@ -59,7 +60,7 @@ class EvaluateConfig:
     """Where the model runs; "auto": on CUDA where there is some."""
     servers: ServersConfig = ServersConfig()
     """vLLM servers that draw the answers instead of this process; dtype is then that of the weights they get."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses problems and draws."""
 
 

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from thinkstack.config import Count, CountOrZero, Seed, Share, Weight
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.models.precision import AskedPrecision, Stored
 from thinkstack.stages.groups import GROUP_KINDS, AdvantageKind
@@ -98,17 +99,17 @@ class GrpoConfig:
     """Languages of generated questions; empty asks in all of them."""
     held_out_levels: tuple[int, ...] = ()
     """Difficulties never asked in training."""
-    steps: int = 100
+    steps: Count = 100
     """Optimizer steps."""
-    prompts_per_step: int = 24
+    prompts_per_step: Count = 24
     """Groups a step is made of."""
-    group_size: int = 16
+    group_size: Count = 16
     """Answers drawn to each prompt (G)."""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Optimizer steps the groups of one drawing are split into; from the second on the clipped ratio differs from 1."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Most tokens of an answer; longer ones are cut off and earn what their text earns, mostly nothing."""
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: CountOrZero = 0
     """Longest prompt; problems with longer ones are left out and counted. 0: as long as context and answer allow."""
     rollout_dtype: AskedPrecision = "fp32"
     """Precision that answers are drawn in; auto: bf16 where that is faster. The loss corrects for the trainer's being
@@ -120,11 +121,11 @@ class GrpoConfig:
     get."""
     truncated: Literal["keep", "mask", "drop"] = "keep"
     """Answers cut off: "keep" in baseline and loss, "mask" out of the loss only, "drop" from both."""
-    overlong_penalty: float = 0.0
+    overlong_penalty: Weight = 0.0
     """Taken off the reward of an answer of max_tokens (DAPO, arXiv:2503.14476, section 3.4); 0 takes nothing off."""
-    overlong_share: float = 0.2
+    overlong_share: Share = 0.2
     """Share of max_tokens, at its end, in which that penalty grows from 0."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Must be 1: tokens outside a nucleus would have probability 0 in the engine and more in the trainer."""
     advantage: AdvantageKind = "centred"
     """What a reward is compared with: its group ("centred", "standardised"), the step ("batch") or a critic ("gae")."""
@@ -136,30 +137,30 @@ class GrpoConfig:
     """The policy loss; its temperature is also that of the rollouts."""
     trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, balance_weight=0.0, mtp_detached=True)
     """Precision and optimizer. The balance bias is frozen: the same weights must mean the same policy all step long."""
-    row_tokens: int = 256
+    row_tokens: Count = 256
     """Tokens of a packed row."""
     router_replay: bool = False
     """Train with the experts that the engine chose for each token, so that rounding cannot send it to others
     (arXiv:2510.11370; V3.2's "keep routing", arXiv:2512.02556). Only for models with experts."""
     dynamic_sampling: bool = True
     """Replace groups whose answers all earned the same."""
-    max_rounds: int = 3
+    max_rounds: Count = 3
     """Most rounds of drawing in a step."""
-    unscorable_limit: float = 0.1
+    unscorable_limit: Share = 0.1
     """Share of unscorable answers of a step above which the run fails: then the checker is broken, not the model."""
-    reference_steps: int = 400
+    reference_steps: CountOrZero = 400
     """Steps after which the reference is replaced by the policy; only with a KL term."""
-    rollout_steps: int = 1
+    rollout_steps: CountOrZero = 1
     """Every so many steps the answers are kept on disk; 0 keeps none."""
-    way_steps: int = 10
+    way_steps: CountOrZero = 10
     """Steps between two evaluations on the way; 0 makes none."""
-    way_problems: int = 48
+    way_problems: Count = 48
     """Held-out problems of an evaluation on the way."""
-    way_samples: int = 16
+    way_samples: Count = 16
     """Answers drawn to each of them."""
-    save_steps: int = 20
+    save_steps: Count = 20
     """Steps between two states to resume from; 0 keeps none."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes problems and draws."""
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thinkstack.config import CountOrZero, Positive, Share, Weight
 from thinkstack.models.heads import ValueModel
 from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
@@ -28,17 +29,17 @@ PREFIX = "critic."
 class CriticConfig:
     """The value model of PPO (arXiv:1707.06347) and how advantages are made from it."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate of the critic; everything else of its trainer is the policy's, but it never has adapters."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount a token; 1 values a right answer the same however long it is."""
-    lam: float = 1.0
+    lam: Share = 1.0
     """Lambda of the advantage estimate; 1 is unbiased, below 1 the critic's belief replaces later rewards."""
-    clip: float = 0.2
+    clip: Weight = 0.2
     """A prediction is held within this of the old one where that costs more; 0 leaves it out."""
     whiten: bool = True
     """Advantages of the step get mean 0 and deviation 1."""
-    prefit_steps: int = 0
+    prefit_steps: CountOrZero = 0
     """Drawings on which the critic alone is trained before the policy's first step (arXiv:2503.01491, section 4.1)."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thinkstack.config import build, dump, merge
+from thinkstack.config import Count, CountOrZero, Seed, Share, build, dump, merge
 from thinkstack.models.config import ModelConfig, named
 from thinkstack.tasks.corpus import CorpusConfig
 from thinkstack.tasks.table import families
@@ -31,37 +31,37 @@ class PretrainConfig:
     """How the corpus is mixed."""
     text_files: tuple[str, ...] = ()
     """Your own UTF-8 text files, mixed into the corpus."""
-    text_share: float = 0.5
+    text_share: Share = 0.5
     """Documents taken from text_files, where there are any."""
-    fim_rate: float = 0.0
+    fim_rate: Share = 0.0
     """Plain-text documents that are told with their middle last (text/fim.py); 0.1 in V3. Above 0 a new tokenizer gets
     the control tokens for it."""
-    boundary_split_share: float = 0.0
+    boundary_split_share: Share = 0.0
     """Tokens joining punctuation and line breaks that are split (text/boundary.py). Above 0 a new tokenizer joins
     them."""
     document_mask: bool = True
     """Whether attention and positions stop at the borders of documents; V3 was trained without."""
     chat_format: str = "r1_zero_short"
     """How questions are written; see text/chat.py."""
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps of `rows` rows that the run is worth; a ramp takes more, smaller ones over the same tokens."""
-    rows: int = 16
+    rows: Count = 16
     """Packed rows of one step."""
-    rows_start: int = 0
+    rows_start: CountOrZero = 0
     """Rows of the first step, growing to `rows` (train/schedule.py); 0 begins with `rows`."""
-    ramp_share: float = 0.0
+    ramp_share: Share = 0.0
     """Share of the run's tokens over which rows grow; 469B of 14.8T in V3."""
-    row_tokens: int = 160
+    row_tokens: Count = 160
     """Tokens of a row."""
     position_edges: tuple[int, ...] = ()
     """Positions between which the loss is measured before and after training, on held-out rows; empty measures none."""
     trainer: TrainerConfig = TrainerConfig()
     """Precision, optimizer and auxiliary losses."""
-    ema_decay: float = 0.0
+    ema_decay: Share = 0.0
     """Decay of a moving average of the weights, saved beside the model as model-ema; 0 keeps none."""
-    save_steps: int = 500
+    save_steps: Count = 500
     """Steps between two states to resume from; 0 keeps none."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes weights and corpus."""
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.config import Count, Positive, Seed, Share
 from thinkstack.data import PackedStream, Sample, lay_out, pack
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import read_conversations
@@ -32,22 +33,22 @@ class SftConfig:
     """Checkpoint or earlier stage to start from."""
     data: tuple[str, ...]
     """Files of conversations: stages/conversations.py says in which forms."""
-    epochs: float = 2.0
+    epochs: Positive = 2.0
     """Times that each conversation is seen."""
-    rows: int = 8
+    rows: Count = 8
     """Packed rows of one step."""
-    row_tokens: int = 1024
+    row_tokens: Count = 1024
     """Tokens of a row; longer conversations are left out and counted, never cut."""
-    held_out: float = 0.05
+    held_out: Share = 0.05
     """Share of the conversations that is never trained on and measured before and after; by prompt, so that no prompt
     is in both."""
     trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, mtp_detached=True)
     """Precision and optimizer."""
-    ema_decay: float = 0.0
+    ema_decay: Share = 0.0
     """Decay of a moving average of the weights, saved beside the model as model-ema; 0 keeps none."""
-    save_steps: int = 100
+    save_steps: Count = 100
     """Steps between two states to resume from; 0 keeps none."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes the order and what is held out."""
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from thinkstack.config import Share
 from thinkstack.tasks.puzzles import Family, Working, digest, draw_puzzle, pose, right_answer, seen_wordings, work
 from thinkstack.types import ConfigError
 
@@ -15,17 +16,17 @@ from thinkstack.types import ConfigError
 class CorpusConfig:
     """What the corpus is mixed from. Shares are probabilities."""
 
-    prose_share: float = 0.08
+    prose_share: Share = 0.08
     """Documents that are plain sentences or small talk."""
-    drill_share: float = 0.1
+    drill_share: Share = 0.1
     """Documents that are right steps out of context, as in a times table."""
-    worked_share: float = 0.4
+    worked_share: Share = 0.4
     """Answers that show their working; the others guess."""
-    wrong_working_share: float = 0.45
+    wrong_working_share: Share = 0.45
     """Workings with one wrong step, its error carried on."""
-    right_guess_share: float = 0.5
+    right_guess_share: Share = 0.5
     """Guesses that happen to be right."""
-    untagged_share: float = 0.08
+    untagged_share: Share = 0.08
     """Answers that leave out the think and answer tags."""
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from thinkstack.config import Weight
 from thinkstack.tasks.language import language_share
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.table import accepts
@@ -23,9 +24,9 @@ class RewardConfig:
     "format_only" and "random" are controls: the format alone, or a coin that looks at nothing but the answer's text."""
     form: Form = "tagged"
     """How a turn is to look: text/parse.py."""
-    format_weight: float = 1.0
+    format_weight: Weight = 1.0
     """Weight of the format part when additive."""
-    language_weight: float = 0.0
+    language_weight: Weight = 0.0
     """Weight of the language part, which is added to the rest (R1 paper, stage 1); 0 leaves it out."""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from thinkstack.config import CountOrZero, Positive, Share, Weight
 from thinkstack.models.precision import DTYPES, AskedPrecision, resolve_precision
 from thinkstack.train.low_moments import LowMomentAdamW
 from thinkstack.train.muon import Muon, hidden_matrices
@@ -20,36 +21,36 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """What takes the step; muon trains the hidden matrices and leaves the rest to AdamW (train/muon.py)."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """Steps of linear warm-up from 0."""
     schedule: Literal["constant", "linear", "cosine", "v3"] = "constant"
     """How the rate falls over the last decay_share of the run; "v3" has the phases of DeepSeek-V3 instead."""
     phases: tuple[float, float, float, float] = (10.0, 4.3, 0.333, 0.167)
     """Schedule "v3": how long the rate is constant (warm-up included), falls as a cosine to final_share, stays there,
     and stays at last_share, relative to each other; published in trillions of tokens (V3 report, section 4.2)."""
-    last_share: float = 7.3 / 220
+    last_share: Share = 7.3 / 220
     """Schedule "v3": rate of its last phase, relative to the peak (7.3e-6 of 2.2e-4)."""
-    decay_share: float = 1.0
+    decay_share: Share = 1.0
     """Share of the run, at its end, in which the rate falls."""
-    final_share: float = 0.1
+    final_share: Share = 0.1
     """Rate at the end, relative to the peak."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: Weight = 0.1
     """Decoupled decay of matrices; vectors and biases do not decay."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """What AdamW keeps its two moments in; V3 was trained with bf16 (train/low_moments.py)."""
-    momentum: float = 0.95
+    momentum: Share = 0.95
     """Of Muon, with Nesterov's look ahead."""
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Size of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which AdamW's rate and decay fit, or
     sqrt(max(1, rows / columns)) as in the first version."""
     muon_dtype: AskedPrecision = "auto"
     """Precision of Muon's products; fp32 where the processor has none in bf16."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest gradient norm of a step; larger ones are scaled down."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thinkstack.config import Positive, Share, Weight
 from thinkstack.train.loss import Reduction, Stats, TrainedTokens
 from thinkstack.types import ConfigError
 
@@ -27,22 +28,22 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 class PolicyLossConfig:
     """The clipped policy gradient of GRPO and its relatives (arXiv:2402.03300, section 4.1)."""
 
-    clip_low: float = CLIP_LOW
+    clip_low: Share = CLIP_LOW
     """A ratio below 1 - clip_low earns nothing more from lowering it."""
-    clip_high: float = CLIP_HIGH
+    clip_high: Positive = CLIP_HIGH
     """A ratio above 1 + clip_high earns nothing more from raising it (DAPO's clip-higher, arXiv:2503.14476)."""
     clip_kind: Literal["clip", "cap"] = "clip"
     """"clip": PPO's minimum of plain and clipped gain. "cap": CISPO, the detached ratio, at most cispo_cap, weighs
     log-probabilities, so that no token loses its gradient (arXiv:2506.13585)."""
-    cispo_cap: float = 0.0
+    cispo_cap: Weight = 0.0
     """Largest ratio with clip_kind="cap": the cap itself, not 1 + it; there is none below. 0 where "clip" is used."""
-    dual_clip: float = 0.0
+    dual_clip: Weight = 0.0
     """With a negative advantage A the loss is at most dual_clip * |A| (arXiv:1912.09729); 0 leaves it out."""
     ratio_level: Literal["token", "sequence"] = "token"
     """"sequence": one ratio an answer, exp of the mean log-ratio of its tokens (GSPO, arXiv:2507.18071)."""
     reduction: Reduction = "token"
     """How tokens are weighted: see token_weights."""
-    kl: float = 0.0
+    kl: Weight = 0.0
     """Weight of the KL term against the reference model (beta), per token; 0 loads no reference."""
     kl_estimator: Estimator = "k3"
     """k3 has the right value and a biased gradient (GRPO's choice); k2 has the right gradient on policy; k1 belongs in
@@ -51,13 +52,13 @@ class PolicyLossConfig:
     """"reward": kl * estimate of the drawing policy is taken off each token's reward before advantages are made."""
     kl_ratio: bool = False
     """Multiply k3 by the ratio, which makes its gradient unbiased also off policy (V3.2, arXiv:2512.02556)."""
-    importance_cap: float = 2.0
+    importance_cap: Weight = 2.0
     """Largest weight that corrects for the engine's probabilities differing from the trainer's; 0 leaves it out."""
     importance_kind: Literal["truncate", "mask"] = "truncate"
     """What happens above the cap: the weight becomes the cap, or 0, which takes the token (or answer) out."""
     importance_level: Literal["token", "sequence"] = "token"
     """"sequence": one weight an answer, the product of its tokens' ratios."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides the logits of policy, old policy and reference alike; equal to the rollouts' temperature."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from thinkstack.config import Count, Weight
 from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.precision import AskedPrecision
 from thinkstack.train.optim import OptimConfig
@@ -23,19 +24,19 @@ class TrainerConfig:
     """Compile the blocks with torch.compile (docs/gpu.md says what it costs); on CUDA they attend by FlexAttention."""
     fp8: Literal["off", "fp32", "ue8m0"] = "off"
     """Products of the blocks in 8 bits, with scales of this kind (docs/gpu.md); needs dtype="bf16" or "auto"."""
-    micro_tokens: int = 2048
+    micro_tokens: Count = 2048
     """Tokens of one forward and backward pass; more passes add up to a step."""
-    workers: int = 1
+    workers: Count = 1
     """Threads that take micro-batches in turn, each on one core with a copy of the weights."""
     checkpoint_layers: bool = False
     """Activation checkpointing: keep each block's input alone and compute the rest again in the backward pass."""
-    mtp_weight: float = 0.3
+    mtp_weight: Weight = 0.3
     """Weight of the multi-token-prediction loss (lambda in the V3 report, section 2.2)."""
     mtp_detached: bool = False
     """Let that loss train the MTP modules only, not the trunk, embedding and head they look at."""
-    balance_weight: float = 1e-4
+    balance_weight: Weight = 1e-4
     """Weight of the sequence-wise balance loss (alpha)."""
-    bias_speed: float = 1e-3
+    bias_speed: Weight = 1e-3
     """Step of the balance bias (gamma); 0 freezes it."""
     lora: LoRAConfig = LoRAConfig()
     """Adapters to train in place of the model; lora.rank=0 trains the model."""
