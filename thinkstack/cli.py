@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -316,9 +316,17 @@ def main() -> None:
     commands = {function.__name__: function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="thinkstack", description=__doc__)
-    except (ConfigError, RequestError, TrainingError) as error:
-        sys.exit(f"thinkstack: {error}")
+    except (ConfigError, RequestError) as error:
+        _end(2, str(error))
+    except TrainingError as error:
+        _end(1, str(error))
     except Interrupted:
-        sys.exit("thinkstack: stopped; the same command goes on from here")
+        _end(130, "stopped; the same command goes on from here")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(code: int, reason: str) -> NoReturn:
+    """Leave with one line on stderr: 1 for a failure, 2 for what a person asked wrongly, 130 for a stop."""
+    print(f"thinkstack: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(code)

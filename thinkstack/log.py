@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from thinkstack.stopping import StopRequest
 from thinkstack.types import ConfigError
 
 METRICS, TIMINGS, CURVE = "metrics.jsonl", "timings.jsonl", "curve.jsonl"
@@ -59,12 +60,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Run:
     """The folder of one stage: files of rows, provenance.json, and whatever the stage writes."""
 
-    def __init__(self, folder: Path, is_stopping: Callable[[], bool] = lambda: False):
-        """Makes the folder. is_stopping: whether a person asked to stop; stages look after each step.
+    def __init__(self, folder: Path, stop: StopRequest | None = None):
+        """Makes the folder. stop: what asks the stage to save its state and end; None never does.
 
         Raises ConfigError if the folder cannot be made or written to.
         """
-        self.folder, self.is_stopping = folder, is_stopping
+        self.folder, self.stop = folder, stop or StopRequest()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".probe"

@@ -8,13 +8,10 @@ import dataclasses
 import hashlib
 import json
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
@@ -29,7 +26,8 @@ from thinkstack.stages.learning import MODEL
 from thinkstack.stages.pretrain import PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
 from thinkstack.stages.sft import SftConfig, sft
-from thinkstack.types import ConfigError
+from thinkstack.stopping import stopping_on_signals
+from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +99,12 @@ def plan(tree: Tree, out: Path) -> list[Step]:
 
 
 def run_recipe(tree: Tree, out: Path) -> None:
-    """Run all stages that are not done yet. Raises Interrupted when a person asked to stop, after saving the state."""
+    """Run all stages that are not done yet. Raises Interrupted on Ctrl-C or SIGTERM, after saving the state."""
     steps = plan(tree, out)
     Run(out)
     manifest = read_manifest(out)
     machine = describe_machine()
-    with stopping_on_interrupt() as is_stopping:
+    with stopping_on_signals() as stop:
         for number, step in enumerate(steps, start=1):
             record = manifest.setdefault(step.name, {"fingerprint": step.fingerprint, "seconds": 0.0, "done": False})
             if record["fingerprint"] != step.fingerprint:
@@ -116,9 +114,11 @@ def run_recipe(tree: Tree, out: Path) -> None:
             if record["done"]:
                 log.info("[%d/%d] %s is done (%s)", number, len(steps), step.name, clock(record["seconds"]))
                 continue
+            if stop.is_requested:
+                raise Interrupted
             log.info("[%d/%d] %s", number, len(steps), step.name)
             write_json(out / MANIFEST, manifest)  # before the first state: a killed stage keeps its settings too
-            run = Run(out / step.name, is_stopping)
+            run = Run(out / step.name, stop)
             choice.adopt(run.provenance().get("config", {}).get("computed_with"))
             config = dump(step.config) | {"stage": step.kind, "computed_with": choice.record()}
             run.start(config, getattr(step.config, "seed", 0), f"{machine}; {choice.describe()}")
@@ -135,22 +135,3 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """What is known of the stages run in `out`: fingerprint, seconds, done."""
     path = out / MANIFEST
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-@contextmanager
-def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the running stage to save and stop; pressed again, it stops at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        log.warning("stopping after this step, with the state saved; press Ctrl-C again to stop at once")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

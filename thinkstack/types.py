@@ -150,10 +150,10 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, kind):
                 whole = " whole" if kind is numbers.Integral else ""
                 raise RequestError(f"{name}={value!r} is not a{whole} number; {meaning}")
-            if not low <= value <= high and not (name == "temperature" and value == 0):
+            if not low <= float(value) <= high and not (name == "temperature" and value == 0):
                 raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}]; {meaning}")
         for token, bias in self.logit_bias.items():
-            if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not abs(bias) <= LARGEST_BIAS:
+            if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not abs(float(bias)) <= LARGEST_BIAS:
                 raise RequestError(
                     f"logit_bias={bias!r} of token {token} must be a number in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
                 )

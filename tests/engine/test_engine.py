@@ -203,7 +203,7 @@ def test_a_refused_request_leaves_nothing_behind():
 def test_an_interrupted_call_leaves_nothing_behind():
     engine = Engine(tiny_model(), SMALL)
 
-    def interrupt(count: int) -> None:
+    def interrupt(place: int, completions: list[Completion]) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -310,10 +310,10 @@ def test_long_and_short_prompts_prefill_in_any_grouping():
         assert [c[0].token_ids for c in found] == [c[0].token_ids for c in expected]
 
 
-def test_progress_counts_every_prompt_once():
-    told: list[int] = []
-    Engine(tiny_model(), SMALL).generate(prompts(9), samplings(9), told.append)
-    assert sum(told) == 9
+def test_every_prompt_is_told_of_once_with_its_completions():
+    told: dict[int, list[Completion]] = {}
+    found = Engine(tiny_model(), SMALL).generate(prompts(9), samplings(9), told.__setitem__)
+    assert [told.pop(place) for place in range(9)] == found and not told
 
 
 def test_bf16_engine_stays_near_the_fp32_trainer():

@@ -142,10 +142,10 @@ def right(count: int = 12) -> list[tuple[int, ...]]:
 
 def test_answers_come_in_order_from_all_servers_and_progress_is_told():
     pool = FakePool("a", "b")
-    engine, told = pooled(pool), []
+    engine, told = pooled(pool), {}
     pool["a"].before_answer = pool["b"].before_answer = threading.Barrier(12, timeout=HANG_SECONDS).wait
-    found = engine.generate([[1 + place] for place in range(12)], [SHORT] * 12, told.append)
-    assert [group[0].token_ids for group in found] == right() and sum(told) == 12
+    found = engine.generate([[1 + place] for place in range(12)], [SHORT] * 12, told.__setitem__)
+    assert [group[0].token_ids for group in found] == right() and [told[place] for place in range(12)] == found
     assert [len(server.bodies) - 1 for server in pool.servers.values()] == [6, 6], "the first checks the weights"
 
 
@@ -320,7 +320,7 @@ def test_giving_up_ends_what_is_under_way():
 
     pool.handle_request, pool["a"].before_answer = handle_request, wait_for_the_abort
 
-    def stop(count: int) -> None:
+    def stop(place: int, completions: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -104,6 +104,8 @@ class Moment(NamedTuple):
     """Below the folder of the run."""
     count: int = 1
     """Which of the operations of this kind on this path."""
+    signal: int = signal.SIGKILL
+    """What the process gets then."""
 
 
 def _main(recipe: Path, out: Path, moment: Moment | None) -> None:
@@ -113,13 +115,13 @@ def _main(recipe: Path, out: Path, moment: Moment | None) -> None:
     take_one_core()
     pretrain.TOKENIZER_DOCUMENTS, talk.KNOWN_QUESTIONS = 200, 20  # more take longer than all the steps
     if moment:
-        sys.addaudithook(_kill_before(moment, out))
+        sys.addaudithook(_signal_before(moment, out))
     sys.argv = ["thinkstack", "run", str(recipe), "--out", str(out)]
     main()
 
 
-def _kill_before(moment: Moment, out: Path) -> Callable[[str, tuple], None]:
-    """A hook that kills its process."""
+def _signal_before(moment: Moment, out: Path) -> Callable[[str, tuple], None]:
+    """A hook that kills or stops its process."""
     operation, path, left = moment.operation, str(out / moment.path), moment.count
 
     def hook(event: str, arguments: tuple) -> None:
@@ -127,7 +129,7 @@ def _kill_before(moment: Moment, out: Path) -> Callable[[str, tuple], None]:
         if event == operation and str(arguments[0]) == path:
             left -= 1
             if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), moment.signal)
 
     return hook
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.stopping import StopWhen
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.config import build, merge
 from thinkstack.log import Run
@@ -52,7 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def stopped_after(steps: int, folder: Path) -> Run:
     """A run that is asked to stop once its metrics have that many rows."""
     run = Run(folder)
-    run.is_stopping = lambda: len(run.rows()) >= steps
+    run.stop = StopWhen(lambda: len(run.rows()) >= steps)
     return run
 
 

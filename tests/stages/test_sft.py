@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.stopping import StopWhen
 from tests.tiny import GQA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.config import build
@@ -116,8 +117,8 @@ def test_fine_tuning_lowers_the_loss_on_conversations_it_never_saw(start: str, t
 def test_a_resumed_fine_tuning_ends_in_the_same_bytes(start: str, tmp_path: Path):
     cfg = config(start, tmp_path)
     sft(cfg, Run(tmp_path / "whole"))
-    calls = iter(range(100))
-    stopped = Run(tmp_path / "cut", is_stopping=lambda: next(calls) == 4)
+    stopped = Run(tmp_path / "cut")
+    stopped.stop = StopWhen(lambda: len(stopped.rows()) >= 2)
     with pytest.raises(Interrupted):
         sft(cfg, stopped)
     sft(cfg, Run(tmp_path / "cut"))

@@ -7,7 +7,7 @@ model makes of a token depends on its sequence alone, and draws depend on the re
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thinkstack.engine.blocks import BLOCK, BlockPool
 from thinkstack.engine.drawing import draw, note
-from thinkstack.engine.interface import Health, WhileRunning, check_request
+from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
 from thinkstack.engine.speculate import Speculator
@@ -295,25 +295,27 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[Sampling],
-        on_progress: Callable[[int], None] | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts just finished.
+        """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered.
 
         Raises RequestError for what `submit` refuses and for answers that failed.
         """
         requests: list[Request] = []
-        finished = 0
         try:
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 requests.append(self.submit(prompt, sampling))
-            while finished < len(requests):
+            running = list(enumerate(requests))
+            while running:
                 ended = self.answers_ended
                 self.step()
                 if self.answers_ended == ended:
                     continue
-                before, finished = finished, sum(request.is_finished for request in requests)
-                if on_progress is not None and finished > before:
-                    on_progress(finished - before)
+                finished = [pair for pair in running if pair[1].is_finished]
+                running = [pair for pair in running if not pair[1].is_finished]
+                for place, request in finished:
+                    if on_finish is not None and request.error is None:
+                        on_finish(place, request.answers)
         finally:
             for request in requests:
                 if not request.is_finished:
@@ -321,7 +323,7 @@ class Engine:
         for request in requests:
             if request.error is not None:
                 raise RequestError(request.error)
-        return [[c for c in request.completions if c is not None] for request in requests]
+        return [request.answers for request in requests]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""

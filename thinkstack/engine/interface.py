@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, RequestError, Sampling
 
+OnFinish = Callable[[int, list[Completion]], None]
+"""Told the place of a prompt among those asked, and its completions."""
 WhileRunning = Literal["refuse", "drain", "abort", "keep"]
 """What happens to answers being drawn when the weights change: the change is refused; they are finished first, with the
 old weights; they end as aborted; they go on with the new weights, their context computed again."""
@@ -43,9 +45,9 @@ class AnyEngine(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[Sampling],
-        on_progress: Callable[[int], None] | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts just finished."""
+        """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered."""
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import torch
 from thinkstack.checkpoint.model import save_model
 from thinkstack.config import Count, CountOrZero, Positive
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.interface import AnyEngine, Health, WhileRunning, check_request
+from thinkstack.engine.interface import AnyEngine, Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.sampler import is_plain
 from thinkstack.engine.vllm import OtherWeights, Server, ServerFailed, check_sampling, new_id
 from thinkstack.models.precision import DTYPES, inference_copy, resolve_precision
@@ -209,9 +209,9 @@ class RemoteEngine:
         self,
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[Sampling],
-        on_progress: Callable[[int], None] | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_progress is told how many prompts just finished.
+        """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered.
 
         Raises RequestError for what is refused, and for a request that no server answers.
         """
@@ -220,10 +220,11 @@ class RemoteEngine:
         threads, halt = ThreadPoolExecutor(max(many, 1)), threading.Event()
         try:
             waiting = [threads.submit(self._answer, prompt, sampling, halt) for prompt, sampling in pairs]
+            place_of = {future: place for place, future in enumerate(waiting)}
             for done in as_completed(waiting):
-                done.result()
-                if on_progress is not None:
-                    on_progress(1)
+                completions = done.result()
+                if on_finish is not None:
+                    on_finish(place_of[done], completions)
         except BaseException:
             halt.set()
             threads.shutdown(wait=False, cancel_futures=True)

@@ -61,6 +61,11 @@ class Request:
     def is_finished(self) -> bool:
         return all(completion is not None for completion in self.completions)
 
+    @property
+    def answers(self) -> list[Completion]:
+        """Those that are finished."""
+        return [completion for completion in self.completions if completion is not None]
+
 
 @dataclass(frozen=True, eq=False)
 class Waiting:

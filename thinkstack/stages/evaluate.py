@@ -13,9 +13,10 @@ from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
-from thinkstack.log import Progress, Run, write_json
+from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.models.precision import AskedPrecision, Stored
+from thinkstack.stages.kept_completions import KeptCompletions
 from thinkstack.stages.rollout import prompt_of
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.text.parse import Form
@@ -91,13 +92,15 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     context = longest + cfg.max_tokens
     size = EngineConfig(max_batch=cfg.max_batch, max_context=context, dtype=cfg.dtype, weights=cfg.weights)
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
-    with Progress("evaluation", len(everything)) as progress:
-        generate = partial(engine.generate, on_progress=progress.advance)
+    kept = KeptCompletions(engine, run, len(everything))
+    with kept.progress:
         for file, config in asked.items():
-            found = evaluate(generate, chat, problems[file], config, partial(score, cfg=RewardConfig(form=cfg.form)))
+            reward = partial(score, cfg=RewardConfig(form=cfg.form))
+            found = evaluate(kept.generate, chat, problems[file], config, reward)
             write_json(run.folder / file, found.to_dict())
             if file == SAMPLED:
                 write_samples(run.folder / SAMPLES, found.records)
+    kept.drop()
 
 
 def read_evaluations(out: Path, columns: Mapping[str, str], file: str) -> dict[str, Evaluation]:

@@ -7,7 +7,8 @@ import copy
 import itertools
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -122,8 +123,9 @@ class Zero:
 
     def draw(self) -> tuple[Round, dict[str, float]]:
         """Ask and score, with statistics; a drawing whose step was cut off is taken from the disk, verdicts and all."""
-        known = read_drawing(self.run.folder, self.drawings, self.stream, self.counter)
-        drawn = known or roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
+        with self.interruptible():
+            known = read_drawing(self.run.folder, self.drawings, self.stream, self.counter)
+            drawn = known or roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
         metrics = describe(drawn)
         self.check(drawn, metrics)
         if known is None and self.cfg.save_steps:
@@ -221,8 +223,27 @@ class Zero:
             files=self.cfg.files,
             languages=self.cfg.languages,
         )
-        found = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
+        with self.interruptible():
+            found = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
         self.run.append(CURVE, curve_point(self.trainer.step_count, found, _only(found, self.cfg)))
+
+    def should_look(self) -> bool:
+        """Whether an evaluation on the way is due: at the start, and once for each way_steps."""
+        every, points = self.cfg.way_steps, self.run.rows(CURVE)
+        return bool(every) and (not points or self.trainer.step_count // every > points[-1]["step"] // every)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within this block a request to stop does not wait; the state saved is that before it."""
+        stream, group = self.stream.state(), self.counter.value
+        try:
+            with self.run.stop.may_interrupt():
+                yield
+        except Interrupted:
+            self.stream.restore(stream)
+            self.counter.value = group
+            self.save()
+            raise
 
     def save(self) -> None:
         """Write everything that a resumed run needs."""
@@ -289,7 +310,7 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
     if state is not None:
         zero.restore(*state)
     run.rewind(state[1]["rows"] if state else {})
-    if cfg.way_steps and not run.rows(CURVE):
+    if zero.should_look():
         zero.look()
     warned: set[str] = set()
     history = run.rows()
@@ -308,11 +329,11 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
             progress.advance(done - before, health_line(metrics))
             history.append(metrics)
             warned = warn(history, warned)
-            if cfg.way_steps and done // cfg.way_steps > before // cfg.way_steps:
+            if zero.should_look():
                 zero.look()
-            if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.is_stopping():
+            if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
                 zero.save()
-            if run.is_stopping():
+            if run.stop.is_requested:
                 raise Interrupted
     if cfg.trainer.lora.rank:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)

@@ -158,7 +158,7 @@ class GrpoConfig:
     """Held-out problems of an evaluation on the way."""
     way_samples: Count = 16
     """Answers drawn to each of them."""
-    save_steps: Count = 20
+    save_steps: CountOrZero = 20
     """Steps between two states to resume from; 0 keeps none."""
     seed: Seed = 0
     """Fixes problems and draws."""

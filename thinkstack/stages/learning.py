@@ -88,18 +88,29 @@ class Learning:
         stop, with the state saved."""
         cfg, trainer, total = self.cfg, self.trainer, len(self.plan.rows)
         if trainer.step_count == 0:
-            measure(self)
+            self.interruptible(measure)
         with Progress(self.title, total, trainer.step_count) as progress:
             while trainer.step_count < total:
                 metrics = self.step()
                 self.run.log(trainer.step_count, metrics)
                 note = f"loss {metrics['loss/next_token_nats']:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
                 progress.advance(1, note)
-                if (cfg.save_steps and trainer.step_count % cfg.save_steps == 0) or self.run.is_stopping():
+                if (cfg.save_steps and trainer.step_count % cfg.save_steps == 0) or self.run.stop.is_requested:
                     self.save()
-                if self.run.is_stopping():
+                if self.run.stop.is_requested:
                     raise Interrupted
-        measure(self)
+        self.interruptible(measure)
+
+    def interruptible(self, measure: Callable[["Learning"], None]) -> None:
+        """Measure; a request to stop does not wait for it, and it is made again when the run goes on."""
+        marks = self.run.mark()
+        try:
+            with self.run.stop.may_interrupt():
+                measure(self)
+        except Interrupted:
+            self.run.rewind(marks)
+            self.save()
+            raise
 
     def write_models(self) -> list[tuple[Path, Transformer]]:
         """Write the model, its average and its adapter, where there are any; returns the folders of the models."""

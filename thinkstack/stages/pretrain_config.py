@@ -59,7 +59,7 @@ class PretrainConfig:
     """Precision, optimizer and auxiliary losses."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the weights, saved beside the model as model-ema; 0 keeps none."""
-    save_steps: Count = 500
+    save_steps: CountOrZero = 500
     """Steps between two states to resume from; 0 keeps none."""
     seed: Seed = 0
     """Fixes weights and corpus."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.config import Count, Positive, Seed, Share
+from thinkstack.config import Count, CountOrZero, Positive, Seed, Share
 from thinkstack.data import PackedStream, Sample, lay_out, pack
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import read_conversations
@@ -46,7 +46,7 @@ class SftConfig:
     """Precision and optimizer."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the weights, saved beside the model as model-ema; 0 keeps none."""
-    save_steps: Count = 100
+    save_steps: CountOrZero = 100
     """Steps between two states to resume from; 0 keeps none."""
     seed: Seed = 0
     """Fixes the order and what is held out."""

@@ -6,6 +6,7 @@ it begins, so neither the queue nor the start of a process counts against it.
 
 import contextlib
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -152,6 +153,7 @@ def unscorable(reason: str) -> Score:
 
 def _serve(pipe: Connection) -> None:
     """Answer calls until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this ends it
     while True:
         try:
             function, arguments = pipe.recv()

@@ -1,0 +1,115 @@
+"""What a request may hold: numbers within bounds, token ids in any sequence; the rest is refused by its field."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+from tests.engine.requests import SMALL
+from tests.tiny import tiny_model
+from thinkstack.engine.engine import Engine
+from thinkstack.types import SAMPLING_RANGES, RequestError, Sampling
+
+
+@pytest.mark.parametrize("name", SAMPLING_RANGES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e40, "1", True, [1]])
+def test_no_field_takes_what_is_not_a_number_of_its_range(name, value):
+    """NaN passed every comparison as a temperature; the engine then blamed the weights."""
+    with pytest.raises(RequestError, match=f"^{name}="):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 1e-40},
+        {"temperature": -0.1},
+        {"temperature": 101},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": -2.5},
+        {"max_tokens": 0},
+        {"n": 0},
+        {"min_tokens": 300},
+        {"thinking_budget": -1, "close_ids": (3,)},
+        {"thinking_budget": 4},
+        {"logit_bias": {3: math.nan}},
+        {"logit_bias": {3: math.inf}},
+        {"logit_bias": {3: -101.0}},
+        {"logit_bias": {3: "1"}},
+    ],
+)
+def test_values_beyond_their_bounds_are_refused_by_name(given):
+    with pytest.raises(RequestError, match=next(iter(given))):
+        Sampling(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0},
+        {"temperature": 0.001},
+        {"temperature": numpy.float32(0.5), "top_k": numpy.int64(4), "max_tokens": numpy.int32(3)},
+        {"top_p": 1, "min_p": 1, "repetition_penalty": 1},
+        {"logit_bias": {3: 100, 4: -100.0}},
+        {"seed": -1},
+    ],
+)
+def test_values_within_their_bounds_are_taken_whatever_their_type(given):
+    Engine(tiny_model(), SMALL).generate([[1, 2]], [Sampling(**({"max_tokens": 3} | given))])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        (5, 6, 7),
+        range(5, 8),
+        numpy.array([5, 6, 7]),
+        numpy.array([5, 6, 7], dtype=numpy.uint16),
+        torch.tensor([5, 6, 7]),
+        torch.tensor([5, 6, 7], dtype=torch.int32),
+        [numpy.int64(5), 6, 7],
+    ],
+    ids=str,
+)
+def test_a_prompt_is_any_sequence_of_token_ids(prompt):
+    """An array was refused by numpy ("truth value is ambiguous") and a tensor was kept as tensors."""
+    engine, sampling = Engine(tiny_model(), SMALL), Sampling(max_tokens=4, temperature=0.0)
+    (found,), (expected,) = engine.generate([prompt, [5, 6, 7]], [sampling, sampling])
+    assert found == expected
+    assert engine.submit(prompt, sampling).prompt_ids == (5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("hello", "the prompt is 'hello'"),
+        (5, "the prompt is 5"),
+        (None, "the prompt is None"),
+        (torch.tensor(5), "the prompt is tensor"),
+        ([1.0, 2.0], "the prompt holds 1.0"),
+        (torch.tensor([1.5]), "the prompt holds 1.5"),
+        ([[1, 2]], "the prompt holds"),
+        (torch.tensor([[1, 2]]), "the prompt holds"),
+        ([1, True], "the prompt holds True"),
+        ([1, None], "the prompt holds None"),
+        (numpy.array([], dtype=int), "the prompt is empty"),
+        (torch.tensor([1, 48]), "the prompt names token 48"),
+    ],
+    ids=lambda one: str(one)[:20],
+)
+def test_a_prompt_of_anything_else_is_refused_in_our_words(prompt, said):
+    with pytest.raises(RequestError, match=said):
+        Engine(tiny_model(), SMALL).submit(prompt, Sampling(max_tokens=2))
+
+
+@pytest.mark.parametrize("given", [{"logit_bias": {"3": 1.0}}, {"stop_ids": ("a",)}, {"stop_ids": (1.5,)}])
+def test_token_ids_of_a_field_are_whole_numbers(given):
+    with pytest.raises(RequestError, match=f"{next(iter(given))} holds"):
+        Engine(tiny_model(), SMALL).submit([1], Sampling(max_tokens=2, **given))

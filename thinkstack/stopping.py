@@ -1,0 +1,59 @@
+"""Stopping on request: on Ctrl-C or SIGTERM the running stage saves its state first."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from thinkstack.types import Interrupted
+
+log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Whether a stop was asked for. A stage looks after each step, or lets a request interrupt it where it is."""
+
+    def __init__(self) -> None:
+        self._is_requested = self._may_interrupt = False
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether to save the state and raise Interrupted."""
+        return self._is_requested
+
+    def request(self, number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
+        """Ask to stop; a handler of signals. Raises KeyboardInterrupt if it is asked a second time."""
+        if self._is_requested:
+            raise KeyboardInterrupt
+        self._is_requested = True
+        log.warning("stopping, with the state saved; press Ctrl-C again to stop at once")
+        if self._may_interrupt:
+            raise Interrupted
+
+    @contextmanager
+    def may_interrupt(self) -> Iterator[None]:
+        """Within this block a request raises Interrupted at once, in the middle of whatever is done there."""
+        self._may_interrupt = True
+        try:
+            if self.is_requested:
+                raise Interrupted
+            yield
+        finally:
+            self._may_interrupt = False
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[StopRequest]:
+    """A request that Ctrl-C and SIGTERM make, which schedulers send before they kill; in the main thread only."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
