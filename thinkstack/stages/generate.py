@@ -14,7 +14,8 @@ from thinkstack.checkpoint.shard import load_shard
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.parallel import Ranks, broadcast_text
 from thinkstack.models.precision import DTYPES, Precision, Stored
-from thinkstack.stages.talk import stream_text
+from thinkstack.stages.console import NEW, Say, say_answer
+from thinkstack.stages.talk import LastToken, stream_text
 from thinkstack.types import ConfigError, Message, RequestError, Sampling
 
 MAX_BATCH = 64
@@ -45,6 +46,7 @@ class Generator:
         size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=precision, weights=weights)
         self.engine = Engine(model.to(device), size)
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
+        self.last = LastToken(self.chat)
 
     def continue_text(self, prompt: str) -> Iterator[str]:
         """Stream the continuation of plain text: exactly one BOS where the model knows one, no template."""
@@ -54,12 +56,19 @@ class Generator:
         def text_of(drawn: Sequence[int]) -> str:
             return tokenizer.decode([token for token in drawn if token not in stops])
 
-        return stream_text(text_of, self.engine.stream(ids, self._fitting(ids)))
+        return stream_text(text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
+
+    def respond(self, prompt: str, raw: bool = False) -> Iterator[str]:
+        """Stream the answer to a prompt through the chat template, where the checkpoint has one and raw is not asked
+        for; else the continuation of the text."""
+        if raw or not self.chat.has_template:
+            return self.continue_text(prompt)
+        return self.answer([Message(role="user", content=prompt)])
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Stream the next turn of the assistant, what the prompt has begun of it included."""
         ids = self.chat.prompt(messages)
-        return stream_text(self.chat.text_of, self.engine.stream(ids, self._fitting(ids)))
+        return stream_text(self.chat.text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """One answer to each prompt, drawn together; prompt number i draws with seed + i."""
@@ -76,22 +85,18 @@ class Generator:
             )
         return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
 
-    def talk(self, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
-        """Answer what `read` gives on the first rank until it gives None; "/exit" ends a talk, "/clear" forgets it."""
+    def talk(self, read: Callable[[], str | None], say: Say) -> None:
+        """Answer what `read` gives on the first rank until it gives None; NEW begins a new conversation."""
         messages: list[Message] = []
         while True:
             asked = broadcast_text(read() if self.ranks.rank == 0 else None, self.ranks)
-            if asked is None or asked == "/exit":
+            if asked is None:
                 return
-            if asked == "/clear":
+            if asked == NEW:
                 messages.clear()
                 continue
             messages.append(Message(role="user", content=asked))
-            whole = ""
-            for piece in self.answer(messages):
-                whole += piece
-                say(piece)
-            say("\n")
+            whole = say_answer((("", piece) for piece in self.answer(messages)), self.last.text, say)
             messages.append(Message(role="assistant", content=whole))
 
 

@@ -12,6 +12,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.log import write_json
 from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.models.transformer import Transformer
+from thinkstack.stages.console import NEW, read_question, say, say_answer
 from thinkstack.tasks.corpus import TALK
 from thinkstack.tasks.puzzles import Family
 from thinkstack.tasks.table import problems
@@ -19,7 +20,7 @@ from thinkstack.text.chat import ChatFormat, ZeroFormat
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
 from thinkstack.train.loss import token_log_probs
-from thinkstack.types import Message, Sampling
+from thinkstack.types import Message, RequestError, Sampling
 
 READING = "reading.json"
 KNOWN_QUESTIONS = 400
@@ -52,6 +53,7 @@ class Talk:
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
         self.limit = read_limit(source)
         self.messages: list[Message] = []
+        self.last = LastToken(self.chat)
 
     def can_read(self, question: str) -> bool:
         """Whether the question looks like what the model was trained on; True where no limit is known."""
@@ -66,7 +68,7 @@ class Talk:
         room = self.engine.max_context - len(prompt)
         sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, room), 1))
         whole = ""
-        for piece in split_turn(stream_text(self.chat.text_of, self.engine.stream(prompt, sampling))):
+        for piece in split_turn(stream_text(self.chat.text_of, self.last.of(self.engine.stream(prompt, sampling)))):
             whole += piece.text if piece.kind != "thinking" else ""
             yield piece
         self.messages.append(Message(role="assistant", content=whole.strip()))
@@ -74,6 +76,40 @@ class Talk:
     def forget(self) -> None:
         """Begin a new conversation."""
         self.messages.clear()
+
+    def converse(self) -> None:
+        """Answer at the terminal until the person quits. Ctrl-C stops an answer."""
+        while (question := read_question()) is not None:
+            if question == NEW:
+                self.forget()
+                continue
+            if not self.can_read(question):
+                say("This question does not look like anything this model was trained on; expect noise.\n", "warning")
+            try:
+                say_answer(((piece.kind, piece.text) for piece in self.ask(question)), self.last.text)
+            except RequestError as error:
+                self.forget()
+                say(f"{error}; a new conversation begins\n", "warning")
+            except KeyboardInterrupt:
+                say(" (stopped)\n", "warning")
+
+
+class LastToken:
+    """The token that a stream ended with, to say why an answer is empty."""
+
+    def __init__(self, chat: ChatFormat):
+        self.chat = chat
+        self.token: int | None = None
+
+    def of(self, ids: Iterator[int]) -> Iterator[int]:
+        """The same ids."""
+        self.token = None
+        for self.token in ids:
+            yield self.token
+
+    def text(self) -> str:
+        """How the tokenizer spells it."""
+        return "no token" if self.token is None else self.chat.tokenizer.decode([self.token])
 
 
 def stream_text(text_of: Callable[[Sequence[int]], str], ids: Iterator[int]) -> Iterator[str]:
