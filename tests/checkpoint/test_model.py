@@ -108,9 +108,14 @@ def test_a_template_in_its_own_file_wins(tmp_path: Path):
     assert load_chat(folder).template == "in its file"
 
 
-def test_a_base_model_has_no_chat_and_says_what_to_add(tmp_path: Path):
+def test_a_base_model_has_no_template_and_says_what_to_add_once_a_conversation_is_written(tmp_path: Path):
+    """load_chat refused it, and with it the plain continuation that a base model is for."""
     folder = saved(tmp_path / "model", chat_format=None)
-    assert "thinkstack_chat_format" in refused(folder, load_chat)
+    chat = load_chat(folder)
+    assert not chat.has_template and chat.stop_ids == (1,)
+    for write in (chat.prompt, chat.example):
+        with pytest.raises(ConfigError, match="thinkstack_chat_format"):
+            write([*QUESTION, Message(role="assistant", content="42")])
     edit(folder / "tokenizer_config.json", thinkstack_chat_format="v9")
     assert "v9" in refused(folder, load_chat)
 
@@ -193,8 +198,9 @@ def test_a_damaged_config_is_named(text: str, tmp_path: Path):
 
 def test_missing_parts_are_named(tmp_path: Path):
     folder = saved(tmp_path / "model")
+    (folder / "tokenizer_config.json").unlink()
+    assert not load_chat(folder).has_template
     for name, load in (
-        ("tokenizer_config.json", load_chat),
         ("tokenizer.json", load_chat),
         ("config.json", load_model),
     ):

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.checkpoint import chat_template
+from thinkstack.checkpoint.hf_config import one_or_list
 from thinkstack.checkpoint.hf_files import CONFIG, INDEX, PICKLES
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.models.config import ModelConfig
-from thinkstack.text.chat import ChatFormat, TemplateFormat, chat_format
+from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import FILE as TOKENIZER
 from thinkstack.text.tokenizer import PAD, Tokenizer
 from thinkstack.types import ConfigError
@@ -85,11 +86,13 @@ def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mappi
     known = shipped.get("eos_token_id")
     ends = [*cfg.eos_ids, *(chat.stop_ids if chat else ()), *(known if isinstance(known, list) else [known])]
     ids = [token for token in dict.fromkeys(ends) if token is not None]
-    own = {"bos_token_id": cfg.bos_id, "eos_token_id": ids[0] if len(ids) == 1 else ids}
+    tokens = {"bos_token_id": cfg.bos_id, "eos_token_id": one_or_list(ids)}
+    own = {key: value for key, value in tokens.items() if value is not None}
     if chat is None:
         return {"_from_model_config": True} | dict(shipped) | own
-    sampling = {} if isinstance(chat, TemplateFormat) else CHAT_SAMPLING
-    return sampling | {"pad_token_id": chat.tokenizer.control.get(PAD, ids[0])} | dict(shipped) | own
+    sampling = CHAT_SAMPLING if chat.name in FORMATS else {}
+    pad = chat.tokenizer.control.get(PAD, ids[0] if ids else None)
+    return sampling | ({} if pad is None else {"pad_token_id": pad}) | dict(shipped) | own
 
 
 def _tokenizer_config(
@@ -100,7 +103,8 @@ def _tokenizer_config(
     """
     config = {key: value for key, value in shipped.items() if key not in (CHAT_FORMAT, "chat_template")}
     if not shipped:
-        bos, eos = (control_token(tokenizer, token_id) for token_id in (cfg.bos_id, cfg.eos_ids[0]))
+        begin = tokenizer.begin_ids[0] if tokenizer.begin_ids else cfg.bos_id
+        bos, eos = (control_token(tokenizer, token_id) for token_id in (begin, (*cfg.eos_ids, None)[0]))
         config = {
             "bos_token": bos,
             "clean_up_tokenization_spaces": False,
@@ -111,7 +115,7 @@ def _tokenizer_config(
         }
     if isinstance(chat, TemplateFormat):
         return config if has_file else config | {"chat_template": _template_key(chat, shipped.get("chat_template"))}
-    if chat is not None:
+    if chat is not None and chat.has_template:
         config[CHAT_FORMAT] = chat.name
         template = chat_template.template_of(chat.name, tokenizer)
         if template is not None:
@@ -130,8 +134,10 @@ def _template_key(chat: TemplateFormat, shipped: Any) -> str | list[dict[str, st
     return [{"name": name, "template": template} for name, template in named.items()]
 
 
-def control_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """The spelling of a control token. Raises ConfigError if it is none."""
+def control_token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
+    """The spelling of a control token; None of none. Raises ConfigError if it is an ordinary one."""
+    if token_id is None:
+        return None
     for token, known in tokenizer.control.items():
         if known == token_id:
             return token

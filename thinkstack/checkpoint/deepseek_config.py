@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from thinkstack.checkpoint.hf_config import differences
+from thinkstack.checkpoint.hf_config import differences, read_bos, read_eos
 from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 from thinkstack.models.quant import FP8Blocks
@@ -22,7 +22,7 @@ ELSEWHERE = ("bos_id", "eos_ids", "init_std", "embed_init_std", "mtp_layers")
 def read_config(folder: Path) -> tuple[ModelConfig, FP8Blocks | None]:
     """The model of a folder in DeepSeek's layout, and how its matrices are kept.
 
-    Raises ConfigError if config.json is missing or no such file, or nothing says which tokens begin and end a text.
+    Raises ConfigError if config.json is missing or no such file.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -30,7 +30,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, FP8Blocks | None]:
             f"{path} is missing; put the file of inference/configs that belongs to these weights there, under that name"
         )
     read = Reader(read_json(path), str(path))
-    bos, eos = _tokens(folder)
+    bos, eos = _tokens(folder, read.integer("vocab_size"))
     cfg = _model(read, bos, eos)
     if read.text("dtype", "bf16") == "bf16":
         return cfg, None
@@ -38,7 +38,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, FP8Blocks | None]:
     return cfg, FP8Blocks(power_of_two=read.text("scale_fmt", "") == "ue8m0")
 
 
-def _model(read: Reader, bos: int, eos: tuple[int, ...]) -> ModelConfig:
+def _model(read: Reader, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
     is_v3 = read.text("score_func", "softmax") == "sigmoid"
     original, factor = read.integer("original_seq_len", 4096), read.number("rope_factor", 40.0)
     longest, mscale = read.integer("max_seq_len", 16384), read.number("mscale", 1.0)
@@ -87,18 +87,20 @@ def _model(read: Reader, bos: int, eos: tuple[int, ...]) -> ModelConfig:
     )
 
 
-def _tokens(folder: Path) -> tuple[int, tuple[int, ...]]:
-    """Tokens that begin and end a text: of generation_config.json, else of the tokenizer."""
+def _tokens(folder: Path, rows: int) -> tuple[int | None, tuple[int, ...]]:
+    """Tokens that begin and end a text: of generation_config.json, else of the tokenizer, as far as these name them.
+    rows: of the embedding.
+    """
     if (folder / GENERATION).is_file():
         read = Reader(read_json(folder / GENERATION), str(folder / GENERATION))
-        eos = read.values.get("eos_token_id")
-        ids = tuple(eos) if isinstance(eos, list) else (read.integer("eos_token_id", least=0),)
-        return read.integer("bos_token_id", least=0), ids
-    names = Reader(read_json(folder / TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG)).values
-    tokenizer = Tokenizer.load(folder)
+        return read_bos(read, rows), read_eos(read, rows)
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None, ()
+    names, tokenizer = read_json(folder / TOKENIZER_CONFIG), Tokenizer.load(folder)
     tokens = (names.get(key) for key in ("bos_token", "eos_token"))
-    bos, eos = (tokenizer.control_id(t["content"] if isinstance(t, dict) else str(t)) for t in tokens)
-    return bos, (eos,)
+    spelt = (token["content"] if isinstance(token, dict) else token for token in tokens)
+    bos, eos = (tokenizer.control_id(token) if token else None for token in spelt)
+    return bos, () if eos is None else (eos,)
 
 
 def config_of(cfg: ModelConfig, storage: FP8Blocks | None) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from thinkstack.checkpoint.companions import TOOL_USE
-from thinkstack.checkpoint.gguf_config import BOS, ENDS, config_of
+from thinkstack.checkpoint.gguf_config import BOS, ENDS, config_of, ends_of, token_of
 from thinkstack.checkpoint.gguf_file import PLAIN, GGUFFile
 from thinkstack.checkpoint.gguf_names import ROPE_FREQS, Laid, is_cut, laid_out, unpack
 from thinkstack.checkpoint.gguf_tokenizer import tokenizer_of
 from thinkstack.checkpoint.source import Source
-from thinkstack.text.chat import ChatFormat, TemplateFormat, chat_format
+from thinkstack.text.chat import ChatFormat, PlainText, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
@@ -69,7 +69,7 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_gguf_chat(path: Path) -> ChatFormat:
-    """The chat format in a GGUF: ours by its key, else the shipped template. Raises ConfigError if it has neither."""
+    """The chat format in a GGUF: ours by its key, else the shipped template, else plain text, as model.load_chat."""
     meta = GGUFFile(path).meta
     tokenizer = tokenizer_of(meta)
     name = meta.find(CHAT_FORMAT, str)
@@ -78,11 +78,20 @@ def load_gguf_chat(path: Path) -> ChatFormat:
             return chat_format(name, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"{path}: {CHAT_FORMAT}: {error}") from None
-    names = {token_id: token for token, token_id in tokenizer.control.items()}
-    for key in (BOS, ENDS[0]):
-        if meta.get(key, int) not in names:
-            raise ConfigError(f"{path}: {key}={meta.get(key, int)} is no control token; fetch another conversion")
-    bos, eos = (names[meta.get(key, int)] for key in (BOS, ENDS[0]))
-    ends = tuple(meta.get(key, int) for key in ENDS if key in meta.values)
+    names = set(tokenizer.control.values())
+    bos, ends = token_of(meta, BOS), ends_of(meta)
+    if (eos := token_of(meta, ENDS[0])) is not None and eos not in names:
+        raise ConfigError(f"{path}: {ENDS[0]}={eos} is no control token; fetch another conversion")
+    template = meta.find(TEMPLATE, str)
+    if not template:
+        return PlainText(tokenizer, ends, _no_template(path))
+    bos_token, eos_token = ("" if token is None else tokenizer.decode([token]) for token in (bos, eos))
     tool_template = meta.find(f"{TEMPLATE}.{TOOL_USE}", str) or ""
-    return TemplateFormat(tokenizer, meta.get(TEMPLATE, str), bos, eos, tool_template, ends)
+    return TemplateFormat(tokenizer, template, bos_token, eos_token, tool_template, ends)
+
+
+def _no_template(path: Path) -> str:
+    return (
+        f"{path} has no {TEMPLATE}: this is a base model, which continues plain text; for conversations make a folder "
+        f"of it (thinkstack convert {path} OUT --to hf) and put a chat_template.jinja there"
+    )

@@ -28,6 +28,8 @@ from thinkstack.types import ConfigError
 
 BOS, ENDS = "tokenizer.ggml.bos_token_id", tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 """Where the token that begins and those that end an answer stand."""
+NO_TOKEN = 2**32 - 1
+"""-1 in the unsigned numbers of the format; llama.cpp's word for none."""
 LLAMA3 = "thinkstack.rope.llama3"
 """Our own key: what rope_freqs was made of, [factor, low_freq_factor, high_freq_factor, original_max_positions]."""
 GATES = {1: "softmax", 2: "sigmoid"}
@@ -130,11 +132,10 @@ def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factor
     if keys.size("rope.dimension_count", attention.rope_dim) != attention.rope_dim:
         raise ConfigError("only part of each head is rotated, which is not supported; use another model")
     rows = tensors["token_embd.weight"][0]
-    ends = dict.fromkeys(keys.meta.get(key, int) for key in ENDS if key in keys.meta.values)
-    bos = keys.meta.get(BOS, int)
-    for token in (bos, *ends):
-        if not 0 <= token < rows:
-            raise ConfigError(f"token {token} begins or ends texts, but there are {rows}; fetch another conversion")
+    for key in (BOS, *ENDS):
+        token = token_of(keys.meta, key)
+        if token is not None and token >= rows:
+            raise ConfigError(f"{key}={token}, but there are {rows} tokens; fetch another conversion")
     return ModelConfig(
         family=_family(keys),  # type: ignore[arg-type]
         vocab_size=rows,
@@ -148,9 +149,21 @@ def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factor
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in tensors,
         max_positions=keys.size("context_length"),
-        bos_id=bos,
-        eos_ids=tuple(ends) or (keys.meta.get(ENDS[0], int),),
+        bos_id=token_of(keys.meta, BOS),
+        eos_ids=ends_of(keys.meta),
     )
+
+
+def token_of(meta: Metadata, key: str) -> int | None:
+    """A token that metadata name; None where they leave it out (Qwen has no BOS) or say -1, which is none."""
+    token = meta.find(key, int)
+    return None if token in (None, -1, NO_TOKEN) else token
+
+
+def ends_of(meta: Metadata) -> tuple[int, ...]:
+    """Tokens that end an answer: none, one or several."""
+    tokens = (token_of(meta, key) for key in ENDS)
+    return tuple(dict.fromkeys(token for token in tokens if token is not None))
 
 
 def _family(keys: _Keys) -> str:

@@ -48,7 +48,8 @@ def metadata_of(cfg: ModelConfig, ends: tuple[int, ...]) -> dict[str, Any]:
         named[LLAMA3] = [float(number) for number in numbers]
     if len(ends) > len(ENDS):
         _log.warning("a GGUF has room for %d tokens that end an answer; %s are left out", len(ENDS), ends[len(ENDS) :])
-    named |= {BOS: cfg.bos_id, **dict(zip(ENDS, ends, strict=False))}
+    begin = {} if cfg.bos_id is None else {BOS: cfg.bos_id}
+    named |= begin | dict(zip(ENDS, ends, strict=False))
     _check_expressed(cfg, named)
     return named
 

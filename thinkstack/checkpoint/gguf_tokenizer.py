@@ -16,7 +16,7 @@ import tokenizers
 
 from thinkstack.checkpoint.gguf_file import Metadata
 from thinkstack.checkpoint.gguf_pre import ALIASES, PRE_TOKENIZERS, Pre, same_cut, sequence
-from thinkstack.text.tokenizer import BOS, THINK_CLOSE, THINK_OPEN, Tokenizer
+from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
 from thinkstack.types import ConfigError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -93,7 +93,8 @@ def _spec_of(meta: Metadata, tokens: list[str], types: list[int]) -> str:
         for token, index in used.items()
         if types[index] in (CONTROL, USER_DEFINED)
     ]
-    merges = [merge.split(" ", 1) for merge in meta.get(MERGES, list)]
+    is_joined = any(types[index] == NORMAL and len(token) > 1 for token, index in used.items())
+    merges = [merge.split(" ", 1) for merge in (meta.get(MERGES, list) if is_joined else meta.find(MERGES, list) or [])]
     spec = bpe_spec(used, merges, added, pre)
     adds_bos = meta.find(ADD_BOS, bool)
     if pre.adds_bos if adds_bos is None else adds_bos:
@@ -150,16 +151,13 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     return tokenizers.Tokenizer.from_str(tokenizer.spec).get_vocab(with_added_tokens=True)
 
 
-def tokenizer_values(tokenizer: Tokenizer, rows: int, bos_id: int) -> dict[str, Any]:
-    """tokenizer.ggml.* of a tokenizer. rows: tokens of the model, filled up with unused ones. bos_id: the model's.
+def tokenizer_values(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """tokenizer.ggml.* of a tokenizer, BOS aside. rows: tokens of the model, filled up with unused ones.
 
     Raises ConfigError for another kind than byte-level BPE, and for rules that llama.cpp has nothing like.
     """
     spec = json.loads(tokenizer.spec)
     _check_kind(spec)
-    begin = [tokenizer.control[BOS]] if BOS in tokenizer.control else tokenizer.begin_ids
-    if begin not in ([], [bos_id]):
-        raise ConfigError(f"the tokenizer begins texts with tokens {begin}, the model with {bos_id}; make them agree")
     name = _known_pre(spec)
     cut = _Cut(name, _merges(spec), {}) if name else _like(tokenizer, spec)
     tokens = [f"[PAD{index}]" for index in range(rows)]
@@ -176,7 +174,7 @@ def tokenizer_values(tokenizer: Tokenizer, rows: int, bos_id: int) -> dict[str, 
         TOKENS: tokens,
         TYPES: types,
         MERGES: [" ".join(merge) for merge in cut.merges],
-        ADD_BOS: bool(begin),
+        ADD_BOS: bool(tokenizer.begin_ids),
     }
     return values if name else values | {WHOLE_JSON: tokenizer.spec}
 

@@ -27,6 +27,7 @@ from thinkstack.checkpoint.gguf_tokenizer import MODEL, tokenizer_values
 from thinkstack.checkpoint.source import Source
 from thinkstack.checkpoint.state import flush
 from thinkstack.log import Progress
+from thinkstack.models.config import ModelConfig
 from thinkstack.text.chat import ChatFormat, TemplateFormat
 from thinkstack.text.tokenizer import PAD, Tokenizer
 from thinkstack.types import ConfigError
@@ -97,7 +98,7 @@ def write_gguf(
 def _metadata(
     source: Source, path: Path, kind: str, tokenizer: Tokenizer | None, chat: ChatFormat | None
 ) -> dict[str, Any]:
-    cfg = source.cfg
+    cfg = _beginning_with(tokenizer, source.cfg)
     ends = tuple(dict.fromkeys((*(chat.stop_ids if chat else ()), *cfg.eos_ids)))
     values = {
         "general.type": "model",
@@ -111,8 +112,10 @@ def _metadata(
             raise ConfigError("a chat format cannot be written without the tokenizer that it writes tokens of")
         return values | {MODEL: "no_vocab"}
     check_vocabulary(tokenizer, cfg.vocab_size)
-    values |= tokenizer_values(tokenizer, cfg.vocab_size, cfg.bos_id)
-    values["tokenizer.ggml.padding_token_id"] = tokenizer.control.get(PAD, ends[0])
+    values |= tokenizer_values(tokenizer, cfg.vocab_size)
+    pad = tokenizer.control.get(PAD, ends[0] if ends else None)
+    if pad is not None:
+        values["tokenizer.ggml.padding_token_id"] = pad
     if isinstance(chat, TemplateFormat):
         values[TEMPLATE] = chat.template
         if chat.tool_template:
@@ -125,6 +128,14 @@ def _metadata(
         else:
             values[TEMPLATE] = template
     return values
+
+
+def _beginning_with(tokenizer: Tokenizer | None, cfg: ModelConfig) -> ModelConfig:
+    """The model with the BOS that its tokenizer puts first, which is what llama.cpp begins texts with."""
+    begin = tokenizer.begin_ids if tokenizer else []
+    if len(begin) > 1:
+        raise ConfigError(f"the tokenizer begins texts with tokens {begin}; a GGUF has room for one: write hf instead")
+    return replace(cfg, bos_id=begin[0]) if begin else cfg
 
 
 def _items(source: Source, kind: str) -> list[_Item]:

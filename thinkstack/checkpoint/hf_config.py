@@ -6,7 +6,7 @@ not compute is refused by name; keys that change nothing here (use_cache, ep_siz
 over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -124,8 +124,8 @@ def _read_model(family: str, read: Reader) -> ModelConfig:
         norm_eps=read.number("rms_norm_eps", 1e-6),
         tie_embeddings=read.flag("tie_word_embeddings", False),
         max_positions=read.integer("max_position_embeddings"),
-        bos_id=read.integer("bos_token_id", least=0),
-        eos_ids=_read_eos(read),
+        bos_id=read_bos(read),
+        eos_ids=read_eos(read),
         init_std=read.number("initializer_range", 0.02),
         embed_init_std=read.number(EMBED_INIT_STD, 0.0),
     )
@@ -224,14 +224,36 @@ def _read_deepseek_experts(family: str, read: Reader) -> MoEConfig | None:
     )
 
 
-def _read_eos(read: Reader) -> tuple[int, ...]:
-    value = read.values.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+def read_bos(read: Reader, rows: int | None = None) -> int | None:
+    """`bos_token_id` of a file: None where it is missing, null or -1. rows: as in `read_eos`."""
+    ids = _tokens(read, "bos_token_id", rows)
+    if len(ids) > 1:
         raise ConfigError(
-            f"eos_token_id={value!r} is not a token id or a list of them; name the token that ends a turn"
+            f"{read.where}: bos_token_id={list(ids)} names several tokens; name the one that texts begin with"
         )
-    return tuple(ids)
+    return ids[0] if ids else None
+
+
+def read_eos(read: Reader, rows: int | None = None) -> tuple[int, ...]:
+    """`eos_token_id` of a file, one or a list; empty where it is missing, null or -1. rows: rows of the embedding, if
+    not what the file itself gives as vocab_size. Raises ConfigError for anything else.
+    """
+    return _tokens(read, "eos_token_id", rows)
+
+
+def _tokens(read: Reader, key: str, rows: int | None) -> tuple[int, ...]:
+    value = read.values.get(key)
+    rows = read.values.get("vocab_size") if rows is None else rows
+    found = [token for token in (value if isinstance(value, list) else [value]) if token not in (None, -1)]
+    for token in found:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ConfigError(f"{read.where}: {key} holds {token!r}, which is no token id; correct it (null is none)")
+        if isinstance(rows, int) and token >= rows:
+            raise ConfigError(
+                f"{read.where}: {key} holds {token}, beyond the {rows:,} rows of the embedding; take the file that "
+                "belongs to these weights, or take the token out"
+            )
+    return tuple(dict.fromkeys(found))
 
 
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -242,7 +264,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[cfg.family]],
         "attention_dropout": 0.0,
         "bos_token_id": cfg.bos_id,
-        "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids),
+        "eos_token_id": one_or_list(cfg.eos_ids),
         "hidden_act": "silu",
         "hidden_size": cfg.hidden_size,
         "initializer_range": cfg.init_std,
@@ -264,6 +286,11 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         config[EMBED_INIT_STD] = cfg.embed_init_std
     _check_expressed(cfg, config)
     return config
+
+
+def one_or_list(ids: Sequence[int]) -> int | list[int] | None:
+    """Ids of tokens as files have them: one alone, several in a list, none as null."""
+    return None if not ids else ids[0] if len(ids) == 1 else list(ids)
 
 
 def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:

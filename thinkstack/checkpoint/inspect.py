@@ -102,7 +102,9 @@ def text_rows(source: str) -> Rows:
         chat = load_chat(source)
     except ConfigError as error:
         return [*rows, ("chat format", f"none: {error}")]
-    ends = " ".join(tokenizer.decode([token]) for token in chat.stop_ids)
+    ends = " ".join(tokenizer.decode([token]) for token in chat.stop_ids) or "no token"
+    if not chat.has_template:
+        return [*rows, ("chat format", f"none: a base model, which continues plain text; a text ends with {ends}")]
     name = "a shipped Jinja template" if chat.name == "template" else chat.name
     return [*rows, ("chat format", f"{name}; a turn ends with {ends}")]
 

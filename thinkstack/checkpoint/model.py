@@ -24,9 +24,10 @@ from thinkstack.checkpoint.companions import (
 )
 from thinkstack.checkpoint.deepseek import is_deepseek, open_deepseek
 from thinkstack.checkpoint.hf import empty_model, fill, packed_names, source_of
+from thinkstack.checkpoint.hf_config import read_eos
 from thinkstack.checkpoint.hf_files import CONFIG, PICKLES, config_json, open_hf, write_weights
 from thinkstack.checkpoint.hub import fetch, is_hub_name
-from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.models.counts import count_parameters
@@ -34,7 +35,7 @@ from thinkstack.models.fp8 import E4M3
 from thinkstack.models.precision import AskedPrecision, Precision, Stored, resolve_precision
 from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
-from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_format
+from thinkstack.text.chat import FORMATS, ChatFormat, PlainText, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
@@ -143,8 +144,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def load_chat(source: str | Path) -> ChatFormat:
-    """The chat format at `source`: ours by its key, else the shipped template. Raises ConfigError if there is
-    neither.
+    """The chat format at `source`: ours by its key, else the shipped template; of a base model, which has neither,
+    one that continues plain text (`has_template` is False) and raises ConfigError where a conversation is written.
+
+    Raises ConfigError for a tokenizer or settings that cannot be used.
     """
     path = locate(source)
     if path.suffix == ".gguf":
@@ -152,22 +155,33 @@ def load_chat(source: str | Path) -> ChatFormat:
 
         return gguf.load_gguf_chat(path)
     tokenizer, where = load_tokenizer(path), path / TOKENIZER_CONFIG
-    config = read_json(where)
+    config = read_json(where) if where.is_file() else {}
     name = config.get(CHAT_FORMAT)
     if name is not None:
         return chat_format(str(name), tokenizer)
     template, tool_template = _shipped_templates(path, config)
     bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
-    if eos not in tokenizer.control:
+    if eos and eos not in tokenizer.control:
         raise ConfigError(
             f"{where}: eos_token={eos!r} is no control token of tokenizer.json; name the one that ends a turn"
         )
-    return TemplateFormat(tokenizer, template, bos, eos, tool_template, _generation_ends(path, tokenizer))
+    ends = _generation_ends(path, tokenizer)
+    if template is None:
+        known = [tokenizer.control[eos]] if eos else []
+        return PlainText(tokenizer, tuple(dict.fromkeys((*known, *ends))), _no_template(where))
+    return TemplateFormat(tokenizer, template, bos, eos, tool_template, ends)
 
 
-def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str, str]:
+def _no_template(where: Path) -> str:
+    return (
+        f"{where} has neither {CHAT_FORMAT} nor a chat_template: this is a base model, which continues plain text; for "
+        f"conversations add {CHAT_FORMAT} ({', '.join(FORMATS)}) there, or a {TEMPLATE} beside it"
+    )
+
+
+def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     """Jinja sources: chat_template.jinja, or the key, whose value may be a list of named templates; and the one for
-    conversations with tools, empty where there is none of its own.
+    conversations with tools, empty where there is none of its own. None for a base model.
     """
     template, more = config.get("chat_template"), path / TEMPLATES / f"{TOOL_USE}.jinja"
     named: dict[Any, Any] = {}
@@ -178,23 +192,20 @@ def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str, str]:
         template = (path / TEMPLATE).read_text(encoding="utf-8")
     if more.is_file():
         named[TOOL_USE] = more.read_text(encoding="utf-8")
-    if not isinstance(template, str):
+    if template is not None and not isinstance(template, str):
         raise ConfigError(
-            f"{path / TOKENIZER_CONFIG} has neither {CHAT_FORMAT} nor a chat_template; this is a base model: give its "
-            f"chat format by adding {CHAT_FORMAT} ({', '.join(FORMATS)})"
+            f"{path / TOKENIZER_CONFIG}: chat_template={template!r:.80} is no text and no list of them; correct it"
         )
-    return template, named.get(TOOL_USE) or ""
+    return template or None, named.get(TOOL_USE) or ""
 
 
 def _generation_ends(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a text according to generation_config.json, where there is one."""
-    where = path / GENERATION
-    ends = read_json(where).get("eos_token_id") if where.is_file() else None
-    found = tuple(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    for token in found:
-        if not isinstance(token, int) or not 0 <= token < tokenizer.vocab_size:
-            raise ConfigError(f"{where}: eos_token_id holds {token!r}, which is no token of tokenizer.json; correct it")
-    return found
+    """Tokens that end a text according to generation_config.json, or without one to config.json."""
+    rows = read_json(path / CONFIG).get("vocab_size") if (path / CONFIG).is_file() else None
+    where = path / (GENERATION if (path / GENERATION).is_file() else CONFIG)
+    if not where.is_file():
+        return ()
+    return read_eos(Reader(read_json(where), str(where)), rows if isinstance(rows, int) else tokenizer.vocab_size)
 
 
 def _token_text(token: Any) -> str:

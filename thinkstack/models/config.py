@@ -101,10 +101,11 @@ class ModelConfig:
     """Whether the head reuses the embedding matrix."""
     max_positions: int = 4096
     """Longest context in tokens."""
-    bos_id: int = 0
-    """Token that begins every sequence."""
+    bos_id: int | None = 0
+    """Token that begins every sequence, as its configuration says; None where it names none, as Qwen's. What texts
+    begin with is the tokenizer's to say (Tokenizer.begin_ids)."""
     eos_ids: tuple[int, ...] = (1,)
-    """Tokens that end an answer."""
+    """Tokens that end an answer; empty where the configuration names none."""
     init_std: float = 0.006
     """Standard deviation of the initial weights (V3 report, section 4.2)."""
     embed_init_std: float = 0.0

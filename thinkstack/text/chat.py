@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from thinkstack.text.deepseek import STYLES, DeepSeekFormat
-from thinkstack.text.formats import ZERO_PREAMBLE, Example, ZeroFormat
+from thinkstack.text.formats import ZERO_PREAMBLE, Example, PlainText, ZeroFormat
 from thinkstack.text.template import TemplateFormat
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError, Message, Tool
 
-__all__ = ["FORMATS", "ZERO_PREAMBLE", "ChatFormat", "DeepSeekFormat", "TemplateFormat", "ZeroFormat", "chat_format"]
+__all__ = [
+    "FORMATS",
+    "ZERO_PREAMBLE",
+    "ChatFormat",
+    "DeepSeekFormat",
+    "PlainText",
+    "TemplateFormat",
+    "ZeroFormat",
+    "chat_format",
+]
 
 FORMATS = ("r1_zero", "r1_zero_short", *STYLES, "v3_1_think")
 """Names of the formats of ours."""
@@ -24,7 +33,13 @@ class ChatFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """Name that `chat_format` knows it by, or "template"."""
+        """Name that `chat_format` knows it by, "template", or "none" without one."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it writes conversations. A base model's (PlainText) does not: `prompt`, `turn` and `example` raise
+        ConfigError, which says what is missing; its tokenizer and stop_ids serve to continue plain text.
+        """
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -38,7 +53,8 @@ class ChatFormat(Protocol):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end the assistant's turn; the first is the one that training teaches."""
+        """Tokens that end the assistant's turn; the first is the one that training teaches. May be empty where a
+        checkpoint names none."""
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from thinkstack.text.parse import split_thinking
 from thinkstack.text.tokenizer import BOS, EOS, THINK_CLOSE, THINK_OPEN, Control, Tokenizer
-from thinkstack.types import Message, RequestError, Tool
+from thinkstack.types import ConfigError, Message, RequestError, Tool
 
 Example = tuple[list[int], list[int]]
 """Ids of one sequence, and for each 1 if it is to be learnt."""
@@ -22,6 +22,11 @@ class TurnFormat:
     """What follows from a format's `prompt` and `turn`, which ask for an assistant's turn and write one."""
 
     tokenizer: Tokenizer
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be written; without, plain text is continued."""
+        return True
 
     @property
     def can_switch(self) -> bool:
@@ -71,7 +76,11 @@ class TurnFormat:
         return [piece if piece in self.tokenizer.control else str(piece) for piece in pieces]
 
     def close(self, pieces: Sequence[str]) -> list[int]:
-        """Ids of the pieces of a turn and of the token that ends it."""
+        """Ids of the pieces of a turn and of the token that ends it. Raises ConfigError if no token is known to."""
+        if not self.stop_ids:
+            raise ConfigError(
+                "no token ends a turn, in the template or the checkpoint; name eos_token in tokenizer_config.json"
+            )
         return [*self.tokenizer.encode_pieces(pieces), self.stop_ids[0]]
 
     def example(
@@ -142,3 +151,31 @@ class ZeroFormat(TurnFormat):
         message = messages[-1]
         block = [] if message.reasoning is None else [*think_block(message.reasoning)[:-1], "\n"]
         return self.close([*self.known(block), message.content])
+
+
+@dataclass(frozen=True)
+class PlainText(TurnFormat):
+    """A base model: it continues plain text, from what its tokenizer puts first. Conversations are refused."""
+
+    ends: tuple[int, ...] = ()
+    """Tokens that end a text; without any it goes on for as long as it may."""
+    way_out: str = ""
+    """What a chat format is missing from, and how to give it one."""
+    name = "none"
+    prefill = ""
+
+    @property
+    def has_template(self) -> bool:
+        return False
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.ends
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
+    ) -> list[int]:
+        raise ConfigError(self.way_out)
+
+    def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
+        raise ConfigError(self.way_out)

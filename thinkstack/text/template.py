@@ -38,7 +38,8 @@ class TemplateFormat(TurnFormat):
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:  # type: ignore[override]
-        found = [*self._end_of_turn(), self.tokenizer.control_id(self.eos), *self.ends]
+        eos = [self.tokenizer.control_id(self.eos)] if self.eos else []
+        found = [*self._end_of_turn(), *eos, *self.ends]
         return tuple(dict.fromkeys(found))
 
     def _end_of_turn(self) -> list[int]:
@@ -94,9 +95,9 @@ class TemplateFormat(TurnFormat):
             body = "".join(think_block(reasoning, gap)) + body.removeprefix(THINK_CLOSE)
         pieces = self.tokenizer.cut(body.removeprefix(opening))
         stops = [index for index, piece in enumerate(pieces) if self._ends(piece)]
-        last = pieces[stops[0]] if stops else Control(self.eos)
-        kept = [*pieces[: stops[0]], last] if stops else [*pieces, last]
-        return self.tokenizer.encode_pieces(_without(kept, mark))
+        if stops:
+            return self.tokenizer.encode_pieces(_without(pieces[: stops[0] + 1], mark))
+        return self.close([*_without(pieces, mark)])
 
     def _ends(self, piece: str) -> bool:
         return isinstance(piece, Control) and self.tokenizer.control[piece] in self.stop_ids
