@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "thinkstack"
 ROWS = (
     {"types"},
+    {"files"},
     {"config", "log", "machine"},
     {"models", "text"},
     {"checkpoint", "data", "tasks", "endpoint"},
