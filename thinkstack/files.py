@@ -145,7 +145,8 @@ def _parsed(text: str, where: str, way_out: str) -> Any:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     with _opened(path, "file") as file:
         start = file.read(64)
-        end = file.seek(-min(len(start), 4), 2) and file.read()
+        file.seek(max(file.seek(0, 2) - len(PARQUET), len(PARQUET)))
+        end = file.read()
     if not start.startswith(PARQUET):
         _refuse_foreign(path, start)
         raise ConfigError(f"{path} is no parquet file; known: {ROW_FORMS}")

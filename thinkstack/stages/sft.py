@@ -90,7 +90,7 @@ def make_lessons(conversations: Sequence[Conversation], chat: ChatFormat, cfg: S
         target = held_out if digest("held out", cfg.seed, asked) % 10_000 < cfg.held_out * 10_000 else trained
         try:
             examples = chat.example(messages, messages.tools)
-        except RequestError as error:
+        except (RequestError, ConfigError) as error:
             raise ConfigError(f"{messages.where}: {error}") from error
         for ids, learnt in examples:
             sample = Sample(tuple(ids), tuple(learnt))
