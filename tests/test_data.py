@@ -138,11 +138,6 @@ def test_text_files_become_chunks_that_begin_with_bos(tmp_path):
     assert max(sample.width for sample in found) <= 3
 
 
-def test_an_empty_text_file_gives_nothing(tmp_path):
-    (tmp_path / "a.txt").write_text("", encoding="utf-8")
-    assert text_source([tmp_path / "a.txt"], letters, 0, 3) == []
-
-
 def test_files_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"a\.bin"):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
+from thinkstack.files import read_text
 from thinkstack.types import ConfigError
 
 T = TypeVar("T")
@@ -32,12 +33,11 @@ Temperature = Annotated[float, Ge(0), Le(100)]
 
 
 def read_toml(path: Path) -> Tree:
-    """The tables of a TOML file. Raises ConfigError if it is missing or malformed."""
+    """The tables of a TOML file. Raises ConfigError if it is missing, damaged or malformed."""
+    text = read_text(path, "settings")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the settings {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a date that does not exist is a plain ValueError
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 

@@ -7,6 +7,7 @@ middle sees the same rows.
 
 # Shapes in this file: R rows, T tokens a row.
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from thinkstack.files import ROW_ENDINGS, log_unused_keys, read_rows, read_text
 from thinkstack.types import Batch, ConfigError
 
 
@@ -201,15 +203,31 @@ class PackedStream:
 def text_source(
     paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int
 ) -> list[Sample]:
-    """The user's text files as samples of at most a row each. Raises ConfigError for a file that is no UTF-8 text."""
+    """The user's texts as samples of at most a row each. Raises ConfigError as `read_texts`."""
     samples = []
-    for path in paths:
-        try:
-            ids = encode(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the text file {path}: {error}; give plain UTF-8 text") from error
+    for text in (text for path in paths for text in read_texts(path)):
+        ids = encode(text)
         for start in range(0, len(ids), row_tokens):
             chunk = (bos_id, *ids[start : start + row_tokens])
-            if len(chunk) > 1:
-                samples.append(Sample(chunk, (0,) + (1,) * (len(chunk) - 1)))
+            samples.append(Sample(chunk, (0,) + (1,) * (len(chunk) - 1)))
     return samples
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a file: the whole of a text file, or the "text" of each row of JSON lines or parquet.
+
+    Raises ConfigError for a file that cannot be read or holds no text, and for rows without a "text".
+    """
+    if path.name.removesuffix(".gz").endswith(ROW_ENDINGS):
+        texts, unused = [], Counter[str]()
+        for where, row in read_rows(path):
+            if not isinstance(row.get("text"), str):
+                raise ConfigError(f'{where} has no text under the key "text" (it has {", ".join(row)}); rename the key')
+            texts.append(row["text"])
+            unused.update(key for key in row if key != "text")
+        log_unused_keys(path, unused)
+    else:
+        texts = [read_text(path, "text file")]
+    if not any(texts):
+        raise ConfigError(f"{path} holds no text; leave it out")
+    return texts

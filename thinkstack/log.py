@@ -49,10 +49,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line cut off by a crash is left out. A missing file is empty."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return rows
 

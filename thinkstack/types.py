@@ -76,6 +76,8 @@ class Message:
     """Of a tool: the call that this is the result of, where the format has such a thing."""
     name: str | None = None
     """Of a tool: the function that was called, where the format writes it."""
+    is_trained: bool = True
+    """Of the assistant: whether training learns this turn, or reads it as context only; filled by stages/turns.py."""
 
     def __post_init__(self) -> None:
         if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):

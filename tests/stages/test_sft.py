@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what is learnt, what is left out, resume, files of conversations."""
+"""Supervised fine-tuning: what is learnt, what is left out, resume."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,12 @@ from tests.stopping import StopWhen
 from tests.tiny import GQA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.config import build
+from thinkstack.data import lay_out
 from thinkstack.log import CURVE, Run
-from thinkstack.stages.conversations import read_conversations
+from thinkstack.stages.conversations import Conversation, read_conversations
 from thinkstack.stages.sft import SftConfig, make_lessons, sft
 from thinkstack.text.chat import chat_format
+from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
 from thinkstack.types import ConfigError, Interrupted, Message
 
 ROWS = [
@@ -48,47 +50,45 @@ def config(start: str, folder: Path, **changes: object) -> SftConfig:
     return build(SftConfig, table | {"trainer": trainer} | changes, "sft")
 
 
-def test_the_forms_of_published_files_are_read(tmp_path: Path):
-    rows = [
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
-                      {"role": "assistant", "content": "a", "reasoning_content": "t"}]},
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"prompt": "q", "thinking": "t", "response": "a", "model": "deepseek-r1"},
-        {"question": "q", "answer": "a"},
-    ]  # fmt: skip
-    found = read_conversations([written(tmp_path, rows)])
-    thought = Message(role="assistant", content="a", reasoning="t")
-    asked, plain = Message(role="user", content="q"), Message(role="assistant", content="a")
-    assert found == [
-        [Message(role="system", content="s"), asked, thought],
-        [asked, plain],
-        [asked, thought],
-        [asked, plain],
-    ]
-    assert read_conversations([str(tmp_path / "*.jsonl")]) == found
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "hello"}, "line 1, is no conversation"),
-        ({"messages": [{"role": "user", "content": "q"}]}, "does not end with an answer of the assistant"),
-        ({"messages": [{"role": "robot", "content": "q"}]}, "role 'robot'"),
-        ({"prompt": "q", "response": None}, "content NoneType"),
-    ],
-)
-def test_rows_that_are_no_conversations_are_refused_with_their_place(tmp_path: Path, row: object, message: str):
-    with pytest.raises(ConfigError, match=message):
-        read_conversations([written(tmp_path, [row])])
-
-
 def test_only_the_assistants_tokens_are_learnt(start: str, tmp_path: Path):
     chat = chat_format("v3", tiny_tokenizer())
     talk = [Message(role="user", content="1+2?"), Message(role="assistant", content="3")]
-    (sample,) = make_lessons([talk], chat, config(start, tmp_path, held_out=0.0)).trained
+    (sample,) = make_lessons([Conversation(talk)], chat, config(start, tmp_path, held_out=0.0)).trained
     learnt = [token for token, is_learnt in zip(sample.ids, sample.learnt, strict=True) if is_learnt]
     assert learnt == chat.answer("3")
     assert list(sample.ids) == chat.prompt(talk[:1]) + chat.answer("3")
+
+
+@pytest.mark.parametrize("name", ["r1_zero_short", "v3", "r1", "r1_0528", "v3_1"])
+def test_a_turn_that_is_switched_off_is_read_and_not_learnt(start: str, tmp_path: Path, name: str):
+    """There was nowhere to keep the weight, so the bad answer was learnt."""
+    turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "5", "weight": 0}]
+    turns += [{"role": "user", "content": "no"}, {"role": "assistant", "content": "3", "weight": 1}]
+    turns += [{"role": "user", "content": "and 4?"}, {"role": "assistant", "content": "9", "train": False}]
+    chat = chat_format(name, tiny_tokenizer())
+    talks = read_conversations([written(tmp_path, [{"messages": turns}], "masked.jsonl")], with_masks=True)
+    (sample,) = make_lessons(talks, chat, config(start, tmp_path, held_out=0.0)).trained
+    batch = lay_out([sample], [[0]], 48)
+    prompt, learnt = chat.prompt(talks[0][:3]), batch.targets[batch.loss_mask > 0].tolist()
+    assert list(sample.ids) == prompt + learnt
+    assert chat.text_of(learnt).endswith("3") and "5" in chat.text_of(prompt)
+
+
+@pytest.mark.parametrize("tools", [(), ({"type": "function", "function": {"name": "add", "description": "Adds."}},)])
+def test_tools_and_calls_of_a_row_are_learnt_or_refused_with_its_place(start: str, tmp_path: Path, tools: tuple):
+    """A format without calls learnt the empty words beside one."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    talks = read_conversations([written(tmp_path, [*ROWS[:2], {"messages": turns, "tools": tools}], "calls.jsonl")])
+    cfg = config(start, tmp_path, held_out=0.0, row_tokens=1000)
+    tokenizer = train_tokenizer(["1+2? add"], 340, control=(*CONTROL, *TOOLS))
+    sample = make_lessons(talks, chat_format("v3", tokenizer), cfg).trained[2]
+    learnt = [token for token, is_learnt in zip(sample.ids, sample.learnt, strict=True) if is_learnt]
+    assert 'add\n```json\n{"a": 1}\n```' in tokenizer.decode(learnt)
+    assert ("Adds." in tokenizer.decode(sample.ids)) == bool(tools)
+    for name, message in (("r1_zero", "'r1_zero' has no tools"), ("v3", "no control token '<｜tool▁calls▁begin｜>'")):
+        with pytest.raises(ConfigError, match=rf"calls\.jsonl line 3: .*{message}"):
+            make_lessons(talks, chat_format(name, tiny_tokenizer()), cfg)
 
 
 def test_long_conversations_are_left_out_and_counted_and_held_out_prompts_are_never_trained(start: str, tmp_path: Path):
@@ -96,7 +96,7 @@ def test_long_conversations_are_left_out_and_counted_and_held_out_prompts_are_ne
     talks = [[Message(role="user", content=f"{i}?"), Message(role="assistant", content="yes")] for i in range(200)]
     talks += [[talk[0], Message(role="assistant", content="no")] for talk in talks]
     talks.append([Message(role="user", content="long?"), Message(role="assistant", content="1 2 3 4 5 " * 40)])
-    lessons = make_lessons(talks, chat, config(start, tmp_path, held_out=0.1))
+    lessons = make_lessons(list(map(Conversation, talks)), chat, config(start, tmp_path, held_out=0.1))
     assert lessons.too_long == 1
     assert 20 <= len(lessons.held_out) <= 70
     prompts = [

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "thinkstack"
 ROWS = (
     {"types"},
-    {"stopping"},
+    {"files", "stopping"},
     {"config", "log", "machine"},
     {"models", "text"},
     {"checkpoint", "data", "tasks", "endpoint"},

@@ -64,14 +64,14 @@ def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        (tmp_path / "x.parquet").write_bytes(b"")
+        (tmp_path / "x.parquet").write_bytes(b"PAR1" * 3)
         with pytest.raises(ConfigError, match="pip install pyarrow"):
             Gsm8k().load(tmp_path / "x.parquet")
         return
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([DUCKS]), tmp_path / "x.parquet")
     assert Gsm8k().load(tmp_path / "x.parquet")[0].answer == "1300"
     (tmp_path / "y.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ConfigError, match="no parquet file"):
+    with pytest.raises(ConfigError, match="is no parquet file"):
         Gsm8k().load(tmp_path / "y.parquet")
 
 
@@ -80,12 +80,12 @@ def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path):
     [
         (
             [CIRCLE],
-            r"line 1, has no question, answer \(it has problem, level, type, solution\); give the path of train",
+            r"line 1 has no question, answer \(it has problem, level, type, solution\); give the path of train",
         ),
-        ([DUCKS, {"question": "?", "answer": "13"}], "line 2, does not end in '#### number' as GSM8K does"),
+        ([DUCKS, {"question": "?", "answer": "13"}], "line 2 does not end in '#### number' as GSM8K does"),
         ([{"question": "?", "answer": "#### many"}], "does not end in '#### number'"),
         ([], "holds no rows"),
-        (["text"], "it has str"),
+        (["text"], "line 1 is text, not an object"),
     ],
 )
 def test_a_foreign_file_is_refused_with_the_line_and_the_way_out(tmp_path, rows, message):
@@ -99,10 +99,10 @@ def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):
     ):
         Gsm8k().load(tmp_path / "nothing.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "y.jsonl.gz").write_bytes(b"plain")
+    (tmp_path / "y.jsonl.gz").write_bytes(b"plain\n")
     (tmp_path / "z.jsonl").write_text("{not json")
-    for name in ("x.jsonl", "y.jsonl.gz", "z.jsonl"):
-        with pytest.raises(ConfigError, match=r"known: \.jsonl, \.jsonl\.gz, \.parquet"):
+    for name, message in (("x.jsonl", "UTF-16"), ("y.jsonl.gz", "known: JSON lines"), ("z.jsonl", "is not JSON")):
+        with pytest.raises(ConfigError, match=message):
             Gsm8k().load(tmp_path / name)
 
 

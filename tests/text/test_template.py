@@ -162,6 +162,24 @@ def test_what_a_template_would_leave_out_is_refused(messages, tools, reason):
         chat.prompt(messages, tools)
 
 
+SILENT = "{% for m in messages %}{% if m.role in KNOWN %}{{ '<｜User｜>' + m.content }}{% endif %}{% endfor %}"
+"""It passes over the roles that it does not know, as some shipped ones do."""
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_roles_that_a_template_passes_over_are_refused(role):
+    """A system text, or the result of a call, was dropped from the prompt without a word."""
+    messages = [QUESTION, assistant("3"), Message(role=role, content="said"), QUESTION]
+    known = TemplateFormat(
+        tiny_tokenizer(), SILENT.replace("KNOWN", "['user', 'assistant', 'system', 'tool']"), BOS, EOS
+    )
+    silent = TemplateFormat(tiny_tokenizer(), SILENT.replace("KNOWN", "['user', 'assistant']"), BOS, EOS)
+    assert "said" in text(known.prompt(messages))
+    with pytest.raises(RequestError, match=f"leaves out messages of the role '{role}'"):
+        silent.prompt(messages)
+    silent.prompt([QUESTION])
+
+
 def test_words_before_a_call_that_a_template_leaves_out_are_refused():
     template = (
         "{% for m in messages %}{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}{% endfor %}"

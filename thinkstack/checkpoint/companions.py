@@ -9,6 +9,7 @@ from thinkstack.checkpoint import chat_template
 from thinkstack.checkpoint.hf_config import one_or_list
 from thinkstack.checkpoint.hf_files import CONFIG, INDEX, PICKLES
 from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.files import read_text
 from thinkstack.models.config import ModelConfig
 from thinkstack.text.chat import FORMATS, ChatFormat, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import FILE as TOKENIZER
@@ -78,7 +79,7 @@ def _shipped(like: Path | None, tokenizer: Tokenizer) -> dict[str, str]:
         if (like / name).is_file():
             read_json(like / name)
     texts = (path for path in side_files(like) if path.suffix in (".json", ".jinja", ".txt"))
-    return {path.name: path.read_text(encoding="utf-8") for path in texts}
+    return {path.name: read_text(path) for path in texts}
 
 
 def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mapping[str, Any]) -> dict[str, Any]:

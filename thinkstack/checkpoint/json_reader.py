@@ -1,11 +1,11 @@
 """Typed reading of JSON that other programs wrote."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thinkstack.files import read_object
 from thinkstack.types import ConfigError
 
 REQUIRED = object()
@@ -60,10 +60,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError if the file is missing or damaged."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a complete checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__} instead of a JSON object; fetch it again")
-    return content
+    return read_object(path)

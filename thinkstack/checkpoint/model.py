@@ -30,6 +30,7 @@ from thinkstack.checkpoint.hub import fetch, is_hub_name
 from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
+from thinkstack.files import read_text
 from thinkstack.models.counts import count_parameters
 from thinkstack.models.fp8 import E4M3
 from thinkstack.models.precision import AskedPrecision, Precision, Stored, resolve_precision
@@ -189,10 +190,15 @@ def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str | None, 
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if (path / TEMPLATE).is_file():
-        template = (path / TEMPLATE).read_text(encoding="utf-8")
+        template = read_text(path / TEMPLATE)
     if more.is_file():
+<<<<<<< HEAD
         named[TOOL_USE] = more.read_text(encoding="utf-8")
     if template is not None and not isinstance(template, str):
+=======
+        named[TOOL_USE] = read_text(more)
+    if not isinstance(template, str):
+>>>>>>> h19c
         raise ConfigError(
             f"{path / TOKENIZER_CONFIG}: chat_template={template!r:.80} is no text and no list of them; correct it"
         )

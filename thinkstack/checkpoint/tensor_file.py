@@ -100,7 +100,9 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error}); give a safetensors file") from error
+    except (SafetensorError, ValueError) as error:
         raise ConfigError(f"{path} is cut off or not a safetensors file ({error}); fetch it again") from error
     return 8 + size, {name: entry for name, entry in header.items() if name != "__metadata__"}
 

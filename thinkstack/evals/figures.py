@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from thinkstack.evals.metrics import cons_at_k, mean_and_stderr, pass_at_k
+from thinkstack.files import lines
 from thinkstack.log import write_text
 from thinkstack.types import ConfigError
 
@@ -237,12 +238,11 @@ def write_samples(path: Path, records: Iterable[ProblemRecord]) -> None:
 def read_samples(path: Path) -> list[ProblemRecord]:
     """The records of a samples.jsonl. Raises ConfigError naming the line that is none."""
     records = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                records.append(_RECORD.validate_json(line))
-            except ValidationError as error:
-                raise ConfigError(f"{path}:{number} is not a recorded problem: {error}") from error
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            records.append(_RECORD.validate_json(line))
+        except ValidationError as error:
+            raise ConfigError(f"{path}:{number} is not a recorded problem: {error}") from error
     return records
 
 

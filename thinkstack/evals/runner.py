@@ -146,5 +146,5 @@ def is_worked(problem: Problem, thinking: str) -> bool:
     Every family writes a step as "... = result" or "...>result", one step a line, and a level is a number of steps. One
     step may be missing (a last step left to the answer); remarks without a step do not count.
     """
-    steps = sum("=" in line or ">" in line for line in thinking.splitlines())
+    steps = sum("=" in line or ">" in line for line in thinking.split("\n"))
     return steps >= max(1, problem.level - 1)

@@ -1,25 +1,51 @@
-"""Conversations from files, for supervised fine-tuning: JSON lines in the forms that data sets are published in."""
+"""Conversations from files, for supervised fine-tuning: rows in the forms that data sets are published in.
 
-from collections.abc import Sequence
+Nothing is dropped silently: a key that may carry content is refused by its name, any other that is not used is listed
+once for its file. docs/sft.md has the table.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkstack.tasks.datasets import rows
-from thinkstack.types import ConfigError, Message
+from thinkstack.files import Row, kind_of, log_unused_keys, read_rows
+from thinkstack.stages.turns import REASONING, Fields, answer, read_tools, read_turns
+from thinkstack.types import ConfigError, Message, Tool
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Names of roles in published files."""
-FORMS = "messages; conversations; prompt, response and maybe thinking; question and answer"
+TURNS = ("messages", "conversations", "conversation")
+QUESTIONS = ("prompt", "question", "instruction", "query", "input")
+ANSWERS = ("response", "completion", "answer", "output")
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+CONTENT = (
+    *("image", "images", "video", "videos", "audio", "audios", "context", "documents", "history", "chosen", "rejected"),
+    *("thought", "thoughts", "cot", "chain_of_thought", "reasoning_details"),
+    *("weight", "loss_mask", "loss_scale", "chat_template_kwargs"),
+)
+"""Keys of a row that would change what is learnt, and that are not read."""
+FORMS = f"a list of turns ({', '.join(TURNS)}), or one of {', '.join(QUESTIONS)} with one of {', '.join(ANSWERS)}"
 
 
-def read_conversations(paths: Sequence[str]) -> list[list[Message]]:
-    """All conversations of `paths` (.jsonl, .jsonl.gz, .parquet), in order; a path may have * in its last part.
+class Conversation(list[Message]):
+    """The turns of a row, the tools beside them, and where the row stands."""
 
-    A row is {"messages": [{"role", "content", "reasoning_content"?}]}, {"conversations": [{"from", "value"}]},
-    {"prompt", "response", "thinking"?} or {"question", "answer"}. Raises ConfigError, naming file and row, for others.
+    def __init__(self, messages: Iterable[Message], tools: Sequence[Tool] = (), where: str = "the conversation"):
+        super().__init__(messages)
+        self.tools, self.where = tuple(tools), where
+
+
+def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[Conversation]:
+    """All conversations of `paths`, in order; a path may have * in its last part. Files: files.read_rows.
+
+    with_masks: the caller honours Message.is_trained; without, a row that switches a turn off is refused. Raises
+    ConfigError, naming file, row and key, for rows that are no conversations or hold what would be lost.
     """
-    files = [file for path in paths for file in _files(Path(path))]
-    return [_conversation(row, where) for file in files for where, row in rows(file, (), FORMS)]
+    found = [conversation for path in paths for file in _files(Path(path)) for conversation in _read(file)]
+    for conversation in found:
+        if not with_masks and not all(message.is_trained for message in conversation):
+            raise ConfigError(f"{conversation.where} has turns that are not to be learnt, which is not known here")
+    return found
 
 
 def _files(path: Path) -> list[Path]:
@@ -31,24 +57,72 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _conversation(row: dict[str, Any], where: str) -> list[Message]:
-    try:
-        if "messages" in row:
-            found = [_turn(turn["role"], turn["content"], turn.get("reasoning_content")) for turn in row["messages"]]
-        elif "conversations" in row:
-            found = [_turn(turn["from"], turn["value"], None) for turn in row["conversations"]]
-        elif "prompt" in row:
-            found = [_turn("user", row["prompt"], None), _turn("assistant", row["response"], row.get("thinking"))]
-        else:
-            found = [_turn("user", row["question"], None), _turn("assistant", row["answer"], None)]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where} is no conversation ({error!r}); known: {FORMS}") from error
-    if not found or found[-1].role != "assistant":
-        raise ConfigError(f"{where} does not end with an answer of the assistant; leave the row out")
+def _read(path: Path) -> list[Conversation]:
+    found, unused = [], Counter[str]()
+    for where, row in read_rows(path):
+        notes: set[str] = set()
+        found.append(_conversation(row, where, notes))
+        unused.update(sorted(notes))
+    if not found:
+        raise ConfigError(f"{path} holds no rows; give files of conversations")
+    log_unused_keys(path, unused)
     return found
 
 
-def _turn(role: str, content: str, reasoning: str | None) -> Message:
-    if not isinstance(content, str) or role not in SPEAKERS:
-        raise TypeError(f"role {role!r} with content {type(content).__name__}")
-    return Message(role=SPEAKERS[role], content=content, reasoning=reasoning or None)  # type: ignore[arg-type]
+def _conversation(row: Row, where: str, notes: set[str]) -> Conversation:
+    fields = Fields(row, where)
+    system, tools = fields.take_text(SYSTEM), read_tools(fields.take(TOOLS), where, notes)
+    has_turns = any(name in fields.left for name in TURNS)
+    messages = read_turns(fields.take(TURNS), where, notes) if has_turns else _pair(fields, notes)
+    if system is not None and Message(role="system", content=system) not in messages:
+        if any(message.role == "system" for message in messages):
+            raise ConfigError(f"{where} has a system text beside its turns and another among them; keep one of them")
+        messages.insert(0, Message(role="system", content=system))
+    fields.refuse(key for key in fields.left if key in (*CONTENT, *REASONING))
+    notes.update(fields.left)
+    if not messages or messages[-1].role != "assistant":
+        raise ConfigError(f"{where} does not end with an answer of the assistant; leave the row out")
+    if not any(message.is_trained for message in messages if message.role == "assistant"):
+        raise ConfigError(f"{where} has no turn to train on, all are switched off; leave the row out")
+    return Conversation(messages, tools, where)
+
+
+def _pair(fields: Fields, notes: set[str]) -> list[Message]:
+    """A question and its answer, after the rounds before them. Where TRL has lists of turns, its prompt is context."""
+    row, where = fields.values, fields.where
+    if not any(name in row for name in ANSWERS) or not any(name in row for name in QUESTIONS):
+        raise ConfigError(f"{where} is no conversation (it has {', '.join(row)}); known: {FORMS}")
+    messages = _history(fields)
+    more = fields.take(("input",)) if isinstance(fields.left.get("instruction"), str) else None
+    asked, said = _value(fields, QUESTIONS), _value(fields, ANSWERS)
+    if isinstance(asked, list):
+        messages += read_turns(asked, f"{where}, prompt", notes, trains=False)
+    else:
+        texts = [fields.as_text(text, "the question") for text in (asked, more) if text is not None]
+        messages.append(Message(role="user", content="\n".join(texts)))
+    if isinstance(said, list):
+        return messages + read_turns(said, f"{where}, completion", notes)
+    return [*messages, answer(fields.as_text(said, "the answer"), fields)]
+
+
+def _value(fields: Fields, names: Sequence[str]) -> Any:
+    value = fields.take(names)
+    if value is None and "" not in (fields.values.get(name) for name in names):
+        raise ConfigError(
+            f"{fields.where}: {next(name for name in names if name in fields.values)} holds nothing; leave the row out"
+        )
+    return "" if value is None else value
+
+
+def _history(fields: Fields) -> list[Message]:
+    """Earlier rounds: a list of pairs [question, answer] under "history"."""
+    rounds = fields.take(("history",)) or []
+    if not isinstance(rounds, list):
+        raise ConfigError(f"{fields.where}: history is {kind_of(rounds)}, not a list of [question, answer]; correct it")
+    messages = []
+    for number, pair in enumerate(rounds, start=1):
+        where = f"{fields.where}: round {number} of history"
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ConfigError(f"{where} is not [question, answer]; correct it")
+        messages += [Message(role="user", content=pair[0]), answer(pair[1], Fields({}, where))]
+    return messages

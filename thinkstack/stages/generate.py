@@ -12,6 +12,7 @@ import torch
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.checkpoint.shard import load_shard
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.files import lines
 from thinkstack.models.parallel import Ranks, broadcast_text
 from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.stages.console import NEW, Say, say_answer
@@ -101,14 +102,8 @@ class Generator:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, blank lines left out. Raises ConfigError if there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the prompts {path}: {error}; give a UTF-8 text file, one prompt a line"
-        ) from error
-    prompts = [line for line in lines if line.strip()]
+    """The prompts of a UTF-8 text file, one a line, blank lines left out. Raises ConfigError if there are none."""
+    prompts = [line.removesuffix("\n") for line in lines(path, "prompts") if line.strip()]
     if not prompts:
         raise ConfigError(f"{path} holds no prompts; write one a line")
     return prompts

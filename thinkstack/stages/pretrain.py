@@ -13,7 +13,7 @@ import torch
 
 from thinkstack.checkpoint.hf_config import to_hf
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.data import PackedStream
+from thinkstack.data import PackedStream, read_texts
 from thinkstack.log import CURVE, Run
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.documents import make_source
@@ -74,7 +74,7 @@ def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
     to_hf(model_cfg)
     corpus = documents(families(cfg.families), cfg.corpus, cfg.seed)
     texts = [f"{doc.question}\n{doc.text}" for doc in islice(corpus, TOKENIZER_DOCUMENTS)]
-    texts += [Path(path).read_text(encoding="utf-8", errors="replace") for path in cfg.text_files]
+    texts += [text for path in cfg.text_files for text in read_texts(Path(path))]
     control = (*CONTROL, *FIM) if cfg.fim_rate else CONTROL
     whole, joined = (ANSWER_OPEN, ANSWER_CLOSE), cfg.boundary_split_share > 0
     tokenizer = train_tokenizer(texts, model_cfg.vocab_size, whole, control, joined)

@@ -30,7 +30,7 @@ class PretrainConfig:
     corpus: CorpusConfig = CorpusConfig()
     """How the corpus is mixed."""
     text_files: tuple[str, ...] = ()
-    """Your own UTF-8 text files, mixed into the corpus."""
+    """Your own texts, mixed into the corpus: UTF-8 text files, or JSON lines and parquet with a "text" in each row."""
     text_share: Share = 0.5
     """Documents taken from text_files, where there are any."""
     fim_rate: Share = 0.0

@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from thinkstack.files import read_rows
 from thinkstack.stages.groups import by_group
 from thinkstack.text.chat import ChatFormat
 from thinkstack.types import Completion, ConfigError, Problem, Rollout, Score
@@ -48,8 +49,8 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `write_lines` wrote."""
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    """What `write_lines` wrote. Raises ConfigError for a damaged file."""
+    return [row for _, row in read_rows(path)]
 
 
 def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:

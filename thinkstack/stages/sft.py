@@ -13,14 +13,14 @@ from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.config import Count, CountOrZero, Positive, Seed, Share
 from thinkstack.data import PackedStream, Sample, lay_out, pack
 from thinkstack.log import CURVE, Run
-from thinkstack.stages.conversations import read_conversations
+from thinkstack.stages.conversations import Conversation, read_conversations
 from thinkstack.stages.learning import Learning
 from thinkstack.tasks.puzzles import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.passes import batch_log_probs
 from thinkstack.train.schedule import BatchPlan
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.types import Batch, ConfigError, Message
+from thinkstack.types import Batch, ConfigError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +79,20 @@ class Lessons:
         return self.trained[order[place]]
 
 
-def make_lessons(conversations: Sequence[Sequence[Message]], chat: ChatFormat, cfg: SftConfig) -> Lessons:
-    """Samples of all conversations. Raises ConfigError if none is left to train on."""
+def make_lessons(conversations: Sequence[Conversation], chat: ChatFormat, cfg: SftConfig) -> Lessons:
+    """Samples of all conversations. Raises ConfigError if none is left to train on, and for one that the chat format
+    cannot write."""
     trained: list[Sample] = []
     held_out: list[Sample] = []
     too_long = 0
     for messages in conversations:
         asked = next((message.content for message in messages if message.role == "user"), "")
         target = held_out if digest("held out", cfg.seed, asked) % 10_000 < cfg.held_out * 10_000 else trained
-        for ids, learnt in chat.example(messages):
+        try:
+            examples = chat.example(messages, messages.tools)
+        except (RequestError, ConfigError) as error:
+            raise ConfigError(f"{messages.where}: {error}") from error
+        for ids, learnt in examples:
             sample = Sample(tuple(ids), tuple(learnt))
             too_long += sample.width > cfg.row_tokens
             target += [sample] if sample.width <= cfg.row_tokens else []
@@ -102,7 +107,7 @@ def make_lessons(conversations: Sequence[Sequence[Message]], chat: ChatFormat, c
 def sft(cfg: SftConfig, run: Run) -> None:
     """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
-    lessons = make_lessons(read_conversations(cfg.data), chat, cfg)
+    lessons = make_lessons(read_conversations(cfg.data, with_masks=True), chat, cfg)
     steps = max(round(cfg.epochs * len(pack(lessons.trained, cfg.row_tokens)) / cfg.rows), 1)
     log.info(
         "%d samples to learn in %d steps, %d held out, %d left out as longer than a row",

@@ -1,24 +1,22 @@
 """Published problems from files that the user has: GSM8K and MATH. Nothing is downloaded.
 
-A file is JSON lines (.jsonl, also .gz) or parquet as published; MATH may also be its folder of one JSON file a problem.
+A file is whatever files.read_rows reads; MATH may also be its folder of one JSON file a problem.
 """
 
-import gzip
-import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from thinkstack.files import Row, read_object, read_rows
 from thinkstack.tasks.answers import clean, same_number
 from thinkstack.tasks.latex import is_number, last_boxed, plain, unwrapped
 from thinkstack.tasks.puzzles import digest
 from thinkstack.types import ConfigError, Problem
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 MOST_UNANSWERED = 0.01
 """Share of rows without an answer above which a file is refused."""
@@ -58,7 +56,7 @@ class Gsm8k:
         answer = answer.strip().replace(",", "")
         if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
             raise ConfigError(f"{where} does not end in '#### number' as GSM8K does; use {self.SOURCE}")
-        return published(self.name, str(row["question"]), answer, level=len(solution.strip().splitlines()))
+        return published(self.name, str(row["question"]), answer, level=solution.strip().count("\n") + 1)
 
     def accepts(self, problem: Problem, answer: str) -> bool:
         """A number of that value, with or without $, ####, or a box around it."""
@@ -126,57 +124,19 @@ def rows(path: str | Path, fields: Sequence[str], source: str) -> list[tuple[str
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"there is no {path}; give the path of {source}")
-    found = list(_read(path))
+    if path.is_dir():
+        found = [(str(file), read_object(file)) for file in sorted(path.rglob("*.json"))]
+    else:
+        found = list(read_rows(path))
     if not found:
         raise ConfigError(f"{path} holds no rows; give the path of {source}")
     for where, row in found:
-        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+        missing = [name for name in fields if name not in row]
         if missing:
-            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ConfigError(f"{where} has no {', '.join(missing)} (it has {has}); give the path of {source}")
-    return found
-
-
-def _read(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.is_dir():
-        for file in sorted(path.rglob("*.json")):
-            yield str(file), _parsed(file.read_text(encoding="utf-8"), str(file))
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        try:
-            with (
-                gzip.open(path, "rt", encoding="utf-8")
-                if path.suffix == ".gz"
-                else path.open(encoding="utf-8") as lines
-            ):
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield f"{path}, line {number},", _parsed(line, f"{path}, line {number},")
-        except (UnicodeDecodeError, gzip.BadGzipFile) as error:
             raise ConfigError(
-                f"{path} is no text of JSON lines ({error}); known: .jsonl, .jsonl.gz, .parquet"
-            ) from error
-
-
-def _parsed(text: str, where: str) -> Row:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is no JSON ({error}); known: .jsonl, .jsonl.gz, .parquet") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ConfigError(f"{path} needs pyarrow; pip install pyarrow, or give the JSON lines") from error
-    try:
-        table = parquet.read_table(path)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ConfigError(f"{path} is no parquet file ({error})") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"{path}, row {number},", row
+                f"{where} has no {', '.join(missing)} (it has {', '.join(row)}); give the path of {source}"
+            )
+    return found
 
 
 class DataStream:

@@ -82,9 +82,10 @@ class ChatFormat(Protocol):
     ) -> list[Example]:
         """A conversation as sequences to learn from: (ids, 1 for each id that is to be learnt, else 0).
 
-        Learnt is what the assistant says, thinks and calls, and the token that ends its turn; never a header, and
-        never what a prompt writes. Each turn follows exactly the ids that `prompt` asks for it with: one sequence for
-        as long as that prompt continues the sequence before, else a new one (history leaves thinking out).
+        Learnt is what the assistant says, thinks and calls, and the token that ends its turn; never a header, never
+        what a prompt writes, never a turn whose is_trained is False. Each turn follows exactly the ids that `prompt`
+        asks for it with: one sequence for as long as that prompt continues the sequence before, else a new one (history
+        leaves thinking out).
         thinking: None lets each turn think that has thoughts, where a format has the switch.
         Raises RequestError as `prompt`, and for a conversation without a turn of the assistant.
         """

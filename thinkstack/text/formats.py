@@ -88,7 +88,7 @@ class TurnFormat:
     ) -> list[Example]:
         examples: list[Example] = []
         for index, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or not message.is_trained:
                 continue
             read = with_reasoning(message)
             thinks = read.reasoning is not None if thinking is None and self.can_switch else thinking
@@ -141,13 +141,17 @@ class ZeroFormat(TurnFormat):
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[int]:
         refuse_switch(self.name, thinking, True)
-        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
-            raise RequestError(f"the chat format {self.name!r} has no tools; leave them out")
+        self._refuse_tools(messages, tools)
         speakers = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
         turns = "".join(f"{speakers[message.role]}{message.content}\n" for message in messages)
         return self.tokenizer.encode_pieces([Control(BOS), f"{self.preamble}{turns}Assistant: "])
 
+    def _refuse_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            raise RequestError(f"the chat format {self.name!r} has no tools; leave them out")
+
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
+        self._refuse_tools(messages, tools)
         message = messages[-1]
         block = [] if message.reasoning is None else [*think_block(message.reasoning)[:-1], "\n"]
         return self.close([*self.known(block), message.content])

@@ -124,6 +124,9 @@ class TemplateFormat(TurnFormat):
         names = variables(template)
         if tools and "tools" not in names:
             raise RequestError("this model's chat template has no place for tools; describe them in the system message")
+        lost = next((message.role for message in messages if message.role in self._left_out), None)
+        if lost is not None:
+            raise RequestError(f"this model's chat template leaves out messages of the role {lost!r}; take them out")
         switches = {name: thinking for name in SWITCHES if name in names and thinking is not None}
         if not switches:
             refuse_switch(self.name, thinking, None)
@@ -175,6 +178,24 @@ class TemplateFormat(TurnFormat):
                 if self._writes_call(as_text, empty):
                     return as_text, empty, self._writes_call(as_text, f"{_PROBE}4")
         raise RequestError("this model's chat template writes no tool calls; leave them out of the conversation")
+
+    @cached_property
+    def _left_out(self) -> frozenset[str]:
+        """Roles of whose messages the template writes nothing, found by trying. Those that it refuses are not in it."""
+        said = f"{_PROBE}5"
+        asked, called = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": f"{_PROBE}6"}
+        tried = {
+            "system": [{"role": "system", "content": said}, asked],
+            "tool": [asked, called, {"role": "tool", "name": _PROBE, "content": said}],
+        }
+        names = {"bos_token": self.bos, "eos_token": self.eos, "tools": None, "add_generation_prompt": True}
+        return frozenset(role for role, messages in tried.items() if not self._writes(said, messages, names))
+
+    def _writes(self, said: str, messages: list[dict[str, str]], names: dict[str, Any]) -> bool:
+        try:
+            return said in render(self.tool_template or self.template, messages=messages, **names)
+        except RequestError:
+            return True
 
     def _writes_call(self, as_text: bool, content: str | None) -> bool:
         call = ToolCall(name=f"{_PROBE}1", arguments=f'{{"{_PROBE}2": "{_PROBE}3"}}')

@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from thinkstack.files import read_text
 from thinkstack.types import ConfigError
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -113,7 +114,7 @@ class Tokenizer:
         path = folder / FILE
         if not path.is_file():
             raise ConfigError(f"{folder} has no {FILE}; give the folder of a complete checkpoint")
-        return cls(path.read_text(encoding="utf-8"))
+        return cls(read_text(path))
 
 
 def train_tokenizer(

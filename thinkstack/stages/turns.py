@@ -1,0 +1,222 @@
+"""One turn of a published conversation as a Message: roles, thoughts, calls, tools and masks, however peers spell them.
+
+docs/sft.md lists the spellings. A key of a turn that is not known is refused by its name, for it may carry content.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from thinkstack.files import kind_of
+from thinkstack.text.tokenizer import THINK_OPEN
+from thinkstack.types import ConfigError, Message, Role, Tool, ToolCall
+
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "chatbot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+"""Roles of published files, in small letters."""
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles whose content is a call, or a list of calls, in JSON (ShareGPT as LLaMA-Factory has it, ms-swift)."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "step_loss_mask")
+"""Keys of a turn that say whether it is trained on: OpenAI's and Mistral's weight, axolotl's train and training,
+ms-swift's loss, slime's step_loss_mask."""
+TURN_NOTES = ("id", "index", "message_id", "timestamp", "language", "model")
+"""Keys of a turn that say something about it and nothing in it; listed, not refused."""
+
+
+class Fields:
+    """The keys of a JSON object that hold something. Each is taken once; what nobody took is left."""
+
+    def __init__(self, values: Any, where: str):
+        """where: the object's address in messages. Raises ConfigError if it is no object."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} is {kind_of(values)}, not an object with keys; correct it")
+        self.values, self.where = values, where
+        self.left = {key: value for key, value in values.items() if value is not None and value not in ("", [], {})}
+
+    def take(self, names: Sequence[str]) -> Any:
+        """The value that one of `names` holds, or None. Raises ConfigError if several hold different ones."""
+        found = {name: self.left.pop(name) for name in names if name in self.left}
+        if not found:
+            return None
+        first = next(iter(found))
+        other = next((name for name in found if found[name] != found[first]), None)
+        if other is not None:
+            raise ConfigError(f"{self.where} has {first} and {other}, which differ; keep one of them")
+        return found[first]
+
+    def take_text(self, names: Sequence[str]) -> str | None:
+        """As `take`, text only; a list of text parts is joined."""
+        value = self.take(names)
+        return None if value is None else self.as_text(value, " or ".join(names))
+
+    def as_text(self, value: Any, name: str) -> str:
+        """Text, or the text of a list of parts. Raises ConfigError for anything else."""
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ConfigError(f"{self.where}: {name} is {kind_of(value)}, not text; correct it")
+        parts = [Fields(part, f"{self.where}: {name}, part {number}") for number, part in enumerate(value, start=1)]
+        for part in parts:
+            if part.take(("type",)) != "text":
+                raise ConfigError(f"{part.where} is of type {part.values.get('type')}; only text is read")
+        texts = [part.take_text(("text",)) or "" for part in parts]
+        for part in parts:
+            part.refuse(part.left)
+        return "".join(texts)
+
+    def refuse(self, keys: Iterable[str]) -> None:
+        """Raise ConfigError for the first of `keys`, if there is one."""
+        for key in keys:
+            raise ConfigError(f"{self.where} has the key {key!r}, which is not read and would be lost; remove it")
+
+
+def read_turns(values: Any, where: str, notes: set[str], trains: bool = True) -> list[Message]:
+    """The turns of a list of objects with role and content, or from and value.
+
+    notes: keys that are left out are added to it. trains: whether turns of the assistant are trained on where they do
+    not say so themselves. Raises ConfigError with the address of the turn.
+    """
+    if not isinstance(values, list):
+        raise ConfigError(f"{where}: its turns are {kind_of(values)}, not a list of objects; correct it")
+    found: list[Message] = []
+    for number, value in enumerate(values, start=1):
+        fields = Fields(value, f"{where}, turn {number}")
+        message, is_call = _turn(fields, trains)
+        notes.update(f"turn's {key}" for key in fields.left if key in TURN_NOTES)
+        fields.refuse(key for key in fields.left if key not in TURN_NOTES)
+        if is_call and found and found[-1].role == "assistant":  # words, or another call, of the same turn
+            message = _joined(found.pop(), message, fields.where)
+        found.append(message)
+    return found
+
+
+def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
+    """(the turn; whether its role says that it is a call)."""
+    spelled = fields.take(("role", "from"))
+    if spelled is None:
+        raise ConfigError(f"{fields.where} has no role (keys role or from); known: {', '.join(ROLES)}")
+    role = ROLES.get(str(spelled).lower())
+    if role is None:
+        raise ConfigError(f"{fields.where}: role {json.dumps(spelled)} is not known; known: {', '.join(ROLES)}")
+    has_content = any(fields.values.get(key) is not None for key in ("content", "value"))
+    content = fields.take_text(("content", "value")) or ""
+    if str(spelled).lower() in CALL_ROLES:
+        calls = _calls(_from_json(content, f"{fields.where}: the content of a call"), fields.where)
+        return Message(role=role, content="", tool_calls=calls, is_trained=_is_trained(fields, role, trains)), True
+    if role == "assistant":
+        calls = _calls(fields.take(("tool_calls", "function_call")), fields.where)
+        if not has_content and not calls:
+            raise ConfigError(f"{fields.where} has neither content nor calls; leave the row out")
+        return answer(content, fields, calls, _is_trained(fields, role, trains)), False
+    if not has_content:
+        raise ConfigError(f"{fields.where} has no content (keys content or value); leave the row out")
+    _is_trained(fields, role, trains)
+    call_id, name = (fields.take_text((key,)) if role == "tool" else None for key in ("tool_call_id", "name"))
+    return Message(role=role, content=content, tool_call_id=call_id, name=name), False
+
+
+def answer(content: str, fields: Fields, calls: tuple[ToolCall, ...] = (), is_trained: bool = True) -> Message:
+    """A turn of the assistant, with the thoughts that `fields` has. Raises ConfigError for two thoughts, and for a turn
+    to train on that says nothing.
+    """
+    reasoning = fields.take_text(REASONING)
+    if reasoning is not None and content.lstrip().startswith(THINK_OPEN):
+        raise ConfigError(f"{fields.where} has thoughts twice: under a key and as {THINK_OPEN} in the text; keep one")
+    if is_trained and not (content.strip() or calls or reasoning):
+        raise ConfigError(f"{fields.where}: the assistant says nothing, which would be learnt; leave the row out")
+    return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=calls, is_trained=is_trained)
+
+
+def _joined(said: Message, called: Message, where: str) -> Message:
+    if said.is_trained != called.is_trained:
+        raise ConfigError(f"{where} and the one before are one turn, of which only a part is trained on; use one mask")
+    return replace(said, tool_calls=said.tool_calls + called.tool_calls)
+
+
+def _is_trained(fields: Fields, role: Role, trains: bool) -> bool:
+    """What the masks of a turn say. Raises ConfigError for anything but 0 and 1."""
+    masks = {name: fields.left[name] for name in TRAINED if name in fields.left}
+    fields.left = {name: value for name, value in fields.left.items() if name not in masks}
+    for name, value in masks.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ConfigError(
+                f"{fields.where}: {name}={json.dumps(value)} is not supported; a turn is trained on (1, true) or not "
+                "(0, false)"
+            )
+        if value and role != "assistant":
+            raise ConfigError(
+                f"{fields.where}: {name}={json.dumps(value)} asks to train on a turn of the {role}; only what the "
+                "assistant says is learnt"
+            )
+    if len({bool(value) for value in masks.values()}) > 1:
+        raise ConfigError(f"{fields.where} has {' and '.join(masks)}, which differ; keep one of them")
+    return all(masks.values()) if masks else trains
+
+
+def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
+    """Calls as OpenAI writes them, {"function": {"name", "arguments"}}, or only what stands inside."""
+    calls = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_call(call, f"{where}, call {number}") for number, call in enumerate(calls, start=1))
+
+
+def _call(value: Any, where: str) -> ToolCall:
+    outer = Fields(value, where)
+    inner = Fields(outer.take(("function",)), where) if "function" in outer.left else outer
+    call_id = outer.take_text(("id",))
+    outer.left.pop("index", None)  # the place in the list, which is kept
+    if outer.take(("type",)) not in (None, "function"):
+        raise ConfigError(f"{where} is not of type function; only calls of functions are read")
+    name, arguments = inner.take_text(("name",)), inner.take(("arguments", "parameters"))
+    if name is None:
+        raise ConfigError(f"{where} has no name of a function; correct it")
+    text = (
+        arguments
+        if isinstance(arguments, str)
+        else json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    )
+    if not isinstance(_from_json(text, f"{where}: arguments"), dict):
+        raise ConfigError(f"{where}: arguments are no JSON object; correct them")
+    for fields in (inner, outer):
+        fields.refuse(fields.left)
+    return ToolCall(name=name, arguments=text, id=call_id)
+
+
+def read_tools(value: Any, where: str, notes: set[str]) -> tuple[Tool, ...]:
+    """Tools as OpenAI describes them: a list, or JSON text of one. Raises ConfigError with the address of the tool."""
+    values = _from_json(value, f"{where}: tools") if isinstance(value, str) else value
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise ConfigError(f"{where}: tools is {kind_of(values)}, not a list; correct it")
+    found = []
+    for number, entry in enumerate(values, start=1):
+        address = f"{where}, tool {number}"
+        if isinstance(entry, str):  # each tool as a text of JSON
+            entry = _from_json(entry, address)
+        outer = Fields(entry, address)
+        inner = Fields(outer.take(("function",)), address) if "function" in outer.left else outer
+        outer.take(("type",))
+        if inner.left.pop("strict", None) is not None:
+            notes.add("tool's strict")
+        name, description = inner.take_text(("name",)), inner.take_text(("description",))
+        parameters = Fields(inner.take(("parameters",)) or {}, f"{address}: parameters").values
+        if name is None:
+            raise ConfigError(f"{address} has no name; correct it")
+        for fields in (inner, outer):
+            fields.refuse(fields.left)
+        found.append(Tool(name=name, description=description or "", parameters=parameters))
+    return tuple(found)
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON ({error}); correct it") from error
