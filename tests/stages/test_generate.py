@@ -17,6 +17,7 @@ from thinkstack.config import build
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.parallel import Ranks, local_config
 from thinkstack.stages.evaluate import EvaluateConfig
+from thinkstack.stages.console import NEW
 from thinkstack.stages.generate import Generator, read_prompts
 from thinkstack.stages.talk import Talk
 from thinkstack.types import ConfigError, Message, Sampling
@@ -103,8 +104,8 @@ def test_answers_to_a_file_are_those_to_each_line(folder: Path):
 
 def test_a_talk_remembers_until_it_is_told_to_forget(folder: Path):
     said: list[str] = []
-    lines = iter(["1+2?", "and 3?", "/clear", "1+2?", "/exit", "never read"])
-    generator(folder, temperature=0.0).talk(lambda: next(lines), said.append)
+    lines = iter(["1+2?", "and 3?", NEW, "1+2?", None, "never read"])
+    generator(folder, temperature=0.0).talk(lambda: next(lines), lambda text, style: said.append(text))
     turns = "".join(said).split("\n")
     assert next(lines) == "never read"
     assert len(turns) >= 4

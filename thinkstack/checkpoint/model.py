@@ -192,13 +192,8 @@ def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str | None, 
     if (path / TEMPLATE).is_file():
         template = read_text(path / TEMPLATE)
     if more.is_file():
-<<<<<<< HEAD
-        named[TOOL_USE] = more.read_text(encoding="utf-8")
-    if template is not None and not isinstance(template, str):
-=======
         named[TOOL_USE] = read_text(more)
-    if not isinstance(template, str):
->>>>>>> h19c
+    if template is not None and not isinstance(template, str):
         raise ConfigError(
             f"{path / TOKENIZER_CONFIG}: chat_template={template!r:.80} is no text and no list of them; correct it"
         )
