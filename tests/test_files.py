@@ -7,8 +7,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.tensor_file import Files, read_header
 from thinkstack.config import read_toml
 from thinkstack.data import read_texts
 from thinkstack.files import read_rows, read_text
@@ -257,3 +260,25 @@ def test_json_and_tokenizers_of_a_checkpoint_may_begin_with_a_mark(tmp_path):
     made(tmp_path, BOM + tiny_tokenizer().spec.encode(), "tokenizer.json")
     assert Tokenizer.load(tmp_path).encode("12") == tiny_tokenizer().encode("12")
     assert read_json(made(tmp_path, BOM + b'{"a": "\xc2\x85"}\r\n', "config.json")) == {"a": "\x85"}
+
+
+def test_a_cut_or_damaged_safetensors_file_is_one_line_with_its_name(tmp_path):
+    """Every cut, and damage of its header, its length and its offsets."""
+    path, rng = tmp_path / "model.safetensors", random.Random(0)
+    save_file({"a": torch.ones(3, 4), "b": torch.ones(5)}, path)
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        assert "cut off or not a safetensors file" in refusal(read_header, made(tmp_path, whole[:cut], path.name))
+    for _ in range(300):
+        raw = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 5))):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        try:
+            _, header = read_header(made(tmp_path, bytes(raw), path.name))
+            Files(dict.fromkeys(header, path)).read(next(iter(header)))
+        except ConfigError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+    for raw in (whole + b"more", b"", b"<!DOCTYPE html>", gzip.compress(whole), whole[8:]):
+        refusal(read_header, made(tmp_path, raw, path.name))
+    for name in ("missing.safetensors", tmp_path.name):
+        assert "cannot read" in refusal(read_header, tmp_path.parent / name)
