@@ -201,11 +201,35 @@ def test_variants_are_refused_by_name(changes: dict[str, Any], word: str, tmp_pa
         ({"tokenizer__ggml__pre": "viking"}, "tokenizer.ggml.pre='viking'"),
         ({"tokenizer__ggml__eos_token_id": 999}, "eos_token_id=999"),
         ({"tokenizer__ggml__eos_token_id": 20}, "eos_token_id=20"),
-        ({"tokenizer__chat_template": None}, "tokenizer.chat_template"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(changes: dict[str, Any], word: str, tmp_path: Path):
     assert word in refused(write(tmp_path / "model.gguf", tiny_model(CFG), **changes), load_chat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bos", "ends"),
+    [
+        ({}, 1, (2,)),
+        ({"tokenizer__ggml__bos_token_id": None}, None, (2,)),
+        ({"tokenizer__ggml__eos_token_id": None}, 1, ()),
+        ({"tokenizer__ggml__bos_token_id": 2**32 - 1, "tokenizer__ggml__eos_token_id": 2**32 - 1}, None, ()),
+        ({"tokenizer__ggml__eot_token_id": 3}, 1, (2, 3)),
+        ({"tokenizer__ggml__eot_token_id": 2, "tokenizer__ggml__eom_token_id": 2**32 - 1}, 1, (2,)),
+    ],
+)
+def test_tokens_that_a_file_does_not_name_are_none(
+    changes: dict[str, Any], bos: int | None, ends: tuple, tmp_path: Path
+):
+    """Qwen's files have no BOS: they were called incomplete. A base model's has no template either."""
+    path = write(tmp_path / "model.gguf", tiny_model(CFG), tokenizer__chat_template=None, **changes)
+    cfg, chat = load_model(path).cfg, load_chat(path)
+    assert (cfg.bos_id, cfg.eos_ids, chat.stop_ids) == (bos, ends, ends)
+    assert not chat.has_template
+    with pytest.raises(ConfigError, match=r"tokenizer\.chat_template.*chat_template\.jinja"):
+        chat.prompt([Message(role="user", content="hi")])
+    asked = load_chat(write(tmp_path / "asked.gguf", tiny_model(CFG), **changes))
+    assert asked.has_template and set(ends) <= set(asked.stop_ids)
 
 
 @pytest.mark.slow

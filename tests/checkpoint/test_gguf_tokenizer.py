@@ -27,7 +27,7 @@ LINES = [
 
 
 def values_of(tokenizer: Tokenizer, rows: int = 400) -> dict:
-    return tokenizer_values(tokenizer, rows, 0)
+    return tokenizer_values(tokenizer, rows)
 
 
 def read_back(values: dict) -> Tokenizer:
@@ -114,14 +114,32 @@ def test_other_kinds_of_tokenizers_are_refused():
 
 
 def test_texts_begin_with_the_models_token_or_none():
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(ConfigError, match=r"begins texts with tokens \[0\], the model with 5"):
-        tokenizer_values(tokenizer, 400, 5)
     values = values_of(foreign("smollm"))
     assert values["tokenizer.ggml.add_bos_token"] is False
     begun = values | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
     assert read_back(begun).begin_ids == [0]
     assert read_back(begun | {PRE: "llama-bpe", "tokenizer.ggml.add_bos_token": False}).begin_ids == []
+
+
+@pytest.mark.parametrize("bos", [None, -1, 2**32 - 1])
+@pytest.mark.parametrize("add", [None, True, False])
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+def test_a_file_without_a_bos_begins_texts_with_nothing(pre: str, add: bool | None, bos: int | None):
+    """Qwen's files have no tokenizer.ggml.bos_token_id; they were called incomplete."""
+    values = values_of(foreign(pre)) | {"tokenizer.ggml.add_bos_token": add, "tokenizer.ggml.bos_token_id": bos}
+    kept = {key: value for key, value in values.items() if value is not None}
+    assert read_back(kept).begin_ids == []
+
+
+def test_merges_are_missed_only_where_tokens_are_joined():
+    """Writers leave an empty list out: a vocabulary of single bytes was called incomplete."""
+    values = values_of(foreign("qwen2"))
+    del values["tokenizer.ggml.merges"]
+    with pytest.raises(ConfigError, match="merges"):
+        read_back(values)
+    single = [index for index, token in enumerate(values["tokenizer.ggml.tokens"]) if len(token) == 1]
+    values |= {TYPES: [kind if index in single or kind == CONTROL else 5 for index, kind in enumerate(values[TYPES])]}
+    assert read_back(values).decode(read_back(values).encode("ab")) == "ab"
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,6 @@ def test_llama_without_head_dim_divides_the_width():
         ("hidden_size", -32),
         ("rms_norm_eps", math.inf),
         ("norm_topk_prob", 1),
-        ("eos_token_id", None),
         ("rope_scaling", [1]),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from thinkstack.checkpoint.gguf_config import BOS, token_of
 from thinkstack.checkpoint.gguf_file import Metadata
 from thinkstack.checkpoint.gguf_pre import ALIASES, PRE_TOKENIZERS, Pre, same_cut, sequence
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
@@ -96,9 +97,8 @@ def _spec_of(meta: Metadata, tokens: list[str], types: list[int]) -> str:
     is_joined = any(types[index] == NORMAL and len(token) > 1 for token, index in used.items())
     merges = [merge.split(" ", 1) for merge in (meta.get(MERGES, list) if is_joined else meta.find(MERGES, list) or [])]
     spec = bpe_spec(used, merges, added, pre)
-    adds_bos = meta.find(ADD_BOS, bool)
-    if pre.adds_bos if adds_bos is None else adds_bos:
-        bos = meta.get("tokenizer.ggml.bos_token_id", int)
+    adds_bos, bos = meta.find(ADD_BOS, bool), token_of(meta, BOS)
+    if bos is not None and (pre.adds_bos if adds_bos is None else adds_bos):
         if not 0 <= bos < len(tokens) or tokens[bos] not in used:
             raise ConfigError(f"{meta.path}: texts begin with token {bos}, which it lacks; fetch another conversion")
         spec["post_processor"] = _begin_with(tokens[bos], bos)
