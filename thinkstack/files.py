@@ -55,6 +55,18 @@ def lines(path: Path, what: str = "file") -> Iterator[str]:
             yield f"{line[:-2]}\n" if line.endswith("\r\n") else line
 
 
+def matching_files(path: Path) -> list[Path]:
+    """The files that `path` means, sorted; its last part may hold *. Raises ConfigError if there are none."""
+    if "*" not in path.name:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist; correct the path")
+        return [path]
+    found = sorted(path.parent.glob(path.name))
+    if not found:
+        raise ConfigError(f"no file matches {path}; correct the path")
+    return found
+
+
 def read_text(path: Path, what: str = "file") -> str:
     """The text of a file. CR LF becomes a line feed. Raises ConfigError as `lines`."""
     return "".join(lines(path, what))

@@ -8,25 +8,33 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from thinkstack.checkpoint.hub import is_hub_name
+from thinkstack.checkpoint.model import locate
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
+from thinkstack.evals.report import markdown_table, setting_line, table_rows
+from thinkstack.files import matching_files
 from thinkstack.log import Run, clock, write_json
 from thinkstack.machine import describe_machine
 from thinkstack.models.kernels import choice
 from thinkstack.stages.adopt import AdoptConfig, adopt
-from thinkstack.stages.evaluate import EvaluateConfig, measure
+from thinkstack.stages.evaluate import SAMPLED, EvaluateConfig, measure, read_evaluation
 from thinkstack.stages.grpo import grpo
 from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
 from thinkstack.stages.learning import MODEL
 from thinkstack.stages.pretrain import PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
 from thinkstack.stages.sft import SftConfig, sft
+from thinkstack.stages.summary import summarize
 from thinkstack.stopping import stopping_on_signals
+from thinkstack.tasks.datasets import split_file
+from thinkstack.tasks.table import DATASETS, families
 from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
@@ -40,6 +48,8 @@ STAGES: dict[str, tuple[type, Callable[[Any, Run], None]]] = {
     "report": (ReportConfig, report),
 }
 MANIFEST = "manifest.json"
+RECIPES = Path(str(resources.files("thinkstack") / "recipes"))
+"""Folder of the package's recipes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +65,31 @@ class Step:
 
 def read_recipe(name: str, scale: str = "", overrides: tuple[str, ...] = ()) -> Tree:
     """A recipe by name (of the package) or path, with a scale's overlay and dotted overrides on top."""
-    tree = read_toml(_recipe_path(name))
+    path = recipe_path(name)
+    tree = read_toml(path)
     if scale:
-        tree = merge(tree, read_toml(_recipe_path(f"{name}_{scale}")))
+        overlay = path.with_name(f"{path.stem}_{scale}.toml")
+        if not overlay.is_file():
+            prefix = f"{path.stem}_"
+            known = [found.stem.removeprefix(prefix) for found in sorted(path.parent.glob(f"{prefix}*.toml"))]
+            hint = did_you_mean(scale, known) if known else f"; write {overlay}, or leave --scale out"
+            raise ConfigError(f"the recipe {name} has no scale {scale!r}{hint}")
+        tree = merge(tree, read_toml(overlay))
     for assignment in overrides:
-        tree = override(tree, assignment)
+        changed = override(tree, assignment)
+        for stage in changed.get("stages", {}).keys() - tree.get("stages", {}).keys():
+            raise ConfigError(f"{assignment}: the recipe has no stage {stage}{did_you_mean(stage, tree['stages'])}")
+        tree = changed
     return tree
 
 
-def _recipe_path(name: str) -> Path:
-    folder = Path(str(resources.files("thinkstack") / "recipes"))
-    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    if not path.exists():
-        known = sorted(p.stem for p in folder.glob("*.toml"))
-        raise ConfigError(f"no recipe {name!r}{did_you_mean(name, known)}")
+def recipe_path(name: str) -> Path:
+    """The file of a recipe of the package, by its name, or of one's own, by its path. Raises ConfigError if none."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(found.stem for found in RECIPES.glob("*.toml"))
+        where = "there is no such file" if name.endswith(".toml") else "give a name, or a path that ends in .toml"
+        raise ConfigError(f"no recipe {name!r}: {where}{did_you_mean(name, known)}")
     return path
 
 
@@ -76,6 +97,7 @@ def plan(tree: Tree, out: Path) -> list[Step]:
     """The stages of a recipe with all settings checked and the names of earlier stages turned into paths."""
     for key in tree.keys() - {"shared", "stages"}:
         raise ConfigError(f"unknown key {key}{did_you_mean(key, ('shared', 'stages'))}")
+    refuse_unused(tree)
     steps: list[Step] = []
     for name, table in tree.get("stages", {}).items():
         values = dict(table)
@@ -98,11 +120,40 @@ def plan(tree: Tree, out: Path) -> list[Step]:
     return steps
 
 
+def refuse_unused(tree: Tree) -> None:
+    """Raise ConfigError for a shared setting that no stage of the recipe has."""
+    kinds = [STAGES[table["stage"]][0] for table in tree.get("stages", {}).values() if table.get("stage") in STAGES]
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    for key in tree.get("shared", {}).keys() - names:
+        raise ConfigError(f"unknown key shared.{key}{did_you_mean(key, sorted(names), 'shared')}")
+
+
+def check_inputs(steps: Sequence[Step], out: Path) -> None:
+    """Raise ConfigError for the first file or checkpoint from outside that a stage needs and that is not there.
+
+    Names of the hub are not looked up, for that would fetch them.
+    """
+    for step in steps:
+        start = getattr(step.config, "start", "")
+        try:
+            if start and not Path(start).is_relative_to(out) and not is_hub_name(start):
+                locate(start)
+            for name, folder in getattr(step.config, "files", {}).items():
+                for split in ("test",) if step.kind == "evaluate" else ("train", "test"):
+                    split_file(folder, split, DATASETS[name].SOURCE)
+            for path in (*getattr(step.config, "data", ()), *getattr(step.config, "text_files", ())):
+                matching_files(Path(path))
+        except ConfigError as error:
+            raise ConfigError(f"stages.{step.name}: {error}") from error
+
+
 def run_recipe(tree: Tree, out: Path) -> None:
-    """Run all stages that are not done yet. Raises Interrupted on Ctrl-C or SIGTERM, after saving the state."""
+    """Run all stages that are not done yet, then say what they made. Raises Interrupted on Ctrl-C or SIGTERM, after
+    saving the state."""
     steps = plan(tree, out)
-    Run(out)
     manifest = read_manifest(out)
+    check_inputs([step for step in steps if not manifest.get(step.name, {}).get("done")], out)
+    Run(out)
     machine = describe_machine()
     with stopping_on_signals() as stop:
         for number, step in enumerate(steps, start=1):
@@ -129,6 +180,34 @@ def run_recipe(tree: Tree, out: Path) -> None:
             finally:
                 record["seconds"] += time.monotonic() - started
                 write_json(out / MANIFEST, manifest)
+    print(f"made in {out}:\n{summarize(out, [(step.name, step.kind) for step in steps])}")
+
+
+def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> None:
+    """A recipe of one stage, called as its kind is. settings: dotted assignments on top of its values."""
+    tree: Tree = {"stages": {kind: {"stage": kind} | values}}
+    for setting in settings:
+        tree = override(tree, f"stages.{kind}.{setting}")
+    run_recipe(tree, out)
+
+
+def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
+    """Evaluate a checkpoint on one task and print its table; out: None names a folder by all that is asked."""
+    if task not in DATASETS:
+        families([task])  # refuses an unknown one by name
+        if data:
+            raise ConfigError(f"--data {data}: the task {task} is generated and reads no files; leave it out")
+    asked: Tree = (
+        {"files": {task: data or f"data/{task}"}, "families": []} if task in DATASETS else {"families": [task]}
+    )
+    values = {"start": model} | asked | values
+    if out is None:
+        name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        out = Path("runs") / "eval" / f"{name}-{digest}"
+    run_stage("evaluate", values, (), out)
+    found = {task: read_evaluation(Run(out / "evaluate"), SAMPLED)}
+    print("\n".join((setting_line(found), "", *markdown_table(["", task], table_rows(found, {})))))
 
 
 def read_manifest(out: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from thinkstack.checkpoint.shard import load_shard
 from thinkstack.config import build
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.parallel import Ranks, local_config
-from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.stages.console import NEW
+from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.stages.generate import Generator, read_prompts
 from thinkstack.stages.talk import Talk
 from thinkstack.types import ConfigError, Message, Sampling

@@ -16,7 +16,7 @@ ROWS = (
     {"evals"},
     {"stages"},
     {"pipeline", "server"},
-    {"claims"},
+    {"claims", "catalog"},
     {"cli"},
     {"__main__"},
 )

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -45,6 +46,9 @@ def main() -> None:
         _end(130, "stopped; the same command goes on from here")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough: `thinkstack recipes demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _parse(words: list[str]) -> Callable[[], None]:

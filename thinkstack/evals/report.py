@@ -117,7 +117,7 @@ def markdown(
     facts: Mapping[str, str],
 ) -> str:
     """The report as Markdown, its pictures beside it."""
-    lines = [f"# {title}", "", setting, "", *_table(["", *columns], [[label, *cells] for label, cells in rows])]
+    lines = [f"# {title}", "", setting, "", *markdown_table(["", *columns], rows)]
     for name, caption in plots.items():
         lines += ["", f"![{caption}]({name})"]
     for column, families in answers.items():
@@ -127,12 +127,14 @@ def markdown(
                 verdict = {None: "not judged", True: "right", False: "wrong"}[answer.correct]
                 lines += ["", f"{family}, {verdict} (right answer: {_inline(answer.reference)})", ""]
                 lines += _fenced(f"{answer.question}\n\n{answer.text}")
-    lines += ["", "## Provenance", "", *_table(["", ""], [[name, value] for name, value in facts.items()])]
+    lines += ["", "## Provenance", "", *markdown_table(["", ""], [(name, [value]) for name, value in facts.items()])]
     return "\n".join(lines) + "\n"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Rows) -> list[str]:
+    """Lines of a table; columns but the first are aligned to the right."""
     aligned = ["---", *["---:"] * (len(head) - 1)]
+    body = [[label, *cells] for label, cells in rows]
     return [f"| {' | '.join(_inline(cell) for cell in row)} |" for row in (head, aligned, *body)]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkstack.files import Row, kind_of, log_unused_keys, read_rows
+from thinkstack.files import Row, kind_of, log_unused_keys, matching_files, read_rows
 from thinkstack.stages.turns import REASONING, Fields, answer, read_tools, read_turns
 from thinkstack.types import ConfigError, Message, Tool
 
@@ -41,19 +41,10 @@ def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[C
     with_masks: the caller honours Message.is_trained; without, a row that switches a turn off is refused. Raises
     ConfigError, naming file, row and key, for rows that are no conversations or hold what would be lost.
     """
-    found = [conversation for path in paths for file in _files(Path(path)) for conversation in _read(file)]
+    found = [conversation for path in paths for file in matching_files(Path(path)) for conversation in _read(file)]
     for conversation in found:
         if not with_masks and not all(message.is_trained for message in conversation):
             raise ConfigError(f"{conversation.where} has turns that are not to be learnt, which is not known here")
-    return found
-
-
-def _files(path: Path) -> list[Path]:
-    if "*" not in path.name:
-        return [path]
-    found = sorted(path.parent.glob(path.name))
-    if not found:
-        raise ConfigError(f"no file matches {path}; give files of conversations")
     return found
 
 

@@ -51,13 +51,11 @@ class Generator:
 
     def continue_text(self, prompt: str) -> Iterator[str]:
         """Stream the continuation of plain text: exactly one BOS where the model knows one, no template."""
-        tokenizer, stops = self.chat.tokenizer, self.chat.stop_ids
-        ids = tokenizer.begin_ids + tokenizer.encode(prompt)
+        ids = self.chat.tokenizer.begin_ids + self.chat.tokenizer.encode(prompt)
+        return stream_text(self._plain_text, self.last.of(self.engine.stream(ids, self._fitting(ids))))
 
-        def text_of(drawn: Sequence[int]) -> str:
-            return tokenizer.decode([token for token in drawn if token not in stops])
-
-        return stream_text(text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
+    def _plain_text(self, drawn: Sequence[int]) -> str:
+        return self.chat.tokenizer.decode([token for token in drawn if token not in self.chat.stop_ids])
 
     def respond(self, prompt: str, raw: bool = False) -> Iterator[str]:
         """Stream the answer to a prompt through the chat template, where the checkpoint has one and raw is not asked
@@ -71,11 +69,16 @@ class Generator:
         ids = self.chat.prompt(messages)
         return stream_text(self.chat.text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
 
-    def answers(self, prompts: Sequence[str]) -> list[str]:
-        """One answer to each prompt, drawn together; prompt number i draws with seed + i."""
-        asked = [self.chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
+    def answers(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
+        """One answer to each prompt, sampled together; prompt number i samples with seed + i."""
+        if raw or not self.chat.has_template:
+            begin, text_of = self.chat.tokenizer.begin_ids, self._plain_text
+            asked = [begin + self.chat.tokenizer.encode(prompt) for prompt in prompts]
+        else:
+            text_of = self.chat.text_of
+            asked = [self.chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
         samplings = [replace(self._fitting(ids), seed=self.sampling.seed + place) for place, ids in enumerate(asked)]
-        return [self.chat.text_of(found[0].token_ids) for found in self.engine.generate(asked, samplings)]
+        return [text_of(found[0].token_ids) for found in self.engine.generate(asked, samplings)]
 
     def _fitting(self, ids: Sequence[int]) -> Sampling:
         """The sampling with as many tokens as the context still takes."""

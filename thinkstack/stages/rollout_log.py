@@ -130,10 +130,10 @@ def show_group(group: dict[str, Any], width: int) -> str:
         f"right: {problem['answer']}",
     ]
     for number, answer in enumerate(group["answers"]):
-        parts = "  ".join(f"{name} {value:g}" for name, value in answer["parts"].items())
-        reward = f"reward {answer['reward']} ({parts})"
-        if answer["reward"] is None:
-            reward = f"unscorable: {answer['unscorable']}"
+        parts = "  ".join(f"{name} {value:.4g}" for name, value in answer["parts"].items())
+        reward = f"unscorable: {answer['unscorable']}"
+        if answer["reward"] is not None:
+            reward = f"reward {answer['reward']:.4g} ({parts})"
         advantage = "not trained on" if answer["advantage"] is None else f"advantage {answer['advantage']:+.3f}"
         size = f"{len(answer['token_ids'])} tokens, {answer['finish_reason']}"
         text = answer["text"] if len(answer["text"]) <= width else answer["text"][:width] + " ..."

@@ -35,6 +35,8 @@ class SftConfig:
     """Files of conversations: stages/conversations.py says in which forms."""
     epochs: Positive = 2.0
     """Times that each conversation is seen."""
+    max_steps: CountOrZero = 0
+    """Optimizer steps at most, as the schedule counts them too; 0 sets no limit beside epochs."""
     rows: Count = 8
     """Packed rows of one step."""
     row_tokens: Count = 1024
@@ -109,6 +111,7 @@ def sft(cfg: SftConfig, run: Run) -> None:
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     lessons = make_lessons(read_conversations(cfg.data, with_masks=True), chat, cfg)
     steps = max(round(cfg.epochs * len(pack(lessons.trained, cfg.row_tokens)) / cfg.rows), 1)
+    steps = min(steps, cfg.max_steps or steps)
     log.info(
         "%d samples to learn in %d steps, %d held out, %d left out as longer than a row",
         *(len(lessons.trained), steps, len(lessons.held_out), lessons.too_long),

@@ -1,0 +1,112 @@
+"""What there is to run: recipes, their stages, and every setting with its default and meaning, from the source."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from thinkstack.config import did_you_mean
+from thinkstack.files import read_text
+from thinkstack.pipeline import RECIPES, STAGES, read_recipe, recipe_path
+
+WIDTH = 100
+NEEDED = "(required)"
+
+
+def list_recipes() -> str:
+    """Each recipe of the package with what its file says first, and the kinds of stages."""
+    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    scales = {name: [n.removeprefix(f"{name}_") for n in names if n.startswith(f"{name}_")] for name in names}
+    overlays = {f"{name}_{scale}" for name, found in scales.items() for scale in found if not _has_kinds(name, scale)}
+    lines = ["Recipes, for `thinkstack run NAME --out FOLDER`:"]
+    for name in names:
+        if name not in overlays:
+            found = [scale for scale in scales[name] if f"{name}_{scale}" in overlays]
+            lines += ["", f"{name}{f'  (--scale {chr(124).join(found)})' if found else ''}", *_about(RECIPES / name)]
+    lines += ["", f"`thinkstack recipes NAME` lists the settings of a recipe or a kind of stage: {', '.join(STAGES)}."]
+    return "\n".join(lines)
+
+
+def _has_kinds(name: str, scale: str) -> bool:
+    """Whether NAME_SCALE is a recipe by itself: its stages say what they are."""
+    tree = read_recipe(f"{name}_{scale}")
+    return any("stage" in table for table in tree.get("stages", {}).values())
+
+
+def _about(path: Path) -> list[str]:
+    comment = []
+    for line in read_text(path.with_name(f"{path.name}.toml")).split("\n"):
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return textwrap.wrap(" ".join(comment), WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
+def describe_recipe(name: str, settings: bool = True) -> str:
+    """The stages of a recipe, in order, and the settings of each kind; or those of one kind of stage.
+
+    Raises ConfigError for a name that is neither.
+    """
+    if name in STAGES:
+        return "\n".join(_settings(name))
+    tree, lines = read_recipe(name), [*_about(recipe_path(name).with_suffix("")), ""]
+    kinds: list[str] = []
+    for stage, table in tree.get("stages", {}).items():
+        kind = table.get("stage", "")
+        kinds += [kind] if kind not in kinds else []
+        lines += [f"stages.{stage}: {kind if kind in STAGES else kind + did_you_mean(kind, STAGES)}"]
+        lines += [f"    {key} = {value!r}" for key, value in _flat(table) if key != "stage"]
+    for kind in kinds if settings else ():
+        lines += ["", *_settings(kind)]
+    return "\n".join(lines)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _settings(kind: str) -> list[str]:
+    """Every setting of a kind of stage."""
+    config = STAGES[kind][0]
+    head = f"Settings of a {kind} stage, as KEY = DEFAULT; --set stages.NAME.KEY=VALUE changes one."
+    return [head, *(line for setting in _fields(config) for line in setting)]
+
+
+def _fields(config: type, prefix: str = "") -> Iterator[list[str]]:
+    hints, meanings = typing.get_type_hints(config), meanings_of(config)
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _fields(hint, f"{prefix}{field.name}.")
+            continue
+        default = NEEDED if field.default is dataclasses.MISSING else repr(field.default)
+        if field.default_factory is not dataclasses.MISSING:
+            default = repr(field.default_factory())
+        told = meanings.get(field.name, "")
+        if typing.get_origin(hint) is typing.Literal:
+            told += f" One of {', '.join(map(repr, typing.get_args(hint)))}."
+        margin = " " * 6
+        yield [
+            f"  {prefix}{field.name} = {default}",
+            *textwrap.wrap(told, WIDTH, initial_indent=margin, subsequent_indent=margin),
+        ]
+
+
+def meanings_of(config: type) -> dict[str, str]:
+    """What stands under each field of a dataclass in the source, by name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            found[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return found
