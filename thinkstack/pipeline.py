@@ -33,8 +33,9 @@ from thinkstack.stages.report import ReportConfig, report
 from thinkstack.stages.sft import SftConfig, sft
 from thinkstack.stages.summary import summarize
 from thinkstack.stopping import stopping_on_signals
+from thinkstack.tasks import gym
 from thinkstack.tasks.datasets import split_file
-from thinkstack.tasks.table import DATASETS, families
+from thinkstack.tasks.table import DATASETS, TASKS
 from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
@@ -193,8 +194,9 @@ def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> No
 
 def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
     """Evaluate a checkpoint on one task and print its table; out: None names a folder by all that is asked."""
-    if task not in DATASETS:
-        families([task])  # refuses an unknown one by name
+    if task not in DATASETS and not task.startswith(gym.PREFIX):
+        if task not in TASKS:
+            raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
         if data:
             raise ConfigError(f"--data {data}: the task {task} is generated and reads no files; leave it out")
     asked: Tree = (

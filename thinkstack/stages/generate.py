@@ -71,11 +71,11 @@ class Generator:
 
     def answers(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         """One answer to each prompt, sampled together; prompt number i samples with seed + i."""
+        text_of: Callable[[Sequence[int]], str] = self.chat.text_of
         if raw or not self.chat.has_template:
             begin, text_of = self.chat.tokenizer.begin_ids, self._plain_text
             asked = [begin + self.chat.tokenizer.encode(prompt) for prompt in prompts]
         else:
-            text_of = self.chat.text_of
             asked = [self.chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
         samplings = [replace(self._fitting(ids), seed=self.sampling.seed + place) for place, ids in enumerate(asked)]
         return [text_of(found[0].token_ids) for found in self.engine.generate(asked, samplings)]
