@@ -11,6 +11,8 @@ from typing import Any
 
 from thinkstack.files import Row, kind_of, log_unused_keys, matching_files, read_rows
 from thinkstack.stages.turns import REASONING, Fields, answer, read_tools, read_turns
+from thinkstack.tasks.corpus import worked_example
+from thinkstack.tasks.table import families
 from thinkstack.types import ConfigError, Message, Tool
 
 TURNS = ("messages", "conversations", "conversation")
@@ -45,6 +47,23 @@ def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[C
     for conversation in found:
         if not with_masks and not all(message.is_trained for message in conversation):
             raise ConfigError(f"{conversation.where} has turns that are not to be learnt, which is not known here")
+    return found
+
+
+def worked_conversations(tasks: Sequence[str], count: int, seed: int, languages: tuple[str, ...]) -> list[Conversation]:
+    """`count` problems of generated tasks with their worked solutions as thinking: data that needs no file."""
+    suite = families(tasks)
+    for family in suite:
+        if languages and not set(languages) & set(family.wordings):
+            raise ConfigError(
+                f"{family.name} has none of the languages {list(languages)}; it has {list(family.wordings)}"
+            )
+    found = []
+    for index in range(count):
+        problem, working = worked_example(suite, seed, index, languages)
+        asked = Message(role="user", content=problem.question)
+        told = Message(role="assistant", content=working.answer, reasoning="\n".join(working.lines))
+        found.append(Conversation((asked, told), where=f"worked example {index} of {problem.task}"))
     return found
 
 

@@ -80,7 +80,7 @@ class Learning:
             metrics = self.trainer.step(batch, next_token_loss, progress=self.plan.progress(step))
             if self.average and not metrics["train/skipped"]:
                 self.average.update(self.model, self.trainer.step_count)
-        rate = float(batch.loss_mask.sum()) / times["time/step_seconds"]
+        rate = float((batch.document_ids > 0).sum()) / times["time/step_seconds"]
         return metrics | times | {"train/tokens_per_second": rate, "train/rows": float(self.plan.rows[step])}
 
     def go(self, measure: Callable[["Learning"], None]) -> None:

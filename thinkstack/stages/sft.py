@@ -13,7 +13,7 @@ from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.config import Count, CountOrZero, Positive, Seed, Share
 from thinkstack.data import PackedStream, Sample, lay_out, pack
 from thinkstack.log import CURVE, Run
-from thinkstack.stages.conversations import Conversation, read_conversations
+from thinkstack.stages.conversations import Conversation, read_conversations, worked_conversations
 from thinkstack.stages.learning import Learning
 from thinkstack.tasks.puzzles import digest
 from thinkstack.text.chat import ChatFormat
@@ -31,8 +31,14 @@ class SftConfig:
 
     start: str
     """Checkpoint or earlier stage to start from."""
-    data: tuple[str, ...]
-    """Files of conversations: stages/conversations.py says in which forms."""
+    data: tuple[str, ...] = ()
+    """Files of conversations: docs/sft.md says in which forms."""
+    tasks: tuple[str, ...] = ()
+    """Generated tasks whose worked solutions are learnt as thinking, beside the files."""
+    num_examples: Count = 2000
+    """Worked solutions in all, of `tasks` in turn."""
+    languages: tuple[str, ...] = ()
+    """Languages of worked solutions; empty takes all that a task has."""
     epochs: Positive = 2.0
     """Times that each conversation is seen."""
     max_steps: CountOrZero = 0
@@ -54,8 +60,8 @@ class SftConfig:
     """Fixes the order and what is held out."""
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ConfigError("data=[] teaches nothing; name files of conversations")
+        if not self.data and not self.tasks:
+            raise ConfigError("data=[] and tasks=[] teach nothing; name files of conversations or generated tasks")
         if self.epochs <= 0 or self.rows < 1 or self.row_tokens < 2:
             raise ConfigError(
                 f"epochs={self.epochs}, rows={self.rows} and row_tokens={self.row_tokens} must be positive"
@@ -109,7 +115,10 @@ def make_lessons(conversations: Sequence[Conversation], chat: ChatFormat, cfg: S
 def sft(cfg: SftConfig, run: Run) -> None:
     """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
-    lessons = make_lessons(read_conversations(cfg.data, with_masks=True), chat, cfg)
+    conversations = read_conversations(cfg.data, with_masks=True)
+    if cfg.tasks:
+        conversations += worked_conversations(cfg.tasks, cfg.num_examples, cfg.seed, cfg.languages)
+    lessons = make_lessons(conversations, chat, cfg)
     steps = max(round(cfg.epochs * len(pack(lessons.trained, cfg.row_tokens)) / cfg.rows), 1)
     steps = min(steps, cfg.max_steps or steps)
     log.info(

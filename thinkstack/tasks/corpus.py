@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from thinkstack.config import Share
 from thinkstack.tasks.puzzles import Family, Working, digest, draw_puzzle, pose, right_answer, seen_wordings, work
-from thinkstack.types import ConfigError
+from thinkstack.types import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,18 @@ def drill(family: Family, rng: random.Random, language: str, seed: object) -> st
 def guess(family: Family, rng: random.Random, language: str) -> str:
     """The answer to some other problem of the family."""
     return right_answer(family, family.draw(rng, rng.choice(family.levels)), language)
+
+
+def worked_example(
+    families: list[Family], seed: int, index: int, languages: tuple[str, ...]
+) -> tuple[Problem, Working]:
+    """Training problem `index` with its worked solution, which is right. Families take turns; languages: () for all."""
+    family = families[index % len(families)]
+    rng = random.Random(digest("worked example", seed, index))
+    puzzle = draw_puzzle(family, "train", rng.choice(family.levels), ("worked example", seed, index))
+    language = rng.choice([name for name in family.wordings if not languages or name in languages])
+    problem = pose(family, puzzle, language, rng.choice(seen_wordings(family, language)))
+    return problem, work(family, puzzle, language)
 
 
 def turn(thinking: str, answer: str) -> str:
