@@ -43,6 +43,16 @@ pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: v
   border: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.5 ui-monospace, "Cascadia Mono", Menlo, monospace; }
 .right { color: var(--good); } .wrong { color: var(--bad); }
+/* Plots are drawn dark on white: inverted at night, hues kept, with the card shining through the black. */
+@media (prefers-color-scheme: dark) {
+  figure img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; background: #fff; } }
+/* A phone: labels wrap, so that all columns are on the screen; plots keep a size that can be read, and scroll. */
+@media (max-width: 40rem) {
+  body { padding: 1.25rem .75rem 3rem; font-size: 15px; } h1 { font-size: 1.5rem; }
+  .card { padding: .75rem; }
+  th, td { padding: .4rem .35rem; font-size: .875rem; } th:first-child { white-space: normal; }
+  figure { overflow-x: auto; } figure img { min-width: 36rem; } figcaption { position: sticky; left: 0; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 </style>
 </head>
 <body>
