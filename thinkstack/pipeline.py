@@ -49,6 +49,8 @@ STAGES: dict[str, tuple[type, Callable[[Any, Run], None]]] = {
     "report": (ReportConfig, report),
 }
 MANIFEST = "manifest.json"
+MAX_TOKENS = 512
+"""Of an answer in `thinkstack eval`, where nothing else is asked for."""
 RECIPES = Path(str(resources.files("thinkstack") / "recipes"))
 """Folder of the package's recipes."""
 
@@ -111,14 +113,22 @@ def plan(tree: Tree, out: Path) -> list[Step]:
         preset = values.get("preset", "default")
         if kind == "grpo" and preset in PRESETS:
             values = merge(PRESETS[preset], values)
+        if isinstance(values.get("reward"), str):
+            values["reward"] = {"parts": {values["reward"]: 1.0}}
         if values.get("start") in {step.name for step in steps}:
             values["start"] = str(out / values["start"] / MODEL)
         config: Any = build(config_kind, values, f"stages.{name}")
-        text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else ""], sort_keys=True)
+        code = [Path(part.rpartition(":")[0]).read_text(encoding="utf-8") for part in reward_parts(config)]
+        text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else "", *code], sort_keys=True)
         steps.append(Step(name, kind, config, hashlib.sha256(text.encode()).hexdigest()[:16]))
     if not steps:
         raise ConfigError("the recipe has no stages")
     return steps
+
+
+def reward_parts(config: Any) -> list[str]:
+    """Functions in files of the person who runs the recipe; what is in them is part of the settings."""
+    return list(getattr(getattr(config, "reward", None), "parts", ()))
 
 
 def refuse_unused(tree: Tree) -> None:

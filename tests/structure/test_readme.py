@@ -101,6 +101,12 @@ def test_a_command_of_the_readme_runs(command, demo_folder):
     assert done.stdout.strip()
 
 
+def test_the_python_of_the_readme_runs(demo_folder):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Talk(" in block]
+    done = thinkstack([], ROOT, program=code.replace("runs/demo", str(demo_folder)))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_demo_leaves_a_report(demo_folder):
     for name in ("report.md", "report.html", "report.json"):
         assert (demo_folder / "report" / name).stat().st_size > 0

@@ -19,7 +19,7 @@ def evaluate(
     samples: N = 1,
     temperature: Number = 0.6,
     top_p: Number = 0.95,
-    max_tokens: N = 512,
+    max_tokens: Annotated[int | None, arg(metavar="N")] = None,
     form: Annotated[str, arg(metavar="FORM")] = "flexible",
     dtype: Precision = "auto",
     seed: N = 0,
@@ -35,7 +35,7 @@ def evaluate(
         samples: Answers to each.
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Keeps the smallest set of tokens with at least this probability.
-        max_tokens: Maximum tokens per answer.
+        max_tokens: Maximum tokens per answer; 512, or half of a shorter context, if left out.
         form: How answers are read: flexible (box, ####, "the answer is", last number), open or tagged.
         dtype: Precision of weights and cache; auto is bf16 where that is faster.
         seed: Chooses problems and samples.

@@ -32,7 +32,7 @@ def load_reward(name: str) -> RewardFunction:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file of a person raises is said in one line
+    except (Exception, SystemExit) as error:  # whatever the file of a person raises is said in one line
         raise ConfigError(f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})") from error
     found = getattr(module, function, None)
     if not callable(found):

@@ -1,10 +1,11 @@
 """Rewards: pure functions of a problem and the text of an answer. Training and evaluation call the same ones."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from thinkstack.config import Weight
+from thinkstack.tasks.custom_reward import custom_part, load_reward
 from thinkstack.tasks.language import language_share
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.table import accepts
@@ -29,7 +30,13 @@ class RewardConfig:
     language_weight: Weight = 0.0
     """Weight of the language part, which is added to the rest (R1 paper, stage 1); 0 leaves it out."""
 
+    parts: dict[str, float] = field(default_factory=dict)
+    """Further parts by name, PATH.py:FUNCTION -> weight; each is added to the rest (tasks/custom_reward.py). A recipe
+    may say reward = "PATH.py:FUNCTION" for one part of weight 1."""
+
     def __post_init__(self) -> None:
+        for name in self.parts:
+            load_reward(name)
         if self.language_weight < 0:
             raise ConfigError(f"reward.language_weight={self.language_weight} would pay for mixing; use 0 or more")
         if self.language_weight and self.combine in ("format_only", "random"):
@@ -77,4 +84,7 @@ def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
     if cfg.language_weight:
         parts["language"] = language_kept(problem, text)
         total += cfg.language_weight * parts["language"]
+    for name, weight in cfg.parts.items():
+        parts[name] = custom_part(name, problem, text)
+        total += weight * parts[name]
     return Score(total=total, parts=parts)

@@ -1,0 +1,74 @@
+"""A part of the reward in a file of one's own, named in a recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from thinkstack.config import build
+from thinkstack.pipeline import plan, read_recipe
+from thinkstack.tasks.custom_reward import load_reward
+from thinkstack.tasks.reward import RewardConfig, score
+from thinkstack.types import ConfigError, Problem, TrainingError
+
+RIGHT = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
+README = Path(__file__).parents[2] / "README.md"
+
+
+def problem() -> Problem:
+    return Problem(question="1+2?", answer="3", task="sums", language="en", level=1, key="k", wording=0)
+
+
+def written(tmp_path: Path, code: str) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(code, encoding="utf-8")
+    load_reward.cache_clear()
+    return f"{path}:part"
+
+
+def test_a_part_of_ones_own_is_added_with_its_weight_and_shown_by_its_name(tmp_path):
+    name = written(tmp_path, "def part(problem, text):\n    return len(problem.answer) / 4\n")
+    found = score(problem(), RIGHT, build(RewardConfig, {"parts": {name: 0.5}}))
+    assert found.total == 1.125 and found.parts[name] == 0.25
+
+
+def test_the_reward_of_the_readme_can_be_named_in_a_recipe(tmp_path):
+    (code,) = re.findall(r"```python\n(# my_rewards.py.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    path = tmp_path / "my_rewards.py"
+    path.write_text(code)
+    load_reward.cache_clear()
+    steps = plan(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
+    zero = next(step for step in steps if step.name == "zero")
+    assert zero.config.reward.parts == {f"{path}:short": 1.0}
+    assert score(problem(), RIGHT, zero.config.reward).parts[f"{path}:short"] == 1.0
+    path.write_text(code + "\n# changed\n")
+    again = plan(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
+    assert next(step for step in again if step.name == "zero").fingerprint != zero.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def other(problem, text):\n    return 1\n", "has no function part; it has other"),
+        ("import nothing_of_that_name\n", "importing .* failed .ModuleNotFoundError"),
+        ("def part(:\n", "importing .* failed .SyntaxError"),
+        ("part = 3\n", "has no function part"),
+        ("raise SystemExit\n", "importing .* failed .SystemExit"),
+    ],
+)
+def test_a_file_without_the_function_is_refused_before_anything_runs(tmp_path, code, said):
+    with pytest.raises(ConfigError, match=said):
+        build(RewardConfig, {"parts": {written(tmp_path, code): 1.0}})
+
+
+@pytest.mark.parametrize("name", ["mine.py", "mine:part", "mine.py:", "none.py:part", "mine.py:a-b"])
+def test_a_name_that_is_no_function_in_a_file_is_refused(name):
+    with pytest.raises(ConfigError, match=re.escape(repr(name))):
+        RewardConfig(parts={name: 1.0})
+
+
+@pytest.mark.parametrize("value", ["None", "'1'", "float('nan')", "float('inf')", "1 / 0", "[1]"])
+def test_a_part_that_gives_no_number_ends_the_run_with_its_name(tmp_path, value):
+    name = written(tmp_path, f"def part(problem, text):\n    return {value}\n")
+    with pytest.raises(TrainingError, match=r"mine\.py:part"):
+        score(problem(), RIGHT, RewardConfig(parts={name: 1.0}))
