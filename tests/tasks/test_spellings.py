@@ -192,3 +192,25 @@ def test_one_spelling_is_kept_by_a_second_pass():
     ):
         assert plain(plain(text)) == plain(text) or "," in text
     assert plain("1, 200") == "1,200" and quantity_of("1, 200") is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("180\\text{ miles}", "180 mi", True),
+        ("180\\text{ miles}", "180 km", False),
+        ("90^\\circ", "90\\text{ degrees}", True),
+        ("90^\\circ", "90\\%", False),
+        ("45\\text{ mph}", "45 miles per hour", True),
+        ("\\$18", "18 dollars", True),
+        ("\\$18", "18 cents", False),
+        ("5\\text{ cm}^2", "5\\text{ m}^2", False),
+        ("18\\text{ ways.}", "18 possibilities", True),
+        ("x=3", "y=3", False),
+        ("x=3", "3", True),
+        ("3", "n=3", True),
+        ("y = 2x+3", "x = 2x+3", False),
+    ],
+)
+def test_a_unit_or_a_name_may_be_left_out_but_not_be_another(reference, answer, expected):
+    assert accepts(problem(reference), answer) is expected

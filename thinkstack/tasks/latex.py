@@ -12,7 +12,7 @@ from typing import Any
 
 from thinkstack.tasks.answers import SEPARATOR, WORD_MACROS, undressed
 from thinkstack.tasks.pool import CheckerPool
-from thinkstack.tasks.quantities import quantity_of, without_unit
+from thinkstack.tasks.quantities import quantity_of, units_agree, without_unit
 from thinkstack.text.final_answer import boxes, closing_brace
 from thinkstack.types import ConfigError, Problem, Score
 
@@ -47,7 +47,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
 )
 _BLANKS = re.compile(r"(\\\\)|(?:\\[!,;: ]|~|\\q?quad(?![a-z])|\s)+")
 _WORDS = re.compile(rf"\\(?:{WORD_MACROS})\s*\{{([^{{}}]*)\}}")
-_NAME = re.compile(r"[A-Za-z]\s*(?:=(?!.*=)|\\in(?![a-z]))\s*")
+_NAME = re.compile(r"([A-Za-z])\s*(?:=(?!.*=)|\\in(?![a-z]))\s*")
 _ARGUMENT = re.compile(r"\s*(?:(\{)|(\\[A-Za-z]+|[0-9A-Za-z]))")
 _BRACKETS = re.compile(r"(?P<open>[(\[]|\\\{)(?P<inside>.*)(?P<close>[)\]]|\\\})", re.DOTALL)
 _SEPARATORS = re.compile(r"(?<!\\),|\\cup(?![a-z])|\\[{}]|\\.|[()\[\]{}]")
@@ -153,9 +153,15 @@ def _braced(text: str, macro: str, count: int) -> str:
 
 
 def same_spelling(reference: str, answer: str) -> bool:
-    """Whether both are the same number, or the same LaTeX up to spelling; words are compared without case."""
+    """Whether both are the same number, or the same LaTeX up to spelling; words are compared without case.
+
+    A unit, or the "x=" before a value, may be left out, but not be another: 5 cm is not 5 m, x=3 is not y=3.
+    """
     inside, expected = unwrapped(answer), unwrapped(reference) or reference
     if inside is None:
+        return False
+    names = {found[1] for text in (expected, inside) if (found := _NAME.match(text))}
+    if len(names) > 1 or not units_agree(expected, inside):
         return False
     first, second = plain(expected), plain(inside)
     is_word = len(first) > 1 and first.isalpha()

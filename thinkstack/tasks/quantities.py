@@ -35,6 +35,55 @@ _UNIT = re.compile(
 _PERCENT = re.compile(rf"{_BLANK}(?:\\?%|\bper ?cent\b|\\(?:text|mbox)\s*\{{\s*per ?cent\s*\}})$")
 
 
+_UNIT_WORDS = {
+    word: unit
+    for unit, words in {
+        "dollar": "$ dollar dollars usd",
+        "euro": "\u20ac euro euros eur",
+        "pound sterling": "\u00a3 gbp",
+        "cent": "cent cents",
+        "percent": "% percent",
+        "degree": "\u00b0 circ degree degrees deg",
+        "millimeter": "mm millimeter millimeters",
+        "centimeter": "cm centimeter centimeters",
+        "meter": "m meter meters",
+        "kilometer": "km kilometer kilometers",
+        "inch": "in inch inches",
+        "foot": "ft foot feet",
+        "yard": "yd yard yards",
+        "mile": "mi mile miles mph",
+        "gram": "g gram grams",
+        "kilogram": "kg kilogram kilograms",
+        "ounce": "oz ounce ounces",
+        "pound": "lb lbs pound pounds",
+        "second": "s sec secs second seconds",
+        "minute": "min mins minute minutes",
+        "hour": "h hr hrs hour hours mph",
+        "day": "day days",
+        "week": "week weeks",
+        "month": "month months",
+        "year": "yr year years",
+    }.items()
+    for word in words.split()
+}
+"""What the words and signs of a unit say; others say nothing that could be compared."""
+_UNIT_TOKEN = re.compile(r"[A-Za-z]+|[$%\u00B0\u20AC\u00A3]")
+
+
+def units_of(answer: str) -> frozenset[str]:
+    """The known units and currencies that an answer states: dollar for $5, centimeter for 5\\text{ cm}^2."""
+    text = undressed(answer)
+    first, last = _CURRENCY_FIRST.match(text), _PERCENT.search(text) or _UNIT.search(text)
+    stated = (first[0] if first else "") + (last[0] if last else "")
+    return frozenset(_UNIT_WORDS[word] for word in _UNIT_TOKEN.findall(stated.lower()) if word in _UNIT_WORDS)
+
+
+def units_agree(first: str, second: str) -> bool:
+    """Whether two answers may be in one unit: one may state less than the other, or nothing at all."""
+    one, other = units_of(first), units_of(second)
+    return one <= other or other <= one
+
+
 def without_unit(text: str) -> str:
     """`text` without the unit behind a number or a bracket at its end: 180 miles, 5\\text{ cm}^2, 90^\\circ.
 
