@@ -8,9 +8,9 @@ _BARE_BOX = re.compile(r"[^\s$.,{}]+(?:[.,][0-9]+)*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _VALUE = r"(?:[-+\u2212]?\s?[\\$\u20ac\u00a3\u00a5]?\s?[-+\u2212]?\.?[0-9]|[\\$])"
 """How a value begins that is no word: a number, with its sign and currency, or a formula."""
-_HASHES = re.compile(rf"####[ \t]*(?![0-9]+[.):][ \t]+\S)(?={_VALUE})([^\n]*)")
+_HASHES = re.compile(rf"####[ \t]*+(?![0-9]+[.):][ \t]+\S)(?={_VALUE})([^\n]*)")
 _ANSWER_IS = re.compile(
-    r"(?:\banswer\b(?:\s+(?:is|was)\b|\s*[:=])|\u7b54\u6848\s*[\u662f\u4e3a:\uff1a])[\s:\uff1a*]*(?P<value>[^\n]*)",
+    r"(?:\banswer\b(?:\s+(?:is|was)\b|\s*[:=])|\u7b54\u6848\s*[\u662f\u4e3a:\uff1a])[\s:\uff1a*]*(?=(?P<value>[^\n]*))",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\u3002|(?<=\S)\*\*|,\s+(?!and\b|or\b)(?=[A-Za-z]{2})")
