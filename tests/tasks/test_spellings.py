@@ -1,5 +1,7 @@
 """Numbers and formulas as people write them: one value in many spellings, and near misses that stay wrong."""
 
+import time
+
 import pytest
 
 from thinkstack.tasks.answers import number_of, same_choice, same_numbers
@@ -19,6 +21,8 @@ SAME_NUMBERS = {
         "**18**", "\\mathbf{18}", "\\textbf{18}", "$\\mathbf{18}$", "\u20ac18", "18\u20ac", "US$18", "\\(18\\)", "18.",
         "18 eggs per day", "18 \\text{ hours}", "{18}", "\\displaystyle 18", "18\\$", "+18", "18\u5143", "36/2",
         "\\frac{36}{2}", "18 square feet", "18~km", "18cm", "18\\,\\mathrm{kg}", "\\boxed{18}", "#### 18", "18 USD",
+        "x = 18", "= 18", "**18** dollars", "\\text{\\$}18", "18 m/s", "$18/day", "18\\;\\mathrm{cm^2}", "`18`",
+        "$18$ dollars", "\\underline{18}", "18^{\\circ}\\text{C}", "18 \\text{ units}^2",
     ],
     "9500": [
         "9,500", "9{,}500", "$9{,}500", "9,\\!500", "9\\,500", "9{\\,}500", "9,500.00", "\\$9,500",
@@ -214,3 +218,60 @@ def test_one_spelling_is_kept_by_a_second_pass():
 )
 def test_a_unit_or_a_name_may_be_left_out_but_not_be_another(reference, answer, expected):
     assert accepts(problem(reference), answer) is expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("2\\frac{1}{2}", "2\\cdot\\frac{1}{2}"),
+        ("5\\frac12", "\\frac{51}{2}"),
+        ("51/2", "5 1/2"),
+        ("52_8", "52_9"),
+        ("52_8", "528"),
+        ("52_8", "52"),
+        ("1,2", "12"),
+        ("1,2", "1 2"),
+        ("1,2", "(1,2)"),
+        ("(1,200)", "(1200)"),
+        ("(1,2)", "(2,1)"),
+        ("3,-3", "3"),
+        ("\\pm 3", "3"),
+        ("[0,\\infty)", "(0,\\infty)"),
+        ("[0,\\infty)", "[0,-\\infty)"),
+        ("\\frac{x}{2}", "\\frac{2}{x}"),
+        ("1/2x", "\\frac{1}{2x}"),
+        ("1/2x", "\\frac{1}{2}x"),
+        ("a+b/2", "\\frac{a+b}{2}"),
+        ("\\sqrt{13}", "\\sqrt13"),
+        ("\\sqrt[3]{2}", "3\\sqrt{2}"),
+        ("3\\sqrt{13}", "3+\\sqrt{13}"),
+        ("8^3", "83"),
+        ("x^{12}", "x^12"),
+        ("x \\le 3", "x < 3"),
+        ("1:2", "12"),
+        ("6 - 5i", "6 + 5i"),
+        ("\\binom{5}{2}", "\\frac{5}{2}"),
+        ("\\log_2 3", "\\log_{23}"),
+        ("0.\\overline{3}", "0.3"),
+        ("\\text{(C)}", "\\text{(D)}"),
+        ("C", "c"),
+        ("7\\text{ a.m.}", "7\\text{ p.m.}"),
+        ("3\\text{ feet }4\\text{ inches}", "34"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 12 \\end{pmatrix}"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\end{pmatrix}"),
+        ("10\\,000", "10.000"),
+        ("\\text{Evelyn}", "\\text{Evelyn, Bob}"),
+    ],
+)
+def test_near_misses_stay_wrong(reference, answer):
+    """Judged by hand: each pair is spelt nearly alike and says something else."""
+    assert not accepts(problem(reference), answer) and not accepts(problem(answer), reference)
+    assert accepts(problem(reference), reference) and accepts(problem(answer), answer)
+
+
+@pytest.mark.parametrize("text", ["5 " + "apple " * 300 + "1", "\\sqrt{" * 300, "1," * 2000, "5 " + "cm " * 300 + "7"])
+def test_what_a_model_writes_cannot_make_the_comparison_slow(text):
+    """Words behind a number could be cut into units in exponentially many ways."""
+    start = time.process_time()
+    accepts(problem("5"), text)
+    assert time.process_time() - start < 2.0

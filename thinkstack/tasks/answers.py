@@ -20,10 +20,13 @@ _NUMBER = re.compile(
     rf"|(?:(?P<whole>[0-9]{{1,30}})(?:\s|~|\\[,;:! ])+)?(?P<top>[+-]?(?:{_WHOLE}))\s*/\s*(?P<bottom>[+-]?(?:{_WHOLE})))"
 )
 _LONGEST_NUMBER = 100
-DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"))
-WORD_MACROS = r"text|mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|boldsymbol|bm|operatorname"
+DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("__", "__"), ("`", "`"))
+WORD_MACROS = (
+    r"text|mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|boldsymbol|bm|operatorname|underline"
+)
 """Macros that change how their argument looks, and nothing else."""
 _STYLE = re.compile(r"\\(?:display|text|script)style(?![A-Za-z])|\\(?:bf|rm|it)(?![A-Za-z])")
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _WRAPPER = re.compile(rf"(?:\\(?:{WORD_MACROS}))?\s*\{{")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 _ROOT_NAME = re.compile(r"^[a-z](?:_?\{?\d\}?)?=")
@@ -38,7 +41,7 @@ def clean(answer: str) -> str:
 def undressed(answer: str) -> str:
     """The answer without what stands around all of it: dollar signs and other delimiters, bold, a box of words, braces,
     a declaration of style."""
-    text, before = clean(answer), ""
+    text, before = clean(_BOLD.sub(r"\1", answer)), ""
     while text != before:
         before, text = text, _STYLE.sub("", text).strip()
         for left, right in DELIMITERS:

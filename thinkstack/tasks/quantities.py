@@ -5,10 +5,9 @@ from fractions import Fraction
 
 from thinkstack.tasks.answers import number_of, undressed
 
-_CURRENCY = (
-    r"(?:(?:US|A|C)?\\?\$|[\u20AC\u00A3\u00A5\u20B9]|\\(?:euro|pounds|yen)(?![A-Za-z])|(?:USD|EUR|GBP)(?![A-Za-z]))"
-)
+_CURRENCY = r"(?:(?:US|A|C)?\\?\$|\\text\{\s*\\?\$\s*\}|\\textdollar(?![A-Za-z])|[\u20AC\u00A3\u00A5\u20B9]|\\(?:euro|pounds|yen)(?![A-Za-z])|(?:USD|EUR|GBP)(?![A-Za-z]))"
 _CURRENCY_FIRST = re.compile(rf"([+-]?)\s*{_CURRENCY}\s*(?:\\[,;:! ])?(?=[-+.0-9\\])")
+_NAME = re.compile(r"^(?:[A-Za-z]\s*)?=\s*")
 _BLANK = r"(?:\s|~|\\[ ,;:!]|\\q?quad)*"
 _NO_UNIT = (
     r"(?i:[ap]\.?m|and|or|nor|not|plus|minus|times|over|divided|than|versus|to|mod|modulo|squared|cubed|factorial"
@@ -18,14 +17,16 @@ _NO_UNIT = (
 )
 """Words behind a number that change its value, or say another one beside it."""
 _WORD = rf"(?!(?:{_NO_UNIT})\b)[A-Za-z]"
-_SHORT_UNIT = r"(?:cm|mm|km|kg|mg|ft|in|oz|lbs?|mi|yd|hrs?|m[lL]|mph|mins?|secs?|deg|degrees?)(?![A-Za-z])\.?"
+_SHORT_UNIT = (
+    r"(?:m/s|km/h|ft/s|cm|mm|km|kg|mg|ft|in|oz|lbs?|mi|yd|hrs?|m[lL]|mph|mins?|secs?|deg|degrees?)(?![A-Za-z])\.?"
+)
 """Units of two letters, and those that are written without a blank; other two letters may be a product."""
-_WORDS_UNIT = rf"(?:(?<=\s){_WORD}[A-Za-z]{{2,}}|{_SHORT_UNIT})(?:[\s/-]+{_WORD}+)*"
+_WORDS_UNIT = rf"(?:(?:(?<=\s)|/){_WORD}[A-Za-z]{{2,}}|{_SHORT_UNIT})(?:[\s/-]+{_WORD}+)*"
 _CHINESE_UNIT = r"(?![\u4E00-\u9FFF]*[\u4E07\u4EBF\u5343\u767E\u5341\u534A\u500D\u548C\u6216])[\u4E00-\u9FFF]{1,4}"
 """Not those that change a value (ten to a hundred million, half, -fold) or join two (and, or)."""
 _TEXT_UNIT = (
     r"\\(?:text|mbox|hbox|textrm|textnormal|textit|mathrm|rm)\s*\{"
-    rf"(?!\s*[ie]\s*\}}|[^{{}}]*\b(?:{_NO_UNIT})\b)[^{{}}0-9]*\}}"
+    rf"(?!\s*[ie]\s*\}}|[^{{}}]*\b(?:{_NO_UNIT})\b)(?:[^{{}}0-9^]|\^\{{?[23]\}}?)*\}}"
 )
 _SIGN_UNIT = rf"\u00B0(?:[CF](?![A-Za-z]))?|\^\{{?\\circ\}}?|\\degree|{_CURRENCY}"
 _UNIT = re.compile(
@@ -93,11 +94,11 @@ def without_unit(text: str) -> str:
 
 
 def quantity_of(answer: str, may_be_percent: bool = False) -> Fraction | None:
-    """The value of a number with a currency, a unit, bold or delimiters around it; None if there is anything else.
+    """The value of a number with a currency, a unit, "x=", bold or delimiters around it; None of anything else.
 
     may_be_percent: a percent sign is taken for a unit.
     """
-    text = _CURRENCY_FIRST.sub(r"\1", undressed(answer), count=1) if answer else answer
+    text = _CURRENCY_FIRST.sub(r"\1", _NAME.sub("", undressed(answer)), count=1)
     if may_be_percent:
         text = _PERCENT.sub("", text)
     return number_of(undressed(without_unit(text)))
