@@ -5,7 +5,8 @@ from fractions import Fraction
 
 from thinkstack.text.final_answer import closing_brace
 
-_WIDE = {0xFF01 + place: 0x21 + place for place in range(94)} | {0x3000: 0x20, 0x2212: "-", 0x2044: "/", 0x2215: "/"}
+_WIDE: dict[int, int | str] = {0x3000: 0x20, 0x2212: "-", 0x2044: "/", 0x2215: "/"}
+_WIDE |= {0xFF01 + place: 0x21 + place for place in range(94)}
 """Full-width characters as Chinese keyboards write them, minus and slash as typesetters do, to plain ones. No more:
 NFKC would read 5² as 52."""
 _INTEGER = re.compile(r"[+-]?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)")
