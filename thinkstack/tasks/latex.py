@@ -13,8 +13,10 @@ from typing import Any
 from thinkstack.tasks.answers import SEPARATOR, WORD_MACROS, undressed
 from thinkstack.tasks.pool import CheckerPool
 from thinkstack.tasks.quantities import quantity_of, units_agree, without_unit
-from thinkstack.text.final_answer import boxes, closing_brace
+from thinkstack.text.final_answer import boxes, closing_brace, last_boxed
 from thinkstack.types import ConfigError, Problem, Score
+
+__all__ = ["boxes", "installed", "is_number", "last_boxed", "plain", "same_spelling", "unwrapped", "verdicts"]
 
 LONGEST_FORMULA = 200
 """Characters; a longer answer is not given to math-verify."""
