@@ -94,6 +94,14 @@ def test_the_page_stands_alone_and_shows_what_models_wrote_as_text(tmp_path):
     assert all(base64.b64decode(image).startswith(PNG) for image in images)
 
 
+def test_where_no_answer_could_be_read_the_table_says_so_instead_of_an_accuracy():
+    silent = record([False, False])
+    silent = replace(silent, answers=tuple(replace(answer, answer=None) for answer in silent.answers))
+    rows = dict(table_rows({"stock": summarise([silent], 1.0), "base": BASE}, {}))
+    assert rows["pass@1"][0] == rows["chain (chance 10.0)"][0] == "no answer read"
+    assert rows["answers read"] == ["0.0", "100.0"]
+
+
 def test_the_json_gives_the_evaluations_back(tmp_path):
     data = json.loads((written(tmp_path) / "report.json").read_text(encoding="utf-8"))
     assert Evaluation.from_dict(data["columns"]["zero"]) == replace(ZERO, records=())

@@ -124,6 +124,20 @@ def test_an_answer_too_long_to_be_one_does_not_vote():
     assert found.cons_at_16 == 1.0
 
 
+def test_an_evaluation_without_one_answer_that_could_be_read_says_so(caplog):
+    """A stock model was given 0.0 without a word, though its answers were right and only the form was another."""
+    answers, cfg = scripted(("4+1=5. #### 5", "I pass.")), replace(CFG, samples=2)
+    found = evaluate(answers, Words(), [problem()], cfg, SCORE)
+    assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
+    assert "none of the 2 answers could be read in the form 'tagged'" in caplog.text
+    assert 'form = "flexible_extract"' in caplog.text
+    caplog.clear()
+    stock = partial(reward, cfg=RewardConfig(form="flexible_extract"))
+    found = evaluate(answers, Words(), [problem()], replace(cfg, form="flexible_extract"), stock)
+    assert (found.answer_rate, found.pass_at_1, caplog.text) == (0.5, 0.5, "")
+    assert [(answer.answer, answer.rule) for answer in found.records[0].answers] == [(5, "hashes"), (None, None)]
+
+
 def test_the_engine_is_asked_as_configured_with_a_seed_per_problem():
     asked = []
 

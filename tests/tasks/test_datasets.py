@@ -9,10 +9,11 @@ import pytest
 
 from tests import HANG_SECONDS
 from thinkstack.tasks.datasets import DataStream, Gsm8k, Math
-from thinkstack.tasks.latex import boxes, installed, last_boxed, plain, unwrapped, verdicts
+from thinkstack.tasks.latex import installed, plain, unwrapped, verdicts
 from thinkstack.tasks.pool import CheckerPool
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import DATASETS, FAMILIES, accepts
+from thinkstack.text.final_answer import boxes, last_boxed
 from thinkstack.types import ConfigError, Problem
 
 DATA = Path(os.environ.get("THINKSTACK_DATA", "data"))
@@ -124,16 +125,16 @@ def test_the_published_files_are_read_whole_and_their_answers_accepted(file, cou
     assert not any(accepts(problem, problem.question) for problem in found[:200])
 
 
-@pytest.mark.parametrize("answer", ["1300", "1,300", "$1300", "\\boxed{1300}", "#### 1300", "1300.0", "$1300$"])
+@pytest.mark.parametrize(
+    "answer", ["1300", "1,300", "$1300", "\\boxed{1300}", "#### 1300", "1300.0", "$1300$", "1300 eggs"]
+)
 def test_a_gsm8k_answer_is_a_number_in_any_dress(tmp_path, answer):
     (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
     assert accepts(problem, answer)
     assert score(problem, f"<think>.</think><answer>{answer}</answer>", RewardConfig()).total == 1.0
 
 
-@pytest.mark.parametrize(
-    "answer", ["1300 eggs", "1300 or 1301", "13*100", "1300%", "\\boxed{1300}\\boxed{1}", "", "1.3e3"]
-)
+@pytest.mark.parametrize("answer", ["1300 or 1301", "13*100", "1300%", "\\boxed{1300}\\boxed{1}", "", "1.3e3"])
 def test_what_is_more_or_less_than_the_number_is_refused(tmp_path, answer):
     (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
     assert not accepts(problem, answer)

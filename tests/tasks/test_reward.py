@@ -105,6 +105,26 @@ def test_a_long_answer_is_none():
     assert accuracy(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
 
 
+def test_the_limit_holds_for_the_answer_and_not_for_the_text_around_it():
+    """In the open form any answer of more than 64 characters earned 0, box or not."""
+    prose = "The ducks lay 16 eggs. She eats 3 and bakes with 4, so that 9 are left, at 2 dollars each. " * 3
+    ducks = replace(FOUR, answer="18", task="gsm8k")
+    for form, opening in (("open", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
+        assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", form) == 1.0
+        assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", form) == 0.0
+        assert accuracy(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", form) == 0.0
+        assert accuracy(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", form) == 0.0
+    assert accuracy(ducks, f"<think>x</think><answer>{prose}\\boxed{{18}}</answer>") == 0.0
+
+
+def test_stock_answers_are_judged_by_the_rule_of_their_task():
+    ducks, kin = replace(FOUR, answer="22", task="gsm8k"), replace(FOUR, answer="uncle", task="kin")
+    for text in ("#### 22", "The answer is 22", "She has $22.", "4 + 18 = 22", "**Answer:** 22 dollars"):
+        assert score(ducks, text, RewardConfig(form="flexible_extract")).total == 1.0
+        assert score(ducks, text, RewardConfig()).total == 0.0
+    assert accuracy(kin, "He is the brother, so the answer is **uncle**.", "flexible_extract") == 1.0
+
+
 def test_a_reference_that_is_longer_may_be_answered_at_its_length():
     rows = replace(FOUR, answer="12 " * 40 + "7", task="grid")
     assert accuracy(rows, f"<think>x</think><answer>{rows.answer}</answer>") == 1.0

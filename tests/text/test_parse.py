@@ -3,6 +3,7 @@
 import pytest
 
 from thinkstack.text.chat import chat_format
+from thinkstack.text.final_answer import EXTRACTION_RULES
 from thinkstack.text.parse import Turn, parse_calls, parse_turn, read_reply, split_thinking
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
 from thinkstack.types import Message, ToolCall
@@ -101,6 +102,74 @@ def test_an_answer_before_thinking_does_not_count():
 def test_the_open_form_is_one_closed_think_block_and_something_behind_it(text, answer, is_well_formed):
     turn = parse_turn(text, "open")
     assert (turn.answer, turn.is_well_formed) == (answer, is_well_formed)
+
+
+PROSE = "The ducks lay 16 eggs and she eats 3, bakes with 4 and sells the other 9 at 2 dollars each, every day. "
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (f"{PROSE}**Answer:** \\boxed{{18}}", "18"),
+        (f"{PROSE}Thus \\(\\boxed{{\\frac{{14}}{{3}}}}\\).", "\\frac{14}{3}"),
+        (f"\\boxed{{9}} are left. {PROSE}\\[\n\\boxed{{18}}\n\\]\n\nShe earns that.", "18"),
+        (f"{PROSE}$\\fbox{{18}}$", "18"),
+        (f"{PROSE}\\boxed{{\\text{{Evelyn}}}}", "\\text{Evelyn}"),
+        (f"{PROSE}\\boxed 18.", "18"),
+        (f"{PROSE}\\boxed{{\\{{1, 2\\}}}}", "\\{1, 2\\}"),
+        (f"\\boxed{{3}} {PROSE} \\boxed{{", None),
+        (f"\\boxed{{3}} {PROSE} \\boxed{{\\frac{{1}}{{2", None),
+        (f"\\boxed{{3}} {PROSE} \\boxed", None),
+        (f"\\boxed{{3}} {PROSE} \\boxed{{}}", None),
+        ("\\boxed{18\\}", None),
+    ],
+)
+def test_in_the_open_form_the_last_complete_box_is_the_answer(said, answer):
+    """Of ten real answers of R1-family models, all ending in a box, none was read: the prose around it was too long."""
+    assert parse_turn(f"<think>\n16-3-4=9, \\boxed{{7}}\n</think>\n\n{said}", "open").answer == answer
+    assert parse_turn(f"<think>\nnever closed {said}", "open").answer is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "rule"),
+    [
+        (f"{PROSE}\\boxed{{18}} #### 9", "18", "last_box"),
+        (f"{PROSE}The answer is \\boxed{{9}} or \\boxed{{18}}.", "18", "last_box"),
+        (f"{PROSE}\n#### 18", "18", "hashes"),
+        (f"{PROSE}\n#### $1,800.50\nThe answer is 7.", "$1,800.50", "hashes"),
+        ("#### 2\n#### -3 dollars", "-3 dollars", "hashes"),
+        (f"#### 1. Count the eggs\n{PROSE}The answer is 18.", "18", "answer_is"),
+        (f"### Solution\n{PROSE}**The final answer is: $18**", "$18", "answer_is"),
+        ("The answer is 9. No: the answer is 18.", "18", "answer_is"),
+        (f"{PROSE}Answer: 18", "18", "answer_is"),
+        ("Answer: (C)", "(C)", "answer_is"),
+        ("The answer is 1,800.5 dollars. 7 are left.", "1,800.5 dollars", "answer_is"),
+        ("The answer is 22, because 4 and 18 make it.", "22", "answer_is"),
+        ("The answer is 3, 4.", "3, 4", "answer_is"),
+        ("\u7b54\u6848\u662f18\u3002", "18", "answer_is"),
+        ("The answer is uncle.", "uncle", "answer_is"),
+        ("The answer is that she earns 9 * 2 = $18 every day.", "$18", "last_number"),
+        ("She earns 9 * 2 = 18.", "18", "last_number"),
+        ("So 25-3 = 22 are left.", "22", "last_number"),
+        ("10-3", "3", "last_number"),
+        ("It falls to -3 degrees", "-3", "last_number"),
+        ("She pays $1,250.75, tax included.", "$1,250.75", "last_number"),
+        ("It is 3/4", "3/4", "last_number"),
+        ("<think>1+1=2, or 7</think>It is 2.", "2", "last_number"),
+        ("I do not know.", None, None),
+        ("", None, None),
+        ("\\boxed{3} and then 5, so \\boxed{", None, None),
+        ("<think>it is 3, but", None, None),
+    ],
+)
+def test_in_stock_answers_the_first_rule_that_finds_something_decides(text, answer, rule):
+    """An evaluation of a stock model gave 0.0 with every answer null, even for "#### 22" and "The answer is 22"."""
+    turn = parse_turn(text, "flexible_extract")
+    assert (turn.answer, turn.rule, turn.is_well_formed) == (answer, rule, answer is not None)
+
+
+def test_the_rules_of_extraction_have_an_order():
+    assert list(EXTRACTION_RULES) == ["last_box", "hashes", "answer_is", "last_number"]
 
 
 @pytest.mark.parametrize(

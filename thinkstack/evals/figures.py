@@ -46,13 +46,15 @@ class AnswerRecord:
     correct: bool | None
     """Verdict of the reward function; None when it could not judge."""
     well_formed: bool
-    """One think block, one answer block, nothing else."""
+    """Whether the turn keeps its form: text/parse.py."""
     worked: bool
     """The thinking holds worked steps: runner.is_worked."""
     truncated: bool
     """Cut off at max_tokens, as the engine said."""
     num_tokens: int
     """Tokens drawn, the end token included."""
+    rule: str | None = None
+    """The rule that found the answer, in the form "flexible_extract": text/final_answer.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ class Figures:
     """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k judged answers."""
     cons_at_16: float | None
     """Majority vote of the first 16 judged answers (of all, if fewer)."""
+    answer_rate: float
+    """Share of answers that could be read in the form asked for; where it is 0, accuracy says nothing."""
     format_rate: float
     """Share of well-formed answers."""
     truncation_rate: float
@@ -192,6 +196,7 @@ def figures(records: Sequence[ProblemRecord]) -> Figures:
         stderr=stderr,
         pass_at_k=_pass_at_powers(judged, samples),
         cons_at_16=_mean(votes),
+        answer_rate=_mean([answer.answer is not None for answer in answers]) or 0.0,
         format_rate=_mean([answer.well_formed for answer in answers]) or 0.0,
         truncation_rate=_mean([answer.truncated for answer in answers]) or 0.0,
         mean_tokens=_mean([answer.num_tokens for answer in answers]) or 0.0,

@@ -14,6 +14,8 @@ from thinkstack.types import ConfigError
 Rows = list[tuple[str, list[str]]]
 
 MISSING = "-"
+NOTHING_READ = "no answer read"
+"""Instead of an accuracy of 0, where no answer could be read in the form asked for."""
 
 
 def write_report(
@@ -64,6 +66,7 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
         rows.append((f"pass@{votes}", [percent(part.pass_at_k.get(votes)) for part in found]))
     rows += [
         ("greedy", [accuracy(greedy[name]) if name in greedy else MISSING for name in columns]),
+        ("answers read", [percent(part.answer_rate) for part in found]),
         ("well-formed", [percent(part.format_rate) for part in found]),
         ("truncated", [percent(part.truncation_rate) for part in found]),
         ("tokens per answer (number)", [f"{part.mean_tokens:.1f}" for part in found]),
@@ -89,9 +92,11 @@ def percent(value: float | None) -> str:
 
 
 def accuracy(part: Figures | None) -> str:
-    """pass@1 with its standard error, in percent."""
+    """pass@1 with its standard error, in percent; says so if no answer could be read."""
     if part is None or part.pass_at_1 is None:
         return MISSING
+    if part.answer_rate == 0:
+        return NOTHING_READ
     error = "" if part.stderr is None else f" \N{PLUS-MINUS SIGN} {percent(part.stderr)}"
     return percent(part.pass_at_1) + error
 

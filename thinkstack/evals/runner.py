@@ -4,6 +4,7 @@ One pass of samples gives every figure; greedy evaluation is samples=1 at temper
 format that rollouts use, so training and evaluation differ in nothing but the problems.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from thinkstack.tasks.answers import normalise
 from thinkstack.tasks.curriculum import load_split
 from thinkstack.tasks.datasets import DataStream
 from thinkstack.tasks.puzzles import digest
-from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS
+from thinkstack.tasks.reward import final_answer
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.parse import Form, parse_turn
 from thinkstack.types import Completion, ConfigError, Message, Problem, Sampling, Score
 
+log = logging.getLogger(__name__)
 Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[Completion]]]
 """Engine.generate, or anything like it: prompts and samplings to sampling.n completions for each prompt."""
 ScoreFunction = Callable[[Problem, str], Score]
@@ -65,6 +67,14 @@ class EvalConfig:
             )
 
 
+WAY_OUT: dict[Form, str] = {
+    "tagged": 'ask with form = "flexible_extract" to read what stock models write, or "open" to read what R1 writes',
+    "open": 'ask with form = "flexible_extract" to read what models write that open no think block',
+    "flexible_extract": "look at the answers in samples.jsonl: no box, mark or number stands in any of them",
+}
+"""What to do if no answer could be read in a form."""
+
+
 def held_out(cfg: EvalConfig) -> list[Problem]:
     """The test problems that cfg names: always the same ones, and none that training can draw."""
     found: list[Problem] = []
@@ -104,7 +114,15 @@ def evaluate(
         for problem, drawn in zip(problems, completions, strict=True)
     ]
     chance = {name: table.families([name])[0].chance for name in cfg.families}
-    return summarise(records, time.perf_counter() - started, chance)
+    found = summarise(records, time.perf_counter() - started, chance)
+    if found.answer_rate == 0:
+        log.warning(
+            "none of the %d answers could be read in the form %r, so their accuracy says nothing; %s",
+            sum(len(record.answers) for record in records),
+            cfg.form,
+            WAY_OUT[cfg.form],
+        )
+    return found
 
 
 def sampling_of(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> Sampling:
@@ -127,13 +145,13 @@ def judge(
     An answer without a closing tag that was cut off does not keep its form.
     """
     text, is_cut = chat.text_of(completion.token_ids), completion.finish_reason == "length"
-    turn, verdict = parse_turn(text, form), score(problem, text)
-    readable = turn.answer is not None and len(turn.answer) <= MAX_ANSWER_CHARACTERS
+    turn, verdict, answer = parse_turn(text, form), score(problem, text), final_answer(problem, text, form)
     return AnswerRecord(
         text=text,
-        answer=normalise(turn.answer) if turn.answer is not None and readable else None,
+        answer=None if answer is None else normalise(answer),
+        rule=None if answer is None else turn.rule,
         correct=None if verdict.unscorable is not None else verdict.parts["accuracy"] == 1.0,
-        well_formed=turn.is_well_formed and not (is_cut and form == "open"),
+        well_formed=turn.is_well_formed and not (is_cut and form != "tagged"),
         worked=is_worked(problem, turn.thinking),
         truncated=is_cut,
         num_tokens=len(completion.token_ids),

@@ -42,7 +42,8 @@ class EvaluateConfig:
     samples: Count = 16
     """Answers drawn to each."""
     form: Form = "tagged"
-    """How a turn is to look: "tagged" as R1-Zero's, "open" as R1's (text/parse.py)."""
+    """Where the answer stands: "tagged" as R1-Zero's, "open" as R1's, "flexible_extract" in whatever a model writes
+    that was never told of a form (text/parse.py)."""
     temperature: Temperature = 1.0
     """Divides the logits of the sampled answers."""
     top_p: Share = 1.0

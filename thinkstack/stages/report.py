@@ -51,6 +51,7 @@ def summary(columns: dict[str, Evaluation], greedy: dict[str, Evaluation]) -> di
             "pass_at_1": found.pass_at_1,
             "stderr": found.stderr,
             "cons_at_16": found.cons_at_16,
+            "answer_rate": found.answer_rate,
             "n": found.samples,
             "problems": found.problems,
             "greedy": greedy[name].pass_at_1 if name in greedy else None,

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thinkstack.files import Row, read_object, read_rows
-from thinkstack.tasks.answers import clean, same_number
-from thinkstack.tasks.latex import is_number, last_boxed, plain, unwrapped
+from thinkstack.tasks.answers import clean, number_of
+from thinkstack.tasks.latex import same_spelling, unwrapped
 from thinkstack.tasks.puzzles import digest
+from thinkstack.tasks.quantities import quantity_of
+from thinkstack.text.final_answer import last_boxed
 from thinkstack.types import ConfigError, Problem
 
 log = logging.getLogger(__name__)
@@ -59,9 +61,11 @@ class Gsm8k:
         return published(self.name, str(row["question"]), answer, level=solution.strip().count("\n") + 1)
 
     def accepts(self, problem: Problem, answer: str) -> bool:
-        """A number of that value, with or without $, ####, or a box around it."""
+        """A number of that value as people write it (tasks/quantities.py), with or without #### or a box around it; a
+        percent sign is a unit where the question asks for percent."""
         inside = unwrapped(clean(answer).removeprefix("####"))
-        return inside is not None and same_number(problem.answer, inside.strip().removeprefix("$"))
+        may_be_percent = "percent" in problem.question.casefold()
+        return inside is not None and quantity_of(inside, may_be_percent) == number_of(problem.answer)
 
 
 class Math:
@@ -94,14 +98,7 @@ class Math:
 
     def accepts(self, problem: Problem, answer: str) -> bool:
         """The same number, or the same LaTeX up to spelling. Formulas that only mean the same: tasks/latex.py."""
-        inside, reference = unwrapped(answer), unwrapped(problem.answer) or problem.answer
-        if inside is None:
-            return False
-        if is_number(reference):
-            return same_number(plain(reference), plain(inside))
-        first, second = plain(reference), plain(inside)
-        is_word = len(first) > 1 and first.isalpha()
-        return first == second != "" or (is_word and first.casefold() == second.casefold())
+        return same_spelling(problem.answer, answer)
 
 
 def split_file(folder: str | Path, split: str, source: str) -> Path:

@@ -10,87 +10,169 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from thinkstack.tasks.answers import clean, number_of
+from thinkstack.tasks.answers import SEPARATOR, WORD_MACROS, undressed
 from thinkstack.tasks.pool import CheckerPool
+from thinkstack.tasks.quantities import quantity_of, units_agree, without_unit
+from thinkstack.text.final_answer import boxes, closing_brace, last_boxed
 from thinkstack.types import ConfigError, Problem, Score
+
+__all__ = ["boxes", "installed", "is_number", "last_boxed", "plain", "same_spelling", "unwrapped", "verdicts"]
 
 LONGEST_FORMULA = 200
 """Characters; a longer answer is not given to math-verify."""
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
-_SPACES = re.compile(r"\\[!,;: ]|~|\\quad|\\qquad|\s+")
-_WORDS = re.compile(r"\\(?:text|mbox|textbf|textrm|mathrm)\s*\{([^{}]*)\}")
-_SHORT_FRACTION = re.compile(r"\\frac(\d)(\d)")
-_FRACTION = re.compile(r"([+-]?)\\frac\{([+-]?\d+)\}\{(\d+)\}")
-
-
-def boxes(text: str) -> list[str]:
-    """What each outermost \\boxed{} or \\fbox{} of `text` holds, in order; an unclosed one is none."""
-    found, place = [], 0
-    while match := _BOX.search(text, place):
-        if match["brace"] is None:  # \boxed 5, as some solutions write
-            word = re.match(r"[^\s$.,]+", text[match.end() :])
-            found += [word[0]] if word else []
-            place = match.end() + (len(word[0]) if word else 0)
-            continue
-        end = _closing(text, match.end())
-        if end is None:
-            break
-        found.append(text[match.end() : end])
-        place = end
-    return found
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one before `start`."""
-    depth = 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0) if text[place - 1] != "\\" else 0
-        if depth == 0:
-            return place
-    return None
-
-
-def last_boxed(text: str) -> str | None:
-    """What the last box holds, the published rule for the reference of MATH; None without a box."""
-    found = boxes(text)
-    return found[-1] if found else None
+_SIGNS = str.maketrans(
+    {
+        "\N{GREEK SMALL LETTER PI}": r"\pi ",
+        "\N{INFINITY}": r"\infty ",
+        "\N{UNION}": r"\cup ",
+        "\N{LESS-THAN OR EQUAL TO}": r"\le ",
+        "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
+        "\N{MULTIPLICATION SIGN}": r"\times ",
+        "\N{MIDDLE DOT}": r"\cdot ",
+        "\N{ELEMENT OF}": r"\in ",
+    }
+)
+"""Signs as they are typed outside of TeX."""
+_SYNONYMS: tuple[tuple[str, str], ...] = (
+    (r"\u221A\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])\.?", ""),
+    (r"\\(?:display|text|script)style(?![A-Za-z])", ""),
+    (r"\\leq(?![a-z])", r"\\le"),
+    (r"\\geq(?![a-z])", r"\\ge"),
+    (r"\\neq(?![a-z])", r"\\ne"),
+    (r"\\[lc]dots(?![a-z])", r"\\dots"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\u00B0|\\degree(?![a-z])|\\?%|\\?\$", ""),
+    (r"(\\\\)\s*\[[^\[\]]*(?:pt|em|ex|mm|cm)\]", r"\1"),  # the gap below a row
+    (r"\\\\\s*(?=\\end(?![a-z]))", ""),  # a row break behind the last row
+    (rf"(?<=[0-9]){SEPARATOR}(?=[0-9]{{3}}(?![0-9]))", ""),  # thousands
+)
+_BLANKS = re.compile(r"(\\\\)|(?:\\[!,;: ]|~|\\q?quad(?![a-z])|\s)+")
+_WORDS = re.compile(rf"\\(?:{WORD_MACROS})\s*\{{([^{{}}]*)\}}")
+_NAME = re.compile(r"([A-Za-z])\s*(?:=(?!.*=)|\\in(?![a-z]))\s*")
+_ARGUMENT = re.compile(r"\s*(?:(\{)|(\\[A-Za-z]+|[0-9A-Za-z]))")
+_BRACKETS = re.compile(r"(?P<open>[(\[]|\\\{)(?P<inside>.*)(?P<close>[)\]]|\\\})", re.DOTALL)
+_SEPARATORS = re.compile(r"(?<!\\),|\\cup(?![a-z])|\\[{}]|\\.|[()\[\]{}]")
+_ATOM = r"(?:[A-Za-z]|\\(?:pi|theta|alpha|beta|phi)(?![a-z])|\\sqrt\{[^{}]*\})"
+_SLASH = re.compile(
+    rf"(?<![\w)}}\]^_.])(?P<top>[0-9]+{_ATOM}*|{_ATOM}+)/(?P<bottom>[0-9]+|{_ATOM})(?![\w({{\[^_.!])(?!\\(?!end)[A-Za-z])"
+)
+_SIGNED_FRACTION = re.compile(rf"(?<![\w)}}\]])\\frac\{{-([0-9]*{_ATOM}*)\}}")
+_PRODUCT = re.compile(r"\s*(?:\\cdot(?![a-z])|(?<![*])\*(?![*]))\s*(?=[A-Za-z(\\])(?!\\frac)")
+"""A product sign that may be left out: not before a digit, and not before a fraction, which would make it mixed."""
 
 
 def unwrapped(answer: str) -> str | None:
-    """The answer without one box, or one pair of dollar signs, around it; None if it holds several boxes."""
+    """The answer without one box, or what stands around all of it; None if it holds several boxes, or a broken one."""
     found = boxes(answer)
-    if len(found) > 1:
+    if len(found) > 1 or found == [None]:
         return None
-    text = found[0] if found else clean(answer)
-    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
-            return text[len(left) : -len(right)].strip()
-    return text
+    return undressed(found[0] or "") if found else undressed(answer)
 
 
 def plain(text: str) -> str:
-    """LaTeX in one spelling: no spaces, one kind of fraction, no unit, percent, degree or dollar sign.
+    """LaTeX in one spelling: no blanks, one kind of fraction, no unit, percent, degree or dollar sign.
 
-    The differences are those that the published comparison of MATH ignores (arXiv:2103.03874, appendix). "x=5" becomes
-    "5"; 1/2 and \\frac12 become \\frac{1}{2} and then, being numbers, "1/2".
+    The differences are those that the published comparison of MATH ignores (arXiv:2103.03874, appendix), and how people
+    write: "x=5" and "5 cm" become "5"; 1/2, .5 and \\frac12 are numbers and become "1/2"; x/2 becomes \\frac{x}{2},
+    and 3\\cdot\\sqrt{13} becomes 3\\sqrt{13}. Nothing is computed. Two numbers stay two: a blank between digits is
+    kept, and a comma with a blank behind it separates.
     """
-    text = re.sub(r"\\[dt]frac", r"\\frac", clean(text))
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
-    text = re.sub(r"\^\{?\\circ\}?|\\?%|\\?\$", "", text)
-    text = re.sub(r"(?<=\S)\s*\\(?:text|mbox)\s*\{\s*(?!and|or)[^{}]*\}$", "", text)  # a unit
-    text = _SPACES.sub("", _WORDS.sub(r"\1", text)).replace("{,}", ",")
-    text = re.sub(r"^[A-Za-z]=", "", text)
-    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text))
-    fraction = _FRACTION.fullmatch(text)
-    if fraction:
-        text = f"{fraction[1]}{fraction[2]}/{fraction[3]}".replace("--", "").replace("+-", "-").replace("-+", "-")
-    value = number_of(f"0{text}" if text.startswith(".") else text)
-    return text if value is None else str(value)
+    value = quantity_of(text, may_be_percent=True)
+    if value is not None:
+        return str(value)
+    text = undressed(text).translate(_SIGNS)
+    for pattern, spelling in _SYNONYMS:
+        text = re.sub(pattern, spelling, text)
+    named = _NAME.match(text)
+    if named:
+        return plain(text[named.end() :])
+    return _plain_parts(text) or _plain_formula(text)
+
+
+def _plain_parts(text: str) -> str | None:
+    """A list, a tuple, a set, an interval or a union, each part in one spelling; None if `text` is none of these."""
+    parts, bracketed = _parts(text), _BRACKETS.fullmatch(text.strip())
+    if len(parts) > 1:
+        return _joined(parts)
+    inner = _parts(bracketed["inside"]) if bracketed else []
+    return bracketed["open"] + _joined(inner) + bracketed["close"] if bracketed and len(inner) > 1 else None
+
+
+def _parts(text: str) -> list[str]:
+    """`text` cut at its outermost commas and unions, which are parts themselves."""
+    parts, start, depth = [], 0, 0
+    for found in _SEPARATORS.finditer(text):
+        depth += (found[0][-1] in "([{") - (found[0][-1] in ")]}")
+        if depth == 0 and found[0] in (",", r"\cup"):
+            parts += [text[start : found.start()], found[0]]
+            start = found.end()
+    return [*parts, text[start:]]
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """The parts in one spelling; digits stay as they are, for 000 in 1,000 is not 0."""
+    return "".join(part.strip() if part.strip().isdigit() or part in (",", r"\cup") else plain(part) for part in parts)
+
+
+def _plain_formula(text: str) -> str:
+    text = _WORDS.sub(r"\1", without_unit(text))
+    text = _braced(_braced(text, r"\frac", 2), r"\sqrt", 1)
+    text = _BLANKS.sub(_needed_blank, _PRODUCT.sub("", text))
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"(?<![\w)}\]])\+(?=[0-9A-Za-z\\.])", "", text)
+    text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
+    text = _SIGNED_FRACTION.sub(r"-\\frac{\1}", _SLASH.sub(r"\\frac{\g<top>}{\g<bottom>}", text))
+    return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
+
+
+def _needed_blank(blank: re.Match[str]) -> str:
+    """A row break, which is no blank; a blank between two digits; else nothing."""
+    if blank[1]:
+        return blank[1]
+    before, after = blank.string[: blank.start()][-1:], blank.string[blank.end() :][:1]
+    return " " if before.isdigit() and after.isdigit() else ""
+
+
+def _braced(text: str, macro: str, count: int) -> str:
+    """`text` with braces around every argument of `macro`, as TeX finds it: the next token or group."""
+    place = 0
+    while (start := text.find(macro, place)) >= 0:
+        place = end = start + len(macro)
+        if text[end : end + 1].isalpha():
+            continue
+        arguments = []
+        for _ in range(count):
+            found = _ARGUMENT.match(text, end)
+            close = closing_brace(text, found.end()) if found and found[1] else None
+            if found is None or (found[1] and close is None):
+                break
+            arguments.append(text[found.end() : close] if found[1] else found[2])
+            end = found.end() if close is None else close + 1
+        if len(arguments) == count:
+            text = text[:place] + "".join(f"{{{argument.strip()}}}" for argument in arguments) + text[end:]
+    return text
+
+
+def same_spelling(reference: str, answer: str) -> bool:
+    """Whether both are the same number, or the same LaTeX up to spelling; words are compared without case.
+
+    A unit, or the "x=" before a value, may be left out, but not be another: 5 cm is not 5 m, x=3 is not y=3.
+    """
+    inside, expected = unwrapped(answer), unwrapped(reference) or reference
+    if inside is None:
+        return False
+    names = {found[1] for text in (expected, inside) if (found := _NAME.match(text))}
+    if len(names) > 1 or not units_agree(expected, inside):
+        return False
+    first, second = plain(expected), plain(inside)
+    is_word = len(first) > 1 and first.isalpha()
+    return first == second != "" or (is_word and first.casefold() == second.casefold())
 
 
 def is_number(reference: str) -> bool:
     """Whether a reference is one number, which is compared by value and never as a formula."""
-    return number_of(plain(reference)) is not None
+    return quantity_of(reference, may_be_percent=True) is not None
 
 
 def installed() -> bool:
@@ -129,7 +211,7 @@ def verdicts(pairs: Sequence[tuple[Problem, str]], pool: CheckerPool) -> list[Sc
     scores, left = [], []
     for place, (problem, answer) in enumerate(pairs):
         reference, inside = unwrapped(problem.answer) or problem.answer, unwrapped(answer)
-        is_same = inside is not None and plain(reference) == plain(inside) != ""
+        is_same = same_spelling(problem.answer, answer)
         scores.append(Score(total=float(is_same)))
         if not is_same and inside is not None and _is_comparable(reference, inside):
             left.append((place, (reference, inside)))

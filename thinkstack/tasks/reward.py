@@ -48,17 +48,23 @@ class RewardConfig:
             raise ConfigError(f"reward.format_weight={self.format_weight} would punish the right format; use 0 or more")
 
 
-def accuracy(problem: Problem, text: str, form: Form = "tagged") -> float:
-    """1 if the turn's one answer, outside its thinking, is right."""
+def final_answer(problem: Problem, text: str, form: Form = "tagged") -> str | None:
+    """The turn's one answer, outside its thinking; None if there is none, or if it is too long to be one.
+
+    The limit holds for the answer, not for the text around it.
+    """
     answer = parse_turn(text, form).answer
     longest = MAX_ANSWER_CHARACTERS if len(problem.answer) <= MAX_ANSWER_CHARACTERS else 2 * len(problem.answer)
-    if answer is None or len(answer) > longest:
-        return 0.0
-    return float(accepts(problem, answer))
+    return answer if answer is not None and len(answer) <= longest else None
+
+
+def accuracy(problem: Problem, text: str, form: Form = "tagged") -> float:
+    """1 if the turn's final answer is right."""
+    return float(accepts(problem, final_answer(problem, text, form)))
 
 
 def format_kept(text: str, form: Form = "tagged") -> float:
-    """1 if the turn is one think block and one answer, and nothing else."""
+    """1 if the turn keeps its form (text/parse.py): in "flexible_extract", if an answer is found."""
     return float(parse_turn(text, form).is_well_formed)
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from thinkstack.text.final_answer import boxes, flexible_extract, last_boxed
 from thinkstack.text.tokenizer import (
     CALL_BEGIN,
     CALL_END,
@@ -15,7 +16,8 @@ from thinkstack.text.tokenizer import (
 )
 from thinkstack.types import Message, ToolCall
 
-Form = Literal["tagged", "open"]
+Form = Literal["tagged", "open", "flexible_extract"]
+"""How a turn is to look and where its answer stands: `parse_turn`."""
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _FORM = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -33,19 +35,25 @@ class Turn:
     thinking: str
     """What stands in the think block; empty if there is none."""
     answer: str | None
-    """What stands in the one answer block after the thinking; None if there is none or more than one."""
+    """The final answer, as the form finds it after the thinking; None if there is none."""
     is_well_formed: bool
-    """One think block, then one answer block, and nothing else."""
+    """Whether the turn keeps its form."""
+    rule: str | None = None
+    """The name of the rule that found the answer, in the form "flexible_extract": text/final_answer.py."""
 
 
 def parse_turn(text: str, form: Form = "tagged") -> Turn:
-    """Parse a whole turn. An answer inside unclosed thinking does not count, nor does one of several.
+    """Parse a whole turn. An answer inside unclosed thinking never counts.
 
-    form: "tagged" is R1-Zero's, with the answer between tags; "open" is R1's, where all behind the thinking is the
-    answer.
+    form: "tagged" is R1-Zero's, one think block and one answer between tags, and nothing else; one of several answers
+    is none. "open" is R1's, one think block and then prose of any length: the answer is what its last box holds, or all
+    of it if there is no box; if the last box is not finished there is none. "flexible_extract" asks for no form: the
+    answer is found by the first rule of text/final_answer.py that finds one, and it is well-formed if there is one.
     """
     if form == "open":
         return _parse_open(text)
+    if form == "flexible_extract":
+        return _parse_flexible(text)
     tagged = _FORM.fullmatch(text)
     if tagged and all(text.count(tag) == 1 for tag in TAGS):
         return Turn(tagged["thinking"].strip(), tagged["answer"].strip(), True)
@@ -66,8 +74,19 @@ def _parse_open(text: str) -> Turn:
     is_single = not before.strip() and bool(closed) and THINK_OPEN not in rest and THINK_CLOSE not in answer
     if not is_single:
         return Turn(thinking.strip() if closed else rest.strip(), None, False)
-    answer, thinking = answer.strip(), thinking.strip()
-    return Turn(thinking, answer or None, bool(thinking and answer))
+    said, thinking = answer.strip(), thinking.strip()
+    final = last_boxed(said) if boxes(said) else said or None
+    return Turn(thinking, final, bool(thinking and said))
+
+
+def _parse_flexible(text: str) -> Turn:
+    """Thinking is what stands before the last closing tag, if there is any; without a closing tag, all is said."""
+    before, closed, said = text.rpartition(THINK_CLOSE)
+    if THINK_OPEN in said:
+        return Turn(said.rpartition(THINK_OPEN)[2].strip(), None, False)
+    answer, rule = flexible_extract(said)
+    thinking = before.rpartition(THINK_OPEN)[2].strip() if closed else said.strip()
+    return Turn(thinking, answer, answer is not None, rule)
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
