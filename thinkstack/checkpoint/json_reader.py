@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thinkstack.checkpoint.unreadable import unreadable
 from thinkstack.types import ConfigError
 
 REQUIRED = object()
@@ -63,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
+        raise unreadable(path, "JSON", error) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__} instead of a JSON object; fetch it again")
+        raise ConfigError(f"{path} holds a {type(content).__name__}, no JSON object; take the file of the checkpoint")
     return content

@@ -46,8 +46,9 @@ class Tokenizer:
     def __init__(self, spec: str):
         """spec: the contents of a tokenizer.json."""
         self.spec = spec
-        self._full = tokenizers.Tokenizer.from_str(spec)
         plain = json.loads(spec)
+        plain |= {"truncation": None, "padding": None}  # of whoever trained with it; they would cut and fill prompts
+        self._full = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self._added = {t["content"]: t for t in plain["added_tokens"] if not t["content"].isspace()}
         self.control = {content: token["id"] for content, token in self._added.items()}
         longest_first = sorted(self.control, key=len, reverse=True)
@@ -63,8 +64,13 @@ class Tokenizer:
 
     @property
     def begin_ids(self) -> list[int]:
-        """What every text begins with: BOS in our family, elsewhere what the tokenizer itself puts first."""
-        return [self.control[BOS]] if BOS in self.control else self._full.encode("", add_special_tokens=True).ids
+        """What every text begins with: BOS in our family, elsewhere what the tokenizer itself puts first; nothing of
+        what it puts behind a text (EOS, SEP), which would end a prompt.
+        """
+        if BOS in self.control:
+            return [self.control[BOS]]
+        probe = self._full.encode("a", add_special_tokens=True)
+        return list(itertools.compress(probe.ids, itertools.takewhile(bool, probe.special_tokens_mask)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Control tokens spelt in it come out as ordinary characters."""
