@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family as one tool writes them; bench/fixtures.py runs it with that tool's interpreter.
+"""Tiny random checkpoints of every family as one tool writes them; bench/fixtures.py runs it in that tool's environment.
 
 python bench/peer_checkpoints.py TOOL OUT makes folders OUT/NAME, each with EXPECTED beside the tool's files: what the
 tool itself says of the checkpoint (ids of a text and of a conversation, logits, greedy tokens). Nothing of this package
@@ -154,7 +154,7 @@ def transformers_folders(out: Path) -> None:
 
 
 def trl_folders(out: Path) -> None:
-    """SFTTrainer's save_model after a step, training_args.bin (a pickle) included; at rate 0, so that they pack well."""
+    """SFTTrainer's save_model after a step, training_args.bin (a pickle) included; at rate 0, to pack well."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

@@ -24,7 +24,7 @@ REFUSED = {
     "peft/5/unsloth_adapter": QUANTIZED,
     "peft/5/deepseek_v3_adapter": r"target_parameters=\['down_proj'\]",
 }
-"""Adapters, and what is named: a base in 4 bits; transformers 5's stacks of experts, which PEFT adapts as one parameter."""
+"""Adapters, and what is named: a base in 4 bits; stacks of experts, which PEFT adapts as one parameter."""
 
 
 def listed() -> list[str]:

@@ -48,6 +48,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, LoftQ, ... change the base too
 }
 """Values of adapter_config.json that mean a plain adapter; others compute something else and are refused."""
 QUANTIZED = re.compile(

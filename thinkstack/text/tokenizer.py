@@ -44,11 +44,15 @@ class Tokenizer:
     """A `tokenizers` tokenizer with control tokens kept apart from text."""
 
     def __init__(self, spec: str):
-        """spec: the contents of a tokenizer.json."""
-        self.spec = spec
+        """spec: the contents of a tokenizer.json. Truncation and padding that whoever trained with it left there are
+        dropped: they would cut and fill prompts.
+        """
         plain = json.loads(spec)
-        plain |= {"truncation": None, "padding": None}  # of whoever trained with it; they would cut and fill prompts
-        self._full = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        if plain.get("truncation") or plain.get("padding"):
+            plain |= {"truncation": None, "padding": None}
+            spec = json.dumps(plain, ensure_ascii=False)
+        self.spec = spec
+        self._full = tokenizers.Tokenizer.from_str(spec)
         self._added = {t["content"]: t for t in plain["added_tokens"] if not t["content"].isspace()}
         self.control = {content: token["id"] for content, token in self._added.items()}
         longest_first = sorted(self.control, key=len, reverse=True)
