@@ -128,13 +128,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, content in files.values():
         (tmp / name).write_bytes(content)
     found = {key: str(tmp / name) for key, (name, _) in files.items()}
-    return found | {
-        "tmp": str(tmp),
-        "model": str(tmp / "model"),
-        "run": str(tmp / "run"),
-        "empty": str(tmp / "empty"),
-        "empty_word": "",
-    }
+    folders = {name: str(tmp / name) for name in ("model", "run", "empty")}
+    return found | folders | {"tmp": str(tmp), "empty_word": ""}
 
 
 def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[int, str]:
