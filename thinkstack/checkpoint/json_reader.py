@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from thinkstack.checkpoint.unreadable import substitute
 from thinkstack.files import read_object
 from thinkstack.types import ConfigError
 
@@ -61,6 +60,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError if the file is missing or damaged."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a complete checkpoint")
-    if (found := substitute(path)) is not None:
-        raise found
     return read_object(path)
