@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family as one tool writes them; run by bench/fixtures.py.
+"""Tiny random checkpoints of every family as one tool writes them; bench/fixtures.py runs it in that environment.
 
 python bench/peer_checkpoints.py TOOL OUT makes folders OUT/NAME, each with EXPECTED beside the tool's files: what the
 tool itself says of the checkpoint (ids of a text and of a conversation, logits, greedy tokens). Nothing of this package
