@@ -1,4 +1,4 @@
-"""Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--seed 0]`.
+"""Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--seed 0] [--only NAME]`.
 
 Random small models of every attention; random requests in batches, in chunks, pushed out of a small cache, over cached
 prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again in a fresh engine of its own.
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="paths whose name holds this")
     parser.add_argument("--here", action="store_true", help="in this process, as it is")
     args = parser.parse_args()
     if args.here:
@@ -149,10 +150,13 @@ def main() -> None:
     command = [sys.executable, __file__, "--here", *numbers]
     rows, differ = [], 0
     for name, environment in paths().items():
+        if args.only not in name:
+            continue
         ran = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
         counts = json.loads(ran.stdout)
         differ += counts["log_probs"]
         rows.append((name, *(f"{value:,}" for value in counts.values())))
+        print(*rows[-1], file=sys.stderr)
     print_table("answers in company that differ from those alone", ("path", *counts), rows)
     print(machine())
     sys.exit(differ > 0)

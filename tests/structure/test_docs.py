@@ -2,9 +2,13 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from thinkstack import cli
+from thinkstack.pipeline import plan, read_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,6 +50,31 @@ def test_every_named_test_exists(page):
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", read(page))
     missing = [f"{place}::{name}" for place, name in named if f"def {name}(" not in read(ROOT / place)]
     assert missing == []
+
+
+def commands(page):
+    """Command lines of the package in the shell blocks of a page, as words, without what is optional or a comment."""
+    blocks = re.findall(r"```sh\n(.*?)```", read(page), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    shown = [re.sub(r"\[--[^]]*\]", "", line.split(" #")[0]) for line in lines]
+    return [shlex.split(line)[1:] for line in shown if re.match(r"(\.venv/bin/)?thinkstack ", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_the_options_that_are_shown(page):
+    for words in commands(page):
+        assert callable(cli._parse(words)), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_and_setting_that_a_command_names_exists(page, tmp_path):
+    for words in commands(page):
+        if words[0] not in ("run", "demo"):
+            continue
+        settings = [word for word in words if "=" in word and not word.startswith(("-", "stages.zero.reward"))]
+        scale = words[words.index("--scale") + 1] if "--scale" in words else ""
+        recipe = words[1] if words[0] == "run" else "demo"
+        assert plan(read_recipe(recipe, scale, tuple(settings)), tmp_path), words
 
 
 def test_every_logged_metric_is_explained():
