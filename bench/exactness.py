@@ -1,4 +1,4 @@
-"""Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--seed 0] [--only NAME]`.
+"""Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--only X]`.
 
 Random small models of every attention; random requests in batches, in chunks, pushed out of a small cache, over cached
 prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again in a fresh engine of its own.
