@@ -23,10 +23,13 @@ Row = dict[str, Any]
 ROW_FORMS = "JSON lines (.jsonl), a JSON list (.json), both also as .gz, or .parquet"
 ROW_ENDINGS = (".jsonl", ".json", ".parquet")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that lies in a clone in place of one that was not fetched."""
+IS_LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
 FOREIGN = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
     codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`",
+    LFS_POINTER: IS_LFS_POINTER,
     PARQUET: "is a parquet file; give it the ending .parquet",
     b"PK\x03\x04": "is a zip archive; unpack it first",
     b"BZh91AY": "is compressed by bzip2; unpack it, or use gzip",

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
+from thinkstack.files import IS_LFS_POINTER, LFS_POINTER
 from thinkstack.types import ConfigError
-
-LFS = b"version https://git-lfs"
-"""How a pointer of Git LFS begins, which lies in a clone in place of a file that was not fetched."""
 
 
 def unreadable(path: Path, kind: str, error: object) -> ConfigError:
@@ -15,8 +13,8 @@ def unreadable(path: Path, kind: str, error: object) -> ConfigError:
             begin = file.read(64)
     except OSError:
         return ConfigError(f"cannot read {path} ({error}); give {kind}")
-    if begin.startswith(LFS):
-        return ConfigError(f"{path} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+    if begin.startswith(LFS_POINTER):
+        return ConfigError(f"{path} {IS_LFS_POINTER}")
     if not begin:
         return ConfigError(f"{path} is empty; fetch it again")
     if begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
