@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.hf_files import WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine
@@ -180,3 +180,15 @@ def test_mtp_modules_equal_those_of_transformers(tmp_path: Path, monkeypatch):
             past_key_values=None,
         )
         assert logit_error(model.head(states[depth]), theirs.shared_head(hidden)).is_within_bounds
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_model_without_shared_experts_comes_back_from_transformers(layers: int, groups: int, tmp_path: Path):
+    """transformers stores empty tensors for them, which were refused: our own export could not be read back."""
+    moe = replace(MLA_TINY.moe, num_shared_experts=0, num_groups=groups, top_groups=min(groups, 2))
+    model = tiny_model(replace(MLA_TINY, vocab_size=360, mtp_layers=0, num_layers=layers, moe=moe))
+    save_model(tmp_path / "ours", model, tiny_tokenizer(), "r1_zero_short")
+    opened(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    ids = drawn_ids(360)
+    assert torch.equal(load_model(tmp_path / "theirs")(ids), model(ids))
