@@ -1,7 +1,7 @@
 """Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--only X]`.
 
 Random small models of every attention; random requests in batches, in chunks, pushed out of a small cache, over cached
-prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again in a fresh engine of its own.
+prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again alone, of an engine that caches none.
 Tokens, log-probabilities and alternatives must have the same bits. Every path in a process of its own: the kernels,
 torch's operators alone, and what is used where nothing is asked for, on every instruction set of this processor.
 """
@@ -104,13 +104,13 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
                 cache_tokens=draw.choice((0, 12, 16)) * BLOCK,
                 max_drafts=min(draw.choice((0, 1)), model.cfg.mtp_layers),
             )
-            engine = Engine(model, cfg)
+            engine, alone = Engine(model, cfg), Engine(model, ALONE)
             shared = [draw.randrange(model.cfg.vocab_size) for _ in range(200)]
             asked = [request(draw, model.cfg.vocab_size, shared) for _ in range(40)]
             together = engine.generate([prompt for prompt, _ in asked], [sampling for _, sampling in asked])
             found["preempted"] += engine.scheduler.preemptions
             for (prompt, sampling), group in zip(asked, together, strict=True):
-                (expected,) = Engine(model, ALONE).generate([prompt], [sampling])
+                (expected,) = alone.generate([prompt], [sampling])
                 for ours, theirs in zip(map(bits, group), map(bits, expected), strict=True):
                     found["answers"] += 1
                     found["tokens"] += ours[0] != theirs[0]
