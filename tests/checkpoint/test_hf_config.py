@@ -256,6 +256,30 @@ def test_other_rotations_are_refused_by_name(scaling: dict[str, Any], word: str)
     assert word in refused(MLA_TINY, rope_scaling=scaling)
 
 
+YARN_KEYS = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+PLAIN_AMPLITUDE = 0.1 * math.log(4.0) + 1
+
+
+@pytest.mark.parametrize(
+    ("cfg", "keys", "amplitude"),
+    [
+        (GQA_TINY, {}, PLAIN_AMPLITUDE),
+        (GQA_TINY, {}, round(PLAIN_AMPLITUDE, 7)),
+        (GQA_TINY, {"mscale": 1.0}, PLAIN_AMPLITUDE),
+        (GQA_TINY, {"factor": 1.0}, 1),
+        (MLA_TINY, {}, PLAIN_AMPLITUDE),
+        (MLA_TINY, {"mscale": 0.7, "mscale_all_dim": 0.7}, 1.0),
+        (MLA_TINY, {"mscale": 1.0, "mscale_all_dim": 0.5}, PLAIN_AMPLITUDE / (0.05 * math.log(4.0) + 1)),
+    ],
+)
+def test_an_amplitude_of_yarn_is_accepted_where_it_says_what_follows(cfg: ModelConfig, keys: dict, amplitude: float):
+    """`attention_factor` was refused whatever it said."""
+    config, scaling = to_hf(cfg), YARN_KEYS | keys
+    spelt = from_hf(config | {"rope_scaling": scaling | {"attention_factor": amplitude}}, "config.json")
+    assert spelt == from_hf(config | {"rope_scaling": scaling}, "config.json")
+    assert "attention_factor" in refused(cfg, rope_scaling=scaling | {"attention_factor": amplitude + 1e-3})
+
+
 @pytest.mark.parametrize(
     ("scaling", "word"),
     [

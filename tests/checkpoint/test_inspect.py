@@ -13,7 +13,7 @@ from thinkstack.checkpoint.inspect import describe_model
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.checkpoint.tensor_file import Files
 from thinkstack.models.config import named
-from thinkstack.models.counts import cache_bytes_per_token, fp8_bytes, weight_bytes
+from thinkstack.models.counts import cache_bytes_per_token, count_parameters, fp8_bytes, weight_bytes
 from thinkstack.models.fp8 import E4M3
 
 
@@ -75,3 +75,13 @@ def saved(folder: Path, cfg) -> Path:
 def test_the_released_model_in_fp8_is_half_of_its_bf16():
     """The published files are 688 GB; they repeat embedding and head, 3.7 GB, in the MTP layer."""
     assert fp8_bytes(named("v3-671b")) == pytest.approx(685e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["v3-671b", "v2-lite", "qwen3-30b-a3b", "qwen3-8b", "r1-distill-qwen-1.5b"])
+def test_what_counts_as_active_is_said(name: str):
+    """36.63B of V3 count the head and not the embedding; the line did not say so."""
+    cfg, row = named(name), next(line for line in describe_model(name).splitlines() if line.startswith("active"))
+    total, both = count_parameters(cfg), cfg.vocab_size * cfg.hidden_size
+    active = int(row.split()[3].strip(",").replace(",", ""))
+    assert "the head among them, the embedding not" in row
+    assert active == total - (0 if cfg.tie_embeddings else both) or (cfg.moe is not None and active < total - both)
