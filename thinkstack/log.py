@@ -188,9 +188,12 @@ class Progress:
         self.note = note or self.note
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=self.note)
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS or self.done == self.total:
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS or (self.done == self.total and self._took_a_while()):
             self.printed = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
+
+    def _took_a_while(self) -> bool:
+        return time.monotonic() - self.started >= 1
 
     def line(self) -> str:
         """Progress as plain text."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.checkpoint.hub import is_hub_name
-from thinkstack.checkpoint.model import locate
+from thinkstack.checkpoint.model import locate, open_source
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
 from thinkstack.evals.report import markdown_table, setting_line, table_rows
 from thinkstack.files import matching_files
@@ -212,6 +212,8 @@ def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | N
     asked: Tree = (
         {"files": {task: data or f"data/{task}"}, "families": []} if task in DATASETS else {"families": [task]}
     )
+    if values["max_tokens"] is None:
+        values = values | {"max_tokens": min(MAX_TOKENS, open_source(model).cfg.max_positions // 2)}
     values = {"start": model} | asked | values
     if out is None:
         name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")

@@ -162,7 +162,7 @@ def test_the_shipped_template_writes_the_prompt(tmp_path: Path):
 def test_a_truncated_file_is_refused(keep: int, tmp_path: Path):
     path = write(tmp_path / "model.gguf", tiny_model(CFG))
     path.write_bytes(path.read_bytes()[:keep])
-    assert "cut off or not a GGUF file" in refused(path)
+    assert ("cut off or not a GGUF file" if keep else "is empty") in refused(path)
 
 
 def test_damaged_text_is_named(tmp_path: Path):

@@ -180,6 +180,10 @@ def test_the_command_merges_a_folder_with_its_tokenizer(tmp_path, monkeypatch):
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
         ({"r": None}, "no usable r"),
         ({"r": 0}, "r=0 adapts nothing"),
         ({"r": 5}, "lora_A of .* is \\(3, 40\\), this model and r=5 need \\(5, 40\\)"),
@@ -191,9 +195,48 @@ def test_what_is_more_than_plain_lora_is_refused(tmp_path, changes, message):
         load_adapter(load_model(base), folder)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica"])
+def test_an_adapter_whose_start_changed_the_base_is_refused_by_name(tmp_path, init):
+    """PiSSA and its kin take a part out of the base; on the plain base the sum was another model, silently."""
+    base, folder, _ = written(tmp_path, init_lora_weights=init)
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{init}'"):
+        load_adapter(load_model(base), folder)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_fine(tmp_path, init):
+    base, folder, _ = written(tmp_path, init_lora_weights=init)
+    load_adapter(load_model(base), folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unsloth/Llama-3.2-1B-bnb-4bit",
+        "unsloth/Qwen3-0.6B-unsloth-bnb-4bit",
+        "TheBloke/Llama-2-7B-GPTQ",
+        "models/qwen2.5-awq",
+        "mlx-community/Qwen3-4B-8bit",
+        "some/model.w4a16",
+    ],
+)
+def test_an_adapter_of_a_quantized_base_is_refused_by_the_base_s_name(tmp_path, name):
+    base, folder, _ = written(tmp_path, base_model_name_or_path=name)
+    with pytest.raises(ConfigError, match=f"trained on {name}, whose weights are quantized"):
+        load_adapter(load_model(base), folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["", None, "deepseek-ai/DeepSeek-V3", "runs/orbit4/model", "me/gptq2llama", "Qwen3-8B-FP8"]
+)
+def test_other_names_of_bases_are_no_reason(tmp_path, name):
+    base, folder, _ = written(tmp_path, base_model_name_or_path=name)
+    load_adapter(load_model(base), folder)
+
+
 def test_files_that_belong_elsewhere_are_named(tmp_path):
     base, folder, _ = written(tmp_path)
-    with pytest.raises(ConfigError, match="is no matrix of this model"):
+    with pytest.raises(ConfigError, match=f"is no matrix of this model.*made for: {tmp_path / 'base'}"):
         load_adapter(tiny_model(GQA_TINY), folder)
     tensors = load_file(folder / WEIGHTS)
     first = next(iter(tensors))

@@ -28,9 +28,9 @@ CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 def side_files(folder: Path) -> list[Path]:
     """Everything in a checkpoint folder but weights and config.json."""
-    weights = (".safetensors", ".gguf", *PICKLES)
+    weights = (".safetensors", ".gguf", *PICKLES)  # in capitals too
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    return [path for path in files if path.suffix not in weights and path.name not in (INDEX, CONFIG)]
+    return [path for path in files if path.suffix.lower() not in weights and path.name not in (INDEX, CONFIG)]
 
 
 def companions(

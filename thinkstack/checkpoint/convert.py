@@ -11,7 +11,8 @@ import torch
 
 from thinkstack.checkpoint.companions import GENERATION, companions, side_files
 from thinkstack.checkpoint.deepseek import is_deepseek, write_deepseek
-from thinkstack.checkpoint.hf_files import CONFIG, config_json, write_weights, written_bytes
+from thinkstack.checkpoint.gguf_file import is_gguf
+from thinkstack.checkpoint.hf_files import CONFIG, PICKLES, config_json, write_weights, written_bytes
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.model import load_chat, load_tokenizer, locate, open_source
 from thinkstack.checkpoint.source import Form, Source
@@ -45,14 +46,17 @@ _log = logging.getLogger(__name__)
 
 
 def convert(
-    model: str, out: Path, to: str = "hf", dtype: str = "", model_parallel: int = 1, max_shard_gb: float = 5.0
+    model: str, out: Path, to: str | None = None, dtype: str = "", model_parallel: int = 1, max_shard_gb: float = 5.0
 ) -> None:
     """Write the checkpoint `model` to `out` in another format, whole or not at all; an older one there is replaced.
 
-    to: hf, deepseek (folders) or gguf (a file OUT.gguf, or a folder with a Modelfile beside it). dtype: one of DTYPES;
-    empty keeps what is stored. model_parallel: ranks of deepseek's layout. max_shard_gb: largest file of hf, in GB.
-    Raises ConfigError for a checkpoint that cannot be read, a format that cannot hold it, and a full disk.
+    to: hf, deepseek (folders) or gguf (a file OUT.gguf, or a folder with a Modelfile beside it); None is what the name
+    of `out` says: gguf for OUT.gguf, else hf. dtype: one of DTYPES; empty keeps what is stored. model_parallel: ranks
+    of deepseek's layout. max_shard_gb: largest file of hf, in GB.
+    Raises ConfigError for a checkpoint that cannot be read, a format that cannot hold it, a name that contradicts the
+    format, and a full disk.
     """
+    to = format_of(out, to)
     if dtype and dtype not in DTYPES[to]:
         raise ConfigError(f"dtype={dtype!r} is not known in {to}; known: {', '.join(DTYPES[to])}")
     if not max_shard_gb > 0:
@@ -80,6 +84,26 @@ def convert(
                 write_deepseek(source, target, form, model_parallel, advance)
 
     write_folder(out, fill)
+
+
+def format_of(out: Path, to: str | None) -> str:
+    """The format to write: what is asked for, else what the name of `out` says. Raises ConfigError for an unknown one,
+    and where the two contradict each other or what is there already.
+    """
+    to = to or ("gguf" if is_gguf(out) else "hf")
+    if to not in DTYPES:
+        raise ConfigError(f"format {to!r} is not known; known: {', '.join(DTYPES)}")
+    if is_gguf(out) and to != "gguf":
+        raise ConfigError(
+            f"{out} is the name of a GGUF, and {to} is a folder; give another name, or leave out --to {to}"
+        )
+    if out.suffix.lower() in (".safetensors", *PICKLES):
+        raise ConfigError(f"{out} is the name of one file, and {to} makes a folder of several; leave {out.suffix} out")
+    if out.is_file() and not is_gguf(out):
+        raise ConfigError(f"{out} is a file, and {to} makes a folder; give another name")
+    if out.is_dir() and is_gguf(out):
+        raise ConfigError(f"{out} is a folder, and a file of that name was asked for; give another name")
+    return to
 
 
 def _stored_form(source: Source, to: str) -> Form:
@@ -166,7 +190,7 @@ def _write_gguf(source: Source, path: Path, out: Path, kind: str) -> None:
     from thinkstack.checkpoint.modelfile import write_modelfile
 
     tokenizer, chat = _speech(path)
-    if out.suffix == ".gguf":
+    if is_gguf(out):
         write_gguf(source, out, kind, tokenizer, chat)
         return
 

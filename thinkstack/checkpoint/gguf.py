@@ -28,7 +28,7 @@ def open_gguf(path: Path) -> Source:
     Raises ConfigError for a damaged file, another architecture or variant, and metadata that the tensors contradict.
     """
     file = GGUFFile(path)
-    shapes = {name: info.shape for name, info in file.tensors.items()}
+    shapes = {name: info.shape for name, info in file.tensors.items() if 0 not in info.shape}  # no shared experts
     cfg = config_of(file.meta, shapes, file.read(ROPE_FREQS) if ROPE_FREQS in shapes else None)
     try:
         laids = laid_out(cfg, is_cut(shapes))

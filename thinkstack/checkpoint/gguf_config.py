@@ -22,6 +22,7 @@ from thinkstack.models.config import (
     MoEConfig,
     RopeConfig,
     YarnConfig,
+    yarn_mscale,
 )
 from thinkstack.models.layers import rope_frequencies
 from thinkstack.types import ConfigError
@@ -42,7 +43,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention.temperature_scale": (0.0,),
     "logit_scale": (0.0, 1.0),
     "rope.scaling.attn_factor": (1.0,),
-    "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
 }
 
@@ -137,13 +137,13 @@ def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factor
         if token is not None and token >= rows:
             raise ConfigError(f"{key}={token}, but there are {rows} tokens; fetch another conversion")
     return ModelConfig(
-        family=_family(keys),  # type: ignore[arg-type]
+        family=_family(keys, tensors),  # type: ignore[arg-type]
         vocab_size=rows,
         hidden_size=keys.size("embedding_length"),
         num_layers=num_layers,
         attention=attention,
         dense_size=keys.size("feed_forward_length"),
-        moe=_read_experts(keys, num_layers),
+        moe=_read_experts(keys, num_layers, tensors),
         mtp_layers=mtp_layers,
         rope=_read_rope(keys, attention.rope_dim, rope_factors),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
@@ -166,9 +166,17 @@ def ends_of(meta: Metadata) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in tokens if token is not None))
 
 
-def _family(keys: _Keys) -> str:
+def _gate(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """How experts are scored, by GATES. Where a file does not say, biases of routers do: V3's sigmoids alone have them.
+    (llama.cpp's converter leaves the key out for a config.json of transformers, and llama.cpp then takes softmax.)
+    """
+    has_biases = any(name.endswith(".exp_probs_b.bias") for name in tensors)
+    return keys.size("expert_gating_func", 2 if has_biases else 1)
+
+
+def _family(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> str:
     if keys.arch == "deepseek2":
-        return "deepseek_v3" if keys.size("expert_gating_func", 1) == 2 else "deepseek_v2"
+        return "deepseek_v3" if _gate(keys, tensors) == 2 else "deepseek_v2"
     return next(family for family, arch in ARCHITECTURES.items() if arch == keys.arch)
 
 
@@ -202,14 +210,14 @@ def _read_mla(keys: _Keys) -> MLAConfig:
     )
 
 
-def _read_experts(keys: _Keys, num_layers: int) -> MoEConfig | None:
+def _read_experts(keys: _Keys, num_layers: int, tensors: Mapping[str, tuple[int, ...]]) -> MoEConfig | None:
     num_experts = keys.size("expert_count", 0, least=0)
     if not num_experts:
         return None
     if keys.arch not in ("qwen3moe", "deepseek2"):
         raise ConfigError(f"{keys.arch}.expert_count={num_experts} is not supported; use a model without experts")
     is_qwen = keys.arch == "qwen3moe"
-    gate = keys.size("expert_gating_func", 1)
+    gate = _gate(keys, tensors)
     if gate not in GATES or (is_qwen and gate != 1):
         raise ConfigError(f"{keys.arch}.expert_gating_func={gate} is not supported; known: 1 (softmax), 2 (sigmoid)")
     groups = keys.size("expert_group_count", 1)
@@ -250,7 +258,7 @@ def _read_yarn(keys: _Keys) -> YarnConfig:
             f"{keys.arch}.rope.scaling.yarn_log_multiplier={mscale / 10} is not supported: deepseek2 needs one, the "
             "others have none; fetch another conversion"
         )
-    return YarnConfig(
+    yarn = YarnConfig(
         factor=keys.number("rope.scaling.factor"),
         original_max_positions=keys.size("rope.scaling.original_context_length"),
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
@@ -258,26 +266,38 @@ def _read_yarn(keys: _Keys) -> YarnConfig:
         mscale=mscale or 1.0,
         mscale_all_dim=mscale,
     )
+    plain = yarn_mscale(yarn.factor, 1.0)  # which some files spell out; llama.cpp takes it in any case
+    amplitude = keys.number("rope.scaling.yarn_attn_factor", 1.0)
+    if amplitude != 1 and not math.isclose(amplitude, plain, rel_tol=1e-5):
+        raise ConfigError(
+            f"{keys.arch}.rope.scaling.yarn_attn_factor={amplitude} is not supported, only 1.0 or what follows from "
+            f"the factor, {plain:.7g}; use a model without it"
+        )
+    return yarn
 
 
 def _read_llama3(keys: _Keys, plain: RopeConfig, width: int, factors: Tensor) -> RopeConfig:
-    """What rope_freqs was made of: our own key says so, else the numbers of the released models are tried."""
+    """What rope_freqs was made of: our own key says so, else the numbers of the released models are tried, for
+    their original context and for powers of two.
+    """
     published = Llama3RopeConfig()
     low, high, original = published.low_freq_factor, published.high_freq_factor, published.original_max_positions
-    known = keys.meta.find(LLAMA3, list) or [float(factors.max()), low, high, original]
-    if len(known) != 4 or not all(isinstance(value, float | int) and math.isfinite(value) for value in known):
+    known = keys.meta.find(LLAMA3, list)
+    if known is not None and not (
+        len(known) == 4 and all(isinstance(value, float | int) and math.isfinite(value) for value in known)
+    ):
         raise ConfigError(f"{LLAMA3}={known!r} is not four numbers; fetch another conversion")
-    factor, low, high = (float(numpy.format_float_positional(numpy.float32(value))) for value in known[:3])
-    rope = replace(
-        plain,
-        llama3=Llama3RopeConfig(
-            factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=int(known[3])
-        ),
-    )
-    expected = rope_factors_of(width, rope)
-    if factors.shape != expected.shape or not torch.allclose(factors.float(), expected, rtol=1e-4):
-        raise ConfigError("rope_freqs.weight is not Llama 3's extension of the context; use another model")
-    return rope
+    contexts = (original, *(2**power for power in range(5, 21)))
+    for numbers in [known] if known else [[float(factors.max()), low, high, context] for context in contexts]:
+        factor, least, most = (float(numpy.format_float_positional(numpy.float32(value))) for value in numbers[:3])
+        llama3 = Llama3RopeConfig(
+            factor=factor, low_freq_factor=least, high_freq_factor=most, original_max_positions=int(numbers[3])
+        )
+        rope = replace(plain, llama3=llama3)
+        expected = rope_factors_of(width, rope)
+        if factors.shape == expected.shape and torch.allclose(factors.float(), expected, rtol=1e-4):
+            return rope
+    raise ConfigError("rope_freqs.weight is not Llama 3's extension of the context; use another model")
 
 
 def rope_factors_of(width: int, rope: RopeConfig) -> Tensor:

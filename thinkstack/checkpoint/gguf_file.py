@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy
 import torch
 
+from thinkstack.checkpoint.unreadable import unreadable
 from thinkstack.types import ConfigError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -28,6 +29,11 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that torch has."""
 
 T = TypeVar("T")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a name is that of a GGUF: the ending decides, in capitals too."""
+    return path.suffix.lower() == ".gguf"
 
 
 def require_gguf() -> None:
@@ -133,7 +139,7 @@ class GGUFFile:
             size = path.stat().st_size
             self._read(_Header(memoryview(numpy.memmap(path, mode="r") if size else b"")))  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, OverflowError) as error:
-            raise ConfigError(f"{path} is cut off or not a GGUF file ({error}); fetch it again") from error
+            raise unreadable(path, "a GGUF file", error) from error
 
     def _read(self, header: _Header) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -166,7 +172,7 @@ class GGUFFile:
         for name, (code, shape, offset) in found.items():
             kind = GGMLQuantizationType(code)
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            if min(shape) < 1 or shape[-1] % block or offset % align:
+            if shape[-1] % block or offset % align:
                 raise ValueError(f"tensor {name} has shape {shape} and offset {offset}, which {kind.name} cannot have")
             self.tensors[name] = Info(kind.name, shape, begin + offset, shape[-1] // block * block_bytes)
         self._check_places(len(header.data))

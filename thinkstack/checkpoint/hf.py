@@ -309,7 +309,7 @@ def _fill_plain(target: Tensor, item: Stored, source: Source) -> None:
     if tensor.shape != target.shape:
         raise ConfigError(
             f"{source.path}: {item.name} has shape {tuple(tensor.shape)}, its configuration asks for "
-            f"{tuple(target.shape)}; fetch it again"
+            f"{tuple(target.shape)}; use the configuration that belongs to these weights"
         )
     target.copy_(tensor)
 

@@ -48,6 +48,7 @@ def open_hf(folder: Path) -> Source:
     config = read_json(where)
     cfg, storage = from_hf(config, str(where)), read_storage(config, str(where))
     files = Files({name: folder / file for name, file in tensor_files(folder).items() if not _is_derived(name)})
+    files.entries = {name: entry for name, entry in files.entries.items() if 0 not in entry.shape}  # no shared experts
     if cfg.mtp_layers and not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in files.entries):
         _log.warning("%s announces %d MTP layers that the weights lack; loaded without", where, cfg.mtp_layers)
         cfg = replace(cfg, mtp_layers=0)
@@ -62,6 +63,9 @@ def _direct(source: Source, files: Files) -> dict[tuple[str, str], Callable[[Ten
     found: dict[tuple[str, str], Callable[[Tensor], None]] = {}
     for name in source.tensors:
         parts = {"codes": name, "scale": f"{name}{SCALE}"} if name in source.packed else {"": name}
+        kept = source.storage.scale_dtype if isinstance(source.storage, FP8Blocks) else None
+        if "scale" in parts and files.entries[parts["scale"]].dtype != kept:
+            continue  # its scales are cast on the way
         found |= {(name, part): partial(files.read_into, stored) for part, stored in parts.items()}
     return found
 
@@ -95,8 +99,8 @@ def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table
     for name in table.entries:
         if name.endswith(SCALE) and name.removesuffix(SCALE) not in eight:
             raise ConfigError(
-                f"{table.path_of(name)} has {name}, scales of a matrix that is not {E4M3}; fetch the folder again, or "
-                "delete them if the matrix was widened with them"
+                f"{table.path_of(name)} has {name}, scales of a matrix that is not {E4M3}; delete them if it was "
+                "widened with them, else take files that belong together"
             )
     if storage is None or not eight:
         for name in eight:
@@ -111,11 +115,11 @@ def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table
             dtypes={name: entry.dtype for name, entry in entries.items()},
         )
     scale_dtypes = {_check_scale(table, name) for name in eight}
-    is_short = scale_dtypes == {torch.float8_e8m0fnu}
+    is_short = scale_dtypes == {torch.float8_e8m0fnu}  # all else is held as fp32, which every program reads
     known = replace(storage, scale_dtype=torch.float8_e8m0fnu if is_short else torch.float32)
 
     def parts(name: str) -> Parts:
-        return {"codes": table.read(name), "scale": table.read(f"{name}{SCALE}")}
+        return {"codes": table.read(name), "scale": table.read(f"{name}{SCALE}").to(known.scale_dtype)}
 
     def widened(name: str) -> Tensor:
         out = torch.empty(entries[name].shape)
@@ -138,13 +142,14 @@ def _check_scale(table: Table, name: str) -> torch.dtype:
     if scale not in table.entries:
         raise ConfigError(f"{table.path_of(name)}: {name} is {E4M3} and {scale} is missing; fetch it with its scales")
     dtype, shape = table.entries[scale]
-    rows, columns = table.entries[name].shape
-    expected = (-(-rows // BLOCK), -(-columns // BLOCK))
-    if shape != expected or dtype not in (torch.float32, torch.float8_e8m0fnu):
+    expected = tuple(-(-size // BLOCK) for size in table.entries[name].shape)
+    if shape != expected or len(shape) != 2:
         raise ConfigError(
-            f"{table.path_of(scale)}: {scale} is {dtype} of shape {shape}; blocks of {BLOCK} x {BLOCK} of {name} need "
-            f"fp32 or e8m0 of shape {expected}: fetch the file again"
+            f"{table.path_of(scale)}: {scale} is {shape}, blocks of {BLOCK} x {BLOCK} of {name} need {expected}; "
+            "take the scales that belong to these weights"
         )
+    if dtype == E4M3:
+        raise ConfigError(f"{table.path_of(scale)}: {scale} is {E4M3}, too coarse for a scale; store it as fp32")
     return dtype
 
 
@@ -172,7 +177,9 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
+    pickles = (
+        sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES) if folder.is_dir() else []
+    )
     if pickles:
         return (
             f"{folder / pickles[0]} is a pickle, which can run code when read and is never opened; convert it to "

@@ -3,6 +3,7 @@
 from typing import Any
 
 from thinkstack.checkpoint.json_reader import Reader
+from thinkstack.models.attention_config import yarn_mscale
 from thinkstack.models.config import Llama3RopeConfig, RopeConfig, YarnConfig
 from thinkstack.types import ConfigError
 
@@ -42,7 +43,6 @@ def _read_llama3(rope: Reader) -> Llama3RopeConfig:
 
 
 def _read_yarn(is_deepseek: bool, rope: Reader) -> YarnConfig:
-    rope.require("attention_factor", None, "give mscale and mscale_all_dim instead")
     rope.require("truncate", True, "use whole pair indices as the bounds of the blend")
     mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     if all_dim == 0 and mscale in (0, 1):
@@ -57,7 +57,7 @@ def _read_yarn(is_deepseek: bool, rope: Reader) -> YarnConfig:
             f"{rope.where}: mscale_all_dim={all_dim} scales the softmax in DeepSeek models only; leave mscale and "
             "mscale_all_dim out of this model"
         )
-    return YarnConfig(
+    yarn = YarnConfig(
         factor=rope.number("factor"),
         original_max_positions=rope.integer("original_max_position_embeddings"),
         beta_fast=rope.number("beta_fast", 32.0),
@@ -65,6 +65,13 @@ def _read_yarn(is_deepseek: bool, rope: Reader) -> YarnConfig:
         mscale=mscale,
         mscale_all_dim=all_dim,
     )
+    amplitude = yarn_mscale(yarn.factor, mscale) / yarn_mscale(yarn.factor, all_dim)
+    if abs(rope.number("attention_factor", amplitude) - amplitude) > 1e-6:
+        raise ConfigError(
+            f"{rope.where}: attention_factor={rope.values['attention_factor']} is not supported, only what follows "
+            f"from the other keys, {amplitude:.7g}; give mscale and mscale_all_dim instead"
+        )
+    return yarn
 
 
 def rope_keys(rope: RopeConfig) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def shape_rows(cfg: ModelConfig) -> Rows:
         ),
         ("context", f"{cfg.max_positions:,} tokens"),
         ("parameters", f"{count_parameters(cfg):,}"),
-        ("active per token", f"{count_active_parameters(cfg):,}"),
+        ("active per token", f"{count_active_parameters(cfg):,}, the head among them, the embedding not"),
         ("MTP modules", f"{mtp_parameters(cfg):,} parameters in {cfg.mtp_layers}"),
         ("forward pass", f"{flops_per_token(cfg, context):,.0f} FLOP per token at context {context:,}"),
         ("weights", f"{size_of(weight_bytes(cfg))} in bf16"),

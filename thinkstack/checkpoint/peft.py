@@ -42,8 +42,20 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "layer_replication": (None, []),
     "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, LoftQ, ... change the base too
 }
 """Values of adapter_config.json that mean a plain adapter; others compute something else and are refused."""
+QUANTIZED = re.compile(
+    r"(?:^|[-_./])(?:bnb|[2-8]-?bits?|gptq|awq|nf4|w?int[48]|w[48]a\d+|hqq|aqlm|exl[23]|mlx|gguf)(?:$|[-_./])",
+    re.IGNORECASE,
+)
+"""Names of bases whose weights are kept in few bits, in formats that are not read here (FP8 is)."""
 
 
 def save_adapter(folder: Path, model: Transformer, cfg: LoRAConfig, base: str) -> None:
@@ -104,6 +116,12 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
                 f"{path / CONFIG}: {name}={config[name]!r} is more than a plain LoRA adapter; merge it with PEFT "
                 "(merge_and_unload) and load the merged checkpoint"
             )
+    base = config.get("base_model_name_or_path") or ""
+    if QUANTIZED.search(str(base)):
+        raise ConfigError(
+            f"{path / CONFIG}: the adapter was trained on {base}, whose weights are quantized; merge it there, or, "
+            "to add it to the plain weights, which gives another model, name them in base_model_name_or_path"
+        )
     try:
         cfg = LoRAConfig(
             rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora"))
@@ -112,11 +130,14 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
         raise ConfigError(f"{path / CONFIG} has no usable r and lora_alpha ({error!r}); fetch it again") from error
     if not cfg.rank:
         raise ConfigError(f"{path / CONFIG}: r=0 adapts nothing; give the folder of a trained adapter")
-    found = _by_module(path, _read(path))
+    found, named = _by_module(path, _read(path)), f": {base}" if base else ""
     stored = {item.name.removesuffix(".weight"): item for item in stored_tensors(model.cfg)}
     for module in found:
         if module not in stored or not stored[module].is_matrix or not stored[module].source.startswith("layers."):
-            raise ConfigError(f"{path / WEIGHTS}: {module} is no matrix of this model that can be adapted; check base")
+            raise ConfigError(
+                f"{path / WEIGHTS}: {module} is no matrix of this model that can be adapted; use the base that the "
+                f"adapter was made for{named}"
+            )
     add_adapters(model, sorted({stored[module].source for module in found}), cfg.rank, cfg.scale)
     known = adapters(model)
     with torch.no_grad():
@@ -126,7 +147,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
                     shape = tuple(given[matrix].shape) if matrix in given else "missing"
                     raise ConfigError(
                         f"{path / WEIGHTS}: lora_{matrix} of {module} is {shape}, this model and r={cfg.rank} need "
-                        f"{tuple(target.shape)}; use the base model that the adapter was made for"
+                        f"{tuple(target.shape)}; use the base that the adapter was made for{named}"
                     )
                 target.copy_(given[matrix])
     return cfg

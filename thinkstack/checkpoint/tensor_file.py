@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from thinkstack.checkpoint.unreadable import unreadable
 from thinkstack.types import ConfigError
 
 DTYPES = {
@@ -103,7 +104,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error}); give a safetensors file") from error
     except (SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path} is cut off or not a safetensors file ({error}); fetch it again") from error
+        raise unreadable(path, "a safetensors file", error) from error
     return 8 + size, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 

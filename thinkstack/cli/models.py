@@ -20,7 +20,7 @@ def evaluate(
     temperature: Number = 0.6,
     top_p: Number = 0.95,
     max_tokens: Annotated[int | None, arg(metavar="N")] = None,
-    form: Annotated[str, arg(metavar="FORM")] = "flexible",
+    form: Annotated[str, arg(metavar="FORM")] = "flexible_extract",
     dtype: Precision = "auto",
     seed: N = 0,
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
@@ -36,7 +36,7 @@ def evaluate(
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Keeps the smallest set of tokens with at least this probability.
         max_tokens: Maximum tokens per answer; 512, or half of a shorter context, if left out.
-        form: How answers are read: flexible (box, ####, "the answer is", last number), open or tagged.
+        form: How answers are read: flexible_extract (last box, ####, "the answer is", last number), open or tagged.
         dtype: Precision of weights and cache; auto is bf16 where that is faster.
         seed: Chooses problems and samples.
         out: Folder for the samples and figures; by model, task and settings below runs/eval if left out.

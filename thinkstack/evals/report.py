@@ -64,8 +64,9 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
     if votes > 1:
         rows.append((f"cons@{votes}", [percent(part.cons_at_16) for part in found]))
         rows.append((f"pass@{votes}", [percent(part.pass_at_k.get(votes)) for part in found]))
+    if greedy:
+        rows.append(("greedy", [accuracy(greedy[name]) if name in greedy else MISSING for name in columns]))
     rows += [
-        ("greedy", [accuracy(greedy[name]) if name in greedy else MISSING for name in columns]),
         ("answers read", [percent(part.answer_rate) for part in found]),
         ("well-formed", [percent(part.format_rate) for part in found]),
         ("truncated", [percent(part.truncation_rate) for part in found]),

@@ -42,7 +42,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"\\geq(?![a-z])", r"\\ge"),
     (r"\\neq(?![a-z])", r"\\ne"),
     (r"\\[lc]dots(?![a-z])", r"\\dots"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\u00B0|\\degree(?![a-z])|\\?%|\\?\$", ""),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\u00B0|\\degree(?![a-z])|\\?%|\\?\$", " "),  # a blank: they must not join digits
     (r"(\\\\)\s*\[[^\[\]]*(?:pt|em|ex|mm|cm)\]", r"\1"),  # the gap below a row
     (r"\\\\\s*(?=\\end(?![a-z]))", ""),  # a row break behind the last row
     (rf"(?<=[0-9]){SEPARATOR}(?=[0-9]{{3}}(?![0-9]))", ""),  # thousands
@@ -58,7 +58,8 @@ _SLASH = re.compile(
     rf"(?<![\w)}}\]^_.])(?P<top>[0-9]+{_ATOM}*|{_ATOM}+)/(?P<bottom>[0-9]+|{_ATOM})(?![\w({{\[^_.!])(?!\\(?!end)[A-Za-z])"
 )
 _SIGNED_FRACTION = re.compile(rf"(?<![\w)}}\]])\\frac\{{-([0-9]*{_ATOM}*)\}}")
-_PRODUCT = re.compile(r"\s*(?:\\cdot(?![a-z])|(?<![*])\*(?![*]))\s*(?=[A-Za-z(\\])(?!\\frac)")
+_SUM_OVER = re.compile(r"(-?)\(([^()/]+)\)/([0-9]+)")
+_PRODUCT = re.compile(r"\s*(?:\\(?:cdot|times)(?![a-z])|(?<![*])\*(?![*]))\s*(?=[A-Za-z(\\])(?!\\frac)")
 """A product sign that may be left out: not before a digit, and not before a fraction, which would make it mixed."""
 
 
@@ -116,6 +117,8 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _plain_formula(text: str) -> str:
+    if over := _SUM_OVER.fullmatch(text.strip()):
+        text = rf"{over[1]}\frac{{{over[2]}}}{{{over[3]}}}"
     text = _WORDS.sub(r"\1", without_unit(text))
     text = _braced(_braced(text, r"\frac", 2), r"\sqrt", 1)
     text = _BLANKS.sub(_needed_blank, _PRODUCT.sub("", text))
@@ -225,6 +228,8 @@ def _is_comparable(reference: str, answer: str) -> bool:
     if is_number(reference) or not answer or len(answer) > LONGEST_FORMULA or re.search(r"[:$]|\\boxed", answer):
         return False
     first, second = plain(reference), plain(answer)
+    if re.search(r"_\{?[0-9]|\^\{?-?[0-9]{2}", first + " " + second):  # it drops bases, and rounds large powers
+        return False
     kinds = [
         (text[:1], text[-1:]) if text[:1] in "([" or text.startswith("\\{") else ("", "") for text in (first, second)
     ]

@@ -9,7 +9,7 @@ _CURRENCY = (
     r"(?:(?:US|A|C)?\\?\$|\\text\{\s*\\?\$\s*\}|[\u20AC\u00A3\u00A5\u20B9]"
     r"|\\(?:textdollar|euro|pounds|yen)(?![A-Za-z])|(?:USD|EUR|GBP)(?![A-Za-z]))"
 )
-_CURRENCY_FIRST = re.compile(rf"([+-]?)\s*{_CURRENCY}\s*(?:\\[,;:! ])?(?=[-+.0-9\\])")
+_CURRENCY_FIRST = re.compile(rf"^([+-]?)\s*{_CURRENCY}\s*(?:\\[,;:! ])?(?=[-+.0-9\\])")
 _NAME = re.compile(r"^(?:[A-Za-z]\s*)?=\s*")
 _BLANK = r"(?:\s|~|\\[ ,;:!]|\\q?quad)*"
 _NO_UNIT = (

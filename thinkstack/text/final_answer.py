@@ -18,6 +18,9 @@ _NUMBER = re.compile(
     r"(?<![\w.,])(?:(?<![)\]}])[-\u2212])?\\?[$\u20ac\u00a3\u00a5]?[-\u2212]?"
     r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])(?:/[0-9]+)?"
 )
+_PROSE = re.compile(r"\s+[A-Za-z]+\s+\S")
+"""Two words behind a number: "22 eggs in 3 boxes", "22 because 3+19=22"."""
+_DENIAL = re.compile(r"(?:not|unclear|unknown)\b", re.IGNORECASE)
 MOST_WORDS = 3
 """Words of an answer in words behind "the answer is"; more are a sentence, in which another rule looks."""
 
@@ -66,6 +69,12 @@ def after_answer_is(text: str) -> str | None:
     """The rest of the last sentence that says "the answer is" or "Answer:", if it is a value or at most three words."""
     for match in reversed(list(_ANSWER_IS.finditer(text))):
         value = _SENTENCE_END.split(match["value"], maxsplit=1)[0].strip(" \t*:")
+        number = _NUMBER.match(value)
+        if number and _PROSE.match(value, number.end()):
+            return number[0]
+        value = value.rpartition("=")[2].strip() if re.match(_VALUE, value) else value
+        if _DENIAL.match(value):
+            continue
         if value and (re.match(_VALUE, value) or len(value.split()) <= MOST_WORDS):
             return value
     return None

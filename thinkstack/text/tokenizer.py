@@ -45,10 +45,15 @@ class Tokenizer:
     """A `tokenizers` tokenizer with control tokens kept apart from text."""
 
     def __init__(self, spec: str):
-        """spec: the contents of a tokenizer.json."""
+        """spec: the contents of a tokenizer.json. Truncation and padding that whoever trained with it left there are
+        dropped: they would cut and fill prompts.
+        """
+        plain = json.loads(spec)
+        if plain.get("truncation") or plain.get("padding"):
+            plain |= {"truncation": None, "padding": None}
+            spec = json.dumps(plain, ensure_ascii=False)
         self.spec = spec
         self._full = tokenizers.Tokenizer.from_str(spec)
-        plain = json.loads(spec)
         self._added = {t["content"]: t for t in plain["added_tokens"] if not t["content"].isspace()}
         self.control = {content: token["id"] for content, token in self._added.items()}
         longest_first = sorted(self.control, key=len, reverse=True)
@@ -64,8 +69,13 @@ class Tokenizer:
 
     @property
     def begin_ids(self) -> list[int]:
-        """What every text begins with: BOS in our family, elsewhere what the tokenizer itself puts first."""
-        return [self.control[BOS]] if BOS in self.control else self._full.encode("", add_special_tokens=True).ids
+        """What every text begins with: BOS in our family, elsewhere what the tokenizer itself puts first; nothing of
+        what it puts behind a text (EOS, SEP), which would end a prompt.
+        """
+        if BOS in self.control:
+            return [self.control[BOS]]
+        probe = self._full.encode("a", add_special_tokens=True)
+        return list(itertools.compress(probe.ids, itertools.takewhile(bool, probe.special_tokens_mask)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Control tokens spelt in it come out as ordinary characters."""
