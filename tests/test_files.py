@@ -308,7 +308,7 @@ def test_a_cut_or_damaged_safetensors_file_is_one_line_with_its_name(tmp_path):
     path, rng = tmp_path / "model.safetensors", random.Random(0)
     save_file({"a": torch.ones(3, 4), "b": torch.ones(5)}, path)
     whole = path.read_bytes()
-    for cut in range(len(whole)):
+    for cut in range(1, len(whole)):
         assert "cut off or not a safetensors file" in refusal(read_header, made(tmp_path, whole[:cut], path.name))
     for _ in range(300):
         raw = bytearray(whole)

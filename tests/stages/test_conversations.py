@@ -330,12 +330,32 @@ def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key
     "key",
     [
         *("images", "videos", "context", "history", "chosen", "thoughts", "chat_template_kwargs"),
-        *("weight", "train", "training", "trainable", "loss_mask", "loss_scale"),
+        *("weight", "train", "training", "trainable", "loss_mask", "loss_scale", "kto_tag"),
     ],
 )
 def test_a_key_of_a_row_that_would_change_what_is_learnt_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=f"line 1 has the key '{key}', which is not read and would be lost"):
         read(tmp_path, talk(user(), assistant(), **{key: ["x"]}))
+
+
+@pytest.mark.parametrize("label", [True, False, 3, "spam", None])
+def test_a_label_is_listed_unless_it_says_whether_the_answer_is_wanted(tmp_path, label):
+    """TRL's rows for KTO have label: false where an answer is a bad one; it was learnt."""
+    row = {"prompt": "q", "completion": "a", "label": label}
+    if isinstance(label, bool):
+        with pytest.raises(ConfigError, match="line 1 has the key 'label'"):
+            read(tmp_path, row)
+    else:
+        assert read(tmp_path, row) == [ASKED, PLAIN]
+
+
+@pytest.mark.parametrize("role", ["function", "observation", "tool", "ipython", "tool_response"])
+def test_a_result_that_follows_no_turn_of_the_assistant_is_refused(tmp_path, role):
+    """Some ShareGPT files call a call "function", which elsewhere is the role of results: the call was not learnt."""
+    result = {"from": role, "value": '{"name": "weather", "arguments": {}}'}
+    for before in ([], [user()], [{"role": "system", "content": "s"}]):
+        with pytest.raises(ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a call"):
+            read(tmp_path, talk(*before, result, {"from": "observation", "value": "mild"}, assistant()))
 
 
 def test_every_other_key_is_listed_once_for_its_file_with_a_count(tmp_path, caplog):

@@ -23,7 +23,7 @@ TOOLS = ("tools", "functions")
 CONTENT = (
     *("image", "images", "video", "videos", "audio", "audios", "context", "documents", "history", "chosen", "rejected"),
     *("thought", "thoughts", "cot", "chain_of_thought", "reasoning_details"),
-    *("loss_scale", "chat_template_kwargs"),
+    *("loss_scale", "kto_tag", "chat_template_kwargs"),
 )
 """Keys of a row that would change what is learnt, and that are not read."""
 FORMS = f"a list of turns ({', '.join(TURNS)}), or one of {', '.join(QUESTIONS)} with one of {', '.join(ANSWERS)}"
@@ -89,6 +89,8 @@ def _conversation(row: Row, where: str, notes: set[str]) -> Conversation:
             raise ConfigError(f"{where} has a system text beside its turns and another among them; keep one of them")
         messages.insert(0, Message(role="system", content=system))
     fields.refuse(key for key in fields.left if key in (*CONTENT, *REASONING, *TRAINED))
+    if isinstance(fields.left.get("label"), bool):  # TRL's form of answers that are wanted and of those that are not
+        fields.refuse(["label"])
     notes.update(fields.left)
     if not messages or messages[-1].role != "assistant":
         raise ConfigError(f"{where} does not end with an answer of the assistant; leave the row out")

@@ -94,6 +94,11 @@ def read_turns(values: Any, where: str, notes: set[str], trains: bool = True) ->
         fields.refuse(key for key in fields.left if key not in TURN_NOTES)
         if is_call and found and found[-1].role == "assistant":  # words, or another call, of the same turn
             message = _joined(found.pop(), message, fields.where)
+        if message.role == "tool" and (not found or found[-1].role not in ("assistant", "tool")):
+            raise ConfigError(
+                f"{fields.where} (role {as_json(value.get('role', value.get('from')))}) is the result of a call and "
+                "follows no turn of the assistant; give a call the role function_call"
+            )
         found.append(message)
     return found
 
