@@ -330,7 +330,7 @@ def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key
     "key",
     [
         *("images", "videos", "context", "history", "chosen", "thoughts", "chat_template_kwargs"),
-        *("weight", "train", "training", "trainable", "loss_mask", "loss_scale", "kto_tag"),
+        *("weight", "train", "training", "trainable", "loss_mask", "loss_scale", "kto_tag", "choices", "options"),
     ],
 )
 def test_a_key_of_a_row_that_would_change_what_is_learnt_is_refused_by_name(tmp_path, key):

@@ -197,6 +197,20 @@ def test_results_that_a_template_writes_under_a_condition_are_not_refused(condit
             chat.prompt(messages)
 
 
+def test_a_template_that_wants_ids_of_calls_writes_calls_with_them():
+    """Mistral's were said to write no calls at all, because the call that they were tried with had no id."""
+    wants = "{{ raise_exception('ids have nine letters') if m.tool_calls[0].id is not defined }}"
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}" + wants + "{{ m.tool_calls[0].function | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = TemplateFormat(tiny_tokenizer(), template, BOS, EOS)
+    call = ToolCall(name="add", arguments='{"a": 1}', id="call00001")
+    assert '"name": "add"' in text(chat.prompt([QUESTION, assistant("", tool_calls=(call,)), QUESTION]))
+    with pytest.raises(RequestError, match="ids have nine letters"):
+        chat.prompt([QUESTION, assistant("", tool_calls=(CALL,)), QUESTION])
+
+
 def test_words_before_a_call_that_a_template_leaves_out_are_refused():
     template = (
         "{% for m in messages %}{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}{% endfor %}"

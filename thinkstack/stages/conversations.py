@@ -22,6 +22,7 @@ SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 CONTENT = (
     *("image", "images", "video", "videos", "audio", "audios", "context", "documents", "history", "chosen", "rejected"),
+    *("choices", "options", "candidates"),
     *("thought", "thoughts", "cot", "chain_of_thought", "reasoning_details"),
     *("loss_scale", "kto_tag", "chat_template_kwargs"),
 )

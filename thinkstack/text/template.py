@@ -20,6 +20,8 @@ from thinkstack.types import Message, RequestError, Tool, ToolCall
 SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told whether the model is to think."""
 _PROBE = "thinkstackprobe"
+_PROBE_ID = "probe0001"
+"""Of a call; Mistral's templates refuse calls without an id of nine letters or more."""
 _ASKED = Message(role="user", content=_PROBE)
 
 
@@ -186,8 +188,8 @@ class TemplateFormat(TurnFormat):
         """
         said = f"{_PROBE}5"
         asked, words = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": f"{_PROBE}6"}
-        call = _call(ToolCall(name=_PROBE, arguments="{}", id="probe0001"), as_text=False)
-        result = {"role": "tool", "name": _PROBE, "tool_call_id": "probe0001", "content": said}
+        call = _call(ToolCall(name=_PROBE, arguments="{}", id=_PROBE_ID), as_text=False)
+        result = {"role": "tool", "name": _PROBE, "tool_call_id": _PROBE_ID, "content": said}
         tried: dict[str, list[list[dict[str, Any]]]] = {
             "system": [[{"role": "system", "content": said}, asked]],
             "tool": [[asked, turn, result] for turn in (words, words | {"tool_calls": [call]})],  # some want a call
@@ -209,7 +211,7 @@ class TemplateFormat(TurnFormat):
             return True
 
     def _writes_call(self, as_text: bool, content: str | None) -> bool:
-        call = ToolCall(name=f"{_PROBE}1", arguments=f'{{"{_PROBE}2": "{_PROBE}3"}}')
+        call = ToolCall(name=f"{_PROBE}1", arguments=f'{{"{_PROBE}2": "{_PROBE}3"}}', id=_PROBE_ID)
         said = {"role": "assistant", "content": content, "tool_calls": [_call(call, as_text)]}
         names = {"bos_token": self.bos, "eos_token": self.eos, "tools": None, "add_generation_prompt": False}
         asked = {"role": "user", "content": _PROBE}
