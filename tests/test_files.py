@@ -1,5 +1,7 @@
 """Files that people bring: what a line is, which files are refused and in which words, one way for all readers."""
 
+import datetime
+import decimal
 import gzip
 import json
 import random
@@ -134,6 +136,14 @@ def test_rows_and_prompts_are_the_same_however_they_were_saved(tmp_path, pack, m
     assert read_prompts(made(tmp_path, pack(mark + end.join((b"one", b"two ")) + end * last))) == ["one", "two "]
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CR LF"])
+@pytest.mark.parametrize("marks", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 0, 1), (1, 2, 0)])
+def test_rows_of_files_that_were_joined_may_begin_with_a_mark_each(tmp_path, marks, end):
+    rows = [BOM * marks[i] + b'{"question": "q%d"}' % i for i in range(3)]
+    found = [row["question"] for _, row in read_rows(made(tmp_path, end.join(rows)))]
+    assert found == ["q0", "q1", "q2"]
+
+
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
 def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path, mark):
     """str.splitlines ends a line at each of these: one prompt became two, and one row of JSON two halves."""
@@ -171,6 +181,9 @@ def zlib_gz(text: str) -> bytes:
         (b'{"question": "q"}\n[1]\n', "line 2 is a list, not an object"),
         (b"[1, 2]\n", "entry 1 is a number, not an object"),
         (b"null\n", "line 1 is null, not an object"),
+        (b'{"question": "q", "answer": "a", "question": "r"}\n', "line 1 has the key 'question' twice"),
+        (b'{"a": [{"role": "user", "content": "q", "role": "x"}]}\n', "line 1 has the key 'role' twice"),
+        (b'[{"a": 1}, {"a": 1, "a": 1}]', r"x\.jsonl has the key 'a' twice"),
         (b'{"question": "\\ud83d"}\n', r"line 1 has \\ud83d, half of a character"),
         (b'{"question": ["a", {"b": "\\uDE00 x"}]}\n', r"line 1 has \\ude00, half of a character"),
         (b"[" * 100_000, "cannot be read as JSON"),
@@ -206,8 +219,17 @@ def test_texts_are_whole_files_or_the_text_of_each_row(tmp_path, caplog):
     rows = b'{"text": "one", "url": "u"}\n{"text": "two", "url": "v", "id": 1}\n'
     assert read_texts(made(tmp_path, rows, "c4.jsonl")) == ["one", "two"]
     assert f"{tmp_path / 'c4.jsonl'}: keys not used: url (2 rows), id (1 rows)" in caplog.text
-    for row in (b'{"content": "one"}', b'{"text": null}', b'{"text": ["one"]}', b'{"text": 1}', b'{"Text": "one"}'):
-        assert 'line 1 has no text under the key "text"' in refusal(read_texts, made(tmp_path, row, "c4.jsonl"))
+    for name in ("C4.JSONL", "c4.ndjson", "c4.Json.GZ", "c4.json"):
+        assert read_texts(made(tmp_path, b'[{"text": "one"}]', name)) == ["one"]
+    for row, said in (
+        (b'{"content": "one"}', 'line 1 has no key "text" (it has content)'),
+        (b'{"Text": "one"}', 'line 1 has no key "text" (it has Text)'),
+        (b'{"text": null}', 'line 1: "text" is null, not text'),
+        (b'{"text": ["one"]}', 'line 1: "text" is a list, not text'),
+        (b'{"text": 1}', 'line 1: "text" is a number, not text'),
+        (b'{"text": false}', 'line 1: "text" is true or false, not text'),
+    ):
+        assert said in refusal(read_texts, made(tmp_path, row, "c4.jsonl"))
     for name, raw in (
         ("a.txt", b""),
         ("b.txt", BOM),
@@ -252,6 +274,25 @@ def test_damaged_parquet_is_one_line_and_nulls_within_a_column_are_no_keys(tmp_p
             list(read_rows(made(tmp_path, bytes(raw), "x.parquet")))
         except ConfigError as error:
             assert "x.parquet" in str(error) and "\n" not in str(error)
+
+
+def test_values_that_only_parquet_has_are_refused_by_their_type(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    day = datetime.date(2025, 1, 20)
+    for turns, more, said in (
+        ([{"role": b"user", "content": "q"}], {}, "role .* is not known"),
+        ([{"role": "user", "content": b"q"}], {}, "content or value is of type bytes, not text"),
+        ([{"role": "user", "content": day}], {}, "content or value is of type date, not text"),
+        ([{"role": "assistant", "content": "a", "weight": decimal.Decimal("0.5")}], {}, "weight=.* is not supported"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"d": day}}]}], {}, "written as JSON"),
+        ([], {"question": day, "answer": "a"}, "the question is of type date, not text"),
+        ([], {"question": "q", "answer": "a", "tools": [{"name": "f", "parameters": {"d": day}}]}, "written as JSON"),
+    ):
+        row = ({"messages": turns} if turns else {}) | more
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.PARQUET")
+        with pytest.raises(ConfigError, match=rf"x\.PARQUET row 1.*{said}"):
+            read_conversations([str(tmp_path / "x.PARQUET")])
 
 
 def test_json_and_tokenizers_of_a_checkpoint_may_begin_with_a_mark(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from thinkstack.files import ROW_ENDINGS, log_unused_keys, read_rows, read_text
+from thinkstack.files import has_rows, kind_of, log_unused_keys, read_rows, read_text
 from thinkstack.types import Batch, ConfigError
 
 
@@ -218,11 +218,15 @@ def read_texts(path: Path) -> list[str]:
 
     Raises ConfigError for a file that cannot be read or holds no text, and for rows without a "text".
     """
-    if path.name.removesuffix(".gz").endswith(ROW_ENDINGS):
+    if has_rows(path):
         texts, unused = [], Counter[str]()
         for where, row in read_rows(path):
-            if not isinstance(row.get("text"), str):
-                raise ConfigError(f'{where} has no text under the key "text" (it has {", ".join(row)}); rename the key')
+            if "text" not in row:
+                raise ConfigError(f'{where} has no key "text" (it has {", ".join(row)}); rename the key')
+            if not isinstance(row["text"], str):
+                raise ConfigError(
+                    f'{where}: "text" is {kind_of(row["text"])}, not text; correct it or leave the row out'
+                )
             texts.append(row["text"])
             unused.update(key for key in row if key != "text")
         log_unused_keys(path, unused)

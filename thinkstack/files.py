@@ -21,7 +21,7 @@ from thinkstack.types import ConfigError
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 ROW_FORMS = "JSON lines (.jsonl), a JSON list (.json), both also as .gz, or .parquet"
-ROW_ENDINGS = (".jsonl", ".json", ".parquet")
+ROW_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 LFS_POINTER = b"version https://git-lfs"
 """How the file begins that lies in a clone in place of one that was not fetched."""
@@ -75,11 +75,16 @@ def read_text(path: Path, what: str = "file") -> str:
     return "".join(lines(path, what))
 
 
+def has_rows(path: Path) -> bool:
+    """Whether the ending of a file says that it holds rows, in any case of letters."""
+    return path.name.lower().removesuffix(".gz").endswith(ROW_ENDINGS)
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a file of JSON lines, a JSON list or parquet, each with its address for messages; blank lines are
     left out. In parquet, a key within a column that is null is a key that the row does not have. Raises ConfigError.
     """
-    found = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    found = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
     for where, row in found:
         if not isinstance(row, dict):
             raise ConfigError(f"{where} is {kind_of(row)}, not an object with keys; known: {ROW_FORMS}")
@@ -88,10 +93,32 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def read_object(path: Path) -> Row:
     """The JSON object that a file holds. Raises ConfigError."""
-    found = _parsed(read_text(path), str(path), "fetch or write it again")
+    found = parse_json(read_text(path), str(path), "fetch or write it again", has_unique_keys=False)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is {kind_of(found)}, not a JSON object; fetch or write it again")
     return found
+
+
+def parse_json(text: str, where: str, way_out: str, has_unique_keys: bool = True) -> Any:
+    """The value that JSON text holds. has_unique_keys: refuse a key that stands twice in an object; without, its last
+    value counts. Raises ConfigError, which begins with `where` and ends with `way_out`; also for half a character.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object if has_unique_keys else None)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise ConfigError(f"{where} is not JSON ({line}column {error.colno}: {error.msg}); {way_out}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
+        raise ConfigError(f"{where} cannot be read as JSON ({error}); {way_out}") from error
+    if "\\ud" in text or "\\uD" in text:  # json takes half of a surrogate pair for a character; nothing can encode it
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ConfigError(f"{where} has {half}, half of a character that was cut in two; remove it") from error
+    return value
 
 
 def log_unused_keys(path: Path, counts: Counter[str]) -> None:
@@ -101,9 +128,15 @@ def log_unused_keys(path: Path, counts: Counter[str]) -> None:
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in JSON's words."""
+    """What a value of a row is, in JSON's words; parquet has others too."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return next((name for kind, name in kinds.items() if isinstance(value, kind)), "a number")
+    kinds |= dict.fromkeys((int, float), "a number")
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"of type {type(value).__name__}")
+
+
+def as_json(value: object) -> str:
+    """A value of a row for messages, as JSON writes it; bytes and dates of parquet as Python does."""
+    return json.dumps(value, default=repr)
 
 
 @contextmanager
@@ -131,30 +164,23 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text, is_first = lines(path), True
     for number, line in enumerate(text, start=1):
+        line = line.lstrip("\ufeff")  # files joined by `cat` bring their byte-order marks along
         if is_first and line.lstrip().startswith("["):
-            values = _parsed("".join((line, *text)), str(path), f"known: {ROW_FORMS}")
+            values = parse_json("".join((line, *text)), str(path), f"known: {ROW_FORMS}")
             yield from ((f"{path} entry {place}", value) for place, value in enumerate(values, start=1))
         elif line.strip():
             is_first = False
             way_out = f"known: {ROW_FORMS}" if line.endswith("\n") else "the file may be cut off: fetch it again"
-            yield f"{path} line {number}", _parsed(line, f"{path} line {number}", way_out)
+            yield f"{path} line {number}", parse_json(line, f"{path} line {number}", way_out)
 
 
-def _parsed(text: str, where: str, way_out: str) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise ConfigError(f"{where} is not JSON ({line}column {error.colno}: {error.msg}); {way_out}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
-        raise ConfigError(f"{where} cannot be read as JSON ({error}); {way_out}") from error
-    if "\\ud" in text or "\\uD" in text:  # json takes half of a surrogate pair for a character; nothing can encode it
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ConfigError(f"{where} has {half}, half of a character that was cut in two; remove it") from error
-    return value
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """An object whose keys differ. Python would drop all values but the last of a key that stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ConfigError(f"has the key {twice!r} twice in one object; keep one of them")
+    return found
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:

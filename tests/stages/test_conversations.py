@@ -89,7 +89,9 @@ def test_thoughts_are_read_under_each_of_their_keys(tmp_path, key):
         (talk(user(), assistant(reasoning="t", thinking="u")), "turn 2 has reasoning and thinking, which differ"),
         ({"prompt": "q", "response": "a", "reasoning_content": "t", "thinking": "u"}, "reasoning_content and thinking"),
         (talk(user(), assistant("<think>u</think>a", reasoning="t")), "thoughts twice"),
-        ({"question": "q", "answer": "\n<think>u</think>a", "reasoning": "on"}, "thoughts twice"),
+        ({"question": "q", "answer": "\n<think>u</think>a", "reasoning": "u"}, "thoughts twice"),
+        ({"input": [user()], "output": "<think>u</think>a", "reasoning": "on"}, "reasoning='on' is a switch"),
+        ({"input": [user()], "output": "a", "reasoning": "off"}, "reasoning='off' is a switch"),
         (talk(user(reasoning="t"), assistant()), "turn 1 has the key 'reasoning'"),
         (talk(user(), assistant(), reasoning="t"), "line 1 has the key 'reasoning'"),
         (talk(user(), assistant(reasoning=["t"])), "reasoning.*part 1 is text, not an object"),
@@ -148,6 +150,8 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
         ({"tool_calls": [{"function": {"name": "f", "arguments": 0}}]}, "arguments are no JSON object"),
         ({"tool_calls": [OPENAI, {"function": {"arguments": "{}"}}]}, "call 2 has no name"),
         ({"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, "not of type function"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}, "arguments has the key 'a' twice"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}, r"arguments has \\ud83d, half of a char"),
         ({"tool_calls": [OPENAI | {"output": "mild"}]}, "call 1 has the key 'output'"),
         ({"tool_calls": "weather"}, "call 1 is text, not an object"),
         ({"tool_calls": [OPENAI], "function_call": {"name": "f"}}, "tool_calls and function_call, which differ"),
@@ -310,6 +314,12 @@ def test_a_row_that_is_no_conversation_is_refused_in_our_words(tmp_path, row, me
     assert "\n" not in str(error.value) and "Error(" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [None, "", "I cannot"])
+def test_a_refusal_is_named_even_where_nothing_else_is_said(tmp_path, content):
+    with pytest.raises(ConfigError, match="line 1, turn 2 has the key 'refusal'"):
+        read(tmp_path, talk(user(), assistant(content, refusal="no")))
+
+
 @pytest.mark.parametrize("key", ["images", "audio", "refusal", "name", "reasoning_details", "cot", "tool_calls_text"])
 def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=f"line 1, turn 2 has the key '{key}', which is not read and would be lost"):
@@ -317,11 +327,35 @@ def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key
 
 
 @pytest.mark.parametrize(
-    "key", ["images", "videos", "context", "history", "chosen", "thoughts", "chat_template_kwargs"]
+    "key",
+    [
+        *("images", "videos", "context", "history", "chosen", "thoughts", "chat_template_kwargs"),
+        *("weight", "train", "training", "trainable", "loss_mask", "loss_scale", "kto_tag", "choices", "options"),
+    ],
 )
 def test_a_key_of_a_row_that_would_change_what_is_learnt_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=f"line 1 has the key '{key}', which is not read and would be lost"):
         read(tmp_path, talk(user(), assistant(), **{key: ["x"]}))
+
+
+@pytest.mark.parametrize("label", [True, False, 3, "spam", None])
+def test_a_label_is_listed_unless_it_says_whether_the_answer_is_wanted(tmp_path, label):
+    """TRL's rows for KTO have label: false where an answer is a bad one; it was learnt."""
+    row = {"prompt": "q", "completion": "a", "label": label}
+    if isinstance(label, bool):
+        with pytest.raises(ConfigError, match="line 1 has the key 'label'"):
+            read(tmp_path, row)
+    else:
+        assert read(tmp_path, row) == [ASKED, PLAIN]
+
+
+@pytest.mark.parametrize("role", ["function", "observation", "tool", "ipython", "tool_response"])
+def test_a_result_that_follows_no_turn_of_the_assistant_is_refused(tmp_path, role):
+    """Some ShareGPT files call a call "function", which elsewhere is the role of results: the call was not learnt."""
+    result = {"from": role, "value": '{"name": "weather", "arguments": {}}'}
+    for before in ([], [user()], [{"role": "system", "content": "s"}]):
+        with pytest.raises(ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a call"):
+            read(tmp_path, talk(*before, result, {"from": "observation", "value": "mild"}, assistant()))
 
 
 def test_every_other_key_is_listed_once_for_its_file_with_a_count(tmp_path, caplog):

@@ -180,6 +180,37 @@ def test_roles_that_a_template_passes_over_are_refused(role):
     silent.prompt([QUESTION])
 
 
+@pytest.mark.parametrize(
+    "condition", ["tools", "messages[loop.index0 - 1].tool_calls", "m.tool_call_id", "m.name", "tools is defined"]
+)
+def test_results_that_a_template_writes_under_a_condition_are_not_refused(condition):
+    template = (
+        "{{ tools }}{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}"
+        f"{{% elif {condition} %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    )
+    chat = TemplateFormat(tiny_tokenizer(), template, BOS, EOS)
+    called = assistant("", tool_calls=(ToolCall(name="f", arguments="{}", id="c"),))
+    messages = [QUESTION, called, Message(role="tool", content="said", tool_call_id="c", name="f")]
+    assert "said" in text(chat.prompt(messages, [Tool(name="f", description="f")]))
+    if condition == "tools":
+        with pytest.raises(RequestError, match="leaves out messages of the role 'tool'"):
+            chat.prompt(messages)
+
+
+def test_a_template_that_wants_ids_of_calls_writes_calls_with_them():
+    """Mistral's were said to write no calls at all, because the call that they were tried with had no id."""
+    wants = "{{ raise_exception('ids have nine letters') if m.tool_calls[0].id is not defined }}"
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}" + wants + "{{ m.tool_calls[0].function | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = TemplateFormat(tiny_tokenizer(), template, BOS, EOS)
+    call = ToolCall(name="add", arguments='{"a": 1}', id="call00001")
+    assert '"name": "add"' in text(chat.prompt([QUESTION, assistant("", tool_calls=(call,)), QUESTION]))
+    with pytest.raises(RequestError, match="ids have nine letters"):
+        chat.prompt([QUESTION, assistant("", tool_calls=(CALL,)), QUESTION])
+
+
 def test_words_before_a_call_that_a_template_leaves_out_are_refused():
     template = (
         "{% for m in messages %}{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}{% endfor %}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.files import Row, kind_of, log_unused_keys, matching_files, read_rows
-from thinkstack.stages.turns import REASONING, Fields, answer, read_tools, read_turns
+from thinkstack.stages.turns import REASONING, TRAINED, Fields, answer, read_tools, read_turns
 from thinkstack.tasks.corpus import worked_example
 from thinkstack.tasks.table import families
 from thinkstack.types import ConfigError, Message, Tool
@@ -22,8 +22,9 @@ SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 CONTENT = (
     *("image", "images", "video", "videos", "audio", "audios", "context", "documents", "history", "chosen", "rejected"),
+    *("choices", "options", "candidates"),
     *("thought", "thoughts", "cot", "chain_of_thought", "reasoning_details"),
-    *("weight", "loss_mask", "loss_scale", "chat_template_kwargs"),
+    *("loss_scale", "kto_tag", "chat_template_kwargs"),
 )
 """Keys of a row that would change what is learnt, and that are not read."""
 FORMS = f"a list of turns ({', '.join(TURNS)}), or one of {', '.join(QUESTIONS)} with one of {', '.join(ANSWERS)}"
@@ -88,7 +89,9 @@ def _conversation(row: Row, where: str, notes: set[str]) -> Conversation:
         if any(message.role == "system" for message in messages):
             raise ConfigError(f"{where} has a system text beside its turns and another among them; keep one of them")
         messages.insert(0, Message(role="system", content=system))
-    fields.refuse(key for key in fields.left if key in (*CONTENT, *REASONING))
+    fields.refuse(key for key in fields.left if key in (*CONTENT, *REASONING, *TRAINED))
+    if isinstance(fields.left.get("label"), bool):  # TRL's form of answers that are wanted and of those that are not
+        fields.refuse(["label"])
     notes.update(fields.left)
     if not messages or messages[-1].role != "assistant":
         raise ConfigError(f"{where} does not end with an answer of the assistant; leave the row out")

@@ -1,6 +1,5 @@
 """Measure a checkpoint on held-out problems: sampled, greedy, and in wordings it never saw."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +12,7 @@ from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.figures import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
+from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.models.precision import AskedPrecision, Stored
@@ -115,4 +115,4 @@ def read_evaluation(run: Run, file: str) -> Evaluation:
     path = run.folder / file
     if not path.exists():
         raise ConfigError(f"{run.folder} holds no {file}; let its stage run first")
-    return Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return Evaluation.from_dict(read_object(path))

@@ -1,12 +1,12 @@
 """Put the evaluations of a recipe side by side: summary.json for programs, a report for people."""
 
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from thinkstack.evals.figures import Evaluation
 from thinkstack.evals.report import write_report
+from thinkstack.files import read_object
 from thinkstack.log import CURVE, PROVENANCE, Run, clock, read_lines, write_json
 from thinkstack.stages.evaluate import GREEDY, SAMPLED, UNSEEN, read_evaluation, read_evaluations
 
@@ -33,7 +33,7 @@ def report(cfg: ReportConfig, run: Run) -> None:
     greedy, unseen = (read_evaluations(out, cfg.columns, file) for file in (GREEDY, UNSEEN))
     curve = read_lines(out / cfg.training / CURVE) if cfg.training else []
     metrics = Run(out / cfg.training).rows() if cfg.training else []
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_object(out / "manifest.json")
     seconds = {name: record["seconds"] for name, record in manifest.items() if record["done"]}
     facts = describe_run(run, seconds)
     facts |= {f"greedy in unseen wordings, {name}": f"{found.pass_at_1:.3f}" for name, found in unseen.items()}
@@ -63,6 +63,6 @@ def summary(columns: dict[str, Evaluation], greedy: dict[str, Evaluation]) -> di
 
 def describe_run(run: Run, seconds: dict[str, float]) -> dict[str, str]:
     """Where the figures come from."""
-    known = json.loads((run.folder / PROVENANCE).read_text(encoding="utf-8"))
+    known = read_object(run.folder / PROVENANCE)
     facts = {name: str(known[name]) for name in ("commit", "date", "machine")}
     return facts | {f"time of {name}": clock(value) for name, value in seconds.items()}

@@ -1,6 +1,5 @@
 """A conversation with a checkpoint: thinking and answer as they are drawn, and a word on what it cannot read."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.files import read_object
 from thinkstack.log import write_json
 from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.models.transformer import Transformer
@@ -183,4 +183,4 @@ def keep_limit(folder: Path, model: Transformer, chat: ChatFormat, suite: Sequen
 def read_limit(source: str) -> float | None:
     """The limit that `keep_limit` wrote, or None."""
     path = Path(source) / READING
-    return json.loads(path.read_text(encoding="utf-8"))["question_nats_limit"] if path.exists() else None
+    return read_object(path)["question_nats_limit"] if path.exists() else None

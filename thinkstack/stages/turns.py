@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from thinkstack.files import kind_of
+from thinkstack.files import as_json, kind_of, parse_json
 from thinkstack.text.tokenizer import THINK_OPEN
 from thinkstack.types import ConfigError, Message, Role, Tool, ToolCall
 
@@ -28,6 +28,7 @@ TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "ste
 ms-swift's loss, slime's step_loss_mask."""
 TURN_NOTES = ("id", "index", "message_id", "timestamp", "language", "model")
 """Keys of a turn that say something about it and nothing in it; listed, not refused."""
+CORRECT = "correct it"
 
 
 class Fields:
@@ -93,6 +94,11 @@ def read_turns(values: Any, where: str, notes: set[str], trains: bool = True) ->
         fields.refuse(key for key in fields.left if key not in TURN_NOTES)
         if is_call and found and found[-1].role == "assistant":  # words, or another call, of the same turn
             message = _joined(found.pop(), message, fields.where)
+        if message.role == "tool" and (not found or found[-1].role not in ("assistant", "tool")):
+            raise ConfigError(
+                f"{fields.where} (role {as_json(value.get('role', value.get('from')))}) is the result of a call and "
+                "follows no turn of the assistant; give a call the role function_call"
+            )
         found.append(message)
     return found
 
@@ -104,14 +110,16 @@ def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
         raise ConfigError(f"{fields.where} has no role (keys role or from); known: {', '.join(ROLES)}")
     role = ROLES.get(str(spelled).lower())
     if role is None:
-        raise ConfigError(f"{fields.where}: role {json.dumps(spelled)} is not known; known: {', '.join(ROLES)}")
+        raise ConfigError(f"{fields.where}: role {as_json(spelled)} is not known; known: {', '.join(ROLES)}")
     has_content = any(fields.values.get(key) is not None for key in ("content", "value"))
     content = fields.take_text(("content", "value")) or ""
     if str(spelled).lower() in CALL_ROLES:
-        calls = _calls(_from_json(content, f"{fields.where}: the content of a call"), fields.where)
+        calls = _calls(parse_json(content, f"{fields.where}: the content of a call", CORRECT), fields.where)
         return Message(role=role, content="", tool_calls=calls, is_trained=_is_trained(fields, role, trains)), True
     if role == "assistant":
         calls = _calls(fields.take(("tool_calls", "function_call")), fields.where)
+        if not content.strip() and not calls:  # what is said may stand under a key that is not read, such as refusal
+            fields.refuse(key for key in fields.left if key not in (*TURN_NOTES, *REASONING, *TRAINED))
         if not has_content and not calls:
             raise ConfigError(f"{fields.where} has neither content nor calls; leave the row out")
         return answer(content, fields, calls, _is_trained(fields, role, trains)), False
@@ -127,6 +135,8 @@ def answer(content: str, fields: Fields, calls: tuple[ToolCall, ...] = (), is_tr
     to train on that says nothing.
     """
     reasoning = fields.take_text(REASONING)
+    if reasoning in ("on", "off"):
+        raise ConfigError(f"{fields.where}: reasoning={reasoning!r} is a switch, no thoughts; remove it")
     if reasoning is not None and content.lstrip().startswith(THINK_OPEN):
         raise ConfigError(f"{fields.where} has thoughts twice: under a key and as {THINK_OPEN} in the text; keep one")
     if is_trained and not (content.strip() or calls or reasoning):
@@ -147,12 +157,12 @@ def _is_trained(fields: Fields, role: Role, trains: bool) -> bool:
     for name, value in masks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise ConfigError(
-                f"{fields.where}: {name}={json.dumps(value)} is not supported; a turn is trained on (1, true) or not "
+                f"{fields.where}: {name}={as_json(value)} is not supported; a turn is trained on (1, true) or not "
                 "(0, false)"
             )
         if value and role != "assistant":
             raise ConfigError(
-                f"{fields.where}: {name}={json.dumps(value)} asks to train on a turn of the {role}; only what the "
+                f"{fields.where}: {name}={as_json(value)} asks to train on a turn of the {role}; only what the "
                 "assistant says is learnt"
             )
     if len({bool(value) for value in masks.values()}) > 1:
@@ -176,12 +186,8 @@ def _call(value: Any, where: str) -> ToolCall:
     name, arguments = inner.take_text(("name",)), inner.take(("arguments", "parameters"))
     if name is None:
         raise ConfigError(f"{where} has no name of a function; correct it")
-    text = (
-        arguments
-        if isinstance(arguments, str)
-        else json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    )
-    if not isinstance(_from_json(text, f"{where}: arguments"), dict):
+    text = arguments if isinstance(arguments, str) else _written({} if arguments is None else arguments, where)
+    if not isinstance(parse_json(text, f"{where}: arguments", CORRECT), dict):
         raise ConfigError(f"{where}: arguments are no JSON object; correct them")
     for fields in (inner, outer):
         fields.refuse(fields.left)
@@ -190,7 +196,7 @@ def _call(value: Any, where: str) -> ToolCall:
 
 def read_tools(value: Any, where: str, notes: set[str]) -> tuple[Tool, ...]:
     """Tools as OpenAI describes them: a list, or JSON text of one. Raises ConfigError with the address of the tool."""
-    values = _from_json(value, f"{where}: tools") if isinstance(value, str) else value
+    values = parse_json(value, f"{where}: tools", CORRECT) if isinstance(value, str) else value
     if values is None:
         return ()
     if not isinstance(values, list):
@@ -199,7 +205,7 @@ def read_tools(value: Any, where: str, notes: set[str]) -> tuple[Tool, ...]:
     for number, entry in enumerate(values, start=1):
         address = f"{where}, tool {number}"
         if isinstance(entry, str):  # each tool as a text of JSON
-            entry = _from_json(entry, address)
+            entry = parse_json(entry, address, CORRECT)
         outer = Fields(entry, address)
         inner = Fields(outer.take(("function",)), address) if "function" in outer.left else outer
         outer.take(("type",))
@@ -207,6 +213,7 @@ def read_tools(value: Any, where: str, notes: set[str]) -> tuple[Tool, ...]:
             notes.add("tool's strict")
         name, description = inner.take_text(("name",)), inner.take_text(("description",))
         parameters = Fields(inner.take(("parameters",)) or {}, f"{address}: parameters").values
+        _written(parameters, address)
         if name is None:
             raise ConfigError(f"{address} has no name; correct it")
         for fields in (inner, outer):
@@ -215,8 +222,9 @@ def read_tools(value: Any, where: str, notes: set[str]) -> tuple[Tool, ...]:
     return tuple(found)
 
 
-def _from_json(text: str, where: str) -> Any:
+def _written(value: Any, where: str) -> str:
+    """A value as JSON text. Raises ConfigError for the dates and bytes of parquet, which JSON does not have."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON ({error}); correct it") from error
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise ConfigError(f"{where} cannot be written as JSON ({error}); {CORRECT}") from error

@@ -20,6 +20,8 @@ from thinkstack.types import Message, RequestError, Tool, ToolCall
 SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told whether the model is to think."""
 _PROBE = "thinkstackprobe"
+_PROBE_ID = "probe0001"
+"""Of a call; Mistral's templates refuse calls without an id of nine letters or more."""
 _ASKED = Message(role="user", content=_PROBE)
 
 
@@ -124,7 +126,7 @@ class TemplateFormat(TurnFormat):
         names = variables(template)
         if tools and "tools" not in names:
             raise RequestError("this model's chat template has no place for tools; describe them in the system message")
-        lost = next((message.role for message in messages if message.role in self._left_out), None)
+        lost = next((message.role for message in messages if message.role in self._left_out[bool(tools)]), None)
         if lost is not None:
             raise RequestError(f"this model's chat template leaves out messages of the role {lost!r}; take them out")
         switches = {name: thinking for name in SWITCHES if name in names and thinking is not None}
@@ -180,25 +182,36 @@ class TemplateFormat(TurnFormat):
         raise RequestError("this model's chat template writes no tool calls; leave them out of the conversation")
 
     @cached_property
-    def _left_out(self) -> frozenset[str]:
-        """Roles of whose messages the template writes nothing, found by trying. Those that it refuses are not in it."""
+    def _left_out(self) -> dict[bool, frozenset[str]]:
+        """Roles of whose messages the template writes nothing, without tools and with them, found by trying. Those that
+        it refuses are not in it.
+        """
         said = f"{_PROBE}5"
-        asked, called = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": f"{_PROBE}6"}
-        tried = {
-            "system": [{"role": "system", "content": said}, asked],
-            "tool": [asked, called, {"role": "tool", "name": _PROBE, "content": said}],
+        asked, words = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": f"{_PROBE}6"}
+        call = _call(ToolCall(name=_PROBE, arguments="{}", id=_PROBE_ID), as_text=False)
+        result = {"role": "tool", "name": _PROBE, "tool_call_id": _PROBE_ID, "content": said}
+        tried: dict[str, list[list[dict[str, Any]]]] = {
+            "system": [[{"role": "system", "content": said}, asked]],
+            "tool": [[asked, turn, result] for turn in (words, words | {"tool_calls": [call]})],  # some want a call
         }
-        names = {"bos_token": self.bos, "eos_token": self.eos, "tools": None, "add_generation_prompt": True}
-        return frozenset(role for role, messages in tried.items() if not self._writes(said, messages, names))
+        return {
+            has_tools: frozenset(
+                role for role, talks in tried.items() if not any(self._writes(said, talk, has_tools) for talk in talks)
+            )
+            for has_tools in (False, True)
+        }
 
-    def _writes(self, said: str, messages: list[dict[str, str]], names: dict[str, Any]) -> bool:
+    def _writes(self, said: str, messages: list[dict[str, Any]], has_tools: bool) -> bool:
+        names: dict[str, Any] = {"bos_token": self.bos, "eos_token": self.eos, "add_generation_prompt": True}
+        names["tools"] = [_schema(Tool(name=_PROBE, description=_PROBE))] if has_tools else None
+        template = self.tool_template if has_tools and self.tool_template else self.template
         try:
-            return said in render(self.tool_template or self.template, messages=messages, **names)
+            return said in render(template, messages=messages, **names)
         except RequestError:
             return True
 
     def _writes_call(self, as_text: bool, content: str | None) -> bool:
-        call = ToolCall(name=f"{_PROBE}1", arguments=f'{{"{_PROBE}2": "{_PROBE}3"}}')
+        call = ToolCall(name=f"{_PROBE}1", arguments=f'{{"{_PROBE}2": "{_PROBE}3"}}', id=_PROBE_ID)
         said = {"role": "assistant", "content": content, "tool_calls": [_call(call, as_text)]}
         names = {"bos_token": self.bos, "eos_token": self.eos, "tools": None, "add_generation_prompt": False}
         asked = {"role": "user", "content": _PROBE}
