@@ -1,7 +1,7 @@
 """Completions in company against the same alone, bit for bit: `python bench/exactness.py [--answers 5000] [--only X]`.
 
 Random small models of every attention; random requests in batches, in chunks, pushed out of a small cache, over cached
-prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again alone, of an engine that caches none.
+prefixes, in groups, drafted ahead, with kept sets and penalties. Each is asked again alone, without a prefix cache.
 Tokens, log-probabilities and alternatives must have the same bits. Every path in a process of its own: the kernels,
 torch's operators alone, and what is used where nothing is asked for, on every instruction set of this processor.
 """
