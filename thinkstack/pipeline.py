@@ -19,7 +19,7 @@ from thinkstack.checkpoint.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
 from thinkstack.evals.report import markdown_table, setting_line, table_rows
-from thinkstack.files import matching_files
+from thinkstack.files import matching_files, read_text
 from thinkstack.log import Run, clock, write_json
 from thinkstack.machine import describe_machine
 from thinkstack.models.kernels import choice
@@ -118,7 +118,7 @@ def plan(tree: Tree, out: Path) -> list[Step]:
         if values.get("start") in {step.name for step in steps}:
             values["start"] = str(out / values["start"] / MODEL)
         config: Any = build(config_kind, values, f"stages.{name}")
-        code = [Path(part.rpartition(":")[0]).read_text(encoding="utf-8") for part in reward_parts(config)]
+        code = [read_text(Path(part.rpartition(":")[0])) for part in reward_parts(config)]
         text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else "", *code], sort_keys=True)
         steps.append(Step(name, kind, config, hashlib.sha256(text.encode()).hexdigest()[:16]))
     if not steps:

@@ -158,6 +158,6 @@ def _is_as_short(reference: str, answer: str) -> bool:
     and at most twice the characters."""
     if number_of(reference) is not None and number_of(answer) is None:
         return False
-    lines, words = len(answer.strip().splitlines()), len(answer.split())
+    lines, words = len(answer.strip().split("\n")), len(answer.split())
     length, most = len("".join(answer.split())), 2 * len("".join(reference.split()))
-    return lines <= len(reference.splitlines()) and words <= 2 * len(reference.split()) and length <= max(most, 8)
+    return lines <= len(reference.split("\n")) and words <= 2 * len(reference.split()) and length <= max(most, 8)
