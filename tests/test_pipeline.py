@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from thinkstack import pipeline
+from thinkstack.catalog import describe_recipe, list_recipes
 from thinkstack.config import override
 from thinkstack.log import Run
 from thinkstack.models.kernels import choice
 from thinkstack.models.precision import resolve_precision
-from thinkstack.pipeline import plan, read_manifest, read_recipe, run_recipe
+from thinkstack.pipeline import plan, read_manifest, read_recipe, recipe_names, run_recipe
 from thinkstack.types import ConfigError, Interrupted
 
 RECIPES = sorted(path.stem for path in (Path(pipeline.__file__).parent / "recipes").glob("*.toml"))
@@ -122,7 +123,7 @@ def test_a_folder_made_with_other_settings_is_not_mixed_with_these(tmp_path: Pat
     Scripted(monkeypatch)
     tree = read_recipe("demo", "smoke")
     run_recipe(tree, tmp_path)
-    with pytest.raises(ConfigError, match=r"was made with other settings; choose another folder with --out"):
+    with pytest.raises(ConfigError, match=r"was made with other settings or data; choose another folder"):
         run_recipe(override(tree, "stages.zero.steps=3"), tmp_path)
 
 
@@ -147,3 +148,58 @@ def test_a_resumed_stage_computes_as_it_was_begun(tmp_path: Path, monkeypatch: p
     assert dtypes == ["bf16", "bf16", "fp32"]  # the second stage was not begun before
     kept = Run(tmp_path / "first").provenance()["config"]["computed_with"]
     assert kept["auto_dtype"] == "bf16" and kept["reason"]
+
+
+def test_other_data_under_the_same_name_is_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The stage was "done" for data that had been written anew."""
+    Scripted(monkeypatch)
+    data = tmp_path / "chats.jsonl"
+    data.write_text("{}")
+    tree = {"stages": {"sft": {"stage": "sft", "start": "OWNER/NAME", "data": [str(data)]}}}
+    run_recipe(tree, tmp_path / "run")
+    run_recipe(tree, tmp_path / "run")
+    data.write_text("{ }")
+    with pytest.raises(ConfigError, match="other settings or data"):
+        run_recipe(tree, tmp_path / "run")
+
+
+def test_a_stage_that_was_refused_before_its_first_step_takes_other_settings(tmp_path: Path, monkeypatch):
+    """A row that could not be read left a folder that no other settings were allowed in."""
+
+    def refused(cfg: object, run: Run) -> None:
+        raise ConfigError("no conversation")
+
+    tree = read_recipe("demo", "smoke")
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.STAGES, "pretrain", (pipeline.STAGES["pretrain"][0], refused))
+        with pytest.raises(ConfigError, match="no conversation"):
+            run_recipe(tree, tmp_path)
+    script = Scripted(monkeypatch)
+    run_recipe(override(tree, "stages.base.steps=3"), tmp_path)
+    assert script.ran[0] == "base"
+
+
+@pytest.mark.parametrize("missing", ["stages.sft.data", "stages.sft.start"])
+def test_what_a_stage_needs_from_outside_is_looked_for_before_the_first_stage(tmp_path: Path, missing: str):
+    tree = {"stages": {"sft": {"stage": "sft", "start": "OWNER/NAME", "data": [str(tmp_path / "none.jsonl")]}}}
+    if missing.endswith("start"):
+        tree["stages"]["sft"]["start"] = "no/such/model/folder"
+    with pytest.raises(ConfigError, match=r"^stages\.sft: .* does not exist"):
+        run_recipe(tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_recipe_of_the_package_is_listed_with_its_settings():
+    listed = list_recipes()
+    for name in recipe_names():
+        assert f"\n{name}" in listed and read_recipe(name)["stages"]
+        described = describe_recipe(name)
+        assert all(f"stages.{stage}" in described for stage in read_recipe(name)["stages"])
+    assert "demo_smoke" not in recipe_names() and "--scale smoke" in listed
+
+
+@pytest.mark.parametrize("kind", pipeline.STAGES)
+def test_every_setting_of_a_stage_is_listed_with_what_it_means(kind: str):
+    lines = describe_recipe(kind).split("\n")
+    settings = [place for place, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+    assert settings and all(lines[place + 1 : place + 2] and lines[place + 1].startswith(" " * 6) for place in settings)

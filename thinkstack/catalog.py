@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 from thinkstack.config import did_you_mean
 from thinkstack.files import read_text
-from thinkstack.pipeline import RECIPES, STAGES, read_recipe, recipe_path
+from thinkstack.pipeline import STAGES, read_recipe, recipe_names, recipe_path, scales_of
 
 WIDTH = 100
 NEEDED = "(required)"
@@ -19,31 +20,19 @@ NEEDED = "(required)"
 
 def list_recipes() -> str:
     """Each recipe of the package with what its file says first, and the kinds of stages."""
-    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
-    scales = {name: [n.removeprefix(f"{name}_") for n in names if n.startswith(f"{name}_")] for name in names}
-    overlays = {f"{name}_{scale}" for name, found in scales.items() for scale in found if not _has_kinds(name, scale)}
     lines = ["Recipes, for `thinkstack run NAME --out FOLDER`:"]
-    for name in names:
-        if name not in overlays:
-            found = [scale for scale in scales[name] if f"{name}_{scale}" in overlays]
-            lines += ["", f"{name}{f'  (--scale {chr(124).join(found)})' if found else ''}", *_about(RECIPES / name)]
+    for name in recipe_names():
+        path = recipe_path(name)
+        scales = "|".join(scales_of(path))
+        lines += ["", f"{name}{f'  (--scale {scales})' if scales else ''}", *_about(path)]
     lines += ["", f"`thinkstack recipes NAME` lists the settings of a recipe or a kind of stage: {', '.join(STAGES)}."]
     return "\n".join(lines)
 
 
-def _has_kinds(name: str, scale: str) -> bool:
-    """Whether NAME_SCALE is a recipe by itself: its stages say what they are."""
-    tree = read_recipe(f"{name}_{scale}")
-    return any("stage" in table for table in tree.get("stages", {}).values())
-
-
 def _about(path: Path) -> list[str]:
-    comment = []
-    for line in read_text(path.with_name(f"{path.name}.toml")).split("\n"):
-        if not line.startswith("#"):
-            break
-        comment.append(line.removeprefix("#").strip())
-    return textwrap.wrap(" ".join(comment), WIDTH, initial_indent="    ", subsequent_indent="    ")
+    """The comment that a recipe begins with, line by line: commands in it can be copied."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), read_text(path).split("\n"))
+    return [f"    {line.removeprefix('#').removeprefix(' ')}" for line in lines]
 
 
 def describe_recipe(name: str, settings: bool = True) -> str:
@@ -53,7 +42,7 @@ def describe_recipe(name: str, settings: bool = True) -> str:
     """
     if name in STAGES:
         return "\n".join(_settings(name))
-    tree, lines = read_recipe(name), [*_about(recipe_path(name).with_suffix("")), ""]
+    tree, lines = read_recipe(name), [*_about(recipe_path(name)), ""]
     kinds: list[str] = []
     for stage, table in tree.get("stages", {}).items():
         kind = table.get("stage", "")
@@ -76,7 +65,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _settings(kind: str) -> list[str]:
     """Every setting of a kind of stage."""
     config = STAGES[kind][0]
-    head = f"Settings of a {kind} stage, as KEY = DEFAULT; --set stages.NAME.KEY=VALUE changes one."
+    head = f"Settings of the kind of stage {kind}, as KEY = DEFAULT; --set stages.NAME.KEY=VALUE changes one."
     return [head, *(line for setting in _fields(config) for line in setting)]
 
 

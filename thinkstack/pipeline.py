@@ -19,8 +19,8 @@ from thinkstack.checkpoint.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
 from thinkstack.evals.report import markdown_table, setting_line, table_rows
-from thinkstack.files import matching_files, read_text
-from thinkstack.log import Run, clock, write_json
+from thinkstack.files import matching_files
+from thinkstack.log import PROVENANCE, Run, clock, write_json
 from thinkstack.machine import describe_machine
 from thinkstack.models.kernels import choice
 from thinkstack.stages.adopt import AdoptConfig, adopt
@@ -73,8 +73,7 @@ def read_recipe(name: str, scale: str = "", overrides: tuple[str, ...] = ()) -> 
     if scale:
         overlay = path.with_name(f"{path.stem}_{scale}.toml")
         if not overlay.is_file():
-            prefix = f"{path.stem}_"
-            known = [found.stem.removeprefix(prefix) for found in sorted(path.parent.glob(f"{prefix}*.toml"))]
+            known = scales_of(path)
             hint = did_you_mean(scale, known) if known else f"; write {overlay}, or leave --scale out"
             raise ConfigError(f"the recipe {name} has no scale {scale!r}{hint}")
         tree = merge(tree, read_toml(overlay))
@@ -86,11 +85,27 @@ def read_recipe(name: str, scale: str = "", overrides: tuple[str, ...] = ()) -> 
     return tree
 
 
+def is_overlay(path: Path) -> bool:
+    """Whether a file only changes another recipe: none of its stages says what it is."""
+    return not any("stage" in table for table in read_toml(path).get("stages", {}).values())
+
+
+def scales_of(path: Path) -> list[str]:
+    """Names of a recipe's overlays, which lie beside it as RECIPE_SCALE.toml."""
+    beside = sorted(path.parent.glob(f"{path.stem}_*.toml"))
+    return [found.stem.removeprefix(f"{path.stem}_") for found in beside if is_overlay(found)]
+
+
+def recipe_names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml") if not is_overlay(path))
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe of the package, by its name, or of one's own, by its path. Raises ConfigError if none."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
-        known = sorted(found.stem for found in RECIPES.glob("*.toml"))
+        known = recipe_names()
         where = "there is no such file" if name.endswith(".toml") else "give a name, or a path that ends in .toml"
         raise ConfigError(f"no recipe {name!r}: {where}{did_you_mean(name, known)}")
     return path
@@ -118,17 +133,28 @@ def plan(tree: Tree, out: Path) -> list[Step]:
         if values.get("start") in {step.name for step in steps}:
             values["start"] = str(out / values["start"] / MODEL)
         config: Any = build(config_kind, values, f"stages.{name}")
-        code = [read_text(Path(part.rpartition(":")[0])) for part in reward_parts(config)]
-        text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else "", *code], sort_keys=True)
+        contents = [content_hash(path) for path in own_files(config)]
+        text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else "", *contents], sort_keys=True)
         steps.append(Step(name, kind, config, hashlib.sha256(text.encode()).hexdigest()[:16]))
     if not steps:
         raise ConfigError("the recipe has no stages")
     return steps
 
 
-def reward_parts(config: Any) -> list[str]:
-    """Functions in files of the person who runs the recipe; what is in them is part of the settings."""
-    return list(getattr(getattr(config, "reward", None), "parts", ()))
+def own_files(config: Any) -> list[Path]:
+    """Files of the person who runs the recipe: data, texts, rewards. What is in them counts among the settings."""
+    named = (*getattr(config, "data", ()), *getattr(config, "text_files", ()))
+    parts = getattr(getattr(config, "reward", None), "parts", ())
+    found = [
+        file for path in map(Path, named) for file in (path.parent.glob(path.name) if "*" in path.name else [path])
+    ]
+    return sorted(file for file in found if file.is_file()) + [Path(part.rpartition(":")[0]) for part in parts]
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_unused(tree: Tree) -> None:
@@ -170,9 +196,12 @@ def run_recipe(tree: Tree, out: Path) -> None:
         for number, step in enumerate(steps, start=1):
             record = manifest.setdefault(step.name, {"fingerprint": step.fingerprint, "seconds": 0.0, "done": False})
             if record["fingerprint"] != step.fingerprint:
-                raise ConfigError(
-                    f"{out / step.name} was made with other settings; choose another folder with --out, or delete {out}"
-                )
+                if record["done"] or has_begun(out / step.name):
+                    raise ConfigError(
+                        f"{out / step.name} was made with other settings or data; choose another folder with --out, or "
+                        f"delete {out}"
+                    )
+                record["fingerprint"] = step.fingerprint  # what was refused before its first step keeps nothing
             if record["done"]:
                 log.info("[%d/%d] %s is done (%s)", number, len(steps), step.name, clock(record["seconds"]))
                 continue
@@ -219,9 +248,18 @@ def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | N
         name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         out = Path("runs") / "eval" / f"{name}-{digest}"
-    run_stage("evaluate", values, (), out)
+    try:
+        run_stage("evaluate", values, (), out)
+    except ConfigError as error:
+        where = "; give the folder with --data" if task in DATASETS else ""
+        raise ConfigError(re.sub(r"^stages\.evaluate(: |\.)", "", str(error)) + where) from error
     found = {task: read_evaluation(Run(out / "evaluate"), SAMPLED)}
     print("\n".join((setting_line(found), "", *markdown_table(["", task], table_rows(found, {})))))
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a stage has left anything in its folder but where it comes from."""
+    return folder.is_dir() and any(path.name != PROVENANCE for path in folder.iterdir())
 
 
 def read_manifest(out: Path) -> dict[str, Any]:

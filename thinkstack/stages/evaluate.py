@@ -11,7 +11,7 @@ from thinkstack.config import Count, Seed, Share, Temperature
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.figures import Evaluation, write_samples
-from thinkstack.evals.runner import EvalConfig, evaluate, held_out
+from thinkstack.evals.runner import EvalConfig, evaluate, held_out, warn_if_unread
 from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
@@ -100,6 +100,7 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
             found = evaluate(kept.generate, chat, problems[file], config, reward)
             write_json(run.folder / file, found.to_dict())
             if file == SAMPLED:
+                warn_if_unread(found, cfg.form)
                 write_samples(run.folder / SAMPLES, found.records)
     kept.drop()
 

@@ -75,8 +75,8 @@ def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
         )
     if last.get("rollout/truncated", 0.0) > TRUNCATED_SHARE:
         found["truncation"] = (
-            f"{last['rollout/truncated']:.0%} of the answers are cut off at max_tokens and earn nothing; raise "
-            "max_tokens, or look at the rollouts for endless repetition"
+            f"{last['rollout/truncated']:.0%} of the answers are cut off at max_tokens before their final answer; "
+            "raise max_tokens of the stage, or look at the rollouts for endless repetition"
         )
     if last.get("correction/masked", 0.0) > MASKED_SHARE:
         found["mismatch"] = (

@@ -40,7 +40,8 @@ def report(cfg: ReportConfig, run: Run) -> None:
     write_report(run.folder, cfg.title, columns, greedy, curve, metrics, facts)
     total = sum(seconds.values()) + time.monotonic() - started
     write_json(out / SUMMARY, {"seconds": round(total, 1)} | summary(columns, greedy))
-    print((run.folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
+    told = (run.folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0]
+    print("\n".join(line for line in told.split("\n") if not line.startswith("![")).rstrip())
     print(f"report: {run.folder / 'report.html'}")
 
 

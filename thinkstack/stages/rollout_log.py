@@ -117,6 +117,10 @@ def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         steps = sorted(int(p.name[5:11]) for p in (folder / FOLDER).glob("step_*.jsonl.gz"))
         known = f"{steps[0]} to {steps[-1]} ({len(steps)} steps)" if steps else "none"
+        beside = sorted(
+            {str(place.parent) for place in (*folder.glob(f"*/{FOLDER}"), *folder.parent.glob(f"*/{FOLDER}"))}
+        )
+        known += f"; did you mean {' or '.join(beside)}?" if beside and not steps else ""
         raise ConfigError(f"{folder} has no rollouts of step {step}; kept: {known}")
     return read_lines(path)
 

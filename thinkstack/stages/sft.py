@@ -24,6 +24,9 @@ from thinkstack.types import Batch, ConfigError, RequestError
 
 log = logging.getLogger(__name__)
 
+FEW_STEPS = 10
+"""Fewer are told with what makes more: short files fit into a row or two."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
@@ -122,9 +125,11 @@ def sft(cfg: SftConfig, run: Run) -> None:
     steps = max(round(cfg.epochs * len(pack(lessons.trained, cfg.row_tokens)) / cfg.rows), 1)
     steps = min(steps, cfg.max_steps or steps)
     log.info(
-        "%d samples to learn in %d steps, %d held out, %d left out as longer than a row",
+        "%d samples to learn in %d step(s), %d held out, %d left out as longer than a row",
         *(len(lessons.trained), steps, len(lessons.held_out), lessons.too_long),
     )
+    if steps < FEW_STEPS and steps != cfg.max_steps:
+        log.info("few steps: lower rows=%d or row_tokens=%d, or raise epochs=%g", cfg.rows, cfg.row_tokens, cfg.epochs)
     stream = PackedStream(partial(lessons.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
     learning = Learning("fine-tuning", cfg, run, model, chat, stream, BatchPlan(steps, cfg.rows))
     learning.go(partial(measure, lessons, cfg))

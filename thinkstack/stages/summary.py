@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from thinkstack.evals.report import accuracy
+from thinkstack.evals.report import accuracy, each
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.evaluate import SAMPLED, read_evaluation
 from thinkstack.stages.learning import MODEL
@@ -22,7 +22,8 @@ def _describe(run: Run, kind: str) -> str:
         return str(run.folder / "report.html")
     if kind == "evaluate" and (run.folder / SAMPLED).is_file():
         found = read_evaluation(run, SAMPLED)
-        return f"pass@1 {accuracy(found)} % of {found.problems:,} problems, {found.samples} answers each ({run.folder})"
+        figure = f"pass@1 {accuracy(found)} %" if found.answer_rate else accuracy(found)
+        return f"{figure} of {found.problems:,} problems, {each(found.samples)} ({run.folder})"
     made = run.folder / MODEL
     return "  ".join(filter(None, (str(made if made.is_dir() else run.folder), _progress(run))))
 

@@ -5,6 +5,7 @@ The file is code of the person who runs the recipe, as the recipe itself: it is 
 
 import functools
 import importlib.util
+import inspect
 import math
 import numbers
 import sys
@@ -38,6 +39,10 @@ def load_reward(name: str) -> RewardFunction:
     if not callable(found):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ConfigError(f"reward {name!r}: {path} has no function {function}; it has {known or 'none'}")
+    try:
+        inspect.signature(found).bind(None, "")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"reward {name!r} must take (problem, text): {error}") from error
     return found
 
 

@@ -37,8 +37,11 @@ class OptimConfig:
     final_share: Share = 0.1
     """Rate at the end, relative to the peak."""
     beta1: Share = 0.9
+    """Decay of AdamW's mean of gradients."""
     beta2: Share = 0.95
+    """Decay of AdamW's mean of squared gradients."""
     eps: Positive = 1e-8
+    """Added to the root of the latter."""
     weight_decay: Weight = 0.1
     """Decoupled decay of matrices; vectors and biases do not decay."""
     moments: Literal["fp32", "bf16"] = "fp32"
