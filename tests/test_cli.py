@@ -82,9 +82,9 @@ RUDE = {
     "sft {model} {chats} --out {out} --epochs 0": "epochs=0",
     "sft {model} {chats} --out {out} --set rowz=3": "did you mean stages.sft.rows?",
     "eval {model} --task gsm9k": "gsm8k",
-    "eval {model} --task gsm8k --data {tmp}": "has no test.jsonl",
+    "eval {model} --task gsm8k --data {tmp}": "with --data",
     "eval {model} --task chain --data {tmp}": "reads no files",
-    "eval {model} --task chain --limit 0": "num_problems=0",
+    "eval {model} --task chain --limit 0": "--limit 0",
     "eval {model} --task chain --form loose": "form='loose'",
     # what training left
     "rollouts {tmp} --step 3": "has no rollouts of step 3; kept: none",

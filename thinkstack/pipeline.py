@@ -251,8 +251,9 @@ def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | N
     try:
         run_stage("evaluate", values, (), out)
     except ConfigError as error:
-        where = "; give the folder with --data" if task in DATASETS else ""
-        raise ConfigError(re.sub(r"^stages\.evaluate(: |\.)", "", str(error)) + where) from error
+        where = " with --data" if "give the folder that holds" in str(error) else ""
+        said = re.sub(r"^stages\.evaluate(: |\.)", "", str(error)).replace("num_problems=", "--limit ", 1)
+        raise ConfigError(said + where) from error
     found = {task: read_evaluation(Run(out / "evaluate"), SAMPLED)}
     print("\n".join((setting_line(found), "", *markdown_table(["", task], table_rows(found, {})))))
 
