@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.checkpoint.model import load_chat, load_model, locate
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.files import read_object
 from thinkstack.log import write_json
@@ -51,7 +51,7 @@ class Talk:
         size = EngineConfig(max_batch=1, dtype=precision, weights=weights, max_drafts=drafts)
         self.engine = Engine(self.model, size)
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
-        self.limit = read_limit(source)
+        self.limit = read_limit(str(locate(source)))
         self.messages: list[Message] = []
         self.last = LastToken(self.chat)
 
