@@ -124,12 +124,12 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
 
 
 def paths() -> dict[str, dict[str, str]]:
-    """Environments by name: each instruction set that this processor has, with the kernels and without."""
+    """Environments by name: each instruction set of this processor, with all kernels, with the chosen ones, with none."""
+    switches = {"kernels": "1", "as chosen": "", "torch alone": "0"}
     return {
-        f"{isa.name}, {'kernels' if kernels == '1' else 'torch alone'}": capped(isa.name)
-        | {"THINKSTACK_KERNELS": kernels}
+        f"{isa.name}, {name}": capped(isa.name) | {"THINKSTACK_KERNELS": switch}
         for isa in instruction_sets()
-        for kernels in ("1", "0")
+        for name, switch in switches.items()
     }
 
 
@@ -149,9 +149,10 @@ def main() -> None:
     numbers = ["--answers", str(args.answers), "--seed", str(args.seed), "--threads", str(args.threads)]
     command = [sys.executable, __file__, "--here", *numbers]
     rows, differ = [], 0
-    for name, environment in paths().items():
-        if args.only not in name:
-            continue
+    asked = {name: environment for name, environment in paths().items() if args.only in name}
+    if not asked:
+        parser.error(f"no path holds {args.only!r}; known: {'; '.join(paths())}")
+    for name, environment in asked.items():
         ran = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
         counts = json.loads(ran.stdout)
         differ += counts["log_probs"]
