@@ -124,7 +124,7 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
 
 
 def paths() -> dict[str, dict[str, str]]:
-    """Environments by name: each instruction set of this processor with all kernels, with the chosen ones, with none."""
+    """Environments by name: each instruction set here with all kernels, with the chosen ones, with none."""
     switches = {"kernels": "1", "as chosen": "", "torch alone": "0"}
     return {
         f"{isa.name}, {name}": capped(isa.name) | {"THINKSTACK_KERNELS": switch}
