@@ -33,55 +33,55 @@ ALONE = EngineConfig(max_batch=8, prefix_cache=False, max_prefill_tokens=4096)
 Bits = tuple[tuple[int, ...], tuple[str, ...], str]
 
 
-def model_config(draw: random.Random) -> ModelConfig:
+def model_config(rng: random.Random) -> ModelConfig:
     """A small model of any shape that a family has."""
     common = ModelConfig(
         family="llama",
-        vocab_size=draw.choice((48, 320, 1000, 33000)),
-        hidden_size=draw.choice((32, 48, 64, 64, 256, 576)),
-        num_layers=draw.choice((1, 2, 3)),
+        vocab_size=rng.choice((48, 320, 1000, 33000)),
+        hidden_size=rng.choice((32, 48, 64, 64, 256, 576)),
+        num_layers=rng.choice((1, 2, 3)),
         attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-        dense_size=draw.choice((40, 64, 96, 1536)),
+        dense_size=rng.choice((40, 64, 96, 1536)),
         moe=None,
         mtp_layers=0,
         max_positions=LONGEST,
         init_std=0.2,
         rope=RopeConfig(interleaved=False),
     )
-    if draw.random() < 0.5:
-        heads, groups = draw.choice(((4, 2), (4, 4), (2, 1), (6, 2)))
-        family = draw.choice(("llama", "qwen2", "qwen3"))
+    if rng.random() < 0.5:
+        heads, groups = rng.choice(((4, 2), (4, 4), (2, 1), (6, 2)))
+        family = rng.choice(("llama", "qwen2", "qwen3"))
         attention = GQAConfig(
             num_heads=heads,
             num_kv_heads=groups,
-            head_dim=draw.choice((8, 16, 32)),
+            head_dim=rng.choice((8, 16, 32)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
         )
-        return replace(common, family=family, attention=attention, tie_embeddings=draw.random() < 0.5)
+        return replace(common, family=family, attention=attention, tie_embeddings=rng.random() < 0.5)
     latent = MLAConfig(
-        num_heads=draw.choice((2, 3, 4)),
-        q_lora_rank=draw.choice((0, 12)),
-        kv_lora_rank=draw.choice((8, 16, 32)),
+        num_heads=rng.choice((2, 3, 4)),
+        q_lora_rank=rng.choice((0, 12)),
+        kv_lora_rank=rng.choice((8, 16, 32)),
         qk_nope_head_dim=8,
         qk_rope_head_dim=4,
-        v_head_dim=draw.choice((6, 8)),
+        v_head_dim=rng.choice((6, 8)),
     )
-    size = draw.choice((12, 16))
+    size = rng.choice((12, 16))
     moe = MoEConfig(num_experts=8, top_k=2, expert_size=size, num_groups=4, top_groups=2, route_scale=1.5)
-    drafts = draw.choice((0, 1))
+    drafts = rng.choice((0, 1))
     return replace(common, family="deepseek_v3", attention=latent, moe=moe, mtp_layers=drafts, rope=RopeConfig())
 
 
-def request(draw: random.Random, vocab: int, shared: list[int]) -> tuple[list[int], Sampling]:
+def request(rng: random.Random, vocab: int, shared: list[int]) -> tuple[list[int], Sampling]:
     """A prompt, perhaps one that begins as others do, and how it is answered."""
-    beginning = shared[: draw.choice((64, 128, 130, 200))] if draw.random() < 0.4 else []
-    prompt = beginning + [draw.randrange(vocab) for _ in range(draw.choice((1, 2, 5, 17, 30, 64, 100, 250)))]
-    how = {"max_tokens": draw.choice((1, 5, 12, 30, 80)), "seed": draw.randrange(2**40)}
-    how |= {"temperature": draw.choice((0.0, 0.7, 1.0)), "n": draw.choice((1, 1, 2, 3))}
-    how |= draw.choice(({}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"top_k": 300, "top_p": 0.95}))
-    how |= draw.choice(({}, {}, {"frequency_penalty": 0.5, "presence_penalty": 0.3}, {"repetition_penalty": 1.2}))
-    how |= draw.choice(({}, {"top_log_probs": 3}, {"raw_log_probs": True}, {"logit_bias": {3: 2.0}}))
+    beginning = shared[: rng.choice((64, 128, 130, 200))] if rng.random() < 0.4 else []
+    prompt = beginning + [rng.randrange(vocab) for _ in range(rng.choice((1, 2, 5, 17, 30, 64, 100, 250)))]
+    how = {"max_tokens": rng.choice((1, 5, 12, 30, 80)), "seed": rng.randrange(2**40)}
+    how |= {"temperature": rng.choice((0.0, 0.7, 1.0)), "n": rng.choice((1, 1, 2, 3))}
+    how |= rng.choice(({}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"top_k": 300, "top_p": 0.95}))
+    how |= rng.choice(({}, {}, {"frequency_penalty": 0.5, "presence_penalty": 0.3}, {"repetition_penalty": 1.2}))
+    how |= rng.choice(({}, {"top_log_probs": 3}, {"raw_log_probs": True}, {"logit_bias": {3: 2.0}}))
     return prompt, Sampling(**how)
 
 
@@ -93,20 +93,20 @@ def bits(completion: Completion) -> Bits:
 
 def count_differences(answers: int, seed: int) -> dict[str, int]:
     """Answers, and those of which tokens, log-probabilities or alternatives differ from those alone."""
-    draw, found = random.Random(seed), {"answers": 0, "tokens": 0, "log_probs": 0, "preempted": 0}
+    rng, found = random.Random(seed), {"answers": 0, "tokens": 0, "log_probs": 0, "preempted": 0}
     with Progress("answers", answers) as progress:
         while found["answers"] < answers:
-            model_seed = draw.randrange(2**20)
-            model = Transformer(model_config(draw)).initialise(torch.Generator().manual_seed(model_seed))
+            model_seed = rng.randrange(2**20)
+            model = Transformer(model_config(rng)).initialise(torch.Generator().manual_seed(model_seed))
             cfg = EngineConfig(
-                max_batch=draw.choice((4, 8, 16, 40)),
-                max_prefill_tokens=draw.choice((16, 64, 100, 4096)),
-                cache_tokens=draw.choice((0, 12, 16)) * BLOCK,
-                max_drafts=min(draw.choice((0, 1)), model.cfg.mtp_layers),
+                max_batch=rng.choice((4, 8, 16, 40)),
+                max_prefill_tokens=rng.choice((16, 64, 100, 4096)),
+                cache_tokens=rng.choice((0, 12, 16)) * BLOCK,
+                max_drafts=min(rng.choice((0, 1)), model.cfg.mtp_layers),
             )
             engine, alone = Engine(model, cfg), Engine(model, ALONE)
-            shared = [draw.randrange(model.cfg.vocab_size) for _ in range(200)]
-            asked = [request(draw, model.cfg.vocab_size, shared) for _ in range(40)]
+            shared = [rng.randrange(model.cfg.vocab_size) for _ in range(200)]
+            asked = [request(rng, model.cfg.vocab_size, shared) for _ in range(40)]
             together = engine.generate([prompt for prompt, _ in asked], [sampling for _, sampling in asked])
             found["preempted"] += engine.scheduler.preemptions
             for (prompt, sampling), group in zip(asked, together, strict=True):

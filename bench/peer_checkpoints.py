@@ -120,7 +120,7 @@ def said_by(peer, tok=None) -> dict:
     return said
 
 
-def keep(folder: Path, peer, tok=None, dtype: torch.dtype = torch.float32, **save: object) -> Path:
+def save_peer(folder: Path, peer, tok=None, dtype: torch.dtype = torch.float32, **save: object) -> Path:
     """Write a checkpoint as save_pretrained does, and what is said of it; the weights are exact in every type."""
     said = said_by(peer, tok)
     peer.to(dtype).save_pretrained(folder, **save)
@@ -139,18 +139,18 @@ def transformers_folders(out: Path) -> None:
     named = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
     with_bos = named | dict(bos_token="<|begin|>")
     for name in MODELS:
-        keep(out / name, model(name), tokenizer(**(named if name.startswith("qwen") else with_bos)))
-    keep(out / "no_bos", model("qwen2", bos_token_id=None), tokenizer(**named))
-    keep(out / "no_bos_no_eos", model("qwen3", bos_token_id=None, eos_token_id=None), tokenizer())
-    keep(out / "eos_list", model("llama", eos_token_id=[257, 259]), tokenizer(**with_bos))
-    keep(out / "base", model("llama"), tokenizer(bos_token="<|begin|>", eos_token="<|endoftext|>"))
-    keep(out / "bf16_shards", model("qwen3"), tokenizer(**named), torch.bfloat16, max_shard_size="8KB")
-    keep(out / "fp16", model("llama_tied"), tokenizer(**with_bos), torch.float16)
+        save_peer(out / name, model(name), tokenizer(**(named if name.startswith("qwen") else with_bos)))
+    save_peer(out / "no_bos", model("qwen2", bos_token_id=None), tokenizer(**named))
+    save_peer(out / "no_bos_no_eos", model("qwen3", bos_token_id=None, eos_token_id=None), tokenizer())
+    save_peer(out / "eos_list", model("llama", eos_token_id=[257, 259]), tokenizer(**with_bos))
+    save_peer(out / "base", model("llama"), tokenizer(bos_token="<|begin|>", eos_token="<|endoftext|>"))
+    save_peer(out / "bf16_shards", model("qwen3"), tokenizer(**named), torch.bfloat16, max_shard_size="8KB")
+    save_peer(out / "fp16", model("llama_tied"), tokenizer(**with_bos), torch.float16)
     limited = tokenizer(**named)
     limited.backend_tokenizer.enable_truncation(max_length=8)
     limited.backend_tokenizer.enable_padding(length=8, pad_id=257, pad_token="<|endoftext|>")
-    keep(out / "truncating", model("qwen2"), limited)
-    keep(out / "weights_only", model("qwen3"))
+    save_peer(out / "truncating", model("qwen2"), limited)
+    save_peer(out / "weights_only", model("qwen3"))
 
 
 def trl_folders(out: Path) -> None:
@@ -176,7 +176,7 @@ def peft_folders(out: Path) -> None:
 
     for name in ("llama", "qwen3", "deepseek_v3"):
         base, tok = model(name), tokenizer(eos_token="<|im_end|>")
-        keep(out / f"{name}_base", base, tok)
+        save_peer(out / f"{name}_base", base, tok)
         cfg = LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
         adapted = get_peft_model(base, cfg)
         for key, value in adapted.named_parameters():
@@ -186,14 +186,14 @@ def peft_folders(out: Path) -> None:
         adapted.save_pretrained(out / f"{name}_adapter")
         (out / f"{name}_adapter" / "README.md").unlink()
         note(out / f"{name}_adapter", said_by(adapted.eval()))
-    keep(out / "deepseek_v3_merged", adapted.merge_and_unload(), tok)
+    save_peer(out / "deepseek_v3_merged", adapted.merge_and_unload(), tok)
     _like_unsloth(out)
 
 
 def _like_unsloth(out: Path) -> None:
     """What Unsloth adds to the files, by hand: it needs a GPU. An adapter names the 4-bit base it was trained on."""
     left = tokenizer(eos_token="<|im_end|>", padding_side="left")
-    merged = keep(out / "unsloth_merged", model("qwen3"), left, torch.bfloat16)
+    merged = save_peer(out / "unsloth_merged", model("qwen3"), left, torch.bfloat16)
     config = json.loads((merged / "config.json").read_text())
     config |= {
         "unsloth_fixed": True,

@@ -23,11 +23,13 @@ Count = Annotated[int, Ge(1), Le(10**9)]
 CountOrZero = Annotated[int, Ge(0), Le(10**9)]
 """How many; 0 has a meaning of its own."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""Fixes what is random."""
 Share = Annotated[float, Ge(0), Le(1)]
 """A part of a whole, or a decay rate."""
 Weight = Annotated[float, Ge(0), Le(1e6)]
 """Of a term; 0 leaves it out."""
 Positive = Annotated[float, Gt(0), Le(1e6)]
+"""A rate, a norm or a duration, above 0."""
 Temperature = Annotated[float, Ge(0), Le(100)]
 """Divides logits; 0 takes the most likely token."""
 

@@ -246,7 +246,12 @@ def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | N
     values = {"start": model} | asked | values
     if out is None:
         name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        place = locate(model)
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        written = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files
+        ]  # it may be trained again
+        digest = hashlib.sha256(json.dumps([values, written], sort_keys=True).encode()).hexdigest()[:8]
         out = Path("runs") / "eval" / f"{name}-{digest}"
     try:
         run_stage("evaluate", values, (), out)

@@ -43,7 +43,7 @@ class Sampled(NamedTuple):
     log_probs: tuple[float, ...]
 
 
-def drawn(found: list[list[Completion]]) -> list[list[Sampled]]:
+def sampled(found: list[list[Completion]]) -> list[list[Sampled]]:
     return [[Sampled(c.token_ids, c.log_probs) for c in group] for group in found]
 
 
@@ -51,4 +51,4 @@ def alone(model: Transformer, asked: list[list[int]], samplings: list[Sampling])
     """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
     plain = replace(SMALL, prefix_cache=False, max_prefill_tokens=4096)
     pairs = zip(asked, samplings, strict=True)
-    return [drawn(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]
+    return [sampled(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]

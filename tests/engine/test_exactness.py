@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, every_way, how, prompt
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
@@ -20,7 +20,7 @@ EVERY_WAY = every_way()
 def test_chunks_of_any_size_give_the_tokens_of_a_whole_prompt(cfg, chunk, path):
     model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (130, 3, 64, 65)], how(4)
     found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(asked, samplings)
-    assert drawn(found) == alone(model, asked, samplings)
+    assert sampled(found) == alone(model, asked, samplings)
 
 
 @EVERY_WAY
@@ -30,8 +30,8 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
     asked = [base[:n] for n in (200, 128, 129, 127, 64, 65)] + [base[:70] + prompt(60, 1), base[:128]]
     samplings = how(8)
     engine, expected = Engine(model, SMALL), alone(model, asked, samplings)
-    assert drawn(engine.generate(asked, samplings)) == expected
-    assert drawn(engine.generate(asked, samplings)) == expected
+    assert sampled(engine.generate(asked, samplings)) == expected
+    assert sampled(engine.generate(asked, samplings)) == expected
     engine.scheduler.check()
 
 
@@ -50,7 +50,7 @@ def test_company_changes_no_bit_however_long_it_is_and_whatever_it_keeps(cfg, pa
     ]
     samplings = [replace(one, **keep) for one, keep in zip(how(6, n=2, top_log_probs=2), keeps, strict=True)]
     engine = Engine(model, replace(SMALL, max_batch=12, max_prefill_tokens=90))
-    assert drawn(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+    assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
 
 
 @EVERY_WAY
@@ -59,7 +59,7 @@ def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
     engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK))
-    assert drawn(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+    assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
     assert engine.scheduler.preemptions > 0
     engine.scheduler.check()
 
@@ -70,7 +70,7 @@ def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
     expected = alone(model, asked, samplings)
     for tokens in (0, 5 * BLOCK):
         engine = Engine(model, replace(SMALL, cache_tokens=tokens, max_prefill_tokens=64))
-        assert drawn(engine.generate(asked, samplings)) == expected
+        assert sampled(engine.generate(asked, samplings)) == expected
         engine.scheduler.check()
     assert engine.scheduler.preemptions > 0
 
@@ -136,14 +136,14 @@ def test_other_weights_and_other_tenants_share_nothing():
     assert tenant.cached_tokens == 0
     engine.abort(tenant)
     engine.load_weights(other, version=1)
-    assert drawn(engine.generate(asked, greedy)) == alone(other, asked, greedy)
+    assert sampled(engine.generate(asked, greedy)) == alone(other, asked, greedy)
 
 
 def test_names_are_compared_token_by_token(monkeypatch):
     """Even if two prefixes had one name: here all have."""
     monkeypatch.setattr("thinkstack.engine.blocks.Content.name", b"the same for all")
     model, asked, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
-    assert drawn(Engine(model, SMALL).generate(asked, samplings)) == alone(model, asked, samplings)
+    assert sampled(Engine(model, SMALL).generate(asked, samplings)) == alone(model, asked, samplings)
 
 
 @pytest.mark.parametrize("running", ["drain", "abort", "keep"])
@@ -161,7 +161,7 @@ def test_weights_change_under_running_answers_as_asked(running):
         engine.step()
     found = [request.completions[0] for request in requests]
     if running == "drain":
-        assert drawn([[c] for c in found]) == alone(old, asked, samplings)
+        assert sampled([[c] for c in found]) == alone(old, asked, samplings)
     elif running == "abort":
         assert [(c.token_ids, c.finish_reason) for c in found] == [(tokens, "abort") for tokens in begun]
     else:
@@ -180,7 +180,7 @@ def test_an_engine_that_slept_goes_on():
     engine.sleep()
     while not request.is_finished:
         engine.step()
-    assert drawn([request.completions]) == alone(model, asked, samplings)
+    assert sampled([request.completions]) == alone(model, asked, samplings)
 
 
 def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
@@ -195,7 +195,7 @@ def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
     engine.scheduler.check()
     while not all(request.is_finished for request in requests):
         engine.step()
-    assert drawn([request.completions for request in requests]) == alone(model, asked, samplings)
+    assert sampled([request.completions for request in requests]) == alone(model, asked, samplings)
 
 
 def test_answers_whose_logits_are_not_finite_end_with_an_error():

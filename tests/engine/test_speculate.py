@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from tests.engine.requests import LONG, SMALL, WHOLE, alone, drawn, every_way, how, prompt
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine
@@ -54,7 +54,7 @@ def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
     samplings[1], samplings[2] = replace(samplings[1], n=3), replace(samplings[2], n=2)
     engine = Engine(model, replace(DRAFTING, max_drafts=drafts, max_prefill_tokens=50))
     for _ in range(2):  # the second time from cached prefixes
-        assert drawn(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+        assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
         engine.scheduler.check()
     assert (engine.speculator.drafted > 0).all()
 
@@ -67,9 +67,9 @@ def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
     expected = alone(model, asked, samplings)
     guess_from(monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong)
     engine = Engine(model, DRAFTING)
-    assert drawn(engine.generate(asked, samplings)) == expected
+    assert sampled(engine.generate(asked, samplings)) == expected
     longer = [one + [*group[0].token_ids][:40] for one, group in zip(asked, expected, strict=True)]
-    assert drawn(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from what was kept
+    assert sampled(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from what was kept
     engine.scheduler.check()
 
 
@@ -156,7 +156,7 @@ def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatc
         monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong=0.3
     )
     engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK))
-    assert drawn(engine.generate(asked, samplings)) == expected
+    assert sampled(engine.generate(asked, samplings)) == expected
     assert engine.scheduler.preemptions > 0
     engine.scheduler.check()
 

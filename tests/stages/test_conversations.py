@@ -18,7 +18,7 @@ TOOL = Tool(name="weather", description="d", parameters=SCHEMA)
 AS_TOOL = {"name": "weather", "description": "d", "parameters": SCHEMA}
 
 
-def written(folder: Path, rows: list[object], name: str = "talks.jsonl") -> str:
+def write_rows(folder: Path, rows: list[object], name: str = "talks.jsonl") -> str:
     path = folder / name
     path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return str(path)
@@ -32,19 +32,19 @@ def assistant(content="a", **more):
     return {"role": "assistant", "content": content, **more}
 
 
-def talk(*turns, **beside):
+def chat_row(*turns, **beside):
     return {"messages": list(turns), **beside}
 
 
 def read(folder: Path, row: object):
-    (found,) = read_conversations([written(folder, [row])], with_masks=True)
+    (found,) = read_conversations([write_rows(folder, [row])], with_masks=True)
     return found
 
 
 @pytest.mark.parametrize(
     ("row", "messages"),
     [
-        (talk(user(), assistant()), [ASKED, PLAIN]),
+        (chat_row(user(), assistant()), [ASKED, PLAIN]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [ASKED, PLAIN]),
         ({"conversations": [user(), assistant()]}, [ASKED, PLAIN]),
         ({"conversation": [user(), assistant()], "conversation_id": "7"}, [ASKED, PLAIN]),
@@ -59,8 +59,8 @@ def read(folder: Path, row: object):
         ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, [ASKED, PLAIN, ASKED, PLAIN]),
         ({"prompt": [user()], "completion": [assistant()]}, [ASKED, PLAIN]),
         ({"input": [{"role": "system", "content": "s"}, user()], "output": "a"}, [SYSTEM, ASKED, PLAIN]),
-        (talk(user([{"type": "text", "text": "q"}]), assistant([{"type": "text", "text": "a"}])), [ASKED, PLAIN]),
-        (talk(user(name=None, images=[]), assistant(refusal=None, audio=None, annotations=[])), [ASKED, PLAIN]),
+        (chat_row(user([{"type": "text", "text": "q"}]), assistant([{"type": "text", "text": "a"}])), [ASKED, PLAIN]),
+        (chat_row(user(name=None, images=[]), assistant(refusal=None, audio=None, annotations=[])), [ASKED, PLAIN]),
     ],
 )  # fmt: skip
 def test_the_forms_of_published_rows_are_read(tmp_path, row, messages):
@@ -73,30 +73,30 @@ def test_the_forms_of_published_rows_are_read(tmp_path, row, messages):
 def test_thoughts_are_read_under_each_of_their_keys(tmp_path, key):
     """Under any key but one they were dropped, and the model learnt to answer without."""
     rows = [
-        talk(user(), assistant(**{key: "t"})),
+        chat_row(user(), assistant(**{key: "t"})),
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: "t"}]},
         *({asked: "q", said: "a", key: "t"} for asked in ("prompt", "question") for said in ("response", "answer")),
         {"instruction": "q", "input": "", "output": "a", key: "t"},
         {"prompt": [user()], "completion": [assistant(**{key: "t"})]},
-        talk(user(), assistant(**{key: "t", "reasoning": "t", "thinking": ""})),
+        chat_row(user(), assistant(**{key: "t", "reasoning": "t", "thinking": ""})),
     ]
-    assert read_conversations([written(tmp_path, rows)]) == [[ASKED, THOUGHT]] * len(rows)
+    assert read_conversations([write_rows(tmp_path, rows)]) == [[ASKED, THOUGHT]] * len(rows)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (talk(user(), assistant(reasoning="t", thinking="u")), "turn 2 has reasoning and thinking, which differ"),
+        (chat_row(user(), assistant(reasoning="t", thinking="u")), "turn 2 has reasoning and thinking, which differ"),
         ({"prompt": "q", "response": "a", "reasoning_content": "t", "thinking": "u"}, "reasoning_content and thinking"),
-        (talk(user(), assistant("<think>u</think>a", reasoning="t")), "thoughts twice"),
+        (chat_row(user(), assistant("<think>u</think>a", reasoning="t")), "thoughts twice"),
         ({"question": "q", "answer": "\n<think>u</think>a", "reasoning": "u"}, "thoughts twice"),
         ({"input": [user()], "output": "<think>u</think>a", "reasoning": "on"}, "reasoning='on' is a switch"),
         ({"input": [user()], "output": "a", "reasoning": "off"}, "reasoning='off' is a switch"),
-        (talk(user(reasoning="t"), assistant()), "turn 1 has the key 'reasoning'"),
-        (talk(user(), assistant(), reasoning="t"), "line 1 has the key 'reasoning'"),
-        (talk(user(), assistant(reasoning=["t"])), "reasoning.*part 1 is text, not an object"),
-        (talk(user(), assistant(thinking=True)), "thinking is true or false, not text"),
-        (talk(user(), assistant(thought="t")), "turn 2 has the key 'thought'"),
+        (chat_row(user(reasoning="t"), assistant()), "turn 1 has the key 'reasoning'"),
+        (chat_row(user(), assistant(), reasoning="t"), "line 1 has the key 'reasoning'"),
+        (chat_row(user(), assistant(reasoning=["t"])), "reasoning.*part 1 is text, not an object"),
+        (chat_row(user(), assistant(thinking=True)), "thinking is true or false, not text"),
+        (chat_row(user(), assistant(thought="t")), "turn 2 has the key 'thought'"),
         ({"question": "q", "answer": "a", "cot": "t"}, "line 1 has the key 'cot'"),
     ],
 )
@@ -121,7 +121,7 @@ def test_thoughts_that_contradict_or_have_no_place_are_refused_by_name(tmp_path,
 def test_a_call_is_learnt_as_a_call_however_it_is_spelt(tmp_path, said):
     """The words beside a call were learnt, an empty answer as a rule, and the call was dropped."""
     turns = [user(), {"role": "assistant"} | said, {"role": "tool", "content": "mild"}, assistant()]
-    assert read(tmp_path, talk(*turns)) == [
+    assert read(tmp_path, chat_row(*turns)) == [
         ASKED, Message(role="assistant", content="", tool_calls=(CALL,)), Message(role="tool", content="mild"), PLAIN
     ]  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_a_call_is_learnt_as_a_call_however_it_is_spelt(tmp_path, said):
 def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
     said = assistant("Let me look.", tool_calls=[OPENAI, OPENAI | {"id": "c2"}], reasoning="t")
     result = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": [{"type": "text", "text": "mild"}]}
-    found = read(tmp_path, talk(user(), said, result, assistant()))
+    found = read(tmp_path, chat_row(user(), said, result, assistant()))
     assert found[1].content == "Let me look." and found[1].reasoning == "t"
     assert [call.id for call in found[1].tool_calls] == ["c1", "c2"]
     assert found[2] == Message(role="tool", content="mild", tool_call_id="c1", name="weather")
@@ -137,7 +137,7 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
         assistant("Let me look."),
         {"role": "tool_call", "content": json.dumps({"name": "f", "arguments": {}})},
     )
-    found = read(tmp_path, talk(user(), words, call, call, {"role": "tool_response", "content": "1"}, assistant()))
+    found = read(tmp_path, chat_row(user(), words, call, call, {"role": "tool_response", "content": "1"}, assistant()))
     assert [message.role for message in found] == ["user", "assistant", "tool", "assistant"]
     assert (found[1].content, len(found[1].tool_calls)) == ("Let me look.", 2)
 
@@ -161,7 +161,7 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
 )
 def test_a_call_that_cannot_be_read_is_refused_with_its_place(tmp_path, said, message):
     with pytest.raises(ConfigError, match=message):
-        read(tmp_path, talk(user(), {"role": "assistant", "content": ""} | said, assistant()))
+        read(tmp_path, chat_row(user(), {"role": "assistant", "content": ""} | said, assistant()))
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,13 @@ def test_a_call_that_cannot_be_read_is_refused_with_its_place(tmp_path, said, me
     ],
 )
 def test_tools_beside_the_turns_are_kept(tmp_path, tools):
-    assert read(tmp_path, talk(user(), assistant(), **tools)).tools == (TOOL,)
+    assert read(tmp_path, chat_row(user(), assistant(), **tools)).tools == (TOOL,)
     assert read(tmp_path, {"question": "q", "answer": "a"} | tools).tools == (TOOL,)
 
 
 @pytest.mark.parametrize("tools", [[], None, "", "[]"])
 def test_no_tools_are_none(tmp_path, tools):
-    assert read(tmp_path, talk(user(), assistant(), tools=tools)).tools == ()
+    assert read(tmp_path, chat_row(user(), assistant(), tools=tools)).tools == ()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_no_tools_are_none(tmp_path, tools):
 )
 def test_tools_that_cannot_be_read_are_refused_with_their_place(tmp_path, tools, message):
     with pytest.raises(ConfigError, match=message):
-        read(tmp_path, talk(user(), assistant(), tools=tools))
+        read(tmp_path, chat_row(user(), assistant(), tools=tools))
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
@@ -207,21 +207,21 @@ def test_a_system_text_beside_the_turns_stands_before_them(tmp_path, key):
     sharegpt = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     pair, alpaca = {"question": "q", "response": "a"}, {"instruction": "q", "input": "", "output": "a"}
     trl = {"prompt": [user()], "completion": [assistant()]}
-    rows = [row | {key: "s"} for row in (talk(user(), assistant()), sharegpt, pair, alpaca, trl)]
-    rows.append(talk({"role": "system", "content": "s"}, user(), assistant(), **{key: "s"}))
-    assert read_conversations([written(tmp_path, rows)]) == [[SYSTEM, ASKED, PLAIN]] * len(rows)
+    rows = [row | {key: "s"} for row in (chat_row(user(), assistant()), sharegpt, pair, alpaca, trl)]
+    rows.append(chat_row({"role": "system", "content": "s"}, user(), assistant(), **{key: "s"}))
+    assert read_conversations([write_rows(tmp_path, rows)]) == [[SYSTEM, ASKED, PLAIN]] * len(rows)
     with pytest.raises(ConfigError, match="line 1 has a system text beside its turns and another among them"):
-        read(tmp_path, talk({"role": "system", "content": "other"}, user(), assistant(), **{key: "s"}))
+        read(tmp_path, chat_row({"role": "system", "content": "other"}, user(), assistant(), **{key: "s"}))
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss", "loss_mask", "step_loss_mask"])
 def test_masks_of_turns_are_kept_and_refused_where_nobody_honours_them(tmp_path, key):
-    row = talk(user(), assistant("bad", **{key: 0}), user("no"), assistant("good", **{key: True}))
+    row = chat_row(user(), assistant("bad", **{key: 0}), user("no"), assistant("good", **{key: True}))
     assert [message.is_trained for message in read(tmp_path, row)] == [True, False, True, True]
     with pytest.raises(ConfigError, match="line 1 has turns that are not to be learnt"):
         read_conversations([str(tmp_path / "talks.jsonl")])
-    all_on = talk(user(**{key: False}), assistant(**{key: 1.0}))
-    assert read_conversations([written(tmp_path, [all_on])]) == [[ASKED, PLAIN]]
+    all_on = chat_row(user(**{key: False}), assistant(**{key: 1.0}))
+    assert read_conversations([write_rows(tmp_path, [all_on])]) == [[ASKED, PLAIN]]
 
 
 def test_answers_within_a_prompt_of_turns_are_context(tmp_path):
@@ -233,18 +233,24 @@ def test_answers_within_a_prompt_of_turns_are_context(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (talk(user(), assistant(weight=0.5)), "turn 2: weight=0.5 is not supported"),
-        (talk(user(), assistant(weight=-1)), "weight=-1 is not supported"),
-        (talk(user(), assistant(train="false")), 'train="false" is not supported'),
-        (talk(user(), assistant(weight=float("nan"))), "weight=NaN is not supported"),
-        (talk(user(), assistant(weight=0, train=True)), "weight and train, which differ"),
-        (talk(user(weight=1), assistant()), "asks to train on a turn of the user"),
-        (talk(user(), assistant(loss_scale=0.3)), "turn 2 has the key 'loss_scale'"),
-        (talk(user(), assistant(mask=1)), "turn 2 has the key 'mask'"),
-        (talk(user(), assistant(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])), "train_detail"),
-        (talk(user(), assistant(weight=0)), "has no turn to train on"),
-        (talk(user(), assistant(), weight=0.5), "line 1 has the key 'weight'"),
-        (talk(user(), assistant("x", train=False), {"role": "tool_call", "content": '{"name": "f"}'}), "are one turn"),
+        (chat_row(user(), assistant(weight=0.5)), "turn 2: weight=0.5 is not supported"),
+        (chat_row(user(), assistant(weight=-1)), "weight=-1 is not supported"),
+        (chat_row(user(), assistant(train="false")), 'train="false" is not supported'),
+        (chat_row(user(), assistant(weight=float("nan"))), "weight=NaN is not supported"),
+        (chat_row(user(), assistant(weight=0, train=True)), "weight and train, which differ"),
+        (chat_row(user(weight=1), assistant()), "asks to train on a turn of the user"),
+        (chat_row(user(), assistant(loss_scale=0.3)), "turn 2 has the key 'loss_scale'"),
+        (chat_row(user(), assistant(mask=1)), "turn 2 has the key 'mask'"),
+        (
+            chat_row(user(), assistant(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])),
+            "train_detail",
+        ),
+        (chat_row(user(), assistant(weight=0)), "has no turn to train on"),
+        (chat_row(user(), assistant(), weight=0.5), "line 1 has the key 'weight'"),
+        (
+            chat_row(user(), assistant("x", train=False), {"role": "tool_call", "content": '{"name": "f"}'}),
+            "are one turn",
+        ),
     ],
 )
 def test_masks_that_are_not_0_or_1_or_that_contradict_are_refused_by_name(tmp_path, row, message):
@@ -262,7 +268,7 @@ def test_masks_that_are_not_0_or_1_or_that_contradict_are_refused_by_name(tmp_pa
     ],
 )
 def test_roles_of_published_files_are_known(tmp_path, role, wanted):
-    row = talk(user(), assistant("x", tool_calls=[OPENAI]), {"role": role, "content": "c"}, assistant())
+    row = chat_row(user(), assistant("x", tool_calls=[OPENAI]), {"role": role, "content": "c"}, assistant())
     assert read(tmp_path, row)[2].role == wanted
 
 
@@ -273,29 +279,29 @@ def test_roles_of_published_files_are_known(tmp_path, role, wanted):
         ({}, "is no conversation"),
         ({"prompt": "q", "canonical_solution": "a"}, "is no conversation"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is no conversation"),
-        (talk({"role": "robot", "content": "q"}), 'line 1, turn 1: role "robot" is not known; known: user, human'),
-        (talk(user(), {"from": "narrator", "value": "q"}), 'turn 2: role "narrator" is not known'),
-        (talk({"role": 3, "content": "q"}), "turn 1: role 3 is not known"),
-        (talk({"content": "q"}), "turn 1 has no role"),
-        (talk({"role": None, "content": "q"}), "turn 1 has no role"),
-        (talk({"role": "user", "from": "gpt", "content": "q"}), "role and from, which differ"),
-        (talk({"role": "user"}), "turn 1 has no content"),
-        (talk(user(None), assistant()), "turn 1 has no content"),
-        (talk(user(), {"role": "assistant"}), "turn 2 has neither content nor calls"),
-        (talk(user({"text": "q"}), assistant()), "content or value is an object, not text"),
+        (chat_row({"role": "robot", "content": "q"}), 'line 1, turn 1: role "robot" is not known; known: user, human'),
+        (chat_row(user(), {"from": "narrator", "value": "q"}), 'turn 2: role "narrator" is not known'),
+        (chat_row({"role": 3, "content": "q"}), "turn 1: role 3 is not known"),
+        (chat_row({"content": "q"}), "turn 1 has no role"),
+        (chat_row({"role": None, "content": "q"}), "turn 1 has no role"),
+        (chat_row({"role": "user", "from": "gpt", "content": "q"}), "role and from, which differ"),
+        (chat_row({"role": "user"}), "turn 1 has no content"),
+        (chat_row(user(None), assistant()), "turn 1 has no content"),
+        (chat_row(user(), {"role": "assistant"}), "turn 2 has neither content nor calls"),
+        (chat_row(user({"text": "q"}), assistant()), "content or value is an object, not text"),
         (
-            talk(user([{"type": "image_url", "image_url": {"url": "u"}}]), assistant()),
+            chat_row(user([{"type": "image_url", "image_url": {"url": "u"}}]), assistant()),
             "is of type image_url; only text",
         ),
-        (talk(user(["q"]), assistant()), "part 1 is text, not an object"),
-        (talk("hello", assistant()), "turn 1 is text, not an object"),
+        (chat_row(user(["q"]), assistant()), "part 1 is text, not an object"),
+        (chat_row("hello", assistant()), "turn 1 is text, not an object"),
         ({"messages": "hello"}, "its turns are text, not a list"),
         ({"messages": {"0": user()}}, "its turns are an object"),
         ({"messages": []}, "is no conversation"),
-        (talk(user(), assistant(""), assistant("")), "turn 2: the assistant says nothing"),
+        (chat_row(user(), assistant(""), assistant("")), "turn 2: the assistant says nothing"),
         ({"question": "q", "answer": " \n"}, "the assistant says nothing"),
-        (talk(user()), "does not end with an answer of the assistant"),
-        (talk(user(), assistant(), user()), "does not end with an answer of the assistant"),
+        (chat_row(user()), "does not end with an answer of the assistant"),
+        (chat_row(user(), assistant(), user()), "does not end with an answer of the assistant"),
         ({"prompt": "q", "response": None}, "response holds nothing"),
         ({"prompt": None, "response": "a"}, "prompt holds nothing"),
         ({"prompt": 7, "response": "a"}, "the question is a number, not text"),
@@ -317,13 +323,13 @@ def test_a_row_that_is_no_conversation_is_refused_in_our_words(tmp_path, row, me
 @pytest.mark.parametrize("content", [None, "", "I cannot"])
 def test_a_refusal_is_named_even_where_nothing_else_is_said(tmp_path, content):
     with pytest.raises(ConfigError, match="line 1, turn 2 has the key 'refusal'"):
-        read(tmp_path, talk(user(), assistant(content, refusal="no")))
+        read(tmp_path, chat_row(user(), assistant(content, refusal="no")))
 
 
 @pytest.mark.parametrize("key", ["images", "audio", "refusal", "name", "reasoning_details", "cot", "tool_calls_text"])
 def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=f"line 1, turn 2 has the key '{key}', which is not read and would be lost"):
-        read(tmp_path, talk(user(), assistant(**{key: "x"})))
+        read(tmp_path, chat_row(user(), assistant(**{key: "x"})))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +341,7 @@ def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key
 )
 def test_a_key_of_a_row_that_would_change_what_is_learnt_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=f"line 1 has the key '{key}', which is not read and would be lost"):
-        read(tmp_path, talk(user(), assistant(), **{key: ["x"]}))
+        read(tmp_path, chat_row(user(), assistant(), **{key: ["x"]}))
 
 
 @pytest.mark.parametrize("label", [True, False, 3, "spam", None])
@@ -355,16 +361,16 @@ def test_a_result_that_follows_no_turn_of_the_assistant_is_refused(tmp_path, rol
     result = {"from": role, "value": '{"name": "weather", "arguments": {}}'}
     for before in ([], [user()], [{"role": "system", "content": "s"}]):
         with pytest.raises(ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a call"):
-            read(tmp_path, talk(*before, result, {"from": "observation", "value": "mild"}, assistant()))
+            read(tmp_path, chat_row(*before, result, {"from": "observation", "value": "mild"}, assistant()))
 
 
 def test_every_other_key_is_listed_once_for_its_file_with_a_count(tmp_path, caplog):
     """They were dropped without a word."""
     caplog.set_level("INFO")
-    rows = [talk(user(timestamp=1), assistant(id="m"), id=i, source="web", date=None) for i in range(1200)]
+    rows = [chat_row(user(timestamp=1), assistant(id="m"), id=i, source="web", date=None) for i in range(1200)]
     rows.append({"question": "q", "answer": "a", "id": 7, "difficulty": 0})
-    path = written(tmp_path, rows)
-    read_conversations([path, written(tmp_path, [{"question": "q", "answer": "a"}], "bare.jsonl")])
+    path = write_rows(tmp_path, rows)
+    read_conversations([path, write_rows(tmp_path, [{"question": "q", "answer": "a"}], "bare.jsonl")])
     (line,) = caplog.messages
     assert line.startswith(f"{path}: keys not used: ")
     counts = set(line.removeprefix(f"{path}: keys not used: ").split(", "))

@@ -105,7 +105,7 @@ def test_answers_to_a_file_are_those_to_each_line(folder: Path):
 def test_a_talk_remembers_until_it_is_told_to_forget(folder: Path):
     said: list[str] = []
     lines = iter(["1+2?", "and 3?", NEW, "1+2?", None, "never read"])
-    generator(folder, temperature=0.0).talk(lambda: next(lines), lambda text, style: said.append(text))
+    generator(folder, temperature=0.0).converse(lambda: next(lines), lambda text, style: said.append(text))
     turns = "".join(said).split("\n")
     assert next(lines) == "never read"
     assert len(turns) >= 4
@@ -115,9 +115,9 @@ def test_a_talk_remembers_until_it_is_told_to_forget(folder: Path):
 
 
 def test_plain_text_is_continued_without_a_template(folder: Path):
-    text = "".join(generator(folder).continue_text("the ball"))
+    text = "".join(generator(folder).respond("the ball", raw=True))
     assert isinstance(text, str)
-    again = "".join(generator(folder).continue_text("the ball"))
+    again = "".join(generator(folder).respond("the ball", raw=True))
     assert text == again
 
 

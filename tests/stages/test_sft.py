@@ -24,7 +24,7 @@ ROWS = [
 ]
 
 
-def written(folder: Path, rows: list[object], name: str = "talks.jsonl") -> str:
+def write_rows(folder: Path, rows: list[object], name: str = "talks.jsonl") -> str:
     path = folder / name
     path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return str(path)
@@ -40,7 +40,7 @@ def start(tmp_path: Path) -> str:
 def config(start: str, folder: Path, **changes: object) -> SftConfig:
     table = {
         "start": start,
-        "data": [written(folder, ROWS)],
+        "data": [write_rows(folder, ROWS)],
         "rows": 2,
         "row_tokens": 48,
         "epochs": 3.0,
@@ -66,7 +66,7 @@ def test_a_turn_that_is_switched_off_is_read_and_not_learnt(start: str, tmp_path
     turns += [{"role": "user", "content": "no"}, {"role": "assistant", "content": "3", "weight": 1}]
     turns += [{"role": "user", "content": "and 4?"}, {"role": "assistant", "content": "9", "train": False}]
     chat = chat_format(name, tiny_tokenizer())
-    talks = read_conversations([written(tmp_path, [{"messages": turns}], "masked.jsonl")], with_masks=True)
+    talks = read_conversations([write_rows(tmp_path, [{"messages": turns}], "masked.jsonl")], with_masks=True)
     (sample,) = make_lessons(talks, chat, config(start, tmp_path, held_out=0.0)).trained
     batch = lay_out([sample], [[0]], 48)
     prompt, learnt = chat.prompt(talks[0][:3]), batch.targets[batch.loss_mask > 0].tolist()
@@ -79,7 +79,7 @@ def test_tools_and_calls_of_a_row_are_learnt_or_refused_with_its_place(start: st
     """A format without calls learnt the empty words beside one."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    talks = read_conversations([written(tmp_path, [*ROWS[:2], {"messages": turns, "tools": tools}], "calls.jsonl")])
+    talks = read_conversations([write_rows(tmp_path, [*ROWS[:2], {"messages": turns, "tools": tools}], "calls.jsonl")])
     cfg = config(start, tmp_path, held_out=0.0, row_tokens=1000)
     tokenizer = train_tokenizer(["1+2? add"], 340, control=(*CONTROL, *TOOLS))
     sample = make_lessons(talks, chat_format("v3", tokenizer), cfg).trained[2]

@@ -143,7 +143,7 @@ def generate(
     generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, place), place, weights)
     out = say if ranks.rank == 0 else say_nothing
     if interactive:
-        generator.talk(functools.partial(read_question, ">>> "), out)
+        generator.converse(functools.partial(read_question, ">>> "), out)
     elif prompt is not None:
         say_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
     for asked, answer in zip(prompts, generator.answers(prompts, raw) if prompts else (), strict=True):

@@ -19,6 +19,7 @@ from thinkstack.stages.console import NEW, Say, say_answer
 from thinkstack.stages.talk import LastToken, stream_text
 from thinkstack.types import ConfigError, Message, RequestError, Sampling
 
+TextOf = Callable[[Sequence[int]], str]
 MAX_BATCH = 64
 """Prompts of a file that are answered at once."""
 
@@ -49,36 +50,33 @@ class Generator:
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
         self.last = LastToken(self.chat)
 
-    def continue_text(self, prompt: str) -> Iterator[str]:
-        """Stream the continuation of plain text: exactly one BOS where the model knows one, no template."""
-        ids = self.chat.tokenizer.begin_ids + self.chat.tokenizer.encode(prompt)
-        return stream_text(self._plain_text, self.last.of(self.engine.stream(ids, self._fitting(ids))))
-
-    def _plain_text(self, drawn: Sequence[int]) -> str:
-        return self.chat.tokenizer.decode([token for token in drawn if token not in self.chat.stop_ids])
-
     def respond(self, prompt: str, raw: bool = False) -> Iterator[str]:
         """Stream the answer to a prompt through the chat template, where the checkpoint has one and raw is not asked
-        for; else the continuation of the text."""
-        if raw or not self.chat.has_template:
-            return self.continue_text(prompt)
-        return self.answer([Message(role="user", content=prompt)])
+        for; else the continuation of the text, behind exactly one BOS where the model knows one."""
+        return self._stream(*self._ask(prompt, raw))
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Stream the next turn of the assistant, what the prompt has begun of it included."""
-        ids = self.chat.prompt(messages)
-        return stream_text(self.chat.text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
+        return self._stream(self.chat.prompt(messages), self.chat.text_of)
 
     def answers(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
-        """One answer to each prompt, sampled together; prompt number i samples with seed + i."""
-        text_of: Callable[[Sequence[int]], str] = self.chat.text_of
+        """What `respond` gives for each prompt, sampled together; prompt number i samples with seed + i."""
+        asked = [self._ask(prompt, raw) for prompt in prompts]
+        samplings = [replace(self._fitting(ids), seed=self.sampling.seed + n) for n, (ids, _) in enumerate(asked)]
+        found = self.engine.generate([ids for ids, _ in asked], samplings)
+        return [text_of(group[0].token_ids) for (_, text_of), group in zip(asked, found, strict=True)]
+
+    def _ask(self, prompt: str, raw: bool) -> tuple[list[int], TextOf]:
+        """Ids that ask for an answer, or for a continuation, and how its ids become text."""
         if raw or not self.chat.has_template:
-            begin, text_of = self.chat.tokenizer.begin_ids, self._plain_text
-            asked = [begin + self.chat.tokenizer.encode(prompt) for prompt in prompts]
-        else:
-            asked = [self.chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
-        samplings = [replace(self._fitting(ids), seed=self.sampling.seed + place) for place, ids in enumerate(asked)]
-        return [text_of(found[0].token_ids) for found in self.engine.generate(asked, samplings)]
+            return self.chat.tokenizer.begin_ids + self.chat.tokenizer.encode(prompt), self._continuation
+        return self.chat.prompt([Message(role="user", content=prompt)]), self.chat.text_of
+
+    def _continuation(self, token_ids: Sequence[int]) -> str:
+        return self.chat.tokenizer.decode([token for token in token_ids if token not in self.chat.stop_ids])
+
+    def _stream(self, ids: list[int], text_of: TextOf) -> Iterator[str]:
+        return stream_text(text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
 
     def _fitting(self, ids: Sequence[int]) -> Sampling:
         """The sampling with as many tokens as the context still takes."""
@@ -89,8 +87,9 @@ class Generator:
             )
         return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
 
-    def talk(self, read: Callable[[], str | None], say: Say) -> None:
-        """Answer what `read` gives on the first rank until it gives None; NEW begins a new conversation."""
+    def converse(self, read: Callable[[], str | None], say: Say) -> None:
+        """Answer what `read` gives on the first rank until it gives None; NEW begins a new conversation. Ctrl-C stops
+        an answer, but for several processes, which it ends."""
         messages: list[Message] = []
         while True:
             asked = broadcast_text(read() if self.ranks.rank == 0 else None, self.ranks)
@@ -100,7 +99,18 @@ class Generator:
                 messages.clear()
                 continue
             messages.append(Message(role="user", content=asked))
-            whole = say_answer((("", piece) for piece in self.answer(messages)), self.last.text, say)
+            try:
+                whole = say_answer((("", piece) for piece in self.answer(messages)), self.last.text, say)
+            except RequestError as error:
+                messages.clear()
+                say(f"{error}; a new conversation begins\n", "warning")
+                continue
+            except KeyboardInterrupt:
+                if self.ranks.count > 1:
+                    raise
+                messages.pop()
+                say(" (stopped)\n", "warning")
+                continue
             messages.append(Message(role="assistant", content=whole))
 
 

@@ -29,7 +29,7 @@ class KeptCompletions:
         keys = [request_key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
         missing = [place for place, key in enumerate(keys) if key not in self.kept]
 
-        def keep(place: int, completions: list[Completion]) -> None:
+        def log_completions(place: int, completions: list[Completion]) -> None:
             key = keys[missing[place]]
             self.kept[key] = completions
             self.run.append(FILE, {"key": key, "completions": list(map(row_of, completions))})
@@ -37,7 +37,9 @@ class KeptCompletions:
 
         with self.run.stop.may_interrupt():
             asked = [(prompts[place], samplings[place]) for place in missing]
-            self.engine.generate([prompt for prompt, _ in asked], [sampling for _, sampling in asked], on_finish=keep)
+            self.engine.generate(
+                [prompt for prompt, _ in asked], [sampling for _, sampling in asked], on_finish=log_completions
+            )
         return [self.kept[key] for key in keys]
 
     def drop(self) -> None:

@@ -91,6 +91,7 @@ class Talk:
                 self.forget()
                 say(f"{error}; a new conversation begins\n", "warning")
             except KeyboardInterrupt:
+                self.messages.pop()  # what was asked, for no answer follows it
                 say(" (stopped)\n", "warning")
 
 

@@ -9,6 +9,7 @@ import inspect
 import math
 import numbers
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,9 +53,9 @@ def custom_part(name: str, problem: Problem, text: str) -> float:
     try:
         value = load_reward(name)(problem, text)
     except Exception as error:
-        raise TrainingError(
-            f"reward {name!r} failed on {problem.question[:80]!r}: {type(error).__name__}: {error}"
-        ) from error
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        what = f"{type(error).__name__} in line {line}: {error}"
+        raise TrainingError(f"reward {name!r} failed on {problem.question[:80]!r}: {what}") from error
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
     raise TrainingError(f"reward {name!r} gave {value!r} for {problem.question[:80]!r}; it must give a finite number")
