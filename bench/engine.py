@@ -209,7 +209,7 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
     for count in (1, 4, 16, 64):
         how = {"temperature": 0.0, "stop_ids": tuple(chat.stop_ids)}
         size = {"max_batch": count, "max_context": 512, "prefix_cache": False}
-        guessing = Engine(model, EngineConfig(**size, max_drafts=1, always_draft=True))
+        guessing = Engine(model, EngineConfig(**size, max_drafts=1))
         plain = Engine(model, EngineConfig(**size))
         sides = answering(guessing, prompts[:count], 64, **how), answering(plain, prompts[:count], 64, **how)
         answers = [[[c.token_ids for c in group] for group in side()] for side in sides]

@@ -21,9 +21,7 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        cfg = EngineConfig(
-            max_batch=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, max_drafts=self.drafts, always_draft=True
-        )
+        cfg = EngineConfig(max_batch=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, max_drafts=self.drafts)
         self.engine, self.requests, self.version = Engine(MODEL, cfg), [], 0
 
     @rule(

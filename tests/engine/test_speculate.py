@@ -10,12 +10,12 @@ from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, pro
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.blocks import BLOCK
 from thinkstack.engine.engine import Engine
-from thinkstack.engine.speculate import RETRY, SAMPLES, Payoff, Speculator
+from thinkstack.engine.speculate import Speculator
 from thinkstack.types import ConfigError, Sampling
 
 GQA_AHEAD = replace(GQA_TINY, mtp_layers=1)
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, WHOLE], ids=["mla", "gqa", "whole"])
-DRAFTING = replace(SMALL, max_drafts=3, always_draft=True)
+DRAFTING = replace(SMALL, max_drafts=3)
 
 
 class Oracle:
@@ -180,36 +180,6 @@ def test_cached_states_are_those_of_a_whole_sequence(cfg):
         expected = model.head(states)[0].argmax(-1)  # at i: of token i + 2
     assert len(guesses) > 20
     assert guesses == {known: int(expected[known - 2]) for known in guesses}
-
-
-def test_drafting_stops_where_it_does_not_pay_and_is_tried_again():
-    payoff = Payoff()
-    for _ in range(SAMPLES):
-        payoff.note(1, False, 1.0, 1)
-        assert payoff.pays(1)
-        payoff.note(1, True, 1.5, 2)
-        payoff.note(64, False, 1.0, 64)
-        payoff.note(64, True, 1.5, 80)
-    assert payoff.pays(1)
-    assert not payoff.pays(64) and not payoff.pays(100)  # about as many
-    payoff.steps += RETRY
-    assert payoff.pays(64)
-
-
-def test_rows_that_were_not_followed_are_not_guessed_for():
-    """Once off, the module has gaps in what it saw; new rows are followed when it is on again."""
-    model = tiny_model(**LONG)
-    engine = Engine(model, replace(SMALL, max_drafts=1))
-    request = engine.submit(prompt(20), Sampling(max_tokens=60))
-    engine.step()
-    engine.speculator.payoff.rejected_at[1] = 0
-    for _ in range(10):
-        engine.step()
-    assert request.drafted <= 1 and not engine.table.is_drafting.any()
-    assert not request.is_finished
-    engine.speculator.payoff.rejected_at.clear()
-    engine.step()
-    assert not engine.table.drafts.any()
 
 
 def test_a_model_without_a_module_cannot_guess():

@@ -6,7 +6,6 @@ model makes of a token depends on its sequence alone, and draws depend on the re
 """
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,9 +52,8 @@ class EngineConfig:
     return_experts: bool = False
     """Give the experts of every token back with each completion, for a trainer that uses them again."""
     max_drafts: int = 0
-    """Tokens that the model's multi-token-prediction module guesses ahead, where the clock says that it pays."""
-    always_draft: bool = False
-    """Guess even where it does not pay."""
+    """Tokens that the model's multi-token-prediction module guesses ahead; 0 for none. Small models
+    are slower with guesses."""
     graphs: bool = True
     """On a CUDA device, record decoding steps and play them back."""
 
@@ -95,7 +93,7 @@ class Engine:
         self.runner = self.make_runner(model, num_blocks)
         self.speculator: Speculator | None = None
         if cfg.max_drafts:
-            self.speculator = Speculator(self.runner, self.table, cfg.max_drafts, cfg.always_draft)
+            self.speculator = Speculator(self.runner, self.table, cfg.max_drafts)
         self.next_id = 0
         self.version = version
         self.answers_ended = 0
@@ -213,9 +211,7 @@ class Engine:
             self._step()
 
     def _step(self) -> None:
-        began, speculator, table = time.perf_counter(), self.speculator, self.table
-        drafting = speculator is not None and speculator.begins(len(self.scheduler.running))
-        self.scheduler.drafting = drafting
+        table = self.table
         plan = self.scheduler.plan()
         if not len(plan.rows):
             return
@@ -230,9 +226,10 @@ class Engine:
         draws, copies = self._who_draws(plan, (reached == known).nonzero()[0])
         for copy in copies:
             self.runner.cache.copy(*copy)
-        given = self._draw(draws, hidden) if len(draws.rows) else 0
-        if speculator is not None and drafting:
-            speculator.follow(plan, hidden, bool(draws.offsets.any()), given, began)
+        if len(draws.rows):
+            self._draw(draws, hidden)
+        if self.speculator is not None:
+            self.speculator.follow(plan, hidden)
             for copy in copies:  # again, with what the module has kept
                 self.runner.cache.copy(*copy)
 
@@ -266,8 +263,8 @@ class Engine:
             offsets = numpy.append(offsets, numpy.zeros(len(followers), dtype=numpy.int64))
         return Draws(rows, offsets, sources), copies
 
-    def _draw(self, draws: Draws, hidden: Tensor) -> int:
-        """Draw for these rows, keep what counts, close what ends. Returns the number of tokens that answers got."""
+    def _draw(self, draws: Draws, hidden: Tensor) -> None:
+        """Draw for these rows, keep what counts, close what ends."""
         table, (rows, offsets, sources) = self.table, draws
         if sources is not None:
             hidden = hidden.index_select(0, torch.from_numpy(sources).to(hidden.device))
@@ -275,10 +272,9 @@ class Engine:
         if self.speculator is not None and offsets.any():
             counts = self.speculator.counts(rows, offsets, drawn.tokens)
         note(table, rows, offsets, drawn, counts)
-        given = len(rows)
         failed = numpy.isnan(drawn.log_probs)
         if counts is not None:
-            given, failed, rows = int(counts.sum()), failed & counts, numpy.unique(rows)
+            failed, rows = failed & counts, numpy.unique(rows)
             table.computed[rows] = table.known[rows] - 1
             for row in rows.tolist():
                 self.scheduler.name_blocks(row, int(table.computed[row]))  # right guesses may have filled one
@@ -289,7 +285,6 @@ class Engine:
             rows = numpy.setdiff1d(rows, broken)
         for row, reason in table.finished(rows):
             self._close(row, reason)
-        return given
 
     def generate(
         self,

@@ -49,8 +49,6 @@ class Scheduler:
         """Whether the last plan sent somebody back."""
         self.holds_back = False
         """Admit nobody: the engine drains."""
-        self.drafting = False
-        """Whether the drafting module follows those admitted now."""
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError if too many wait."""
@@ -154,7 +152,6 @@ class Scheduler:
         first, *others = (table.open(waiting, answer, root_name(self.version, request.salt)) for answer in answers)
         table.followers[first] = others
         table.follows[others] = True
-        table.is_drafting[[first, *others]] = self.drafting
         for row in (first, *others):
             bisect.insort(self.running, row, key=table.key)
         self._reuse(first)

@@ -8,9 +8,6 @@ Source: DeepSeek-V3 report, arXiv:2412.19437, sections 2.2 and 5.4.3; one module
 
 # Shapes in this file: N tokens, R rows, K guesses of a row.
 
-import time
-from dataclasses import dataclass, field
-
 import numpy
 import torch
 from torch import Tensor
@@ -21,68 +18,15 @@ from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan
 from thinkstack.engine.table import SequenceTable
 
-PROBE = 16
-"""Every so many steps one is made without guesses, to know what it costs."""
-SAMPLES = 4
-"""Steps of each kind that are timed before a verdict."""
-RETRY = 4096
-"""Steps after which a verdict against drafting is forgotten."""
-
-
-@dataclass
-class Payoff:
-    """Whether drafting pays at a number of rows, by the clock: seconds per token with it and without."""
-
-    plain: dict[int, list[float]] = field(default_factory=dict)
-    """By bucket: steps timed and their running mean of seconds a token."""
-    drafted: dict[int, list[float]] = field(default_factory=dict)
-    rejected_at: dict[int, int] = field(default_factory=dict)
-    steps: int = 0
-
-    def note(self, rows: int, is_drafted: bool, seconds: float, tokens: int) -> None:
-        """A step over this many rows, which gave so many tokens."""
-        known = (self.drafted if is_drafted else self.plain).setdefault(rows.bit_length(), [0, 0.0])
-        known[0] += 1
-        known[1] += (seconds / tokens - known[1]) / min(known[0], 20)
-
-    def guesses(self, rows: int) -> bool:
-        """Whether the next step over so many rows has guesses: not while the other kind is too little known."""
-        known = self.plain.get(rows.bit_length(), [0, 0.0])[0]
-        return self.steps % (PROBE if known >= SAMPLES else 2) != 0
-
-    def pays(self, rows: int) -> bool:
-        """What is known of this many rows; drafting is tried until it is known not to pay."""
-        bucket = rows.bit_length()
-        if bucket in self.rejected_at:
-            if self.steps - self.rejected_at[bucket] < RETRY:
-                return False
-            for known in (self.plain, self.drafted, self.rejected_at):
-                known.pop(bucket)
-        plain, drafted = self.plain.get(bucket, [0, 0.0]), self.drafted.get(bucket, [0, 0.0])
-        if min(plain[0], drafted[0]) >= SAMPLES and drafted[1] > plain[1]:
-            self.rejected_at[bucket] = self.steps
-            return False
-        return True
-
 
 class Speculator:
     """Guesses for the rows of an engine, and what became of them."""
 
-    def __init__(self, runner: Runner, table: SequenceTable, max_drafts: int, always: bool = False):
-        """max_drafts: K, tokens guessed ahead. always: draft even where it does not pay."""
-        self.runner, self.table, self.max_drafts, self.always = runner, table, max_drafts, always
-        self.payoff = Payoff()
+    def __init__(self, runner: Runner, table: SequenceTable, max_drafts: int):
+        """max_drafts: K, tokens guessed ahead."""
+        self.runner, self.table, self.max_drafts = runner, table, max_drafts
         self.drafted, self.accepted = numpy.zeros((2, max_drafts), dtype=numpy.int64)
         """Guesses so far by how far ahead they were, and those the model drew too."""
-
-    def begins(self, running: int) -> bool:
-        """Whether a step over so many rows drafts; where not, rows in flight are followed no longer."""
-        self.payoff.steps += 1
-        on = self.always or self.payoff.pays(max(running, 1))
-        if not on:
-            self.table.is_drafting[:] = False
-            self.table.drafts[:] = 0
-        return on
 
     def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
         """Which of the tokens drawn behind guesses count, (N,) bool: a row's first, and each behind a right guess.
@@ -103,22 +47,12 @@ class Speculator:
             request.accepted += accepted
         return counts
 
-    def follow(self, plan: Plan, hidden: Tensor, drafted: bool, given: int, began: float) -> None:
-        """Show the module what the rows of a step computed, hidden (N, D), guess on for those that draw, and time it.
-
-        drafted: whether the step had guesses. given: tokens that answers got in it. began: when, in seconds.
-        """
-        rows, middle = len(plan.rows), time.perf_counter()
-        self._show(plan, hidden, self.always or self.payoff.guesses(rows))
-        if (plan.counts <= 1 + self.max_drafts).all() and given >= rows:  # no prompts
-            ended = time.perf_counter() if drafted else middle
-            self.payoff.note(rows, drafted, ended - began, given)
-
-    def _show(self, plan: Plan, hidden: Tensor, guess: bool) -> None:
-        """`follow` without the clock."""
+    def follow(self, plan: Plan, hidden: Tensor) -> None:
+        """Show the module what the rows of a step computed, hidden (N, D), and guess on for those that draw."""
         table, ends = self.table, plan.counts.cumsum()
         valid = numpy.minimum(plan.counts, table.known[plan.rows] - 1 - plan.starts)
-        shown = numpy.flatnonzero(table.is_drafting[plan.rows] & (valid > 0))
+        is_open = numpy.array([table.owner[row] is not None for row in plan.rows.tolist()])  # the step ended others
+        shown = numpy.flatnonzero(is_open & (valid > 0))
         if not len(shown):
             return
         rows, starts, counts = plan.rows[shown], plan.starts[shown], valid[shown]
@@ -126,8 +60,7 @@ class Speculator:
             counts
         )
         states = self.runner.draft(table, rows, starts, counts, hidden[torch.from_numpy(index).to(hidden.device)])
-        if guess:
-            self._guess(rows, states)
+        self._guess(rows, states)
 
     def _guess(self, rows: numpy.ndarray, states: Tensor) -> None:
         """Write guesses behind the known tokens of those rows whose known tokens but the last are all computed."""

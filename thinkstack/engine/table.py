@@ -107,8 +107,6 @@ class SequenceTable:
         """Tokens of the prompt; of prompt and answer; in the cache; most tokens of both."""
         self.drafts = numpy.zeros(num_rows + 1, dtype=numpy.int64)
         """Tokens in `ids` after the known ones that are only guessed."""
-        self.is_drafting = numpy.zeros(num_rows + 1, dtype=bool)
-        """Whether the drafting module has followed the row from its start."""
         self.follows = numpy.zeros(num_rows + 1, dtype=bool)
         """Whether the row waits for another one's prompt."""
         self.seed = numpy.zeros(num_rows, dtype=numpy.uint64)
@@ -207,7 +205,7 @@ class SequenceTable:
         del request.rows[answer]
         self.owner[row], self.blocks[row], self.names[row], self.followers[row] = None, [], [], []
         self.tables[row] = SPARE
-        self.follows[row] = self.is_drafting[row] = self.is_special[row] = False
+        self.follows[row] = self.is_special[row] = False
         self.drafts[row] = 0
         heapq.heappush(self.free, row)
 

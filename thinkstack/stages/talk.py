@@ -47,9 +47,7 @@ class Talk:
         """
         self.chat = load_chat(source)
         self.model = load_model(source, DTYPES[precision])
-        drafts = min(self.model.cfg.mtp_layers, 1)
-        size = EngineConfig(max_batch=1, dtype=precision, weights=weights, max_drafts=drafts)
-        self.engine = Engine(self.model, size)
+        self.engine = Engine(self.model, EngineConfig(max_batch=1, dtype=precision, weights=weights))
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
         self.limit = read_limit(str(locate(source)))
         self.messages: list[Message] = []
