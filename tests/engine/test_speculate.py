@@ -94,9 +94,11 @@ def test_nothing_counts_behind_a_stop_token(monkeypatch):
     (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
     guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
     stopping = how(1, max_tokens=41, stop_ids=(expected[17],))
-    found = Engine(model, DRAFTING).generate([asked], stopping)[0][0]
+    engine = Engine(model, DRAFTING)
+    found = engine.generate([asked], stopping)[0][0]
     place = expected.index(expected[17])
     assert found.token_ids == expected[: place + 1] and found.finish_reason == "stop"
+    assert not engine.table.drafts.any(), "nobody guesses for a row that has ended"
 
 
 @pytest.mark.parametrize(
