@@ -110,10 +110,10 @@ class Moment(NamedTuple):
 
 def _main(recipe: Path, out: Path, moment: Moment | None) -> None:
     from thinkstack.cli import main
-    from thinkstack.stages import pretrain, talk
+    from thinkstack.stages import pretrain
 
     take_one_core()
-    pretrain.TOKENIZER_DOCUMENTS, talk.KNOWN_QUESTIONS = 200, 20  # more take longer than all the steps
+    pretrain.TOKENIZER_DOCUMENTS = 200  # more take longer than all the steps
     if moment:
         sys.addaudithook(_signal_before(moment, out))
     sys.argv = ["thinkstack", "run", str(recipe), "--out", str(out)]

@@ -63,7 +63,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = build(PretrainConfig, merge(COMMON, table | {"text_files": (runs_of_digits(folder / "digits.txt"),)}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "TOKENIZER_DOCUMENTS", 200)
-        patch.setattr("thinkstack.stages.talk.KNOWN_QUESTIONS", 20)
         pretrain(cfg, Run(folder / "base"))
     return folder
 
@@ -79,9 +78,7 @@ def nats(row: dict[str, Any]) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def extended(base: Path) -> Run:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thinkstack.stages.talk.KNOWN_QUESTIONS", 20)
-        pretrain(extension(base), Run(base / "extended"))
+    pretrain(extension(base), Run(base / "extended"))
     return Run(base / "extended")
 
 

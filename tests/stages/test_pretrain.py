@@ -39,7 +39,6 @@ TINY = {"model": MODEL, "steps": 6, "rows": 4, "row_tokens": 256, "save_steps": 
 @pytest.fixture(autouse=True)
 def few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "TOKENIZER_DOCUMENTS", 200)
-    monkeypatch.setattr("thinkstack.stages.talk.KNOWN_QUESTIONS", 20)
 
 
 def config(**changes: Any) -> PretrainConfig:

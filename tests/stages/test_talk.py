@@ -1,4 +1,4 @@
-"""Streaming a turn: halves wait for their other half; what cannot be read is said."""
+"""Streaming a turn: halves wait for their other half."""
 
 import random
 from pathlib import Path
@@ -10,8 +10,7 @@ from thinkstack.checkpoint.model import pick_precision, save_model
 from thinkstack.models.config import named
 from thinkstack.models.kernels import choice
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.talk import Piece, Talk, keep_limit, question_nats, read_limit, split_turn, stream_text
-from thinkstack.tasks.table import families
+from thinkstack.stages.talk import Piece, Talk, split_turn, stream_text
 from thinkstack.text.chat import chat_format
 from thinkstack.text.tokenizer import train_tokenizer
 from thinkstack.types import Sampling
@@ -52,23 +51,6 @@ def test_half_a_character_waits_for_its_other_half():
     ids = tokenizer.encode("从a")
     assert len(ids) == 4, "three bytes and a letter"
     assert list(stream_text(chat.text_of, iter(ids))) == ["从", "a"]
-
-
-def test_the_reading_limit_is_kept_with_the_model_and_batching_does_not_change_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("thinkstack.stages.talk.KNOWN_QUESTIONS", 20)
-    suite = families(["chain", "cups"])
-    chat = chat_format("r1_zero_short", train_tokenizer(["What is the last digit? Swap"], 640))
-    model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
-    keep_limit(tmp_path, model, chat, suite)
-    limit = read_limit(str(tmp_path))
-    questions = ["What is 2+3?", "一", "Swap 1-2 and 3-4 and then look under all the cups"]
-    together = question_nats(model, chat, questions)
-    alone = [question_nats(model, chat, [question])[0] for question in questions]
-    assert limit is not None and limit > 0
-    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-4)
-    assert read_limit(str(tmp_path / "none")) is None
 
 
 def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherwise(

@@ -16,8 +16,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "thinkstack"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAIN = "import sys; sys.argv[0] = 'thinkstack'; from thinkstack.cli import main; sys.exit(main())"
-FEW = "import thinkstack.stages.talk as talk; talk.KNOWN_QUESTIONS = 20; "
-"""Before a demo that is not read for its reading limit: 400 questions take longer than all of its training."""
 HEAVY = {"torch", "numpy", "matplotlib", "pydantic", "tokenizers", "safetensors", "jinja2", "httpx2", "huggingface_hub"}
 HELP_SECONDS = 0.5
 
@@ -71,7 +69,7 @@ def in_words(command, demo_folder):
 def demo_folder(tmp_path_factory):
     """A finished demo at smoke scale."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    done = thinkstack(["demo", "--scale", "smoke", "--out", str(folder)], folder.parent, program=FEW + MAIN)
+    done = thinkstack(["demo", "--scale", "smoke", "--out", str(folder)], folder.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 

@@ -34,7 +34,6 @@ from thinkstack.stages.learning import ADAPTER, MODEL, STATE
 from thinkstack.stages.ppo import Critic
 from thinkstack.stages.rollout import Asking, Counter, Round, ScoreFunction, roll_out
 from thinkstack.stages.rollout_log import write_rollouts
-from thinkstack.stages.talk import keep_limit, read_limit
 from thinkstack.tasks.curriculum import Curriculum, make_curriculum, one_phase
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, families
@@ -337,10 +336,7 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
                 raise Interrupted
     if cfg.trainer.lora.rank:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
-    plain = merged(model)
-    save_model(run.folder / MODEL, plain, chat.tokenizer, chat, like=cfg.start)
-    if read_limit(cfg.start) is not None:
-        keep_limit(run.folder / MODEL, plain, chat, families(cfg.families))
+    save_model(run.folder / MODEL, merged(model), chat.tokenizer, chat, like=cfg.start)
 
 
 def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:

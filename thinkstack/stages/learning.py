@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from thinkstack.checkpoint.model import save_model
@@ -112,17 +111,14 @@ class Learning:
             self.save()
             raise
 
-    def write_models(self) -> list[tuple[Path, Transformer]]:
-        """Write the model, its average and its adapter, where there are any; returns the folders of the models."""
+    def write_models(self) -> None:
+        """Write the model, its average and its adapter, where there are any."""
         models = {MODEL: self.model}
         if self.average:
             models[AVERAGE] = copy.deepcopy(self.model)
             self.average.write_to(models[AVERAGE])
         if self.cfg.trainer.lora.rank:
             save_adapter(self.run.folder / ADAPTER, self.model, self.cfg.trainer.lora, self.cfg.start)
-        written = []
         for name, model in models.items():
-            plain = merged(model)
-            save_model(self.run.folder / name, plain, self.chat.tokenizer, self.chat, like=self.cfg.start or None)
-            written.append((self.run.folder / name, plain))
-        return written
+            folder = self.run.folder / name
+            save_model(folder, merged(model), self.chat.tokenizer, self.chat, like=self.cfg.start or None)

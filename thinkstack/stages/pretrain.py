@@ -19,7 +19,6 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.learning import Learning
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.stages.talk import keep_limit
 from thinkstack.tasks.corpus import documents
 from thinkstack.tasks.puzzles import digest
 from thinkstack.tasks.table import families
@@ -41,8 +40,7 @@ def pretrain(cfg: PretrainConfig, run: Run) -> None:
     """Train and write run.folder/model; resumes from run.folder/state where that exists."""
     learning = begin_pretraining(cfg, run)
     learning.go(partial(measure_positions, cfg))
-    for folder, model in learning.write_models():
-        keep_limit(folder, model, learning.chat, families(cfg.families))
+    learning.write_models()
 
 
 def begin_pretraining(cfg: PretrainConfig, run: Run) -> Learning:

@@ -1,31 +1,16 @@
-"""A conversation with a checkpoint: thinking and answer as they are drawn, and a word on what it cannot read."""
+"""A conversation with a checkpoint: thinking and answer as they are drawn."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
-
-from thinkstack.checkpoint.model import load_chat, load_model, locate
+from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.files import read_object
-from thinkstack.log import write_json
 from thinkstack.models.precision import DTYPES, Precision, Stored
-from thinkstack.models.transformer import Transformer
 from thinkstack.stages.console import NEW, read_question, say, say_answer
-from thinkstack.tasks.corpus import TALK
-from thinkstack.tasks.puzzles import Family
-from thinkstack.tasks.table import problems
 from thinkstack.text.chat import ChatFormat, ZeroFormat
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
-from thinkstack.train.loss import token_log_probs
 from thinkstack.types import Message, RequestError, Sampling
-
-READING = "reading.json"
-KNOWN_QUESTIONS = 400
-MARGIN = 1.1
-"""A question may be this much less likely than the least likely one of those the model was made for."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +34,8 @@ class Talk:
         self.model = load_model(source, DTYPES[precision])
         self.engine = Engine(self.model, EngineConfig(max_batch=1, dtype=precision, weights=weights))
         self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
-        self.limit = read_limit(str(locate(source)))
         self.messages: list[Message] = []
         self.last = LastToken(self.chat)
-
-    def can_read(self, question: str) -> bool:
-        """Whether the question looks like what the model was trained on; True where no limit is known."""
-        return self.limit is None or question_nats(self.model, self.chat, [question])[0] <= self.limit
 
     def ask(self, question: str) -> Iterator[Piece]:
         """Stream the answer to the next message; the conversation remembers both."""
@@ -81,8 +61,6 @@ class Talk:
             if question == NEW:
                 self.forget()
                 continue
-            if not self.can_read(question):
-                say("This question does not look like anything this model was trained on; expect noise.\n", "warning")
             try:
                 say_answer(((piece.kind, piece.text) for piece in self.ask(question)), self.last.text)
             except RequestError as error:
@@ -149,37 +127,3 @@ def split_turn(chunks: Iterator[str]) -> Iterator[Piece]:
         buffer = buffer[len(ready) :]
     if buffer:
         yield Piece(kind, buffer)
-
-
-@torch.no_grad()
-def question_nats(model: Transformer, chat: ChatFormat, questions: Sequence[str]) -> list[float]:
-    """Mean surprise of each question's tokens in nats, given the start of the prompt."""
-    prompts = [chat.prompt([Message(role="user", content=text)])[: model.cfg.max_positions] for text in questions]
-    width = max(map(len, prompts)) - 1
-    ids, targets = torch.zeros(2, len(prompts), width, dtype=torch.int64)
-    real = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt) - 1], targets[row, : len(prompt) - 1] = (
-            torch.tensor(prompt[:-1]),
-            torch.tensor(prompt[1:]),
-        )
-        real[row, : len(prompt) - 1] = True
-    ids, targets, real = (value.to(next(model.parameters()).device) for value in (ids, targets, real))
-    hidden = model.trunk(ids).hidden.flatten(0, 1)
-    places = torch.arange(ids.numel(), device=ids.device)
-    log_probs, _ = token_log_probs(hidden, places, model.head.weight, targets.flatten())
-    return (-(log_probs.view_as(ids) * real).sum(1) / real.sum(1)).tolist()
-
-
-def keep_limit(folder: Path, model: Transformer, chat: ChatFormat, suite: Sequence[Family]) -> None:
-    """Note in a checkpoint how surprising a question may be: MARGIN times the 99th percentile of questions it knows."""
-    known = problems(suite, "test", 0, KNOWN_QUESTIONS, unseen_wordings=True)
-    questions = [problem.question for problem in known] + [question for pairs in TALK.values() for question, _ in pairs]
-    nats = sorted(question_nats(model, chat, questions))
-    write_json(folder / READING, {"question_nats_limit": MARGIN * nats[int(0.99 * len(nats))]})
-
-
-def read_limit(source: str) -> float | None:
-    """The limit that `keep_limit` wrote, or None."""
-    path = Path(source) / READING
-    return read_object(path)["question_nats_limit"] if path.exists() else None
