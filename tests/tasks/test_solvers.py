@@ -105,6 +105,14 @@ def test_both_solutions_of_a_quadratic_equation_solve_it(language):
         assert all(value_at(left, x) == value_at(right, x) for x in solutions)
 
 
+def test_a_quadratic_equation_with_large_factors_has_a_mistake_to_make():
+    """Where no constant within 30 had a square for discriminant, there was none, and the corpus stopped with an
+    IndexError: 2 in 100 equations of level 5."""
+    (slip,) = FAMILIES["quadratic"].other_states((12, -84, -216, 0, None, None, None))
+    a, b, c = slip[:3]
+    assert c != -216 and math.isqrt(b * b - 4 * a * c) ** 2 == b * b - 4 * a * c > 0
+
+
 def test_the_issues_own_equation_is_answered_in_any_order():
     """x^2 + 5x + 6 = 0."""
     problem = Problem(question="", answer="-3, -2", task="quadratic", language="en", level=3, key="0" * 16, wording=0)

@@ -192,7 +192,8 @@ class Quadratic:
             near = math.isqrt(max(square, 0))
             return [(a, b, c, d, (near + slip) ** 2, None, None) for slip in (-2, -1, 1, 2) if near + slip > 0]
         constants = [other for other in range(c - 30, c + 31) if other != c and _is_square(b * b - 4 * a * other)]
-        return [(a, b, other, d, None, None, None) for other in constants]
+        wider = c - a - math.isqrt(b * b - 4 * a * c)  # its discriminant's root is larger by 2a
+        return [(a, b, other, d, None, None, None) for other in constants or [wider]]
 
     def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         a, b, c, d = puzzle.start
