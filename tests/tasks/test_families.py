@@ -39,7 +39,7 @@ def test_a_family_has_three_levels_and_six_wordings_of_each_language(family):
 
 
 def test_ten_families_and_more_speak_both_languages():
-    assert sum(set(family.wordings) == {"en", "zh"} for family in FAMILIES.values()) >= 14
+    assert sum(set(family.wordings) == {"en", "zh"} for family in FAMILIES.values()) >= 10
 
 
 @SPOKEN
@@ -68,7 +68,7 @@ def test_a_working_ends_in_the_reference_answer(family, language):
         working = work(family, puzzle, language)
         assert working.is_right
         assert working.answer == right_answer(family, puzzle, language)
-        if family.name not in ("divisors", "program"):  # their last line may show a remainder of 0, or another variable
+        if family.name != "program":  # its last line may show another variable
             assert working.answer.strip(" .") in working.lines[-1]
 
 
@@ -145,40 +145,18 @@ def test_no_problem_is_in_both_splits_and_one_in_eight_is_for_test(family):
     assert share == pytest.approx(1 / 8, abs=0.03)
 
 
-def shuffled(numbers, rng):
-    """Any order of the numbers in the question."""
-    found = re.findall(r"\d+", numbers)
-    return ", ".join(rng.sample(found, len(found)))
-
-
-def any_expression(question, rng):
-    """Any expression of all the numbers but the target, which wording 0 names last."""
-    pieces = re.findall(r"\d+", question)[:-1]
-    while len(pieces) > 1:
-        rng.shuffle(pieces)
-        pieces = [f"({pieces[0]}{rng.choice('+-*/')}{pieces[1]})", *pieces[2:]]
-    return pieces[0]
-
-
-CLEVERER = {"sorting": lambda question, rng: shuffled(question, rng), "countdown": any_expression}
-"""Guessers that know the form of an answer."""
-
-
 @SPOKEN
 def test_the_stated_chance_is_that_of_the_best_blind_guess(family, language):
-    """The answer that was commonest at its level, and a guesser who knows what an answer looks like."""
-    rng, hits, count = random.Random(0), 0, 1000
+    """The answer that was commonest at its level."""
+    hits, count = 0, 1000
     for level in family.levels:
         answers = [right_answer(family, draw_puzzle(family, "train", level, seed), language) for seed in range(count)]
         commonest = Counter(answers[: count // 2]).most_common(1)[0][0]
         hits += answers[count // 2 :].count(commonest)
-    rates = [hits / (count // 2 * len(family.levels))]
-    if family.name in CLEVERER:
-        problems = [pose(family, puzzle_at(family, seed), language, 0) for seed in range(1500)]
-        rates.append(sum(accepts(p, CLEVERER[family.name](p.question, rng)) for p in problems) / len(problems))
-    assert max(rates) < family.chance * 1.2 + 0.01
+    rate = hits / (count // 2 * len(family.levels))
+    assert rate < family.chance * 1.2 + 0.01
     if family.chance > 0.02 and language == "en":
-        assert max(rates) > family.chance * 0.5
+        assert rate > family.chance * 0.5
 
 
 @SPOKEN
@@ -225,7 +203,7 @@ def test_every_answer_of_a_judging_family_is_judged_without_an_error(family):
 
 def test_the_families_that_judge_are_those_whose_answers_have_more_than_one_form():
     judging = {name for name, family in FAMILIES.items() if isinstance(family, Judging)}
-    assert judging == {"linear", "quadratic", "countdown", "sorting", "choice"}
+    assert judging == {"quadratic", "choice"}
 
 
 def test_no_two_families_ask_the_same_question():

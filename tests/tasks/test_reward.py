@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from thinkstack.tasks.answers import is_correct, normalise, same_choice, same_list, same_number, same_numbers
+from thinkstack.tasks.answers import is_correct, normalise, same_choice, same_numbers
 from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy, format_kept, score
 from thinkstack.types import ConfigError, Problem
 
@@ -46,22 +46,17 @@ def test_only_full_width_digits_are_made_plain(reference, answer):
 @pytest.mark.parametrize(
     ("same", "reference", "answer", "expected"),
     [
-        (same_number, "1/2", "0.5", True),
-        (same_number, "1/2", "2/4", True),
-        (same_number, "-3", "-3.0", True),
-        (same_number, "1234", "1,234", True),
-        (same_number, "1/3", "0.333", False),
-        (same_number, "2", "1+1", False),
-        (same_number, "5", "1/0", False),
-        (same_number, "5", "5 apples", False),
+        (same_numbers, "1/2", "0.5", True),
+        (same_numbers, "1/2", "2/4", True),
+        (same_numbers, "-3", "-3.0", True),
+        (same_numbers, "1/3", "0.333", False),
+        (same_numbers, "2", "1+1", False),
+        (same_numbers, "5", "1/0", False),
+        (same_numbers, "5", "5 apples", False),
         (same_choice, "B", "(b)", True),
         (same_choice, "B", "B.", True),
         (same_choice, "B", "B or C", False),
         (same_choice, "B", "BB", False),
-        (same_list, "1, 2", "1,2", True),
-        (same_list, "1, 2", "[1、2]", True),
-        (same_list, "1, 2", "2, 1", False),
-        (same_list, "1, 2", "1, 2,", False),
         (same_numbers, "-3, -2", "x=-2 or x=-3", True),
         (same_numbers, "1/2, 3", "3 和 0.5", True),
         (same_numbers, "-3, -2", "-3, -2, -2", False),
@@ -70,7 +65,7 @@ def test_only_full_width_digits_are_made_plain(reference, answer):
         (same_numbers, "5", "y=x=5", False),
     ],
 )
-def test_numbers_choices_and_lists_are_compared_by_what_they_say(same, reference, answer, expected):
+def test_numbers_and_choices_are_compared_by_what_they_say(same, reference, answer, expected):
     assert same(reference, answer) is expected
 
 
@@ -132,10 +127,10 @@ def test_a_reference_that_is_longer_may_be_answered_at_its_length():
 
 
 def test_the_rule_of_the_family_decides():
-    made = replace(FOUR, answer="(1+3)*6", task="countdown")
-    assert accuracy(made, "<think>x</think><answer>6*(3+1)</answer>") == 1.0
-    assert accuracy(made, "<think>x</think><answer>24</answer>") == 0.0
-    assert accuracy(replace(made, task="chain"), "<think>x</think><answer>6*(3+1)</answer>") == 0.0
+    made = replace(FOUR, answer="-3, -2", task="quadratic")
+    assert accuracy(made, "<think>x</think><answer>x=-2 or x=-3</answer>") == 1.0
+    assert accuracy(made, "<think>x</think><answer>-3</answer>") == 0.0
+    assert accuracy(replace(made, task="chain"), "<think>x</think><answer>x=-2 or x=-3</answer>") == 0.0
 
 
 def test_the_questions_own_text_is_not_an_answer():

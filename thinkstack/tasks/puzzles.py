@@ -83,7 +83,7 @@ class Judging(Protocol):
 
 @runtime_checkable
 class Keyed(Protocol):
-    """What a family adds when its operations are not part of the question, or their order does not matter."""
+    """What a family adds when puzzles with other operands can be the same problem."""
 
     def key(self, puzzle: Puzzle) -> str:
         """16 hexadecimal digits that are the same for two puzzles exactly when a solver would see the same problem."""

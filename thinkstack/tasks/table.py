@@ -13,18 +13,16 @@ from thinkstack.tasks import gym, puzzles
 from thinkstack.tasks.answers import is_correct
 from thinkstack.tasks.arithmetic import Chain, Nested
 from thinkstack.tasks.choice import Choice
-from thinkstack.tasks.countdown import Countdown
 from thinkstack.tasks.cups import Cups
 from thinkstack.tasks.datasets import DataSet, Gsm8k, Math
-from thinkstack.tasks.equations import Linear, Quadratic
 from thinkstack.tasks.kin import Kin
 from thinkstack.tasks.kinship import Kinship
-from thinkstack.tasks.lists import Letters, Sorting
-from thinkstack.tasks.measures import Table, Units
-from thinkstack.tasks.numbers import Divisors, Modular, Multiply
+from thinkstack.tasks.modular import Modular
 from thinkstack.tasks.programs import Bug, Program
 from thinkstack.tasks.puzzles import Family, Judging, digest
+from thinkstack.tasks.quadratic import Quadratic
 from thinkstack.tasks.sums import Sums, Times
+from thinkstack.tasks.table_lookup import Table
 from thinkstack.types import ConfigError, Problem
 
 FAMILIES: dict[str, Family] = {
@@ -33,15 +31,8 @@ FAMILIES: dict[str, Family] = {
     "cups": Cups(),
     "kinship": Kinship(),
     "modular": Modular(),
-    "multiply": Multiply(),
-    "divisors": Divisors(),
-    "linear": Linear(),
     "quadratic": Quadratic(),
-    "countdown": Countdown(),
-    "sorting": Sorting(),
-    "letters": Letters(),
     "kin": Kin(),
-    "units": Units(),
     "table": Table(),
     "program": Program(),
     "bug": Bug(),

@@ -1,94 +1,10 @@
-"""Amounts in several units turned into the smallest, and sums of cells of a small table."""
+"""Sums of cells of a small table."""
 
 import random
 from collections.abc import Sequence
 from typing import ClassVar
 
-from thinkstack.tasks.numbers import other_numbers
 from thinkstack.tasks.puzzles import Puzzle, digest
-
-Unit = tuple[str, str, str]
-"""One and many in English, and the Chinese word."""
-SYSTEMS: dict[str, tuple[tuple[Unit, int], ...]] = {
-    "time": (
-        (("week", "weeks", "星期"), 7),
-        (("day", "days", "天"), 24),
-        (("hour", "hours", "小时"), 60),
-        (("minute", "minutes", "分钟"), 60),
-        (("second", "seconds", "秒"), 1),
-    ),
-    "length": (
-        (("km", "km", "千米"), 1000),
-        (("m", "m", "米"), 100),
-        (("cm", "cm", "厘米"), 10),
-        (("mm", "mm", "毫米"), 1),
-    ),
-    "mass": ((("t", "t", "吨"), 1000), (("kg", "kg", "千克"), 1000), (("g", "g", "克"), 1)),
-    "money": ((("dollar", "dollars", "元"), 10), (("dime", "dimes", "角"), 10), (("cent", "cents", "分"), 1)),
-}
-"""Units from large to small, each with how many of the next make one; the last has 1."""
-
-
-class Units:
-    """2 hours 5 minutes in seconds: times 60, plus 5, times 60. The state is the amount so far in the unit reached."""
-
-    name = "units"
-    levels = (2, 3, 4, 5, 6)
-    chance = 0.01
-    wordings: ClassVar[dict[str, tuple[str, ...]]] = {
-        "en": (
-            "How many {unit} are {amount}?",
-            "Convert {amount} to {unit}.",
-            "{amount}: how much is that in {unit}?",
-            "Write {amount} in {unit}.",
-            "Express {amount} as a number of {unit}.",
-            "What is {amount}, counted in {unit}?",
-        ),
-        "zh": (
-            "{amount}等于多少{unit}?",
-            "把{amount}换算成{unit}。",
-            "{amount}是几{unit}?",
-            "以{unit}为单位写出{amount}。",
-            "请用{unit}表示{amount}。",
-            "{amount}一共有多少个{unit}?",
-        ),
-    }
-
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
-        num_factors = (level + 1) // 2
-        places = [(system, first) for system, units in SYSTEMS.items() for first in range(len(units) - num_factors)]
-        system, first = rng.choice(places)
-        ops: list[tuple[str, int]] = []
-        for _, factor in SYSTEMS[system][first : first + num_factors]:
-            ops += [("*", factor), ("+", rng.randrange(1, factor))]
-        return Puzzle((system, first, rng.randrange(2, 30)), tuple(ops[:level]))
-
-    def first_state(self, puzzle: Puzzle) -> int:
-        return puzzle.start[2]
-
-    def advance(self, state: int, op: tuple[str, int]) -> int:
-        return state * op[1] if op[0] == "*" else state + op[1]
-
-    def other_states(self, state: int) -> Sequence[int]:
-        return other_numbers(state)
-
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
-        system, first, amount = puzzle.start
-        units = [unit for unit, _ in SYSTEMS[system][first:]]
-        amounts = [amount, *(number for sign, number in puzzle.ops if sign == "+")]
-        target = units[(len(puzzle.ops) + 1) // 2]
-        if language == "zh":
-            pairs = zip(amounts, units, strict=False)
-            return {"amount": "".join(f"{number}{unit[2]}" for number, unit in pairs), "unit": target[2]}
-        words = [f"{number} {unit[number != 1]}" for number, unit in zip(amounts, units, strict=False)]
-        return {"amount": " ".join(words), "unit": target[1]}
-
-    def line(self, state: int, op: tuple[str, int], result: int, language: str) -> str:
-        return f"{state}{op[0]}{op[1]}={result}"
-
-    def answer(self, puzzle: Puzzle, state: int, language: str) -> str:
-        return str(state)
-
 
 PEOPLE = {
     "en": ("Ann", "Ben", "Kate", "Leo", "Mia", "Jack", "Sue", "Tom"),
@@ -151,7 +67,8 @@ class Table:
         return state + op[2]
 
     def other_states(self, state: int) -> Sequence[int]:
-        return other_numbers(state)
+        """A slip of a digit or a carry; never negative."""
+        return [state + slip for slip in (-10, -2, -1, 1, 2, 10) if state + slip >= 0]
 
     def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         people, things, rows = puzzle.start

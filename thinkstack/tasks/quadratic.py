@@ -1,4 +1,4 @@
-"""Equations in one unknown, linear and quadratic: each operation is one line of the usual way of solving."""
+"""Quadratic equations: each operation is one line of the usual way of solving."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from thinkstack.tasks.puzzles import Puzzle
 from thinkstack.types import Problem
 
 
-def term(factor: Fraction | int, power: int) -> str:
+def term(factor: int, power: int) -> str:
     """3x^2, -x, 5, without a leading plus."""
     name = {0: "", 1: "x", 2: "x^2"}[power]
     if name and abs(factor) == 1:
@@ -19,7 +19,7 @@ def term(factor: Fraction | int, power: int) -> str:
     return f"{factor}{name}"
 
 
-def polynomial(*factors: Fraction | int) -> str:
+def polynomial(*factors: int) -> str:
     """The polynomial with these factors, highest power first: (1, -5, 6) is x^2-5x+6."""
     text = ""
     for power, factor in zip(range(len(factors) - 1, -1, -1), factors, strict=True):
@@ -31,87 +31,6 @@ def polynomial(*factors: Fraction | int) -> str:
 def nonzero(rng: random.Random, most: int) -> int:
     """A whole number from -most to most, not 0."""
     return rng.choice((-1, 1)) * rng.randrange(1, most + 1)
-
-
-SOLVE_WORDINGS: dict[str, tuple[str, ...]] = {
-    "en": (
-        "Solve {equation} for x.",
-        "What is x if {equation}?",
-        "{equation}. Find x.",
-        "Find every x for which {equation}.",
-        "For which x is it true that {equation}?",
-        "Here is an equation: {equation}. Give x.",
-    ),
-    "zh": (
-        "解方程{equation}。",
-        "如果{equation},x等于几?",
-        "{equation},求x。",
-        "求满足{equation}的x。",
-        "x取何值时{equation}成立?",
-        "有一个方程:{equation}。写出x。",
-    ),
-}
-
-
-class Linear:
-    """a(x+e)+b = cx+d. The state holds (a, e, b, c, d), fractions where a careless step made them; x is alone at last.
-
-    Operations, from the last to the first by level: "divide" by a, "constant" to the right, "unknown" to the left,
-    "brackets" away.
-    """
-
-    name = "linear"
-    levels = (2, 3, 4)
-    chance = 0.06
-    STEPS = ("brackets", "unknown", "constant", "divide")
-    wordings: ClassVar[dict[str, tuple[str, ...]]] = SOLVE_WORDINGS
-
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
-        x, a, b = nonzero(rng, 9), rng.randrange(2, 10), nonzero(rng, 20)
-        c = nonzero(rng, 9) if level > 2 else 0
-        while c == a:
-            c = nonzero(rng, 9)
-        e = nonzero(rng, 9) if level > 3 else 0
-        return Puzzle((a, e, b, c, a * (x + e) + b - c * x), self.STEPS[-level:])
-
-    def accepts(self, problem: Problem, answer: str) -> bool:
-        """Any way to write the number, with or without "x="."""
-        return same_numbers(problem.answer, answer)
-
-    def first_state(self, puzzle: Puzzle) -> tuple:
-        return puzzle.start
-
-    def advance(self, state: tuple, op: str) -> tuple:
-        a, e, b, c, d = state
-        if op == "brackets":
-            return a, 0, b + a * e, c, d
-        if op == "unknown":
-            return a - c, 0, b, 0, d
-        if op == "constant":
-            return a, 0, 0, 0, d - b
-        return 1, 0, 0, 0, Fraction(d, a) if a else Fraction(d)
-
-    def other_states(self, state: tuple) -> Sequence[tuple]:
-        """A slip in the number on the right, or in the constant on the left while there is one."""
-        a, e, b, c, d = state
-        if b:
-            return [(a, e, b + slip, c, d) for slip in (-2, -1, 1, 2) if b + slip] + [(a, e, b, c, d + 1)]
-        return [(a, e, b, c, d + slip) for slip in (-2, -1, 1, 2)]
-
-    def equation(self, state: tuple) -> str:
-        """The equation that `state` stands for."""
-        a, e, b, c, d = state
-        left = f"{a}({polynomial(1, e)}){f'{b:+}' if b else ''}" if e else polynomial(a, b)
-        return f"{left}={polynomial(c, d)}"
-
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
-        return {"equation": self.equation(puzzle.start)}
-
-    def line(self, state: tuple, op: str, result: tuple, language: str) -> str:
-        return f"{self.equation(state)} > {self.equation(result)}"
-
-    def answer(self, puzzle: Puzzle, state: tuple, language: str) -> str:
-        return str(state[4])
 
 
 class Quadratic:
@@ -192,7 +111,8 @@ class Quadratic:
             near = math.isqrt(max(square, 0))
             return [(a, b, c, d, (near + slip) ** 2, None, None) for slip in (-2, -1, 1, 2) if near + slip > 0]
         constants = [other for other in range(c - 30, c + 31) if other != c and _is_square(b * b - 4 * a * other)]
-        return [(a, b, other, d, None, None, None) for other in constants]
+        wider = c - a - math.isqrt(b * b - 4 * a * c)  # its discriminant's root is larger by 2a
+        return [(a, b, other, d, None, None, None) for other in constants or [wider]]
 
     def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         a, b, c, d = puzzle.start
