@@ -27,11 +27,11 @@ from thinkstack.config import build, merge
 from thinkstack.evals.plots import COLOURS
 from thinkstack.log import CURVE, TIMINGS, Run, write_json
 from thinkstack.machine import describe_machine, prepare_machine
-from thinkstack.stages.grpo import grpo
-from thinkstack.stages.grpo_config import PRESETS, GrpoConfig
-from thinkstack.stages.learning import MODEL
+from thinkstack.rl.config import PRESETS, GrpoConfig
+from thinkstack.rl.trainer import grpo
 from thinkstack.stages.pretrain import begin_pretraining, pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
+from thinkstack.stages.supervised import MODEL
 
 STEPS, RL_STEPS = 500, 30
 CORPUS = {"drill_share": 0.15, "worked_share": 0.45, "wrong_working_share": 0.5}

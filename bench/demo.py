@@ -15,8 +15,8 @@ from pathlib import Path
 from matplotlib.figure import Figure as Canvas
 from studies import band, panel
 
-from thinkstack.evals.figures import Evaluation
 from thinkstack.evals.plots import COLOURS
+from thinkstack.evals.results import Evaluation
 from thinkstack.log import CURVE, read_lines, write_json
 from thinkstack.machine import describe_machine
 

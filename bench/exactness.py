@@ -20,7 +20,7 @@ import thinkstack  # noqa: F401  # before torch: it says how threads wait
 import torch
 from common import capped, machine, print_table
 
-from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.log import Progress
 from thinkstack.machine import instruction_sets, prepare_machine

@@ -18,7 +18,7 @@ from studies import panel, table
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.data import Sample, lay_out, pack
-from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache
 from thinkstack.evals.plots import COLOURS
@@ -27,7 +27,7 @@ from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token
 from thinkstack.models.transformer import Transformer
-from thinkstack.tasks.puzzles import digest
+from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.balance import expert_counts
 from thinkstack.types import Batch, Message, Sampling

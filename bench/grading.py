@@ -15,10 +15,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from thinkstack.tasks.datasets import published
-from thinkstack.tasks.latex import installed, plain
+from thinkstack.tasks.benchmarks.datasets import published
 from thinkstack.tasks.reward import accuracy
 from thinkstack.tasks.table import DATASETS, accepts
+from thinkstack.tasks.verify.latex import installed, plain
 from thinkstack.types import Problem
 
 NUM_PAIRS = 5000

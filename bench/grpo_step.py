@@ -35,8 +35,8 @@ from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.groups import advantages_of, to_batch
-from thinkstack.tasks.corpus import CorpusConfig, documents
+from thinkstack.rl.groups import advantages_of, to_batch
+from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
 from thinkstack.tasks.table import families
 from thinkstack.text.tokenizer import EOS, Tokenizer, train_tokenizer
 from thinkstack.train.loss import token_weights

@@ -2,7 +2,7 @@
 
 For every instruction set that this processor has, in a process of its own that is capped to it (torch, oneDNN and MKL
 too), on one thread, nothing else running. A pair is the best of some repetitions by the kernel over the best of as many
-without, in turn; the least ratio of n pairs counts. --write puts it into thinkstack/models/kernels/table.toml, which
+without, in turn; the least ratio of n pairs counts. --write puts it into thinkstack/kernels/table.toml, which
 says what is used where (docs/kernels.md).
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from common import capped, machine
 
 from thinkstack.machine import instruction_sets, prepare_machine
-from thinkstack.stages.measure import CASES, factor, warm_up
+from thinkstack.stages.measure_kernels import CASES, factor, warm_up
 
-TABLE = Path(__file__).parents[1] / "thinkstack" / "models" / "kernels" / "table.toml"
+TABLE = Path(__file__).parents[1] / "thinkstack" / "kernels" / "table.toml"
 PAIR_SECONDS = 0.1
 
 

@@ -23,8 +23,8 @@ from common import Comparison, Row, arguments, compare, machine, print_compariso
 from memory import resident
 from torch import Tensor
 
-from thinkstack.checkpoint.hf import shapes_on_disk, stored_tensors
-from thinkstack.checkpoint.hf_files import CONFIG, config_json, write_weights
+from thinkstack.checkpoint.hf.files import CONFIG, config_json, write_weights
+from thinkstack.checkpoint.hf.tensors import shapes_on_disk, stored_tensors
 from thinkstack.checkpoint.model import load_model
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.machine import prepare_machine

@@ -1,6 +1,6 @@
 """Peak memory of a training step, predicted and measured: `python bench/memory.py [--kernels 0] [--json FILE]`.
 
-Predicted: models/memory.py, from shapes alone. Measured: each configuration in a process of its own, the peak of its
+Predicted: train/memory.py, from shapes alone. Measured: each configuration in a process of its own, the peak of its
 resident memory over three steps less what was resident right before its model was built; a step of a very small model
 has loaded the libraries before. Twice: with every tensor in pages of its own (what the program needs), and with the
 heap that the program asks for (machine.py), which keeps pages between steps, some of them in holes.
@@ -20,9 +20,9 @@ from common import Row, arguments, machine, print_table, write_json
 
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import GQAConfig, ModelConfig, named
-from thinkstack.models.memory import TrainingShape, training_memory
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
+from thinkstack.train.memory import TrainingShape, training_memory
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from thinkstack.checkpoint.hf import part_of, stored_tensors
+from thinkstack.checkpoint.hf.tensors import part_of, stored_tensors
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import (

@@ -18,9 +18,9 @@ import torch
 from common import Row, arguments, machine, print_table, write_json
 
 from thinkstack.checkpoint.model import load_model
-from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.table import Request
+from thinkstack.engine.sequence_table import Request
 from thinkstack.log import Progress
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named

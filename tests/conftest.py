@@ -20,3 +20,15 @@ def one_core(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
         monkeypatch.setattr("thinkstack.machine.bound_cores", lambda: 1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def on_torch(monkeypatch: pytest.MonkeyPatch):
+    """Call a function on torch's operators."""
+
+    def run(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr("thinkstack.kernels.cpu.calls.available", lambda: False)
+            return function(*arguments)
+
+    return run

@@ -144,7 +144,7 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(("line", "message"), RUDE.items(), ids=RUDE)
 def test_a_mistake_ends_in_one_line_with_the_way_out(monkeypatch, capsys, tmp_path, places, line, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("thinkstack.stages.measure.prepare", lambda: None)
+    monkeypatch.setattr("thinkstack.stages.measure_kernels.prepare", lambda: None)
     code, said = said_by(monkeypatch, capsys, [word.format(**places, out=tmp_path / "o") for word in line.split()])
     assert code == 2
     assert said.count("\n") == 1 and said.startswith("thinkstack: "), said

@@ -17,10 +17,10 @@ from thinkstack.checkpoint.tensor_file import Files, read_header
 from thinkstack.config import read_toml
 from thinkstack.data import read_texts
 from thinkstack.files import read_rows, read_text
+from thinkstack.rl.rollout_log import read_lines
 from thinkstack.stages.conversations import read_conversations
 from thinkstack.stages.generate import read_prompts
-from thinkstack.stages.rollout_log import read_lines
-from thinkstack.tasks.datasets import Gsm8k
+from thinkstack.tasks.benchmarks.datasets import Gsm8k
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 

@@ -9,8 +9,8 @@ import pytest
 from thinkstack import pipeline
 from thinkstack.catalog import describe_recipe, list_recipes
 from thinkstack.config import override
+from thinkstack.kernels import choice
 from thinkstack.log import Run
-from thinkstack.models.kernels import choice
 from thinkstack.models.precision import resolve_precision
 from thinkstack.pipeline import plan, read_manifest, read_recipe, recipe_names, run_recipe
 from thinkstack.types import ConfigError, Interrupted

@@ -226,7 +226,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One answer to one problem, with its place in a group; filled by stages/grpo.py."""
+    """One answer to one problem, with its place in a group; filled by rl/trainer.py."""
 
     problem: Problem
     group_id: int
@@ -257,16 +257,16 @@ class Batch:
     weights: Tensor | None = None
     """fp32 share of each target in the loss of the step, 0 where masked; made by train/loss.token_weights."""
     advantages: Tensor | None = None
-    """fp32 advantage of each trained token; filled by stages/grpo.py."""
+    """fp32 advantage of each trained token; filled by rl/trainer.py."""
     rollout_log_probs: Tensor | None = None
-    """fp32 log-probabilities as the engine drew the targets; filled by stages/grpo.py."""
+    """fp32 log-probabilities as the engine drew the targets; filled by rl/trainer.py."""
     old_log_probs: Tensor | None = None
     """fp32 log-probabilities under the policy before the step; None means the current ones, detached."""
     reference_log_probs: Tensor | None = None
     """fp32 log-probabilities under the reference model; None when no KL term asks for them."""
     experts: Tensor | None = None
     """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None lets the
-    model choose. Filled by stages/groups.py."""
+    model choose. Filled by rl/groups.py."""
     branches: Tensor | None = None
     """int64: 0 for the tokens that all continuations of a document share, 1, 2, ... for the continuations, which see
     the shared tokens and themselves; None where no document branches. Filled by data.lay_out."""

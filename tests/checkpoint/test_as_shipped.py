@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.convert import convert
-from thinkstack.checkpoint.hf_config import from_hf, to_hf
+from thinkstack.checkpoint.hf.config import from_hf, to_hf
 from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, save_model
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack import cli
 from thinkstack.checkpoint.convert import convert
-from thinkstack.checkpoint.hf_files import CONFIG, INDEX, WEIGHTS
+from thinkstack.checkpoint.hf.files import CONFIG, INDEX, WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, save_model
-from thinkstack.checkpoint.peft import save_adapter
+from thinkstack.checkpoint.peft.adapter import save_adapter
 from thinkstack.models.lora import LoRAConfig, adapt
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.tokenizer import BOS, EOS

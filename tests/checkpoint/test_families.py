@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny import tiny_model
 from thinkstack.checkpoint.convert import convert
-from thinkstack.checkpoint.hf_files import CONFIG, WEIGHTS
+from thinkstack.checkpoint.hf.files import CONFIG, WEIGHTS
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.models.config import NAMED, GQAConfig, MLAConfig, ModelConfig, MoEConfig, named
 from thinkstack.models.fp8 import E4M3

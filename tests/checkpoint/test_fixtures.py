@@ -11,7 +11,7 @@ import torch
 
 from thinkstack.checkpoint.inspect import describe_model
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
-from thinkstack.checkpoint.peft import load_adapter
+from thinkstack.checkpoint.peft.adapter import load_adapter
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, Message
 

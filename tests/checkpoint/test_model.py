@@ -12,9 +12,9 @@ import torch
 
 import thinkstack
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
-from thinkstack.checkpoint import hf
 from thinkstack.checkpoint import model as checkpoint
-from thinkstack.checkpoint.hf_files import INDEX, WEIGHTS
+from thinkstack.checkpoint.hf import tensors as hf
+from thinkstack.checkpoint.hf.files import INDEX, WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, save_model
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.transformer import Transformer

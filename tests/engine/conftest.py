@@ -2,7 +2,7 @@
 
 import pytest
 
-from thinkstack.models.kernels import calls
+from thinkstack.kernels.cpu import calls
 
 
 @pytest.fixture(params=["kernels", "torch"])

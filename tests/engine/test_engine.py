@@ -7,9 +7,9 @@ import torch
 
 from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack import kernels
 from thinkstack.data import Sample, lay_out, pack, spread
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models import kernels
 from thinkstack.models.config import named
 from thinkstack.models.precision import working_copy
 from thinkstack.models.transformer import Transformer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from thinkstack.engine.sampler import keep_likely, sample, uniforms
-from thinkstack.engine.table import answer_seed
+from thinkstack.engine.sequence_table import answer_seed
 from thinkstack.types import RequestError, Sampling
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.types import Sampling
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from thinkstack.evals.figures import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarise
 from thinkstack.evals.plots import health_panels, running_mean
 from thinkstack.evals.report import markdown, table_rows, write_report
+from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarise
 from thinkstack.types import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"

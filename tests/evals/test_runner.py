@@ -3,9 +3,9 @@ from functools import partial
 
 import pytest
 
-from thinkstack.evals.figures import curve_point, figures, read_samples, summarise, write_samples
+from thinkstack.evals.results import curve_point, figures, read_samples, summarise, write_samples
 from thinkstack.evals.runner import EvalConfig, Evaluation, evaluate, held_out, is_worked, warn_if_unread
-from thinkstack.tasks.puzzles import split_of
+from thinkstack.tasks.puzzles.puzzle import split_of
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.reward import score as reward
 from thinkstack.types import Completion, ConfigError, Problem, Score

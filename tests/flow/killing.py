@@ -138,7 +138,7 @@ def forked(recipe: Path, out: Path, moment: Moment | None = None) -> multiproces
     """The same command line in a process forked from one that has imported everything and done nothing; it is killed
     at a moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["thinkstack.pipeline", "thinkstack.stages.grpo", "thinkstack.cli", "torch._dynamo"])
+    context.set_forkserver_preload(["thinkstack.pipeline", "thinkstack.rl.trainer", "thinkstack.cli", "torch._dynamo"])
     process = context.Process(target=_main, args=(recipe, out, moment))
     process.start()
     return process

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
-from thinkstack.models import attention, kernels, moe
+from thinkstack import kernels
+from thinkstack.models import attention, moe
 from thinkstack.models.attention import (
     AttentionContext,
     additive_mask,

@@ -7,11 +7,11 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_samples, tiny_model
 from thinkstack.data import lay_out, pack
-from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import additive_mask, sight_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
-from thinkstack.models.pages import Pages
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, RequestError

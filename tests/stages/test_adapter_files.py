@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from thinkstack.checkpoint.model import load_model
-from thinkstack.checkpoint.peft import load_adapter
+from thinkstack.checkpoint.peft.adapter import load_adapter
 from thinkstack.config import build
 from thinkstack.log import Run
 from thinkstack.models.lora import merged
-from thinkstack.stages.grpo import grpo
-from thinkstack.stages.grpo_config import GrpoConfig
-from thinkstack.stages.learning import ADAPTER, AVERAGE, MODEL
+from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.trainer import grpo
 from thinkstack.stages.pretrain import pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
+from thinkstack.stages.supervised import ADAPTER, AVERAGE, MODEL
 from thinkstack.types import ConfigError
 
 SIZE = {"hidden_size": 32, "num_layers": 2, "dense_size": 32, "vocab_size": 400, "mtp_layers": 0}

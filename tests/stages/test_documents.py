@@ -9,7 +9,7 @@ import pytest
 from thinkstack.data import Sample, Source
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.tasks.corpus import CorpusConfig, document
+from thinkstack.tasks.puzzles.corpus import CorpusConfig, document
 from thinkstack.tasks.table import families
 from thinkstack.text.boundary import BoundarySplitter
 from thinkstack.text.chat import ChatFormat, chat_format

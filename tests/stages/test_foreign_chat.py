@@ -5,9 +5,9 @@ from pathlib import Path
 from tests.tiny import tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.log import Run
-from thinkstack.stages.grpo import grpo
-from thinkstack.stages.grpo_config import GrpoConfig
-from thinkstack.stages.learning import MODEL
+from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.trainer import grpo
+from thinkstack.stages.supervised import MODEL
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.tokenizer import BOS, EOS
 from thinkstack.train.trainer_config import TrainerConfig

@@ -12,14 +12,14 @@ import torch
 from tests import HANG_SECONDS
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_model, save_model
-from thinkstack.checkpoint.shard import load_shard
 from thinkstack.config import build
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models.parallel import Ranks, local_config
+from thinkstack.parallel.inference import Ranks, local_config
+from thinkstack.parallel.load import load_shard
+from thinkstack.stages.chat import Talk
 from thinkstack.stages.console import NEW
 from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.stages.generate import Generator, read_prompts
-from thinkstack.stages.talk import Talk
 from thinkstack.types import ConfigError, Message, Sampling
 
 SIZES = {

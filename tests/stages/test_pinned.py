@@ -7,8 +7,8 @@ the pin holds on any machine.
 import pytest
 import torch
 
-from thinkstack.stages import grpo
-from thinkstack.stages.grpo_config import GrpoConfig
+from thinkstack.rl import trainer as grpo
+from thinkstack.rl.config import GrpoConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from thinkstack.tasks.answers import is_correct, normalise, same_choice, same_numbers
 from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy, format_kept, score
+from thinkstack.tasks.verify.answers import is_correct, normalise, same_choice, same_numbers
 from thinkstack.types import ConfigError, Problem
 
 FOUR = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)

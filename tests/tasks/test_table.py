@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from thinkstack.tasks import puzzles
+from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.table import FAMILIES, ProblemStream, families, problem_at, problems
 from thinkstack.types import ConfigError
 

@@ -6,9 +6,9 @@ import pytest
 
 from tests.golden import as_request, conversations, read_messages, read_tools, schemas
 from tests.tiny import tiny_tokenizer
-from thinkstack.text import sandbox
-from thinkstack.text.sandbox import render
+from thinkstack.text import template_sandbox as sandbox
 from thinkstack.text.template import TemplateFormat
+from thinkstack.text.template_sandbox import render
 from thinkstack.text.tokenizer import ASSISTANT, BOS, EOS, PAD, USER, Control
 from thinkstack.types import Message, RequestError, Tool, ToolCall
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
-from thinkstack.models import kernels
+from thinkstack import kernels
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.trainer import Trainer
@@ -27,7 +27,7 @@ def step(model: Transformer, checkpoint_layers: bool, **changes: object) -> tupl
 def path(request, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute a block."""
     if request.param == "torch":
-        monkeypatch.setattr("thinkstack.models.kernels.calls.available", lambda: False)
+        monkeypatch.setattr("thinkstack.kernels.cpu.calls.available", lambda: False)
     elif not kernels.available():
         pytest.skip("no compiler")
     return request.param

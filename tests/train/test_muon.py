@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
-from thinkstack.models.heads import ValueModel
+from thinkstack.models.value_head import ValueModel
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.muon import COEFFICIENTS, STEPS, Muon, Stack, hidden_matrices, orthogonalise
 from thinkstack.train.optim import OptimConfig, make_optimizer

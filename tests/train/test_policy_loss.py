@@ -278,7 +278,7 @@ def categorical():
 
 def test_trap_46_k1_in_the_loss_does_not_know_the_reference():
     """Its expected gradient is that of sum p log p's score, 0 on policy, whatever the reference: it was added, logged
-    as "kl" and held nothing back. Hence it is refused (tests/stages/test_presets.py)."""
+    as "kl" and held nothing back. Hence it is refused (tests/rl/test_presets.py)."""
     log_probs, logits, reference, _ = categorical()
     drawn_from = log_probs.exp().detach()
     for other in (reference, reference.flip(0)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, drawn_batch, tiny_model
-from thinkstack.models.heads import ValueModel
+from thinkstack.models.value_head import ValueModel
 from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.trainer import Trainer

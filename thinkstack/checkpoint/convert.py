@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from thinkstack.checkpoint.companions import GENERATION, companions, side_files
-from thinkstack.checkpoint.deepseek import is_deepseek, write_deepseek
-from thinkstack.checkpoint.gguf_file import is_gguf
-from thinkstack.checkpoint.hf_files import CONFIG, PICKLES, config_json, write_weights, written_bytes
+from thinkstack.checkpoint.deepseek.files import is_deepseek, write_deepseek
+from thinkstack.checkpoint.gguf.file import is_gguf
+from thinkstack.checkpoint.hf.files import CONFIG, PICKLES, config_json, write_weights, written_bytes
+from thinkstack.checkpoint.hf.side_files import GENERATION, companions, side_files
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.model import load_chat, load_tokenizer, locate, open_source
 from thinkstack.checkpoint.source import Form, Source
@@ -186,8 +186,8 @@ def _speech(path: Path) -> tuple[Tokenizer | None, ChatFormat | None]:
 
 def _write_gguf(source: Source, path: Path, out: Path, kind: str) -> None:
     """A file, or a folder with the file and a Modelfile for Ollama."""
-    from thinkstack.checkpoint.gguf_write import write_gguf
-    from thinkstack.checkpoint.modelfile import write_modelfile
+    from thinkstack.checkpoint.gguf.modelfile import write_modelfile
+    from thinkstack.checkpoint.gguf.write import write_gguf
 
     tokenizer, chat = _speech(path)
     if is_gguf(out):

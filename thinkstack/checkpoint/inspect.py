@@ -17,7 +17,7 @@ from thinkstack.models.counts import (
     training_bytes,
     weight_bytes,
 )
-from thinkstack.models.memory import TrainingShape, training_memory
+from thinkstack.train.memory import TrainingShape, training_memory
 from thinkstack.types import ConfigError
 
 CONTEXT = 4096

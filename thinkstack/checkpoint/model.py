@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 
-from thinkstack.checkpoint.companions import (
+from thinkstack.checkpoint.deepseek.files import is_deepseek, open_deepseek
+from thinkstack.checkpoint.gguf.file import is_gguf
+from thinkstack.checkpoint.hf.config import read_eos
+from thinkstack.checkpoint.hf.files import CONFIG, PICKLES, config_json, open_hf, write_weights
+from thinkstack.checkpoint.hf.hub import fetch, is_hub_name
+from thinkstack.checkpoint.hf.side_files import (
     CHAT_FORMAT,
     GENERATION,
     TEMPLATE,
@@ -24,12 +29,7 @@ from thinkstack.checkpoint.companions import (
     check_vocabulary,
     companions,
 )
-from thinkstack.checkpoint.deepseek import is_deepseek, open_deepseek
-from thinkstack.checkpoint.gguf_file import is_gguf
-from thinkstack.checkpoint.hf import empty_model, fill, packed_names, source_of
-from thinkstack.checkpoint.hf_config import read_eos
-from thinkstack.checkpoint.hf_files import CONFIG, PICKLES, config_json, open_hf, write_weights
-from thinkstack.checkpoint.hub import fetch, is_hub_name
+from thinkstack.checkpoint.hf.tensors import empty_model, fill, packed_names, source_of
 from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import current, write_folder
@@ -96,7 +96,7 @@ def open_source(source: str | Path) -> Source:
             f"{path} is a PEFT adapter, not a whole model; merge it first: thinkstack merge BASE {path} --out OUT"
         )
     if is_gguf(path):
-        from thinkstack.checkpoint import gguf
+        from thinkstack.checkpoint.gguf import read as gguf
 
         return gguf.open_gguf(path)
     return open_deepseek(path) if is_deepseek(path) else open_hf(path)
@@ -138,7 +138,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer at `source`. Raises ConfigError if there is none, or a damaged one."""
     path = locate(source)
     if is_gguf(path):
-        from thinkstack.checkpoint import gguf
+        from thinkstack.checkpoint.gguf import read as gguf
 
         return gguf.load_gguf_tokenizer(path)
     try:
@@ -171,7 +171,7 @@ def load_chat(source: str | Path) -> ChatFormat:
     """
     path = locate(source)
     if is_gguf(path):
-        from thinkstack.checkpoint import gguf
+        from thinkstack.checkpoint.gguf import read as gguf
 
         return gguf.load_gguf_chat(path)
     tokenizer, where = load_tokenizer(path), path / TOKENIZER_CONFIG

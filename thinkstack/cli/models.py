@@ -44,7 +44,7 @@ def evaluate(
         out: Folder for the samples and figures; by model, task and settings below runs/eval if left out.
     """
     from thinkstack.pipeline import run_evaluation
-    from thinkstack.stages.measure import prepare
+    from thinkstack.stages.measure_kernels import prepare
 
     values = {
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
@@ -77,9 +77,9 @@ def chat(
         weights: How matrices are kept: in that precision, or quantized to 8 bits (int8, fp8) or 4 (nf4).
     """
     from thinkstack.checkpoint.model import pick_precision
+    from thinkstack.stages.chat import Talk
     from thinkstack.stages.console import COMMANDS, say
-    from thinkstack.stages.measure import prepare
-    from thinkstack.stages.talk import Talk
+    from thinkstack.stages.measure_kernels import prepare
     from thinkstack.types import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
@@ -125,10 +125,10 @@ def generate(
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import pick_device
-    from thinkstack.models.parallel import join_ranks
+    from thinkstack.parallel.inference import join_ranks
     from thinkstack.stages.console import read_question, say, say_answer, say_nothing
     from thinkstack.stages.generate import Generator, read_prompts
-    from thinkstack.stages.measure import prepare
+    from thinkstack.stages.measure_kernels import prepare
     from thinkstack.types import Sampling
 
     if (prompt is not None) + interactive + (input_file is not None) != 1:
@@ -178,7 +178,7 @@ def inspect(
         kernels: Computed by the C++ kernels; without, by torch's operators.
     """
     if machine:
-        from thinkstack.stages.measure import describe_speed, prepare
+        from thinkstack.stages.measure_kernels import describe_speed, prepare
 
         prepare()
         print(describe_speed())
@@ -188,8 +188,8 @@ def inspect(
 
     print(describe_model(model))
     if train:
-        from thinkstack.models.memory import TrainingShape
         from thinkstack.models.precision import resolve_precision
+        from thinkstack.train.memory import TrainingShape
 
         shape = TrainingShape(
             rows=rows,
@@ -213,7 +213,7 @@ def merge(
         adapter: A folder in PEFT layout, such as runs/demo/zero/adapter.
         out: The checkpoint folder to write.
     """
-    from thinkstack.checkpoint.peft import merge_adapter
+    from thinkstack.checkpoint.peft.adapter import merge_adapter
 
     merge_adapter(base, adapter, out)
 

@@ -51,7 +51,7 @@ def run(
         set: Settings to change, such as stages.zero.steps=20.
     """
     from thinkstack.pipeline import read_recipe, run_recipe
-    from thinkstack.stages.measure import prepare
+    from thinkstack.stages.measure_kernels import prepare
 
     seeds = () if seed is None else (f"shared.seed={seed}",)
     tree = read_recipe(recipe, scale, (*seeds, *(setting for settings in set for setting in settings)))
@@ -87,7 +87,7 @@ def sft(
         set: Further settings of the stage, such as rows=4 or trainer.lora.base=nf4.
     """
     from thinkstack.pipeline import run_stage
-    from thinkstack.stages.measure import prepare
+    from thinkstack.stages.measure_kernels import prepare
 
     optim = {"learning_rate": learning_rate, "schedule": "cosine", "warmup_steps": 5, "weight_decay": 0.0}
     values = {
@@ -131,7 +131,7 @@ def rollouts(
         group: Show only this group, counted from 0.
         width: Characters shown of an answer at most.
     """
-    from thinkstack.stages.rollout_log import read_rollouts, show_group
+    from thinkstack.rl.rollout_log import read_rollouts, show_group
 
     groups = read_rollouts(run, step)
     if group is not None and not 0 <= group < len(groups):
@@ -158,12 +158,12 @@ def replay(
         temperature: The one the answers were sampled at.
     """
     from thinkstack.checkpoint.model import load_model
+    from thinkstack.kernels import choice
     from thinkstack.log import Run
-    from thinkstack.models.kernels import choice
-    from thinkstack.stages.measure import prepare
-    from thinkstack.stages.replay import describe_replay
-    from thinkstack.stages.replay import replay as recompute
-    from thinkstack.stages.rollout_log import read_rollouts
+    from thinkstack.rl.replay import describe_replay
+    from thinkstack.rl.replay import replay as recompute
+    from thinkstack.rl.rollout_log import read_rollouts
+    from thinkstack.stages.measure_kernels import prepare
 
     if not temperature > 0:
         raise ConfigError(f"--temperature {temperature} must be above 0; use the one the answers were sampled at")

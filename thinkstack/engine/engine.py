@@ -14,13 +14,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.blocks import BLOCK, BlockPool
-from thinkstack.engine.drawing import draw, note
+from thinkstack.engine.block_pool import BLOCK, BlockPool
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
+from thinkstack.engine.row_sampler import draw, note
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
-from thinkstack.engine.speculate import Speculator
-from thinkstack.engine.table import MAX_STOP_IDS, Constraint, Request, SequenceTable
+from thinkstack.engine.sequence_table import MAX_STOP_IDS, Constraint, Request, SequenceTable
+from thinkstack.engine.speculative import Speculator
 from thinkstack.machine import SharedCores
 from thinkstack.models.precision import STORAGES, AskedPrecision, Stored
 from thinkstack.models.transformer import Transformer

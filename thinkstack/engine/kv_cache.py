@@ -12,9 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.blocks import BLOCK
+from thinkstack.engine.block_pool import BLOCK
+from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.pages import Pages
 
 LINE = 64
 """Bytes that a processor's cache fetches at once."""

@@ -8,19 +8,19 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.blocks import BLOCK
-from thinkstack.engine.graphs import Graphs, Inputs, Outputs, can_record
+from thinkstack import kernels
+from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.cuda_graphs import Graphs, Inputs, Outputs, can_record
+from thinkstack.engine.fused import whole_model, widened
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.engine.scheduler import Plan
-from thinkstack.engine.table import SequenceTable
-from thinkstack.models import kernels
-from thinkstack.models.blocked import multiply
+from thinkstack.engine.sequence_table import SequenceTable
+from thinkstack.kernels.cpu.prepacked import multiply
+from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import ROW_TILE, keep_blocked
-from thinkstack.models.pages import Pages
 from thinkstack.models.precision import DTYPES, AskedPrecision, Stored, inference_copy, refresh, resolve_precision
 from thinkstack.models.transformer import Transformer
-from thinkstack.models.whole import whole_model, widened
 from thinkstack.types import ConfigError
 
 

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.models import kernels
+from thinkstack import kernels
 from thinkstack.types import Sampling
 
 CANDIDATES = 256

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy
 
-from thinkstack.engine.blocks import BLOCK, BlockPool, Content, root_name
-from thinkstack.engine.table import Request, SequenceTable, Waiting
+from thinkstack.engine.block_pool import BLOCK, BlockPool, Content, root_name
+from thinkstack.engine.sequence_table import Request, SequenceTable, Waiting
 from thinkstack.types import RequestError
 
 ROWS_PER_SPARE_BLOCK = 8

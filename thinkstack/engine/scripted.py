@@ -11,7 +11,7 @@ from torch import Tensor
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan
-from thinkstack.engine.table import SequenceTable
+from thinkstack.engine.sequence_table import SequenceTable
 from thinkstack.models.config import GQAConfig, ModelConfig
 from thinkstack.models.transformer import Transformer
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from thinkstack.evals.figures import Evaluation
+from thinkstack.evals.results import Evaluation
 
 Point = Mapping[str, Any]
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkstack.evals.figures import CONS_SAMPLES, Evaluation, Figures, ShownAnswer
 from thinkstack.evals.page import render_page
 from thinkstack.evals.plots import compared, draw_all
+from thinkstack.evals.results import CONS_SAMPLES, Evaluation, Figures, ShownAnswer
 from thinkstack.log import write_json, write_text
 from thinkstack.types import ConfigError
 

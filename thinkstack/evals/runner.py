@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from thinkstack.evals.figures import AnswerRecord, Evaluation, ProblemRecord, summarise
+from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, summarise
 from thinkstack.tasks import table
-from thinkstack.tasks.answers import normalise
-from thinkstack.tasks.curriculum import load_split
-from thinkstack.tasks.datasets import DataStream
-from thinkstack.tasks.puzzles import digest
+from thinkstack.tasks.benchmarks.datasets import DataStream
+from thinkstack.tasks.mixture import load_split
+from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.reward import final_answer
+from thinkstack.tasks.verify.answers import normalise
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.parse import Form, parse_turn
 from thinkstack.types import Completion, ConfigError, Message, Problem, Sampling, Score

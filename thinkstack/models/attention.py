@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from thinkstack.models import cuda, kernels
+from thinkstack import kernels
+from thinkstack.kernels import triton as cuda
+from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
 from thinkstack.models.layers import ROW_TILE, Projection, RMSNorm, rotate
-from thinkstack.models.pages import Pages
 
 
 class LayerCache(Protocol):

@@ -1,6 +1,6 @@
 """What a model is, in numbers. Families are values of ModelConfig, never copies of code.
 
-Named sizes stand at the end. Field names follow the DeepSeek papers; checkpoint/hf_config.py maps them to and from the
+Named sizes stand at the end. Field names follow the DeepSeek papers; checkpoint/hf/config.py maps them to and from the
 Hugging Face config.json of each family.
 """
 

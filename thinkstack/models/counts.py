@@ -57,7 +57,7 @@ def fp8_bytes(cfg: ModelConfig) -> int:
 
 def training_bytes(cfg: ModelConfig) -> int:
     """Bytes that training holds in fp32 whatever the batch: weights, gradients and AdamW's two moments. Activations and
-    copies in a lower precision come on top: models/memory.py.
+    copies in a lower precision come on top: train/memory.py.
     """
     return weight_bytes(cfg, bytes_per_element=4 * 4)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models import kernels
+from thinkstack import kernels
 from thinkstack.models.layers import swiglu
 from thinkstack.models.moe import MoE, dispatch
 from thinkstack.models.transformer import Transformer

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models import kernels
+from thinkstack import kernels
+from thinkstack.kernels.cpu.prepacked import Blocked, can_keep, upcast_linear
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
-from thinkstack.models.blocked import Blocked, can_keep, upcast_linear
 
 ROW_TILE = 16
 """Rows of a matrix product come in multiples of this: then a row's fp32 result does not depend on how many others

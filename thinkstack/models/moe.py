@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models import cuda, kernels
+from thinkstack import kernels
+from thinkstack.kernels import triton as cuda
 from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.layers import ROW_TILE, SwiGLU, swiglu, swiglu_backward
 

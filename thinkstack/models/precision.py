@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from thinkstack.models.kernels import choice
+from thinkstack.kernels import choice
 from thinkstack.models.lora import BASES, adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.quant import Int8, Storage, matrices, pack, packed_parameters, unpack

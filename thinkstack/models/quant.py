@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from thinkstack.models import cuda, kernels
-from thinkstack.models.blocked import product_dtype, upcast_linear
+from thinkstack import kernels
+from thinkstack.kernels import triton as cuda
+from thinkstack.kernels.cpu.prepacked import product_dtype, upcast_linear
 from thinkstack.models.fp8 import BLOCK, quantise, widen
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer

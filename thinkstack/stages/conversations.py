@@ -11,7 +11,7 @@ from typing import Any
 
 from thinkstack.files import Row, kind_of, log_unused_keys, matching_files, read_rows
 from thinkstack.stages.turns import REASONING, TRAINED, Fields, answer, read_tools, read_turns
-from thinkstack.tasks.corpus import worked_example
+from thinkstack.tasks.puzzles.corpus import worked_example
 from thinkstack.tasks.table import families
 from thinkstack.types import ConfigError, Message, Tool
 

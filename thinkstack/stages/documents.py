@@ -5,8 +5,8 @@ from pathlib import Path
 
 from thinkstack.data import Sample, Source, text_source
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.tasks.corpus import Document, document
-from thinkstack.tasks.puzzles import Family, digest
+from thinkstack.tasks.puzzles.corpus import Document, document
+from thinkstack.tasks.puzzles.puzzle import Family, digest
 from thinkstack.text.boundary import BoundarySplitter
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.fim import check_fim, fill_in_middle

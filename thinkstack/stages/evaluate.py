@@ -10,14 +10,14 @@ from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.config import Count, Seed, Share, Temperature
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
-from thinkstack.evals.figures import Evaluation, write_samples
+from thinkstack.evals.results import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out, warn_if_unread
 from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.models.precision import AskedPrecision, Stored
+from thinkstack.rl.rollout import prompt_of
 from thinkstack.stages.kept_completions import KeptCompletions
-from thinkstack.stages.rollout import prompt_of
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.text.parse import Form
 from thinkstack.types import ConfigError

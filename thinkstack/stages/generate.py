@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.checkpoint.shard import load_shard
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.files import lines
-from thinkstack.models.parallel import Ranks, broadcast_text
 from thinkstack.models.precision import DTYPES, Precision, Stored
+from thinkstack.parallel.inference import Ranks, broadcast_text
+from thinkstack.parallel.load import load_shard
+from thinkstack.stages.chat import LastToken, stream_text
 from thinkstack.stages.console import NEW, Say, say_answer
-from thinkstack.stages.talk import LastToken, stream_text
 from thinkstack.types import ConfigError, Message, RequestError, Sampling
 
 TextOf = Callable[[Sequence[int]], str]

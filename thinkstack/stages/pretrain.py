@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from thinkstack.checkpoint.hf_config import to_hf
+from thinkstack.checkpoint.hf.config import to_hf
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.data import PackedStream, read_texts
 from thinkstack.log import CURVE, Run
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.documents import make_source
-from thinkstack.stages.learning import Learning
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.tasks.corpus import documents
-from thinkstack.tasks.puzzles import digest
+from thinkstack.stages.supervised import Learning
+from thinkstack.tasks.puzzles.corpus import documents
+from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.table import families
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN

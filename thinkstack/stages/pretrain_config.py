@@ -5,7 +5,7 @@ from typing import Any
 
 from thinkstack.config import Count, CountOrZero, Seed, Share, build, dump, merge
 from thinkstack.models.config import ModelConfig, named
-from thinkstack.tasks.corpus import CorpusConfig
+from thinkstack.tasks.puzzles.corpus import CorpusConfig
 from thinkstack.tasks.table import families
 from thinkstack.train.schedule import BatchPlan
 from thinkstack.train.trainer_config import TrainerConfig

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from thinkstack.evals.figures import Evaluation
 from thinkstack.evals.report import write_report
+from thinkstack.evals.results import Evaluation
 from thinkstack.files import read_object
 from thinkstack.log import CURVE, PROVENANCE, Run, clock, read_lines, write_json
 from thinkstack.stages.evaluate import GREEDY, SAMPLED, UNSEEN, read_evaluation, read_evaluations

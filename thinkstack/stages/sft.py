@@ -14,8 +14,8 @@ from thinkstack.config import Count, CountOrZero, Positive, Seed, Share
 from thinkstack.data import PackedStream, Sample, lay_out, pack
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import Conversation, read_conversations, worked_conversations
-from thinkstack.stages.learning import Learning
-from thinkstack.tasks.puzzles import digest
+from thinkstack.stages.supervised import Learning
+from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.passes import batch_log_probs
 from thinkstack.train.schedule import BatchPlan

@@ -6,7 +6,7 @@ from pathlib import Path
 from thinkstack.evals.report import accuracy, each
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.evaluate import SAMPLED, read_evaluation
-from thinkstack.stages.learning import MODEL
+from thinkstack.stages.supervised import MODEL
 
 LOSS = "loss/next_token_nats"
 

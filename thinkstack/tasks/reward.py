@@ -6,9 +6,9 @@ from typing import Literal
 
 from thinkstack.config import Weight
 from thinkstack.tasks.custom_reward import custom_part, load_reward
-from thinkstack.tasks.language import language_share
-from thinkstack.tasks.puzzles import digest
+from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.table import accepts
+from thinkstack.tasks.verify.language import language_share
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, Form, parse_turn
 from thinkstack.types import ConfigError, Problem, Score
 

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from thinkstack.config import did_you_mean
-from thinkstack.tasks import gym, puzzles
-from thinkstack.tasks.answers import is_correct
-from thinkstack.tasks.arithmetic import Chain, Nested
-from thinkstack.tasks.choice import Choice
-from thinkstack.tasks.cups import Cups
-from thinkstack.tasks.datasets import DataSet, Gsm8k, Math
-from thinkstack.tasks.kin import Kin
-from thinkstack.tasks.kinship import Kinship
-from thinkstack.tasks.modular import Modular
-from thinkstack.tasks.programs import Bug, Program
-from thinkstack.tasks.puzzles import Family, Judging, digest
-from thinkstack.tasks.quadratic import Quadratic
-from thinkstack.tasks.sums import Sums, Times
-from thinkstack.tasks.table_lookup import Table
+from thinkstack.tasks.benchmarks import reasoning_gym as gym
+from thinkstack.tasks.benchmarks.datasets import DataSet, Gsm8k, Math
+from thinkstack.tasks.puzzles import puzzle as puzzles
+from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
+from thinkstack.tasks.puzzles.choice import Choice
+from thinkstack.tasks.puzzles.cups import Cups
+from thinkstack.tasks.puzzles.kin import Kin
+from thinkstack.tasks.puzzles.kinship import Kinship
+from thinkstack.tasks.puzzles.modular import Modular
+from thinkstack.tasks.puzzles.programs import Bug, Program
+from thinkstack.tasks.puzzles.puzzle import Family, Judging, digest
+from thinkstack.tasks.puzzles.quadratic import Quadratic
+from thinkstack.tasks.puzzles.sums import Sums, Times
+from thinkstack.tasks.puzzles.table_lookup import Table
+from thinkstack.tasks.verify.answers import is_correct
 from thinkstack.types import ConfigError, Problem
 
 FAMILIES: dict[str, Family] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from thinkstack.text.formats import TurnFormat, refuse_switch, think_block
 from thinkstack.text.parse import split_thinking
-from thinkstack.text.sandbox import render, variables
+from thinkstack.text.template_sandbox import render, variables
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN, Control
 from thinkstack.types import Message, RequestError, Tool, ToolCall
 

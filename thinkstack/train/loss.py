@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinkstack.models import kernels
-from thinkstack.models.blocked import linear, linear_grad_weight, linear_grad_x
-from thinkstack.models.memory import head_chunk
+from thinkstack import kernels
+from thinkstack.kernels.cpu.prepacked import linear, linear_grad_weight, linear_grad_x
+from thinkstack.train.memory import head_chunk
 from thinkstack.types import Batch, ConfigError
 
 Reduction = Literal["token", "sequence", "fixed"]

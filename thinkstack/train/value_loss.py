@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinkstack.models.heads import ValueModel
+from thinkstack.models.value_head import ValueModel
 from thinkstack.train.loss import Stats
 from thinkstack.types import Batch
 

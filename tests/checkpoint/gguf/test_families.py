@@ -1,0 +1,350 @@
+"""Every family as a GGUF and back: the same model, laid out as llama.cpp wants it, and refused where it cannot be."""
+
+import math
+import os
+import random
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+
+from tests.tiny import MLA_TINY, tiny_model, tiny_tokenizer
+from thinkstack.checkpoint.gguf.tensors import WHOLE
+from thinkstack.checkpoint.gguf.write import KINDS, write_gguf
+from thinkstack.checkpoint.hf.tensors import source_of
+from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, open_source
+from thinkstack.models.config import (
+    GQAConfig,
+    Llama3RopeConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    YarnConfig,
+)
+from thinkstack.models.moe import MoE
+from thinkstack.models.transformer import Transformer
+from thinkstack.text.chat import chat_format
+from thinkstack.types import ConfigError
+
+HALVES = RopeConfig(interleaved=False)
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=384,
+    hidden_size=64,
+    num_layers=3,
+    attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=16),
+    dense_size=96,
+    rope=HALVES,
+    norm_eps=1e-5,
+    max_positions=256,
+    init_std=0.1,
+)
+BIASED = replace(LLAMA.attention, qkv_bias=True)
+QWEN_EXPERTS = MoEConfig(
+    num_experts=8,
+    top_k=2,
+    expert_size=32,
+    num_shared_experts=0,
+    scoring="softmax",
+    group_score="max",
+    first_dense_layers=0,
+)
+V3 = replace(
+    LLAMA,
+    family="deepseek_v3",
+    attention=MLAConfig(
+        num_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    ),
+    moe=replace(MLA_TINY.moe, expert_size=32),
+    mtp_layers=1,
+    rope=RopeConfig(),
+    norm_eps=1e-6,
+)
+V2 = replace(
+    V3,
+    family="deepseek_v2",
+    mtp_layers=0,
+    moe=replace(
+        V3.moe,
+        scoring="softmax",
+        group_score="max",
+        normalise_weights=False,
+        num_groups=1,
+        top_groups=1,
+        num_shared_experts=2,
+    ),
+    rope=RopeConfig(yarn=YarnConfig(factor=8.0, original_max_positions=32, mscale=0.707, mscale_all_dim=0.707)),
+)
+YARN = YarnConfig(factor=4.0, original_max_positions=64, mscale_all_dim=0.0)
+CASES = {
+    "llama": LLAMA,
+    "llama tied": replace(LLAMA, tie_embeddings=True),
+    "llama 3": replace(LLAMA, rope=replace(HALVES, theta=5e5, llama3=Llama3RopeConfig(original_max_positions=64))),
+    "llama linear": replace(LLAMA, rope=replace(HALVES, linear_factor=4.0)),
+    "llama biases": replace(LLAMA, attention=replace(BIASED, out_bias=True)),
+    "qwen2": replace(LLAMA, family="qwen2", attention=BIASED),
+    "qwen2 yarn": replace(LLAMA, family="qwen2", attention=BIASED, rope=replace(HALVES, yarn=YARN)),
+    "qwen3": replace(LLAMA, family="qwen3", attention=replace(LLAMA.attention, head_dim=32, qk_norm=True)),
+    "qwen3moe": replace(LLAMA, family="qwen3_moe", attention=replace(LLAMA.attention, qk_norm=True), moe=QWEN_EXPERTS),
+    "v3": V3,
+    "v3 yarn": replace(V3, rope=RopeConfig(yarn=YarnConfig(factor=8.0, original_max_positions=32))),
+    "v3 dense": replace(V3, moe=None, mtp_layers=0),
+    "v2": V2,
+    "v2 lite": replace(V2, attention=replace(V2.attention, q_lora_rank=0)),
+    "v2 groups": replace(V2, moe=replace(V2.moe, num_groups=4, top_groups=2)),
+}
+
+
+def drawn(cfg: ModelConfig, seed: int = 0) -> Transformer:
+    """A model with drawn weights; only V3 files have a place for balance biases."""
+    model = tiny_model(cfg, seed)
+    for module in model.modules():
+        if isinstance(module, MoE) and cfg.family != "deepseek_v3":
+            module.bias.zero_()
+    return model
+
+
+def written(cfg: ModelConfig, folder: Path, kind: str = "F32", **options) -> tuple[Transformer, Path]:
+    model = drawn(cfg)
+    write_gguf(source_of(model), folder / "model.gguf", kind, **options)
+    return model, folder / "model.gguf"
+
+
+def stored(path: Path) -> dict[str, numpy.ndarray]:
+    """Tensors as the package gguf reads them."""
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def kinds(path: Path) -> dict[str, str]:
+    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_comes_back_bit_for_bit(name: str, tmp_path: Path):
+    model, path = written(CASES[name], tmp_path)
+    loaded = load_model(path)
+    free = {"init_std": loaded.cfg.init_std, "embed_init_std": loaded.cfg.embed_init_std}
+    assert loaded.cfg == replace(model.cfg, **free)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_mla_is_laid_out_as_attention_on_latents_wants_it(tmp_path: Path):
+    """Head h of kv_b_proj is N key rows, then V value rows; the keys' cut is transposed. Metadata say one kv head."""
+    model, path = written(V3, tmp_path)
+    there, weight = stored(path), model.layers[1].attention.wkv_b.weight.detach().numpy()
+    for head in range(4):
+        rows = weight[head * 64 : head * 64 + 64]
+        assert numpy.array_equal(there["blk.1.attn_k_b.weight"][head], rows[:32].T)
+        assert numpy.array_equal(there["blk.1.attn_v_b.weight"][head], rows[32:])
+    fields = gguf.GGUFReader(path).fields
+    wanted = {"head_count_kv": 1, "key_length": 48, "value_length": 32, "key_length_mla": 48, "value_length_mla": 32}
+    assert {key: fields[f"deepseek2.attention.{key}"].contents() for key in wanted} == wanted
+
+
+def test_experts_lie_in_stacks_and_mtp_modules_behind_the_layers(tmp_path: Path):
+    model, path = written(V3, tmp_path)
+    there, moe = stored(path), model.layers[1].ffn
+    assert numpy.array_equal(there["blk.1.ffn_up_exps.weight"], moe.w_in.detach().numpy()[:, 32:])
+    assert numpy.array_equal(there["blk.1.ffn_gate_exps.weight"], moe.w_in.detach().numpy()[:, :32])
+    assert numpy.array_equal(there["blk.1.ffn_down_exps.weight"], moe.w_out.detach().numpy())
+    assert numpy.array_equal(there["blk.1.exp_probs_b.bias"], moe.bias.numpy())
+    assert numpy.array_equal(there["blk.3.nextn.eh_proj.weight"], model.mtp[0].merge.weight.detach().numpy())
+    assert gguf.GGUFReader(path).fields["deepseek2.block_count"].contents() == 4
+
+
+def test_without_mtp_the_file_is_what_older_versions_know(tmp_path: Path):
+    path = written(V3, tmp_path, with_mtp=False)[1]
+    assert not [name for name in kinds(path) if "nextn" in name or name.startswith("blk.3.")]
+    assert load_model(path).cfg.mtp_layers == 0
+
+
+def test_llama_3_frequencies_are_divided_by_a_tensor(tmp_path: Path):
+    """By hand: pair 0 turns 64 / 2 pi > 4 times in 64 tokens and keeps its frequency; the last hardly and is / 8."""
+    factors = stored(written(CASES["llama 3"], tmp_path)[1])["rope_freqs.weight"]
+    assert factors.shape == (8,)
+    assert (factors[0], factors[-1]) == (1.0, 8.0)
+
+
+def test_a_foreign_llama_3_is_read_with_the_published_numbers(tmp_path: Path):
+    cfg = replace(LLAMA, rope=replace(HALVES, theta=5e5, llama3=Llama3RopeConfig(factor=32.0)))
+    path = written(cfg, tmp_path)[1]
+    path.write_bytes(path.read_bytes().replace(b"thinkstack.rope.llama3", b"somebodys.rope.llama__"))
+    assert load_model(path).cfg.rope == cfg.rope
+
+
+def test_old_files_with_whole_keys_and_values_are_read(tmp_path: Path):
+    """Before llama.cpp attended to latents: kv_b_proj as it is, and the widths of whole keys and values."""
+    model, path = written(replace(V3, mtp_layers=0), tmp_path)
+    reader, old = gguf.GGUFReader(path), tmp_path / "old.gguf"
+    writer = gguf.GGUFWriter(old, "deepseek2")
+    changes = {"key_length": 48, "value_length": 32, "head_count_kv": 4}
+    for name, field in reader.fields.items():
+        key = name.removeprefix("deepseek2.attention.")
+        if not name.startswith("GGUF.") and name != "general.architecture" and not key.endswith("_mla"):
+            writer.add_key_value(name, changes.get(key, field.contents()), field.types[0])
+    for tensor in reader.tensors:
+        if tensor.name.endswith("attn_k_b.weight"):
+            layer = int(tensor.name.split(".")[1])
+            writer.add_tensor(f"blk.{layer}.{WHOLE}", model.layers[layer].attention.wkv_b.weight.detach().numpy())
+        elif not tensor.name.endswith("attn_v_b.weight"):
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded = load_model(old)
+    assert loaded.cfg.attention == model.cfg.attention
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_routers_and_biases_stay_whole(kind: str, tmp_path: Path):
+    found = kinds(written(V3, tmp_path, kind)[1])
+    whole = [name for name in found if name.endswith(("norm.weight", "_norm.weight", ".bias", "ffn_gate_inp.weight"))]
+    assert {found.pop(name) for name in whole} == {"F32"}
+    ends = {found.pop("token_embd.weight"), found.pop("output.weight")}
+    assert ends == {"Q8_0" if kind == "Q4_0" else kind}
+    assert set(found.values()) == {kind}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_numbers_of_few_bits_are_those_of_the_format(kind: str, tmp_path: Path):
+    """By the rule of the format: one factor in fp16 for 32 numbers, of the largest one; Q4_0 has 16 steps from it."""
+    model, path = written(LLAMA, tmp_path, kind)
+    weight = model.layers[0].ffn.w1.weight.detach().view(-1, 32)
+    if kind == "Q8_0":
+        step = (weight.abs().amax(1, keepdim=True) / 127).half().float()
+    else:
+        largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))
+        step = (largest / -8).half().float().abs()
+    read = load_model(path).layers[0].ffn.w1.weight.detach().view(-1, 32)
+    assert float(((read - weight).abs() / step).max()) <= (0.57 if kind == "Q8_0" else 1.01)
+    assert torch.equal((read / step).round(), (read / step).mul(1e3).round().div(1e3))
+
+
+def test_rows_that_are_no_multiple_of_a_block_stay_f16(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = written(replace(LLAMA, dense_size=80), tmp_path, "Q8_0")[1]
+    assert {kind for name, kind in kinds(path).items() if "ffn_down" in name} == {"F16"}
+    assert "3 matrices stay F16" in caplog.text
+
+
+def test_a_source_in_bf16_is_written_as_it_is(tmp_path: Path):
+    model = drawn(LLAMA).to(torch.bfloat16)
+    write_gguf(source_of(model), tmp_path / "model.gguf", "BF16")
+    source = open_source(tmp_path / "model.gguf")
+    assert source.dtype_of("model.layers.0.mlp.up_proj.weight") == torch.bfloat16
+    assert torch.equal(source.tensors["model.layers.0.mlp.up_proj.weight"](), model.layers[0].ffn.w3.weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
+    """It takes heads of a Qwen3 to be 128 wide whatever the file says."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    cfg = CASES[name]
+    cfg = replace(cfg, attention=replace(cfg.attention, head_dim=128)) if name == "qwen3" else cfg
+    model, path = written(cfg, tmp_path, tokenizer=tiny_tokenizer())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    ids = torch.arange(3, 43).view(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "word"),
+    [
+        (replace(V3, rope=RopeConfig(interleaved=False)), "cannot express rope=.*interleaved=False"),
+        (replace(V3, rope=RopeConfig(yarn=YARN)), "mscale different from mscale_all_dim"),
+        (replace(V3, rope=RopeConfig(yarn=YarnConfig(beta_fast=16.0))), "other betas"),
+        (replace(V3, num_layers=27, mtp_layers=0), "query latent in a model of 27 layers"),
+        (replace(V3, moe=replace(V3.moe, num_shared_experts=0)), "without a shared expert"),
+        (replace(CASES["qwen2"], attention=replace(BIASED, head_dim=32)), "differ from the width"),
+        (replace(CASES["qwen3"], attention=replace(CASES["qwen3"].attention, out_bias=True)), "bias on the output"),
+        (replace(CASES["qwen3moe"], moe=replace(QWEN_EXPERTS, first_dense_layers=1)), "dense layers"),
+        (
+            replace(CASES["qwen3moe"], moe=replace(QWEN_EXPERTS, normalise_weights=False)),
+            "cannot express moe=.*normalise_weights=False",
+        ),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(cfg: ModelConfig, word: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=word):
+        written(cfg, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_beyond_f16_are_refused(tmp_path: Path):
+    model = drawn(LLAMA)
+    model.layers[0].ffn.w1.weight.data[0, 0] = 1e5
+    with pytest.raises(ConfigError, match=r"blk.0.ffn_gate.weight has numbers beyond 65,504.*BF16"):
+        write_gguf(source_of(model), tmp_path / "model.gguf", "F16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"the older one")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(ConfigError, match=r"cannot write .*free space"):
+            write_gguf(source_of(drawn(LLAMA)), path, "F32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    assert path.read_bytes() == b"the older one"
+
+
+def opened(path: Path) -> None:
+    """Everything that a file is read for."""
+    load_model(path)
+    load_chat(path)
+
+
+def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
+    """Every place of the header, and truncations: an error by name, in bounded time and memory."""
+    chat = chat_format("r1_zero", tiny_tokenizer())
+    cfg = replace(V3, hidden_size=32, dense_size=32, num_layers=2, vocab_size=360)
+    whole = written(cfg, tmp_path, tokenizer=chat.tokenizer, chat=chat)[1].read_bytes()
+    path, draw = tmp_path / "damaged.gguf", random.Random(0)
+    header = len(whole) - sum(
+        4 * math.prod(shape) for shape in (t.shape for t in stored(tmp_path / "model.gguf").values())
+    )
+    refused = 0
+    signal.alarm(60)
+    try:
+        for number in range(300):
+            data = bytearray(whole)
+            if number % 3 == 0:
+                del data[draw.randrange(len(data)) :]
+            elif number % 3 == 1:
+                data[draw.randrange(header)] ^= 1 << draw.randrange(8)
+            else:
+                place = draw.randrange(header - 8)
+                data[place : place + 8] = draw.choice([b"\xff" * 8, bytes(8), b"\xff" * 4 + bytes(4), os.urandom(8)])
+            path.write_bytes(data)
+            try:
+                opened(path)
+            except ConfigError as error:
+                assert str(path) in str(error), error
+                refused += 1
+    finally:
+        signal.alarm(0)
+    assert refused > 150
+
+
+def test_a_file_without_a_tokenizer_has_none(tmp_path: Path):
+    path = written(LLAMA, tmp_path)[1]
+    assert load_model(path).cfg.vocab_size == 384
+    with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.model='no_vocab'"):
+        load_tokenizer(path)

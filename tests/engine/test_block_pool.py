@@ -1,0 +1,127 @@
+"""Blocks and rows add up whatever happens: a state machine against the invariants, and a brute-force prefix search."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.tiny import GQA_TINY, tiny_model
+from thinkstack.engine.block_pool import BLOCK, BlockPool, Content, root_name
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.types import ConfigError, Sampling
+
+MODEL = tiny_model(GQA_TINY, num_layers=1, mtp_layers=1, max_positions=400)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Requests of every shape come, run, are aborted, lose their blocks and see the weights change."""
+
+    drafts = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        cfg = EngineConfig(max_batch=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, max_drafts=self.drafts)
+        self.engine, self.requests, self.version = Engine(MODEL, cfg), [], 0
+
+    @rule(
+        start=st.integers(0, 2),
+        length=st.integers(1, 200),
+        tokens=st.integers(1, 150),
+        n=st.integers(1, 4),
+        priority=st.integers(-1, 1),
+    )
+    def submit(self, start: int, length: int, tokens: int, n: int, priority: int) -> None:
+        sampling = Sampling(max_tokens=tokens, n=n, seed=length)
+        self.requests.append(self.engine.submit([start] * length, sampling, priority))
+
+    @rule(times=st.integers(1, 40))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.engine.step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        before = [c for c in request.completions if c is not None]
+        self.engine.abort(request)
+        assert request.is_finished and not request.rows and not request.queued
+        assert all(c in request.completions for c in before)
+
+    @rule(running=st.sampled_from(["drain", "abort", "keep"]))
+    def change_weights(self, running: str) -> None:
+        self.version += 1
+        self.engine.load_weights(MODEL, self.version, running)
+
+    @invariant()
+    def adds_up(self) -> None:
+        self.engine.scheduler.check()
+
+    def teardown(self) -> None:
+        for _ in range(5000):
+            if all(request.is_finished for request in self.requests):
+                break
+            self.engine.step()
+        for request in self.requests:
+            assert request.is_finished, "somebody waits for ever"
+            for c in request.completions:
+                assert c.finish_reason == "abort" or len(c.token_ids) == request.sampling.max_tokens
+        self.engine.scheduler.check()
+        assert self.engine.scheduler.pool.available == 7
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+
+
+class Guessing(Traffic):
+    """The same with guesses."""
+
+    drafts = 2
+
+
+TestGuessing = Guessing.TestCase
+TestGuessing.settings = settings(max_examples=6, stateful_step_count=15, deadline=None)
+
+
+@pytest.mark.slow
+class TestTenThousandGuesses(Guessing.TestCase):
+    settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.slow
+class TestTenThousandSteps(Traffic.TestCase):
+    settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def content(parent: bytes, tokens: list[int]) -> Content:
+    return Content(parent, torch.tensor(tokens).numpy().tobytes())
+
+
+def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
+    pool, root = BlockPool(4), root_name(0)
+    first, second = pool.take(2)
+    name = pool.name(first, content(root, [1]))
+    pool.name(second, content(name, [2]))
+    (other,) = pool.take(1)
+    pool.name(other, content(root, [3]))
+    pool.release([other])
+    pool.release([first, second])
+    assert list(pool.cached) == [other, second, first]
+    assert pool.take(2)[1] == other  # the free one, then the longest unused
+    assert pool.find(content(root, [3])) is None
+    assert pool.find(content(root, [1])) == first
+    pool.share([first])
+    pool.take(1)
+    assert pool.find(content(name, [2])) is None
+    pool.check()
+
+
+def test_roots_tell_versions_and_salts_apart():
+    assert len({root_name(version, salt) for version in range(3) for salt in ("", "a", "b")}) == 9
+
+
+def test_a_cache_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="holds nothing"):
+        BlockPool(0)

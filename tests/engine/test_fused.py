@@ -1,0 +1,240 @@
+"""The kernels for whole models, and for a few rows in bf16, against torch's operators."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.test_kernels import drawn
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack import kernels
+from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.fused import gqa as dense
+from thinkstack.engine.fused import whole_model
+from thinkstack.engine.fused.gqa import Dense
+from thinkstack.engine.fused.mla import SmallLatent
+from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.kernels import choice
+from thinkstack.kernels.cpu import calls
+from thinkstack.kernels.cpu.prepacked import can_block, multiply
+from thinkstack.kernels.paging import Pages
+from thinkstack.models.config import GQAConfig
+from thinkstack.models.layers import keep_blocked
+from thinkstack.models.lora import LoRAConfig, adapt
+from thinkstack.models.precision import inference_copy, working_copy
+from thinkstack.models.quant import Int8, matrices, pack, unpack
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import Sampling
+
+pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+WIDE = replace(
+    GQA_TINY,
+    hidden_size=64,
+    attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=16),
+    dense_size=160,
+    max_positions=300,
+)
+KINDS = {
+    "llama": WIDE,
+    "biases": replace(WIDE, attention=replace(WIDE.attention, qkv_bias=True, out_bias=True)),
+    "normed": replace(WIDE, attention=replace(WIDE.attention, qk_norm=True)),
+    "interleaved": replace(WIDE, rope=replace(WIDE.rope, interleaved=True)),
+    "tiles": replace(WIDE, hidden_size=192, attention=replace(WIDE.attention, head_dim=32)),
+}
+
+
+def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("width", [32, 96, 576])
+def test_products_of_a_few_rows(count, width):
+    x, weight = drawn(count, width, dtype=torch.bfloat16), drawn(50, width, seed=1, dtype=torch.bfloat16)
+    exact = x.double() @ weight.double().T
+    with torch.no_grad():
+        assert kernels.takes_few(x, weight)
+        assert relative(kernels.few_rows(x, weight), exact) < 3e-3  # half a unit in bf16's last place
+    assert not kernels.takes_few(drawn(9, width, dtype=torch.bfloat16), weight)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+@torch.no_grad()
+def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, monkeypatch):
+    """States and what is written into the cache; three of the tokens follow each other in one sequence."""
+    if count > kernels.FEW and (weights == "int8" or not can_block(torch.empty(0, dtype=torch.bfloat16))):
+        pytest.skip("many tokens at once take matrices in oneDNN's layout")
+    exact = tiny_model(KINDS[kind])
+    model = inference_copy(exact, torch.bfloat16, weights)
+    keep_blocked(model)
+    if weights == "int8":
+        pack(exact, Int8(), matrices(exact))
+        unpack(exact)
+    cache = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    twin = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
+    twin.data.copy_(cache.data)
+    kept = cache.data.clone()
+    wide = KVCache(model.cfg, 4 * count + 1, torch.float32)
+    wide.data.copy_(cache.data)
+    owner = torch.tensor([0, 0, 0, *range(1, count)][:count])
+    places = torch.tensor([130, 131, 132, *((9 + 31 * n) % 240 for n in range(count))][:count])
+    tables = (1 + torch.randperm(4 * count, generator=torch.Generator().manual_seed(1))).view(count, 4).int()
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
+
+    def pages(kept: KVCache) -> Pages:
+        return Pages(kept.data[0], tables, owner.int())
+
+    def in_parts(of: Transformer, into: KVCache) -> torch.Tensor:
+        return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(into, pages(into), slots)).hidden[:, 0]
+
+    few = whole_model(model)
+    assert isinstance(few, Dense) and few.is_packed == (weights == "int8")
+    mine, _ = few.hidden(ids, places, pages(cache), cache.data)
+    monkeypatch.setattr(choice.choices(), "emulates_bf16", False)  # products in bf16 as torch has them
+    theirs, true = on_torch(in_parts, model, twin), on_torch(in_parts, exact, wide)
+    assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, ours as little
+    assert relative(cache.data, wide.data) < 1.3 * relative(twin.data, wide.data) + 1e-4
+    changed = (cache.data != kept).flatten(3).any(-1).any(0).flatten().nonzero().flatten()
+    assert set(changed.tolist()) <= set(slots.tolist())
+
+
+SMALL = replace(
+    MLA_TINY,
+    moe=replace(MLA_TINY.moe, expert_size=16),
+    max_positions=300,
+)
+LATENT = {
+    "v3": SMALL,
+    "direct query": replace(SMALL, attention=replace(SMALL.attention, q_lora_rank=0)),
+    "no shared experts": replace(SMALL, moe=replace(SMALL.moe, num_shared_experts=0)),
+    "v2": replace(SMALL, moe=replace(SMALL.moe, scoring="softmax", group_score="max", normalise_weights=False)),
+    "dense": replace(SMALL, moe=None),
+    "halves": replace(SMALL, rope=replace(SMALL.rope, interleaved=False)),
+}
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 150])
+@pytest.mark.parametrize("kind", [*LATENT, *KINDS])
+@torch.no_grad()
+def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
+    """States, entries and experts, of a chunk of a prompt beside tokens being decoded; alone they are the same bits."""
+    model = tiny_model((LATENT | KINDS)[kind])
+    cache = KVCache(model.cfg, 21, torch.float32)
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    twin = KVCache(model.cfg, 21, torch.float32)
+    twin.data.copy_(cache.data)
+    chunk = max(count - 4, 1)
+    owner = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
+    places = torch.cat((torch.arange(70, 70 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
+    tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
+
+    def in_parts() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        view = View(twin, Pages(twin.data[0], tables, owner.int()), slots)
+        trunk = model.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=view)
+        return trunk.hidden[:, 0], [routing.experts[:, 0] for routing in trunk.routing]
+
+    whole = whole_model(model)
+    assert isinstance(whole, Dense if kind in KINDS else SmallLatent)
+    assert whole.most_tokens >= count
+    mine, experts = whole.hidden(ids, places, Pages(cache.data[0], tables, owner.int()), cache.data)
+    theirs, chosen = on_torch(in_parts)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+    assert (experts is None) == (not chosen)
+    if experts is not None:
+        assert torch.equal(experts.sort(-1).values, torch.stack(chosen).sort(-1).values)
+    last = count - 1
+    alone = Pages(cache.data[0], tables, owner[last:].int())
+    again, _ = whole.hidden(ids[last:], places[last:], alone, cache.data)
+    assert torch.equal(again[0], mine[last])
+    assert whole.head is not None
+    assert torch.equal(multiply(again, whole.head)[0], multiply(mine, whole.head)[last])
+
+
+@pytest.mark.parametrize("kind", LATENT)
+@torch.no_grad()
+def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
+    """What is read is rounded, what is computed is not; 20 tokens of one sequence, over the edge of a block."""
+    whole = whole_model(tiny_model(LATENT[kind]))
+    exact, cache = (KVCache(LATENT[kind], 3, dtype) for dtype in (torch.float32, torch.bfloat16))
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    exact.data.copy_(cache.data)
+    tables, owner, places = (
+        torch.tensor([[2, 1]], dtype=torch.int32),
+        torch.zeros(20, dtype=torch.int32),
+        torch.arange(50, 70),
+    )
+    ids = torch.randint(48, (20,), generator=torch.Generator().manual_seed(2))
+
+    def hidden(into: KVCache, rows: slice) -> torch.Tensor:
+        return whole.hidden(ids[rows], places[rows], Pages(into.data[0], tables, owner[rows]), into.data)[0]
+
+    together = hidden(cache, slice(None))
+    assert 0 < relative(together, hidden(exact, slice(None))) < 1e-2
+    assert torch.equal(hidden(cache, slice(13, 14)), together[13:14])
+
+
+@torch.no_grad()
+def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
+    model = tiny_model(SMALL)
+    cache = KVCache(model.cfg, 3, torch.float32, drafts=True)
+    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    twin = KVCache(model.cfg, 3, torch.float32, drafts=True)
+    twin.data.copy_(cache.data)
+    owner, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
+    tables = torch.tensor([[2, 1]], dtype=torch.int32)
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    hidden, following = drawn(9, 32, seed=4), torch.arange(9)
+    whole = whole_model(model)
+    assert isinstance(whole, SmallLatent)
+    mine = whole.draft(hidden, following, places, Pages(cache.data[0], tables, owner.int()), cache.data)
+
+    def in_parts() -> torch.Tensor:
+        view = View(twin, Pages(twin.data[0], tables, owner.int()), slots)
+        return model.draft(hidden.unsqueeze(1), following.unsqueeze(1), places.unsqueeze(1), view)[:, 0]
+
+    torch.testing.assert_close(mine, on_torch(in_parts), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_only_plain_weights_are_read_at_once(monkeypatch):
+    model = working_copy(tiny_model(WIDE), torch.bfloat16)
+    assert whole_model(model) is not None
+    assert whole_model(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
+    adapt(model, LoRAConfig(rank=2))
+    assert whole_model(model) is None
+    assert whole_model(inference_copy(tiny_model(WIDE), torch.bfloat16, "int8")) is not None
+    assert whole_model(inference_copy(tiny_model(WIDE), torch.float32, "int8")) is None
+    assert whole_model(inference_copy(tiny_model(WIDE), torch.bfloat16, "fp8")) is None
+    assert whole_model(inference_copy(tiny_model(SMALL), torch.float32, "int8")) is None  # latents and experts
+    hooked = working_copy(tiny_model(WIDE), torch.bfloat16)
+    hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
+    assert whole_model(hooked) is None
+    for dtype in (torch.bfloat16, torch.float32):  # not on this machine's processor
+        assert whole_model(working_copy(tiny_model(WIDE), dtype, always=True).to("meta")) is None
+    monkeypatch.setattr(dense, "keeps_rows", lambda *_: False)
+    assert whole_model(tiny_model(WIDE)) is None  # in fp32 it would not be exact
+
+
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+def test_an_engine_for_one_user_answers_as_on_torch(weights, on_torch):
+    model = tiny_model(WIDE)
+    asked = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(3)).tolist()]
+
+    def answer():
+        how = Sampling(max_tokens=40, temperature=0.0)
+        return Engine(model, EngineConfig(dtype="bf16", weights=weights, max_batch=2)).generate(asked, [how])[0][0]
+
+    mine, theirs = answer(), on_torch(answer)
+    agreed = next((n for n, (a, b) in enumerate(zip(mine.token_ids, theirs.token_ids, strict=True)) if a != b), 40)
+    assert agreed > 3
+    for a, b in zip(mine.log_probs[:agreed], theirs.log_probs[:agreed], strict=True):
+        assert a == pytest.approx(b, abs=0.1)

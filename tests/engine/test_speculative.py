@@ -1,0 +1,191 @@
+"""Guesses change how many steps an answer takes, and nothing else."""
+
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+
+from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.engine import Engine
+from thinkstack.engine.speculative import Speculator
+from thinkstack.types import ConfigError, Sampling
+
+GQA_AHEAD = replace(GQA_TINY, mtp_layers=1)
+BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, WHOLE], ids=["mla", "gqa", "whole"])
+DRAFTING = replace(SMALL, max_drafts=3)
+
+
+class Oracle:
+    """Guesses the answers given, but for some tokens; in place of the module's guesses."""
+
+    def __init__(self, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float):
+        self.answers, self.wrong, self.random = answers, wrong, numpy.random.default_rng(0)
+
+    def __call__(self, speculator: Speculator, rows: numpy.ndarray, states: torch.Tensor) -> None:
+        table = speculator.table
+        for row in rows.tolist():
+            known, prompt_end = int(table.known[row]), int(table.prompt[row])
+            answer = self.answers.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
+            left = int(table.limit[row]) - known
+            if table.computed[row] != known - 1:
+                continue
+            guesses = list(answer[known - prompt_end :][: min(speculator.max_drafts, left - 1)])
+            for place in range(len(guesses)):
+                if self.random.random() < self.wrong:
+                    guesses[place] = (guesses[place] + 1) % 48
+            table.ids[row, known : known + len(guesses)] = guesses
+            table.drafts[row] = len(guesses)
+
+
+def guess_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
+    oracle = Oracle(answers, wrong)
+    monkeypatch.setattr(Speculator, "_guess", lambda self, rows, states: oracle(self, rows, states))
+
+
+@every_way(GQA_AHEAD)
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
+    """Of every kind: long and short prompts, groups, chunks, whole blocks, hot and greedy draws."""
+    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 128)]
+    samplings = how(4) + how(1, temperature=0.0, max_tokens=70)
+    samplings[1], samplings[2] = replace(samplings[1], n=3), replace(samplings[2], n=2)
+    engine = Engine(model, replace(DRAFTING, max_drafts=drafts, max_prefill_tokens=50))
+    for _ in range(2):  # the second time from cached prefixes
+        assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+        engine.scheduler.check()
+    assert (engine.speculator.drafted > 0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
+def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
+    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (60, 3, 64, 65, 128)]
+    samplings = how(5, max_tokens=100)
+    expected = alone(model, asked, samplings)
+    guess_from(monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong)
+    engine = Engine(model, DRAFTING)
+    assert sampled(engine.generate(asked, samplings)) == expected
+    longer = [one + [*group[0].token_ids][:40] for one, group in zip(asked, expected, strict=True)]
+    assert sampled(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from what was kept
+    engine.scheduler.check()
+
+
+def test_right_guesses_save_steps_and_are_counted(monkeypatch):
+    """41 tokens by 4 a step, the first with the prompt: 11 steps instead of 41."""
+    model, asked = tiny_model(**LONG), prompt(30)
+    (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
+    guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+    engine = Engine(model, DRAFTING)
+    request = engine.submit(asked, how(1, max_tokens=41)[0])
+    steps = 0
+    while not request.is_finished:
+        engine.step()
+        steps += 1
+    assert steps == 11
+    assert request.drafted == request.accepted == 30
+    assert engine.speculator.drafted.tolist() == engine.speculator.accepted.tolist() == [10, 10, 10]
+
+
+def test_nothing_counts_behind_a_stop_token(monkeypatch):
+    model, asked = tiny_model(**LONG), prompt(30)
+    (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
+    guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+    stopping = how(1, max_tokens=41, stop_ids=(expected[17],))
+    engine = Engine(model, DRAFTING)
+    found = engine.generate([asked], stopping)[0][0]
+    place = expected.index(expected[17])
+    assert found.token_ids == expected[: place + 1] and found.finish_reason == "stop"
+    assert not engine.table.drafts.any(), "nobody guesses for a row that has ended"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+        {"repetition_penalty": 1.4, "top_k": 7},
+        {"top_p": 0.8, "min_p": 0.02, "temperature": 1.3},
+        {"thinking_budget": 9, "close_ids": (5, 6, 7)},
+        {"thinking_budget": 0, "close_ids": (5,)},
+        {"logit_bias": {3: 2.0}, "min_tokens": 20, "stop_ids": (3,)},
+        {"top_log_probs": 3, "raw_log_probs": True},
+    ],
+    ids=lambda given: "+".join(given),
+)
+def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
+    model, asked, samplings = tiny_model(**LONG), [prompt(30), prompt(64, 1)], how(2, max_tokens=40, **given)
+    plain = Engine(model, SMALL).generate(asked, samplings)
+    answers = {tuple(one): group[0].token_ids for one, group in zip(asked, plain, strict=True)}
+    guess_from(monkeypatch, answers, wrong=0.2)
+    engine = Engine(model, DRAFTING)
+    for mine, theirs in zip(engine.generate(asked, samplings), plain, strict=True):
+        assert mine[0].token_ids == theirs[0].token_ids
+        assert mine[0].log_probs == theirs[0].log_probs
+        assert mine[0].top_log_probs == theirs[0].top_log_probs
+    assert engine.speculator.accepted.sum() > 10
+
+
+class EvenAfterOdd:
+    """A grammar: tokens alternate between even and odd."""
+
+    def allowed(self, answer, drawn):
+        return torch.arange(48) % 2 == len(drawn) % 2
+
+
+def test_guesses_go_with_a_grammar(monkeypatch):
+    model, asked, sampling = tiny_model(**LONG), prompt(30), Sampling(max_tokens=40)
+
+    def answer(engine):
+        request = engine.submit(asked, sampling, constraint=EvenAfterOdd())
+        while not request.is_finished:
+            engine.step()
+        return request.completions[0].token_ids
+
+    plain = answer(Engine(model, SMALL))
+    assert all(token % 2 == place % 2 for place, token in enumerate(plain))
+    guess_from(monkeypatch, {tuple(asked): plain}, wrong=0.2)
+    assert answer(Engine(model, DRAFTING)) == plain
+
+
+@BOTH
+def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatch):
+    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
+    samplings = how(6, max_tokens=120)
+    expected = alone(model, asked, samplings)
+    guess_from(
+        monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong=0.3
+    )
+    engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK))
+    assert sampled(engine.generate(asked, samplings)) == expected
+    assert engine.scheduler.preemptions > 0
+    engine.scheduler.check()
+
+
+@BOTH
+def test_cached_states_are_those_of_a_whole_sequence(cfg):
+    """The module over the cache, a token or a chunk at a time, guesses what it guesses over the whole text."""
+    model, asked = tiny_model(cfg, **LONG), prompt(70)
+    engine = Engine(model, replace(DRAFTING, max_drafts=1, max_prefill_tokens=40))
+    request = engine.submit(asked, Sampling(max_tokens=30, temperature=0.0))
+    guesses = {}
+    while not request.is_finished:
+        engine.step()
+        for row in request.rows.values():
+            if engine.table.drafts[row]:
+                known = int(engine.table.known[row])
+                guesses[known] = int(engine.table.ids[row, known])
+    ids = torch.tensor([[*asked, *request.completions[0].token_ids]])
+    with torch.no_grad():
+        (states, *_), _ = model.look_ahead(model.trunk(ids), ids)
+        expected = model.head(states)[0].argmax(-1)  # at i: of token i + 2
+    assert len(guesses) > 20
+    assert guesses == {known: int(expected[known - 2]) for known in guesses}
+
+
+def test_a_model_without_a_module_cannot_guess():
+    with pytest.raises(ConfigError, match="max_drafts asks for guesses"):
+        Engine(tiny_model(GQA_TINY), replace(SMALL, max_drafts=1))
+    with pytest.raises(ConfigError, match="max_drafts=-1"):
+        replace(SMALL, max_drafts=-1)

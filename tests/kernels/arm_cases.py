@@ -1,0 +1,216 @@
+"""Calls of kernels that training makes, for test_arm.py."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.kernels.test_kernels import MLA_ODD, MLA_WHOLE, branches_of, drawn, with_gradients
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack import kernels
+from thinkstack.models import fp8
+from thinkstack.models.attention import GQA, MLA, AttentionContext, sight_of
+from thinkstack.models.config import MoEConfig
+from thinkstack.models.layers import RMSNorm, SwiGLU, rope_table, rotate, swiglu
+from thinkstack.models.moe import route
+from thinkstack.models.quant import Int8
+from thinkstack.train.loss import token_log_probs
+
+FP32, BF16 = torch.float32, torch.bfloat16
+BOUND = {FP32: 2e-6, BF16: 1e-2}
+"""Of the norm of a difference over the norm, as in test_kernels.py."""
+
+
+class Case(NamedTuple):
+    """The same twice."""
+
+    mine: Callable[[], list[Tensor]]
+    """With kernels."""
+    theirs: Callable[[], list[Tensor]]
+    """Called where torch's operators compute everything."""
+    bound: float
+
+
+def alike(run: Callable[[], list[Tensor]], bound: float) -> Case:
+    return Case(run, run, bound)
+
+
+def attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
+    """Latent attention with a shared part of the keys, at odd widths; documents, or one that branches."""
+    cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
+    module = MLA(replace(MLA_TINY, attention=cfg), 0)
+    context = among(tokens, branched, 4)
+    inputs = [drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)]
+    return attended(lambda *x: module.among_themselves(*x, module.expanded, context), inputs, dtype)
+
+
+def grouped_attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
+    module, context = GQA(GQA_TINY, 0), among(tokens, branched, 8)
+    inputs = [drawn(2, tokens, 4, 8), drawn(2, tokens, 32, seed=1)]
+    return attended(lambda q, kv: module.among_themselves(q, kv, None, module.heads, context), inputs, dtype)
+
+
+def among(tokens: int, branched: bool, width: int) -> AttentionContext:
+    documents = torch.arange(tokens)[None] // (1000 if branched else 37)
+    sight = sight_of(documents, branches_of(tokens) if branched else None)
+    rope = rope_table(torch.arange(tokens)[None], width, MLA_TINY.rope)
+    return AttentionContext(rope=rope, sight=sight, last=torch.arange(tokens)[None])
+
+
+def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Case:
+    """Result and gradients; the other side computes in fp32 what is exact there."""
+    own = [x.to(dtype) for x in inputs]
+
+    def theirs() -> list[Tensor]:
+        return with_gradients(run, *(x.float() for x in own))
+
+    return Case(lambda: with_gradients(run, *own), theirs, BOUND[dtype])
+
+
+def experts(dtype: torch.dtype) -> Case:
+    """More pairs than a block holds of some experts, none of the last."""
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.randint(3, (150, 1), generator=generator)
+    chosen = torch.cat((chosen, (chosen + 1) % 4), 1)
+    chosen[chosen == 3] = 2
+    weights = torch.rand(150, 2, generator=generator)
+    inputs = [x.to(dtype) for x in (drawn(150, 48), drawn(4, 64, 48, seed=6) / 7, drawn(4, 48, 32, seed=7) / 6)]
+
+    def plain(x: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        gate, up = torch.einsum("nd,nkid->nki", x, w_in[chosen]).chunk(2, -1)
+        return torch.einsum("nki,nkdi,nk->nd", F.silu(gate) * up, w_out[chosen], weights)
+
+    def mine() -> list[Tensor]:
+        x, w_in, w_out = inputs
+        with torch.no_grad():
+            alone = kernels.expert_mlp(x, weights, chosen, w_in, w_out)
+        run = lambda x, weights, w_in, w_out: kernels.expert_mlp(x, weights, chosen, w_in, w_out)  # noqa: E731
+        return [alone, *with_gradients(run, x, weights, w_in, w_out)]
+
+    def theirs() -> list[Tensor]:
+        x, w_in, w_out = (one.float() for one in inputs)
+        found = with_gradients(plain, x, weights, w_in, w_out)
+        return [found[0], *found]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def model(name: str, interleaved: bool) -> Case:
+    """Logits and gradients of a whole model."""
+    cfg = {"whole vectors": MLA_WHOLE, "odd widths": MLA_ODD, "gqa": GQA_TINY}[name]
+    whole = tiny_model(replace(cfg, rope=replace(cfg.rope, interleaved=interleaved)))
+    ids = torch.randint(cfg.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[1] * 23 + [2] * 30 + [0] * 8, [3] * 61])
+
+    def run() -> list[Tensor]:
+        whole.zero_grad()
+        logits = whole(ids, None, documents)
+        logits.logsumexp(-1).square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in whole.parameters() if p.grad is not None)]
+
+    return alike(run, 3e-5)
+
+
+def rows(width: int, dtype: torch.dtype) -> Case:
+    """Norms, activations and rotations with their gradients."""
+    x, y = drawn(3, 5, width, dtype=dtype), drawn(3, 5, width, seed=1, dtype=dtype)
+    norm = RMSNorm(width, 1e-6)
+    norm.weight.data = drawn(width, seed=2)
+    wide, pairs = drawn(3, 5, width + 3, dtype=dtype), drawn(3, 5, 2, 2 * width, dtype=dtype)
+    table = rope_table(torch.arange(5)[None], 2 * width, MLA_TINY.rope)
+
+    def run() -> list[Tensor]:
+        found = with_gradients(lambda x: norm(x[..., :width]), wide) + with_gradients(swiglu, x, y)
+        for interleaved in (True, False):
+            found += with_gradients(functools.partial(rotate, table=table, interleaved=interleaved), pairs)
+        return [*found, *with_gradients(norm, x), norm.weight.grad.clone()]
+
+    def fresh() -> list[Tensor]:
+        norm.weight.grad = None
+        return run()
+
+    return alike(fresh, BOUND[dtype])
+
+
+def halves(dtype: torch.dtype) -> Case:
+    """What lies between the products of a dense model."""
+    x, change, both = (drawn(5, 37, seed=s, dtype=dtype) for s in (0, 1, 2))
+    both, weight = torch.cat((x, both), 1), drawn(37, seed=3)
+
+    def mine() -> list[Tensor]:
+        total = x.clone()
+        normed = kernels.add_norm(total, change, weight, 1e-6)
+        return [total, normed, kernels.swiglu_halves(both)]
+
+    def theirs() -> list[Tensor]:
+        total = (x.float() + change.float()).to(dtype)
+        normed = F.rms_norm(total.float(), (37,), weight, 1e-6)
+        return [total, normed, F.silu(x.float()) * both[:, 37:].float()]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def log_probabilities(dtype: torch.dtype) -> Case:
+    hidden, weight = drawn(9, 12, dtype=dtype), drawn(53, 12, seed=1, dtype=dtype)
+    index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        log_probs, entropy = token_log_probs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
+        return log_probs + entropy
+
+    return alike(lambda: with_gradients(run, hidden, weight), BOUND[dtype])
+
+
+def dequantized(dtype: torch.dtype) -> Case:
+    """All numbers of e4m3, and int8, to the bit."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[:, 140:, :54] += 202
+    scale, parts = drawn(2, 2, 2), Int8().pack(drawn(3, 5, 70, seed=1))
+
+    def run() -> list[Tensor]:
+        out, plain = torch.empty(codes.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
+        fp8.widen(codes, scale, out)
+        Int8().unpack(parts, plain)
+        return [out.isnan().int(), out.nan_to_num(), plain]
+
+    return alike(run, 0)
+
+
+def routing(group_score: str, normalise: bool) -> Case:
+    sizes = dict(num_experts=12, top_k=3, expert_size=16, num_groups=4, top_groups=2)
+    cfg = MoEConfig(**sizes, group_score=group_score, normalise_weights=normalise)
+    scores, bias = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)), drawn(12, seed=1) * 0.2
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        weights, chosen = route(scores, bias, cfg)
+        chosen, order = chosen.sort(-1)
+        return [chosen, weights.gather(1, order)]
+
+    return alike(run, BOUND[FP32])
+
+
+def feed_forward(tokens: int) -> Case:
+    module = SwiGLU(37, 21)
+    for n, parameter in enumerate(module.parameters()):
+        parameter.data = drawn(*parameter.shape, seed=n)
+    return alike(lambda: [torch.no_grad()(module)(drawn(tokens, 37, seed=9))], BOUND[FP32])
+
+
+def products(count: int, wide: int, narrow: int) -> Case:
+    """With and without a bias, and the gradients; sums longer than a panel."""
+    x, weight, bias, grad = drawn(count, wide), drawn(narrow, wide, seed=1), drawn(narrow, seed=2), drawn(count, narrow)
+
+    def mine() -> list[Tensor]:
+        found = [kernels.linear(x, weight, None), kernels.linear(x, weight, bias)]
+        return [*found, kernels.linear_grad_x(grad, weight), kernels.linear_grad_weight(grad, x)]
+
+    def theirs() -> list[Tensor]:
+        found = x.double() @ weight.double().T
+        return [found, found + bias, grad.double() @ weight.double(), grad.double().T @ x.double()]
+
+    return Case(mine, theirs, BOUND[FP32])

@@ -1,0 +1,80 @@
+"""Compile the Triton kernels for a generation of devices: `python -m tests.kernels.compiled_triton FOLDER GENERATION`.
+
+Prints {name: [bytes of fast memory, bytes of registers that did not fit]}. A process of its own, for in that of the
+tests kernels are interpreted.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+
+from thinkstack.kernels import Heads
+from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.triton import paged_attention as paged
+from thinkstack.kernels.triton import quantized as packed
+
+FAST_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that a program may have, by generation (CUDA programming guide, table of technical specifications)."""
+SHAPES = {
+    "mla, small": (Heads(1, 80, 0, 0, 0, 64), 4, 80),
+    "mla of V3": (Heads(1, 576, 0, 0, 0, 512), 40, 576),
+    "gqa": (Heads(3, 64, 64, 192, 64, 64), 3, 384),
+    "gqa, wide": (Heads(2, 128, 128, 256, 128, 128), 5, 512),
+    "gqa, small": (Heads(2, 24, 24, 48, 24, 24), 1, 96),
+}
+"""Heads, queries for each, width of an entry; the small ones need no proof that they fit."""
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+
+
+def compiled(kernel, types: dict[str, str], constants: dict, options: dict, generation: int, folder: Path) -> list[int]:
+    """Memory and spilt registers of one kernel; types: those of pointers and reals, other arguments are integers."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+    whole = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types.get(name, "").startswith("*")}
+    source = triton.compiler.ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, whole)
+    target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
+    made = triton.compile(source, target=target, options=options)
+    (folder / "code").write_bytes(made.asm["cubin"])
+    tool = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
+    said = subprocess.run([tool, "-res-usage", folder / "code"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", said)
+    assert found is not None, said
+    return [made.metadata.shared, int(found.group(1))]
+
+
+def reading(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
+    for (name, (heads, per_group, width)), dtype, longest in product(SHAPES.items(), TYPES, (1, 40)):
+        if name.endswith("small"):
+            continue
+        pages = Pages(torch.empty(1, 64, width), torch.empty(1, 1), torch.empty(1), longest)
+        query = torch.empty(1, heads.groups, per_group, heads.key_width, dtype=dtype)
+        shape = paged.shape_of(query, pages, heads)
+        types = {name: TYPES[dtype] for name in ("query", "entries")} | {name: "*fp32" for name in ("out", "log_sums")}
+        types |= {"tables": "*i32", "owner": "*i32", "last": "*i64", "scale": "fp32"}
+        found = compiled(paged.attend, types, shape | {"S": 4}, paged.options_of(shape), generation, folder)
+        yield f"attend, {name}, {dtype}, longest run {longest}", found
+
+
+def multiplying(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
+    for (codes, block), rows in product({"*i8": (1, 2048), "*fp8e4nv": (128, 128)}.items(), (16, 64)):
+        if codes == "*fp8e4nv" and generation < 89:
+            continue
+        constants = dict(ROWS=rows, OUTPUTS=packed.OUTPUTS, STEP=packed.STEP, S=4)
+        constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block, strict=True))
+        types = {"x": "*bf16", "codes": codes, "scale": "*fp32", "out": "*fp32"}
+        yield (
+            f"multiply, {codes}, {rows}",
+            compiled(packed.multiply, types, constants, {}, generation, folder),
+        )
+
+
+if __name__ == "__main__":
+    folder, generation = Path(sys.argv[1]), int(sys.argv[2])
+    print(json.dumps(dict([*reading(generation, folder), *multiplying(generation, folder)])))

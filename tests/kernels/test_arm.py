@@ -1,0 +1,336 @@
+"""The kernels on Arm, whose vectors have 4 numbers: compiled by a cross compiler, run by an emulator.
+
+Python does not run there. Calls are recorded here with all memory that they point to, made once more by arm_driver.cpp,
+and played back: the same Python code then gets what the kernels wrote on Arm, which is compared with torch's operators.
+"""
+
+import ctypes
+import functools
+import itertools
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.engine.test_fused import KINDS, LATENT
+from tests.kernels.arm_calls import COMPILER, EMULATOR, Call, Memory, answered, described, run_on_arm
+from tests.kernels.arm_cases import (
+    BF16,
+    BOUND,
+    FP32,
+    Case,
+    alike,
+    attention,
+    dequantized,
+    experts,
+    feed_forward,
+    grouped_attention,
+    halves,
+    log_probabilities,
+    model,
+    products,
+    routing,
+    rows,
+)
+from tests.kernels.test_kernels import drawn
+from tests.tiny import MLA_TINY, tiny_model
+from thinkstack import kernels
+from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.fused import whole_model
+from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.engine.sampler import sample, uniforms
+from thinkstack.kernels.cpu import build, calls
+from thinkstack.kernels.paging import Pages
+from thinkstack.models.attention import read_pages
+from thinkstack.models.layers import rope_table, rotate
+from thinkstack.models.precision import inference_copy
+from thinkstack.models.quant import Int8
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not calls.available(), reason="no C++ compiler"),
+    pytest.mark.skipif(
+        not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
+        reason=f"needs {COMPILER} and {EMULATOR}: apt install g++-aarch64-linux-gnu qemu-user",
+    ),
+]
+
+HEADS = {
+    "mla": kernels.Heads(1, 96, 0, 0, 0, 64),
+    "mla, odd": kernels.Heads(1, 24, 0, 0, 0, 19),
+    "gqa": kernels.Heads(2, 32, 32, 64, 32, 32),
+    "gqa, odd": kernels.Heads(2, 6, 6, 12, 6, 6),
+}
+
+
+def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> Case:
+    """Contexts of several segments, chunks of prompts over the edge of a block; what is not seen is not a number."""
+    heads = HEADS[kind]
+    entries = drawn(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
+    tables = (1 + torch.randperm(39, generator=torch.Generator().manual_seed(0))).view(1, 39).int()
+    tables = torch.cat((tables, tables.flip(1).repeat(5, 1)))
+    entries[0] = torch.nan
+    tables[0, 32] = 40
+    entries[40, 6:] = torch.nan  # behind token 2053
+    owner, last = torch.zeros(7, dtype=torch.int32), torch.arange(2047, 2054)
+    if batched:
+        owner = torch.cat((owner, torch.arange(1, 6, dtype=torch.int32)))
+        last = torch.cat((last, torch.tensor([0, 63, 1024, 1500, 9])))
+    query = drawn(len(owner), heads.groups, per_group, heads.key_width).to(dtype)
+
+    def mine() -> list[Tensor]:
+        return [kernels.read_cache(query, Pages(entries, tables, owner), last, heads, 0.2)]
+
+    def theirs() -> list[Tensor]:
+        return [read_pages(query.double(), Pages(entries.double().nan_to_num(), tables, owner), last, heads, 0.2)]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) -> Case:
+    """Of two sequences, over the edge of a block; their entries are written too."""
+    H, G, N = 6, 2, 5
+    qkv, entries = drawn(N, (H + 2 * G) * width, dtype=dtype), drawn(7, 64, 2 * G * width, seed=1, dtype=dtype)
+    norms = (drawn(width, seed=2), drawn(width, seed=3)) if normed else (None, None)
+    tables, owner = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32), torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32)
+    last = torch.tensor([62, 63, 64, 65, 9])
+    rope = rope_table(last, width, MLA_TINY.rope)
+    sizes, scales = dict(H=H, G=G, W=width, interleaved=int(interleaved)), dict(scale=0.3, eps=1e-6)
+
+    def mine() -> list[Tensor]:
+        own = entries.clone()
+        return [kernels.attend_new(qkv, norms, sizes, rope, last, Pages(own, tables, owner), scales), own]
+
+    def theirs() -> list[Tensor]:
+        q, k, v = qkv.float().unflatten(1, (-1, width)).split([H, G, G], 1)
+        if normed:
+            q, k = (F.rms_norm(x, (width,), weight, 1e-6) for x, weight in zip((q, k), norms, strict=True))
+        q, k = (rotate(x[None].contiguous(), rope[None], interleaved)[0] for x in (q, k))
+        own = entries.float()
+        own[tables[owner, last // 64].long(), last % 64] = torch.cat((k.flatten(1), v.flatten(1)), 1)
+        heads = kernels.Heads(G, width, width, G * width, width, width)
+        return [read_pages(q.unflatten(1, (G, -1)), Pages(own, tables, owner), last, heads, 0.3).view(N, -1), own]
+
+    return Case(mine, theirs, BOUND[dtype])
+
+
+def sampling(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
+    """With top-k, top-p and min-p or without, some greedy, some without the lower half of the tokens."""
+    logits = (drawn(60, vocabulary) * 3).to(dtype)
+    logits[::5, : vocabulary // 2] = -torch.inf
+    temperature, uniform = torch.full((60,), 0.8), torch.linspace(0, 0.999, 60, dtype=torch.float64)
+    temperature[::7] = 0
+    limits = None
+    if kept:
+        limits = (torch.tensor([0, 1, 2, 40, 10_000]), torch.tensor([1.0, 0.9, 0.3, 0.999]), torch.tensor([0, 0.02, 1]))
+        limits = tuple(limit.repeat(60)[:60] for limit in limits)
+    return alike(lambda: list(sample(logits, temperature, uniform, limits)), 2e-5)
+
+
+def sampling_of_rows(keeps_all: bool) -> Case:
+    """Rows with their own settings and numbers, which the kernel makes: of 4,000 tokens of one mass."""
+    random = numpy.random.default_rng(0)
+    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
+    columns |= dict(prompt=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
+    columns |= {name: random.uniform(0.3, 1, 50).astype(numpy.float32) for name in ("temperature", "top_p", "min_p")}
+    chosen, offsets, logits = random.permutation(50)[:40], random.integers(0, 4, 40), torch.zeros(40, 4000)
+
+    def mine() -> list[Tensor]:
+        found = kernels.RowDraws(**columns).draw(logits, chosen, offsets, keeps_all)
+        return [torch.from_numpy(one) for one in found]
+
+    def theirs() -> list[Tensor]:
+        counters = (columns["known"] - columns["prompt"])[chosen] + offsets
+        numbers = torch.from_numpy(uniforms(columns["seed"][chosen], counters.astype("u8")))
+        names = ("temperature", "top_k", "top_p", "min_p")
+        temperature, *kept = (torch.from_numpy(columns[name][chosen]) for name in names)
+        return list(sample(logits, temperature, numbers, None if keeps_all else tuple(kept)))
+
+    return Case(mine, theirs, 2e-5)
+
+
+def few_rows(count: int, width: int) -> Case:
+    x, weight = drawn(count, width, dtype=BF16), drawn(50, width, seed=1)
+    parts = Int8().pack(weight)
+
+    @torch.no_grad()
+    def mine() -> list[Tensor]:
+        return [kernels.few_rows(x, weight.bfloat16()), kernels.few_rows(x, parts["codes"], parts["scale"])]
+
+    def theirs() -> list[Tensor]:
+        matrices = weight.bfloat16().double(), parts["codes"].double() * parts["scale"].double()
+        return [x.double() @ matrix.T for matrix in matrices]
+
+    return Case(mine, theirs, 3e-3)
+
+
+def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torch.dtype) -> Case:
+    """New tokens through a whole model: states, experts, and what is written into the cache. The other side: the model
+    in parts, in fp32 over a cache in fp32. weights: "fp32", or those of inference_copy in bf16."""
+    exact = tiny_model((LATENT | KINDS)[kind])
+    own = exact if weights == "fp32" else inference_copy(exact, BF16, weights)
+    if weights == "int8":
+        exact = tiny_model(KINDS[kind])
+        for block in exact.layers:
+            for layer in block.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    Int8().unpack(Int8().pack(layer.weight.data), layer.weight.data)
+    chunk = max(count - 4, 1)
+    owner = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
+    places = torch.cat((torch.arange(62, 62 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
+    tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
+    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
+
+    def cache_of(dtype: torch.dtype) -> KVCache:
+        cache = KVCache(exact.cfg, 21, dtype)
+        cache.data.copy_(drawn(*cache.data.shape, seed=3))
+        return cache
+
+    def pages(cache: KVCache) -> Pages:
+        return Pages(cache.data[0], tables, owner.int())
+
+    @torch.no_grad()
+    def mine() -> list[Tensor]:
+        cache, whole = cache_of(cache_dtype), whole_model(own)
+        hidden, chosen = whole.hidden(ids, places, pages(cache), cache.data)
+        return [hidden, cache.data, *([] if chosen is None else chosen.sort(-1).values)]
+
+    @torch.no_grad()
+    def theirs() -> list[Tensor]:
+        cache = cache_of(FP32)
+        trunk = exact.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(cache, pages(cache), slots))
+        chosen = [each.experts[:, 0].sort(-1).values for each in trunk.routing]
+        return [trunk.hidden[:, 0], cache.data, *chosen]
+
+    return Case(mine, theirs, bound)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(function: Callable[..., Case], *settings: object) -> None:
+    words = ", ".join(str(setting).removeprefix("torch.") for setting in settings)
+    CASES[f"{function.__name__}: {words}"] = functools.partial(function, *settings)
+
+
+for _dtype in (FP32, BF16):
+    for _tokens, _branched in ((50, False), (50, True), (131, False), (131, True)):
+        case(attention, _tokens, _branched, _dtype)
+        case(grouped_attention, _tokens, _branched, _dtype)
+    for _width in (2, 16, 37):
+        case(rows, _width, _dtype)
+    for _function in (experts, halves, log_probabilities, dequantized):
+        case(_function, _dtype)
+    for _kind in HEADS:
+        case(cache_read, _kind, 3, False, _dtype)
+        case(cache_read, _kind, 3, True, _dtype)
+    case(cache_read, "gqa", 40, True, _dtype)
+    for _width, _normed, _interleaved in ((32, True, False), (12, False, True), (10, True, True), (32, False, False)):
+        case(new_tokens, _width, _normed, _interleaved, _dtype)
+    for _vocabulary, _kept in itertools.product((53, 1003), (False, True)):
+        case(sampling, _vocabulary, _kept, _dtype)
+for _name, _interleaved in itertools.product(("whole vectors", "odd widths", "gqa"), (True, False)):
+    case(model, _name, _interleaved)
+for _score, _normalise in itertools.product(("top2", "max"), (True, False)):
+    case(routing, _score, _normalise)
+for _tokens in (1, 19):
+    case(feed_forward, _tokens)
+for _count, _wide, _narrow in ((1, 48, 16), (5, 304, 80), (263, 64, 336)):
+    case(products, _count, _wide, _narrow)
+for _keeps_all in (False, True):
+    case(sampling_of_rows, _keeps_all)
+for _count, _width in ((1, 32), (2, 96), (3, 576), (5, 96), (8, 576)):
+    case(few_rows, _count, _width)
+for _kind in LATENT:
+    case(at_once, _kind, 19, "fp32", 1e-5, FP32)
+    case(at_once, _kind, 5, "fp32", 1e-2, BF16)
+for _kind, _count in itertools.product(KINDS, (1, 3, 8)):
+    case(at_once, _kind, _count, "plain", 5e-2, BF16)
+    case(at_once, _kind, _count, "int8", 5e-2, BF16)
+
+
+class Arm:
+    """What the kernels were called with for all cases, and what they wrote here and on Arm."""
+
+    def __init__(self, folder: Path):
+        self.recorded: dict[str, list[Call]] = {}
+        self.here: dict[str, list[Tensor]] = {}
+        for name, make in CASES.items():
+            self.here[name], self.recorded[name] = record(make)
+        every = [call for recorded in self.recorded.values() for call in recorded]
+        run_on_arm(every, folder)
+
+    def play(self, name: str) -> list[Tensor]:
+        """The case's results where the kernels write what they wrote on Arm."""
+        left = iter(self.recorded[name])
+
+        def answer(kernel: str, arguments: tuple, memory: Memory) -> None:
+            known, own = next(left), described(kernel, arguments, memory)
+            assert (own.name, own.integers, own.reals) == (known.name, known.integers, known.reals)
+            assert own.addresses == known.addresses
+            holds_addresses = {block for block, *_ in own.addresses}
+            for n, (at, before, after) in enumerate(zip(own.blocks, known.before, known.after, strict=True)):
+                if n not in holds_addresses and before != after:
+                    ctypes.memmove(at, after, len(after))
+
+        with answered(answer):
+            found = CASES[name]().mine()
+        assert next(left, None) is None
+        return found
+
+
+def record(make: Callable[[], Case]) -> tuple[list[Tensor], list[Call]]:
+    """Results of a case here, and the calls that it made."""
+    recorded, library = [], build.binary()
+
+    def answer(name: str, arguments: tuple, memory: Memory) -> None:
+        recorded.append(described(name, arguments, memory))
+        getattr(library, name)(*arguments)
+
+    with answered(answer):
+        return make().mine(), recorded
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    return Arm(tmp_path_factory.mktemp("arm"))
+
+
+def difference(mine: Tensor, theirs: Tensor) -> float:
+    """Relative; of whole numbers, whether there is any."""
+    if not mine.is_floating_point():
+        return float(not torch.equal(mine, theirs))
+    mine, theirs = mine.double(), theirs.double()
+    return float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_arm_the_kernels_compute_what_torch_does(name, arm, on_torch):
+    """And what they do here."""
+    mine, expected = arm.play(name), CASES[name]()
+    theirs = on_torch(expected.theirs)
+    assert len(mine) == len(theirs) == len(arm.here[name]) > 0
+    for own, other, here in zip(mine, theirs, arm.here[name], strict=True):
+        assert own.dtype == here.dtype and own.shape == other.shape == here.shape
+        assert difference(own, other) <= expected.bound
+        assert difference(own, here) <= min(expected.bound, BOUND[BF16])
+
+
+def test_every_kernel_was_called_in_each_of_its_variants(arm):
+    """Those that take a structure have flags: bf16 or not, gradients or not."""
+    text = "".join((build.PACKAGE / name).read_text() for name in build.SOURCES)
+    exported = set(re.findall(r'^extern "C" void (\w+)\(', text, re.MULTILINE))
+    for name in re.findall(r"^BOTH\((\w+),", text, re.MULTILINE):
+        exported |= {f"{name}_fp32", f"{name}_bf16"}
+    every = [call for recorded in arm.recorded.values() for call in recorded]
+    assert {call.name for call in every} == exported
+    for name, flags in re.findall(r'^extern "C" void (\w+)\(const [A-Z]\w+\* a\b(.*?)\)', text, re.MULTILINE):
+        called = {tuple(call.integers[1:]) for call in every if call.name == name}
+        assert called == set(itertools.product((0, 1), repeat=flags.count("int64_t"))), name

@@ -1,0 +1,332 @@
+"""The C++ kernels against torch's operators, which say what they compute."""
+
+import functools
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack import kernels
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.kernels.cpu import build, calls
+from thinkstack.kernels.paging import Pages
+from thinkstack.models.attention import MLA, AttentionContext, read_pages, sight_of
+from thinkstack.models.config import MoEConfig
+from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
+from thinkstack.models.moe import route
+from thinkstack.train.loss import token_log_probs
+from thinkstack.types import Sampling
+
+pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+
+
+def with_gradients(function, *inputs):
+    """Result and gradients of a function of tensors, under a fixed weighting of its result."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = function(*leaves)
+    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    (out * weighting).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def assert_close(mine, theirs, relative):
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a.float() - b.float()).norm()) <= relative * float(b.float().norm())
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+BOTH_DTYPES = pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+MLA_WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+"""Its experts fill whole vectors; those of MLA_TINY are left to torch."""
+MLA_ODD = replace(
+    MLA_TINY,
+    attention=replace(
+        MLA_TINY.attention,
+        num_heads=3,
+        kv_lora_rank=14,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=6,
+        v_head_dim=7,
+    ),
+)
+
+
+@pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_logits_and_gradients_equal_those_of_torchs_operators(cfg, interleaved, on_torch):
+    """Two documents and padding in a row of 61 tokens: blocks, vectors and documents all end in different places."""
+    if not interleaved and cfg is not GQA_TINY:
+        cfg = replace(cfg, rope=replace(cfg.rope, interleaved=False))
+    model = tiny_model(cfg)
+    ids = torch.randint(cfg.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[1] * 23 + [2] * 30 + [0] * 8, [3] * 61])
+
+    def run():
+        model.zero_grad()
+        logits = model(ids, None, documents)
+        logits.logsumexp(-1).square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    assert_close(run(), on_torch(run), 3e-5)
+
+
+def branches_of(tokens):
+    """20 shared tokens, then continuations of 61: long enough that a block of queries sees a whole hole."""
+    return ((torch.arange(tokens) - 20).clamp(min=-61) // 61 + 1)[None]
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 50, 100, 230])
+def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
+    """Lengths around the sizes of vectors and blocks; a head of 5 + 4 rotated, values of 3; documents, or one that
+    branches."""
+    cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
+    module = MLA(replace(MLA_TINY, attention=cfg), 0).to(dtype)
+    documents = torch.arange(tokens)[None] // (1000 if branched else 37)
+    context = dict(
+        rope=rope_table(torch.arange(tokens)[None], 4, MLA_TINY.rope),
+        sight=sight_of(documents, branches_of(tokens) if branched else None),
+        last=torch.arange(tokens)[None],
+    )
+    q, kv, shared = drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)
+
+    def run(*inputs):
+        return module.among_themselves(*inputs, module.expanded, AttentionContext(**context))
+
+    inputs = [x.to(dtype) for x in (q, kv, shared)]
+    exact = on_torch(with_gradients, run, *(x.float() for x in inputs))
+    mine = [x.float() for x in with_gradients(run, *inputs)]
+    for a, b in zip(mine, exact, strict=True):
+        assert float((a - b).norm()) <= relative * float(b.norm()) + 1e-6 * b.numel() ** 0.5
+
+
+def test_another_document_in_the_row_changes_no_bit():
+    q, kv = drawn(1, 40, 2, 8), drawn(1, 40, 32, seed=1)
+    heads = kernels.Heads(2, 8, 16, 8, 16, 8)
+    rope = rope_table(torch.arange(40)[None], 8, MLA_TINY.rope)
+    sight = sight_of((torch.arange(40)[None] >= 20).long())
+    expected = kernels.attend(q, kv, None, rope, sight, heads, 0.3, True)
+    kv[:, :20] *= 100
+    got = kernels.attend(q, kv, None, rope, sight, heads, 0.3, True)
+    assert torch.equal(got[:, 20:], expected[:, 20:])
+    assert not torch.equal(got[:, :20], expected[:, :20])
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("width", [2, 16, 37, 128])
+def test_norms_activations_and_rotations(width, dtype, relative, on_torch):
+    x, y = drawn(3, 5, width, dtype=dtype), drawn(3, 5, width, seed=1, dtype=dtype)
+    norm = RMSNorm(width, 1e-6)
+    norm.weight.data = drawn(width, seed=2)
+    rows = drawn(3, 5, width + 3, dtype=dtype)
+    table = rope_table(torch.arange(5)[None], 2 * width, MLA_TINY.rope)
+    pairs = drawn(3, 5, 2, 2 * width, dtype=dtype)
+    for run, inputs in (
+        (lambda x, w: torch.nn.functional.linear(norm(x), torch.eye(width, dtype=dtype)) * w.to(dtype), (x, y)),
+        (lambda wide: norm(wide[..., :width]), (rows,)),
+        (swiglu, (x, y)),
+        (lambda p: rotate(p, table, True), (pairs,)),
+        (lambda p: rotate(p, table, False), (pairs,)),
+    ):
+        assert_close(with_gradients(run, *inputs), on_torch(with_gradients, run, *inputs), relative)
+
+
+@BOTH_DTYPES
+def test_log_probabilities_entropy_and_their_gradients(dtype, relative, on_torch):
+    hidden, weight = drawn(9, 12, dtype=dtype), drawn(53, 12, seed=1, dtype=dtype)
+    index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
+
+    def run(hidden, weight):
+        log_probs, entropy = token_log_probs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
+        return log_probs + entropy
+
+    assert_close(with_gradients(run, hidden, weight), on_torch(with_gradients, run, hidden, weight), relative)
+
+
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_routing_chooses_as_torch_does(group_score, normalise, on_torch):
+    cfg = MoEConfig(
+        **dict(num_experts=12, top_k=3, expert_size=16, num_groups=4, top_groups=2),
+        group_score=group_score,
+        normalise_weights=normalise,
+    )
+    scores = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
+    bias = drawn(12, seed=1) * 0.2
+    with torch.no_grad():
+        mine, theirs = route(scores, bias, cfg), on_torch(route, scores, bias, cfg)
+    assert torch.equal(mine[1].sort(-1).values, theirs[1].sort(-1).values)
+    order, other = mine[1].argsort(-1), theirs[1].argsort(-1)
+    torch.testing.assert_close(mine[0].gather(1, order), theirs[0].gather(1, other))
+
+
+@pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
+def test_an_engine_draws_the_same_tokens_with_and_without_kernels(cfg, on_torch):
+    model = tiny_model(cfg)
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [7] * 20]
+
+    def run():
+        engine = Engine(model, EngineConfig(max_batch=8))
+        groups = engine.generate(prompts, [Sampling(max_tokens=16, temperature=0.0, n=2)] * 3)
+        return [(c.token_ids, c.log_probs) for group in groups for c in group]
+
+    for (mine, my_log_probs), (theirs, log_probs) in zip(run(), on_torch(run), strict=True):
+        assert mine == theirs
+        assert my_log_probs == pytest.approx(log_probs, abs=2e-5)
+
+
+def test_a_row_does_not_depend_on_its_companions():
+    """Bit for bit: this is what lets a request draw the same tokens alone or in a batch."""
+    x, y = drawn(130, 32), drawn(130, 32, seed=1)
+    w1, w3, w2 = (drawn(48, 32, seed=s) for s in (2, 3, 4))
+    w2 = w2.T.contiguous()
+    experts = torch.randint(4, (130, 1), generator=torch.Generator().manual_seed(5))
+    experts = torch.cat((experts, (experts + 1) % 4), 1)
+    weights, w_in, w_out = torch.rand(130, 2), drawn(4, 32, 32, seed=6), drawn(4, 32, 16, seed=7)
+
+    def routed(rows):
+        return kernels.expert_mlp(*(t[rows].contiguous() for t in (x, weights, experts)), w_in, w_out)
+
+    with torch.no_grad():
+        for run in (
+            lambda s: kernels.feed_forward(x[s].contiguous(), w1, w2, w3),
+            lambda s: kernels.expert_mlp(
+                x[s].contiguous(), weights[s].contiguous(), experts[s].contiguous(), w_in, w_out
+            ),
+            lambda s: kernels.swiglu(x[s].contiguous(), y[s].contiguous()),
+        ):
+            together = run(slice(None))
+            for part in (slice(0, 1), slice(77, 78), slice(40, 73)):
+                assert torch.equal(run(part), together[part])
+
+
+def test_without_a_compiler_torchs_operators_run_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert build.load.__wrapped__() is None
+    assert "no C++ compiler" in caplog.text and "install g++" in caplog.text
+
+
+def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "cannot do that" >&2\nexit 1\n'
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        assert build.load.__wrapped__() is None
+    assert "cannot do that" in caplog.text
+    assert [path.name for path in (tmp_path / "cache" / "thinkstack").iterdir()] == [build.LOCK]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "no-such-wrapper g++"])
+def test_a_compiler_that_is_not_there_is_no_reason_to_stop(monkeypatch, caplog, compiler):
+    """CXX was asked for its version outside the net, and a wrapper in it was taken for part of a name."""
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert build.load.__wrapped__() is None
+    assert compiler.split()[0] in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_by_a_private_one(monkeypatch, tmp_path):
+    (tmp_path / "taken").write_text("a file, where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    folder = build.cache_folder()
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
+    """The kernel read the bf16 bias as fp32: other experts, and memory beyond the buffer."""
+    model = tiny_model(MLA_WHOLE).bfloat16()
+    ids = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, theirs = (run(model.trunk, ids).routing[0].experts for run in (lambda f, *a: f(*a), on_torch))
+    assert torch.equal(mine.sort(-1).values, theirs.sort(-1).values)
+
+
+@pytest.mark.parametrize(
+    "heads", [kernels.Heads(1, 24, 0, 0, 0, 20), kernels.Heads(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
+    """Decoding and chunks of prompts, of sequences whose blocks lie anywhere; what lies in other blocks is not read."""
+    entries = drawn(9, 4, 24).to(dtype)
+    entries[0] = torch.nan
+    tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
+    owner = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
+    last = torch.tensor([11, 5, 7, 8, 9])
+    pages = Pages(entries, tables, owner)
+    query = drawn(5, heads.groups, 3, heads.key_width).to(dtype)
+    mine = kernels.read_cache(query, pages, last, heads, 0.3)
+    entries[0] = 0  # the plain path masks what it gathered too much
+    theirs = read_pages(query, pages, last, heads, 0.3)
+    torch.testing.assert_close(
+        mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2})
+    )
+    few = read_pages(query, pages, last, heads, 0.3, limit=1)
+    torch.testing.assert_close(few, theirs)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        kernels.Heads(1, 96, 0, 0, 0, 64),
+        kernels.Heads(1, 24, 0, 0, 0, 20),
+        kernels.Heads(3, 64, 64, 192, 64, 64),
+        kernels.Heads(2, 32, 32, 64, 32, 32),
+    ],
+    ids=["mla", "mla, odd", "gqa, 64", "gqa, 32"],
+)
+@pytest.mark.parametrize("per_group", [1, 3, 40])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
+def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dtype, bound):
+    """Chunks of prompts over the edge of a block, contexts of several segments, which few sequences read in parts at
+    once, and blocks whose rest holds what is not a number."""
+    width = max(heads.key_width, heads.value_at + heads.groups * heads.value_step)
+    entries = drawn(102, 64, width).to(dtype)
+    tables = (1 + torch.randperm(100, generator=torch.Generator().manual_seed(0))).view(2, 50).int()
+    tables = torch.cat((tables, tables.flip(1).repeat(5, 1)))
+    chunk = torch.arange(2020, 2067)
+    owner = torch.tensor([0] * len(chunk) + list(range(1, 12)), dtype=torch.int32)
+    last = torch.cat((chunk, torch.tensor([2498, 0, 63, 64, 1023, 1024, 1500, 2047, 2048, 3000, 9])))
+    entries[0] = torch.nan
+    tables[0, 32] = 101
+    entries[101, 19:] = torch.nan  # behind token 2066
+    query = drawn(len(owner), heads.groups, per_group, heads.key_width).to(dtype)
+
+    def read(rows):
+        return kernels.read_cache(query[rows], Pages(entries, tables, owner[rows]), last[rows], heads, 0.2)
+
+    together = read(slice(None))
+    assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, *range(46, 58)))
+    assert torch.equal(read(slice(30, 50)), together[30:50])
+    whole = Pages(entries.double().nan_to_num(), tables, owner)
+    exact = read_pages(query.double(), whole, last, heads, 0.2)
+    assert (together.double() - exact).norm() < bound * exact.norm()  # by tiles probabilities are rounded to bf16
+
+
+def test_threads_that_ask_at_once_build_once(monkeypatch):
+    """The workers of a trainer ask together; both compiled, on the cores they shared."""
+    built = []
+    monkeypatch.setattr(build, "load", functools.cache(lambda: built.append(build._BUILDING.locked())))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: build.binary.__wrapped__(), range(2)))
+    assert built == [True], "once, while whoever else asks waits"
+
+
+def test_the_switch_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert build.load.__wrapped__() is None

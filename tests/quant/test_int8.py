@@ -1,0 +1,156 @@
+"""8 bits a number: codes and scales by hand, zeros, stacks, products, whole models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.test_kernels import drawn
+from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
+from thinkstack import kernels
+from thinkstack.kernels.cpu import calls
+from thinkstack.kernels.cpu.prepacked import upcast_linear
+from thinkstack.models.precision import inference_copy
+from thinkstack.models.quant import Int8, Packed, PackedLinear, matrices, pack, packed_parameters, unpack
+
+needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+
+
+def there_and_back(weight: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(weight)
+    Int8().unpack(Int8().pack(weight), out)
+    return out
+
+
+def test_codes_and_scales_are_those_worked_out_by_hand():
+    """Of the second row 1.27 is the largest, so steps are 0.01; 0.0149 and -0.0051 lie either side of a half step."""
+    parts = Int8().pack(torch.tensor([[254.0, -254.0, 2.0, 1.1], [0.0149, -0.0051, 1.27, -0.004]]))
+    assert parts["codes"].tolist() == [[127, -127, 1, 1], [1, -1, 127, 0]]
+    assert parts["codes"].dtype == torch.int8 and parts["scale"].dtype == torch.float32
+    assert parts["scale"].flatten().tolist() == pytest.approx([2.0, 0.01])
+    out = torch.empty(2, 4)
+    Int8().unpack(parts, out)
+    assert out[0].tolist() == [254.0, -254.0, 2.0, 2.0]
+
+
+def test_a_row_of_zeros_comes_back_and_its_neighbours_are_not_touched():
+    weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, 0.25], [1e-42, 0.0, 0.0]])
+    back = there_and_back(weight)
+    assert torch.equal(back[0], torch.zeros(3)) and bool(back.isfinite().all())
+    assert float((back - weight).abs().max()) <= 0.5 / 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_is_off_by_half_a_step_at_most(dtype):
+    """In stacks too, whose rows have scales of their own; in bf16 what comes back is rounded once more."""
+    weight = (torch.randn(3, 2, 5, 70, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 6)[:, None]).to(
+        dtype
+    )
+    parts = Int8().pack(weight)
+    assert parts["codes"].shape == weight.shape and parts["scale"].shape == (3, 2, 5, 1)
+    step = weight.float().abs().amax(-1, keepdim=True) / 127
+    exact = torch.empty(weight.shape)
+    Int8().unpack(parts, exact)
+    assert bool(((exact - weight.float()).abs() <= 0.501 * step).all())
+    assert torch.equal(there_and_back(weight), exact.to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_widens_as_torch_does(dtype, on_torch):
+    weight = torch.randn(3, 5, 70, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert torch.equal(there_and_back(weight), on_torch(there_and_back, weight))
+
+
+def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a few rows by the kernel, and exactly."""
+    codes, scale = parts["codes"], parts["scale"]
+    with torch.no_grad():
+        assert kernels.takes_few(x, codes)
+        return kernels.few_rows(x, codes, scale), x.double() @ (codes.double() * scale.double()).T
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("width", [32, 96, 576])
+def test_products_of_a_few_rows_read_the_codes(count, width):
+    x = drawn(count, width, dtype=torch.bfloat16)
+    mine, exact = product(x, Int8().pack(drawn(50, width, seed=1) * torch.arange(1, 51)[:, None]))
+    assert float((mine - exact).norm() / exact.norm()) < 3e-3  # half a unit in bf16's last place
+    assert not kernels.takes_few(drawn(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8))
+
+
+@needs_kernels
+def test_one_large_activation_does_not_blur_the_others():
+    """Activations that were rounded to 8 or 16 bits of their row's largest would blur the other 127 here."""
+    x, weight = drawn(1, 128, dtype=torch.bfloat16), drawn(50, 128, seed=1)
+    x[0, 7], weight[:, 7] = 2_000, 0.0
+    mine, exact = product(x, Int8().pack(weight))
+    assert float((mine - exact).norm() / exact.norm()) < 3e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(value):
+    """The engine ends an answer whose logits are not finite; whole numbers have nothing to say that with."""
+    x = drawn(3, 64, dtype=torch.bfloat16)
+    x[1, 5] = value
+    mine, _ = product(x, Int8().pack(drawn(50, 64, seed=1)))
+    assert not bool(mine[1].isfinite().any()) and bool(mine[[0, 2]].isfinite().all())
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_packed_layer_takes_the_kernel_for_a_few_rows_only(on_torch):
+    layer = torch.nn.Linear(64, 40, bias=False)
+    packed = PackedLinear(Packed(Int8(), layer.weight, torch.bfloat16), None)
+    x = drawn(9, 64, dtype=torch.bfloat16)
+    few, many = packed(x[:8]), packed(x)
+    assert torch.equal(few, kernels.few_rows(x[:8], packed.packed.codes, packed.packed.scale))
+    with torch.no_grad():
+        assert torch.equal(many, upcast_linear(x, packed.weight))
+    torch.testing.assert_close(few, on_torch(packed, x[:8]), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
+@torch.no_grad()
+def test_a_packed_model_computes_what_its_widened_numbers_do(cfg):
+    model = tiny_model(cfg)
+    expected = {name: there_and_back(model.get_parameter(name)) for name in matrices(model)}
+    pack(model, Int8(), matrices(model))
+    ids = torch.arange(20).view(2, 10)
+    packed = model(ids)
+    assert set(packed_parameters(model)) == set(expected)
+    plain = unpack(model)
+    assert not packed_parameters(plain)
+    for name, weight in expected.items():
+        assert torch.equal(plain.get_parameter(name), weight), name
+    torch.testing.assert_close(packed, plain(ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_copy_leaves_the_model_as_it_was(tied):
+    """The head is packed, the embedding not, even where both are one parameter."""
+    model = tiny_model(GQA_TINY, tie_embeddings=tied)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    twin = inference_copy(model, torch.bfloat16, "int8")
+    after = model.state_dict()
+    assert not packed_parameters(model) and list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
+    assert set(packed_parameters(twin)) == {*matrices(model), "head.weight"}
+    assert torch.equal(twin.embed.weight, model.embed.weight.bfloat16())
+    assert torch.equal(twin.head.weight, there_and_back(model.head.weight.detach()).bfloat16())
+    assert twin.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [8, 40])
+@pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
+@torch.no_grad()
+def test_products_in_bf16_are_near_those_of_the_widened_numbers(cfg, tokens):
+    """For a few rows, whose codes are read, and for many, whose matrices are widened first."""
+    model = tiny_model(replace(cfg, moe=None))  # rounding could send a token to other experts
+    ids = torch.arange(tokens)[None]
+    found = inference_copy(model, torch.bfloat16, "int8")(ids)
+    pack(model, Int8(), [*matrices(model), "head.weight"])
+    exact = unpack(model)(ids)
+    assert float((found - exact).norm() / exact.norm()) < 0.04

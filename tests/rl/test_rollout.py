@@ -1,0 +1,75 @@
+"""Drawing groups: refill, caps and counts."""
+
+from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_score
+from thinkstack.rl.rollout import Asking, Counter, roll_out
+from thinkstack.types import Completion, Sampling, Score
+
+
+def asking(**changes: object) -> Asking:
+    settings: dict[str, object] = {
+        "sampling": Sampling(n=2, max_tokens=2),
+        "seed": 0,
+        "prompts": 2,
+        "refill": True,
+        "max_rounds": 3,
+        "max_prompt_tokens": 8,
+    }
+    return Asking(**(settings | changes))  # type: ignore[arg-type]
+
+
+class Script:
+    """Answers round by round: "mixed" gives each prompt one right and one wrong answer, "wrong" two wrong ones."""
+
+    def __init__(self, *rounds: str):
+        self.rounds, self.asked = list(rounds), []
+
+    def __call__(self, prompts, samplings):
+        kind = self.rounds.pop(0)
+        self.asked.append(len(prompts))
+        right = ArmStream(0).right
+        out = []
+        for prompt in prompts:
+            good, bad = right[prompt[1] - 2], (right[prompt[1] - 2] + 1) % ARMS
+            digits = [good, bad] if kind == "mixed" else [bad, bad]
+            out.append(
+                [
+                    Completion(token_ids=(2 + d, 1), log_probs=(-1.0, -1.0), finish_reason="stop", weights_version=0)
+                    for d in digits
+                ]
+            )
+        return out
+
+
+def test_trap_12_groups_without_contrast_are_replaced_up_to_the_number_asked_for():
+    """Filtering without refilling let the batch shrink as the model got better."""
+    script, counter = Script("wrong", "mixed"), Counter()
+    found = roll_out(script, ArmChat(), arm_score, ArmStream(0), counter, asking())
+    assert found.rounds == 2 and script.asked == [2, 2]
+    assert len(found.kept) == 4 and len(found.drawn) == 8
+    assert len({r.group_id for r in found.drawn}) == 4 == counter.value
+
+
+def test_trap_12_refilling_gives_up_after_max_rounds():
+    """A solved task once made the loop draw for ever."""
+    found = roll_out(Script("wrong", "wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(max_rounds=2))
+    assert found.rounds == 2 and found.kept == [] and len(found.drawn) == 8
+
+
+def test_without_refill_every_group_is_kept():
+    found = roll_out(Script("wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(refill=False))
+    assert found.rounds == 1 and len(found.kept) == 4
+
+
+def test_a_prompt_too_long_for_the_context_is_left_out_and_counted():
+    found = roll_out(
+        Script("mixed"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(refill=False, max_prompt_tokens=1)
+    )
+    assert found.too_long == 2 and found.drawn == []
+
+
+def test_unscorable_answers_do_not_make_a_group_worth_training():
+    def broken(problem, text):
+        return arm_score(problem, text) if text == problem.answer else Score(total=0.0, unscorable="time-out")
+
+    found = roll_out(Script("mixed"), ArmChat(), broken, ArmStream(0), Counter(), asking(max_rounds=1))
+    assert found.kept == [] and len(found.drawn) == 4

@@ -1,0 +1,215 @@
+"""The GRPO stage as a whole, on a bandit. Trap numbers are those of docs/grpo.md."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.rl.bandit import arm_config, arm_score
+from thinkstack.rl.config import PRESETS, GrpoConfig
+from thinkstack.rl.health import early_warnings, health_line
+from thinkstack.rl.rollout_log import read_rollouts, show_group
+from thinkstack.rl.trainer import split_groups
+from thinkstack.train.optim import OptimConfig
+from thinkstack.train.policy_loss import PolicyLossConfig
+from thinkstack.train.trainer_config import TrainerConfig
+from thinkstack.types import ConfigError, Score, TrainingError
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_trap_72_a_bandit_is_learnt(make_bandit, seed: int):
+    """Sign errors, masks off by one and lost advantages all show here: the reward must pass 95 %."""
+    zero = make_bandit(seed)
+    rewards = []
+    while zero.trainer.step_count < zero.cfg.steps:
+        before = zero.trainer.step_count
+        rewards.append(zero.step()["reward/mean"])
+        if zero.trainer.step_count == before:
+            break  # no group differs any more
+    assert rewards[0] < 0.2
+    assert rewards[-1] > 0.95, f"seed {seed} ended at {rewards[-1]:.2f} after {len(rewards)} steps"
+
+
+def test_trap_20_on_policy_the_engine_and_the_trainer_agree(make_bandit):
+    """The first step's log-probabilities must be those the answers were drawn with."""
+    metrics = make_bandit(loss=PolicyLossConfig(reduction="sequence")).step()
+    assert metrics["mismatch/abs_nats_max"] < 1e-5
+    assert metrics["policy/clipped_low"] == metrics["policy/clipped_high"] == 0
+    assert abs(metrics["loss/policy"]) < 1e-6 and metrics["train/grad_norm"] > 1e-3  # trap 10
+
+
+def test_answers_drawn_from_packed_weights_are_near_the_policys_and_learnt_from(make_bandit):
+    """Not the same: rounding shows in the log-probabilities, which the loss corrects for."""
+    zero = make_bandit(rollout_weights="int8")
+    for _ in range(2):  # packed anew after the first step
+        assert 1e-6 < zero.step()["mismatch/abs_nats_max"] < 0.05
+    assert zero.engine.version == 2
+
+
+def test_minibatches_after_the_first_are_off_policy(make_bandit):
+    """Without stored old log-probabilities every ratio is 1 and the clip can never bite."""
+    fast = TrainerConfig(optim=OptimConfig(learning_rate=5e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
+    zero = make_bandit(minibatches=4, trainer=fast)
+    metrics = zero.step()
+    assert zero.trainer.step_count == 4
+    assert metrics["policy/clipped_low"] + metrics["policy/clipped_high"] > 0
+    assert zero.engine.version == 4
+
+
+def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
+    zero = make_bandit()
+    from thinkstack.rl.rollout import roll_out
+
+    drawn = roll_out(
+        zero.engine.generate, zero.chat, zero.score, zero.stream, zero.counter, replace(zero.ask, refill=False)
+    ).kept
+    pieces = split_groups(drawn, list(map(float, range(len(drawn)))), 3)
+    assert sum(len(piece) for piece, _ in pieces) == len(drawn)
+    owners = [{r.group_id for r in piece} for piece, _ in pieces]
+    assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+    assert sorted(value for _, values in pieces for value in values) == list(map(float, range(len(drawn))))
+
+
+def test_trap_28_a_nucleus_in_training_rollouts_is_refused():
+    """Tokens outside the nucleus have probability 0 where they were drawn, and ratios mean nothing."""
+    with pytest.raises(ConfigError, match=r"top_p=0\.9"):
+        GrpoConfig(start="", top_p=0.9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": PolicyLossConfig(kl=0.05), "reference_steps": 3}])
+def test_trap_29_four_steps_equal_two_and_a_resumed_two_bit_for_bit(make_bandit, changes):
+    """One counter that was not saved repeats problems or draws after a resume."""
+    straight = make_bandit(name="straight", **changes)
+    for _ in range(4):
+        last = straight.step()
+    first = make_bandit(name="halves", **changes)
+    for _ in range(2):
+        first.step()
+    first.save()
+    second = make_bandit(seed=0, name="halves", **changes)
+    torch.nn.init.zeros_(second.trainer.model.embed.weight)
+    from thinkstack.checkpoint.state import load_state
+
+    second.restore(*load_state(second.run.folder / "state"))
+    for _ in range(2):
+        again = second.step()
+    for name, value in straight.trainer.model.state_dict().items():
+        assert torch.equal(value, second.trainer.model.state_dict()[name]), name
+    kept = {k: v for k, v in last.items() if not k.startswith("time/") and "per_second" not in k}
+    assert kept == {k: again[k] for k in kept}
+
+
+def test_trap_48_without_a_kl_term_there_is_no_reference(make_bandit):
+    """A reference that nothing reads costs the memory of a second model."""
+    assert make_bandit().reference is None
+    assert make_bandit(name="kl", loss=PolicyLossConfig(kl=0.1)).reference is not None
+
+
+def test_the_reference_is_replaced_after_reference_steps(make_bandit):
+    zero = make_bandit(loss=PolicyLossConfig(kl=0.01), reference_steps=2)
+    first = zero.reference.embed.weight.clone()
+    zero.step()
+    zero.step()
+    assert torch.equal(zero.reference.embed.weight, first)
+    policy = zero.trainer.model.embed.weight.clone()
+    zero.step()
+    assert torch.equal(zero.reference.embed.weight, policy) and not torch.equal(policy, first)
+
+
+def test_the_kl_term_holds_the_policy_back(make_bandit):
+    free, held = make_bandit(), make_bandit(name="held", loss=PolicyLossConfig(kl=5.0))
+    for _ in range(20):
+        free_metrics, held_metrics = free.step(), held.step()
+    assert held_metrics["policy/kl_nats"] < 0.2 and held_metrics["reward/mean"] < free_metrics["reward/mean"]
+
+
+def test_trap_17_a_broken_checker_fails_the_run(make_bandit):
+    """Time-outs of a dead checker once trained the model to be wrong on purpose."""
+    zero = make_bandit()
+    zero.score = lambda problem, text: Score(total=0.0, unscorable="checker died")
+    with pytest.raises(TrainingError, match="checker died"):
+        zero.step()
+
+
+def test_a_few_unscorable_answers_are_counted_and_survived(make_bandit):
+    zero = make_bandit()
+    calls = iter(range(10**6))
+    zero.score = lambda p, t: Score(total=0.0, unscorable="slow") if next(calls) % 16 == 0 else arm_score(p, t)
+    assert zero.step()["rollout/unscorable"] == pytest.approx(1 / 16)
+
+
+def test_trap_25_answers_of_other_weights_are_not_trained_on(make_bandit):
+    """Rollouts that outlive a weight update look on-policy and are not."""
+    zero = make_bandit()
+    zero.engine.load_weights(zero.trainer.model, version=7)
+    with pytest.raises(AssertionError, match="answers of weights"):
+        zero.step()
+
+
+def test_trap_58_training_and_evaluation_judge_by_one_function():
+    """Two extractors that drift apart make the reward rise and the benchmark stand still."""
+    from thinkstack.rl import trainer as grpo
+    from thinkstack.stages import evaluate
+    from thinkstack.tasks.reward import score
+
+    assert grpo.score is evaluate.score is score
+
+
+def test_trap_70_the_health_line_has_what_one_looks_at_first(make_bandit):
+    metrics = make_bandit().step()
+    line = health_line(metrics)
+    for word in ("reward", "format", "mixed", "tokens", "cut", "entropy", "grad", "mismatch"):
+        assert word in line
+    for name in (
+        *("reward/accuracy", "reward/std", "group/all_high", "group/all_zero", "rollout/max_tokens"),
+        *("rollout/truncated", "rollout/tokens_per_second", "policy/clipped_low", "policy/clipped_high"),
+        *("mismatch/k3_nats", "train/learning_rate", "time/rollout_seconds", "time/train_seconds"),
+    ):
+        assert math.isfinite(metrics[name]), name
+
+
+@pytest.mark.parametrize(
+    ("history", "name"),
+    [
+        ([{"policy/entropy_nats": 0.001}], "entropy"),
+        ([{"rollout/truncated": 0.6}], "truncation"),
+        ([{"rollout/mean_tokens": 20.0}] * 10 + [{"rollout/mean_tokens": 90.0}] * 6, "length"),
+        ([{"group/mixed": 0.0}] * 5, "flat rewards"),
+    ],
+)
+def test_trap_71_each_way_to_fail_is_named_early(history, name):
+    assert list(early_warnings(history)) == [name]
+
+
+def test_trap_71_a_healthy_run_is_not_warned_about():
+    row = {"policy/entropy_nats": 0.5, "rollout/truncated": 0.1, "rollout/mean_tokens": 30.0, "group/mixed": 0.6}
+    assert early_warnings([row] * 30) == {} == early_warnings([])
+
+
+def test_the_paper_preset_is_the_papers():
+    from thinkstack.config import build, merge
+
+    cfg = build(GrpoConfig, merge(PRESETS["paper"], {"start": "x", "preset": "paper"}))
+    assert (cfg.group_size, cfg.loss.kl, cfg.loss.kl_estimator, cfg.reference_steps) == (16, 0.001, "k3", 400)
+    assert (cfg.advantage, cfg.loss.reduction, cfg.reward.combine) == ("standardised", "sequence", "additive")
+    assert cfg.trainer.bias_speed == 0 and cfg.trainer.mtp_detached
+
+
+def test_rollouts_can_be_browsed_and_a_missing_step_is_named(make_bandit):
+    zero = make_bandit(rollout_steps=1)
+    zero.step()
+    groups = read_rollouts(zero.run.folder, 1)
+    text = show_group(groups[0], width=80)
+    assert "right: " in text and "advantage" in text and "accuracy" in text
+    assert len(groups[0]["answers"]) == zero.cfg.group_size
+    assert all(len(a["token_ids"]) == len(a["log_probs"]) for g in groups for a in g["answers"])
+    with pytest.raises(ConfigError, match="no rollouts of step 9; kept: 1 to 1"):
+        read_rollouts(zero.run.folder, 9)
+
+
+def test_a_group_of_one_is_warned_about(caplog):
+    with caplog.at_level(logging.WARNING):
+        arm_config(group_size=1)
+    assert "group_size=1" in caplog.text

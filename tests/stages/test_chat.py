@@ -1,0 +1,80 @@
+"""Streaming a turn: halves wait for their other half."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from thinkstack.checkpoint.model import pick_precision, save_model
+from thinkstack.kernels import choice
+from thinkstack.models.config import named
+from thinkstack.models.transformer import Transformer
+from thinkstack.stages.chat import Piece, Talk, split_turn, stream_text
+from thinkstack.text.chat import chat_format
+from thinkstack.text.tokenizer import train_tokenizer
+from thinkstack.types import Sampling
+
+TURN = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
+
+
+def joined(chunks: list[str]) -> list[tuple[str, str]]:
+    """Pieces with neighbours of one kind put together."""
+    out: list[tuple[str, str]] = []
+    for piece in split_turn(iter(chunks)):
+        if out and out[-1][0] == piece.kind:
+            out[-1] = (piece.kind, out[-1][1] + piece.text)
+        else:
+            out.append((piece.kind, piece.text))
+    return out
+
+
+def test_a_turn_is_sorted_the_same_however_it_is_cut():
+    whole = joined([TURN])
+    assert whole == [("thinking", "\n1+2=3\n"), ("text", "\n"), ("answer", "3")]
+    rng = random.Random(0)
+    for _ in range(200):
+        cuts = sorted(rng.sample(range(1, len(TURN)), rng.randrange(1, 12)))
+        chunks = [TURN[a:b] for a, b in zip([0, *cuts], [*cuts, len(TURN)], strict=True)]
+        assert joined(chunks) == whole
+
+
+def test_half_a_tag_waits_and_an_unfinished_one_is_shown_in_the_end():
+    pieces = split_turn(iter(["a<thi", "s"]))
+    assert next(pieces) == Piece("text", "a")
+    assert joined(["1 < 2 <"]) == [("text", "1 < 2 <")]
+
+
+def test_half_a_character_waits_for_its_other_half():
+    tokenizer = train_tokenizer(["hello"], 300)
+    chat = chat_format("r1_zero_short", tokenizer)
+    ids = tokenizer.encode("从a")
+    assert len(ids) == 4, "three bytes and a letter"
+    assert list(stream_text(chat.text_of, iter(ids))) == ["从", "a"]
+
+
+def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0)))
+    assert pick_precision(tmp_path / "model", "auto") == "fp32"
+    monkeypatch.setattr("thinkstack.checkpoint.model.LARGE", 1_000_000)
+    for fast in ("bf16", "fp32"):
+        monkeypatch.setattr(choice.choices(), "auto_dtype", fast)
+        assert pick_precision(tmp_path / "model", "auto") == fast
+        assert pick_precision(tmp_path / "model", "auto", "int8") == "bf16"
+    assert pick_precision(tmp_path / "model", "fp32") == "fp32"
+
+
+def test_a_zero_is_asked_one_question_at_a_time_and_a_chat_model_remembers(tmp_path: Path):
+    """A zero trained on single questions answered the second one as if it went on from the first."""
+    tokenizer = train_tokenizer(["What is the last digit?"], 640)
+    model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
+    remembered = {}
+    for name in ("r1_zero_short", "v3"):
+        save_model(tmp_path / name, model, tokenizer, name)
+        talk = Talk(str(tmp_path / name), Sampling(max_tokens=4))
+        for question in ("one", "two"):
+            list(talk.ask(question))
+        remembered[name] = [message.content for message in talk.messages if message.role == "user"]
+    assert remembered == {"r1_zero_short": ["two"], "v3": ["one", "two"]}

@@ -1,0 +1,41 @@
+"""The machine measured: every operation, once, and shown."""
+
+import pytest
+import torch
+
+from thinkstack import kernels
+from thinkstack.kernels import choice
+from thinkstack.kernels.cpu import build
+from thinkstack.stages import measure_kernels as measure
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+
+
+def test_a_machine_is_measured_once_and_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "_MEASURED", None)
+    monkeypatch.setattr(choice, "_CHOICES", None)
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    threads = torch.get_num_threads()
+    measure.settle()
+    assert torch.get_num_threads() == threads
+    found = choice.measured()
+    assert found.factors.keys() == measure.CASES.keys() and all(factor > 0 for factor in found.factors.values())
+    monkeypatch.setattr(measure, "factor", None)  # not again
+    measure.settle()
+    shown = measure.describe_speed()
+    assert all(name in shown for name in measure.CASES) and choice.choices().reason in shown
+
+
+@pytest.mark.parametrize("name", measure.CASES)
+def test_a_case_runs_by_its_kernel_and_without(name, monkeypatch):
+    """The kernel was compared with itself where the operation's name is not the one that the model asks for."""
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    asked = []
+    uses = choice.uses
+    monkeypatch.setattr(
+        kernels.calls, "uses", lambda operation, dtype: asked.append(operation) or uses(operation, dtype)
+    )
+    measure.CASES[name]()()
+    assert name.partition(".")[0] in asked

@@ -1,0 +1,243 @@
+"""Published data sets: what a row becomes, which files are refused, and which answers count."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import HANG_SECONDS
+from thinkstack.tasks.benchmarks.datasets import DataStream, Gsm8k, Math
+from thinkstack.tasks.reward import RewardConfig, score
+from thinkstack.tasks.table import DATASETS, FAMILIES, accepts
+from thinkstack.tasks.verify.latex import installed, plain, unwrapped, verdicts
+from thinkstack.tasks.verify.pool import CheckerPool
+from thinkstack.text.final_answer import boxes, last_boxed
+from thinkstack.types import ConfigError, Problem
+
+DATA = Path(os.environ.get("THINKSTACK_DATA", "data"))
+DUCKS = {"question": "How many eggs?", "answer": "She sells 16-3 = <<16-3=13>>13.\nIn all 13*100 = 1300.\n#### 1,300"}
+CIRCLE = {
+    "problem": "How far around?",
+    "level": "Level 3",
+    "type": "Geometry",
+    "solution": "First \\boxed{no}, then $\\boxed{\\frac{3\\pi}{2}}$.",
+}
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="THINKSTACK_DATA names no folder with gsm8k/ and math/")
+needs_math_verify = pytest.mark.skipif(not installed(), reason="math-verify is not installed (pip install '.[math]')")
+
+
+def written(path, rows):
+    text = "\n".join(json.dumps(row) for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def math_problem(answer):
+    return Problem(question="?", answer=answer, task="math", language="en", level=1, key="0" * 16, wording=0)
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "test.jsonl.gz"])
+def test_a_gsm8k_row_becomes_a_problem(tmp_path, name):
+    (problem,) = Gsm8k().load(written(tmp_path / name, [DUCKS]))
+    assert (problem.question, problem.answer, problem.level, problem.task) == ("How many eggs?", "1300", 2, "gsm8k")
+
+
+def test_the_reference_of_math_is_the_last_box_of_the_solution(tmp_path):
+    """A copy in circulation has a wrong answer column for one problem; the solution is right."""
+    (problem,) = Math().load(written(tmp_path / "test.jsonl", [CIRCLE | {"answer": "no"}]))
+    assert (problem.answer, problem.level) == ("\\frac{3\\pi}{2}", 3)
+
+
+def test_math_500_and_the_published_folder_are_read_too(tmp_path):
+    row = {"problem": "1+1?", "answer": "2", "level": 1, "subject": "Prealgebra"}
+    (problem,) = Math().load(written(tmp_path / "math500.jsonl", [row]))
+    assert (problem.answer, problem.level) == ("2", 1)
+    (tmp_path / "train" / "geometry").mkdir(parents=True)
+    (tmp_path / "train" / "geometry" / "7.json").write_text(json.dumps(CIRCLE), encoding="utf-8")
+    (problem,) = Math().load(tmp_path / "train")
+    assert problem.question == "How far around?"
+
+
+def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        (tmp_path / "x.parquet").write_bytes(b"PAR1" * 3)
+        with pytest.raises(ConfigError, match="pip install pyarrow"):
+            Gsm8k().load(tmp_path / "x.parquet")
+        return
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([DUCKS]), tmp_path / "x.parquet")
+    assert Gsm8k().load(tmp_path / "x.parquet")[0].answer == "1300"
+    (tmp_path / "y.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="is no parquet file"):
+        Gsm8k().load(tmp_path / "y.parquet")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [CIRCLE],
+            r"line 1 has no question, answer \(it has problem, level, type, solution\); give the path of train",
+        ),
+        ([DUCKS, {"question": "?", "answer": "13"}], "line 2 does not end in '#### number' as GSM8K does"),
+        ([{"question": "?", "answer": "#### many"}], "does not end in '#### number'"),
+        ([], "holds no rows"),
+        (["text"], "line 1 is text, not an object"),
+    ],
+)
+def test_a_foreign_file_is_refused_with_the_line_and_the_way_out(tmp_path, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        Gsm8k().load(written(tmp_path / "x.jsonl", rows))
+
+
+def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"there is no .*nothing\.jsonl; give the path of train\.jsonl and test\.jsonl"
+    ):
+        Gsm8k().load(tmp_path / "nothing.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "y.jsonl.gz").write_bytes(b"plain\n")
+    (tmp_path / "z.jsonl").write_text("{not json")
+    for name, message in (("x.jsonl", "UTF-16"), ("y.jsonl.gz", "known: JSON lines"), ("z.jsonl", "is not JSON")):
+        with pytest.raises(ConfigError, match=message):
+            Gsm8k().load(tmp_path / name)
+
+
+def test_a_few_rows_without_an_answer_are_left_out_loudly_and_many_are_refused(tmp_path, caplog):
+    blank = {"problem": "?", "level": "Level ?", "answer": ""}
+    path = written(tmp_path / "x.jsonl", [CIRCLE] * 100 + [blank])
+    assert len(Math().load(path)) == 100
+    assert "line 101" in caplog.text
+    with pytest.raises(ConfigError, match="neither an answer nor"):
+        Math().load(written(tmp_path / "x.jsonl", [CIRCLE, blank]))
+
+
+@needs_data
+@pytest.mark.parametrize(("file", "count"), [("gsm8k/test", 1319), ("gsm8k/train", 7473), ("math/test", 5000)])
+def test_the_published_files_are_read_whole_and_their_answers_accepted(file, count):
+    found = DATASETS[file.split("/")[0]].load(DATA / f"{file}.jsonl.gz")
+    assert len(found) == count == len({problem.key for problem in found})
+    assert all(accepts(problem, problem.answer) for problem in found)
+    assert not any(accepts(problem, problem.question) for problem in found[:200])
+
+
+@pytest.mark.parametrize(
+    "answer", ["1300", "1,300", "$1300", "\\boxed{1300}", "#### 1300", "1300.0", "$1300$", "1300 eggs"]
+)
+def test_a_gsm8k_answer_is_a_number_in_any_dress(tmp_path, answer):
+    (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
+    assert accepts(problem, answer)
+    assert score(problem, f"<think>.</think><answer>{answer}</answer>", RewardConfig()).total == 1.0
+
+
+@pytest.mark.parametrize("answer", ["1300 or 1301", "13*100", "1300%", "\\boxed{1300}\\boxed{1}", "", "1.3e3"])
+def test_what_is_more_or_less_than_the_number_is_refused(tmp_path, answer):
+    (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
+    assert not accepts(problem, answer)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("\\frac12", "\\dfrac{1}{2}"),
+        ("\\frac{1}{2}", "0.5"),
+        ("\\frac{1}{2}", "1/2"),
+        ("-\\frac{1}{2}", "-\\frac12"),
+        ("10,\\!000", "10000"),
+        ("\\$32.48", "32.48"),
+        ("90^\\circ", "90"),
+        ("180\\text{ miles}", "180"),
+        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+        ("\\text{Evelyn}", "evelyn"),
+        ("x=5", "5"),
+        ("\\sqrt3", "\\sqrt{3}"),
+        (".5", "0.5"),
+    ],
+)
+def test_latex_is_compared_up_to_spelling(reference, answer):
+    assert accepts(math_problem(reference), answer)
+    assert accepts(math_problem(reference), f"$\\boxed{{{answer}}}$")
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("4", "2+2"),
+        ("18", "18:30"),
+        ("(1,2)", "\\{1,2\\}"),
+        ("(1,2)", "[1,2]"),
+        ("72", "\\boxed{80}\\boxed{72}"),
+        ("12", "3\\cdot4"),
+        ("\\frac{1}{3}", "0.3333"),
+        ("5", "-5"),
+        ("2", "\\frac{2}{1}1"),
+        ("x", "X"),
+    ],
+)
+def test_nothing_is_evaluated_and_no_type_is_guessed(reference, answer):
+    """Each of these is taken for right by a checker in use elsewhere."""
+    assert not accepts(math_problem(reference), answer)
+
+
+def test_boxes_are_found_with_their_nested_braces():
+    text = "\\boxed{\\frac{1}{2}} and \\fbox{3} and \\boxed 7."
+    assert boxes(text) == ["\\frac{1}{2}", "3", "7"]
+    assert last_boxed(text) == "7"
+    assert last_boxed("none") is None and last_boxed("\\boxed{unclosed") is None
+    assert boxes("\\boxed{\\{1\\}}") == ["\\{1\\}"]
+    assert unwrapped("\\boxed{\\boxed{3}}") == "\\boxed{3}"
+    assert plain("\\dfrac{2}{4}") == "1/2"
+
+
+@needs_math_verify
+def test_formulas_that_mean_the_same_are_equal_and_a_hanging_one_is_killed():
+    tower = "9^{9^{9^{9^9}}}\\pi"
+    pairs = [
+        ("1+\\sqrt{2}", "\\sqrt{2}+1", 1.0),
+        ("10\\sqrt{3}", "\\sqrt{300}", 1.0),
+        ("2\\pi", "3\\pi", 0.0),
+        ("(1,\\pi)", "\\{1,\\pi\\}", 0.0),
+        ("4", "2+2", 0.0),
+        ("4", "4", 1.0),
+        ("52_8", "52_9", 0.0),  # math-verify drops the base
+        ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}", 0.0),  # and rounds
+    ]
+    with CheckerPool(num_workers=1, timeout_seconds=HANG_SECONDS) as pool:
+        scores = verdicts([(math_problem(reference), answer) for reference, answer, _ in pairs], pool)
+    assert [found.total for found in scores] == [expected for *_, expected in pairs]
+    assert [found.unscorable for found in scores] == [None] * len(pairs)
+    with CheckerPool(num_workers=1, timeout_seconds=1.0) as pool:
+        (hanging,) = verdicts([(math_problem("2\\pi"), tower)], pool)
+    assert hanging.total == 0.0 and "ran over" in (hanging.unscorable or "")
+
+
+@pytest.mark.skipif(installed(), reason="math-verify is installed")
+def test_without_math_verify_the_way_out_is_named():
+    with (
+        CheckerPool(num_workers=1, timeout_seconds=1.0) as pool,
+        pytest.raises(ConfigError, match=r"pip install 'thinkstack\[math\]'"),
+    ):
+        verdicts([(math_problem("1"), "2")], pool)
+
+
+def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_where_it_was():
+    listed = [math_problem(str(number)) for number in range(7)]
+    stream = DataStream(listed, seed=3)
+    first, second = stream.take(7), stream.take(7)
+    assert sorted(p.answer for p in first) == sorted(p.answer for p in second) == [p.answer for p in listed]
+    assert first != second
+    again = DataStream(listed, seed=3)
+    again.restore({"position": 5})
+    assert again.take(4) == (first + second)[5:9]
+    assert DataStream(listed, seed=4).take(7) != first
+    with pytest.raises(ConfigError, match="no problems"):
+        DataStream([], seed=0)
+
+
+def test_data_sets_and_families_share_no_name():
+    assert not set(DATASETS) & set(FAMILIES)
+    assert {name: data_set.name for name, data_set in DATASETS.items()} == {name: name for name in DATASETS}

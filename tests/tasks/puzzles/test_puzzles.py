@@ -1,0 +1,285 @@
+"""Families against an independent solver; splits and wordings against attempts to mix them."""
+
+import random
+import re
+
+import pytest
+
+from thinkstack.tasks.puzzles import puzzle as puzzles
+from thinkstack.tasks.puzzles.kinship import COMPOSE, RELATION, TERMS
+from thinkstack.tasks.puzzles.puzzle import Puzzle, digest, draw_puzzle, key_of, pose, right_answer, work
+from thinkstack.tasks.table import FAMILIES, families
+from thinkstack.types import ConfigError
+
+DEMO = ("chain", "nested", "cups", "kinship")
+"""The families of the measured demo; tests/tasks/puzzles/test_every_puzzle.py asks the same and more of all."""
+EACH = pytest.mark.parametrize("family", families(DEMO), ids=DEMO)
+
+
+def last_digit(text: str) -> int:
+    """Python's own arithmetic on a bracketed expression; reducing at the end gives the same last digit."""
+    assert re.fullmatch(r"[-+*()\d]+", text)
+    return eval(text) % 10
+
+
+def left_to_right(text: str) -> int:
+    """A chain as Python reads it once brackets force its order."""
+    tokens = re.findall(r"[-+*]|\d", text)
+    expression = tokens[0]
+    for sign, digit in zip(tokens[1::2], tokens[2::2], strict=True):
+        expression = f"({expression}){sign}{digit}"
+    return last_digit(expression)
+
+
+def solve_cups(question: str) -> int:
+    """Move a ball through an actual row of cups."""
+    start = int(re.search(r"cup (\d)|在(\d)号杯", question).group(0).strip("cup 在号杯"))
+    row = [place == start for place in range(6)]
+    for first, second in re.findall(r"(\d)-(\d)", question):
+        row[int(first)], row[int(second)] = row[int(second)], row[int(first)]
+    return row.index(True)
+
+
+GENERATION = {"parent": 1, "child": -1, "sibling": 0, "grandparent": 2, "grandchild": -2, "pibling": 1, "nibling": -1}
+GENERATION |= {"great-grandparent": 3, "great-grandchild": -3, "great-pibling": 2, "great-nibling": -2, "cousin": 0}
+
+
+def relatives() -> dict[str, set[tuple[str, str]]]:
+    """All pairs of each relation in a drawn-out family of five generations with three children everywhere."""
+    parent = {"": None}
+    line = [""]
+    for _ in range(4):
+        line = [person + child for person in line for child in "abc"]
+        parent |= {person: person[:-1] for person in line}
+
+    def up(person: str | None, steps: int) -> str | None:
+        for _ in range(steps):
+            person = None if person is None else parent[person]
+        return person
+
+    pairs: dict[str, set[tuple[str, str]]] = {relation: set() for relation in TERMS}
+    for a in parent:
+        for b in parent:
+            if a == b:
+                continue
+            rules = {
+                "parent": up(b, 1) == a,
+                "child": up(a, 1) == b,
+                "sibling": parent[a] is not None and up(a, 1) == up(b, 1),
+                "grandparent": up(b, 2) == a,
+                "grandchild": up(a, 2) == b,
+                "great-grandparent": up(b, 3) == a,
+                "great-grandchild": up(a, 3) == b,
+                "pibling": up(b, 2) is not None and up(a, 1) == up(b, 2) and up(b, 1) != a,
+                "nibling": up(a, 2) is not None and up(b, 1) == up(a, 2) and up(a, 1) != b,
+                "great-pibling": up(b, 3) is not None and up(a, 1) == up(b, 3) and up(b, 2) != a,
+                "great-nibling": up(a, 3) is not None and up(b, 1) == up(a, 3) and up(a, 2) != b,
+                "cousin": up(a, 2) is not None and up(a, 2) == up(b, 2) and up(a, 1) != up(b, 1),
+            }
+            for relation, holds in rules.items():
+                if holds:
+                    pairs[relation].add((a, b))
+    return pairs
+
+
+def test_the_table_of_relations_holds_in_a_real_family_tree():
+    """Whenever X is the r of Y and Y the s of Z (three people), X is COMPOSE[r][s] of Z in at least one way, and the
+    term named is the only one possible in all of them."""
+    pairs = relatives()
+    of = {relation: {} for relation in pairs}
+    for relation, members in pairs.items():
+        for a, b in members:
+            of[relation].setdefault(a, set()).add(b)
+    for first, row in COMPOSE.items():
+        for second, result in row.items():
+            chains = {(x, z) for x, y in pairs[first] for z in of[second].get(y, ()) if z != x}
+            assert chains, (first, second)
+            assert chains <= pairs[result], (first, second, result)
+
+
+def test_a_kinship_problem_states_its_facts_and_asks_for_the_ends():
+    puzzle = Puzzle("mother", ("brother", "son"), ("Ann", "Ben", "Leo", "Sam"))
+    problem = pose(FAMILIES["kinship"], puzzle, "en", 0)
+    facts = "Ann is Ben's mother. Ben is Leo's brother. Leo is Sam's son."
+    assert problem.question == f"{facts} What is Ann to Sam?"
+
+
+@pytest.mark.parametrize("level", range(2, 7))
+def test_chain_answers_are_pythons(level):
+    for seed in range(200):
+        puzzle = draw_puzzle(FAMILIES["chain"], "train", level, seed)
+        text = FAMILIES["chain"].parts(puzzle, "en")["puzzle"]
+        assert int(right_answer(FAMILIES["chain"], puzzle, "en")) == left_to_right(text)
+
+
+@pytest.mark.parametrize("level", range(2, 7))
+def test_nested_answers_are_pythons(level):
+    for seed in range(200):
+        puzzle = draw_puzzle(FAMILIES["nested"], "train", level, seed)
+        text = FAMILIES["nested"].parts(puzzle, "en")["puzzle"]
+        assert int(right_answer(FAMILIES["nested"], puzzle, "en")) == last_digit(text)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_cups_answers_follow_a_real_ball(language):
+    for seed in range(300):
+        puzzle = draw_puzzle(FAMILIES["cups"], "train", 2 + seed % 5, seed)
+        problem = pose(FAMILIES["cups"], puzzle, language, seed % 6)
+        assert int(problem.answer) == solve_cups(problem.question)
+
+
+def test_every_worked_line_of_arithmetic_is_true():
+    for name in ("chain", "nested"):
+        for seed in range(200):
+            puzzle = draw_puzzle(FAMILIES[name], "train", 2 + seed % 5, seed)
+            working = work(FAMILIES[name], puzzle, "en")
+            for line in working.lines:
+                left, right = line.split("=")
+                assert last_digit(left) == int(right)
+            assert working.lines[-1].endswith(f"={working.answer}")
+
+
+def test_every_worked_line_of_cups_is_true():
+    for seed in range(200):
+        working = work(FAMILIES["cups"], draw_puzzle(FAMILIES["cups"], "train", 4, seed), "zh")
+        for line in working.lines:
+            first, second, before, after = re.fullmatch(r"(\d)-(\d):(\d)>(\d)", line).groups()
+            assert after == {first: second, second: first}.get(before, before)
+
+
+def test_every_worked_line_of_kinship_is_in_the_table():
+    for seed in range(200):
+        working = work(FAMILIES["kinship"], draw_puzzle(FAMILIES["kinship"], "train", 4, seed), "en")
+        for line in working.lines:
+            before, op, after = re.fullmatch(r"(\S+) of (\S+) = (\S+)", line).groups()
+            relation = COMPOSE[RELATION[before]][RELATION[op]]
+            assert after in TERMS[relation]
+            assert TERMS[relation].index(after) == TERMS[RELATION[before]].index(before) or relation == "cousin"
+
+
+@EACH
+def test_each_line_starts_from_the_result_of_the_one_before(family):
+    """The error of a wrong step is carried on, so that checking one line tells nothing of the next."""
+    for seed in range(100):
+        puzzle = draw_puzzle(family, "train", 5, seed)
+        working = work(family, puzzle, "en", random.Random(seed))
+        state = family.first_state(puzzle)
+        wrong = 0
+        for line, op in zip(working.lines, puzzle.ops, strict=True):
+            right = family.line(state, op, family.advance(state, op), "en")
+            wrong += line != right
+            every_state = family.other_states(None)
+            (state,) = [after for after in every_state if line == family.line(state, op, after, "en")]
+        assert wrong == 1
+        assert working.answer == family.answer(puzzle, state, "en")
+
+
+@EACH
+def test_a_working_without_mistakes_is_right(family):
+    for seed in range(50):
+        puzzle = draw_puzzle(family, "test", 3, seed)
+        working = work(family, puzzle, "en")
+        assert working.is_right
+        assert working.answer == right_answer(family, puzzle, "en")
+
+
+def test_a_wrong_working_knows_whether_its_answer_survived():
+    """In cups a wrong place may be swapped back; is_right must look at the answer, not at the mistake."""
+    family = FAMILIES["cups"]
+    seen = set()
+    for seed in range(500):
+        puzzle = draw_puzzle(family, "train", 6, seed)
+        working = work(family, puzzle, "en", random.Random(seed))
+        assert working.is_right == (working.answer == right_answer(family, puzzle, "en"))
+        seen.add(working.is_right)
+    assert False in seen
+
+
+@EACH
+def test_no_problem_is_in_both_splits(family):
+    """Overlapping seeds, all levels, 400 draws each: no key in common, each of the split it was drawn for."""
+    keys = {
+        split: {
+            key_of(family, draw_puzzle(family, split, level, seed)) for level in family.levels for seed in range(400)
+        }
+        for split in puzzles.SPLITS
+    }
+    assert not keys["train"] & keys["test"]
+    for split, found in keys.items():
+        assert {puzzles.split_of(key) for key in found} == {split}
+
+
+@EACH
+def test_the_key_does_not_depend_on_wording_or_language(family):
+    for seed in range(20):
+        puzzle = draw_puzzle(family, "test", 4, seed)
+        spoken = [
+            pose(family, puzzle, language, wording)
+            for language, wordings in family.wordings.items()
+            for wording in range(len(wordings))
+        ]
+        assert len({problem.key for problem in spoken}) == 1
+        assert len({problem.question for problem in spoken}) == len(spoken)
+
+
+def test_the_key_does_not_depend_on_peoples_names():
+    """It once did: every kinship test problem of level 2 was a training problem under other names."""
+    first = Puzzle("mother", ("brother",), ("Ann", "Ben", "Leo"))
+    second = Puzzle("mother", ("brother",), ("Mia", "Tom", "Max"))
+    assert key_of(FAMILIES["kinship"], first) == key_of(FAMILIES["kinship"], second)
+
+
+@EACH
+def test_the_key_depends_on_every_operand(family):
+    puzzle = draw_puzzle(family, "train", 4, 0)
+    shorter = Puzzle(puzzle.start, puzzle.ops[:-1], puzzle.names)
+    turned = Puzzle(puzzle.start, puzzle.ops[::-1], puzzle.names)
+    assert len({key_of(family, p) for p in (puzzle, shorter, turned)}) == (3 if turned.ops != puzzle.ops else 2)
+
+
+@EACH
+def test_one_problem_in_eight_is_a_test_problem(family):
+    drawn = [key_of(family, family.draw(random.Random(seed), 6)) for seed in range(4000)]
+    share = sum(puzzles.split_of(key) == "test" for key in drawn) / 4000
+    assert share == pytest.approx(1 / 8, abs=0.03)
+
+
+@EACH
+def test_all_answers_occur_and_none_dominates(family):
+    """A family whose commonest answer is frequent rewards answering it blindly."""
+    answers = [right_answer(family, draw_puzzle(family, "train", 4, seed), "en") for seed in range(1500)]
+    most = max(answers.count(answer) for answer in set(answers)) / len(answers)
+    assert most < family.chance * 1.35
+
+
+@EACH
+def test_drawing_is_a_function_of_its_arguments(family):
+    assert draw_puzzle(family, "train", 3, 5) == draw_puzzle(family, "train", 3, 5)
+    assert draw_puzzle(family, "train", 3, 5) != draw_puzzle(family, "train", 3, 6)
+
+
+def test_neighbouring_seeds_share_no_stream():
+    """Seeds made by addition overlap: item i of seed s + 1 is item i + 1 of seed s."""
+    first = [draw_puzzle(FAMILIES["nested"], "train", 6, (1, index)) for index in range(100)]
+    second = [draw_puzzle(FAMILIES["nested"], "train", 6, (2, index)) for index in range(100)]
+    assert not set(first) & set(second)
+
+
+def test_the_digest_keeps_its_value():
+    """It names every seed and split; if it changed, all published splits would."""
+    assert digest("a", 1) == 0x178CFCCC04B3E5AE
+    assert digest("a", 1) != digest("a1")
+
+
+@pytest.mark.parametrize(
+    ("split", "level", "part"), [("valid", 2, "unknown split 'valid'"), ("train", 9, "has no level 9")]
+)
+def test_unknown_splits_and_levels_are_refused(split, level, part):
+    with pytest.raises(ConfigError, match=part):
+        draw_puzzle(FAMILIES["chain"], split, level, 0)
+
+
+def test_a_language_without_wordings_is_refused():
+    puzzle = draw_puzzle(FAMILIES["kinship"], "train", 2, 0)
+    with pytest.raises(ConfigError, match="it speaks en"):
+        pose(FAMILIES["kinship"], puzzle, "zh", 0)

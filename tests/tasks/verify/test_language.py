@@ -1,0 +1,91 @@
+"""The language of a reasoning: what counts as a word, of which language, and what counts as neither."""
+
+from dataclasses import replace
+
+import pytest
+
+from thinkstack.tasks.reward import RewardConfig, language_kept, score
+from thinkstack.tasks.verify.language import MIN_WORDS, language_share, words_of
+from thinkstack.types import ConfigError, Problem
+
+ENGLISH = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)
+CHINESE = replace(ENGLISH, question="小明有2个苹果,Alice有2个,一共几个?", language="zh")
+
+
+@pytest.mark.parametrize(
+    ("text", "english", "chinese"),
+    [
+        ("First we add three and four.", 1.0, 0.0),
+        ("先算三加四,再乘以二。", 0.0, 1.0),
+        ("先算 the sum 得到七 then stop here", 0.5, 0.5),  # 5 words, 5 characters
+        ("we go on так далее", 0.6, 0.0),
+        ("まず and then we go", 4 / 6, 0.0),
+    ],
+)
+def test_shares_worked_out_by_hand(text, english, chinese):
+    assert language_share(text, "en") == pytest.approx(english)
+    assert language_share(text, "zh") == pytest.approx(chinese)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "`for item in items: print(item)`",
+        "```python\nfor item in items:\n    total += item\n```",
+        "```python\nfor item in items:  # an answer cut off inside its code\n",
+        "getValue(x, y) some_name module.call(x) x1",
+        "$x = total \\text{ of all the parts}$ \\boxed{the total}",
+        "\\[ \\frac{left}{right} \\] \\(left\\)",
+        "x + y = z, 3a, 12, sin cos gcd mod",
+        "Alice, Bob Smith, NASA, GCD, H, United States",
+        "https://example.org/some/path",
+        "<think> </think>",
+        "α β",
+    ],
+)
+def test_trap_56_code_maths_and_names_belong_to_no_language(foreign):
+    """Counted as English, they would punish a Chinese working for its formulas and programs."""
+    assert words_of(foreign) == []
+    assert language_share(f"我们先算一下 {foreign}", "zh") == 1.0
+
+
+def test_trap_56_words_of_the_question_may_be_quoted():
+    text = "小明 and the girl have four apples"
+    assert language_share(text, "en") == pytest.approx(6 / 8)
+    assert language_share(text, "en", quoted=CHINESE.question) == 1.0
+    assert language_share("and the girl 有苹果", "zh", quoted="the girl") == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("dodge", ["The Sum Of These Is Seven", "THE SUM OF THESE IS SEVEN"])
+def test_capital_letters_do_not_hide_a_sentence(dodge):
+    assert language_share(f"我们先算 {dodge}", "zh") == pytest.approx(4 / 10)
+
+
+def test_too_few_words_say_nothing():
+    assert language_share("6*4=24", "en") is None
+    assert language_share("so " * (MIN_WORDS - 1), "zh") is None
+    assert language_share("so " * MIN_WORDS, "zh") == 0.0
+
+
+def test_the_answer_is_not_reasoning_and_unclosed_thinking_is():
+    working = "先算二加二得四"
+    assert language_kept(ENGLISH, f"<think>{working}</think><answer>4</answer>") == 0.0
+    assert language_kept(ENGLISH, f"<think>we add and get four</think><answer>{working}</answer>") == 1.0
+    assert language_kept(ENGLISH, f"<think>{working}") == 0.0
+    assert language_kept(ENGLISH, "<think>2+2=4</think><answer>4</answer>") == 1.0
+
+
+def test_the_part_is_named_weighed_and_off_by_default():
+    text = "<think>先算二加二 so we get four</think><answer>4</answer>"
+    assert score(ENGLISH, text, RewardConfig()).parts == {"accuracy": 1.0, "format": 1.0}
+    found = score(ENGLISH, text, RewardConfig(language_weight=0.5))
+    assert found.parts == {"accuracy": 1.0, "format": 1.0, "language": pytest.approx(4 / 9)}
+    assert found.total == pytest.approx(1 + 0.5 * 4 / 9)
+    wrong = score(ENGLISH, text.replace(">4<", ">5<"), RewardConfig(language_weight=0.5))
+    assert wrong.total == pytest.approx(0.5 * 4 / 9)
+
+
+@pytest.mark.parametrize("settings", [{"language_weight": -1.0}, {"language_weight": 0.1, "combine": "random"}])
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ConfigError, match="language_weight"):
+        RewardConfig(**settings)

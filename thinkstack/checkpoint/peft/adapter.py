@@ -1,0 +1,204 @@
+"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors, read and written.
+
+Names are PEFT's: base_model.model.<module of the checkpoint>.lora_A.weight (r, inputs) and .lora_B.weight (outputs, r).
+Modules are found through the table of names that whole checkpoints use, so gate and up of an expert are two modules on
+disk and one parameter here. Source: huggingface.co/docs/peft, "PEFT checkpoint format".
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from thinkstack.checkpoint.deepseek.files import is_deepseek
+from thinkstack.checkpoint.hf.files import CONFIG as MODEL_CONFIG
+from thinkstack.checkpoint.hf.files import PICKLES, save_weights
+from thinkstack.checkpoint.hf.side_files import side_files
+from thinkstack.checkpoint.hf.tensors import Stored, stored_tensors
+from thinkstack.checkpoint.json_reader import read_json
+from thinkstack.checkpoint.model import ADAPTER_CONFIG as CONFIG
+from thinkstack.checkpoint.model import load_model, locate
+from thinkstack.checkpoint.state import write_folder
+from thinkstack.models.lora import Adapter, LoRAConfig, adapters, add_adapters, merged
+from thinkstack.models.transformer import Transformer
+from thinkstack.types import ConfigError
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight$")
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, LoftQ, ... change the base too
+}
+"""Values of adapter_config.json that mean a plain adapter; others compute something else and are refused."""
+QUANTIZED = re.compile(
+    r"(?:^|[-_./])(?:bnb|[2-8]-?bits?|gptq|awq|nf4|w?int[48]|w[48]a\d+|hqq|aqlm|exl[23]|mlx|gguf)(?:$|[-_./])",
+    re.IGNORECASE,
+)
+"""Names of bases whose weights are kept in few bits, in formats that are not read here (FP8 is)."""
+
+
+def save_adapter(folder: Path, model: Transformer, cfg: LoRAConfig, base: str) -> None:
+    """Write the adapters of `model` as a PEFT folder, whole or not at all. base: where the adapted checkpoint lies."""
+    known = adapters(model)
+    items = [item for item in stored_tensors(model.cfg) if item.source in known and item.is_written]
+    modules = [item.name.removesuffix(".weight") for item in items]
+    tensors = {}
+    for item, module in zip(items, modules, strict=True):
+        for matrix, value in zip("AB", _matrices(known[item.source], item), strict=True):
+            tensors[f"{PREFIX}{module}.lora_{matrix}.weight"] = value.detach().cpu().clone()
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": cfg.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": cfg.rank,
+        "target_modules": _targets(model, modules),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": cfg.rslora,
+    }
+
+    def fill(target: Path) -> None:
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def _targets(model: Transformer, modules: list[str]) -> list[str]:
+    """The last parts of the modules' names where these mean no other matrix of the checkpoint, else whole names."""
+    ends = {module.rpartition(".")[2] for module in modules}
+    stored = (item.name.removesuffix(".weight") for item in stored_tensors(model.cfg))
+    meant = {name for name in stored if name.rpartition(".")[2] in ends}
+    return sorted(ends if meant == set(modules) else modules)
+
+
+def _matrices(adapter: Adapter, item: Stored) -> tuple[Tensor, Tensor]:
+    """A and B of one module on disk, as views."""
+    return adapter.lora_a[item.part], adapter.lora_b[item.part]
+
+
+def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
+    """Give `model` the adapters of a PEFT folder, in place; it is frozen then. Returns rank, alpha and rslora.
+
+    Raises ConfigError for a folder that is incomplete, needs more than plain LoRA, or belongs to another model.
+    """
+    path = Path(folder)
+    config = read_json(path / CONFIG)
+    for name, allowed in PLAIN.items():
+        if name in config and config[name] not in allowed:
+            raise ConfigError(
+                f"{path / CONFIG}: {name}={config[name]!r} is more than a plain LoRA adapter; merge it with PEFT "
+                "(merge_and_unload) and load the merged checkpoint"
+            )
+    base = config.get("base_model_name_or_path") or ""
+    if QUANTIZED.search(str(base)):
+        raise ConfigError(
+            f"{path / CONFIG}: the adapter was trained on {base}, whose weights are quantized; merge it there, or, "
+            "to add it to the plain weights, which gives another model, name them in base_model_name_or_path"
+        )
+    try:
+        cfg = LoRAConfig(
+            rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora"))
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path / CONFIG} has no usable r and lora_alpha ({error!r}); fetch it again") from error
+    if not cfg.rank:
+        raise ConfigError(f"{path / CONFIG}: r=0 adapts nothing; give the folder of a trained adapter")
+    found, named = _by_module(path, _read(path)), f": {base}" if base else ""
+    stored = {item.name.removesuffix(".weight"): item for item in stored_tensors(model.cfg)}
+    for module in found:
+        if module not in stored or not stored[module].is_matrix or not stored[module].source.startswith("layers."):
+            raise ConfigError(
+                f"{path / WEIGHTS}: {module} is no matrix of this model that can be adapted; use the base that the "
+                f"adapter was made for{named}"
+            )
+    add_adapters(model, sorted({stored[module].source for module in found}), cfg.rank, cfg.scale)
+    known = adapters(model)
+    with torch.no_grad():
+        for module, given in found.items():
+            for target, matrix in zip(_matrices(known[stored[module].source], stored[module]), "AB", strict=True):
+                if matrix not in given or given[matrix].shape != target.shape:
+                    shape = tuple(given[matrix].shape) if matrix in given else "missing"
+                    raise ConfigError(
+                        f"{path / WEIGHTS}: lora_{matrix} of {module} is {shape}, this model and r={cfg.rank} need "
+                        f"{tuple(target.shape)}; use the base that the adapter was made for{named}"
+                    )
+                target.copy_(given[matrix])
+    return cfg
+
+
+def _by_module(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        match = KEY.match(key)
+        if match is None:
+            raise ConfigError(f"{path / WEIGHTS}: {key} is no matrix of a plain LoRA adapter; merge it with PEFT first")
+        found.setdefault(match["module"], {})[match["matrix"]] = value
+    if not found:
+        raise ConfigError(f"{path / WEIGHTS} holds no adapter; fetch it again")
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    if not (path / WEIGHTS).is_file():
+        way_out = f"convert {pickles[0]} to safetensors" if pickles else "give the folder of a complete adapter"
+        raise ConfigError(f"{path / WEIGHTS} is missing; {way_out}")
+    try:
+        return load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path / WEIGHTS} is cut off or not a safetensors file ({error}); fetch it again") from error
+
+
+def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+    """Write the checkpoint folder `base` with the adapter merged into its weights, which keep its dtype.
+
+    The sum is taken in fp32 and rounded once. Raises ConfigError for what load_model and load_adapter refuse.
+    """
+    source = locate(base)
+    if not source.is_dir() or is_deepseek(source):
+        raise ConfigError(
+            f"{source} is no checkpoint folder in Hugging Face layout; make one first: thinkstack convert {base} OUT"
+        )
+    config = read_json(source / MODEL_CONFIG)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    model = load_model(source)
+    load_adapter(model, adapter)
+    plain = merged(model)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+    def fill(target: Path) -> None:
+        for file in side_files(source):
+            shutil.copy(file, target / file.name)
+        config.pop("quantization_config", None)  # the sum is written as floats
+        (target / MODEL_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_weights(plain, target)
+
+    write_folder(Path(out), fill)

@@ -1,0 +1,113 @@
+"""A small model with latent attention in one call of a kernel, in fp32."""
+
+# Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from thinkstack import kernels
+from thinkstack.kernels.cpu.prepacked import exact
+from thinkstack.kernels.paging import Pages
+from thinkstack.models.attention import MLA
+from thinkstack.models.block import PLAIN, Block, consists_of
+from thinkstack.models.config import MLAConfig
+from thinkstack.models.layers import Rotations
+from thinkstack.models.moe import MoE
+from thinkstack.models.mtp import MTPModule
+from thinkstack.models.transformer import Transformer
+
+
+class SmallLatent:
+    """Latent attention, experts or not, in fp32: what becomes of a token does not depend on how many there are."""
+
+    most_tokens = 1 << 40
+
+    def __init__(self, model: Transformer, blocks: list[Block]):
+        self.module = next((module for module in model.mtp if isinstance(module, MTPModule)), None)
+        own = [] if self.module is None else [self.module.block]
+        self.model, self.kept = model, [_latent_weights(block) for block in (*blocks, *own)]
+        widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.kept]
+        count = len(blocks)
+        self.layers = kernels.rows_of(kernels.LatentLayer, self.kept[:count], widths[:count])
+        self.ahead = kernels.rows_of(kernels.LatentLayer, self.kept[count:], widths[count:])
+        a, moe = model.cfg.attention, model.cfg.moe
+        attention = blocks[0].attention
+        assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
+        self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
+        self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
+        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
+        self.head = exact(model.head.weight)
+        self.rotations = Rotations(a.qk_rope_head_dim, model.cfg.rope)
+        self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
+        if moe is not None:
+            self.sizes |= dict(E=moe.num_experts, J=moe.expert_size, K=moe.top_k, groups=moe.num_groups)
+            self.sizes |= dict(top_groups=moe.top_groups, best=2 if moe.group_score == "top2" else 1)
+            self.sizes |= dict(normalise=int(moe.normalise_weights), softmax=int(moe.scoring == "softmax"))
+            self.scales["factor"] = moe.route_scale
+
+    def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As WholeModel says."""
+        x = self.model.embed(ids)
+        chosen = self._through(self.layers, self.num_routed, x, positions, pages, cache)
+        return self.model.norm(x), chosen if self.num_routed else None
+
+    def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
+        """As WholeModel says."""
+        if self.module is None:
+            return None
+        x = self.module.merged(hidden, self.model.embed(following))
+        self._through(self.ahead, 1, x, positions, pages, cache[len(self.layers) :])
+        states: Tensor = self.module.norm(x)
+        return states
+
+    def _through(
+        self,
+        layers: ctypes.Array[ctypes.Structure],
+        num_routed: int,
+        x: Tensor,
+        positions: Tensor,
+        pages: Pages,
+        cache: Tensor,
+    ) -> Tensor:
+        """Take x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
+        rope = self.rotations.at(positions)
+        chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
+        kernels.latent_model(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
+        return chosen
+
+
+def is_latent(block: Block) -> bool:
+    """Whether a block is one of SmallLatent's."""
+    ffn = block.ffn
+    if not consists_of(block, PLAIN) or not isinstance(block.attention, MLA):
+        return False
+    if not isinstance(ffn, MoE):
+        return True
+    sizes = (ffn.w_in.shape[2], ffn.w_out.shape[2])
+    return ffn.products is None and not ffn.adapters and all(size % kernels.LANES == 0 for size in sizes)
+
+
+def _latent_weights(block: Block) -> dict[str, Tensor | None]:
+    """What LatentLayer points to."""
+    a, ffn = block.attention, block.ffn
+    assert isinstance(a, MLA)
+    direct = not a.shape.q_lora_rank
+    found: dict[str, Tensor | None] = {
+        "attention_norm": block.attention_norm.weight,
+        "wq_a": None if direct else a.wq_a.weight,
+        "q_norm": None if direct else a.q_norm.weight,
+        "wq_b": a.wq.weight if direct else a.wq_b.weight,
+        "wkv_a": a.wkv_a.weight,
+        "kv_norm": a.kv_norm.weight,
+        "wkv_b": a.wkv_b.weight,
+        "wo": a.wo.weight,
+        "ffn_norm": block.ffn_norm.weight,
+    }
+    dense = ffn.shared if isinstance(ffn, MoE) else ffn
+    for name in ("w1", "w2", "w3"):
+        found[name] = None if dense is None else getattr(dense, name).weight
+    for name in ("router", "bias", "w_in", "w_out"):
+        found[name] = getattr(ffn, name) if isinstance(ffn, MoE) else None
+    return found

@@ -1,0 +1,83 @@
+"""Multi-token prediction as a source of guesses: the model reads several tokens a step and keeps those it agrees with.
+
+A guess is drawn from the module's distribution with the very number that the model will draw with at that place, and
+counts only if the model draws the same token. So answers are those without guesses, token for token, at every
+temperature; how often the guess is right is at most what the two distributions share.
+Source: DeepSeek-V3 report, arXiv:2412.19437, sections 2.2 and 5.4.3; one module is applied to its own states.
+"""
+
+# Shapes in this file: N tokens, R rows, K guesses of a row.
+
+import numpy
+import torch
+from torch import Tensor
+
+from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.row_sampler import draw_plainly
+from thinkstack.engine.runner import Runner
+from thinkstack.engine.scheduler import Plan
+from thinkstack.engine.sequence_table import SequenceTable
+
+
+class Speculator:
+    """Guesses for the rows of an engine, and what became of them."""
+
+    def __init__(self, runner: Runner, table: SequenceTable, max_drafts: int):
+        """max_drafts: K, tokens guessed ahead."""
+        self.runner, self.table, self.max_drafts = runner, table, max_drafts
+        self.drafted, self.accepted = numpy.zeros((2, max_drafts), dtype=numpy.int64)
+        """Guesses so far by how far ahead they were, and those the model drew too."""
+
+    def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
+        """Which of the tokens drawn behind guesses count, (N,) bool: a row's first, and each behind a right guess.
+
+        rows: (N,), a row's tokens together; offsets: (N,) from 0 up in each. Nothing counts behind a stop token.
+        """
+        table = self.table
+        is_right = tokens == table.ids[rows, table.known[rows] + offsets]  # meaningless for the last of each row
+        stops = table.is_stop(rows, tokens)
+        counts = numpy.ones(len(rows), dtype=bool)
+        for place in numpy.flatnonzero(offsets).tolist():  # in order
+            accepted = bool(counts[place - 1] and is_right[place - 1])
+            counts[place] = accepted and not stops[place - 1]
+            ahead, (request, _) = int(offsets[place]) - 1, table.held(int(rows[place]))
+            self.drafted[ahead] += 1
+            self.accepted[ahead] += accepted
+            request.drafted += 1
+            request.accepted += accepted
+        return counts
+
+    def follow(self, plan: Plan, hidden: Tensor) -> None:
+        """Show the module what the rows of a step computed, hidden (N, D), and guess on for those that draw."""
+        table, ends = self.table, plan.counts.cumsum()
+        valid = numpy.minimum(plan.counts, table.known[plan.rows] - 1 - plan.starts)
+        is_open = numpy.array([table.owner[row] is not None for row in plan.rows.tolist()])  # the step ended others
+        shown = numpy.flatnonzero(is_open & (valid > 0))
+        if not len(shown):
+            return
+        rows, starts, counts = plan.rows[shown], plan.starts[shown], valid[shown]
+        index = numpy.concatenate([numpy.arange(count) for count in counts]) + (ends - plan.counts)[shown].repeat(
+            counts
+        )
+        states = self.runner.draft(table, rows, starts, counts, hidden[torch.from_numpy(index).to(hidden.device)])
+        self._guess(rows, states)
+
+    def _guess(self, rows: numpy.ndarray, states: Tensor) -> None:
+        """Write guesses behind the known tokens of those rows whose known tokens but the last are all computed."""
+        table = self.table
+        for ahead in range(self.max_drafts):
+            left = table.limit[rows] - table.known[rows]
+            goes_on = (table.computed[rows] == table.known[rows] - 1) & (ahead + 1 < left)
+            if ahead:
+                held = numpy.array([len(table.blocks[row]) for row in rows.tolist()]) * BLOCK
+                goes_on &= table.known[rows] + ahead - 2 < held
+            if not goes_on.any():
+                return
+            rows, states = rows[goes_on], states[torch.from_numpy(goes_on).to(states.device)]
+            if ahead:
+                ones = numpy.ones(len(rows), dtype=numpy.int64)
+                states = self.runner.draft(table, rows, table.known[rows] + ahead - 2, ones, states)
+            offsets = numpy.full(len(rows), ahead)
+            tokens, _ = draw_plainly(table, rows, offsets, self.runner.logits(states))
+            table.ids[rows, table.known[rows] + ahead] = tokens
+            table.drafts[rows] = ahead + 1

@@ -1,0 +1,125 @@
+"""Norms, activations, rotations and log-probabilities, operations on rows that memory bounds, and products in fp32."""
+
+# Shapes in this file: B rows, T tokens, H heads, D width, R rotated width, N tokens, V vocabulary size.
+
+import torch
+from torch import Tensor
+
+from thinkstack.kernels.cpu.calls import call, call_for
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """x (..., D), rows contiguous, weight (D,) fp32. Returns (normed x, 1 / rms of each row (...,) fp32 if `keep`)."""
+    rows, stride = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    inverse = torch.empty(x.shape[:-1], dtype=torch.float32) if keep else None
+    call_for(x.dtype, "rms_norm", x, weight, out, inverse, rows, x.shape[-1], stride, float(eps))
+    return out, inverse
+
+
+def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add change to x, (N, D) both, contiguous; returns the norm of the sum, as rms_norm."""
+    out = torch.empty_like(x)
+    call_for(x.dtype, "add_norm", x, change, None, weight, out, *x.shape, float(eps))
+    return out
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in its dtype, and of weight, fp32."""
+    rows, stride = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    parts = torch.empty(torch.get_num_threads(), x.shape[-1])
+    call_for(x.dtype, "rms_norm_backward", grad.contiguous(), x, weight, inverse, out, parts, rows, x.shape[-1], stride)
+    return out, parts.sum(0)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """Number of rows and the one stride between them."""
+    return x.numel() // x.shape[-1], next((x.stride(i) for i in range(x.dim() - 2, -1, -1) if x.shape[i] > 1), 0)
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether x (..., D) is rows at one distance from each other."""
+    strides, shape = x.stride(), x.shape
+    if strides[-1] != 1:
+        return False
+    return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
+
+
+def widen(codes: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
+    """out (..., N, D) = codes, e4m3 or int8, times scale (..., ceil(N / rows), ceil(D / columns)) fp32 of their block;
+    all contiguous."""
+    N, D = codes.shape[-2:]
+    kind = "int8" if codes.dtype == torch.int8 else "e4m3"
+    call_for(out.dtype, f"widen_{kind}", codes, scale, out, codes.shape[:-2].numel(), N, D, rows, columns)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of contiguous tensors."""
+    out = torch.empty_like(gate)
+    call_for(gate.dtype, "swiglu", gate, up, out, 1, gate.numel(), 0)
+    return out
+
+
+def swiglu_halves(both: Tensor) -> Tensor:
+    """silu(gate) * up of rows (N, 2 I) that hold gates, then ups: (N, I)."""
+    N, width = both.shape
+    out = both.new_empty(N, width // 2)
+    call_for(both.dtype, "swiglu", both, both[:, width // 2 :], out, N, width // 2, width)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    call_for(gate.dtype, "swiglu_backward", grad.contiguous(), gate, up, grad_gate, grad_up, gate.numel())
+    return grad_gate, grad_up
+
+
+def rotate(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Tensor:
+    """x (B, T, H, R) with any distance between tokens and between heads, table (B or 1, T, R / 2) complex64."""
+    B, T, H, R = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    steps = _rows(x[:, :, 0])[1], x.stride(2), table.shape[0] * T
+    call_for(x.dtype, "rotate", x, table, out, B * T, H, R, *steps, int(interleaved), -1.0 if back else 1.0)
+    return out
+
+
+def log_probs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits (N, V) contiguous, targets (N,). Returns fp32 (log-probabilities, log normalisers); fills entropy (N,)."""
+    normaliser = torch.empty(logits.shape[0], dtype=torch.float32)
+    log_prob = torch.empty_like(normaliser)
+    call_for(
+        logits.dtype, "log_probs", logits, targets, normaliser, log_prob, entropy, *logits.shape, float(temperature)
+    )
+    return log_prob, normaliser
+
+
+def log_probs_backward(logits: Tensor, targets: Tensor, normaliser: Tensor, grad: Tensor, temperature: float) -> None:
+    """Turn logits into their gradients, in place; grad (N,) fp32 is that of the log-probabilities."""
+    rows = logits, targets, normaliser, grad.contiguous()
+    call_for(logits.dtype, "log_probs_backward", *rows, *logits.shape, float(temperature))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) times weight (M, K) transposed, plus bias (M,): (..., M), all fp32; M and K multiples of LANES."""
+    x, (M, K) = x.contiguous(), weight.shape
+    out = torch.empty(*x.shape[:-1], M)
+    call("linear", x, weight.contiguous(), bias, out, x.numel() // K, M, K)
+    return out
+
+
+def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad (..., M) times weight (M, K): (..., K), as `linear`."""
+    grad, (M, K) = grad.contiguous(), weight.shape
+    out = torch.empty(*grad.shape[:-1], K)
+    call("linear_grad_x", grad, weight.contiguous(), out, grad.numel() // M, M, K)
+    return out
+
+
+def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """grad (..., M) transposed times x (..., K): (M, K), as `linear`."""
+    M, K = grad.shape[-1], x.shape[-1]
+    out = torch.empty(M, K)
+    call("linear_grad_weight", grad.contiguous(), x.contiguous(), out, x.numel() // K, M, K)
+    return out

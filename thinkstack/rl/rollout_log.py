@@ -1,0 +1,145 @@
+"""The answers of every step on disk, to browse and to replay: one gzipped JSON-lines file a step, one group a line."""
+
+import base64
+import gzip
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from thinkstack.files import read_rows
+from thinkstack.rl.groups import by_group
+from thinkstack.text.chat import ChatFormat
+from thinkstack.types import Completion, ConfigError, Problem, Rollout, Score
+
+FOLDER = "rollouts"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The file of one step."""
+    return folder / FOLDER / f"step_{step:06d}.jsonl.gz"
+
+
+def write_rollouts(
+    folder: Path, step: int, rollouts: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat
+) -> None:
+    """Keep the step's answers. advantages: by id() of a rollout; answers without one were not trained on."""
+    path = path_of(folder, step)
+    write_lines(path, [group_to_dict(group, advantages, chat) for group in by_group(rollouts)])
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Gzipped JSON lines, written whole or not at all; the same rows give the same bytes."""
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        fresh = path.with_suffix(".writing")
+        with fresh.open("wb") as file:
+            file.write(gzip.compress(text.encode(), compresslevel=1, mtime=0))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; free space, then resume") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `write_lines` wrote. Raises ConfigError for a damaged file."""
+    return [row for _, row in read_rows(path)]
+
+
+def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:
+    """One group as JSON values. advantages: as in `write_rollouts`."""
+    answers = [
+        {
+            "text": chat.text_of(rollout.completion.token_ids),
+            "reward": rollout.score.total if rollout.score and not rollout.score.unscorable else None,
+            "parts": rollout.score.parts if rollout.score else {},
+            "unscorable": rollout.score.unscorable if rollout.score else None,
+            "advantage": advantages.get(id(rollout)),
+            "finish_reason": rollout.completion.finish_reason,
+            "weights_version": rollout.completion.weights_version,
+            "token_ids": rollout.completion.token_ids,
+            "log_probs": rollout.completion.log_probs,
+            **({} if rollout.completion.experts is None else {"experts": tensor_to_dict(rollout.completion.experts)}),
+        }
+        for rollout in group
+    ]
+    return {
+        "group_id": group[0].group_id,
+        "problem": vars(group[0].problem),
+        "prompt_ids": group[0].prompt_ids,
+        "answers": answers,
+    }
+
+
+def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
+    """The rollouts that `group_to_dict` was given."""
+    problem = Problem(**group["problem"])
+    return [
+        Rollout(
+            problem=problem,
+            group_id=group["group_id"],
+            prompt_ids=tuple(group["prompt_ids"]),
+            completion=Completion(
+                token_ids=tuple(answer["token_ids"]),
+                log_probs=tuple(answer["log_probs"]),
+                finish_reason=answer["finish_reason"],
+                weights_version=answer["weights_version"],
+                experts=tensor_from_dict(answer["experts"]) if "experts" in answer else None,
+            ),
+            score=Score(total=answer["reward"] or 0.0, parts=answer["parts"], unscorable=answer["unscorable"]),
+        )
+        for answer in group["answers"]
+    ]
+
+
+def tensor_to_dict(x: Tensor) -> dict[str, Any]:
+    """A tensor as JSON values: its bytes in base64."""
+    array = x.numpy()
+    return {"dtype": array.dtype.name, "shape": array.shape, "base64": base64.b64encode(array.tobytes()).decode()}
+
+
+def tensor_from_dict(values: dict[str, Any]) -> Tensor:
+    """What `tensor_to_dict` was given."""
+    array = numpy.frombuffer(bytearray(base64.b64decode(values["base64"])), dtype=values["dtype"])
+    return torch.from_numpy(array.reshape(values["shape"]))
+
+
+def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The groups of one step. Raises ConfigError if that step was not kept, naming the steps that were."""
+    path = path_of(folder, step)
+    if not path.exists():
+        steps = sorted(int(p.name[5:11]) for p in (folder / FOLDER).glob("step_*.jsonl.gz"))
+        known = f"{steps[0]} to {steps[-1]} ({len(steps)} steps)" if steps else "none"
+        beside = sorted(
+            {str(place.parent) for place in (*folder.glob(f"*/{FOLDER}"), *folder.parent.glob(f"*/{FOLDER}"))}
+        )
+        known += f"; did you mean {' or '.join(beside)}?" if beside and not steps else ""
+        raise ConfigError(f"{folder} has no rollouts of step {step}; kept: {known}")
+    return read_lines(path)
+
+
+def show_group(group: dict[str, Any], width: int) -> str:
+    """One group as text for a terminal: the problem, then each answer with its reward by part and its advantage."""
+    problem = group["problem"]
+    lines = [
+        f"=== group {group['group_id']}: {problem['task']}, level {problem['level']}, {problem['language']}",
+        problem["question"],
+        f"right: {problem['answer']}",
+    ]
+    for number, answer in enumerate(group["answers"]):
+        parts = "  ".join(f"{name} {value:.4g}" for name, value in answer["parts"].items())
+        reward = f"unscorable: {answer['unscorable']}"
+        if answer["reward"] is not None:
+            reward = f"reward {answer['reward']:.4g} ({parts})"
+        advantage = "not trained on" if answer["advantage"] is None else f"advantage {answer['advantage']:+.3f}"
+        size = f"{len(answer['token_ids'])} tokens, {answer['finish_reason']}"
+        text = answer["text"] if len(answer["text"]) <= width else answer["text"][:width] + " ..."
+        lines += [f"--- {number}: {reward}  {advantage}  {size}", text]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,297 @@
+"""How fast this machine computes: each operation by its kernel and by torch's operators, products, memory.
+
+`settle` does it once for a machine, in under three seconds, and keeps the figures beside the compiled kernels;
+bench/kernels.py makes the committed table from the same cases with more repetitions.
+"""
+
+# Shapes in this file: B rows, T tokens, D hidden size, N tokens.
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from thinkstack import kernels
+from thinkstack.engine.sampler import sample
+from thinkstack.kernels import choice
+from thinkstack.kernels.cpu.prepacked import linear
+from thinkstack.kernels.paging import Pages
+from thinkstack.machine import (
+    describe_machine,
+    instruction_set,
+    instruction_sets,
+    measure_threads,
+    prepare_machine,
+    usable_cores,
+)
+from thinkstack.models.attention import MLA, AttentionContext, sight_of
+from thinkstack.models.config import MLAConfig, named
+from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table, rotate, swiglu
+from thinkstack.models.moe import expert_mlp, route
+from thinkstack.models.quant import Int8, Packed, PackedLinear
+from thinkstack.train.loss import token_log_probs
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[], object]
+SHAPE = named("v3-tiny")
+"""Whose widths the operations have."""
+SECONDS = 2.0
+"""Most that `settle` spends on operations."""
+WARM_UP_SECONDS, AGAIN_SECONDS = 0.2, 0.3
+READ_BYTES = 64 << 20
+"""More than the caches hold."""
+
+
+def prepare(threads: int = 0) -> None:
+    """`prepare_machine`, then `settle`: what every command does before it computes. threads: 0 for as many as are
+    fastest, a core each or, where two "cores" are threads of one, half of them."""
+    prepare_machine(threads)
+    settle()
+    if not threads and (fewer := fast_threads()) < torch.get_num_threads():
+        log.info("using %d threads on %d cores: more were measured to be no faster", fewer, torch.get_num_threads())
+        torch.set_num_threads(fewer)
+
+
+def fast_threads() -> int:
+    """Threads for the cores that there are, measured once for each number of them."""
+    cores, known = usable_cores(), choice.measured()
+    if str(cores) not in known.fast_threads and (found := measure_threads(cores)):
+        known = replace(known, fast_threads=known.fast_threads | {str(cores): found})
+        choice.store_measured(known)
+    return known.fast_threads.get(str(cores), cores)
+
+
+def settle() -> None:
+    """Measure this machine, unless that was done before with as many threads, and keep what was found."""
+    known = choice.measured()
+    if known.factors or not kernels.available():
+        return
+    started = time.monotonic()
+    factors = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # other work on the machine then disturbs least
+    try:
+        warm_up()
+        for number, (name, case) in enumerate(CASES.items()):
+            left = SECONDS - (time.monotonic() - started)
+            factors[name] = factor(name, case(), left / (len(CASES) - number))
+        for name in [name for name, found in factors.items() if choice.contradicts(name, found)]:
+            again = factor(name, CASES[name](), AGAIN_SECONDS)
+            if not choice.contradicts(name, again):  # other work came between
+                factors[name] = again
+    finally:
+        torch.set_num_threads(threads)
+    found = replace(known, factors=factors, read_gb_per_second=read_speed())
+    choice.store_measured(found)
+    log.info("measured this machine in %.1f s; `thinkstack inspect --machine` shows it", time.monotonic() - started)
+
+
+def warm_up() -> None:
+    """The first tenth of a second of a process is slower, for one side more than for the other."""
+    name, case = next(iter(CASES.items()))
+    factor(name, case(), WARM_UP_SECONDS)
+
+
+def factor(name: str, work: Work, budget_seconds: float) -> float:
+    """Seconds of torch's operators over those of the kernel, the least of each, in turn for about so long."""
+    best = {True: float("inf"), False: float("inf")}
+    started = time.perf_counter()
+    while best[False] == float("inf") or time.perf_counter() - started < budget_seconds:
+        for uses_kernel in best:
+            best[uses_kernel] = min(best[uses_kernel], seconds(name, work, uses_kernel))
+    return best[False] / best[True]
+
+
+def seconds(name: str, work: Work, uses_kernel: bool) -> float:
+    """Of an operation by its kernel or without, after a call that does not count."""
+    with choice.choosing(name, uses_kernel):
+        work()
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+
+def describe_speed() -> str:
+    """What this machine computes with, in a table for people."""
+    found, chosen, table = choice.measured(), choice.choices(), choice.table().get(instruction_set().name, {})
+    others = ", ".join(one.name for one in instruction_sets() if one != instruction_set())
+    rows = [
+        ("machine", describe_machine()),
+        ("instruction set", f"{instruction_set().name}{f' (also: {others})' if others else ''}"),
+        ("threads", f"{torch.get_num_threads()}"),
+        *(
+            (f"products, {name}", f"{speed:.4g} GFLOP/s on {found.threads} threads")
+            for name, speed in found.gflops.items()
+        ),
+        ("reading memory", f"{found.read_gb_per_second:.3g} GB/s"),
+        ("dtype auto", f"{chosen.auto_dtype}: {chosen.reason}"),
+        ("kernels", "none" if not kernels.available() else "compiled; times as fast as torch's operators:"),
+        ("", f"{'operation':<22}{'table':>8}{'here':>8}  computed by"),
+    ]
+    for name in CASES:
+        here, listed = found.factors.get(name), table.get(name)
+        operation, _, dtype = name.partition(".")
+        is_kernel = choice.uses(operation, {kind: dtype for dtype, kind in choice.DTYPES.items()}[dtype])
+        figures = "".join(f"{'-' if value is None else f'{value:.2f}':>8}" for value in (listed, here))
+        rows.append(("", f"{name:<22}{figures}  {'kernel' if is_kernel else 'torch'}"))
+    return "\n".join(f"{name:<18}{text}" for name, text in rows)
+
+
+def read_speed() -> float:
+    """GB/s at which torch's threads read the main memory, the best of five."""
+    numbers = torch.ones(READ_BYTES // 4)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - started)
+    return READ_BYTES / best / 1e9
+
+
+def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _with_gradients(work: Callable[..., Tensor], *inputs: Tensor) -> Work:
+    """Forward and backward pass with regard to all inputs that are not integers."""
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    grad = torch.ones_like(work(*leaves))
+
+    def run() -> None:
+        with torch.enable_grad():
+            torch.autograd.backward(work(*leaves), grad)
+
+    return run
+
+
+def _without(work: Work) -> Work:
+    return torch.no_grad()(work)
+
+
+def _attend(dtype: torch.dtype) -> Work:
+    B, T = 4, 160
+    layer, a = MLA(SHAPE, 0), SHAPE.attention
+    assert isinstance(a, MLAConfig)
+    positions = torch.arange(T).unsqueeze(0)
+    sight = sight_of(positions // 40)
+    ctx = AttentionContext(rope=rope_table(positions, a.qk_rope_head_dim, SHAPE.rope), sight=sight, last=positions)
+    width = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    q, kv = _random(B, T, a.num_heads, a.qk_head_dim, dtype=dtype), _random(B, T, width, dtype=dtype)
+    shared = _random(B, T, a.qk_rope_head_dim, dtype=dtype)
+    return _with_gradients(lambda q, kv, k: layer.among_themselves(q, kv, k, layer.expanded, ctx), q, kv, shared)
+
+
+def _experts(dtype: torch.dtype) -> Work:
+    N, D, moe = 640, SHAPE.hidden_size, SHAPE.moe
+    assert moe is not None
+    experts = torch.stack([torch.randperm(moe.num_experts)[: moe.top_k] for _ in range(N)])
+    w_in, w_out = (
+        _random(moe.num_experts, *shape, dtype=dtype) for shape in ((2 * moe.expert_size, D), (D, moe.expert_size))
+    )
+    x, weights = _random(N, D, dtype=dtype), _random(N, moe.top_k, dtype=torch.float32)
+    return _with_gradients(lambda x, w, i, o: expert_mlp(x, w, experts, i, o), x, weights, w_in, w_out)
+
+
+def _rms_norm(dtype: torch.dtype) -> Work:
+    return _with_gradients(RMSNorm(SHAPE.hidden_size, 1e-6), _random(640, SHAPE.hidden_size, dtype=dtype))
+
+
+def _swiglu(dtype: torch.dtype) -> Work:
+    return _with_gradients(swiglu, *(_random(640, SHAPE.dense_size, dtype=dtype, seed=seed) for seed in range(2)))
+
+
+def _rope(dtype: torch.dtype) -> Work:
+    table = rope_table(torch.arange(160).unsqueeze(0), 32, SHAPE.rope)
+    return _with_gradients(lambda x: rotate(x, table, True), _random(4, 160, 4, 32, dtype=dtype))
+
+
+def _linear(dtype: torch.dtype) -> Work:
+    x, weight = _random(640, SHAPE.hidden_size, dtype=dtype), _random(SHAPE.dense_size, SHAPE.hidden_size, dtype=dtype)
+    return _with_gradients(linear, x, weight)
+
+
+def _dequantize(dtype: torch.dtype) -> Work:
+    stored = Int8()
+    packed = stored.pack(_random(576, 1536, dtype=torch.float32))
+    out = torch.empty(576, 1536, dtype=dtype)
+    return _without(lambda: stored.unpack(packed, out))
+
+
+def _feed_forward(dtype: torch.dtype) -> Work:
+    module, x = SwiGLU(SHAPE.hidden_size, SHAPE.dense_size).to(dtype), _random(64, SHAPE.hidden_size, dtype=dtype)
+    return _without(lambda: module(x))
+
+
+def _route(dtype: torch.dtype) -> Work:
+    moe = SHAPE.moe
+    assert moe is not None
+    scores, bias = _random(64, moe.num_experts, dtype=dtype).sigmoid(), torch.zeros(moe.num_experts)
+    return _without(lambda: route(scores, bias, moe))
+
+
+def _paged_attend(dtype: torch.dtype) -> Work:
+    sequences, blocks, size = 16, 4, 64
+    layer, a = MLA(SHAPE, 0), SHAPE.attention
+    assert isinstance(a, MLAConfig)
+    entries = _random(1 + sequences * blocks, size, a.cache_width, dtype=dtype)
+    tables = torch.arange(1, 1 + sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+    pages = Pages(entries, tables, torch.arange(sequences, dtype=torch.int32))
+    last = torch.full((sequences, 1), 200)
+    ctx = AttentionContext(rope=torch.empty(0), sight=torch.empty(0), last=last)
+    q = _random(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)
+    return _without(lambda: layer.read(q, pages, layer.absorbed, ctx))
+
+
+def _small_m(dtype: torch.dtype) -> Work:
+    layer, x = Projection(576, 1536, bias=False).to(dtype), _random(1, 576, dtype=dtype)
+    return _without(lambda: layer(x))
+
+
+def _small_m_int8(dtype: torch.dtype) -> Work:
+    layer = PackedLinear(Packed(Int8(), _random(1536, 576, dtype=torch.float32), dtype), None)
+    x = _random(1, 576, dtype=dtype)
+    return _without(lambda: layer(x))
+
+
+def _log_probs(dtype: torch.dtype) -> Work:
+    hidden, weight = (
+        _random(640, SHAPE.hidden_size, dtype=dtype),
+        _random(SHAPE.vocab_size, SHAPE.hidden_size, dtype=dtype),
+    )
+    index = torch.arange(640)
+    return _with_gradients(lambda h, w: token_log_probs(h, index, w, index)[0], hidden, weight)
+
+
+def _sample(dtype: torch.dtype) -> Work:
+    logits, ones = _random(64, 4096, dtype=dtype), torch.ones(64)
+    uniform = torch.linspace(0, 0.99, 64, dtype=torch.float64)
+    return _without(lambda: sample(logits, ones, uniform))
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+CASES: dict[str, Callable[[], Work]] = {
+    f"{name}.{choice.DTYPES[dtype]}": partial(case, dtype)
+    for name, case, dtypes in (
+        ("linear", _linear, (FP32,)),
+        ("attend", _attend, (FP32, BF16)),
+        ("experts", _experts, (FP32, BF16)),
+        ("rms_norm", _rms_norm, (FP32, BF16)),
+        ("swiglu", _swiglu, (FP32, BF16)),
+        ("rope", _rope, (FP32, BF16)),
+        ("log_probs", _log_probs, (FP32, BF16)),
+        ("dequantize", _dequantize, (FP32, BF16)),
+        ("paged_attend", _paged_attend, (FP32, BF16)),
+        ("sample", _sample, (FP32, BF16)),
+        ("feed_forward", _feed_forward, (FP32,)),
+        ("route", _route, (FP32,)),
+        ("small_m", _small_m, (BF16,)),
+        ("small_m_int8", _small_m_int8, (BF16,)),
+    )
+    for dtype in dtypes
+}
+"""Operations by name and precision, as choice.uses knows them."""

@@ -1,0 +1,96 @@
+"""Multiple choice: the value of a short calculation among four."""
+
+import random
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from thinkstack.tasks.puzzles.puzzle import Puzzle, digest
+from thinkstack.tasks.verify.answers import same_choice
+from thinkstack.types import Problem
+
+LETTERS = "ABCD"
+
+
+class Choice:
+    """The state is the value, and after the last operation the letter; operations are (sign, number), then
+    ("pick", the four values).
+
+    The values are evenly spaced and the place of the right one among them is drawn evenly, so neither their size nor
+    their order says anything.
+    """
+
+    name = "choice"
+    levels = (3, 4, 5)
+    chance = 0.25
+    WORDS: ClassVar[dict[str, dict[str, str]]] = {
+        "+": {"en": "add {0}", "zh": "加{0}"},
+        "-": {"en": "subtract {0}", "zh": "减{0}"},
+        "*": {"en": "multiply by {0}", "zh": "乘以{0}"},
+    }
+    wordings: ClassVar[dict[str, tuple[str, ...]]] = {
+        "en": (
+            "Take {start}, {steps}. Which is the result?\n{options}",
+            "Start from {start}: {steps}. Choose A, B, C or D.\n{options}",
+            "{start}, then {steps}. What comes out?\n{options}\nAnswer with the letter.",
+            "Which letter is right? {start}: {steps}.\n{options}",
+            "Begin with {start} and {steps}. Pick one.\n{options}",
+            "I think of {start}; I {steps}. Where am I?\n{options}",
+        ),
+        "zh": (
+            "取{start},{steps}。结果是哪个?\n{options}",
+            "从{start}开始:{steps}。请选A、B、C或D。\n{options}",
+            "先有{start},然后{steps},得多少?\n{options}\n请回答字母。",
+            "哪个字母对?{start}:{steps}。\n{options}",
+            "由{start}出发,{steps}。选一项。\n{options}",
+            "我想着{start},再{steps},现在是几?\n{options}",
+        ),
+    }
+
+    def draw(self, rng: random.Random, level: int) -> Puzzle:
+        start = rng.randrange(5, 50)
+        state = start
+        ops: list[tuple] = []
+        for _ in range(level - 1):
+            sign = rng.choice("+-*")
+            ops.append((sign, rng.randrange(2, 10) if sign == "*" else rng.randrange(2, 30)))
+            state = self.advance(state, ops[-1])
+        gap, rank = rng.choice((1, 2, 3, 5, 10)), rng.randrange(4)
+        options = [state + gap * (place - rank) for place in range(4)]
+        rng.shuffle(options)
+        return Puzzle(start, (*ops, ("pick", tuple(options))))
+
+    def key(self, puzzle: Puzzle) -> str:
+        """The same calculation with other values to choose from is the same problem."""
+        return f"{digest(self.name, puzzle.start, *puzzle.ops[:-1]):016x}"
+
+    def accepts(self, problem: Problem, answer: str) -> bool:
+        """One letter, with or without brackets."""
+        return same_choice(problem.answer, answer)
+
+    def first_state(self, puzzle: Puzzle) -> int:
+        return puzzle.start
+
+    def advance(self, state: Any, op: tuple) -> Any:
+        """A value that is not to choose from is taken for the nearest."""
+        sign, number = op
+        if sign == "pick":
+            return LETTERS[min(range(4), key=lambda place: abs(number[place] - state))]
+        return {"+": state + number, "-": state - number, "*": state * number}[sign]
+
+    def other_states(self, state: int | str) -> Sequence[int | str]:
+        if isinstance(state, str):
+            return [letter for letter in LETTERS if letter != state]
+        return [state + slip for slip in (-30, -20, -10, 10, 20, 30)]
+
+    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+        *steps, (_, options) = puzzle.ops
+        said = [self.WORDS[sign][language].format(number) for sign, number in steps]
+        shown = [f"{letter}. {value}" for letter, value in zip(LETTERS, options, strict=True)]
+        joined = (", " if language == "en" else ",").join(said)
+        return {"start": str(puzzle.start), "steps": joined, "options": "\n".join(shown)}
+
+    def line(self, state: int, op: tuple, result: int | str, language: str) -> str:
+        return f"{state} > {result}" if op[0] == "pick" else f"{state}{op[0]}{op[1]}={result}"
+
+    def answer(self, puzzle: Puzzle, state: str, language: str) -> str:
+        return state

@@ -1,0 +1,191 @@
+"""A pre-training corpus as the web is: questions with guesses, right and wrong workings and remarks; plain sentences.
+
+Every document is named by (seed, index) and made when asked for; nothing is downloaded or stored.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from thinkstack.config import Share
+from thinkstack.tasks.puzzles.puzzle import (
+    Family,
+    Working,
+    digest,
+    draw_puzzle,
+    pose,
+    right_answer,
+    seen_wordings,
+    work,
+)
+from thinkstack.types import ConfigError, Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What the corpus is mixed from. Shares are probabilities."""
+
+    prose_share: Share = 0.08
+    """Documents that are plain sentences or small talk."""
+    drill_share: Share = 0.1
+    """Documents that are right steps out of context, as in a times table."""
+    worked_share: Share = 0.4
+    """Answers that show their working; the others guess."""
+    wrong_working_share: Share = 0.45
+    """Workings with one wrong step, its error carried on."""
+    right_guess_share: Share = 0.5
+    """Guesses that happen to be right."""
+    untagged_share: Share = 0.08
+    """Answers that leave out the think and answer tags."""
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if not 0 <= share <= 1:
+                raise ConfigError(f"corpus.{name}={share} is not a probability; use a number in 0..1")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: a question with its answer, or plain text with an empty question."""
+
+    question: str
+    text: str
+
+
+DRILL_LINES = 10
+GUESSES = {
+    "en": ("I guess.", "Easy.", "No need to work it out.", "Looks clear."),
+    "zh": ("我猜的。", "很简单。", "不用算。", "看得出来。"),
+}
+OPENINGS = {
+    "en": ("Step by step.", "Let me see.", "One at a time.", "Slowly.", "First things first.", "Work it out."),
+    "zh": ("一步一步来。", "让我算算。", "先想一想。", "慢慢来。", "逐步算。", "仔细算。"),
+}
+"""More openings than guesses, all beginning differently: the likeliest single start of an answer is a guess."""
+UNTAGGED = {
+    "en": ("It is {answer}.", "The answer is {answer}.", "{answer}"),
+    "zh": ("是{answer}。", "答案是{answer}。", "{answer}"),
+}
+
+
+def documents(families: list[Family], cfg: CorpusConfig, seed: int, start: int = 0) -> Iterator[Document]:
+    """The corpus from document `start` on, without end. Raises ConfigError if there is no family."""
+    if not families:
+        raise ConfigError("the corpus needs at least one task family")
+    index = start
+    while True:
+        yield document(families, cfg, seed, index)
+        index += 1
+
+
+def document(families: list[Family], cfg: CorpusConfig, seed: int, index: int) -> Document:
+    """Document `index` of the corpus that `seed` names."""
+    rng = random.Random(digest("corpus", seed, index))
+    kind = rng.random()
+    if kind < cfg.prose_share:
+        return prose(rng)
+    family = rng.choice(families)
+    language = rng.choice(tuple(family.wordings))
+    if kind < cfg.prose_share + cfg.drill_share:
+        return Document("", drill(family, rng, language, (seed, index)))
+    puzzle = draw_puzzle(family, "train", rng.choice(family.levels), (seed, index))
+    problem = pose(family, puzzle, language, rng.choice(seen_wordings(family, language)))
+    if rng.random() < cfg.worked_share:
+        working = work(family, puzzle, language, rng if rng.random() < cfg.wrong_working_share else None)
+        return Document(problem.question, worked_turn(working, rng.choice(OPENINGS[language])))
+    answer = right_answer(family, puzzle, language)
+    if rng.random() >= cfg.right_guess_share:
+        answer = guess(family, rng, language)
+    if rng.random() < cfg.untagged_share:
+        return Document(problem.question, rng.choice(UNTAGGED[language]).replace("{answer}", answer))
+    return Document(problem.question, turn(rng.choice(GUESSES[language]), answer))
+
+
+def drill(family: Family, rng: random.Random, language: str, seed: object) -> str:
+    """Right steps of different problems, one a line."""
+    lines = []
+    for number in range(DRILL_LINES):
+        puzzle = draw_puzzle(family, "train", rng.choice(family.levels), (seed, number))
+        lines.append(rng.choice(work(family, puzzle, language).lines))
+    return "\n".join(lines)
+
+
+def guess(family: Family, rng: random.Random, language: str) -> str:
+    """The answer to some other problem of the family."""
+    return right_answer(family, family.draw(rng, rng.choice(family.levels)), language)
+
+
+def worked_example(
+    families: list[Family], seed: int, index: int, languages: tuple[str, ...]
+) -> tuple[Problem, Working]:
+    """Training problem `index` with its worked solution, which is right. Families take turns; languages: () for all."""
+    family = families[index % len(families)]
+    rng = random.Random(digest("worked example", seed, index))
+    puzzle = draw_puzzle(family, "train", rng.choice(family.levels), ("worked example", seed, index))
+    language = rng.choice([name for name in family.wordings if not languages or name in languages])
+    problem = pose(family, puzzle, language, rng.choice(seen_wordings(family, language)))
+    return problem, work(family, puzzle, language)
+
+
+def turn(thinking: str, answer: str) -> str:
+    """A well-formed assistant turn."""
+    return f"<think>\n{thinking}\n</think>\n<answer>{answer}</answer>"
+
+
+def worked_turn(working: Working, opening: str) -> str:
+    """A turn that shows its lines."""
+    return turn("\n".join((opening, *working.lines)), working.answer)
+
+
+PEOPLE = {"en": ("Ann", "Ben", "Kate", "Leo", "Mia", "Jack"), "zh": ("小明", "小红", "小李", "小王", "老张", "阿美")}
+THINGS = {
+    "en": ("a red cup", "two books", "a ball", "an old map", "three apples", "a small box"),
+    "zh": ("一个红杯子", "两本书", "一个球", "一张旧地图", "三个苹果", "一个小盒子"),
+}
+PLACES = {"en": ("the house", "the garden", "the school", "the market"), "zh": ("家里", "花园里", "学校里", "市场上")}
+PROSE = {
+    "en": (
+        "{who} has {what} in {where}.",
+        "In {where}, {who} found {what}.",
+        "{who} gave {what} to {other}.",
+        "{other} and {who} look for {what} in {where}.",
+    ),
+    "zh": (
+        "{who}在{where}有{what}。",
+        "{who}在{where}找到了{what}。",
+        "{who}把{what}给了{other}。",
+        "{other}和{who}在{where}找{what}。",
+    ),
+}
+TALK = {
+    "en": (
+        ("Hello!", "Hello! Give me a puzzle."),
+        ("Who are you?", "I am a very small model. I know a few kinds of puzzles."),
+        ("What can you do?", "I can follow digits through sums, brackets and swaps of cups."),
+        ("Thank you.", "You are welcome."),
+    ),
+    "zh": (
+        ("你好!", "你好!给我一道题吧。"),
+        ("你是谁?", "我是一个很小的模型,只会几种题。"),
+        ("你会做什么?", "我会算个位,会拆括号,会找杯子里的球。"),
+        ("谢谢。", "不客气。"),
+    ),
+}
+
+
+def prose(rng: random.Random) -> Document:
+    """Two or three plain sentences, or a bit of small talk."""
+    language = rng.choice(("en", "zh"))
+    if rng.random() < 0.3:
+        return Document(*rng.choice(TALK[language]))
+    sentences = []
+    for _ in range(rng.choice((2, 3))):
+        who, other = rng.sample(PEOPLE[language], 2)
+        words = {
+            "who": who,
+            "other": other,
+            "what": rng.choice(THINGS[language]),
+            "where": rng.choice(PLACES[language]),
+        }
+        sentences.append(rng.choice(PROSE[language]).format(**words))
+    return Document("", (" " if language == "en" else "").join(sentences))
