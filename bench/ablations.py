@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from studies import band, held_out_rows, measure, panel, smoothed, table
 
 from thinkstack.checkpoint.model import load_model
+from thinkstack.checkpoint.state import MODEL
 from thinkstack.config import build, merge
 from thinkstack.evals.plots import COLOURS
 from thinkstack.log import CURVE, TIMINGS, Run, write_json
 from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.rl.config import PRESETS, GrpoConfig
-from thinkstack.rl.trainer import grpo
 from thinkstack.stages.pretrain import begin_pretraining, pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.stages.supervised import MODEL
+from thinkstack.stages.rl import grpo
 
 STEPS, RL_STEPS = 500, 30
 CORPUS = {"drill_share": 0.15, "worked_share": 0.45, "wrong_working_share": 0.5}

@@ -29,9 +29,9 @@ from thinkstack.checkpoint.model import load_model
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, named
-from thinkstack.models.fp8 import E4M3
-from thinkstack.models.quant import FP8Blocks, Parts
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.fp8 import E4M3, FP8Blocks
+from thinkstack.quant.scheme import Parts
 
 DTYPES = {"bf16": torch.bfloat16, "FP8": E4M3}
 SHARD_BYTES = 4 * 10**8

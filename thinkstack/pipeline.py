@@ -17,6 +17,7 @@ from typing import Any
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
+from thinkstack.checkpoint.state import MODEL
 from thinkstack.config import Tree, build, did_you_mean, dump, merge, override, read_toml
 from thinkstack.evals.report import markdown_table, setting_line, table_rows
 from thinkstack.files import matching_files
@@ -24,14 +25,13 @@ from thinkstack.kernels import choice
 from thinkstack.log import PROVENANCE, Run, clock, write_json
 from thinkstack.machine import describe_machine
 from thinkstack.rl.config import PRESETS, GrpoConfig
-from thinkstack.rl.trainer import grpo
 from thinkstack.stages.evaluate import SAMPLED, EvaluateConfig, measure, read_evaluation
 from thinkstack.stages.import_checkpoint import AdoptConfig, adopt
 from thinkstack.stages.pretrain import PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
+from thinkstack.stages.rl import grpo
 from thinkstack.stages.sft import SftConfig, sft
 from thinkstack.stages.summary import summarize
-from thinkstack.stages.supervised import MODEL
 from thinkstack.stopping import stopping_on_signals
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
 from thinkstack.tasks.benchmarks.datasets import split_file

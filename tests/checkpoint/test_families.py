@@ -11,8 +11,8 @@ from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf.files import CONFIG, WEIGHTS
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.models.config import NAMED, GQAConfig, MLAConfig, ModelConfig, MoEConfig, named
-from thinkstack.models.fp8 import E4M3
 from thinkstack.models.moe import MoE
+from thinkstack.quant.fp8 import E4M3
 
 FAMILIES = ("v3-671b", "v2-lite", "smollm2-135m", "r1-distill-qwen-7b", "qwen3-8b", "qwen3-30b-a3b")
 """One named size of each family."""

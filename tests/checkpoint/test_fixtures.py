@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from thinkstack.checkpoint.inspect import describe_model
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.peft.adapter import load_adapter
 from thinkstack.models.transformer import Transformer
+from thinkstack.planner.inspect import describe_model
 from thinkstack.types import ConfigError, Message
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures").glob("*.tar.xz"))

@@ -23,8 +23,9 @@ from thinkstack.models.config import GQAConfig
 from thinkstack.models.layers import keep_blocked
 from thinkstack.models.lora import LoRAConfig, adapt
 from thinkstack.models.precision import inference_copy, working_copy
-from thinkstack.models.quant import Int8, matrices, pack, unpack
+from thinkstack.models.quantized import matrices, pack, unpack
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.int8 import Int8
 from thinkstack.types import Sampling
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")

@@ -9,7 +9,7 @@ import torch
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.precision import STORAGES
-from thinkstack.models.quant import matrices, pack, unpack
+from thinkstack.models.quantized import matrices, pack, unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, Sampling
 

@@ -10,10 +10,11 @@ from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
-from thinkstack.models.fp8 import BLOCK, dequantise, linear, product, quantise
 from thinkstack.models.moe import ExpertMLP, expert_mlp
-from thinkstack.models.quant import unpack
+from thinkstack.models.quantized import unpack
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.fp8 import BLOCK, dequantise, quantise
+from thinkstack.train.fp8 import linear, product
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.passes import batch_log_probs

@@ -12,12 +12,13 @@ from torch import Tensor
 from tests.kernels.test_kernels import MLA_ODD, MLA_WHOLE, branches_of, drawn, with_gradients
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.models import fp8
+from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.attention import GQA, MLA, AttentionContext, sight_of
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.layers import RMSNorm, SwiGLU, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
-from thinkstack.models.quant import Int8
+from thinkstack.quant.fp8 import FP8Blocks
+from thinkstack.quant.int8 import Int8
 from thinkstack.train.loss import token_log_probs
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -173,8 +174,8 @@ def dequantized(dtype: torch.dtype) -> Case:
 
     def run() -> list[Tensor]:
         out, plain = torch.empty(codes.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
-        fp8.widen(codes, scale, out)
-        Int8().unpack(parts, plain)
+        dequantize_(FP8Blocks(), {"codes": codes, "scale": scale}, out)
+        dequantize_(Int8(), parts, plain)
         return [out.isnan().int(), out.nan_to_num(), plain]
 
     return alike(run, 0)

@@ -50,7 +50,7 @@ from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import read_pages
 from thinkstack.models.layers import rope_table, rotate
 from thinkstack.models.precision import inference_copy
-from thinkstack.models.quant import Int8
+from thinkstack.quant.int8 import Int8
 
 pytestmark = [
     pytest.mark.slow,

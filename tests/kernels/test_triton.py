@@ -18,7 +18,8 @@ from thinkstack.kernels import triton as cuda
 from thinkstack.kernels.cpu import calls
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import read_pages
-from thinkstack.models.quant import FP8Blocks, Int8
+from thinkstack.quant.fp8 import FP8Blocks
+from thinkstack.quant.int8 import Int8
 from thinkstack.types import Sampling
 
 triton = pytest.importorskip("triton")

@@ -9,12 +9,12 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint import inspect
 from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf.files import WEIGHTS
-from thinkstack.checkpoint.inspect import describe_model
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.checkpoint.tensor_file import Files
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, count_parameters, fp8_bytes, weight_bytes
-from thinkstack.models.fp8 import E4M3
+from thinkstack.planner.inspect import describe_model
+from thinkstack.quant.fp8 import E4M3
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from thinkstack import kernels
 from thinkstack.kernels.cpu import calls
 from thinkstack.kernels.cpu.prepacked import upcast_linear
 from thinkstack.models.precision import inference_copy
-from thinkstack.models.quant import Int8, Packed, PackedLinear, matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import Packed, PackedLinear, matrices, pack, packed_parameters, unpack
+from thinkstack.quant.int8 import Int8
 
 needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
 from thinkstack.models.lora import LoRAConfig, adapters, merged
-from thinkstack.models.nf4 import LEVELS, NF4Blocks
-from thinkstack.models.quant import packed_parameters
+from thinkstack.models.quantized import packed_parameters
+from thinkstack.quant.nf4 import LEVELS, NF4Blocks
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.trainer import Trainer

@@ -7,14 +7,14 @@ import torch
 
 from thinkstack.checkpoint.model import load_model
 from thinkstack.checkpoint.peft.adapter import load_adapter
+from thinkstack.checkpoint.state import ADAPTER, AVERAGE, MODEL
 from thinkstack.config import build
 from thinkstack.log import Run
 from thinkstack.models.lora import merged
 from thinkstack.rl.config import GrpoConfig
-from thinkstack.rl.trainer import grpo
 from thinkstack.stages.pretrain import pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.stages.supervised import ADAPTER, AVERAGE, MODEL
+from thinkstack.stages.rl import grpo
 from thinkstack.types import ConfigError
 
 SIZE = {"hidden_size": 32, "num_layers": 2, "dense_size": 32, "vocab_size": 400, "mtp_layers": 0}

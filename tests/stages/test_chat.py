@@ -10,8 +10,9 @@ from thinkstack.checkpoint.model import pick_precision, save_model
 from thinkstack.kernels import choice
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.chat import Piece, Talk, split_turn, stream_text
+from thinkstack.stages.chat import Talk
 from thinkstack.text.chat import chat_format
+from thinkstack.text.stream import Piece, split_turn, stream_text
 from thinkstack.text.tokenizer import train_tokenizer
 from thinkstack.types import Sampling
 

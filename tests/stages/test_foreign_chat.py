@@ -4,10 +4,10 @@ from pathlib import Path
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
+from thinkstack.checkpoint.state import MODEL
 from thinkstack.log import Run
 from thinkstack.rl.config import GrpoConfig
-from thinkstack.rl.trainer import grpo
-from thinkstack.stages.supervised import MODEL
+from thinkstack.stages.rl import grpo
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.tokenizer import BOS, EOS
 from thinkstack.train.trainer_config import TrainerConfig

@@ -10,9 +10,9 @@ from tests.tiny import MLA_TINY, drawn_batch, tiny_model
 from thinkstack.data import PackedStream, Sample
 from thinkstack.machine import pick_device
 from thinkstack.models.config import named
-from thinkstack.models.fp8 import FP8Linear
 from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
+from thinkstack.train.fp8 import FP8Linear
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.passes import batch_log_probs

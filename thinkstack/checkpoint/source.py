@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.quant import Parts, Storage
+from thinkstack.quant.scheme import Parts, Storage
 
 
 @dataclass(frozen=True, kw_only=True)

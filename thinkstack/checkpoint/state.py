@@ -16,6 +16,10 @@ from torch import Tensor
 
 from thinkstack.types import ConfigError
 
+MODEL, AVERAGE, STATE = "model", "model-ema", "state"
+
+ADAPTER = "adapter"
+"""Beside the merged model, where adapters were trained."""
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 
 

@@ -184,7 +184,7 @@ def inspect(
         print(describe_speed())
     if machine and not model:
         return
-    from thinkstack.checkpoint.inspect import describe_model, describe_training
+    from thinkstack.planner.inspect import describe_model, describe_training
 
     print(describe_model(model))
     if train:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from thinkstack.config import CountOrZero, Positive, Seed
 from thinkstack.models.moe import MoE
-from thinkstack.models.nf4 import NF4Blocks
-from thinkstack.models.quant import FP8Blocks, Packed, Storage, matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import Packed, matrices, pack, packed_parameters, unpack
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.fp8 import FP8Blocks
+from thinkstack.quant.nf4 import NF4Blocks
+from thinkstack.quant.scheme import Storage
 from thinkstack.types import ConfigError
 
 M = TypeVar("M", bound=Transformer)
@@ -43,7 +45,7 @@ class LoRAConfig:
     targets: tuple[Literal["attention", "feed_forward", "experts"], ...] = ("attention", "feed_forward")
     """Which matrices: the projections of attention, dense and shared feed-forwards, routed experts one by one."""
     base: Literal["float", "fp8", "nf4"] = "float"
-    """How the frozen matrices are kept: as floats, in 8 bits (models/fp8.py) or in 4 (QLoRA: models/nf4.py)."""
+    """How the frozen matrices are kept: as floats, in 8 bits (quant/fp8.py) or in 4 (QLoRA: quant/nf4.py)."""
     seed: Seed = 0
     """Fixes the drawn A."""
 

@@ -165,7 +165,7 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.expert_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
         self.adapters = nn.ModuleDict()  # by parameter: what models/lora.py adds to w_in or w_out
-        self.products: nn.Module | None = None  # computes the experts in place of `compute`: models/fp8.py
+        self.products: nn.Module | None = None  # computes the experts in place of `compute`: train/fp8.py
 
     def forward(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, T, D), normed. replayed: (B, T, K) integers, experts to use in place of the router's choice, -1 where

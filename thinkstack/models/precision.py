@@ -11,8 +11,10 @@ from torch import nn
 from thinkstack.kernels import choice
 from thinkstack.models.lora import BASES, adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
-from thinkstack.models.quant import Int8, Storage, matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import matrices, pack, packed_parameters, unpack
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.int8 import Int8
+from thinkstack.quant.scheme import Storage
 
 log = logging.getLogger(__name__)
 

@@ -15,25 +15,22 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from thinkstack.checkpoint.model import load_chat, load_model, save_model
-from thinkstack.checkpoint.peft.adapter import save_adapter
-from thinkstack.checkpoint.state import load_state, save_state
+from thinkstack.checkpoint.state import STATE, save_state
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import open_engine
 from thinkstack.evals.results import Evaluation, curve_point
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out
-from thinkstack.log import CURVE, Progress, Run, timed
+from thinkstack.log import CURVE, Run, timed
 from thinkstack.models.lora import adapters_off, merged
 from thinkstack.models.transformer import Transformer
 from thinkstack.rl.advantages import Learnt, compare, usable
 from thinkstack.rl.config import GrpoConfig
 from thinkstack.rl.critic import Critic
 from thinkstack.rl.groups import by_group, collect, reward_of, to_batch
-from thinkstack.rl.health import describe, early_warnings, health_line
+from thinkstack.rl.health import describe
 from thinkstack.rl.rollout import Asking, Counter, Round, ScoreFunction, roll_out
 from thinkstack.rl.rollout_log import write_rollouts
 from thinkstack.rl.saved_rollouts import drop_drawings, read_drawing, write_drawing
-from thinkstack.stages.supervised import ADAPTER, MODEL, STATE
 from thinkstack.tasks.mixture import Curriculum, make_curriculum, one_phase
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, families
@@ -299,49 +296,3 @@ def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -
 def _only(found: Evaluation, cfg: GrpoConfig) -> Any:
     """The figures of the first level that training never asks, or None."""
     return next((found.by_level[level] for level in cfg.held_out_levels if level in found.by_level), None)
-
-
-def grpo(cfg: GrpoConfig, run: Run) -> None:
-    """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
-    model, chat = load_model(cfg.start), load_chat(cfg.start)
-    zero = Zero(cfg, run, model, chat)
-    state = load_state(run.folder / STATE)
-    if state is not None:
-        zero.restore(*state)
-    run.rewind(state[1]["rows"] if state else {})
-    if zero.should_look():
-        zero.look()
-    warned: set[str] = set()
-    history = run.rows()
-    with Progress("reinforcement learning", cfg.steps, zero.trainer.step_count) as progress:
-        while zero.trainer.step_count < cfg.steps:
-            before = zero.trainer.step_count
-            metrics = zero.step()
-            done = zero.trainer.step_count
-            if zero.fruitless >= FRUITLESS_DRAWINGS:
-                raise TrainingError(
-                    f"{zero.fruitless} drawings in a row at step {done} had no group with answers of different reward: "
-                    "the problems are too hard or too easy for this model, or the reward is wrong; look at "
-                    f"{run.folder}/metrics.jsonl"
-                )
-            run.log(done, metrics)
-            progress.advance(done - before, health_line(metrics))
-            history.append(metrics)
-            warned = warn(history, warned)
-            if zero.should_look():
-                zero.look()
-            if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
-                zero.save()
-            if run.stop.is_requested:
-                raise Interrupted
-    if cfg.trainer.lora.rank:
-        save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
-    save_model(run.folder / MODEL, merged(model), chat.tokenizer, chat, like=cfg.start)
-
-
-def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:
-    """Log early warnings that were not there a step ago; returns those that are there now."""
-    found = early_warnings(history)
-    for name in found.keys() - known:
-        log.warning("%s: %s", name, found[name])
-    return set(found)

@@ -1,25 +1,15 @@
 """A conversation with a checkpoint: thinking and answer as they are drawn."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.stages.console import NEW, read_question, say, say_answer
-from thinkstack.text.chat import ChatFormat, ZeroFormat
-from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
-from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
+from thinkstack.text.chat import ZeroFormat
+from thinkstack.text.stream import LastToken, Piece, split_turn, stream_text
 from thinkstack.types import Message, RequestError, Sampling
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text of an assistant turn."""
-
-    kind: str
-    """"thinking", "answer", or "text" for what stands outside both."""
-    text: str
 
 
 class Talk:
@@ -69,61 +59,3 @@ class Talk:
             except KeyboardInterrupt:
                 self.messages.pop()  # what was asked, for no answer follows it
                 say(" (stopped)\n", "warning")
-
-
-class LastToken:
-    """The token that a stream ended with, to say why an answer is empty."""
-
-    def __init__(self, chat: ChatFormat):
-        self.chat = chat
-        self.token: int | None = None
-
-    def of(self, ids: Iterator[int]) -> Iterator[int]:
-        """The same ids."""
-        self.token = None
-        for self.token in ids:
-            yield self.token
-
-    def text(self) -> str:
-        """How the tokenizer spells it."""
-        return "no token" if self.token is None else self.chat.tokenizer.decode([self.token])
-
-
-def stream_text(text_of: Callable[[Sequence[int]], str], ids: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes certain: half characters wait for their other half. text_of: the text of all ids so far."""
-    drawn: list[int] = []
-    sent = ""
-    for token in ids:
-        drawn.append(token)
-        text = text_of(drawn)
-        if not text.endswith("\ufffd") and len(text) > len(sent):
-            yield text[len(sent) :]
-            sent = text
-    rest = text_of(drawn)[len(sent) :]
-    if rest:
-        yield rest
-
-
-MARKS = {THINK_OPEN: "thinking", THINK_CLOSE: "text", ANSWER_OPEN: "answer", ANSWER_CLOSE: "text"}
-
-
-def split_turn(chunks: Iterator[str]) -> Iterator[Piece]:
-    """Sort streamed text into thinking, answer and the rest; tags are dropped, half tags wait for their other half."""
-    kind, buffer = "text", ""
-    for chunk in chunks:
-        buffer += chunk
-        while True:
-            places = [(buffer.index(mark), mark) for mark in MARKS if mark in buffer]
-            if not places:
-                break
-            place, mark = min(places)
-            if buffer[:place]:
-                yield Piece(kind, buffer[:place])
-            kind, buffer = MARKS[mark], buffer[place + len(mark) :]
-        held = max((size for mark in MARKS for size in range(1, len(mark)) if buffer.endswith(mark[:size])), default=0)
-        ready = buffer[: len(buffer) - held]
-        if ready:
-            yield Piece(kind, ready)
-        buffer = buffer[len(ready) :]
-    if buffer:
-        yield Piece(kind, buffer)

@@ -15,8 +15,8 @@ from thinkstack.files import lines
 from thinkstack.models.precision import DTYPES, Precision, Stored
 from thinkstack.parallel.inference import Ranks, broadcast_text
 from thinkstack.parallel.load import load_shard
-from thinkstack.stages.chat import LastToken, stream_text
 from thinkstack.stages.console import NEW, Say, say_answer
+from thinkstack.text.stream import LastToken, stream_text
 from thinkstack.types import ConfigError, Message, RequestError, Sampling
 
 TextOf = Callable[[Sequence[int]], str]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
+from thinkstack.checkpoint.state import MODEL
 from thinkstack.log import Run
-from thinkstack.stages.supervised import MODEL
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.shots import asked_with, without_thinking
 from thinkstack.types import ConfigError

@@ -19,6 +19,7 @@ from thinkstack import kernels
 from thinkstack.engine.sampler import sample
 from thinkstack.kernels import choice
 from thinkstack.kernels.cpu.prepacked import linear
+from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.kernels.paging import Pages
 from thinkstack.machine import (
     describe_machine,
@@ -32,7 +33,8 @@ from thinkstack.models.attention import MLA, AttentionContext, sight_of
 from thinkstack.models.config import MLAConfig, named
 from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table, rotate, swiglu
 from thinkstack.models.moe import expert_mlp, route
-from thinkstack.models.quant import Int8, Packed, PackedLinear
+from thinkstack.models.quantized import Packed, PackedLinear
+from thinkstack.quant.int8 import Int8
 from thinkstack.train.loss import token_log_probs
 
 log = logging.getLogger(__name__)
@@ -219,7 +221,7 @@ def _dequantize(dtype: torch.dtype) -> Work:
     stored = Int8()
     packed = stored.pack(_random(576, 1536, dtype=torch.float32))
     out = torch.empty(576, 1536, dtype=dtype)
-    return _without(lambda: stored.unpack(packed, out))
+    return _without(lambda: dequantize_(stored, packed, out))
 
 
 def _feed_forward(dtype: torch.dtype) -> Work:

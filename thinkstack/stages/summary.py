@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from thinkstack.checkpoint.state import MODEL
 from thinkstack.evals.report import accuracy, each
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.evaluate import SAMPLED, read_evaluation
-from thinkstack.stages.supervised import MODEL
 
 LOSS = "loss/next_token_nats"
 

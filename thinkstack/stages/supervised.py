@@ -6,7 +6,7 @@ from typing import Protocol
 
 from thinkstack.checkpoint.model import save_model
 from thinkstack.checkpoint.peft.adapter import save_adapter
-from thinkstack.checkpoint.state import load_state, save_state
+from thinkstack.checkpoint.state import ADAPTER, AVERAGE, MODEL, STATE, load_state, save_state
 from thinkstack.data import PackedStream
 from thinkstack.log import Progress, Run, timed
 from thinkstack.models.lora import merged
@@ -19,10 +19,6 @@ from thinkstack.train.schedule import BatchPlan
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Interrupted
-
-MODEL, AVERAGE, STATE = "model", "model-ema", "state"
-ADAPTER = "adapter"
-"""Beside the merged model, where adapters were trained."""
 
 
 class LearningConfig(Protocol):

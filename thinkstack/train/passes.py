@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from thinkstack.models.fp8 import use_fp8
 from thinkstack.models.moe import Routing
 from thinkstack.models.precision import DTYPES, resolve_precision, working_copy
 from thinkstack.models.transformer import Transformer, Trunk
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss
+from thinkstack.train.fp8 import use_fp8
 from thinkstack.train.loss import Stats, TrainedTokens, token_log_probs
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.train.value_loss import ValueTokens, valued_tokens

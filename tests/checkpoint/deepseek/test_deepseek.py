@@ -15,7 +15,7 @@ from thinkstack.checkpoint.deepseek.config import config_of
 from thinkstack.checkpoint.hf.files import CONFIG, WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, open_source, save_model
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig, named
-from thinkstack.models.quant import FP8Blocks
+from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.types import ConfigError
 
 SMALL = replace(MLA_TINY, vocab_size=384, mtp_layers=0)

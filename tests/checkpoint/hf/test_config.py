@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import GQA_TINY, MLA_TINY
 from thinkstack.checkpoint.hf.config import from_hf, read_storage, storage_keys, to_hf
 from thinkstack.models.config import NAMED, Llama3RopeConfig, ModelConfig, RopeConfig, YarnConfig, named
-from thinkstack.models.quant import FP8Blocks
+from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.types import ConfigError
 
 QWEN2_TINY = replace(GQA_TINY, family="qwen2", attention=replace(GQA_TINY.attention, qkv_bias=True))

@@ -16,10 +16,10 @@ from thinkstack.checkpoint.hf.files import CONFIG, INDEX, WEIGHTS, config_json, 
 from thinkstack.checkpoint.model import load_model, open_source, save_model
 from thinkstack.checkpoint.source import Form
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
-from thinkstack.models.fp8 import E4M3
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
 from thinkstack.models.precision import refresh
-from thinkstack.models.quant import FP8Blocks, matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import matrices, pack, packed_parameters, unpack
+from thinkstack.quant.fp8 import E4M3, FP8Blocks
 from thinkstack.types import ConfigError
 
 WIDE = replace(

@@ -10,7 +10,7 @@ from typing import Any
 from thinkstack.checkpoint.hf.config import differences, read_bos, read_eos
 from thinkstack.checkpoint.json_reader import Reader, read_json
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
-from thinkstack.models.quant import FP8Blocks
+from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 

@@ -23,8 +23,7 @@ from thinkstack.checkpoint.hf.tensors import check_tensors, shapes_on_disk, stor
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.tensor_file import Entry, Files, read_header, write_file
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.fp8 import BLOCK
-from thinkstack.models.quant import FP8Blocks
+from thinkstack.quant.fp8 import BLOCK, FP8Blocks
 from thinkstack.types import ConfigError
 
 FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")

@@ -13,7 +13,8 @@ from typing import Any
 from thinkstack.checkpoint.hf.rope import read_rope, rope_keys
 from thinkstack.checkpoint.json_reader import REQUIRED, Reader
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from thinkstack.models.quant import FP8Blocks, Storage
+from thinkstack.quant.fp8 import FP8Blocks
+from thinkstack.quant.scheme import Storage
 from thinkstack.types import ConfigError
 
 ARCHITECTURES = {

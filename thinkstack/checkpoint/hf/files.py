@@ -20,10 +20,11 @@ from thinkstack.checkpoint.hf.tensors import Stored, check_tensors, shapes_on_di
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.source import Form, Source
 from thinkstack.checkpoint.tensor_file import Entry, Files, read_header, write_file
+from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.fp8 import BLOCK, E4M3
-from thinkstack.models.quant import FP8Blocks, Parts
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.fp8 import BLOCK, E4M3, FP8Blocks
+from thinkstack.quant.scheme import Parts
 from thinkstack.types import ConfigError
 
 CONFIG = "config.json"
@@ -123,7 +124,7 @@ def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table
 
     def widened(name: str) -> Tensor:
         out = torch.empty(entries[name].shape)
-        known.unpack(parts(name), out)
+        dequantize_(known, parts(name), out)
         return out
 
     return Source(

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from thinkstack.checkpoint.source import Source
+from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.config import MLAConfig, ModelConfig
 from thinkstack.models.moe import MoE
-from thinkstack.models.quant import STACKED, Packed, Parts, Storage, matrices, pack, packed_parameters
+from thinkstack.models.quantized import STACKED, Packed, matrices, pack, packed_parameters
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.scheme import Parts, Storage
 from thinkstack.types import ConfigError
 
 # Our name within a block -> the name within model.layers.N, by part of the block.
@@ -300,7 +302,7 @@ def _fill_packed(owner: Packed, item: Stored, source: Source) -> None:
 def _fill_plain(target: Tensor, item: Stored, source: Source) -> None:
     if item.name in source.packed:
         assert source.storage is not None
-        source.storage.unpack(source.packed[item.name](), target)
+        dequantize_(source.storage, source.packed[item.name](), target)
         return
     if (item.name, "") in source.direct and source.dtype_of(item.name) == target.dtype:
         source.direct[item.name, ""](target)

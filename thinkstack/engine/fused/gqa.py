@@ -16,7 +16,7 @@ from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
 from thinkstack.models.layers import Projection, RMSNorm, Rotations, SwiGLU
 from thinkstack.models.moe import MoE
-from thinkstack.models.quant import Packed, PackedLinear
+from thinkstack.models.quantized import Packed, PackedLinear
 from thinkstack.models.transformer import Transformer
 
 PACKED = PLAIN - {Projection, MoE} | {PackedLinear, Packed}

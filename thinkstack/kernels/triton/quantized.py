@@ -1,6 +1,6 @@
 """Products of a few rows with matrices in 8 bits as one Triton kernel: codes are widened on their way, never stored.
 
-`PackedLinear` in models/quant.py says what it computes. Importing this module needs Triton.
+`PackedLinear` in models/quantized.py says what it computes. Importing this module needs Triton.
 """
 
 # Shapes in this file: B rows, K inputs, N outputs, S parts that the inputs are cut into.

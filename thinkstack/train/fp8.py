@@ -12,50 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack import kernels
 from thinkstack.models.layers import swiglu
 from thinkstack.models.moe import MoE, dispatch
 from thinkstack.models.transformer import Transformer
-
-BLOCK = 128
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest number of e4m3; it has 3 bits of fraction, so rounding is within 2**-4 of a normal number."""
-SMALLEST_PEAK = 1e-30
-"""A block's peak counts at least this. DeepSeek's inference code has 1e-4, below which gradients live."""
-
-
-def quantise(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """x (..., M, K) in blocks of `rows` x 128, ragged at the edges.
-
-    power_of_two: scales of the form 2**n, rounded up (ue8m0), which lose no bit where they are taken out again.
-    Returns (e4m3 (..., M, K), scales (..., ceil(M / rows), ceil(K / 128)) fp32); x is about their product.
-    """
-    M, K = x.shape[-2:]
-    blocks = F.pad(x.float(), (0, -K % BLOCK, 0, -M % rows)).unflatten(-2, (-1, rows)).unflatten(-1, (-1, BLOCK))
-    peak = blocks.abs().amax((-3, -1)).clamp(min=SMALLEST_PEAK)  # (..., M / rows, K / 128)
-    scale = peak / LARGEST
-    if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    small = blocks / scale[..., :, None, :, None]
-    return small.flatten(-2).flatten(-3, -2)[..., :M, :K].clamp(-LARGEST, LARGEST).to(E4M3), scale
-
-
-def dequantise(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """fp32 (..., M, K) of what `quantise` returned."""
-    M, K = q.shape[-2:]
-    wide = scale.repeat_interleave(rows, -2)[..., :M, :].repeat_interleave(BLOCK, -1)[..., :K]
-    return q.float() * wide
-
-
-def widen(codes: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Write codes (..., N, K) e4m3 times scale (..., ceil(N / 128), ceil(K / 128)) into out (..., N, K) of any float
-    dtype; the product is taken in fp32 and rounded once.
-    """
-    if kernels.takes(out, "dequantize") and out.is_contiguous():
-        kernels.widen(codes.contiguous(), scale.float().contiguous(), out, BLOCK, BLOCK)
-    else:
-        out.copy_(dequantise(codes, scale.float(), BLOCK))
+from thinkstack.quant.fp8 import BLOCK, dequantise, quantise
 
 
 def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thinkstack.models.quant import Parts
+from thinkstack.quant.scheme import Parts
 
 BLOCK = 64
 """Neighbours along the inputs that share a scale."""

@@ -9,80 +9,25 @@ with int8 as it is. Gradients pass through to the input; the packed numbers get 
 # stacked in one parameter (gate and up: 2), U experts in use, D hidden size, I intermediate size of one expert.
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thinkstack import kernels
-from thinkstack.kernels import triton as cuda
+from thinkstack.kernels import triton
 from thinkstack.kernels.cpu.prepacked import product_dtype, upcast_linear
-from thinkstack.models.fp8 import BLOCK, quantise, widen
+from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.fp8 import FP8Blocks
+from thinkstack.quant.int8 import Int8
+from thinkstack.quant.scheme import Parts, Storage
 
-Parts = dict[str, Tensor]
-"""What a storage makes of matrices (..., N, K): tensors by name, two dimensions each behind the same leading ones."""
 M = TypeVar("M", bound=Transformer)
+
 Index = tuple[int | Tensor, ...]
-
-
-class Storage(Protocol):
-    """How matrices are kept."""
-
-    @property
-    def name(self) -> str:
-        """For messages and commands."""
-
-    def pack(self, weight: Tensor) -> Parts:
-        """The parts of weight (..., N, K), a float tensor on any device, meta included."""
-
-    def unpack(self, parts: Parts, out: Tensor) -> None:
-        """Write the matrices that `parts` stand for into out (..., N, K), rounded once to its dtype."""
-
-
-@dataclass(frozen=True)
-class FP8Blocks:
-    """DeepSeek's files: e4m3 numbers, one scale for 128 x 128 (V3 report, arXiv:2412.19437, section 3.3.1)."""
-
-    power_of_two: bool = False
-    """Scales of the form 2**n (scale_fmt ue8m0)."""
-    scale_dtype: torch.dtype = torch.float32
-    """What scales are kept as: fp32, or float8_e8m0fnu, the exponents alone."""
-
-    @property
-    def name(self) -> str:
-        return "fp8-ue8m0" if self.power_of_two else "fp8"
-
-    def pack(self, weight: Tensor) -> Parts:
-        codes, scale = quantise(weight, BLOCK, self.power_of_two)
-        return {"codes": codes, "scale": scale.to(self.scale_dtype)}
-
-    def unpack(self, parts: Parts, out: Tensor) -> None:
-        widen(parts["codes"], parts["scale"], out)
-
-
-@dataclass(frozen=True)
-class Int8:
-    """Whole numbers from -127 to 127, one scale for each output: the largest magnitude of its row / 127."""
-
-    @property
-    def name(self) -> str:
-        return "int8"
-
-    def pack(self, weight: Tensor) -> Parts:
-        wide = weight.float()
-        scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (..., N, 1)
-        return {"codes": (wide / scale).round().to(torch.int8), "scale": scale}
-
-    def unpack(self, parts: Parts, out: Tensor) -> None:
-        codes, scale = parts["codes"], parts["scale"]
-        if kernels.takes(out, "dequantize") and out.is_contiguous():
-            kernels.widen(codes.contiguous(), scale.contiguous(), out, 1, out.shape[-1])
-        else:
-            out.copy_(codes * scale)
 
 
 class Packed(nn.Module):
@@ -116,7 +61,7 @@ class Packed(nn.Module):
         parts = self.parts(index)
         some = next(iter(parts.values()))
         out = torch.empty(*some.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=some.device)
-        self.storage.unpack(parts, out)
+        dequantize_(self.storage, parts, out)
         return out
 
     def whole(self) -> Tensor:
@@ -164,8 +109,8 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K); returns (..., N). For a few rows codes of 8 bits are multiplied as they are read."""
         parts, bias = self.in_8_bits(), None if self.bias is None else self.bias.to(x.dtype)
-        if parts is not None and cuda.takes_packed(x, parts["codes"]):
-            out = cuda.packed_product(x, parts["codes"], parts["scale"].float())
+        if parts is not None and triton.takes_packed(x, parts["codes"]):
+            out = triton.packed_product(x, parts["codes"], parts["scale"].float())
             return out if bias is None else out + bias
         if parts is not None and bias is None and kernels.takes_few(x, parts["codes"]):
             return kernels.few_rows(x, parts["codes"], parts["scale"])

@@ -1,0 +1,62 @@
+"""Reinforcement learning as a stage: from a checkpoint to a checkpoint, resumable at every saved step."""
+
+import logging
+from collections.abc import Sequence
+
+from thinkstack.checkpoint.model import load_chat, load_model, save_model
+from thinkstack.checkpoint.peft.adapter import save_adapter
+from thinkstack.checkpoint.state import ADAPTER, MODEL, STATE, load_state
+from thinkstack.log import Progress, Run
+from thinkstack.models.lora import merged
+from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.health import early_warnings, health_line
+from thinkstack.rl.trainer import FRUITLESS_DRAWINGS, Zero
+from thinkstack.types import Interrupted, TrainingError
+
+log = logging.getLogger(__name__)
+
+
+def grpo(cfg: GrpoConfig, run: Run) -> None:
+    """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
+    model, chat = load_model(cfg.start), load_chat(cfg.start)
+    zero = Zero(cfg, run, model, chat)
+    state = load_state(run.folder / STATE)
+    if state is not None:
+        zero.restore(*state)
+    run.rewind(state[1]["rows"] if state else {})
+    if zero.should_look():
+        zero.look()
+    warned: set[str] = set()
+    history = run.rows()
+    with Progress("reinforcement learning", cfg.steps, zero.trainer.step_count) as progress:
+        while zero.trainer.step_count < cfg.steps:
+            before = zero.trainer.step_count
+            metrics = zero.step()
+            done = zero.trainer.step_count
+            if zero.fruitless >= FRUITLESS_DRAWINGS:
+                raise TrainingError(
+                    f"{zero.fruitless} drawings in a row at step {done} had no group with answers of different reward: "
+                    "the problems are too hard or too easy for this model, or the reward is wrong; look at "
+                    f"{run.folder}/metrics.jsonl"
+                )
+            run.log(done, metrics)
+            progress.advance(done - before, health_line(metrics))
+            history.append(metrics)
+            warned = warn(history, warned)
+            if zero.should_look():
+                zero.look()
+            if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
+                zero.save()
+            if run.stop.is_requested:
+                raise Interrupted
+    if cfg.trainer.lora.rank:
+        save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
+    save_model(run.folder / MODEL, merged(model), chat.tokenizer, chat, like=cfg.start)
+
+
+def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:
+    """Log early warnings that were not there a step ago; returns those that are there now."""
+    found = early_warnings(history)
+    for name in found.keys() - known:
+        log.warning("%s: %s", name, found[name])
+    return set(found)
