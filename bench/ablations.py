@@ -25,13 +25,13 @@ from studies import band, held_out_rows, measure, panel, smoothed, table
 from thinkstack.checkpoint.model import load_model
 from thinkstack.checkpoint.state import MODEL
 from thinkstack.config import build, merge
-from thinkstack.evals.plots import COLOURS
+from thinkstack.evals.plots import COLORS
 from thinkstack.log import CURVE, TIMINGS, Run, write_json
 from thinkstack.machine import describe_machine, prepare_machine
-from thinkstack.rl.config import PRESETS, GrpoConfig
+from thinkstack.rl.config import PRESETS, RLConfig
 from thinkstack.stages.pretrain import begin_pretraining, pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.stages.rl import grpo
+from thinkstack.stages.rl import train_rl
 
 STEPS, RL_STEPS = 500, 30
 CORPUS = {"drill_share": 0.15, "worked_share": 0.45, "wrong_working_share": 0.5}
@@ -41,7 +41,7 @@ SETTING: dict[str, Any] = {
     "save_steps": 0,
     "corpus": CORPUS,
     "trainer": {
-        "micro_tokens": 640,
+        "micro_batch_tokens": 640,
         "workers": 2,
         "optim": {"learning_rate": 2e-3, "warmup_steps": 20, "schedule": "cosine"},
     },
@@ -61,13 +61,13 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 RL: dict[str, Any] = {
     "steps": RL_STEPS,
     "held_out_levels": [4],
-    "way_steps": 5,
+    "eval_steps": 5,
     "save_steps": 0,
     "dynamic_sampling": False,
-    "trainer": {"micro_tokens": 2560, "workers": 2, "optim": {"learning_rate": 3e-4, "weight_decay": 0.0}},
+    "trainer": {"micro_batch_tokens": 2560, "workers": 2, "optim": {"learning_rate": 3e-4, "weight_decay": 0.0}},
 }
 REINFORCEMENT: dict[str, dict[str, Any]] = {
-    "GRPO": {"advantage": "standardised"},
+    "GRPO": {"advantage": "standardized"},
     "PPO with a critic": {"preset": "ppo"} | PRESETS["ppo"],
 }
 
@@ -128,7 +128,7 @@ def pretraining(seeds: list[int], out: Path) -> list[dict[str, Any]]:
             }
         )
     print(table(rows))
-    draw_pretraining(found, Path("docs"))
+    plot_pretraining(found, Path("docs"))
     return found
 
 
@@ -137,22 +137,22 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
 
 
-def draw_pretraining(found: list[dict[str, Any]], folder: Path) -> None:
+def plot_pretraining(found: list[dict[str, Any]], folder: Path) -> None:
     """Load with and without the bias; loss with Muon and AdamW over time."""
     canvas = Figure(figsize=(7.2, 3.4), dpi=144, layout="constrained")
     axes = canvas.subplots()
     panel(canvas, axes, "Expert load in pre-training", "step", "busiest expert over mean, minus 1")
-    for arm, colour in zip(("AdamW, bias, MTP", "auxiliary loss", "no balancing"), COLOURS, strict=False):
+    for arm, color in zip(("AdamW, bias, MTP", "auxiliary loss", "no balancing"), COLORS, strict=False):
         runs = [one["load_curve"] for one in found if one["arm"] == arm]
         label = "bias (aux-loss-free)" if arm.startswith("AdamW") else arm
-        band(axes, [20 * (i + 1) for i in range(len(runs[0]))], runs, label, colour)
+        band(axes, [20 * (i + 1) for i in range(len(runs[0]))], runs, label, color)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     canvas.savefig(folder / "ablations-load.png")
     canvas = Figure(figsize=(7.2, 3.4), dpi=144, layout="constrained")
     axes = canvas.subplots()
     panel(canvas, axes, "Optimizers at equal time", "seconds", "training loss (nats)")
-    for name, colour in zip(("AdamW", "Muon"), COLOURS, strict=False):
+    for name, color in zip(("AdamW", "Muon"), COLORS, strict=False):
         arms = {one["arm"] for one in found if one["arm"].startswith(name)}
         mean = {arm: statistics.fmean(one["loss"] for one in found if one["arm"] == arm) for arm in arms}
         best = min(mean, key=mean.__getitem__)
@@ -160,7 +160,7 @@ def draw_pretraining(found: list[dict[str, Any]], folder: Path) -> None:
         runs = [one["loss_curve"] for one in mine]
         pace = statistics.fmean(one["seconds"] for one in mine) / mine[0]["steps"]
         rate = best if "rate" in best else "AdamW, rate 2e-3"
-        band(axes, [20 * (i + 1) * pace for i in range(len(runs[0]))], runs, f"{rate} (best of its rates)", colour)
+        band(axes, [20 * (i + 1) * pace for i in range(len(runs[0]))], runs, f"{rate} (best of its rates)", color)
     axes.set_yscale("log")
     axes.legend(frameon=False)
     canvas.savefig(folder / "ablations-optimizers.png")
@@ -172,8 +172,8 @@ def reinforced(arm: str, seed: int, start: Path, out: Path) -> dict[str, Any]:
     run = Run(folder)
     if not (folder / MODEL).exists():
         print(f"{arm}, seed {seed}", flush=True)
-        cfg = build(GrpoConfig, merge(RL, REINFORCEMENT[arm]) | {"start": str(start), "seed": seed}, arm)
-        grpo(cfg, run)
+        cfg = build(RLConfig, merge(RL, REINFORCEMENT[arm]) | {"start": str(start), "seed": seed}, arm)
+        train_rl(cfg, run)
     clock, at = 0.0, {0: 0.0}
     for row in run.rows(TIMINGS):
         clock += row["time/rollout_seconds"] + row["time/train_seconds"]
@@ -199,9 +199,9 @@ def reinforcement(seeds: list[int], start: Path, out: Path) -> list[dict[str, An
     axes = canvas.subplots()
     panel(canvas, axes, "From the same base, without dynamic sampling", "seconds of steps", "pass@1, held-out")
     grid = [common * i / 40 for i in range(41)]
-    for arm, colour in zip(REINFORCEMENT, COLOURS, strict=False):
+    for arm, color in zip(REINFORCEMENT, COLORS, strict=False):
         mine = [one for one in found if one["arm"] == arm]
-        band(axes, grid, [[at_time(one["points"], second) for second in grid] for one in mine], arm, colour)
+        band(axes, grid, [[at_time(one["points"], second) for second in grid] for one in mine], arm, color)
         step = statistics.fmean(one["seconds"] for one in mine) / RL_STEPS
         ends = spread([one["points"][-1][1] for one in mine], 3)
         equal = spread([at_time(one["points"], common) for one in mine], 3)

@@ -42,7 +42,7 @@ from thinkstack.machine import prepare_machine
 from thinkstack.types import Sampling
 import torch
 prepare_machine()
-engine = Engine(load_model(sys.argv[1], torch.bfloat16), EngineConfig(max_batch=64, max_context=1024, dtype="bf16"))
+engine = Engine(load_model(sys.argv[1], torch.bfloat16), EngineConfig(max_num_seqs=64, max_model_len=1024, dtype="bf16"))
 next(iter(engine.stream(list(range(16)), Sampling(max_tokens=1))))
 """
 
@@ -112,7 +112,9 @@ def faster(model: Path, dtype: str, prompts: list[list[int]], new: int) -> tuple
 
 def measured(title: str, model: Transformer, dtype: str, prompts: list[list[int]], new: int, pairs: int) -> Comparison:
     """Alternating pairs of the same work."""
-    size = EngineConfig(max_batch=REQUESTS, max_context=len(prompts[0]) + new, dtype=dtype, prefix_cache=False)
+    size = EngineConfig(
+        max_num_seqs=REQUESTS, max_model_len=len(prompts[0]) + new, dtype=dtype, enable_prefix_caching=False
+    )
     ours = answering(Engine(model, size), prompts, new)
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model", model)

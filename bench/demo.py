@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure as Canvas
 from studies import band, panel
 
-from thinkstack.evals.plots import COLOURS
+from thinkstack.evals.plots import COLORS
 from thinkstack.evals.results import Evaluation
 from thinkstack.log import CURVE, read_lines, write_json
 from thinkstack.machine import describe_machine
@@ -44,7 +44,7 @@ def row_of(name: str, folder: Path, stage: str, seconds: float | None) -> dict[s
         "worked": found.worked_share,
         "worked right": found.worked_accuracy,
         "direct right": found.direct_accuracy,
-        "least over chance": min(found.by_family[f].pass_at_1 / found.chance[f] for f in found.by_family),
+        "least over chance": min(found.by_task[f].pass_at_1 / found.chance[f] for f in found.by_task),
         "tokens": found.mean_tokens,
     }
 
@@ -57,12 +57,12 @@ def draw(folders: list[Path], path: Path) -> None:
     left, right = canvas.subplots(1, 2)
     panel(canvas, left, f"Held-out accuracy, {len(folders)} seeds", "RL step", "pass@1")
     panel(canvas, right, "Length of answers", "RL step", "tokens per answer")
-    band(left, steps, [[point["pass_at_1"] for point in curve] for curve in curves], "all levels", COLOURS[0])
+    band(left, steps, [[point["pass_at_1"] for point in curve] for curve in curves], "all levels", COLORS[0])
     unseen = [[point["held_out_level"]["pass_at_1"] for point in curve] for curve in curves]
-    band(left, steps, unseen, "level 4, never asked", COLOURS[1])
+    band(left, steps, unseen, "level 4, never asked", COLORS[1])
     left.set_ylim(0, 1)
     left.legend(frameon=False, loc="lower right")
-    band(right, steps, [[point["mean_tokens"] for point in curve] for curve in curves], "tokens", COLOURS[2])
+    band(right, steps, [[point["mean_tokens"] for point in curve] for curve in curves], "tokens", COLORS[2])
     right.set_ylim(bottom=0)
     canvas.savefig(path)
 

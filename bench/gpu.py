@@ -18,7 +18,7 @@ from thinkstack.machine import prepare_machine
 from thinkstack.models.config import ModelConfig, named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 MODELS = ("v3-tiny", "r1-distill-qwen-1.5b", "v2-lite")
 BATCHES = (1, 8, 64, 256)
@@ -55,14 +55,14 @@ def floors(device: torch.device) -> tuple[float, float]:
     return max(rates), memory.nbytes / best_of(memory.sum, device)[0]
 
 
-def drawn_model(cfg: ModelConfig, device: torch.device) -> Transformer:
+def random_model(cfg: ModelConfig, device: torch.device) -> Transformer:
     """A model in bf16 whose weights are drawn where it lies."""
     with torch.device("meta"):
         model = Transformer(cfg)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.bfloat16()
-    return model.to_empty(device=device).initialise(torch.Generator(device).manual_seed(0))
+    return model.to_empty(device=device).initialize(torch.Generator(device).manual_seed(0))
 
 
 def bytes_a_step(model: Transformer, batch: int, context: int) -> float:
@@ -73,7 +73,7 @@ def bytes_a_step(model: Transformer, batch: int, context: int) -> float:
         if parameter is model.embed.weight and parameter is not model.head.weight:
             continue
         if cfg.moe is not None and name.endswith(("w_in", "w_out")):
-            total += parameter.nbytes * (1 - (1 - cfg.moe.top_k / cfg.moe.num_experts) ** batch)
+            total += parameter.nbytes * (1 - (1 - cfg.moe.num_experts_per_tok / cfg.moe.num_experts) ** batch)
         else:
             total += parameter.nbytes
     return total + batch * context * cache_bytes_per_token(cfg)
@@ -82,12 +82,12 @@ def bytes_a_step(model: Transformer, batch: int, context: int) -> float:
 def seconds_a_step(model: Transformer, batch: int, recorded: bool) -> float:
     """Median of a decoding step of so many requests, drawing included."""
     size = EngineConfig(
-        max_batch=batch, max_context=PROMPT + 2 * STEPS, dtype="bf16", prefix_cache=False, graphs=recorded
+        max_num_seqs=batch, max_model_len=PROMPT + 2 * STEPS, dtype="bf16", enable_prefix_caching=False, graphs=recorded
     )
     engine, times = Engine(model, size), []
     prompts = torch.randint(8, model.cfg.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
     for seed, prompt in enumerate(prompts.tolist()):
-        engine.submit(prompt, Sampling(max_tokens=2 * STEPS, seed=seed))
+        engine.submit(prompt, SamplingParams(max_tokens=2 * STEPS, seed=seed))
     while len(engine.scheduler.running) < batch or (engine.table.computed < PROMPT)[:batch].any():
         engine.step()
     for step in range(STEPS):
@@ -102,17 +102,21 @@ def seconds_of_prompts(model: Transformer, device: torch.device) -> tuple[float,
     """Least time of reading prompts, with a token drawn behind each, and how often they were read."""
     length, count = READ
     size = EngineConfig(
-        max_batch=count, max_context=length + 1, max_prefill_tokens=length * count, dtype="bf16", prefix_cache=False
+        max_num_seqs=count,
+        max_model_len=length + 1,
+        max_prefill_tokens=length * count,
+        dtype="bf16",
+        enable_prefix_caching=False,
     )
     engine = Engine(model, size)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(8, model.cfg.vocab_size, (count, length), generator=generator).tolist()
-    return best_of(lambda: engine.generate(prompts, [Sampling(max_tokens=1)] * count), device)
+    return best_of(lambda: engine.generate(prompts, [SamplingParams(max_tokens=1)] * count), device)
 
 
 def measure(name: str, device: torch.device, batches: list[int], peak: float, bandwidth: float) -> list[Row]:
     """All figures of one model."""
-    model = drawn_model(named(name, mtp_layers=0, max_positions=1024), device)
+    model = random_model(named(name, mtp_layers=0, max_positions=1024), device)
     (prompts, tries), (length, count) = seconds_of_prompts(model, device), READ
     operations = length * count * flops_per_token(model.cfg, length // 2)
     figures = [

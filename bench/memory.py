@@ -49,7 +49,7 @@ CASES = {
     "v3-tiny, fp32": Case(named("v3-tiny"), TrainingShape(rows=16, row_tokens=256, dtype="fp32", passes=2)),
     "dense, fp32": Case(named("llama-tiny"), TrainingShape(rows=16, row_tokens=512, dtype="fp32")),
     "dense, hidden 512": Case(
-        named("llama-tiny", hidden_size=512, num_layers=6, dense_size=1536, attention=WIDE),
+        named("llama-tiny", hidden_size=512, num_layers=6, intermediate_size=1536, attention=WIDE),
         TrainingShape(rows=4, row_tokens=512),
     ),
     "dense, 49,152 tokens": Case(
@@ -70,10 +70,10 @@ def resident(kind: str) -> int:
 def train(case: Case, steps: int = STEPS) -> Trainer:
     """A few steps on tokens drawn at random, each row one document, all of them learnt."""
     shape = case.shape
-    model = Transformer(case.cfg).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(case.cfg).initialize(torch.Generator().manual_seed(0))
     cfg = TrainerConfig(
         dtype=shape.dtype,
-        micro_tokens=shape.tokens,
+        micro_batch_tokens=shape.tokens,
         workers=shape.workers,
         checkpoint_layers=shape.checkpoint_layers,
     )

@@ -2,7 +2,7 @@
 
 First table: logits and gradients of every family with drawn weights, ours against transformers' class of the same
 folder, fp32. Second table: the worst of each family over models drawn at random (bench/drawn.py), with and without
-padding. Last line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantised once to fp32) are given to both
+padding. Last line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantized once to fp32) are given to both
 programs: logits of 200 prompts, and greedy text, which must be the same on 200 x 64 tokens. That part takes minutes on
 one core and needs
 
@@ -42,10 +42,10 @@ from thinkstack.models.config import (
 )
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Message, Sampling
+from thinkstack.types import Message, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only its own folder
-from bench.drawn import Case, draw_case
+from bench.drawn import Case, random_case
 
 MAX_ABS, RELATIVE, GRADIENT = 1e-4, 1e-5, 1e-4
 NUM_DRAWN = 50
@@ -53,7 +53,9 @@ NUM_DRAWN = 50
 NUM_TOKENS = 64
 """Greedy tokens compared per prompt; both programs ignore end tokens, so that every prompt has as many."""
 
-_MOE = MoEConfig(num_experts=8, top_k=3, expert_size=24, num_groups=4, top_groups=2, route_scale=2.5)
+_MOE = MoEConfig(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, num_groups=4, top_groups=2, route_scale=2.5
+)
 _YARN = YarnConfig(factor=4.0, original_max_positions=16, mscale=0.7, mscale_all_dim=1.0)
 _V3 = ModelConfig(
     family="deepseek_v3",
@@ -63,19 +65,19 @@ _V3 = ModelConfig(
     attention=MLAConfig(
         num_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10
     ),
-    dense_size=96,
+    intermediate_size=96,
     moe=_MOE,
     max_positions=64,
     init_std=0.15,
 )
 _MOE_V2 = MoEConfig(
     num_experts=8,
-    top_k=3,
+    num_experts_per_tok=3,
     num_shared_experts=2,
-    expert_size=24,
+    moe_intermediate_size=24,
     scoring="softmax",
     group_score="max",
-    normalise_weights=False,
+    norm_topk_prob=False,
 )
 _MLA_DIRECT = MLAConfig(
     num_heads=4, q_lora_rank=0, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10
@@ -90,7 +92,7 @@ _LLAMA = replace(
 )
 _QWEN3 = replace(_LLAMA, family="qwen3", attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=12, qk_norm=True))
 
-FAMILIES: dict[str, ModelConfig] = {
+PUZZLES: dict[str, ModelConfig] = {
     "v3, 4 groups": _V3,
     "v3, 1 group, no q-lora": replace(
         _V3,
@@ -117,7 +119,7 @@ FAMILIES: dict[str, ModelConfig] = {
     "qwen 3, experts": replace(
         _QWEN3,
         family="qwen3_moe",
-        moe=replace(_MOE_V2, num_shared_experts=0, normalise_weights=True, first_dense_layers=0),
+        moe=replace(_MOE_V2, num_shared_experts=0, norm_topk_prob=True, first_dense_layers=0),
     ),
 }
 """Small models that between them use every branch of the families."""
@@ -138,10 +140,10 @@ class LogitError:
         return self.max_abs <= MAX_ABS and self.relative <= RELATIVE
 
 
-def drawn_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
+def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
     """A model with drawn weights, norms that are not 1 and, where the family has them, biases that are not 0."""
     generator = torch.Generator().manual_seed(seed)
-    model = Transformer(cfg).initialise(generator)
+    model = Transformer(cfg).initialize(generator)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
@@ -186,8 +188,8 @@ def case_error(case: Case, model: Transformer, theirs: Any) -> CaseError:
     ours = model(case.ids, case.positions, documents)
     reference = theirs(case.ids, attention_mask=case.mask.long(), position_ids=case.positions).logits
     for logits in (ours, reference):
-        learnt = case.mask[:, :-1] & case.mask[:, 1:]
-        F.cross_entropy(logits[:, :-1][learnt], case.ids[:, 1:][learnt]).backward()
+        loss_mask = case.mask[:, :-1] & case.mask[:, 1:]
+        F.cross_entropy(logits[:, :-1][loss_mask], case.ids[:, 1:][loss_mask]).backward()
     mine, others = gradients(model), their_gradients(theirs)
     assert mine.keys() == others.keys(), sorted(mine.keys() ^ others.keys())
     apart = {name: float((mine[name] - grad).norm() / grad.norm()) for name, grad in others.items() if grad.any()}
@@ -233,7 +235,7 @@ def opened(model: Transformer, folder: Path) -> Any:
 
 def family_error(cfg: ModelConfig, folder: Path, rows: int = 4, tokens: int = 48) -> CaseError:
     """Save a drawn model of `cfg` in `folder`, open it in transformers, compare both on drawn tokens."""
-    model = drawn_model(cfg)
+    model = random_model(cfg)
     ids = torch.randint(cfg.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
     case = Case(cfg=cfg, padding="none", ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     return case_error(case, model, opened(model, folder))
@@ -241,8 +243,8 @@ def family_error(cfg: ModelConfig, folder: Path, rows: int = 4, tokens: int = 48
 
 def drawn_error(number: int, folder: Path) -> CaseError:
     """The same for the model and batch of a number."""
-    case = draw_case(number)
-    model = drawn_model(case.cfg, number)
+    case = random_case(number)
+    model = random_model(case.cfg, number)
     return case_error(case, model, opened(model, folder))
 
 
@@ -303,17 +305,17 @@ def compare_smollm2(prompts: Sequence[str] = PROMPTS, num_tokens: int = NUM_TOKE
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "smollm2", model, chat.tokenizer)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "smollm2", dtype=torch.float32)
-    prompt_ids = [chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
-    engine = Engine(model, EngineConfig(max_batch=len(prompts), max_context=256))
-    sampling = Sampling(temperature=0, max_tokens=num_tokens)
-    answers = [done[0].token_ids for done in engine.generate(prompt_ids, [sampling] * len(prompts))]
+    prompt_token_ids = [chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
+    engine = Engine(model, EngineConfig(max_num_seqs=len(prompts), max_model_len=256))
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
+    answers = [done[0].token_ids for done in engine.generate(prompt_token_ids, [sampling] * len(prompts))]
     differences = []
-    for prompt, ids, answer in zip(prompts, prompt_ids, answers, strict=True):
+    for prompt, ids, answer in zip(prompts, prompt_token_ids, answers, strict=True):
         reference = _greedy(theirs, ids, num_tokens)
         if reference != answer:
             differences.append(_describe(theirs, prompt, ids, answer, reference))
     with torch.no_grad():
-        rows = [torch.tensor([ids]) for ids in prompt_ids]
+        rows = [torch.tensor([ids]) for ids in prompt_token_ids]
         errors = [logit_error(model(row), theirs(row).logits) for row in rows]
     error = LogitError(max_abs=max(found.max_abs for found in errors), relative=max(found.relative for found in errors))
     equal = len(prompts) - len(differences)
@@ -351,12 +353,12 @@ def small_models() -> list[dict[str, Any]]:
     """The tables of hand-made families and of drawn models."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, cfg in FAMILIES.items():
+        for name, cfg in PUZZLES.items():
             rows.append(row(name, [family_error(cfg, Path(folder) / "model")]))
         drawn: dict[str, list[CaseError]] = {}
         for number in range(NUM_DRAWN):
             error = drawn_error(number, Path(folder) / "model")
-            drawn.setdefault(draw_case(number).cfg.family, []).append(error)
+            drawn.setdefault(random_case(number).cfg.family, []).append(error)
     print(f"\n{'worst of drawn models':32}")
     return rows + [row(f"{family}, {len(errors)} drawn", errors) for family, errors in drawn.items()]
 

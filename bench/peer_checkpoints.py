@@ -111,7 +111,11 @@ def said_by(peer, tok=None) -> dict:
     greedy = list(ids)
     for _ in range(6):
         greedy.append(int(peer(torch.tensor([greedy])).logits[0, -1].argmax()))
-    said = {"prompt_ids": ids, "logits": [round(x, 6) for x in logits.tolist()[::16]], "greedy": greedy[len(ids) :]}
+    said = {
+        "prompt_token_ids": ids,
+        "logits": [round(x, 6) for x in logits.tolist()[::16]],
+        "greedy": greedy[len(ids) :],
+    }
     if tok is not None:
         said["text_ids"] = tok(TEXT, add_special_tokens=False)["input_ids"]
         if tok.chat_template:

@@ -21,24 +21,24 @@ from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 PROMPT_TOKENS = 32
 
 
 def our_rollout(model: Transformer, prompts: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
     """One call of ours."""
-    engine = Engine(model, EngineConfig(max_batch=len(prompts), max_context=PROMPT_TOKENS + new_tokens))
+    engine = Engine(model, EngineConfig(max_num_seqs=len(prompts), max_model_len=PROMPT_TOKENS + new_tokens))
     asked = prompts.tolist()
-    samplings = [Sampling(max_tokens=new_tokens, seed=seed) for seed in range(len(asked))]
+    samplings = [SamplingParams(max_tokens=new_tokens, seed=seed) for seed in range(len(asked))]
 
     def run() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        return [(group[0].token_ids, group[0].log_probs) for group in engine.generate(asked, samplings)]
+        return [(group[0].token_ids, group[0].logprobs) for group in engine.generate(asked, samplings)]
 
     return run
 
 
-def their_rollout(model: Any, prompts: torch.Tensor, new_tokens: int, with_log_probs: bool) -> Callable[[], Any]:
+def their_rollout(model: Any, prompts: torch.Tensor, new_tokens: int, with_logprobs: bool) -> Callable[[], Any]:
     """One call of transformers."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -47,9 +47,9 @@ def their_rollout(model: Any, prompts: torch.Tensor, new_tokens: int, with_log_p
 
     @torch.no_grad()
     def run() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        out = model.generate(prompts, **settings, return_dict_in_generate=True, output_scores=with_log_probs)
+        out = model.generate(prompts, **settings, return_dict_in_generate=True, output_scores=with_logprobs)
         ids = out.sequences[:, width:].tolist()
-        if not with_log_probs:
+        if not with_logprobs:
             return [(tuple(row), ()) for row in ids]
         scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True).tolist()
         return [(tuple(row), tuple(score)) for row, score in zip(ids, scores, strict=True)]
@@ -60,7 +60,7 @@ def their_rollout(model: Any, prompts: torch.Tensor, new_tokens: int, with_log_p
 def measure(sequences: int, new_tokens: int, pairs: int) -> list[Comparison]:
     """Ours against generate, without and with log-probabilities."""
     cfg = named("v3-tiny", mtp_layers=0)
-    model = Transformer(cfg).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(cfg).initialize(torch.Generator().manual_seed(0))
     prompts = torch.randint(8, cfg.vocab_size, (sequences, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
     ours = our_rollout(model, prompts, new_tokens)
     candidates = twins(model, torch.float32)
@@ -74,12 +74,12 @@ def measure(sequences: int, new_tokens: int, pairs: int) -> list[Comparison]:
     found = []
     for label, kind in kinds.items():
         print(f"peer {label}: transformers with {kind}")
-        for with_log_probs in (False, True):
-            peer = their_rollout(candidates[kind], prompts, new_tokens, with_log_probs)
+        for with_logprobs in (False, True):
+            peer = their_rollout(candidates[kind], prompts, new_tokens, with_logprobs)
             lengths = {len(ids) for ids, _ in (*ours(), *peer())}
             if lengths != {new_tokens}:
                 raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {new_tokens}")
-            name = f"{sequences} x {new_tokens}, peer {label}, ids" + (" and log-probs" if with_log_probs else "")
+            name = f"{sequences} x {new_tokens}, peer {label}, ids" + (" and log-probs" if with_logprobs else "")
             found.append(compare(name, ours, peer, pairs, floor_seconds=floor, warm_up=0))
     return found
 

@@ -41,9 +41,9 @@ def make_work(name: str, threads: int) -> Callable[[], Any]:
     from thinkstack.models.config import named
     from thinkstack.models.transformer import Transformer
 
-    model = Transformer(named("v3-tiny", mtp_layers=0)).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(named("v3-tiny", mtp_layers=0)).initialize(torch.Generator().manual_seed(0))
     if name in ("step", "workers"):
-        ids = train_step.drawn_rows(train_step.SHAPES_MEASURED["v3-tiny"])
+        ids = train_step.random_rows(train_step.SHAPES_MEASURED["v3-tiny"])
         return train_step.our_step(model, ids, "fp32", threads if name == "workers" else 1, compiled=False)
     if name == "rl":
         args = argparse.Namespace(model="v3-tiny", dtype="fp32", threads=threads)

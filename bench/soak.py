@@ -25,7 +25,7 @@ from thinkstack.log import Progress
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 REPLAYED = 200
 LONGEST = 1024
@@ -47,7 +47,7 @@ class Load:
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(self.vocab_size) for _ in range(count)]
 
-    def next(self) -> tuple[list[int], Sampling, int]:
+    def next(self) -> tuple[list[int], SamplingParams, int]:
         """Prompt, sampling and priority."""
         draw = self.random
         beginning = draw.choice(self.beginnings) if draw.random() < 0.5 else []
@@ -56,8 +56,8 @@ class Load:
         how |= {"temperature": draw.choice((0.0, 0.7, 1.0)), "n": draw.choice((1, 1, 1, 4))}
         how |= draw.choice(({}, {}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"frequency_penalty": 0.5}))
         if draw.random() < 0.3:
-            how["stop_ids"] = tuple(self.tokens(3))
-        return prompt, Sampling(**how), draw.choice((0, 0, 0, 1, -1))
+            how["stop_token_ids"] = tuple(self.tokens(3))
+        return prompt, SamplingParams(**how), draw.choice((0, 0, 0, 1, -1))
 
 
 class Soak:
@@ -66,11 +66,11 @@ class Soak:
     def __init__(self, model: Transformer):
         self.model, self.load = model, Load(model.cfg.vocab_size)
         cfg = EngineConfig(
-            max_batch=48,
-            max_context=LONGEST,
+            max_num_seqs=48,
+            max_model_len=LONGEST,
             cache_tokens=48 * BLOCK,  # too little for 48 long ones: some are sent back
             max_prefill_tokens=512,
-            max_drafts=min(model.cfg.mtp_layers, 1),
+            num_speculative_tokens=min(model.cfg.mtp_layers, 1),
         )
         self.engine = Engine(model, cfg)
         self.alive: list[Request] = []
@@ -119,8 +119,8 @@ class Soak:
         pool = self.engine.scheduler.pool
         assert pool.available == pool.num_blocks, "blocks were lost"
         for request in self.finished:
-            fresh = Engine(self.model, EngineConfig(max_batch=4, max_context=LONGEST, prefix_cache=False))
-            (again,) = fresh.generate([list(request.prompt_ids)], [request.sampling])
+            fresh = Engine(self.model, EngineConfig(max_num_seqs=4, max_model_len=LONGEST, enable_prefix_caching=False))
+            (again,) = fresh.generate([list(request.prompt_token_ids)], [request.sampling])
             same = [c.token_ids for c in again] == [c.token_ids for c in request.completions if c is not None]
             assert same, f"request {request.id} answers otherwise alone"
 
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint; else v3-tiny with drawn weights")
     args = parser.parse_args()
     prepare_machine(args.threads)
-    drawn = Transformer(named("v3-tiny", max_positions=LONGEST)).initialise(torch.Generator().manual_seed(0))
+    drawn = Transformer(named("v3-tiny", max_positions=LONGEST)).initialize(torch.Generator().manual_seed(0))
     soak = Soak(load_model(args.model) if args.model else drawn)
     soak.run(args.minutes)
     soak.check()

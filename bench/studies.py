@@ -14,9 +14,9 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.pretrain import HELD_OUT
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.train.balance import expert_counts, max_violation
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.types import Batch
 
 HELD_OUT_ROWS = 96
@@ -36,7 +36,7 @@ class HeldOut:
 def held_out_rows(cfg: PretrainConfig, checkpoint: Path) -> Batch:
     """Rows of the corpus that lie beyond everything trained on."""
     stream = PackedStream(
-        make_source(cfg, families(cfg.families), load_chat(checkpoint)), HELD_OUT_ROWS, cfg.row_tokens
+        make_source(cfg, puzzle_tasks(cfg.tasks), load_chat(checkpoint)), HELD_OUT_ROWS, cfg.row_tokens
     )
     stream.restore({"position": HELD_OUT, "waiting": []})
     return stream.take()
@@ -45,11 +45,11 @@ def held_out_rows(cfg: PretrainConfig, checkpoint: Path) -> Batch:
 @torch.no_grad()
 def measure(model: Transformer, batch: Batch) -> HeldOut:
     """Loss and load of `model` on `batch`."""
-    log_probs = batch_log_probs(model, batch, 1.0, MICRO_TOKENS)
+    logprobs = batch_logprobs(model, batch, 1.0, MICRO_TOKENS)
     routings = model.trunk(batch.ids, batch.positions, batch.document_ids).routing
     loads = [max_violation(expert_counts(routing, batch.document_ids > 0)) for routing in routings]
     return HeldOut(
-        loss=-float(log_probs.sum() / batch.loss_mask.sum()),
+        loss=-float(logprobs.sum() / batch.loss_mask.sum()),
         violation=float(torch.stack(loads).mean()) if loads else 0.0,
     )
 
@@ -64,12 +64,12 @@ def panel(canvas: Figure, axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def band(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, colour: str) -> None:
+def band(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, color: str) -> None:
     """Mean over runs as a line, least to largest as a band."""
     columns = list(zip(*runs, strict=True))
-    axes.plot(x, [sum(column) / len(column) for column in columns], color=colour, label=label, linewidth=1.8)
+    axes.plot(x, [sum(column) / len(column) for column in columns], color=color, label=label, linewidth=1.8)
     low, high = [min(column) for column in columns], [max(column) for column in columns]
-    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def smoothed(values: Sequence[float], every: int) -> list[float]:

@@ -58,8 +58,15 @@ SHAPES_MEASURED = {
             attention=MLAConfig(
                 num_heads=8, q_lora_rank=128, kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32
             ),
-            dense_size=768,
-            moe=MoEConfig(num_experts=32, top_k=4, expert_size=128, num_groups=8, top_groups=4, route_scale=1.0),
+            intermediate_size=768,
+            moe=MoEConfig(
+                num_experts=32,
+                num_experts_per_tok=4,
+                moe_intermediate_size=128,
+                num_groups=8,
+                top_groups=4,
+                route_scale=1.0,
+            ),
             max_positions=512,
             init_std=0.05,
         ),
@@ -69,7 +76,7 @@ SHAPES_MEASURED = {
 }
 
 
-def drawn_rows(shape: Shape) -> torch.Tensor:
+def random_rows(shape: Shape) -> torch.Tensor:
     """Token ids (rows, tokens + 1)."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(shape.cfg.vocab_size, (shape.rows, shape.tokens + 1), generator=generator)
@@ -91,7 +98,7 @@ def our_step(
         optim=OptimConfig(learning_rate=RATE, clip_norm=CLIP_NORM),
         dtype=dtype,
         compile=compiled,
-        micro_tokens=-(-rows // workers) * tokens,
+        micro_batch_tokens=-(-rows // workers) * tokens,
         workers=workers,
         balance_weight=0.0,
         bias_speed=0.0,
@@ -121,8 +128,8 @@ def their_step(model: Any, ids: torch.Tensor, autocast: bool, compiled: bool) ->
 
 def measure(name: str, shape: Shape, args: Any) -> list[Comparison]:
     """Ours against the twin that transformers builds by default, and against its fastest one."""
-    model = Transformer(shape.cfg).initialise(torch.Generator().manual_seed(0))
-    ids = drawn_rows(shape)
+    model = Transformer(shape.cfg).initialize(torch.Generator().manual_seed(0))
+    ids = random_rows(shape)
     peak = peak_gflops(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     operations = 3 * flops_per_token(shape.cfg, shape.tokens // 2) * shape.rows * shape.tokens
     ours = our_step(model, ids, args.dtype, args.threads, args.compiled)
@@ -147,14 +154,16 @@ def measure_dense(name: str, shape: Shape, args: Any) -> Comparison:
     moe = shape.cfg.moe
     assert moe is not None
     layers, first = shape.cfg.num_layers, moe.first_dense_layers
-    width = moe.top_k * moe.expert_size + moe.shared_size
+    width = moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_size
     dense = replace(
-        shape.cfg, moe=None, dense_size=round((first * shape.cfg.dense_size + (layers - first) * width) / layers)
+        shape.cfg,
+        moe=None,
+        intermediate_size=round((first * shape.cfg.intermediate_size + (layers - first) * width) / layers),
     )
-    ids = drawn_rows(shape)
+    ids = random_rows(shape)
     steps = [
         our_step(
-            Transformer(cfg).initialise(torch.Generator().manual_seed(0)), ids, args.dtype, args.threads, args.compiled
+            Transformer(cfg).initialize(torch.Generator().manual_seed(0)), ids, args.dtype, args.threads, args.compiled
         )
         for cfg in (shape.cfg, dense)
     ]

@@ -192,7 +192,7 @@ def test_an_empty_answer_says_what_ended_it(monkeypatch, capsys, places):
     """It was an empty line, and nothing else."""
     monkeypatch.setattr(Generator, "_fitting", lambda self, ids: self.sampling)
     monkeypatch.setattr(
-        "thinkstack.engine.engine.Engine.stream", lambda self, ids, sampling: iter(sampling.stop_ids[:1])
+        "thinkstack.engine.engine.Engine.stream", lambda self, ids, sampling: iter(sampling.stop_token_ids[:1])
     )
     monkeypatch.setattr("sys.argv", ["thinkstack", "generate", places["model"], "--prompt", "1+2?"])
     cli.main()

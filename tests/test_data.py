@@ -5,41 +5,41 @@ import random
 import pytest
 import torch
 
-from tests.tiny import drawn_samples
-from thinkstack.data import PackedStream, Sample, lay_out, pack, spread, text_source
+from tests.tiny import random_examples
+from thinkstack.data import Example, PackedStream, collate, collate_values, pack, text_source
 from thinkstack.types import ConfigError
 
 
-def source(index: int) -> Sample:
+def source(index: int) -> Example:
     rng = random.Random(index)
     ids = (0, *(rng.randrange(1, 40) for _ in range(rng.randrange(1, 13))), index + 100)
-    return Sample(ids, (0,) + (1,) * (len(ids) - 1))
+    return Example(ids, (0,) + (1,) * (len(ids) - 1))
 
 
 def test_packing_puts_every_sample_in_exactly_one_row_that_holds_it():
-    samples = drawn_samples([random.Random(i).randrange(2, 20) for i in range(200)])
+    samples = random_examples([random.Random(i).randrange(2, 20) for i in range(200)])
     rows = pack(samples, 24)
     assert sorted(index for row in rows for index in row) == list(range(200))
     assert all(sum(samples[index].width for index in row) <= 24 for row in rows)
 
 
 def test_packing_leaves_little_room():
-    samples = drawn_samples([random.Random(i).randrange(2, 20) for i in range(200)])
+    samples = random_examples([random.Random(i).randrange(2, 20) for i in range(200)])
     assert sum(sample.width for sample in samples) / (24 * len(pack(samples, 24))) > 0.95
 
 
 def test_a_sample_fills_the_fullest_row_that_takes_it():
     """Widths 5, 4, 3, 2 in rows of 7: the 2 goes beside the 5, the 3 beside the 4."""
-    assert pack(drawn_samples([6, 5, 4, 3]), 7) == [[0, 3], [1, 2]]
+    assert pack(random_examples([6, 5, 4, 3]), 7) == [[0, 3], [1, 2]]
 
 
 def test_a_sample_wider_than_a_row_is_refused():
     with pytest.raises(ConfigError, match="a document of 9 tokens does not fit a row of 7"):
-        pack(drawn_samples([9]), 7)
+        pack(random_examples([9]), 7)
 
 
 def test_a_row_of_two_documents_written_out():
-    batch = lay_out([Sample((7, 8, 9), (0, 1, 1)), Sample((5, 6), (0, 1))], [[1, 0]], 5)
+    batch = collate([Example((7, 8, 9), (0, 1, 1)), Example((5, 6), (0, 1))], [[1, 0]], 5)
     assert batch.ids.tolist() == [[5, 7, 8, 0, 0]]
     assert batch.targets.tolist() == [[6, 8, 9, 0, 0]]
     assert batch.positions.tolist() == [[0, 0, 1, 0, 0]]
@@ -49,14 +49,14 @@ def test_a_row_of_two_documents_written_out():
 
 def test_only_learnt_tokens_are_targets():
     """A prompt is read, not learnt: the mask is that of the token predicted, not of the token read."""
-    batch = lay_out([Sample((7, 8, 9, 4), (0, 0, 1, 0))], [[0]], 3)
+    batch = collate([Example((7, 8, 9, 4), (0, 0, 1, 0))], [[0]], 3)
     assert batch.loss_mask.tolist() == [[0, 1, 0]]
 
 
 def test_no_target_crosses_a_border():
     """E2.37: the last token of a document predicts nothing, certainly not the first of the next."""
-    samples = drawn_samples([5, 3, 6])
-    batch = lay_out(samples, [[0, 1, 2]], 16)
+    samples = random_examples([5, 3, 6])
+    batch = collate(samples, [[0, 1, 2]], 16)
     assert int(batch.loss_mask.sum()) == sum(sample.width for sample in samples)
     for index, sample in enumerate(samples):
         inside = batch.document_ids[0] == index + 1
@@ -64,22 +64,22 @@ def test_no_target_crosses_a_border():
 
 
 def test_numbers_are_spread_as_tokens_are():
-    samples, rows = drawn_samples([5, 3, 6]), [[2, 0], [1]]
-    batch = lay_out(samples, rows, 10)
+    samples, rows = random_examples([5, 3, 6]), [[2, 0], [1]]
+    batch = collate(samples, rows, 10)
     values = [[float(token) for token in sample.ids[1:]] for sample in samples]
-    assert torch.equal(spread(values, samples, rows, 10), batch.targets.float())
+    assert torch.equal(collate_values(values, samples, rows, 10), batch.targets.float())
 
 
 def test_numbers_that_do_not_fit_their_tokens_are_a_bug():
     """E2.23: one log-probability too few would shift all that follow."""
-    samples = drawn_samples([5])
+    samples = random_examples([5])
     with pytest.raises(AssertionError, match="one number per prediction"):
-        spread([[1.0] * 3], samples, [[0]], 10)
+        collate_values([[1.0] * 3], samples, [[0]], 10)
 
 
 def test_a_document_that_predicts_nothing_is_a_bug():
     with pytest.raises(AssertionError):
-        Sample((1,), (0,))
+        Example((1,), (0,))
 
 
 def same(first, second) -> bool:
@@ -134,7 +134,7 @@ def test_text_files_become_chunks_that_begin_with_bos(tmp_path):
     (tmp_path / "a.txt").write_text("abcde", encoding="utf-8")
     found = text_source([tmp_path / "a.txt"], letters, bos_id=0, row_tokens=3)
     assert [sample.ids for sample in found] == [(0, 97, 98, 99), (0, 100, 101)]
-    assert [sample.learnt for sample in found] == [(0, 1, 1, 1), (0, 1, 1)]
+    assert [sample.loss_mask for sample in found] == [(0, 1, 1, 1), (0, 1, 1)]
     assert max(sample.width for sample in found) <= 3
 
 
@@ -147,7 +147,7 @@ def test_files_that_are_no_text_are_named(tmp_path):
 
 
 def test_cutting_a_batch_keeps_what_is_missing_missing():
-    batch = lay_out(drawn_samples([5, 3, 6]), [[0], [1], [2]], 6)
+    batch = collate(random_examples([5, 3, 6]), [[0], [1], [2]], 6)
     piece = batch.with_weights(batch.loss_mask).rows([2, 0])
     assert torch.equal(piece.ids, batch.ids[[2, 0]])
     assert torch.equal(piece.weights, batch.loss_mask[[2, 0]])
@@ -181,8 +181,8 @@ def test_a_ramp_loses_and_repeats_no_document():
 
 def test_without_isolation_a_row_is_one_document_whose_positions_run_on():
     """V3 packs so: tokens see what stands before them in the row; targets still stop at the borders."""
-    samples = drawn_samples([5, 3, 6])
-    alone, joined = (lay_out(samples, [[0, 1], [2]], 8, isolated=isolated) for isolated in (True, False))
+    samples = random_examples([5, 3, 6])
+    alone, joined = (collate(samples, [[0, 1], [2]], 8, isolated=isolated) for isolated in (True, False))
     assert joined.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 0], [0, 1, 2, 3, 4, 0, 0, 0]]
     assert joined.document_ids.tolist() == [[1] * 6 + [0] * 2, [1] * 5 + [0] * 3]
     for name in ("ids", "targets", "loss_mask"):

@@ -29,15 +29,15 @@ import torch
 from dataclasses import replace
 from thinkstack.machine import prepare_machine
 prepare_machine(1)
-from tests.tiny import GQA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, random_batch, tiny_model
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 
 cfg = replace(GQA_TINY, vocab_size=32768, hidden_size=16, num_layers=1, tie_embeddings=True)
-trainer = Trainer(tiny_model(cfg), TrainerConfig(dtype="fp32", micro_tokens=256, workers=2), 100)
+trainer = Trainer(tiny_model(cfg), TrainerConfig(dtype="fp32", micro_batch_tokens=256, workers=2), 100)
 for step in range(10):
-    trainer.step(drawn_batch([40 + 4 * step] * 16, 256, 32768, seed=step), next_token_loss)
+    trainer.step(random_batch([40 + 4 * step] * 16, 256, 32768, seed=step), next_token_loss)
     if step in (0, 9):
         print(int(open("/proc/self/statm").read().split()[1]))
 """

@@ -50,7 +50,7 @@ def test_a_preset_lies_under_the_settings_of_the_recipe(tmp_path: Path):
         override(override(read_recipe("demo"), "stages.zero.preset=paper"), "stages.zero.group_size=8"), tmp_path
     )
     zero = next(step.config for step in steps if step.name == "zero")
-    assert zero.advantage == "standardised" and zero.group_size == 8
+    assert zero.advantage == "standardized" and zero.group_size == 8
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_a_preset_lies_under_the_settings_of_the_recipe(tmp_path: Path):
         ("stages.zero.stepz=1", "unknown key stages.zero.stepz; did you mean stages.zero.steps?"),
         ("stages.zero.trainer.optim.learning_rte=1", "did you mean stages.zero.trainer.optim.learning_rate?"),
         ("stages.zero.top_p=0.9", "top_p=0.9"),
-        ("stages.zero.stage=grop", "did you mean grpo?"),
+        ("stages.zero.stage=r1", "did you mean rl?"),
         ("stages.base.model.moe.num_exprts=3", "num_exprts"),
-        ("stages.base.families=['chian']", "did you mean chain?"),
+        ("stages.base.tasks=['chian']", "did you mean chain?"),
         ("stages.base.trainer.optim.learning_rate=-1", "learning_rate=-1"),
         ("stage.base=1", "unknown key stage; did you mean stages?"),
     ],
@@ -141,10 +141,10 @@ def test_a_resumed_stage_computes_as_it_was_begun(tmp_path: Path, monkeypatch: p
     for machine in ("bf16", "fp32"):
         found = replace(choice.decide(), auto_dtype=machine)
         monkeypatch.setattr(choice, "decide", lambda found=found: found)
-        choice.adopt(None)
+        choice.restore(None)
         with contextlib.suppress(Interrupted):
             run_recipe(recipe, tmp_path)
-    choice.adopt(None)
+    choice.restore(None)
     assert dtypes == ["bf16", "bf16", "fp32"]  # the second stage was not begun before
     kept = Run(tmp_path / "first").provenance()["config"]["computed_with"]
     assert kept["auto_dtype"] == "bf16" and kept["reason"]

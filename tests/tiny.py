@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from thinkstack.data import Sample, lay_out, pack
+from thinkstack.data import Example, collate, pack
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
@@ -20,8 +20,10 @@ MLA_TINY = ModelConfig(
     attention=MLAConfig(
         num_heads=2, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
     ),
-    dense_size=40,
-    moe=MoEConfig(num_experts=8, top_k=2, expert_size=12, num_groups=4, top_groups=2, route_scale=1.5),
+    intermediate_size=40,
+    moe=MoEConfig(
+        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=12, num_groups=4, top_groups=2, route_scale=1.5
+    ),
     mtp_layers=1,
     max_positions=96,
     init_std=0.2,
@@ -39,7 +41,7 @@ GQA_TINY = replace(
 def tiny_model(cfg: ModelConfig = MLA_TINY, seed: int = 0, **changes: object) -> Transformer:
     """A model with drawn weights, norms that are not 1, and balance biases that are not 0."""
     generator = torch.Generator().manual_seed(seed)
-    model = Transformer(replace(cfg, **changes)).initialise(generator)
+    model = Transformer(replace(cfg, **changes)).initialize(generator)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -50,20 +52,20 @@ def tiny_model(cfg: ModelConfig = MLA_TINY, seed: int = 0, **changes: object) ->
     return model
 
 
-def drawn_samples(lengths: list[int], vocab_size: int = 48, seed: int = 0, prompt: int = 1) -> list[Sample]:
+def random_examples(lengths: list[int], vocab_size: int = 48, seed: int = 0, prompt: int = 1) -> list[Example]:
     """Documents of random tokens; the first `prompt` tokens of each are not learnt."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for length in lengths:
         ids = tuple(torch.randint(vocab_size, (length,), generator=generator).tolist())
-        samples.append(Sample(ids, (0,) * prompt + (1,) * (length - prompt)))
+        samples.append(Example(ids, (0,) * prompt + (1,) * (length - prompt)))
     return samples
 
 
-def drawn_batch(lengths: list[int], row_tokens: int, vocab_size: int = 48, seed: int = 0, prompt: int = 1) -> Batch:
-    """drawn_samples packed into rows."""
-    samples = drawn_samples(lengths, vocab_size, seed, prompt)
-    return lay_out(samples, pack(samples, row_tokens), row_tokens)
+def random_batch(lengths: list[int], row_tokens: int, vocab_size: int = 48, seed: int = 0, prompt: int = 1) -> Batch:
+    """random_examples packed into rows."""
+    samples = random_examples(lengths, vocab_size, seed, prompt)
+    return collate(samples, pack(samples, row_tokens), row_tokens)
 
 
 @cache

@@ -24,7 +24,7 @@ class Columns(NamedTuple):
 
     ids: list[int]
     targets: list[int]
-    learnt: list[int]
+    loss_mask: list[int]
     """1 = the target is trained."""
     positions: list[int]
     branches: list[int]
@@ -43,14 +43,14 @@ class Document(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
+class Example:
     """Token ids of one document, and for each token 1 if it is to be learnt (never the first: nothing predicts it)."""
 
     ids: tuple[int, ...]
-    learnt: tuple[int, ...]
+    loss_mask: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.ids) == len(self.learnt) > 1, "a document predicts at least one token"
+        assert len(self.ids) == len(self.loss_mask) > 1, "a document predicts at least one token"
 
     @property
     def width(self) -> int:
@@ -58,11 +58,11 @@ class Sample:
 
     def columns(self) -> Columns:
         places, none = list(range(self.width)), [0] * self.width
-        return Columns(list(self.ids[:-1]), list(self.ids[1:]), list(self.learnt[1:]), places, none)
+        return Columns(list(self.ids[:-1]), list(self.ids[1:]), list(self.loss_mask[1:]), places, none)
 
 
 @dataclass(frozen=True)
-class Fork:
+class SharedPromptGroup:
     """A prompt and answers to it, all of whose tokens are learnt. The prompt stands in the row once, but for its last
     token, from which each answer begins: column by column the answers are computed as if each stood alone."""
 
@@ -82,13 +82,13 @@ class Fork:
         for branch, answer in enumerate(self.answers, start=1):
             found.ids.extend((self.prompt[-1], *answer[:-1]))
             found.targets.extend(answer)
-            found.learnt.extend([1] * len(answer))
+            found.loss_mask.extend([1] * len(answer))
             found.positions.extend(range(shared, shared + len(answer)))
             found.branches.extend([branch] * len(answer))
         return found
 
 
-Source = Callable[[int], Sample]
+DocumentSource = Callable[[int], Example]
 """Where documents come from: the document of each index 0, 1, 2, ..., always the same one."""
 
 
@@ -113,7 +113,7 @@ def pack(samples: Sequence[Document], row_tokens: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(
+def collate(
     samples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int, isolated: bool = True
 ) -> Batch:
     """Write `samples` into the rows that `pack` chose. Document ids are sample indices + 1; 0 marks padding.
@@ -129,7 +129,7 @@ def lay_out(
             columns, span = samples[index].columns(), slice(start, start + samples[index].width)
             ids[row, span] = torch.tensor(columns.ids)
             targets[row, span] = torch.tensor(columns.targets)
-            loss_mask[row, span] = torch.tensor(columns.learnt, dtype=torch.float32)
+            loss_mask[row, span] = torch.tensor(columns.loss_mask, dtype=torch.float32)
             positions[row, span] = torch.tensor(columns.positions) + (0 if isolated else start)
             branches[row, span] = torch.tensor(columns.branches)
             document_ids[row, span] = index + 1 if isolated else 1
@@ -144,7 +144,7 @@ def lay_out(
     )
 
 
-def spread(
+def collate_values(
     values: Sequence[Sequence[float]], samples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int
 ) -> torch.Tensor:
     """Per-token numbers of each sample, one per prediction, laid out like the batch: (R, T) fp32, 0 in padding."""
@@ -163,14 +163,14 @@ class PackedStream:
 
     def __init__(
         self,
-        source: Source,
+        source: DocumentSource,
         rows: int,
         row_tokens: int,
         rank: int = 0,
         world_size: int = 1,
         isolated: bool = True,
     ):
-        """With world_size > 1 this rank reads documents rank, rank + world_size, ... isolated: as in `lay_out`."""
+        """With world_size > 1 this rank reads documents rank, rank + world_size, ... isolated: as in `collate`."""
         self.source, self.num_rows, self.row_tokens, self.isolated = source, rows, row_tokens, isolated
         self.rank, self.world_size = rank, world_size
         self.position = 0
@@ -189,7 +189,7 @@ class PackedStream:
         rows = pack(samples, self.row_tokens)
         kept, left = rows[:num_rows], rows[num_rows:]
         self.waiting = sorted(indices[place] for row in left for place in row)
-        return lay_out(samples, kept, self.row_tokens, self.isolated)
+        return collate(samples, kept, self.row_tokens, self.isolated)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here."""
@@ -202,14 +202,14 @@ class PackedStream:
 
 def text_source(
     paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int
-) -> list[Sample]:
+) -> list[Example]:
     """The user's texts as samples of at most a row each. Raises ConfigError as `read_texts`."""
     samples = []
     for text in (text for path in paths for text in read_texts(path)):
         ids = encode(text)
         for start in range(0, len(ids), row_tokens):
             chunk = (bos_id, *ids[start : start + row_tokens])
-            samples.append(Sample(chunk, (0,) + (1,) * (len(chunk) - 1)))
+            samples.append(Example(chunk, (0,) + (1,) * (len(chunk) - 1)))
     return samples
 
 

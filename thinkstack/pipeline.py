@@ -1,4 +1,4 @@
-"""Run a recipe: stages in order, each from the artefacts of earlier ones. What is done is skipped; what was cut off
+"""Run a recipe: stages in order, each from the artifacts of earlier ones. What is done is skipped; what was cut off
 goes on.
 
 A recipe is a TOML file: `shared` settings for every stage that has them, then one table a stage, in order.
@@ -24,27 +24,27 @@ from thinkstack.files import matching_files
 from thinkstack.kernels import choice
 from thinkstack.log import PROVENANCE, Run, clock, write_json
 from thinkstack.machine import describe_machine
-from thinkstack.rl.config import PRESETS, GrpoConfig
+from thinkstack.rl.config import PRESETS, RLConfig
 from thinkstack.stages.evaluate import SAMPLED, EvaluateConfig, measure, read_evaluation
-from thinkstack.stages.import_checkpoint import AdoptConfig, adopt
+from thinkstack.stages.import_checkpoint import ImportCheckpointConfig, import_checkpoint
 from thinkstack.stages.pretrain import PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
-from thinkstack.stages.rl import grpo
+from thinkstack.stages.rl import train_rl
 from thinkstack.stages.sft import SftConfig, sft
 from thinkstack.stages.summary import summarize
 from thinkstack.stopping import stopping_on_signals
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
 from thinkstack.tasks.benchmarks.datasets import split_file
-from thinkstack.tasks.table import DATASETS, TASKS
+from thinkstack.tasks.table import BENCHMARKS, TASKS
 from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
 
 STAGES: dict[str, tuple[type, Callable[[Any, Run], None]]] = {
-    "adopt": (AdoptConfig, adopt),
+    "import_checkpoint": (ImportCheckpointConfig, import_checkpoint),
     "pretrain": (PretrainConfig, pretrain),
     "sft": (SftConfig, sft),
-    "grpo": (GrpoConfig, grpo),
+    "rl": (RLConfig, train_rl),
     "evaluate": (EvaluateConfig, measure),
     "report": (ReportConfig, report),
 }
@@ -56,7 +56,7 @@ RECIPES = Path(str(resources.files("thinkstack") / "recipes"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StageRun:
     """One stage of a recipe, ready to run."""
 
     name: str
@@ -111,12 +111,12 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def plan(tree: Tree, out: Path) -> list[Step]:
+def plan(tree: Tree, out: Path) -> list[StageRun]:
     """The stages of a recipe with all settings checked and the names of earlier stages turned into paths."""
     for key in tree.keys() - {"shared", "stages"}:
         raise ConfigError(f"unknown key {key}{did_you_mean(key, ('shared', 'stages'))}")
     refuse_unused(tree)
-    steps: list[Step] = []
+    steps: list[StageRun] = []
     for name, table in tree.get("stages", {}).items():
         values = dict(table)
         kind = values.pop("stage", "")
@@ -126,7 +126,7 @@ def plan(tree: Tree, out: Path) -> list[Step]:
         names = {field.name for field in dataclasses.fields(config_kind)}
         values = {key: value for key, value in tree.get("shared", {}).items() if key in names} | values
         preset = values.get("preset", "default")
-        if kind == "grpo" and preset in PRESETS:
+        if kind == "rl" and preset in PRESETS:
             values = merge(PRESETS[preset], values)
         if isinstance(values.get("reward"), str):
             values["reward"] = {"parts": {values["reward"]: 1.0}}
@@ -135,7 +135,7 @@ def plan(tree: Tree, out: Path) -> list[Step]:
         config: Any = build(config_kind, values, f"stages.{name}")
         contents = [content_hash(path) for path in own_files(config)]
         text = json.dumps([kind, dump(config), steps[-1].fingerprint if steps else "", *contents], sort_keys=True)
-        steps.append(Step(name, kind, config, hashlib.sha256(text.encode()).hexdigest()[:16]))
+        steps.append(StageRun(name, kind, config, hashlib.sha256(text.encode()).hexdigest()[:16]))
     if not steps:
         raise ConfigError("the recipe has no stages")
     return steps
@@ -165,7 +165,7 @@ def refuse_unused(tree: Tree) -> None:
         raise ConfigError(f"unknown key shared.{key}{did_you_mean(key, sorted(names), 'shared')}")
 
 
-def check_inputs(steps: Sequence[Step], out: Path) -> None:
+def check_inputs(steps: Sequence[StageRun], out: Path) -> None:
     """Raise ConfigError for the first file or checkpoint from outside that a stage needs and that is not there.
 
     Names of the hub are not looked up, for that would fetch them.
@@ -177,7 +177,7 @@ def check_inputs(steps: Sequence[Step], out: Path) -> None:
                 locate(start)
             for name, folder in getattr(step.config, "files", {}).items():
                 for split in ("test",) if step.kind == "evaluate" else ("train", "test"):
-                    split_file(folder, split, DATASETS[name].SOURCE)
+                    split_file(folder, split, BENCHMARKS[name].SOURCE)
             for path in (*getattr(step.config, "data", ()), *getattr(step.config, "text_files", ())):
                 matching_files(Path(path))
         except ConfigError as error:
@@ -210,7 +210,7 @@ def run_recipe(tree: Tree, out: Path) -> None:
             log.info("[%d/%d] %s", number, len(steps), step.name)
             write_json(out / MANIFEST, manifest)  # before the first state: a killed stage keeps its settings too
             run = Run(out / step.name, stop)
-            choice.adopt(run.provenance().get("config", {}).get("computed_with"))
+            choice.restore(run.provenance().get("config", {}).get("computed_with"))
             config = dump(step.config) | {"stage": step.kind, "computed_with": choice.record()}
             run.start(config, getattr(step.config, "seed", 0), f"{machine}; {choice.describe()}")
             started = time.monotonic()
@@ -233,14 +233,12 @@ def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> No
 
 def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
     """Evaluate a checkpoint on one task and print its table; out: None names a folder by all that is asked."""
-    if task not in DATASETS and not task.startswith(gym.PREFIX):
+    if task not in BENCHMARKS and not task.startswith(gym.PREFIX):
         if task not in TASKS:
             raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
         if data:
             raise ConfigError(f"--data {data}: the task {task} is generated and reads no files; leave it out")
-    asked: Tree = (
-        {"files": {task: data or f"data/{task}"}, "families": []} if task in DATASETS else {"families": [task]}
-    )
+    asked: Tree = {"files": {task: data or f"data/{task}"}, "tasks": []} if task in BENCHMARKS else {"tasks": [task]}
     if values["max_tokens"] is None:
         values = values | {"max_tokens": min(MAX_TOKENS, open_source(model).cfg.max_positions // 2)}
     values = {"start": model} | asked | values

@@ -105,7 +105,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How one request draws tokens; filled by the caller of the engine."""
 
     temperature: float = 1.0
@@ -128,15 +128,15 @@ class Sampling:
     """Tokens an answer has before a stop token may be drawn."""
     max_tokens: int = 256
     """Most tokens an answer may have, its end token included."""
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer; the one that did is kept as its last token."""
     thinking_budget: int | None = None
-    """Tokens after which thinking is closed by `close_ids`, unless it was before; None sets no limit."""
-    close_ids: tuple[int, ...] = ()
+    """Tokens after which thinking is closed by `think_end_token_ids`, unless it was before; None sets no limit."""
+    think_end_token_ids: tuple[int, ...] = ()
     """What closes thinking; injected tokens count like drawn ones, and their log-probability is 0."""
-    top_log_probs: int = 0
+    top_logprobs: int = 0
     """Alternatives reported for each token: the most likely ones under the distribution it was drawn from."""
-    raw_log_probs: bool = False
+    raw_logprobs: bool = False
     """Report log-probabilities of the model itself, at temperature 1, instead of those that were drawn from."""
     seed: int = 0
     """Fixes the draws of this request, alone or in a batch."""
@@ -161,9 +161,9 @@ class Sampling:
                 )
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}")
-        if self.thinking_budget is not None and not self.close_ids:
+        if self.thinking_budget is not None and not self.think_end_token_ids:
             raise RequestError(
-                f"thinking_budget={self.thinking_budget} needs close_ids, the tokens that close thinking"
+                f"thinking_budget={self.thinking_budget} needs think_end_token_ids, the tokens that close thinking"
             )
 
 
@@ -178,15 +178,15 @@ SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
     "frequency_penalty": (-2.0, 2.0, "0 is off"),
     "repetition_penalty": (0.01, 100.0, "1 is off"),
     "top_k": (0, _MOST, "0 keeps every token"),
-    "top_log_probs": (0, _MOST, "0 is off"),
+    "top_logprobs": (0, _MOST, "0 is off"),
     "min_tokens": (0, _MOST, "0 lets an answer end at once"),
     "max_tokens": (1, _MOST, "an answer has at least one token"),
     "thinking_budget": (0, _MOST, "None sets no limit"),
     "n": (1, _MOST, "1 asks for one answer"),
     "seed": (-(2**64), 2**64, "equal seeds give equal answers"),
 }
-"""Least and largest value of each field of `Sampling`, inclusive, and what its neutral value means; whole numbers where
-the least one is written as such. Beyond them fp32 has no digits left, or the value says nothing."""
+"""Least and largest value of each field of `SamplingParams`, inclusive, and what its neutral value means; whole numbers
+where the least one is written as such. Beyond them fp32 has no digits left, or the value says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,21 +195,22 @@ class Completion:
 
     token_ids: tuple[int, ...]
     """The drawn tokens, the end token included when one was drawn."""
-    log_probs: tuple[float, ...]
+    logprobs: tuple[float, ...]
     """Natural log-probability of each token under the distribution it was drawn from; as long as token_ids."""
     finish_reason: FinishReason
     """"stop": ended by a stop token; "length": cut off at max_tokens or the context; "abort": cancelled; "error": its
     request says why."""
     weights_version: int
     """The version of the weights that drew it, as given to Engine.load_weights."""
-    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     """For each token its most likely alternatives, (id, log-probability), best first; where Sampling asks for them."""
     experts: Tensor | None = field(default=None, compare=False, repr=False)
     """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the experts of each token that was read, P of the
-    prompt and all N drawn but the last, in each of L layers. Only where EngineConfig.return_experts asks for them."""
+    prompt and all N drawn but the last, in each of L layers. Only where EngineConfig.return_routed_experts asks for
+    them."""
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.log_probs), "every token carries the log-probability it was drawn with"
+        assert len(self.token_ids) == len(self.logprobs), "every token carries the log-probability it was drawn with"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +232,7 @@ class Rollout:
     problem: Problem
     group_id: int
     """Answers to be compared with each other share it; it is drawn from a counter, never from the prompt's text."""
-    prompt_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
     completion: Completion
     score: Score | None = None
     """None until scored."""
@@ -258,18 +259,18 @@ class Batch:
     """fp32 share of each target in the loss of the step, 0 where masked; made by train/loss.token_weights."""
     advantages: Tensor | None = None
     """fp32 advantage of each trained token; filled by rl/trainer.py."""
-    rollout_log_probs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
     """fp32 log-probabilities as the engine drew the targets; filled by rl/trainer.py."""
-    old_log_probs: Tensor | None = None
+    old_logprobs: Tensor | None = None
     """fp32 log-probabilities under the policy before the step; None means the current ones, detached."""
-    reference_log_probs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
     """fp32 log-probabilities under the reference model; None when no KL term asks for them."""
     experts: Tensor | None = None
     """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None lets the
     model choose. Filled by rl/groups.py."""
     branches: Tensor | None = None
     """int64: 0 for the tokens that all continuations of a document share, 1, 2, ... for the continuations, which see
-    the shared tokens and themselves; None where no document branches. Filled by data.lay_out."""
+    the shared tokens and themselves; None where no document branches. Filled by data.collate."""
 
     @property
     def sequence_ids(self) -> Tensor:

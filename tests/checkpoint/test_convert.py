@@ -233,7 +233,7 @@ PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 def test_loading_takes_a_fifth_more_than_the_model_at_most_and_converting_no_model(tmp_path: Path):
     """153 MB of fp32 in one file; beside the model eight of its largest matrices, of 4 MB."""
     dense = replace(CFG.moe, first_dense_layers=12)
-    cfg = replace(CFG, hidden_size=512, dense_size=2048, mtp_layers=0, num_layers=12, moe=dense)
+    cfg = replace(CFG, hidden_size=512, intermediate_size=2048, mtp_layers=0, num_layers=12, moe=dense)
     save_model(tmp_path / "big", tiny_model(cfg))
     save_model(tmp_path / "small", tiny_model())
     command = [sys.executable, "-c", CODE, *(str(tmp_path / name) for name in ("big", "small", "out"))]

@@ -37,9 +37,16 @@ def shrunk(name: str) -> ModelConfig:
     if moe is not None:
         groups = dict(num_groups=min(2, moe.num_groups), top_groups=1)
         moe = replace(
-            moe, num_experts=4, top_k=2, expert_size=20, **groups, first_dense_layers=moe.first_dense_layers % 2
+            moe,
+            num_experts=4,
+            top_k=2,
+            moe_intermediate_size=20,
+            **groups,
+            first_dense_layers=moe.first_dense_layers % 2,
         )
-    small = dict(vocab_size=64, hidden_size=144, num_layers=2, dense_size=136, bos_id=0, eos_ids=(1,), max_positions=64)
+    small = dict(
+        vocab_size=64, hidden_size=144, num_layers=2, intermediate_size=136, bos_id=0, eos_ids=(1,), max_positions=64
+    )
     return replace(cfg, **small, attention=attention, moe=moe, rope=replace(cfg.rope, yarn=None, llama3=None))
 
 

@@ -70,7 +70,7 @@ def is_adapter(name: str) -> bool:
 @torch.no_grad()
 def check_numbers(model: Transformer, expected: dict) -> None:
     """Logits at every 16th token after the prompt within 1e-5 (they deviate by 0.7), and six greedy tokens."""
-    ids = list(expected["prompt_ids"])
+    ids = list(expected["prompt_token_ids"])
     logits = model(torch.tensor([ids]))[0, -1]
     assert (logits[::16] - torch.tensor(expected["logits"])).abs().max() < 1e-5
     for token in expected["greedy"]:
@@ -124,4 +124,4 @@ def test_tokens_that_are_absent_stay_absent_when_a_model_is_saved(name: str, tmp
         save_model(folder, model, chat.tokenizer, chat, like=like)
         again, spoken = load_model(folder), load_chat(folder)
         assert again.cfg == model.cfg
-        assert set(spoken.stop_ids) == set(chat.stop_ids) and spoken.has_template == chat.has_template
+        assert set(spoken.stop_token_ids) == set(chat.stop_token_ids) and spoken.has_template == chat.has_template

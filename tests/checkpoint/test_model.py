@@ -112,7 +112,7 @@ def test_a_base_model_has_no_template_and_says_what_to_add_once_a_conversation_i
     """load_chat refused it, and with it the plain continuation that a base model is for."""
     folder = saved(tmp_path / "model", chat_format=None)
     chat = load_chat(folder)
-    assert not chat.has_template and chat.stop_ids == (1,)
+    assert not chat.has_template and chat.stop_token_ids == (1,)
     for write in (chat.prompt, chat.example):
         with pytest.raises(ConfigError, match="thinkstack_chat_format"):
             write([*QUESTION, Message(role="assistant", content="42")])
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_the_older_folder(tmp_path: Path, monkeypatch):
 
 
 def test_an_unstorable_model_leaves_nothing(tmp_path: Path):
-    family = replace(MLA_TINY.moe, scoring="softmax", group_score="max", normalise_weights=False)
+    family = replace(MLA_TINY.moe, scoring="softmax", group_score="max", norm_topk_prob=False)
     with pytest.raises(ConfigError, match=r"bias is not zero"):
         save_model(tmp_path / "model", tiny_model(family="deepseek_v2", moe=family, mtp_layers=0))
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import httpx2
 from tests.engine.vllm_wire import Wire
 from thinkstack.checkpoint.model import load_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.types import Completion, Sampling
+from thinkstack.types import Completion, SamplingParams
 
 GENERATE = "/inference/v1/generate"
 
@@ -55,7 +55,9 @@ class FakeServer(Wire):
         if path == "/collective_rpc" and not self.keeps_weights:
             folder = json.loads(request.content)["kwargs"]["weights_path"]
             with self.drawing:  # what is being drawn is finished first, and told with the old name
-                self.engine = Engine(load_model(Path(folder)), EngineConfig(max_batch=32, max_context=self.context))
+                self.engine = Engine(
+                    load_model(Path(folder)), EngineConfig(max_num_seqs=32, max_model_len=self.context)
+                )
         if path == "/update_weight_version":
             self.name = json.loads(request.content)["new_version"]
         if path != GENERATE:
@@ -78,15 +80,15 @@ class FakeServer(Wire):
         lines = [f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices]
         return httpx2.Response(200, text="".join([*lines, "data: [DONE]\n\n"]))
 
-    def sampling(self, params: dict[str, Any]) -> Sampling:
+    def sampling(self, params: dict[str, Any]) -> SamplingParams:
         same = ("n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
         chosen = {name: params[name] for name in same}
-        return Sampling(**chosen, stop_ids=tuple(params["stop_token_ids"]), raw_log_probs=self.is_raw)
+        return SamplingParams(**chosen, stop_token_ids=tuple(params["stop_token_ids"]), raw_logprobs=self.is_raw)
 
     def choice(self, place: int, found: Completion) -> dict[str, Any]:
         content = [
             {"token_id": token, "logprob": value, "rank": 1, "top_logprobs": []}
-            for token, value in zip(found.token_ids, found.log_probs, strict=True)
+            for token, value in zip(found.token_ids, found.logprobs, strict=True)
         ]
         return {
             "index": place,

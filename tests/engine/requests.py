@@ -10,15 +10,15 @@ from tests.tiny import GQA_TINY, MLA_TINY
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, Sampling
+from thinkstack.types import Completion, SamplingParams
 
-WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
 """Computed by one kernel, where there are kernels."""
 WAYS = [("kernels", "mla"), ("kernels", "gqa"), ("kernels", "whole"), ("torch", "mla"), ("torch", "gqa")]
 """How a model may be computed: on torch's operators `WHOLE` is one like "mla"."""
 LONG = {"max_positions": 400, "num_layers": 2}
 """Changes to a model: room for prompts over several blocks; a dense block and one with experts."""
-SMALL = EngineConfig(max_batch=8)
+SMALL = EngineConfig(max_num_seqs=8)
 
 
 def every_way(gqa: ModelConfig = GQA_TINY) -> pytest.MarkDecorator:
@@ -32,23 +32,23 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(48, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def how(count: int, **given) -> list[Sampling]:
-    return [Sampling(**({"max_tokens": 20 + 9 * index, "seed": index} | given)) for index in range(count)]
+def how(count: int, **given) -> list[SamplingParams]:
+    return [SamplingParams(**({"max_tokens": 20 + 9 * index, "seed": index} | given)) for index in range(count)]
 
 
 class Sampled(NamedTuple):
     """What must be equal; of log-probabilities every bit, for tokens hide small differences."""
 
     token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    logprobs: tuple[float, ...]
 
 
 def sampled(found: list[list[Completion]]) -> list[list[Sampled]]:
-    return [[Sampled(c.token_ids, c.log_probs) for c in group] for group in found]
+    return [[Sampled(c.token_ids, c.logprobs) for c in group] for group in found]
 
 
-def alone(model: Transformer, asked: list[list[int]], samplings: list[Sampling]) -> list[list[Sampled]]:
+def alone(model: Transformer, asked: list[list[int]], samplings: list[SamplingParams]) -> list[list[Sampled]]:
     """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
-    plain = replace(SMALL, prefix_cache=False, max_prefill_tokens=4096)
+    plain = replace(SMALL, enable_prefix_caching=False, max_prefill_tokens=4096)
     pairs = zip(asked, samplings, strict=True)
     return [sampled(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]

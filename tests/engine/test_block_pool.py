@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK, BlockPool, Content, root_name
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.types import ConfigError, Sampling
+from thinkstack.types import ConfigError, SamplingParams
 
 MODEL = tiny_model(GQA_TINY, num_layers=1, mtp_layers=1, max_positions=400)
 
@@ -21,7 +21,9 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        cfg = EngineConfig(max_batch=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, max_drafts=self.drafts)
+        cfg = EngineConfig(
+            max_num_seqs=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, num_speculative_tokens=self.drafts
+        )
         self.engine, self.requests, self.version = Engine(MODEL, cfg), [], 0
 
     @rule(
@@ -32,7 +34,7 @@ class Traffic(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
     )
     def submit(self, start: int, length: int, tokens: int, n: int, priority: int) -> None:
-        sampling = Sampling(max_tokens=tokens, n=n, seed=length)
+        sampling = SamplingParams(max_tokens=tokens, n=n, seed=length)
         self.requests.append(self.engine.submit([start] * length, sampling, priority))
 
     @rule(times=st.integers(1, 40))
@@ -119,7 +121,7 @@ def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
 
 
 def test_roots_tell_versions_and_salts_apart():
-    assert len({root_name(version, salt) for version in range(3) for salt in ("", "a", "b")}) == 9
+    assert len({root_name(version, cache_salt) for version in range(3) for cache_salt in ("", "a", "b")}) == 9
 
 
 def test_a_cache_of_nothing_is_refused():

@@ -14,7 +14,7 @@ from thinkstack.engine.cuda_graphs import Graphs, Inputs, can_record
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.runner import Runner
 from thinkstack.kernels import triton as cuda
-from thinkstack.models.precision import Stored
+from thinkstack.models.precision import Quantization
 from thinkstack.models.transformer import Transformer
 
 
@@ -42,7 +42,7 @@ def test_recorded_steps_draw_the_tokens_of_plain_ones(cfg, with_experts):
     if with_experts and cfg.moe is None:
         pytest.skip("no experts to return")
     model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (5, 90, 64, 63, 1, 30)], how(6)
-    settings = replace(SMALL, return_experts=with_experts, max_prefill_tokens=50)
+    settings = replace(SMALL, return_routed_experts=with_experts, max_prefill_tokens=50)
     expected = Engine(model, settings).generate(asked, samplings)
     engine = recording(Engine(model, settings), 8)
     found = engine.generate(asked, samplings)
@@ -82,7 +82,7 @@ class Operators(TorchDispatchMode):
         return found
 
 
-def traced(cfg, dtype: torch.dtype, weights: Stored = "plain") -> list[str]:
+def traced(cfg, dtype: torch.dtype, weights: Quantization = "plain") -> list[str]:
     """Operators of a decoding step of 4 rows, as a device would run them: of the meta device no value can be asked."""
     runner = Runner(meta_model(cfg, dtype), 4, "bf16" if dtype == torch.bfloat16 else "fp32", weights=weights)
     numbers = (torch.empty(4, dtype=torch.int64, device="meta") for _ in range(3))
@@ -105,7 +105,7 @@ def test_a_recorded_step_never_waits_for_the_device(cfg, with_triton):
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_packed_matrices_are_multiplied_as_they_are_read(weights, with_triton):
     names = traced(GQA_TINY, torch.bfloat16, weights)
-    assert names.count("thinkstack.packed_product.default") == 7 * GQA_TINY.num_layers
+    assert names.count("thinkstack.quantized_linear.default") == 7 * GQA_TINY.num_layers
 
 
 def test_what_would_wait_is_not_recorded(with_triton, monkeypatch):

@@ -8,16 +8,16 @@ import torch
 from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.data import Sample, lay_out, pack, spread
+from thinkstack.data import Example, collate, pack, spread
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.precision import working_copy
 from thinkstack.models.transformer import Transformer
-from thinkstack.train.passes import batch_log_probs
-from thinkstack.types import Completion, ConfigError, RequestError, Sampling
+from thinkstack.train.passes import batch_logprobs
+from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-SMALL = EngineConfig(max_batch=16)
+SMALL = EngineConfig(max_num_seqs=16)
 
 
 def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
@@ -26,11 +26,11 @@ def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
     return [torch.randint(48, (length,), generator=generator).tolist() for length in lengths]
 
 
-def samplings(count: int, **given) -> list[Sampling]:
-    return [Sampling(**({"max_tokens": 5 + index % 7 * 4, "seed": index} | given)) for index in range(count)]
+def samplings(count: int, **given) -> list[SamplingParams]:
+    return [SamplingParams(**({"max_tokens": 5 + index % 7 * 4, "seed": index} | given)) for index in range(count)]
 
 
-def alone(model: Transformer, prompt: list[int], sampling: Sampling) -> list[Completion]:
+def alone(model: Transformer, prompt: list[int], sampling: SamplingParams) -> list[Completion]:
     return Engine(model, SMALL).generate([prompt], [sampling])[0]
 
 
@@ -43,12 +43,12 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(cfg, temperature):
     for prompt, sampling, found in zip(asked, how, together, strict=True):
         (expected,) = alone(model, prompt, sampling)
         assert found[0].token_ids == expected.token_ids
-        assert found[0].log_probs == pytest.approx(expected.log_probs, abs=1e-5)
+        assert found[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
 
 
 def test_an_answer_of_v3_tiny_is_the_same_alone_and_in_a_batch():
     """The shape that the demo trains; products of another width take other kernels."""
-    model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
     asked, how = prompts(12), samplings(12, max_tokens=12)
     together = Engine(model, SMALL).generate(asked, how)
     for prompt, sampling, found in zip(asked, how, together, strict=True):
@@ -57,13 +57,13 @@ def test_an_answer_of_v3_tiny_is_the_same_alone_and_in_a_batch():
 
 def test_an_answer_does_not_depend_on_requests_that_came_and_went():
     model, prompt = tiny_model(), prompts(1)[0]
-    sampling = Sampling(max_tokens=30, seed=5)
+    sampling = SamplingParams(max_tokens=30, seed=5)
     engine = Engine(model, SMALL)
     engine.generate(prompts(10, seed=3), samplings(10))
     request = engine.submit(prompt, sampling)
     for index, other in enumerate(prompts(25, seed=4)):
         engine.step()
-        engine.submit(other, Sampling(max_tokens=1 + index % 9, seed=index, temperature=2.0))
+        engine.submit(other, SamplingParams(max_tokens=1 + index % 9, seed=index, temperature=2.0))
     while not request.is_finished:
         engine.step()
     assert request.completions[0].token_ids == alone(model, prompt, sampling)[0].token_ids
@@ -72,9 +72,9 @@ def test_an_answer_does_not_depend_on_requests_that_came_and_went():
 def test_answers_of_one_request_are_those_of_one_prefill_each():
     """n answers share the prompt's computation; the k-th is the same however many are asked for."""
     model, prompt = tiny_model(), prompts(1)[0]
-    many = alone(model, prompt, Sampling(max_tokens=12, seed=3, n=6))
+    many = alone(model, prompt, SamplingParams(max_tokens=12, seed=3, n=6))
     for n in (1, 2, 6):
-        assert [c.token_ids for c in alone(model, prompt, Sampling(max_tokens=12, seed=3, n=n))] == [
+        assert [c.token_ids for c in alone(model, prompt, SamplingParams(max_tokens=12, seed=3, n=n))] == [
             c.token_ids for c in many[:n]
         ]
     assert len({c.token_ids for c in many}) == 6
@@ -84,7 +84,7 @@ def test_all_answers_of_a_group_start_from_the_prompts_distribution():
     """2,000 first tokens, from groups of 16, against the model's own softmax (chi-square, 0.1 % level)."""
     model, prompt = tiny_model(), [3, 1, 4, 1, 5]
     probs = model(torch.tensor([prompt]))[0, -1].softmax(-1).detach()
-    how = [Sampling(max_tokens=1, seed=seed, n=16) for seed in range(125)]
+    how = [SamplingParams(max_tokens=1, seed=seed, n=16) for seed in range(125)]
     first = [c.token_ids[0] for group in Engine(model, SMALL).generate([prompt] * 125, how) for c in group]
     counts = torch.bincount(torch.tensor(first), minlength=48).double()
     expected = probs.double() * 2000
@@ -102,13 +102,13 @@ def test_greedy_answers_are_the_models_own(cfg):
     ids = list(prompt)
     for _ in range(10):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    (found,) = alone(model, prompt, Sampling(temperature=0.0, max_tokens=10))
+    (found,) = alone(model, prompt, SamplingParams(temperature=0.0, max_tokens=10))
     assert list(found.token_ids) == ids[len(prompt) :]
 
 
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_engine_log_probs_are_the_trainers(cfg, temperature):
+def test_engine_logprobs_are_the_trainers(cfg, temperature):
     """Absorbed and cached decoding against the packed training pass: within 1e-5 in fp32, at logits of standard
     deviation 1, for a bound on log-probabilities grows with the logits."""
     model, asked = tiny_model(cfg), prompts(10)
@@ -118,76 +118,76 @@ def test_engine_log_probs_are_the_trainers(cfg, temperature):
     samples, drawn = [], []
     for prompt, group in zip(asked, found, strict=True):
         for completion in group:
-            samples.append(Sample((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 20))
-            drawn.append([0.0] * (len(prompt) - 1) + list(completion.log_probs))
+            samples.append(Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 20))
+            drawn.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
     rows = pack(samples, 64)
-    trainer = batch_log_probs(model, lay_out(samples, rows, 64), temperature, micro_tokens=128)
+    trainer = batch_logprobs(model, collate(samples, rows, 64), temperature, micro_batch_tokens=128)
     assert float((trainer - spread(drawn, samples, rows, 64)).abs().max()) < 1e-5
 
 
 def first_greedy(model: Transformer, prompt: list[int]) -> int:
-    return alone(model, prompt, Sampling(temperature=0.0, max_tokens=1))[0].token_ids[0]
+    return alone(model, prompt, SamplingParams(temperature=0.0, max_tokens=1))[0].token_ids[0]
 
 
-def test_the_end_token_is_kept_with_its_log_prob():
+def test_the_end_token_is_kept_with_its_logprob():
     """E2.30: EOS is an action and is trained; an engine that strips it cannot be."""
     model, prompt = tiny_model(), prompts(1)[0]
     end = first_greedy(model, prompt)
-    (found,) = alone(model, prompt, Sampling(temperature=0.0, stop_ids=(end,), max_tokens=9))
+    (found,) = alone(model, prompt, SamplingParams(temperature=0.0, stop_token_ids=(end,), max_tokens=9))
     assert found.token_ids == (end,)
     assert found.finish_reason == "stop"
-    assert len(found.log_probs) == 1
+    assert len(found.logprobs) == 1
 
 
 def test_an_end_token_in_the_last_place_is_a_stop_not_a_cut():
     """E2.32: truncation is what the engine says, not "no EOS found", and EOS may be the last token allowed."""
     model, prompt = tiny_model(), prompts(1)[0]
     end = first_greedy(model, prompt)
-    (found,) = alone(model, prompt, Sampling(temperature=0.0, stop_ids=(end,), max_tokens=1))
+    (found,) = alone(model, prompt, SamplingParams(temperature=0.0, stop_token_ids=(end,), max_tokens=1))
     assert found.finish_reason == "stop"
-    (found,) = alone(model, prompt, Sampling(temperature=0.0, max_tokens=1))
+    (found,) = alone(model, prompt, SamplingParams(temperature=0.0, max_tokens=1))
     assert found.finish_reason == "length"
 
 
 def test_an_answer_has_at_most_max_tokens():
     for max_tokens in (1, 2, 9):
-        (found,) = alone(tiny_model(), [1, 2, 3], Sampling(max_tokens=max_tokens))
-        assert len(found.token_ids) == len(found.log_probs) == max_tokens
+        (found,) = alone(tiny_model(), [1, 2, 3], SamplingParams(max_tokens=max_tokens))
+        assert len(found.token_ids) == len(found.logprobs) == max_tokens
         assert found.finish_reason == "length"
 
 
 def test_the_context_can_be_filled_to_the_last_token():
     """A prompt is rounded up to whole tiles, which may reach past the context; it must be served all the same."""
     model = tiny_model(max_positions=50)
-    (found,) = alone(model, [1] * 49, Sampling(max_tokens=1))
+    (found,) = alone(model, [1] * 49, SamplingParams(max_tokens=1))
     assert len(found.token_ids) == 1
-    (found,) = alone(model, [1] * 3, Sampling(max_tokens=47))
+    (found,) = alone(model, [1] * 3, SamplingParams(max_tokens=47))
     assert len(found.token_ids) == 47
 
 
 def test_seeds_fix_the_draws():
     model, prompt = tiny_model(), [1, 2, 3]
-    drawn = [alone(model, prompt, Sampling(max_tokens=20, seed=seed))[0].token_ids for seed in (1, 1, 2)]
+    drawn = [alone(model, prompt, SamplingParams(max_tokens=20, seed=seed))[0].token_ids for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_context_counts_from_the_model_or_the_setting():
-    assert Engine(tiny_model(), SMALL).max_context == 96
-    assert Engine(tiny_model(), EngineConfig(max_context=40)).max_context == 40
-    assert Engine(tiny_model(), EngineConfig(max_context=400)).max_context == 96
+    assert Engine(tiny_model(), SMALL).max_model_len == 96
+    assert Engine(tiny_model(), EngineConfig(max_model_len=40)).max_model_len == 40
+    assert Engine(tiny_model(), EngineConfig(max_model_len=400)).max_model_len == 96
 
 
 @pytest.mark.parametrize(
     ("prompt", "sampling", "part"),
     [
-        ([], Sampling(max_tokens=1), "empty"),
-        ([1, 48], Sampling(max_tokens=1), "the prompt names token 48"),
-        ([1] * 90, Sampling(max_tokens=10), "by 4"),
-        ([1, -1], Sampling(max_tokens=1), "the prompt names token -1"),
-        ([1], Sampling(max_tokens=1, logit_bias={48: 1.0}), "logit_bias names token 48"),
-        ([1], Sampling(max_tokens=1, stop_ids=(3, 50)), "stop_ids names token 50"),
-        ([1], Sampling(max_tokens=1, n=17), "max_batch=16"),
-        ([1], Sampling(max_tokens=1, stop_ids=tuple(range(9))), "at most 8"),
+        ([], SamplingParams(max_tokens=1), "empty"),
+        ([1, 48], SamplingParams(max_tokens=1), "the prompt names token 48"),
+        ([1] * 90, SamplingParams(max_tokens=10), "by 4"),
+        ([1, -1], SamplingParams(max_tokens=1), "the prompt names token -1"),
+        ([1], SamplingParams(max_tokens=1, logit_bias={48: 1.0}), "logit_bias names token 48"),
+        ([1], SamplingParams(max_tokens=1, stop_token_ids=(3, 50)), "stop_token_ids names token 50"),
+        ([1], SamplingParams(max_tokens=1, n=17), "max_num_seqs=16"),
+        ([1], SamplingParams(max_tokens=1, stop_token_ids=tuple(range(9))), "at most 8"),
     ],
 )
 def test_requests_that_can_never_be_served_are_refused(prompt, sampling, part):
@@ -210,7 +210,7 @@ def test_an_interrupted_call_leaves_nothing_behind():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompts(5), [Sampling(max_tokens=1 + index) for index in range(5)], interrupt)
+        engine.generate(prompts(5), [SamplingParams(max_tokens=1 + index) for index in range(5)], interrupt)
     assert not engine.scheduler.running and not engine.scheduler.waiting
 
 
@@ -240,7 +240,7 @@ def test_new_weights_are_used_at_once(shape, dtype):
 
 def test_weights_cannot_change_under_a_running_answer():
     engine = Engine(tiny_model(), SMALL)
-    engine.submit([1], Sampling(max_tokens=5))
+    engine.submit([1], SamplingParams(max_tokens=5))
     with pytest.raises(RequestError, match="finish or abort"):
         engine.load_weights(tiny_model(), version=1)
 
@@ -248,7 +248,7 @@ def test_weights_cannot_change_under_a_running_answer():
 def test_aborting_frees_the_slots_and_leaves_the_others_alone():
     model, asked = tiny_model(), prompts(3)
     engine = Engine(model, SMALL)
-    how = Sampling(max_tokens=20, seed=1)
+    how = SamplingParams(max_tokens=20, seed=1)
     first, doomed, last = (
         engine.submit(prompt, replace(how, n=n)) for prompt, n in zip(asked, (1, 14, 1), strict=True)
     )
@@ -267,8 +267,8 @@ def test_aborting_frees_the_slots_and_leaves_the_others_alone():
 
 
 def test_a_waiting_request_can_be_aborted():
-    engine = Engine(tiny_model(), EngineConfig(max_batch=1))
-    running, waiting = (engine.submit([1], Sampling(max_tokens=5)) for _ in range(2))
+    engine = Engine(tiny_model(), EngineConfig(max_num_seqs=1))
+    running, waiting = (engine.submit([1], SamplingParams(max_tokens=5)) for _ in range(2))
     engine.step()
     engine.abort(waiting)
     assert waiting.completions[0].finish_reason == "abort"
@@ -278,9 +278,9 @@ def test_a_waiting_request_can_be_aborted():
 
 def test_aborting_keeps_answers_that_were_done():
     model, prompt = tiny_model(), [1, 2]
-    firsts = [c.token_ids[0] for c in alone(model, prompt, Sampling(max_tokens=1, n=4))]
+    firsts = [c.token_ids[0] for c in alone(model, prompt, SamplingParams(max_tokens=1, n=4))]
     engine = Engine(model, SMALL)
-    request = engine.submit(prompt, Sampling(max_tokens=30, n=4, stop_ids=(firsts[1],)))
+    request = engine.submit(prompt, SamplingParams(max_tokens=30, n=4, stop_token_ids=(firsts[1],)))
     engine.step()
     engine.abort(request)
     reasons = [c.finish_reason for c in request.completions]
@@ -289,7 +289,7 @@ def test_aborting_keeps_answers_that_were_done():
 
 
 def test_a_stream_yields_the_tokens_of_the_answer():
-    model, sampling = tiny_model(), Sampling(max_tokens=12, seed=4)
+    model, sampling = tiny_model(), SamplingParams(max_tokens=12, seed=4)
     engine = Engine(model, SMALL)
     assert tuple(engine.stream([1, 2], sampling)) == alone(model, [1, 2], sampling)[0].token_ids
     with pytest.raises(RequestError, match="one answer"):
@@ -298,7 +298,7 @@ def test_a_stream_yields_the_tokens_of_the_answer():
 
 def test_leaving_a_stream_frees_its_slot():
     engine = Engine(tiny_model(), SMALL)
-    stream = engine.stream([1, 2], Sampling(max_tokens=50))
+    stream = engine.stream([1, 2], SamplingParams(max_tokens=50))
     next(stream)
     assert len(engine.scheduler.running) == 1
     stream.close()
@@ -326,9 +326,9 @@ def test_bf16_engine_stays_near_the_fp32_trainer():
     found = Engine(model, cfg).generate(asked, samplings(6, max_tokens=10))
     gaps = []
     for prompt, (completion,) in zip(asked, found, strict=True):
-        sample = Sample((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 10)
-        trainer = batch_log_probs(model, lay_out([sample], [[0]], 64), 1.0, 64)[0, len(prompt) - 1 : sample.width]
-        gaps.append((trainer - torch.tensor(completion.log_probs)).abs().mean())
+        sample = Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 10)
+        trainer = batch_logprobs(model, collate([sample], [[0]], 64), 1.0, 64)[0, len(prompt) - 1 : sample.width]
+        gaps.append((trainer - torch.tensor(completion.logprobs)).abs().mean())
     assert 0 < float(torch.stack(gaps).mean()) < 0.02
 
 
@@ -340,7 +340,7 @@ def test_a_small_model_in_bf16_computes_in_fp32_with_rounded_weights_and_context
     together = engine.generate(prompts(9), how)
     assert (engine.runner.dtype, engine.runner.cache.data.dtype) == (torch.float32, torch.bfloat16)
     rounded = Engine(working_copy(model, torch.bfloat16).float(), SMALL).generate(prompts(9), how)
-    first, expected = ([group[0].log_probs[0] for group in answers] for answers in (together, rounded))
+    first, expected = ([group[0].logprobs[0] for group in answers] for answers in (together, rounded))
     assert first == pytest.approx(expected, abs=0.02) and first != expected
     assert together == [engine.generate([prompt], [one])[0] for prompt, one in zip(prompts(9), how, strict=True)]
     assert Engine(tiny_model(GQA_TINY), replace(SMALL, dtype="bf16")).runner.dtype == torch.bfloat16
@@ -348,4 +348,4 @@ def test_a_small_model_in_bf16_computes_in_fp32_with_rounded_weights_and_context
 
 def test_an_engine_without_places_is_refused():
     with pytest.raises(ConfigError, match="decodes nothing"):
-        EngineConfig(max_batch=0)
+        EngineConfig(max_num_seqs=0)

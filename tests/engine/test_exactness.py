@@ -10,7 +10,7 @@ from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels.cpu import calls
-from thinkstack.types import RequestError, Sampling
+from thinkstack.types import RequestError, SamplingParams
 
 EVERY_WAY = every_way()
 
@@ -38,7 +38,7 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
 @EVERY_WAY
 def test_company_changes_no_bit_however_long_it_is_and_whatever_it_keeps(cfg, path):
     """Log-probabilities depended on the longest context present, where torch's operators padded all to it, and on
-    whether another request kept a top-k or top-p set, because then all were normalised twice."""
+    whether another request kept a top-k or top-p set, because then all were normalized twice."""
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (2, 250, 63, 5, 64, 129)]
     keeps: list[dict[str, float]] = [
         {},
@@ -48,8 +48,8 @@ def test_company_changes_no_bit_however_long_it_is_and_whatever_it_keeps(cfg, pa
         {"top_k": 30, "top_p": 0.9},
         {},
     ]
-    samplings = [replace(one, **keep) for one, keep in zip(how(6, n=2, top_log_probs=2), keeps, strict=True)]
-    engine = Engine(model, replace(SMALL, max_batch=12, max_prefill_tokens=90))
+    samplings = [replace(one, **keep) for one, keep in zip(how(6, n=2, top_logprobs=2), keeps, strict=True)]
+    engine = Engine(model, replace(SMALL, max_num_seqs=12, max_prefill_tokens=90))
     assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
 
 
@@ -75,28 +75,28 @@ def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
     assert engine.scheduler.preemptions > 0
 
 
-def test_preempted_answers_keep_experts_alternatives_and_log_probs():
+def test_preempted_answers_keep_experts_alternatives_and_logprobs():
     """What a completion reports besides its tokens survives being computed twice."""
     model, asked = tiny_model(**LONG), [prompt(n, n) for n in (100, 30, 64)]
-    samplings = how(3, max_tokens=100, top_log_probs=2)
-    cfg = replace(SMALL, return_experts=True)
+    samplings = how(3, max_tokens=100, top_logprobs=2)
+    cfg = replace(SMALL, return_routed_experts=True)
     expected = Engine(model, cfg).generate(asked, samplings)
     engine = Engine(model, replace(cfg, cache_tokens=4 * BLOCK))
     for mine, theirs in zip(engine.generate(asked, samplings), expected, strict=True):
-        assert mine[0].log_probs == theirs[0].log_probs
-        assert mine[0].top_log_probs == theirs[0].top_log_probs
+        assert mine[0].logprobs == theirs[0].logprobs
+        assert mine[0].top_logprobs == theirs[0].top_logprobs
         assert torch.equal(mine[0].experts, theirs[0].experts)
     assert engine.scheduler.preemptions > 0
 
 
 def test_answers_that_end_at_once_carry_their_experts():
     """Three answers of one token: the prompt's experts are there for each."""
-    engine = Engine(tiny_model(**LONG), replace(SMALL, return_experts=True))
-    (found,) = engine.generate([prompt(70)], [Sampling(n=3, max_tokens=1)])
+    engine = Engine(tiny_model(**LONG), replace(SMALL, return_routed_experts=True))
+    (found,) = engine.generate([prompt(70)], [SamplingParams(n=3, max_tokens=1)])
     assert torch.equal(found[0].experts, found[1].experts) and torch.equal(found[0].experts, found[2].experts)
 
 
-def computed_tokens(engine: Engine, asked: list[list[int]], samplings: list[Sampling]) -> int:
+def computed_tokens(engine: Engine, asked: list[list[int]], samplings: list[SamplingParams]) -> int:
     """Tokens that went through the model."""
     counts, run = [], engine.runner.run
     engine.runner.run = lambda plan, table: (counts.append(int(plan.counts.sum())), run(plan, table))[1]
@@ -120,7 +120,7 @@ def test_hits_are_counted_in_whole_blocks():
     engine, base = Engine(tiny_model(**LONG), SMALL), prompt(200)
     engine.generate([base], how(1))
     for length, hit in ((200, 192), (192, 128), (130, 128), (63, 0)):
-        request = engine.submit(base[:length], Sampling(max_tokens=1))
+        request = engine.submit(base[:length], SamplingParams(max_tokens=1))
         engine.step()
         assert request.cached_tokens == hit, length
 
@@ -131,7 +131,7 @@ def test_other_weights_and_other_tenants_share_nothing():
     engine, asked = Engine(model, SMALL), [prompt(150)]
     greedy = how(1, temperature=0.0)
     engine.generate(asked, greedy)
-    tenant = engine.submit(asked[0], greedy[0], salt="other")
+    tenant = engine.submit(asked[0], greedy[0], cache_salt="other")
     engine.step()
     assert tenant.cached_tokens == 0
     engine.abort(tenant)
@@ -154,7 +154,7 @@ def test_weights_change_under_running_answers_as_asked(running):
     requests = [engine.submit(one, sampling) for one, sampling in zip(asked, samplings, strict=True)]
     for _ in range(10):
         engine.step()
-    begun = [engine.tokens_of(request) for request in requests]
+    begun = [engine.output_token_ids(request) for request in requests]
     assert [len(tokens) for tokens in begun] == [10, 10]
     engine.load_weights(new, version=1, running=running)
     while not all(request.is_finished for request in requests):
@@ -204,7 +204,7 @@ def test_answers_whose_logits_are_not_finite_end_with_an_error():
     with torch.no_grad():
         model.embed.weight[7] = torch.nan
     engine = Engine(model, SMALL)
-    bad, good = engine.submit([1, 7], Sampling(max_tokens=5)), engine.submit([1, 2], Sampling(max_tokens=5))
+    bad, good = engine.submit([1, 7], SamplingParams(max_tokens=5)), engine.submit([1, 2], SamplingParams(max_tokens=5))
     engine.step()
     assert bad.completions[0].finish_reason == "error"
     health = engine.health()
@@ -212,13 +212,13 @@ def test_answers_whose_logits_are_not_finite_end_with_an_error():
     assert (health.alive, health.running, health.failed) == (True, 1, 1)
     assert not good.is_finished
     with pytest.raises(RequestError, match="not finite"):
-        engine.generate([[7]], [Sampling(max_tokens=2)])
+        engine.generate([[7]], [SamplingParams(max_tokens=2)])
     engine.scheduler.check()
 
 
 def test_first_come_first_served_but_for_priority():
-    engine = Engine(tiny_model(**LONG), replace(SMALL, max_batch=1))
-    requests = [engine.submit([1, n], Sampling(max_tokens=2), priority=p) for n, p in ((1, 0), (2, 0), (3, -1))]
+    engine = Engine(tiny_model(**LONG), replace(SMALL, max_num_seqs=1))
+    requests = [engine.submit([1, n], SamplingParams(max_tokens=2), priority=p) for n, p in ((1, 0), (2, 0), (3, -1))]
     order: list[int] = []
     while len(order) < 3:
         engine.step()
@@ -229,11 +229,11 @@ def test_first_come_first_served_but_for_priority():
 def test_a_full_queue_and_a_small_cache_refuse_by_number():
     engine = Engine(tiny_model(**LONG), replace(SMALL, max_waiting=2, cache_tokens=2 * BLOCK))
     for _ in range(2):
-        engine.submit([1], Sampling(max_tokens=1))
+        engine.submit([1], SamplingParams(max_tokens=1))
     with pytest.raises(RequestError, match="2 requests wait already"):
-        engine.submit([1], Sampling(max_tokens=1))
+        engine.submit([1], SamplingParams(max_tokens=1))
     with pytest.raises(RequestError, match="the cache holds 128"):
-        engine.submit([1] * 100, Sampling(max_tokens=29))
+        engine.submit([1] * 100, SamplingParams(max_tokens=29))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -243,11 +243,11 @@ def test_contexts_of_several_segments_give_the_same_tokens_alone_and_in_company(
         pytest.skip("torch's own products in bf16 depend on their rows")
     model = tiny_model(WHOLE, max_positions=1200)
     asked = [prompt(n, n) for n in (1100, 1020, 1023, *[5] * 9)]
-    samplings, settings = how(12, max_tokens=10), EngineConfig(max_batch=12, dtype=dtype)
+    samplings, settings = how(12, max_tokens=10), EngineConfig(max_num_seqs=12, dtype=dtype)
     together = Engine(model, settings).generate(asked, samplings)
     for one, sampling, found in zip(asked[:3], samplings, together, strict=False):
         [[expected]] = Engine(model, replace(settings, max_prefill_tokens=300)).generate([one], [sampling])
-        assert (expected.token_ids, expected.log_probs) == (found[0].token_ids, found[0].log_probs)
+        assert (expected.token_ids, expected.logprobs) == (found[0].token_ids, found[0].logprobs)
 
 
 @pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
@@ -262,7 +262,7 @@ def test_the_number_of_threads_changes_no_bit(cfg):
             engine = Engine(model, SMALL)
             assert engine.runner.ignores_threads
             answers = engine.generate(asked, samplings)
-            found.append([(one.token_ids, one.log_probs) for group in answers for one in group])
+            found.append([(one.token_ids, one.logprobs) for group in answers for one in group])
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]

@@ -26,14 +26,14 @@ from thinkstack.models.precision import inference_copy, working_copy
 from thinkstack.models.quantized import matrices, pack, unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 WIDE = replace(
     GQA_TINY,
     hidden_size=64,
     attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=16),
-    dense_size=160,
+    intermediate_size=160,
     max_positions=300,
 )
 KINDS = {
@@ -106,14 +106,14 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
 
 SMALL = replace(
     MLA_TINY,
-    moe=replace(MLA_TINY.moe, expert_size=16),
+    moe=replace(MLA_TINY.moe, moe_intermediate_size=16),
     max_positions=300,
 )
 LATENT = {
     "v3": SMALL,
     "direct query": replace(SMALL, attention=replace(SMALL.attention, q_lora_rank=0)),
     "no shared experts": replace(SMALL, moe=replace(SMALL.moe, num_shared_experts=0)),
-    "v2": replace(SMALL, moe=replace(SMALL.moe, scoring="softmax", group_score="max", normalise_weights=False)),
+    "v2": replace(SMALL, moe=replace(SMALL.moe, scoring="softmax", group_score="max", norm_topk_prob=False)),
     "dense": replace(SMALL, moe=None),
     "halves": replace(SMALL, rope=replace(SMALL.rope, interleaved=False)),
 }
@@ -231,11 +231,11 @@ def test_an_engine_for_one_user_answers_as_on_torch(weights, on_torch):
     asked = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(3)).tolist()]
 
     def answer():
-        how = Sampling(max_tokens=40, temperature=0.0)
-        return Engine(model, EngineConfig(dtype="bf16", weights=weights, max_batch=2)).generate(asked, [how])[0][0]
+        how = SamplingParams(max_tokens=40, temperature=0.0)
+        return Engine(model, EngineConfig(dtype="bf16", weights=weights, max_num_seqs=2)).generate(asked, [how])[0][0]
 
     mine, theirs = answer(), on_torch(answer)
     agreed = next((n for n, (a, b) in enumerate(zip(mine.token_ids, theirs.token_ids, strict=True)) if a != b), 40)
     assert agreed > 3
-    for a, b in zip(mine.log_probs[:agreed], theirs.log_probs[:agreed], strict=True):
+    for a, b in zip(mine.logprobs[:agreed], theirs.logprobs[:agreed], strict=True):
         assert a == pytest.approx(b, abs=0.1)

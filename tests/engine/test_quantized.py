@@ -8,10 +8,10 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models.precision import STORAGES
+from thinkstack.models.precision import QUANT_SCHEMES
 from thinkstack.models.quantized import matrices, pack, unpack
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import ConfigError, Sampling
+from thinkstack.types import ConfigError, SamplingParams
 
 LONG = {"max_positions": 300}
 KINDS = {
@@ -19,14 +19,14 @@ KINDS = {
     "grouped": replace(GQA_TINY, **LONG),
     "tied": replace(GQA_TINY, tie_embeddings=True, **LONG),
 }
-INT8 = EngineConfig(max_batch=16, weights="int8")
+INT8 = EngineConfig(max_num_seqs=16, weights="int8")
 
 
 def widened(model: Transformer, weights: str = "int8") -> Transformer:
     """A plain model of the numbers that packing leaves."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        pack(twin, STORAGES[weights], [*matrices(twin), "head.weight"])
+        pack(twin, QUANT_SCHEMES[weights], [*matrices(twin), "head.weight"])
         return unpack(twin)
 
 
@@ -36,21 +36,21 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def answers(engine: Engine, asked: list[list[int]]) -> list[tuple[int, ...]]:
-    how = [Sampling(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(asked))]
+    how = [SamplingParams(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(asked))]
     return [group[0].token_ids for group in engine.generate(asked, how)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", STORAGES)
+@pytest.mark.parametrize("weights", QUANT_SCHEMES)
 def test_answers_are_those_of_the_widened_numbers(kind, weights, path):
     model, asked = tiny_model(KINDS[kind]), prompts(4)
     found = answers(Engine(model, replace(INT8, weights=weights)), asked)
-    assert found == answers(Engine(widened(model, weights), EngineConfig(max_batch=16)), asked)
+    assert found == answers(Engine(widened(model, weights), EngineConfig(max_num_seqs=16)), asked)
 
 
 def test_an_answer_on_packed_weights_is_the_same_alone_and_in_a_batch(path):
     model, asked = tiny_model(**LONG), prompts(3)
-    how = [Sampling(max_tokens=20, seed=seed) for seed in range(3)]
+    how = [SamplingParams(max_tokens=20, seed=seed) for seed in range(3)]
     together = Engine(model, INT8).generate(asked, how)
     for prompt, sampling, found in zip(asked, how, together, strict=True):
         assert Engine(model, INT8).generate([prompt], [sampling])[0][0].token_ids == found[0].token_ids
@@ -70,7 +70,7 @@ def test_new_weights_are_packed_and_what_the_old_ones_read_is_forgotten(dtype):
     assert answers(engine, asked) == first
     model.load_state_dict(other.state_dict())
     engine.load_weights(model, version=3)
-    request = engine.submit(asked[0], Sampling(max_tokens=1))
+    request = engine.submit(asked[0], SamplingParams(max_tokens=1))
     engine.step()
     assert request.cached_tokens == 0 and request.is_finished
     assert answers(engine, asked) == expected

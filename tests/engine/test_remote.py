@@ -20,11 +20,11 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.remote import RemoteEngine, ServersConfig, open_engine
 from thinkstack.engine.sampler import adjust, keep_likely
 from thinkstack.engine.vllm import server_seed
-from thinkstack.types import Completion, ConfigError, RequestError, Sampling
+from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 
 RECORDS = json.loads(FILE.read_text(encoding="utf-8"))
 ONE = ServersConfig(addresses=("http://server:1",))
-SHORT = Sampling(max_tokens=4)
+SHORT = SamplingParams(max_tokens=4)
 END = 1
 """End token of the checkpoint that the server was started with: before min_tokens vLLM bans it too, whether it ends an
 answer or not."""
@@ -34,7 +34,7 @@ def replayed(kind: str = "processed") -> RemoteEngine:
     return RemoteEngine(tiny_model(SERVED), EngineConfig(), ONE, transport=Replay(RECORDS[kind]))
 
 
-def expected_log_probs(model, sampling: Sampling, found: Completion) -> list[float]:
+def expected_logprobs(model, sampling: SamplingParams, found: Completion) -> list[float]:
     """Of an answer to PROMPT, by our own sampler over a plain forward pass."""
     ids, drawn = [*PROMPT, *found.token_ids], numpy.array(found.token_ids)
     with torch.no_grad():
@@ -57,12 +57,12 @@ def test_a_real_server_draws_from_the_distribution_that_ours_does(name: str):
     sampling, model = ASKED[name], tiny_model(SERVED)
     (group,) = replayed().generate([PROMPT], [sampling])
     if sampling.min_tokens:
-        sampling = replace(sampling, stop_ids=(*sampling.stop_ids, END))
+        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, END))
     assert len(group) == sampling.n and len({found.token_ids for found in group}) == sampling.n
     for found in group:
-        assert found.log_probs == pytest.approx(expected_log_probs(model, sampling, found), abs=1e-4)
+        assert found.logprobs == pytest.approx(expected_logprobs(model, sampling, found), abs=1e-4)
         assert found.finish_reason in ("stop", "length")
-        stops = [token in sampling.stop_ids for token in found.token_ids]
+        stops = [token in sampling.stop_token_ids for token in found.token_ids]
         assert not any(stops[:-1]) and (found.finish_reason == "stop") == stops[-1]
         assert len(found.token_ids) > sampling.min_tokens
 
@@ -72,8 +72,8 @@ def test_a_real_servers_most_likely_tokens_are_ours(name: str):
     (theirs,) = replayed().generate([PROMPT], [ASKED[name]])
     (ours,) = Engine(tiny_model(SERVED), EngineConfig()).generate([PROMPT], [ASKED[name]])
     assert theirs[0].token_ids == ours[0].token_ids and theirs[0].finish_reason == ours[0].finish_reason
-    if ASKED[name].top_log_probs:
-        for likely, own in zip(theirs[0].top_log_probs, ours[0].top_log_probs, strict=True):
+    if ASKED[name].top_logprobs:
+        for likely, own in zip(theirs[0].top_logprobs, ours[0].top_logprobs, strict=True):
             assert [token for token, _ in likely] == [token for token, _ in own]
             assert [value for _, value in likely] == pytest.approx([value for _, value in own], abs=1e-4)
 
@@ -99,19 +99,19 @@ def test_what_a_real_server_refuses_is_said_and_costs_it_nothing():
     assert engine.health().alive and engine.health().failed == 0
 
 
-def test_a_real_server_with_raw_log_probabilities_is_recognised():
+def test_a_real_server_with_raw_log_probabilities_is_recognized():
     engine = replayed("raw")
     assert engine.members[0].is_raw and not replayed().members[0].is_raw
     with pytest.raises(RequestError, match="--logprobs-mode processed_logprobs"):
         engine.generate([PROMPT], [ASKED["cold"]])
     with pytest.raises(RequestError, match="--logprobs-mode raw_logprobs"):
-        replayed().generate([PROMPT], [replace(ASKED["cold"], raw_log_probs=True)])
+        replayed().generate([PROMPT], [replace(ASKED["cold"], raw_logprobs=True)])
 
 
 def test_the_context_is_the_shorter_of_model_and_server():
-    assert RECORDS["version"] == "0.32.0" and replayed().max_context == CONTEXT < SERVED.max_positions
-    with pytest.raises(ConfigError, match=r"max_context=300 exceeds the 256.*--max-model-len 300"):
-        RemoteEngine(tiny_model(SERVED), EngineConfig(max_context=300), ONE, transport=Replay(RECORDS["processed"]))
+    assert RECORDS["version"] == "0.32.0" and replayed().max_model_len == CONTEXT < SERVED.max_positions
+    with pytest.raises(ConfigError, match=r"max_model_len=300 exceeds the 256.*--max-model-len 300"):
+        RemoteEngine(tiny_model(SERVED), EngineConfig(max_model_len=300), ONE, transport=Replay(RECORDS["processed"]))
 
 
 # -- a pool
@@ -188,9 +188,9 @@ def test_a_server_that_comes_back_gets_the_weights_and_work_again():
     pool["a"].restart()
     pool["a"].bodies.clear()
     pool["b"].failing = httpx2.ConnectError("refused")
-    found = engine.generate([[1]], [Sampling(temperature=0, max_tokens=4)])[0][0]
+    found = engine.generate([[1]], [SamplingParams(temperature=0, max_tokens=4)])[0][0]
     (ours,) = Engine(tiny_model(GQA_TINY, seed=1), EngineConfig()).generate(
-        [[1]], [Sampling(temperature=0, max_tokens=4)]
+        [[1]], [SamplingParams(temperature=0, max_tokens=4)]
     )[0]
     assert found.token_ids == ours.token_ids and found.weights_version == 1
     assert pool["a"].bodies and pool["a"].name == engine._name
@@ -257,7 +257,7 @@ def test_logits_that_are_not_finite_fail_the_request():
     pool = FakePool("a")
     engine = pooled(pool)
     choice = pool["a"].choice
-    pool["a"].choice = lambda place, found: choice(place, replace(found, log_probs=(-9999.0,) * len(found.log_probs)))
+    pool["a"].choice = lambda place, found: choice(place, replace(found, logprobs=(-9999.0,) * len(found.logprobs)))
     with pytest.raises(RequestError, match="not finite"):
         engine.generate([[1]], [SHORT])
 
@@ -265,10 +265,10 @@ def test_logits_that_are_not_finite_fail_the_request():
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"thinking_budget": 2, "close_ids": (3,)}, "thinking_budget=2"),
+        ({"thinking_budget": 2, "think_end_token_ids": (3,)}, "thinking_budget=2"),
         ({"temperature": 0.001}, r"temperature=0\.001"),
         ({"max_tokens": 96}, "shorten"),
-        ({"stop_ids": (48,)}, "stop_ids names token 48"),
+        ({"stop_token_ids": (48,)}, "stop_token_ids names token 48"),
     ],
 )
 def test_what_servers_cannot_do_is_refused_before_they_are_asked(changes, part):
@@ -283,7 +283,7 @@ def test_what_servers_cannot_do_is_refused_before_they_are_asked(changes, part):
 def test_settings_that_cannot_be_are_refused():
     pool = FakePool("a")
     with pytest.raises(ConfigError, match="router_replay"):
-        RemoteEngine(tiny_model(GQA_TINY), EngineConfig(return_experts=True), ONE, transport=pool)
+        RemoteEngine(tiny_model(GQA_TINY), EngineConfig(return_routed_experts=True), ONE, transport=pool)
     with pytest.raises(ConfigError, match="--quantization"):
         RemoteEngine(tiny_model(GQA_TINY), EngineConfig(weights="int8"), ONE, transport=pool)
     with pytest.raises(ConfigError, match="http://host:port"):

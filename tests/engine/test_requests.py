@@ -9,7 +9,7 @@ import torch
 from tests.engine.requests import SMALL
 from tests.tiny import tiny_model
 from thinkstack.engine.engine import Engine
-from thinkstack.types import SAMPLING_RANGES, RequestError, Sampling
+from thinkstack.types import SAMPLING_RANGES, RequestError, SamplingParams
 
 
 @pytest.mark.parametrize("name", SAMPLING_RANGES)
@@ -17,7 +17,7 @@ from thinkstack.types import SAMPLING_RANGES, RequestError, Sampling
 def test_no_field_takes_what_is_not_a_number_of_its_range(name, value):
     """NaN passed every comparison as a temperature; the engine then blamed the weights."""
     with pytest.raises(RequestError, match=f"^{name}="):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_no_field_takes_what_is_not_a_number_of_its_range(name, value):
         {"max_tokens": 0},
         {"n": 0},
         {"min_tokens": 300},
-        {"thinking_budget": -1, "close_ids": (3,)},
+        {"thinking_budget": -1, "think_end_token_ids": (3,)},
         {"thinking_budget": 4},
         {"logit_bias": {3: math.nan}},
         {"logit_bias": {3: math.inf}},
@@ -47,7 +47,7 @@ def test_no_field_takes_what_is_not_a_number_of_its_range(name, value):
 )
 def test_values_beyond_their_bounds_are_refused_by_name(given):
     with pytest.raises(RequestError, match=next(iter(given))):
-        Sampling(**given)
+        SamplingParams(**given)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_values_beyond_their_bounds_are_refused_by_name(given):
     ],
 )
 def test_values_within_their_bounds_are_taken_whatever_their_type(given):
-    Engine(tiny_model(), SMALL).generate([[1, 2]], [Sampling(**({"max_tokens": 3} | given))])
+    Engine(tiny_model(), SMALL).generate([[1, 2]], [SamplingParams(**({"max_tokens": 3} | given))])
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_values_within_their_bounds_are_taken_whatever_their_type(given):
 )
 def test_a_prompt_is_any_sequence_of_token_ids(prompt):
     """An array was refused by numpy ("truth value is ambiguous") and a tensor was kept as tensors."""
-    engine, sampling = Engine(tiny_model(), SMALL), Sampling(max_tokens=4, temperature=0.0)
+    engine, sampling = Engine(tiny_model(), SMALL), SamplingParams(max_tokens=4, temperature=0.0)
     (found,), (expected,) = engine.generate([prompt, [5, 6, 7]], [sampling, sampling])
     assert found == expected
-    assert engine.submit(prompt, sampling).prompt_ids == (5, 6, 7)
+    assert engine.submit(prompt, sampling).prompt_token_ids == (5, 6, 7)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_a_prompt_is_any_sequence_of_token_ids(prompt):
 )
 def test_a_prompt_of_anything_else_is_refused_in_our_words(prompt, said):
     with pytest.raises(RequestError, match=said):
-        Engine(tiny_model(), SMALL).submit(prompt, Sampling(max_tokens=2))
+        Engine(tiny_model(), SMALL).submit(prompt, SamplingParams(max_tokens=2))
 
 
-@pytest.mark.parametrize("given", [{"logit_bias": {"3": 1.0}}, {"stop_ids": ("a",)}, {"stop_ids": (1.5,)}])
+@pytest.mark.parametrize("given", [{"logit_bias": {"3": 1.0}}, {"stop_token_ids": ("a",)}, {"stop_token_ids": (1.5,)}])
 def test_token_ids_of_a_field_are_whole_numbers(given):
     with pytest.raises(RequestError, match=f"{next(iter(given))} holds"):
-        Engine(tiny_model(), SMALL).submit([1], Sampling(max_tokens=2, **given))
+        Engine(tiny_model(), SMALL).submit([1], SamplingParams(max_tokens=2, **given))

@@ -8,7 +8,7 @@ import torch
 
 from thinkstack.engine.sampler import keep_likely, sample, uniforms
 from thinkstack.engine.sequence_table import answer_seed
-from thinkstack.types import RequestError, Sampling
+from thinkstack.types import RequestError, SamplingParams
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()
 
@@ -17,13 +17,13 @@ def draw(
     uniform: float, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS
 ) -> tuple[int, float]:
     kept = None if top_p == 1 else (torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
-    tokens, log_probs = sample(logits, torch.tensor([temperature]), torch.tensor([uniform], dtype=torch.float64), kept)
-    return int(tokens[0]), float(log_probs[0])
+    tokens, logprobs = sample(logits, torch.tensor([temperature]), torch.tensor([uniform], dtype=torch.float64), kept)
+    return int(tokens[0]), float(logprobs[0])
 
 
-def keep_nucleus(log_probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def keep_nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     rows = len(top_p)
-    return keep_likely(log_probs, torch.zeros(rows, dtype=torch.int64), top_p, torch.zeros(rows))
+    return keep_likely(logprobs, torch.zeros(rows, dtype=torch.int64), top_p, torch.zeros(rows))
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (0.999999, 2)])
@@ -31,14 +31,14 @@ def test_a_draw_inverts_the_cumulative_distribution(uniform, token):
     assert draw(uniform)[0] == token
 
 
-def test_the_log_prob_is_that_of_the_token_drawn():
+def test_the_logprob_is_that_of_the_token_drawn():
     assert draw(0.6)[1] == pytest.approx(math.log(0.3), abs=1e-6)
 
 
 def test_temperature_divides_the_logits():
     """E2.27: at T = 0.5 the probabilities are squared: 0.25, 0.09, 0.04 of 0.38."""
-    token, log_prob = draw(0.7, temperature=0.5)
-    assert (token, log_prob) == (1, pytest.approx(math.log(0.09 / 0.38), abs=1e-5))
+    token, logprob = draw(0.7, temperature=0.5)
+    assert (token, logprob) == (1, pytest.approx(math.log(0.09 / 0.38), abs=1e-5))
 
 
 def test_temperature_zero_takes_the_most_likely_at_any_draw():
@@ -78,7 +78,7 @@ def test_top_p_binds_its_own_row_only():
     assert out.isfinite().sum(-1).tolist() == [1, 3]
 
 
-def test_the_log_prob_of_a_nucleus_is_renormalised():
+def test_the_logprob_of_a_nucleus_is_renormalized():
     """E2.28: it is the probability of what was drawn from, which the full softmax is not."""
     assert draw(0.7, top_p=0.6) == (1, pytest.approx(math.log(0.375), abs=1e-5))
 
@@ -102,7 +102,7 @@ def test_a_draw_keeps_its_value():
 @pytest.mark.parametrize("given", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_tokens": 0}, {"n": 0}])
 def test_meaningless_sampling_is_refused(given):
     with pytest.raises(RequestError):
-        Sampling(**given)
+        SamplingParams(**given)
 
 
 def test_seeds_of_any_size_are_taken():

@@ -6,7 +6,7 @@ import pytest
 
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.scripted import ScriptedEngine
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 END = 9
 
@@ -17,25 +17,25 @@ def echo(prompt: tuple[int, ...], answer: int) -> list[int]:
 
 
 def test_answers_are_the_script_s():
-    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_prefill_tokens=3, max_batch=2)
+    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_prefill_tokens=3, max_num_seqs=2)
     asked = [[1, 2, 3, 4, 5], [7], [2, 2]]
-    found = engine.generate(asked, [Sampling(max_tokens=20, stop_ids=(END,), seed=s) for s in range(3)])
+    found = engine.generate(asked, [SamplingParams(max_tokens=20, stop_token_ids=(END,), seed=s) for s in range(3)])
     assert [group[0].token_ids for group in found] == [(2, 3, 4, 5, 6, END), (8, END), (3, 3, END)]
-    assert all(group[0].finish_reason == "stop" and set(group[0].log_probs) == {0.0} for group in found)
+    assert all(group[0].finish_reason == "stop" and set(group[0].logprobs) == {0.0} for group in found)
 
 
 def test_a_script_goes_on_after_preemption():
-    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_batch=4, cache_tokens=5 * BLOCK)
+    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_num_seqs=4, cache_tokens=5 * BLOCK)
     asked = [[1 + n % 5] * 90 for n in range(4)]
-    found = engine.generate(asked, [Sampling(max_tokens=100)] * 4)
+    found = engine.generate(asked, [SamplingParams(max_tokens=100)] * 4)
     assert engine.scheduler.preemptions > 0
     assert [group[0].token_ids[:90] for group in found] == [tuple(t + 1 for t in one) for one in asked]
 
 
 @pytest.mark.slow
 def test_ten_thousand_waiting_requests_cost_less_than_a_millisecond_a_step():
-    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_batch=64)
-    requests = [engine.submit([1 + n % 5] * 100, Sampling(max_tokens=50), priority=n % 3) for n in range(10_000)]
+    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_num_seqs=64)
+    requests = [engine.submit([1 + n % 5] * 100, SamplingParams(max_tokens=50), priority=n % 3) for n in range(10_000)]
     for request in requests[5::7]:
         engine.abort(request)
     engine.step()

@@ -11,11 +11,11 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine
 from thinkstack.engine.speculative import Speculator
-from thinkstack.types import ConfigError, Sampling
+from thinkstack.types import ConfigError, SamplingParams
 
 GQA_AHEAD = replace(GQA_TINY, mtp_layers=1)
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, WHOLE], ids=["mla", "gqa", "whole"])
-DRAFTING = replace(SMALL, max_drafts=3)
+DRAFTING = replace(SMALL, num_speculative_tokens=3)
 
 
 class Oracle:
@@ -32,7 +32,7 @@ class Oracle:
             left = int(table.limit[row]) - known
             if table.computed[row] != known - 1:
                 continue
-            guesses = list(answer[known - prompt_end :][: min(speculator.max_drafts, left - 1)])
+            guesses = list(answer[known - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
             for place in range(len(guesses)):
                 if self.random.random() < self.wrong:
                     guesses[place] = (guesses[place] + 1) % 48
@@ -52,7 +52,7 @@ def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 128)]
     samplings = how(4) + how(1, temperature=0.0, max_tokens=70)
     samplings[1], samplings[2] = replace(samplings[1], n=3), replace(samplings[2], n=2)
-    engine = Engine(model, replace(DRAFTING, max_drafts=drafts, max_prefill_tokens=50))
+    engine = Engine(model, replace(DRAFTING, num_speculative_tokens=drafts, max_prefill_tokens=50))
     for _ in range(2):  # the second time from cached prefixes
         assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
         engine.scheduler.check()
@@ -93,7 +93,7 @@ def test_nothing_counts_behind_a_stop_token(monkeypatch):
     model, asked = tiny_model(**LONG), prompt(30)
     (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
     guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
-    stopping = how(1, max_tokens=41, stop_ids=(expected[17],))
+    stopping = how(1, max_tokens=41, stop_token_ids=(expected[17],))
     engine = Engine(model, DRAFTING)
     found = engine.generate([asked], stopping)[0][0]
     place = expected.index(expected[17])
@@ -107,10 +107,10 @@ def test_nothing_counts_behind_a_stop_token(monkeypatch):
         {"frequency_penalty": 1.5, "presence_penalty": 0.5},
         {"repetition_penalty": 1.4, "top_k": 7},
         {"top_p": 0.8, "min_p": 0.02, "temperature": 1.3},
-        {"thinking_budget": 9, "close_ids": (5, 6, 7)},
-        {"thinking_budget": 0, "close_ids": (5,)},
-        {"logit_bias": {3: 2.0}, "min_tokens": 20, "stop_ids": (3,)},
-        {"top_log_probs": 3, "raw_log_probs": True},
+        {"thinking_budget": 9, "think_end_token_ids": (5, 6, 7)},
+        {"thinking_budget": 0, "think_end_token_ids": (5,)},
+        {"logit_bias": {3: 2.0}, "min_tokens": 20, "stop_token_ids": (3,)},
+        {"top_logprobs": 3, "raw_logprobs": True},
     ],
     ids=lambda given: "+".join(given),
 )
@@ -122,8 +122,8 @@ def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
     engine = Engine(model, DRAFTING)
     for mine, theirs in zip(engine.generate(asked, samplings), plain, strict=True):
         assert mine[0].token_ids == theirs[0].token_ids
-        assert mine[0].log_probs == theirs[0].log_probs
-        assert mine[0].top_log_probs == theirs[0].top_log_probs
+        assert mine[0].logprobs == theirs[0].logprobs
+        assert mine[0].top_logprobs == theirs[0].top_logprobs
     assert engine.speculator.accepted.sum() > 10
 
 
@@ -135,7 +135,7 @@ class EvenAfterOdd:
 
 
 def test_guesses_go_with_a_grammar(monkeypatch):
-    model, asked, sampling = tiny_model(**LONG), prompt(30), Sampling(max_tokens=40)
+    model, asked, sampling = tiny_model(**LONG), prompt(30), SamplingParams(max_tokens=40)
 
     def answer(engine):
         request = engine.submit(asked, sampling, constraint=EvenAfterOdd())
@@ -167,8 +167,8 @@ def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatc
 def test_cached_states_are_those_of_a_whole_sequence(cfg):
     """The module over the cache, a token or a chunk at a time, guesses what it guesses over the whole text."""
     model, asked = tiny_model(cfg, **LONG), prompt(70)
-    engine = Engine(model, replace(DRAFTING, max_drafts=1, max_prefill_tokens=40))
-    request = engine.submit(asked, Sampling(max_tokens=30, temperature=0.0))
+    engine = Engine(model, replace(DRAFTING, num_speculative_tokens=1, max_prefill_tokens=40))
+    request = engine.submit(asked, SamplingParams(max_tokens=30, temperature=0.0))
     guesses = {}
     while not request.is_finished:
         engine.step()
@@ -185,7 +185,7 @@ def test_cached_states_are_those_of_a_whole_sequence(cfg):
 
 
 def test_a_model_without_a_module_cannot_guess():
-    with pytest.raises(ConfigError, match="max_drafts asks for guesses"):
-        Engine(tiny_model(GQA_TINY), replace(SMALL, max_drafts=1))
-    with pytest.raises(ConfigError, match="max_drafts=-1"):
-        replace(SMALL, max_drafts=-1)
+    with pytest.raises(ConfigError, match="num_speculative_tokens asks for guesses"):
+        Engine(tiny_model(GQA_TINY), replace(SMALL, num_speculative_tokens=1))
+    with pytest.raises(ConfigError, match="num_speculative_tokens=-1"):
+        replace(SMALL, num_speculative_tokens=-1)

@@ -13,10 +13,10 @@ from tests.tiny import tiny_model
 from thinkstack.checkpoint.model import save_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.remote import RemoteEngine, ServersConfig
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(interpreter() is None, reason="THINKSTACK_VLLM names no vLLM")]
-GREEDY = Sampling(temperature=0, max_tokens=32)
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
 PROMPTS = [[1 + place, *range(100 * (place % 2)), 2, 3] for place in range(96)]
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from tests.tiny import GQA_TINY
 from thinkstack.models.config import GQAConfig
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 FILE = Path(__file__).parents[1] / "golden" / "vllm.json"
 SERVED = replace(
@@ -21,7 +21,7 @@ SERVED = replace(
     vocab_size=360,
     hidden_size=128,
     num_layers=2,
-    dense_size=256,
+    intermediate_size=256,
     max_positions=512,
     attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=32),
 )
@@ -29,22 +29,22 @@ SERVED = replace(
 CONTEXT = 256
 PROMPT = [1, 2, 3]
 ASKED = {
-    "greedy": Sampling(temperature=0, max_tokens=8, top_log_probs=3),
-    "ended": Sampling(temperature=0, max_tokens=8, stop_ids=(153, 269)),
-    "banned": Sampling(temperature=0, max_tokens=8, stop_ids=(46, 269), min_tokens=5),
-    "group": Sampling(max_tokens=12, n=4, seed=3),
-    "cold": Sampling(temperature=0.5, max_tokens=12, seed=4, top_log_probs=2),
-    "top_k": Sampling(max_tokens=12, top_k=4),
-    "top_p": Sampling(max_tokens=12, top_p=0.6),
-    "min_p": Sampling(max_tokens=12, min_p=0.2),
-    "penalties": Sampling(max_tokens=12, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3),
-    "bias": Sampling(max_tokens=12, logit_bias={3: 5.0}),
-    "everything": Sampling(
+    "greedy": SamplingParams(temperature=0, max_tokens=8, top_logprobs=3),
+    "ended": SamplingParams(temperature=0, max_tokens=8, stop_token_ids=(153, 269)),
+    "banned": SamplingParams(temperature=0, max_tokens=8, stop_token_ids=(46, 269), min_tokens=5),
+    "group": SamplingParams(max_tokens=12, n=4, seed=3),
+    "cold": SamplingParams(temperature=0.5, max_tokens=12, seed=4, top_logprobs=2),
+    "top_k": SamplingParams(max_tokens=12, top_k=4),
+    "top_p": SamplingParams(max_tokens=12, top_p=0.6),
+    "min_p": SamplingParams(max_tokens=12, min_p=0.2),
+    "penalties": SamplingParams(max_tokens=12, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3),
+    "bias": SamplingParams(max_tokens=12, logit_bias={3: 5.0}),
+    "everything": SamplingParams(
         max_tokens=12, temperature=0.7, top_k=9, top_p=0.8, min_p=0.05, repetition_penalty=1.2, logit_bias={3: 2.0}
     ),
 }
-STREAMED = Sampling(temperature=0, max_tokens=6)
-REFUSED = Sampling(temperature=3.0, max_tokens=2)
+STREAMED = SamplingParams(temperature=0, max_tokens=6)
+REFUSED = SamplingParams(temperature=3.0, max_tokens=2)
 """vLLM takes temperatures to 2."""
 NAME, PATH = "NAME", "PATH"
 """Stand in records for the weights' name and folder, which are new in every run."""

@@ -7,14 +7,14 @@ import pytest
 
 from thinkstack.evals.plots import health_panels, running_mean
 from thinkstack.evals.report import markdown, table_rows, write_report
-from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarise
+from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarize
 from thinkstack.types import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NASTY = "<script>alert(1)</script> ``` | 从左到右"
 
 
-def record(correct, family="chain", level=2, language="en", text="x"):
+def record(correct, task="chain", level=2, language="en", text="x"):
     answers = tuple(
         AnswerRecord(
             text=text,
@@ -29,7 +29,7 @@ def record(correct, family="chain", level=2, language="en", text="x"):
     )
     return ProblemRecord(
         key="00",
-        family=family,
+        task=task,
         level=level,
         language=language,
         wording=0,
@@ -39,8 +39,8 @@ def record(correct, family="chain", level=2, language="en", text="x"):
     )
 
 
-BASE = summarise([record([True] + [False] * 15), record([False] * 16, "cups", 3, "zh", NASTY)], 1.0, {"chain": 0.1})
-ZERO = summarise([record([True] * 16), record([True] * 8 + [False] * 8, "cups", 3, "zh")], 1.0, {"chain": 0.1})
+BASE = summarize([record([True] + [False] * 15), record([False] * 16, "cups", 3, "zh", NASTY)], 1.0, {"chain": 0.1})
+ZERO = summarize([record([True] * 16), record([True] * 8 + [False] * 8, "cups", 3, "zh")], 1.0, {"chain": 0.1})
 CURVE = [curve_point(0, BASE, BASE), curve_point(10, ZERO)]
 METRICS = [
     {"step": s, "reward/mean": s / 10, "policy/entropy_nats": 1.0 - s / 20, "train/skipped": 0.0} for s in range(10)
@@ -97,7 +97,7 @@ def test_the_page_stands_alone_and_shows_what_models_wrote_as_text(tmp_path):
 def test_where_no_answer_could_be_read_the_table_says_so_instead_of_an_accuracy():
     silent = record([False, False])
     silent = replace(silent, answers=tuple(replace(answer, answer=None) for answer in silent.answers))
-    rows = dict(table_rows({"stock": summarise([silent], 1.0), "base": BASE}, {}))
+    rows = dict(table_rows({"stock": summarize([silent], 1.0), "base": BASE}, {}))
     assert rows["pass@1"][0] == rows["chain (chance 10.0)"][0] == "no answer read"
     assert rows["answers read"] == ["0.0", "100.0"]
 

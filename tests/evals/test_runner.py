@@ -3,14 +3,14 @@ from functools import partial
 
 import pytest
 
-from thinkstack.evals.results import curve_point, figures, read_samples, summarise, write_samples
+from thinkstack.evals.results import curve_point, figures, read_samples, summarize, write_samples
 from thinkstack.evals.runner import EvalConfig, Evaluation, evaluate, held_out, is_worked, warn_if_unread
 from thinkstack.tasks.puzzles.puzzle import split_of
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.reward import score as reward
 from thinkstack.types import Completion, ConfigError, Problem, Score
 
-CFG = EvalConfig(num_problems=2, samples=4, families=("chain", "cups"), seed=3)
+CFG = EvalConfig(num_problems=2, samples=4, tasks=("chain", "cups"), seed=3)
 SCORE = partial(reward, cfg=RewardConfig())
 
 
@@ -20,7 +20,7 @@ class Words:
 
     name = "words"
     prefill = ""
-    stop_ids = (0,)
+    stop_token_ids = (0,)
 
     def prompt(self, messages):
         return [ord(letter) for letter in messages[-1].content]
@@ -48,7 +48,7 @@ def turn(answer, thinking="hm"):
 def completion(text, truncated=False):
     ids = tuple(map(ord, text)) + (() if truncated else (0,))
     reason = "length" if truncated else "stop"
-    return Completion(token_ids=ids, log_probs=(0.0,) * len(ids), finish_reason=reason, weights_version=0)
+    return Completion(token_ids=ids, logprobs=(0.0,) * len(ids), finish_reason=reason, weights_version=0)
 
 
 def scripted(*answers):
@@ -81,11 +81,11 @@ def test_figures_of_two_problems_by_hand():
 
 def test_each_part_has_its_own_figures():
     found = two_problems()
-    assert {name: part.pass_at_1 for name, part in found.by_family.items()} == {"chain": 0.75, "cups": 0.25}
+    assert {name: part.pass_at_1 for name, part in found.by_task.items()} == {"chain": 0.75, "cups": 0.25}
     assert {level: part.pass_at_1 for level, part in found.by_level.items()} == {2: 0.75, 3: 0.25}
     assert {name: part.pass_at_1 for name, part in found.by_language.items()} == {"en": 0.75, "zh": 0.25}
-    assert found.by_family_level["cups"][3].pass_at_1 == 0.25
-    assert found.by_family["chain"].stderr is None
+    assert found.by_task_level["cups"][3].pass_at_1 == 0.25
+    assert found.by_task["chain"].stderr is None
     assert found.chance == {"chain": 0.1, "cups": 0.2}
 
 
@@ -130,7 +130,7 @@ def test_an_evaluation_without_one_answer_that_could_be_read_says_so(caplog):
     found = evaluate(answers, Words(), [problem()], cfg, SCORE)
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
     warn_if_unread(found, cfg.form)
-    assert "none of the 2 answers could be read in the form 'tagged'" in caplog.text
+    assert "none of the 2 answers could be read in the form 'think_answer_tags'" in caplog.text
     assert 'form = "flexible_extract"' in caplog.text
     caplog.clear()
     stock = partial(reward, cfg=RewardConfig(form="flexible_extract"))
@@ -149,7 +149,7 @@ def test_the_engine_is_asked_as_configured_with_a_seed_per_problem():
 
     problems = [problem(), problem(key="01"), problem(language="zh")]
     evaluate(engine, Words(), problems, CFG, SCORE)
-    assert {(s.temperature, s.top_p, s.max_tokens, s.n, s.stop_ids) for s in asked} == {(1.0, 1.0, 128, 4, (0,))}
+    assert {(s.temperature, s.top_p, s.max_tokens, s.n, s.stop_token_ids) for s in asked} == {(1.0, 1.0, 128, 4, (0,))}
     seeds = [s.seed for s in asked]
     assert len(set(seeds)) == 3
     asked.clear()
@@ -178,15 +178,15 @@ def test_figures_can_be_recomputed_from_the_samples_file(tmp_path):
     write_samples(tmp_path / "samples.jsonl", found.records)
     records = read_samples(tmp_path / "samples.jsonl")
     assert tuple(records) == found.records
-    assert summarise(records, found.seconds, found.chance) == found
-    assert figures(records[:1]) == found.by_family["chain"]
+    assert summarize(records, found.seconds, found.chance) == found
+    assert figures(records[:1]) == found.by_task["chain"]
     (tmp_path / "bad.jsonl").write_text('{"key": 1}\n')
     with pytest.raises(ConfigError, match=r"bad\.jsonl:1"):
         read_samples(tmp_path / "bad.jsonl")
 
 
 def test_held_out_problems_are_test_problems_of_the_asked_levels_and_families():
-    cfg = EvalConfig(num_problems=30, families=("chain", "cups"), levels=(3,), seed=1)
+    cfg = EvalConfig(num_problems=30, tasks=("chain", "cups"), levels=(3,), seed=1)
     problems = held_out(cfg)
     assert len(problems) == 30
     assert {p.task for p in problems} == {"chain", "cups"}
@@ -198,12 +198,12 @@ def test_held_out_problems_are_test_problems_of_the_asked_levels_and_families():
 
 def test_many_greedy_samples_are_refused():
     with pytest.raises(ConfigError, match="samples=16 at temperature 0"):
-        EvalConfig(families=("chain",), temperature=0.0)
+        EvalConfig(tasks=("chain",), temperature=0.0)
 
 
 def test_a_curve_point_carries_what_the_plots_need():
     found = two_problems()
     point = curve_point(20, found, held_out=found)
     assert point["step"] == 20
-    assert point["by_family"] == {"chain": 0.75, "cups": 0.25}
+    assert point["by_task"] == {"chain": 0.75, "cups": 0.25}
     assert point["held_out_level"] == {"pass_at_1": 0.5, "stderr": pytest.approx(0.25)}

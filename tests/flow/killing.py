@@ -27,10 +27,10 @@ row_tokens = 160
 save_steps = 3
 ema_decay = 0.9
 model = {{ num_layers = 2, vocab_size = 512 }}
-trainer = {{ micro_tokens = 160, workers = 2 }}
+trainer = {{ micro_batch_tokens = 160, workers = 2 }}
 
 [stages.zero]
-stage = "grpo"
+stage = "rl"
 start = "base"
 steps = {steps}
 prompts_per_step = 2
@@ -38,10 +38,10 @@ group_size = 4
 max_tokens = 12
 dynamic_sampling = false
 reward = {{ combine = "random" }}
-trainer = {{ micro_tokens = 512, workers = 2, bias_speed = 0.0, balance_weight = 0.0, mtp_detached = true }}
-way_steps = 5
-way_problems = 2
-way_samples = 2
+trainer = {{ micro_batch_tokens = 512, workers = 2, bias_speed = 0.0, balance_weight = 0.0, mtp_detached = true }}
+eval_steps = 5
+eval_problems = 2
+eval_samples = 2
 save_steps = 3
 
 [stages.zero-eval]

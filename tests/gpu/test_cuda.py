@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from tests.engine.requests import WHOLE
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.moe import ExpertMLP, expert_mlp
 from thinkstack.models.quantized import unpack
 from thinkstack.models.transformer import Transformer
-from thinkstack.quant.fp8 import BLOCK, dequantise, quantise
+from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
 from thinkstack.train.fp8 import linear, product
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,32 +29,32 @@ pytestmark = [
 ]
 LENGTHS = [60, 50, 40, 30, 20, 90, 80, 10]
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-EXACT = TrainerConfig(dtype="fp32", micro_tokens=256, optim=OptimConfig(clip_norm=1e9))
+EXACT = TrainerConfig(dtype="fp32", micro_batch_tokens=256, optim=OptimConfig(clip_norm=1e9))
 
 
 def trained(device: str, steps: int = 3, **changes) -> Trainer:
     trainer = Trainer(tiny_model(), replace(EXACT, device=device, **changes), 10)
     for step in range(steps):
-        trainer.step(drawn_batch(LENGTHS, 96, seed=step), next_token_loss)
+        trainer.step(random_batch(LENGTHS, 96, seed=step), next_token_loss)
     return trainer
 
 
-def log_probs(model: Transformer) -> torch.Tensor:
-    return batch_log_probs(model, drawn_batch(LENGTHS, 96), 1.0, 256)
+def logprobs(model: Transformer) -> torch.Tensor:
+    return batch_logprobs(model, random_batch(LENGTHS, 96), 1.0, 256)
 
 
 @BOTH
-def test_the_model_gives_the_cpus_log_probs_in_fp32(cfg):
+def test_the_model_gives_the_cpus_logprobs_in_fp32(cfg):
     model = tiny_model(cfg)
-    expected = log_probs(model)
-    torch.testing.assert_close(log_probs(model.cuda()), expected, atol=1e-3, rtol=1e-3)
+    expected = logprobs(model)
+    torch.testing.assert_close(logprobs(model.cuda()), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"checkpoint_layers": True}], ids=["plain", "checkpointed"])
 def test_training_steps_in_fp32_are_those_of_the_cpu(changes):
     there, here = trained("cuda", **changes), trained("cpu")
     assert next(there.model.parameters()).is_cuda
-    torch.testing.assert_close(log_probs(there.model), log_probs(here.model), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(logprobs(there.model), logprobs(here.model), atol=1e-2, rtol=1e-2)
 
 
 def test_a_run_resumes_on_the_device():
@@ -63,8 +63,8 @@ def test_a_run_resumes_on_the_device():
     tensors, numbers = trainer_state(first)
     second = Trainer(tiny_model(), replace(EXACT, device="cuda"), 10)
     restore_trainer(second, {name: value.cpu() for name, value in tensors.items()}, numbers)
-    second.step(drawn_batch(LENGTHS, 96, seed=2), next_token_loss)
-    torch.testing.assert_close(log_probs(second.model), log_probs(straight.model), atol=1e-3, rtol=1e-3)
+    second.step(random_batch(LENGTHS, 96, seed=2), next_token_loss)
+    torch.testing.assert_close(logprobs(second.model), logprobs(straight.model), atol=1e-3, rtol=1e-3)
 
 
 @BOTH
@@ -73,12 +73,12 @@ def test_the_engine_draws_what_the_model_says(cfg, with_experts):
     if with_experts and cfg.moe is None:
         pytest.skip("no experts to return")
     model, prompt = tiny_model(cfg).cuda(), [3, 1, 4, 1, 5]
-    engine = Engine(model, EngineConfig(max_batch=16, return_experts=with_experts))
-    for found in engine.generate([prompt], [Sampling(max_tokens=20, n=4)])[0]:
+    engine = Engine(model, EngineConfig(max_num_seqs=16, return_routed_experts=with_experts))
+    for found in engine.generate([prompt], [SamplingParams(max_tokens=20, n=4)])[0]:
         ids = torch.tensor([[*prompt, *found.token_ids]], device="cuda")
         logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
         expected = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None]).squeeze(1).detach().cpu()
-        torch.testing.assert_close(torch.tensor(found.log_probs), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(torch.tensor(found.logprobs), expected, atol=1e-3, rtol=1e-3)
         assert (found.experts is not None) == with_experts
 
 
@@ -89,8 +89,8 @@ def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
     two are as likely, their log-probabilities are those of the model. Experts in fp32 are not recorded."""
     model = tiny_model(cfg, max_positions=400).cuda()
     asked = [[3, 1, 4, 1, 5] * n for n in (1, 20, 7, 2, 40)]
-    samplings = [Sampling(max_tokens=60 + 9 * n, seed=n, n=1 + n % 2) for n in range(5)]
-    engine, plain = (Engine(model, EngineConfig(max_batch=16, dtype=dtype, graphs=on)) for on in (True, False))
+    samplings = [SamplingParams(max_tokens=60 + 9 * n, seed=n, n=1 + n % 2) for n in range(5)]
+    engine, plain = (Engine(model, EngineConfig(max_num_seqs=16, dtype=dtype, graphs=on)) for on in (True, False))
     assert plain.runner.graphs is None
     assert (engine.runner.graphs is None) == (cfg.moe is not None and dtype == "fp32")
     for change in range(3):
@@ -108,7 +108,7 @@ def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
         for (a, b), is_same in zip(pairs, same, strict=True):
             if is_same:
                 bound = 1e-3 if dtype == "fp32" else 0.1
-                torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=bound, rtol=0)
+                torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=bound, rtol=0)
     if engine.runner.graphs is not None:  # seven answers, which end at five different lengths
         assert sorted(engine.runner.graphs._recordings) == [1, 4, 8]
 
@@ -116,12 +116,12 @@ def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_packed_matrices_draw_what_widened_ones_draw(weights):
     model = tiny_model(GQA_TINY).cuda()
-    engine = Engine(model, EngineConfig(max_batch=4, dtype="bf16", weights=weights))
+    engine = Engine(model, EngineConfig(max_num_seqs=4, dtype="bf16", weights=weights))
     wide = unpack(copy.deepcopy(engine.runner._model))
-    found = engine.generate([[3, 1, 4]], [Sampling(max_tokens=30)])[0][0]
+    found = engine.generate([[3, 1, 4]], [SamplingParams(max_tokens=30)])[0][0]
     ids = torch.tensor([[3, 1, 4, *found.token_ids]], device="cuda")
     expected = torch.log_softmax(wide(ids[:, :-1])[0, 2:].float(), -1).gather(1, ids[0, 3:, None]).squeeze(1)
-    torch.testing.assert_close(torch.tensor(found.log_probs), expected.detach().cpu(), atol=0.1, rtol=0)
+    torch.testing.assert_close(torch.tensor(found.logprobs), expected.detach().cpu(), atol=0.1, rtol=0)
 
 
 def test_grouped_experts_run_and_agree_with_the_reference():
@@ -144,12 +144,12 @@ def test_compiled_blocks_with_flex_attention_take_the_step_of_eager_ones():
     """v3-tiny in bf16: head sizes of 64 and 48, rows of several documents."""
     ends = []
     for compiled in (False, True):
-        model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
-        cfg = TrainerConfig(device="cuda", compile=compiled, micro_tokens=1024)
+        model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
+        cfg = TrainerConfig(device="cuda", compile=compiled, micro_batch_tokens=1024)
         trainer = Trainer(model, cfg, 4)
         assert trainer.workers.running.uses_flex == compiled
         stats = [
-            trainer.step(drawn_batch([200, 56, 100, 156, 256], 256, vocab_size=640, seed=s), next_token_loss)
+            trainer.step(random_batch([200, 56, 100, 156, 256], 256, vocab_size=640, seed=s), next_token_loss)
             for s in range(4)
         ]
         ends.append(torch.tensor([row["loss/next_token_nats"] for row in stats]))
@@ -170,8 +170,8 @@ def test_the_devices_block_products_are_the_plain_ones(b_rows, K, power_of_two):
     """Scales are laid out by rules of their own there; K of 640 is five blocks, which are padded to eight."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, K, generator=generator).exp().cuda() for n in (256, 384))
-    qa, qb = quantise(a, 1, power_of_two), quantise(b, b_rows, power_of_two)
-    expected = dequantise(*qa, 1).double() @ dequantise(*qb, b_rows).double().T
+    qa, qb = quantize(a, 1, power_of_two), quantize(b, b_rows, power_of_two)
+    expected = dequantize(*qa, 1).double() @ dequantize(*qb, b_rows).double().T
     found = product(qa, qb, b_rows, torch.bfloat16)
     assert (found - expected).norm() / expected.norm() < 0.01
 

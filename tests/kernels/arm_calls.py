@@ -32,8 +32,8 @@ class Memory:
         return at
 
     def note_tensor(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        self.note(storage.data_ptr(), storage.nbytes(), storage)
+        quantization = x.untyped_storage()
+        self.note(quantization.data_ptr(), quantization.nbytes(), quantization)
 
     def around(self, address: int) -> int:
         """Where what contains this address begins."""

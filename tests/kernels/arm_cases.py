@@ -13,13 +13,13 @@ from tests.kernels.test_kernels import MLA_ODD, MLA_WHOLE, branches_of, drawn, w
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.kernels.dequantize import dequantize_
-from thinkstack.models.attention import GQA, MLA, AttentionContext, sight_of
+from thinkstack.models.attention import GQA, MLA, AttentionContext, kv_range_of
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.layers import RMSNorm, SwiGLU, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
-from thinkstack.train.loss import token_log_probs
+from thinkstack.train.loss import token_logprobs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BOUND = {FP32: 2e-6, BF16: 1e-2}
@@ -57,9 +57,9 @@ def grouped_attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
 
 def among(tokens: int, branched: bool, width: int) -> AttentionContext:
     documents = torch.arange(tokens)[None] // (1000 if branched else 37)
-    sight = sight_of(documents, branches_of(tokens) if branched else None)
+    kv_range = kv_range_of(documents, branches_of(tokens) if branched else None)
     rope = rope_table(torch.arange(tokens)[None], width, MLA_TINY.rope)
-    return AttentionContext(rope=rope, sight=sight, last=torch.arange(tokens)[None])
+    return AttentionContext(rope=rope, kv_range=kv_range, last=torch.arange(tokens)[None])
 
 
 def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Case:
@@ -160,30 +160,30 @@ def log_probabilities(dtype: torch.dtype) -> Case:
     index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
 
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
-        log_probs, entropy = token_log_probs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
-        return log_probs + entropy
+        logprobs, entropy = token_logprobs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
+        return logprobs + entropy
 
     return alike(lambda: with_gradients(run, hidden, weight), BOUND[dtype])
 
 
 def dequantized(dtype: torch.dtype) -> Case:
     """All numbers of e4m3, and int8, to the bit."""
-    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
-    codes.view(torch.uint8)[:, 140:, :54] += 202
+    qweight = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
+    qweight.view(torch.uint8)[:, 140:, :54] += 202
     scale, parts = drawn(2, 2, 2), Int8().pack(drawn(3, 5, 70, seed=1))
 
     def run() -> list[Tensor]:
-        out, plain = torch.empty(codes.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
-        dequantize_(FP8Blocks(), {"codes": codes, "scale": scale}, out)
+        out, plain = torch.empty(qweight.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
+        dequantize_(FP8Blocks(), {"codes": qweight, "scale": scale}, out)
         dequantize_(Int8(), parts, plain)
         return [out.isnan().int(), out.nan_to_num(), plain]
 
     return alike(run, 0)
 
 
-def routing(group_score: str, normalise: bool) -> Case:
-    sizes = dict(num_experts=12, top_k=3, expert_size=16, num_groups=4, top_groups=2)
-    cfg = MoEConfig(**sizes, group_score=group_score, normalise_weights=normalise)
+def routing(group_score: str, normalize: bool) -> Case:
+    sizes = dict(num_experts=12, num_experts_per_tok=3, moe_intermediate_size=16, num_groups=4, top_groups=2)
+    cfg = MoEConfig(**sizes, group_score=group_score, norm_topk_prob=normalize)
     scores, bias = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)), drawn(12, seed=1) * 0.2
 
     @torch.no_grad()

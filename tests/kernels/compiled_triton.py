@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from thinkstack.kernels import Heads
+from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 from thinkstack.kernels.triton import paged_attention as paged
 from thinkstack.kernels.triton import quantized as packed
@@ -23,11 +23,11 @@ from thinkstack.kernels.triton import quantized as packed
 FAST_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have, by generation (CUDA programming guide, table of technical specifications)."""
 SHAPES = {
-    "mla, small": (Heads(1, 80, 0, 0, 0, 64), 4, 80),
-    "mla of V3": (Heads(1, 576, 0, 0, 0, 512), 40, 576),
-    "gqa": (Heads(3, 64, 64, 192, 64, 64), 3, 384),
-    "gqa, wide": (Heads(2, 128, 128, 256, 128, 128), 5, 512),
-    "gqa, small": (Heads(2, 24, 24, 48, 24, 24), 1, 96),
+    "mla, small": (KVLayout(1, 80, 0, 0, 0, 64), 4, 80),
+    "mla of V3": (KVLayout(1, 576, 0, 0, 0, 512), 40, 576),
+    "gqa": (KVLayout(3, 64, 64, 192, 64, 64), 3, 384),
+    "gqa, wide": (KVLayout(2, 128, 128, 256, 128, 128), 5, 512),
+    "gqa, small": (KVLayout(2, 24, 24, 48, 24, 24), 1, 96),
 }
 """Heads, queries for each, width of an entry; the small ones need no proof that they fit."""
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
@@ -63,14 +63,14 @@ def reading(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def multiplying(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
-    for (codes, block), rows in product({"*i8": (1, 2048), "*fp8e4nv": (128, 128)}.items(), (16, 64)):
-        if codes == "*fp8e4nv" and generation < 89:
+    for (qweight, block), rows in product({"*i8": (1, 2048), "*fp8e4nv": (128, 128)}.items(), (16, 64)):
+        if qweight == "*fp8e4nv" and generation < 89:
             continue
         constants = dict(ROWS=rows, OUTPUTS=packed.OUTPUTS, STEP=packed.STEP, S=4)
         constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block, strict=True))
-        types = {"x": "*bf16", "codes": codes, "scale": "*fp32", "out": "*fp32"}
+        types = {"x": "*bf16", "codes": qweight, "scale": "*fp32", "out": "*fp32"}
         yield (
-            f"multiply, {codes}, {rows}",
+            f"multiply, {qweight}, {rows}",
             compiled(packed.multiply, types, constants, {}, generation, folder),
         )
 

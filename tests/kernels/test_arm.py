@@ -62,10 +62,10 @@ pytestmark = [
 ]
 
 HEADS = {
-    "mla": kernels.Heads(1, 96, 0, 0, 0, 64),
-    "mla, odd": kernels.Heads(1, 24, 0, 0, 0, 19),
-    "gqa": kernels.Heads(2, 32, 32, 64, 32, 32),
-    "gqa, odd": kernels.Heads(2, 6, 6, 12, 6, 6),
+    "mla": kernels.KVLayout(1, 96, 0, 0, 0, 64),
+    "mla, odd": kernels.KVLayout(1, 24, 0, 0, 0, 19),
+    "gqa": kernels.KVLayout(2, 32, 32, 64, 32, 32),
+    "gqa, odd": kernels.KVLayout(2, 6, 6, 12, 6, 6),
 }
 
 
@@ -114,7 +114,7 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
         q, k = (rotate(x[None].contiguous(), rope[None], interleaved)[0] for x in (q, k))
         own = entries.float()
         own[tables[owner, last // 64].long(), last % 64] = torch.cat((k.flatten(1), v.flatten(1)), 1)
-        heads = kernels.Heads(G, width, width, G * width, width, width)
+        heads = kernels.KVLayout(G, width, width, G * width, width, width)
         return [read_pages(q.unflatten(1, (G, -1)), Pages(own, tables, owner), last, heads, 0.3).view(N, -1), own]
 
     return Case(mine, theirs, BOUND[dtype])
@@ -238,8 +238,8 @@ for _dtype in (FP32, BF16):
         case(sampling, _vocabulary, _kept, _dtype)
 for _name, _interleaved in itertools.product(("whole vectors", "odd widths", "gqa"), (True, False)):
     case(model, _name, _interleaved)
-for _score, _normalise in itertools.product(("top2", "max"), (True, False)):
-    case(routing, _score, _normalise)
+for _score, _normalize in itertools.product(("top2", "max"), (True, False)):
+    case(routing, _score, _normalize)
 for _tokens in (1, 19):
     case(feed_forward, _tokens)
 for _count, _wide, _narrow in ((1, 48, 16), (5, 304, 80), (263, 64, 336)):

@@ -94,11 +94,11 @@ def test_a_record_is_taken_over_on_another_machine_which_the_log_says(here, capl
     kept = choice.record()
     here(table={"attend.fp32": 0.5, "rope.fp32": 2.0})
     with caplog.at_level(logging.WARNING):
-        choice.adopt(kept)
+        choice.restore(kept)
     assert choice.choices().kernels == {"attend.fp32": True, "rope.fp32": False}
     assert resolve_precision("auto") == "bf16"
     assert "begun on avx512-bf16 and continued on x86-64-v3" in caplog.text
-    choice.adopt(None)
+    choice.restore(None)
     assert resolve_precision("auto") == "fp32"
 
 
@@ -107,9 +107,9 @@ def test_a_run_begun_without_kernels_goes_on_without(here, monkeypatch):
     monkeypatch.setenv(build.SWITCH, "0")
     kept = choice.record()
     monkeypatch.delenv(build.SWITCH)
-    choice.adopt(kept)
+    choice.restore(kept)
     assert not choice.uses("attend", torch.float32) and not choice.uses("fused_latent", torch.float32)
-    choice.adopt(None)
+    choice.restore(None)
 
 
 def test_measurements_are_kept_and_apart_for_each_cap(monkeypatch, tmp_path):

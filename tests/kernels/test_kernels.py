@@ -14,12 +14,12 @@ from thinkstack import kernels
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels.cpu import build, calls
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import MLA, AttentionContext, read_pages, sight_of
+from thinkstack.models.attention import MLA, AttentionContext, kv_range_of, read_pages
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
-from thinkstack.train.loss import token_log_probs
-from thinkstack.types import Sampling
+from thinkstack.train.loss import token_logprobs
+from thinkstack.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 
@@ -45,7 +45,7 @@ def drawn(*shape, seed=0, dtype=torch.float32):
 
 
 BOTH_DTYPES = pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-MLA_WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+MLA_WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
 """Its experts fill whole vectors; those of MLA_TINY are left to torch."""
 MLA_ODD = replace(
     MLA_TINY,
@@ -95,7 +95,7 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
     documents = torch.arange(tokens)[None] // (1000 if branched else 37)
     context = dict(
         rope=rope_table(torch.arange(tokens)[None], 4, MLA_TINY.rope),
-        sight=sight_of(documents, branches_of(tokens) if branched else None),
+        kv_range=kv_range_of(documents, branches_of(tokens) if branched else None),
         last=torch.arange(tokens)[None],
     )
     q, kv, shared = drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)
@@ -112,12 +112,12 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
 
 def test_another_document_in_the_row_changes_no_bit():
     q, kv = drawn(1, 40, 2, 8), drawn(1, 40, 32, seed=1)
-    heads = kernels.Heads(2, 8, 16, 8, 16, 8)
+    heads = kernels.KVLayout(2, 8, 16, 8, 16, 8)
     rope = rope_table(torch.arange(40)[None], 8, MLA_TINY.rope)
-    sight = sight_of((torch.arange(40)[None] >= 20).long())
-    expected = kernels.attend(q, kv, None, rope, sight, heads, 0.3, True)
+    kv_range = kv_range_of((torch.arange(40)[None] >= 20).long())
+    expected = kernels.attend(q, kv, None, rope, kv_range, heads, 0.3, True)
     kv[:, :20] *= 100
-    got = kernels.attend(q, kv, None, rope, sight, heads, 0.3, True)
+    got = kernels.attend(q, kv, None, rope, kv_range, heads, 0.3, True)
     assert torch.equal(got[:, 20:], expected[:, 20:])
     assert not torch.equal(got[:, :20], expected[:, :20])
 
@@ -147,19 +147,19 @@ def test_log_probabilities_entropy_and_their_gradients(dtype, relative, on_torch
     index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
 
     def run(hidden, weight):
-        log_probs, entropy = token_log_probs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
-        return log_probs + entropy
+        logprobs, entropy = token_logprobs(hidden, index, weight, targets, temperature=0.7, with_entropy=True)
+        return logprobs + entropy
 
     assert_close(with_gradients(run, hidden, weight), on_torch(with_gradients, run, hidden, weight), relative)
 
 
 @pytest.mark.parametrize("group_score", ["top2", "max"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_routing_chooses_as_torch_does(group_score, normalise, on_torch):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routing_chooses_as_torch_does(group_score, normalize, on_torch):
     cfg = MoEConfig(
-        **dict(num_experts=12, top_k=3, expert_size=16, num_groups=4, top_groups=2),
+        **dict(num_experts=12, num_experts_per_tok=3, moe_intermediate_size=16, num_groups=4, top_groups=2),
         group_score=group_score,
-        normalise_weights=normalise,
+        norm_topk_prob=normalize,
     )
     scores = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
     bias = drawn(12, seed=1) * 0.2
@@ -176,13 +176,13 @@ def test_an_engine_draws_the_same_tokens_with_and_without_kernels(cfg, on_torch)
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [7] * 20]
 
     def run():
-        engine = Engine(model, EngineConfig(max_batch=8))
-        groups = engine.generate(prompts, [Sampling(max_tokens=16, temperature=0.0, n=2)] * 3)
-        return [(c.token_ids, c.log_probs) for group in groups for c in group]
+        engine = Engine(model, EngineConfig(max_num_seqs=8))
+        groups = engine.generate(prompts, [SamplingParams(max_tokens=16, temperature=0.0, n=2)] * 3)
+        return [(c.token_ids, c.logprobs) for group in groups for c in group]
 
-    for (mine, my_log_probs), (theirs, log_probs) in zip(run(), on_torch(run), strict=True):
+    for (mine, my_logprobs), (theirs, logprobs) in zip(run(), on_torch(run), strict=True):
         assert mine == theirs
-        assert my_log_probs == pytest.approx(log_probs, abs=2e-5)
+        assert my_logprobs == pytest.approx(logprobs, abs=2e-5)
 
 
 def test_a_row_does_not_depend_on_its_companions():
@@ -258,7 +258,7 @@ def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
 
 
 @pytest.mark.parametrize(
-    "heads", [kernels.Heads(1, 24, 0, 0, 0, 20), kernels.Heads(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"]
+    "heads", [kernels.KVLayout(1, 24, 0, 0, 0, 20), kernels.KVLayout(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
@@ -283,10 +283,10 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
 @pytest.mark.parametrize(
     "heads",
     [
-        kernels.Heads(1, 96, 0, 0, 0, 64),
-        kernels.Heads(1, 24, 0, 0, 0, 20),
-        kernels.Heads(3, 64, 64, 192, 64, 64),
-        kernels.Heads(2, 32, 32, 64, 32, 32),
+        kernels.KVLayout(1, 96, 0, 0, 0, 64),
+        kernels.KVLayout(1, 24, 0, 0, 0, 20),
+        kernels.KVLayout(3, 64, 64, 192, 64, 64),
+        kernels.KVLayout(2, 32, 32, 64, 32, 32),
     ],
     ids=["mla", "mla, odd", "gqa, 64", "gqa, 32"],
 )

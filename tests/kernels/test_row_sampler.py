@@ -28,10 +28,10 @@ def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_
         limits = (torch.tensor([0, 1, 2, 40, 10_000]), torch.tensor([1.0, 0.9, 0.3, 0.999]), torch.tensor([0, 0.02, 1]))
         limits = tuple(limit.repeat(rows)[:rows] for limit in limits)
     settings = logits, temperature, uniform, limits
-    (mine, my_log_probs), (theirs, log_probs) = sample(*settings), on_torch(sample, *settings)
+    (mine, my_logprobs), (theirs, logprobs) = sample(*settings), on_torch(sample, *settings)
     same = mine == theirs
     assert same.float().mean() > 0.98  # a draw on the edge of two tokens may fall either way
-    torch.testing.assert_close(my_log_probs[same], log_probs[same], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(my_logprobs[same], logprobs[same], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("keeps_all", [False, True])
@@ -58,8 +58,8 @@ def test_rows_of_columns_draw_with_their_own_settings_and_numbers(keeps_all):
 def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(broken):
     logits = drawn(3, 200)
     logits[1, 77] = broken
-    _, log_probs = sample(logits, torch.ones(3), torch.full((3,), 0.5, dtype=torch.float64))
-    assert log_probs.isnan().tolist() == [False, True, False]
+    _, logprobs = sample(logits, torch.ones(3), torch.full((3,), 0.5, dtype=torch.float64))
+    assert logprobs.isnan().tolist() == [False, True, False]
 
 
 def test_the_last_number_draws_the_last_token_that_is_kept():
@@ -67,8 +67,8 @@ def test_the_last_number_draws_the_last_token_that_is_kept():
     logits = drawn(300, 2000)
     logits[:, 700:] = -torch.inf
     uniform = torch.full((300,), 1 - 2**-53, dtype=torch.float64)
-    tokens, log_probs = sample(logits, torch.ones(300), uniform)
-    assert (tokens == 699).all() and log_probs.isfinite().all()
+    tokens, logprobs = sample(logits, torch.ones(300), uniform)
+    assert (tokens == 699).all() and logprobs.isfinite().all()
 
 
 def test_tokens_that_weigh_the_same_are_kept_from_the_lowest_on(on_torch):

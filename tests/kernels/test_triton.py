@@ -20,7 +20,7 @@ from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import read_pages
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 triton = pytest.importorskip("triton")
 from tests.kernels.compiled_triton import FAST_MEMORY, SHAPES, TYPES  # noqa: E402
@@ -110,12 +110,15 @@ def test_an_engine_that_reads_through_the_kernel_draws_the_same_tokens(cfg, monk
     """Prompts in chunks beside decoding, padding, groups of answers."""
     if DEVICE == "cuda":
         pytest.skip("tests/gpu has engines")
-    asked, samplings = [[7] * 19, [3, 1, 4], [5] * 8], [Sampling(max_tokens=3, seed=n, n=1 + n % 2) for n in range(3)]
+    asked, samplings = (
+        [[7] * 19, [3, 1, 4], [5] * 8],
+        [SamplingParams(max_tokens=3, seed=n, n=1 + n % 2) for n in range(3)],
+    )
     monkeypatch.setattr(calls, "available", lambda: False)
 
     def answers():
         model = tiny_model(cfg, num_layers=1)
-        engine = Engine(model, EngineConfig(max_batch=8, max_prefill_tokens=9, graphs=False))
+        engine = Engine(model, EngineConfig(max_num_seqs=8, max_prefill_tokens=9, graphs=False))
         return [[c.token_ids for c in group] for group in engine.generate(asked, samplings)]
 
     expected, seen = answers(), []
@@ -130,16 +133,18 @@ def test_an_engine_that_reads_through_the_kernel_draws_the_same_tokens(cfg, monk
     assert {1, 9} <= set(seen)
 
 
-@pytest.mark.parametrize("storage", [Int8(), FP8Blocks(), FP8Blocks(power_of_two=True)], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "quantization", [Int8(), FP8Blocks(), FP8Blocks(power_of_two=True)], ids=lambda each: each.name
+)
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 100, 256), (5, 300, 200), (40, 128, 640)])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_codes_are_multiplied_as_if_they_were_wide(storage, rows, outputs, inputs, parts):
+def test_codes_are_multiplied_as_if_they_were_wide(quantization, rows, outputs, inputs, parts):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator).bfloat16().to(DEVICE)
-    held = storage.pack(torch.randn(outputs, inputs, generator=generator).exp().to(DEVICE))
+    held = quantization.pack(torch.randn(outputs, inputs, generator=generator).exp().to(DEVICE))
     wide = torch.empty(outputs, inputs, device=DEVICE)
-    storage.unpack(held, wide)
-    block = (1, inputs) if isinstance(storage, Int8) else (128, 128)
+    quantization.unpack(held, wide)
+    block = (1, inputs) if isinstance(quantization, Int8) else (128, 128)
     found = packed.product(x, held["codes"], held["scale"], block, parts)
     expected = x.double() @ wide.double().T
     assert found.dtype == torch.bfloat16

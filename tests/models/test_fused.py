@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack import kernels
 from thinkstack.models import attention, moe
 from thinkstack.models.attention import (
@@ -14,15 +14,15 @@ from thinkstack.models.attention import (
     additive_mask,
     document_blocks,
     fused_attention,
-    sight_of,
+    kv_range_of,
 )
 
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 
 
-def context_of(sight: torch.Tensor) -> AttentionContext:
-    rows = torch.arange(sight.shape[1]).unsqueeze(0)
-    return AttentionContext(rope=torch.empty(0), sight=sight, last=rows)
+def context_of(kv_range: torch.Tensor) -> AttentionContext:
+    rows = torch.arange(kv_range.shape[1]).unsqueeze(0)
+    return AttentionContext(rope=torch.empty(0), kv_range=kv_range, last=rows)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -31,21 +31,21 @@ def test_fused_attention_and_its_gradients_are_those_of_plain_products(groups):
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 20, groups, 4 // groups, 12), (2, 20, groups, 12), (2, 20, groups, 8)
     given = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    sight = sight_of(torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [3] * 20]))
+    kv_range = kv_range_of(torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [3] * 20]))
     grad = torch.randn(2, 20, groups, 4 // groups, 8, generator=generator)
-    mask = additive_mask(sight, torch.arange(20).unsqueeze(0), 20, torch.float32)
+    mask = additive_mask(kv_range, torch.arange(20).unsqueeze(0), 20, torch.float32)
     plain = attention.weighted_values(*given, mask, 0.3)
-    fused = fused_attention(*given, context_of(sight), 0.3)
+    fused = fused_attention(*given, context_of(kv_range), 0.3)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(out, given, grad) for out in (fused, plain)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_block_masks_open_what_the_additive_mask_opens():
-    sight = sight_of(torch.tensor([[1] * 70 + [2] * 120 + [0] * 10, [3] * 150 + [4] * 50]))
-    blocks = document_blocks(sight)
+    kv_range = kv_range_of(torch.tensor([[1] * 70 + [2] * 120 + [0] * 10, [3] * 150 + [4] * 50]))
+    blocks = document_blocks(kv_range)
     dense = create_mask(blocks.mask_mod, 2, None, 200, 200, device="cpu")
-    mask = additive_mask(sight, torch.arange(200).unsqueeze(0), 200, torch.float32)
+    mask = additive_mask(kv_range, torch.arange(200).unsqueeze(0), 200, torch.float32)
     assert torch.equal(dense, mask == 0)
 
 
@@ -54,7 +54,7 @@ def test_block_masks_open_what_the_additive_mask_opens():
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_gives_the_models_logits(cfg):
     """Uncompiled, forward only: torch has no backward pass of it on a CPU."""
-    model, batch = tiny_model(cfg), drawn_batch([9, 5, 12, 3], 16)
+    model, batch = tiny_model(cfg), random_batch([9, 5, 12, 3], 16)
     plain = model(batch.ids, batch.positions, batch.document_ids)
     model.uses_flex = True
     found = model(batch.ids, batch.positions, batch.document_ids)
@@ -65,7 +65,7 @@ def test_flex_attention_gives_the_models_logits(cfg):
 @BOTH
 def test_sdpa_gives_the_models_logits_and_gradients(cfg, monkeypatch):
     """The path of a GPU without compilation, put in the place of plain products."""
-    batch, found = drawn_batch([9, 5, 12, 3], 16), []
+    batch, found = random_batch([9, 5, 12, 3], 16), []
     for fused in (False, True):
         model = tiny_model(cfg)
         monkeypatch.setattr(kernels, "takes", lambda x, operation: False)

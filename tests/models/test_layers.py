@@ -57,7 +57,7 @@ def test_the_feed_forward_is_the_papers_formula():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_interleaved_rotation_turns_neighbouring_pairs():
+def test_interleaved_rotation_turns_neighboring_pairs():
     """At position 1 the pair (x0, x1) turns by 1 radian, and (x2, x3) by theta ** -0.5 = 0.01."""
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
     out = rotate(x, rope_table(torch.tensor([[1]]), 4, RopeConfig()), interleaved=True).flatten()

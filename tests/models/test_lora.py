@@ -8,62 +8,62 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, adapters_off, merged, plain_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.types import ConfigError, Sampling
+from thinkstack.types import ConfigError, SamplingParams
 
-IN_KERNELS = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+IN_KERNELS = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
 ALL = LoRAConfig(rank=4, targets=("attention", "feed_forward", "experts"))
 PLAIN = TrainerConfig(
-    dtype="fp32", micro_tokens=32, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0, lora=ALL,
+    dtype="fp32", micro_batch_tokens=32, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0, lora=ALL,
     optim=OptimConfig(learning_rate=1e-2),
 )  # fmt: skip
 EVERY = pytest.mark.parametrize("cfg", [MLA_TINY, IN_KERNELS, GQA_TINY], ids=["mla", "kernels", "gqa"])
 LENGTHS = [9, 5, 12, 3, 11, 7, 4, 8]
 
 
-def log_probs(model: Transformer) -> torch.Tensor:
-    return batch_log_probs(model, drawn_batch(LENGTHS, 16), 1.0, 64)
+def logprobs(model: Transformer) -> torch.Tensor:
+    return batch_logprobs(model, random_batch(LENGTHS, 16), 1.0, 64)
 
 
 def trained(cfg=MLA_TINY, steps: int = 3, settings: TrainerConfig = PLAIN) -> Trainer:
     trainer = Trainer(tiny_model(cfg), settings, 10)
     for step in range(steps):
-        trainer.step(drawn_batch(LENGTHS, 16, seed=step), next_token_loss)
+        trainer.step(random_batch(LENGTHS, 16, seed=step), next_token_loss)
     return trainer
 
 
 @EVERY
 def test_trap_66_adapters_of_zero_change_no_bit_so_that_the_first_ratio_is_one(cfg):
     plain, model = tiny_model(cfg), tiny_model(cfg)
-    before = log_probs(plain)
+    before = logprobs(plain)
     adapt(model, ALL)
-    assert torch.equal(log_probs(model), before) and torch.equal(log_probs(merged(model)), before)
+    assert torch.equal(logprobs(model), before) and torch.equal(logprobs(merged(model)), before)
 
 
 @EVERY
 def test_trap_66_the_engine_draws_what_base_and_adapters_say(cfg):
     """The engine merges, the trainer adds: the same tokens have the same log-probabilities."""
     trainer = trained(cfg)
-    engine = Engine(tiny_model(cfg), EngineConfig(max_batch=16))
+    engine = Engine(tiny_model(cfg), EngineConfig(max_num_seqs=16))
     engine.load_weights(trainer.weights(), version=3)
     prompt = [3, 1, 4, 1]
-    for found in engine.generate([prompt], [Sampling(max_tokens=12, n=4)])[0]:
+    for found in engine.generate([prompt], [SamplingParams(max_tokens=12, n=4)])[0]:
         ids = torch.tensor([[*prompt, *found.token_ids]])
         with torch.enable_grad():  # the sums of training, not the merged matrices of inference
             logits = trainer.model(ids[:, :-1])[0, len(prompt) - 1 :]
         expected = torch.log_softmax(logits.detach(), -1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-        torch.testing.assert_close(torch.tensor(found.log_probs), expected, atol=1e-4, rtol=0)
-    assert (log_probs(trainer.model) - log_probs(tiny_model(cfg))).abs().max() > 1e-2, "something was learnt"
+        torch.testing.assert_close(torch.tensor(found.logprobs), expected, atol=1e-4, rtol=0)
+    assert (logprobs(trainer.model) - logprobs(tiny_model(cfg))).abs().max() > 1e-2, "something was learnt"
 
 
 @EVERY
@@ -72,12 +72,12 @@ def test_merging_again_and_again_never_touches_the_base(cfg):
     start, trainer = tiny_model(cfg), Trainer(tiny_model(cfg), PLAIN, 10)
     engine = Engine(trainer.model)
     for step in range(4):
-        trainer.step(drawn_batch(LENGTHS, 16, seed=step), next_token_loss)
+        trainer.step(random_batch(LENGTHS, 16, seed=step), next_token_loss)
         engine.load_weights(trainer.weights(), version=step + 1)
         now = merged(trainer.model).state_dict()
         assert all(torch.equal(value, now[name]) for name, value in engine.runner._model.state_dict().items())
     with adapters_off(trainer.model) as base:
-        assert torch.equal(log_probs(base), log_probs(start))
+        assert torch.equal(logprobs(base), logprobs(start))
         assert all(torch.equal(value, start.state_dict()[name]) for name, value in plain_tensors(base))
     with torch.no_grad():
         for adapter in adapters(trainer.model).values():
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_merged_matrix():
     """dW of the whole matrix, projected: dB = s dW A^T, dA = s B^T dW; experts too, gate and up each by itself."""
     settings = replace(PLAIN, optim=OptimConfig(learning_rate=1e-2, clip_norm=1e9))
     model = trained(settings=settings).model
-    twin, batch = merged(model), drawn_batch(LENGTHS, 16)
+    twin, batch = merged(model), random_batch(LENGTHS, 16)
     for found in (model, twin):
         logits = found(batch.ids, batch.positions, batch.document_ids)
         F.cross_entropy(logits[batch.loss_mask > 0], batch.targets[batch.loss_mask > 0]).backward()
@@ -159,18 +159,18 @@ def test_a_run_with_adapters_resumes_bit_for_bit_and_its_state_is_small():
     second = Trainer(tiny_model(), PLAIN, 10)
     restore_trainer(second, tensors, numbers)
     for step in (2, 3):
-        second.step(drawn_batch(LENGTHS, 16, seed=step), next_token_loss)
+        second.step(random_batch(LENGTHS, 16, seed=step), next_token_loss)
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
 
 
 def test_activation_checkpointing_changes_no_bit():
     plain, kept = trained(IN_KERNELS), trained(IN_KERNELS, settings=replace(PLAIN, checkpoint_layers=True))
-    assert torch.equal(log_probs(plain.model), log_probs(kept.model))
+    assert torch.equal(logprobs(plain.model), logprobs(kept.model))
 
 
 def test_adapters_learn():
-    trainer, batch = Trainer(tiny_model(), PLAIN, 60), drawn_batch(LENGTHS, 16)
+    trainer, batch = Trainer(tiny_model(), PLAIN, 60), random_batch(LENGTHS, 16)
     losses = [trainer.step(batch, next_token_loss)["loss/next_token_nats"] for _ in range(60)]
     assert losses[-1] < 0.3 * losses[0]
 
@@ -180,7 +180,7 @@ def test_a_merged_model_is_a_plain_one():
     plain, twin = tiny_model(), merged(model)
     assert [name for name, _ in twin.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert merged(plain) is plain
-    torch.testing.assert_close(log_probs(twin), log_probs(model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs(twin), logprobs(model), atol=1e-5, rtol=1e-5)
     assert copy.deepcopy(twin).state_dict().keys() == plain.state_dict().keys()
 
 

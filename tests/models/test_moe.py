@@ -12,7 +12,9 @@ from thinkstack.models.layers import ROW_TILE
 from thinkstack.models.moe import ExpertMLP, MoE, dispatch, route
 from thinkstack.types import ConfigError
 
-GROUPED = MoEConfig(num_experts=12, top_k=3, expert_size=4, num_groups=4, top_groups=2, route_scale=2.5)
+GROUPED = MoEConfig(
+    num_experts=12, num_experts_per_tok=3, moe_intermediate_size=4, num_groups=4, top_groups=2, route_scale=2.5
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,8 +29,8 @@ def route_one(scores: list[float], bias: list[float], cfg: MoEConfig) -> dict[in
     groups = [range(g * size, (g + 1) * size) for g in range(cfg.num_groups)]
     ranked = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:best]))
     allowed = [expert for group in ranked[: cfg.top_groups] for expert in group]
-    chosen = sorted(allowed, key=lambda e: -choice[e])[: cfg.top_k]
-    total = sum(scores[e] for e in chosen) if cfg.normalise_weights else 1.0
+    chosen = sorted(allowed, key=lambda e: -choice[e])[: cfg.num_experts_per_tok]
+    total = sum(scores[e] for e in chosen) if cfg.norm_topk_prob else 1.0
     return {e: scores[e] / total * cfg.route_scale for e in chosen}
 
 
@@ -36,7 +38,7 @@ def route_one(scores: list[float], bias: list[float], cfg: MoEConfig) -> dict[in
     "cfg",
     [
         GROUPED,
-        replace(GROUPED, group_score="max", normalise_weights=False, scoring="softmax"),
+        replace(GROUPED, group_score="max", norm_topk_prob=False, scoring="softmax"),
         replace(GROUPED, num_groups=1, top_groups=1),
         replace(GROUPED, top_groups=4),
     ],
@@ -51,7 +53,7 @@ def test_routing_agrees_with_a_plain_loop(cfg):
 
 
 def test_bias_steers_the_choice_but_not_the_weight():
-    cfg = MoEConfig(num_experts=4, top_k=1, expert_size=1, num_groups=2, top_groups=1)
+    cfg = MoEConfig(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=1, num_groups=2, top_groups=1)
     weights, experts = route(torch.tensor([[0.9, 0.1, 0.2, 0.3]]), torch.tensor([0.0, 0.0, 0.0, 1.0]), cfg)
     assert experts.tolist() == [[3]]
     assert weights.tolist() == [[1.0]]
@@ -59,14 +61,14 @@ def test_bias_steers_the_choice_but_not_the_weight():
 
 def test_weights_come_from_the_scores_without_bias():
     """E2.60: gates use the raw scores: 0.6 and 0.2 share 2 as 1.5 and 0.5, however large the bias."""
-    cfg = MoEConfig(num_experts=4, top_k=2, expert_size=1, route_scale=2.0)
+    cfg = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=1, route_scale=2.0)
     weights, experts = route(torch.tensor([[0.6, 0.1, 0.2, 0.3]]), torch.tensor([5.0, 0.0, 9.0, 0.0]), cfg)
     assert dict(zip(experts[0].tolist(), weights[0].tolist(), strict=True)) == pytest.approx({0: 1.5, 2: 0.5})
 
 
 def test_closed_groups_stay_closed_when_open_scores_are_negative():
     """E2.60: a mask of 0.0 instead of -inf lets closed experts win as soon as biased scores are negative (litgpt)."""
-    cfg = MoEConfig(num_experts=4, top_k=2, expert_size=1, num_groups=2, top_groups=1)
+    cfg = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=1, num_groups=2, top_groups=1)
     _, experts = route(torch.tensor([[0.5, 0.4, 0.3, 0.2]]), torch.tensor([-2.0, -2.0, -4.0, -4.0]), cfg)
     assert sorted(experts[0].tolist()) == [0, 1]
 
@@ -78,7 +80,7 @@ def test_all_scores_at_zero_give_no_nan():
 
 def test_the_router_learns_through_the_weights_and_not_through_the_choice():
     scores, bias = drawn(5, 12).sigmoid().requires_grad_(), torch.zeros(12)
-    weights, experts = route(scores, bias, replace(GROUPED, normalise_weights=False, route_scale=1.0))
+    weights, experts = route(scores, bias, replace(GROUPED, norm_topk_prob=False, route_scale=1.0))
     weights.sum().backward()
     assert torch.equal(scores.grad, torch.zeros(5, 12).scatter(1, experts, 1.0))
 
@@ -152,7 +154,7 @@ def test_a_token_finds_the_same_experts_alone_or_in_a_batch():
     [
         ({"num_groups": 5}, "does not split"),
         ({"top_groups": 5}, "must lie in"),
-        ({"top_k": 7}, "cannot come from"),
+        ({"num_experts_per_tok": 7}, "cannot come from"),
         ({"num_groups": 12, "top_groups": 12}, "needs two experts"),
     ],
 )

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_samples, tiny_model
-from thinkstack.data import lay_out, pack
+from tests.tiny import GQA_TINY, MLA_TINY, random_examples, tiny_model
+from thinkstack.data import collate, pack
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.kv_cache import KVCache, View
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import additive_mask, sight_of
+from thinkstack.models.attention import additive_mask, kv_range_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
 from thinkstack.models.precision import refresh, working_copy
 from thinkstack.models.transformer import Transformer
@@ -19,7 +19,7 @@ from thinkstack.types import ConfigError, RequestError
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 
 
-def drawn_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(48, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -27,7 +27,7 @@ def drawn_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_mla_absorbed_equals_expanded(q_lora_rank):
     attention = replace(MLA_TINY.attention, q_lora_rank=q_lora_rank)
     yarn = replace(MLA_TINY.rope, yarn=YarnConfig(original_max_positions=16))
-    model, ids = tiny_model(attention=attention, rope=yarn), drawn_ids(2, 20)
+    model, ids = tiny_model(attention=attention, rope=yarn), random_ids(2, 20)
     cache, places = KVCache(model.cfg, 3, torch.float32), torch.arange(20).repeat(2)
     owner = torch.arange(2).repeat_interleave(20)
     pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), owner.int())
@@ -40,8 +40,8 @@ def test_mla_absorbed_equals_expanded(q_lora_rank):
 @BOTH
 def test_packed_documents_give_the_logits_of_separate_ones(cfg):
     """E2.37: attention across documents, or positions that run on, would change them."""
-    model, samples = tiny_model(cfg), drawn_samples([9, 5, 12, 3])
-    batch = lay_out(samples, pack(samples, 16), 16)
+    model, samples = tiny_model(cfg), random_examples([9, 5, 12, 3])
+    batch = collate(samples, pack(samples, 16), 16)
     packed = model(batch.ids, batch.positions, batch.document_ids)
     for index, sample in enumerate(samples):
         alone = model(torch.tensor([sample.ids[:-1]]))[0]
@@ -50,7 +50,7 @@ def test_packed_documents_give_the_logits_of_separate_ones(cfg):
 
 @BOTH
 def test_no_token_sees_a_later_one(cfg):
-    model, ids = tiny_model(cfg), drawn_ids(1, 12)
+    model, ids = tiny_model(cfg), random_ids(1, 12)
     changed = ids.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 48
     torch.testing.assert_close(model(ids)[:, :7], model(changed)[:, :7])
@@ -59,35 +59,35 @@ def test_no_token_sees_a_later_one(cfg):
 
 def test_a_row_beside_padding_equals_the_row_alone():
     """E2.36: padding columns must not shift positions or be attended to."""
-    model, ids = tiny_model(), drawn_ids(1, 10)
+    model, ids = tiny_model(), random_ids(1, 10)
     padded = torch.cat((ids, torch.zeros(1, 6, dtype=torch.int64)), 1)
     documents = torch.tensor([[1] * 10 + [0] * 6])
     torch.testing.assert_close(model(padded, None, documents)[:, :10], model(ids), rtol=1e-5, atol=2e-5)
 
 
 def test_the_mask_of_two_documents():
-    sight = sight_of(torch.tensor([[1, 1, 2]]))
-    assert sight[..., 0].tolist() == [[0, 0, 2]]
-    mask = additive_mask(sight, torch.arange(3)[None], 3, torch.float32)
+    kv_range = kv_range_of(torch.tensor([[1, 1, 2]]))
+    assert kv_range[..., 0].tolist() == [[0, 0, 2]]
+    mask = additive_mask(kv_range, torch.arange(3)[None], 3, torch.float32)
     shut = -torch.inf
     assert mask[0, 0].tolist() == [[0, shut, shut], [0, 0, shut], [shut, shut, 0]]
 
 
 def test_branches_see_what_they_share_and_themselves():
     documents, branches = torch.tensor([[1, 1, 1, 1, 1, 2]]), torch.tensor([[0, 0, 1, 2, 2, 0]])
-    seen = additive_mask(sight_of(documents, branches), torch.arange(6)[None], 6, torch.float32)[0, 0] == 0
+    seen = additive_mask(kv_range_of(documents, branches), torch.arange(6)[None], 6, torch.float32)[0, 0] == 0
     assert [row.nonzero().flatten().tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
 
 
 def test_training_and_inference_mode_agree():
     """E2.26: dropout or router noise would make rollout and trainer disagree; there is none."""
-    model, ids = tiny_model(), drawn_ids(2, 8)
+    model, ids = tiny_model(), random_ids(2, 8)
     assert torch.equal(model.train()(ids), model.eval()(ids))
 
 
 def test_the_mtp_module_combines_the_hidden_state_with_the_next_token():
     """V3 report, equations 21-23: h' = Block(M [norm(Emb(t_{i+1})); norm(h_i)]), embedding first."""
-    model, ids = tiny_model(), drawn_ids(1, 6)
+    model, ids = tiny_model(), random_ids(1, 6)
     trunk = model.trunk(ids)
     states, routing = model.look_ahead(trunk, ids)
     module = model.mtp[0]
@@ -99,7 +99,7 @@ def test_the_mtp_module_combines_the_hidden_state_with_the_next_token():
 
 
 def test_the_mtp_state_sees_the_next_token_and_none_after():
-    model, ids = tiny_model(), drawn_ids(1, 8)
+    model, ids = tiny_model(), random_ids(1, 8)
     changed = ids.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 48
     before, after = (model.look_ahead(model.trunk(x), x)[0][0] for x in (ids, changed))
@@ -108,7 +108,7 @@ def test_the_mtp_state_sees_the_next_token_and_none_after():
 
 
 def test_a_second_mtp_module_looks_one_token_further():
-    model, ids = tiny_model(mtp_layers=2), drawn_ids(1, 8)
+    model, ids = tiny_model(mtp_layers=2), random_ids(1, 8)
     changed = ids.clone()
     changed[0, 6] = (changed[0, 6] + 1) % 48
     before, after = (model.look_ahead(model.trunk(x), x)[0][1] for x in (ids, changed))
@@ -118,7 +118,7 @@ def test_a_second_mtp_module_looks_one_token_further():
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_detached_mtp_sends_no_gradient_to_the_trunk(detached):
-    model, ids = tiny_model(), drawn_ids(1, 6)
+    model, ids = tiny_model(), random_ids(1, 6)
     states, _ = model.look_ahead(model.trunk(ids), ids, detached)
     states[0].square().sum().backward()
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -138,7 +138,7 @@ def test_drawing_weights_is_a_function_of_the_seed():
 
 
 def test_initial_matrices_have_the_stated_spread():
-    model = Transformer(replace(named("v3-tiny"))).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(replace(named("v3-tiny"))).initialize(torch.Generator().manual_seed(0))
     assert float(model.layers[2].ffn.w_in.detach().std()) == pytest.approx(0.1, rel=0.02)
     assert float(model.embed.weight.detach().std()) == pytest.approx(0.3, rel=0.02)
     assert torch.equal(model.norm.weight, torch.ones(128))

@@ -36,7 +36,7 @@ def test_a_checkpoint_is_described_from_its_headers(folder: Path):
     size = (folder / WEIGHTS).stat().st_size
     assert found["family"] == "deepseek_v3" and found["MTP modules"].endswith("in 1")
     assert found["stored"] == f"{size / 1000:.1f} kB in 1 files: bfloat16, float32"
-    assert found["quantised"].startswith("fp8-ue8m0: ")
+    assert found["quantized"].startswith("fp8-ue8m0: ")
     assert found["tokenizer"] == "360 tokens, 7 of them control tokens"
     assert found["chat format"] == "r1; a turn ends with <｜end▁of▁sentence｜>"
     assert "<think>" in found["control tokens"]
@@ -59,7 +59,7 @@ def test_a_base_model_says_that_it_has_no_tokenizer(tmp_path: Path):
 @pytest.mark.parametrize("cfg", [MLA_TINY, replace(GQA_TINY, tie_embeddings=True)])
 def test_bytes_in_fp8_are_those_of_a_model_kept_in_fp8(cfg, tmp_path: Path):
     """But for blocks that are not full, whose scales weigh more: these matrices are far smaller than 128 x 128."""
-    wide = replace(cfg, hidden_size=256, dense_size=512, attention=replace(cfg.attention, num_heads=4))
+    wide = replace(cfg, hidden_size=256, intermediate_size=512, attention=replace(cfg.attention, num_heads=4))
     convert(str(saved(tmp_path / "model", wide)), tmp_path / "half", dtype="bf16")
     state = load_model(tmp_path / "half", E4M3).state_dict()
     whole = sum(t.nbytes for name, t in state.items() if not name.endswith((".scale", ".bias", "head.weight")))

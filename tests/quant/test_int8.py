@@ -11,7 +11,7 @@ from thinkstack import kernels
 from thinkstack.kernels.cpu import calls
 from thinkstack.kernels.cpu.prepacked import upcast_linear
 from thinkstack.models.precision import inference_copy
-from thinkstack.models.quantized import Packed, PackedLinear, matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight, matrices, pack, quantized_weights, unpack
 from thinkstack.quant.int8 import Int8
 
 needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
@@ -34,7 +34,7 @@ def test_codes_and_scales_are_those_worked_out_by_hand():
     assert out[0].tolist() == [254.0, -254.0, 2.0, 2.0]
 
 
-def test_a_row_of_zeros_comes_back_and_its_neighbours_are_not_touched():
+def test_a_row_of_zeros_comes_back_and_its_neighbors_are_not_touched():
     weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, 0.25], [1e-42, 0.0, 0.0]])
     back = there_and_back(weight)
     assert torch.equal(back[0], torch.zeros(3)) and bool(back.isfinite().all())
@@ -65,10 +65,10 @@ def test_the_kernel_widens_as_torch_does(dtype, on_torch):
 
 def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a few rows by the kernel, and exactly."""
-    codes, scale = parts["codes"], parts["scale"]
+    qweight, scale = parts["codes"], parts["scale"]
     with torch.no_grad():
-        assert kernels.takes_few(x, codes)
-        return kernels.few_rows(x, codes, scale), x.double() @ (codes.double() * scale.double()).T
+        assert kernels.takes_few(x, qweight)
+        return kernels.few_rows(x, qweight, scale), x.double() @ (qweight.double() * scale.double()).T
 
 
 @needs_kernels
@@ -104,10 +104,10 @@ def test_what_is_not_finite_stays_in_its_row(value):
 @torch.no_grad()
 def test_a_packed_layer_takes_the_kernel_for_a_few_rows_only(on_torch):
     layer = torch.nn.Linear(64, 40, bias=False)
-    packed = PackedLinear(Packed(Int8(), layer.weight, torch.bfloat16), None)
+    packed = QuantizedLinear(QuantizedWeight(Int8(), layer.weight, torch.bfloat16), None)
     x = drawn(9, 64, dtype=torch.bfloat16)
     few, many = packed(x[:8]), packed(x)
-    assert torch.equal(few, kernels.few_rows(x[:8], packed.packed.codes, packed.packed.scale))
+    assert torch.equal(few, kernels.few_rows(x[:8], packed.packed.qweight, packed.packed.scale))
     with torch.no_grad():
         assert torch.equal(many, upcast_linear(x, packed.weight))
     torch.testing.assert_close(few, on_torch(packed, x[:8]), rtol=2e-2, atol=2e-2)
@@ -121,9 +121,9 @@ def test_a_packed_model_computes_what_its_widened_numbers_do(cfg):
     pack(model, Int8(), matrices(model))
     ids = torch.arange(20).view(2, 10)
     packed = model(ids)
-    assert set(packed_parameters(model)) == set(expected)
+    assert set(quantized_weights(model)) == set(expected)
     plain = unpack(model)
-    assert not packed_parameters(plain)
+    assert not quantized_weights(plain)
     for name, weight in expected.items():
         assert torch.equal(plain.get_parameter(name), weight), name
     torch.testing.assert_close(packed, plain(ids))
@@ -136,9 +136,9 @@ def test_a_packed_copy_leaves_the_model_as_it_was(tied):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     twin = inference_copy(model, torch.bfloat16, "int8")
     after = model.state_dict()
-    assert not packed_parameters(model) and list(before) == list(after)
+    assert not quantized_weights(model) and list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
-    assert set(packed_parameters(twin)) == {*matrices(model), "head.weight"}
+    assert set(quantized_weights(twin)) == {*matrices(model), "head.weight"}
     assert torch.equal(twin.embed.weight, model.embed.weight.bfloat16())
     assert torch.equal(twin.head.weight, there_and_back(model.head.weight.detach()).bfloat16())
     assert twin.norm.weight.dtype == torch.float32

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.models.lora import LoRAConfig, adapters, merged
-from thinkstack.models.quantized import packed_parameters
+from thinkstack.models.quantized import quantized_weights
 from thinkstack.quant.nf4 import LEVELS, NF4Blocks
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
@@ -25,8 +25,8 @@ def there_and_back(weight: torch.Tensor) -> torch.Tensor:
 def test_the_levels_times_a_scale_come_back_exactly():
     weight = torch.tensor(LEVELS).repeat(4)[None] * 2.0
     assert torch.equal(there_and_back(weight), weight)
-    codes = NF4Blocks().pack(weight)["codes"]
-    assert codes.shape == (1, 32) and codes[0, :3].tolist() == [0x01, 0x23, 0x45]
+    qweight = NF4Blocks().pack(weight)["codes"]
+    assert qweight.shape == (1, 32) and qweight[0, :3].tolist() == [0x01, 0x23, 0x45]
 
 
 def test_the_error_on_normal_numbers_is_that_of_the_format():
@@ -58,24 +58,24 @@ def test_adapters_learn_beside_a_4_bit_base(cfg):
         lora=LoRAConfig(rank=4, base="nf4"),
     )  # fmt: skip
     model = tiny_model(cfg)
-    trainer, batch = Trainer(model, settings, 20), drawn_batch([9, 12, 7], 16)
-    before = {name: part.clone() for name, p in packed_parameters(model).items() for part in p.buffers()}
+    trainer, batch = Trainer(model, settings, 20), random_batch([9, 12, 7], 16)
+    before = {name: part.clone() for name, p in quantized_weights(model).items() for part in p.buffers()}
     losses = [trainer.step(batch, next_token_loss)["loss/next_token_nats"] for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
-    after = {name: part for name, p in packed_parameters(model).items() for part in p.buffers()}
+    after = {name: part for name, p in quantized_weights(model).items() for part in p.buffers()}
     assert before and all(torch.equal(before[name], after[name]) for name in before)
     assert all(bool(adapter.lora_b.any()) for adapter in adapters(model).values())
     plain = merged(model)
-    assert not packed_parameters(plain)
+    assert not quantized_weights(plain)
     torch.testing.assert_close(plain(batch.ids), model(batch.ids), atol=2e-4, rtol=2e-4)
 
 
 def test_a_4_bit_base_takes_less_than_a_fifth_of_fp32():
-    model = tiny_model(replace(GQA_TINY, hidden_size=128, dense_size=256))
+    model = tiny_model(replace(GQA_TINY, hidden_size=128, intermediate_size=256))
     linear = [p for n, p in model.layers.named_parameters() if p.dim() > 1]
     whole = sum(p.nbytes for p in linear)
     Trainer(model, TrainerConfig(dtype="fp32", bias_speed=0.0, lora=LoRAConfig(rank=2, base="nf4")), 1)
-    assert sum(part.nbytes for p in packed_parameters(model).values() for part in p.buffers()) < whole / 7
+    assert sum(part.nbytes for p in quantized_weights(model).values() for part in p.buffers()) < whole / 7
 
 
 def test_experts_cannot_be_adapted_in_a_packed_base():

@@ -2,7 +2,7 @@
 
 import random
 
-from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.config import RLConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
@@ -15,7 +15,7 @@ BOS, EOS = 0, 1
 class ArmChat:
     """Token 2 + d writes the digit d; an answer is the digits drawn before the end token."""
 
-    name, prefill, stop_ids = "arms", "", (EOS,)
+    name, prefill, stop_token_ids = "arms", "", (EOS,)
 
     def prompt(self, messages: list[Message]) -> list[int]:
         return [BOS, 2 + int(messages[-1].content)]
@@ -59,7 +59,7 @@ def arm_score(problem: Problem, text: str) -> Score:
     return Score(total=right, parts={"accuracy": right, "format": float(len(text) == 1)})
 
 
-def arm_config(**changes: object) -> GrpoConfig:
+def arm_config(**changes: object) -> RLConfig:
     settings: dict[str, object] = {
         "start": "",
         "steps": 200,
@@ -67,11 +67,11 @@ def arm_config(**changes: object) -> GrpoConfig:
         "group_size": 16,
         "max_tokens": 2,
         "row_tokens": 16,
-        "way_steps": 0,
+        "eval_steps": 0,
         "rollout_steps": 0,
         "trainer": TrainerConfig(
             optim=OptimConfig(learning_rate=5e-3, weight_decay=0.0), dtype="fp32", bias_speed=0.0, mtp_weight=0.0
         ),
         "loss": PolicyLossConfig(),
     }
-    return GrpoConfig(**(settings | changes))  # type: ignore[arg-type]
+    return RLConfig(**(settings | changes))  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import torch
 
 from tests.rl.bandit import arm_config
 from tests.rl.test_groups import rollout
-from thinkstack.rl.advantages import compare, token_rewards, usable
-from thinkstack.rl.groups import collect, lay, normalised, overlong_punishment, returns_to_go, to_batch
+from thinkstack.rl.advantages import compute_advantages, token_rewards, usable
+from thinkstack.rl.groups import gather_tokens, normalized, overlong_punishment, returns_to_go, spread_tokens, to_batch
 from thinkstack.rl.trainer import split_groups
 from thinkstack.train.loss import token_weights
 from thinkstack.train.policy_loss import PolicyLossConfig
@@ -23,10 +23,10 @@ def cut(made: Rollout) -> Rollout:
     return replace(made, completion=replace(made.completion, finish_reason="length"))
 
 
-def learnt(rollouts: list[Rollout], penalties: list[list[float]] | None = None, **changes: object):
+def loss_mask(rollouts: list[Rollout], kl_penalties: list[list[float]] | None = None, **changes: object):
     cfg = arm_config(**changes)
     kept = usable(rollouts, cfg)
-    return compare(kept, penalties or [[0.0] * len(r.completion.token_ids) for r in kept], cfg)
+    return compute_advantages(kept, kl_penalties or [[0.0] * len(r.completion.token_ids) for r in kept], cfg)
 
 
 TRUNCATED = {
@@ -42,7 +42,7 @@ def test_trap_16_answers_cut_off_are_kept_masked_or_dropped_as_asked(how):
     """Peers differ and rarely say: in baseline and loss, in the baseline only, or in neither, where the group must be
     compared anew. Masked, their zeros still lower the baseline, and every finished answer gains from them."""
     group = [rollout(0, 1.0), rollout(0, 0.0), cut(rollout(0, 0.0))]
-    found = learnt(group, truncated=how)
+    found = loss_mask(group, truncated=how)
     advantages, count = TRUNCATED[how]
     assert found.advantages == pytest.approx(advantages)
     assert len(found.rollouts) == count
@@ -53,7 +53,7 @@ def test_trap_16_a_step_of_nothing_but_cut_off_answers_teaches_nothing():
     """An epidemic of long answers once left a batch of zero rows, and the mean of nothing is nan."""
     group = [cut(rollout(0, 1.0)), cut(rollout(0, 0.0))]
     for how in ("mask", "drop"):
-        assert learnt(group, truncated=how) == ([], [], [])
+        assert loss_mask(group, truncated=how) == ([], [], [])
     assert split_groups([], [], 2) == []
 
 
@@ -64,7 +64,7 @@ def test_trap_18_the_deviation_of_the_step_is_taken_over_the_whole_step():
     is all right and still gains, (1 - 3/4) / sqrt(3/16) = 1/sqrt 3, where its own mean would have given 0.
     """
     rollouts = [rollout(0, 1.0), rollout(0, 0.0), rollout(1, 1.0), rollout(1, 1.0)]
-    found = learnt(rollouts, **BATCH)
+    found = loss_mask(rollouts, **BATCH)
     up, down = 1 / math.sqrt(3), -math.sqrt(3)
     assert [row[0] for row in found.advantages] == pytest.approx([up, down, up, up])
     pieces = split_groups(found.rollouts, found.advantages, 2)
@@ -75,22 +75,22 @@ def test_trap_18_tokens_not_answers_are_counted():
     """With a loss per token, centring by answers leaves a push in favour of one length.
 
     Reward 1 with three tokens, 0 with one: mean 3/4, deviation sqrt(3)/4."""
-    rows = normalised([[1.0] * 3, [0.0]])
+    rows = normalized([[1.0] * 3, [0.0]])
     assert rows[0] == pytest.approx([1 / math.sqrt(3)] * 3) and rows[1] == pytest.approx([-math.sqrt(3)])
     assert sum(map(sum, rows)) == pytest.approx(0.0)
 
 
 def test_trap_11_equal_rewards_of_a_step_give_exactly_zero():
-    assert learnt([rollout(0, 0.1 + 0.2), rollout(1, 0.3)], **BATCH).advantages == [[0.0, 0.0], [0.0, 0.0]]
+    assert loss_mask([rollout(0, 0.1 + 0.2), rollout(1, 0.3)], **BATCH).advantages == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_trap_17_without_a_group_an_unscorable_answer_is_left_out():
-    found = learnt([rollout(0, 1.0), rollout(0, None), rollout(0, 0.0)], **BATCH)
+    found = loss_mask([rollout(0, 1.0), rollout(0, None), rollout(0, 0.0)], **BATCH)
     assert [row[0] for row in found.advantages] == [1.0, -1.0]
 
 
 def test_trap_19_advantages_are_fp32_without_gradient():
-    """bf16 advantages round 1/3 to 3 digits, and centred groups no longer sum to 0."""
+    """bf16 advantages round 1/3 to 3 digits, and centered groups no longer sum to 0."""
     batch = to_batch([rollout(0, 1.0), rollout(0, 0.0)], [1 / 3, -1 / 3], 8)
     assert batch.advantages is not None
     assert batch.advantages.dtype == torch.float32 and not batch.advantages.requires_grad
@@ -103,8 +103,8 @@ def test_trap_40_no_end_token_is_invented_for_an_answer_cut_off():
     batch = to_batch([long, rollout(0, 1.0)], [-0.5, 0.5], 8)
     places = (batch.branches == 1) & (batch.loss_mask > 0)
     assert batch.targets[places].tolist() == [9, 8, 7]
-    assert batch.rollout_log_probs is not None
-    assert batch.rollout_log_probs[places].tolist() == list(long.completion.log_probs)
+    assert batch.rollout_logprobs is not None
+    assert batch.rollout_logprobs[places].tolist() == list(long.completion.logprobs)
 
 
 def test_trap_47_kl_in_the_reward_enters_before_the_comparison():
@@ -113,29 +113,29 @@ def test_trap_47_kl_in_the_reward_enters_before_the_comparison():
     Rewards 1 and 0 less 0.1 + 0.2 and 0.1 + 0.0: 0.7 and -0.1, mean 0.3, advantages 0.4 and -0.4.
     """
     pair = [rollout(0, 1.0), rollout(0, 0.0)]
-    assert learnt(pair, [[0.1, 0.2], [0.1, 0.0]]).advantages == pytest.approx([0.4, -0.4])
+    assert loss_mask(pair, [[0.1, 0.2], [0.1, 0.0]]).advantages == pytest.approx([0.4, -0.4])
 
 
 def test_kl_in_the_reward_is_paid_token_by_token_without_a_group():
     """Returns to go: 1 - 0.3 and 1 - 0.2 for the tokens of the first answer, -0.1 and 0 for the second."""
     assert token_rewards(1.0, [0.1, 0.2]) == pytest.approx([-0.1, 0.8])
     assert returns_to_go([-0.1, 0.8]) == pytest.approx([0.7, 0.8])
-    found = learnt([rollout(0, 1.0), rollout(0, 0.0)], [[0.1, 0.2], [0.1, 0.0]], **BATCH).advantages
-    expected = normalised([[0.7, 0.8], [-0.1, 0.0]])
+    found = loss_mask([rollout(0, 1.0), rollout(0, 0.0)], [[0.1, 0.2], [0.1, 0.0]], **BATCH).advantages
+    expected = normalized([[0.7, 0.8], [-0.1, 0.0]])
     assert found[0] == pytest.approx(expected[0]) and found[1] == pytest.approx(expected[1])
 
 
 @pytest.mark.parametrize(("length", "taken"), [(16, 0.0), (18, 0.5), (20, 1.0)])
 def test_trap_55_length_is_punished_in_tokens_and_per_answer(length, taken):
-    """A peer measured characters, over the whole batch: what an answer earned depended on its neighbours.
+    """A peer measured characters, over the whole batch: what an answer earned depended on its neighbors.
 
     max_tokens 20, the last fifth: 16 tokens are free, 20 cost all."""
     assert overlong_punishment(length, 20, 0.2) == pytest.approx(taken)
     ids = tuple(range(2, 2 + length))
-    alone = learnt([rollout(0, 1.0), rollout(0, 1.0, ids)], max_tokens=20, overlong_penalty=0.5)
+    alone = loss_mask([rollout(0, 1.0), rollout(0, 1.0, ids)], max_tokens=20, overlong_penalty=0.5)
     assert alone.advantages == pytest.approx([taken / 4, -taken / 4])
     crowd = [rollout(0, 1.0), rollout(0, 1.0, ids), rollout(1, 1.0, ids), rollout(1, 0.0)]
-    assert learnt(crowd, max_tokens=20, overlong_penalty=0.5).advantages[:2] == pytest.approx(alone.advantages)
+    assert loss_mask(crowd, max_tokens=20, overlong_penalty=0.5).advantages[:2] == pytest.approx(alone.advantages)
 
 
 def test_numbers_by_token_come_back_from_the_batch_they_were_laid_into():
@@ -143,18 +143,18 @@ def test_numbers_by_token_come_back_from_the_batch_they_were_laid_into():
     rollouts = [rollout(0, 1.0, (5, 1)), rollout(0, 0.0, (6, 7, 8, 1)), rollout(1, 1.0, (9,))]
     values = [[0.1, 0.2], [1.0, 2.0, 3.0, 4.0], [9.0]]
     batch = to_batch(rollouts, values, 6)
-    assert batch.advantages is not None and batch.rollout_log_probs is not None
-    assert torch.equal(lay(values, batch), batch.advantages)
-    assert [pytest.approx(row) for row in values] == collect(batch.advantages, batch)
-    assert collect(batch.rollout_log_probs, batch)[1] == [-0.5, -1.5, -2.5, -3.5]
-    assert collect(batch.targets.float(), batch) == [[5, 1], [6, 7, 8, 1], [9]]
+    assert batch.advantages is not None and batch.rollout_logprobs is not None
+    assert torch.equal(spread_tokens(values, batch), batch.advantages)
+    assert [pytest.approx(row) for row in values] == gather_tokens(batch.advantages, batch)
+    assert gather_tokens(batch.rollout_logprobs, batch)[1] == [-0.5, -1.5, -2.5, -3.5]
+    assert gather_tokens(batch.targets.float(), batch) == [[5, 1], [6, 7, 8, 1], [9]]
 
 
 def test_reductions_differ_where_lengths_do():
     """What "token", "sequence" and "fixed" mean for answers of 2 and 4 tokens with at most 10."""
     batch = to_batch([rollout(0, 1.0), rollout(0, 0.0, (6, 7, 8, 1))], [0.5, -0.5], 8)
     shares = {
-        kind: [sum(row) for row in collect(token_weights(batch, kind, 10), batch)]
+        kind: [sum(row) for row in gather_tokens(token_weights(batch, kind, 10), batch)]
         for kind in ("token", "sequence", "fixed")
     }
     assert shares["token"] == pytest.approx([2 / 6, 4 / 6])

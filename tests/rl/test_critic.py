@@ -40,7 +40,7 @@ def test_the_first_advantages_are_the_whitened_returns(make_bandit):
     Rewards 1 (2 tokens), 0 (2 tokens): mean 1/2, deviation 1/2.
     """
     zero = make_bandit(**PPO)
-    advantages, targets = zero.critic.judge([rollout(0, 1.0), rollout(0, 0.0)], [[0.0, 1.0], [0.0, 0.0]])
+    advantages, targets = zero.critic.estimate_advantages([rollout(0, 1.0), rollout(0, 0.0)], [[0.0, 1.0], [0.0, 0.0]])
     assert advantages == [[1.0, 1.0], [-1.0, -1.0]]
     assert [target.returns for target in targets] == [[1.0, 1.0], [0.0, 0.0]]
     assert [target.values for target in targets] == [[0.0, 0.0], [0.0, 0.0]]
@@ -50,7 +50,7 @@ def test_every_setting_of_the_critic_changes_the_run(make_bandit):
     """Trap 49 for the critic: each must move the policy or the critic within a few steps."""
     fast = TrainerConfig(optim=OptimConfig(learning_rate=2e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
     base = CriticConfig(learning_rate=2e-2, clip=0.05)
-    changes = {"learning_rate": 1e-3, "gamma": 0.5, "lam": 0.3, "clip": 0.0, "whiten": False, "prefit_steps": 2}
+    changes = {"learning_rate": 1e-3, "gamma": 0.5, "gae_lambda": 0.3, "clip": 0.0, "whiten": False, "prefit_steps": 2}
     ends = {}
     for name in ("", *changes):
         cfg = replace(base, **({name: changes[name]} if name else {}))
@@ -78,12 +78,16 @@ def test_fitting_the_critic_first_moves_the_critic_alone(make_bandit):
 def test_the_critic_is_fitted_to_whole_returns_whatever_lambda_it_will_use(make_bandit, monkeypatch):
     """With lambda 0 a new critic, which predicts 0, would learn 0 for every token but the last. Reward 1, two tokens:
     returns 0 and 1 with lambda 0, 1 and 1 with lambda 1."""
-    zero = make_bandit(critic=CriticConfig(lam=0.0, prefit_steps=1), **PPO)
-    judge, used = zero.critic.judge, []
+    zero = make_bandit(critic=CriticConfig(gae_lambda=0.0, prefit_steps=1), **PPO)
+    judge, used = zero.critic.estimate_advantages, []
     answers, rewards = [rollout(0, 1.0)], [[0.0, 1.0]]
     assert judge(answers, rewards)[1][0].returns == [0.0, 1.0]
-    assert judge(answers, rewards, lam=1.0)[1][0].returns == [1.0, 1.0]
-    monkeypatch.setattr(zero.critic, "judge", lambda r, w, lam=None: (used.append(lam), judge(r, w, lam))[1])
+    assert judge(answers, rewards, gae_lambda=1.0)[1][0].returns == [1.0, 1.0]
+    monkeypatch.setattr(
+        zero.critic,
+        "estimate_advantages",
+        lambda r, w, gae_lambda=None: (used.append(gae_lambda), judge(r, w, gae_lambda))[1],
+    )
     zero.step()
     assert used == [1.0, None]
 

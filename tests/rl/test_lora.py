@@ -8,7 +8,7 @@ import torch
 from tests.rl.test_router_replay import BANDIT
 from thinkstack.checkpoint.state import load_state
 from thinkstack.models.lora import LoRAConfig, adapters, adapters_off, plain_tensors
-from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.config import RLConfig
 from thinkstack.rl.critic import CriticConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
@@ -48,16 +48,16 @@ def test_the_reference_is_the_policy_without_its_adapters(make_bandit):
     for _ in range(3):
         kl = zero.step()["policy/kl_nats"]
     assert kl > 0
-    batch = zero.add_log_probs(_batch(zero))
+    batch = zero.add_logprobs(_batch(zero))
     with adapters_off(zero.trainer.model) as start:
-        assert torch.equal(batch.reference_log_probs, zero.log_probs(start, batch))
-    assert not torch.equal(batch.reference_log_probs, zero.log_probs(zero.trainer.model, batch))
+        assert torch.equal(batch.reference_logprobs, zero.logprobs(start, batch))
+    assert not torch.equal(batch.reference_logprobs, zero.logprobs(zero.trainer.model, batch))
 
 
 def _batch(zero):
     from thinkstack.rl.groups import to_batch
 
-    kept = zero.draw()[0].drawn
+    kept = zero.collect_rollouts()[0].rollouts
     return to_batch(kept, [0.0] * len(kept), 16)
 
 
@@ -100,4 +100,4 @@ def test_a_critic_is_a_whole_model_beside_adapters(make_bandit):
 
 def test_a_reference_that_cannot_be_replaced_is_refused():
     with pytest.raises(ConfigError, match="reference_steps=40"):
-        GrpoConfig(start="", trainer=trainer(), loss=PolicyLossConfig(kl=0.1), steps=50, reference_steps=40)
+        RLConfig(start="", trainer=trainer(), loss=PolicyLossConfig(kl=0.1), steps=50, reference_steps=40)

@@ -5,18 +5,18 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, random_batch, tiny_model
 from thinkstack.config import build, merge
-from thinkstack.rl.config import DEFINING, PRESETS, GrpoConfig
+from thinkstack.rl.config import DEFINING, PRESETS, RLConfig
 from thinkstack.train.loss import token_weights
 from thinkstack.train.passes import trained_tokens
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.types import ConfigError
 
 
-def laid(preset: str, **given: object) -> GrpoConfig:
+def laid(preset: str, **given: object) -> RLConfig:
     """The settings of a preset with `given` on top, as a recipe makes them."""
-    return build(GrpoConfig, merge(PRESETS[preset], {"start": "x", "preset": preset} | given))
+    return build(RLConfig, merge(PRESETS[preset], {"start": "x", "preset": preset} | given))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -45,7 +45,7 @@ def test_every_preset_takes_a_step(make_bandit, preset):
 
 def test_the_presets_are_those_of_their_papers():
     dr, dapo, gspo = laid("dr_grpo"), laid("dapo"), laid("gspo")
-    assert (dr.advantage, dr.loss.reduction, dr.loss.kl) == ("centred", "fixed", 0.0)  # arXiv:2503.20783, section 3.2
+    assert (dr.advantage, dr.loss.reduction, dr.loss.kl) == ("centered", "fixed", 0.0)  # arXiv:2503.20783, section 3.2
     assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.reduction) == (0.2, 0.28, "token")  # arXiv:2503.14476
     assert dapo.dynamic_sampling and dapo.overlong_share == 4096 / 20480 and dapo.loss.kl == 0
     assert (gspo.loss.clip_low, gspo.loss.clip_high) == (3e-4, 4e-4)  # arXiv:2507.18071, section 5.1
@@ -58,13 +58,13 @@ def test_the_presets_are_those_of_their_papers():
 @pytest.mark.parametrize(
     ("preset", "given", "message"),
     [
-        ("dr_grpo", {"advantage": "standardised"}, "advantage='standardised' brings back the bias"),
+        ("dr_grpo", {"advantage": "standardized"}, "advantage='standardized' brings back the bias"),
         (
             "dr_grpo",
             {"loss": {"reduction": "token"}},
             "loss.reduction='token' is not preset 'dr_grpo', which has 'fixed'",
         ),
-        ("default", {"loss": {"reduction": "fixed"}, "advantage": "standardised"}, "use advantage='centred'"),
+        ("default", {"loss": {"reduction": "fixed"}, "advantage": "standardized"}, "use advantage='centered'"),
         ("dapo", {"dynamic_sampling": False}, "dynamic_sampling=False is not preset 'dapo'"),
         ("gspo", {"loss": {"reduction": "token"}}, "sums a sequence's one ratio over its tokens"),
         ("gspo", {"loss": {"reduction": "fixed"}}, "needs reduction='sequence'"),
@@ -87,8 +87,8 @@ def test_the_presets_are_those_of_their_papers():
             {"dynamic_sampling": True},
             "drops groups of equal rewards, from which advantage='batch' learns",
         ),
-        ("default", {"critic": {"lam": 0.9}}, "critic settings do nothing with advantage='centred'"),
-        ("ppo", {"critic": {"lam": 1.5}}, "critic.lam=1.5: input should be less than or equal to 1"),
+        ("default", {"critic": {"gae_lambda": 0.9}}, "critic settings do nothing with advantage='centered'"),
+        ("ppo", {"critic": {"gae_lambda": 1.5}}, "critic.gae_lambda=1.5: input should be less than or equal to 1"),
         ("ppo", {"critic": {"clip": -1.0}}, "critic.clip=-1.0"),
         ("dapo", {"overlong_share": 0.0}, "overlong_share=0.0 must lie in (0, 1]"),
     ],
@@ -104,7 +104,7 @@ def test_a_setting_that_contradicts_another_is_refused_with_the_reason(preset, g
 def test_a_presets_name_without_its_settings_is_refused(preset):
     """A run labelled GSPO that was the default all along would be believed."""
     with pytest.raises(ConfigError):
-        GrpoConfig(start="x", preset=preset, dynamic_sampling=False)
+        RLConfig(start="x", preset=preset, dynamic_sampling=False)
 
 
 MODEL = tiny_model(GQA_TINY)
@@ -113,14 +113,14 @@ MODEL = tiny_model(GQA_TINY)
 def objective(cfg: PolicyLossConfig) -> torch.Tensor:
     """Gradient of the head under `cfg` on a fixed batch far off policy, as the trainer would make it."""
     generator = torch.Generator().manual_seed(1)
-    batch = drawn_batch([9, 5, 12, 3], 16, prompt=2)
+    batch = random_batch([9, 5, 12, 3], 16, prompt=2)
     signs = torch.where(batch.document_ids % 2 == 0, 1.0, -1.0) * batch.loss_mask
 
     def near(scale: float) -> torch.Tensor:
         return torch.randn(batch.ids.shape, generator=generator) * scale - 4
 
-    batch = replace(batch, advantages=signs, old_log_probs=near(1.0), rollout_log_probs=near(1.0))
-    batch = replace(batch, reference_log_probs=near(1.0), weights=token_weights(batch, cfg.reduction, 16))
+    batch = replace(batch, advantages=signs, old_logprobs=near(1.0), rollout_logprobs=near(1.0))
+    batch = replace(batch, reference_logprobs=near(1.0), weights=token_weights(batch, cfg.reduction, 16))
     hidden = MODEL.trunk(batch.ids, batch.positions, batch.document_ids).hidden
     tokens = trained_tokens(MODEL, hidden, batch, 1 / float(batch.loss_mask.sum()), cfg.temperature)
     (gradient,) = torch.autograd.grad(policy_loss(tokens, cfg)[0], MODEL.head.weight)
@@ -163,7 +163,7 @@ def test_trap_49_every_coefficient_of_the_objective_changes_its_gradient(name):
 
 
 STAGE = {
-    "advantage": "standardised",
+    "advantage": "standardized",
     "truncated": "mask",
     "overlong_penalty": 0.7,
     "overlong_share": 0.9,

@@ -8,11 +8,11 @@ import torch
 
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack import cli
-from thinkstack.rl.replay import answer_log_probs, describe_replay, replay
+from thinkstack.rl.replay import answer_logprobs, describe_replay, replay
 from thinkstack.types import ConfigError
 
 
-def test_the_weights_that_drew_a_step_give_its_log_probs_and_later_ones_do_not(make_bandit):
+def test_the_weights_that_drew_a_step_give_its_logprobs_and_later_ones_do_not(make_bandit):
     zero = make_bandit(rollout_steps=1)
     drew = copy.deepcopy(zero.trainer.model)
     zero.step()
@@ -36,15 +36,15 @@ def test_the_temperature_of_drawing_is_asked_for(make_bandit):
 
 
 @torch.no_grad()
-def test_an_answers_log_probs_by_hand():
+def test_an_answers_logprobs_by_hand():
     model = tiny_model(GQA_TINY)
     logits = model(torch.tensor([[3, 5, 7]]))[0]
     expected = [
         float(logits[place, token] / 2) - math.log(sum(math.exp(float(logit) / 2) for logit in logits[place]))
         for place, token in ((1, 7), (2, 4))
     ]
-    assert answer_log_probs(model, [3, 5], [7, 4], temperature=2.0).tolist() == pytest.approx(expected, abs=1e-5)
-    assert answer_log_probs(model, [3, 5], [], temperature=2.0).tolist() == []
+    assert answer_logprobs(model, [3, 5], [7, 4], temperature=2.0).tolist() == pytest.approx(expected, abs=1e-5)
+    assert answer_logprobs(model, [3, 5], [], temperature=2.0).tolist() == []
 
 
 def test_another_models_checkpoint_is_refused(make_bandit):

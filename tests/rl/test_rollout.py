@@ -1,20 +1,20 @@
 """Drawing groups: refill, caps and counts."""
 
 from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_score
-from thinkstack.rl.rollout import Asking, Counter, roll_out
-from thinkstack.types import Completion, Sampling, Score
+from thinkstack.rl.rollout import Counter, RolloutConfig, collect_rollouts
+from thinkstack.types import Completion, SamplingParams, Score
 
 
-def asking(**changes: object) -> Asking:
+def asking(**changes: object) -> RolloutConfig:
     settings: dict[str, object] = {
-        "sampling": Sampling(n=2, max_tokens=2),
+        "sampling": SamplingParams(n=2, max_tokens=2),
         "seed": 0,
-        "prompts": 2,
-        "refill": True,
+        "prompts_per_step": 2,
+        "dynamic_sampling": True,
         "max_rounds": 3,
         "max_prompt_tokens": 8,
     }
-    return Asking(**(settings | changes))  # type: ignore[arg-type]
+    return RolloutConfig(**(settings | changes))  # type: ignore[arg-type]
 
 
 class Script:
@@ -33,7 +33,7 @@ class Script:
             digits = [good, bad] if kind == "mixed" else [bad, bad]
             out.append(
                 [
-                    Completion(token_ids=(2 + d, 1), log_probs=(-1.0, -1.0), finish_reason="stop", weights_version=0)
+                    Completion(token_ids=(2 + d, 1), logprobs=(-1.0, -1.0), finish_reason="stop", weights_version=0)
                     for d in digits
                 ]
             )
@@ -43,33 +43,42 @@ class Script:
 def test_trap_12_groups_without_contrast_are_replaced_up_to_the_number_asked_for():
     """Filtering without refilling let the batch shrink as the model got better."""
     script, counter = Script("wrong", "mixed"), Counter()
-    found = roll_out(script, ArmChat(), arm_score, ArmStream(0), counter, asking())
+    found = collect_rollouts(script, ArmChat(), arm_score, ArmStream(0), counter, asking())
     assert found.rounds == 2 and script.asked == [2, 2]
-    assert len(found.kept) == 4 and len(found.drawn) == 8
-    assert len({r.group_id for r in found.drawn}) == 4 == counter.value
+    assert len(found.trainable) == 4 and len(found.rollouts) == 8
+    assert len({r.group_id for r in found.rollouts}) == 4 == counter.value
 
 
 def test_trap_12_refilling_gives_up_after_max_rounds():
     """A solved task once made the loop draw for ever."""
-    found = roll_out(Script("wrong", "wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(max_rounds=2))
-    assert found.rounds == 2 and found.kept == [] and len(found.drawn) == 8
+    found = collect_rollouts(
+        Script("wrong", "wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(max_rounds=2)
+    )
+    assert found.rounds == 2 and found.trainable == [] and len(found.rollouts) == 8
 
 
 def test_without_refill_every_group_is_kept():
-    found = roll_out(Script("wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(refill=False))
-    assert found.rounds == 1 and len(found.kept) == 4
+    found = collect_rollouts(
+        Script("wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(dynamic_sampling=False)
+    )
+    assert found.rounds == 1 and len(found.trainable) == 4
 
 
 def test_a_prompt_too_long_for_the_context_is_left_out_and_counted():
-    found = roll_out(
-        Script("mixed"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(refill=False, max_prompt_tokens=1)
+    found = collect_rollouts(
+        Script("mixed"),
+        ArmChat(),
+        arm_score,
+        ArmStream(0),
+        Counter(),
+        asking(dynamic_sampling=False, max_prompt_tokens=1),
     )
-    assert found.too_long == 2 and found.drawn == []
+    assert found.too_long == 2 and found.rollouts == []
 
 
 def test_unscorable_answers_do_not_make_a_group_worth_training():
     def broken(problem, text):
         return arm_score(problem, text) if text == problem.answer else Score(total=0.0, unscorable="time-out")
 
-    found = roll_out(Script("mixed"), ArmChat(), broken, ArmStream(0), Counter(), asking(max_rounds=1))
-    assert found.kept == [] and len(found.drawn) == 4
+    found = collect_rollouts(Script("mixed"), ArmChat(), broken, ArmStream(0), Counter(), asking(max_rounds=1))
+    assert found.trainable == [] and len(found.rollouts) == 4

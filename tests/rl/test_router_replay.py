@@ -19,27 +19,27 @@ from thinkstack.rl.groups import to_batch
 from thinkstack.rl.replay import replay
 from thinkstack.rl.rollout_log import tensor_from_dict, tensor_to_dict
 from thinkstack.train.balance import moe_layers
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.types import Batch, ConfigError, Sampling
+from thinkstack.types import Batch, ConfigError, SamplingParams
 
-IN_KERNELS = replace(MLA_TINY, moe=replace(MLA_TINY.moe, expert_size=16))
+IN_KERNELS = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
 """Wide enough for the compiled kernels, which MLA_TINY is not."""
 BANDIT = replace(IN_KERNELS, vocab_size=2 + ARMS, max_positions=64, mtp_layers=0, init_std=0.1)
-REPLAY = EngineConfig(max_batch=16, return_experts=True)
-PLAIN = TrainerConfig(dtype="fp32", micro_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
+REPLAY = EngineConfig(max_num_seqs=16, return_routed_experts=True)
+PLAIN = TrainerConfig(dtype="fp32", micro_batch_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
 
 
-def drawn_answers(model: Transformer, wide: int = 16) -> list:
+def sampled_completions(model: Transformer, wide: int = 16) -> list:
     """Groups of answers to three prompts of different length, which meet in prefills and decoding steps."""
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
-    how = [Sampling(max_tokens=6 + 5 * index, seed=index, n=4) for index in range(3)]
-    answers = Engine(model, replace(REPLAY, max_batch=wide)).generate(prompts, how)
+    how = [SamplingParams(max_tokens=6 + 5 * index, seed=index, n=4) for index in range(3)]
+    answers = Engine(model, replace(REPLAY, max_num_seqs=wide)).generate(prompts, how)
     made = []
     for group, (prompt, completions) in enumerate(zip(prompts, answers, strict=True)):
-        given = rollout(group, 1.0, (1,), prompt_ids=tuple(prompt))
+        given = rollout(group, 1.0, (1,), prompt_token_ids=tuple(prompt))
         made += [replace(given, completion=completion) for completion in completions]
     return made
 
@@ -50,8 +50,8 @@ def batch_of(rollouts: list, with_experts: bool = True) -> Batch:
 
 def apart(model: Transformer, batch: Batch) -> torch.Tensor:
     """Trainer's against engine's log-probabilities of the trained tokens, in nats."""
-    found = batch_log_probs(model, batch, 1.0, 64)
-    return (found - batch.rollout_log_probs)[batch.loss_mask > 0].abs()
+    found = batch_logprobs(model, batch, 1.0, 64)
+    return (found - batch.rollout_logprobs)[batch.loss_mask > 0].abs()
 
 
 def perturbed(model: Transformer, router: float = 0.0, bias: float = 0.0) -> Transformer:
@@ -69,7 +69,7 @@ def perturbed(model: Transformer, router: float = 0.0, bias: float = 0.0) -> Tra
 def test_trap_63_replayed_experts_make_engine_and_trainer_agree_whatever_the_routers_see(cfg, wide):
     """A balance bias decides who is chosen and nothing else, so with the choice replayed it changes nothing at all."""
     model = tiny_model(cfg)
-    made = drawn_answers(model, wide)
+    made = sampled_completions(model, wide)
     with_experts, without = batch_of(made), batch_of(made, with_experts=False)
     other = perturbed(model, bias=1.0)
     assert apart(other, without).max() > 1e-2, "the perturbation sends tokens to other experts"
@@ -80,7 +80,7 @@ def test_trap_63_replayed_experts_make_engine_and_trainer_agree_whatever_the_rou
 def test_trap_63_a_little_noise_in_the_routers_stays_a_little_noise():
     """Rounding that flips a choice changes the output by an expert; with the choice replayed, by a rounding."""
     model = tiny_model(IN_KERNELS)
-    made = drawn_answers(model)
+    made = sampled_completions(model)
     other = perturbed(model, router=0.01)
     free, held = apart(other, batch_of(made, with_experts=False)), apart(other, batch_of(made))
     assert held.max() < 0.3 * free.max() and held.mean() < 0.5 * free.mean()
@@ -88,30 +88,30 @@ def test_trap_63_a_little_noise_in_the_routers_stays_a_little_noise():
 
 def test_the_engine_returns_what_the_model_chooses_for_prompt_and_answer():
     model = tiny_model(MLA_TINY)
-    for made in drawn_answers(model):
-        ids = torch.tensor([[*made.prompt_ids, *made.completion.token_ids[:-1]]])
+    for made in sampled_completions(model):
+        ids = torch.tensor([[*made.prompt_token_ids, *made.completion.token_ids[:-1]]])
         expected = torch.stack([layer.experts[0] for layer in model.trunk(ids).routing], 1)
         experts = made.completion.experts
         assert experts.dtype == torch.uint8 and torch.equal(experts.long(), expected)
 
 
 def test_a_plain_engine_returns_none_and_a_dense_model_is_refused():
-    (found,) = Engine(tiny_model(MLA_TINY)).generate([[3]], [Sampling(max_tokens=2)])[0]
+    (found,) = Engine(tiny_model(MLA_TINY)).generate([[3]], [SamplingParams(max_tokens=2)])[0]
     assert found.experts is None
     with pytest.raises(ConfigError, match="no experts"):
         Engine(tiny_model(GQA_TINY), REPLAY)
 
 
 def test_many_experts_take_two_bytes():
-    many = MoEConfig(num_experts=258, top_k=2, expert_size=4)
-    (found,) = Engine(tiny_model(MLA_TINY, moe=many), REPLAY).generate([[3, 4]], [Sampling(max_tokens=3)])[0]
+    many = MoEConfig(num_experts=258, num_experts_per_tok=2, moe_intermediate_size=4)
+    (found,) = Engine(tiny_model(MLA_TINY, moe=many), REPLAY).generate([[3, 4]], [SamplingParams(max_tokens=3)])[0]
     assert found.experts.dtype == torch.int16 and 0 <= int(found.experts.min()) <= int(found.experts.max()) < 258
 
 
 def test_the_gradient_of_a_replayed_choice_reaches_the_routers():
     """Only the choice is fixed; the weights of the chosen are learnt."""
     model = tiny_model(IN_KERNELS)
-    batch, seen = batch_of(drawn_answers(model)), {}
+    batch, seen = batch_of(sampled_completions(model)), {}
     trainer = Trainer(model, PLAIN, 1)
     trainer.optimizer.register_step_pre_hook(
         lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -125,7 +125,7 @@ def test_replaying_ones_own_choice_is_the_step_without_it():
     ends = []
     for with_experts in (False, True):
         model = tiny_model(IN_KERNELS)
-        made = batch_of(drawn_answers(tiny_model(IN_KERNELS)), with_experts)
+        made = batch_of(sampled_completions(tiny_model(IN_KERNELS)), with_experts)
         Trainer(model, PLAIN, 1).step(made, partial(policy_loss, cfg=PolicyLossConfig()))
         ends.append(model.state_dict())
     for name, value in ends[0].items():
@@ -134,7 +134,7 @@ def test_replaying_ones_own_choice_is_the_step_without_it():
 
 def test_padding_routes_itself():
     """One expert for all padding would have to compute every padded row of the batch."""
-    model, batch = tiny_model(MLA_TINY), batch_of(drawn_answers(tiny_model(MLA_TINY)))
+    model, batch = tiny_model(MLA_TINY), batch_of(sampled_completions(tiny_model(MLA_TINY)))
     padding = batch.document_ids == 0
     assert padding.any() and (batch.experts[padding] == -1).all() and (batch.experts[~padding] >= 0).all()
     own = model.trunk(batch.ids, batch.positions, batch.document_ids).routing
@@ -148,33 +148,33 @@ def test_a_run_with_replay_learns_from_the_engines_experts(make_bandit, changes)
     """Refilled groups, split steps and a KL term included; the biases of the trainer are moved between the two."""
     zero = make_bandit(shape=BANDIT, router_replay=True, **changes)
     zero.trainer.workers.copies[0] = zero.trainer.model = perturbed(zero.trainer.model, bias=1.0)
-    drawn, _ = zero.draw()
-    batch = zero.add_log_probs(to_batch(drawn.kept, [1.0] * len(drawn.kept), 16, with_experts=True))
+    drawn, _ = zero.collect_rollouts()
+    batch = zero.add_logprobs(to_batch(drawn.trainable, [1.0] * len(drawn.trainable), 16, with_experts=True))
     assert apart(zero.trainer.model, batch).max() < 1e-5
-    if batch.old_log_probs is not None:
-        assert (batch.old_log_probs - batch.rollout_log_probs).abs().max() < 1e-5
-    assert apart(zero.trainer.model, to_batch(drawn.kept, [1.0] * len(drawn.kept), 16)).max() > 1e-4
+    if batch.old_logprobs is not None:
+        assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-5
+    assert apart(zero.trainer.model, to_batch(drawn.trainable, [1.0] * len(drawn.trainable), 16)).max() > 1e-4
 
 
 def test_the_reference_chooses_its_own_experts(make_bandit):
     """It is another model: the engine's choice would make it one that nobody trained."""
     zero = make_bandit(shape=BANDIT, router_replay=True, loss=PolicyLossConfig(kl=0.05))
     zero.reference = perturbed(zero.reference, bias=1.0)
-    drawn = zero.draw()[0].drawn
-    batch = zero.add_log_probs(to_batch(drawn, [1.0] * len(drawn), 16, with_experts=True))
-    own = zero.log_probs(zero.reference, replace(batch, experts=None))
-    assert torch.equal(batch.reference_log_probs, own)
-    assert not torch.equal(own, zero.log_probs(zero.reference, batch))
+    drawn = zero.collect_rollouts()[0].rollouts
+    batch = zero.add_logprobs(to_batch(drawn, [1.0] * len(drawn), 16, with_experts=True))
+    own = zero.logprobs(zero.reference, replace(batch, experts=None))
+    assert torch.equal(batch.reference_logprobs, own)
+    assert not torch.equal(own, zero.logprobs(zero.reference, batch))
 
 
 def test_trap_29_a_run_with_replay_resumes_bit_for_bit_from_a_drawing_on_disk(make_bandit):
     straight = make_bandit(name="straight", shape=BANDIT, router_replay=True)
     halves = make_bandit(name="halves", shape=BANDIT, router_replay=True)
     halves.save()
-    drawn = [answer.completion.experts for answer in halves.draw()[0].drawn]
+    drawn = [answer.completion.experts for answer in halves.collect_rollouts()[0].rollouts]
     again = make_bandit(name="halves", shape=BANDIT, router_replay=True)
     again.restore(*load_state(again.run.folder / "state"))
-    assert all(map(torch.equal, drawn, [answer.completion.experts for answer in again.draw()[0].drawn]))
+    assert all(map(torch.equal, drawn, [answer.completion.experts for answer in again.collect_rollouts()[0].rollouts]))
     again.restore(*load_state(again.run.folder / "state"))
     for zero in (straight, again):
         zero.step()

@@ -9,8 +9,8 @@ from tests.rl.bandit import arm_score
 from thinkstack.checkpoint.state import load_state
 from thinkstack.rl.rollout import Counter
 from thinkstack.rl.rollout_log import read_rollouts
-from thinkstack.rl.saved_rollouts import numbers_of, path_of, read_drawing
-from thinkstack.rl.trainer import Zero
+from thinkstack.rl.saved_rollouts import load_rollouts, numbers_of, path_of
+from thinkstack.rl.trainer import RLTrainer
 from thinkstack.types import Problem, Score, TrainingError
 
 
@@ -27,11 +27,11 @@ class SlowOnce:
         return arm_score(problem, text)
 
 
-def weights_of(zero: Zero) -> dict[str, torch.Tensor]:
+def weights_of(zero: RLTrainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in zero.trainer.model.state_dict().items()}
 
 
-def resumed(make_bandit, name: str, **changes: object) -> Zero:
+def resumed(make_bandit, name: str, **changes: object) -> RLTrainer:
     zero = make_bandit(name=name, **changes)
     state = load_state(zero.run.folder / "state")
     if state is not None:
@@ -76,12 +76,12 @@ def test_without_the_disk_that_verdict_would_have_changed_the_weights(make_bandi
 def test_a_drawing_comes_back_as_it_was(make_bandit):
     zero = make_bandit(dynamic_sampling=True)
     zero.score = SlowOnce(1000)
-    drawn, _ = zero.draw()
-    assert len(drawn.kept) < len(drawn.drawn), "some groups taught nothing and were replaced"
+    drawn, _ = zero.collect_rollouts()
+    assert len(drawn.trainable) < len(drawn.rollouts), "some groups taught nothing and were replaced"
     stream, counter = make_bandit(name="other").stream, Counter()
-    assert read_drawing(zero.run.folder, 0, stream, counter) == drawn
+    assert load_rollouts(zero.run.folder, 0, stream, counter) == drawn
     assert counter.value == zero.counter.value and stream.state() == zero.stream.state()
-    assert read_drawing(zero.run.folder, 1, stream, counter) is None
+    assert load_rollouts(zero.run.folder, 1, stream, counter) is None
 
 
 def test_drawings_of_a_saved_state_are_dropped_and_those_of_another_past_too(make_bandit):
@@ -123,7 +123,7 @@ def test_a_fruitless_drawing_does_not_overwrite_the_step_before(make_bandit):
     taught = read_rollouts(zero.run.folder, 1)
     zero.score = lambda problem, text: Score(total=0.0, parts={"accuracy": 0.0, "format": 0.0})
     zero.step()
-    assert zero.trainer.step_count == 1 and zero.fruitless == 1
+    assert zero.trainer.step_count == 1 and zero.steps_without_signal == 1
     assert read_rollouts(zero.run.folder, 1) == taught
     assert read_rollouts(zero.run.folder, 2)[0]["answers"][0]["reward"] == 0
 
@@ -135,4 +135,4 @@ def test_how_many_drawings_were_fruitless_survives(make_bandit, tmp_path: Path):
     zero.step()
     zero.step()
     zero.save()
-    assert resumed(make_bandit, "flat").fruitless == 2
+    assert resumed(make_bandit, "flat").steps_without_signal == 2

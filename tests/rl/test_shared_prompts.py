@@ -7,9 +7,9 @@ import torch
 
 from tests.rl.test_groups import rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack.rl.groups import collect, to_batch
+from thinkstack.rl.groups import gather_tokens, to_batch
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import Plan, batch_log_probs, loss_of
+from thinkstack.train.passes import Plan, batch_logprobs, loss_of
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer_config import TrainerConfig
 
@@ -20,7 +20,7 @@ PROMPT = (0, 20, 21, 22, 23, 24, 25)
 
 def group(apart: bool):
     """Four answers to one prompt; `apart` gives each a group of its own, so that nothing is shared."""
-    return [rollout(i * apart, 0.0, ids, prompt_ids=PROMPT) for i, ids in enumerate(ANSWERS)]
+    return [rollout(i * apart, 0.0, ids, prompt_token_ids=PROMPT) for i, ids in enumerate(ANSWERS)]
 
 
 def batch_of(apart: bool, row_tokens: int = 40):
@@ -39,7 +39,7 @@ def test_the_prompt_is_in_the_row_once():
 @BOTH
 def test_shared_prompts_change_no_log_probability(cfg):
     model = tiny_model(cfg)
-    shared, apart = (collect(batch_log_probs(model, b, 1.0, 64), b) for b in (batch_of(False), batch_of(True)))
+    shared, apart = (gather_tokens(batch_logprobs(model, b, 1.0, 64), b) for b in (batch_of(False), batch_of(True)))
     for mine, alone in zip(shared, apart, strict=True):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(alone), atol=1e-5, rtol=1e-5)
 
@@ -67,5 +67,5 @@ def test_a_group_too_wide_for_a_row_is_cut_into_several_that_keep_their_order():
     assert narrow.ids.shape[1] == 16
     model = tiny_model(GQA_TINY)
     wide = batch_of(False)
-    for a, b in zip(*(collect(batch_log_probs(model, x, 1.0, 64), x) for x in (narrow, wide)), strict=True):
+    for a, b in zip(*(gather_tokens(batch_logprobs(model, x, 1.0, 64), x) for x in (narrow, wide)), strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.rl.bandit import arm_config, arm_score
-from thinkstack.rl.config import PRESETS, GrpoConfig
+from thinkstack.rl.config import PRESETS, RLConfig
 from thinkstack.rl.health import early_warnings, health_line
 from thinkstack.rl.rollout_log import read_rollouts, show_group
 from thinkstack.rl.trainer import split_groups
@@ -42,7 +42,7 @@ def test_trap_20_on_policy_the_engine_and_the_trainer_agree(make_bandit):
 
 def test_answers_drawn_from_packed_weights_are_near_the_policys_and_learnt_from(make_bandit):
     """Not the same: rounding shows in the log-probabilities, which the loss corrects for."""
-    zero = make_bandit(rollout_weights="int8")
+    zero = make_bandit(rollout_quantization="int8")
     for _ in range(2):  # packed anew after the first step
         assert 1e-6 < zero.step()["mismatch/abs_nats_max"] < 0.05
     assert zero.engine.version == 2
@@ -60,11 +60,16 @@ def test_minibatches_after_the_first_are_off_policy(make_bandit):
 
 def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
     zero = make_bandit()
-    from thinkstack.rl.rollout import roll_out
+    from thinkstack.rl.rollout import collect_rollouts
 
-    drawn = roll_out(
-        zero.engine.generate, zero.chat, zero.score, zero.stream, zero.counter, replace(zero.ask, refill=False)
-    ).kept
+    drawn = collect_rollouts(
+        zero.engine.generate,
+        zero.chat,
+        zero.score,
+        zero.stream,
+        zero.counter,
+        replace(zero.rollout_config, dynamic_sampling=False),
+    ).trainable
     pieces = split_groups(drawn, list(map(float, range(len(drawn)))), 3)
     assert sum(len(piece) for piece, _ in pieces) == len(drawn)
     owners = [{r.group_id for r in piece} for piece, _ in pieces]
@@ -75,7 +80,7 @@ def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
 def test_trap_28_a_nucleus_in_training_rollouts_is_refused():
     """Tokens outside the nucleus have probability 0 where they were drawn, and ratios mean nothing."""
     with pytest.raises(ConfigError, match=r"top_p=0\.9"):
-        GrpoConfig(start="", top_p=0.9)
+        RLConfig(start="", top_p=0.9)
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": PolicyLossConfig(kl=0.05), "reference_steps": 3}])
@@ -150,11 +155,11 @@ def test_trap_25_answers_of_other_weights_are_not_trained_on(make_bandit):
 
 def test_trap_58_training_and_evaluation_judge_by_one_function():
     """Two extractors that drift apart make the reward rise and the benchmark stand still."""
-    from thinkstack.rl import trainer as grpo
+    from thinkstack.rl import trainer as train_rl
     from thinkstack.stages import evaluate
     from thinkstack.tasks.reward import score
 
-    assert grpo.score is evaluate.score is score
+    assert train_rl.score is evaluate.score is score
 
 
 def test_trap_70_the_health_line_has_what_one_looks_at_first(make_bandit):
@@ -191,9 +196,9 @@ def test_trap_71_a_healthy_run_is_not_warned_about():
 def test_the_paper_preset_is_the_papers():
     from thinkstack.config import build, merge
 
-    cfg = build(GrpoConfig, merge(PRESETS["paper"], {"start": "x", "preset": "paper"}))
+    cfg = build(RLConfig, merge(PRESETS["paper"], {"start": "x", "preset": "paper"}))
     assert (cfg.group_size, cfg.loss.kl, cfg.loss.kl_estimator, cfg.reference_steps) == (16, 0.001, "k3", 400)
-    assert (cfg.advantage, cfg.loss.reduction, cfg.reward.combine) == ("standardised", "sequence", "additive")
+    assert (cfg.advantage, cfg.loss.reduction, cfg.reward.combine) == ("standardized", "sequence", "additive")
     assert cfg.trainer.bias_speed == 0 and cfg.trainer.mtp_detached
 
 
@@ -204,7 +209,7 @@ def test_rollouts_can_be_browsed_and_a_missing_step_is_named(make_bandit):
     text = show_group(groups[0], width=80)
     assert "right: " in text and "advantage" in text and "accuracy" in text
     assert len(groups[0]["answers"]) == zero.cfg.group_size
-    assert all(len(a["token_ids"]) == len(a["log_probs"]) for g in groups for a in g["answers"])
+    assert all(len(a["token_ids"]) == len(a["logprobs"]) for g in groups for a in g["answers"])
     with pytest.raises(ConfigError, match="no rollouts of step 9; kept: 1 to 1"):
         read_rollouts(zero.run.folder, 9)
 

@@ -11,20 +11,20 @@ import torch
 from tests.rl.test_groups import rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.state import load_state
-from thinkstack.data import Sample, lay_out
+from thinkstack.data import Example, collate
 from thinkstack.rl.groups import to_batch
 from thinkstack.rl.health import describe
-from thinkstack.rl.rollout import Round
+from thinkstack.rl.rollout import RolloutStep
 from thinkstack.text.chat import chat_format
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, Message
 
 PAGE = Path(__file__).parents[2] / "docs" / "grpo.md"
-PLAIN = TrainerConfig(dtype="fp32", micro_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
+PLAIN = TrainerConfig(dtype="fp32", micro_batch_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
 
 
 def test_the_page_speaks_of_every_trap():
@@ -36,16 +36,16 @@ def test_the_page_speaks_of_every_trap():
 def test_trap_12_groups_all_right_and_all_wrong_are_counted_apart():
     """One number for both hides whether the problems are too easy or too hard."""
     rollouts = [rollout(0, 1.0), rollout(0, 1.0), rollout(1, 0.0), rollout(1, 0.0), rollout(2, 0.0), rollout(2, 0.0)]
-    metrics = describe(Round(kept=[], drawn=rollouts, rounds=1, too_long=0))
+    metrics = describe(RolloutStep(trainable=[], rollouts=rollouts, rounds=1, too_long=0))
     assert metrics["group/all_high"] == pytest.approx(1 / 3) and metrics["group/all_zero"] == pytest.approx(2 / 3)
 
 
 def with_tool(inserted: tuple[int, ...]) -> Batch:
     """A prompt of two tokens, two drawn tokens, a tool's reply (not learnt), three drawn tokens."""
     ids = (3, 4, 7, 8, *inserted, 9, 10, 1)
-    batch = lay_out([Sample(ids, (0, 0, 1, 1, *(0,) * len(inserted), 1, 1, 1))], [[0]], len(ids) - 1)
+    batch = collate([Example(ids, (0, 0, 1, 1, *(0,) * len(inserted), 1, 1, 1))], [[0]], len(ids) - 1)
     drawn = torch.full(batch.ids.shape, -3.0)
-    return replace(batch, advantages=batch.loss_mask, rollout_log_probs=drawn, reference_log_probs=drawn)
+    return replace(batch, advantages=batch.loss_mask, rollout_logprobs=drawn, reference_logprobs=drawn)
 
 
 def test_trap_34_a_tools_tokens_are_read_but_never_trained():
@@ -62,21 +62,21 @@ def test_trap_34_a_tools_tokens_are_read_but_never_trained():
 
     Trainer(tiny_model(GQA_TINY), PLAIN, 1).step(batch, looking, with_entropy=True)
     (tokens,) = seen
-    for name in ("log_probs", "entropy", "advantages", "rollout_log_probs", "reference_log_probs"):
+    for name in ("logprobs", "entropy", "advantages", "rollout_logprobs", "reference_logprobs"):
         assert getattr(tokens, name).numel() == 5, name
-    here, there = (batch_log_probs(model, with_tool(reply), 1.0, 64)[0] for reply in ((20, 21, 22), (30, 31, 32)))
+    here, there = (batch_logprobs(model, with_tool(reply), 1.0, 64)[0] for reply in ((20, 21, 22), (30, 31, 32)))
     assert torch.equal(here[:3], there[:3]), "what was drawn before the reply does not know it"
     assert not torch.allclose(here[6:], there[6:], atol=1e-3), "what was drawn after it does"
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-def test_trap_36_an_answer_beside_padding_and_others_has_the_log_probs_it_has_alone(cfg):
+def test_trap_36_an_answer_beside_padding_and_others_has_the_logprobs_it_has_alone(cfg):
     """Left padding without position ids shifted every rotation. Rows here are padded on the right, positions given."""
     model = tiny_model(cfg)
     made = [rollout(0, 1.0, (5, 9, 1)), rollout(0, 0.0, (6, 7, 8, 9, 10, 1))]
-    alone = batch_log_probs(model, to_batch(made[:1], [0.0], 1), 1.0, 64)
+    alone = batch_logprobs(model, to_batch(made[:1], [0.0], 1), 1.0, 64)
     together = to_batch(made, [0.0, 0.0], 24)
-    found = batch_log_probs(model, together, 1.0, 64)
+    found = batch_logprobs(model, together, 1.0, 64)
     assert found.shape == (1, 24)
     mine = found[(together.branches == 1) & (together.loss_mask > 0)]
     torch.testing.assert_close(mine, alone[alone != 0], atol=1e-5, rtol=1e-5)
@@ -91,10 +91,10 @@ def test_trap_39_a_second_turn_is_trained_on_the_ids_it_was_drawn_from():
         Message(role="assistant", content="3", reasoning="1+2=3"),
         Message(role="user", content="2+2?"),
     ]
-    prompt, drawn = tuple(chat.prompt(talk)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
+    prompt, rollouts = tuple(chat.prompt(talk)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
     again = chat.prompt([*talk, Message(role="assistant", content="4", reasoning="2+2=4"), talk[-1]])
     assert tuple(again[: len(prompt) + len(drawn)]) != prompt + drawn, "the trap is real"
-    batch = to_batch([rollout(0, 1.0, drawn, prompt_ids=prompt)], [1.0], 8)
+    batch = to_batch([rollout(0, 1.0, drawn, prompt_token_ids=prompt)], [1.0], 8)
     assert batch.targets[batch.loss_mask > 0].tolist() == list(drawn)
     assert batch.ids[0].tolist() == [*prompt, *drawn][:-1]
 

@@ -11,13 +11,13 @@ from thinkstack.checkpoint.state import ADAPTER, AVERAGE, MODEL
 from thinkstack.config import build
 from thinkstack.log import Run
 from thinkstack.models.lora import merged
-from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.config import RLConfig
 from thinkstack.stages.pretrain import pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.stages.rl import grpo
+from thinkstack.stages.rl import train_rl
 from thinkstack.types import ConfigError
 
-SIZE = {"hidden_size": 32, "num_layers": 2, "dense_size": 32, "vocab_size": 400, "mtp_layers": 0}
+SIZE = {"hidden_size": 32, "num_layers": 2, "intermediate_size": 32, "vocab_size": 400, "mtp_layers": 0}
 LORA = {"bias_speed": 0.0, "dtype": "fp32", "lora": {"rank": 2, "targets": ["attention", "feed_forward", "experts"]}}
 
 
@@ -25,7 +25,7 @@ LORA = {"bias_speed": 0.0, "dtype": "fp32", "lora": {"rank": 2, "targets": ["att
 def base(tmp_path_factory):
     """A model of a few steps."""
     folder = tmp_path_factory.mktemp("base")
-    settings = {"model": SIZE, "steps": 2, "rows": 2, "families": ["chain"], "save_steps": 0}
+    settings = {"model": SIZE, "steps": 2, "rows": 2, "tasks": ["chain"], "save_steps": 0}
     pretrain(build(PretrainConfig, settings), Run(folder))
     return folder / MODEL
 
@@ -42,7 +42,7 @@ def assert_folders_agree(base, folder, name=MODEL):
 
 
 def test_further_pretraining_of_adapters_leaves_both_folders(base, tmp_path):
-    settings = {"start": str(base), "steps": 3, "rows": 2, "families": ["chain"], "trainer": LORA, "ema_decay": 0.9}
+    settings = {"start": str(base), "steps": 3, "rows": 2, "tasks": ["chain"], "trainer": LORA, "ema_decay": 0.9}
     pretrain(build(PretrainConfig, settings), Run(tmp_path))
     assert_folders_agree(base, tmp_path)
     assert (tmp_path / AVERAGE / "model.safetensors").exists()
@@ -52,11 +52,11 @@ def test_further_pretraining_of_adapters_leaves_both_folders(base, tmp_path):
 
 def test_reinforcement_learning_of_adapters_leaves_both_folders(base, tmp_path, monkeypatch):
     settings = {
-        "start": str(base), "families": ["chain"], "steps": 1, "prompts_per_step": 2, "group_size": 2, "max_tokens": 4,
-        "dynamic_sampling": False, "way_steps": 0, "trainer": LORA | {"optim": {"learning_rate": 1e-2}},
+        "start": str(base), "tasks": ["chain"], "steps": 1, "prompts_per_step": 2, "group_size": 2, "max_tokens": 4,
+        "dynamic_sampling": False, "eval_steps": 0, "trainer": LORA | {"optim": {"learning_rate": 1e-2}},
         "loss": {"kl": 0.1}, "reward": {"combine": "random"},
     }  # fmt: skip
-    grpo(build(GrpoConfig, settings), Run(tmp_path))
+    train_rl(build(RLConfig, settings), Run(tmp_path))
     assert_folders_agree(base, tmp_path)
 
 

@@ -10,19 +10,19 @@ from thinkstack.checkpoint.model import pick_precision, save_model
 from thinkstack.kernels import choice
 from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
-from thinkstack.stages.chat import Talk
+from thinkstack.stages.chat import ChatSession
 from thinkstack.text.chat import chat_format
-from thinkstack.text.stream import Piece, split_turn, stream_text
+from thinkstack.text.stream import StreamEvent, parse_stream, stream_text
 from thinkstack.text.tokenizer import train_tokenizer
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 TURN = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
 
 
 def joined(chunks: list[str]) -> list[tuple[str, str]]:
-    """Pieces with neighbours of one kind put together."""
+    """Pieces with neighbors of one kind put together."""
     out: list[tuple[str, str]] = []
-    for piece in split_turn(iter(chunks)):
+    for piece in parse_stream(iter(chunks)):
         if out and out[-1][0] == piece.kind:
             out[-1] = (piece.kind, out[-1][1] + piece.text)
         else:
@@ -41,8 +41,8 @@ def test_a_turn_is_sorted_the_same_however_it_is_cut():
 
 
 def test_half_a_tag_waits_and_an_unfinished_one_is_shown_in_the_end():
-    pieces = split_turn(iter(["a<thi", "s"]))
-    assert next(pieces) == Piece("text", "a")
+    pieces = parse_stream(iter(["a<thi", "s"]))
+    assert next(pieces) == StreamEvent("text", "a")
     assert joined(["1 < 2 <"]) == [("text", "1 < 2 <")]
 
 
@@ -57,7 +57,7 @@ def test_half_a_character_waits_for_its_other_half():
 def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0)))
+    save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0)))
     assert pick_precision(tmp_path / "model", "auto") == "fp32"
     monkeypatch.setattr("thinkstack.checkpoint.model.LARGE", 1_000_000)
     for fast in ("bf16", "fp32"):
@@ -70,12 +70,12 @@ def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherw
 def test_a_zero_is_asked_one_question_at_a_time_and_a_chat_model_remembers(tmp_path: Path):
     """A zero trained on single questions answered the second one as if it went on from the first."""
     tokenizer = train_tokenizer(["What is the last digit?"], 640)
-    model = Transformer(named("v3-tiny")).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
     remembered = {}
     for name in ("r1_zero_short", "v3"):
         save_model(tmp_path / name, model, tokenizer, name)
-        talk = Talk(str(tmp_path / name), Sampling(max_tokens=4))
+        session = ChatSession(str(tmp_path / name), SamplingParams(max_tokens=4))
         for question in ("one", "two"):
-            list(talk.ask(question))
-        remembered[name] = [message.content for message in talk.messages if message.role == "user"]
+            list(session.ask(question))
+        remembered[name] = [message.content for message in session.messages if message.role == "user"]
     assert remembered == {"r1_zero_short": ["two"], "v3": ["one", "two"]}

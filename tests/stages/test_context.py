@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import GQA_TINY, drawn_batch, tiny_model, tiny_tokenizer
+from tests.tiny import GQA_TINY, random_batch, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.config import build, merge
 from thinkstack.log import Run
@@ -31,10 +31,10 @@ MODEL = {
     "hidden_size": 32,
     "num_layers": 2,
     "vocab_size": 360,
-    "dense_size": 48,
+    "intermediate_size": 48,
     "max_positions": 32,
     "attention": ATTENTION,
-    "moe": {"expert_size": 16},
+    "moe": {"moe_intermediate_size": 16},
     "init_std": 0.1,
     "embed_init_std": 0.3,
 }
@@ -44,7 +44,7 @@ COMMON = {
     "text_share": 1.0,
     "save_steps": 0,
     "position_edges": (12, 32),
-    "trainer": {"optim": OPTIM, "micro_tokens": 1024, "dtype": "fp32", "mtp_weight": 0.0},
+    "trainer": {"optim": OPTIM, "micro_batch_tokens": 1024, "dtype": "fp32", "mtp_weight": 0.0},
 }
 
 
@@ -84,9 +84,9 @@ def extended(base: Path) -> Run:
 
 def test_training_on_longer_rows_brings_the_loss_beyond_the_first_length_down(base: Path, extended: Run):
     """Guessing a digit costs ln 10 = 2.30 nats. Before, the model knows what comes within its 32 positions only."""
-    learnt = nats(Run(base / "base").rows("curve.jsonl")[-1])
+    loss_mask = nats(Run(base / "base").rows("curve.jsonl")[-1])
     before, after = (nats(row) for row in extended.rows("curve.jsonl"))
-    assert learnt[12] < 1.0 and before[32] > 2.0
+    assert loss_mask[12] < 1.0 and before[32] > 2.0
     assert after[32] < 1.0 and after[12] < before[12] - 1.0
     cfg = extension(base, model={"max_positions": 128})
     untouched = loss_by_position(open_model(cfg)[0], held_out(base), (12, 32), 1024)
@@ -167,7 +167,7 @@ def test_an_extension_that_cannot_be_saved_is_refused_before_it_is_trained(tmp_p
 
 def test_losses_by_position_are_means_of_the_tokens_between_the_edges():
     """One row of 15 positions, its 3 first tokens not learnt; the whole row's mean is that of the parts."""
-    model, batch = tiny_model(), drawn_batch([16], 15, prompt=4)
+    model, batch = tiny_model(), random_batch([16], 15, prompt=4)
     parts = loss_by_position(model, batch, (5, 10), 64)
     logits = model(batch.ids)
     losses = torch.nn.functional.cross_entropy(logits[0], batch.targets[0], reduction="none").detach()

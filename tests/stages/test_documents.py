@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from thinkstack.data import Sample, Source
+from thinkstack.data import Example, Source
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.pretrain_config import PretrainConfig
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, document
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.text.boundary import BoundarySplitter
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.tokenizer import BOS, CONTROL, EOS, FIM, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer, train_tokenizer
@@ -22,7 +22,7 @@ COUNT = 300
 
 @cache
 def tokenizer(control: tuple[str, ...] = (*CONTROL, *FIM), join_breaks: bool = True) -> Tokenizer:
-    suite = families(PLAIN.families)
+    suite = puzzle_tasks(PLAIN.tasks)
     docs = [document(suite, PLAIN.corpus, 1, index) for index in range(300)]
     texts = [f"{doc.question}\n{doc.text}" for doc in docs]
     return train_tokenizer(texts, 640, ("<answer>", "</answer>"), control, join_breaks)
@@ -33,14 +33,14 @@ def chat() -> ChatFormat:
 
 
 def source(**changes: object) -> Source:
-    return make_source(replace(PLAIN, **changes), families(PLAIN.families), chat())
+    return make_source(replace(PLAIN, **changes), puzzle_tasks(PLAIN.tasks), chat())
 
 
-def is_reworked(sample: Sample) -> bool:
+def is_reworked(sample: Example) -> bool:
     return tokenizer().control_id(FIM_BEGIN) in sample.ids
 
 
-def text_of(sample: Sample) -> str:
+def text_of(sample: Example) -> str:
     """The document's text without BOS and EOS, put together again if it has a hole."""
     names = (FIM_BEGIN, FIM_HOLE, FIM_END, EOS, BOS)
     begin, hole, end, eos, bos = (tokenizer().control_id(name) for name in names)
@@ -52,7 +52,7 @@ def text_of(sample: Sample) -> str:
 
 
 def test_no_document_changes_where_nothing_is_asked_for():
-    suite, read = families(PLAIN.families), source()
+    suite, read = puzzle_tasks(PLAIN.tasks), source()
     for index in range(50):
         doc = document(suite, PLAIN.corpus, PLAIN.seed, index)
         assert chat().text_of(read(index).ids[1:]).endswith(doc.text)
@@ -60,7 +60,7 @@ def test_no_document_changes_where_nothing_is_asked_for():
 
 
 def test_plain_text_gets_holes_at_its_rate_and_questions_never():
-    suite, read = families(PLAIN.families), source(fim_rate=0.25)
+    suite, read = puzzle_tasks(PLAIN.tasks), source(fim_rate=0.25)
     texts = [index for index in range(COUNT) if not document(suite, PLAIN.corpus, 0, index).question]
     reworked = {index for index in range(COUNT) if is_reworked(read(index))}
     assert reworked <= set(texts)
@@ -75,7 +75,7 @@ def test_the_text_of_every_document_survives(changes):
     for index in range(100):
         assert text_of(read(index)) == text_of(plain(index))
         assert read(index) == read(index), "a document is named by its index"
-        assert read(index).learnt == (0,) + (1,) * read(index).width
+        assert read(index).loss_mask == (0,) + (1,) * read(index).width
         changed += read(index) != plain(index)
     assert changed > 20
 
@@ -117,4 +117,4 @@ def test_the_share_of_split_tokens_is_the_one_asked_for():
 def test_a_tokenizer_that_lacks_the_tokens_is_refused(changes):
     format_without = chat_format("r1_zero_short", tokenizer(CONTROL, join_breaks=False))
     with pytest.raises(ConfigError, match=r"set (it to 0|fim_rate=0)"):
-        make_source(replace(PLAIN, **changes), families(PLAIN.families), format_without)
+        make_source(replace(PLAIN, **changes), puzzle_tasks(PLAIN.tasks), format_without)

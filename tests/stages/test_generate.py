@@ -16,11 +16,11 @@ from thinkstack.config import build
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.parallel.inference import Ranks, local_config
 from thinkstack.parallel.load import load_shard
-from thinkstack.stages.chat import Talk
+from thinkstack.stages.chat import ChatSession
 from thinkstack.stages.console import NEW
 from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.stages.generate import Generator, read_prompts
-from thinkstack.types import ConfigError, Message, Sampling
+from thinkstack.types import ConfigError, Message, SamplingParams
 
 SIZES = {
     "mla": replace(MLA_TINY, vocab_size=360, mtp_layers=0),
@@ -38,7 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def generator(folder: Path, **changes: object) -> Generator:
-    sampling = Sampling(**({"temperature": 1.0, "max_tokens": 12, "seed": 3} | changes))  # type: ignore[arg-type]
+    sampling = SamplingParams(**({"temperature": 1.0, "max_tokens": 12, "seed": 3} | changes))  # type: ignore[arg-type]
     return Generator(str(folder), sampling, Ranks(), "fp32", torch.device("cpu"))
 
 
@@ -131,16 +131,16 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path):
 
 def test_weights_are_kept_as_asked_wherever_text_is_made(folder: Path):
     """For a file of prompts the answers are those of an engine on int8; chat and evaluation pass the setting on."""
-    sampling, cpu = Sampling(temperature=0.0, max_tokens=12), torch.device("cpu")
+    sampling, cpu = SamplingParams(temperature=0.0, max_tokens=12), torch.device("cpu")
     packed = Generator(str(folder), sampling, Ranks(), "fp32", cpu, "int8")
     ids = packed.chat.prompt([Message(role="user", content="1+2?")])
-    how = [replace(sampling, stop_ids=packed.chat.stop_ids)]
+    how = [replace(sampling, stop_token_ids=packed.chat.stop_token_ids)]
     engine = Engine(load_model(folder), EngineConfig(weights="int8"))
     assert packed.answers(["1+2?"]) == [packed.chat.text_of(engine.generate([ids], how)[0][0].token_ids)]
-    assert Talk(str(folder), sampling, weights="int8").engine.cfg.weights == "int8"
+    assert ChatSession(str(folder), sampling, weights="int8").engine.cfg.weights == "int8"
     assert build(EvaluateConfig, {"start": "base", "weights": "int8"}).weights == "int8"
 
 
 def test_processes_that_share_a_model_cannot_pack_it(folder: Path):
     with pytest.raises(ConfigError, match="weights='int8' packs a whole model"):
-        Generator(str(folder), Sampling(), Ranks(0, 2), "fp32", torch.device("cpu"), "int8")
+        Generator(str(folder), SamplingParams(), Ranks(0, 2), "fp32", torch.device("cpu"), "int8")

@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import GQA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, save_model
 from thinkstack.log import Run
-from thinkstack.stages.import_checkpoint import AdoptConfig, adopt
+from thinkstack.stages.import_checkpoint import ImportCheckpointConfig, import_checkpoint
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.shots import asked_with
 from thinkstack.text.tokenizer import BOS, EOS
@@ -30,7 +30,7 @@ def start(tmp_path: Path) -> str:
 
 
 def adopted(start: str, tmp_path: Path, **changes: object):
-    adopt(AdoptConfig(start=start, **changes), Run(tmp_path / "out"))  # type: ignore[arg-type]
+    import_checkpoint(ImportCheckpointConfig(start=start, **changes), Run(tmp_path / "out"))  # type: ignore[arg-type]
     return load_chat(tmp_path / "out" / "model")
 
 
@@ -60,21 +60,23 @@ def test_what_was_shipped_beside_the_template_is_kept_and_the_template_is_the_ne
 
 
 def test_earlier_thinking_is_left_out_where_it_was_asked_for(start: str, tmp_path: Path):
-    talk = [
+    session = [
         Message(role="user", content="1?"),
         Message(role="assistant", content="<think>\nsecret\n</think>\n\n2"),
         Message(role="user", content="3?"),
     ]
-    assert "secret" in spoken(load_chat(start), talk)
-    text = spoken(adopted(start, tmp_path, drop_thinking=True), talk)
+    assert "secret" in spoken(load_chat(start), session)
+    text = spoken(adopted(start, tmp_path, drop_thinking=True), session)
     assert "secret" not in text and f"assistant: 2{EOS}" in text
 
 
 def test_a_format_of_ours_takes_no_additions(tmp_path: Path):
     save_model(tmp_path / "ours", tiny_model(GQA_TINY, vocab_size=360), tiny_tokenizer(), "r1_zero_short")
     with pytest.raises(ConfigError, match="only shipped templates can be added to"):
-        adopt(AdoptConfig(start=str(tmp_path / "ours"), prefill="<think>"), Run(tmp_path / "out"))
-    adopt(AdoptConfig(start=str(tmp_path / "ours")), Run(tmp_path / "out"))
+        import_checkpoint(
+            ImportCheckpointConfig(start=str(tmp_path / "ours"), prefill="<think>"), Run(tmp_path / "out")
+        )
+    import_checkpoint(ImportCheckpointConfig(start=str(tmp_path / "ours")), Run(tmp_path / "out"))
     assert load_chat(tmp_path / "out" / "model").name == "r1_zero_short"
 
 

@@ -7,8 +7,8 @@ the pin holds on any machine.
 import pytest
 import torch
 
-from thinkstack.rl import trainer as grpo
-from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl import trainer as train_rl
+from thinkstack.rl.config import RLConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
@@ -18,7 +18,7 @@ RUNS = {
     "default": {},
     "several steps a drawing": {"minibatches": 4, "trainer": FAST},
     "paper": {
-        "advantage": "standardised",
+        "advantage": "standardized",
         "dynamic_sampling": False,
         "loss": PolicyLossConfig(reduction="sequence", clip_high=0.2, kl=0.01, importance_cap=0.0),
     },
@@ -27,17 +27,17 @@ RUNS = {
 
 def measured_loss(tokens, cfg):
     """policy_loss as of the measured demo."""
-    old = tokens.log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs
-    ratio = (tokens.log_probs - old).clamp(-20.0, 20.0).exp()
+    old = tokens.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    ratio = (tokens.logprobs - old).clamp(-20.0, 20.0).exp()
     gain = torch.minimum(
         ratio * tokens.advantages, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * tokens.advantages
     )
-    mismatch = (old - tokens.rollout_log_probs).clamp(-20.0, 20.0).exp()
+    mismatch = (old - tokens.rollout_logprobs).clamp(-20.0, 20.0).exp()
     if cfg.importance_cap:
         gain = gain * mismatch.clamp(max=cfg.importance_cap)
     loss = -(tokens.weights * gain).sum()
     if cfg.kl:
-        difference = (tokens.reference_log_probs - tokens.log_probs).clamp(-20.0, 20.0)
+        difference = (tokens.reference_logprobs - tokens.logprobs).clamp(-20.0, 20.0)
         kl = difference.square() / 2 if cfg.kl_estimator == "k2" else difference.exp() - difference - 1
         loss = loss + cfg.kl * (tokens.weights * kl).sum()
     return loss, {}
@@ -48,7 +48,7 @@ def test_the_default_objective_is_that_of_the_measured_demo(make_bandit, monkeyp
     ends = []
     for name in ("now", "then"):
         if name == "then":
-            monkeypatch.setattr(grpo, "policy_loss", measured_loss)
+            monkeypatch.setattr(train_rl, "policy_loss", measured_loss)
         zero = make_bandit(name=name, **changes)
         for _ in range(3):
             zero.step()
@@ -58,8 +58,8 @@ def test_the_default_objective_is_that_of_the_measured_demo(make_bandit, monkeyp
 
 
 def test_the_default_settings_are_those_of_the_measured_demo():
-    cfg, loss = GrpoConfig(start=""), PolicyLossConfig()
+    cfg, loss = RLConfig(start=""), PolicyLossConfig()
     assert (cfg.prompts_per_step, cfg.group_size, cfg.minibatches, cfg.max_tokens) == (24, 16, 1, 128)
-    assert (cfg.advantage, cfg.dynamic_sampling, cfg.max_rounds) == ("centred", True, 3)
+    assert (cfg.advantage, cfg.dynamic_sampling, cfg.max_rounds) == ("centered", True, 3)
     assert (loss.clip_low, loss.clip_high, loss.reduction, loss.kl, loss.importance_cap) == (0.2, 0.28, "token", 0, 2)
     assert (loss.temperature, cfg.reward.combine) == (1.0, "gated")

@@ -21,7 +21,7 @@ MODEL = {
     "hidden_size": 32,
     "num_layers": 2,
     "vocab_size": 480,
-    "dense_size": 48,
+    "intermediate_size": 48,
     "max_positions": 256,
     "attention": {
         "num_heads": 2,
@@ -31,7 +31,7 @@ MODEL = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 8,
     },
-    "moe": {"expert_size": 16},
+    "moe": {"moe_intermediate_size": 16},
 }
 TINY = {"model": MODEL, "steps": 6, "rows": 4, "row_tokens": 256, "save_steps": 0, "trainer": {"dtype": "fp32"}}
 
@@ -125,10 +125,10 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(changes: dict[
 def test_a_ramp_in_micro_batches_takes_the_steps_of_whole_batches(tmp_path: Path):
     """Steps of 2, 3 and 4 rows, cut into single rows or not cut: every loss is divided by its own step's tokens."""
     found = []
-    for micro_tokens in (256, 1024):
-        trainer = {"micro_tokens": micro_tokens, "balance_weight": 0.1, "optim": {"eps": 1e-3}}
-        pretrain(config(**RAMP, trainer=trainer), Run(tmp_path / str(micro_tokens)))
-        found.append(Run(tmp_path / str(micro_tokens)).rows())
+    for micro_batch_tokens in (256, 1024):
+        trainer = {"micro_batch_tokens": micro_batch_tokens, "balance_weight": 0.1, "optim": {"eps": 1e-3}}
+        pretrain(config(**RAMP, trainer=trainer), Run(tmp_path / str(micro_batch_tokens)))
+        found.append(Run(tmp_path / str(micro_batch_tokens)).rows())
     for cut, whole in zip(*found, strict=True):
         for name in ("loss/next_token_nats", "loss/mtp_nats", "train/grad_norm", "router/balance_loss"):
             assert cut[name] == pytest.approx(whole[name], rel=1e-4), (name, cut["step"])

@@ -13,10 +13,10 @@ from thinkstack.pipeline import STAGES
 from thinkstack.types import ConfigError
 
 NEEDED: dict[str, dict[str, Any]] = {
-    "adopt": {"start": "a"},
+    "import_checkpoint": {"start": "a"},
     "pretrain": {},
     "sft": {"start": "a", "data": ["x.jsonl"]},
-    "grpo": {"start": "a"},
+    "rl": {"start": "a"},
     "evaluate": {"start": "a"},
     "report": {"title": "a"},
 }
@@ -55,8 +55,8 @@ def test_a_number_that_means_nothing_is_refused_by_its_name(stage, path, value):
 
 
 def test_every_stage_has_numbers_that_are_tried():
-    assert {stage for stage, _ in CASES} == set(STAGES) - {"adopt", "report"}
-    assert ("grpo", ("trainer", "optim", "learning_rate")) in CASES
+    assert {stage for stage, _ in CASES} == set(STAGES) - {"import_checkpoint", "report"}
+    assert ("rl", ("trainer", "optim", "learning_rate")) in CASES
 
 
 def test_the_message_names_the_address_the_value_and_the_bound():

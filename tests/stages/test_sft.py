@@ -10,10 +10,10 @@ from tests.stopping import StopWhen
 from tests.tiny import GQA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.config import build
-from thinkstack.data import lay_out
+from thinkstack.data import collate
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import Conversation, read_conversations
-from thinkstack.stages.sft import SftConfig, make_lessons, sft
+from thinkstack.stages.sft import SftConfig, make_sft_dataset, sft
 from thinkstack.text.chat import chat_format
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
 from thinkstack.types import ConfigError, Interrupted, Message
@@ -46,17 +46,17 @@ def config(start: str, folder: Path, **changes: object) -> SftConfig:
         "epochs": 3.0,
         "save_steps": 2,
     }
-    trainer = {"dtype": "fp32", "micro_tokens": 96, "bias_speed": 0.0, "optim": {"learning_rate": 1e-2}}
+    trainer = {"dtype": "fp32", "micro_batch_tokens": 96, "bias_speed": 0.0, "optim": {"learning_rate": 1e-2}}
     return build(SftConfig, table | {"trainer": trainer} | changes, "sft")
 
 
 def test_only_the_assistants_tokens_are_learnt(start: str, tmp_path: Path):
     chat = chat_format("v3", tiny_tokenizer())
-    talk = [Message(role="user", content="1+2?"), Message(role="assistant", content="3")]
-    (sample,) = make_lessons([Conversation(talk)], chat, config(start, tmp_path, held_out=0.0)).trained
-    learnt = [token for token, is_learnt in zip(sample.ids, sample.learnt, strict=True) if is_learnt]
-    assert learnt == chat.answer("3")
-    assert list(sample.ids) == chat.prompt(talk[:1]) + chat.answer("3")
+    session = [Message(role="user", content="1+2?"), Message(role="assistant", content="3")]
+    (sample,) = make_sft_dataset([Conversation(session)], chat, config(start, tmp_path, held_out=0.0)).trained
+    loss_mask = [token for token, is_trained in zip(sample.ids, sample.loss_mask, strict=True) if is_trained]
+    assert loss_mask == chat.answer("3")
+    assert list(sample.ids) == chat.prompt(session[:1]) + chat.answer("3")
 
 
 @pytest.mark.parametrize("name", ["r1_zero_short", "v3", "r1", "r1_0528", "v3_1"])
@@ -67,11 +67,11 @@ def test_a_turn_that_is_switched_off_is_read_and_not_learnt(start: str, tmp_path
     turns += [{"role": "user", "content": "and 4?"}, {"role": "assistant", "content": "9", "train": False}]
     chat = chat_format(name, tiny_tokenizer())
     talks = read_conversations([write_rows(tmp_path, [{"messages": turns}], "masked.jsonl")], with_masks=True)
-    (sample,) = make_lessons(talks, chat, config(start, tmp_path, held_out=0.0)).trained
-    batch = lay_out([sample], [[0]], 48)
-    prompt, learnt = chat.prompt(talks[0][:3]), batch.targets[batch.loss_mask > 0].tolist()
-    assert list(sample.ids) == prompt + learnt
-    assert chat.text_of(learnt).endswith("3") and "5" in chat.text_of(prompt)
+    (sample,) = make_sft_dataset(talks, chat, config(start, tmp_path, held_out=0.0)).trained
+    batch = collate([sample], [[0]], 48)
+    prompt, loss_mask = chat.prompt(talks[0][:3]), batch.targets[batch.loss_mask > 0].tolist()
+    assert list(sample.ids) == prompt + loss_mask
+    assert chat.text_of(loss_mask).endswith("3") and "5" in chat.text_of(prompt)
 
 
 @pytest.mark.parametrize("tools", [(), ({"type": "function", "function": {"name": "add", "description": "Adds."}},)])
@@ -82,25 +82,25 @@ def test_tools_and_calls_of_a_row_are_learnt_or_refused_with_its_place(start: st
     talks = read_conversations([write_rows(tmp_path, [*ROWS[:2], {"messages": turns, "tools": tools}], "calls.jsonl")])
     cfg = config(start, tmp_path, held_out=0.0, row_tokens=1000)
     tokenizer = train_tokenizer(["1+2? add"], 340, control=(*CONTROL, *TOOLS))
-    sample = make_lessons(talks, chat_format("v3", tokenizer), cfg).trained[2]
-    learnt = [token for token, is_learnt in zip(sample.ids, sample.learnt, strict=True) if is_learnt]
-    assert 'add\n```json\n{"a": 1}\n```' in tokenizer.decode(learnt)
+    sample = make_sft_dataset(talks, chat_format("v3", tokenizer), cfg).trained[2]
+    loss_mask = [token for token, is_trained in zip(sample.ids, sample.loss_mask, strict=True) if is_trained]
+    assert 'add\n```json\n{"a": 1}\n```' in tokenizer.decode(loss_mask)
     assert ("Adds." in tokenizer.decode(sample.ids)) == bool(tools)
     for name, message in (("r1_zero", "'r1_zero' has no tools"), ("v3", "no control token '<｜tool▁calls▁begin｜>'")):
         with pytest.raises(ConfigError, match=rf"calls\.jsonl line 3: .*{message}"):
-            make_lessons(talks, chat_format(name, tiny_tokenizer()), cfg)
+            make_sft_dataset(talks, chat_format(name, tiny_tokenizer()), cfg)
 
 
 def test_long_conversations_are_left_out_and_counted_and_held_out_prompts_are_never_trained(start: str, tmp_path: Path):
     chat = chat_format("v3", tiny_tokenizer())
     talks = [[Message(role="user", content=f"{i}?"), Message(role="assistant", content="yes")] for i in range(200)]
-    talks += [[talk[0], Message(role="assistant", content="no")] for talk in talks]
+    talks += [[session[0], Message(role="assistant", content="no")] for session in talks]
     talks.append([Message(role="user", content="long?"), Message(role="assistant", content="1 2 3 4 5 " * 40)])
-    lessons = make_lessons(list(map(Conversation, talks)), chat, config(start, tmp_path, held_out=0.1))
-    assert lessons.too_long == 1
-    assert 20 <= len(lessons.held_out) <= 70
+    dataset = make_sft_dataset(list(map(Conversation, talks)), chat, config(start, tmp_path, held_out=0.1))
+    assert dataset.too_long == 1
+    assert 20 <= len(dataset.held_out) <= 70
     prompts = [
-        {sample.ids[: sample.learnt.index(1)] for sample in part} for part in (lessons.trained, lessons.held_out)
+        {sample.ids[: sample.loss_mask.index(1)] for sample in part} for part in (dataset.trained, dataset.held_out)
     ]
     assert not prompts[0] & prompts[1]
 

@@ -103,7 +103,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 @pytest.mark.parametrize(("one", "other"), [("train", "engine"), ("models", "text"), ("pipeline", "server")])
-def test_neighbours_never_import_each_other(one, other):
+def test_neighbors_never_import_each_other(one, other):
     for name, stranger in ((one, other), (other, one)):
         for path in MODULES:
             if folder_of(dotted(path)) == name:

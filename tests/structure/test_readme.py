@@ -100,7 +100,7 @@ def test_a_command_of_the_readme_runs(command, demo_folder):
 
 
 def test_the_python_of_the_readme_runs(demo_folder):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Talk(" in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ChatSession(" in block]
     done = thinkstack([], ROOT, program=code.replace("runs/demo", str(demo_folder)))
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from thinkstack.config import build
-from thinkstack.rl.config import GrpoConfig
-from thinkstack.tasks.mixture import PhaseConfig, load_split, make_curriculum
+from thinkstack.rl.config import RLConfig
+from thinkstack.tasks.mixture import PhaseConfig, load_split, make_mixture
 from thinkstack.types import ConfigError
 
 PHASES = (
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_phase_asks_its_tasks_and_levels_in_their_shares(folder: Path):
-    stream = make_curriculum(PHASES, {"gsm8k": str(folder)}, seed=0, languages=("en",))
+    stream = make_mixture(PHASES, {"gsm8k": str(folder)}, seed=0, languages=("en",))
     first = stream.take(40)
     assert {(p.task, p.level, p.language) for p in first} == {("sums", 1, "en")}
     stream.progress = 0.5
@@ -39,7 +39,7 @@ def test_a_phase_asks_its_tasks_and_levels_in_their_shares(folder: Path):
 
 
 def test_a_resumed_curriculum_goes_on_with_the_same_problems(folder: Path):
-    whole, first, second = (make_curriculum(PHASES, {"gsm8k": str(folder)}, seed=1) for _ in range(3))
+    whole, first, second = (make_mixture(PHASES, {"gsm8k": str(folder)}, seed=1) for _ in range(3))
     expected = []
     for progress in (0.2, 0.4, 0.6, 0.9):
         whole.progress = progress
@@ -69,7 +69,7 @@ def test_a_resumed_curriculum_goes_on_with_the_same_problems(folder: Path):
 )
 def test_a_curriculum_that_cannot_be_asked_is_refused_before_the_run(phases, files, message: str):
     with pytest.raises(ConfigError, match=message):
-        build(GrpoConfig, {"start": "x", "phases": phases, "files": files}, "zero")
+        build(RLConfig, {"start": "x", "phases": phases, "files": files}, "zero")
 
 
 def test_a_folder_without_the_split_is_refused(folder: Path):

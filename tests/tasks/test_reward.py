@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy, format_kept, score
-from thinkstack.tasks.verify.answers import is_correct, normalise, same_choice, same_numbers
+from thinkstack.tasks.verify.answers import is_correct, normalize, same_choice, same_numbers
 from thinkstack.types import ConfigError, Problem
 
 FOUR = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)
@@ -28,7 +28,7 @@ def test_nothing_is_evaluated_or_guessed(answer):
 def test_thousands_may_be_marked():
     assert is_correct("12345", "12,345")
     assert not is_correct("12345", "1,2345")
-    assert normalise("1,2") == "1,2"
+    assert normalize("1,2") == "1,2"
 
 
 @pytest.mark.parametrize("answer", ["uncle", "Uncle", " uncle.", "UNCLE"])
@@ -39,7 +39,7 @@ def test_words_are_compared_without_case_or_full_stop(answer):
 
 @pytest.mark.parametrize(("reference", "answer"), [("52", "5²"), ("1", "①"), ("3", "٣")])
 def test_only_full_width_digits_are_made_plain(reference, answer):
-    """Compatibility normalisation once read a square as a second digit."""
+    """Compatibility normalization once read a square as a second digit."""
     assert not is_correct(reference, answer)
 
 
@@ -104,7 +104,7 @@ def test_the_limit_holds_for_the_answer_and_not_for_the_text_around_it():
     """In the open form any answer of more than 64 characters earned 0, box or not."""
     prose = "The ducks lay 16 eggs. She eats 3 and bakes with 4, so that 9 are left, at 2 dollars each. " * 3
     ducks = replace(FOUR, answer="18", task="gsm8k")
-    for form, opening in (("open", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
+    for form, opening in (("think_then_answer", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
         assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", form) == 1.0
         assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", form) == 0.0
         assert accuracy(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", form) == 0.0

@@ -5,28 +5,28 @@ from itertools import pairwise
 import pytest
 
 from thinkstack.tasks.puzzles import puzzle as puzzles
-from thinkstack.tasks.table import FAMILIES, ProblemStream, families, problem_at, problems
+from thinkstack.tasks.table import PUZZLES, ProblemStream, problem_at, problems, puzzle_tasks
 from thinkstack.types import ConfigError
 
-ALL = families(list(FAMILIES))
-DEMO = families(["chain", "nested", "cups", "kinship"])
+ALL = puzzle_tasks(list(PUZZLES))
+DEMO = puzzle_tasks(["chain", "nested", "cups", "kinship"])
 
 
 def test_every_family_stands_under_its_own_name():
-    assert [family.name for family in FAMILIES.values()] == list(FAMILIES)
+    assert [task.name for task in PUZZLES.values()] == list(PUZZLES)
 
 
 def test_a_misspelt_task_names_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown task 'chian'; did you mean chain\?"):
-        families(["chian"])
+        puzzle_tasks(["chian"])
     with pytest.raises(ConfigError, match="known: chain, nested, cups, kinship, modular"):
-        families(["zzz"])
+        puzzle_tasks(["zzz"])
     with pytest.raises(ConfigError, match="no task is named"):
-        families([])
+        puzzle_tasks([])
 
 
 def test_families_take_turns():
-    assert [problem.task for problem in problems(ALL, "train", 0, 2 * len(ALL))] == list(FAMILIES) * 2
+    assert [problem.task for problem in problems(ALL, "train", 0, 2 * len(ALL))] == list(PUZZLES) * 2
 
 
 def test_a_restored_stream_goes_on_as_if_uninterrupted():
@@ -57,24 +57,24 @@ def test_levels_that_a_family_lacks_are_refused():
 def test_wordings_are_all_seen_or_all_unseen(unseen):
     for problem in problems(ALL, "test", 0, 400, unseen_wordings=unseen):
         allowed = puzzles.unseen_wordings if unseen else puzzles.seen_wordings
-        assert problem.wording in allowed(FAMILIES[problem.task], problem.language)
+        assert problem.wording in allowed(PUZZLES[problem.task], problem.language)
 
 
 def test_both_languages_and_every_allowed_wording_occur():
     drawn = problems(ALL, "train", 2, 3600)
     found = {(problem.task, problem.language, problem.wording) for problem in drawn}
     expected = {
-        (family.name, language, wording)
-        for family in ALL
-        for language in family.wordings
-        for wording in puzzles.seen_wordings(family, language)
+        (task.name, language, wording)
+        for task in ALL
+        for language in task.wordings
+        for wording in puzzles.seen_wordings(task, language)
     }
     assert found == expected
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_the_splits_share_no_problem_whatever_the_seeds(count):
-    """With the same and with neighbouring seeds, seen and unseen wordings."""
+    """With the same and with neighboring seeds, seen and unseen wordings."""
     keys = {
         split: {
             problem.key
@@ -86,7 +86,7 @@ def test_the_splits_share_no_problem_whatever_the_seeds(count):
     assert not keys["train"] & keys["test"]
 
 
-def test_neighbouring_seeds_give_unrelated_streams():
+def test_neighboring_seeds_give_unrelated_streams():
     """Item i of seed s + 1 must not be item i + 1 of seed s, as with seeds made by addition."""
     streams = [[p.key for p in problems(DEMO, "train", seed, 200, levels=[6])] for seed in range(3)]
     for first, second in pairwise(streams):

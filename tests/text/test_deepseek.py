@@ -55,13 +55,13 @@ def ids_of(*pieces):
     return tokenizer().encode_pieces([Control(piece) if piece in tokenizer().control else piece for piece in pieces])
 
 
-def learnt_of(name, messages, thinking=None):
+def loss_mask_of(name, messages, thinking=None):
     """(prompt in text, learnt text, ...) of each example, one entry for each stretch."""
     found = []
-    for ids, learnt in chat(name).example(messages, thinking=thinking):
-        assert len(ids) == len(learnt)
-        cuts = [0, *(i for i in range(1, len(ids)) if learnt[i] != learnt[i - 1]), len(ids)]
-        assert learnt[0] == 0 and len(cuts) % 2 == 1
+    for ids, loss_mask in chat(name).example(messages, thinking=thinking):
+        assert len(ids) == len(loss_mask)
+        cuts = [0, *(i for i in range(1, len(ids)) if loss_mask[i] != loss_mask[i - 1]), len(ids)]
+        assert loss_mask[0] == 0 and len(cuts) % 2 == 1
         found.append([tokenizer().decode(ids[a:b]) for a, b in itertools.pairwise(cuts)])
     return found
 
@@ -150,9 +150,9 @@ def test_a_prompt_ends_in_what_it_says_to_have_opened(name):
 def test_a_plain_conversation_is_one_example_that_teaches_answers_and_their_ends():
     messages = [Message(role="system", content="s"), QUESTION, assistant("3"), QUESTION, assistant("3 again")]
     asked = f"{USER}1+2?{ASSISTANT}"
-    assert learnt_of("v3", messages) == [[f"{BOS}s{asked}", f"3{EOS}", asked, f"3 again{EOS}"]]
+    assert loss_mask_of("v3", messages) == [[f"{BOS}s{asked}", f"3{EOS}", asked, f"3 again{EOS}"]]
     closed = f"{asked}{THINK_CLOSE}"
-    assert learnt_of("v3_1", messages) == [[f"{BOS}s{closed}", f"3{EOS}", closed, f"3 again{EOS}"]]
+    assert loss_mask_of("v3_1", messages) == [[f"{BOS}s{closed}", f"3{EOS}", closed, f"3 again{EOS}"]]
 
 
 def test_thinking_is_learnt_where_it_is_thought_and_left_out_of_history():
@@ -160,24 +160,24 @@ def test_thinking_is_learnt_where_it_is_thought_and_left_out_of_history():
     asked = f"{BOS}{USER}1+2?{ASSISTANT}"
     later = f"{asked}3{EOS}{USER}1+2?{ASSISTANT}"
     closed = f"{asked}{THINK_CLOSE}3{EOS}{USER}1+2?{ASSISTANT}"
-    assert learnt_of("r1", messages) == [
+    assert loss_mask_of("r1", messages) == [
         [f"{asked}<think>\n", f"two and one\n</think>\n\n3{EOS}"],
         [f"{later}<think>\n", f"same\n</think>\n\nstill 3{EOS}"],
     ]
-    assert learnt_of("r1_0528", messages) == [
+    assert loss_mask_of("r1_0528", messages) == [
         [asked, f"<think>\ntwo and one\n</think>\n\n3{EOS}"],
         [later, f"<think>\nsame\n</think>\n\nstill 3{EOS}"],
     ]
-    assert learnt_of("v3_1", messages) == [
+    assert loss_mask_of("v3_1", messages) == [
         [f"{asked}<think>", f"two and one</think>3{EOS}"],
         [f"{closed}<think>", f"same</think>still 3{EOS}"],
     ]
     plain = [[f"{asked}</think>", f"3{EOS}", f"{USER}1+2?{ASSISTANT}</think>", f"still 3{EOS}"]]
-    assert learnt_of("v3_1", messages, thinking=False) == plain
+    assert loss_mask_of("v3_1", messages, thinking=False) == plain
 
 
 def test_a_turn_of_r1_without_thoughts_closes_the_block_that_the_prompt_opened():
-    found = learnt_of("r1", [QUESTION, assistant("3")])
+    found = loss_mask_of("r1", [QUESTION, assistant("3")])
     assert found == [[f"{BOS}{USER}1+2?{ASSISTANT}<think>\n", f"\n</think>\n\n3{EOS}"]]
 
 
@@ -195,7 +195,7 @@ def test_what_is_learnt_follows_exactly_what_is_asked(name):
     """Ids of a sequence are never made by rendering it whole: each turn follows the ids that it will be drawn after."""
     messages = [QUESTION, assistant("\n3 \n", reasoning=" a\n"), QUESTION, assistant("the sum", reasoning="the tool")]
     prompts = [chat(name).prompt(messages[:count], (), True if chat(name).can_switch else None) for count in (1, 3)]
-    starts = [ids[: learnt.index(1)] for ids, learnt in chat(name).example(messages)]
+    starts = [ids[: loss_mask.index(1)] for ids, loss_mask in chat(name).example(messages)]
     assert starts == prompts[: len(starts)]
 
 
@@ -204,7 +204,7 @@ def test_calls_are_learnt_and_results_are_not():
     call = f'{CALLS_BEGIN}{CALL_BEGIN}add{CALL_SEP}{{"a": 1}}{CALL_END}{CALLS_END}{EOS}'
     result = f"{OUTPUT_BEGIN}3{OUTPUT_END}"
     asked = f"{BOS}{USER}1+2?{ASSISTANT}{THINK_CLOSE}"
-    assert learnt_of("v3_1", messages) == [[asked, call, result, f"3{EOS}"]]
+    assert loss_mask_of("v3_1", messages) == [[asked, call, result, f"3{EOS}"]]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -145,12 +145,14 @@ def test_what_a_shipped_template_teaches_is_each_turn_after_the_ids_that_ask_for
             assert not turns or 0 in turns or any(reason in str(error) for reason in reasons), error
             continue
         said = ""
-        for ids, learnt in examples:
-            said += chat.tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
-            starts = [i for i in range(1, len(ids)) if learnt[i] > learnt[i - 1]]
+        for ids, loss_mask in examples:
+            said += chat.tokenizer.decode(
+                [token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]
+            )
+            starts = [i for i in range(1, len(ids)) if loss_mask[i] > loss_mask[i - 1]]
             prompts = [chat.prompt(messages[:index], (), thinking) for index in turns for thinking in switched(chat)]
             assert all(ids[:start] in prompts for start in starts), talk["key"]
-            assert learnt[-1] == 1 and ids[-1] in chat.stop_ids
+            assert loss_mask[-1] == 1 and ids[-1] in chat.stop_token_ids
         for index in turns:
             assert with_reasoning(messages[index]).content.strip() in said, talk["key"]
             assert (messages[index].reasoning or "") in said

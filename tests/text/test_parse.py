@@ -100,7 +100,7 @@ def test_an_answer_before_thinking_does_not_count():
     ],
 )
 def test_the_open_form_is_one_closed_think_block_and_something_behind_it(text, answer, is_well_formed):
-    turn = parse_turn(text, "open")
+    turn = parse_turn(text, "think_then_answer")
     assert (turn.answer, turn.is_well_formed) == (answer, is_well_formed)
 
 
@@ -126,8 +126,8 @@ PROSE = "The ducks lay 16 eggs and she eats 3, bakes with 4 and sells the other 
 )
 def test_in_the_open_form_the_last_complete_box_is_the_answer(said, answer):
     """Of ten real answers of R1-family models, all ending in a box, none was read: the prose around it was too long."""
-    assert parse_turn(f"<think>\n16-3-4=9, \\boxed{{7}}\n</think>\n\n{said}", "open").answer == answer
-    assert parse_turn(f"<think>\nnever closed {said}", "open").answer is None
+    assert parse_turn(f"<think>\n16-3-4=9, \\boxed{{7}}\n</think>\n\n{said}", "think_then_answer").answer == answer
+    assert parse_turn(f"<think>\nnever closed {said}", "think_then_answer").answer is None
 
 
 @pytest.mark.parametrize(
@@ -232,5 +232,8 @@ def test_a_reply_is_read_into_its_parts():
 def test_what_a_format_teaches_is_what_the_parser_reads(name):
     chat = chat_format(name, train_tokenizer(["a few words"], 330, control=(*CONTROL, *TOOLS)))
     said = Message(role="assistant", content="I will look.", reasoning=None, tool_calls=CALLS)
-    ids, learnt = chat.example([Message(role="user", content="?"), said])[0]
-    assert read_reply(chat.text_of([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])) == said
+    ids, loss_mask = chat.example([Message(role="user", content="?"), said])[0]
+    assert (
+        read_reply(chat.text_of([token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]))
+        == said
+    )

@@ -60,13 +60,13 @@ def text(ids):
     return tiny_tokenizer().decode(ids)
 
 
-def learnt_of(chat, messages, **how):
+def loss_mask_of(chat, messages, **how):
     """[text, learnt text, text, ...] of each example."""
     found = []
-    for ids, learnt in chat.example(messages, **how):
+    for ids, loss_mask in chat.example(messages, **how):
         stretches: list[list[int]] = [[]]
         for index, token in enumerate(ids):
-            if index and learnt[index] != learnt[index - 1]:
+            if index and loss_mask[index] != loss_mask[index - 1]:
                 stretches.append([])
             stretches[-1].append(token)
         found.append([text(stretch) for stretch in stretches])
@@ -103,12 +103,12 @@ def test_what_is_learnt_is_what_transformers_masks():
             continue
         request = as_request(talk, as_text=False)[: len(messages)]
         expected = hugging.apply_chat_template(request, return_dict=True, return_assistant_tokens_mask=True)
-        ids, learnt = careful().example(messages, thinking=True)[-1]
-        theirs_learnt = [
-            i for i, is_learnt in zip(expected["input_ids"], expected["assistant_masks"], strict=True) if is_learnt
+        ids, loss_mask = careful().example(messages, thinking=True)[-1]
+        theirs_mask = [
+            i for i, is_trained in zip(expected["input_ids"], expected["assistant_masks"], strict=True) if is_trained
         ]
-        ours_learnt = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]
-        assert text(ours_learnt) == text(theirs_learnt), talk["key"]
+        ours_mask = [token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]
+        assert text(ours_mask) == text(theirs_mask), talk["key"]
         compared += 1
     assert compared >= 12
 
@@ -229,7 +229,7 @@ def test_arguments_that_are_no_json_are_refused_where_the_template_quotes_them()
 def test_the_end_of_a_turn_and_all_ends_of_the_checkpoint_stop():
     control = tiny_tokenizer().control
     chat = TemplateFormat(tiny_tokenizer(), CAREFUL.replace("eos_token", f"'{PAD}'"), BOS, EOS, ends=(control[USER],))
-    assert chat.stop_ids == (control[PAD], control[EOS], control[USER])
+    assert chat.stop_token_ids == (control[PAD], control[EOS], control[USER])
     assert chat.answer("3") == [*tiny_tokenizer().encode("3"), control[PAD]]
 
 
@@ -239,14 +239,14 @@ def test_what_the_prompt_begins_is_read_with_the_answer_and_not_learnt():
     assert chat.prefill == "<think>\n" and chat.text_of(tiny_tokenizer().encode("a")) == "<think>\na"
     asked = f"{USER}user\n1+2?\n{ASSISTANT}says\n<think>\n"
     thought = [QUESTION, assistant("3", reasoning="a")]
-    assert learnt_of(chat, thought) == [[asked, f"a\n</think>\n\n3{EOS}"]]
-    assert learnt_of(chat, [QUESTION, assistant("3")], thinking=True) == [[asked, f"\n</think>\n\n3{EOS}"]]
+    assert loss_mask_of(chat, thought) == [[asked, f"a\n</think>\n\n3{EOS}"]]
+    assert loss_mask_of(chat, [QUESTION, assistant("3")], thinking=True) == [[asked, f"\n</think>\n\n3{EOS}"]]
 
 
 def test_a_turn_without_thoughts_is_asked_for_without_and_not_taught_an_empty_block():
     asked = f"{USER}user\n1+2?\n{ASSISTANT}says\n"
-    assert learnt_of(careful(), [QUESTION, assistant("3")]) == [[f"{asked}<think>\n\n</think>\n\n", f"3{EOS}"]]
-    assert learnt_of(careful(), [QUESTION, assistant("3", reasoning="a")]) == [
+    assert loss_mask_of(careful(), [QUESTION, assistant("3")]) == [[f"{asked}<think>\n\n</think>\n\n", f"3{EOS}"]]
+    assert loss_mask_of(careful(), [QUESTION, assistant("3", reasoning="a")]) == [
         [asked, f"<think>\na\n</think>\n\n3{EOS}"]
     ]
 
@@ -257,12 +257,12 @@ def test_thoughts_that_a_template_has_no_place_for_are_learnt_and_left_out_of_hi
     chat = TemplateFormat(tiny_tokenizer(), plain, BOS, EOS)
     messages = [QUESTION, assistant("3", reasoning="a"), QUESTION, assistant("3")]
     asked = f"{USER}user: 1+2?{EOS}\n{USER}assistant: "
-    assert learnt_of(chat, messages) == [
+    assert loss_mask_of(chat, messages) == [
         [asked, f"<think>\na\n</think>\n\n3{EOS}"],
         [f"{asked}3{EOS}\n{asked}", f"3{EOS}"],
     ]
     silent = [messages[0], assistant("3"), *messages[2:]]
-    assert learnt_of(chat, silent) == [[asked, f"3{EOS}", f"\n{asked}", f"3{EOS}"]]
+    assert loss_mask_of(chat, silent) == [[asked, f"3{EOS}", f"\n{asked}", f"3{EOS}"]]
 
 
 def test_a_template_that_drops_what_is_said_teaches_nothing():

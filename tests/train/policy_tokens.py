@@ -8,13 +8,13 @@ from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 ON_POLICY = PolicyLossConfig(importance_cap=0.0)
 
 
-def tokens(log_probs: list[float], advantages: list[float], **given: list[float]) -> TrainedTokens:
+def tokens(logprobs: list[float], advantages: list[float], **given: list[float]) -> TrainedTokens:
     """Trained tokens of equal weight; what is not given equals the current log-probabilities."""
-    current = torch.tensor(log_probs, requires_grad=True)
-    count = len(log_probs)
-    fields = {"rollout_log_probs": log_probs} | given
+    current = torch.tensor(logprobs, requires_grad=True)
+    count = len(logprobs)
+    fields = {"rollout_logprobs": logprobs} | given
     return TrainedTokens(
-        log_probs=current,
+        logprobs=current,
         weights=torch.full((count,), 1 / count),
         share=1 / count,
         advantages=torch.tensor(advantages),
@@ -25,5 +25,5 @@ def tokens(log_probs: list[float], advantages: list[float], **given: list[float]
 def slope(trained: TrainedTokens, cfg: PolicyLossConfig) -> list[float]:
     """d loss / d log-probability of each token."""
     loss, _ = policy_loss(trained, cfg)
-    (gradient,) = torch.autograd.grad(loss, trained.log_probs)
+    (gradient,) = torch.autograd.grad(loss, trained.logprobs)
     return gradient.tolist()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack import kernels
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
@@ -13,11 +13,11 @@ from thinkstack.types import Batch
 
 
 def batch() -> Batch:
-    return drawn_batch([20, 9, 14, 3, 17, 8], 24)
+    return random_batch([20, 9, 14, 3, 17, 8], 24)
 
 
 def step(model: Transformer, checkpoint_layers: bool, **changes: object) -> tuple[dict[str, float], Trainer]:
-    cfg = TrainerConfig(**({"dtype": "fp32", "micro_tokens": 48} | changes), checkpoint_layers=checkpoint_layers)
+    cfg = TrainerConfig(**({"dtype": "fp32", "micro_batch_tokens": 48} | changes), checkpoint_layers=checkpoint_layers)
     trainer = Trainer(model, cfg, 4)
     trainer.step(batch(), next_token_loss)
     return trainer.step(batch(), next_token_loss), trainer
@@ -50,9 +50,9 @@ def held_between(model: Transformer) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        quantization = x.untyped_storage()
+        if quantization.data_ptr() not in weights:
+            kept[quantization.data_ptr()] = quantization.nbytes()
         return x
 
     given = batch()

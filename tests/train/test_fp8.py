@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.moe import ExpertMLP, MoE
 from thinkstack.models.precision import working_copy
-from thinkstack.quant.fp8 import BLOCK, LARGEST, FP8Blocks, dequantise, quantise
+from thinkstack.quant.fp8 import BLOCK, LARGEST, FP8Blocks, dequantize, quantize
 from thinkstack.train.fp8 import FP8Experts, FP8Linear, linear, use_fp8
 
 HALF_STEP = 2.0**-4
@@ -27,33 +27,33 @@ def drawn(*shape: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
 
 
 def test_a_block_is_scaled_so_that_its_peak_is_the_largest_number():
-    """By hand: a peak of 896 gives the scale 2; its neighbour block, with 3.5, gives 2**-7."""
+    """By hand: a peak of 896 gives the scale 2; its neighbor block, with 3.5, gives 2**-7."""
     x = torch.zeros(1, 2 * BLOCK)
     x[0, 3], x[0, 4], x[0, BLOCK] = 896.0, -2.0, 3.5
-    q, scale = quantise(x, 1)
+    q, scale = quantize(x, 1)
     assert scale.tolist() == [[2.0, 2.0**-7]]
     assert q[0, 3] == LARGEST and q[0, 4] == -1.0 and q[0, BLOCK] == LARGEST
-    assert torch.equal(dequantise(q, scale, 1), x)
+    assert torch.equal(dequantize(q, scale, 1), x)
 
 
 def test_scales_of_two_are_rounded_up_so_that_nothing_overflows():
     x = torch.zeros(1, BLOCK)
     x[0, 0] = 449.0
-    _, scale = quantise(x, 1, power_of_two=True)
+    _, scale = quantize(x, 1, power_of_two=True)
     assert scale.item() == 2.0
     x[0, 0] = 448.0
-    assert quantise(x, 1, power_of_two=True)[1].item() == 1.0
+    assert quantize(x, 1, power_of_two=True)[1].item() == 1.0
 
 
 @SCALES
 @pytest.mark.parametrize(("rows", "shape"), [(1, (5, 300)), (BLOCK, (200, 130)), (BLOCK, (2, 130, 257))])
 def test_rounding_is_within_half_a_step_of_e4m3_ragged_edges_included(rows, shape, power_of_two):
     x = drawn(*shape, spread=2.0)
-    q, scale = quantise(x, rows, power_of_two)
+    q, scale = quantize(x, rows, power_of_two)
     assert q.dtype == torch.float8_e4m3fn and q.shape == x.shape
     assert scale.shape == (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // BLOCK))
-    wide = dequantise(torch.ones_like(q), scale, rows)
-    error = (dequantise(q, scale, rows).double() - x.double()).abs()
+    wide = dequantize(torch.ones_like(q), scale, rows)
+    error = (dequantize(q, scale, rows).double() - x.double()).abs()
     assert (error <= torch.maximum(HALF_STEP * x.double().abs() * (1 + 1e-6), SUBNORMAL * wide.double())).all()
 
 
@@ -61,8 +61,8 @@ def test_zeros_and_tiny_gradients_survive():
     """DeepSeek's inference code takes 1e-4 for the smallest peak; gradients of 1e-9 would all become 0 by it."""
     x = torch.zeros(2, BLOCK)
     x[1] = 1e-9
-    q, scale = quantise(x, 1)
-    back = dequantise(q, scale, 1)
+    q, scale = quantize(x, 1)
+    back = dequantize(q, scale, 1)
     assert not back[0].any() and torch.allclose(back[1], x[1], rtol=HALF_STEP)
 
 
@@ -145,7 +145,7 @@ def test_blocks_multiply_in_8_bits_and_nothing_else_does(cfg):
         if isinstance(module, MoE):
             assert isinstance(module.products, FP8Experts)
     assert [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()]
-    batch = drawn_batch([9, 5, 12], 16)
+    batch = random_batch([9, 5, 12], 16)
     with torch.no_grad():
         plain, found = (m(batch.ids, batch.positions, batch.document_ids).float() for m in (model, twin))
     real = batch.document_ids > 0
@@ -171,10 +171,10 @@ def test_all_numbers_of_e4m3_are_widened_exactly(shape: tuple[int, ...], dtype: 
     """Against torch's own conversion: subnormal numbers, both zeros and NaN among them."""
     shape = (*shape[:-1], 1, shape[-1]) if len(shape) == 1 else shape
     count = torch.Size(shape).numel()
-    codes = torch.arange(count).remainder(256).to(torch.uint8).view(torch.float8_e4m3fn).view(shape)
+    qweight = torch.arange(count).remainder(256).to(torch.uint8).view(torch.float8_e4m3fn).view(shape)
     blocks = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
     scale = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) + 0.1
     out = torch.empty(shape, dtype=dtype)
-    dequantize_(FP8Blocks(), {"codes": codes, "scale": scale}, out)
-    torch.testing.assert_close(out, dequantise(codes, scale, BLOCK).to(dtype), rtol=0, atol=0, equal_nan=True)
+    dequantize_(FP8Blocks(), {"codes": qweight, "scale": scale}, out)
+    torch.testing.assert_close(out, dequantize(qweight, scale, BLOCK).to(dtype), rtol=0, atol=0, equal_nan=True)
     assert bool(out.isnan().any()) == (count >= 128)

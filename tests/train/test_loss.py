@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import drawn_batch
+from tests.tiny import random_batch
 from tests.train.policy_tokens import tokens
-from thinkstack.data import Sample, lay_out
+from thinkstack.data import Example, collate
 from thinkstack.train import loss as losses
-from thinkstack.train.loss import next_token_loss, token_log_probs, token_weights
+from thinkstack.train.loss import next_token_loss, token_logprobs, token_weights
 from thinkstack.types import Completion, ConfigError
 
 
@@ -23,8 +23,8 @@ LENGTHS = [(2, 3), (1, 1), (1, 2), (4, 0)]
 
 
 def uneven_batch():
-    samples = [Sample(tuple(range(p + n)), (0,) * p + (1,) * n) for p, n in LENGTHS]
-    return lay_out(samples, [[0, 1], [2, 3]], 8)
+    samples = [Example(tuple(range(p + n)), (0,) * p + (1,) * n) for p, n in LENGTHS]
+    return collate(samples, [[0, 1], [2, 3]], 8)
 
 
 def weights_by_answer(reduction: str, fixed_length: int = 0) -> list[set[float]]:
@@ -66,7 +66,7 @@ def test_fixed_weights_need_the_constant():
 
 def test_masks_come_from_lengths_not_from_pad_ids():
     """E2.31: token 0 pads, and also stands in the text, first, last and in between: it is trained there."""
-    batch = lay_out([Sample((0, 0, 5, 0), (0, 1, 1, 1)), Sample((7, 0), (0, 1))], [[0, 1]], 6)
+    batch = collate([Example((0, 0, 5, 0), (0, 1, 1, 1)), Example((7, 0), (0, 1))], [[0, 1]], 6)
     assert batch.loss_mask.tolist() == [[1, 1, 1, 1, 0, 0]]
     assert batch.targets.tolist() == [[0, 5, 0, 0, 0, 0]]
 
@@ -74,15 +74,15 @@ def test_masks_come_from_lengths_not_from_pad_ids():
 def test_the_end_token_is_trained_and_counted():
     """E2.30: EOS is an action; leaving it out teaches a model never to stop."""
     eos = 1
-    batch = lay_out([Sample((9, 5, 6, eos), (0, 1, 1, 1))], [[0]], 4)
+    batch = collate([Example((9, 5, 6, eos), (0, 1, 1, 1))], [[0]], 4)
     assert batch.loss_mask.sum() == 3
     assert float(token_weights(batch, "token")[batch.targets == eos].sum()) == pytest.approx(1 / 3)
 
 
-def test_log_probs_are_those_of_log_softmax():
+def test_logprobs_are_those_of_log_softmax():
     hidden, head = drawn(6, 5), drawn(7, 5, seed=1)
     index, targets = torch.tensor([4, 0, 3]), torch.tensor([6, 2, 2])
-    found, entropy = token_log_probs(hidden, index, head, targets, with_entropy=True)
+    found, entropy = token_logprobs(hidden, index, head, targets, with_entropy=True)
     table = (hidden[index] @ head.T).log_softmax(-1)
     torch.testing.assert_close(found, table[torch.arange(3), targets])
     torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1))
@@ -90,15 +90,15 @@ def test_log_probs_are_those_of_log_softmax():
 
 def test_entropy_is_exact():
     """E2.43: a uniform prediction over 4 tokens has ln 4 nats, however many tokens are masked."""
-    _, entropy = token_log_probs(torch.zeros(3, 2), torch.tensor([1]), torch.ones(4, 2), torch.tensor([0]), 1.0, True)
+    _, entropy = token_logprobs(torch.zeros(3, 2), torch.tensor([1]), torch.ones(4, 2), torch.tensor([0]), 1.0, True)
     assert entropy.tolist() == pytest.approx([math.log(4)])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_prob_gradients_are_autograds(temperature):
+def test_logprob_gradients_are_autograds(temperature):
     hidden, head = drawn(6, 5).requires_grad_(), drawn(7, 5, seed=1).requires_grad_()
     index, targets = torch.tensor([4, 0, 3]), torch.tensor([6, 2, 2])
-    fast, _ = token_log_probs(hidden, index, head, targets, temperature)
+    fast, _ = token_logprobs(hidden, index, head, targets, temperature)
     plain = (hidden[index] @ head.T / temperature).log_softmax(-1)[torch.arange(3), targets]
     grad = drawn(3, seed=2)
     pairs = zip(*(torch.autograd.grad(out, (hidden, head), grad) for out in (fast, plain)), strict=True)
@@ -110,7 +110,7 @@ def test_temperature_divides_the_logits():
     """E2.27: dividing log-probabilities instead gives numbers that do not sum to 1."""
     hidden, head = drawn(1, 5), drawn(7, 5, seed=1)
     index = torch.zeros(7, dtype=torch.int64)
-    found = [token_log_probs(hidden, index[:1], head, torch.tensor([t]), 0.7)[0] for t in range(7)]
+    found = [token_logprobs(hidden, index[:1], head, torch.tensor([t]), 0.7)[0] for t in range(7)]
     assert float(torch.cat(found).exp().sum()) == pytest.approx(1.0, abs=1e-6)
     expected = (hidden @ head.T / 0.7).log_softmax(-1)[0]
     torch.testing.assert_close(torch.cat(found), expected)
@@ -123,17 +123,17 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
     found = []
     for chunk in (1000, 3):
         monkeypatch.setattr(losses, "head_chunk", lambda vocab_size, chunk=chunk: chunk)
-        log_probs, entropy = token_log_probs(hidden, index, head, targets, 0.8, True)
-        found.append((log_probs, entropy, *torch.autograd.grad(log_probs.square().sum(), (hidden, head))))
+        logprobs, entropy = token_logprobs(hidden, index, head, targets, 0.8, True)
+        found.append((logprobs, entropy, *torch.autograd.grad(logprobs.square().sum(), (hidden, head))))
     for whole, pieces in zip(*found, strict=True):
         torch.testing.assert_close(whole, pieces)
 
 
-def test_bf16_logits_are_normalised_in_fp32():
+def test_bf16_logits_are_normalized_in_fp32():
     """E2.41: a log-softmax in bf16 is off by up to 0.03 nats; from fp32 on only the logits' own rounding is left."""
     hidden, head = drawn(64, 32).bfloat16(), drawn(500, 32, seed=1).bfloat16()
     index, targets = torch.arange(64), torch.arange(64)
-    found, _ = token_log_probs(hidden, index, head, targets)
+    found, _ = token_logprobs(hidden, index, head, targets)
     exact = (hidden @ head.T).double().log_softmax(-1)[index, targets]
     assert found.dtype == torch.float32
     assert float((found.double() - exact).abs().max()) < 1e-5
@@ -154,22 +154,22 @@ class Bigrams(torch.nn.Module):
         return Out
 
 
-def test_the_log_prob_of_a_token_is_read_off_the_position_before_it():
+def test_the_logprob_of_a_token_is_read_off_the_position_before_it():
     """E2.24: with a bigram table every log-probability is known; a shift by one gives other numbers."""
-    from thinkstack.train.passes import batch_log_probs
+    from thinkstack.train.passes import batch_logprobs
 
     table = drawn(5, 5).log_softmax(-1)
     ids = (3, 1, 4, 1, 0)
-    batch = lay_out([Sample(ids, (0, 0, 1, 1, 1))], [[0]], 6)
-    found = batch_log_probs(Bigrams(table), batch, 1.0, 64)
+    batch = collate([Example(ids, (0, 0, 1, 1, 1))], [[0]], 6)
+    found = batch_logprobs(Bigrams(table), batch, 1.0, 64)
     expected = [0.0, float(table[1, 4]), float(table[4, 1]), float(table[1, 0]), 0.0, 0.0]
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_completions_carry_one_log_prob_a_token():
+def test_completions_carry_one_logprob_a_token():
     """E2.23: one number too few shifts all that follow."""
     with pytest.raises(AssertionError, match="every token carries"):
-        Completion(token_ids=(1, 2), log_probs=(-0.1,), finish_reason="stop", weights_version=0)
+        Completion(token_ids=(1, 2), logprobs=(-0.1,), finish_reason="stop", weights_version=0)
 
 
 def test_cross_entropy_is_the_weighted_sum():
@@ -181,7 +181,7 @@ def test_cross_entropy_is_the_weighted_sum():
 
 def test_packing_gives_every_reduction_the_same_weights():
     """How documents share rows must not show in the loss."""
-    wide, narrow = drawn_batch([9, 5, 12, 3], 32), drawn_batch([9, 5, 12, 3], 12)
+    wide, narrow = random_batch([9, 5, 12, 3], 32), random_batch([9, 5, 12, 3], 12)
     for reduction in ("token", "sequence", "fixed"):
         sums = []
         for batch in (wide, narrow):

@@ -23,7 +23,7 @@ LATENT = replace(
     attention=MLAConfig(
         num_heads=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16
     ),
-    moe=MoEConfig(num_experts=4, top_k=2, expert_size=16),
+    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 )
 NORMED = replace(GQA_TINY, attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True))
 TABLE = replace(GQA_TINY, vocab_size=1500, tie_embeddings=True)
@@ -54,7 +54,7 @@ def rows_of(cfg: ModelConfig, shape: TrainingShape) -> Batch:
 def trainer_of(cfg: ModelConfig, shape: TrainingShape) -> Trainer:
     settings = TrainerConfig(
         dtype=shape.dtype,
-        micro_tokens=shape.tokens,
+        micro_batch_tokens=shape.tokens,
         workers=shape.workers,
         checkpoint_layers=shape.checkpoint_layers,
     )
@@ -68,14 +68,14 @@ def kept_by_autograd(trainer: Trainer, batch: Batch) -> int:
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
+        quantization = x.untyped_storage()
+        if quantization.data_ptr() not in weights:
+            kept[quantization.data_ptr()] = quantization
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         trainer.step(batch, next_token_loss)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(quantization.nbytes() for quantization in kept.values())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

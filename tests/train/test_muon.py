@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.loss import next_token_loss
-from thinkstack.train.muon import COEFFICIENTS, STEPS, Muon, Stack, hidden_matrices, orthogonalise
+from thinkstack.train.muon import COEFFICIENTS, STEPS, Muon, Stack, hidden_matrices, orthogonalize
 from thinkstack.train.optim import OptimConfig, make_optimizer
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
@@ -17,7 +17,7 @@ from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
 MUON = OptimConfig(optimizer="muon", muon_dtype="fp32", learning_rate=0.02, weight_decay=0.1)
-CFG = TrainerConfig(dtype="fp32", micro_tokens=64, optim=MUON)
+CFG = TrainerConfig(dtype="fp32", micro_batch_tokens=64, optim=MUON)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,15 +34,15 @@ def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (1, 9)])
-def test_orthogonalising_maps_the_singular_values_and_keeps_their_vectors(shape):
+def test_orthogonalizing_maps_the_singular_values_and_keeps_their_vectors(shape):
     matrices = drawn(3, *shape)
-    found = orthogonalise(matrices, torch.float32)
+    found = orthogonalize(matrices, torch.float32)
     for matrix, mine in zip(matrices, found, strict=True):
         torch.testing.assert_close(mine.double(), by_singular_values(matrix), rtol=1e-4, atol=1e-4)
 
 
-def test_an_orthogonalised_matrix_is_nearly_orthogonal():
-    found = orthogonalise(drawn(4, 32, 64), torch.float32)
+def test_an_orthogonalized_matrix_is_nearly_orthogonal():
+    found = orthogonalize(drawn(4, 32, 64), torch.float32)
     values = torch.linalg.svdvals(found)
     assert float(values.min()) > 0.65 and float(values.max()) < 1.25
     assert float(torch.linalg.svdvals(drawn(4, 32, 64)).std()) > 10 * float(values.std())
@@ -51,15 +51,15 @@ def test_an_orthogonalised_matrix_is_nearly_orthogonal():
 def test_a_matrix_without_gradient_stays_zero_and_disturbs_no_other():
     matrices = drawn(2, 8, 8)
     matrices[0] = 0
-    found = orthogonalise(matrices, torch.float32)
+    found = orthogonalize(matrices, torch.float32)
     assert torch.equal(found[0], torch.zeros(8, 8))
-    torch.testing.assert_close(found[1], orthogonalise(matrices[1:], torch.float32)[0])
+    torch.testing.assert_close(found[1], orthogonalize(matrices[1:], torch.float32)[0])
 
 
 @pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
 def test_steps_equal_those_of_torch(shape, scale):
-    """Torch orthogonalises in bf16, so the two part by its rounding, at most 2 % of an update here."""
+    """Torch orthogonalizes in bf16, so the two part by its rounding, at most 2 % of an update here."""
     mine, theirs = (torch.nn.Parameter(drawn(*shape)) for _ in range(2))
     others = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     ours = Muon([Stack(mine, 1)], others, weight_decay=0.3, momentum=0.9, scale=scale)
@@ -117,7 +117,7 @@ def test_every_parameter_is_in_exactly_one_group(make):
 
 
 def test_large_batches_of_matrices_are_cut_without_changing_a_step(monkeypatch):
-    batch, found = drawn_batch([9, 8, 7], 16), []
+    batch, found = random_batch([9, 8, 7], 16), []
     for elements in (1 << 24, 1):
         monkeypatch.setattr("thinkstack.train.muon.BATCH_ELEMENTS", elements)
         model = tiny_model()
@@ -129,7 +129,7 @@ def test_large_batches_of_matrices_are_cut_without_changing_a_step(monkeypatch):
 
 def test_the_schedule_sets_the_rate_of_both_parts():
     trainer = Trainer(tiny_model(), replace(CFG, optim=replace(MUON, warmup_steps=4)), 8)
-    trainer.step(drawn_batch([9, 8], 16), next_token_loss)
+    trainer.step(random_batch([9, 8], 16), next_token_loss)
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.005}
     assert len(trainer.optimizer.param_groups) == 3
 
@@ -148,11 +148,11 @@ def test_parameters_without_gradient_stay_as_they_are():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("cfg", [MLA_TINY, replace(GQA_TINY, tie_embeddings=True)], ids=["mla", "tied"])
 def test_stopped_and_resumed_equals_straight(cfg, dtype, tmp_path):
-    chosen = replace(CFG, dtype=dtype, workers=2, micro_tokens=16, optim=replace(MUON, muon_dtype=dtype))
+    chosen = replace(CFG, dtype=dtype, workers=2, micro_batch_tokens=16, optim=replace(MUON, muon_dtype=dtype))
 
     def advance(trainer: Trainer, first: int, last: int) -> None:
         for seed in range(first, last):
-            trainer.step(drawn_batch([9, 5, 12, 3], 16, seed=seed), next_token_loss)
+            trainer.step(random_batch([9, 5, 12, 3], 16, seed=seed), next_token_loss)
 
     straight, stopped = (Trainer(tiny_model(cfg), chosen, 4) for _ in range(2))
     advance(straight, 0, 4)
@@ -168,7 +168,7 @@ def test_stopped_and_resumed_equals_straight(cfg, dtype, tmp_path):
 
 
 def test_a_small_corpus_is_learnt_by_heart():
-    trainer, batch = Trainer(tiny_model(), CFG, 40), drawn_batch([9, 8, 7], 16)
+    trainer, batch = Trainer(tiny_model(), CFG, 40), random_batch([9, 8, 7], 16)
     losses = [trainer.step(batch, next_token_loss)["loss/next_token_nats"] for _ in range(40)]
     assert losses[0] > 3.5
     assert losses[-1] < 0.1

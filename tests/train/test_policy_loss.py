@@ -19,7 +19,7 @@ def test_entropy_is_divided_once():
 
 
 def test_on_policy_the_loss_is_zero_and_its_gradient_is_reinforce():
-    """E2.10: centred advantages give a loss of 0, which is right; the gradient is -A / N."""
+    """E2.10: centered advantages give a loss of 0, which is right; the gradient is -A / N."""
     trained = tokens([-1.0, -2.0], [1.0, -1.0])
     loss, _ = policy_loss(trained, ON_POLICY)
     assert loss.item() == 0.0
@@ -35,13 +35,13 @@ def test_the_first_ratio_is_exactly_one():
     assert stats["policy/clipped_low"] == stats["policy/clipped_high"] == 0
 
 
-def test_old_log_probs_carry_no_gradient():
+def test_old_logprobs_carry_no_gradient():
     """E2.21: were the detach forgotten, the ratio would be constant and nothing would be learnt."""
     assert slope(tokens([-1.0], [2.0]), ON_POLICY) == pytest.approx([-2.0])
 
 
 def far(ratio: float, advantage: float) -> TrainedTokens:
-    return tokens([math.log(ratio) - 1.0], [advantage], old_log_probs=[-1.0], rollout_log_probs=[-1.0])
+    return tokens([math.log(ratio) - 1.0], [advantage], old_logprobs=[-1.0], rollout_logprobs=[-1.0])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_clipped_shares_count_the_side_that_binds():
 def test_engine_mismatch_and_policy_ratio_are_two_corrections():
     """E2.22: old / rollout is capped and detached, new / old is clipped; merged into one ratio, 3 x 1.1 would be
     clipped to 1.28 here. Raw statistics are taken before the cap."""
-    given = {"old_log_probs": [-1.0], "rollout_log_probs": [-1.0 - math.log(3)]}
+    given = {"old_logprobs": [-1.0], "rollout_logprobs": [-1.0 - math.log(3)]}
     trained = tokens([-1.0 + math.log(1.1)], [1.0], **given)
     cfg = PolicyLossConfig(importance_cap=2.0)
     loss, stats = policy_loss(trained, cfg)
@@ -88,7 +88,7 @@ def test_engine_mismatch_and_policy_ratio_are_two_corrections():
 
 def test_a_huge_ratio_is_bounded_and_reported():
     """E2.42: exp(100) would be infinite; the clamp is counted, never silent."""
-    trained = tokens([-1.0], [-1.0], old_log_probs=[-101.0], rollout_log_probs=[-101.0])
+    trained = tokens([-1.0], [-1.0], old_logprobs=[-101.0], rollout_logprobs=[-101.0])
     loss, stats = policy_loss(trained, ON_POLICY)
     assert loss.item() == pytest.approx(math.exp(LOG_RATIO_LIMIT), rel=1e-5)
     assert float(stats["policy/ratio_clamped"]) == 1.0
@@ -105,15 +105,15 @@ def test_k3_has_the_right_value_and_k2_the_right_gradient():
     """E2.46: expectations over a categorical with 3 outcomes, taken exactly instead of by sampling."""
     logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
-    log_probs = logits.log_softmax(-1)
-    exact = (log_probs.exp() * (log_probs - reference)).sum()
+    logprobs = logits.log_softmax(-1)
+    exact = (logprobs.exp() * (logprobs - reference)).sum()
     (right,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    drawn_from = log_probs.exp().detach()
-    assert (drawn_from * kl_estimate(log_probs, reference, "k3")).sum().item() == pytest.approx(exact.item())
+    drawn_from = logprobs.exp().detach()
+    assert (drawn_from * kl_estimate(logprobs, reference, "k3")).sum().item() == pytest.approx(exact.item())
     grads = {}
     for kind in ("k2", "k3"):
         (grads[kind],) = torch.autograd.grad(
-            (drawn_from * kl_estimate(log_probs, reference, kind)).sum(), logits, retain_graph=True
+            (drawn_from * kl_estimate(logprobs, reference, kind)).sum(), logits, retain_graph=True
         )
     torch.testing.assert_close(grads["k2"], right)
     assert not torch.allclose(grads["k3"], right, atol=1e-3)
@@ -121,7 +121,7 @@ def test_k3_has_the_right_value_and_k2_the_right_gradient():
 
 def test_kl_shares_the_weights_of_the_policy_term():
     """E2.47: a KL term averaged over sequences beside a policy term averaged over tokens changes beta with length."""
-    trained = tokens([math.log(0.5)] * 2, [0.0, 0.0], reference_log_probs=[math.log(0.25), math.log(0.5)])
+    trained = tokens([math.log(0.5)] * 2, [0.0, 0.0], reference_logprobs=[math.log(0.25), math.log(0.5)])
     trained = replace(trained, weights=torch.tensor([0.75, 0.25]))
     loss, stats = policy_loss(trained, replace(ON_POLICY, kl=0.1))
     k3 = 0.5 + math.log(2) - 1
@@ -132,17 +132,17 @@ def test_kl_shares_the_weights_of_the_policy_term():
 EVERY = [
     ("clip_low", 0.5, far(0.6, -1.0)),
     ("clip_high", 0.9, far(1.5, 1.0)),
-    ("kl", 0.3, tokens([-1.0], [1.0], reference_log_probs=[-2.0])),
-    ("kl_estimator", "k2", tokens([-1.0], [1.0], reference_log_probs=[-2.0])),
-    ("importance_cap", 5.0, tokens([-1.0], [1.0], rollout_log_probs=[-2.5])),
-    ("importance_cap", 0.0, tokens([-1.0], [1.0], rollout_log_probs=[-1.5])),
+    ("kl", 0.3, tokens([-1.0], [1.0], reference_logprobs=[-2.0])),
+    ("kl_estimator", "k2", tokens([-1.0], [1.0], reference_logprobs=[-2.0])),
+    ("importance_cap", 5.0, tokens([-1.0], [1.0], rollout_logprobs=[-2.5])),
+    ("importance_cap", 0.0, tokens([-1.0], [1.0], rollout_logprobs=[-1.5])),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "trained"), EVERY, ids=[f"{name}={value}" for name, value, _ in EVERY])
 def test_every_coefficient_of_the_loss_changes_it(name, value, trained):
     """E2.49: coefficients that are parsed, logged and never used (slime#397). reduction and temperature act in
-    token_weights and token_log_probs, where they are tested above."""
+    token_weights and token_logprobs, where they are tested above."""
     base = PolicyLossConfig(kl=0.1 if name == "kl_estimator" else 0.0)
     assert policy_loss(trained, replace(base, **{name: value}))[0].item() != policy_loss(trained, base)[0].item()
 
@@ -155,12 +155,12 @@ def test_meaningless_coefficients_are_refused(changes):
         PolicyLossConfig(**changes)
 
 
-def answers(log_probs: list[list[float]], advantages: list[float], **given: list[list[float]]) -> TrainedTokens:
+def answers(logprobs: list[list[float]], advantages: list[float], **given: list[list[float]]) -> TrainedTokens:
     """Tokens of several answers, weighted by sequence: 1 / (answers * tokens of the answer)."""
-    lengths = [len(answer) for answer in log_probs]
+    lengths = [len(answer) for answer in logprobs]
     flat = {name: [value for answer in values for value in answer] for name, values in given.items()}
     spread = [value for value, length in zip(advantages, lengths, strict=True) for _ in range(length)]
-    trained = tokens([value for answer in log_probs for value in answer], spread, **flat)
+    trained = tokens([value for answer in logprobs for value in answer], spread, **flat)
     weights = [1 / (len(lengths) * length) for length in lengths for _ in range(length)]
     return replace(
         trained,
@@ -180,7 +180,7 @@ def test_trap_06_a_sequence_has_one_ratio_the_exponential_of_its_mean_log_ratio(
     Loss -(1.0202 + 2.1) / 2. Each token of answer 1 gets -(1/2) * r * A * (1/2), as 1/|o| is both weight and mean.
     """
     now, old = [[-1.0, -2.0], [-0.5]], [[-1.06, -1.98], [-0.6]]
-    trained = answers(now, [1.0, 2.0], old_log_probs=old, rollout_log_probs=old)
+    trained = answers(now, [1.0, 2.0], old_logprobs=old, rollout_logprobs=old)
     loss, stats = policy_loss(trained, GSPO)
     assert loss.item() == pytest.approx(-(math.exp(0.02) + 2.1) / 2, rel=1e-5)
     assert slope(trained, GSPO) == pytest.approx([-math.exp(0.02) / 4] * 2 + [0.0], rel=1e-5)
@@ -195,8 +195,8 @@ def test_trap_07_the_cispo_cap_is_the_cap_itself_and_no_token_loses_its_gradient
     """
     cfg = PolicyLossConfig(clip_kind="cap", cispo_cap=4.0, importance_cap=0.0)
     now, ratios = [-1.0, -2.0, -3.0], [6.0, 0.5, 1.5]
-    old = [log_prob - math.log(ratio) for log_prob, ratio in zip(now, ratios, strict=True)]
-    trained = tokens(now, [1.0, -1.0, 1.0], old_log_probs=old, rollout_log_probs=old)
+    old = [logprob - math.log(ratio) for logprob, ratio in zip(now, ratios, strict=True)]
+    trained = tokens(now, [1.0, -1.0, 1.0], old_logprobs=old, rollout_logprobs=old)
     loss, stats = policy_loss(trained, cfg)
     assert loss.item() == pytest.approx(-(-4 + 1 - 4.5) / 3, rel=1e-5)
     assert slope(trained, cfg) == pytest.approx([-4 / 3, 0.5 / 3, -1.5 / 3], rel=1e-5)
@@ -239,7 +239,7 @@ def test_trap_22_the_engines_probabilities_are_corrected_up_to_a_stated_cap(kind
     is masked. By sequence answer 1 has 3 * 0.5 = 1.5, below the cap. The weight carries no gradient."""
     now = [[-1.0, -2.0], [-0.5]]
     engine = [[-1.0 - math.log(3), -2.0 - math.log(0.5)], [-0.5 - math.log(1.2)]]
-    trained = answers(now, [1.0, 1.0], rollout_log_probs=engine)
+    trained = answers(now, [1.0, 1.0], rollout_logprobs=engine)
     cfg = PolicyLossConfig(importance_kind=kind, importance_level=level, importance_cap=2.0)
     weights = CORRECTIONS[kind, level]
     shares = [0.25, 0.25, 0.5]
@@ -253,7 +253,7 @@ def test_trap_22_the_engines_probabilities_are_corrected_up_to_a_stated_cap(kind
 def test_trap_22_a_sequence_beyond_the_cap_is_masked_whole():
     """3 * 1.5 = 4.5 is above 2: both tokens leave the loss, the other answer stays."""
     engine = [[-1.0 - math.log(3), -2.0 - math.log(1.5)], [-0.5]]
-    trained = answers([[-1.0, -2.0], [-0.5]], [1.0, 1.0], rollout_log_probs=engine)
+    trained = answers([[-1.0, -2.0], [-0.5]], [1.0, 1.0], rollout_logprobs=engine)
     cfg = PolicyLossConfig(importance_kind="mask", importance_level="sequence", importance_cap=2.0)
     assert slope(trained, cfg) == pytest.approx([0.0, 0.0, -0.5])
 
@@ -261,7 +261,7 @@ def test_trap_22_a_sequence_beyond_the_cap_is_masked_whole():
 def test_trap_42_a_clamp_inside_the_kl_estimate_is_counted():
     """A peer clamped k3 at 10 inside the graph: tokens beyond had no gradient, and no number said so."""
     cfg = replace(ON_POLICY, kl=0.1)
-    trained = tokens([-1.0, -1.0], [0.0, 0.0], reference_log_probs=[-30.0, -2.0])
+    trained = tokens([-1.0, -1.0], [0.0, 0.0], reference_logprobs=[-30.0, -2.0])
     stats = policy_loss(trained, cfg)[1]
     assert float(stats["correction/kl_clamped"]) == 0.5
     assert slope(trained, cfg)[0] == 0.0
@@ -271,18 +271,18 @@ def categorical():
     """(log-probabilities of a policy with 3 outcomes, their logits, a reference, the exact gradient of their KL)."""
     logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
-    log_probs = logits.log_softmax(-1)
-    exact = (log_probs.exp() * (log_probs - reference)).sum()
-    return log_probs, logits, reference, torch.autograd.grad(exact, logits, retain_graph=True)[0]
+    logprobs = logits.log_softmax(-1)
+    exact = (logprobs.exp() * (logprobs - reference)).sum()
+    return logprobs, logits, reference, torch.autograd.grad(exact, logits, retain_graph=True)[0]
 
 
 def test_trap_46_k1_in_the_loss_does_not_know_the_reference():
     """Its expected gradient is that of sum p log p's score, 0 on policy, whatever the reference: it was added, logged
     as "kl" and held nothing back. Hence it is refused (tests/rl/test_presets.py)."""
-    log_probs, logits, reference, _ = categorical()
-    drawn_from = log_probs.exp().detach()
+    logprobs, logits, reference, _ = categorical()
+    drawn_from = logprobs.exp().detach()
     for other in (reference, reference.flip(0)):
-        loss = (drawn_from * kl_estimate(log_probs, other, "k1")).sum()
+        loss = (drawn_from * kl_estimate(logprobs, other, "k1")).sum()
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
         torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64))
 
@@ -290,20 +290,20 @@ def test_trap_46_k1_in_the_loss_does_not_know_the_reference():
 @pytest.mark.parametrize(("estimator", "is_unbiased"), [("k1", True), ("k2", False), ("k3", False)])
 def test_trap_46_in_the_reward_k1_is_unbiased_and_the_others_are_not(estimator, is_unbiased):
     """As a reward the estimate is a number: the gradient is E[k grad log pi], which is that of the KL for k1 only."""
-    log_probs, logits, reference, right = categorical()
-    reward = kl_estimate(log_probs, reference, estimator).detach()
-    (gradient,) = torch.autograd.grad((log_probs.exp().detach() * reward * log_probs).sum(), logits)
+    logprobs, logits, reference, right = categorical()
+    reward = kl_estimate(logprobs, reference, estimator).detach()
+    (gradient,) = torch.autograd.grad((logprobs.exp().detach() * reward * logprobs).sum(), logits)
     assert torch.allclose(gradient, right, atol=1e-9) == is_unbiased
 
 
 def test_trap_46_off_policy_k3_needs_the_ratio():
     """Drawn from an old policy, plain k3 estimates nothing; times the ratio it has the value and the gradient of the
     KL, exactly (V3.2)."""
-    log_probs, logits, reference, right = categorical()
+    logprobs, logits, reference, right = categorical()
     old = torch.tensor([0.2, 0.6, 0.2], dtype=torch.float64).log()
-    k3 = kl_estimate(log_probs, reference, "k3")
-    value = (old.exp() * (log_probs - old).exp() * k3).sum()
-    assert value.item() == pytest.approx((log_probs.exp() * (log_probs - reference)).sum().item())
+    k3 = kl_estimate(logprobs, reference, "k3")
+    value = (old.exp() * (logprobs - old).exp() * k3).sum()
+    assert value.item() == pytest.approx((logprobs.exp() * (logprobs - reference)).sum().item())
     (weighted,) = torch.autograd.grad(value, logits, retain_graph=True)
     (plain,) = torch.autograd.grad((old.exp() * k3).sum(), logits)
     torch.testing.assert_close(weighted, right)
@@ -313,7 +313,7 @@ def test_trap_46_off_policy_k3_needs_the_ratio():
 def test_the_ratio_multiplies_the_kl_term():
     """Ratio 1.1, k3 of (0.5 against 0.25) = 0.5 + ln 2 - 1: the term, 0.1 * 1.1 * k3; its derivative has both factors,
     0.1 * 1.1 * (k3 + 1 - 0.5); with a detached ratio the gradient would be biased again."""
-    given = {"old_log_probs": [math.log(0.5 / 1.1)], "reference_log_probs": [math.log(0.25)]}
+    given = {"old_logprobs": [math.log(0.5 / 1.1)], "reference_logprobs": [math.log(0.25)]}
     trained = tokens([math.log(0.5)], [0.0], **given)
     cfg, k3 = replace(ON_POLICY, kl=0.1, kl_ratio=True), 0.5 + math.log(2) - 1
     assert policy_loss(trained, cfg)[0].item() == pytest.approx(0.11 * k3, rel=1e-5)

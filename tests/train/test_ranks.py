@@ -7,7 +7,7 @@ import torch.distributed
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import drawn_batch, tiny_model
+from tests.tiny import random_batch, tiny_model
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.trainer import Trainer
@@ -15,7 +15,7 @@ from thinkstack.train.trainer_config import TrainerConfig
 
 LENGTHS = [9, 5, 12, 3, 11, 7, 4, 8, 6, 10]
 CFG = TrainerConfig(
-    dtype="fp32", micro_tokens=16, balance_weight=0.1, bias_speed=0.01, optim=OptimConfig(clip_norm=1e9, eps=1e-3)
+    dtype="fp32", micro_batch_tokens=16, balance_weight=0.1, bias_speed=0.01, optim=OptimConfig(clip_norm=1e9, eps=1e-3)
 )
 
 
@@ -24,7 +24,7 @@ def train(rows: slice) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     model = tiny_model()
     trainer = Trainer(model, CFG, total_steps=2)
     for seed in range(2):
-        batch = drawn_batch(LENGTHS, 16, seed=seed, prompt=2)
+        batch = random_batch(LENGTHS, 16, seed=seed, prompt=2)
         metrics = trainer.step(batch.rows(rows), next_token_loss)
     return model.state_dict(), metrics
 

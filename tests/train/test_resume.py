@@ -6,19 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 
-CFG = TrainerConfig(micro_tokens=16, workers=2, optim=OptimConfig(warmup_steps=3, schedule="linear"))
+CFG = TrainerConfig(micro_batch_tokens=16, workers=2, optim=OptimConfig(warmup_steps=3, schedule="linear"))
 
 
 def advance(trainer: Trainer, first: int, last: int) -> None:
     for seed in range(first, last):
-        trainer.step(drawn_batch([9, 5, 12, 3], 16, seed=seed), next_token_loss)
+        trainer.step(random_batch([9, 5, 12, 3], 16, seed=seed), next_token_loss)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests.tiny import MLA_TINY, drawn_batch, tiny_model
-from thinkstack.data import Sample, lay_out
+from tests.tiny import MLA_TINY, random_batch, tiny_model
+from thinkstack.data import Example, collate
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import moe_layers
 from thinkstack.train.loss import next_token_loss, token_weights
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.passes import batch_log_probs, micro_batches, mtp_loss
+from thinkstack.train.passes import batch_logprobs, micro_batches, mtp_loss
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer import BAD_STEPS, Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, TrainingError
 
 LENGTHS = [9, 5, 12, 3, 11, 7, 4, 8, 6, 10]
-EXACT = TrainerConfig(dtype="fp32", micro_tokens=64, optim=OptimConfig(clip_norm=1e9))
+EXACT = TrainerConfig(dtype="fp32", micro_batch_tokens=64, optim=OptimConfig(clip_norm=1e9))
 PLAIN = replace(EXACT, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
 
 
@@ -46,19 +46,19 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-@pytest.mark.parametrize("micro_tokens", [16, 32, 128])
-def test_how_a_step_is_cut_into_micro_batches_changes_nothing(micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [16, 32, 128])
+def test_how_a_step_is_cut_into_micro_batches_changes_nothing(micro_batch_tokens):
     """E2.1: means of means weigh short micro-batches too much; all losses here have unequal lengths."""
-    batch = drawn_batch(LENGTHS, 16)
-    whole = gradients_of(tiny_model(), replace(EXACT, micro_tokens=10**6, balance_weight=0.1), batch)
-    cut = gradients_of(tiny_model(), replace(EXACT, micro_tokens=micro_tokens, balance_weight=0.1), batch)
+    batch = random_batch(LENGTHS, 16)
+    whole = gradients_of(tiny_model(), replace(EXACT, micro_batch_tokens=10**6, balance_weight=0.1), batch)
+    cut = gradients_of(tiny_model(), replace(EXACT, micro_batch_tokens=micro_batch_tokens, balance_weight=0.1), batch)
     assert_same(whole, cut, **CLOSE)
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_trained_tokens():
     """E2.2: nothing divides again, by accumulation steps, rows or documents; compared with one plain cross-entropy."""
-    batch, model = drawn_batch(LENGTHS, 16, prompt=3), tiny_model()
-    found = gradients_of(model, replace(PLAIN, micro_tokens=16), batch)
+    batch, model = random_batch(LENGTHS, 16, prompt=3), tiny_model()
+    found = gradients_of(model, replace(PLAIN, micro_batch_tokens=16), batch)
     plain = tiny_model()
     logits = plain(batch.ids, batch.positions, batch.document_ids)
     F.cross_entropy(logits[batch.loss_mask > 0], batch.targets[batch.loss_mask > 0]).backward()
@@ -70,8 +70,8 @@ def test_the_gradient_is_that_of_the_mean_over_all_trained_tokens():
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_change_nothing_but_the_time(workers):
-    batch = drawn_batch(LENGTHS, 16)
-    cfg = replace(EXACT, micro_tokens=16)
+    batch = random_batch(LENGTHS, 16)
+    cfg = replace(EXACT, micro_batch_tokens=16)
     assert_same(
         gradients_of(tiny_model(), cfg, batch),
         gradients_of(tiny_model(), replace(cfg, workers=workers), batch),
@@ -80,16 +80,16 @@ def test_workers_change_nothing_but_the_time(workers):
 
 
 def test_more_workers_than_micro_batches_is_no_fault():
-    batch = drawn_batch([5], 16)
+    batch = random_batch([5], 16)
     first = gradients_of(tiny_model(), EXACT, batch)
     assert_same(first, gradients_of(tiny_model(), replace(EXACT, workers=4), batch), **CLOSE)
 
 
 def test_a_step_is_a_function_of_its_inputs():
-    batch, found = drawn_batch(LENGTHS, 16), []
+    batch, found = random_batch(LENGTHS, 16), []
     for _ in range(2):
         model = tiny_model()
-        trainer = Trainer(model, replace(EXACT, workers=2, micro_tokens=16), total_steps=3)
+        trainer = Trainer(model, replace(EXACT, workers=2, micro_batch_tokens=16), total_steps=3)
         for _ in range(3):
             trainer.step(batch, next_token_loss)
         found.append(model.state_dict())
@@ -97,15 +97,15 @@ def test_a_step_is_a_function_of_its_inputs():
 
 
 def test_statistics_are_means_over_the_trained_tokens_of_the_step():
-    batch, model = drawn_batch(LENGTHS, 16, prompt=2), tiny_model()
+    batch, model = random_batch(LENGTHS, 16, prompt=2), tiny_model()
     logits = model(batch.ids, batch.positions, batch.document_ids)
     expected = F.cross_entropy(logits[batch.loss_mask > 0], batch.targets[batch.loss_mask > 0]).item()
-    found = Trainer(model, replace(EXACT, micro_tokens=16), 1).step(batch, next_token_loss)
+    found = Trainer(model, replace(EXACT, micro_batch_tokens=16), 1).step(batch, next_token_loss)
     assert found["loss/next_token_nats"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_large_gradients_are_scaled_down_and_reported_unscaled():
-    batch = drawn_batch(LENGTHS, 16)
+    batch = random_batch(LENGTHS, 16)
     free = gradients_of(tiny_model(), EXACT, batch)
     norm = sum(float(g.square().sum()) for g in free.values()) ** 0.5
     cfg = replace(EXACT, optim=OptimConfig(clip_norm=norm / 4))
@@ -123,7 +123,7 @@ def poisoned_loss(tokens):
 
 def test_a_step_without_finite_gradient_changes_nothing_and_is_counted(tmp_path):
     """E2.44: neither weights, nor optimizer moments, nor schedule, nor balance biases may take a bad step."""
-    batch, model = drawn_batch(LENGTHS, 16), tiny_model()
+    batch, model = random_batch(LENGTHS, 16), tiny_model()
     trainer = Trainer(model, replace(EXACT, optim=OptimConfig(warmup_steps=10)), 10, dump_folder=tmp_path)
     trainer.step(batch, next_token_loss)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -138,7 +138,7 @@ def test_a_step_without_finite_gradient_changes_nothing_and_is_counted(tmp_path)
 
 def test_a_good_step_after_a_bad_one_clears_the_count():
     """E2.44: the bad gradient must not linger and spoil the next step."""
-    batch, trainer = drawn_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
+    batch, trainer = random_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
     trainer.step(batch, poisoned_loss)
     assert trainer.step(batch, next_token_loss)["train/skipped"] == 0.0
     assert (trainer.step_count, trainer.bad_steps) == (1, 0)
@@ -146,7 +146,7 @@ def test_a_good_step_after_a_bad_one_clears_the_count():
 
 
 def test_several_bad_steps_in_a_row_end_the_training():
-    batch, trainer = drawn_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
+    batch, trainer = random_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
     for _ in range(BAD_STEPS - 1):
         trainer.step(batch, poisoned_loss)
     with pytest.raises(TrainingError, match="learning_rate"):
@@ -154,16 +154,16 @@ def test_several_bad_steps_in_a_row_end_the_training():
 
 
 def policy_batch() -> Batch:
-    batch = drawn_batch(LENGTHS, 16, prompt=2)
+    batch = random_batch(LENGTHS, 16, prompt=2)
     signs = torch.where(batch.document_ids % 2 == 0, 1.0, -1.0)
     return replace(batch, advantages=signs * batch.loss_mask)
 
 
-def test_trainer_and_reference_log_probs_are_the_same_arithmetic():
-    """E2.20: log-probabilities recomputed by batch_log_probs give ratios of exactly 1 in the step that follows."""
+def test_trainer_and_reference_logprobs_are_the_same_arithmetic():
+    """E2.20: log-probabilities recomputed by batch_logprobs give ratios of exactly 1 in the step that follows."""
     model, batch = tiny_model(), policy_batch()
-    old = batch_log_probs(model, batch, 0.8, micro_tokens=64)
-    batch = replace(batch, old_log_probs=old, rollout_log_probs=old)
+    old = batch_logprobs(model, batch, 0.8, micro_batch_tokens=64)
+    batch = replace(batch, old_logprobs=old, rollout_logprobs=old)
     stats = Trainer(model, PLAIN, 1).step(batch, partial(policy_loss, cfg=PolicyLossConfig()), temperature=0.8)
     assert stats["mismatch/abs_nats_max"] == 0.0
     assert stats["policy/clipped_low"] == stats["policy/clipped_high"] == 0.0
@@ -171,7 +171,7 @@ def test_trainer_and_reference_log_probs_are_the_same_arithmetic():
 
 def test_temperature_reaches_the_loss():
     """E2.27, E2.49: a temperature that only the rollouts know of makes every ratio wrong."""
-    batch = drawn_batch(LENGTHS, 16)
+    batch = random_batch(LENGTHS, 16)
     values = [
         Trainer(tiny_model(), PLAIN, 1).step(batch, next_token_loss, t)["loss/next_token_nats"] for t in (1.0, 0.7)
     ]
@@ -180,7 +180,7 @@ def test_temperature_reaches_the_loss():
 
 def test_packed_rows_train_like_separate_ones():
     """E2.37: attention, positions, targets and MTP targets stop at the border of a document."""
-    packed, alone = drawn_batch(LENGTHS, 40), drawn_batch(LENGTHS, 12)
+    packed, alone = random_batch(LENGTHS, 40), random_batch(LENGTHS, 12)
     assert len(packed.ids) < len(alone.ids)
     assert_same(gradients_of(tiny_model(), EXACT, packed), gradients_of(tiny_model(), EXACT, alone), **CLOSE)
 
@@ -188,34 +188,34 @@ def test_packed_rows_train_like_separate_ones():
 def test_mtp_learns_the_token_after_next_within_its_document():
     """Hand-worked: documents 5 6 7 8 and 1 2 3 share a row; depth 1 predicts 7 and 8 in the first, 3 in the second."""
     model = tiny_model()
-    samples = [Sample((5, 6, 7, 8), (0, 1, 1, 1)), Sample((1, 2, 3), (0, 1, 1))]
-    batch = lay_out(samples, [[0, 1]], 6)
+    samples = [Example((5, 6, 7, 8), (0, 1, 1, 1)), Example((1, 2, 3), (0, 1, 1))]
+    batch = collate(samples, [[0, 1]], 6)
     trunk = model.trunk(batch.ids, batch.positions, batch.document_ids)
     loss, _ = mtp_loss(model, trunk, batch, share=1 / 5, detached=False)
-    log_probs = model.head(model.look_ahead(trunk, batch.ids)[0][0]).log_softmax(-1)
-    expected = -(log_probs[0, 0, 7] + log_probs[0, 1, 8] + log_probs[0, 3, 3]) / 5
+    logprobs = model.head(model.look_ahead(trunk, batch.ids)[0][0]).log_softmax(-1)
+    expected = -(logprobs[0, 0, 7] + logprobs[0, 1, 8] + logprobs[0, 3, 3]) / 5
     torch.testing.assert_close(loss, expected)
 
 
 def test_mtp_does_not_train_prompt_tokens():
     """E2.65: with a prompt of three, only the targets after it count, though the module sees all positions."""
     model = tiny_model()
-    batch = lay_out([Sample((5, 6, 7, 8, 9), (0, 0, 0, 1, 1))], [[0]], 4)
+    batch = collate([Example((5, 6, 7, 8, 9), (0, 0, 0, 1, 1))], [[0]], 4)
     trunk = model.trunk(batch.ids, batch.positions, batch.document_ids)
     loss, _ = mtp_loss(model, trunk, batch, share=1 / 2, detached=False)
-    log_probs = model.head(model.look_ahead(trunk, batch.ids)[0][0]).log_softmax(-1)
-    torch.testing.assert_close(loss, -(log_probs[0, 1, 8] + log_probs[0, 2, 9]) / 2)
+    logprobs = model.head(model.look_ahead(trunk, batch.ids)[0][0]).log_softmax(-1)
+    torch.testing.assert_close(loss, -(logprobs[0, 1, 8] + logprobs[0, 2, 9]) / 2)
 
 
 def test_mtp_loss_off_computes_and_trains_no_module():
     """E2.65: weight 0 must not leave weight decay or momentum moving modules that nobody trains."""
-    found = gradients_of(tiny_model(), replace(EXACT, mtp_weight=0.0), drawn_batch(LENGTHS, 16))
+    found = gradients_of(tiny_model(), replace(EXACT, mtp_weight=0.0), random_batch(LENGTHS, 16))
     assert not any(name.startswith("mtp") for name in found)
 
 
 def test_detached_mtp_leaves_the_policy_gradient_alone():
     """E2.65: in RL the modules may follow for speculative decoding, without pulling the trunk or the head."""
-    batch = drawn_batch(LENGTHS, 16)
+    batch = random_batch(LENGTHS, 16)
     base = replace(EXACT, balance_weight=0.0)
     without = gradients_of(tiny_model(), replace(base, mtp_weight=0.0), batch)
     beside = gradients_of(tiny_model(), replace(base, mtp_detached=True), batch)
@@ -247,7 +247,7 @@ def test_every_coefficient_of_the_trainer_changes_the_weights(name, value):
         model = tiny_model()
         trainer = Trainer(model, cfg, total_steps=4)
         for seed in range(2):
-            trainer.step(drawn_batch(LENGTHS, 16, seed=seed), next_token_loss)
+            trainer.step(random_batch(LENGTHS, 16, seed=seed), next_token_loss)
         found.append(model.state_dict())
     assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])
 
@@ -260,7 +260,7 @@ def test_a_frozen_bias_does_not_move():
     """E2.59: in RL the bias is frozen, so that fixed weights have fixed log-probabilities."""
     model = tiny_model()
     before = biases(model)
-    Trainer(model, replace(EXACT, bias_speed=0.0), 1).step(drawn_batch(LENGTHS, 16), next_token_loss)
+    Trainer(model, replace(EXACT, bias_speed=0.0), 1).step(random_batch(LENGTHS, 16), next_token_loss)
     assert torch.equal(biases(model), before)
 
 
@@ -268,10 +268,10 @@ def test_the_bias_moves_once_a_step_and_never_in_a_forward_pass():
     """E2.59: moving it between old log-probabilities and the training pass would change the policy under the ratio."""
     model, batch = tiny_model(), policy_batch()
     before = biases(model)
-    batch_log_probs(model, batch, 1.0, 16)
+    batch_logprobs(model, batch, 1.0, 16)
     model(batch.ids)
     assert torch.equal(biases(model), before)
-    Trainer(model, replace(EXACT, bias_speed=0.01, micro_tokens=16), 1).step(batch, next_token_loss)
+    Trainer(model, replace(EXACT, bias_speed=0.01, micro_batch_tokens=16), 1).step(batch, next_token_loss)
     moved = (biases(model) - before).abs()
     assert 0 < float(moved.max()) <= 0.02 + 1e-6
 
@@ -280,10 +280,10 @@ def test_counts_hold_every_real_token_once_in_every_layer(monkeypatch):
     """E2.61: counting in forward counts recomputed, evaluated and padded tokens too."""
     import thinkstack.train.trainer as trainer_file
 
-    model, batch, seen = tiny_model(), drawn_batch(LENGTHS, 16), []
+    model, batch, seen = tiny_model(), random_batch(LENGTHS, 16), []
     monkeypatch.setattr(trainer_file, "update_bias", lambda layer, counts, speed: seen.append(counts))
-    batch_log_probs(model, batch, 1.0, 16)
-    Trainer(model, replace(EXACT, micro_tokens=16, workers=2), 1).step(batch, next_token_loss)
+    batch_logprobs(model, batch, 1.0, 16)
+    Trainer(model, replace(EXACT, micro_batch_tokens=16, workers=2), 1).step(batch, next_token_loss)
     real = int((batch.document_ids > 0).sum())
     assert [int(counts.sum()) for counts in seen] == [2 * real] * 3
 
@@ -292,7 +292,7 @@ def test_biases_are_saved_in_fp32_and_the_bf16_worker_uses_the_moved_ones():
     """E2.60: a step of 1e-3 must survive, in the state that is saved and in the copy that computes."""
     model = tiny_model()
     trainer = Trainer(model, replace(EXACT, dtype="bf16", bias_speed=1e-3), 1)
-    trainer.step(drawn_batch(LENGTHS, 16), next_token_loss)
+    trainer.step(random_batch(LENGTHS, 16), next_token_loss)
     names = [name for name in model.state_dict() if name.endswith("ffn.bias")]
     assert len(names) == 3
     assert all(model.state_dict()[name].dtype == torch.float32 for name in names)
@@ -300,7 +300,7 @@ def test_biases_are_saved_in_fp32_and_the_bf16_worker_uses_the_moved_ones():
 
 
 def test_bf16_steps_follow_fp32_steps():
-    batch = drawn_batch(LENGTHS, 16)
+    batch = random_batch(LENGTHS, 16)
     exact = gradients_of(tiny_model(), PLAIN, batch)
     rough = gradients_of(tiny_model(), replace(PLAIN, dtype="bf16"), batch)
     for name in exact:
@@ -313,14 +313,14 @@ def test_bf16_steps_follow_fp32_steps():
 def test_a_small_corpus_is_learnt_by_heart():
     model = tiny_model()
     cfg = replace(EXACT, optim=OptimConfig(learning_rate=1e-2))
-    trainer, batch = Trainer(model, cfg, 60), drawn_batch([9, 8, 7], 16)
+    trainer, batch = Trainer(model, cfg, 60), random_batch([9, 8, 7], 16)
     losses = [trainer.step(batch, next_token_loss)["loss/next_token_nats"] for _ in range(60)]
     assert losses[0] > 3.5
     assert losses[-1] < 0.1
 
 
 def test_micro_batches_are_whole_rows_in_order():
-    batch = drawn_batch(LENGTHS, 16)
+    batch = random_batch(LENGTHS, 16)
     pieces = micro_batches(batch, 40)
     assert {len(piece.ids) for piece in pieces[:-1]} == {2}
     assert torch.equal(torch.cat([piece.ids for piece in pieces]), batch.ids)
@@ -328,7 +328,7 @@ def test_micro_batches_are_whole_rows_in_order():
 
 
 def test_given_weights_are_used_as_they_are():
-    batch = drawn_batch(LENGTHS, 16)
+    batch = random_batch(LENGTHS, 16)
     doubled = gradients_of(tiny_model(), PLAIN, batch.with_weights(2 * token_weights(batch, "token")))
     single = gradients_of(tiny_model(), PLAIN, batch)
     assert_same({name: 2 * g for name, g in single.items()}, doubled, **CLOSE)
@@ -336,11 +336,11 @@ def test_given_weights_are_used_as_they_are():
 
 def test_a_model_without_experts_or_mtp_trains_too():
     model = tiny_model(MLA_TINY, moe=None, mtp_layers=0)
-    metrics = Trainer(model, EXACT, 1).step(drawn_batch(LENGTHS, 16), next_token_loss)
+    metrics = Trainer(model, EXACT, 1).step(random_batch(LENGTHS, 16), next_token_loss)
     assert "router/max_violation" not in metrics and "loss/mtp_nats" not in metrics
 
 
-@pytest.mark.parametrize("changes", [{"micro_tokens": 0}, {"workers": 0}])
+@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 0}, {"workers": 0}])
 def test_a_trainer_without_work_or_workers_is_refused(changes):
     with pytest.raises(ConfigError):
         TrainerConfig(**changes)

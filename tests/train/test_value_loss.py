@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny import GQA_TINY, drawn_batch, tiny_model
+from tests.tiny import GQA_TINY, random_batch, tiny_model
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
@@ -91,7 +91,7 @@ def test_equal_returns_have_no_variance_to_explain():
 
 def value_batch(seed: int = 0) -> ValueBatch:
     """Returns that depend on the token just read: something a critic can learn."""
-    batch = drawn_batch([9, 5, 12, 3], 16, seed=seed)
+    batch = random_batch([9, 5, 12, 3], 16, seed=seed)
     returns = (batch.ids % 2).float() * batch.loss_mask
     return ValueBatch(
         **vars(batch) | {"weights": token_weights(batch, "token")},
@@ -101,7 +101,7 @@ def value_batch(seed: int = 0) -> ValueBatch:
 
 
 PLAIN = TrainerConfig(
-    dtype="fp32", micro_tokens=64, balance_weight=0.0, bias_speed=0.0, optim=OptimConfig(learning_rate=1e-2)
+    dtype="fp32", micro_batch_tokens=64, balance_weight=0.0, bias_speed=0.0, optim=OptimConfig(learning_rate=1e-2)
 )
 
 
@@ -117,7 +117,7 @@ def test_a_critic_learns_returns_that_can_be_read_off_the_tokens(dtype):
     assert explained_variance(found[-1]) > 0.9
 
 
-@pytest.mark.parametrize("changes", [{"micro_tokens": 16}, {"micro_tokens": 16, "workers": 2}])
+@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 16}, {"micro_batch_tokens": 16, "workers": 2}])
 def test_how_a_critics_step_is_cut_changes_nothing(changes):
     """Returns and old values are cut with the rows they belong to."""
     ends = []

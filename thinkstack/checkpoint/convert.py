@@ -15,7 +15,7 @@ from thinkstack.checkpoint.hf.files import CONFIG, PICKLES, config_json, write_w
 from thinkstack.checkpoint.hf.side_files import GENERATION, companions, side_files
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.model import load_chat, load_tokenizer, locate, open_source
-from thinkstack.checkpoint.source import Form, Source
+from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.state import write_folder
 from thinkstack.log import Progress
 from thinkstack.quant.fp8 import FP8Blocks
@@ -25,11 +25,11 @@ from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
 FORMS = {
-    "fp32": Form(torch.float32),
-    "fp16": Form(torch.float16),
-    "bf16": Form(torch.bfloat16),
-    "fp8": Form(torch.bfloat16, FP8Blocks()),
-    "fp8-ue8m0": Form(torch.bfloat16, FP8Blocks(power_of_two=True)),
+    "fp32": OutputFormat(torch.float32),
+    "fp16": OutputFormat(torch.float16),
+    "bf16": OutputFormat(torch.bfloat16),
+    "fp8": OutputFormat(torch.bfloat16, FP8Blocks()),
+    "fp8-ue8m0": OutputFormat(torch.bfloat16, FP8Blocks(power_of_two=True)),
 }
 """What --dtype means: of the matrices of blocks in FP8, with the rest in bf16, or of everything."""
 DTYPES = {
@@ -106,12 +106,12 @@ def format_of(out: Path, to: str | None) -> str:
     return to
 
 
-def _stored_form(source: Source, to: str) -> Form:
+def _stored_form(source: TensorSource, to: str) -> OutputFormat:
     """What keeps the numbers as they are; DeepSeek's code knows bf16 beside FP8."""
     if to == "hf":
-        return Form(storage=source.storage)
-    is_power = isinstance(source.storage, FP8Blocks) and source.storage.power_of_two
-    return FORMS["bf16" if source.storage is None else "fp8-ue8m0" if is_power else "fp8"]
+        return OutputFormat(quantization=source.quantization)
+    is_power = isinstance(source.quantization, FP8Blocks) and source.quantization.power_of_two
+    return FORMS["bf16" if source.quantization is None else "fp8-ue8m0" if is_power else "fp8"]
 
 
 def _in_megabytes(progress: Progress) -> Callable[[int], None]:
@@ -139,7 +139,7 @@ def _check_room(out: Path, num_bytes: int) -> None:
         )
 
 
-def _config_of(source: Source, path: Path, form: Form) -> dict[str, Any]:
+def _config_of(source: TensorSource, path: Path, form: OutputFormat) -> dict[str, Any]:
     """config.json: the shipped one with other types, or one that says what the model is."""
     made = config_json(source, form)
     if not path.is_dir() or is_deepseek(path):
@@ -149,7 +149,7 @@ def _config_of(source: Source, path: Path, form: Form) -> dict[str, Any]:
     return kept | {key: made[key] for key in replaced if key in made}
 
 
-def _write_companions(source: Source, path: Path, target: Path) -> None:
+def _write_companions(source: TensorSource, path: Path, target: Path) -> None:
     """Tokenizer, template and settings: a folder's own files as they are, those of a GGUF made from its metadata."""
     if path.is_dir():
         for file in side_files(path):
@@ -184,7 +184,7 @@ def _speech(path: Path) -> tuple[Tokenizer | None, ChatFormat | None]:
         return tokenizer, None
 
 
-def _write_gguf(source: Source, path: Path, out: Path, kind: str) -> None:
+def _write_gguf(source: TensorSource, path: Path, out: Path, kind: str) -> None:
     """A file, or a folder with the file and a Modelfile for Ollama."""
     from thinkstack.checkpoint.gguf.modelfile import write_modelfile
     from thinkstack.checkpoint.gguf.write import write_gguf

@@ -1,7 +1,7 @@
 """What a model or checkpoint is made of, as rows of a table for people. Weights are never read."""
 
 from thinkstack.checkpoint.model import load_chat, load_tokenizer, open_source
-from thinkstack.checkpoint.source import Source
+from thinkstack.checkpoint.source import TensorSource
 from thinkstack.models.config import NAMED, MLAConfig, ModelConfig, named
 from thinkstack.models.counts import (
     cache_bytes_per_token,
@@ -44,12 +44,15 @@ def shape_rows(cfg: ModelConfig) -> Rows:
     ]
     if cfg.moe is not None:
         moe = cfg.moe
-        routed = f"{moe.top_k} of {moe.num_experts} routed + {moe.num_shared_experts} shared"
-        rows.insert(2, ("experts", f"{routed}, {moe.top_groups} of {moe.num_groups} groups, width {moe.expert_size:,}"))
+        routed = f"{moe.num_experts_per_tok} of {moe.num_experts} routed + {moe.num_shared_experts} shared"
+        rows.insert(
+            2,
+            ("experts", f"{routed}, {moe.top_groups} of {moe.num_groups} groups, width {moe.moe_intermediate_size:,}"),
+        )
     return rows
 
 
-def stored_rows(source: Source) -> Rows:
+def stored_rows(source: TensorSource) -> Rows:
     """What the files hold."""
     folder = source.path if source.path.is_dir() else source.path.parent
     files = folder.glob("*.safetensors") if source.path.is_dir() else [source.path]
@@ -57,9 +60,9 @@ def stored_rows(source: Source) -> Rows:
     dtypes = (source.dtypes.get(name) for name in source.tensors if name not in source.packed)
     plain = {str(dtype).removeprefix("torch.") if dtype else "fewer bits, widened when read" for dtype in dtypes}
     rows = [("stored", f"{size_of(sum(sizes))} in {len(sizes)} files: {', '.join(sorted(plain))}")]
-    if source.storage is not None:
+    if source.quantization is not None:
         share = f"{len(source.packed):,} of {len(source.tensors):,} tensors"
-        rows.append(("quantised", f"{source.storage.name}: {share}"))
+        rows.append(("quantized", f"{source.quantization.name}: {share}"))
     return rows
 
 
@@ -79,7 +82,7 @@ def text_rows(source: str) -> Rows:
         chat = load_chat(source)
     except ConfigError as error:
         return [*rows, ("chat format", f"none: {error}")]
-    ends = " ".join(tokenizer.decode([token]) for token in chat.stop_ids) or "no token"
+    ends = " ".join(tokenizer.decode([token]) for token in chat.stop_token_ids) or "no token"
     if not chat.has_template:
         return [*rows, ("chat format", f"none: a base model, which continues plain text; a text ends with {ends}")]
     name = "a shipped Jinja template" if chat.name == "template" else chat.name

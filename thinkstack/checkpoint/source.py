@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from thinkstack.models.config import ModelConfig
-from thinkstack.quant.scheme import Parts, Storage
+from thinkstack.quant.scheme import Parts, QuantScheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TensorSource:
     """An opened checkpoint. Nothing that was read is kept: peak memory is what the caller holds on to."""
 
     path: Path
@@ -24,10 +24,10 @@ class Source:
     cfg: ModelConfig
     """The model that its configuration describes."""
     tensors: Mapping[str, Callable[[], Tensor]]
-    """How to read each tensor, by Hugging Face name; a float tensor, dequantised where the file keeps fewer bits."""
+    """How to read each tensor, by Hugging Face name; a float tensor, dequantized where the file keeps fewer bits."""
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     """What the files keep each tensor as; what is not named counts as fp32."""
-    storage: Storage | None = None
+    quantization: QuantScheme | None = None
     """How the matrices in `packed` are kept."""
     packed: Mapping[str, Callable[[], Parts]] = field(default_factory=dict)
     """How to read matrices of few bits as they are kept; each is in `tensors` too."""
@@ -41,10 +41,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputFormat:
     """What a writer makes of the tensors of a Source."""
 
     dtype: torch.dtype | None = None
     """Of everything but the balance bias (fp32) and packed matrices; None keeps what the source has."""
-    storage: Storage | None = None
+    quantization: QuantScheme | None = None
     """How the matrices of attention and feed-forwards are kept; None keeps them as floats."""

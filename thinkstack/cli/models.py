@@ -48,7 +48,7 @@ def evaluate(
 
     values = {
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
-        "form": form, "dtype": dtype, "seed": seed, "greedy": False, "max_batch": 64,
+        "form": form, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
         "languages": [language] if language else [],
     }  # fmt: skip
     prepare()
@@ -77,16 +77,16 @@ def chat(
         weights: How matrices are kept: in that precision, or quantized to 8 bits (int8, fp8) or 4 (nf4).
     """
     from thinkstack.checkpoint.model import pick_precision
-    from thinkstack.stages.chat import Talk
+    from thinkstack.stages.chat import ChatSession
     from thinkstack.stages.console import COMMANDS, say
     from thinkstack.stages.measure_kernels import prepare
-    from thinkstack.types import Sampling
+    from thinkstack.types import SamplingParams
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
-    talk = Talk(model, sampling, pick_precision(model, dtype, weights), weights)
+    session = ChatSession(model, sampling, pick_precision(model, dtype, weights), weights)
     say(f"{model}: type a question; {COMMANDS}\n", "note")
-    talk.converse()
+    session.converse()
 
 
 def generate(
@@ -125,21 +125,21 @@ def generate(
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import pick_device
-    from thinkstack.parallel.inference import join_ranks
+    from thinkstack.parallel.inference import init_ranks
     from thinkstack.stages.console import read_question, say, say_answer, say_nothing
     from thinkstack.stages.generate import Generator, read_prompts
     from thinkstack.stages.measure_kernels import prepare
-    from thinkstack.types import Sampling
+    from thinkstack.types import SamplingParams
 
     if (prompt is not None) + interactive + (input_file is not None) != 1:
         raise ConfigError("say what to generate from: one of --prompt TEXT, --interactive, --input-file FILE")
     if raw and interactive:
         raise ConfigError("--raw continues a text, --interactive is a chat; leave one of them out")
     prompts = [] if input_file is None else read_prompts(input_file)
-    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
     place = pick_device(device)
-    ranks = join_ranks(place.type)
+    ranks = init_ranks(place.type)
     generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, place), place, weights)
     out = say if ranks.rank == 0 else say_nothing
     if interactive:

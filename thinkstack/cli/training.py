@@ -169,5 +169,5 @@ def replay(
         raise ConfigError(f"--temperature {temperature} must be above 0; use the one the answers were sampled at")
     read_rollouts(run, step)  # before anything is measured or loaded
     prepare()
-    choice.adopt(Run(run).provenance().get("config", {}).get("computed_with"))
+    choice.restore(Run(run).provenance().get("config", {}).get("computed_with"))
     print(describe_replay(recompute(run, step, load_model(model), temperature)))

@@ -36,9 +36,9 @@ class Content:
         return hashlib.blake2b(self.parent + self.tokens, digest_size=16).digest()
 
 
-def root_name(version: int, salt: str = "") -> bytes:
+def root_name(version: int, cache_salt: str = "") -> bytes:
     """Parent of the first block of every sequence under these weights and of this tenant."""
-    return hashlib.blake2b(f"{version}\0{salt}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"{version}\0{cache_salt}".encode(), digest_size=16).digest()
 
 
 class BlockPool:

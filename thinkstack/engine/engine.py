@@ -19,53 +19,53 @@ from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_re
 from thinkstack.engine.row_sampler import draw, note
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import Plan, Scheduler
-from thinkstack.engine.sequence_table import MAX_STOP_IDS, Constraint, Request, SequenceTable
+from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, Constraint, Request, SequenceTable
 from thinkstack.engine.speculative import Speculator
 from thinkstack.machine import SharedCores
-from thinkstack.models.precision import STORAGES, AskedPrecision, Stored
+from thinkstack.models.precision import QUANT_SCHEMES, AskedPrecision, Quantization
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
+from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Size and precision of an engine."""
 
-    max_batch: int = 64
+    max_num_seqs: int = 64
     """Sequences decoded at once."""
-    max_context: int = 0
+    max_model_len: int = 0
     """Tokens of prompt and answer together; 0 takes the model's max_positions."""
     max_prefill_tokens: int = 2048
     """Prompt tokens computed in one step, beside a token of every sequence that is being decoded."""
     cache_tokens: int = 0
-    """Tokens that the cache holds, whole blocks of 64; 0 has room for max_batch sequences of max_context."""
-    prefix_cache: bool = True
+    """Tokens that the cache holds, whole blocks of 64; 0 has room for max_num_seqs sequences of max_model_len."""
+    enable_prefix_caching: bool = True
     """Keep the blocks of finished answers until their room is needed, for prompts that begin alike."""
     max_waiting: int = 0
     """Requests that may wait; 0 for any number."""
     dtype: AskedPrecision = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch, auto is bf16 where that is
     faster. Small models in bf16 may compute in fp32 where that is faster."""
-    weights: Stored = "plain"
+    weights: Quantization = "plain"
     """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
     stay in `dtype`."""
-    return_experts: bool = False
+    return_routed_experts: bool = False
     """Give the experts of every token back with each completion, for a trainer that uses them again."""
-    max_drafts: int = 0
+    num_speculative_tokens: int = 0
     """Tokens that the model's multi-token-prediction module guesses ahead; 0 for none. Small models
     are slower with guesses."""
     graphs: bool = True
     """On a CUDA device, record decoding steps and play them back."""
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise ConfigError(f"max_batch={self.max_batch} decodes nothing; use at least 1")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs={self.max_num_seqs} decodes nothing; use at least 1")
         if self.max_prefill_tokens < 1:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} reads no prompt; use at least 1")
-        if self.max_drafts < 0:
-            raise ConfigError(f"max_drafts={self.max_drafts} is negative; 0 guesses nothing")
-        if self.weights != "plain" and self.weights not in STORAGES:
-            raise ConfigError(f"weights={self.weights!r} is not known; use plain, {', '.join(STORAGES)}")
+        if self.num_speculative_tokens < 0:
+            raise ConfigError(f"num_speculative_tokens={self.num_speculative_tokens} is negative; 0 guesses nothing")
+        if self.weights != "plain" and self.weights not in QUANT_SCHEMES:
+            raise ConfigError(f"weights={self.weights!r} is not known; use plain, {', '.join(QUANT_SCHEMES)}")
 
 
 class Draws(NamedTuple):
@@ -82,18 +82,18 @@ class Engine:
 
     def __init__(self, model: Transformer, cfg: EngineConfig = EngineConfig(), version: int = 0):
         self.cfg = cfg
-        self.max_context = min(cfg.max_context or model.cfg.max_positions, model.cfg.max_positions)
+        self.max_model_len = min(cfg.max_model_len or model.cfg.max_positions, model.cfg.max_positions)
         self.vocab_size = model.cfg.vocab_size
-        whole = cfg.max_batch * -(-self.max_context // BLOCK)
+        whole = cfg.max_num_seqs * -(-self.max_model_len // BLOCK)
         num_blocks = cfg.cache_tokens // BLOCK if cfg.cache_tokens else whole
-        self.table = SequenceTable(cfg.max_batch, self.max_context)
+        self.table = SequenceTable(cfg.max_num_seqs, self.max_model_len)
         self.scheduler = Scheduler(
-            self.table, BlockPool(num_blocks, cfg.prefix_cache), cfg.max_prefill_tokens, cfg.max_waiting
+            self.table, BlockPool(num_blocks, cfg.enable_prefix_caching), cfg.max_prefill_tokens, cfg.max_waiting
         )
         self.runner = self.make_runner(model, num_blocks)
         self.speculator: Speculator | None = None
-        if cfg.max_drafts:
-            self.speculator = Speculator(self.runner, self.table, cfg.max_drafts)
+        if cfg.num_speculative_tokens:
+            self.speculator = Speculator(self.runner, self.table, cfg.num_speculative_tokens)
         self.next_id = 0
         self.version = version
         self.answers_ended = 0
@@ -106,8 +106,10 @@ class Engine:
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """What computes the tokens."""
         cfg = self.cfg
-        most = cfg.max_batch if cfg.graphs else 0
-        return Runner(model, num_blocks, cfg.dtype, cfg.return_experts, bool(cfg.max_drafts), cfg.weights, most)
+        most = cfg.max_num_seqs if cfg.graphs else 0
+        return Runner(
+            model, num_blocks, cfg.dtype, cfg.return_routed_experts, bool(cfg.num_speculative_tokens), cfg.weights, most
+        )
 
     @property
     def version(self) -> int:
@@ -167,10 +169,10 @@ class Engine:
 
     def submit(
         self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
         priority: int = 0,
-        salt: str = "",
+        cache_salt: str = "",
         constraint: Constraint | None = None,
     ) -> Request:
         """Queue a prompt. priority: lower ones go first. salt: only requests of the same one share cached prefixes.
@@ -178,24 +180,26 @@ class Engine:
         Raises RequestError if it can never be served, or too many wait.
         """
         # here, not in step, where it would end everybody's answers
-        prompt_ids = check_request(prompt_ids, sampling, self.max_context, self.vocab_size)
-        total = len(prompt_ids) + sampling.max_tokens
+        prompt_token_ids = check_request(prompt_token_ids, sampling, self.max_model_len, self.vocab_size)
+        total = len(prompt_token_ids) + sampling.max_tokens
         if -(-total // BLOCK) > self.scheduler.pool.num_blocks:
             raise RequestError(
                 f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, the cache holds "
                 f"{self.scheduler.pool.num_blocks * BLOCK:,}; shorten them or raise cache_tokens"
             )
-        if sampling.n > self.cfg.max_batch:
-            raise RequestError(f"n={sampling.n} answers exceed the engine's max_batch={self.cfg.max_batch}")
-        if len(sampling.stop_ids) > MAX_STOP_IDS:
-            raise RequestError(f"{len(sampling.stop_ids)} stop_ids given; at most {MAX_STOP_IDS} are supported")
+        if sampling.n > self.cfg.max_num_seqs:
+            raise RequestError(f"n={sampling.n} answers exceed the engine's max_num_seqs={self.cfg.max_num_seqs}")
+        if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"{len(sampling.stop_token_ids)} stop_token_ids given; at most {MAX_STOP_TOKEN_IDS} are supported"
+            )
         request = Request(
             self.next_id,
-            prompt_ids,
+            prompt_token_ids,
             sampling,
             completions=[None] * sampling.n,
             priority=priority,
-            salt=salt,
+            cache_salt=cache_salt,
             constraint=constraint,
             weights_version=self.version,
         )
@@ -272,7 +276,7 @@ class Engine:
         if self.speculator is not None and offsets.any():
             counts = self.speculator.counts(rows, offsets, drawn.tokens)
         note(table, rows, offsets, drawn, counts)
-        failed = numpy.isnan(drawn.log_probs)
+        failed = numpy.isnan(drawn.logprobs)
         if counts is not None:
             failed, rows = failed & counts, numpy.unique(rows)
             table.computed[rows] = table.known[rows] - 1
@@ -289,7 +293,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        samplings: Sequence[Sampling],
+        samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
         """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered.
@@ -320,16 +324,16 @@ class Engine:
                 raise RequestError(request.error)
         return [request.answers for request in requests]
 
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""
         if sampling.n != 1:
             raise RequestError(f"a stream carries one answer, not n={sampling.n}")
-        request = self.submit(prompt_ids, sampling)
+        request = self.submit(prompt_token_ids, sampling)
         seen = 0
         try:
             while not request.is_finished:
                 self.step()
-                tokens = self.tokens_of(request)[seen:]
+                tokens = self.output_token_ids(request)[seen:]
                 yield from tokens
                 seen += len(tokens)
             if request.error is not None:
@@ -348,12 +352,12 @@ class Engine:
             for answer in waiting.answers:
                 request.completions[answer] = Completion(
                     token_ids=waiting.drawn,
-                    log_probs=waiting.log_probs,
+                    logprobs=waiting.logprobs,
                     finish_reason="abort",
                     weights_version=request.weights_version,
                 )
 
-    def tokens_of(self, request: Request, answer: int = 0) -> tuple[int, ...]:
+    def output_token_ids(self, request: Request, answer: int = 0) -> tuple[int, ...]:
         """What is drawn of an answer so far."""
         done, row = request.completions[answer], request.rows.get(answer)
         if done is not None:
@@ -377,12 +381,12 @@ class Engine:
 
     def _completion(self, row: int, reason: FinishReason) -> Completion:
         request, _ = self.table.held(row)
-        tokens, log_probs, alternatives = self.table.drawn(row)
+        tokens, logprobs, alternatives = self.table.drawn(row)
         return Completion(
             token_ids=tokens,
-            log_probs=log_probs,
+            logprobs=logprobs,
             finish_reason=reason,
             weights_version=request.weights_version,
-            top_log_probs=alternatives if request.sampling.top_log_probs else None,
+            top_logprobs=alternatives if request.sampling.top_logprobs else None,
             experts=self.runner.cache.experts_of(self.table.blocks[row], int(self.table.computed[row])),
         )

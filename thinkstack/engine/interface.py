@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, RequestError, Sampling
+from thinkstack.types import Completion, RequestError, SamplingParams
 
 OnFinish = Callable[[int, list[Completion]], None]
 """Told the place of a prompt among those asked, and its completions."""
@@ -36,7 +36,7 @@ class Health:
 class AnyEngine(Protocol):
     """`Engine` and `RemoteEngine`: recipes hold one or the other and do not ask which."""
 
-    max_context: int
+    max_model_len: int
     """Tokens of prompt and answer together."""
     version: int
     """Of the weights in use; every completion carries that of its first token."""
@@ -44,12 +44,12 @@ class AnyEngine(Protocol):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        samplings: Sequence[Sampling],
+        samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
         """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered."""
 
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
@@ -59,23 +59,25 @@ class AnyEngine(Protocol):
         """How it is."""
 
 
-def check_request(prompt: Sequence[int], sampling: Sampling, max_context: int, vocab_size: int) -> tuple[int, ...]:
+def check_request(
+    prompt: Sequence[int], sampling: SamplingParams, max_model_len: int, vocab_size: int
+) -> tuple[int, ...]:
     """The ids of a prompt: whole numbers in a sequence, an array of numpy or a tensor of one dimension.
 
     Raises RequestError for a request that no engine of this context and vocabulary can serve.
     """
-    prompt_ids = _token_ids("the prompt", prompt, vocab_size)
-    total = len(prompt_ids) + sampling.max_tokens
-    if not prompt_ids:
+    prompt_token_ids = _token_ids("the prompt", prompt, vocab_size)
+    total = len(prompt_token_ids) + sampling.max_tokens
+    if not prompt_token_ids:
         raise RequestError("the prompt is empty; it needs at least a BOS token")
-    if total > max_context:
+    if total > max_model_len:
         raise RequestError(
-            f"prompt is {len(prompt_ids):,} tokens; this model takes {max_context:,} including "
-            f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_context:,}"
+            f"prompt is {len(prompt_token_ids):,} tokens; this model takes {max_model_len:,} including "
+            f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_model_len:,}"
         )
-    for name in ("stop_ids", "close_ids", "logit_bias"):
+    for name in ("stop_token_ids", "think_end_token_ids", "logit_bias"):
         _token_ids(name, getattr(sampling, name), vocab_size)
-    return prompt_ids
+    return prompt_token_ids
 
 
 def _token_ids(name: str, given: Any, vocab_size: int) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from thinkstack.engine.sampler import is_plain
 from thinkstack.engine.vllm import OtherWeights, Server, ServerFailed, check_sampling, new_id
 from thinkstack.models.precision import DTYPES, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
-from thinkstack.types import Completion, ConfigError, RequestError, Sampling
+from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ KEY = "VLLM_API_KEY"
 """Environment variable with the servers' key."""
 AGAIN_SECONDS, POLL_SECONDS = 5.0, 0.2
 """Between two looks at a failed server; between two looks for a free one."""
-PROBE = Sampling(temperature=2.0, max_tokens=16)
+PROBE = SamplingParams(temperature=2.0, max_tokens=16)
 """Drawn from new weights to see that they have arrived: at this temperature, log-probabilities of the model itself are
 others than those drawn from."""
 
@@ -61,7 +61,7 @@ class ServersConfig:
     """How long to wait for a server to come back where none is left."""
     tolerance_nats: Positive = 0.1
     """Mean difference of log-probabilities between a server and this process that is put down to rounding; servers that
-    quantise need more."""
+    quantize need more."""
 
     def __post_init__(self) -> None:
         if self.in_flight < 1 or self.retries < 0:
@@ -105,9 +105,9 @@ class RemoteEngine:
 
         Raises ConfigError if none of them can take them, or cfg asks for what servers do not do.
         """
-        if cfg.return_experts:
+        if cfg.return_routed_experts:
             raise ConfigError(
-                "router_replay (return_experts of an engine) is asked for, but servers do not tell which experts they "
+                "router_replay (return_routed_experts of an engine) is asked for, but servers do not tell which experts they "
                 "chose; leave it out, or draw in this process (no servers.addresses)"
             )
         if cfg.weights != "plain":
@@ -126,7 +126,7 @@ class RemoteEngine:
         self._failed = 0
         self._last_error: str | None = None
         self._weights: Path | None = None
-        self.max_context = min(cfg.max_context or model.cfg.max_positions, model.cfg.max_positions)
+        self.max_model_len = min(cfg.max_model_len or model.cfg.max_positions, model.cfg.max_positions)
         self.load_weights(model, version)
         if not any(member.failure is None for member in self.members):
             raise ConfigError(f"none of the servers can be used: {self._failures()}")
@@ -162,10 +162,10 @@ class RemoteEngine:
         server = member.server
         try:
             context = server.connect()
-            if self.cfg.max_context > context:
+            if self.cfg.max_model_len > context:
                 raise ConfigError(
-                    f"max_context={self.cfg.max_context:,} exceeds the {context:,} of {server.address}; start it with "
-                    f"--max-model-len {self.cfg.max_context}"
+                    f"max_model_len={self.cfg.max_model_len:,} exceeds the {context:,} of {server.address}; start it with "
+                    f"--max-model-len {self.cfg.max_model_len}"
                 )
             if server.weights() != self._name:
                 assert self._weights is not None
@@ -175,7 +175,7 @@ class RemoteEngine:
             self._leave_out(member, str(error))
             return False
         with self._changed:
-            self.max_context = min(self.max_context, context)
+            self.max_model_len = min(self.max_model_len, context)
             if member.failure not in (None, "not connected yet"):
                 log.info("%s answers again", server.address)
             member.failure = None
@@ -190,7 +190,7 @@ class RemoteEngine:
         (found,) = server.generate(prompt, PROBE, self._name, self.version, new_id())
         ids = torch.tensor([[*prompt, *found.token_ids]], device=device)
         logits = self._model(ids[:, :-1])[0, len(prompt) - 1 :].double().cpu()
-        theirs = torch.tensor(found.log_probs, dtype=torch.float64)
+        theirs = torch.tensor(found.logprobs, dtype=torch.float64)
         drawn, own = (
             float((row.log_softmax(-1)[range(len(theirs)), found.token_ids] - theirs).abs().mean())
             for row in (logits / PROBE.temperature, logits)
@@ -199,7 +199,7 @@ class RemoteEngine:
             raise ConfigError(
                 f"{server.address} draws from other weights than it was given: log-probabilities differ by "
                 f"{min(drawn, own):.2f} nats on average (tolerance_nats={self.servers.tolerance_nats}); start it with "
-                "a checkpoint of this very model, or raise tolerance_nats if it quantises"
+                "a checkpoint of this very model, or raise tolerance_nats if it quantizes"
             )
         return own < drawn
 
@@ -208,7 +208,7 @@ class RemoteEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        samplings: Sequence[Sampling],
+        samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
         """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered.
@@ -234,17 +234,17 @@ class RemoteEngine:
             threads.shutdown()
         return [done.result() for done in waiting]
 
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Draw one answer and yield its tokens as they come; leaving the loop early aborts it. A server that fails
         before the first token is replaced by another."""
         if sampling.n != 1:
             raise RequestError(f"a stream carries one answer, not n={sampling.n}")
-        prompt_ids = self._check(prompt_ids, sampling)
+        prompt_token_ids = self._check(prompt_token_ids, sampling)
         failures: list[str] = []
         while True:
             seen = False
             with self._served(sampling, failures, threading.Event()) as (member, request_id):
-                for tokens in member.server.stream(prompt_ids, sampling, self._name, self.version, request_id):
+                for tokens in member.server.stream(prompt_token_ids, sampling, self._name, self.version, request_id):
                     seen = True
                     yield from tokens
                 return
@@ -269,24 +269,28 @@ class RemoteEngine:
         for member in self.members:
             member.server.close()
 
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> tuple[int, ...]:
+    def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
         """The prompt's ids. A server's engine may die of a request that cannot be served; none of these gets there."""
         check_sampling(sampling)
-        return check_request(prompt, sampling, self.max_context, self._model.cfg.vocab_size)
+        return check_request(prompt, sampling, self.max_model_len, self._model.cfg.vocab_size)
 
-    def _answer(self, prompt_ids: Sequence[int], sampling: Sampling, halt: threading.Event) -> list[Completion]:
+    def _answer(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, halt: threading.Event
+    ) -> list[Completion]:
         failures: list[str] = []
         while True:
             with self._served(sampling, failures, halt) as (member, request_id):
-                return member.server.generate(prompt_ids, sampling, self._name, self.version, request_id)
+                return member.server.generate(prompt_token_ids, sampling, self._name, self.version, request_id)
 
     @contextmanager
-    def _served(self, sampling: Sampling, failures: list[str], halt: threading.Event) -> Iterator[tuple[Member, str]]:
+    def _served(
+        self, sampling: SamplingParams, failures: list[str], halt: threading.Event
+    ) -> Iterator[tuple[Member, str]]:
         """A server for a request, and a name for it. The server's failing ends the block without an exception and is
         noted, but for one failure too many: RequestError. halt: set once nobody waits for the answer."""
         member, request_id = self._pick(halt), new_id()
         try:
-            if sampling.raw_log_probs != member.is_raw and not _is_same_raw(sampling):
+            if sampling.raw_logprobs != member.is_raw and not _is_same_raw(sampling):
                 raise RequestError(_other_kind(member))
             with self._changed:
                 self._under_way.add(request_id)
@@ -363,7 +367,7 @@ class RemoteEngine:
         return "; ".join(f"{each.server.address}: {each.failure}" for each in self.members if each.failure is not None)
 
 
-def _is_same_raw(sampling: Sampling) -> bool:
+def _is_same_raw(sampling: SamplingParams) -> bool:
     """Whether the model's own log-probabilities are those drawn from."""
     keeps_all = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p
     return is_plain(sampling) and keeps_all and sampling.temperature in (0, 1)
@@ -372,6 +376,6 @@ def _is_same_raw(sampling: Sampling) -> bool:
 def _other_kind(member: Member) -> str:
     wanted, other = ("processed", "raw") if member.is_raw else ("raw", "processed")
     return (
-        f"{member.server.address} reports {other} log-probabilities, this request (raw_log_probs={not member.is_raw}) "
+        f"{member.server.address} reports {other} log-probabilities, this request (raw_logprobs={not member.is_raw}) "
         f"asks for {wanted} ones; start it with --logprobs-mode {wanted}_logprobs"
     )

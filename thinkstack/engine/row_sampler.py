@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
 
     tokens: numpy.ndarray
     """(B,) int64."""
-    log_probs: numpy.ndarray
+    logprobs: numpy.ndarray
     """(B,) fp32; NaN where the logits were not finite."""
     alternatives: dict[int, Alternatives]
     """By place in the batch, where they are asked for."""
@@ -52,8 +52,8 @@ def draw_plainly(
     counters = (table.known[rows] - table.prompt[rows] + offsets).astype(numpy.uint64)
     uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
     temperature, kept = _asked(table, rows, logits.device)
-    tokens, log_probs = sample(logits, temperature, uniform, kept)
-    return tokens.cpu().numpy(), log_probs.cpu().numpy()
+    tokens, logprobs = sample(logits, temperature, uniform, kept)
+    return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 
 def _asked(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> tuple[Tensor, Kept | None]:
@@ -72,10 +72,10 @@ def note(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, drawn: Drawn, counts: numpy.ndarray | None
 ) -> None:
     """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones; None: all of them."""
-    tokens, log_probs = drawn.tokens, drawn.log_probs
+    tokens, logprobs = drawn.tokens, drawn.logprobs
     if counts is not None:
-        rows, offsets, tokens, log_probs = rows[counts], offsets[counts], tokens[counts], log_probs[counts]
-    table.append(rows, offsets, tokens, log_probs)
+        rows, offsets, tokens, logprobs = rows[counts], offsets[counts], tokens[counts], logprobs[counts]
+    table.append(rows, offsets, tokens, logprobs)
     if not table.is_special.any():
         return
     special = numpy.flatnonzero(table.is_special[rows])
@@ -89,7 +89,7 @@ def note(
 
 def _is_closed(table: SequenceTable, row: int, start: int, end: int) -> bool:
     """Whether thinking is closed by one of the tokens start..end after the known ones."""
-    close, prompt, known = table.held(row)[0].sampling.close_ids, table.prompt[row], table.known[row]
+    close, prompt, known = table.held(row)[0].sampling.think_end_token_ids, table.prompt[row], table.known[row]
     return any(ends_with(table.ids[row, prompt:to], close) for to in range(known + start + 1, known + end + 1))
 
 
@@ -111,13 +111,13 @@ def _report(table: SequenceTable, row: int, offset: int, place: int, drawn: Draw
     forced = reported = None
     if not is_closed:
         forced = closing(sampling, table.ids[row, table.prompt[row] : table.known[row] + offset])
-    if sampling.raw_log_probs:
+    if sampling.raw_logprobs:
         reported = torch.log_softmax(raw.float(), -1)
-    elif sampling.top_log_probs:
+    elif sampling.top_logprobs:
         reported = distribution(shaped.unsqueeze(0), *_asked(table, numpy.array([row]), shaped.device))[0]
     if forced is not None:
-        drawn.tokens[place], drawn.log_probs[place] = forced, 0.0
-    elif sampling.raw_log_probs and reported is not None:
-        drawn.log_probs[place] = float(reported[drawn.tokens[place]])
-    if sampling.top_log_probs and reported is not None:
-        drawn.alternatives[place] = alternatives(reported.unsqueeze(0), sampling.top_log_probs)[0]
+        drawn.tokens[place], drawn.logprobs[place] = forced, 0.0
+    elif sampling.raw_logprobs and reported is not None:
+        drawn.logprobs[place] = float(reported[drawn.tokens[place]])
+    if sampling.top_logprobs and reported is not None:
+        drawn.alternatives[place] = alternatives(reported.unsqueeze(0), sampling.top_logprobs)[0]

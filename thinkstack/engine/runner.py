@@ -19,7 +19,7 @@ from thinkstack.kernels.cpu.prepacked import multiply
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import ROW_TILE, keep_blocked
-from thinkstack.models.precision import DTYPES, AskedPrecision, Stored, inference_copy, refresh, resolve_precision
+from thinkstack.models.precision import DTYPES, AskedPrecision, Quantization, inference_copy, refresh, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
@@ -48,7 +48,7 @@ class Runner:
         dtype: AskedPrecision,
         keeps_experts: bool = False,
         drafts: bool = False,
-        weights: Stored = "plain",
+        weights: Quantization = "plain",
         most: int = 0,
     ):
         """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for. weights: how
@@ -56,7 +56,7 @@ class Runner:
         nothing."""
         if drafts and not model.cfg.mtp_layers:
             raise ConfigError(
-                "max_drafts asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
+                "num_speculative_tokens asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
             )
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
@@ -223,7 +223,7 @@ def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
     """How the cache keeps the choices of a model: layers with experts, experts per token, integer type."""
     if cfg.moe is None:
         raise ConfigError(
-            "router_replay (return_experts of an engine) is asked for, but the model has no experts; leave it out"
+            "router_replay (return_routed_experts of an engine) is asked for, but the model has no experts; leave it out"
         )
     layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
-    return layers, cfg.moe.top_k, "uint8" if cfg.moe.num_experts <= 256 else "int16"
+    return layers, cfg.moe.num_experts_per_tok, "uint8" if cfg.moe.num_experts <= 256 else "int16"

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 
 CANDIDATES = 256
 """Most likely tokens that are looked at first; all of them only where these do not hold the mass that is kept."""
 
 
 def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
-    """Numbers in [0, 1), (B,) float64, that depend on (seed, counter) alone: the splitmix64 finaliser of both.
+    """Numbers in [0, 1), (B,) float64, that depend on (seed, counter) alone: the splitmix64 finalizer of both.
 
     seeds: (B,) uint64, one a sequence. counters: (B,) uint64, tokens drawn so far. Source: doi:10.1145/2660193.2660195.
     """
@@ -28,19 +28,19 @@ def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
 
 
 def mix(value: numpy.ndarray) -> numpy.ndarray:
-    """The splitmix64 finaliser of each uint64 (doi:10.1145/2660193.2660195)."""
+    """The splitmix64 finalizer of each uint64 (doi:10.1145/2660193.2660195)."""
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))
 
 
-def is_plain(sampling: Sampling) -> bool:
+def is_plain(sampling: SamplingParams) -> bool:
     """Whether the logits are drawn from as they are, but for temperature and the kept set."""
     neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
     return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
 
 
-def adjust(logits: Tensor, sampling: Sampling, prompt: numpy.ndarray, drawn: numpy.ndarray) -> None:
+def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, drawn: numpy.ndarray) -> None:
     """Apply bias, the ban of early stop tokens and penalties to one row of logits (V,), in place.
 
     prompt, drawn: token ids so far. Penalties as in arXiv:1909.05858 (repetition) and the OpenAI API (the others).
@@ -48,7 +48,7 @@ def adjust(logits: Tensor, sampling: Sampling, prompt: numpy.ndarray, drawn: num
     for token, value in sampling.logit_bias.items():
         logits[token] += value
     if len(drawn) < sampling.min_tokens:
-        logits[list(sampling.stop_ids)] = -torch.inf
+        logits[list(sampling.stop_token_ids)] = -torch.inf
     if sampling.repetition_penalty != 1:
         seen = torch.from_numpy(numpy.unique(numpy.concatenate((prompt, drawn)))).to(logits.device)
         values = logits[seen]
@@ -72,46 +72,46 @@ def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | No
     """
     if kernels.takes(logits, "sample"):
         return kernels.draw(logits, temperature, uniform, kept)
-    log_probs = distribution(logits, temperature, kept)
+    logprobs = distribution(logits, temperature, kept)
     greedy = temperature == 0
     if bool(greedy.all()):
         tokens = logits.argmax(-1)
     else:
-        cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
         target = uniform.unsqueeze(1) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
         if bool(greedy.any()):
             tokens = torch.where(greedy, logits.argmax(-1), tokens)
-    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 def distribution(logits: Tensor, temperature: Tensor, kept: Kept | None = None) -> Tensor:
     """What `sample` draws from: log-probabilities (B, V) fp32."""
-    log_probs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
-    return log_probs if kept is None else keep_likely(log_probs, *kept)
+    logprobs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
+    return logprobs if kept is None else keep_likely(logprobs, *kept)
 
 
-def keep_likely(log_probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Renormalised log-probabilities of the tokens that are kept, (B, V), -inf for the others: first by min-p
+def keep_likely(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Renormalized log-probabilities of the tokens that are kept, (B, V), -inf for the others: first by min-p
     (arXiv:2407.01082), then the top_k most likely, then of what is left the smallest set with mass >= top_p
     (arXiv:1904.09751).
 
     top_k: (B,) int64, 0 for all. top_p, min_p: (B,). The most likely token is always kept; of equals the lower id.
     Batch-invariant: a row that keeps all is returned as it came, and no sum depends on what the others keep.
     """
-    V, given = log_probs.shape[1], log_probs
-    floor = log_probs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
-    log_probs = torch.where((log_probs < floor) & (min_p > 0).unsqueeze(1), -torch.inf, log_probs)
+    V, given = logprobs.shape[1], logprobs
+    floor = logprobs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
+    logprobs = torch.where((logprobs < floor) & (min_p > 0).unsqueeze(1), -torch.inf, logprobs)
     limit = torch.where(top_k > 0, top_k, V).clamp(max=V).unsqueeze(1)
     keeps_all = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
     count = min(CANDIDATES, V)
     while True:
-        ordered, order = _largest(log_probs, count)
-        places = torch.arange(count, device=log_probs.device)
+        ordered, order = _largest(logprobs, count)
+        places = torch.arange(count, device=logprobs.device)
         mass = torch.where(places < limit, ordered.exp(), 0.0)
         upto = mass.cumsum(-1)
         # of what top-k leaves; summed in the same order whatever `count` the other rows need, and for a single row
-        whole = torch.where(limit.squeeze(1) < V, upto[:, -1], log_probs.exp().cumsum(-1)[:, -1])
+        whole = torch.where(limit.squeeze(1) < V, upto[:, -1], logprobs.exp().cumsum(-1)[:, -1])
         before = upto - mass
         outside = (places >= limit) | (before >= (top_p * whole).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
         complete = (ordered == -torch.inf).any(-1) | (limit.squeeze(1) <= count)
@@ -119,7 +119,7 @@ def keep_likely(log_probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) 
         if count == V or bool(ended.all()):
             break
         count = V
-    kept = torch.full_like(log_probs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
+    kept = torch.full_like(logprobs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
     return torch.where(keeps_all.unsqueeze(1), given, torch.log_softmax(kept, -1))
 
 
@@ -135,10 +135,10 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found, index.gather(1, order)
 
 
-def alternatives(log_probs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+def alternatives(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
     """The `count` most likely tokens of each row of (B, V), (id, log-probability), best first; fewer where fewer have
     any probability."""
-    values, index = _largest(log_probs, min(count, log_probs.shape[1]))
+    values, index = _largest(logprobs, min(count, logprobs.shape[1]))
     return [
         tuple((token, value) for token, value in zip(tokens, row, strict=True) if value != -numpy.inf)
         for tokens, row in zip(index.tolist(), values.tolist(), strict=True)
@@ -150,9 +150,9 @@ def ends_with(ids: numpy.ndarray, close: Sequence[int]) -> bool:
     return len(ids) >= len(close) and (ids[len(ids) - len(close) :] == close).all()
 
 
-def closing(sampling: Sampling, drawn: numpy.ndarray) -> int | None:
+def closing(sampling: SamplingParams, drawn: numpy.ndarray) -> int | None:
     """The token that has to come next for thinking that is still open after `drawn`; None within its budget."""
     if sampling.thinking_budget is None or len(drawn) < sampling.thinking_budget:
         return None
-    close = sampling.close_ids
+    close = sampling.think_end_token_ids
     return close[next(n for n in range(len(close) - 1, -1, -1) if ends_with(drawn, close[:n]))]

@@ -142,14 +142,16 @@ class Scheduler:
             return None
         waiting = self.queue[0][1]
         request, answers = waiting.request, waiting.answers
-        chunk = min(len(request.prompt_ids) + len(waiting.drawn), budget)
+        chunk = min(len(request.prompt_token_ids) + len(waiting.drawn), budget)
         room = -(-chunk // BLOCK) + len(self.running) // ROWS_PER_SPARE_BLOCK
         if len(answers) > len(table.free) or self.pool.available < room:
             return None
         heapq.heappop(self.queue)
         self.waiting -= 1
         request.queued.remove(waiting)
-        first, *others = (table.open(waiting, answer, root_name(self.version, request.salt)) for answer in answers)
+        first, *others = (
+            table.open(waiting, answer, root_name(self.version, request.cache_salt)) for answer in answers
+        )
         table.followers[first] = others
         table.follows[others] = True
         for row in (first, *others):

@@ -32,7 +32,7 @@ class ScriptedRunner(Runner):
         found: list[int] = []
         for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
             request, answer = table.held(row)
-            text, first = self.script(request.prompt_ids, answer), start + 1 - len(request.prompt_ids)
+            text, first = self.script(request.prompt_token_ids, answer), start + 1 - len(request.prompt_token_ids)
             found += [text[at] if 0 <= at < len(text) else self.end_id for at in range(first, first + count)]
         return torch.tensor(found).unsqueeze(1)
 
@@ -44,19 +44,19 @@ class ScriptedRunner(Runner):
 class ScriptedEngine(Engine):
     """An `Engine` for a script. Answers of n > 1 all begin with the first one's first token: they share its prompt."""
 
-    def __init__(self, script: Script, vocab_size: int, end_id: int, max_context: int = 4096, **settings: object):
-        """max_context: tokens of prompt and answer. settings: of EngineConfig."""
+    def __init__(self, script: Script, vocab_size: int, end_id: int, max_model_len: int = 4096, **settings: object):
+        """max_model_len: tokens of prompt and answer. settings: of EngineConfig."""
         cfg = ModelConfig(
             family="llama",
             vocab_size=vocab_size,
             hidden_size=16,
             num_layers=1,
             attention=GQAConfig(num_heads=1, num_kv_heads=1, head_dim=16),
-            dense_size=16,
-            max_positions=max_context,
+            intermediate_size=16,
+            max_positions=max_model_len,
         )
         self._script, self._end_id = script, end_id
-        super().__init__(Transformer(cfg).initialise(torch.Generator().manual_seed(0)), EngineConfig(**settings))  # type: ignore[arg-type]
+        super().__init__(Transformer(cfg).initialize(torch.Generator().manual_seed(0)), EngineConfig(**settings))  # type: ignore[arg-type]
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """One that follows the script."""

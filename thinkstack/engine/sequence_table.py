@@ -13,9 +13,9 @@ from torch import Tensor
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK, SPARE
 from thinkstack.engine.sampler import is_plain, mix
-from thinkstack.types import Completion, FinishReason, Sampling
+from thinkstack.types import Completion, FinishReason, SamplingParams
 
-MAX_STOP_IDS = 8
+MAX_STOP_TOKEN_IDS = 8
 """Stop tokens a request may name."""
 Alternatives = tuple[tuple[int, float], ...]
 """Token ids and their log-probabilities, best first."""
@@ -33,15 +33,15 @@ class Request:
     """One prompt and the answers drawn for it so far."""
 
     id: int
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
     completions: list[Completion | None] = field(default_factory=list)
     """One place per answer; None until it is finished."""
     priority: int = 0
     """Lower ones go first."""
     constraint: Constraint | None = None
     """What the answers must keep to."""
-    salt: str = ""
+    cache_salt: str = ""
     """Only requests of the same salt share cached prefixes."""
     weights_version: int = 0
     drafted: int = 0
@@ -74,7 +74,7 @@ class Waiting:
     request: Request
     answers: tuple[int, ...]
     drawn: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()
+    logprobs: tuple[float, ...] = ()
     alternatives: tuple[Alternatives, ...] = ()
 
     @property
@@ -101,7 +101,7 @@ class SequenceTable:
         """`blocks` as the kernels read them, (R + 1, M)."""
         self.ids = numpy.zeros((num_rows + 1, max_tokens + 1), dtype=numpy.int64)
         """Prompt and drawn tokens, (R + 1, T + 1)."""
-        self.log_probs = numpy.zeros((num_rows, max_tokens + 1), dtype=numpy.float32)
+        self.logprobs = numpy.zeros((num_rows, max_tokens + 1), dtype=numpy.float32)
         """Of the drawn tokens, at the places of `ids`."""
         self.prompt, self.known, self.computed, self.limit = numpy.zeros((4, num_rows + 1), dtype=numpy.int64)
         """Tokens of the prompt; of prompt and answer; in the cache; most tokens of both."""
@@ -119,10 +119,10 @@ class SequenceTable:
         self.is_special = numpy.zeros(num_rows, dtype=bool)
         """Whether the row needs more than temperature and a kept set: penalties, a thinking budget, a grammar, ..."""
         self.is_closed = numpy.zeros(num_rows, dtype=bool)
-        """Whether `close_ids` have been drawn."""
+        """Whether `think_end_token_ids` have been drawn."""
         self.alternatives: list[list[Alternatives]] = [[] for _ in range(num_rows)]
         """Most likely alternatives of each drawn token, where they are reported."""
-        self.stop_ids = numpy.full((MAX_STOP_IDS, num_rows), -1, dtype=numpy.int64)
+        self.stop_token_ids = numpy.full((MAX_STOP_TOKEN_IDS, num_rows), -1, dtype=numpy.int64)
 
     def open(self, waiting: Waiting, answer: int, root: bytes) -> int:
         """Give a free row to one of the waiting answers."""
@@ -131,10 +131,10 @@ class SequenceTable:
         self.owner[row] = request, answer
         request.rows[answer] = row
         self.names[row] = [root]
-        prompt, known = len(request.prompt_ids), len(request.prompt_ids) + len(waiting.drawn)
-        self.ids[row, :prompt] = request.prompt_ids
+        prompt, known = len(request.prompt_token_ids), len(request.prompt_token_ids) + len(waiting.drawn)
+        self.ids[row, :prompt] = request.prompt_token_ids
         self.ids[row, prompt:known] = waiting.drawn
-        self.log_probs[row, prompt:known] = waiting.log_probs
+        self.logprobs[row, prompt:known] = waiting.logprobs
         self.prompt[row], self.known[row], self.computed[row] = prompt, known, 0
         self.limit[row], self.seed[row] = prompt + sampling.max_tokens, answer_seed(sampling.seed, answer)
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
@@ -142,14 +142,14 @@ class SequenceTable:
         self.keeps_all[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
         has_budget = sampling.thinking_budget is not None
         self.is_special[row] = not is_plain(sampling) or has_budget or request.constraint is not None
-        self.is_special[row] |= sampling.raw_log_probs or bool(sampling.top_log_probs)
-        close = sampling.close_ids
+        self.is_special[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs)
+        close = sampling.think_end_token_ids
         self.is_closed[row] = not has_budget or any(
             waiting.drawn[at : at + len(close)] == close for at in range(len(waiting.drawn) - len(close) + 1)
         )
         self.alternatives[row] = list(waiting.alternatives)
-        self.stop_ids[:, row] = -1
-        self.stop_ids[: len(sampling.stop_ids), row] = sampling.stop_ids
+        self.stop_token_ids[:, row] = -1
+        self.stop_token_ids[: len(sampling.stop_token_ids), row] = sampling.stop_token_ids
         return row
 
     def key(self, row: int) -> tuple[int, int, int]:
@@ -168,13 +168,13 @@ class SequenceTable:
         place = slice(self.prompt[row], self.known[row])
         return (
             tuple(self.ids[row, place].tolist()),
-            tuple(self.log_probs[row, place].tolist()),
+            tuple(self.logprobs[row, place].tolist()),
             tuple(self.alternatives[row]),
         )
 
     def is_stop(self, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
         """Whether a token of each row ends its answer, (N,) bool."""
-        return (tokens == self.stop_ids.take(rows, axis=1)).any(0)
+        return (tokens == self.stop_token_ids.take(rows, axis=1)).any(0)
 
     def hold(self, row: int, blocks: Sequence[int]) -> None:
         """Add blocks to a row's."""
@@ -183,12 +183,12 @@ class SequenceTable:
         self.tables[row, start : start + len(blocks)] = blocks
 
     def append(
-        self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray, log_probs: numpy.ndarray
+        self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray, logprobs: numpy.ndarray
     ) -> None:
         """Note tokens just drawn: `offsets` counts a row's from 0, in order. Whatever was only guessed is forgotten."""
         places = self.known[rows] + offsets
         self.ids[rows, places] = tokens
-        self.log_probs[rows, places] = log_probs
+        self.logprobs[rows, places] = logprobs
         self.known[rows] = places + 1  # of a row's several the last one stands
         self.drafts[rows] = 0
 

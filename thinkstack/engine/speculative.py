@@ -22,10 +22,10 @@ from thinkstack.engine.sequence_table import SequenceTable
 class Speculator:
     """Guesses for the rows of an engine, and what became of them."""
 
-    def __init__(self, runner: Runner, table: SequenceTable, max_drafts: int):
-        """max_drafts: K, tokens guessed ahead."""
-        self.runner, self.table, self.max_drafts = runner, table, max_drafts
-        self.drafted, self.accepted = numpy.zeros((2, max_drafts), dtype=numpy.int64)
+    def __init__(self, runner: Runner, table: SequenceTable, num_speculative_tokens: int):
+        """num_speculative_tokens: K, tokens guessed ahead."""
+        self.runner, self.table, self.num_speculative_tokens = runner, table, num_speculative_tokens
+        self.drafted, self.accepted = numpy.zeros((2, num_speculative_tokens), dtype=numpy.int64)
         """Guesses so far by how far ahead they were, and those the model drew too."""
 
     def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
@@ -65,7 +65,7 @@ class Speculator:
     def _guess(self, rows: numpy.ndarray, states: Tensor) -> None:
         """Write guesses behind the known tokens of those rows whose known tokens but the last are all computed."""
         table = self.table
-        for ahead in range(self.max_drafts):
+        for ahead in range(self.num_speculative_tokens):
             left = table.limit[rows] - table.known[rows]
             goes_on = (table.computed[rows] == table.known[rows] - 1) & (ahead + 1 < left)
             if ahead:

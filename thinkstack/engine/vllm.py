@@ -17,7 +17,7 @@ import httpx2
 import numpy
 
 from thinkstack.engine.sampler import mix
-from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, Sampling
+from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, SamplingParams
 
 GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
 IMPOSSIBLE = -9000.0
@@ -94,11 +94,11 @@ class Server:
             self._call("POST", "/resume")
 
     def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, weights: str, version: int, request_id: str
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, weights: str, version: int, request_id: str
     ) -> list[Completion]:
         """The sampling.n answers to a prompt. weights: what must have drawn them, and `version` what they are called
         here. Raises OtherWeights where others did."""
-        body = request_body(prompt_ids, sampling, self.model, weights, request_id)
+        body = request_body(prompt_token_ids, sampling, self.model, weights, request_id)
         reply = self._call("POST", GENERATE, json=body)
         with guarded():
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
@@ -108,10 +108,10 @@ class Server:
         return found
 
     def stream(
-        self, prompt_ids: Sequence[int], sampling: Sampling, weights: str, version: int, request_id: str
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, weights: str, version: int, request_id: str
     ) -> Iterator[tuple[int, ...]]:
         """The tokens of one answer as they come; leaving the loop early aborts it."""
-        body = request_body(prompt_ids, sampling, self.model, weights, request_id) | {"stream": True}
+        body = request_body(prompt_token_ids, sampling, self.model, weights, request_id) | {"stream": True}
         with guarded(), self._client.stream("POST", GENERATE, json=body) as reply:
             self._judge(reply)
             for line in reply.iter_lines():
@@ -172,11 +172,11 @@ def guarded() -> Iterator[None]:
 
 
 def request_body(
-    prompt_ids: Sequence[int], sampling: Sampling, model: str, weights: str, request_id: str
+    prompt_token_ids: Sequence[int], sampling: SamplingParams, model: str, weights: str, request_id: str
 ) -> dict[str, Any]:
     """What `generate` sends. cache_salt is the weights' name: what others left in the cache is never found."""
     check_sampling(sampling)
-    count = sampling.top_log_probs
+    count = sampling.top_logprobs
     params = {
         "n": sampling.n,
         "temperature": sampling.temperature,
@@ -189,7 +189,7 @@ def request_body(
         "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
         "min_tokens": sampling.min_tokens,
         "max_tokens": sampling.max_tokens,
-        "stop_token_ids": list(sampling.stop_ids),
+        "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": True,
         "detokenize": False,
         "seed": server_seed(sampling.seed),
@@ -198,21 +198,21 @@ def request_body(
     return {
         "request_id": request_id,
         "model": model,
-        "token_ids": list(prompt_ids),
+        "token_ids": list(prompt_token_ids),
         "cache_salt": weights,
         "sampling_params": params,
     }
 
 
 def server_seed(seed: int) -> int:
-    """vLLM draws answer k of a request with seed + k: requests of neighbouring seeds would share answers, so a hash of
+    """vLLM draws answer k of a request with seed + k: requests of neighboring seeds would share answers, so a hash of
     the seed is sent."""
     value = numpy.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=numpy.uint64)
     with numpy.errstate(over="ignore"):
         return int(mix(value)[0] >> numpy.uint64(2))
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: SamplingParams) -> None:
     """Raise RequestError for what a server cannot do, or would do otherwise without saying so."""
     if sampling.thinking_budget is not None:
         raise RequestError(
@@ -225,29 +225,29 @@ def check_sampling(sampling: Sampling) -> None:
         )
 
 
-def completion(choice: dict[str, Any], sampling: Sampling, weights: str, version: int) -> Completion:
+def completion(choice: dict[str, Any], sampling: SamplingParams, weights: str, version: int) -> Completion:
     """An answer, or a piece of a streamed one, as vLLM tells it."""
     drawn_by = {span["version"] for span in choice["weight_versions"] or ()}
     if drawn_by - {weights}:
         raise OtherWeights(f"answered with weights {sorted(drawn_by - {weights})[0]!r} instead of {weights!r}")
     tokens, content = tuple(choice["token_ids"]), choice["logprobs"]["content"] or ()
-    log_probs = tuple(float(entry["logprob"]) for entry in content)
+    logprobs = tuple(float(entry["logprob"]) for entry in content)
     if tuple(entry["token_id"] for entry in content) != tokens:
         raise ServerFailed("log-probabilities came for other tokens than were drawn")
-    if any(value <= IMPOSSIBLE or math.isnan(value) for value in log_probs):
+    if any(value <= IMPOSSIBLE or math.isnan(value) for value in logprobs):
         raise RequestError("the model's logits are not finite; check the weights")
     reason = choice["finish_reason"]
     if reason is not None and reason not in REASONS:
         raise ServerFailed(f"an answer ended by {reason!r}")
     top = None
-    if sampling.top_log_probs:
-        top = tuple(_alternatives(entry["top_logprobs"], sampling.top_log_probs) for entry in content)
+    if sampling.top_logprobs:
+        top = tuple(_alternatives(entry["top_logprobs"], sampling.top_logprobs) for entry in content)
     return Completion(
         token_ids=tokens,
-        log_probs=log_probs,
+        logprobs=logprobs,
         finish_reason=REASONS.get(reason, "abort"),
         weights_version=version,
-        top_log_probs=top,
+        top_logprobs=top,
     )
 
 

@@ -21,7 +21,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def cons_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
     """1 if the answer that most of the first k samples give is right, else 0.
 
-    answers: one normalised answer a sample; None (no answer could be read) does not vote. correct: whether each sample
+    answers: one normalized answer a sample; None (no answer could be read) does not vote. correct: whether each sample
     is right; the vote takes the verdict of the first sample that gave the winning answer. Among answers with equally
     many votes the one seen first wins; without any vote the result is 0. Fewer than k samples all vote.
     Source: majority voting, arXiv:2203.11171; cons@k in the R1 paper, arXiv:2501.12948.

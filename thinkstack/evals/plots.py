@@ -1,6 +1,6 @@
 """The report's pictures: learning curve, answer length, worked against direct answers, families, training health.
 
-Each function draws one PNG from plain numbers and returns nothing; `draw_all` calls those that have something to show.
+Each function draws one PNG from plain numbers and returns nothing; `plot_all` calls those that have something to show.
 Figures are made without pyplot, so nothing global changes and no display is needed. Labels are in English only: the
 fonts that come with matplotlib lack Chinese.
 """
@@ -18,8 +18,8 @@ from thinkstack.evals.results import Evaluation
 
 Point = Mapping[str, Any]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5f66")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart (black made grey)."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5f66")
+"""Okabe and Ito's palette, which color-blind readers can tell apart (black made grey)."""
 GREY, INK, FRAME = "#9aa0a8", "#1f2328", "#d0d4da"
 DPI = 144
 HEALTH = {
@@ -41,29 +41,29 @@ HEALTH = {
 HEALTH_PANELS = 9
 
 
-def draw_all(
+def plot_all(
     folder: Path, columns: Mapping[str, Evaluation], curve: Sequence[Point], metrics: Sequence[Point]
 ) -> dict[str, str]:
     """Draw every picture that has data; returns file name -> caption, in reading order."""
     chance = next((evaluation.chance for evaluation in columns.values() if evaluation.chance), {})
     drawn = {}
     if curve:
-        draw_accuracy(folder / "accuracy.png", curve, chance)
+        plot_accuracy(folder / "accuracy.png", curve, chance)
         drawn["accuracy.png"] = "Accuracy on held-out problems; the band is one standard error over problems."
-        draw_length(folder / "length.png", curve)
+        plot_length(folder / "length.png", curve)
         drawn["length.png"] = "Length of answers, and the share cut off at the limit."
-        draw_worked(folder / "worked.png", curve)
+        plot_worked(folder / "worked.png", curve)
         drawn["worked.png"] = "How many answers show their working, and how right worked and direct answers are."
-        if any(point.get("by_family") for point in curve):
-            draw_families(folder / "families.png", curve, chance)
+        if any(point.get("by_task") for point in curve):
+            plot_tasks(folder / "families.png", curve, chance)
             drawn["families.png"] = "pass@1 of each family; dotted lines mark a blind guess."
     pair = compared(columns)
     if pair:
-        draw_levels(folder / "levels.png", pair, chance)
+        plot_levels(folder / "levels.png", pair, chance)
         drawn["levels.png"] = "pass@1 by family and difficulty, with standard errors; dotted lines mark a blind guess."
     panels = health_panels(metrics)
     if panels:
-        draw_health(folder / "health.png", metrics, panels)
+        plot_health(folder / "health.png", metrics, panels)
         drawn["health.png"] = "Training health: every step pale, their running mean strong."
     return drawn
 
@@ -74,15 +74,15 @@ def compared(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
     return {name: columns[name] for name in names}
 
 
-def draw_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
+def plot_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
     """pass@1 with its standard error, the vote, and a level never trained on where it was measured."""
     canvas, axes = _canvas(1, 1, "Accuracy over RL steps")
     panel = axes[0]
-    _line(panel, curve, "cons_at_16", COLOURS[1], "majority vote")
-    _line(panel, curve, "pass_at_1", COLOURS[0], "pass@1", error="stderr")
+    _line(panel, curve, "cons_at_16", COLORS[1], "majority vote")
+    _line(panel, curve, "pass_at_1", COLORS[0], "pass@1", error="stderr")
     held_out = [dict(point["held_out_level"]) | {"step": point["step"]} for point in curve if "held_out_level" in point]
     if held_out:
-        _line(panel, held_out, "pass_at_1", COLOURS[2], "pass@1, level never trained", error="stderr", dashes="--")
+        _line(panel, held_out, "pass_at_1", COLORS[2], "pass@1, level never trained", error="stderr", dashes="--")
     if chance:
         guess = sum(chance.values()) / len(chance)
         panel.axhline(guess, color=GREY, linewidth=1.2, linestyle=":", label="blind guess")
@@ -90,13 +90,13 @@ def draw_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float
     _finish(canvas, path, panel)
 
 
-def draw_length(path: Path, curve: Sequence[Point]) -> None:
+def plot_length(path: Path, curve: Sequence[Point]) -> None:
     """Tokens per answer above, truncation below."""
     canvas, axes = _canvas(1, 2, "Length of answers over RL steps")
-    _line(axes[0], curve, "mean_tokens", COLOURS[0], "tokens per answer")
+    _line(axes[0], curve, "mean_tokens", COLORS[0], "tokens per answer")
     axes[0].set_ylim(bottom=0)
     axes[0].set_title("Tokens per answer", loc="left", fontsize=10, color=INK)
-    _line(axes[1], curve, "truncation_rate", COLOURS[1], "truncated")
+    _line(axes[1], curve, "truncation_rate", COLORS[1], "truncated")
     _percent(axes[1])
     highest = max((point["truncation_rate"] for point in curve if point.get("truncation_rate") is not None), default=0)
     axes[1].set_ylim(0, max(highest * 1.15, 0.05))
@@ -104,59 +104,57 @@ def draw_length(path: Path, curve: Sequence[Point]) -> None:
     _finish(canvas, path)
 
 
-def draw_worked(path: Path, curve: Sequence[Point]) -> None:
+def plot_worked(path: Path, curve: Sequence[Point]) -> None:
     """Share of worked answers against the accuracy of worked and direct ones."""
     canvas, axes = _canvas(1, 1, "Worked and direct answers over RL steps")
     _line(axes[0], curve, "worked_share", GREY, "share of worked answers", dashes="--")
-    _line(axes[0], curve, "worked_accuracy", COLOURS[0], "accuracy of worked answers")
-    _line(axes[0], curve, "direct_accuracy", COLOURS[1], "accuracy of direct answers")
+    _line(axes[0], curve, "worked_accuracy", COLORS[0], "accuracy of worked answers")
+    _line(axes[0], curve, "direct_accuracy", COLORS[1], "accuracy of direct answers")
     _percent(axes[0])
     _finish(canvas, path, axes[0])
 
 
-def draw_families(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
+def plot_tasks(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
     """One line per family."""
     canvas, axes = _canvas(1, 1, "Accuracy by family over RL steps")
-    names = sorted({name for point in curve for name in point.get("by_family", {})})
+    names = sorted({name for point in curve for name in point.get("by_task", {})})
     for index, name in enumerate(names):
-        points = [{"step": p["step"], name: p.get("by_family", {}).get(name)} for p in curve]
-        colour = COLOURS[index % len(COLOURS)]
-        _line(axes[0], points, name, colour, name)
+        points = [{"step": p["step"], name: p.get("by_task", {}).get(name)} for p in curve]
+        color = COLORS[index % len(COLORS)]
+        _line(axes[0], points, name, color, name)
         if name in chance:
-            axes[0].axhline(chance[name], color=colour, linewidth=1, linestyle=":", alpha=0.6)
+            axes[0].axhline(chance[name], color=color, linewidth=1, linestyle=":", alpha=0.6)
     _percent(axes[0])
     _finish(canvas, path, axes[0])
 
 
-def draw_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[str, float]) -> None:
-    """Bars of pass@1 per level, one panel a family, one colour a column."""
-    cells = {name: evaluation.by_family_level for name, evaluation in columns.items()}
-    families = sorted({family for cell in cells.values() for family in cell})
-    canvas, axes = _canvas(-(-len(families) // 2), min(len(families), 2), "Accuracy by difficulty", height=2.5)
+def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[str, float]) -> None:
+    """Bars of pass@1 per level, one panel a family, one color a column."""
+    cells = {name: evaluation.by_task_level for name, evaluation in columns.items()}
+    tasks = sorted({task for cell in cells.values() for task in cell})
+    canvas, axes = _canvas(-(-len(tasks) // 2), min(len(tasks), 2), "Accuracy by difficulty", height=2.5)
     width = 0.8 / len(columns)
-    for panel, family in zip(axes, families, strict=False):
-        levels = sorted({level for cell in cells.values() for level in cell.get(family, {})})
+    for panel, task in zip(axes, tasks, strict=False):
+        levels = sorted({level for cell in cells.values() for level in cell.get(task, {})})
         for index, (name, cell) in enumerate(cells.items()):
-            shown = [
-                (place, cell[family][level]) for place, level in enumerate(levels) if level in cell.get(family, {})
-            ]
+            shown = [(place, cell[task][level]) for place, level in enumerate(levels) if level in cell.get(task, {})]
             panel.bar(
                 [place + (index - (len(cells) - 1) / 2) * width for place, _ in shown],
                 [part.pass_at_1 or 0.0 for _, part in shown],
                 width * 0.94,
                 yerr=[part.stderr or 0.0 for _, part in shown],
-                color=GREY if index == 0 else COLOURS[index - 1],
+                color=GREY if index == 0 else COLORS[index - 1],
                 error_kw={"elinewidth": 1, "ecolor": INK},
                 label=name,
             )
-        if family in chance:
-            panel.axhline(chance[family], color=INK, linewidth=1, linestyle=":")
+        if task in chance:
+            panel.axhline(chance[task], color=INK, linewidth=1, linestyle=":")
         panel.set_xticks(range(len(levels)), [str(level) for level in levels])
-        panel.set_title(family, loc="left", fontsize=10, color=INK)
+        panel.set_title(task, loc="left", fontsize=10, color=INK)
         panel.set_xlabel("steps to solve (level)", color=INK)
         panel.grid(axis="x", visible=False)
         _percent(panel)
-    for panel in axes[len(families) :]:
+    for panel in axes[len(tasks) :]:
         panel.set_visible(False)
     _legend_on_top(canvas, axes[0])
     _finish(canvas, path, steps=False)
@@ -178,15 +176,15 @@ def health_panels(metrics: Sequence[Point]) -> dict[str, str]:
     return dict(list(titles.items())[:HEALTH_PANELS])
 
 
-def draw_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str]) -> None:
+def plot_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str]) -> None:
     """One small panel per metric."""
     columns = min(3, len(panels))
     canvas, axes = _canvas(-(-len(panels) // columns), columns, "Training health", height=2.1)
     for panel, (key, title) in zip(axes, panels.items(), strict=False):
         rows = [row for row in metrics if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
         steps, values = [row["step"] for row in rows], [float(row[key]) for row in rows]
-        panel.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.3)
-        panel.plot(steps, running_mean(values, max(len(values) // 20, 1)), color=COLOURS[0], linewidth=1.8)
+        panel.plot(steps, values, color=COLORS[0], linewidth=0.8, alpha=0.3)
+        panel.plot(steps, running_mean(values, max(len(values) // 20, 1)), color=COLORS[0], linewidth=1.8)
         panel.set_title(title, loc="left", fontsize=9, color=INK)
         panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
     for panel in axes[len(panels) :]:
@@ -195,7 +193,7 @@ def draw_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str])
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value and up to `reach` neighbours on either side."""
+    """Mean of each value and up to `reach` neighbors on either side."""
     windows = (values[max(index - reach, 0) : index + reach + 1] for index in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
@@ -218,7 +216,7 @@ def _line(
     panel: Axes,
     points: Sequence[Point],
     name: str,
-    colour: str,
+    color: str,
     label: str,
     error: str | None = None,
     dashes: str = "-",
@@ -227,12 +225,12 @@ def _line(
     steps = [point["step"] for point in points]
     values = [math.nan if point.get(name) is None else float(point[name]) for point in points]
     marker = "o" if len(points) <= 40 else None
-    panel.plot(steps, values, dashes, color=colour, linewidth=2, label=label, marker=marker, markersize=3.5)
+    panel.plot(steps, values, dashes, color=color, linewidth=2, label=label, marker=marker, markersize=3.5)
     if error:
         spread = [point.get(error) or 0.0 for point in points]
         low = [value - half for value, half in zip(values, spread, strict=True)]
         high = [value + half for value, half in zip(values, spread, strict=True)]
-        panel.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        panel.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def _percent(panel: Axes) -> None:

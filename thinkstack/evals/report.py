@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.evals.page import render_page
-from thinkstack.evals.plots import compared, draw_all
+from thinkstack.evals.plots import compared, plot_all
 from thinkstack.evals.results import CONS_SAMPLES, Evaluation, Figures, ShownAnswer
 from thinkstack.log import write_json, write_text
 from thinkstack.types import ConfigError
@@ -39,7 +39,7 @@ def write_report(
     if unknown := set(greedy) - set(columns):
         raise ConfigError(f"greedy evaluations of {', '.join(sorted(unknown))} have no column")
     folder.mkdir(parents=True, exist_ok=True)
-    plots = draw_all(folder, columns, curve, metrics)
+    plots = plot_all(folder, columns, curve, metrics)
     rows, setting = table_rows(columns, greedy), setting_line(columns)
     answers = {name: evaluation.shown for name, evaluation in compared(columns).items()}
     write_text(folder / "report.md", markdown(title, setting, list(columns), rows, plots, answers, facts))
@@ -78,9 +78,9 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
     if any(part.unscorable for part in found):
         rows.append(("not judged (number)", [str(part.unscorable) for part in found]))
     chance = {name: value for part in reversed(found) for name, value in part.chance.items()}
-    for family in sorted({family for part in found for family in part.by_family}):
-        label = f"{family} (chance {percent(chance[family])})" if family in chance else family
-        rows.append((label, [accuracy(part.by_family.get(family)) for part in found]))
+    for task in sorted({task for part in found for task in part.by_task}):
+        label = f"{task} (chance {percent(chance[task])})" if task in chance else task
+        rows.append((label, [accuracy(part.by_task.get(task)) for part in found]))
     languages = sorted({language for part in found for language in part.by_language})
     if len(languages) > 1:
         rows += [(name, [accuracy(part.by_language.get(name)) for part in found]) for name in languages]
@@ -131,12 +131,12 @@ def markdown(
     lines = [f"# {title}", "", setting, "", *markdown_table(["", *columns], rows)]
     for name, caption in plots.items():
         lines += ["", f"![{caption}]({name})"]
-    for column, families in answers.items():
+    for column, tasks in answers.items():
         lines += ["", f"## Answers: {column}"]
-        for family, shown in families.items():
+        for task, shown in tasks.items():
             for answer in shown:
                 verdict = {None: "not judged", True: "right", False: "wrong"}[answer.correct]
-                lines += ["", f"{family}, {verdict} (right answer: {_inline(answer.reference)})", ""]
+                lines += ["", f"{task}, {verdict} (right answer: {_inline(answer.reference)})", ""]
                 lines += _fenced(f"{answer.question}\n\n{answer.text}")
     lines += ["", "## Provenance", "", *markdown_table(["", ""], [(name, [value]) for name, value in facts.items()])]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 """From recorded answers to figures: what one evaluation found, for all problems and by family, level and language.
 
-Records keep every answer, so each figure can be computed again from samples.jsonl by `summarise`, the function that
+Records keep every answer, so each figure can be computed again from samples.jsonl by `summarize`, the function that
 computed it the first time.
 """
 
@@ -42,7 +42,7 @@ class AnswerRecord:
     text: str
     """The whole turn: prefill and completion."""
     answer: str | int | None
-    """The normalised answer; None if there was none to read."""
+    """The normalized answer; None if there was none to read."""
     correct: bool | None
     """Verdict of the reward function; None when it could not judge."""
     well_formed: bool
@@ -62,7 +62,7 @@ class ProblemRecord:
     """One problem and its sampled answers, in the order drawn."""
 
     key: str
-    family: str
+    task: str
     level: int
     language: str
     wording: int
@@ -129,9 +129,9 @@ class ShownAnswer:
 class Evaluation(Figures):
     """Figures over all problems, the same for their parts, and answers to look at."""
 
-    by_family: dict[str, Figures]
+    by_task: dict[str, Figures]
     by_level: dict[int, Figures]
-    by_family_level: dict[str, dict[int, Figures]]
+    by_task_level: dict[str, dict[int, Figures]]
     by_language: dict[str, Figures]
     chance: dict[str, float] = field(default_factory=dict)
     """Probability of a blind guess being right, per family."""
@@ -159,25 +159,25 @@ _EVALUATION = TypeAdapter(Evaluation)
 _RECORD = TypeAdapter(ProblemRecord)
 
 
-def summarise(
+def summarize(
     records: Sequence[ProblemRecord], seconds: float, chance: Mapping[str, float] | None = None
 ) -> Evaluation:
     """All figures of `records`. Raises ConfigError without any."""
     if not records:
         raise ConfigError("there are no answers to evaluate; ask at least one problem")
-    families = _split(records, lambda record: record.family)
+    tasks = _split(records, lambda record: record.task)
     return Evaluation(
         **vars(figures(records)),
-        by_family={name: figures(part) for name, part in families.items()},
+        by_task={name: figures(part) for name, part in tasks.items()},
         by_level={level: figures(part) for level, part in _split(records, lambda r: r.level).items()},
-        by_family_level={
+        by_task_level={
             name: {level: figures(cell) for level, cell in _split(part, lambda r: r.level).items()}
-            for name, part in families.items()
+            for name, part in tasks.items()
         },
         by_language={name: figures(part) for name, part in _split(records, lambda r: r.language).items()},
         chance=dict(chance or {}),
         seconds=seconds,
-        shown={name: _shown(part) for name, part in families.items()},
+        shown={name: _shown(part) for name, part in tasks.items()},
         records=tuple(records),
     )
 
@@ -257,7 +257,7 @@ def curve_point(step: int, evaluation: Evaluation, held_out: Figures | None = No
     held_out: figures of a level that training never asks, or None.
     """
     point: dict[str, Any] = {"step": step} | {name: getattr(evaluation, name) for name in CURVE}
-    point["by_family"] = {name: part.pass_at_1 for name, part in evaluation.by_family.items()}
+    point["by_task"] = {name: part.pass_at_1 for name, part in evaluation.by_task.items()}
     if held_out is not None:
         point["held_out_level"] = {"pass_at_1": held_out.pass_at_1, "stderr": held_out.stderr}
     return point

@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, summarise
+from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, summarize
 from thinkstack.tasks import table
 from thinkstack.tasks.benchmarks.datasets import DataStream
 from thinkstack.tasks.mixture import load_split
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.reward import final_answer
-from thinkstack.tasks.verify.answers import normalise
+from thinkstack.tasks.verify.answers import normalize
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.parse import Form, parse_turn
-from thinkstack.types import Completion, ConfigError, Message, Problem, Sampling, Score
+from thinkstack.text.parse import ThinkingFormat, parse_turn
+from thinkstack.types import Completion, ConfigError, Message, Problem, SamplingParams, Score
 
 log = logging.getLogger(__name__)
-Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[Completion]]]
+Generate = Callable[[Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[Completion]]]
 """Engine.generate, or anything like it: prompts and samplings to sampling.n completions for each prompt."""
 ScoreFunction = Callable[[Problem, str], Score]
 """Judges one turn; parts["accuracy"] says whether the answer is right, parts["format"] whether the form was kept."""
@@ -43,11 +43,11 @@ class EvalConfig:
     """Most tokens of an answer; longer ones are cut off and counted as truncated."""
     seed: int = 0
     """Chooses the problems and the draws."""
-    families: tuple[str, ...]
+    tasks: tuple[str, ...]
     """Names of the families asked, in tasks/table.py."""
     levels: tuple[int, ...] | None = None
     """Difficulties asked; None asks all levels of each family."""
-    form: Form = "tagged"
+    form: ThinkingFormat = "think_answer_tags"
     """How a turn is to look: text/parse.py."""
     unseen_wordings: bool = False
     """Ask in the wordings that training never uses."""
@@ -59,7 +59,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.num_problems < 1 or self.samples < 1:
             raise ConfigError(f"num_problems={self.num_problems} and samples={self.samples} must be at least 1")
-        if not self.families and not self.files:
+        if not self.tasks and not self.files:
             raise ConfigError("an evaluation needs at least one task family or data set")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(
@@ -67,9 +67,9 @@ class EvalConfig:
             )
 
 
-WAY_OUT: dict[Form, str] = {
-    "tagged": 'ask with form = "flexible_extract" to read what stock models write, or "open" to read what R1 writes',
-    "open": 'ask with form = "flexible_extract" to read what models write that open no think block',
+WAY_OUT: dict[ThinkingFormat, str] = {
+    "think_answer_tags": 'ask with form = "flexible_extract" to read what stock models write, or "think_then_answer" to read what R1 writes',
+    "think_then_answer": 'ask with form = "flexible_extract" to read what models write that open no think block',
     "flexible_extract": "look at the answers in samples.jsonl: no box, mark or number stands in any of them",
 }
 """What to do if no answer could be read in a form."""
@@ -78,9 +78,9 @@ WAY_OUT: dict[Form, str] = {
 def held_out(cfg: EvalConfig) -> list[Problem]:
     """The test problems that cfg names: always the same ones, and none that training can draw."""
     found: list[Problem] = []
-    if cfg.families:
+    if cfg.tasks:
         asked = (cfg.levels, cfg.unseen_wordings, cfg.languages)
-        found = table.problems(table.families(cfg.families), "test", cfg.seed, cfg.num_problems, *asked)
+        found = table.problems(table.puzzle_tasks(cfg.tasks), "test", cfg.seed, cfg.num_problems, *asked)
     for name, folder in cfg.files.items():
         found += DataStream(load_split(name, folder, "test"), cfg.seed).take(cfg.num_problems)
     return found
@@ -103,21 +103,21 @@ def evaluate(
     records = [
         ProblemRecord(
             key=problem.key,
-            family=problem.task,
+            task=problem.task,
             level=problem.level,
             language=problem.language,
             wording=problem.wording,
             question=problem.question,
             reference=problem.answer,
-            answers=tuple(judge(problem, completion, chat, score, cfg.form) for completion in drawn),
+            answers=tuple(grade_completion(problem, completion, chat, score, cfg.form) for completion in drawn),
         )
         for problem, drawn in zip(problems, completions, strict=True)
     ]
-    chance = {name: table.families([name])[0].chance for name in cfg.families}
-    return summarise(records, time.perf_counter() - started, chance)
+    chance = {name: table.puzzle_tasks([name])[0].chance for name in cfg.tasks}
+    return summarize(records, time.perf_counter() - started, chance)
 
 
-def warn_if_unread(found: Evaluation, form: Form) -> None:
+def warn_if_unread(found: Evaluation, form: ThinkingFormat) -> None:
     """Log a warning, with the way out, if no answer of an evaluation could be read."""
     if found.answer_rate == 0:
         log.warning(
@@ -129,20 +129,24 @@ def warn_if_unread(found: Evaluation, form: Form) -> None:
         )
 
 
-def sampling_of(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> Sampling:
+def sampling_of(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> SamplingParams:
     """How answers to `problem` are drawn; the seed depends on the problem, not on its place in the list."""
-    return Sampling(
+    return SamplingParams(
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         max_tokens=cfg.max_tokens,
-        stop_ids=chat.stop_ids,
+        stop_token_ids=chat.stop_token_ids,
         seed=digest("evaluation", cfg.seed, problem.key, problem.language, problem.wording),
         n=cfg.samples,
     )
 
 
-def judge(
-    problem: Problem, completion: Completion, chat: ChatFormat, score: ScoreFunction, form: Form = "tagged"
+def grade_completion(
+    problem: Problem,
+    completion: Completion,
+    chat: ChatFormat,
+    score: ScoreFunction,
+    form: ThinkingFormat = "think_answer_tags",
 ) -> AnswerRecord:
     """Read and judge one answer. Right means accuracy 1: the form is counted beside it, not mixed into it.
 
@@ -152,10 +156,10 @@ def judge(
     turn, verdict, answer = parse_turn(text, form), score(problem, text), final_answer(problem, text, form)
     return AnswerRecord(
         text=text,
-        answer=None if answer is None else normalise(answer),
+        answer=None if answer is None else normalize(answer),
         rule=None if answer is None else turn.rule,
         correct=None if verdict.unscorable is not None else verdict.parts["accuracy"] == 1.0,
-        well_formed=turn.is_well_formed and not (is_cut and form != "tagged"),
+        well_formed=turn.is_well_formed and not (is_cut and form != "think_answer_tags"),
         worked=is_worked(problem, turn.thinking),
         truncated=is_cut,
         num_tokens=len(completion.token_ids),

@@ -29,15 +29,15 @@ from thinkstack.kernels.cpu.decoding import (
     route,
     rows_of,
 )
-from thinkstack.kernels.cpu.operators import Heads, attend, expert_mlp
+from thinkstack.kernels.cpu.operators import KVLayout, attend, expert_mlp
 from thinkstack.kernels.cpu.rows import (
     add_norm,
     is_rows,
     linear,
     linear_grad_weight,
     linear_grad_x,
-    log_probs,
-    log_probs_backward,
+    logprobs,
+    logprobs_backward,
     rms_norm,
     rms_norm_backward,
     rotate,
@@ -48,9 +48,9 @@ from thinkstack.kernels.cpu.rows import (
 )
 
 __all__ = [
-    "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "RowDraws", "add_norm", "attend", "attend_new",
+    "FEW", "LANES", "BlockWeights", "KVLayout", "LatentLayer", "RowDraws", "add_norm", "attend", "attend_new",
     "available", "block_steps", "draw", "expert_mlp", "feed_forward", "few_rows", "is_rows", "latent_model", "linear",
-    "linear_grad_weight", "linear_grad_x", "log_probs", "log_probs_backward", "read_cache", "rms_norm",
+    "linear_grad_weight", "linear_grad_x", "logprobs", "logprobs_backward", "read_cache", "rms_norm",
     "rms_norm_backward", "rotate", "route", "rows_of", "swiglu", "swiglu_backward", "swiglu_halves", "takes",
     "takes_few", "takes_linear", "takes_rows", "takes_steps", "widen",
 ]  # fmt: skip

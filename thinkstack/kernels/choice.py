@@ -171,7 +171,7 @@ def describe() -> str:
     return f"{found.instruction_set}, dtype auto = {found.auto_dtype} ({found.reason}), kernels: {kernels}"
 
 
-def adopt(recorded: dict[str, Any] | None) -> None:
+def restore(recorded: dict[str, Any] | None) -> None:
     """Compute as a record says from now on, or, for None, as this machine is found."""
     global _CHOICES
     if recorded is None:

@@ -37,8 +37,8 @@ class AttentionContext:
 
     rope: Tensor
     """Rotations of the new tokens, (B or 1, T, R / 2) complex64."""
-    sight: Tensor
-    """What each new token sees of the tokens before it, (B or 1, T, 3) int32, as `sight_of` gives it."""
+    kv_range: Tensor
+    """What each new token sees of the tokens before it, (B or 1, T, 3) int32, as `kv_range_of` gives it."""
     last: Tensor
     """The last token that it sees, itself, (B or 1, T) int64; all count from the start of the row or of the cached
     context."""
@@ -52,14 +52,14 @@ class AttentionContext:
     def mask(self, span: int, dtype: torch.dtype) -> Tensor:
         """Added to the scores over `span` tokens, (B or 1, 1, T, span): 0 = open, -inf = closed."""
         if self.known_mask is None:
-            self.known_mask = additive_mask(self.sight, self.last, span, dtype)
+            self.known_mask = additive_mask(self.kv_range, self.last, span, dtype)
         return self.known_mask
 
 
-def additive_mask(sight: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+def additive_mask(kv_range: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
     """0 where a token is seen and -inf elsewhere, (B or 1, 1, T, span); sight (B or 1, T, 3), last (B or 1, T)."""
     tokens = torch.arange(span, device=last.device)
-    first, hidden_from, hidden_to = sight.unsqueeze(-2).unbind(-1)  # (B or 1, T, 1) each
+    first, hidden_from, hidden_to = kv_range.unsqueeze(-2).unbind(-1)  # (B or 1, T, 1) each
     closed = (tokens < first) | (tokens > last.unsqueeze(-1)) | ((tokens >= hidden_from) & (tokens < hidden_to))
     return torch.zeros(closed.shape, dtype=dtype, device=last.device).masked_fill_(closed, -torch.inf).unsqueeze(1)
 
@@ -70,7 +70,7 @@ def run_starts(*ids: Tensor) -> Tensor:
     return torch.where(F.pad(changes, (1, 0)), torch.arange(ids[0].shape[1], device=ids[0].device), 0).cummax(1).values
 
 
-def sight_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
+def kv_range_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
     """What each token sees of the earlier tokens of its row, (B, T, 3) int32: the first of them, and an interval
     (from, to) that is hidden, empty where both are equal.
 
@@ -101,16 +101,16 @@ def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     return out.unflatten(2, (T, Q)).permute(0, 2, 1, 3, 4)
 
 
-def document_blocks(sight: Tensor) -> BlockMask:
+def document_blocks(kv_range: Tensor) -> BlockMask:
     """What FlexAttention skips: keys after a query, and those it does not see. sight: (B or 1, T, 3)."""
-    rows, T, _ = sight.shape
-    first, hidden_from, hidden_to = sight.unbind(-1)
+    rows, T, _ = kv_range.shape
+    first, hidden_from, hidden_to = kv_range.unbind(-1)
 
     def is_open(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_hidden = (key >= hidden_from[row, query]) & (key < hidden_to[row, query])
         return (key <= query) & (key >= first[row, query]) & ~is_hidden
 
-    return create_block_mask(is_open, rows if rows > 1 else None, None, T, T, device=sight.device)
+    return create_block_mask(is_open, rows if rows > 1 else None, None, T, T, device=kv_range.device)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
@@ -130,7 +130,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionCon
 
 
 def read_pages(
-    query: Tensor, pages: Pages, last: Tensor, heads: kernels.Heads, scale: float, limit: int = 1 << 26
+    query: Tensor, pages: Pages, last: Tensor, heads: kernels.KVLayout, scale: float, limit: int = 1 << 26
 ) -> Tensor:
     """`kernels.read_cache` in torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
 
@@ -177,12 +177,12 @@ class Attention(nn.Module):
         self.layer, self.interleaved, self.scale = layer, cfg.rope.interleaved, cfg.softmax_scale
 
     def among_themselves(
-        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, heads: kernels.Heads, ctx: AttentionContext
+        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, heads: kernels.KVLayout, ctx: AttentionContext
     ) -> Tensor:
         """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
         last part of every key, or None. Returns (B, T, H, V)."""
         if kernels.takes(q, "attend") and ctx.blocks is None:
-            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.sight, heads, self.scale, self.interleaved)
+            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.kv_range, heads, self.scale, self.interleaved)
         k, v = heads.split(kv)  # (B, T, G, ...)
         if k_shared is None:
             k = rotate(k, ctx.rope, self.interleaved)
@@ -196,7 +196,7 @@ class Attention(nn.Module):
             return fused_attention(grouped, k, v, ctx, self.scale).flatten(2, 3)
         return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
 
-    def read(self, q: Tensor, pages: Pages, heads: kernels.Heads, ctx: AttentionContext) -> Tensor:
+    def read(self, q: Tensor, pages: Pages, heads: kernels.KVLayout, ctx: AttentionContext) -> Tensor:
         """q (N, 1, H, K), rotated, over the context of each token. Returns (N, 1, H, V)."""
         grouped, last = q.squeeze(1).unflatten(1, (heads.groups, -1)), ctx.last.squeeze(1)
         attend = (
@@ -215,8 +215,8 @@ class MLA(Attention):
         self.shape = a
         per_head = a.qk_nope_head_dim + a.v_head_dim
         nope = a.qk_nope_head_dim
-        self.expanded = kernels.Heads(a.num_heads, nope, per_head, nope, per_head, a.v_head_dim)
-        self.absorbed = kernels.Heads(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
+        self.expanded = kernels.KVLayout(a.num_heads, nope, per_head, nope, per_head, a.v_head_dim)
+        self.absorbed = kernels.KVLayout(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
         if a.q_lora_rank:
             self.wq_a = Projection(cfg.hidden_size, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, cfg.norm_eps)
@@ -268,7 +268,7 @@ class GQA(Attention):
         assert isinstance(a, GQAConfig)
         self.shape = a
         width = a.num_kv_heads * a.head_dim
-        self.heads = kernels.Heads(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
+        self.heads = kernels.KVLayout(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
         self.wq = Projection(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
         self.wk = Projection(cfg.hidden_size, width, bias=a.qkv_bias)
         self.wv = Projection(cfg.hidden_size, width, bias=a.qkv_bias)

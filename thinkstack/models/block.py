@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.attention = MLA(cfg, layer) if isinstance(cfg.attention, MLAConfig) else GQA(cfg, layer)
         self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.ffn = MoE(cfg) if cfg.is_moe_layer(layer) else SwiGLU(cfg.hidden_size, cfg.dense_size)
+        self.ffn = MoE(cfg) if cfg.is_moe_layer(layer) else SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, replayed: Tensor | None = None

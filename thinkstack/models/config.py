@@ -26,21 +26,21 @@ class MoEConfig:
 
     num_experts: int
     """Routed experts per layer."""
-    top_k: int
+    num_experts_per_tok: int
     """Routed experts per token."""
     num_shared_experts: int = 1
-    """Experts every token uses; they form one SwiGLU of width num_shared_experts * expert_size."""
-    expert_size: int
+    """Experts every token uses; they form one SwiGLU of width num_shared_experts * moe_intermediate_size."""
+    moe_intermediate_size: int
     """Intermediate width of one expert."""
     num_groups: int = 1
-    """Groups of neighbouring experts (nodes in the published training)."""
+    """Groups of neighboring experts (nodes in the published training)."""
     top_groups: int = 1
     """A token may use experts from at most this many groups."""
     scoring: Literal["sigmoid", "softmax"] = "sigmoid"
     """Affinity function; V3 uses sigmoid, V2 softmax."""
     group_score: Literal["top2", "max"] = "top2"
     """What ranks a group: the sum of its two best affinities (V3) or its best one (V2)."""
-    normalise_weights: bool = True
+    norm_topk_prob: bool = True
     """Whether the chosen weights are divided by their sum (V3) or used as they are (V2)."""
     route_scale: float = 1.0
     """Factor on the routed output."""
@@ -56,10 +56,10 @@ class MoEConfig:
         if not 1 <= self.top_groups <= self.num_groups:
             raise ConfigError(f"moe.top_groups={self.top_groups} must lie in 1..moe.num_groups={self.num_groups}")
         group_size = self.num_experts // self.num_groups
-        if self.top_k > self.top_groups * group_size:
+        if self.num_experts_per_tok > self.top_groups * group_size:
             raise ConfigError(
-                f"moe.top_k={self.top_k} experts cannot come from {self.top_groups} groups of {group_size}; "
-                "raise moe.top_groups or lower moe.top_k"
+                f"moe.num_experts_per_tok={self.num_experts_per_tok} experts cannot come from {self.top_groups} groups of {group_size}; "
+                "raise moe.top_groups or lower moe.num_experts_per_tok"
             )
         if self.num_groups > 1 and self.group_score == "top2" and group_size < 2:
             raise ConfigError(
@@ -70,7 +70,7 @@ class MoEConfig:
     @property
     def shared_size(self) -> int:
         """Intermediate width of the shared experts together."""
-        return self.num_shared_experts * self.expert_size
+        return self.num_shared_experts * self.moe_intermediate_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class ModelConfig:
     """Transformer blocks, without multi-token-prediction modules."""
     attention: MLAConfig | GQAConfig
     """Latent or grouped-query attention."""
-    dense_size: int
+    intermediate_size: int
     """Intermediate width of a dense feed-forward."""
     moe: MoEConfig | None = None
     """Experts of the layers from moe.first_dense_layers on; None keeps all layers dense."""
@@ -143,11 +143,11 @@ def v3_671b() -> ModelConfig:
         attention=MLAConfig(
             num_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
         ),
-        dense_size=18432,
+        intermediate_size=18432,
         moe=MoEConfig(
             num_experts=256,
-            top_k=8,
-            expert_size=2048,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
             num_groups=8,
             top_groups=4,
             route_scale=2.5,
@@ -169,15 +169,15 @@ def v2_lite() -> ModelConfig:
         attention=MLAConfig(
             num_heads=16, q_lora_rank=0, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
         ),
-        dense_size=10944,
+        intermediate_size=10944,
         moe=MoEConfig(
             num_experts=64,
-            top_k=6,
+            num_experts_per_tok=6,
             num_shared_experts=2,
-            expert_size=1408,
+            moe_intermediate_size=1408,
             scoring="softmax",
             group_score="max",
-            normalise_weights=False,
+            norm_topk_prob=False,
         ),
         rope=RopeConfig(yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
         max_positions=163840,
@@ -201,8 +201,10 @@ def v3_tiny() -> ModelConfig:
         attention=MLAConfig(
             num_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=48
         ),
-        dense_size=256,
-        moe=MoEConfig(num_experts=8, top_k=2, expert_size=64, num_groups=4, top_groups=2, route_scale=1.0),
+        intermediate_size=256,
+        moe=MoEConfig(
+            num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, num_groups=4, top_groups=2, route_scale=1.0
+        ),
         mtp_layers=1,
         max_positions=512,
         init_std=0.1,
@@ -218,7 +220,7 @@ def llama_tiny() -> ModelConfig:
         hidden_size=128,
         num_layers=4,
         attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=32),
-        dense_size=384,
+        intermediate_size=384,
         rope=RopeConfig(interleaved=False),
         norm_eps=1e-5,
         tie_embeddings=True,
@@ -235,7 +237,7 @@ def smollm2_135m() -> ModelConfig:
         hidden_size=576,
         num_layers=30,
         attention=GQAConfig(num_heads=9, num_kv_heads=3, head_dim=64),
-        dense_size=1536,
+        intermediate_size=1536,
         rope=RopeConfig(theta=100000.0, interleaved=False),
         norm_eps=1e-5,
         tie_embeddings=True,
@@ -252,11 +254,11 @@ def v2_236b() -> ModelConfig:
         hidden_size=5120,
         num_layers=60,
         attention=v3_671b().attention,
-        dense_size=12288,
+        intermediate_size=12288,
         moe=replace(
             v2_lite().moe,  # type: ignore[type-var]
             num_experts=160,
-            expert_size=1536,
+            moe_intermediate_size=1536,
             num_groups=8,
             top_groups=3,
             route_scale=16.0,
@@ -264,7 +266,7 @@ def v2_236b() -> ModelConfig:
     )
 
 
-def llama3(hidden_size: int, num_layers: int, num_heads: int, dense_size: int) -> ModelConfig:
+def llama3(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> ModelConfig:
     """Llama 3.1 and 3.3 as R1's students of that family (config.json of the released models)."""
     return ModelConfig(
         family="llama",
@@ -272,7 +274,7 @@ def llama3(hidden_size: int, num_layers: int, num_heads: int, dense_size: int) -
         hidden_size=hidden_size,
         num_layers=num_layers,
         attention=GQAConfig(num_heads=num_heads, num_kv_heads=8, head_dim=128),
-        dense_size=dense_size,
+        intermediate_size=intermediate_size,
         rope=RopeConfig(theta=500000.0, interleaved=False, llama3=Llama3RopeConfig()),
         norm_eps=1e-5,
         max_positions=131072,
@@ -287,7 +289,7 @@ def qwen2(
     num_layers: int,
     num_heads: int,
     num_kv_heads: int,
-    dense_size: int,
+    intermediate_size: int,
     vocab_size: int = 152064,
     theta: float = 1e6,
 ) -> ModelConfig:
@@ -298,7 +300,7 @@ def qwen2(
         hidden_size=hidden_size,
         num_layers=num_layers,
         attention=GQAConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, qkv_bias=True),
-        dense_size=dense_size,
+        intermediate_size=intermediate_size,
         rope=RopeConfig(theta=theta, interleaved=False),
         max_positions=131072,
         bos_id=151643,
@@ -326,12 +328,12 @@ def qwen3_30b_a3b() -> ModelConfig:
         hidden_size=2048,
         num_layers=48,
         attention=GQAConfig(num_heads=32, num_kv_heads=4, head_dim=128, qk_norm=True),
-        dense_size=6144,
+        intermediate_size=6144,
         moe=MoEConfig(
             num_experts=128,
-            top_k=8,
+            num_experts_per_tok=8,
             num_shared_experts=0,
-            expert_size=768,
+            moe_intermediate_size=768,
             scoring="softmax",
             group_score="max",
             first_dense_layers=0,

@@ -13,8 +13,9 @@ def count_parameters(cfg: ModelConfig) -> int:
 
 
 def count_active_parameters(cfg: ModelConfig) -> int:
-    """Parameters of the main model that one token is multiplied with: top_k of the routed experts, the head, and not
-    the embedding, of which a token only looks up a row. The V3 report's 37B and the V2 report's 2.4B for V2-Lite.
+    """Parameters of the main model that one token is multiplied with: num_experts_per_tok of the routed experts, the
+    head, and not the embedding, of which a token only looks up a row. The V3 report's 37B and the V2 report's 2.4B for
+    V2-Lite.
     """
     blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
     return cfg.vocab_size * cfg.hidden_size + blocks + cfg.hidden_size - _idle(cfg)
@@ -76,9 +77,9 @@ def block_parameters(cfg: ModelConfig, has_experts: bool) -> int:
     """Parameters of one transformer block with its norms."""
     D = cfg.hidden_size
     if not has_experts:
-        return attention_matrices(cfg) + block_vectors(cfg) + 3 * D * cfg.dense_size
+        return attention_matrices(cfg) + block_vectors(cfg) + 3 * D * cfg.intermediate_size
     assert cfg.moe is not None
-    width = cfg.moe.num_experts * cfg.moe.expert_size + cfg.moe.shared_size
+    width = cfg.moe.num_experts * cfg.moe.moe_intermediate_size + cfg.moe.shared_size
     return attention_matrices(cfg) + block_vectors(cfg) + 3 * D * width + D * cfg.moe.num_experts
 
 
@@ -107,4 +108,10 @@ def _idle(cfg: ModelConfig) -> int:
     if cfg.moe is None:
         return 0
     layers = sum(cfg.is_moe_layer(layer) for layer in range(cfg.num_layers))
-    return layers * (cfg.moe.num_experts - cfg.moe.top_k) * 3 * cfg.hidden_size * cfg.moe.expert_size
+    return (
+        layers
+        * (cfg.moe.num_experts - cfg.moe.num_experts_per_tok)
+        * 3
+        * cfg.hidden_size
+        * cfg.moe.moe_intermediate_size
+    )

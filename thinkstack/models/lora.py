@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from thinkstack.config import CountOrZero, Positive, Seed
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import Packed, matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import QuantizedWeight, matrices, pack, quantized_weights, unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.nf4 import NF4Blocks
-from thinkstack.quant.scheme import Storage
+from thinkstack.quant.scheme import QuantScheme
 from thinkstack.types import ConfigError
 
 M = TypeVar("M", bound=Transformer)
-BASES: dict[str, Storage] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
+BASES: dict[str, QuantScheme] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
 """Storages of a frozen base."""
 
 
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         self.lora_b = nn.Parameter(like.new_zeros(*stacked, O, rank))
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Draw A as PEFT does, uniformly up to 1 / sqrt(I); B stays 0."""
         bound = self.lora_a.shape[-1] ** -0.5
         drawn = torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator)
@@ -129,9 +129,9 @@ def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: f
         module = model.get_submodule(owner)
         if isinstance(module, MoE):
             stack = getattr(module, leaf)
-            if isinstance(stack, Packed):
+            if isinstance(stack, QuantizedWeight):
                 raise ConfigError(
-                    f"{name} is kept as {stack.storage.name}; adapt experts of a model in bf16, or leave experts out "
+                    f"{name} is kept as {stack.quantization.name}; adapt experts of a model in bf16, or leave experts out "
                     "of lora.targets"
                 )
             parts = 2 if leaf == "w_in" else 1
@@ -156,7 +156,7 @@ def adapt(model: Transformer, cfg: LoRAConfig) -> None:
     add_adapters(model, names, cfg.rank, cfg.scale)
     generator = torch.Generator().manual_seed(cfg.seed)
     for adapter in adapters(model).values():
-        adapter.initialise(generator)
+        adapter.initialize(generator)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -174,7 +174,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by the names of a plain model: adapters merged into what they adapt, packed ones wide."""
-    known, packed = adapters(model), packed_parameters(model)
+    known, packed = adapters(model), quantized_weights(model)
     held = {id(part) for module in packed.values() for part in module.buffers()}
     wide = ((name, module.whole()) for name, module in packed.items())
     for name, value in chain(wide, model.named_parameters(), model.named_buffers()):

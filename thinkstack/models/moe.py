@@ -39,7 +39,7 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
     best = 2 if cfg.group_score == "top2" else 1
     if kernels.takes_steps(scores, 0, "route"):
         groups = (cfg.num_groups, cfg.top_groups, best)
-        return kernels.route(scores, bias.float(), cfg.top_k, groups, cfg.normalise_weights, cfg.route_scale)
+        return kernels.route(scores, bias.float(), cfg.num_experts_per_tok, groups, cfg.norm_topk_prob, cfg.route_scale)
     choice = scores.detach() + bias
     if cfg.top_groups < cfg.num_groups:
         grouped = choice.unflatten(-1, (cfg.num_groups, -1))  # (N, G, E/G)
@@ -47,14 +47,14 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
         kept = group_score.topk(cfg.top_groups, dim=-1).indices
         closed = torch.ones_like(group_score, dtype=torch.bool).scatter(1, kept, False)
         choice = grouped.masked_fill(closed[..., None], -math.inf).flatten(1)
-    experts = choice.topk(cfg.top_k, dim=-1).indices  # (N, K)
+    experts = choice.topk(cfg.num_experts_per_tok, dim=-1).indices  # (N, K)
     return weigh(scores, experts, cfg), experts
 
 
 def weigh(scores: Tensor, experts: Tensor, cfg: MoEConfig) -> Tensor:
     """Weights (N, K) fp32 of chosen experts (N, K) int64 by their scores (N, E)."""
     weights = scores.gather(1, experts)
-    if cfg.normalise_weights:
+    if cfg.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # 1e-20: as transformers, all scores may be 0
     return weights * cfg.route_scale
 
@@ -150,7 +150,7 @@ def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out:
 
 
 class MoE(nn.Module):
-    """Shared experts, plus the top_k routed experts of each token."""
+    """Shared experts, plus the num_experts_per_tok routed experts of each token."""
 
     bias: Tensor
 
@@ -161,8 +161,8 @@ class MoE(nn.Module):
         self.router = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size))
         # fp32 whatever the model's dtype: near 1, bf16 would round a bias step of 1e-3 away
         self.register_buffer("bias", torch.zeros(moe.num_experts))
-        self.w_in = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_size, cfg.hidden_size))
-        self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.expert_size))
+        self.w_in = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.moe_intermediate_size, cfg.hidden_size))
+        self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.moe_intermediate_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
         self.adapters = nn.ModuleDict()  # by parameter: what models/lora.py adds to w_in or w_out
         self.products: nn.Module | None = None  # computes the experts in place of `compute`: train/fp8.py

@@ -11,10 +11,10 @@ from torch import nn
 from thinkstack.kernels import choice
 from thinkstack.models.lora import BASES, adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import matrices, pack, quantized_weights, unpack
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
-from thinkstack.quant.scheme import Storage
+from thinkstack.quant.scheme import QuantScheme
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +22,14 @@ Precision = Literal["fp32", "bf16"]
 AskedPrecision = Literal["auto", "fp32", "bf16"]
 """auto: bf16 where the device multiplies it faster than fp32 (`resolve_precision`)."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Stored = Literal["plain", "int8", "fp8", "nf4"]
+Quantization = Literal["plain", "int8", "fp8", "nf4"]
 """How matrices are kept for inference: in the model's precision, or packed."""
-STORAGES: dict[str, Storage] = {"int8": Int8(), **BASES}
+QUANT_SCHEMES: dict[str, QuantScheme] = {"int8": Int8(), **BASES}
 
 
 def resolve_precision(asked: AskedPrecision, device: torch.device | str = "cpu") -> Precision:
-    """What "auto" means on a device: on CUDA bf16, on a CPU what its instruction set and a measurement say. Asking for
-    bf16 on a CPU that emulates it is warned about once."""
+    """What "auto" means on a device: on CUDA bf16, on a CPU what its instruction set and a measurement say.
+    RolloutConfig for bf16 on a CPU that emulates it is warned about once."""
     if torch.device(device).type != "cpu":
         return "bf16" if asked == "auto" else asked
     if asked == "auto":
@@ -63,25 +63,25 @@ def _cast_matrices(model: Transformer, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def inference_copy(model: Transformer, dtype: torch.dtype, weights: Stored = "plain") -> Transformer:
+def inference_copy(model: Transformer, dtype: torch.dtype, weights: Quantization = "plain") -> Transformer:
     """`working_copy` without adapters: they are merged into a copy, so what they adapt is never rounded.
 
     weights: unless "plain", matrices and output head are packed, from the model's own numbers; the result is a copy
     whatever the dtype, and products run in that.
     """
     plain = merged(model)
-    return working_copy(plain, dtype) if weights == "plain" else _packed_copy(plain, dtype, STORAGES[weights])
+    return working_copy(plain, dtype) if weights == "plain" else _packed_copy(plain, dtype, QUANT_SCHEMES[weights])
 
 
 @torch.no_grad()
-def _packed_copy(model: Transformer, dtype: torch.dtype, storage: Storage) -> Transformer:
+def _packed_copy(model: Transformer, dtype: torch.dtype, quantization: QuantScheme) -> Transformer:
     """A copy with packed matrices; where head and embedding are one parameter, the head becomes one of its own."""
-    if packed_parameters(model):
+    if quantized_weights(model):
         model = unpack(copy.deepcopy(model))
     names = matrices(model)
     packed_here = [model.get_parameter(name) for name in names]
     twin = copy.deepcopy(model, {id(weight): weight for weight in packed_here})  # not copied before they are packed
-    pack(twin, storage, [*names, "head.weight"], dtype)
+    pack(twin, quantization, [*names, "head.weight"], dtype)
     _cast_matrices(twin, dtype)
     return twin
 

@@ -23,24 +23,24 @@ from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
-from thinkstack.quant.scheme import Parts, Storage
+from thinkstack.quant.scheme import Parts, QuantScheme
 
 M = TypeVar("M", bound=Transformer)
 
 Index = tuple[int | Tensor, ...]
 
 
-class Packed(nn.Module):
+class QuantizedWeight(nn.Module):
     """Matrices (..., N, K) in their storage. The parts are buffers that move with the model and are never cast."""
 
-    def __init__(self, storage: Storage, weight: Tensor, dtype: torch.dtype):
+    def __init__(self, quantization: QuantScheme, weight: Tensor, dtype: torch.dtype):
         """Packs weight (..., N, K). dtype: of the matrices that come out where no other is asked for."""
         super().__init__()
-        self.storage, self.shape, self.dtype = storage, tuple(weight.shape), dtype
-        for name, part in storage.pack(weight).items():
+        self.quantization, self.shape, self.dtype = quantization, tuple(weight.shape), dtype
+        for name, part in quantization.pack(weight).items():
             self.register_buffer(name, part)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         """Move without casting: a function that casts floats sees bytes."""
         for name, part in self._buffers.items():
             assert part is not None
@@ -61,7 +61,7 @@ class Packed(nn.Module):
         parts = self.parts(index)
         some = next(iter(parts.values()))
         out = torch.empty(*some.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=some.device)
-        dequantize_(self.storage, parts, out)
+        dequantize_(self.quantization, parts, out)
         return out
 
     def whole(self) -> Tensor:
@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
     """x (..., K) times packed (N, K) transposed, plus bias (N,) or None; the matrix is widened again going back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: QuantizedWeight, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
         return upcast_linear(x, packed.dense(dtype=x.dtype), bias)
 
@@ -85,10 +85,10 @@ class _Product(torch.autograd.Function):
         return (grad.to(dtype) @ weight.to(dtype)).to(grad.dtype), None, grad_bias
 
 
-class PackedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer on a packed matrix; `weight` is the matrix widened, for code that reads it."""
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None):
+    def __init__(self, packed: QuantizedWeight, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
         self.packed = packed
@@ -100,27 +100,29 @@ class PackedLinear(nn.Linear):
 
     def in_8_bits(self) -> Parts | None:
         """Codes (N, K) and their blocks' scales; None for another storage."""
-        return self.packed.parts() if isinstance(self.packed.storage, Int8 | FP8Blocks) else None
+        return self.packed.parts() if isinstance(self.packed.quantization, Int8 | FP8Blocks) else None
 
     def in_int8(self) -> Parts | None:
         """Codes (N, K) and scale (N, 1), which kernels read as they are; None for another storage."""
-        return self.packed.parts() if isinstance(self.packed.storage, Int8) else None
+        return self.packed.parts() if isinstance(self.packed.quantization, Int8) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K); returns (..., N). For a few rows codes of 8 bits are multiplied as they are read."""
         parts, bias = self.in_8_bits(), None if self.bias is None else self.bias.to(x.dtype)
-        if parts is not None and triton.takes_packed(x, parts["codes"]):
-            out = triton.packed_product(x, parts["codes"], parts["scale"].float())
+        if parts is not None and triton.takes_quantized(x, parts["codes"]):
+            out = triton.quantized_linear(x, parts["codes"], parts["scale"].float())
             return out if bias is None else out + bias
         if parts is not None and bias is None and kernels.takes_few(x, parts["codes"]):
             return kernels.few_rows(x, parts["codes"], parts["scale"])
         return _Product.apply(x, self.packed, bias)
 
 
-class PackedExperts(nn.Module):
+class QuantizedExperts(nn.Module):
     """Computes routed experts whose stacks are packed: w_in (E, 2, I, D), w_out (E, 1, D, I)."""
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, w_in: Packed, w_out: Packed) -> Tensor:
+    def forward(
+        self, x: Tensor, weights: Tensor, experts: Tensor, w_in: QuantizedWeight, w_out: QuantizedWeight
+    ) -> Tensor:
         """Arguments and result as of ExpertMLP in models/moe.py, but for the stacks."""
         used, place = experts.unique(return_inverse=True)  # (U,), (N, K)
 
@@ -147,7 +149,9 @@ def matrices(model: Transformer) -> list[str]:
     return found
 
 
-def pack(model: Transformer, storage: Storage, names: Collection[str], dtype: torch.dtype | None = None) -> None:
+def pack(
+    model: Transformer, quantization: QuantScheme, names: Collection[str], dtype: torch.dtype | None = None
+) -> None:
     """Keep the named parameters packed, in place; a model on the meta device gets empty ones.
 
     names: as in state_dict, of linear layers and of stacks of experts, of which a layer needs both. dtype: of widened
@@ -160,18 +164,18 @@ def pack(model: Transformer, storage: Storage, names: Collection[str], dtype: to
         if isinstance(module, MoE):
             stack = weight.unflatten(1, (STACKED[leaf], -1))
             delattr(module, leaf)
-            setattr(module, leaf, Packed(storage, stack, dtype or weight.dtype))
-            module.products = PackedExperts()
+            setattr(module, leaf, QuantizedWeight(quantization, stack, dtype or weight.dtype))
+            module.products = QuantizedExperts()
         else:
             assert isinstance(module, nn.Linear), name
             parent, _, place = owner.rpartition(".")
-            layer = PackedLinear(Packed(storage, weight, dtype or weight.dtype), module.bias)
+            layer = QuantizedLinear(QuantizedWeight(quantization, weight, dtype or weight.dtype), module.bias)
             setattr(model.get_submodule(parent), place, layer)
 
 
 def unpack(model: M) -> M:
     """Widen everything that is packed, in place, to parameters; returns the model."""
-    for name, packed in packed_parameters(model).items():
+    for name, packed in quantized_weights(model).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, MoE):
@@ -180,7 +184,7 @@ def unpack(model: M) -> M:
             setattr(module, leaf, wide)
             module.products = None
         else:
-            assert isinstance(module, PackedLinear)
+            assert isinstance(module, QuantizedLinear)
             parent, _, place = owner.rpartition(".")
             layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             layer.weight, layer.bias = nn.Parameter(packed.whole()), module.bias
@@ -188,11 +192,11 @@ def unpack(model: M) -> M:
     return model
 
 
-def packed_parameters(model: nn.Module) -> dict[str, Packed]:
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """What is packed, by the name that the parameter has in a plain model."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, Packed):
+        if isinstance(module, QuantizedWeight):
             owner, _, leaf = name.rpartition(".")
             found[f"{owner}.weight" if leaf == "packed" else name] = module
     return found

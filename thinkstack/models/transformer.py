@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, sight_of
+from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, kv_range_of
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import Embedding, Projection, RMSNorm, rope_table
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         return [*self.layers, *(module.block for module in self.mtp)]  # type: ignore[list-item, union-attr]
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> "Transformer":
+    def initialize(self, generator: torch.Generator) -> "Transformer":
         """Draw all matrices from N(0, cfg.init_std), set norms to 1 and biases to 0; returns self."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -102,10 +102,10 @@ class Transformer(nn.Module):
             assert positions is not None, "only the engine knows the places in its cache"
             context = self.cached_context(positions, cache)
         else:
-            sight = sight_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
+            kv_range = kv_range_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
             rope = rope_table(rows if positions is None else positions, self.cfg.attention.rope_dim, self.cfg.rope)
-            blocks = document_blocks(sight) if self.uses_flex else None
-            context = AttentionContext(rope=rope, sight=sight, last=rows, blocks=blocks)
+            blocks = document_blocks(kv_range) if self.uses_flex else None
+            context = AttentionContext(rope=rope, kv_range=kv_range, last=rows, blocks=blocks)
         routing: list[Routing] = []
         for block in self.layers:
             replayed = None if experts is None else experts[:, :, len(routing)]
@@ -116,9 +116,9 @@ class Transformer(nn.Module):
 
     def cached_context(self, positions: Tensor, cache: LayerCache) -> AttentionContext:
         """What attention needs to know of new tokens at positions (N, 1) of their sequences' cached contexts."""
-        sight = positions.new_zeros(1, 1, 3, dtype=torch.int32)  # the whole context, told by `last`
+        kv_range = positions.new_zeros(1, 1, 3, dtype=torch.int32)  # the whole context, told by `last`
         rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
-        return AttentionContext(rope=rope, sight=sight, last=positions, cache=cache)
+        return AttentionContext(rope=rope, kv_range=kv_range, last=positions, cache=cache)
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
         """States (N, 1, D) of the first multi-token-prediction module: at position i it predicts token i+2.

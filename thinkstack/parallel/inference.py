@@ -42,7 +42,7 @@ class Ranks:
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
-def join_ranks(device: str = "cpu") -> Ranks:
+def init_ranks(device: str = "cpu") -> Ranks:
     """Join the processes that torchrun started; one rank alone outside of it."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
@@ -58,7 +58,7 @@ def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
     Raises ConfigError, naming it, for what does not divide.
     """
     a = cfg.attention
-    parts = {"attention heads": a.num_heads, "intermediate_size": cfg.dense_size}
+    parts = {"attention heads": a.num_heads, "intermediate_size": cfg.intermediate_size}
     if not isinstance(a, MLAConfig):
         parts["key/value heads"] = a.num_kv_heads
         if a.out_bias and count > 1:
@@ -72,7 +72,7 @@ def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
     if not isinstance(a, MLAConfig):
         changed["num_kv_heads"] = a.num_kv_heads // count
     attention: Any = replace(a, **changed)
-    return replace(cfg, attention=attention, dense_size=cfg.dense_size // count, mtp_layers=0)
+    return replace(cfg, attention=attention, intermediate_size=cfg.intermediate_size // count, mtp_layers=0)
 
 
 def local_model(cfg: ModelConfig, ranks: Ranks) -> Transformer:

@@ -22,7 +22,7 @@ SMALLEST_PEAK = 1e-30
 """A block's peak counts at least this. DeepSeek's inference code has 1e-4, below which gradients live."""
 
 
-def quantise(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """x (..., M, K) in blocks of `rows` x 128, ragged at the edges.
 
     power_of_two: scales of the form 2**n, rounded up (ue8m0), which lose no bit where they are taken out again.
@@ -38,8 +38,8 @@ def quantise(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, 
     return small.flatten(-2).flatten(-3, -2)[..., :M, :K].clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
-def dequantise(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """fp32 (..., M, K) of what `quantise` returned."""
+def dequantize(q: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """fp32 (..., M, K) of what `quantize` returned."""
     M, K = q.shape[-2:]
     wide = scale.repeat_interleave(rows, -2)[..., :M, :].repeat_interleave(BLOCK, -1)[..., :K]
     return q.float() * wide
@@ -59,8 +59,8 @@ class FP8Blocks:
         return "fp8-ue8m0" if self.power_of_two else "fp8"
 
     def pack(self, weight: Tensor) -> Parts:
-        codes, scale = quantise(weight, BLOCK, self.power_of_two)
-        return {"codes": codes, "scale": scale.to(self.scale_dtype)}
+        qweight, scale = quantize(weight, BLOCK, self.power_of_two)
+        return {"codes": qweight, "scale": scale.to(self.scale_dtype)}
 
     def unpack(self, parts: Parts, out: Tensor) -> None:
-        out.copy_(dequantise(parts["codes"], parts["scale"].float(), BLOCK))
+        out.copy_(dequantize(parts["codes"], parts["scale"].float(), BLOCK))

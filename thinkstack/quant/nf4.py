@@ -11,7 +11,7 @@ from torch import Tensor
 from thinkstack.quant.scheme import Parts
 
 BLOCK = 64
-"""Neighbours along the inputs that share a scale."""
+"""Neighbors along the inputs that share a scale."""
 # Quantiles of a normal distribution, scaled to [-1, 1], one of them 0 (appendix E).
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -38,12 +38,12 @@ class NF4Blocks:
         scale = peak.bfloat16()
         scale = torch.where(scale.float() < peak, peak * (1 + 2**-7), scale.float()).bfloat16()
         levels = torch.tensor(LEVELS, device=weight.device)
-        codes = torch.bucketize(blocks / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
-        pairs = codes.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
+        qweight = torch.bucketize(blocks / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
+        pairs = qweight.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
         return {"codes": pairs[..., 0] * 16 + pairs[..., 1], "scale": scale}
 
     def unpack(self, parts: Parts, out: Tensor) -> None:
-        levels, codes = torch.tensor(LEVELS, device=out.device), parts["codes"]
-        pairs = torch.stack((levels[(codes >> 4).int()], levels[(codes & 15).int()]), -1)
+        levels, qweight = torch.tensor(LEVELS, device=out.device), parts["codes"]
+        pairs = torch.stack((levels[(qweight >> 4).int()], levels[(qweight & 15).int()]), -1)
         blocks = pairs.flatten(-2).unflatten(-1, (-1, BLOCK)) * parts["scale"].float().unsqueeze(-1)
         out.copy_(blocks.flatten(-2)[..., : out.shape[-1]])

@@ -10,7 +10,7 @@ Parts = dict[str, Tensor]
 """What a storage makes of matrices (..., N, K): tensors by name, two dimensions each behind the same leading ones."""
 
 
-class Storage(Protocol):
+class QuantScheme(Protocol):
     """How matrices are kept."""
 
     @property

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from thinkstack.config import Count, CountOrZero, Seed, Share, Weight
 from thinkstack.engine.remote import ServersConfig
-from thinkstack.models.precision import AskedPrecision, Stored
+from thinkstack.models.precision import AskedPrecision, Quantization
 from thinkstack.rl.critic import CriticConfig
 from thinkstack.rl.groups import GROUP_KINDS, AdvantageKind
 from thinkstack.tasks.mixture import PhaseConfig, check_phases
 from thinkstack.tasks.reward import RewardConfig
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "group_size": 16,
         "prompts_per_step": 32,
-        "advantage": "standardised",
+        "advantage": "standardized",
         "loss": {
             "reduction": "sequence",
             "clip_low": 0.2,
@@ -41,22 +41,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamic_sampling": False,
         "reference_steps": 400,
     },
-    "dr_grpo": {"advantage": "centred", "dynamic_sampling": False, "loss": {"reduction": "fixed", **PPO_CLIP}},
+    "dr_grpo": {"advantage": "centered", "dynamic_sampling": False, "loss": {"reduction": "fixed", **PPO_CLIP}},
     "dapo": {
-        "advantage": "standardised",
+        "advantage": "standardized",
         "dynamic_sampling": True,
         "overlong_penalty": 0.5,
         "overlong_share": 0.2,
         "loss": {"reduction": "token", "clip_low": 0.2, "clip_high": 0.28},
     },
     "gspo": {
-        "advantage": "standardised",
+        "advantage": "standardized",
         "dynamic_sampling": False,
         "minibatches": 4,
         "loss": {"ratio_level": "sequence", "reduction": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     },
     "cispo": {
-        "advantage": "standardised",
+        "advantage": "standardized",
         "dynamic_sampling": False,
         "loss": {"clip_kind": "cap", "cispo_cap": 4.0, "reduction": "token"},
     },
@@ -68,9 +68,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {"advantage": "gae", "dynamic_sampling": False, "loss": {"reduction": "token", **PPO_CLIP}},
 }
 """Settings a preset lays under the user's own; docs/grpo.md gives the source of each number. "paper": R1 paper, section
-2.2.1 and supplement 2.4; it leaves the clip of R1-Zero open, 0.2 is PPO's."""
+2.2.1 and supplement 2.4; it leaves the clip of R1-RLTrainer open, 0.2 is PPO's."""
 DEFINING: dict[str, dict[str, Any]] = {
-    "dr_grpo": {"advantage": "centred", "loss.reduction": "fixed"},
+    "dr_grpo": {"advantage": "centered", "loss.reduction": "fixed"},
     "dapo": {"loss.reduction": "token", "dynamic_sampling": True},
     "gspo": {"loss.ratio_level": "sequence"},
     "cispo": {"loss.clip_kind": "cap"},
@@ -81,14 +81,14 @@ DEFINING: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoConfig:
-    """One run of group-relative policy optimisation."""
+class RLConfig:
+    """One run of group-relative policy optimization."""
 
     start: str
     """Checkpoint or earlier stage to start from."""
     preset: Preset = "default"
     """What was laid under these settings; see PRESETS. What makes it the algorithm of that name cannot be changed."""
-    families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
+    tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Task families to be measured by on the way, and to learn from where no phases are given."""
     phases: tuple[PhaseConfig, ...] = ()
     """A curriculum: what is asked in which part of the run; empty asks all families all along."""
@@ -114,7 +114,7 @@ class GrpoConfig:
     rollout_dtype: AskedPrecision = "fp32"
     """Precision that answers are drawn in; auto: bf16 where that is faster. The loss corrects for the trainer's being
     another one."""
-    rollout_weights: Stored = "plain"
+    rollout_quantization: Quantization = "plain"
     """How matrices are kept for drawing: as they are, or packed (int8, fp8, nf4), which the loss corrects for too."""
     servers: ServersConfig = ServersConfig()
     """vLLM servers that draw the answers instead of this process; rollout_dtype is then that of the weights they
@@ -127,8 +127,9 @@ class GrpoConfig:
     """Share of max_tokens, at its end, in which that penalty grows from 0."""
     top_p: Share = 1.0
     """Must be 1: tokens outside a nucleus would have probability 0 in the engine and more in the trainer."""
-    advantage: AdvantageKind = "centred"
-    """What a reward is compared with: its group ("centred", "standardised"), the step ("batch") or a critic ("gae")."""
+    advantage: AdvantageKind = "centered"
+    """What a reward is compared with: its group ("centered", "standardized"), the step ("batch") or a critic
+    ("gae")."""
     critic: CriticConfig = CriticConfig()
     """The value model; only with advantage="gae"."""
     reward: RewardConfig = RewardConfig()
@@ -152,11 +153,11 @@ class GrpoConfig:
     """Steps after which the reference is replaced by the policy; only with a KL term."""
     rollout_steps: CountOrZero = 1
     """Every so many steps the answers are kept on disk; 0 keeps none."""
-    way_steps: CountOrZero = 10
+    eval_steps: CountOrZero = 10
     """Steps between two evaluations on the way; 0 makes none."""
-    way_problems: Count = 48
+    eval_problems: Count = 48
     """Held-out problems of an evaluation on the way."""
-    way_samples: Count = 16
+    eval_samples: Count = 16
     """Answers drawn to each of them."""
     save_steps: CountOrZero = 20
     """Steps between two states to resume from; 0 keeps none."""
@@ -167,7 +168,7 @@ class GrpoConfig:
         for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        families(self.families)
+        puzzle_tasks(self.tasks)
         if self.phases:
             check_phases(self.phases, self.files)
             if self.held_out_levels:
@@ -193,12 +194,12 @@ class GrpoConfig:
         refuse_contradictions(self)
 
 
-def refuse_contradictions(cfg: GrpoConfig) -> None:
+def refuse_contradictions(cfg: RLConfig) -> None:
     """Raise ConfigError for settings that undo each other, or that a named preset is not."""
-    if cfg.loss.reduction == "fixed" and cfg.advantage == "standardised":
+    if cfg.loss.reduction == "fixed" and cfg.advantage == "standardized":
         raise ConfigError(
-            "advantage='standardised' brings back the bias that loss.reduction='fixed' (Dr. GRPO) takes out: easy and "
-            "hard problems get larger steps; use advantage='centred', or reduction='sequence'"
+            "advantage='standardized' brings back the bias that loss.reduction='fixed' (Dr. GRPO) takes out: easy and "
+            "hard problems get larger steps; use advantage='centered', or reduction='sequence'"
         )
     if cfg.dynamic_sampling and cfg.advantage not in GROUP_KINDS:
         raise ConfigError(

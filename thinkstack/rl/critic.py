@@ -13,7 +13,7 @@ from thinkstack.config import CountOrZero, Positive, Share, Weight
 from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.value_head import ValueModel
-from thinkstack.rl.groups import collect, lay, normalised, to_batch
+from thinkstack.rl.groups import gather_tokens, normalized, spread_tokens, to_batch
 from thinkstack.train.loss import token_weights
 from thinkstack.train.passes import micro_batches, run_trunk
 from thinkstack.train.resume import restore_trainer, trainer_state
@@ -33,7 +33,7 @@ class CriticConfig:
     """Peak learning rate of the critic; everything else of its trainer is the policy's, but it never has adapters."""
     gamma: Share = 1.0
     """Discount a token; 1 values a right answer the same however long it is."""
-    lam: Share = 1.0
+    gae_lambda: Share = 1.0
     """Lambda of the advantage estimate; 1 is unbiased, below 1 the critic's belief replaces later rewards."""
     clip: Weight = 0.2
     """A prediction is held within this of the old one where that costs more; 0 leaves it out."""
@@ -43,8 +43,10 @@ class CriticConfig:
     """Drawings on which the critic alone is trained before the policy's first step (arXiv:2503.01491, section 4.1)."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise ConfigError(f"critic.gamma={self.gamma} must lie in (0, 1] and critic.lam={self.lam} in [0, 1]")
+        if not (0 < self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
+            raise ConfigError(
+                f"critic.gamma={self.gamma} must lie in (0, 1] and critic.gae_lambda={self.gae_lambda} in [0, 1]"
+            )
         if self.clip < 0 or self.prefit_steps < 0 or not self.learning_rate > 0:
             raise ConfigError(
                 f"critic.clip={self.clip} and critic.prefit_steps={self.prefit_steps} cannot be negative, and "
@@ -60,7 +62,7 @@ class Target(NamedTuple):
     """Predicted before the step."""
 
 
-Piece = tuple[list[Rollout], list[Target]]
+CriticBatch = tuple[list[Rollout], list[Target]]
 
 
 class Critic:
@@ -75,26 +77,31 @@ class Critic:
         settings = replace(trainer, optim=optim, lora=LoRAConfig())
         self.trainer = Trainer(ValueModel.from_policy(policy), settings, steps + cfg.prefit_steps, folder)
 
-    def judge(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float]], lam: float | None = None
+    def estimate_advantages(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float]], gae_lambda: float | None = None
     ) -> tuple[list[list[float]], list[Target]]:
         """Advantages of each answer's tokens, and what to learn from it. rewards: by token. lam: if not cfg.lam."""
         batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
-        values = collect(batch_values(self.trainer.workers.running, batch, self.trainer.cfg.micro_tokens), batch)
-        lam = self.cfg.lam if lam is None else lam
-        raw = [gae(earned, known, self.cfg.gamma, lam) for earned, known in zip(rewards, values, strict=True)]
+        values = gather_tokens(
+            batch_values(self.trainer.workers.running, batch, self.trainer.cfg.micro_batch_tokens), batch
+        )
+        gae_lambda = self.cfg.gae_lambda if gae_lambda is None else gae_lambda
+        raw = [gae(earned, known, self.cfg.gamma, gae_lambda) for earned, known in zip(rewards, values, strict=True)]
         targets = [
             Target([gain + value for gain, value in zip(gains, known, strict=True)], known)
             for gains, known in zip(raw, values, strict=True)
         ]
-        return (normalised(raw) if self.cfg.whiten else raw), targets
+        return (normalized(raw) if self.cfg.whiten else raw), targets
 
-    def learn(self, pieces: Sequence[Piece]) -> dict[str, float]:
+    def update(self, batches: Sequence[CriticBatch]) -> dict[str, float]:
         """One optimizer step for each piece; the figures of the last one, under critic/."""
         metrics: dict[str, float] = {}
-        for rollouts, targets in pieces:
+        for rollouts, targets in batches:
             batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
-            returns, values = lay([t.returns for t in targets], batch), lay([t.values for t in targets], batch)
+            returns, values = (
+                spread_tokens([t.returns for t in targets], batch),
+                spread_tokens([t.values for t in targets], batch),
+            )
             given = vars(batch) | {"weights": token_weights(batch, "token")}
             found = self.trainer.step(
                 ValueBatch(**given, returns=returns, old_values=values), partial(value_loss, clip=self.cfg.clip)
@@ -118,9 +125,9 @@ class Critic:
 
 
 @torch.no_grad()
-def batch_values(model: Transformer, batch: Batch, micro_tokens: int) -> Tensor:
+def batch_values(model: Transformer, batch: Batch, micro_batch_tokens: int) -> Tensor:
     """Predicted returns (R, T) fp32 at every position; the same arithmetic as in `Trainer.step`."""
     assert isinstance(model, ValueModel)
-    micros = micro_batches(batch.to(next(model.parameters()).device), micro_tokens)
+    micros = micro_batches(batch.to(next(model.parameters()).device), micro_batch_tokens)
     rows = [model.values(run_trunk(model, micro).hidden) for micro in micros]
     return torch.cat(rows).to(batch.ids.device)

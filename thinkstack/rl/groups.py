@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinkstack.data import Fork, lay_out, pack, spread
+from thinkstack.data import SharedPromptGroup, collate, collate_values, pack
 from thinkstack.types import Batch, Rollout
 
 log = logging.getLogger(__name__)
 
-GroupKind = Literal["centred", "standardised"]
-AdvantageKind = Literal["centred", "standardised", "batch", "gae"]
-GROUP_KINDS: tuple[str, ...] = ("centred", "standardised")
+GroupKind = Literal["centered", "standardized"]
+AdvantageKind = Literal["centered", "standardized", "batch", "gae"]
+GROUP_KINDS: tuple[str, ...] = ("centered", "standardized")
 Advantage = float | Sequence[float]
 """Of a whole answer, or of each of its tokens."""
 SAME = 1e-6
@@ -28,8 +28,8 @@ SAME = 1e-6
 def group_advantages(rewards: Sequence[float | None], kind: GroupKind) -> list[float]:
     """Advantages of one group's answers.
 
-    rewards: None marks an unscorable answer, which enters neither mean nor deviation and gets 0. "centred": reward
-    minus the group's mean (arXiv:2503.20783). "standardised": that over the population standard deviation
+    rewards: None marks an unscorable answer, which enters neither mean nor deviation and gets 0. "centered": reward
+    minus the group's mean (arXiv:2503.20783). "standardized": that over the population standard deviation
     (arXiv:2402.03300, section 4.1.1; the paper prints no epsilon). Equal rewards, and a group of one, give 0 exactly.
     """
     scored = [reward for reward in rewards if reward is not None]
@@ -39,7 +39,7 @@ def group_advantages(rewards: Sequence[float | None], kind: GroupKind) -> list[f
     mean = statistics.fmean(scored)
     if max(abs(reward - mean) for reward in scored) < SAME:
         return [0.0] * len(rewards)
-    scale = statistics.pstdev(scored) if kind == "standardised" else 1.0
+    scale = statistics.pstdev(scored) if kind == "standardized" else 1.0
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
 
 
@@ -91,7 +91,7 @@ def returns_to_go(rewards: Sequence[float]) -> list[float]:
     return list(itertools.accumulate(reversed(rewards)))[::-1]
 
 
-def normalised(values: Sequence[Sequence[float]]) -> list[list[float]]:
+def normalized(values: Sequence[Sequence[float]]) -> list[list[float]]:
     """Minus the mean, over the population deviation, of all tokens of the step (arXiv:2501.03262, equation 8).
 
     Equal values give 0 exactly. To be called on the whole step, before it is cut into mini- or micro-batches.
@@ -104,19 +104,21 @@ def normalised(values: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[(value - mean) / deviation for value in row] for row in values]
 
 
-def forks_of(rollouts: Sequence[Rollout], row_tokens: int) -> list[list[Rollout]]:
-    """Which answers share their prompt: neighbours of one group, as many as row_tokens takes. The order stays."""
-    forks: list[list[Rollout]] = []
+def shared_prompt_groups(rollouts: Sequence[Rollout], row_tokens: int) -> list[list[Rollout]]:
+    """Which answers share their prompt: neighbors of one group, as many as row_tokens takes. The order stays."""
+    prompt_groups: list[list[Rollout]] = []
     room, last = 0, None
     for rollout in rollouts:
         width = len(rollout.completion.token_ids)
         if rollout.group_id != last or width > room:
-            forks.append([])
-            room, last = row_tokens - len(rollout.prompt_ids) + 1, rollout.group_id
-        assert not forks[-1] or forks[-1][0].prompt_ids == rollout.prompt_ids, "a group answers one prompt"
-        forks[-1].append(rollout)
+            prompt_groups.append([])
+            room, last = row_tokens - len(rollout.prompt_token_ids) + 1, rollout.group_id
+        assert not prompt_groups[-1] or prompt_groups[-1][0].prompt_token_ids == rollout.prompt_token_ids, (
+            "a group answers one prompt"
+        )
+        prompt_groups[-1].append(rollout)
         room -= width
-    return forks
+    return prompt_groups
 
 
 def to_batch(
@@ -129,30 +131,39 @@ def to_batch(
     engine chose.
     """
     gain_of = {id(rollout): value for rollout, value in zip(rollouts, advantages, strict=True)}
-    forks = forks_of([rollout for rollout in rollouts if reward_of(rollout) is not None], row_tokens)
-    samples = [Fork(fork[0].prompt_ids, tuple(rollout.completion.token_ids for rollout in fork)) for fork in forks]
+    prompt_groups = shared_prompt_groups(
+        [rollout for rollout in rollouts if reward_of(rollout) is not None], row_tokens
+    )
+    samples = [
+        SharedPromptGroup(
+            prompt_group[0].prompt_token_ids, tuple(rollout.completion.token_ids for rollout in prompt_group)
+        )
+        for prompt_group in prompt_groups
+    ]
     width = max(row_tokens, *(sample.width for sample in samples))
     rows = pack(samples, width)
 
-    def lay_values(of: Callable[[Rollout], Sequence[float]]) -> Tensor:
-        values = [[0.0] * (len(f[0].prompt_ids) - 1) + [v for rollout in f for v in of(rollout)] for f in forks]
-        return spread(values, samples, rows, width)
+    def spread_values(of: Callable[[Rollout], Sequence[float]]) -> Tensor:
+        values = [
+            [0.0] * (len(f[0].prompt_token_ids) - 1) + [v for rollout in f for v in of(rollout)] for f in prompt_groups
+        ]
+        return collate_values(values, samples, rows, width)
 
-    batch = lay_out(samples, rows, width)
+    batch = collate(samples, rows, width)
     return replace(
         batch,
-        advantages=lay_values(lambda r: per_token(gain_of[id(r)], len(r.completion.token_ids))),
-        rollout_log_probs=lay_values(lambda r: r.completion.log_probs),
-        experts=lay_experts(forks, batch) if with_experts else None,
+        advantages=spread_values(lambda r: per_token(gain_of[id(r)], len(r.completion.token_ids))),
+        rollout_logprobs=spread_values(lambda r: r.completion.logprobs),
+        experts=spread_experts(prompt_groups, batch) if with_experts else None,
     )
 
 
-def lay_experts(forks: Sequence[Sequence[Rollout]], batch: Batch) -> Tensor:
+def spread_experts(prompt_groups: Sequence[Sequence[Rollout]], batch: Batch) -> Tensor:
     """The engine's experts of each answer, laid out like the batch: (R, T, L, K) int16, -1 in padding."""
     parts = []
-    for fork in forks:
-        chosen = [rollout.completion.experts for rollout in fork]
-        shared = len(fork[0].prompt_ids) - 1
+    for prompt_group in prompt_groups:
+        chosen = [rollout.completion.experts for rollout in prompt_group]
+        shared = len(prompt_group[0].prompt_token_ids) - 1
         assert all(experts is not None for experts in chosen), "the engine returned the experts of every token"
         parts += [chosen[0][:shared], *(experts[shared:] for experts in chosen)]  # type: ignore[index]
     known = torch.cat(parts).short()
@@ -179,13 +190,13 @@ def trained_places(batch: Batch) -> tuple[Tensor, list[int]]:
     return index[order], sequences[order].unique_consecutive(return_counts=True)[1].tolist()
 
 
-def collect(values: Tensor, batch: Batch) -> list[list[float]]:
-    """Per-token numbers (R, T) of a batch, answer by answer; the other way round is `lay`."""
+def gather_tokens(values: Tensor, batch: Batch) -> list[list[float]]:
+    """Per-token numbers (R, T) of a batch, answer by answer; the other way round is `spread_tokens`."""
     places, lengths = trained_places(batch)
     return [part.tolist() for part in values.flatten()[places].split(lengths)]
 
 
-def lay(values: Sequence[Sequence[float]], batch: Batch) -> Tensor:
+def spread_tokens(values: Sequence[Sequence[float]], batch: Batch) -> Tensor:
     """Per-token numbers of each answer of a batch, laid out like it: (R, T) fp32, 0 elsewhere."""
     places, lengths = trained_places(batch)
     assert [len(row) for row in values] == lengths, "one number a trained token"

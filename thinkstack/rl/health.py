@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from thinkstack.rl.groups import by_group, is_mixed, reward_of
-from thinkstack.rl.rollout import Round
+from thinkstack.rl.rollout import RolloutStep
 
 ENTROPY_FLOOR_NATS = 0.02
 LENGTH_GROWTH = 2.5
@@ -16,11 +16,11 @@ WINDOW = 5
 """Steps over which lengths are averaged."""
 
 
-def describe(drawn: Round) -> dict[str, float]:
+def describe(rollout_step: RolloutStep) -> dict[str, float]:
     """Statistics of one step's answers under flat names (docs/metrics.md)."""
-    rollouts = drawn.drawn
+    rollouts = rollout_step.rollouts
     if not rollouts:
-        return {"rollout/answers": 0.0, "rollout/too_long_prompts": float(drawn.too_long)}
+        return {"rollout/answers": 0.0, "rollout/too_long_prompts": float(rollout_step.too_long)}
     scored = [rollout for rollout in rollouts if reward_of(rollout) is not None]
     rewards = [rollout.score.total for rollout in scored if rollout.score]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
@@ -32,14 +32,14 @@ def describe(drawn: Round) -> dict[str, float]:
         "group/mixed": sum(map(is_mixed, groups)) / len(groups),
         "group/all_high": sum(bool(rewards) and rewards[0] > 0 for rewards in flat) / len(groups),
         "group/all_zero": sum(bool(rewards) and rewards[0] <= 0 for rewards in flat) / len(groups),
-        "group/trained": float(len(by_group(drawn.kept))),
+        "group/trained": float(len(by_group(rollout_step.trainable))),
         "rollout/answers": float(len(rollouts)),
-        "rollout/rounds": float(drawn.rounds),
+        "rollout/rounds": float(rollout_step.rounds),
         "rollout/mean_tokens": statistics.fmean(lengths),
         "rollout/max_tokens": float(max(lengths)),
         "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
         "rollout/unscorable": 1 - len(scored) / len(rollouts),
-        "rollout/too_long_prompts": float(drawn.too_long),
+        "rollout/too_long_prompts": float(rollout_step.too_long),
     }
     names = sorted({name for rollout in scored if rollout.score for name in rollout.score.parts})
     for name in names:

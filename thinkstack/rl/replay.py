@@ -53,9 +53,9 @@ def replay(folder: Path, step: int, model: Transformer, temperature: float = 1.0
     found = (0.0, 0.0)
     for place, group in enumerate(groups):
         for number, answer in enumerate(group["answers"]):
-            stored = torch.tensor(answer["log_probs"], dtype=torch.float64)
+            stored = torch.tensor(answer["logprobs"], dtype=torch.float64)
             experts = tensor_from_dict(answer["experts"]) if "experts" in answer else None
-            recomputed = answer_log_probs(model, group["prompt_ids"], answer["token_ids"], temperature, experts)
+            recomputed = answer_logprobs(model, group["prompt_token_ids"], answer["token_ids"], temperature, experts)
             apart = (recomputed - stored).abs()
             total += float(apart.sum())
             if len(apart) and float(apart.max()) > apart_most:
@@ -77,7 +77,7 @@ def replay(folder: Path, step: int, model: Transformer, temperature: float = 1.0
 
 def _check_fits(groups: Sequence[dict[str, Any]], model: Transformer, folder: Path) -> None:
     """Refuse a model with another vocabulary or a shorter context than the answers'."""
-    rows = [[*group["prompt_ids"], *answer["token_ids"]] for group in groups for answer in group["answers"]]
+    rows = [[*group["prompt_token_ids"], *answer["token_ids"]] for group in groups for answer in group["answers"]]
     top, length = max(max(row) for row in rows), max(map(len, rows))
     if top >= model.cfg.vocab_size or length > model.cfg.max_positions:
         raise ConfigError(
@@ -87,9 +87,9 @@ def _check_fits(groups: Sequence[dict[str, Any]], model: Transformer, folder: Pa
 
 
 @torch.no_grad()
-def answer_log_probs(
+def answer_logprobs(
     model: Transformer,
-    prompt_ids: Sequence[int],
+    prompt_token_ids: Sequence[int],
     token_ids: Sequence[int],
     temperature: float,
     experts: Tensor | None = None,
@@ -100,9 +100,9 @@ def answer_log_probs(
     """
     if not token_ids:
         return torch.zeros(0, dtype=torch.float64)
-    ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]])
+    ids = torch.tensor([[*prompt_token_ids, *token_ids[:-1]]])
     hidden = model.trunk(ids, experts=None if experts is None else experts.short().unsqueeze(0)).hidden
-    logits = model.head(hidden)[0, len(prompt_ids) - 1 :].double() / temperature  # (tokens, V)
+    logits = model.head(hidden)[0, len(prompt_token_ids) - 1 :].double() / temperature  # (tokens, V)
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
 
 

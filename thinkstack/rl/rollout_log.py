@@ -65,7 +65,7 @@ def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: 
             "finish_reason": rollout.completion.finish_reason,
             "weights_version": rollout.completion.weights_version,
             "token_ids": rollout.completion.token_ids,
-            "log_probs": rollout.completion.log_probs,
+            "logprobs": rollout.completion.logprobs,
             **({} if rollout.completion.experts is None else {"experts": tensor_to_dict(rollout.completion.experts)}),
         }
         for rollout in group
@@ -73,7 +73,7 @@ def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: 
     return {
         "group_id": group[0].group_id,
         "problem": vars(group[0].problem),
-        "prompt_ids": group[0].prompt_ids,
+        "prompt_token_ids": group[0].prompt_token_ids,
         "answers": answers,
     }
 
@@ -85,10 +85,10 @@ def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
         Rollout(
             problem=problem,
             group_id=group["group_id"],
-            prompt_ids=tuple(group["prompt_ids"]),
+            prompt_token_ids=tuple(group["prompt_token_ids"]),
             completion=Completion(
                 token_ids=tuple(answer["token_ids"]),
-                log_probs=tuple(answer["log_probs"]),
+                logprobs=tuple(answer["logprobs"]),
                 finish_reason=answer["finish_reason"],
                 weights_version=answer["weights_version"],
                 experts=tensor_from_dict(answer["experts"]) if "experts" in answer else None,

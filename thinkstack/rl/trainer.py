@@ -1,6 +1,7 @@
-"""R1-Zero: reinforcement learning with group-relative advantages and rule-based rewards alone (R1 paper, section 2.2).
+"""R1-RLTrainer: reinforcement learning with group-relative advantages and rule-based rewards alone (R1 paper, section
+2.2).
 
-`Zero.step` is the algorithm; everything it calls is called once per step, and none of it calls back.
+`RLTrainer.step` is the algorithm; everything it calls is called once per step, and none of it calls back.
 """
 
 import copy
@@ -23,51 +24,51 @@ from thinkstack.evals.runner import EvalConfig, evaluate, held_out
 from thinkstack.log import CURVE, Run, timed
 from thinkstack.models.lora import adapters_off, merged
 from thinkstack.models.transformer import Transformer
-from thinkstack.rl.advantages import Learnt, compare, usable
-from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.advantages import RolloutAdvantages, compute_advantages, usable
+from thinkstack.rl.config import RLConfig
 from thinkstack.rl.critic import Critic
-from thinkstack.rl.groups import by_group, collect, reward_of, to_batch
+from thinkstack.rl.groups import by_group, gather_tokens, reward_of, to_batch
 from thinkstack.rl.health import describe
-from thinkstack.rl.rollout import Asking, Counter, Round, ScoreFunction, roll_out
+from thinkstack.rl.rollout import Counter, RolloutConfig, RolloutStep, ScoreFunction, collect_rollouts
 from thinkstack.rl.rollout_log import write_rollouts
-from thinkstack.rl.saved_rollouts import drop_drawings, read_drawing, write_drawing
-from thinkstack.tasks.mixture import Curriculum, make_curriculum, one_phase
+from thinkstack.rl.saved_rollouts import drop_saved_rollouts, load_rollouts, save_rollouts
+from thinkstack.tasks.mixture import ProblemMixture, make_mixture, one_phase
 from thinkstack.tasks.reward import RewardConfig, score
-from thinkstack.tasks.table import ProblemStream, families
+from thinkstack.tasks.table import ProblemStream, puzzle_tasks
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.policy_loss import kl_estimate, policy_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
-from thinkstack.types import Batch, Interrupted, Rollout, Sampling, TrainingError
+from thinkstack.types import Batch, Interrupted, Rollout, SamplingParams, TrainingError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FRUITLESS_DRAWINGS = 5
+MAX_STEPS_WITHOUT_SIGNAL = 5
 """Drawings in a row without anything to learn after which a run gives up."""
 
 
-class Zero:
+class RLTrainer:
     """The parts of a run and the one step that drives them."""
 
-    def __init__(self, cfg: GrpoConfig, run: Run, model: Transformer, chat: ChatFormat):
+    def __init__(self, cfg: RLConfig, run: Run, model: Transformer, chat: ChatFormat):
         self.cfg, self.run, self.chat = cfg, run, chat
         self.stream = training_problems(cfg)
         self.counter = Counter()
-        self.drawings = 0
+        self.num_rollout_steps = 0
         """Drawings made so far."""
-        self.fruitless = 0
+        self.steps_without_signal = 0
         """Of these, how many in a row taught nothing, at the end."""
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
         longest = cfg.max_prompt_tokens or model.cfg.max_positions - cfg.max_tokens
         asked = EngineConfig(
-            max_batch=cfg.prompts_per_step * cfg.group_size,
-            max_context=longest + cfg.max_tokens,
+            max_num_seqs=cfg.prompts_per_step * cfg.group_size,
+            max_model_len=longest + cfg.max_tokens,
             dtype=cfg.rollout_dtype,
-            weights=cfg.rollout_weights,
-            return_experts=cfg.router_replay,
+            weights=cfg.rollout_quantization,
+            return_routed_experts=cfg.router_replay,
         )
         self.engine = open_engine(model, asked, cfg.servers)
         # adapters are the whole difference between policy and reference: without them no second copy is needed
@@ -79,13 +80,16 @@ class Zero:
         if cfg.advantage == "gae":
             self.critic = Critic(merged(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
         self.score: ScoreFunction = partial(score, cfg=cfg.reward)
-        self.ask = Asking(
-            sampling=Sampling(
-                temperature=cfg.loss.temperature, max_tokens=cfg.max_tokens, stop_ids=chat.stop_ids, n=cfg.group_size
+        self.rollout_config = RolloutConfig(
+            sampling=SamplingParams(
+                temperature=cfg.loss.temperature,
+                max_tokens=cfg.max_tokens,
+                stop_token_ids=chat.stop_token_ids,
+                n=cfg.group_size,
             ),
             seed=cfg.seed,
-            prompts=cfg.prompts_per_step,
-            refill=cfg.dynamic_sampling,
+            prompts_per_step=cfg.prompts_per_step,
+            dynamic_sampling=cfg.dynamic_sampling,
             max_rounds=cfg.max_rounds,
             max_prompt_tokens=longest,
         )
@@ -98,50 +102,52 @@ class Zero:
         self.stream.progress = before / cfg.steps
         self.fit_critic()
         with timed(times, "rollout"):
-            drawn, metrics = self.draw()
+            rollout_step, metrics = self.collect_rollouts()
         with timed(times, "train"):
             self.refresh_reference()
-            kept = usable(drawn.kept, cfg)
-            learnt = compare(kept, self.penalties(kept, metrics), cfg, self.critic)
-            parts = split_groups(learnt.rollouts, learnt.advantages, cfg.minibatches)
+            kept = usable(rollout_step.trainable, cfg)
+            advantages = compute_advantages(kept, self.kl_penalties(kept, metrics), cfg, self.critic)
+            parts = split_groups(advantages.rollouts, advantages.advantages, cfg.minibatches)
             # all of them before the first update: the old policy is the one that drew the answers
-            for batch in [self.add_log_probs(to_batch(*part, cfg.row_tokens, cfg.router_replay)) for part in parts]:
+            for batch in [self.add_logprobs(to_batch(*part, cfg.row_tokens, cfg.router_replay)) for part in parts]:
                 batch = batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens))
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)
             if self.critic is not None:
-                metrics |= self.critic.learn(split_groups(learnt.rollouts, learnt.targets, cfg.minibatches))
+                metrics |= self.critic.update(split_groups(advantages.rollouts, advantages.targets, cfg.minibatches))
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
-        self.fruitless = 0 if self.trainer.step_count > before else self.fruitless + 1
-        self.keep(drawn, learnt, max(self.trainer.step_count, before + 1))
-        tokens = sum(len(rollout.completion.token_ids) for rollout in drawn.drawn)
+        self.steps_without_signal = 0 if self.trainer.step_count > before else self.steps_without_signal + 1
+        self.log_rollouts(rollout_step, advantages, max(self.trainer.step_count, before + 1))
+        tokens = sum(len(rollout.completion.token_ids) for rollout in rollout_step.rollouts)
         return metrics | times | {"rollout/tokens_per_second": tokens / times["time/rollout_seconds"]}
 
-    def draw(self) -> tuple[Round, dict[str, float]]:
+    def collect_rollouts(self) -> tuple[RolloutStep, dict[str, float]]:
         """Ask and score, with statistics; a drawing whose step was cut off is taken from the disk, verdicts and all."""
         with self.interruptible():
-            known = read_drawing(self.run.folder, self.drawings, self.stream, self.counter)
-            drawn = known or roll_out(self.engine.generate, self.chat, self.score, self.stream, self.counter, self.ask)
-        metrics = describe(drawn)
-        self.check(drawn, metrics)
+            known = load_rollouts(self.run.folder, self.num_rollout_steps, self.stream, self.counter)
+            rollout_step = known or collect_rollouts(
+                self.engine.generate, self.chat, self.score, self.stream, self.counter, self.rollout_config
+            )
+        metrics = describe(rollout_step)
+        self.check(rollout_step, metrics)
         if known is None and self.cfg.save_steps:
-            write_drawing(self.run.folder, self.drawings, drawn, self.stream, self.counter, self.chat)
-        self.drawings += 1
-        return drawn, metrics
+            save_rollouts(self.run.folder, self.num_rollout_steps, rollout_step, self.stream, self.counter, self.chat)
+        self.num_rollout_steps += 1
+        return rollout_step, metrics
 
     def fit_critic(self) -> None:
         """Train the critic alone, before the policy's first step, on what the policy as it is earns (lambda = 1)."""
         if self.critic is None:
             return
         for _ in range(self.critic.trainer.step_count, self.cfg.critic.prefit_steps):
-            drawn, _ = self.draw()
-            kept = usable(drawn.kept, self.cfg)
-            learnt = compare(kept, self.penalties(kept, {}), self.cfg, self.critic, lam=1.0)
-            if learnt.rollouts:
-                metrics = self.critic.learn([(learnt.rollouts, learnt.targets)])
+            rollout_step, _ = self.collect_rollouts()
+            kept = usable(rollout_step.trainable, self.cfg)
+            advantages = compute_advantages(kept, self.kl_penalties(kept, {}), self.cfg, self.critic, gae_lambda=1.0)
+            if advantages.rollouts:
+                metrics = self.critic.update([(advantages.rollouts, advantages.targets)])
                 log.info("critic alone: explained variance %.2f", metrics["critic/explained_variance"])
 
-    def penalties(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[list[float]]:
+    def kl_penalties(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[list[float]]:
         """What KL takes off the reward of each token (0 where it is part of the loss); its mean goes to `metrics`."""
         loss = self.cfg.loss
         found = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
@@ -150,36 +156,36 @@ class Zero:
             return found
         answers = [rollouts[place] for place in scored]
         batch = to_batch(answers, [0.0] * len(scored), self.cfg.row_tokens, self.cfg.router_replay)
-        policy, reference = self.log_probs(self.trainer.workers.running, batch), self.reference_log_probs(batch)
+        policy, reference = self.logprobs(self.trainer.workers.running, batch), self.reference_logprobs(batch)
         kl = kl_estimate(policy, reference, loss.kl_estimator)
         metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
-        for place, lost in zip(scored, collect(loss.kl * kl, batch), strict=True):
+        for place, lost in zip(scored, gather_tokens(loss.kl * kl, batch), strict=True):
             found[place] = lost
         return found
 
-    def check(self, drawn: Round, metrics: dict[str, float]) -> None:
+    def check(self, rollout_step: RolloutStep, metrics: dict[str, float]) -> None:
         """Refuse a step whose answers came from other weights or could not be judged."""
-        versions = {rollout.completion.weights_version for rollout in drawn.drawn}
+        versions = {rollout.completion.weights_version for rollout in rollout_step.rollouts}
         assert versions <= {self.trainer.step_count}, f"answers of weights {versions} in step {self.trainer.step_count}"
         if metrics.get("rollout/unscorable", 0.0) > self.cfg.unscorable_limit:
-            reasons = {r.score.unscorable for r in drawn.drawn if r.score and r.score.unscorable}
+            reasons = {r.score.unscorable for r in rollout_step.rollouts if r.score and r.score.unscorable}
             raise TrainingError(
                 f"{metrics['rollout/unscorable']:.0%} of the answers of step {self.trainer.step_count} could not "
                 f"be scored (limit {self.cfg.unscorable_limit:.0%}): {'; '.join(sorted(reasons)[:3])}; "
                 "repair the checker, then resume"
             )
 
-    def log_probs(self, model: Transformer, batch: Batch) -> Tensor:
+    def logprobs(self, model: Transformer, batch: Batch) -> Tensor:
         """Of all trained tokens under `model`, at the temperature they were drawn at."""
-        return batch_log_probs(model, batch, self.cfg.loss.temperature, self.cfg.trainer.micro_tokens)
+        return batch_logprobs(model, batch, self.cfg.loss.temperature, self.cfg.trainer.micro_batch_tokens)
 
-    def reference_log_probs(self, batch: Batch) -> Tensor:
-        """`log_probs` of the reference, which routes itself: a copy, or the policy without its adapters."""
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """`logprobs` of the reference, which routes itself: a copy, or the policy without its adapters."""
         batch = replace(batch, experts=None)
         if self.reference is not None:
-            return self.log_probs(self.reference, batch)
+            return self.logprobs(self.reference, batch)
         with adapters_off(self.trainer.workers.running) as start:
-            return self.log_probs(start, batch)
+            return self.logprobs(start, batch)
 
     def refresh_reference(self) -> None:
         """Replace the reference by the policy whenever another reference_steps optimizer steps are done."""
@@ -189,15 +195,15 @@ class Zero:
             self.reference_step = done
             log.info("step %d: the reference is now the policy", done)
 
-    def add_log_probs(self, batch: Batch) -> Batch:
+    def add_logprobs(self, batch: Batch) -> Batch:
         """Log-probabilities under the policy before the step, and under the reference, where the loss asks for them."""
         if self.cfg.minibatches > 1:
-            batch = replace(batch, old_log_probs=self.log_probs(self.trainer.workers.running, batch))
+            batch = replace(batch, old_logprobs=self.logprobs(self.trainer.workers.running, batch))
         if self.cfg.loss.kl and self.cfg.loss.kl_placement == "loss":
-            batch = replace(batch, reference_log_probs=self.reference_log_probs(batch))
+            batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
         return batch
 
-    def keep(self, drawn: Round, learnt: Learnt, step: int) -> None:
+    def log_rollouts(self, rollout_step: RolloutStep, advantages: RolloutAdvantages, step: int) -> None:
         """Write the answers of `step` to disk; of advantages by token their mean.
 
         Those of a drawing that taught nothing stay until one teaches.
@@ -205,17 +211,17 @@ class Zero:
         if self.cfg.rollout_steps and step % self.cfg.rollout_steps == 0:
             known = {
                 id(rollout): value if isinstance(value, float) else statistics.fmean(value)
-                for rollout, value in zip(learnt.rollouts, learnt.advantages, strict=True)
+                for rollout, value in zip(advantages.rollouts, advantages.advantages, strict=True)
             }
-            write_rollouts(self.run.folder, step, drawn.drawn, known, self.chat)
+            write_rollouts(self.run.folder, step, rollout_step.rollouts, known, self.chat)
 
-    def look(self) -> None:
+    def evaluate(self) -> None:
         """Evaluate on the way and keep the point of the curve."""
         cfg = EvalConfig(
-            num_problems=self.cfg.way_problems,
-            samples=self.cfg.way_samples,
+            num_problems=self.cfg.eval_problems,
+            samples=self.cfg.eval_samples,
             max_tokens=self.cfg.max_tokens,
-            families=self.cfg.families,
+            tasks=self.cfg.tasks,
             files=self.cfg.files,
             languages=self.cfg.languages,
         )
@@ -223,9 +229,9 @@ class Zero:
             found = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
         self.run.append(CURVE, curve_point(self.trainer.step_count, found, _only(found, self.cfg)))
 
-    def should_look(self) -> bool:
-        """Whether an evaluation on the way is due: at the start, and once for each way_steps."""
-        every, points = self.cfg.way_steps, self.run.rows(CURVE)
+    def should_evaluate(self) -> bool:
+        """Whether an evaluation on the way is due: at the start, and once for each eval_steps."""
+        every, points = self.cfg.eval_steps, self.run.rows(CURVE)
         return bool(every) and (not points or self.trainer.step_count // every > points[-1]["step"] // every)
 
     @contextmanager
@@ -250,22 +256,22 @@ class Zero:
             "stream": self.stream.state(),
             "next_group": self.counter.value,
             "reference_step": self.reference_step,
-            "drawings": self.drawings,
-            "fruitless": self.fruitless,
+            "drawings": self.num_rollout_steps,
+            "fruitless": self.steps_without_signal,
             "rows": self.run.mark(),
         }
         if self.critic is not None:
             more_tensors, more_numbers = self.critic.state()
             tensors, numbers = tensors | more_tensors, numbers | more_numbers
         save_state(self.run.folder / STATE, tensors, numbers)
-        drop_drawings(self.run.folder, before=self.drawings)
+        drop_saved_rollouts(self.run.folder, before=self.num_rollout_steps)
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go on from what `save` wrote."""
         restore_trainer(self.trainer, tensors, numbers)
         self.stream.restore(numbers["stream"])
         self.counter.value, self.reference_step = numbers["next_group"], numbers["reference_step"]
-        self.drawings, self.fruitless = numbers["drawings"], numbers["fruitless"]
+        self.num_rollout_steps, self.steps_without_signal = numbers["drawings"], numbers["fruitless"]
         if self.critic is not None:
             self.critic.restore(tensors, numbers)
         if self.reference is not None:
@@ -275,11 +281,11 @@ class Zero:
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
 
 
-def training_problems(cfg: GrpoConfig) -> Curriculum:
+def training_problems(cfg: RLConfig) -> ProblemMixture:
     """What a run asks: its phases, or all its families but for the held-out levels."""
     if cfg.phases:
-        return make_curriculum(cfg.phases, cfg.files, cfg.seed, cfg.languages)
-    suite = families(cfg.families)
+        return make_mixture(cfg.phases, cfg.files, cfg.seed, cfg.languages)
+    suite = puzzle_tasks(cfg.tasks)
     levels = sorted({level for family in suite for level in family.levels} - set(cfg.held_out_levels))
     return one_phase(ProblemStream(suite, "train", cfg.seed, levels, languages=cfg.languages))
 
@@ -293,6 +299,6 @@ def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -
     return [(piece, [value_of[id(rollout)] for rollout in piece]) for piece in pieces if piece]
 
 
-def _only(found: Evaluation, cfg: GrpoConfig) -> Any:
+def _only(found: Evaluation, cfg: RLConfig) -> Any:
     """The figures of the first level that training never asks, or None."""
     return next((found.by_level[level] for level in cfg.held_out_levels if level in found.by_level), None)

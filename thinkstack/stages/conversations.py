@@ -12,7 +12,7 @@ from typing import Any
 from thinkstack.files import Row, kind_of, log_unused_keys, matching_files, read_rows
 from thinkstack.stages.turns import REASONING, TRAINED, Fields, answer, read_tools, read_turns
 from thinkstack.tasks.puzzles.corpus import worked_example
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.types import ConfigError, Message, Tool
 
 TURNS = ("messages", "conversations", "conversation")
@@ -53,7 +53,7 @@ def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[C
 
 def worked_conversations(tasks: Sequence[str], count: int, seed: int, languages: tuple[str, ...]) -> list[Conversation]:
     """`count` problems of generated tasks with their worked solutions as thinking: data that needs no file."""
-    suite = families(tasks)
+    suite = puzzle_tasks(tasks)
     for family in suite:
         if languages and not set(languages) & set(family.wordings):
             raise ConfigError(

@@ -15,11 +15,11 @@ from thinkstack.evals.runner import EvalConfig, evaluate, held_out, warn_if_unre
 from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
-from thinkstack.models.precision import AskedPrecision, Stored
+from thinkstack.models.precision import AskedPrecision, Quantization
 from thinkstack.rl.rollout import prompt_of
 from thinkstack.stages.kept_completions import KeptCompletions
 from thinkstack.tasks.reward import RewardConfig, score
-from thinkstack.text.parse import Form
+from thinkstack.text.parse import ThinkingFormat
 from thinkstack.types import ConfigError
 
 SAMPLED, GREEDY, UNSEEN, SAMPLES = "sampled.json", "greedy.json", "unseen_wordings.json", "samples.jsonl"
@@ -31,7 +31,7 @@ class EvaluateConfig:
 
     start: str
     """Checkpoint or earlier stage to measure."""
-    families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
+    tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Task families asked."""
     files: dict[str, str] = field(default_factory=dict)
     """Folders of published data sets asked too, from their test split."""
@@ -41,9 +41,9 @@ class EvaluateConfig:
     """Held-out problems: of the families together, and of each data set."""
     samples: Count = 16
     """Answers drawn to each."""
-    form: Form = "tagged"
-    """Where the answer stands: "tagged" as R1-Zero's, "open" as R1's, "flexible_extract" in whatever a model writes
-    that was never told of a form (text/parse.py)."""
+    form: ThinkingFormat = "think_answer_tags"
+    """Where the answer stands: "think_answer_tags" as R1-RLTrainer's, "think_then_answer" as R1's, "flexible_extract"
+    in whatever a model writes that was never told of a form (text/parse.py)."""
     temperature: Temperature = 1.0
     """Divides the logits of the sampled answers."""
     top_p: Share = 1.0
@@ -52,11 +52,11 @@ class EvaluateConfig:
     """Ask for the most likely answers too: to the same problems, and to generated ones in wordings never trained on."""
     max_tokens: Count = 128
     """Most tokens of an answer."""
-    max_batch: Count = 384
+    max_num_seqs: Count = 384
     """Answers drawn at once."""
     dtype: AskedPrecision = "fp32"
     """Precision that answers are drawn in; auto: bf16 where that is faster."""
-    weights: Stored = "plain"
+    weights: Quantization = "plain"
     """How matrices are kept meanwhile: as they are, or packed (int8, fp8, nf4)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; "auto": on CUDA where there is some."""
@@ -70,7 +70,7 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     """Write the evaluations of cfg.start into run.folder."""
     chat = load_chat(cfg.start)
     sampled = EvalConfig(
-        families=cfg.families,
+        tasks=cfg.tasks,
         files=cfg.files,
         languages=cfg.languages,
         form=cfg.form,
@@ -85,13 +85,13 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
     asked = {SAMPLED: sampled}
     if cfg.greedy:
         asked[GREEDY] = greedy
-    if cfg.greedy and cfg.families:
+    if cfg.greedy and cfg.tasks:
         asked[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
     problems = {file: held_out(config) for file, config in asked.items()}
     everything = [problem for found in problems.values() for problem in found]
     longest = max(len(prompt_of(chat, problem)) for problem in everything)
     context = longest + cfg.max_tokens
-    size = EngineConfig(max_batch=cfg.max_batch, max_context=context, dtype=cfg.dtype, weights=cfg.weights)
+    size = EngineConfig(max_num_seqs=cfg.max_num_seqs, max_model_len=context, dtype=cfg.dtype, weights=cfg.weights)
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
     kept = KeptCompletions(engine, run, len(everything))
     with kept.progress:

@@ -12,15 +12,15 @@ import torch
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.files import lines
-from thinkstack.models.precision import DTYPES, Precision, Stored
+from thinkstack.models.precision import DTYPES, Precision, Quantization
 from thinkstack.parallel.inference import Ranks, broadcast_text
 from thinkstack.parallel.load import load_shard
 from thinkstack.stages.console import NEW, Say, say_answer
 from thinkstack.text.stream import LastToken, stream_text
-from thinkstack.types import ConfigError, Message, RequestError, Sampling
+from thinkstack.types import ConfigError, Message, RequestError, SamplingParams
 
 TextOf = Callable[[Sequence[int]], str]
-MAX_BATCH = 64
+MAX_NUM_SEQS = 64
 """Prompts of a file that are answered at once."""
 
 
@@ -30,14 +30,14 @@ class Generator:
     def __init__(
         self,
         source: str,
-        sampling: Sampling,
+        sampling: SamplingParams,
         ranks: Ranks,
         precision: Precision,
         device: torch.device,
-        weights: Stored = "plain",
+        weights: Quantization = "plain",
     ):
-        """source: whatever load_model takes. sampling: its stop_ids are those of the chat format. weights: how matrices
-        are kept. Raises ConfigError where several processes would have to pack their parts.
+        """source: whatever load_model takes. sampling: its stop_token_ids are those of the chat format. weights: how
+        matrices are kept. Raises ConfigError where several processes would have to pack their parts.
         """
         if ranks.count > 1 and weights != "plain":
             raise ConfigError(f"weights={weights!r} packs a whole model; start one process, or use plain")
@@ -45,9 +45,9 @@ class Generator:
         dtype = DTYPES[precision]
         model = load_shard(source, ranks, dtype) if ranks.count > 1 else load_model(source, dtype)
         context = min(model.cfg.max_positions, 4096 + sampling.max_tokens)
-        size = EngineConfig(max_batch=MAX_BATCH, max_context=context, dtype=precision, weights=weights)
+        size = EngineConfig(max_num_seqs=MAX_NUM_SEQS, max_model_len=context, dtype=precision, weights=weights)
         self.engine = Engine(model.to(device), size)
-        self.sampling = replace(sampling, stop_ids=self.chat.stop_ids)
+        self.sampling = replace(sampling, stop_token_ids=self.chat.stop_token_ids)
         self.last = LastToken(self.chat)
 
     def respond(self, prompt: str, raw: bool = False) -> Iterator[str]:
@@ -73,17 +73,17 @@ class Generator:
         return self.chat.prompt([Message(role="user", content=prompt)]), self.chat.text_of
 
     def _continuation(self, token_ids: Sequence[int]) -> str:
-        return self.chat.tokenizer.decode([token for token in token_ids if token not in self.chat.stop_ids])
+        return self.chat.tokenizer.decode([token for token in token_ids if token not in self.chat.stop_token_ids])
 
     def _stream(self, ids: list[int], text_of: TextOf) -> Iterator[str]:
         return stream_text(text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
 
-    def _fitting(self, ids: Sequence[int]) -> Sampling:
+    def _fitting(self, ids: Sequence[int]) -> SamplingParams:
         """The sampling with as many tokens as the context still takes."""
-        room = self.engine.max_context - len(ids)
+        room = self.engine.max_model_len - len(ids)
         if room < 1:
             raise RequestError(
-                f"the prompt is {len(ids):,} tokens, the context {self.engine.max_context:,}; shorten it"
+                f"the prompt is {len(ids):,} tokens, the context {self.engine.max_model_len:,}; shorten it"
             )
         return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
 

@@ -11,7 +11,7 @@ from thinkstack.types import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdoptConfig:
+class ImportCheckpointConfig:
     """What is taken over, and how it is asked from now on."""
 
     start: str
@@ -26,7 +26,7 @@ class AdoptConfig:
     """Leave the thinking of earlier answers out of a conversation."""
 
 
-def adopt(cfg: AdoptConfig, run: Run) -> None:
+def import_checkpoint(cfg: ImportCheckpointConfig, run: Run) -> None:
     """Write run.folder/model. Raises ConfigError for a chat format that is no template and would have to change."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     changes = cfg.preamble or cfg.shots or cfg.prefill or cfg.drop_thinking

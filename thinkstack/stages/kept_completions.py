@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from thinkstack.engine.interface import AnyEngine
 from thinkstack.log import Progress, Run, write_text
-from thinkstack.types import Completion, Sampling
+from thinkstack.types import Completion, SamplingParams
 
 FILE = "completions.jsonl"
 """In the folder of the stage, while it runs."""
@@ -24,7 +24,7 @@ class KeptCompletions:
             write_text(run.folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
         self.progress = Progress("evaluation", total, len(self.kept))
 
-    def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> list[list[Completion]]:
         """sampling.n completions for each prompt. Raises Interrupted as soon as the run is asked to stop."""
         keys = [request_key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
         missing = [place for place, key in enumerate(keys) if key not in self.kept]
@@ -47,7 +47,7 @@ class KeptCompletions:
         (self.run.folder / FILE).unlink(missing_ok=True)
 
 
-def request_key(prompt: Sequence[int], sampling: Sampling) -> str:
+def request_key(prompt: Sequence[int], sampling: SamplingParams) -> str:
     """A hash of all that decides the completions of a request, but for the weights."""
     return hashlib.sha256(repr((tuple(prompt), sampling)).encode()).hexdigest()[:24]
 
@@ -56,7 +56,7 @@ def row_of(completion: Completion) -> dict[str, object]:
     """A completion as JSON; every log-probability has all its digits."""
     return {
         "token_ids": completion.token_ids,
-        "log_probs": completion.log_probs,
+        "logprobs": completion.logprobs,
         "finish_reason": completion.finish_reason,
         "weights_version": completion.weights_version,
     }

@@ -29,13 +29,13 @@ from thinkstack.machine import (
     prepare_machine,
     usable_cores,
 )
-from thinkstack.models.attention import MLA, AttentionContext, sight_of
+from thinkstack.models.attention import MLA, AttentionContext, kv_range_of
 from thinkstack.models.config import MLAConfig, named
 from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table, rotate, swiglu
 from thinkstack.models.moe import expert_mlp, route
-from thinkstack.models.quantized import Packed, PackedLinear
+from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.quant.int8 import Int8
-from thinkstack.train.loss import token_log_probs
+from thinkstack.train.loss import token_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +180,10 @@ def _attend(dtype: torch.dtype) -> Work:
     layer, a = MLA(SHAPE, 0), SHAPE.attention
     assert isinstance(a, MLAConfig)
     positions = torch.arange(T).unsqueeze(0)
-    sight = sight_of(positions // 40)
-    ctx = AttentionContext(rope=rope_table(positions, a.qk_rope_head_dim, SHAPE.rope), sight=sight, last=positions)
+    kv_range = kv_range_of(positions // 40)
+    ctx = AttentionContext(
+        rope=rope_table(positions, a.qk_rope_head_dim, SHAPE.rope), kv_range=kv_range, last=positions
+    )
     width = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
     q, kv = _random(B, T, a.num_heads, a.qk_head_dim, dtype=dtype), _random(B, T, width, dtype=dtype)
     shared = _random(B, T, a.qk_rope_head_dim, dtype=dtype)
@@ -191,11 +193,12 @@ def _attend(dtype: torch.dtype) -> Work:
 def _experts(dtype: torch.dtype) -> Work:
     N, D, moe = 640, SHAPE.hidden_size, SHAPE.moe
     assert moe is not None
-    experts = torch.stack([torch.randperm(moe.num_experts)[: moe.top_k] for _ in range(N)])
+    experts = torch.stack([torch.randperm(moe.num_experts)[: moe.num_experts_per_tok] for _ in range(N)])
     w_in, w_out = (
-        _random(moe.num_experts, *shape, dtype=dtype) for shape in ((2 * moe.expert_size, D), (D, moe.expert_size))
+        _random(moe.num_experts, *shape, dtype=dtype)
+        for shape in ((2 * moe.moe_intermediate_size, D), (D, moe.moe_intermediate_size))
     )
-    x, weights = _random(N, D, dtype=dtype), _random(N, moe.top_k, dtype=torch.float32)
+    x, weights = _random(N, D, dtype=dtype), _random(N, moe.num_experts_per_tok, dtype=torch.float32)
     return _with_gradients(lambda x, w, i, o: expert_mlp(x, w, experts, i, o), x, weights, w_in, w_out)
 
 
@@ -204,7 +207,9 @@ def _rms_norm(dtype: torch.dtype) -> Work:
 
 
 def _swiglu(dtype: torch.dtype) -> Work:
-    return _with_gradients(swiglu, *(_random(640, SHAPE.dense_size, dtype=dtype, seed=seed) for seed in range(2)))
+    return _with_gradients(
+        swiglu, *(_random(640, SHAPE.intermediate_size, dtype=dtype, seed=seed) for seed in range(2))
+    )
 
 
 def _rope(dtype: torch.dtype) -> Work:
@@ -213,7 +218,10 @@ def _rope(dtype: torch.dtype) -> Work:
 
 
 def _linear(dtype: torch.dtype) -> Work:
-    x, weight = _random(640, SHAPE.hidden_size, dtype=dtype), _random(SHAPE.dense_size, SHAPE.hidden_size, dtype=dtype)
+    x, weight = (
+        _random(640, SHAPE.hidden_size, dtype=dtype),
+        _random(SHAPE.intermediate_size, SHAPE.hidden_size, dtype=dtype),
+    )
     return _with_gradients(linear, x, weight)
 
 
@@ -225,7 +233,10 @@ def _dequantize(dtype: torch.dtype) -> Work:
 
 
 def _feed_forward(dtype: torch.dtype) -> Work:
-    module, x = SwiGLU(SHAPE.hidden_size, SHAPE.dense_size).to(dtype), _random(64, SHAPE.hidden_size, dtype=dtype)
+    module, x = (
+        SwiGLU(SHAPE.hidden_size, SHAPE.intermediate_size).to(dtype),
+        _random(64, SHAPE.hidden_size, dtype=dtype),
+    )
     return _without(lambda: module(x))
 
 
@@ -244,7 +255,7 @@ def _paged_attend(dtype: torch.dtype) -> Work:
     tables = torch.arange(1, 1 + sequences * blocks, dtype=torch.int32).view(sequences, blocks)
     pages = Pages(entries, tables, torch.arange(sequences, dtype=torch.int32))
     last = torch.full((sequences, 1), 200)
-    ctx = AttentionContext(rope=torch.empty(0), sight=torch.empty(0), last=last)
+    ctx = AttentionContext(rope=torch.empty(0), kv_range=torch.empty(0), last=last)
     q = _random(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)
     return _without(lambda: layer.read(q, pages, layer.absorbed, ctx))
 
@@ -255,18 +266,18 @@ def _small_m(dtype: torch.dtype) -> Work:
 
 
 def _small_m_int8(dtype: torch.dtype) -> Work:
-    layer = PackedLinear(Packed(Int8(), _random(1536, 576, dtype=torch.float32), dtype), None)
+    layer = QuantizedLinear(QuantizedWeight(Int8(), _random(1536, 576, dtype=torch.float32), dtype), None)
     x = _random(1, 576, dtype=dtype)
     return _without(lambda: layer(x))
 
 
-def _log_probs(dtype: torch.dtype) -> Work:
+def _logprobs(dtype: torch.dtype) -> Work:
     hidden, weight = (
         _random(640, SHAPE.hidden_size, dtype=dtype),
         _random(SHAPE.vocab_size, SHAPE.hidden_size, dtype=dtype),
     )
     index = torch.arange(640)
-    return _with_gradients(lambda h, w: token_log_probs(h, index, w, index)[0], hidden, weight)
+    return _with_gradients(lambda h, w: token_logprobs(h, index, w, index)[0], hidden, weight)
 
 
 def _sample(dtype: torch.dtype) -> Work:
@@ -285,7 +296,7 @@ CASES: dict[str, Callable[[], Work]] = {
         ("rms_norm", _rms_norm, (FP32, BF16)),
         ("swiglu", _swiglu, (FP32, BF16)),
         ("rope", _rope, (FP32, BF16)),
-        ("log_probs", _log_probs, (FP32, BF16)),
+        ("logprobs", _logprobs, (FP32, BF16)),
         ("dequantize", _dequantize, (FP32, BF16)),
         ("paged_attend", _paged_attend, (FP32, BF16)),
         ("sample", _sample, (FP32, BF16)),

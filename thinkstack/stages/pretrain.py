@@ -18,14 +18,14 @@ from thinkstack.log import CURVE, Run
 from thinkstack.models.transformer import Transformer
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.pretrain_config import PretrainConfig
-from thinkstack.stages.supervised import Learning
+from thinkstack.stages.supervised import SupervisedRun
 from thinkstack.tasks.puzzles.corpus import documents
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN
 from thinkstack.text.tokenizer import CONTROL, FIM, train_tokenizer
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.types import Batch
 
 TOKENIZER_DOCUMENTS = 4000
@@ -43,21 +43,21 @@ def pretrain(cfg: PretrainConfig, run: Run) -> None:
     learning.write_models()
 
 
-def begin_pretraining(cfg: PretrainConfig, run: Run) -> Learning:
+def begin_pretraining(cfg: PretrainConfig, run: Run) -> SupervisedRun:
     """A model on its way through a corpus; opens or makes it, and goes back to the state in run.folder."""
     model, chat = open_model(cfg)
-    source = make_source(cfg, families(cfg.families), chat)
+    source = make_source(cfg, puzzle_tasks(cfg.tasks), chat)
     stream = PackedStream(source, cfg.rows, cfg.row_tokens, isolated=cfg.document_mask)
-    return Learning("pre-training", cfg, run, model, chat, stream, cfg.batch_plan())
+    return SupervisedRun("pre-training", cfg, run, model, chat, stream, cfg.batch_plan())
 
 
-def measure_positions(cfg: PretrainConfig, learning: Learning) -> None:
+def measure_positions(cfg: PretrainConfig, learning: SupervisedRun) -> None:
     """Append the loss by position on held-out rows to the curve, where edges are given."""
     if cfg.position_edges:
         rows = -(-HELD_OUT_TOKENS // cfg.row_tokens)
         held_out = PackedStream(learning.stream.source, rows, cfg.row_tokens, isolated=cfg.document_mask)
         held_out.restore({"position": HELD_OUT, "waiting": []})
-        found = loss_by_position(learning.model, held_out.take(), cfg.position_edges, cfg.trainer.micro_tokens)
+        found = loss_by_position(learning.model, held_out.take(), cfg.position_edges, cfg.trainer.micro_batch_tokens)
         learning.run.append(CURVE, {"step": learning.trainer.step_count, "loss_by_position": found})
 
 
@@ -70,14 +70,14 @@ def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
         return with_context(load_model(cfg.start), cfg), load_chat(cfg.start)
     model_cfg = cfg.model_config
     to_hf(model_cfg)
-    corpus = documents(families(cfg.families), cfg.corpus, cfg.seed)
+    corpus = documents(puzzle_tasks(cfg.tasks), cfg.corpus, cfg.seed)
     texts = [f"{doc.question}\n{doc.text}" for doc in islice(corpus, TOKENIZER_DOCUMENTS)]
     texts += [text for path in cfg.text_files for text in read_texts(Path(path))]
     control = (*CONTROL, *FIM) if cfg.fim_rate else CONTROL
     whole, joined = (ANSWER_OPEN, ANSWER_CLOSE), cfg.boundary_split_share > 0
     tokenizer = train_tokenizer(texts, model_cfg.vocab_size, whole, control, joined)
     generator = torch.Generator().manual_seed(digest("weights", cfg.seed) % 2**63)
-    return Transformer(model_cfg).initialise(generator), chat_format(cfg.chat_format, tokenizer)
+    return Transformer(model_cfg).initialize(generator), chat_format(cfg.chat_format, tokenizer)
 
 
 def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
@@ -93,13 +93,13 @@ def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
 
 @torch.no_grad()
 def loss_by_position(
-    model: Transformer, batch: Batch, edges: tuple[int, ...], micro_tokens: int
+    model: Transformer, batch: Batch, edges: tuple[int, ...], micro_batch_tokens: int
 ) -> list[dict[str, Any]]:
     """Mean cross-entropy in nats of the trained targets between each two of 0, edges, and the end of the row.
 
     One table per interval that has any: "from" and "to" (positions, the latter excluded), "nats", "tokens".
     """
-    losses = -batch_log_probs(model, batch, 1.0, micro_tokens)
+    losses = -batch_logprobs(model, batch, 1.0, micro_batch_tokens)
     bounds = (0, *edges, int(batch.positions.max()) + 1)
     found = []
     for low, high in pairwise(bounds):

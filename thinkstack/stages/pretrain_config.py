@@ -6,7 +6,7 @@ from typing import Any
 from thinkstack.config import Count, CountOrZero, Seed, Share, build, dump, merge
 from thinkstack.models.config import ModelConfig, named
 from thinkstack.tasks.puzzles.corpus import CorpusConfig
-from thinkstack.tasks.table import families
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.train.schedule import BatchPlan
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
@@ -25,7 +25,7 @@ class PretrainConfig:
     """Changes to that size, as a table of ModelConfig; with `start`, of its context (rope, max_positions) only."""
     start: str = ""
     """Checkpoint or earlier stage to go on from, tokenizer included; empty begins with fresh weights."""
-    families: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
+    tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Task families the corpus talks about."""
     corpus: CorpusConfig = CorpusConfig()
     """How the corpus is mixed."""
@@ -81,7 +81,7 @@ class PretrainConfig:
                 f"trainer.lora.rank={self.trainer.lora.rank} would adapt fresh weights that stay as they were drawn; "
                 "give the checkpoint to adapt as start, or use rank=0"
             )
-        families(self.families)
+        puzzle_tasks(self.tasks)
         self.batch_plan()
         if self.start:
             for key in self.model.keys() - set(POSITIONAL):

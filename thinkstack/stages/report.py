@@ -56,7 +56,7 @@ def summary(columns: dict[str, Evaluation], greedy: dict[str, Evaluation]) -> di
             "n": found.samples,
             "problems": found.problems,
             "greedy": greedy[name].pass_at_1 if name in greedy else None,
-            "by_family": {family: part.pass_at_1 for family, part in found.by_family.items()},
+            "by_task": {family: part.pass_at_1 for family, part in found.by_task.items()},
         }
         for name, found in columns.items()
     }

@@ -8,34 +8,34 @@ from thinkstack.checkpoint.peft.adapter import save_adapter
 from thinkstack.checkpoint.state import ADAPTER, MODEL, STATE, load_state
 from thinkstack.log import Progress, Run
 from thinkstack.models.lora import merged
-from thinkstack.rl.config import GrpoConfig
+from thinkstack.rl.config import RLConfig
 from thinkstack.rl.health import early_warnings, health_line
-from thinkstack.rl.trainer import FRUITLESS_DRAWINGS, Zero
+from thinkstack.rl.trainer import MAX_STEPS_WITHOUT_SIGNAL, RLTrainer
 from thinkstack.types import Interrupted, TrainingError
 
 log = logging.getLogger(__name__)
 
 
-def grpo(cfg: GrpoConfig, run: Run) -> None:
+def train_rl(cfg: RLConfig, run: Run) -> None:
     """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
-    zero = Zero(cfg, run, model, chat)
+    trainer = RLTrainer(cfg, run, model, chat)
     state = load_state(run.folder / STATE)
     if state is not None:
-        zero.restore(*state)
+        trainer.restore(*state)
     run.rewind(state[1]["rows"] if state else {})
-    if zero.should_look():
-        zero.look()
+    if trainer.should_evaluate():
+        trainer.evaluate()
     warned: set[str] = set()
     history = run.rows()
-    with Progress("reinforcement learning", cfg.steps, zero.trainer.step_count) as progress:
-        while zero.trainer.step_count < cfg.steps:
-            before = zero.trainer.step_count
-            metrics = zero.step()
-            done = zero.trainer.step_count
-            if zero.fruitless >= FRUITLESS_DRAWINGS:
+    with Progress("reinforcement learning", cfg.steps, trainer.trainer.step_count) as progress:
+        while trainer.trainer.step_count < cfg.steps:
+            before = trainer.trainer.step_count
+            metrics = trainer.step()
+            done = trainer.trainer.step_count
+            if trainer.steps_without_signal >= MAX_STEPS_WITHOUT_SIGNAL:
                 raise TrainingError(
-                    f"{zero.fruitless} drawings in a row at step {done} had no group with answers of different reward: "
+                    f"{trainer.steps_without_signal} drawings in a row at step {done} had no group with answers of different reward: "
                     "the problems are too hard or too easy for this model, or the reward is wrong; look at "
                     f"{run.folder}/metrics.jsonl"
                 )
@@ -43,10 +43,10 @@ def grpo(cfg: GrpoConfig, run: Run) -> None:
             progress.advance(done - before, health_line(metrics))
             history.append(metrics)
             warned = warn(history, warned)
-            if zero.should_look():
-                zero.look()
+            if trainer.should_evaluate():
+                trainer.evaluate()
             if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
-                zero.save()
+                trainer.save()
             if run.stop.is_requested:
                 raise Interrupted
     if cfg.trainer.lora.rank:

@@ -11,13 +11,13 @@ from functools import partial
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.config import Count, CountOrZero, Positive, Seed, Share
-from thinkstack.data import PackedStream, Sample, lay_out, pack
+from thinkstack.data import Example, PackedStream, collate, pack
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import Conversation, read_conversations, worked_conversations
-from thinkstack.stages.supervised import Learning
+from thinkstack.stages.supervised import SupervisedRun
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
-from thinkstack.train.passes import batch_log_probs
+from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.schedule import BatchPlan
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, RequestError
@@ -74,15 +74,15 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class SftDataset:
     """The conversations of a run as samples."""
 
-    trained: list[Sample]
-    held_out: list[Sample]
+    trained: list[Example]
+    held_out: list[Example]
     too_long: int
     """Samples left out because no row takes them."""
 
-    def document(self, index: int, seed: int) -> Sample:
+    def document(self, index: int, seed: int) -> Example:
         """Sample `index` of the endless training order, which is shuffled anew each epoch."""
         epoch, place = divmod(index, len(self.trained))
         order = list(range(len(self.trained)))
@@ -90,11 +90,11 @@ class Lessons:
         return self.trained[order[place]]
 
 
-def make_lessons(conversations: Sequence[Conversation], chat: ChatFormat, cfg: SftConfig) -> Lessons:
+def make_sft_dataset(conversations: Sequence[Conversation], chat: ChatFormat, cfg: SftConfig) -> SftDataset:
     """Samples of all conversations. Raises ConfigError if none is left to train on, and for one that the chat format
     cannot write."""
-    trained: list[Sample] = []
-    held_out: list[Sample] = []
+    trained: list[Example] = []
+    held_out: list[Example] = []
     too_long = 0
     for messages in conversations:
         asked = next((message.content for message in messages if message.role == "user"), "")
@@ -103,8 +103,8 @@ def make_lessons(conversations: Sequence[Conversation], chat: ChatFormat, cfg: S
             examples = chat.example(messages, messages.tools)
         except (RequestError, ConfigError) as error:
             raise ConfigError(f"{messages.where}: {error}") from error
-        for ids, learnt in examples:
-            sample = Sample(tuple(ids), tuple(learnt))
+        for ids, loss_mask in examples:
+            sample = Example(tuple(ids), tuple(loss_mask))
             too_long += sample.width > cfg.row_tokens
             target += [sample] if sample.width <= cfg.row_tokens else []
     if not trained:
@@ -112,7 +112,7 @@ def make_lessons(conversations: Sequence[Conversation], chat: ChatFormat, cfg: S
             f"none of {len(conversations)} conversations is left to train on ({too_long} samples are longer than "
             f"row_tokens={cfg.row_tokens}); raise row_tokens or lower held_out={cfg.held_out}"
         )
-    return Lessons(trained, held_out, too_long)
+    return SftDataset(trained, held_out, too_long)
 
 
 def sft(cfg: SftConfig, run: Run) -> None:
@@ -121,25 +121,25 @@ def sft(cfg: SftConfig, run: Run) -> None:
     conversations = read_conversations(cfg.data, with_masks=True)
     if cfg.tasks:
         conversations += worked_conversations(cfg.tasks, cfg.num_examples, cfg.seed, cfg.languages)
-    lessons = make_lessons(conversations, chat, cfg)
-    steps = max(round(cfg.epochs * len(pack(lessons.trained, cfg.row_tokens)) / cfg.rows), 1)
+    dataset = make_sft_dataset(conversations, chat, cfg)
+    steps = max(round(cfg.epochs * len(pack(dataset.trained, cfg.row_tokens)) / cfg.rows), 1)
     steps = min(steps, cfg.max_steps or steps)
     log.info(
         "%d samples to learn in %d step(s), %d held out, %d left out as longer than a row",
-        *(len(lessons.trained), steps, len(lessons.held_out), lessons.too_long),
+        *(len(dataset.trained), steps, len(dataset.held_out), dataset.too_long),
     )
     if steps < FEW_STEPS and steps != cfg.max_steps:
         log.info("few steps: lower rows=%d or row_tokens=%d, or raise epochs=%g", cfg.rows, cfg.row_tokens, cfg.epochs)
-    stream = PackedStream(partial(lessons.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
-    learning = Learning("fine-tuning", cfg, run, model, chat, stream, BatchPlan(steps, cfg.rows))
-    learning.go(partial(measure, lessons, cfg))
+    stream = PackedStream(partial(dataset.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
+    learning = SupervisedRun("fine-tuning", cfg, run, model, chat, stream, BatchPlan(steps, cfg.rows))
+    learning.go(partial(measure, dataset, cfg))
     learning.write_models()
 
 
-def measure(lessons: Lessons, cfg: SftConfig, learning: Learning) -> None:
+def measure(dataset: SftDataset, cfg: SftConfig, learning: SupervisedRun) -> None:
     """Append the loss on the held-out conversations to the curve, if there are any."""
-    if lessons.held_out:
-        batch: Batch = lay_out(lessons.held_out, pack(lessons.held_out, cfg.row_tokens), cfg.row_tokens)
-        log_probs = batch_log_probs(learning.model, batch, 1.0, cfg.trainer.micro_tokens)
-        nats = -float(log_probs.sum() / batch.loss_mask.sum())
+    if dataset.held_out:
+        batch: Batch = collate(dataset.held_out, pack(dataset.held_out, cfg.row_tokens), cfg.row_tokens)
+        logprobs = batch_logprobs(learning.model, batch, 1.0, cfg.trainer.micro_batch_tokens)
+        nats = -float(logprobs.sum() / batch.loss_mask.sum())
         learning.run.append(CURVE, {"step": learning.trainer.step_count, "held_out_nats": nats})

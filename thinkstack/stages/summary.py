@@ -12,7 +12,7 @@ LOSS = "loss/next_token_nats"
 
 
 def summarize(out: Path, stages: Sequence[tuple[str, str]]) -> str:
-    """A line for each stage (name, kind) that is done: where its artefact lies, and its main figure."""
+    """A line for each stage (name, kind) that is done: where its artifact lies, and its main figure."""
     width = max(len(name) for name, _ in stages)
     return "\n".join(f"  {name:<{width}}  {_describe(Run(out / name), kind)}" for name, kind in stages)
 

@@ -21,7 +21,7 @@ from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Interrupted
 
 
-class LearningConfig(Protocol):
+class SupervisedConfig(Protocol):
     """The settings that the loop reads."""
 
     @property
@@ -34,13 +34,13 @@ class LearningConfig(Protocol):
     def save_steps(self) -> int: ...
 
 
-class Learning:
+class SupervisedRun:
     """A model on its way through documents. What a state holds is all that changes from step to step."""
 
     def __init__(
         self,
         title: str,
-        cfg: LearningConfig,
+        cfg: SupervisedConfig,
         run: Run,
         model: Transformer,
         chat: ChatFormat,
@@ -78,7 +78,7 @@ class Learning:
         rate = float((batch.document_ids > 0).sum()) / times["time/step_seconds"]
         return metrics | times | {"train/tokens_per_second": rate, "train/rows": float(self.plan.rows[step])}
 
-    def go(self, measure: Callable[["Learning"], None]) -> None:
+    def go(self, measure: Callable[["SupervisedRun"], None]) -> None:
         """Take all steps that are left, measuring before the first and after the last. Raises Interrupted when asked to
         stop, with the state saved."""
         cfg, trainer, total = self.cfg, self.trainer, len(self.plan.rows)
@@ -96,7 +96,7 @@ class Learning:
                     raise Interrupted
         self.interruptible(measure)
 
-    def interruptible(self, measure: Callable[["Learning"], None]) -> None:
+    def interruptible(self, measure: Callable[["SupervisedRun"], None]) -> None:
         """Measure; a request to stop does not wait for it, and it is made again when the run goes on."""
         marks = self.run.mark()
         try:

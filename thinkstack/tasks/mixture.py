@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from thinkstack.config import did_you_mean
 from thinkstack.tasks.benchmarks.datasets import DataStream, split_file
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.table import DATASETS, ProblemStream, families
+from thinkstack.tasks.table import BENCHMARKS, ProblemStream, puzzle_tasks
 from thinkstack.types import ConfigError, Problem
 
 
@@ -36,7 +36,7 @@ class Stream(Protocol):
         """Continue where `state` was taken."""
 
 
-class Curriculum:
+class ProblemMixture:
     """Problems of the phase that is on. Each task of each phase has a stream of its own, and a draw by (seed, number of
     problems so far) says whose turn it is; so a resumed run asks the same problems."""
 
@@ -78,14 +78,14 @@ def _drawn(weights: Mapping[str, float], place: float) -> str:
     return next(reversed(list(weights)))
 
 
-def one_phase(stream: Stream) -> Curriculum:
+def one_phase(stream: Stream) -> ProblemMixture:
     """The same stream from beginning to end."""
-    return Curriculum([PhaseConfig(tasks={"all": 1.0})], [{"all": stream}], seed=0)
+    return ProblemMixture([PhaseConfig(tasks={"all": 1.0})], [{"all": stream}], seed=0)
 
 
-def make_curriculum(
+def make_mixture(
     phases: Sequence[PhaseConfig], files: Mapping[str, str], seed: int, languages: Sequence[str] = ()
-) -> Curriculum:
+) -> ProblemMixture:
     """The training problems of `phases`. files: folder of each data set. languages: of generated problems, all if none.
 
     Raises ConfigError for phases that do not cover the run, unknown tasks or levels, and files that cannot be read.
@@ -100,33 +100,33 @@ def make_curriculum(
             if name in loaded:
                 part[name] = DataStream([p for p in loaded[name] if levels is None or p.level in levels], own)
             else:
-                part[name] = ProblemStream(families([name]), "train", own, levels, languages=languages)
+                part[name] = ProblemStream(puzzle_tasks([name]), "train", own, levels, languages=languages)
         streams.append(part)
-    return Curriculum(phases, streams, seed)
+    return ProblemMixture(phases, streams, seed)
 
 
 def load_split(name: str, folder: str, split: str) -> list[Problem]:
     """All problems of a split of a data set. Raises ConfigError if its file is missing or is another's."""
-    return DATASETS[name].load(split_file(folder, split, DATASETS[name].SOURCE))
+    return BENCHMARKS[name].load(split_file(folder, split, BENCHMARKS[name].SOURCE))
 
 
 def check_phases(phases: Sequence[PhaseConfig], files: Mapping[str, str]) -> None:
-    """Raise ConfigError for what `make_curriculum` cannot use, without reading a file."""
+    """Raise ConfigError for what `make_mixture` cannot use, without reading a file."""
     ends = [phase.until for phase in phases]
     if ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1:
         raise ConfigError(f"phases end at {ends} of the run; let them rise above 0, and the last one end at 1.0")
     for name in files:
-        if name not in DATASETS:
-            raise ConfigError(f"files.{name} is no data set{did_you_mean(name, DATASETS)}")
+        if name not in BENCHMARKS:
+            raise ConfigError(f"files.{name} is no data set{did_you_mean(name, BENCHMARKS)}")
     for phase in phases:
         if not phase.tasks or min(phase.tasks.values()) < 0 or not sum(phase.tasks.values()):
             raise ConfigError(f"tasks={phase.tasks} of a phase must have weights from 0 on, not all of them 0")
         for name in phase.tasks:
-            if name in DATASETS and name not in files:
+            if name in BENCHMARKS and name not in files:
                 raise ConfigError(
-                    f"the task {name} needs its data: say files.{name}=FOLDER, with {DATASETS[name].SOURCE}"
+                    f"the task {name} needs its data: say files.{name}=FOLDER, with {BENCHMARKS[name].SOURCE}"
                 )
             if name not in files:
-                families([name])
+                puzzle_tasks([name])
         for name in phase.levels.keys() - phase.tasks.keys():
             raise ConfigError(f"levels.{name} belongs to no task of its phase{did_you_mean(name, phase.tasks)}")

@@ -7,9 +7,9 @@ from typing import Literal
 from thinkstack.config import Weight
 from thinkstack.tasks.custom_reward import custom_part, load_reward
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.table import accepts
+from thinkstack.tasks.table import verify
 from thinkstack.tasks.verify.language import language_share
-from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, Form, parse_turn
+from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, ThinkingFormat, parse_turn
 from thinkstack.types import ConfigError, Problem, Score
 
 MAX_ANSWER_CHARACTERS = 64
@@ -23,7 +23,7 @@ class RewardConfig:
     combine: Literal["gated", "additive", "format_only", "random"] = "gated"
     """"gated": accuracy counts only in the right format. "additive": accuracy + format_weight * format (R1 paper).
     "format_only" and "random" are controls: the format alone, or a coin that looks at nothing but the answer's text."""
-    form: Form = "tagged"
+    form: ThinkingFormat = "think_answer_tags"
     """How a turn is to look: text/parse.py."""
     format_weight: Weight = 1.0
     """Weight of the format part when additive."""
@@ -48,7 +48,7 @@ class RewardConfig:
             raise ConfigError(f"reward.format_weight={self.format_weight} would punish the right format; use 0 or more")
 
 
-def final_answer(problem: Problem, text: str, form: Form = "tagged") -> str | None:
+def final_answer(problem: Problem, text: str, form: ThinkingFormat = "think_answer_tags") -> str | None:
     """The turn's one answer, outside its thinking; None if there is none, or if it is too long to be one.
 
     The limit holds for the answer, not for the text around it.
@@ -58,12 +58,12 @@ def final_answer(problem: Problem, text: str, form: Form = "tagged") -> str | No
     return answer if answer is not None and len(answer) <= longest else None
 
 
-def accuracy(problem: Problem, text: str, form: Form = "tagged") -> float:
+def accuracy(problem: Problem, text: str, form: ThinkingFormat = "think_answer_tags") -> float:
     """1 if the turn's final answer is right."""
-    return float(accepts(problem, final_answer(problem, text, form)))
+    return float(verify(problem, final_answer(problem, text, form)))
 
 
-def format_kept(text: str, form: Form = "tagged") -> float:
+def format_kept(text: str, form: ThinkingFormat = "think_answer_tags") -> float:
     """1 if the turn keeps its form (text/parse.py): in "flexible_extract", if an answer is found."""
     return float(parse_turn(text, form).is_well_formed)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from thinkstack.config import did_you_mean
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
-from thinkstack.tasks.benchmarks.datasets import DataSet, Gsm8k, Math
+from thinkstack.tasks.benchmarks.datasets import Benchmark, Gsm8k, Math
 from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
 from thinkstack.tasks.puzzles.choice import Choice
@@ -19,14 +19,14 @@ from thinkstack.tasks.puzzles.kin import Kin
 from thinkstack.tasks.puzzles.kinship import Kinship
 from thinkstack.tasks.puzzles.modular import Modular
 from thinkstack.tasks.puzzles.programs import Bug, Program
-from thinkstack.tasks.puzzles.puzzle import Family, Judging, digest
+from thinkstack.tasks.puzzles.puzzle import PuzzleTask, Verifier, digest
 from thinkstack.tasks.puzzles.quadratic import Quadratic
 from thinkstack.tasks.puzzles.sums import Sums, Times
 from thinkstack.tasks.puzzles.table_lookup import Table
 from thinkstack.tasks.verify.answers import is_correct
 from thinkstack.types import ConfigError, Problem
 
-FAMILIES: dict[str, Family] = {
+PUZZLES: dict[str, PuzzleTask] = {
     "chain": Chain(),
     "nested": Nested(),
     "cups": Cups(),
@@ -42,30 +42,30 @@ FAMILIES: dict[str, Family] = {
     "times": Times(),
 }
 
-DATASETS: dict[str, DataSet] = {"gsm8k": Gsm8k(), "math": Math()}
+BENCHMARKS: dict[str, Benchmark] = {"gsm8k": Gsm8k(), "math": Math()}
 """Published problems, read from a file that the user has."""
-TASKS: dict[str, object] = {**FAMILIES, **DATASETS}
+TASKS: dict[str, object] = {**PUZZLES, **BENCHMARKS}
 
 
-def families(names: Sequence[str]) -> list[Family]:
+def puzzle_tasks(names: Sequence[str]) -> list[PuzzleTask]:
     """The families called `names`, in that order; gym/NAME is a data set of reasoning-gym.
 
     Raises ConfigError for an unknown name, for none at all, or if a package that a name needs is not installed.
     """
     if not names:
-        raise ConfigError(f"no task is named; choose from {', '.join(FAMILIES)}")
-    return [_family(name) for name in names]
+        raise ConfigError(f"no task is named; choose from {', '.join(PUZZLES)}")
+    return [_puzzle_task(name) for name in names]
 
 
-def _family(name: str) -> Family:
+def _puzzle_task(name: str) -> PuzzleTask:
     if name.startswith(gym.PREFIX):
-        return gym.family(name)
-    if name not in FAMILIES:
-        raise ConfigError(f"unknown task {name!r}{did_you_mean(name, FAMILIES)}")
-    return FAMILIES[name]
+        return gym.puzzle_task(name)
+    if name not in PUZZLES:
+        raise ConfigError(f"unknown task {name!r}{did_you_mean(name, PUZZLES)}")
+    return PUZZLES[name]
 
 
-def accepts(problem: Problem, answer: str | None) -> bool:
+def verify(problem: Problem, answer: str | None) -> bool:
     """Whether `answer` is right by the rule of the problem's task; no answer is wrong.
 
     A family or data set that is Judging decides itself; all others, tasks outside the tables included, are compared
@@ -73,14 +73,14 @@ def accepts(problem: Problem, answer: str | None) -> bool:
     """
     if answer is None:
         return False
-    task = gym.family(problem.task) if problem.task.startswith(gym.PREFIX) else TASKS.get(problem.task)
-    if isinstance(task, Judging):
-        return task.accepts(problem, answer)
+    task = gym.puzzle_task(problem.task) if problem.task.startswith(gym.PREFIX) else TASKS.get(problem.task)
+    if isinstance(task, Verifier):
+        return task.verify(problem, answer)
     return is_correct(problem.answer, answer)
 
 
 def problem_at(
-    families: Sequence[Family],
+    tasks: Sequence[PuzzleTask],
     split: str,
     seed: int,
     index: int,
@@ -95,23 +95,23 @@ def problem_at(
     that may be used; () allows all.
     Raises ConfigError for an unknown split, or if a family has none of the levels or languages.
     """
-    family = families[index % len(families)]
-    allowed = [level for level in family.levels if levels is None or level in levels]
+    task = tasks[index % len(tasks)]
+    allowed = [level for level in task.levels if levels is None or level in levels]
     if not allowed:
-        known = ", ".join(map(str, family.levels))
-        raise ConfigError(f"{family.name} has none of the levels {list(levels or ())}; its levels are {known}")
+        known = ", ".join(map(str, task.levels))
+        raise ConfigError(f"{task.name} has none of the levels {list(levels or ())}; its levels are {known}")
     rng = random.Random(digest("problem", seed, split, index))
-    puzzle = puzzles.draw_puzzle(family, split, rng.choice(allowed), ("problem", seed, index))
-    spoken = tuple(language for language in family.wordings if not languages or language in languages)
+    puzzle = puzzles.generate_puzzle(task, split, rng.choice(allowed), ("problem", seed, index))
+    spoken = tuple(language for language in task.wordings if not languages or language in languages)
     if not spoken:
-        raise ConfigError(f"{family.name} has none of the languages {list(languages)}; it has {list(family.wordings)}")
+        raise ConfigError(f"{task.name} has none of the languages {list(languages)}; it has {list(task.wordings)}")
     language = rng.choice(spoken)
     wordings = puzzles.unseen_wordings if unseen_wordings else puzzles.seen_wordings
-    return puzzles.pose(family, puzzle, language, rng.choice(wordings(family, language)))
+    return puzzles.pose(task, puzzle, language, rng.choice(wordings(task, language)))
 
 
 def problems(
-    families: Sequence[Family],
+    tasks: Sequence[PuzzleTask],
     split: str,
     seed: int,
     count: int,
@@ -120,7 +120,7 @@ def problems(
     languages: Sequence[str] = (),
 ) -> list[Problem]:
     """The first `count` problems of a stream; arguments as in `problem_at`."""
-    return [problem_at(families, split, seed, index, levels, unseen_wordings, languages) for index in range(count)]
+    return [problem_at(tasks, split, seed, index, levels, unseen_wordings, languages) for index in range(count)]
 
 
 class ProblemStream:
@@ -128,7 +128,7 @@ class ProblemStream:
 
     def __init__(
         self,
-        families: Sequence[Family],
+        tasks: Sequence[PuzzleTask],
         split: str,
         seed: int,
         levels: Sequence[int] | None = None,
@@ -136,7 +136,7 @@ class ProblemStream:
         languages: Sequence[str] = (),
     ):
         """Arguments as in `problem_at`."""
-        self.families, self.split, self.seed = list(families), split, seed
+        self.tasks, self.split, self.seed = list(tasks), split, seed
         self.levels, self.unseen_wordings, self.languages = levels, unseen_wordings, languages
         self.position = 0
         """Index of the next problem."""
@@ -145,7 +145,7 @@ class ProblemStream:
         """The next `count` problems."""
         start, self.position = self.position, self.position + count
         return [
-            problem_at(self.families, self.split, self.seed, index, self.levels, self.unseen_wordings, self.languages)
+            problem_at(self.tasks, self.split, self.seed, index, self.levels, self.unseen_wordings, self.languages)
             for index in range(start, self.position)
         ]
 

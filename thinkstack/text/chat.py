@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from thinkstack.text.deepseek import STYLES, DeepSeekFormat
-from thinkstack.text.formats import ZERO_PREAMBLE, Example, PlainText, ZeroFormat
+from thinkstack.text.formats import ZERO_PREAMBLE, PlainText, TokenizedExample, ZeroFormat
 from thinkstack.text.template import TemplateFormat
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError, Message, Tool
@@ -38,7 +38,7 @@ class ChatFormat(Protocol):
     @property
     def has_template(self) -> bool:
         """Whether it writes conversations. A base model's (PlainText) does not: `prompt`, `turn` and `example` raise
-        ConfigError, which says what is missing; its tokenizer and stop_ids serve to continue plain text.
+        ConfigError, which says what is missing; its tokenizer and stop_token_ids serve to continue plain text.
         """
 
     @property
@@ -52,7 +52,7 @@ class ChatFormat(Protocol):
         """
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turn; the first is the one that training teaches. May be empty where a
         checkpoint names none."""
 
@@ -79,15 +79,14 @@ class ChatFormat(Protocol):
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
-    ) -> list[Example]:
+    ) -> list[TokenizedExample]:
         """A conversation as sequences to learn from: (ids, 1 for each id that is to be learnt, else 0).
 
-        Learnt is what the assistant says, thinks and calls, and the token that ends its turn; never a header, never
-        what a prompt writes, never a turn whose is_trained is False. Each turn follows exactly the ids that `prompt`
-        asks for it with: one sequence for as long as that prompt continues the sequence before, else a new one (history
-        leaves thinking out).
-        thinking: None lets each turn think that has thoughts, where a format has the switch.
-        Raises RequestError as `prompt`, and for a conversation without a turn of the assistant.
+        RolloutAdvantages is what the assistant says, thinks and calls, and the token that ends its turn; never a
+        header, never what a prompt writes, never a turn whose is_trained is False. Each turn follows exactly the ids
+        that `prompt` asks for it with: one sequence for as long as that prompt continues the sequence before, else a
+        new one (history leaves thinking out). thinking: None lets each turn think that has thoughts, where a format has
+        the switch. Raises RequestError as `prompt`, and for a conversation without a turn of the assistant.
         """
 
 

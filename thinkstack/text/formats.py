@@ -7,7 +7,7 @@ from thinkstack.text.parse import split_thinking
 from thinkstack.text.tokenizer import BOS, EOS, THINK_CLOSE, THINK_OPEN, Control, Tokenizer
 from thinkstack.types import ConfigError, Message, RequestError, Tool
 
-Example = tuple[list[int], list[int]]
+TokenizedExample = tuple[list[int], list[int]]
 """Ids of one sequence, and for each 1 if it is to be learnt."""
 
 ZERO_PREAMBLE = (
@@ -42,7 +42,7 @@ class TurnFormat:
         raise NotImplementedError
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stop_token_ids(self) -> tuple[int, ...]:
         return (self.tokenizer.control_id(EOS),)
 
     def opening(self, messages: Sequence[Message], thinking: bool | None = None) -> str:
@@ -59,7 +59,7 @@ class TurnFormat:
 
     def text_of(self, token_ids: Sequence[int], opening: str | None = None) -> str:
         ids = list(token_ids)
-        if ids and ids[-1] in self.stop_ids:
+        if ids and ids[-1] in self.stop_token_ids:
             ids.pop()
         return (self.prefill if opening is None else opening) + self.tokenizer.decode(ids)
 
@@ -77,16 +77,16 @@ class TurnFormat:
 
     def close(self, pieces: Sequence[str]) -> list[int]:
         """Ids of the pieces of a turn and of the token that ends it. Raises ConfigError if no token is known to."""
-        if not self.stop_ids:
+        if not self.stop_token_ids:
             raise ConfigError(
                 "no token ends a turn, in the template or the checkpoint; name eos_token in tokenizer_config.json"
             )
-        return [*self.tokenizer.encode_pieces(pieces), self.stop_ids[0]]
+        return [*self.tokenizer.encode_pieces(pieces), self.stop_token_ids[0]]
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
-    ) -> list[Example]:
-        examples: list[Example] = []
+    ) -> list[TokenizedExample]:
+        examples: list[TokenizedExample] = []
         for index, message in enumerate(messages):
             if message.role != "assistant" or not message.is_trained:
                 continue
@@ -96,8 +96,8 @@ class TurnFormat:
             turn = self.turn([*messages[:index], read], tools, thinks)
             if not examples or prompt[: len(examples[-1][0])] != examples[-1][0]:
                 examples.append(([], []))
-            ids, learnt = examples[-1]
-            learnt += [0] * (len(prompt) - len(ids)) + [1] * len(turn)
+            ids, loss_mask = examples[-1]
+            loss_mask += [0] * (len(prompt) - len(ids)) + [1] * len(turn)
             ids += prompt[len(ids) :] + turn
         if not examples:
             raise RequestError("the conversation has no turn of the assistant to learn; add one")
@@ -173,7 +173,7 @@ class PlainText(TurnFormat):
         return False
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stop_token_ids(self) -> tuple[int, ...]:
         return self.ends
 
     def prompt(

@@ -16,11 +16,11 @@ from thinkstack.text.tokenizer import (
 )
 from thinkstack.types import Message, ToolCall
 
-Form = Literal["tagged", "open", "flexible_extract"]
+ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract"]
 """How a turn is to look and where its answer stands: `parse_turn`."""
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
-_FORM = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+_THINK_ANSWER_TAGS = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _CALL = re.compile(
     rf"\s*{CALL_BEGIN}(?:function{CALL_SEP}(?P<old_name>[^\n]*?)\n```json\n(?P<old>.*?)\n```"
     rf"|(?P<name>.*?){CALL_SEP}(?P<arguments>.*?)){CALL_END}",
@@ -42,19 +42,20 @@ class Turn:
     """The name of the rule that found the answer, in the form "flexible_extract": text/final_answer.py."""
 
 
-def parse_turn(text: str, form: Form = "tagged") -> Turn:
+def parse_turn(text: str, form: ThinkingFormat = "think_answer_tags") -> Turn:
     """Parse a whole turn. An answer inside unclosed thinking never counts.
 
-    form: "tagged" is R1-Zero's, one think block and one answer between tags, and nothing else; one of several answers
-    is none. "open" is R1's, one think block and then prose of any length: the answer is what its last box holds, or all
-    of it if there is no box; if the last box is not finished there is none. "flexible_extract" asks for no form: the
-    answer is found by the first rule of text/final_answer.py that finds one, and it is well-formed if there is one.
+    form: "think_answer_tags" is R1-Zero's, one think block and one answer between tags, and nothing else; one of
+    several answers is none. "think_then_answer" is R1's, one think block and then prose of any length: the answer is
+    what its last box holds, or all of it if there is no box; if the last box is not finished there is none.
+    "flexible_extract" asks for no form: the answer is found by the first rule of text/final_answer.py that finds one,
+    and it is well-formed if there is one.
     """
-    if form == "open":
-        return _parse_open(text)
+    if form == "think_then_answer":
+        return _parse_think_then_answer(text)
     if form == "flexible_extract":
         return _parse_flexible(text)
-    tagged = _FORM.fullmatch(text)
+    tagged = _THINK_ANSWER_TAGS.fullmatch(text)
     if tagged and all(text.count(tag) == 1 for tag in TAGS):
         return Turn(tagged["thinking"].strip(), tagged["answer"].strip(), True)
     before, _, after = text.rpartition(THINK_CLOSE)
@@ -67,7 +68,7 @@ def parse_turn(text: str, form: Form = "tagged") -> Turn:
     return Turn(thinking, None, False)
 
 
-def _parse_open(text: str) -> Turn:
+def _parse_think_then_answer(text: str) -> Turn:
     """One think block at the beginning, closed, with something in it and something behind it."""
     before, _, rest = text.partition(THINK_OPEN)
     thinking, closed, answer = rest.partition(THINK_CLOSE)

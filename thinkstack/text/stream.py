@@ -9,7 +9,7 @@ from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamEvent:
     """Some text of an assistant turn."""
 
     kind: str
@@ -53,7 +53,7 @@ def stream_text(text_of: Callable[[Sequence[int]], str], ids: Iterator[int]) -> 
 MARKS = {THINK_OPEN: "thinking", THINK_CLOSE: "text", ANSWER_OPEN: "answer", ANSWER_CLOSE: "text"}
 
 
-def split_turn(chunks: Iterator[str]) -> Iterator[Piece]:
+def parse_stream(chunks: Iterator[str]) -> Iterator[StreamEvent]:
     """Sort streamed text into thinking, answer and the rest; tags are dropped, half tags wait for their other half."""
     kind, buffer = "text", ""
     for chunk in chunks:
@@ -64,12 +64,12 @@ def split_turn(chunks: Iterator[str]) -> Iterator[Piece]:
                 break
             place, mark = min(places)
             if buffer[:place]:
-                yield Piece(kind, buffer[:place])
+                yield StreamEvent(kind, buffer[:place])
             kind, buffer = MARKS[mark], buffer[place + len(mark) :]
         held = max((size for mark in MARKS for size in range(1, len(mark)) if buffer.endswith(mark[:size])), default=0)
         ready = buffer[: len(buffer) - held]
         if ready:
-            yield Piece(kind, ready)
+            yield StreamEvent(kind, ready)
         buffer = buffer[len(ready) :]
     if buffer:
-        yield Piece(kind, buffer)
+        yield StreamEvent(kind, buffer)

@@ -39,7 +39,7 @@ class TemplateFormat(TurnFormat):
     name = "template"
 
     @cached_property
-    def stop_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+    def stop_token_ids(self) -> tuple[int, ...]:  # type: ignore[override]
         eos = [self.tokenizer.control_id(self.eos)] if self.eos else []
         found = [*self._end_of_turn(), *eos, *self.ends]
         return tuple(dict.fromkeys(found))
@@ -102,7 +102,7 @@ class TemplateFormat(TurnFormat):
         return self.close([*_without(pieces, mark)])
 
     def _ends(self, piece: str) -> bool:
-        return isinstance(piece, Control) and self.tokenizer.control[piece] in self.stop_ids
+        return isinstance(piece, Control) and self.tokenizer.control[piece] in self.stop_token_ids
 
     def _asked(
         self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None, mark: str

@@ -22,7 +22,7 @@ def expert_counts(routing: Routing, real: Tensor) -> Tensor:
 def sequence_balance_loss(routing: Routing, real: Tensor) -> Tensor:
     """Sum over rows of real tokens * sum_i f_i P_i; 1 per token when experts are used evenly.
 
-    f_i: how often expert i was chosen in the row, relative to even use; no gradient. P_i: mean normalised affinity.
+    f_i: how often expert i was chosen in the row, relative to even use; no gradient. P_i: mean normalized affinity.
     Divide by the real tokens of the whole step. Source: DeepSeek-V3 report, section 2.1.2, equations 17-20.
     """
     E, K = routing.scores.shape[-1], routing.experts.shape[-1]
@@ -44,7 +44,7 @@ def moe_layers(model: Transformer) -> list[MoE]:
 def update_bias(layer: MoE, counts: Tensor, speed: float) -> None:
     """Raise the bias of underused experts by `speed` and lower that of overused ones, keeping the sum.
 
-    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; centred so that the common offset,
+    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; centered so that the common offset,
     which chooses nothing, cannot drift.
     """
     delta = speed * torch.sign(counts.mean() - counts)

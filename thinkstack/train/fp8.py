@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from thinkstack.models.layers import swiglu
 from thinkstack.models.moe import MoE, dispatch
 from thinkstack.models.transformer import Transformer
-from thinkstack.quant.fp8 import BLOCK, dequantise, quantise
+from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
 
 
 def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
     """a (..., M, K) in 1 x 128 blocks times the transpose of b (..., N, K) in b_rows x 128 blocks: (..., M, N)."""
     if a[0].dim() == 2 and _has_block_products(a[0], b[0]):
         return _device_product(a, b, b_rows, dtype)
-    return (dequantise(*a, 1) @ dequantise(*b, b_rows).mT).to(dtype)
+    return (dequantize(*a, 1) @ dequantize(*b, b_rows).mT).to(dtype)
 
 
 def _has_block_products(a: Tensor, b: Tensor) -> bool:
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:  # type: ignore[override]
-        a, b = quantise(x, 1, power_of_two), quantise(weight, BLOCK, power_of_two)
+        a, b = quantize(x, 1, power_of_two), quantize(weight, BLOCK, power_of_two)
         ctx.save_for_backward(*a, *b)
         ctx.settings = power_of_two, x.dtype, weight.dtype
         return product(a, b, BLOCK, x.dtype)
@@ -61,10 +61,10 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # sums over N: the same blocks of the weight, read the other way
             turned = weight.mT.contiguous(), weight_scale.mT.contiguous()
-            grad_x = product(quantise(grad, 1, power_of_two), turned, BLOCK, x_dtype)
+            grad_x = product(quantize(grad, 1, power_of_two), turned, BLOCK, x_dtype)
         if ctx.needs_input_grad[1]:  # sums over rows: blocks of 128 rows of one column
-            columns = quantise(dequantise(x, x_scale, 1).mT.contiguous(), 1, power_of_two)
-            grad_weight = product(quantise(grad.mT.contiguous(), 1, power_of_two), columns, 1, weight_dtype)
+            columns = quantize(dequantize(x, x_scale, 1).mT.contiguous(), 1, power_of_two)
+            grad_weight = product(quantize(grad.mT.contiguous(), 1, power_of_two), columns, 1, weight_dtype)
         return grad_x, grad_weight, None
 
 

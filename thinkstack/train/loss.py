@@ -27,7 +27,7 @@ Stats = dict[str, Tensor]
 class TrainedTokens:
     """What a loss sees of a micro-batch. All tensors are (M,) fp32 unless said otherwise."""
 
-    log_probs: Tensor
+    logprobs: Tensor
     """Log-probabilities of the targets under the current weights; the one entry that carries a gradient."""
     weights: Tensor
     """Share of each token in the loss of the whole step."""
@@ -36,9 +36,9 @@ class TrainedTokens:
     entropy: Tensor | None = None
     """Entropy of the prediction in nats, where it was asked for."""
     advantages: Tensor | None = None
-    rollout_log_probs: Tensor | None = None
-    old_log_probs: Tensor | None = None
-    reference_log_probs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
     sequences: Tensor | None = None
     """int64, equal for the tokens of one sequence; objectives that weigh whole answers need it."""
 
@@ -71,16 +71,16 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     return counts
 
 
-def token_log_probs(
+def token_logprobs(
     hidden: Tensor, index: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of `targets` under the head, without ever holding all logits.
 
     hidden: (N, D). index: (M,) int64, distinct rows of hidden to predict from. weight: (V, D) head. targets: (M,).
-    temperature divides the logits. Returns (log_probs (M,) fp32, entropy (M,) fp32 without gradient, or None).
+    temperature divides the logits. Returns (logprobs (M,) fp32, entropy (M,) fp32 without gradient, or None).
     """
-    log_probs, entropy = _TokenLogProbs.apply(hidden, index, weight, targets, temperature, with_entropy)
-    return log_probs, entropy if with_entropy else None
+    logprobs, entropy = _TokenLogProbs.apply(hidden, index, weight, targets, temperature, with_entropy)
+    return logprobs, entropy if with_entropy else None
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -88,39 +88,39 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, index, weight, targets, temperature, with_entropy):  # type: ignore[no-untyped-def,override]
-        log_probs = hidden.new_empty(index.numel(), dtype=torch.float32)
-        normaliser, entropy = torch.empty_like(log_probs), torch.empty_like(log_probs)
+        logprobs = hidden.new_empty(index.numel(), dtype=torch.float32)
+        normalizer, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for part in _chunks(index.numel(), weight.shape[0]):
             logits = linear(hidden[index[part]], weight)  # (m, V)
-            if kernels.takes_rows(logits, "log_probs"):
+            if kernels.takes_rows(logits, "logprobs"):
                 into = entropy[part] if with_entropy else None
-                log_probs[part], normaliser[part] = kernels.log_probs(logits, targets[part], temperature, into)
+                logprobs[part], normalizer[part] = kernels.logprobs(logits, targets[part], temperature, into)
                 continue
             logits = logits.float().div_(temperature)
-            normaliser[part] = logits.logsumexp(-1)
-            log_probs[part] = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser[part]
+            normalizer[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normalizer[part]
             if with_entropy:
-                logits.sub_(normaliser[part].unsqueeze(1))
+                logits.sub_(normalizer[part].unsqueeze(1))
                 entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
-        ctx.save_for_backward(hidden, index, weight, targets, normaliser)
+        ctx.save_for_backward(hidden, index, weight, targets, normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def,override]
-        hidden, index, weight, targets, normaliser = ctx.saved_tensors
+        hidden, index, weight, targets, normalizer = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(index.numel(), weight.shape[0]):
             rows = hidden[index[part]]
             logits = linear(rows, weight)
-            if kernels.takes_rows(logits, "log_probs"):
-                kernels.log_probs_backward(logits, targets[part], normaliser[part], grad[part], ctx.temperature)
+            if kernels.takes_rows(logits, "logprobs"):
+                kernels.logprobs_backward(logits, targets[part], normalizer[part], grad[part], ctx.temperature)
                 grad_logits = logits
             else:
                 scale = (grad[part] / ctx.temperature).unsqueeze(1)
-                probs = logits.float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
+                probs = logits.float().div_(ctx.temperature).sub_(normalizer[part].unsqueeze(1)).exp_()
                 grad_logits = probs.mul_(-scale).scatter_add_(1, targets[part].unsqueeze(1), scale).to(hidden.dtype)
             grad_hidden.index_copy_(0, index[part], linear_grad_x(grad_logits, weight))
             if grad_weight is not None:
@@ -135,5 +135,5 @@ def _chunks(count: int, vocab_size: int) -> Iterator[slice]:
 
 def next_token_loss(tokens: TrainedTokens) -> tuple[Tensor, Stats]:
     """Cross-entropy in nats."""
-    loss = -(tokens.weights * tokens.log_probs).sum()
+    loss = -(tokens.weights * tokens.logprobs).sum()
     return loss, {"loss/next_token_nats": loss.detach()}

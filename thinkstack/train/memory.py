@@ -188,7 +188,7 @@ def block_stages(cfg: ModelConfig, has_experts: bool, shape: TrainingShape) -> l
     forward = _scores(cfg, shape)
     if not shape.checkpoint_layers:
         return [Stage(attention, forward, passing, s * own), Stage(feed_forward, 0, ffn_passing, upper)]
-    chosen = N * (4 * cfg.moe.num_experts + 8 * cfg.moe.top_k + 8) if has_experts and cfg.moe else 0
+    chosen = N * (4 * cfg.moe.num_experts + 8 * cfg.moe.num_experts_per_tok + 8) if has_experts and cfg.moe else 0
     again = attention + feed_forward - chosen - (N * D * s if shape.with_kernels else 0)
     below = attention - (N * D * s if shape.with_kernels else 0)
     return [
@@ -236,7 +236,7 @@ def _scores(cfg: ModelConfig, shape: TrainingShape) -> int:
 
 def _dense(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
     """(kept, passing in the backward pass) of a dense feed-forward: gate, up, and their product."""
-    N, s, width = shape.tokens, shape.bytes_each, cfg.dense_size
+    N, s, width = shape.tokens, shape.bytes_each, cfg.intermediate_size
     return 3 * N * width * s, N * cfg.hidden_size * s + 2 * N * width * s
 
 
@@ -244,9 +244,9 @@ def _experts(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
     """(kept, passing in the backward pass) of router, routed and shared experts, with what the balance loss keeps."""
     moe, N, D, s = cfg.moe, shape.tokens, cfg.hidden_size, shape.bytes_each
     assert moe is not None
-    E, K, width = moe.num_experts, moe.top_k, moe.expert_size
+    E, K, width = moe.num_experts, moe.num_experts_per_tok, moe.moe_intermediate_size
     pairs = N * K
-    routing = N * 4 * E + 8 * pairs + 4 * pairs + (4 * pairs + 4 * N if moe.normalise_weights else 0)
+    routing = N * 4 * E + 8 * pairs + 4 * pairs + (4 * pairs + 4 * N if moe.norm_topk_prob else 0)
     routing += 4 * N * D if shape.dtype == "bf16" else 0  # the router reads fp32
     balance = 8 * N + 4 * shape.rows * (E + 2)
     shared = 3 * N * moe.shared_size * s

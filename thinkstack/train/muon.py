@@ -51,7 +51,7 @@ def hidden_matrices(model: nn.Module) -> list[Stack]:
     return found
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Nearly U V^T of each U S V^T in `matrices` (N, R, C): singular values between about 0.7 and 1.2.
 
     dtype: of the products. Returns (N, R, C) in `dtype`; a matrix of zeros stays one.
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         scale: str = "match_rms_adamw",
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """others: holds the remaining parameters. scale: of SCALES. dtype: of the orthogonalising products."""
+        """others: holds the remaining parameters. scale: of SCALES. dtype: of the orthogonalizing products."""
         rate = others.param_groups[0]["lr"]
         defaults = {"lr": rate, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         super().__init__([stack.parameter for stack in stacks], defaults)
@@ -127,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         yield from groups.values()
 
     def _update(self, batch: list[Stack]) -> None:
-        """Momentum with Nesterov's look ahead, orthogonalised; then decay and step."""
+        """Momentum with Nesterov's look ahead, orthogonalized; then decay and step."""
         momentum, rate = self.hidden["momentum"], self.hidden["lr"]
         gradients = [stack.parameter.grad for stack in batch if stack.parameter.grad is not None]
         for stack in batch:
@@ -137,7 +137,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
         views = [stack.view(values) for stack, values in zip(batch, ahead, strict=True)]
-        updates = orthogonalise(torch.cat(views), self.dtype).float().split([len(view) for view in views])
+        updates = orthogonalize(torch.cat(views), self.dtype).float().split([len(view) for view in views])
         step = -rate * SCALES[self.hidden["scale"]](*views[0].shape[1:])
         for stack, update in zip(batch, updates, strict=True):
             stack.parameter.mul_(1 - rate * self.hidden["weight_decay"])

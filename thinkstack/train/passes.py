@@ -16,7 +16,7 @@ from thinkstack.models.transformer import Transformer, Trunk
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss
 from thinkstack.train.fp8 import use_fp8
-from thinkstack.train.loss import Stats, TrainedTokens, token_log_probs
+from thinkstack.train.loss import Stats, TrainedTokens, token_logprobs
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.train.value_loss import ValueTokens, valued_tokens
 from thinkstack.types import Batch
@@ -110,9 +110,9 @@ def run_trunk(model: Transformer, batch: Batch) -> Trunk:
     return model.trunk(batch.ids, batch.positions, batch.document_ids, experts=batch.experts, branches=batch.branches)
 
 
-def micro_batches(batch: Batch, micro_tokens: int) -> list[Batch]:
-    """Cut a batch into pieces of whole rows, each of at most micro_tokens (but at least a row)."""
-    rows = max(micro_tokens // batch.ids.shape[1], 1)
+def micro_batches(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
+    """Cut a batch into pieces of whole rows, each of at most micro_batch_tokens (but at least a row)."""
+    rows = max(micro_batch_tokens // batch.ids.shape[1], 1)
     return [batch.rows(slice(start, start + rows)) for start in range(0, batch.ids.shape[0], rows)]
 
 
@@ -149,20 +149,20 @@ def trained_tokens(
         return None if values is None else values.flatten()[index]
 
     targets = batch.targets.flatten()[index]
-    log_probs, entropy = token_log_probs(
+    logprobs, entropy = token_logprobs(
         hidden.flatten(0, 1), index, model.head.weight, targets, temperature, with_entropy
     )
     weights = pick(batch.weights)
     assert weights is not None
     return TrainedTokens(
-        log_probs=log_probs,
+        logprobs=logprobs,
         weights=weights,
         share=share,
         entropy=entropy,
         advantages=pick(batch.advantages),
-        rollout_log_probs=pick(batch.rollout_log_probs),
-        old_log_probs=pick(batch.old_log_probs),
-        reference_log_probs=pick(batch.reference_log_probs),
+        rollout_logprobs=pick(batch.rollout_logprobs),
+        old_logprobs=pick(batch.old_logprobs),
+        reference_logprobs=pick(batch.reference_logprobs),
         sequences=batch.sequence_ids.flatten()[index],
     )
 
@@ -181,22 +181,22 @@ def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type:
         mask = torch.nn.functional.pad(batch.loss_mask[:, depth:] * same, (0, depth))
         index = mask.flatten().nonzero().squeeze(1)
         targets = batch.targets.flatten()[index + depth]
-        log_probs, _ = token_log_probs(hidden.flatten(0, 1), index, head, targets)
-        total = total - log_probs.sum() * share
+        logprobs, _ = token_logprobs(hidden.flatten(0, 1), index, head, targets)
+        total = total - logprobs.sum() * share
     return total / len(states), routings
 
 
 @torch.no_grad()
-def batch_log_probs(model: Transformer, batch: Batch, temperature: float, micro_tokens: int) -> Tensor:
+def batch_logprobs(model: Transformer, batch: Batch, temperature: float, micro_batch_tokens: int) -> Tensor:
     """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere; the same arithmetic as in `Trainer.step`.
 
     The model may lie on another device than the batch, where the result is.
     """
     rows = []
-    for micro in micro_batches(batch.to(next(model.parameters()).device), micro_tokens):
+    for micro in micro_batches(batch.to(next(model.parameters()).device), micro_batch_tokens):
         trunk = run_trunk(model, micro)
         hidden = trunk.hidden.flatten(0, 1)
         index = micro.loss_mask.flatten().nonzero().squeeze(1)
-        log_probs, _ = token_log_probs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)
-        rows.append(log_probs.new_zeros(micro.ids.numel()).index_copy_(0, index, log_probs).view_as(micro.ids))
+        logprobs, _ = token_logprobs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)
+        rows.append(logprobs.new_zeros(micro.ids.numel()).index_copy_(0, index, logprobs).view_as(micro.ids))
     return torch.cat(rows).to(batch.ids.device)

@@ -119,16 +119,16 @@ def policy_loss(tokens: TrainedTokens, cfg: PolicyLossConfig) -> tuple[Tensor, S
     r is the ratio to the old policy (1 on the first pass, where the loss is about 0 and its gradient is not). The
     engine's probabilities are corrected for by a second, capped and detached weight; the two are never merged.
     """
-    assert tokens.advantages is not None and tokens.rollout_log_probs is not None
+    assert tokens.advantages is not None and tokens.rollout_logprobs is not None
     assert not tokens.advantages.requires_grad and tokens.advantages.dtype == torch.float32
-    old = tokens.log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs
-    log_ratio = tokens.log_probs - old
+    old = tokens.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    log_ratio = tokens.logprobs - old
     if cfg.ratio_level == "sequence":
         log_ratio = over_sequences(log_ratio, tokens.sequences, "mean")
     ratio, clamped = bounded_exp(log_ratio)
     gain, stats = bounded_gain(ratio, tokens, cfg)
     stats["policy/ratio_clamped"] = clamped.float().sum() * tokens.share
-    stats |= mismatch_stats(old, tokens.rollout_log_probs, tokens.share)
+    stats |= mismatch_stats(old, tokens.rollout_logprobs, tokens.share)
     if cfg.importance_cap:
         weight = engine_weight(old, tokens, cfg)
         gain = gain * weight
@@ -138,13 +138,13 @@ def policy_loss(tokens: TrainedTokens, cfg: PolicyLossConfig) -> tuple[Tensor, S
     if tokens.entropy is not None:
         stats["policy/entropy_nats"] = tokens.entropy.sum() * tokens.share
     if cfg.kl and cfg.kl_placement == "loss":
-        assert tokens.reference_log_probs is not None, "a KL term needs reference log-probabilities"
-        kl = kl_estimate(tokens.log_probs, tokens.reference_log_probs, cfg.kl_estimator)
+        assert tokens.reference_logprobs is not None, "a KL term needs reference log-probabilities"
+        kl = kl_estimate(tokens.logprobs, tokens.reference_logprobs, cfg.kl_estimator)
         stats["policy/kl_nats"] = kl.detach().sum() * tokens.share
-        far = (tokens.log_probs - tokens.reference_log_probs).abs() > LOG_RATIO_LIMIT
+        far = (tokens.logprobs - tokens.reference_logprobs).abs() > LOG_RATIO_LIMIT
         stats["correction/kl_clamped"] = far.float().sum() * tokens.share
         if cfg.kl_ratio:
-            kl = kl * bounded_exp(tokens.log_probs - old)[0]
+            kl = kl * bounded_exp(tokens.logprobs - old)[0]
         loss = loss + cfg.kl * (tokens.weights * kl).sum()
     stats["loss/policy"] = loss.detach()
     return loss, {name: value.detach() for name, value in stats.items()}
@@ -159,7 +159,7 @@ def bounded_gain(ratio: Tensor, tokens: TrainedTokens, cfg: PolicyLossConfig) ->
     advantages = tokens.advantages
     assert advantages is not None
     if cfg.clip_kind == "cap":
-        gain = ratio.detach().clamp(max=cfg.cispo_cap) * advantages * tokens.log_probs
+        gain = ratio.detach().clamp(max=cfg.cispo_cap) * advantages * tokens.logprobs
         return gain, {"policy/clipped_high": (ratio > cfg.cispo_cap).float().sum() * tokens.share}
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantages)
     stats = {
@@ -180,8 +180,8 @@ def engine_weight(old: Tensor, tokens: TrainedTokens, cfg: PolicyLossConfig) -> 
     Source: truncated importance sampling, fengyao.notion.site/off-policy-rl; the masked form as in arXiv:2510.18855
     (there with a second bound below, which is left out here).
     """
-    assert tokens.rollout_log_probs is not None
-    log_ratio = (old - tokens.rollout_log_probs).detach()
+    assert tokens.rollout_logprobs is not None
+    log_ratio = (old - tokens.rollout_logprobs).detach()
     if cfg.importance_level == "sequence":
         log_ratio = over_sequences(log_ratio, tokens.sequences, "sum")
     ratio, _ = bounded_exp(log_ratio)
@@ -209,12 +209,12 @@ def bounded_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), log_ratio.abs() > LOG_RATIO_LIMIT
 
 
-def kl_estimate(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
+def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy (joschu.net/blog/kl-approx.html).
 
     With d = log reference - log policy: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
     """
-    difference = (reference - log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    difference = (reference - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if estimator == "k1":
         return -difference
     return difference.square() / 2 if estimator == "k2" else difference.exp() - difference - 1

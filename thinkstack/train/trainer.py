@@ -65,13 +65,13 @@ class Trainer:
         plan = Plan(loss, temperature, with_entropy, *(1 / total.clamp(min=1).item() for total in totals))
         batch = batch.to(next(self.model.parameters()).device)
         started = time.monotonic()
-        parts = self.workers.run(micro_batches(batch, self.cfg.micro_tokens), plan)
+        parts = self.workers.run(micro_batches(batch, self.cfg.micro_batch_tokens), plan)
         if self.cfg.compile and self.step_count == 0:
             log.info("the passes of the first step took %.0f s, compilation included", time.monotonic() - started)
         stats: Stats = {}
         for name, value in (item for part in parts for item in part.stats.items()):
             stats[name] = combine(name, stats.get(name), value)
-        stats = join_ranks(stats)
+        stats = reduce_stats(stats)
         self._sum_gradients([part.gradients for part in parts])
         counts = [
             sum_over_ranks(torch.stack(layer).sum(0)) for layer in zip(*(part.counts for part in parts), strict=True)
@@ -139,7 +139,7 @@ class Trainer:
         return self.model
 
 
-def join_ranks(stats: Stats) -> Stats:
+def reduce_stats(stats: Stats) -> Stats:
     """Statistics of the step over all ranks, combined as over micro-batches."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return stats

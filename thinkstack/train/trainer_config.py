@@ -24,7 +24,7 @@ class TrainerConfig:
     """Compile the blocks with torch.compile (docs/gpu.md says what it costs); on CUDA they attend by FlexAttention."""
     fp8: Literal["off", "fp32", "ue8m0"] = "off"
     """Products of the blocks in 8 bits, with scales of this kind (docs/gpu.md); needs dtype="bf16" or "auto"."""
-    micro_tokens: Count = 2048
+    micro_batch_tokens: Count = 2048
     """Tokens of one forward and backward pass; more passes add up to a step."""
     workers: Count = 1
     """Threads that take micro-batches in turn, each on one core with a copy of the weights."""
@@ -51,5 +51,7 @@ class TrainerConfig:
             raise ConfigError(f"fp8={self.fp8!r} rounds what dtype={self.dtype!r} keeps exact; use dtype='bf16'")
         if self.device == "cuda" and self.workers > 1:
             raise ConfigError(f"workers={self.workers} are threads on CPU cores; use workers=1 with device='cuda'")
-        if self.micro_tokens < 1 or self.workers < 1:
-            raise ConfigError(f"micro_tokens={self.micro_tokens} and workers={self.workers} must be at least 1")
+        if self.micro_batch_tokens < 1 or self.workers < 1:
+            raise ConfigError(
+                f"micro_batch_tokens={self.micro_batch_tokens} and workers={self.workers} must be at least 1"
+            )

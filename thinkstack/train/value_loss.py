@@ -50,7 +50,7 @@ def valued_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float)
     )
 
 
-def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> list[float]:
+def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, gae_lambda: float) -> list[float]:
     """Generalised advantage estimates of one answer's tokens (arXiv:1506.02438, equation 16).
 
     rewards[t]: for drawing token t. values[t]: predicted before token t was drawn; after the last token, cut off or
@@ -59,7 +59,7 @@ def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: fl
     """
     advantages, later, following = [0.0] * len(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):
-        later = rewards[t] + gamma * following - values[t] + gamma * lam * later
+        later = rewards[t] + gamma * following - values[t] + gamma * gae_lambda * later
         advantages[t], following = later, values[t]
     return advantages
 

@@ -26,15 +26,22 @@ BLOCKS = replace(
     attention=MLAConfig(
         num_heads=4, q_lora_rank=40, kv_lora_rank=24, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64
     ),
-    dense_size=256,
-    moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=2, expert_size=128, num_groups=2, top_groups=1),
+    intermediate_size=256,
+    moe=MoEConfig(
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=2,
+        moe_intermediate_size=128,
+        num_groups=2,
+        top_groups=1,
+    ),
 )
 """Two ranks get whole blocks of everything that they share out."""
 V2 = replace(
     SMALL,
     family="deepseek_v2",
     attention=replace(SMALL.attention, q_lora_rank=0),
-    moe=replace(SMALL.moe, scoring="softmax", group_score="max", normalise_weights=False),
+    moe=replace(SMALL.moe, scoring="softmax", group_score="max", norm_topk_prob=False),
     rope=replace(
         SMALL.rope, yarn=YarnConfig(factor=4.0, original_max_positions=24, mscale=0.707, mscale_all_dim=0.707)
     ),
@@ -178,7 +185,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path: Path):
         (SMALL, "", 0, "model-parallel=0"),
         (SMALL, "fp8", 2, "or bf16"),
         (GQA_TINY, "", 1, "not llama; write hf or gguf"),
-        (replace(SMALL, moe=replace(SMALL.moe, normalise_weights=False)), "", 1, "normalise_weights=False"),
+        (replace(SMALL, moe=replace(SMALL.moe, norm_topk_prob=False)), "", 1, "norm_topk_prob=False"),
         (SMALL, "fp32", 1, "known: bf16, fp8, fp8-ue8m0"),
     ],
 )

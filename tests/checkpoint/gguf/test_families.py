@@ -39,7 +39,7 @@ LLAMA = ModelConfig(
     hidden_size=64,
     num_layers=3,
     attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=16),
-    dense_size=96,
+    intermediate_size=96,
     rope=HALVES,
     norm_eps=1e-5,
     max_positions=256,
@@ -48,8 +48,8 @@ LLAMA = ModelConfig(
 BIASED = replace(LLAMA.attention, qkv_bias=True)
 QWEN_EXPERTS = MoEConfig(
     num_experts=8,
-    top_k=2,
-    expert_size=32,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
     num_shared_experts=0,
     scoring="softmax",
     group_score="max",
@@ -61,7 +61,7 @@ V3 = replace(
     attention=MLAConfig(
         num_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
     ),
-    moe=replace(MLA_TINY.moe, expert_size=32),
+    moe=replace(MLA_TINY.moe, moe_intermediate_size=32),
     mtp_layers=1,
     rope=RopeConfig(),
     norm_eps=1e-6,
@@ -74,7 +74,7 @@ V2 = replace(
         V3.moe,
         scoring="softmax",
         group_score="max",
-        normalise_weights=False,
+        norm_topk_prob=False,
         num_groups=1,
         top_groups=1,
         num_shared_experts=2,
@@ -231,7 +231,7 @@ def test_numbers_of_few_bits_are_those_of_the_format(kind: str, tmp_path: Path):
 
 
 def test_rows_that_are_no_multiple_of_a_block_stay_f16(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    path = written(replace(LLAMA, dense_size=80), tmp_path, "Q8_0")[1]
+    path = written(replace(LLAMA, intermediate_size=80), tmp_path, "Q8_0")[1]
     assert {kind for name, kind in kinds(path).items() if "ffn_down" in name} == {"F16"}
     assert "3 matrices stay F16" in caplog.text
 
@@ -270,8 +270,8 @@ def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
         (replace(CASES["qwen3"], attention=replace(CASES["qwen3"].attention, out_bias=True)), "bias on the output"),
         (replace(CASES["qwen3moe"], moe=replace(QWEN_EXPERTS, first_dense_layers=1)), "dense layers"),
         (
-            replace(CASES["qwen3moe"], moe=replace(QWEN_EXPERTS, normalise_weights=False)),
-            "cannot express moe=.*normalise_weights=False",
+            replace(CASES["qwen3moe"], moe=replace(QWEN_EXPERTS, norm_topk_prob=False)),
+            "cannot express moe=.*norm_topk_prob=False",
         ),
     ],
 )
@@ -314,7 +314,7 @@ def opened(path: Path) -> None:
 def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
     """Every place of the header, and truncations: an error by name, in bounded time and memory."""
     chat = chat_format("r1_zero", tiny_tokenizer())
-    cfg = replace(V3, hidden_size=32, dense_size=32, num_layers=2, vocab_size=360)
+    cfg = replace(V3, hidden_size=32, intermediate_size=32, num_layers=2, vocab_size=360)
     whole = written(cfg, tmp_path, tokenizer=chat.tokenizer, chat=chat)[1].read_bytes()
     path, draw = tmp_path / "damaged.gguf", random.Random(0)
     header = len(whole) - sum(

@@ -34,7 +34,9 @@ BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 2
 MERGES = ["Ġ t", "h e", "1 2", "Ġt he"]
 TOKENS = CONTROL + BYTES + [merge.replace(" ", "") for merge in MERGES]
 TEMPLATE = "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
-CFG = replace(GQA_TINY, vocab_size=len(TOKENS), hidden_size=32, dense_size=64, bos_id=1, eos_ids=(2,), init_std=0.006)
+CFG = replace(
+    GQA_TINY, vocab_size=len(TOKENS), hidden_size=32, intermediate_size=64, bos_id=1, eos_ids=(2,), init_std=0.006
+)
 
 
 def adjacent_order(rows: numpy.ndarray, num_heads: int) -> numpy.ndarray:
@@ -51,7 +53,7 @@ def write(path: Path, model: Transformer, quant: gguf.GGMLQuantizationType | Non
         "llama.block_count": cfg.num_layers,
         "llama.context_length": cfg.max_positions,
         "llama.embedding_length": cfg.hidden_size,
-        "llama.feed_forward_length": cfg.dense_size,
+        "llama.feed_forward_length": cfg.intermediate_size,
         "llama.attention.head_count": cfg.attention.num_heads,
         "llama.attention.head_count_kv": cfg.attention.num_kv_heads,
         "tokenizer.ggml.bos_token_id": 1,
@@ -125,7 +127,7 @@ def test_transformers_reads_the_same_model_from_the_same_file(tmp_path: Path):
         torch.testing.assert_close(load_model(path)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_quantised_weights_are_expanded_once(tmp_path: Path):
+def test_quantized_weights_are_expanded_once(tmp_path: Path):
     kind = gguf.GGMLQuantizationType.Q8_0
     model = tiny_model(CFG)
     loaded = load_model(write(tmp_path / "model.gguf", model, kind))
@@ -153,7 +155,7 @@ def test_without_smollm_rules_digits_may_merge(tmp_path: Path):
 def test_the_shipped_template_writes_the_prompt(tmp_path: Path):
     chat = load_chat(write(tmp_path / "model.gguf", tiny_model(CFG)))
     ids = chat.prompt([Message(role="user", content="the <|im_end|>")])
-    assert chat.stop_ids == (2,)
+    assert chat.stop_token_ids == (2,)
     assert chat.tokenizer.decode(ids) == "<|im_start|>user\nthe <|im_end|><|im_end|>\n"
     assert ids.count(2) == 1
 
@@ -224,12 +226,12 @@ def test_tokens_that_a_file_does_not_name_are_none(
     """Qwen's files have no BOS: they were called incomplete. A base model's has no template either."""
     path = write(tmp_path / "model.gguf", tiny_model(CFG), tokenizer__chat_template=None, **changes)
     cfg, chat = load_model(path).cfg, load_chat(path)
-    assert (cfg.bos_id, cfg.eos_ids, chat.stop_ids) == (bos, ends, ends)
+    assert (cfg.bos_id, cfg.eos_ids, chat.stop_token_ids) == (bos, ends, ends)
     assert not chat.has_template
     with pytest.raises(ConfigError, match=r"tokenizer\.chat_template.*chat_template\.jinja"):
         chat.prompt([Message(role="user", content="hi")])
     asked = load_chat(write(tmp_path / "asked.gguf", tiny_model(CFG), **changes))
-    assert asked.has_template and set(ends) <= set(asked.stop_ids)
+    assert asked.has_template and set(ends) <= set(asked.stop_token_ids)
 
 
 @pytest.mark.slow

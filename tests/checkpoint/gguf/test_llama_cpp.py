@@ -193,5 +193,5 @@ def test_smollm2_answers_as_here(kind: str, tmp_path: Path):
     assert difference(again, prompts, peer.logits, kind) < 2 * BOUNDS[kind]
     assert same >= {"F32": 96}.get(kind, 90)
     for said, answer in zip(peer.said, ours, strict=False):  # the template inside writes our prompt, and stops as we do
-        ends = [place for place, token in enumerate(answer) if token in chat.stop_ids]
+        ends = [place for place, token in enumerate(answer) if token in chat.stop_token_ids]
         assert said == chat.tokenizer.decode(answer[: ends[0] if ends else None])

@@ -109,7 +109,7 @@ def test_other_kinds_of_tokenizers_are_refused():
     spec = json.loads(tiny_tokenizer().spec)
     with pytest.raises(ConfigError, match="a BPE tokenizer with a Metaspace decoder does not go into a GGUF"):
         values_of(Tokenizer(json.dumps(spec | {"decoder": {"type": "Metaspace", "replacement": "_"}})))
-    with pytest.raises(ConfigError, match="does not normalise text by Lowercase"):
+    with pytest.raises(ConfigError, match="does not normalize text by Lowercase"):
         values_of(Tokenizer(json.dumps(spec | {"normalizer": {"type": "Lowercase"}})))
 
 
@@ -173,7 +173,7 @@ def test_our_chat_format_travels_with_its_name_and_template(tmp_path: Path):
     assert load_tokenizer(path).begin_ids == [0]
     meta = GGUFFile(path).meta
     assert "<｜Assistant｜>" in meta.get("tokenizer.chat_template", str)
-    assert meta.get("tokenizer.ggml.eos_token_id", int) == chat.stop_ids[0]
+    assert meta.get("tokenizer.ggml.eos_token_id", int) == chat.stop_token_ids[0]
     assert meta.get("tokenizer.ggml.padding_token_id", int) == 2
 
 

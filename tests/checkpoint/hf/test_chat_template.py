@@ -62,7 +62,7 @@ def test_read_back_as_a_strangers_it_asks_opens_and_ends_as_the_format_does(name
         messages, tools = read_messages(talk), read_tools(talk)
         assert read.prompt(messages, tools, thinking) == ours.prompt(messages, tools, thinking), talk["key"]
         assert read.opening(messages, thinking) == ours.opening(messages, thinking), talk["key"]
-    assert (read.prefill, read.stop_ids, read.can_switch) == (ours.prefill, ours.stop_ids, ours.can_switch)
+    assert (read.prefill, read.stop_token_ids, read.can_switch) == (ours.prefill, ours.stop_token_ids, ours.can_switch)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -116,9 +116,9 @@ def test_a_template_for_tools_in_a_file_of_its_own_is_read(tmp_path: Path):
 def test_all_ends_of_generation_config_stop(tmp_path: Path):
     folder = saved(tmp_path / "model")
     edit(folder / "generation_config.json", eos_token_id=[1, 4])
-    assert load_chat(folder).stop_ids == (1, 4)
+    assert load_chat(folder).stop_token_ids == (1, 4)
     edit(folder / "generation_config.json", eos_token_id=2)
-    assert load_chat(folder).stop_ids == (1, 2)
+    assert load_chat(folder).stop_token_ids == (1, 2)
 
 
 @pytest.mark.parametrize("ends", [[1, 99999], "1"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import GQA_TINY, MLA_TINY
-from thinkstack.checkpoint.hf.config import from_hf, read_storage, storage_keys, to_hf
+from thinkstack.checkpoint.hf.config import from_hf, quantization_keys, read_quantization, to_hf
 from thinkstack.models.config import NAMED, Llama3RopeConfig, ModelConfig, RopeConfig, YarnConfig, named
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.types import ConfigError
@@ -17,7 +17,7 @@ QWEN3_TINY = replace(GQA_TINY, family="qwen3", attention=replace(GQA_TINY.attent
 QWEN3_MOE_TINY = replace(
     QWEN3_TINY,
     family="qwen3_moe",
-    moe=replace(named("qwen3-30b-a3b").moe, num_experts=8, top_k=3, expert_size=12),
+    moe=replace(named("qwen3-30b-a3b").moe, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=12),
 )
 YARN = YarnConfig(factor=4.0, original_max_positions=24, beta_fast=16.0, mscale=0.7, mscale_all_dim=0.7)
 
@@ -47,7 +47,7 @@ def test_named_models_survive_the_round_trip(name: str):
         replace(GQA_TINY, rope=RopeConfig(interleaved=False, linear_factor=4.0)),
         replace(QWEN2_TINY, tie_embeddings=True, rope=RopeConfig(interleaved=False, yarn=YarnConfig(mscale_all_dim=0))),
         replace(QWEN3_TINY, attention=replace(QWEN3_TINY.attention, head_dim=12, qkv_bias=True, out_bias=True)),
-        replace(QWEN3_MOE_TINY, moe=replace(QWEN3_MOE_TINY.moe, first_dense_layers=2, normalise_weights=False)),
+        replace(QWEN3_MOE_TINY, moe=replace(QWEN3_MOE_TINY.moe, first_dense_layers=2, norm_topk_prob=False)),
         replace(QWEN3_MOE_TINY, moe=None),
     ],
 )
@@ -211,7 +211,7 @@ def test_another_norm_eps_is_refused_with_latents(cfg: ModelConfig):
 
 
 def test_half_rotation_is_refused_in_v2():
-    """transformers' DeepseekV2 pairs neighbours whatever the key says, so a file with it means two models."""
+    """transformers' DeepseekV2 pairs neighbors whatever the key says, so a file with it means two models."""
     assert "rope_interleave" in refused(named("v2-lite"), rope_interleave=False)
 
 
@@ -226,9 +226,9 @@ def test_half_rotation_is_refused_in_v2():
         ({"scale_fmt": "e5m6"}, "'e5m6'"),
     ],
 )
-def test_other_quantisations_than_deepseeks_are_refused(changes: dict[str, object], word: str):
-    known = storage_keys(FP8Blocks(power_of_two=True))
-    assert read_storage(known, "config.json") == FP8Blocks(power_of_two=True)
+def test_other_quantizations_than_deepseeks_are_refused(changes: dict[str, object], word: str):
+    known = quantization_keys(FP8Blocks(power_of_two=True))
+    assert read_quantization(known, "config.json") == FP8Blocks(power_of_two=True)
     message = refused(MLA_TINY, quantization_config=known["quantization_config"] | changes)
     assert "quantization_config" in message and word in message
 

@@ -14,11 +14,11 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf.files import CONFIG, INDEX, WEIGHTS, config_json, write_weights
 from thinkstack.checkpoint.model import load_model, open_source, save_model
-from thinkstack.checkpoint.source import Form
+from thinkstack.checkpoint.source import OutputFormat
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
 from thinkstack.models.precision import refresh
-from thinkstack.models.quantized import matrices, pack, packed_parameters, unpack
+from thinkstack.models.quantized import matrices, pack, quantized_weights, unpack
 from thinkstack.quant.fp8 import E4M3, FP8Blocks
 from thinkstack.types import ConfigError
 
@@ -26,8 +26,10 @@ WIDE = replace(
     MLA_TINY,
     hidden_size=160,
     num_layers=2,
-    dense_size=200,
-    moe=MoEConfig(num_experts=4, top_k=2, expert_size=136, num_groups=2, top_groups=1, route_scale=1.5),
+    intermediate_size=200,
+    moe=MoEConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=136, num_groups=2, top_groups=1, route_scale=1.5
+    ),
 )
 """Blocks are ragged in every direction, and gate and up of an expert do not end at a block."""
 SCALES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -46,7 +48,7 @@ def plain(folder: Path, dtype: torch.dtype = torch.bfloat16, cfg=WIDE) -> Path:
 def by_hand(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """One block after another, as the format is described."""
     rows, columns = weight.shape
-    codes = torch.empty(rows, columns).to(E4M3)
+    qweight = torch.empty(rows, columns).to(E4M3)
     scale = torch.empty(-(-rows // 128), -(-columns // 128))
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
@@ -54,8 +56,8 @@ def by_hand(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]
             scale[i, j] = weight[place].float().abs().max() / 448
             if power_of_two:
                 scale[i, j] = 2.0 ** torch.ceil(torch.log2(scale[i, j]))
-            codes[place] = (weight[place].float() / scale[i, j]).to(E4M3)
-    return codes, scale
+            qweight[place] = (weight[place].float() / scale[i, j]).to(E4M3)
+    return qweight, scale
 
 
 def fp8_by_hand(folder: Path, scale_dtype: torch.dtype = torch.float32, **keys: object) -> Path:
@@ -64,8 +66,8 @@ def fp8_by_hand(folder: Path, scale_dtype: torch.dtype = torch.float32, **keys: 
     tensors = load_file(plain(folder) / WEIGHTS)
     for name in list(tensors):
         if (name.endswith("proj.weight") and "eh_proj" not in name) or "kv_a_proj_with_mqa" in name:
-            codes, scale = by_hand(tensors[name], is_short)
-            tensors |= {name: codes, f"{name}_scale_inv": scale.to(scale_dtype)}
+            qweight, scale = by_hand(tensors[name], is_short)
+            tensors |= {name: qweight, f"{name}_scale_inv": scale.to(scale_dtype)}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((folder / CONFIG).read_text())
     form = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -106,7 +108,7 @@ def test_an_fp8_checkpoint_kept_in_fp8_comes_back_byte_for_byte(scale_dtype: tor
     save_model(tmp_path / "again", model)
     for file in (WEIGHTS, CONFIG):
         assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
-    assert model.cfg.mtp_layers == 1 and "mtp.0.block.ffn.w_in" in packed_parameters(model)
+    assert model.cfg.mtp_layers == 1 and "mtp.0.block.ffn.w_in" in quantized_weights(model)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float64, "mixed"])
@@ -135,19 +137,19 @@ def test_a_model_kept_in_fp8_computes_what_the_widened_one_does(tmp_path: Path):
 
 
 def test_a_model_kept_in_fp8_takes_half_the_memory(tmp_path: Path):
-    folder = plain(tmp_path / "model", cfg=replace(WIDE, hidden_size=256, dense_size=2048, vocab_size=8))
+    folder = plain(tmp_path / "model", cfg=replace(WIDE, hidden_size=256, intermediate_size=2048, vocab_size=8))
     sizes = [sum(t.nbytes for t in load_model(folder, kind).state_dict().values()) for kind in (E4M3, torch.bfloat16)]
     assert 0.5 < sizes[0] / sizes[1] < 0.56
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_the_writer_quantises_as_by_hand(power_of_two: bool, tmp_path: Path):
+def test_the_writer_quantizes_as_by_hand(power_of_two: bool, tmp_path: Path):
     source = open_source(plain(tmp_path / "model"))
     (tmp_path / "fp8").mkdir()
-    write_weights(source, tmp_path / "fp8", Form(torch.bfloat16, FP8Blocks(power_of_two)))
+    write_weights(source, tmp_path / "fp8", OutputFormat(torch.bfloat16, FP8Blocks(power_of_two)))
     found, before = load_file(tmp_path / "fp8" / WEIGHTS), load_file(tmp_path / "model" / WEIGHTS)
-    codes, scale = by_hand(before[GATE], power_of_two)
-    assert torch.equal(found[GATE].float(), codes.float()) and torch.equal(found[f"{GATE}_scale_inv"], scale)
+    qweight, scale = by_hand(before[GATE], power_of_two)
+    assert torch.equal(found[GATE].float(), qweight.float()) and torch.equal(found[f"{GATE}_scale_inv"], scale)
     kept = {name for name in found if found[name].dtype != E4M3 and not name.endswith("_scale_inv")}
     parts = ("embed_tokens", "norm", "mlp.gate.", "eh_proj", "head")
     assert all(any(part in name for part in parts) for name in kept) and {n for n in kept if "mlp.gate.weight" in n}
@@ -156,7 +158,10 @@ def test_the_writer_quantises_as_by_hand(power_of_two: bool, tmp_path: Path):
 def test_fp8_to_bf16_and_back_keeps_every_number(tmp_path: Path):
     """Scales of powers of two lose nothing in bf16. Where 448 s was rounded to 224 s, the scale is s / 2 afterwards."""
     folder = fp8_by_hand(tmp_path / "model", torch.float8_e8m0fnu)
-    for name, form in (("wide", Form(torch.bfloat16)), ("again", Form(torch.bfloat16, FP8Blocks(True)))):
+    for name, form in (
+        ("wide", OutputFormat(torch.bfloat16)),
+        ("again", OutputFormat(torch.bfloat16, FP8Blocks(True))),
+    ):
         (tmp_path / name).mkdir()
         write_weights(open_source(folder), tmp_path / name, form)
         config = config_json(open_source(folder), form)
@@ -211,9 +216,9 @@ def test_fp8_that_the_configuration_does_not_announce_is_refused(tmp_path: Path)
 def test_packing_and_widening_in_place_keep_the_function_of_the_model():
     model, ids = tiny_model(GQA_TINY), torch.arange(20).view(1, 20)
     pack(model, FP8Blocks(), matrices(model))
-    assert {name.split(".")[2] for name in packed_parameters(model)} == {"attention", "ffn"}
+    assert {name.split(".")[2] for name in quantized_weights(model)} == {"attention", "ffn"}
     packed = model(ids)
-    assert torch.equal(packed, unpack(model)(ids)) and not packed_parameters(model)
+    assert torch.equal(packed, unpack(model)(ids)) and not quantized_weights(model)
 
 
 BIASED = replace(GQA_TINY, attention=replace(GQA_TINY.attention, qkv_bias=True), family="qwen2")
@@ -228,10 +233,10 @@ def test_gradients_pass_through_packed_matrices(cfg: ModelConfig):
     for twin in (model, wide):
         twin(ids).square().mean().backward()
     expected = dict(wide.named_parameters())
-    learnt = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert {"embed.weight", "layers.0.ffn_norm.weight"} < learnt.keys()
-    assert cfg is not BIASED or "layers.0.attention.wq.bias" in learnt
-    for name, grad in learnt.items():
+    loss_mask = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {"embed.weight", "layers.0.ffn_norm.weight"} < loss_mask.keys()
+    assert cfg is not BIASED or "layers.0.attention.wq.bias" in loss_mask
+    for name, grad in loss_mask.items():
         torch.testing.assert_close(grad, expected[name].grad)
 
 
@@ -249,11 +254,11 @@ def test_only_the_experts_in_use_are_widened(monkeypatch):
 def test_casting_a_model_leaves_packed_numbers_alone():
     model = tiny_model(WIDE)
     pack(model, FP8Blocks(), matrices(model))
-    before = {name: p.parts() for name, p in packed_parameters(model).items()}
+    before = {name: p.parts() for name, p in quantized_weights(model).items()}
     model.to(torch.bfloat16)
-    for name, packed in packed_parameters(model).items():
+    for name, packed in quantized_weights(model).items():
         assert all(torch.equal(part.float(), before[name][kind].float()) for kind, part in packed.parts().items())
-        assert packed.codes.dtype == E4M3 and packed.scale.dtype == torch.float32
+        assert packed.qweight.dtype == E4M3 and packed.scale.dtype == torch.float32
 
 
 def test_adapters_on_a_packed_base_merge_into_floats(tmp_path: Path):
@@ -279,8 +284,8 @@ WHOLE = replace(
     WIDE,
     mtp_layers=0,
     hidden_size=256,
-    dense_size=256,
-    moe=replace(WIDE.moe, expert_size=128),
+    intermediate_size=256,
+    moe=replace(WIDE.moe, moe_intermediate_size=128),
     attention=MLAConfig(
         num_heads=2, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64
     ),

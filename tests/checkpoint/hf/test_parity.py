@@ -14,16 +14,16 @@ from thinkstack.models.transformer import Transformer
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-from bench.drawn import FAMILIES, PADDINGS, draw_case  # noqa: E402
-from bench.parity import NUM_DRAWN, case_error, drawn_error, drawn_model, logit_error, opened  # noqa: E402
+from bench.drawn import FAMILIES, PADDINGS, random_case  # noqa: E402
+from bench.parity import NUM_DRAWN, case_error, drawn_error, logit_error, opened, random_model  # noqa: E402
 
-CASES = [draw_case(number) for number in range(NUM_DRAWN)]
+CASES = [random_case(number) for number in range(NUM_DRAWN)]
 
 
-@pytest.mark.parametrize("number", range(NUM_DRAWN), ids=lambda number: f"{number}-{draw_case(number).cfg.family}")
+@pytest.mark.parametrize("number", range(NUM_DRAWN), ids=lambda number: f"{number}-{random_case(number).cfg.family}")
 def test_logits_and_gradients_of_a_drawn_model_equal_transformers(number: int, tmp_path: Path):
     error = drawn_error(number, tmp_path / "model")
-    assert error.is_within_bounds, (error, draw_case(number))
+    assert error.is_within_bounds, (error, random_case(number))
 
 
 def kinds(cfg: ModelConfig) -> set[str]:
@@ -59,7 +59,7 @@ def kinds(cfg: ModelConfig) -> set[str]:
         found |= {
             "groups": cfg.moe.top_groups < cfg.moe.num_groups,
             "several shared": cfg.moe.num_shared_experts > 1,
-            "raw weights": not cfg.moe.normalise_weights,
+            "raw weights": not cfg.moe.norm_topk_prob,
             "dense below": cfg.moe.first_dense_layers > 0,
         }
     return {name for name, is_so in found.items() if is_so} | {cfg.family}
@@ -82,7 +82,7 @@ def without(cfg: ModelConfig, kind: str) -> ModelConfig:
     if kind == "linear":
         return replace(cfg, rope=replace(cfg.rope, linear_factor=1.0))
     if kind == "raw weights":
-        return replace(cfg, moe=replace(cfg.moe, normalise_weights=True))
+        return replace(cfg, moe=replace(cfg.moe, norm_topk_prob=True))
     assert isinstance(cfg.attention, GQAConfig)
     change = {"biases": dict(qkv_bias=False), "head norms": dict(qk_norm=False)}[kind]
     return replace(cfg, attention=replace(cfg.attention, **change))
@@ -92,7 +92,7 @@ def without(cfg: ModelConfig, kind: str) -> ModelConfig:
 @torch.no_grad()
 def test_the_bounds_notice_what_is_misread(kind: str):
     case = CASES[case_with(kind)]
-    model = drawn_model(case.cfg)
+    model = random_model(case.cfg)
     blind = Transformer(without(case.cfg, kind))
     blind.load_state_dict(model.state_dict(), strict=False)
     error = logit_error(blind(case.ids), model(case.ids))
@@ -107,7 +107,7 @@ def spoilt(scale: float) -> Callable[[torch.nn.Module, object, torch.Tensor], to
 def test_the_bounds_notice_a_gradient_that_is_off_by_a_thousandth(tmp_path: Path):
     number = FAMILIES.index("llama")
     case = CASES[number]
-    model = drawn_model(case.cfg, number)
+    model = random_model(case.cfg, number)
     theirs = opened(model, tmp_path / "model")
     model.layers[-1].ffn.register_forward_hook(spoilt(1.001))
     error = case_error(case, model, theirs)
@@ -116,6 +116,6 @@ def test_the_bounds_notice_a_gradient_that_is_off_by_a_thousandth(tmp_path: Path
 
 
 def test_a_case_depends_on_its_number_alone():
-    again = draw_case(7)
+    again = random_case(7)
     assert again.cfg == CASES[7].cfg and torch.equal(again.ids, CASES[7].ids) and torch.equal(again.mask, CASES[7].mask)
-    assert draw_case(8).cfg != again.cfg
+    assert random_case(8).cfg != again.cfg

@@ -24,12 +24,12 @@ V2_TINY = replace(
     attention=replace(MLA_TINY.attention, q_lora_rank=0),
     moe=MoEConfig(
         num_experts=4,
-        top_k=2,
+        num_experts_per_tok=2,
         num_shared_experts=2,
-        expert_size=12,
+        moe_intermediate_size=12,
         scoring="softmax",
         group_score="max",
-        normalise_weights=False,
+        norm_topk_prob=False,
     ),
     mtp_layers=0,
 )
@@ -139,7 +139,7 @@ def test_copies_in_the_mtp_layer_may_be_missing_but_not_differ(tmp_path: Path):
 
 
 def test_v2_has_no_bias_on_disk_and_loses_none(tmp_path: Path):
-    model = Transformer(V2_TINY).initialise(torch.Generator().manual_seed(0))
+    model = Transformer(V2_TINY).initialize(torch.Generator().manual_seed(0))
     save_weights(model, tmp_path)
     assert not any("bias" in name for name in load_file(tmp_path / WEIGHTS))
     assert same_weights(model, read(tmp_path, V2_TINY))
@@ -169,7 +169,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int8, "I8")])
-def test_a_quantised_tensor_is_refused(dtype: torch.dtype, name: str, tmp_path: Path):
+def test_a_quantized_tensor_is_refused(dtype: torch.dtype, name: str, tmp_path: Path):
     message = refused(written(tmp_path, tiny_model(), **{ROUTER: torch.zeros(8, 32).to(dtype)}))
     assert WEIGHTS in message and ROUTER in message and name in message
 

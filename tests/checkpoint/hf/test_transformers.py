@@ -13,12 +13,12 @@ from thinkstack.engine.engine import Engine
 from thinkstack.models.config import named
 from thinkstack.models.precision import working_copy
 from thinkstack.text.tokenizer import BOS
-from thinkstack.types import Message, Sampling
+from thinkstack.types import Message, SamplingParams
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-from bench.parity import FAMILIES, drawn_model, family_error, logit_error  # noqa: E402
+from bench.parity import FAMILIES, family_error, logit_error, random_model  # noqa: E402
 
 CONVERSATION = [
     ("system", "Be brief."),
@@ -32,7 +32,7 @@ def opened(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def drawn_ids(vocab_size: int, rows: int = 2, tokens: int = 40) -> torch.Tensor:
+def random_ids(vocab_size: int, rows: int = 2, tokens: int = 40) -> torch.Tensor:
     return torch.randint(vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
@@ -45,11 +45,11 @@ def test_logits_and_gradients_equal_transformers(name: str, tmp_path: Path):
 @torch.no_grad()
 def test_the_bounds_notice_a_lost_balance_bias_and_a_lost_yarn(tmp_path: Path):
     cfg = FAMILIES["v3, yarn with mscale, MTP"]
-    model, ids = drawn_model(cfg), drawn_ids(cfg.vocab_size)
+    model, ids = random_model(cfg), random_ids(cfg.vocab_size)
     save_model(tmp_path / "model", model)
     theirs = opened(tmp_path / "model")(ids).logits
     assert logit_error(model(ids), theirs).is_within_bounds
-    plain = drawn_model(replace(cfg, rope=replace(cfg.rope, yarn=None)))
+    plain = random_model(replace(cfg, rope=replace(cfg.rope, yarn=None)))
     assert not logit_error(plain(ids), theirs).is_within_bounds
     for block in model.layers[1:]:
         block.ffn.bias.zero_()
@@ -81,7 +81,7 @@ def test_a_folder_written_by_transformers_loads_and_comes_back_byte_for_byte(fam
         if name.endswith("bias"):
             parameter.normal_()
     theirs.save_pretrained(tmp_path / "theirs")
-    model, ids = load_model(tmp_path / "theirs"), drawn_ids(64)
+    model, ids = load_model(tmp_path / "theirs"), random_ids(64)
     assert model.cfg.mtp_layers == 0
     assert logit_error(model(ids), theirs(ids).logits).is_within_bounds
     save_model(tmp_path / "ours", model)
@@ -92,10 +92,10 @@ def test_a_folder_written_by_transformers_loads_and_comes_back_byte_for_byte(fam
 def test_v3_tiny_speaks_the_same_text_in_transformers(tmp_path: Path):
     model = tiny_model(named("v3-tiny"), init_std=0.1)
     save_model(tmp_path / "model", model, tiny_tokenizer(), "v3")
-    theirs, ids = opened(tmp_path / "model"), drawn_ids(640, rows=1, tokens=12)
+    theirs, ids = opened(tmp_path / "model"), random_ids(640, rows=1, tokens=12)
     assert logit_error(model(ids), theirs(ids).logits).is_within_bounds
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=1)
-    sampling = Sampling(temperature=0, max_tokens=24, stop_ids=(1,))
+    sampling = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(1,))
     answer = Engine(load_model(tmp_path / "model")).generate([ids[0].tolist()], [sampling])[0][0]
     assert list(answer.token_ids) == out[0, 12:].tolist()
     assert len(set(answer.token_ids)) > 5
@@ -106,13 +106,13 @@ def test_v3_tiny_speaks_the_same_text_in_transformers(tmp_path: Path):
 def test_every_family_generates_the_same_text_in_transformers(name: str, tmp_path: Path):
     """The engine's cache must hold biased, normed and rotated keys."""
     cfg = FAMILIES[name]
-    save_model(tmp_path / "model", drawn_model(cfg))
-    ids = drawn_ids(cfg.vocab_size, rows=1, tokens=9)
+    save_model(tmp_path / "model", random_model(cfg))
+    ids = random_ids(cfg.vocab_size, rows=1, tokens=9)
     theirs = opened(tmp_path / "model")
     theirs.generation_config.eos_token_id = None
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0)
     answer = Engine(load_model(tmp_path / "model")).generate(
-        [ids[0].tolist()], [Sampling(temperature=0, max_tokens=20)]
+        [ids[0].tolist()], [SamplingParams(temperature=0, max_tokens=20)]
     )
     assert list(answer[0][0].token_ids) == out[0, 9:].tolist()
     assert len(set(answer[0][0].token_ids)) > 3
@@ -121,7 +121,7 @@ def test_every_family_generates_the_same_text_in_transformers(name: str, tmp_pat
 @torch.no_grad()
 def test_a_bf16_working_copy_keeps_its_biases_in_fp32():
     """Vectors stay fp32 beside matrices in bf16; a plain linear layer refuses that pair."""
-    model, ids = drawn_model(FAMILIES["qwen 2"]), drawn_ids(96)
+    model, ids = random_model(FAMILIES["qwen 2"]), random_ids(96)
     twin = working_copy(model, torch.bfloat16)
     assert twin.layers[0].attention.wq.bias.dtype == torch.float32
     assert logit_error(twin(ids).float(), model(ids)).relative < 0.05
@@ -158,7 +158,7 @@ def test_mtp_modules_equal_those_of_transformers(tmp_path: Path, monkeypatch):
     if not hasattr(layers, "MtpModel"):
         pytest.skip("this version of transformers has no MTP layers")
     cfg = replace(FAMILIES["v3, yarn with mscale, MTP"], mtp_layers=2)
-    model, ids, length = drawn_model(cfg), drawn_ids(cfg.vocab_size), 40
+    model, ids, length = random_model(cfg), random_ids(cfg.vocab_size), 40
     save_model(tmp_path / "model", model)
     # the class knows the MTP layer of the released model only, number 61
     monkeypatch.setattr(
@@ -190,5 +190,5 @@ def test_a_model_without_shared_experts_comes_back_from_transformers(layers: int
     model = tiny_model(replace(MLA_TINY, vocab_size=360, mtp_layers=0, num_layers=layers, moe=moe))
     save_model(tmp_path / "ours", model, tiny_tokenizer(), "r1_zero_short")
     opened(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    ids = drawn_ids(360)
+    ids = random_ids(360)
     assert torch.equal(load_model(tmp_path / "theirs")(ids), model(ids))

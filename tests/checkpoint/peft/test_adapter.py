@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import GQA_TINY, MLA_TINY, drawn_batch, tiny_model, tiny_tokenizer
+from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model, tiny_tokenizer
 from thinkstack import cli
 from thinkstack.checkpoint.hf.files import WEIGHTS as MODEL_WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
@@ -31,7 +31,7 @@ def adapted(cfg=MLA_TINY, lora: LoRAConfig = ALL) -> Transformer:
 
 @torch.no_grad()
 def logits(model: Transformer) -> torch.Tensor:
-    return model(drawn_batch([20], 19).ids)
+    return model(random_batch([20], 19).ids)
 
 
 def written(tmp_path: Path, cfg=MLA_TINY, lora: LoRAConfig = ALL, **changes) -> tuple[Path, Path, Transformer]:
@@ -119,7 +119,7 @@ def test_merged_by_hand_from_the_two_folders_it_is_the_adapted_model_in_transfor
     (by_hand / "config.json").write_bytes((base / "config.json").read_bytes())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(by_hand, dtype=torch.float32)
     with torch.no_grad():
-        found = theirs(drawn_batch([20], 19).ids).logits
+        found = theirs(random_batch([20], 19).ids).logits
     torch.testing.assert_close(found, logits(model), atol=1e-4, rtol=1e-4)
     merge_adapter(base, folder, tmp_path / "merged")
     ours = load_file(tmp_path / "merged" / MODEL_WEIGHTS)

@@ -10,7 +10,7 @@ import pytest
 from tests import HANG_SECONDS
 from thinkstack.tasks.benchmarks.datasets import DataStream, Gsm8k, Math
 from thinkstack.tasks.reward import RewardConfig, score
-from thinkstack.tasks.table import DATASETS, FAMILIES, accepts
+from thinkstack.tasks.table import BENCHMARKS, PUZZLES, verify
 from thinkstack.tasks.verify.latex import installed, plain, unwrapped, verdicts
 from thinkstack.tasks.verify.pool import CheckerPool
 from thinkstack.text.final_answer import boxes, last_boxed
@@ -119,10 +119,10 @@ def test_a_few_rows_without_an_answer_are_left_out_loudly_and_many_are_refused(t
 @needs_data
 @pytest.mark.parametrize(("file", "count"), [("gsm8k/test", 1319), ("gsm8k/train", 7473), ("math/test", 5000)])
 def test_the_published_files_are_read_whole_and_their_answers_accepted(file, count):
-    found = DATASETS[file.split("/")[0]].load(DATA / f"{file}.jsonl.gz")
+    found = BENCHMARKS[file.split("/")[0]].load(DATA / f"{file}.jsonl.gz")
     assert len(found) == count == len({problem.key for problem in found})
-    assert all(accepts(problem, problem.answer) for problem in found)
-    assert not any(accepts(problem, problem.question) for problem in found[:200])
+    assert all(verify(problem, problem.answer) for problem in found)
+    assert not any(verify(problem, problem.question) for problem in found[:200])
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_the_published_files_are_read_whole_and_their_answers_accepted(file, cou
 )
 def test_a_gsm8k_answer_is_a_number_in_any_dress(tmp_path, answer):
     (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
-    assert accepts(problem, answer)
+    assert verify(problem, answer)
     assert score(problem, f"<think>.</think><answer>{answer}</answer>", RewardConfig()).total == 1.0
 
 
 @pytest.mark.parametrize("answer", ["1300 or 1301", "13*100", "1300%", "\\boxed{1300}\\boxed{1}", "", "1.3e3"])
 def test_what_is_more_or_less_than_the_number_is_refused(tmp_path, answer):
     (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
-    assert not accepts(problem, answer)
+    assert not verify(problem, answer)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_what_is_more_or_less_than_the_number_is_refused(tmp_path, answer):
     ],
 )
 def test_latex_is_compared_up_to_spelling(reference, answer):
-    assert accepts(math_problem(reference), answer)
-    assert accepts(math_problem(reference), f"$\\boxed{{{answer}}}$")
+    assert verify(math_problem(reference), answer)
+    assert verify(math_problem(reference), f"$\\boxed{{{answer}}}$")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_latex_is_compared_up_to_spelling(reference, answer):
 )
 def test_nothing_is_evaluated_and_no_type_is_guessed(reference, answer):
     """Each of these is taken for right by a checker in use elsewhere."""
-    assert not accepts(math_problem(reference), answer)
+    assert not verify(math_problem(reference), answer)
 
 
 def test_boxes_are_found_with_their_nested_braces():
@@ -239,5 +239,5 @@ def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_where_it_was():
 
 
 def test_data_sets_and_families_share_no_name():
-    assert not set(DATASETS) & set(FAMILIES)
-    assert {name: data_set.name for name, data_set in DATASETS.items()} == {name: name for name in DATASETS}
+    assert not set(BENCHMARKS) & set(PUZZLES)
+    assert {name: data_set.name for name, data_set in BENCHMARKS.items()} == {name: name for name in BENCHMARKS}

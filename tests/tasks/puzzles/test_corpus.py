@@ -6,11 +6,11 @@ import pytest
 
 from thinkstack.tasks.puzzles.corpus import GUESSES, OPENINGS, TALK, CorpusConfig, document, documents
 from thinkstack.tasks.puzzles.puzzle import key_of, split_of, unseen_wordings
-from thinkstack.tasks.table import FAMILIES, families, problems
+from thinkstack.tasks.table import PUZZLES, problems, puzzle_tasks
 from thinkstack.text.parse import parse_turn
 from thinkstack.types import ConfigError
 
-ALL = families(list(FAMILIES))
+ALL = puzzle_tasks(list(PUZZLES))
 DEFAULT = CorpusConfig()
 
 
@@ -43,17 +43,17 @@ def test_a_document_is_a_function_of_seed_and_index():
     assert document(ALL, DEFAULT, 3, 5) != document(ALL, DEFAULT, 4, 5)
 
 
-def test_an_unseen_wording_would_be_recognised():
+def test_an_unseen_wording_would_be_recognized():
     for problem in problems(ALL, "train", 0, 200, unseen_wordings=True):
-        assert could_be(problem.question, FAMILIES[problem.task].wordings[problem.language][problem.wording])
+        assert could_be(problem.question, PUZZLES[problem.task].wordings[problem.language][problem.wording])
 
 
 def test_the_corpus_never_uses_an_unseen_wording():
     templates = [
-        family.wordings[language][wording]
-        for family in ALL
-        for language in family.wordings
-        for wording in unseen_wordings(family, language)
+        task.wordings[language][wording]
+        for task in ALL
+        for language in task.wordings
+        for wording in unseen_wordings(task, language)
     ]
     for item in drawn(3000):
         if item.question:
@@ -64,9 +64,9 @@ def test_the_corpus_never_uses_an_unseen_wording():
 def test_the_corpus_draws_training_problems_only(monkeypatch):
     keys = []
 
-    def noted(family, puzzle, language, wording):
-        keys.append(key_of(family, puzzle))
-        return real(family, puzzle, language, wording)
+    def noted(task, puzzle, language, wording):
+        keys.append(key_of(task, puzzle))
+        return real(task, puzzle, language, wording)
 
     import thinkstack.tasks.puzzles.corpus as corpus
 
@@ -96,7 +96,7 @@ def test_a_share_of_0_or_1_is_strict(share, expected):
 
 def test_a_drill_is_right_steps_of_one_family_out_of_context():
     cfg = CorpusConfig(prose_share=0.0, drill_share=1.0)
-    for item in islice(documents(families(["chain", "nested", "cups"]), cfg, 0), 60):
+    for item in islice(documents(puzzle_tasks(["chain", "nested", "cups"]), cfg, 0), 60):
         lines = item.text.splitlines()
         assert item.question == "" and len(lines) == 10
         for line in lines:

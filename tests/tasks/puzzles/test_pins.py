@@ -6,8 +6,8 @@ from itertools import islice
 import pytest
 
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
-from thinkstack.tasks.puzzles.puzzle import digest, draw_puzzle, work
-from thinkstack.tasks.table import families, problems
+from thinkstack.tasks.puzzles.puzzle import digest, generate_puzzle, work
+from thinkstack.tasks.table import problems, puzzle_tasks
 
 DEMO = ["chain", "nested", "cups", "kinship"]
 
@@ -26,7 +26,7 @@ def printed(items) -> str:
     ],
 )
 def test_the_demos_problems_are_pinned(split, unseen, pin):
-    drawn = problems(families(DEMO), split, 2, 400, unseen_wordings=unseen)
+    drawn = problems(puzzle_tasks(DEMO), split, 2, 400, unseen_wordings=unseen)
     assert printed((p.question, p.answer, p.task, p.language, p.level, p.key, p.wording) for p in drawn) == pin
 
 
@@ -40,14 +40,14 @@ def test_the_demos_problems_are_pinned(split, unseen, pin):
     ],
 )
 def test_each_demo_familys_problems_are_pinned(name, pin):
-    drawn = problems(families([name]), "train", 0, 300)
+    drawn = problems(puzzle_tasks([name]), "train", 0, 300)
     assert printed((p.question, p.answer, p.key) for p in drawn) == pin
 
 
 def test_the_demos_corpus_is_pinned():
     """The recipe's mix and the default one, 600 documents each."""
     recipe = CorpusConfig(drill_share=0.15, worked_share=0.45, wrong_working_share=0.5)
-    drawn = [islice(documents(families(DEMO), cfg, 0), 600) for cfg in (recipe, CorpusConfig())]
+    drawn = [islice(documents(puzzle_tasks(DEMO), cfg, 0), 600) for cfg in (recipe, CorpusConfig())]
     assert [printed((item.question, item.text) for item in items) for items in drawn] == [
         "3d492c73404e2ef7",
         "2c4c062f813758db",
@@ -56,8 +56,8 @@ def test_the_demos_corpus_is_pinned():
 
 def test_wrong_workings_are_pinned():
     found = []
-    for family in families(DEMO):
+    for task in puzzle_tasks(DEMO):
         for seed in range(100):
-            working = work(family, draw_puzzle(family, "train", 4, seed), "en", random.Random(seed))
+            working = work(task, generate_puzzle(task, "train", 4, seed), "en", random.Random(seed))
             found.append((working.lines, working.answer, working.is_right))
     assert printed(found) == "8587b7f87c0f1e49"

@@ -7,13 +7,13 @@ import pytest
 
 from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.puzzles.kinship import COMPOSE, RELATION, TERMS
-from thinkstack.tasks.puzzles.puzzle import Puzzle, digest, draw_puzzle, key_of, pose, right_answer, work
-from thinkstack.tasks.table import FAMILIES, families
+from thinkstack.tasks.puzzles.puzzle import Puzzle, digest, generate_puzzle, key_of, pose, right_answer, work
+from thinkstack.tasks.table import PUZZLES, puzzle_tasks
 from thinkstack.types import ConfigError
 
 DEMO = ("chain", "nested", "cups", "kinship")
 """The families of the measured demo; tests/tasks/puzzles/test_every_puzzle.py asks the same and more of all."""
-EACH = pytest.mark.parametrize("family", families(DEMO), ids=DEMO)
+EACH = pytest.mark.parametrize("task", puzzle_tasks(DEMO), ids=DEMO)
 
 
 def last_digit(text: str) -> int:
@@ -99,7 +99,7 @@ def test_the_table_of_relations_holds_in_a_real_family_tree():
 
 def test_a_kinship_problem_states_its_facts_and_asks_for_the_ends():
     puzzle = Puzzle("mother", ("brother", "son"), ("Ann", "Ben", "Leo", "Sam"))
-    problem = pose(FAMILIES["kinship"], puzzle, "en", 0)
+    problem = pose(PUZZLES["kinship"], puzzle, "en", 0)
     facts = "Ann is Ben's mother. Ben is Leo's brother. Leo is Sam's son."
     assert problem.question == f"{facts} What is Ann to Sam?"
 
@@ -107,32 +107,32 @@ def test_a_kinship_problem_states_its_facts_and_asks_for_the_ends():
 @pytest.mark.parametrize("level", range(2, 7))
 def test_chain_answers_are_pythons(level):
     for seed in range(200):
-        puzzle = draw_puzzle(FAMILIES["chain"], "train", level, seed)
-        text = FAMILIES["chain"].parts(puzzle, "en")["puzzle"]
-        assert int(right_answer(FAMILIES["chain"], puzzle, "en")) == left_to_right(text)
+        puzzle = generate_puzzle(PUZZLES["chain"], "train", level, seed)
+        text = PUZZLES["chain"].parts(puzzle, "en")["puzzle"]
+        assert int(right_answer(PUZZLES["chain"], puzzle, "en")) == left_to_right(text)
 
 
 @pytest.mark.parametrize("level", range(2, 7))
 def test_nested_answers_are_pythons(level):
     for seed in range(200):
-        puzzle = draw_puzzle(FAMILIES["nested"], "train", level, seed)
-        text = FAMILIES["nested"].parts(puzzle, "en")["puzzle"]
-        assert int(right_answer(FAMILIES["nested"], puzzle, "en")) == last_digit(text)
+        puzzle = generate_puzzle(PUZZLES["nested"], "train", level, seed)
+        text = PUZZLES["nested"].parts(puzzle, "en")["puzzle"]
+        assert int(right_answer(PUZZLES["nested"], puzzle, "en")) == last_digit(text)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_cups_answers_follow_a_real_ball(language):
     for seed in range(300):
-        puzzle = draw_puzzle(FAMILIES["cups"], "train", 2 + seed % 5, seed)
-        problem = pose(FAMILIES["cups"], puzzle, language, seed % 6)
+        puzzle = generate_puzzle(PUZZLES["cups"], "train", 2 + seed % 5, seed)
+        problem = pose(PUZZLES["cups"], puzzle, language, seed % 6)
         assert int(problem.answer) == solve_cups(problem.question)
 
 
 def test_every_worked_line_of_arithmetic_is_true():
     for name in ("chain", "nested"):
         for seed in range(200):
-            puzzle = draw_puzzle(FAMILIES[name], "train", 2 + seed % 5, seed)
-            working = work(FAMILIES[name], puzzle, "en")
+            puzzle = generate_puzzle(PUZZLES[name], "train", 2 + seed % 5, seed)
+            working = work(PUZZLES[name], puzzle, "en")
             for line in working.lines:
                 left, right = line.split("=")
                 assert last_digit(left) == int(right)
@@ -141,7 +141,7 @@ def test_every_worked_line_of_arithmetic_is_true():
 
 def test_every_worked_line_of_cups_is_true():
     for seed in range(200):
-        working = work(FAMILIES["cups"], draw_puzzle(FAMILIES["cups"], "train", 4, seed), "zh")
+        working = work(PUZZLES["cups"], generate_puzzle(PUZZLES["cups"], "train", 4, seed), "zh")
         for line in working.lines:
             first, second, before, after = re.fullmatch(r"(\d)-(\d):(\d)>(\d)", line).groups()
             assert after == {first: second, second: first}.get(before, before)
@@ -149,7 +149,7 @@ def test_every_worked_line_of_cups_is_true():
 
 def test_every_worked_line_of_kinship_is_in_the_table():
     for seed in range(200):
-        working = work(FAMILIES["kinship"], draw_puzzle(FAMILIES["kinship"], "train", 4, seed), "en")
+        working = work(PUZZLES["kinship"], generate_puzzle(PUZZLES["kinship"], "train", 4, seed), "en")
         for line in working.lines:
             before, op, after = re.fullmatch(r"(\S+) of (\S+) = (\S+)", line).groups()
             relation = COMPOSE[RELATION[before]][RELATION[op]]
@@ -158,50 +158,48 @@ def test_every_worked_line_of_kinship_is_in_the_table():
 
 
 @EACH
-def test_each_line_starts_from_the_result_of_the_one_before(family):
+def test_each_line_starts_from_the_result_of_the_one_before(task):
     """The error of a wrong step is carried on, so that checking one line tells nothing of the next."""
     for seed in range(100):
-        puzzle = draw_puzzle(family, "train", 5, seed)
-        working = work(family, puzzle, "en", random.Random(seed))
-        state = family.first_state(puzzle)
+        puzzle = generate_puzzle(task, "train", 5, seed)
+        working = work(task, puzzle, "en", random.Random(seed))
+        state = task.first_state(puzzle)
         wrong = 0
         for line, op in zip(working.lines, puzzle.ops, strict=True):
-            right = family.line(state, op, family.advance(state, op), "en")
+            right = task.line(state, op, task.advance(state, op), "en")
             wrong += line != right
-            every_state = family.other_states(None)
-            (state,) = [after for after in every_state if line == family.line(state, op, after, "en")]
+            every_state = task.other_states(None)
+            (state,) = [after for after in every_state if line == task.line(state, op, after, "en")]
         assert wrong == 1
-        assert working.answer == family.answer(puzzle, state, "en")
+        assert working.answer == task.answer(puzzle, state, "en")
 
 
 @EACH
-def test_a_working_without_mistakes_is_right(family):
+def test_a_working_without_mistakes_is_right(task):
     for seed in range(50):
-        puzzle = draw_puzzle(family, "test", 3, seed)
-        working = work(family, puzzle, "en")
+        puzzle = generate_puzzle(task, "test", 3, seed)
+        working = work(task, puzzle, "en")
         assert working.is_right
-        assert working.answer == right_answer(family, puzzle, "en")
+        assert working.answer == right_answer(task, puzzle, "en")
 
 
 def test_a_wrong_working_knows_whether_its_answer_survived():
     """In cups a wrong place may be swapped back; is_right must look at the answer, not at the mistake."""
-    family = FAMILIES["cups"]
+    task = PUZZLES["cups"]
     seen = set()
     for seed in range(500):
-        puzzle = draw_puzzle(family, "train", 6, seed)
-        working = work(family, puzzle, "en", random.Random(seed))
-        assert working.is_right == (working.answer == right_answer(family, puzzle, "en"))
+        puzzle = generate_puzzle(task, "train", 6, seed)
+        working = work(task, puzzle, "en", random.Random(seed))
+        assert working.is_right == (working.answer == right_answer(task, puzzle, "en"))
         seen.add(working.is_right)
     assert False in seen
 
 
 @EACH
-def test_no_problem_is_in_both_splits(family):
+def test_no_problem_is_in_both_splits(task):
     """Overlapping seeds, all levels, 400 draws each: no key in common, each of the split it was drawn for."""
     keys = {
-        split: {
-            key_of(family, draw_puzzle(family, split, level, seed)) for level in family.levels for seed in range(400)
-        }
+        split: {key_of(task, generate_puzzle(task, split, level, seed)) for level in task.levels for seed in range(400)}
         for split in puzzles.SPLITS
     }
     assert not keys["train"] & keys["test"]
@@ -210,12 +208,12 @@ def test_no_problem_is_in_both_splits(family):
 
 
 @EACH
-def test_the_key_does_not_depend_on_wording_or_language(family):
+def test_the_key_does_not_depend_on_wording_or_language(task):
     for seed in range(20):
-        puzzle = draw_puzzle(family, "test", 4, seed)
+        puzzle = generate_puzzle(task, "test", 4, seed)
         spoken = [
-            pose(family, puzzle, language, wording)
-            for language, wordings in family.wordings.items()
+            pose(task, puzzle, language, wording)
+            for language, wordings in task.wordings.items()
             for wording in range(len(wordings))
         ]
         assert len({problem.key for problem in spoken}) == 1
@@ -226,42 +224,42 @@ def test_the_key_does_not_depend_on_peoples_names():
     """It once did: every kinship test problem of level 2 was a training problem under other names."""
     first = Puzzle("mother", ("brother",), ("Ann", "Ben", "Leo"))
     second = Puzzle("mother", ("brother",), ("Mia", "Tom", "Max"))
-    assert key_of(FAMILIES["kinship"], first) == key_of(FAMILIES["kinship"], second)
+    assert key_of(PUZZLES["kinship"], first) == key_of(PUZZLES["kinship"], second)
 
 
 @EACH
-def test_the_key_depends_on_every_operand(family):
-    puzzle = draw_puzzle(family, "train", 4, 0)
+def test_the_key_depends_on_every_operand(task):
+    puzzle = generate_puzzle(task, "train", 4, 0)
     shorter = Puzzle(puzzle.start, puzzle.ops[:-1], puzzle.names)
     turned = Puzzle(puzzle.start, puzzle.ops[::-1], puzzle.names)
-    assert len({key_of(family, p) for p in (puzzle, shorter, turned)}) == (3 if turned.ops != puzzle.ops else 2)
+    assert len({key_of(task, p) for p in (puzzle, shorter, turned)}) == (3 if turned.ops != puzzle.ops else 2)
 
 
 @EACH
-def test_one_problem_in_eight_is_a_test_problem(family):
-    drawn = [key_of(family, family.draw(random.Random(seed), 6)) for seed in range(4000)]
+def test_one_problem_in_eight_is_a_test_problem(task):
+    drawn = [key_of(task, task.generate(random.Random(seed), 6)) for seed in range(4000)]
     share = sum(puzzles.split_of(key) == "test" for key in drawn) / 4000
     assert share == pytest.approx(1 / 8, abs=0.03)
 
 
 @EACH
-def test_all_answers_occur_and_none_dominates(family):
+def test_all_answers_occur_and_none_dominates(task):
     """A family whose commonest answer is frequent rewards answering it blindly."""
-    answers = [right_answer(family, draw_puzzle(family, "train", 4, seed), "en") for seed in range(1500)]
+    answers = [right_answer(task, generate_puzzle(task, "train", 4, seed), "en") for seed in range(1500)]
     most = max(answers.count(answer) for answer in set(answers)) / len(answers)
-    assert most < family.chance * 1.35
+    assert most < task.chance * 1.35
 
 
 @EACH
-def test_drawing_is_a_function_of_its_arguments(family):
-    assert draw_puzzle(family, "train", 3, 5) == draw_puzzle(family, "train", 3, 5)
-    assert draw_puzzle(family, "train", 3, 5) != draw_puzzle(family, "train", 3, 6)
+def test_drawing_is_a_function_of_its_arguments(task):
+    assert generate_puzzle(task, "train", 3, 5) == generate_puzzle(task, "train", 3, 5)
+    assert generate_puzzle(task, "train", 3, 5) != generate_puzzle(task, "train", 3, 6)
 
 
-def test_neighbouring_seeds_share_no_stream():
+def test_neighboring_seeds_share_no_stream():
     """Seeds made by addition overlap: item i of seed s + 1 is item i + 1 of seed s."""
-    first = [draw_puzzle(FAMILIES["nested"], "train", 6, (1, index)) for index in range(100)]
-    second = [draw_puzzle(FAMILIES["nested"], "train", 6, (2, index)) for index in range(100)]
+    first = [generate_puzzle(PUZZLES["nested"], "train", 6, (1, index)) for index in range(100)]
+    second = [generate_puzzle(PUZZLES["nested"], "train", 6, (2, index)) for index in range(100)]
     assert not set(first) & set(second)
 
 
@@ -276,10 +274,10 @@ def test_the_digest_keeps_its_value():
 )
 def test_unknown_splits_and_levels_are_refused(split, level, part):
     with pytest.raises(ConfigError, match=part):
-        draw_puzzle(FAMILIES["chain"], split, level, 0)
+        generate_puzzle(PUZZLES["chain"], split, level, 0)
 
 
 def test_a_language_without_wordings_is_refused():
-    puzzle = draw_puzzle(FAMILIES["kinship"], "train", 2, 0)
+    puzzle = generate_puzzle(PUZZLES["kinship"], "train", 2, 0)
     with pytest.raises(ConfigError, match="it speaks en"):
-        pose(FAMILIES["kinship"], puzzle, "zh", 0)
+        pose(PUZZLES["kinship"], puzzle, "zh", 0)

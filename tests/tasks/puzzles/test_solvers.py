@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from thinkstack.tasks.puzzles.puzzle import Puzzle, draw_puzzle, key_of, pose, work
-from thinkstack.tasks.table import FAMILIES, accepts
+from thinkstack.tasks.puzzles.puzzle import Puzzle, generate_puzzle, key_of, pose, work
+from thinkstack.tasks.table import PUZZLES, verify
 from thinkstack.types import Problem
 
 BOTH = pytest.mark.parametrize("language", ["en", "zh"])
@@ -17,11 +17,11 @@ BOTH = pytest.mark.parametrize("language", ["en", "zh"])
 
 def drawn(name, language, count=120):
     """Problems at all levels, splits and wordings."""
-    family = FAMILIES[name]
+    task = PUZZLES[name]
     for seed in range(count):
-        level, split = family.levels[seed % len(family.levels)], ("train", "test")[seed % 2]
-        puzzle = draw_puzzle(family, split, level, seed)
-        yield pose(family, puzzle, language, seed % 6), work(family, puzzle, language)
+        level, split = task.levels[seed % len(task.levels)], ("train", "test")[seed % 2]
+        puzzle = generate_puzzle(task, split, level, seed)
+        yield pose(task, puzzle, language, seed % 6), work(task, puzzle, language)
 
 
 def numbers(text):
@@ -70,7 +70,7 @@ def test_both_solutions_of_a_quadratic_equation_solve_it(language):
 def test_a_quadratic_equation_with_large_factors_has_a_mistake_to_make():
     """Where no constant within 30 had a square for discriminant, there was none, and the corpus stopped with an
     IndexError: 2 in 100 equations of level 5."""
-    (slip,) = FAMILIES["quadratic"].other_states((12, -84, -216, 0, None, None, None))
+    (slip,) = PUZZLES["quadratic"].other_states((12, -84, -216, 0, None, None, None))
     a, b, c = slip[:3]
     assert c != -216 and math.isqrt(b * b - 4 * a * c) ** 2 == b * b - 4 * a * c > 0
 
@@ -79,9 +79,9 @@ def test_the_issues_own_equation_is_answered_in_any_order():
     """x^2 + 5x + 6 = 0."""
     problem = Problem(question="", answer="-3, -2", task="quadratic", language="en", level=3, key="0" * 16, wording=0)
     for answer in ("-3, -2", "-2,-3", "x=-2 or x=-3", "x1 = -2, x2 = -3", "-2 and -3", "-4/2, -3", "-2、-3", "-2或-3"):
-        assert accepts(problem, answer), answer
+        assert verify(problem, answer), answer
     for answer in ("-2", "-3, -2, 1", "-3, -3", "-3, -2, -2", "2, 3", "(x+2)(x+3)", "-3,", "x^2+5x+6=0", "-3 -2", ""):
-        assert not accepts(problem, answer), answer
+        assert not verify(problem, answer), answer
 
 
 @BOTH
@@ -141,8 +141,8 @@ def test_the_chosen_option_is_the_value(language):
         options = dict(re.findall(r"^([A-D])\. (-?\d+)$", problem.question, re.MULTILINE))
         assert [letter for letter, shown in options.items() if int(shown) == value] == [problem.answer]
         assert len(set(options.values())) == 4
-        assert accepts(problem, f"({problem.answer.lower()})")
-        assert not accepts(problem, str(value)) and not accepts(problem, "ABCD") and not accepts(problem, "A or B")
+        assert verify(problem, f"({problem.answer.lower()})")
+        assert not verify(problem, str(value)) and not verify(problem, "ABCD") and not verify(problem, "A or B")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_chosen_option_is_the_value(language):
 )
 def test_what_a_solver_would_call_the_same_problem_has_one_key(name, first, second):
     """Other options, other people, addends in another order: train and test must not differ in these alone."""
-    assert key_of(FAMILIES[name], first) == key_of(FAMILIES[name], second)
+    assert key_of(PUZZLES[name], first) == key_of(PUZZLES[name], second)
 
 
 def test_neither_the_letter_nor_the_size_of_an_option_tells_the_right_one():

@@ -66,17 +66,17 @@ def _model(read: Reader, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
             qk_rope_head_dim=read.integer("qk_rope_head_dim", 64),
             v_head_dim=read.integer("v_head_dim", 128),
         ),
-        dense_size=read.integer("inter_dim"),
+        intermediate_size=read.integer("inter_dim"),
         moe=MoEConfig(
             num_experts=read.integer("n_routed_experts"),
-            top_k=read.integer("n_activated_experts"),
+            num_experts_per_tok=read.integer("n_activated_experts"),
             num_shared_experts=read.integer("n_shared_experts", 2),
-            expert_size=read.integer("moe_inter_dim"),
+            moe_intermediate_size=read.integer("moe_inter_dim"),
             num_groups=read.integer("n_expert_groups", 1),
             top_groups=read.integer("n_limited_groups", 1),
             scoring="sigmoid" if is_v3 else "softmax",
             group_score="top2" if is_v3 else "max",
-            normalise_weights=is_v3,
+            norm_topk_prob=is_v3,
             route_scale=read.number("route_scale", 1.0),
             first_dense_layers=read.integer("n_dense_layers", 1, least=0),
         ),
@@ -103,7 +103,7 @@ def _tokens(folder: Path, rows: int) -> tuple[int | None, tuple[int, ...]]:
     return bos, () if eos is None else (eos,)
 
 
-def config_of(cfg: ModelConfig, storage: FP8Blocks | None) -> dict[str, Any]:
+def config_of(cfg: ModelConfig, quantization: FP8Blocks | None) -> dict[str, Any]:
     """The configuration file of a model. Raises ConfigError for one that DeepSeek's code does not compute."""
     a, moe = cfg.attention, cfg.moe
     if not isinstance(a, MLAConfig) or moe is None:
@@ -111,14 +111,14 @@ def config_of(cfg: ModelConfig, storage: FP8Blocks | None) -> dict[str, Any]:
     config: dict[str, Any] = {
         "vocab_size": cfg.vocab_size,
         "dim": cfg.hidden_size,
-        "inter_dim": cfg.dense_size,
-        "moe_inter_dim": moe.expert_size,
+        "inter_dim": cfg.intermediate_size,
+        "moe_inter_dim": moe.moe_intermediate_size,
         "n_layers": cfg.num_layers,
         "n_dense_layers": moe.first_dense_layers,
         "n_heads": a.num_heads,
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.num_shared_experts,
-        "n_activated_experts": moe.top_k,
+        "n_activated_experts": moe.num_experts_per_tok,
         "n_expert_groups": moe.num_groups,
         "n_limited_groups": moe.top_groups,
         "route_scale": moe.route_scale,
@@ -129,10 +129,10 @@ def config_of(cfg: ModelConfig, storage: FP8Blocks | None) -> dict[str, Any]:
         "qk_rope_head_dim": a.qk_rope_head_dim,
         "v_head_dim": a.v_head_dim,
         "rope_theta": cfg.rope.theta,
-        "dtype": "fp8" if storage else "bf16",
+        "dtype": "fp8" if quantization else "bf16",
         **_rope_fields(cfg),
     }
-    if storage is not None and storage.power_of_two:
+    if quantization is not None and quantization.power_of_two:
         config["scale_fmt"] = "ue8m0"
     _check_expressed(cfg, config)
     return config

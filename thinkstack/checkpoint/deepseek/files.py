@@ -20,7 +20,7 @@ from torch import Tensor
 from thinkstack.checkpoint.deepseek.config import CONFIG, config_of, read_config
 from thinkstack.checkpoint.hf.files import SCALE, Plan, scaled_source
 from thinkstack.checkpoint.hf.tensors import check_tensors, shapes_on_disk, stored_tensors
-from thinkstack.checkpoint.source import Form, Source
+from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.tensor_file import Entry, Files, read_header, write_file
 from thinkstack.models.config import ModelConfig
 from thinkstack.quant.fp8 import BLOCK, FP8Blocks
@@ -109,12 +109,12 @@ class Joined:
         return torch.cat([self.files[rank].read(place.name) for rank in place.ranks], place.dim)
 
 
-def open_deepseek(folder: Path) -> Source:
+def open_deepseek(folder: Path) -> TensorSource:
     """A folder in DeepSeek's layout; headers are read, weights are not. Its files hold no MTP modules.
 
     Raises ConfigError, naming file and tensor, for ranks, tensors or parts that are missing or too many.
     """
-    cfg, storage = read_config(folder)
+    cfg, quantization = read_config(folder)
     counts = sorted({int(match[2]) for path in folder.iterdir() if (match := FILE.fullmatch(path.name))})
     num_ranks = counts[-1]
     paths = [folder / f"model{rank}-mp{num_ranks}.safetensors" for rank in range(num_ranks)]
@@ -140,13 +140,13 @@ def open_deepseek(folder: Path) -> Source:
     joined = Joined(places, files)
     shapes = {name: entry.shape for name, entry in joined.entries.items() if not name.endswith(SCALE)}
     check_tensors(folder, cfg, shapes, joined.path_of)
-    return scaled_source(folder, cfg, storage, joined)
+    return scaled_source(folder, cfg, quantization, joined)
 
 
 def write_deepseek(
-    source: Source,
+    source: TensorSource,
     folder: Path,
-    form: Form,
+    form: OutputFormat,
     num_ranks: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -155,14 +155,14 @@ def write_deepseek(
     form: bf16, or FP8. Raises ConfigError for a model that DeepSeek's code does not compute or that does not divide;
     OSError is left to the caller.
     """
-    storage = form.storage
-    assert storage is None or isinstance(storage, FP8Blocks)
+    quantization = form.quantization
+    assert quantization is None or isinstance(quantization, FP8Blocks)
     cfg = source.cfg
-    config = config_of(cfg, storage)
+    config = config_of(cfg, quantization)
     if cfg.mtp_layers:
         _log.info("DeepSeek's layout has no place for MTP modules; %d are left out", cfg.mtp_layers)
     cfg = replace(cfg, mtp_layers=0)
-    _check_division(cfg, num_ranks, storage)
+    _check_division(cfg, num_ranks, quantization)
     plan = Plan(replace(source, cfg=cfg), form)
     held: list[dict[str, Entry]] = [{} for _ in range(num_ranks)]
     for item in plan.items:
@@ -186,7 +186,7 @@ def write_deepseek(
                 advance(tensor.nbytes)
 
 
-def _check_division(cfg: ModelConfig, num_ranks: int, storage: FP8Blocks | None) -> None:
+def _check_division(cfg: ModelConfig, num_ranks: int, quantization: FP8Blocks | None) -> None:
     """Raise ConfigError unless `num_ranks` divides experts, heads, every shared dimension; in FP8 in whole blocks."""
     assert cfg.moe is not None
     if num_ranks < 1:
@@ -201,9 +201,9 @@ def _check_division(cfg: ModelConfig, num_ranks: int, storage: FP8Blocks | None)
         place, shape = place_of(item.name, cfg, num_ranks), shapes[item.name]
         if place.dim is None or num_ranks == 1:
             continue
-        unit = num_ranks * (BLOCK if storage is not None and item.is_matrix else 1)
+        unit = num_ranks * (BLOCK if quantization is not None and item.is_matrix else 1)
         if shape[place.dim] % unit:
             raise ConfigError(
                 f"{item.name} of shape {shape} does not divide among {num_ranks} ranks in dimension {place.dim}; it "
-                f"would need a multiple of {unit}: choose another model-parallel" + (" or bf16" if storage else "")
+                f"would need a multiple of {unit}: choose another model-parallel" + (" or bf16" if quantization else "")
             )

@@ -142,7 +142,7 @@ def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factor
         hidden_size=keys.size("embedding_length"),
         num_layers=num_layers,
         attention=attention,
-        dense_size=keys.size("feed_forward_length"),
+        intermediate_size=keys.size("feed_forward_length"),
         moe=_read_experts(keys, num_layers, tensors),
         mtp_layers=mtp_layers,
         rope=_read_rope(keys, attention.rope_dim, rope_factors),
@@ -223,14 +223,14 @@ def _read_experts(keys: _Keys, num_layers: int, tensors: Mapping[str, tuple[int,
     groups = keys.size("expert_group_count", 1)
     return MoEConfig(
         num_experts=num_experts,
-        top_k=keys.size("expert_used_count"),
+        num_experts_per_tok=keys.size("expert_used_count"),
         num_shared_experts=0 if is_qwen else keys.size("expert_shared_count", least=0),
-        expert_size=keys.size("expert_feed_forward_length"),
+        moe_intermediate_size=keys.size("expert_feed_forward_length"),
         num_groups=groups,
         top_groups=keys.size("expert_group_used_count", groups),
         scoring=GATES[gate],  # type: ignore[arg-type]
         group_score="top2" if gate == 2 else "max",
-        normalise_weights=is_qwen or bool(keys.meta.find(f"{keys.arch}.expert_weights_norm", bool)),
+        norm_topk_prob=is_qwen or bool(keys.meta.find(f"{keys.arch}.expert_weights_norm", bool)),
         route_scale=keys.number("expert_weights_scale", 1.0) or 1.0,  # 0 is llama.cpp's word for none
         first_dense_layers=min(keys.size("leading_dense_block_count", 0, least=0), num_layers),
     )

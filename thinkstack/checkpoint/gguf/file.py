@@ -37,7 +37,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def require_gguf() -> None:
-    """Raise ConfigError if the package that knows the quantisations is missing."""
+    """Raise ConfigError if the package that knows the quantizations is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -187,7 +187,7 @@ class GGUFFile:
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor, or the matrix at `index` of a stack, as it is stored if torch has the type, else widened to fp32.
 
-        Raises ConfigError for a quantisation that cannot be undone.
+        Raises ConfigError for a quantization that cannot be undone.
         """
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -213,6 +213,6 @@ class GGUFFile:
                 out[number * WIDENED : number * WIDENED + wide.size] = torch.from_numpy(wide)
         except NotImplementedError as error:
             raise ConfigError(
-                f"{self.path}: {name} is quantised as {info.kind}, which gguf cannot undo; use Q8_0 or F16"
+                f"{self.path}: {name} is quantized as {info.kind}, which gguf cannot undo; use Q8_0 or F16"
             ) from error
         return out.view(shape)

@@ -30,7 +30,7 @@ def metadata_of(cfg: ModelConfig, ends: tuple[int, ...]) -> dict[str, Any]:
         "block_count": cfg.num_layers + cfg.mtp_layers,
         "context_length": cfg.max_positions,
         "embedding_length": cfg.hidden_size,
-        "feed_forward_length": cfg.dense_size,
+        "feed_forward_length": cfg.intermediate_size,
         "vocab_size": cfg.vocab_size,
         "attention.layer_norm_rms_epsilon": cfg.norm_eps,
         "attention.head_count": cfg.attention.num_heads,
@@ -79,15 +79,15 @@ def _expert_values(cfg: ModelConfig) -> dict[str, Any]:
     if moe is None:
         dense = {
             "leading_dense_block_count": cfg.num_layers,
-            "expert_feed_forward_length": cfg.dense_size,
+            "expert_feed_forward_length": cfg.intermediate_size,
             "expert_shared_count": 0,
             "expert_gating_func": gate,
         }
         return dense if is_deepseek else {}
     values: dict[str, Any] = {
         "expert_count": moe.num_experts,
-        "expert_used_count": moe.top_k,
-        "expert_feed_forward_length": moe.expert_size,
+        "expert_used_count": moe.num_experts_per_tok,
+        "expert_feed_forward_length": moe.moe_intermediate_size,
     }
     if not is_deepseek:
         return values
@@ -95,7 +95,7 @@ def _expert_values(cfg: ModelConfig) -> dict[str, Any]:
         "leading_dense_block_count": moe.first_dense_layers,
         "expert_shared_count": moe.num_shared_experts,
         "expert_weights_scale": float(moe.route_scale),
-        "expert_weights_norm": moe.normalise_weights,
+        "expert_weights_norm": moe.norm_topk_prob,
         "expert_gating_func": gate,
     }
     if moe.top_groups < moe.num_groups:

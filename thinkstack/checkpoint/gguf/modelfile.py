@@ -91,7 +91,7 @@ def write_modelfile(path: Path, gguf_name: str, chat: ChatFormat | None = None) 
             _log.warning("no template of Ollama is known that writes %s; it will try the Jinja template", chat.name)
         if system:
             lines.append(f'SYSTEM """{system}"""')
-        lines += [f'PARAMETER stop "{chat.tokenizer.decode([token])}"' for token in chat.stop_ids]
+        lines += [f'PARAMETER stop "{chat.tokenizer.decode([token])}"' for token in chat.stop_token_ids]
         lines += [f"PARAMETER {key} {CHAT_SAMPLING[key]}" for key in ("temperature", "top_p")]
     write_text(path, "\n".join(lines) + "\n")
 

@@ -11,7 +11,7 @@ from thinkstack.checkpoint.gguf.file import PLAIN, GGUFFile
 from thinkstack.checkpoint.gguf.tensors import ROPE_FREQS, Laid, is_cut, laid_out, unpack
 from thinkstack.checkpoint.gguf.tokenizer import tokenizer_of
 from thinkstack.checkpoint.hf.side_files import TOOL_USE
-from thinkstack.checkpoint.source import Source
+from thinkstack.checkpoint.source import TensorSource
 from thinkstack.text.chat import ChatFormat, PlainText, TemplateFormat, chat_format
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
@@ -22,7 +22,7 @@ CHAT_FORMAT = "thinkstack.chat_format"
 """Our own key: the name of the format the model was trained with."""
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(path: Path) -> TensorSource:
     """A GGUF file; its header is read and checked, weights are not: they are widened when they are read.
 
     Raises ConfigError for a damaged file, another architecture or variant, and metadata that the tensors contradict.
@@ -60,7 +60,7 @@ def open_gguf(path: Path) -> Source:
     tensors: dict[str, Callable[[], Tensor]] = {name: partial(read, origin) for name, origin in parts.items()}
     kinds = {name: {file.tensors[laid.name].kind for laid, _ in origin} for name, origin in parts.items()}
     dtypes = {name: PLAIN[kind.pop()] for name, kind in kinds.items() if len(kind) == 1 and kind <= PLAIN.keys()}
-    return Source(path=path, cfg=cfg, tensors=tensors, dtypes=dtypes)
+    return TensorSource(path=path, cfg=cfg, tensors=tensors, dtypes=dtypes)
 
 
 def load_gguf_tokenizer(path: Path) -> Tokenizer:

@@ -1,6 +1,6 @@
 """What llama.cpp calls our tensors, and how it lays them out: one table, read in both directions.
 
-Queries and keys of a Llama are rotated in neighbouring pairs there, so their rows stand in another order than in
+Queries and keys of a Llama are rotated in neighboring pairs there, so their rows stand in another order than in
 Hugging Face files. Experts lie in one stack per layer. The matrix that makes keys and values of MLA's latents is cut
 into two stacks of heads, the keys' transposed, as attention on latents uses them; old files have it whole.
 Source: llama.cpp, convert_hf_to_gguf.py (conversion/*.py) and src/llama-arch.cpp.

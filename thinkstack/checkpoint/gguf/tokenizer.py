@@ -188,7 +188,7 @@ def _check_kind(spec: dict[str, Any]) -> None:
         )
     normalizer = spec.get("normalizer")
     if normalizer and normalizer != {"type": "NFC"} and normalizer.get("normalizers") != []:
-        raise ConfigError(f"llama.cpp does not normalise text by {normalizer.get('type')}; write the hf format instead")
+        raise ConfigError(f"llama.cpp does not normalize text by {normalizer.get('type')}; write the hf format instead")
 
 
 def _is_hidden(token: dict[str, Any]) -> bool:

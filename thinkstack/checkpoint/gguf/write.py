@@ -24,7 +24,7 @@ from thinkstack.checkpoint.gguf.tensors import ROPE_FREQS, laid_out, pack
 from thinkstack.checkpoint.gguf.tokenizer import MODEL, tokenizer_values
 from thinkstack.checkpoint.hf import chat_template
 from thinkstack.checkpoint.hf.side_files import TOOL_USE, check_vocabulary
-from thinkstack.checkpoint.source import Source
+from thinkstack.checkpoint.source import TensorSource
 from thinkstack.checkpoint.state import flush
 from thinkstack.log import Progress
 from thinkstack.models.config import ModelConfig
@@ -37,10 +37,10 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 """general.file_type: what most matrices are."""
 CAREFUL = {"Q4_0": "Q8_0"}
 """What embedding and head are instead."""
-QUANTISATION_VERSION = 2
+QUANTIZATION_VERSION = 2
 ALIGNMENT = 32
 PIECE = 2**20
-"""Numbers that are quantised at once."""
+"""Numbers that are quantized at once."""
 F16_MAX = torch.finfo(torch.float16).max
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class _Item(NamedTuple):
 
 
 def write_gguf(
-    source: Source,
+    source: TensorSource,
     path: Path,
     kind: str,
     tokenizer: Tokenizer | None = None,
@@ -96,15 +96,15 @@ def write_gguf(
 
 
 def _metadata(
-    source: Source, path: Path, kind: str, tokenizer: Tokenizer | None, chat: ChatFormat | None
+    source: TensorSource, path: Path, kind: str, tokenizer: Tokenizer | None, chat: ChatFormat | None
 ) -> dict[str, Any]:
     cfg = _beginning_with(tokenizer, source.cfg)
-    ends = tuple(dict.fromkeys((*(chat.stop_ids if chat else ()), *cfg.eos_ids)))
+    ends = tuple(dict.fromkeys((*(chat.stop_token_ids if chat else ()), *cfg.eos_ids)))
     values = {
         "general.type": "model",
         "general.name": path.stem,
         "general.file_type": FILE_TYPES[kind],
-        "general.quantization_version": QUANTISATION_VERSION,
+        "general.quantization_version": QUANTIZATION_VERSION,
         **metadata_of(cfg, ends),
     }
     if tokenizer is None:
@@ -138,7 +138,7 @@ def _beginning_with(tokenizer: Tokenizer | None, cfg: ModelConfig) -> ModelConfi
     return replace(cfg, bos_id=begin[0]) if begin else cfg
 
 
-def _items(source: Source, kind: str) -> list[_Item]:
+def _items(source: TensorSource, kind: str) -> list[_Item]:
     """What the file will hold, in order."""
     cfg, items = source.cfg, []
     if cfg.rope.llama3 is not None:

@@ -14,7 +14,7 @@ from thinkstack.checkpoint.hf.rope import read_rope, rope_keys
 from thinkstack.checkpoint.json_reader import REQUIRED, Reader
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from thinkstack.quant.fp8 import FP8Blocks
-from thinkstack.quant.scheme import Storage
+from thinkstack.quant.scheme import QuantScheme
 from thinkstack.types import ConfigError
 
 ARCHITECTURES = {
@@ -58,7 +58,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     family = read.text("model_type")
     if family not in ARCHITECTURES:
         raise ConfigError(f"{where}: model_type={family!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-    read_storage(config, where)
+    read_quantization(config, where)
     for key, allowed, way_out in _FIXED:
         read.require(key, allowed, way_out)
     _require_full_attention(family, read)
@@ -68,10 +68,10 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
 
 
-def read_storage(config: Mapping[str, Any], where: str) -> FP8Blocks | None:
+def read_quantization(config: Mapping[str, Any], where: str) -> FP8Blocks | None:
     """How a config.json says that matrices are kept: as floats (None) or in e4m3 by blocks of 128 x 128.
 
-    Raises ConfigError for every other quantisation.
+    Raises ConfigError for every other quantization.
     """
     if config.get("quantization_config") is None:
         return None
@@ -87,13 +87,13 @@ def read_storage(config: Mapping[str, Any], where: str) -> FP8Blocks | None:
     return FP8Blocks(power_of_two=scale_fmt == "ue8m0")
 
 
-def storage_keys(storage: Storage | None) -> dict[str, Any]:
-    """The keys of a config.json for what `read_storage` returns. Raises ConfigError for another storage."""
-    if storage is None:
+def quantization_keys(quantization: QuantScheme | None) -> dict[str, Any]:
+    """The keys of a config.json for what `read_quantization` returns. Raises ConfigError for another storage."""
+    if quantization is None:
         return {}
-    if not isinstance(storage, FP8Blocks):
-        raise ConfigError(f"Hugging Face files cannot keep matrices as {storage.name}; write them as bf16 or fp8")
-    scale_fmt = {"scale_fmt": "ue8m0"} if storage.power_of_two else {}
+    if not isinstance(quantization, FP8Blocks):
+        raise ConfigError(f"Hugging Face files cannot keep matrices as {quantization.name}; write them as bf16 or fp8")
+    scale_fmt = {"scale_fmt": "ue8m0"} if quantization.power_of_two else {}
     return {"quantization_config": dict(sorted((_FP8 | scale_fmt).items()))}
 
 
@@ -118,7 +118,7 @@ def _read_model(family: str, read: Reader) -> ModelConfig:
         hidden_size=read.integer("hidden_size"),
         num_layers=read.integer("num_hidden_layers"),
         attention=attention,
-        dense_size=read.integer("intermediate_size"),
+        intermediate_size=read.integer("intermediate_size"),
         moe=_read_experts(family, read),
         mtp_layers=read.integer("num_nextn_predict_layers", 0, least=0),
         rope=read_rope(family, read),
@@ -182,12 +182,12 @@ def _read_qwen_experts(read: Reader) -> MoEConfig | None:
         raise ConfigError(f"mlp_only_layers={dense!r} is not supported; dense layers must be the first ones: 0, 1, ...")
     return MoEConfig(
         num_experts=read.integer(key),
-        top_k=read.integer("num_experts_per_tok"),
+        num_experts_per_tok=read.integer("num_experts_per_tok"),
         num_shared_experts=0,
-        expert_size=read.integer("moe_intermediate_size"),
+        moe_intermediate_size=read.integer("moe_intermediate_size"),
         scoring="softmax",
         group_score="max",
-        normalise_weights=read.flag("norm_topk_prob", False),
+        norm_topk_prob=read.flag("norm_topk_prob", False),
         first_dense_layers=len(dense),
     )
 
@@ -212,14 +212,14 @@ def _read_deepseek_experts(family: str, read: Reader) -> MoEConfig | None:
     is_v3 = family == "deepseek_v3"
     return MoEConfig(
         num_experts=read.integer("n_routed_experts"),
-        top_k=read.integer("num_experts_per_tok"),
+        num_experts_per_tok=read.integer("num_experts_per_tok"),
         num_shared_experts=read.integer("n_shared_experts", 0, least=0),
-        expert_size=read.integer("moe_intermediate_size"),
+        moe_intermediate_size=read.integer("moe_intermediate_size"),
         num_groups=num_groups,
         top_groups=top_groups,
         scoring="sigmoid" if is_v3 else "softmax",
         group_score="top2" if is_v3 else "max",
-        normalise_weights=read.flag("norm_topk_prob", is_v3),
+        norm_topk_prob=read.flag("norm_topk_prob", is_v3),
         route_scale=read.number("routed_scaling_factor", 1.0),
         first_dense_layers=read.integer("first_k_dense_replace", 0, least=0),
     )
@@ -269,7 +269,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": cfg.hidden_size,
         "initializer_range": cfg.init_std,
-        "intermediate_size": cfg.dense_size,
+        "intermediate_size": cfg.intermediate_size,
         "max_position_embeddings": cfg.max_positions,
         "model_type": cfg.family,
         "num_hidden_layers": cfg.num_layers,
@@ -343,9 +343,9 @@ def _expert_keys(cfg: ModelConfig) -> dict[str, Any]:
             return keys
         return keys | {
             "mlp_only_layers": list(range(moe.first_dense_layers)),
-            "moe_intermediate_size": moe.expert_size,
-            "norm_topk_prob": moe.normalise_weights,
-            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.moe_intermediate_size,
+            "norm_topk_prob": moe.norm_topk_prob,
+            "num_experts_per_tok": moe.num_experts_per_tok,
         }
     return _deepseek_expert_keys(cfg.family, moe) if moe else {}
 
@@ -354,13 +354,13 @@ def _deepseek_expert_keys(family: str, moe: MoEConfig) -> dict[str, Any]:
     v2_method = "greedy" if moe.num_groups == 1 else "group_limited_greedy"
     return {
         "first_k_dense_replace": moe.first_dense_layers,
-        "moe_intermediate_size": moe.expert_size,
+        "moe_intermediate_size": moe.moe_intermediate_size,
         "moe_layer_freq": 1,
         "n_group": moe.num_groups,
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.num_shared_experts,
-        "norm_topk_prob": moe.normalise_weights,
-        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "num_experts_per_tok": moe.num_experts_per_tok,
         "routed_scaling_factor": moe.route_scale,
         "scoring_func": moe.scoring,
         "topk_group": moe.top_groups,

@@ -15,10 +15,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from thinkstack.checkpoint.hf.config import from_hf, read_storage, storage_keys, to_hf
+from thinkstack.checkpoint.hf.config import from_hf, quantization_keys, read_quantization, to_hf
 from thinkstack.checkpoint.hf.tensors import Stored, check_tensors, shapes_on_disk, source_of, stored_tensors
 from thinkstack.checkpoint.json_reader import read_json
-from thinkstack.checkpoint.source import Form, Source
+from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.tensor_file import Entry, Files, read_header, write_file
 from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.config import ModelConfig
@@ -39,7 +39,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 _log = logging.getLogger(__name__)
 
 
-def open_hf(folder: Path) -> Source:
+def open_hf(folder: Path) -> TensorSource:
     """A checkpoint folder; headers are read and compared with config.json, weights are not.
 
     Raises ConfigError, naming file and tensor, for a config.json that is not understood, pickled weights, a file that
@@ -47,7 +47,7 @@ def open_hf(folder: Path) -> Source:
     """
     where = folder / CONFIG
     config = read_json(where)
-    cfg, storage = from_hf(config, str(where)), read_storage(config, str(where))
+    cfg, quantization = from_hf(config, str(where)), read_quantization(config, str(where))
     files = Files({name: folder / file for name, file in tensor_files(folder).items() if not _is_derived(name)})
     files.entries = {name: entry for name, entry in files.entries.items() if 0 not in entry.shape}  # no shared experts
     if cfg.mtp_layers and not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in files.entries):
@@ -55,16 +55,16 @@ def open_hf(folder: Path) -> Source:
         cfg = replace(cfg, mtp_layers=0)
     shapes = {name: entry.shape for name, entry in files.entries.items() if not name.endswith(SCALE)}
     check_tensors(folder, cfg, shapes, files.path_of)
-    source = scaled_source(folder, cfg, storage, files)
+    source = scaled_source(folder, cfg, quantization, files)
     return replace(source, direct=_direct(source, files))
 
 
-def _direct(source: Source, files: Files) -> dict[tuple[str, str], Callable[[Tensor], None]]:
+def _direct(source: TensorSource, files: Files) -> dict[tuple[str, str], Callable[[Tensor], None]]:
     """Every tensor of a folder in Hugging Face layout lies in one piece."""
     found: dict[tuple[str, str], Callable[[Tensor], None]] = {}
     for name in source.tensors:
         parts = {"codes": name, "scale": f"{name}{SCALE}"} if name in source.packed else {"": name}
-        kept = source.storage.scale_dtype if isinstance(source.storage, FP8Blocks) else None
+        kept = source.quantization.scale_dtype if isinstance(source.quantization, FP8Blocks) else None
         if "scale" in parts and files.entries[parts["scale"]].dtype != kept:
             continue  # its scales are cast on the way
         found |= {(name, part): partial(files.read_into, stored) for part, stored in parts.items()}
@@ -90,8 +90,8 @@ class Table(Protocol):
         """A tensor as it is stored."""
 
 
-def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table: Table) -> Source:
-    """A Source of tensors, some of them e4m3 with scales, which `storage` announces.
+def scaled_source(path: Path, cfg: ModelConfig, quantization: FP8Blocks | None, table: Table) -> TensorSource:
+    """A Source of tensors, some of them e4m3 with scales, which `quantization` announces.
 
     Raises ConfigError for e4m3 that is not announced or lacks its scales, and for scales of another shape.
     """
@@ -103,13 +103,13 @@ def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table
                 f"{table.path_of(name)} has {name}, scales of a matrix that is not {E4M3}; delete them if it was "
                 "widened with them, else take files that belong together"
             )
-    if storage is None or not eight:
+    if quantization is None or not eight:
         for name in eight:
             raise ConfigError(
                 f"{table.path_of(name)}: {name} is {E4M3}, and the configuration does not say in which blocks; take "
                 "the config.json of these weights, with its quantization_config"
             )
-        return Source(
+        return TensorSource(
             path=path,
             cfg=cfg,
             tensors={name: partial(table.read, name) for name in entries},
@@ -117,7 +117,7 @@ def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table
         )
     scale_dtypes = {_check_scale(table, name) for name in eight}
     is_short = scale_dtypes == {torch.float8_e8m0fnu}  # all else is held as fp32, which every program reads
-    known = replace(storage, scale_dtype=torch.float8_e8m0fnu if is_short else torch.float32)
+    known = replace(quantization, scale_dtype=torch.float8_e8m0fnu if is_short else torch.float32)
 
     def parts(name: str) -> Parts:
         return {"codes": table.read(name), "scale": table.read(f"{name}{SCALE}").to(known.scale_dtype)}
@@ -127,12 +127,12 @@ def scaled_source(path: Path, cfg: ModelConfig, storage: FP8Blocks | None, table
         dequantize_(known, parts(name), out)
         return out
 
-    return Source(
+    return TensorSource(
         path=path,
         cfg=cfg,
         tensors={name: partial(widened if name in eight else table.read, name) for name in entries},
         dtypes={name: torch.bfloat16 if entry.dtype == E4M3 else entry.dtype for name, entry in entries.items()},
-        storage=known,
+        quantization=known,
         packed={name: partial(parts, name) for name in eight},
     )
 
@@ -192,7 +192,7 @@ def _no_weights(folder: Path) -> str:
 class Plan:
     """What a Source becomes in a form: entries by name on disk, and tensors one at a time."""
 
-    def __init__(self, source: Source, form: Form):
+    def __init__(self, source: TensorSource, form: OutputFormat):
         self.source, self.form = source, form
         self.shapes = shapes_on_disk(source.cfg)
         self.items = [item for item in stored_tensors(source.cfg) if item.is_written]
@@ -203,28 +203,28 @@ class Plan:
         shape = self.shapes[item.name]
         if not self.is_packed(item):
             return {item.name: Entry(self.dtype_of(item), shape)}
-        assert self.form.storage is not None
+        assert self.form.quantization is not None
         if shape not in self._parts:
-            parts = self.form.storage.pack(torch.empty(shape, device="meta"))
+            parts = self.form.quantization.pack(torch.empty(shape, device="meta"))
             self._parts[shape] = {name: Entry(part.dtype, tuple(part.shape)) for name, part in parts.items()}
         return dict(_named(item, self._parts[shape]))
 
     def tensors(self, item: Stored) -> Iterator[tuple[str, Tensor]]:
         """The contents of `entries`."""
-        source, storage = self.source, self.form.storage
+        source, quantization = self.source, self.form.quantization
         if not self.is_packed(item):
             yield item.name, source.tensors[origin_of(item, source)]().to(self.dtype_of(item))
-        elif item.name in source.packed and source.storage == storage:
+        elif item.name in source.packed and source.quantization == quantization:
             yield from _named(item, source.packed[item.name]())
         else:
-            assert storage is not None
-            yield from _named(item, storage.pack(source.tensors[item.name]()))
+            assert quantization is not None
+            yield from _named(item, quantization.pack(source.tensors[item.name]()))
 
     def is_packed(self, item: Stored) -> bool:
         """Whether it is kept in few bits: the matrices of blocks, or where nothing changes those that are."""
-        if self.form.storage is None:
+        if self.form.quantization is None:
             return False
-        is_kept = self.form.storage == self.source.storage and self.form.dtype is None
+        is_kept = self.form.quantization == self.source.quantization and self.form.dtype is None
         return item.name in self.source.packed if is_kept else item.is_matrix
 
     def dtype_of(self, item: Stored) -> torch.dtype:
@@ -234,7 +234,7 @@ class Plan:
         return self.form.dtype or self.source.dtype_of(origin_of(item, self.source))
 
 
-def origin_of(item: Stored, source: Source) -> str:
+def origin_of(item: Stored, source: TensorSource) -> str:
     """The tensor to write: the item's own, or the original of a copy that the source lacks."""
     if item.name in source.tensors or not item.is_copy:
         return item.name
@@ -246,9 +246,9 @@ def _named(item: Stored, parts: Mapping[str, T]) -> list[tuple[str, T]]:
 
 
 def write_weights(
-    source: Source,
+    source: TensorSource,
     folder: Path,
-    form: Form,
+    form: OutputFormat,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -275,7 +275,7 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def written_bytes(source: Source, form: Form) -> int:
+def written_bytes(source: TensorSource, form: OutputFormat) -> int:
     """Bytes of all tensors in that form."""
     plan = Plan(source, form)
     return sum(entry.num_bytes for item in plan.items for entry in plan.entries(item).values())
@@ -298,11 +298,11 @@ def _cut(plan: Plan, max_shard_bytes: int) -> list[list[Stored]]:
 def save_weights(model: Transformer, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """`write_weights` of a model as it is. Raises ConfigError for what the family's files cannot hold."""
     source = source_of(model)
-    write_weights(source, folder, Form(storage=source.storage), max_shard_bytes)
+    write_weights(source, folder, OutputFormat(quantization=source.quantization), max_shard_bytes)
 
 
-def config_json(source: Source, form: Form) -> dict[str, Any]:
+def config_json(source: TensorSource, form: OutputFormat) -> dict[str, Any]:
     """The config.json of what `write_weights` writes."""
     dtype = form.dtype or source.dtype_of("model.embed_tokens.weight")
     config = to_hf(source.cfg) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    return config | storage_keys(form.storage)
+    return config | quantization_keys(form.quantization)

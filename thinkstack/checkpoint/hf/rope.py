@@ -23,7 +23,7 @@ def read_rope(family: str, read: Reader) -> RopeConfig:
     if kind not in known:
         raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported in {family}; known: {', '.join(known)}")
     if family == "deepseek_v2":
-        read.require("rope_interleave", True, "DeepseekV2 pairs neighbours")
+        read.require("rope_interleave", True, "DeepseekV2 pairs neighbors")
     return RopeConfig(
         theta=rope.number("rope_theta", read.number("rope_theta", 10000.0)),
         interleaved=is_deepseek and read.flag("rope_interleave", True),

@@ -85,7 +85,7 @@ def _shipped(like: Path | None, tokenizer: Tokenizer) -> dict[str, str]:
 def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mapping[str, Any]) -> dict[str, Any]:
     """What ends an answer is what ends it in the model's configuration, in the chat format, or was shipped."""
     known = shipped.get("eos_token_id")
-    ends = [*cfg.eos_ids, *(chat.stop_ids if chat else ()), *(known if isinstance(known, list) else [known])]
+    ends = [*cfg.eos_ids, *(chat.stop_token_ids if chat else ()), *(known if isinstance(known, list) else [known])]
     ids = [token for token in dict.fromkeys(ends) if token is not None]
     tokens = {"bos_token_id": cfg.bos_id, "eos_token_id": one_or_list(ids)}
     own = {key: value for key, value in tokens.items() if value is not None}

@@ -1,7 +1,7 @@
 """The names and shapes of Hugging Face checkpoints, one table per family, and models filled from and read through it.
 
 Rotary layout: a Hugging Face Llama pairs dimension i with i + d/2 as our non-interleaved rotation does, and the
-DeepSeek files pair neighbours as our interleaved one does, so no row is permuted. Experts lie one by one on disk and
+DeepSeek files pair neighbors as our interleaved one does, so no row is permuted. Experts lie one by one on disk and
 fused here.
 
 MTP modules are written as in the released V3 files: block `num_layers + depth`, with its own copies of embedding and
@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thinkstack.checkpoint.source import Source
+from thinkstack.checkpoint.source import TensorSource
 from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.config import MLAConfig, ModelConfig
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import STACKED, Packed, matrices, pack, packed_parameters
+from thinkstack.models.quantized import STACKED, QuantizedWeight, matrices, pack, quantized_weights
 from thinkstack.models.transformer import Transformer
-from thinkstack.quant.scheme import Parts, Storage
+from thinkstack.quant.scheme import Parts, QuantScheme
 from thinkstack.types import ConfigError
 
 # Our name within a block -> the name within model.layers.N, by part of the block.
@@ -182,9 +182,9 @@ def allocate(model: Transformer) -> None:
 
 
 def empty_model(
-    cfg: ModelConfig, dtype: torch.dtype, storage: Storage | None = None, packed: list[str] | None = None
+    cfg: ModelConfig, dtype: torch.dtype, quantization: QuantScheme | None = None, packed: list[str] | None = None
 ) -> Transformer:
-    """A model with uninitialised parameters in `dtype`, on the CPU; balance biases are fp32 zeros.
+    """A model with uninitialized parameters in `dtype`, on the CPU; balance biases are fp32 zeros.
 
     storage: how the parameters named in `packed` are kept, by default the matrices of all blocks.
     Raises ConfigError if the machine has not the memory for it.
@@ -193,8 +193,8 @@ def empty_model(
         model = Transformer(cfg)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    if storage is not None:
-        pack(model, storage, matrices(model) if packed is None else packed)
+    if quantization is not None:
+        pack(model, quantization, matrices(model) if packed is None else packed)
     try:
         allocate(model)
     except RuntimeError as error:
@@ -220,10 +220,10 @@ def check_storable(model: Transformer) -> None:
             )
 
 
-def source_of(model: Transformer, path: Path = Path("the model")) -> Source:
+def source_of(model: Transformer, path: Path = Path("the model")) -> TensorSource:
     """A model as a Source. Raises ConfigError for what the family's files cannot hold."""
     check_storable(model)
-    state, packed = model.state_dict(), packed_parameters(model)
+    state, packed = model.state_dict(), quantized_weights(model)
     tensors: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     parts: dict[str, Callable[[], Parts]] = {}
@@ -236,13 +236,15 @@ def source_of(model: Transformer, path: Path = Path("the model")) -> Source:
         elif item.is_written:
             tensors[item.name] = partial(part_of, state[item.source], item)
             dtypes[item.name] = state[item.source].dtype
-    storages = {owner.storage for owner in packed.values()}
-    assert len(storages) < 2, storages
-    storage = storages.pop() if storages else None
-    return Source(path=path, cfg=model.cfg, tensors=tensors, dtypes=dtypes, storage=storage, packed=parts)
+    quantizations = {owner.quantization for owner in packed.values()}
+    assert len(quantizations) < 2, quantizations
+    quantization = quantizations.pop() if quantizations else None
+    return TensorSource(
+        path=path, cfg=model.cfg, tensors=tensors, dtypes=dtypes, quantization=quantization, packed=parts
+    )
 
 
-def packed_names(source: Source) -> list[str]:
+def packed_names(source: TensorSource) -> list[str]:
     """Parameters all of whose tensors the checkpoint keeps packed."""
     items = stored_tensors(source.cfg)
     plain = {item.source for item in items if item.name not in source.packed and not item.is_copy}
@@ -262,13 +264,13 @@ def part_of(whole: Tensor, item: Stored) -> Tensor:
 
 
 @torch.no_grad()
-def fill(model: Transformer, source: Source) -> None:
+def fill(model: Transformer, source: TensorSource) -> None:
     """Copy the tensors of a checkpoint into `model`, in its own dtypes and storage; as many at once as there are
     threads of torch, each by one of them.
 
     Raises ConfigError, naming path and tensor, for another shape, or a copy that differs from its original.
     """
-    state, packed = model.state_dict(), packed_parameters(model)
+    state, packed = model.state_dict(), quantized_weights(model)
     items = [item for item in stored_tensors(model.cfg) if item.name in source.tensors]
 
     def take(item: Stored) -> None:
@@ -286,9 +288,9 @@ def fill(model: Transformer, source: Source) -> None:
             _compare(state[item.source], item, source)
 
 
-def _fill_packed(owner: Packed, item: Stored, source: Source) -> None:
+def _fill_packed(owner: QuantizedWeight, item: Stored, source: TensorSource) -> None:
     """Parts as they are where the checkpoint keeps them so, else packed here."""
-    if item.name in source.packed and source.storage == owner.storage:
+    if item.name in source.packed and source.quantization == owner.quantization:
         parts = owner.parts(item.part)
         if (item.name, next(iter(parts))) in source.direct:
             for part, target in parts.items():
@@ -296,13 +298,13 @@ def _fill_packed(owner: Packed, item: Stored, source: Source) -> None:
         else:
             owner.put(item.part, source.packed[item.name]())
     else:
-        owner.put(item.part, owner.storage.pack(source.tensors[item.name]()))
+        owner.put(item.part, owner.quantization.pack(source.tensors[item.name]()))
 
 
-def _fill_plain(target: Tensor, item: Stored, source: Source) -> None:
+def _fill_plain(target: Tensor, item: Stored, source: TensorSource) -> None:
     if item.name in source.packed:
-        assert source.storage is not None
-        dequantize_(source.storage, source.packed[item.name](), target)
+        assert source.quantization is not None
+        dequantize_(source.quantization, source.packed[item.name](), target)
         return
     if (item.name, "") in source.direct and source.dtype_of(item.name) == target.dtype:
         source.direct[item.name, ""](target)
@@ -316,7 +318,7 @@ def _fill_plain(target: Tensor, item: Stored, source: Source) -> None:
     target.copy_(tensor)
 
 
-def _compare(target: Tensor, item: Stored, source: Source) -> None:
+def _compare(target: Tensor, item: Stored, source: TensorSource) -> None:
     if not torch.equal(source.tensors[item.name]().to(target.dtype), target.cpu()):
         raise ConfigError(
             f"{source.path}: {item.name} differs from the main model's tensor that it should repeat; only shared "

@@ -16,10 +16,10 @@ from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
 from thinkstack.models.layers import Projection, RMSNorm, Rotations, SwiGLU
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import Packed, PackedLinear
+from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.models.transformer import Transformer
 
-PACKED = PLAIN - {Projection, MoE} | {PackedLinear, Packed}
+PACKED = PLAIN - {Projection, MoE} | {QuantizedLinear, QuantizedWeight}
 """What a block consists of whose matrices are packed."""
 Weights = dict[str, Tensor | None]
 
@@ -106,7 +106,7 @@ def _takes_few(blocks: list[Block]) -> bool:
         if consists_of(block, PLAIN):
             weights += [part.weight for part in block.modules() if isinstance(part, Projection)]
             continue
-        layers = [part for part in block.modules() if isinstance(part, PackedLinear)]
+        layers = [part for part in block.modules() if isinstance(part, QuantizedLinear)]
         packed = [layer.in_int8() for layer in layers if layer.packed.dtype == torch.bfloat16]
         if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
             return False
@@ -142,7 +142,7 @@ def _weights(block: Block) -> Weights:
     for owner, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
             layer = getattr(owner, name)
-            parts = layer.in_int8() if isinstance(layer, PackedLinear) else None
+            parts = layer.in_int8() if isinstance(layer, QuantizedLinear) else None
             if parts is None:
                 found[name] = layer.weight
             else:

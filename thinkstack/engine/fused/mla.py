@@ -42,9 +42,11 @@ class SmallLatent:
         self.rotations = Rotations(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:
-            self.sizes |= dict(E=moe.num_experts, J=moe.expert_size, K=moe.top_k, groups=moe.num_groups)
+            self.sizes |= dict(
+                E=moe.num_experts, J=moe.moe_intermediate_size, K=moe.num_experts_per_tok, groups=moe.num_groups
+            )
             self.sizes |= dict(top_groups=moe.top_groups, best=2 if moe.group_score == "top2" else 1)
-            self.sizes |= dict(normalise=int(moe.normalise_weights), softmax=int(moe.scoring == "softmax"))
+            self.sizes |= dict(normalize=int(moe.norm_topk_prob), softmax=int(moe.scoring == "softmax"))
             self.scales["factor"] = moe.route_scale
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -174,7 +174,7 @@ namespace {
 
 // How experts are chosen: `top_groups` of `groups`, by their `best` highest affinities, then K of E.
 struct Choice {
-  int64_t E, K, groups, top_groups, best, normalise;
+  int64_t E, K, groups, top_groups, best, normalize;
   double factor;
 };
 
@@ -205,7 +205,7 @@ void choose(const Choice& a, const float* own, const float* bias, float* weights
     total += weights[k] = own[top];
     room[top] = closed;
   }
-  const float scale = a.normalise ? float(a.factor) / (total + 1e-20f) : float(a.factor);
+  const float scale = a.normalize ? float(a.factor) / (total + 1e-20f) : float(a.factor);
   for (int64_t k = 0; k < a.K; k++) weights[k] *= scale;
 }
 
@@ -213,8 +213,8 @@ void choose(const Choice& a, const float* own, const float* bias, float* weights
 
 // Group-limited top-k of each token. scores: (B, E); bias: (E,). Returns weights (B, K) and experts (B, K).
 extern "C" void route(const float* scores, const float* bias, float* weights, int64_t* experts, int64_t B, int64_t E, int64_t K, int64_t groups,
-                      int64_t top_groups, int64_t best, int64_t normalise, double factor, int64_t threads) {
-  const Choice choice{E, K, groups, top_groups, best, normalise, factor};
+                      int64_t top_groups, int64_t best, int64_t normalize, double factor, int64_t threads) {
+  const Choice choice{E, K, groups, top_groups, best, normalize, factor};
 #pragma omp parallel num_threads(threads)
   {
     const Room<float> room = room_for<float>(E + groups);
@@ -240,7 +240,7 @@ struct LatentModel {
   float* x;          // (B, D), changed in place
   void* cache;       // (L, cache blocks, 2^shift, C + R), in bf16 or float
   int64_t* experts;  // (layers with experts, B, K): the chosen ones
-  int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, best, normalise, softmax;
+  int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, best, normalize, softmax;
   int64_t shift, table_width, layer_stride, interleaved, threads;
   double scale, eps, factor;
 };
@@ -256,7 +256,7 @@ namespace {
 // Experts and their weights, (B, K), of normed rows (B, D).
 void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, float* weights, int64_t* experts) {
   const int64_t size = share(a.B, a.threads);
-  const Choice choice{a.E, a.K, a.groups, a.top_groups, a.best, a.normalise, a.factor};
+  const Choice choice{a.E, a.K, a.groups, a.top_groups, a.best, a.normalize, a.factor};
 #pragma omp parallel num_threads(a.threads)
   {
     Scratch scratch(4 * (BLOCK * (a.D + 2 * a.E) + a.E + a.groups) + 4 * Scratch::SLACK);

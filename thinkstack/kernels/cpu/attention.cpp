@@ -10,7 +10,7 @@
 struct Attention {
   const void *q, *k, *k_shared, *v;  // k_shared: (B, T, R) or null; then k holds all D
   const float* rope;                 // (rope_rows, T, R / 2) pairs of cos and sin times amplitude
-  const int32_t* sight;              // (sight_rows, T, 3): the first token that each token sees, and the interval hidden from it
+  const int32_t* kv_range;              // (kv_range_rows, T, 3): the first token that each token sees, and the interval hidden from it
   void* out;                         // (B, T, H, V)
   float* log_sum;                    // (B, H, T): log of the sum of exponentiated scores
   const void* grad;                  // (B, T, H, V)
@@ -18,7 +18,7 @@ struct Attention {
   float* grad_k_shared;              // (B, G, T, R), one part per head
   int64_t B, T, H, G, D, R, V;
   int64_t q_t, q_h, k_t, k_h, shared_t, v_t, v_h;
-  int64_t rope_rows, sight_rows, interleaved, threads;
+  int64_t rope_rows, kv_range_rows, interleaved, threads;
   double scale;
 };
 
@@ -93,8 +93,8 @@ struct Task {  // one key/value head of one row of the batch
   struct Sight {  // a token sees tokens [first, itself] without [from, to)
     int64_t first, from, to;
   };
-  Sight sight_of(int64_t b, int64_t t) const {
-    const int32_t* at = a.sight + 3 * ((a.sight_rows == 1 ? 0 : b) * a.T + t);
+  Sight kv_range_of(int64_t b, int64_t t) const {
+    const int32_t* at = a.kv_range + 3 * ((a.kv_range_rows == 1 ? 0 : b) * a.T + t);
     return {at[0], at[1], at[2]};
   }
   const U* units(const T* rows) const { return reinterpret_cast<const U*>(rows); }
@@ -134,10 +134,10 @@ struct Task {  // one key/value head of one row of the batch
     const int64_t count = std::min(BLOCK, a.T - start), high = round_up(start + count);
     int64_t low = start, hole = 0, back = high;
     for (int64_t i = 0; i < count; i++) {
-      const Sight sight = sight_of(b, start + i);
-      low = std::min(low, sight.first);
-      hole = std::max(hole, sight.from);
-      back = std::min(back, sight.to);
+      const Sight kv_range = kv_range_of(b, start + i);
+      low = std::min(low, kv_range.first);
+      hole = std::max(hole, kv_range.from);
+      back = std::min(back, kv_range.to);
     }
     low = low / LANES * LANES;
     hole = std::max(round_up(hole), low);
@@ -167,13 +167,13 @@ struct Task {  // one key/value head of one row of the batch
     });
   }
   // x where query `i` of the block sees the tokens of the vector at column c, else `other`.
-  static vf seen(const Span& s, int64_t i, const Sight& sight, int64_t c, vf x, float other) {
+  static vf seen(const Span& s, int64_t i, const Sight& kv_range, int64_t c, vf x, float other) {
     const int64_t token = s.low + c, last = s.start + i;
-    const bool is_apart = token + LANES <= sight.from || token >= sight.to;
-    if (token >= sight.first && token + LANES <= last + 1 && is_apart) return x;
+    const bool is_apart = token + LANES <= kv_range.from || token >= kv_range.to;
+    if (token >= kv_range.first && token + LANES <= last + 1 && is_apart) return x;
     const vi tokens = iota() + int32_t(token);
-    const vi open = (tokens >= int32_t(sight.first)) & (tokens <= int32_t(last));
-    return open & ((tokens < int32_t(sight.from)) | (tokens >= int32_t(sight.to))) ? x : splat(other);
+    const vi open = (tokens >= int32_t(kv_range.first)) & (tokens <= int32_t(last));
+    return open & ((tokens < int32_t(kv_range.from)) | (tokens >= int32_t(kv_range.to))) ? x : splat(other);
   }
   // Columns that query `i` sees, rounded outwards.
   static int64_t from(const Span& s, int64_t first) { return s.over_hole(first / LANES * LANES - s.low); }
@@ -182,15 +182,15 @@ struct Task {  // one key/value head of one row of the batch
   // Exponentiated scores of row i; returns the inverse of their sum.
   float softmax(const Span& s, int64_t i) {
     const float* row = scores + i * T_;
-    const Sight sight = sight_of(s.b, s.start + i);
-    const int64_t begin = from(s, sight.first), end = to(s, i);
+    const Sight kv_range = kv_range_of(s.b, s.start + i);
+    const int64_t begin = from(s, kv_range.first), end = to(s, i);
     vf top = splat(-INFINITY), total{};
-    for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) top = larger(seen(s, i, sight, c, load(row + c), -INFINITY), top);
+    for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) top = larger(seen(s, i, kv_range, c, load(row + c), -INFINITY), top);
     const float scale = float(a.scale), best = largest(top) * scale;
     T* out = probs + i * T_;
     for (int64_t c = 0; c < begin; c += LANES) store(out + c, vf{});
     for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) {
-      const vf p = seen(s, i, sight, c, exp_of(load(row + c) * scale - best), 0);
+      const vf p = seen(s, i, kv_range, c, exp_of(load(row + c) * scale - best), 0);
       total += p;
       store(out + c, p);
     }
@@ -220,7 +220,7 @@ struct Task {  // one key/value head of one row of the batch
   // What the gradients of row i's scores need besides the products.
   struct Row {
     int64_t i;
-    Sight sight;
+    Sight kv_range;
     int64_t begin, end;
     float shift, mean;
   };
@@ -229,16 +229,16 @@ struct Task {  // one key/value head of one row of the batch
     const T* out = output(a.out, s.b, s.start + i, s.h);
     vf inner{};
     for (int64_t c = 0; c < a.V; c += LANES) inner += load_some(out + c, a.V - c) * load(grads + i * V_ + c);
-    const Sight sight = sight_of(s.b, s.start + i);
-    return {i, sight, from(s, sight.first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
+    const Sight kv_range = kv_range_of(s.b, s.start + i);
+    return {i, kv_range, from(s, kv_range.first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
   }
   // Probability and gradient of the score, for the vector at column c of a row.
   void score_gradient(const Span& s, const Row& r, int64_t c, vf& p, vf& change) const {
     p = change = vf{};
     if (c < r.begin || c >= r.end) return;
     const float scale = float(a.scale);
-    p = seen(s, r.i, r.sight, c, exp_of(load(scores + r.i * T_ + c) * scale - r.shift), 0);
-    change = seen(s, r.i, r.sight, c, p * (load(changes + r.i * T_ + c) - r.mean) * scale, 0);
+    p = seen(s, r.i, r.kv_range, c, exp_of(load(scores + r.i * T_ + c) * scale - r.shift), 0);
+    change = seen(s, r.i, r.kv_range, c, p * (load(changes + r.i * T_ + c) - r.mean) * scale, 0);
   }
   // Rows i and i + 1: gradients of the scores by row, and they and the probabilities as units along the queries.
   void two_rows(const Span& s, int64_t i) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.kernels.cpu.calls import address, call, place, run, structure
-from thinkstack.kernels.cpu.operators import Heads
+from thinkstack.kernels.cpu.operators import KVLayout
 from thinkstack.kernels.paging import Pages
 
 _Decode = structure(
@@ -28,7 +28,7 @@ _AttendNew = structure(
 )
 _Draw = structure(
     "Draw",
-    "logits rows temperature top_k top_p min_p uniform seed known prompt offsets tokens log_probs",
+    "logits rows temperature top_k top_p min_p uniform seed known prompt offsets tokens logprobs",
     "B V threads",
 )
 BlockWeights = structure(
@@ -47,7 +47,7 @@ LatentLayer = structure(
 _LatentModel = structure(
     "LatentModel",
     "layers rope last tables owner x cache experts",
-    "L B D H N R V C Q E J K groups top_groups best normalise softmax "
+    "L B D H N R V C Q E J K groups top_groups best normalize softmax "
     "shift table_width layer_stride interleaved threads",
     "scale eps factor",
 )
@@ -59,7 +59,7 @@ _BlockSteps = structure(
 )
 
 
-def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: float) -> Tensor:
+def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
     query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees. scale:
@@ -150,7 +150,7 @@ def latent_model(
     """New tokens through a small model with latent attention, in fp32 over a cache in fp32 or bf16.
 
     Arguments as of block_steps, for any number of tokens; layers: a LatentLayer each. sizes, as steps.cpp names them:
-    H, N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, best, normalise, softmax. cache:
+    H, N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, best, normalize, softmax. cache:
     (L, blocks, P, C + R). scales: also factor of the routed output. experts: (layers that have some, B, K) int64;
     written.
     """
@@ -216,7 +216,7 @@ def feed_forward(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 
 
 def route(
-    scores: Tensor, bias: Tensor, top_k: int, groups: tuple[int, int, int], normalise: bool, factor: float
+    scores: Tensor, bias: Tensor, top_k: int, groups: tuple[int, int, int], normalize: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
     """Group-limited top-k; arguments as in models/moe.py.
 
@@ -225,7 +225,7 @@ def route(
     """
     weights = torch.empty(scores.shape[0], top_k)
     experts = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
-    call("route", scores, bias, weights, experts, *scores.shape, top_k, *groups, int(normalise), factor)
+    call("route", scores, bias, weights, experts, *scores.shape, top_k, *groups, int(normalize), factor)
     return weights, experts
 
 
@@ -234,12 +234,12 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """A token per row of logits (B, V); arguments and results as in engine/sampler.py."""
     B = len(logits)
-    tokens, log_probs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
-    given = dict(logits=logits, temperature=temperature, uniform=uniform, tokens=tokens, log_probs=log_probs)
+    tokens, logprobs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
+    given = dict(logits=logits, temperature=temperature, uniform=uniform, tokens=tokens, logprobs=logprobs)
     if kept is not None:
         given |= dict(zip(("top_k", "top_p", "min_p"), kept, strict=True))
     _run_draw(_Draw(**{name: address(x) for name, x in given.items()}), logits)
-    return tokens, log_probs
+    return tokens, logprobs
 
 
 class RowDraws:
@@ -261,14 +261,14 @@ class RowDraws:
         keeps_all: whether top_k, top_p and min_p are neutral in these rows. Returns what `draw` does.
         """
         logits = logits.contiguous()
-        tokens, log_probs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
+        tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
         arguments = _Draw(**self._settings)
         if keeps_all:
             arguments.top_k = None
         arguments.logits, arguments.rows, arguments.offsets = logits.data_ptr(), place(rows), place(offsets)
-        arguments.tokens, arguments.log_probs = place(tokens), place(log_probs)
+        arguments.tokens, arguments.logprobs = place(tokens), place(logprobs)
         _run_draw(arguments, logits)
-        return tokens, log_probs
+        return tokens, logprobs
 
 
 def _run_draw(arguments: ctypes.Structure, logits: Tensor) -> None:

@@ -17,8 +17,8 @@ from thinkstack.kernels.cpu.rows import is_rows
 
 _Attention = structure(
     "Attention",
-    "q k k_shared v rope sight out log_sum grad grad_q grad_k grad_v grad_k_shared",
-    "B T H G D R V q_t q_h k_t k_h shared_t v_t v_h rope_rows sight_rows interleaved threads",
+    "q k k_shared v rope kv_range out log_sum grad grad_q grad_k grad_v grad_k_shared",
+    "B T H G D R V q_t q_h k_t k_h shared_t v_t v_h rope_rows kv_range_rows interleaved threads",
     "scale",
 )
 _Experts = structure(
@@ -28,7 +28,7 @@ _Experts = structure(
 )
 
 
-class Heads(NamedTuple):
+class KVLayout(NamedTuple):
     """Where the heads of a token's keys and values lie in its entry."""
 
     groups: int
@@ -54,17 +54,20 @@ class Heads(NamedTuple):
         return keys.unflatten(-1, (self.groups, -1)), values.unflatten(-1, (self.groups, -1))
 
 
-def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, sight: Tensor, heads: Heads, scale: float,
+def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_range: Tensor, heads: KVLayout, scale: float,
                interleaved: bool, grad_kv: Tensor | None = None, **more: Tensor) -> None:  # fmt: skip
     B, T, H, D = q.shape
     assert q.is_contiguous() and kv.is_contiguous() and (k_shared is None or is_rows(k_shared))
     arguments = _Attention(
-        **{name: address(x) for name, x in dict(q=q, k=kv, k_shared=k_shared, rope=rope, sight=sight, **more).items()},
+        **{
+            name: address(x)
+            for name, x in dict(q=q, k=kv, k_shared=k_shared, rope=rope, kv_range=kv_range, **more).items()
+        },
         v=kv.data_ptr() + heads.value_at * kv.itemsize,
         **dict(B=B, T=T, H=H, G=heads.groups, D=D, R=2 * rope.shape[-1], V=heads.value_width),
         **dict(q_t=q.stride(1), q_h=q.stride(2), k_t=kv.stride(1), k_h=heads.key_step),
         **dict(v_t=kv.stride(1), v_h=heads.value_step, shared_t=0 if k_shared is None else k_shared.stride(1)),
-        **dict(rope_rows=rope.shape[0], sight_rows=sight.shape[0], interleaved=interleaved),
+        **dict(rope_rows=rope.shape[0], kv_range_rows=kv_range.shape[0], interleaved=interleaved),
         threads=torch.get_num_threads(),
         scale=scale,
     )
@@ -73,25 +76,25 @@ def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, sig
     run("attention", arguments, q.dtype == torch.bfloat16, grad_kv is not None)
 
 
-def _attend(q, kv, k_shared, rope, sight, heads, scale, interleaved):  # type: ignore[no-untyped-def]
-    out, log_sum = _attend_shapes(q, kv, k_shared, rope, sight, heads, scale, interleaved)
-    _attention(q, kv, k_shared, rope, sight, Heads(*heads), scale, interleaved, out=out, log_sum=log_sum)
+def _attend(q, kv, k_shared, rope, kv_range, heads, scale, interleaved):  # type: ignore[no-untyped-def]
+    out, log_sum = _attend_shapes(q, kv, k_shared, rope, kv_range, heads, scale, interleaved)
+    _attention(q, kv, k_shared, rope, kv_range, KVLayout(*heads), scale, interleaved, out=out, log_sum=log_sum)
     return out, log_sum
 
 
-def _attend_shapes(q, kv, k_shared, rope, sight, heads, scale, interleaved):  # type: ignore[no-untyped-def]
+def _attend_shapes(q, kv, k_shared, rope, kv_range, heads, scale, interleaved):  # type: ignore[no-untyped-def]
     B, T, H, _ = q.shape
-    return q.new_empty(B, T, H, Heads(*heads).value_width), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(B, T, H, KVLayout(*heads).value_width), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-def _attend_backward(grad, q, kv, k_shared, rope, sight, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
-    grads = _attend_backward_shapes(grad, q, kv, k_shared, rope, sight, heads, scale, interleaved, out, log_sum)
+def _attend_backward(grad, q, kv, k_shared, rope, kv_range, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
+    grads = _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, heads, scale, interleaved, out, log_sum)
     known = dict(out=out, log_sum=log_sum, grad=grad.contiguous(), grad_q=grads[0], grad_k_shared=grads[2])
-    _attention(q, kv, k_shared, rope, sight, Heads(*heads), scale, interleaved, grad_kv=grads[1], **known)
+    _attention(q, kv, k_shared, rope, kv_range, KVLayout(*heads), scale, interleaved, grad_kv=grads[1], **known)
     return grads
 
 
-def _attend_backward_shapes(grad, q, kv, k_shared, rope, sight, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
+def _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
     B, T, _, _ = q.shape
     parts = 0 if k_shared is None else heads[0]
     return (
@@ -138,7 +141,9 @@ def _run_experts(backward: bool, **tensors: Tensor | None) -> None:
 EXPERT_BLOCK = 64
 """Pairs of a token and an expert that are computed at a time; as in experts.cpp."""
 
-_SHARED = "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor sight, int[] heads, float scale, bool interleaved"
+_SHARED = (
+    "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor kv_range, int[] heads, float scale, bool interleaved"
+)
 _ROUTED = "Tensor x, Tensor weights, Tensor experts, Tensor w_in, Tensor w_out"
 _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "attend": (f"({_SHARED}) -> (Tensor, Tensor)", _attend, _attend_shapes),
@@ -163,10 +168,10 @@ for _name, (_signature, _compute, _shapes) in _OPERATORS.items():
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, k_shared, rope, sight, heads, scale, interleaved):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, q, kv, k_shared, rope, kv_range, heads, scale, interleaved):  # type: ignore[no-untyped-def,override]
         q, kv = q.contiguous(), kv.contiguous()
-        out, log_sum = torch.ops.thinkstack.attend(q, kv, k_shared, rope, sight, heads, scale, interleaved)
-        ctx.save_for_backward(q, kv, k_shared, rope, sight, out, log_sum)
+        out, log_sum = torch.ops.thinkstack.attend(q, kv, k_shared, rope, kv_range, heads, scale, interleaved)
+        ctx.save_for_backward(q, kv, k_shared, rope, kv_range, out, log_sum)
         ctx.settings = heads, scale, interleaved
         return out
 
@@ -183,19 +188,19 @@ def attend(
     kv: Tensor,
     k_shared: Tensor | None,
     rope: Tensor,
-    sight: Tensor,
-    heads: Heads,
+    kv_range: Tensor,
+    heads: KVLayout,
     scale: float,
     interleaved: bool,
 ) -> Tensor:
     """Causal attention of the tokens of each row among themselves, (B, T, H, V).
 
     q: (B, T, H, D). kv: (B, T, W) entries as `heads` tells. k_shared: (B, T, R), the rotated last part of every key, or
-    None. rope: (B or 1, T, R / 2) complex64; the last R of queries and keys are turned by it here. sight: (B or 1,
+    None. rope: (B or 1, T, R / 2) complex64; the last R of queries and keys are turned by it here. kv_range: (B or 1,
     T, 3) int32: the first token that each token sees, and the interval of earlier ones that are hidden from it (from,
     to), empty where both are equal. scale: factor of the scores.
     """
-    return _Attend.apply(q, kv, k_shared, rope, sight, list(heads), scale, interleaved)
+    return _Attend.apply(q, kv, k_shared, rope, kv_range, list(heads), scale, interleaved)
 
 
 class _ExpertMLP(torch.autograd.Function):

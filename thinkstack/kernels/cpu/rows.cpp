@@ -110,7 +110,7 @@ void rotate(const T* x, const float* table, T* out, int64_t N, int64_t H, int64_
 
 // Log of the sum of exponentials of logits / temperature, the target's log-probability, and the entropy if asked for.
 template <typename T>
-void log_probs(const T* logits, const int64_t* targets, float* normaliser, float* log_prob, float* entropy, int64_t N, int64_t V,
+void logprobs(const T* logits, const int64_t* targets, float* normalizer, float* logprob, float* entropy, int64_t N, int64_t V,
                double temperature, int64_t threads) {
   const float cold = float(1 / temperature);
 #pragma omp parallel for num_threads(threads)
@@ -132,23 +132,23 @@ void log_probs(const T* logits, const int64_t* targets, float* normaliser, float
       mass += p;
       mean += p * x;
     }
-    normaliser[n] = best * cold + std::log(mass);
-    log_prob[n] = to_float(row[targets[n]]) * cold - normaliser[n];
+    normalizer[n] = best * cold + std::log(mass);
+    logprob[n] = to_float(row[targets[n]]) * cold - normalizer[n];
     if (entropy) entropy[n] = std::log(mass) - mean / mass;
   }
 }
 
 // Logits become their gradients, given that of the target's log-probability.
 template <typename T>
-void log_probs_backward(T* logits, const int64_t* targets, const float* normaliser, const float* grad, int64_t N, int64_t V,
+void logprobs_backward(T* logits, const int64_t* targets, const float* normalizer, const float* grad, int64_t N, int64_t V,
                         double temperature, int64_t threads) {
   const float cold = float(1 / temperature);
 #pragma omp parallel for num_threads(threads)
   for (int64_t n = 0; n < N; n++) {
     T* row = logits + n * V;
     const float scale = grad[n] * cold;
-    const float target = std::exp(to_float(row[targets[n]]) * cold - normaliser[n]);
-    for (int64_t c = 0; c < V; c += LANES) store_some(row + c, exp_of(load_some(row + c, V - c) * cold - normaliser[n]) * -scale, V - c);
+    const float target = std::exp(to_float(row[targets[n]]) * cold - normalizer[n]);
+    for (int64_t c = 0; c < V; c += LANES) store_some(row + c, exp_of(load_some(row + c, V - c) * cold - normalizer[n]) * -scale, V - c);
     put(row + targets[n], scale * (1 - target));
   }
 }
@@ -188,11 +188,11 @@ BOTH(rotate,
      (const void* x, const float* table, void* out, int64_t N, int64_t H, int64_t R, int64_t x_n, int64_t x_h, int64_t table_rows,
       int64_t interleaved, double sign, int64_t threads),
      rotate<T>((const T*)x, table, (T*)out, N, H, R, x_n, x_h, table_rows, interleaved, float(sign), threads))
-BOTH(log_probs,
-     (const void* logits, const int64_t* targets, float* normaliser, float* log_prob, float* entropy, int64_t N, int64_t V,
+BOTH(logprobs,
+     (const void* logits, const int64_t* targets, float* normalizer, float* logprob, float* entropy, int64_t N, int64_t V,
       double temperature, int64_t threads),
-     log_probs<T>((const T*)logits, targets, normaliser, log_prob, entropy, N, V, temperature, threads))
-BOTH(log_probs_backward,
-     (void* logits, const int64_t* targets, const float* normaliser, const float* grad, int64_t N, int64_t V, double temperature,
+     logprobs<T>((const T*)logits, targets, normalizer, logprob, entropy, N, V, temperature, threads))
+BOTH(logprobs_backward,
+     (void* logits, const int64_t* targets, const float* normalizer, const float* grad, int64_t N, int64_t V, double temperature,
       int64_t threads),
-     log_probs_backward<T>((T*)logits, targets, normaliser, grad, N, V, temperature, threads))
+     logprobs_backward<T>((T*)logits, targets, normalizer, grad, N, V, temperature, threads))

@@ -46,12 +46,12 @@ def is_rows(x: Tensor) -> bool:
     return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
 
 
-def widen(codes: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
+def widen(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
     """out (..., N, D) = codes, e4m3 or int8, times scale (..., ceil(N / rows), ceil(D / columns)) fp32 of their block;
     all contiguous."""
-    N, D = codes.shape[-2:]
-    kind = "int8" if codes.dtype == torch.int8 else "e4m3"
-    call_for(out.dtype, f"widen_{kind}", codes, scale, out, codes.shape[:-2].numel(), N, D, rows, columns)
+    N, D = qweight.shape[-2:]
+    kind = "int8" if qweight.dtype == torch.int8 else "e4m3"
+    call_for(out.dtype, f"widen_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -85,20 +85,18 @@ def rotate(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> T
     return out
 
 
-def log_probs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits (N, V) contiguous, targets (N,). Returns fp32 (log-probabilities, log normalisers); fills entropy (N,)."""
-    normaliser = torch.empty(logits.shape[0], dtype=torch.float32)
-    log_prob = torch.empty_like(normaliser)
-    call_for(
-        logits.dtype, "log_probs", logits, targets, normaliser, log_prob, entropy, *logits.shape, float(temperature)
-    )
-    return log_prob, normaliser
+def logprobs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits (N, V) contiguous, targets (N,). Returns fp32 (log-probabilities, log normalizers); fills entropy (N,)."""
+    normalizer = torch.empty(logits.shape[0], dtype=torch.float32)
+    logprob = torch.empty_like(normalizer)
+    call_for(logits.dtype, "logprobs", logits, targets, normalizer, logprob, entropy, *logits.shape, float(temperature))
+    return logprob, normalizer
 
 
-def log_probs_backward(logits: Tensor, targets: Tensor, normaliser: Tensor, grad: Tensor, temperature: float) -> None:
+def logprobs_backward(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> None:
     """Turn logits into their gradients, in place; grad (N,) fp32 is that of the log-probabilities."""
-    rows = logits, targets, normaliser, grad.contiguous()
-    call_for(logits.dtype, "log_probs_backward", *rows, *logits.shape, float(temperature))
+    rows = logits, targets, normalizer, grad.contiguous()
+    call_for(logits.dtype, "logprobs_backward", *rows, *logits.shape, float(temperature))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ struct Draw {
   const uint64_t* seed;        // a row's seed and
   const int64_t *known, *prompt, *offsets;  // its tokens: known - prompt + offsets (B,) are drawn already
   int64_t* tokens;             // (B,): drawn
-  float* log_probs;            // (B,): theirs under the distribution drawn from; NaN where that is not finite
+  float* logprobs;            // (B,): theirs under the distribution drawn from; NaN where that is not finite
   int64_t B, V, threads;
 };
 
@@ -155,7 +155,7 @@ class Masses {
   std::vector<Token> own_;
 };
 
-// As `uniforms` in engine/sampler.py: the splitmix64 finaliser (doi:10.1145/2660193.2660195).
+// As `uniforms` in engine/sampler.py: the splitmix64 finalizer (doi:10.1145/2660193.2660195).
 double uniform_of(uint64_t seed, uint64_t counter) {
   uint64_t mixed = seed + (counter + 1) * 0x9E3779B97F4A7C15u;
   mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -172,7 +172,7 @@ void draw_row(const Draw& a, int64_t b, Masses& masses) {
   masses.take(row, top, cold);
   double total = masses.total();
   a.tokens[b] = 0;
-  a.log_probs[b] = NAN;
+  a.logprobs[b] = NAN;
   if (!std::isfinite(total)) return;
   if (a.top_k) {
     masses.keep(a.top_k[at], a.top_p[at], a.min_p[at]);
@@ -184,7 +184,7 @@ void draw_row(const Draw& a, int64_t b, Masses& masses) {
   else
     token = masses.find((a.uniform ? a.uniform[b] : uniform_of(a.seed[at], a.known[at] - a.prompt[at] + a.offsets[b])) * total);
   a.tokens[b] = token;
-  a.log_probs[b] = (to_float(row[token]) - top) * cold - float(std::log(total));
+  a.logprobs[b] = (to_float(row[token]) - top) * cold - float(std::log(total));
 }
 
 template <typename T>

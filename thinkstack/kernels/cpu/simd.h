@@ -281,7 +281,7 @@ inline float norm_row(const From* x, const float* weight, To* out, int64_t width
 }
 
 // Pairs of x[0..R) as complex numbers times the table's (cos, sin), or times its conjugate for sign = -1. Pairs are
-// neighbours, or R / 2 apart.
+// neighbors, or R / 2 apart.
 inline void turn(float* x, const float* table, int64_t R, bool interleaved, float sign) {
   const vf signs = shuffle<Alternating>(splat(-sign), splat(sign));
   int64_t i = 0;

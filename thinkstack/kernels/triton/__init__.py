@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor, library
 
-from thinkstack.kernels import Heads
+from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 
 FEW = 64
@@ -32,7 +32,7 @@ def takes(x: Tensor) -> bool:
     return is_device(x) and available()
 
 
-def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: float) -> Tensor:
+def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences, as `read_cache` of models/kernels.
 
     query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, counting up within a sequence. Returns (N, G, Q,
@@ -44,38 +44,38 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: f
 def _read_cache(query, entries, tables, owner, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
     from thinkstack.kernels.triton.paged_attention import read_cache
 
-    return read_cache(query, Pages(entries, tables, owner, longest_run), last, Heads(*heads), scale)
+    return read_cache(query, Pages(entries, tables, owner, longest_run), last, KVLayout(*heads), scale)
 
 
 def _read_cache_shapes(query, entries, tables, owner, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
-    return query.new_empty(*query.shape[:3], Heads(*heads).value_width)
+    return query.new_empty(*query.shape[:3], KVLayout(*heads).value_width)
 
 
-def takes_packed(x: Tensor, codes: Tensor) -> bool:
+def takes_quantized(x: Tensor, qweight: Tensor) -> bool:
     """Whether x (..., K) should be multiplied with codes (N, K) as they are read: inference on FEW rows at most, in
     bf16, int8 anywhere and e4m3 from Ada on."""
     if not takes(x) or x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled():
         return False
-    if codes.dtype == torch.float8_e4m3fn:
+    if qweight.dtype == torch.float8_e4m3fn:
         return x.is_meta or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    return codes.dtype == torch.int8
+    return qweight.dtype == torch.int8
 
 
-def packed_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     """x (..., K) times the transpose of codes (N, K), each times its block's scale: (..., N). Blocks are rows for int8,
     128 x 128 for e4m3."""
-    return torch.ops.thinkstack.packed_product(x.flatten(0, -2), codes, scale).unflatten(0, x.shape[:-1])
+    return torch.ops.thinkstack.quantized_linear(x.flatten(0, -2), qweight, scale).unflatten(0, x.shape[:-1])
 
 
-def _packed_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _packed_product(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     from thinkstack.kernels.triton.quantized import product
 
-    block = (1, codes.shape[1]) if codes.dtype == torch.int8 else (128, 128)
-    return product(x, codes, scale, block)
+    block = (1, qweight.shape[1]) if qweight.dtype == torch.int8 else (128, 128)
+    return product(x, qweight, scale, block)
 
 
-def _packed_product_shapes(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(codes))
+def _packed_product_shapes(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(qweight))
 
 
 _operators = library.Library("thinkstack", "FRAGMENT")
@@ -85,6 +85,6 @@ _operators.define(
 )
 _operators.impl("read_cache", _read_cache, "CUDA")
 _operators.impl("read_cache", _read_cache_shapes, "Meta")
-_operators.define("packed_product(Tensor x, Tensor codes, Tensor scale) -> Tensor")
-_operators.impl("packed_product", _packed_product, "CUDA")
-_operators.impl("packed_product", _packed_product_shapes, "Meta")
+_operators.define("quantized_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
+_operators.impl("quantized_linear", _packed_product, "CUDA")
+_operators.impl("quantized_linear", _packed_product_shapes, "Meta")

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinkstack.kernels import Heads
+from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -115,7 +115,7 @@ def attend(
         tl.store(log_sums + places, (best + tl.log2(total)) / LOG2_E, mask=is_open)
 
 
-def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: float, parts: int = 0) -> Tensor:
+def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float, parts: int = 0) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
     query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees; those of a
@@ -135,7 +135,7 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: Heads, scale: f
     return torch.einsum("sngq,sngqv->ngqv", torch.softmax(log_sums, 0), out).to(query.dtype)
 
 
-def shape_of(query: Tensor, pages: Pages, heads: Heads) -> dict[str, Any]:
+def shape_of(query: Tensor, pages: Pages, heads: KVLayout) -> dict[str, Any]:
     """Sizes that the kernel is compiled for: those of the heads, and how many rows of queries and keys are multiplied
     at a time, so that both stay in the fast memory of a multiprocessor."""
     (_, G, Q, W), (_, P, entry), V = query.shape, pages.entries.shape, heads.value_width

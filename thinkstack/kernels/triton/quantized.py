@@ -1,6 +1,6 @@
 """Products of a few rows with matrices in 8 bits as one Triton kernel: codes are widened on their way, never stored.
 
-`PackedLinear` in models/quantized.py says what it computes. Importing this module needs Triton.
+`QuantizedLinear` in models/quantized.py says what it computes. Importing this module needs Triton.
 """
 
 # Shapes in this file: B rows, K inputs, N outputs, S parts that the inputs are cut into.
@@ -17,7 +17,7 @@ MOST_PARTS = 16
 
 @triton.jit(do_not_specialize=["B"])  # it differs from step to step
 def multiply(
-    x, codes, scale, out,
+    x, qweight, scale, out,
     B, N, K, SCALES,
     SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr,
@@ -30,7 +30,7 @@ def multiply(
     for begin in range(part * length, tl.minimum(part * length + length, K), STEP):
         inputs = begin + tl.arange(0, STEP)
         is_there = (outputs < N)[:, None] & (inputs < K)[None, :]
-        weight = tl.load(codes + outputs.to(tl.int64)[:, None] * K + inputs[None, :], mask=is_there, other=0.0)
+        weight = tl.load(qweight + outputs.to(tl.int64)[:, None] * K + inputs[None, :], mask=is_there, other=0.0)
         is_given = (rows < B)[:, None] & (inputs < K)[None, :]
         given = tl.load(x + rows[:, None] * K + inputs[None, :], mask=is_given, other=0.0)
         factor = tl.load(scale + outputs // SCALE_ROWS * SCALES + begin // SCALE_COLUMNS, mask=outputs < N, other=0.0)
@@ -39,18 +39,18 @@ def multiply(
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=(rows < B)[:, None] & (outputs < N)[None, :])
 
 
-def product(x: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int], parts: int = 0) -> Tensor:
+def product(x: Tensor, qweight: Tensor, scale: Tensor, block: tuple[int, int], parts: int = 0) -> Tensor:
     """x (B, K) bf16 times the transpose of codes (N, K), int8 or e4m3, each times its block's scale: (B, N).
 
     scale: (ceil(N / rows), ceil(K / columns)) fp32, block = rows, columns. parts: pieces of the inputs that are summed
     side by side; 0 for as many as the device has room for.
     """
-    (B, K), N = x.shape, len(codes)
+    (B, K), N = x.shape, len(qweight)
     programs = triton.cdiv(N, OUTPUTS)
     S = parts or _parts(programs, K, x.device)
     out = x.new_empty(S, B, N, dtype=x.dtype if S == 1 else torch.float32)
     multiply[(programs, S)](
-        x.contiguous(), codes, scale, out, B, N, K, scale.shape[1], *block,
+        x.contiguous(), qweight, scale, out, B, N, K, scale.shape[1], *block,
         ROWS=max(16, triton.next_power_of_2(B)), OUTPUTS=OUTPUTS, STEP=STEP, S=S,
     )  # fmt: skip
     return out[0] if S == 1 else out.sum(0).to(x.dtype)

@@ -24,7 +24,7 @@ MOST_UNANSWERED = 0.01
 """Share of rows without an answer above which a file is refused."""
 
 
-class DataSet(Protocol):
+class Benchmark(Protocol):
     """A published set of problems."""
 
     @property
@@ -37,7 +37,7 @@ class DataSet(Protocol):
     def load(self, path: str | Path) -> list[Problem]:
         """All problems of a file, in its order. Raises ConfigError if the file is missing or is another's."""
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is right."""
 
 
@@ -60,7 +60,7 @@ class Gsm8k:
             raise ConfigError(f"{where} does not end in '#### number' as GSM8K does; use {self.SOURCE}")
         return published(self.name, str(row["question"]), answer, level=solution.strip().count("\n") + 1)
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """A number of that value as people write it (tasks/verify/quantities.py), with or without #### or a box around
         it; a percent sign is a unit where the question asks for percent."""
         inside = unwrapped(clean(answer).removeprefix("####"))
@@ -96,7 +96,7 @@ class Math:
             log.warning("left out for want of an answer: %s", " ".join(unanswered))
         return found
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """The same number, or the same LaTeX up to spelling. Formulas that only mean the same:
         tasks/verify/latex.py."""
         return same_spelling(problem.answer, answer)

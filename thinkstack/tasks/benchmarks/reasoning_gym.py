@@ -1,6 +1,6 @@
 """Problems of the reasoning-gym package (Apache-2.0; an extra) as families called gym/NAME, for example gym/chain_sum.
 
-Three habits of the package are kept out. Item i of a data set is drawn from seed + i, so neighbouring seeds share
+Three habits of the package are kept out. Item i of a data set is drawn from seed + i, so neighboring seeds share
 nearly all items: here each problem has a data set of one item, whose seed comes from our digest. Its scorers give
 partial credit for substrings: here only exactly 1.0 counts, and an answer that holds more than an answer is refused
 first. Some of its scorers evaluate what the model wrote: those are not called, the reference is compared instead.
@@ -43,12 +43,12 @@ def package() -> Any:
 
 
 @cache
-def family(name: str) -> "Gym":
+def puzzle_task(name: str) -> "ReasoningGymTask":
     """The family called `name`, which starts with gym/. Raises ConfigError if there is no such data set to be used."""
-    return Gym(name)
+    return ReasoningGymTask(name)
 
 
-class Gym:
+class ReasoningGymTask:
     """A data set of reasoning-gym. It has questions and a checker, but no worked solutions: `line` refuses.
 
     A level is a step of the data set's curriculum. The key is the seed of the item, then a hash of its question, which
@@ -59,7 +59,7 @@ class Gym:
 
     def __init__(self, name: str):
         self.name, self.data_set = name, name.removeprefix(PREFIX)
-        known = sorted(set(package().factory.DATASETS) - set(LEFT_OUT))
+        known = sorted(set(package().factory.BENCHMARKS) - set(LEFT_OUT))
         if self.data_set in LEFT_OUT:
             raise ConfigError(f"{name} is left out: {LEFT_OUT[self.data_set]}")
         if self.data_set not in known:
@@ -88,7 +88,7 @@ class Gym:
     @cached_property
     def is_evaluating(self) -> bool:
         """Whether the module of the data set runs text as code or as a formula somewhere."""
-        source = inspect.getsource(sys.modules[package().factory.DATASETS[self.data_set][0].__module__])
+        source = inspect.getsource(sys.modules[package().factory.BENCHMARKS[self.data_set][0].__module__])
         return any(word in source for word in EVALUATING)
 
     @cached_property
@@ -101,7 +101,7 @@ class Gym:
         shares = [counts.most_common(1)[0][1] / counts.total() for counts in answers.values()]
         return sum(shares) / len(shares) if max(shares) > 1.5 * len(self.levels) / PROBES else 0.0
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         seed = rng.getrandbits(32)
         item = self._make(level, seed)[1]
         return Puzzle((seed, item["question"], str(item["answer"])), (None,) * level)
@@ -110,7 +110,7 @@ class Gym:
         seed, question, _ = puzzle.start
         return f"{seed:08x}{digest(self.name, question) & 0xFFFFFFFF:08x}"
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """Spelt like the reference, or exactly 1.0 by the package and no longer than an answer."""
         if clean(answer) == clean(problem.answer):
             return True
@@ -149,7 +149,7 @@ class Gym:
 
 
 @lru_cache(maxsize=512)
-def _made_again(of: Gym, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
+def _made_again(of: ReasoningGymTask, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
     return of._make(level, seed)
 
 

@@ -13,7 +13,7 @@ from thinkstack.tasks.puzzles.puzzle import Puzzle
 FACTORS = (3, 7, 9)
 
 
-def draw_operation(rng: random.Random) -> tuple[str, int]:
+def random_operation(rng: random.Random) -> tuple[str, int]:
     """One of + * with its digit. No difference: the last digit of a negative number is a matter of taste."""
     sign = rng.choice("+*")
     return sign, rng.choice(FACTORS) if sign == "*" else rng.randrange(10)
@@ -54,8 +54,8 @@ class Chain:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
-        return Puzzle(rng.randrange(10), tuple(draw_operation(rng) for _ in range(level)))
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
+        return Puzzle(rng.randrange(10), tuple(random_operation(rng) for _ in range(level)))
 
     def first_state(self, puzzle: Puzzle) -> int:
         return puzzle.start
@@ -101,10 +101,10 @@ class Nested:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         """The start stands innermost; each operation (sign, digit) goes around what is there, its digit to the left."""
         start = rng.randrange(10)
-        return Puzzle(start, tuple(draw_operation(rng) for _ in range(level)))
+        return Puzzle(start, tuple(random_operation(rng) for _ in range(level)))
 
     def first_state(self, puzzle: Puzzle) -> int:
         return puzzle.start

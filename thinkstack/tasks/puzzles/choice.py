@@ -46,7 +46,7 @@ class Choice:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         start = rng.randrange(5, 50)
         state = start
         ops: list[tuple] = []
@@ -63,7 +63,7 @@ class Choice:
         """The same calculation with other values to choose from is the same problem."""
         return f"{digest(self.name, puzzle.start, *puzzle.ops[:-1]):016x}"
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """One letter, with or without brackets."""
         return same_choice(problem.answer, answer)
 

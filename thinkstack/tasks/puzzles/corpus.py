@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from thinkstack.config import Share
 from thinkstack.tasks.puzzles.puzzle import (
-    Family,
+    PuzzleTask,
     Working,
     digest,
-    draw_puzzle,
+    generate_puzzle,
     pose,
     right_answer,
     seen_wordings,
@@ -68,63 +68,63 @@ UNTAGGED = {
 }
 
 
-def documents(families: list[Family], cfg: CorpusConfig, seed: int, start: int = 0) -> Iterator[Document]:
+def documents(tasks: list[PuzzleTask], cfg: CorpusConfig, seed: int, start: int = 0) -> Iterator[Document]:
     """The corpus from document `start` on, without end. Raises ConfigError if there is no family."""
-    if not families:
+    if not tasks:
         raise ConfigError("the corpus needs at least one task family")
     index = start
     while True:
-        yield document(families, cfg, seed, index)
+        yield document(tasks, cfg, seed, index)
         index += 1
 
 
-def document(families: list[Family], cfg: CorpusConfig, seed: int, index: int) -> Document:
+def document(tasks: list[PuzzleTask], cfg: CorpusConfig, seed: int, index: int) -> Document:
     """Document `index` of the corpus that `seed` names."""
     rng = random.Random(digest("corpus", seed, index))
     kind = rng.random()
     if kind < cfg.prose_share:
         return prose(rng)
-    family = rng.choice(families)
-    language = rng.choice(tuple(family.wordings))
+    task = rng.choice(tasks)
+    language = rng.choice(tuple(task.wordings))
     if kind < cfg.prose_share + cfg.drill_share:
-        return Document("", drill(family, rng, language, (seed, index)))
-    puzzle = draw_puzzle(family, "train", rng.choice(family.levels), (seed, index))
-    problem = pose(family, puzzle, language, rng.choice(seen_wordings(family, language)))
+        return Document("", drill(task, rng, language, (seed, index)))
+    puzzle = generate_puzzle(task, "train", rng.choice(task.levels), (seed, index))
+    problem = pose(task, puzzle, language, rng.choice(seen_wordings(task, language)))
     if rng.random() < cfg.worked_share:
-        working = work(family, puzzle, language, rng if rng.random() < cfg.wrong_working_share else None)
+        working = work(task, puzzle, language, rng if rng.random() < cfg.wrong_working_share else None)
         return Document(problem.question, worked_turn(working, rng.choice(OPENINGS[language])))
-    answer = right_answer(family, puzzle, language)
+    answer = right_answer(task, puzzle, language)
     if rng.random() >= cfg.right_guess_share:
-        answer = guess(family, rng, language)
+        answer = guess(task, rng, language)
     if rng.random() < cfg.untagged_share:
         return Document(problem.question, rng.choice(UNTAGGED[language]).replace("{answer}", answer))
     return Document(problem.question, turn(rng.choice(GUESSES[language]), answer))
 
 
-def drill(family: Family, rng: random.Random, language: str, seed: object) -> str:
+def drill(task: PuzzleTask, rng: random.Random, language: str, seed: object) -> str:
     """Right steps of different problems, one a line."""
     lines = []
     for number in range(DRILL_LINES):
-        puzzle = draw_puzzle(family, "train", rng.choice(family.levels), (seed, number))
-        lines.append(rng.choice(work(family, puzzle, language).lines))
+        puzzle = generate_puzzle(task, "train", rng.choice(task.levels), (seed, number))
+        lines.append(rng.choice(work(task, puzzle, language).lines))
     return "\n".join(lines)
 
 
-def guess(family: Family, rng: random.Random, language: str) -> str:
+def guess(task: PuzzleTask, rng: random.Random, language: str) -> str:
     """The answer to some other problem of the family."""
-    return right_answer(family, family.draw(rng, rng.choice(family.levels)), language)
+    return right_answer(task, task.generate(rng, rng.choice(task.levels)), language)
 
 
 def worked_example(
-    families: list[Family], seed: int, index: int, languages: tuple[str, ...]
+    tasks: list[PuzzleTask], seed: int, index: int, languages: tuple[str, ...]
 ) -> tuple[Problem, Working]:
     """Training problem `index` with its worked solution, which is right. Families take turns; languages: () for all."""
-    family = families[index % len(families)]
+    task = tasks[index % len(tasks)]
     rng = random.Random(digest("worked example", seed, index))
-    puzzle = draw_puzzle(family, "train", rng.choice(family.levels), ("worked example", seed, index))
-    language = rng.choice([name for name in family.wordings if not languages or name in languages])
-    problem = pose(family, puzzle, language, rng.choice(seen_wordings(family, language)))
-    return problem, work(family, puzzle, language)
+    puzzle = generate_puzzle(task, "train", rng.choice(task.levels), ("worked example", seed, index))
+    language = rng.choice([name for name in task.wordings if not languages or name in languages])
+    problem = pose(task, puzzle, language, rng.choice(seen_wordings(task, language)))
+    return problem, work(task, puzzle, language)
 
 
 def turn(thinking: str, answer: str) -> str:

@@ -34,7 +34,7 @@ class Cups:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         swaps = tuple(tuple(sorted(rng.sample(CUPS, 2))) for _ in range(level))
         return Puzzle(rng.choice(CUPS), swaps)
 

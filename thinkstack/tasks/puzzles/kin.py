@@ -146,7 +146,7 @@ class Kin:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         """The English term is drawn first and evenly, or half of the long walks would end at a cousin."""
         walks = _walks(level)
         hops = rng.choice(walks[rng.choice(tuple(walks))])

@@ -65,7 +65,7 @@ class Kinship:
         )
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         """Walk the table of relations; a walk that can go no further is begun again."""
         relations: list[str] = []
         while len(relations) < level + 1:

@@ -35,7 +35,7 @@ class Modular:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         modulus = rng.choice(MODULI)
         ops = []
         for _ in range(level):

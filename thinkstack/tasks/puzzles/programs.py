@@ -40,7 +40,7 @@ class Program:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         """Statements that keep the values small, each of which the output depends on."""
         while True:
             start = (rng.randrange(1, 20), rng.randrange(1, 20))
@@ -179,7 +179,7 @@ class Bug:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         steps = [("start", rng.randrange(1, 20)), *(self._step(rng) for _ in range(level - 2)), ("print", "x")]
         faulty = rng.randrange(level)
         found = [self._spoilt(step, rng) if place == faulty else step for place, step in enumerate(steps)]

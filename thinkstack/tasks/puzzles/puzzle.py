@@ -33,7 +33,7 @@ class Puzzle:
     """What the question calls things; other names make the same problem, so the key leaves them out."""
 
 
-class Family(Protocol):
+class PuzzleTask(Protocol):
     """What a family file defines."""
 
     @property
@@ -51,7 +51,7 @@ class Family(Protocol):
     wordings: ClassVar[dict[str, tuple[str, ...]]]
     """Per language, templates of the question; names in braces stand for what `parts` gives."""
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         """A random puzzle with `level` operations."""
 
     def advance(self, state: Any, op: Any) -> Any:
@@ -74,10 +74,10 @@ class Family(Protocol):
 
 
 @runtime_checkable
-class Judging(Protocol):
+class Verifier(Protocol):
     """What a family adds when an answer can be right without being spelt like the reference."""
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is right. Strict: it never raises, evaluates nothing, and refuses more than one answer."""
 
 
@@ -104,11 +104,11 @@ def digest(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def key_of(family: Family, puzzle: Puzzle) -> str:
+def key_of(task: PuzzleTask, puzzle: Puzzle) -> str:
     """Hash of the canonical problem as 16 hexadecimal digits."""
-    if isinstance(family, Keyed):
-        return family.key(puzzle)
-    return f"{digest(family.name, puzzle.start, *puzzle.ops):016x}"
+    if isinstance(task, Keyed):
+        return task.key(puzzle)
+    return f"{digest(task.name, puzzle.start, *puzzle.ops):016x}"
 
 
 def split_of(key: str) -> str:
@@ -116,69 +116,69 @@ def split_of(key: str) -> str:
     return "test" if int(key, 16) % TEST_SHARE == 0 else "train"
 
 
-def draw_puzzle(family: Family, split: str, level: int, seed: object) -> Puzzle:
+def generate_puzzle(task: PuzzleTask, split: str, level: int, seed: object) -> Puzzle:
     """The puzzle that (family, split, level, seed) names; always the same one."""
     if split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if level not in family.levels:
-        raise ConfigError(f"{family.name} has no level {level}; its levels are {', '.join(map(str, family.levels))}")
+    if level not in task.levels:
+        raise ConfigError(f"{task.name} has no level {level}; its levels are {', '.join(map(str, task.levels))}")
     for attempt in range(1000):
-        puzzle = family.draw(random.Random(digest(family.name, split, level, seed, attempt)), level)
-        if split_of(key_of(family, puzzle)) == split:
+        puzzle = task.generate(random.Random(digest(task.name, split, level, seed, attempt)), level)
+        if split_of(key_of(task, puzzle)) == split:
             return puzzle
-    raise ConfigError(f"{family.name} level {level} has no {split} problem in 1,000 draws; ask for other levels")
+    raise ConfigError(f"{task.name} level {level} has no {split} problem in 1,000 draws; ask for other levels")
 
 
-def work(family: Family, puzzle: Puzzle, language: str, rng: random.Random | None = None) -> Working:
+def work(task: PuzzleTask, puzzle: Puzzle, language: str, rng: random.Random | None = None) -> Working:
     """Solve `puzzle` step by step; with `rng`, make one wrong step at a random place and carry the error on."""
     wrong_step = rng.randrange(len(puzzle.ops)) if rng else -1
-    state, lines = family.first_state(puzzle), []
+    state, lines = task.first_state(puzzle), []
     for index, op in enumerate(puzzle.ops):
-        result = family.advance(state, op)
+        result = task.advance(state, op)
         if rng and index == wrong_step:
-            result = rng.choice(family.other_states(result))
-        lines.append(family.line(state, op, result, language))
+            result = rng.choice(task.other_states(result))
+        lines.append(task.line(state, op, result, language))
         state = result
-    answer = family.answer(puzzle, state, language)
-    return Working(tuple(lines), answer, _is_right(family, puzzle, language, answer))
+    answer = task.answer(puzzle, state, language)
+    return Working(tuple(lines), answer, _is_right(task, puzzle, language, answer))
 
 
-def _is_right(family: Family, puzzle: Puzzle, language: str, answer: str) -> bool:
-    if isinstance(family, Judging):
-        return family.accepts(pose(family, puzzle, language, 0), answer)
-    return answer == right_answer(family, puzzle, language)
+def _is_right(task: PuzzleTask, puzzle: Puzzle, language: str, answer: str) -> bool:
+    if isinstance(task, Verifier):
+        return task.verify(pose(task, puzzle, language, 0), answer)
+    return answer == right_answer(task, puzzle, language)
 
 
-def right_answer(family: Family, puzzle: Puzzle, language: str) -> str:
+def right_answer(task: PuzzleTask, puzzle: Puzzle, language: str) -> str:
     """The reference answer."""
-    state = family.first_state(puzzle)
+    state = task.first_state(puzzle)
     for op in puzzle.ops:
-        state = family.advance(state, op)
-    return family.answer(puzzle, state, language)
+        state = task.advance(state, op)
+    return task.answer(puzzle, state, language)
 
 
-def pose(family: Family, puzzle: Puzzle, language: str, wording: int) -> Problem:
+def pose(task: PuzzleTask, puzzle: Puzzle, language: str, wording: int) -> Problem:
     """Put `puzzle` into words."""
-    templates = family.wordings.get(language)
+    templates = task.wordings.get(language)
     if templates is None:
-        raise ConfigError(f"{family.name} has no wording in {language!r}; it speaks {', '.join(family.wordings)}")
+        raise ConfigError(f"{task.name} has no wording in {language!r}; it speaks {', '.join(task.wordings)}")
     return Problem(
-        question=templates[wording].format(**family.parts(puzzle, language)),
-        answer=right_answer(family, puzzle, language),
-        task=family.name,
+        question=templates[wording].format(**task.parts(puzzle, language)),
+        answer=right_answer(task, puzzle, language),
+        task=task.name,
         language=language,
         level=len(puzzle.ops),
-        key=key_of(family, puzzle),
+        key=key_of(task, puzzle),
         wording=wording,
     )
 
 
-def seen_wordings(family: Family, language: str) -> range:
+def seen_wordings(task: PuzzleTask, language: str) -> range:
     """Indices of the wordings that training may use; the only wording of a foreign family is used for everything."""
-    return range(max(len(family.wordings[language]) - UNSEEN_WORDINGS, 1))
+    return range(max(len(task.wordings[language]) - UNSEEN_WORDINGS, 1))
 
 
-def unseen_wordings(family: Family, language: str) -> range:
+def unseen_wordings(task: PuzzleTask, language: str) -> range:
     """Indices of the wordings that training never uses."""
-    count = len(family.wordings[language])
+    count = len(task.wordings[language])
     return range(max(count - UNSEEN_WORDINGS, 0), count)

@@ -68,7 +68,7 @@ class Quadratic:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         lead = rng.choice((1, 2, 3)) if level > 3 else 1
         first, second = nonzero(rng, 9), nonzero(rng, 9)
         while first == lead * second:
@@ -78,7 +78,7 @@ class Quadratic:
         factor = rng.choice((2, 3, 4)) if level > 4 else 1
         return Puzzle((a * factor, b * factor, (c + d) * factor, d * factor), self.STEPS[level])
 
-    def accepts(self, problem: Problem, answer: str) -> bool:
+    def verify(self, problem: Problem, answer: str) -> bool:
         """The set of solutions, in any order, with or without "x="."""
         return same_numbers(problem.answer, answer)
 

@@ -34,7 +34,7 @@ class Sums:
     chance = 0.07
     wordings: ClassVar[dict[str, tuple[str, ...]]] = WORDINGS
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         state = start = rng.randint(1, 20)
         ops = []
         for _ in range(level):
@@ -71,6 +71,6 @@ class Times(Sums):
     levels = (1, 2, 3)
     chance = 0.085
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         largest = 9 if level == 1 else 5
         return Puzzle(rng.randint(2, largest), tuple(("*", rng.randint(2, largest)) for _ in range(level)))

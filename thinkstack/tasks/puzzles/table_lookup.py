@@ -46,7 +46,7 @@ class Table:
         ),
     }
 
-    def draw(self, rng: random.Random, level: int) -> Puzzle:
+    def generate(self, rng: random.Random, level: int) -> Puzzle:
         people = tuple(rng.sample(range(len(PEOPLE["en"])), rng.randrange(3, 6)))
         things = tuple(rng.sample(range(len(THINGS["en"])), COLUMNS))
         rows = tuple(tuple(rng.randrange(1, 30) for _ in things) for _ in people)

@@ -56,7 +56,7 @@ def undressed(answer: str) -> str:
     return text
 
 
-def normalise(answer: str) -> str | int:
+def normalize(answer: str) -> str | int:
     """An integer if the whole answer is one, else its text without outer space, case or a final full stop.
 
     Nothing is computed: "2+2" stays the text "2+2", and "50%" is not 50.
@@ -69,7 +69,7 @@ def normalise(answer: str) -> str | int:
 
 def is_correct(reference: str, answer: str | None) -> bool:
     """Whether `answer` says the same as `reference`; no answer is wrong. The reference comes first."""
-    return answer is not None and normalise(reference) == normalise(answer)
+    return answer is not None and normalize(reference) == normalize(answer)
 
 
 def number_of(answer: str) -> Fraction | None:
