@@ -39,11 +39,12 @@ import sys
 from thinkstack.checkpoint.model import load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.machine import prepare_machine
-from thinkstack.types import Sampling
+from thinkstack.types import SamplingParams
 import torch
 prepare_machine()
-engine = Engine(load_model(sys.argv[1], torch.bfloat16), EngineConfig(max_num_seqs=64, max_model_len=1024, dtype="bf16"))
-next(iter(engine.stream(list(range(16)), Sampling(max_tokens=1))))
+cfg = EngineConfig(max_num_seqs=64, max_model_len=1024, dtype="bf16")
+engine = Engine(load_model(sys.argv[1], torch.bfloat16), cfg)
+next(iter(engine.stream(list(range(16)), SamplingParams(max_tokens=1))))
 """
 
 

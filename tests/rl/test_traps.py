@@ -91,12 +91,12 @@ def test_trap_39_a_second_turn_is_trained_on_the_ids_it_was_drawn_from():
         Message(role="assistant", content="3", reasoning="1+2=3"),
         Message(role="user", content="2+2?"),
     ]
-    prompt, rollouts = tuple(chat.prompt(talk)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
+    prompt, sampled = tuple(chat.prompt(talk)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
     again = chat.prompt([*talk, Message(role="assistant", content="4", reasoning="2+2=4"), talk[-1]])
-    assert tuple(again[: len(prompt) + len(drawn)]) != prompt + drawn, "the trap is real"
-    batch = to_batch([rollout(0, 1.0, drawn, prompt_token_ids=prompt)], [1.0], 8)
-    assert batch.targets[batch.loss_mask > 0].tolist() == list(drawn)
-    assert batch.ids[0].tolist() == [*prompt, *drawn][:-1]
+    assert tuple(again[: len(prompt) + len(sampled)]) != prompt + sampled, "the trap is real"
+    batch = to_batch([rollout(0, 1.0, sampled, prompt_token_ids=prompt)], [1.0], 8)
+    assert batch.targets[batch.loss_mask > 0].tolist() == list(sampled)
+    assert batch.ids[0].tolist() == [*prompt, *sampled][:-1]
 
 
 def test_trap_68_weights_that_do_not_arrive_stop_the_run(make_bandit, monkeypatch):

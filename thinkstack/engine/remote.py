@@ -107,8 +107,8 @@ class RemoteEngine:
         """
         if cfg.return_routed_experts:
             raise ConfigError(
-                "router_replay (return_routed_experts of an engine) is asked for, but servers do not tell which experts they "
-                "chose; leave it out, or draw in this process (no servers.addresses)"
+                "router_replay (return_routed_experts of an engine) is set, but servers do not return the experts they used; "
+                "leave it out, or sample in this process (no servers.addresses)"
             )
         if cfg.weights != "plain":
             raise ConfigError(
@@ -164,8 +164,8 @@ class RemoteEngine:
             context = server.connect()
             if self.cfg.max_model_len > context:
                 raise ConfigError(
-                    f"max_model_len={self.cfg.max_model_len:,} exceeds the {context:,} of {server.address}; start it with "
-                    f"--max-model-len {self.cfg.max_model_len}"
+                    f"max_model_len={self.cfg.max_model_len:,} exceeds the {context:,} of {server.address}; "
+                    f"start it with --max-model-len {self.cfg.max_model_len}"
                 )
             if server.weights() != self._name:
                 assert self._weights is not None

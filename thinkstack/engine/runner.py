@@ -56,7 +56,7 @@ class Runner:
         nothing."""
         if drafts and not model.cfg.mtp_layers:
             raise ConfigError(
-                "num_speculative_tokens asks for guesses of a multi-token-prediction module, which this model has none of; use 0"
+                "num_speculative_tokens needs a multi-token-prediction module, which this model does not have; use 0"
             )
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
@@ -223,7 +223,7 @@ def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
     """How the cache keeps the choices of a model: layers with experts, experts per token, integer type."""
     if cfg.moe is None:
         raise ConfigError(
-            "router_replay (return_routed_experts of an engine) is asked for, but the model has no experts; leave it out"
+            "router_replay (return_routed_experts of an engine) is set, but the model has no experts; leave it out"
         )
     layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
     return layers, cfg.moe.num_experts_per_tok, "uint8" if cfg.moe.num_experts <= 256 else "int16"

@@ -68,8 +68,8 @@ class EvalConfig:
 
 
 WAY_OUT: dict[ThinkingFormat, str] = {
-    "think_answer_tags": 'ask with form = "flexible_extract" to read what stock models write, or "think_then_answer" to read what R1 writes',
-    "think_then_answer": 'ask with form = "flexible_extract" to read what models write that open no think block',
+    "think_answer_tags": 'set form = "flexible_extract" to read what stock models write, or "think_then_answer" for R1\'s form',
+    "think_then_answer": 'set form = "flexible_extract" to read models that open no think block',
     "flexible_extract": "look at the answers in samples.jsonl: no box, mark or number stands in any of them",
 }
 """What to do if no answer could be read in a form."""

@@ -131,8 +131,8 @@ def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: f
             stack = getattr(module, leaf)
             if isinstance(stack, QuantizedWeight):
                 raise ConfigError(
-                    f"{name} is kept as {stack.quantization.name}; adapt experts of a model in bf16, or leave experts out "
-                    "of lora.targets"
+                    f"{name} is quantized as {stack.quantization.name}; adapt experts of a model in bf16, or leave "
+                    "experts out of lora.targets"
                 )
             parts = 2 if leaf == "w_in" else 1
             adapter = Adapter(stack, (stack.shape[0], parts), rank, scale)

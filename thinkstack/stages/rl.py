@@ -19,34 +19,34 @@ log = logging.getLogger(__name__)
 def train_rl(cfg: RLConfig, run: Run) -> None:
     """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
-    trainer = RLTrainer(cfg, run, model, chat)
+    rl = RLTrainer(cfg, run, model, chat)
     state = load_state(run.folder / STATE)
     if state is not None:
-        trainer.restore(*state)
+        rl.restore(*state)
     run.rewind(state[1]["rows"] if state else {})
-    if trainer.should_evaluate():
-        trainer.evaluate()
+    if rl.should_evaluate():
+        rl.evaluate()
     warned: set[str] = set()
     history = run.rows()
-    with Progress("reinforcement learning", cfg.steps, trainer.trainer.step_count) as progress:
-        while trainer.trainer.step_count < cfg.steps:
-            before = trainer.trainer.step_count
-            metrics = trainer.step()
-            done = trainer.trainer.step_count
-            if trainer.steps_without_signal >= MAX_STEPS_WITHOUT_SIGNAL:
+    with Progress("reinforcement learning", cfg.steps, rl.trainer.step_count) as progress:
+        while rl.trainer.step_count < cfg.steps:
+            before = rl.trainer.step_count
+            metrics = rl.step()
+            done = rl.trainer.step_count
+            if rl.steps_without_signal >= MAX_STEPS_WITHOUT_SIGNAL:
                 raise TrainingError(
-                    f"{trainer.steps_without_signal} drawings in a row at step {done} had no group with answers of different reward: "
-                    "the problems are too hard or too easy for this model, or the reward is wrong; look at "
+                    f"{rl.steps_without_signal} rollout steps in a row at step {done} had no group with different "
+                    "rewards: the problems are too hard or too easy for this model, or the reward is wrong; look at "
                     f"{run.folder}/metrics.jsonl"
                 )
             run.log(done, metrics)
             progress.advance(done - before, health_line(metrics))
             history.append(metrics)
             warned = warn(history, warned)
-            if trainer.should_evaluate():
-                trainer.evaluate()
+            if rl.should_evaluate():
+                rl.evaluate()
             if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
-                trainer.save()
+                rl.save()
             if run.stop.is_requested:
                 raise Interrupted
     if cfg.trainer.lora.rank:
