@@ -59,7 +59,7 @@ def test_a_preset_lies_under_the_settings_of_the_recipe(tmp_path: Path):
         ("stages.zero.stepz=1", "unknown key stages.zero.stepz; did you mean stages.zero.steps?"),
         ("stages.zero.trainer.optim.learning_rte=1", "did you mean stages.zero.trainer.optim.learning_rate?"),
         ("stages.zero.top_p=0.9", "top_p=0.9"),
-        ("stages.zero.stage=r1", "did you mean rl?"),
+        ("stages.zero.stage=rll", "did you mean rl?"),
         ("stages.base.model.moe.num_exprts=3", "num_exprts"),
         ("stages.base.tasks=['chian']", "did you mean chain?"),
         ("stages.base.trainer.optim.learning_rate=-1", "learning_rate=-1"),

@@ -107,8 +107,8 @@ class RemoteEngine:
         """
         if cfg.return_routed_experts:
             raise ConfigError(
-                "router_replay (return_routed_experts of an engine) is set, but servers do not return the experts they used; "
-                "leave it out, or sample in this process (no servers.addresses)"
+                "router_replay (return_routed_experts of an engine) is set, but servers do not return the experts they "
+                "used; leave it out, or sample in this process (no servers.addresses)"
             )
         if cfg.weights != "plain":
             raise ConfigError(

@@ -68,7 +68,7 @@ class EvalConfig:
 
 
 WAY_OUT: dict[ThinkingFormat, str] = {
-    "think_answer_tags": 'set form = "flexible_extract" to read what stock models write, or "think_then_answer" for R1\'s form',
+    "think_answer_tags": 'set form = "flexible_extract" to read what stock models write, or "think_then_answer" for R1',
     "think_then_answer": 'set form = "flexible_extract" to read models that open no think block',
     "flexible_extract": "look at the answers in samples.jsonl: no box, mark or number stands in any of them",
 }

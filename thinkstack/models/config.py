@@ -58,9 +58,8 @@ class MoEConfig:
         group_size = self.num_experts // self.num_groups
         if self.num_experts_per_tok > self.top_groups * group_size:
             raise ConfigError(
-                f"moe.num_experts_per_tok={self.num_experts_per_tok} experts cannot come from {self.top_groups} groups of "
-                f"{group_size}; "
-                "raise moe.top_groups or lower moe.num_experts_per_tok"
+                f"moe.num_experts_per_tok={self.num_experts_per_tok} experts cannot come from {self.top_groups} groups "
+                f"of {group_size}; raise moe.top_groups or lower moe.num_experts_per_tok"
             )
         if self.num_groups > 1 and self.group_score == "top2" and group_size < 2:
             raise ConfigError(

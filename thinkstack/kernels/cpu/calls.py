@@ -75,7 +75,7 @@ def structure(name: str, pointers: str, integers: str, reals: str = "") -> type[
     """The C structure with these fields, in this order."""
     kinds = ((pointers, POINTER), (integers, INTEGER), (reals, REAL))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+    return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})  # slots: an unknown field is an error
 
 
 def run(name: str, arguments: ctypes.Structure, *flags: int) -> None:

@@ -54,8 +54,8 @@ class KVLayout(NamedTuple):
         return keys.unflatten(-1, (self.groups, -1)), values.unflatten(-1, (self.groups, -1))
 
 
-def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_range: Tensor, heads: KVLayout, scale: float,
-               interleaved: bool, grad_kv: Tensor | None = None, **more: Tensor) -> None:  # fmt: skip
+def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_range: Tensor, heads: KVLayout,
+               scale: float, interleaved: bool, grad_kv: Tensor | None = None, **more: Tensor) -> None:  # fmt: skip
     B, T, H, D = q.shape
     assert q.is_contiguous() and kv.is_contiguous() and (k_shared is None or is_rows(k_shared))
     arguments = _Attention(
