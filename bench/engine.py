@@ -218,7 +218,10 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
         comparisons.append(compare(f"{count} requests, 1 guess", *sides, pairs))
         speculator = guessing.speculator
         assert speculator is not None
-        share, n = float(speculator.accepted[0] / speculator.drafted[0]), int(speculator.drafted[0])
+        share, n = (
+            float(speculator.num_accepted_tokens[0] / speculator.num_draft_tokens[0]),
+            int(speculator.num_draft_tokens[0]),
+        )
         rows.append(Row(name=f"second tokens accepted, {count}", value=share, unit="", n=n, machine=machine()))
         clocks = Clock(guessing), Clock(plain)
         inside = [[clock.of(side)[0] for _ in range(pairs)] for clock, side in zip(clocks, sides, strict=True)]
@@ -249,7 +252,7 @@ def overhead(tries: int) -> list[Row]:
         waiting.scheduler.plan = lambda given=planned: given  # type: ignore[method-assign]
         waiting.step()
     long = random_tiny(mtp_layers=0, max_positions=2048)
-    shared, computed = drawn(1, 1024, long.cfg.vocab_size)[0], [0]
+    shared, num_computed_tokens = drawn(1, 1024, long.cfg.vocab_size)[0], [0]
     sharing = Engine(long, EngineConfig(max_num_seqs=REQUESTS))
     pass_on = sharing.runner.run
 

@@ -110,7 +110,7 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
             shared = [rng.randrange(model.cfg.vocab_size) for _ in range(200)]
             asked = [request(rng, model.cfg.vocab_size, shared) for _ in range(40)]
             together = engine.generate([prompt for prompt, _ in asked], [sampling for _, sampling in asked])
-            found["preempted"] += engine.scheduler.preemptions
+            found["preempted"] += engine.scheduler.num_preemptions
             for (prompt, sampling), group in zip(asked, together, strict=True):
                 (expected,) = alone.generate([prompt], [sampling])
                 for ours, theirs in zip(map(bits, group), map(bits, expected), strict=True):

@@ -88,7 +88,7 @@ def seconds_a_step(model: Transformer, batch: int, recorded: bool) -> float:
     prompts = torch.randint(8, model.cfg.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
     for seed, prompt in enumerate(prompts.tolist()):
         engine.submit(prompt, SamplingParams(max_tokens=2 * STEPS, seed=seed))
-    while len(engine.scheduler.running) < batch or (engine.table.computed < PROMPT)[:batch].any():
+    while len(engine.scheduler.running) < batch or (engine.table.num_computed_tokens < PROMPT)[:batch].any():
         engine.step()
     for step in range(STEPS):
         began = time.perf_counter()

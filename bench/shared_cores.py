@@ -122,7 +122,7 @@ class Child:
 
 
 def foreign_seconds(known: Sequence[int]) -> float:
-    """CPU time so far of everything but the processes `known` (ids); 0 where the system does not tell."""
+    """CPU time so far of everything but the processes `num_tokens` (ids); 0 where the system does not tell."""
     try:
         user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
         fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in known]

@@ -82,7 +82,7 @@ class Soak:
     def step(self) -> None:
         """Let requests come, perhaps abort one, and make a step."""
         draw, engine = self.load.random, self.engine
-        while engine.scheduler.waiting < 20 and draw.random() < 0.5:
+        while engine.scheduler.num_waiting < 20 and draw.random() < 0.5:
             self.alive.append(engine.submit(*self.load.next()))
         if self.alive and draw.random() < 0.02:
             engine.abort(self.alive.pop(draw.randrange(len(self.alive))))
@@ -105,7 +105,7 @@ class Soak:
             while (gone := time.monotonic() - began) < minutes * 60:
                 self.step()
                 if self.steps % 100 == 0:
-                    self.engine.scheduler.check()
+                    self.engine.scheduler.check_invariants()
                     progress.advance(int(gone) - shown)
                     shown = int(gone)
                 if gone >= 60 * len(self.memory):
@@ -115,9 +115,9 @@ class Soak:
         """Raise AssertionError where a block was lost, or a request of the sample answers otherwise alone."""
         for request in self.alive:
             self.engine.abort(request)
-        self.engine.scheduler.check()
+        self.engine.scheduler.check_invariants()
         pool = self.engine.scheduler.pool
-        assert pool.available == pool.num_blocks, "blocks were lost"
+        assert pool.num_free_blocks == pool.num_blocks, "blocks were lost"
         for request in self.finished:
             fresh = Engine(self.model, EngineConfig(max_num_seqs=4, max_model_len=LONGEST, enable_prefix_caching=False))
             (again,) = fresh.generate([list(request.prompt_token_ids)], [request.sampling])
@@ -131,7 +131,7 @@ class Soak:
             ("steps", ""): self.steps,
             ("answers", ""): self.answers,
             ("requests aborted", ""): self.aborts,
-            ("answers sent back", ""): self.engine.scheduler.preemptions,
+            ("answers sent back", ""): self.engine.scheduler.num_preemptions,
             ("replayed alone, equal", ""): len(self.finished),
             ("memory after a quarter", "MB"): settled[0],
             ("memory at the end", "MB"): settled[-1],

@@ -135,7 +135,7 @@ class SamplingParams:
     think_end_token_ids: tuple[int, ...] = ()
     """What closes thinking; injected tokens count like drawn ones, and their log-probability is 0."""
     top_logprobs: int = 0
-    """Alternatives reported for each token: the most likely ones under the distribution it was drawn from."""
+    """TopLogprobs reported for each token: the most likely ones under the distribution it was drawn from."""
     raw_logprobs: bool = False
     """Report log-probabilities of the model itself, at temperature 1, instead of those that were drawn from."""
     seed: int = 0

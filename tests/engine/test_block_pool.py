@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.tiny import GQA_TINY, tiny_model
-from thinkstack.engine.block_pool import BLOCK, BlockPool, Content, root_name
+from thinkstack.engine.block_pool import BLOCK, BlockPool, BlockTokens, root_hash
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.types import ConfigError, SamplingParams
 
@@ -48,7 +48,7 @@ class Traffic(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         before = [c for c in request.completions if c is not None]
         self.engine.abort(request)
-        assert request.is_finished and not request.rows and not request.queued
+        assert request.is_finished and not request.rows and not request.queue_entries
         assert all(c in request.completions for c in before)
 
     @rule(running=st.sampled_from(["drain", "abort", "keep"]))
@@ -58,7 +58,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self) -> None:
-        self.engine.scheduler.check()
+        self.engine.scheduler.check_invariants()
 
     def teardown(self) -> None:
         for _ in range(5000):
@@ -69,8 +69,8 @@ class Traffic(RuleBasedStateMachine):
             assert request.is_finished, "somebody waits for ever"
             for c in request.completions:
                 assert c.finish_reason == "abort" or len(c.token_ids) == request.sampling.max_tokens
-        self.engine.scheduler.check()
-        assert self.engine.scheduler.pool.available == 7
+        self.engine.scheduler.check_invariants()
+        assert self.engine.scheduler.pool.num_free_blocks == 7
 
 
 TestTraffic = Traffic.TestCase
@@ -97,31 +97,31 @@ class TestTenThousandSteps(Traffic.TestCase):
     settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
-def content(parent: bytes, tokens: list[int]) -> Content:
-    return Content(parent, torch.tensor(tokens).numpy().tobytes())
+def content(parent: bytes, tokens: list[int]) -> BlockTokens:
+    return BlockTokens(parent, torch.tensor(tokens).numpy().tobytes())
 
 
 def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
-    pool, root = BlockPool(4), root_name(0)
-    first, second = pool.take(2)
-    name = pool.name(first, content(root, [1]))
-    pool.name(second, content(name, [2]))
-    (other,) = pool.take(1)
-    pool.name(other, content(root, [3]))
-    pool.release([other])
-    pool.release([first, second])
-    assert list(pool.cached) == [other, second, first]
-    assert pool.take(2)[1] == other  # the free one, then the longest unused
-    assert pool.find(content(root, [3])) is None
-    assert pool.find(content(root, [1])) == first
-    pool.share([first])
-    pool.take(1)
-    assert pool.find(content(name, [2])) is None
-    pool.check()
+    pool, root = BlockPool(4), root_hash(0)
+    first, second = pool.allocate(2)
+    name = pool.cache_block(first, content(root, [1]))
+    pool.cache_block(second, content(name, [2]))
+    (other,) = pool.allocate(1)
+    pool.cache_block(other, content(root, [3]))
+    pool.free([other])
+    pool.free([first, second])
+    assert list(pool.cached_blocks) == [other, second, first]
+    assert pool.allocate(2)[1] == other  # the free one, then the longest unused
+    assert pool.find_cached(content(root, [3])) is None
+    assert pool.find_cached(content(root, [1])) == first
+    pool.add_reference([first])
+    pool.allocate(1)
+    assert pool.find_cached(content(name, [2])) is None
+    pool.check_invariants()
 
 
 def test_roots_tell_versions_and_salts_apart():
-    assert len({root_name(version, cache_salt) for version in range(3) for cache_salt in ("", "a", "b")}) == 9
+    assert len({root_hash(version, cache_salt) for version in range(3) for cache_salt in ("", "a", "b")}) == 9
 
 
 def test_a_cache_of_nothing_is_refused():

@@ -98,7 +98,7 @@ def traced(cfg, dtype: torch.dtype, weights: Quantization = "plain") -> list[str
 def test_a_recorded_step_never_waits_for_the_device(cfg, with_triton):
     assert can_record(meta_model(cfg, torch.bfloat16))
     names = traced(cfg, torch.bfloat16)
-    assert names.count("thinkstack.read_cache.default") == cfg.num_layers
+    assert names.count("thinkstack.paged_attention.default") == cfg.num_layers
     assert any("grouped_mm" in name for name in names) == (cfg.moe is not None)
 
 

@@ -211,7 +211,7 @@ def test_an_interrupted_call_leaves_nothing_behind():
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts(5), [SamplingParams(max_tokens=1 + index) for index in range(5)], interrupt)
-    assert not engine.scheduler.running and not engine.scheduler.waiting
+    assert not engine.scheduler.running and not engine.scheduler.num_waiting
 
 
 def test_completions_carry_the_version_that_drew_them():
@@ -273,7 +273,7 @@ def test_a_waiting_request_can_be_aborted():
     engine.abort(waiting)
     assert waiting.completions[0].finish_reason == "abort"
     assert waiting.completions[0].token_ids == ()
-    assert not running.is_finished and not engine.scheduler.waiting
+    assert not running.is_finished and not engine.scheduler.num_waiting
 
 
 def test_aborting_keeps_answers_that_were_done():

@@ -32,7 +32,7 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
     engine, expected = Engine(model, SMALL), alone(model, asked, samplings)
     assert sampled(engine.generate(asked, samplings)) == expected
     assert sampled(engine.generate(asked, samplings)) == expected
-    engine.scheduler.check()
+    engine.scheduler.check_invariants()
 
 
 @EVERY_WAY
@@ -60,8 +60,8 @@ def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
     samplings = how(6, max_tokens=120)
     engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK))
     assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
-    assert engine.scheduler.preemptions > 0
-    engine.scheduler.check()
+    assert engine.scheduler.num_preemptions > 0
+    engine.scheduler.check_invariants()
 
 
 @EVERY_WAY
@@ -71,8 +71,8 @@ def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
     for tokens in (0, 5 * BLOCK):
         engine = Engine(model, replace(SMALL, cache_tokens=tokens, max_prefill_tokens=64))
         assert sampled(engine.generate(asked, samplings)) == expected
-        engine.scheduler.check()
-    assert engine.scheduler.preemptions > 0
+        engine.scheduler.check_invariants()
+    assert engine.scheduler.num_preemptions > 0
 
 
 def test_preempted_answers_keep_experts_alternatives_and_logprobs():
@@ -86,7 +86,7 @@ def test_preempted_answers_keep_experts_alternatives_and_logprobs():
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
         assert torch.equal(mine[0].experts, theirs[0].experts)
-    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.num_preemptions > 0
 
 
 def test_answers_that_end_at_once_carry_their_experts():
@@ -122,7 +122,7 @@ def test_hits_are_counted_in_whole_blocks():
     for length, hit in ((200, 192), (192, 128), (130, 128), (63, 0)):
         request = engine.submit(base[:length], SamplingParams(max_tokens=1))
         engine.step()
-        assert request.cached_tokens == hit, length
+        assert request.num_cached_tokens == hit, length
 
 
 def test_other_weights_and_other_tenants_share_nothing():
@@ -133,7 +133,7 @@ def test_other_weights_and_other_tenants_share_nothing():
     engine.generate(asked, greedy)
     tenant = engine.submit(asked[0], greedy[0], cache_salt="other")
     engine.step()
-    assert tenant.cached_tokens == 0
+    assert tenant.num_cached_tokens == 0
     engine.abort(tenant)
     engine.load_weights(other, version=1)
     assert sampled(engine.generate(asked, greedy)) == alone(other, asked, greedy)
@@ -169,7 +169,7 @@ def test_weights_change_under_running_answers_as_asked(running):
         expected = alone(new, rest, [replace(s, max_tokens=30) for s in samplings])
         assert [c.token_ids[10:] for c in found] == [group[0].token_ids for group in expected]
     assert {c.weights_version for c in found} == {0}
-    engine.scheduler.check()
+    engine.scheduler.check_invariants()
 
 
 def test_an_engine_that_slept_goes_on():
@@ -192,7 +192,7 @@ def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
         patch.setattr(engine.runner, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
-    engine.scheduler.check()
+    engine.scheduler.check_invariants()
     while not all(request.is_finished for request in requests):
         engine.step()
     assert sampled([request.completions for request in requests]) == alone(model, asked, samplings)
@@ -213,7 +213,7 @@ def test_answers_whose_logits_are_not_finite_end_with_an_error():
     assert not good.is_finished
     with pytest.raises(RequestError, match="not finite"):
         engine.generate([[7]], [SamplingParams(max_tokens=2)])
-    engine.scheduler.check()
+    engine.scheduler.check_invariants()
 
 
 def test_first_come_first_served_but_for_priority():

@@ -10,17 +10,17 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.fused import fused_pass
 from thinkstack.engine.fused import gqa as dense
-from thinkstack.engine.fused import whole_model
-from thinkstack.engine.fused.gqa import Dense
-from thinkstack.engine.fused.mla import SmallLatent
-from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.engine.fused.gqa import FusedGQA
+from thinkstack.engine.fused.mla import FusedMLA
+from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels import choice
 from thinkstack.kernels.cpu import calls
-from thinkstack.kernels.cpu.prepacked import can_block, multiply
+from thinkstack.kernels.cpu.prepacked import can_prepack, multiply
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import GQAConfig
-from thinkstack.models.layers import keep_blocked
+from thinkstack.models.layers import prepack_weights
 from thinkstack.models.lora import LoRAConfig, adapt
 from thinkstack.models.precision import inference_copy, working_copy
 from thinkstack.models.quantized import matrices, pack, unpack
@@ -55,9 +55,9 @@ def test_products_of_a_few_rows(count, width):
     x, weight = drawn(count, width, dtype=torch.bfloat16), drawn(50, width, seed=1, dtype=torch.bfloat16)
     exact = x.double() @ weight.double().T
     with torch.no_grad():
-        assert kernels.takes_few(x, weight)
-        assert relative(kernels.few_rows(x, weight), exact) < 3e-3  # half a unit in bf16's last place
-    assert not kernels.takes_few(drawn(9, width, dtype=torch.bfloat16), weight)
+        assert kernels.takes_small_m(x, weight)
+        assert relative(kernels.small_m_linear(x, weight), exact) < 3e-3  # half a unit in bf16's last place
+    assert not kernels.takes_small_m(drawn(9, width, dtype=torch.bfloat16), weight)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
@@ -66,11 +66,11 @@ def test_products_of_a_few_rows(count, width):
 @torch.no_grad()
 def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, monkeypatch):
     """States and what is written into the cache; three of the tokens follow each other in one sequence."""
-    if count > kernels.FEW and (weights == "int8" or not can_block(torch.empty(0, dtype=torch.bfloat16))):
+    if count > kernels.SMALL_M and (weights == "int8" or not can_prepack(torch.empty(0, dtype=torch.bfloat16))):
         pytest.skip("many tokens at once take matrices in oneDNN's layout")
     exact = tiny_model(KINDS[kind])
     model = inference_copy(exact, torch.bfloat16, weights)
-    keep_blocked(model)
+    prepack_weights(model)
     if weights == "int8":
         pack(exact, Int8(), matrices(exact))
         unpack(exact)
@@ -81,20 +81,20 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
     kept = cache.data.clone()
     wide = KVCache(model.cfg, 4 * count + 1, torch.float32)
     wide.data.copy_(cache.data)
-    owner = torch.tensor([0, 0, 0, *range(1, count)][:count])
+    seq_index = torch.tensor([0, 0, 0, *range(1, count)][:count])
     places = torch.tensor([130, 131, 132, *((9 + 31 * n) % 240 for n in range(count))][:count])
-    tables = (1 + torch.randperm(4 * count, generator=torch.Generator().manual_seed(1))).view(count, 4).int()
-    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    block_tables = (1 + torch.randperm(4 * count, generator=torch.Generator().manual_seed(1))).view(count, 4).int()
+    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def pages(kept: KVCache) -> Pages:
-        return Pages(kept.data[0], tables, owner.int())
+        return Pages(kept.data[0], block_tables, seq_index.int())
 
     def in_parts(of: Transformer, into: KVCache) -> torch.Tensor:
-        return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(into, pages(into), slots)).hidden[:, 0]
+        return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=KVCacheView(into, pages(into), slots)).hidden[:, 0]
 
-    few = whole_model(model)
-    assert isinstance(few, Dense) and few.is_packed == (weights == "int8")
+    few = fused_pass(model)
+    assert isinstance(few, FusedGQA) and few.is_packed == (weights == "int8")
     mine, _ = few.hidden(ids, places, pages(cache), cache.data)
     monkeypatch.setattr(choice.choices(), "emulates_bf16", False)  # products in bf16 as torch has them
     theirs, true = on_torch(in_parts, model, twin), on_torch(in_parts, exact, wide)
@@ -130,21 +130,21 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     twin = KVCache(model.cfg, 21, torch.float32)
     twin.data.copy_(cache.data)
     chunk = max(count - 4, 1)
-    owner = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
+    seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(70, 70 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
-    tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
-    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    block_tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
+    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def in_parts() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        view = View(twin, Pages(twin.data[0], tables, owner.int()), slots)
+        view = KVCacheView(twin, Pages(twin.data[0], block_tables, seq_index.int()), slots)
         trunk = model.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=view)
         return trunk.hidden[:, 0], [routing.experts[:, 0] for routing in trunk.routing]
 
-    whole = whole_model(model)
-    assert isinstance(whole, Dense if kind in KINDS else SmallLatent)
-    assert whole.most_tokens >= count
-    mine, experts = whole.hidden(ids, places, Pages(cache.data[0], tables, owner.int()), cache.data)
+    whole = fused_pass(model)
+    assert isinstance(whole, FusedGQA if kind in KINDS else FusedMLA)
+    assert whole.max_tokens >= count
+    mine, experts = whole.hidden(ids, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
     theirs, chosen = on_torch(in_parts)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
@@ -152,7 +152,7 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     if experts is not None:
         assert torch.equal(experts.sort(-1).values, torch.stack(chosen).sort(-1).values)
     last = count - 1
-    alone = Pages(cache.data[0], tables, owner[last:].int())
+    alone = Pages(cache.data[0], block_tables, seq_index[last:].int())
     again, _ = whole.hidden(ids[last:], places[last:], alone, cache.data)
     assert torch.equal(again[0], mine[last])
     assert whole.head is not None
@@ -163,11 +163,11 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
 @torch.no_grad()
 def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
     """What is read is rounded, what is computed is not; 20 tokens of one sequence, over the edge of a block."""
-    whole = whole_model(tiny_model(LATENT[kind]))
+    whole = fused_pass(tiny_model(LATENT[kind]))
     exact, cache = (KVCache(LATENT[kind], 3, dtype) for dtype in (torch.float32, torch.bfloat16))
     cache.data.copy_(drawn(*cache.data.shape, seed=3))
     exact.data.copy_(cache.data)
-    tables, owner, places = (
+    block_tables, seq_index, places = (
         torch.tensor([[2, 1]], dtype=torch.int32),
         torch.zeros(20, dtype=torch.int32),
         torch.arange(50, 70),
@@ -175,7 +175,7 @@ def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
     ids = torch.randint(48, (20,), generator=torch.Generator().manual_seed(2))
 
     def hidden(into: KVCache, rows: slice) -> torch.Tensor:
-        return whole.hidden(ids[rows], places[rows], Pages(into.data[0], tables, owner[rows]), into.data)[0]
+        return whole.hidden(ids[rows], places[rows], Pages(into.data[0], block_tables, seq_index[rows]), into.data)[0]
 
     together = hidden(cache, slice(None))
     assert 0 < relative(together, hidden(exact, slice(None))) < 1e-2
@@ -189,16 +189,16 @@ def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
     cache.data.copy_(drawn(*cache.data.shape, seed=3))
     twin = KVCache(model.cfg, 3, torch.float32, drafts=True)
     twin.data.copy_(cache.data)
-    owner, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
-    tables = torch.tensor([[2, 1]], dtype=torch.int32)
-    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    seq_index, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
+    block_tables = torch.tensor([[2, 1]], dtype=torch.int32)
+    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
     hidden, following = drawn(9, 32, seed=4), torch.arange(9)
-    whole = whole_model(model)
-    assert isinstance(whole, SmallLatent)
-    mine = whole.draft(hidden, following, places, Pages(cache.data[0], tables, owner.int()), cache.data)
+    whole = fused_pass(model)
+    assert isinstance(whole, FusedMLA)
+    mine = whole.draft(hidden, following, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
 
     def in_parts() -> torch.Tensor:
-        view = View(twin, Pages(twin.data[0], tables, owner.int()), slots)
+        view = KVCacheView(twin, Pages(twin.data[0], block_tables, seq_index.int()), slots)
         return model.draft(hidden.unsqueeze(1), following.unsqueeze(1), places.unsqueeze(1), view)[:, 0]
 
     torch.testing.assert_close(mine, on_torch(in_parts), rtol=1e-4, atol=1e-4)
@@ -208,21 +208,21 @@ def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
 @torch.no_grad()
 def test_only_plain_weights_are_read_at_once(monkeypatch):
     model = working_copy(tiny_model(WIDE), torch.bfloat16)
-    assert whole_model(model) is not None
-    assert whole_model(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
+    assert fused_pass(model) is not None
+    assert fused_pass(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
     adapt(model, LoRAConfig(rank=2))
-    assert whole_model(model) is None
-    assert whole_model(inference_copy(tiny_model(WIDE), torch.bfloat16, "int8")) is not None
-    assert whole_model(inference_copy(tiny_model(WIDE), torch.float32, "int8")) is None
-    assert whole_model(inference_copy(tiny_model(WIDE), torch.bfloat16, "fp8")) is None
-    assert whole_model(inference_copy(tiny_model(SMALL), torch.float32, "int8")) is None  # latents and experts
+    assert fused_pass(model) is None
+    assert fused_pass(inference_copy(tiny_model(WIDE), torch.bfloat16, "int8")) is not None
+    assert fused_pass(inference_copy(tiny_model(WIDE), torch.float32, "int8")) is None
+    assert fused_pass(inference_copy(tiny_model(WIDE), torch.bfloat16, "fp8")) is None
+    assert fused_pass(inference_copy(tiny_model(SMALL), torch.float32, "int8")) is None  # latents and experts
     hooked = working_copy(tiny_model(WIDE), torch.bfloat16)
     hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
-    assert whole_model(hooked) is None
+    assert fused_pass(hooked) is None
     for dtype in (torch.bfloat16, torch.float32):  # not on this machine's processor
-        assert whole_model(working_copy(tiny_model(WIDE), dtype, always=True).to("meta")) is None
-    monkeypatch.setattr(dense, "keeps_rows", lambda *_: False)
-    assert whole_model(tiny_model(WIDE)) is None  # in fp32 it would not be exact
+        assert fused_pass(working_copy(tiny_model(WIDE), dtype, always=True).to("meta")) is None
+    monkeypatch.setattr(dense, "is_batch_invariant", lambda *_: False)
+    assert fused_pass(tiny_model(WIDE)) is None  # in fp32 it would not be exact
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8"])

@@ -72,7 +72,7 @@ def test_new_weights_are_packed_and_what_the_old_ones_read_is_forgotten(dtype):
     engine.load_weights(model, version=3)
     request = engine.submit(asked[0], SamplingParams(max_tokens=1))
     engine.step()
-    assert request.cached_tokens == 0 and request.is_finished
+    assert request.num_cached_tokens == 0 and request.is_finished
     assert answers(engine, asked) == expected
     same = zip(model.state_dict().items(), tiny_model(seed=1, **LONG).state_dict().items(), strict=True)
     assert all(name == known and torch.equal(value, wanted) for (name, value), (known, wanted) in same)

@@ -18,7 +18,7 @@ from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine import remote
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.remote import RemoteEngine, ServersConfig, open_engine
-from thinkstack.engine.sampler import adjust, keep_likely
+from thinkstack.engine.sampler import adjust, filter_logprobs
 from thinkstack.engine.vllm import server_seed
 from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 
@@ -44,7 +44,7 @@ def expected_logprobs(model, sampling: SamplingParams, found: Completion) -> lis
         adjust(row, sampling, numpy.array(PROMPT), drawn[:place])
         row = torch.log_softmax(row / (sampling.temperature or 1.0), -1).unsqueeze(0)
         kept = (torch.tensor([value]) for value in (sampling.top_k, sampling.top_p, sampling.min_p))
-        values.append(float(keep_likely(row, *kept)[0, drawn[place]]))
+        values.append(float(filter_logprobs(row, *kept)[0, drawn[place]]))
     return values
 
 

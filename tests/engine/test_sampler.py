@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from thinkstack.engine.sampler import keep_likely, sample, uniforms
-from thinkstack.engine.sequence_table import answer_seed
+from thinkstack.engine.sampler import filter_logprobs, sample, uniforms
+from thinkstack.engine.sequence_table import completion_seed
 from thinkstack.types import RequestError, SamplingParams
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()
@@ -23,7 +23,7 @@ def draw(
 
 def keep_nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     rows = len(top_p)
-    return keep_likely(logprobs, torch.zeros(rows, dtype=torch.int64), top_p, torch.zeros(rows))
+    return filter_logprobs(logprobs, torch.zeros(rows, dtype=torch.int64), top_p, torch.zeros(rows))
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (0.999999, 2)])
@@ -84,7 +84,7 @@ def test_the_logprob_of_a_nucleus_is_renormalized():
 
 
 def test_draws_are_uniform_and_depend_on_seed_and_counter():
-    seeds = numpy.array([answer_seed(s, a) for s in range(100) for a in range(4)], dtype=numpy.uint64)
+    seeds = numpy.array([completion_seed(s, a) for s in range(100) for a in range(4)], dtype=numpy.uint64)
     drawn = numpy.stack([uniforms(seeds, numpy.full(400, c, dtype=numpy.uint64)) for c in range(50)])
     assert drawn.min() >= 0.0 and drawn.max() < 1.0
     assert len(numpy.unique(drawn)) == drawn.size
@@ -95,7 +95,7 @@ def test_draws_are_uniform_and_depend_on_seed_and_counter():
 
 def test_a_draw_keeps_its_value():
     """Published runs name seeds; another generator would change every one of them."""
-    one = uniforms(numpy.array([answer_seed(0, 0)], dtype=numpy.uint64), numpy.array([0], dtype=numpy.uint64))
+    one = uniforms(numpy.array([completion_seed(0, 0)], dtype=numpy.uint64), numpy.array([0], dtype=numpy.uint64))
     assert one.tolist() == [0.7497482413580301]
 
 
@@ -107,4 +107,4 @@ def test_meaningless_sampling_is_refused(given):
 
 def test_seeds_of_any_size_are_taken():
     for seed in (-1, 0, 2**63, 2**70):
-        assert 0 <= answer_seed(seed, 3) < 2**64
+        assert 0 <= completion_seed(seed, 3) < 2**64

@@ -28,7 +28,7 @@ def test_a_script_goes_on_after_preemption():
     engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_num_seqs=4, cache_tokens=5 * BLOCK)
     asked = [[1 + n % 5] * 90 for n in range(4)]
     found = engine.generate(asked, [SamplingParams(max_tokens=100)] * 4)
-    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.num_preemptions > 0
     assert [group[0].token_ids[:90] for group in found] == [tuple(t + 1 for t in one) for one in asked]
 
 
@@ -42,10 +42,10 @@ def test_ten_thousand_waiting_requests_cost_less_than_a_millisecond_a_step():
     seconds = []
     for _ in range(120):
         began = time.perf_counter()
-        plan = engine.scheduler.plan()
+        plan = engine.scheduler.schedule()
         seconds.append(time.perf_counter() - began)
         engine.scheduler.plan = lambda planned=plan: planned
         engine.step()
         del engine.scheduler.plan
-    assert engine.scheduler.waiting > 8_000
+    assert engine.scheduler.num_waiting > 8_000
     assert sorted(seconds)[len(seconds) // 2] < 1e-3

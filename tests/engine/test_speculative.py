@@ -27,17 +27,17 @@ class Oracle:
     def __call__(self, speculator: Speculator, rows: numpy.ndarray, states: torch.Tensor) -> None:
         table = speculator.table
         for row in rows.tolist():
-            known, prompt_end = int(table.known[row]), int(table.prompt[row])
+            known, prompt_end = int(table.num_tokens[row]), int(table.prompt[row])
             answer = self.answers.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
             left = int(table.limit[row]) - known
-            if table.computed[row] != known - 1:
+            if table.num_computed_tokens[row] != known - 1:
                 continue
             guesses = list(answer[known - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
             for place in range(len(guesses)):
                 if self.random.random() < self.wrong:
                     guesses[place] = (guesses[place] + 1) % 48
             table.ids[row, known : known + len(guesses)] = guesses
-            table.drafts[row] = len(guesses)
+            table.num_draft_tokens[row] = len(guesses)
 
 
 def guess_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
@@ -55,8 +55,8 @@ def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
     engine = Engine(model, replace(DRAFTING, num_speculative_tokens=drafts, max_prefill_tokens=50))
     for _ in range(2):  # the second time from cached prefixes
         assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
-        engine.scheduler.check()
-    assert (engine.speculator.drafted > 0).all()
+        engine.scheduler.check_invariants()
+    assert (engine.speculator.num_draft_tokens > 0).all()
 
 
 @BOTH
@@ -70,7 +70,7 @@ def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
     assert sampled(engine.generate(asked, samplings)) == expected
     longer = [one + [*group[0].token_ids][:40] for one, group in zip(asked, expected, strict=True)]
     assert sampled(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from what was kept
-    engine.scheduler.check()
+    engine.scheduler.check_invariants()
 
 
 def test_right_guesses_save_steps_and_are_counted(monkeypatch):
@@ -85,8 +85,8 @@ def test_right_guesses_save_steps_and_are_counted(monkeypatch):
         engine.step()
         steps += 1
     assert steps == 11
-    assert request.drafted == request.accepted == 30
-    assert engine.speculator.drafted.tolist() == engine.speculator.accepted.tolist() == [10, 10, 10]
+    assert request.num_draft_tokens == request.num_accepted_tokens == 30
+    assert engine.speculator.num_draft_tokens.tolist() == engine.speculator.num_accepted_tokens.tolist() == [10, 10, 10]
 
 
 def test_nothing_counts_behind_a_stop_token(monkeypatch):
@@ -98,7 +98,7 @@ def test_nothing_counts_behind_a_stop_token(monkeypatch):
     found = engine.generate([asked], stopping)[0][0]
     place = expected.index(expected[17])
     assert found.token_ids == expected[: place + 1] and found.finish_reason == "stop"
-    assert not engine.table.drafts.any(), "nobody guesses for a row that has ended"
+    assert not engine.table.num_draft_tokens.any(), "nobody guesses for a row that has ended"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
         assert mine[0].token_ids == theirs[0].token_ids
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
-    assert engine.speculator.accepted.sum() > 10
+    assert engine.speculator.num_accepted_tokens.sum() > 10
 
 
 class EvenAfterOdd:
@@ -159,8 +159,8 @@ def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatc
     )
     engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK))
     assert sampled(engine.generate(asked, samplings)) == expected
-    assert engine.scheduler.preemptions > 0
-    engine.scheduler.check()
+    assert engine.scheduler.num_preemptions > 0
+    engine.scheduler.check_invariants()
 
 
 @BOTH
@@ -173,8 +173,8 @@ def test_cached_states_are_those_of_a_whole_sequence(cfg):
     while not request.is_finished:
         engine.step()
         for row in request.rows.values():
-            if engine.table.drafts[row]:
-                known = int(engine.table.known[row])
+            if engine.table.num_draft_tokens[row]:
+                known = int(engine.table.num_tokens[row])
                 guesses[known] = int(engine.table.ids[row, known])
     ids = torch.tensor([[*asked, *request.completions[0].token_ids]])
     with torch.no_grad():

@@ -27,8 +27,8 @@ class Memory:
         self.held: dict[int, tuple[int, object]] = {}
         """By address: bytes, and what lies there."""
 
-    def note(self, at: int, size: int, owner: object) -> int:
-        self.held[at] = size, owner
+    def note(self, at: int, size: int, seq_index: object) -> int:
+        self.held[at] = size, seq_index
         return at
 
     def note_tensor(self, x: Tensor) -> None:
@@ -71,8 +71,8 @@ def described(name: str, arguments: tuple, memory: Memory) -> Call:
             follow(len(call.blocks) - 1, memory.held[start][1])
         call.addresses.append((block, offset, call.blocks.index(start), address - start))
 
-    def follow(block: int, owner: object) -> None:
-        for n, part in enumerate(owner if isinstance(owner, ctypes.Array) else [owner]):
+    def follow(block: int, seq_index: object) -> None:
+        for n, part in enumerate(seq_index if isinstance(seq_index, ctypes.Array) else [seq_index]):
             for key, kind in getattr(part, "_fields_", ()):
                 if kind is ctypes.c_void_p:
                     lead(block, n * ctypes.sizeof(part) + getattr(type(part), key).offset, getattr(part, key))

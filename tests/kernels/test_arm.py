@@ -42,12 +42,12 @@ from tests.kernels.test_kernels import drawn
 from tests.tiny import MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK
-from thinkstack.engine.fused import whole_model
-from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.engine.fused import fused_pass
+from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.engine.sampler import sample, uniforms
 from thinkstack.kernels.cpu import build, calls
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import read_pages
+from thinkstack.models.attention import paged_attention_torch
 from thinkstack.models.layers import rope_table, rotate
 from thinkstack.models.precision import inference_copy
 from thinkstack.quant.int8 import Int8
@@ -73,22 +73,26 @@ def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> 
     """Contexts of several segments, chunks of prompts over the edge of a block; what is not seen is not a number."""
     heads = HEADS[kind]
     entries = drawn(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
-    tables = (1 + torch.randperm(39, generator=torch.Generator().manual_seed(0))).view(1, 39).int()
-    tables = torch.cat((tables, tables.flip(1).repeat(5, 1)))
+    block_tables = (1 + torch.randperm(39, generator=torch.Generator().manual_seed(0))).view(1, 39).int()
+    block_tables = torch.cat((block_tables, block_tables.flip(1).repeat(5, 1)))
     entries[0] = torch.nan
-    tables[0, 32] = 40
+    block_tables[0, 32] = 40
     entries[40, 6:] = torch.nan  # behind token 2053
-    owner, last = torch.zeros(7, dtype=torch.int32), torch.arange(2047, 2054)
+    seq_index, last = torch.zeros(7, dtype=torch.int32), torch.arange(2047, 2054)
     if batched:
-        owner = torch.cat((owner, torch.arange(1, 6, dtype=torch.int32)))
+        seq_index = torch.cat((seq_index, torch.arange(1, 6, dtype=torch.int32)))
         last = torch.cat((last, torch.tensor([0, 63, 1024, 1500, 9])))
-    query = drawn(len(owner), heads.groups, per_group, heads.key_width).to(dtype)
+    query = drawn(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def mine() -> list[Tensor]:
-        return [kernels.read_cache(query, Pages(entries, tables, owner), last, heads, 0.2)]
+        return [kernels.paged_attention(query, Pages(entries, block_tables, seq_index), last, heads, 0.2)]
 
     def theirs() -> list[Tensor]:
-        return [read_pages(query.double(), Pages(entries.double().nan_to_num(), tables, owner), last, heads, 0.2)]
+        return [
+            paged_attention_torch(
+                query.double(), Pages(entries.double().nan_to_num(), block_tables, seq_index), last, heads, 0.2
+            )
+        ]
 
     return Case(mine, theirs, BOUND[dtype])
 
@@ -98,14 +102,20 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
     H, G, N = 6, 2, 5
     qkv, entries = drawn(N, (H + 2 * G) * width, dtype=dtype), drawn(7, 64, 2 * G * width, seed=1, dtype=dtype)
     norms = (drawn(width, seed=2), drawn(width, seed=3)) if normed else (None, None)
-    tables, owner = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32), torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32)
+    block_tables, seq_index = (
+        torch.tensor([[3, 1], [2, 5]], dtype=torch.int32),
+        torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32),
+    )
     last = torch.tensor([62, 63, 64, 65, 9])
     rope = rope_table(last, width, MLA_TINY.rope)
     sizes, scales = dict(H=H, G=G, W=width, interleaved=int(interleaved)), dict(scale=0.3, eps=1e-6)
 
     def mine() -> list[Tensor]:
         own = entries.clone()
-        return [kernels.attend_new(qkv, norms, sizes, rope, last, Pages(own, tables, owner), scales), own]
+        return [
+            kernels.attend_gqa_step(qkv, norms, sizes, rope, last, Pages(own, block_tables, seq_index), scales),
+            own,
+        ]
 
     def theirs() -> list[Tensor]:
         q, k, v = qkv.float().unflatten(1, (-1, width)).split([H, G, G], 1)
@@ -113,9 +123,14 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
             q, k = (F.rms_norm(x, (width,), weight, 1e-6) for x, weight in zip((q, k), norms, strict=True))
         q, k = (rotate(x[None].contiguous(), rope[None], interleaved)[0] for x in (q, k))
         own = entries.float()
-        own[tables[owner, last // 64].long(), last % 64] = torch.cat((k.flatten(1), v.flatten(1)), 1)
+        own[block_tables[seq_index, last // 64].long(), last % 64] = torch.cat((k.flatten(1), v.flatten(1)), 1)
         heads = kernels.KVLayout(G, width, width, G * width, width, width)
-        return [read_pages(q.unflatten(1, (G, -1)), Pages(own, tables, owner), last, heads, 0.3).view(N, -1), own]
+        return [
+            paged_attention_torch(q.unflatten(1, (G, -1)), Pages(own, block_tables, seq_index), last, heads, 0.3).view(
+                N, -1
+            ),
+            own,
+        ]
 
     return Case(mine, theirs, BOUND[dtype])
 
@@ -133,7 +148,7 @@ def sampling(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
     return alike(lambda: list(sample(logits, temperature, uniform, limits)), 2e-5)
 
 
-def sampling_of_rows(keeps_all: bool) -> Case:
+def sampling_of_rows(is_unfiltered: bool) -> Case:
     """Rows with their own settings and numbers, which the kernel makes: of 4,000 tokens of one mass."""
     random = numpy.random.default_rng(0)
     columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
@@ -142,7 +157,7 @@ def sampling_of_rows(keeps_all: bool) -> Case:
     chosen, offsets, logits = random.permutation(50)[:40], random.integers(0, 4, 40), torch.zeros(40, 4000)
 
     def mine() -> list[Tensor]:
-        found = kernels.RowDraws(**columns).draw(logits, chosen, offsets, keeps_all)
+        found = kernels.RowSampler(**columns).draw(logits, chosen, offsets, is_unfiltered)
         return [torch.from_numpy(one) for one in found]
 
     def theirs() -> list[Tensor]:
@@ -150,18 +165,18 @@ def sampling_of_rows(keeps_all: bool) -> Case:
         numbers = torch.from_numpy(uniforms(columns["seed"][chosen], counters.astype("u8")))
         names = ("temperature", "top_k", "top_p", "min_p")
         temperature, *kept = (torch.from_numpy(columns[name][chosen]) for name in names)
-        return list(sample(logits, temperature, numbers, None if keeps_all else tuple(kept)))
+        return list(sample(logits, temperature, numbers, None if is_unfiltered else tuple(kept)))
 
     return Case(mine, theirs, 2e-5)
 
 
-def few_rows(count: int, width: int) -> Case:
+def small_m_linear(count: int, width: int) -> Case:
     x, weight = drawn(count, width, dtype=BF16), drawn(50, width, seed=1)
     parts = Int8().pack(weight)
 
     @torch.no_grad()
     def mine() -> list[Tensor]:
-        return [kernels.few_rows(x, weight.bfloat16()), kernels.few_rows(x, parts["codes"], parts["scale"])]
+        return [kernels.small_m_linear(x, weight.bfloat16()), kernels.small_m_linear(x, parts["codes"], parts["scale"])]
 
     def theirs() -> list[Tensor]:
         matrices = weight.bfloat16().double(), parts["codes"].double() * parts["scale"].double()
@@ -182,10 +197,10 @@ def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torc
                 if isinstance(layer, torch.nn.Linear):
                     Int8().unpack(Int8().pack(layer.weight.data), layer.weight.data)
     chunk = max(count - 4, 1)
-    owner = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
+    seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(62, 62 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
-    tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
-    slots = tables[owner, places // BLOCK].long() * BLOCK + places % BLOCK
+    block_tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
+    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def cache_of(dtype: torch.dtype) -> KVCache:
@@ -194,18 +209,18 @@ def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torc
         return cache
 
     def pages(cache: KVCache) -> Pages:
-        return Pages(cache.data[0], tables, owner.int())
+        return Pages(cache.data[0], block_tables, seq_index.int())
 
     @torch.no_grad()
     def mine() -> list[Tensor]:
-        cache, whole = cache_of(cache_dtype), whole_model(own)
+        cache, whole = cache_of(cache_dtype), fused_pass(own)
         hidden, chosen = whole.hidden(ids, places, pages(cache), cache.data)
         return [hidden, cache.data, *([] if chosen is None else chosen.sort(-1).values)]
 
     @torch.no_grad()
     def theirs() -> list[Tensor]:
         cache = cache_of(FP32)
-        trunk = exact.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=View(cache, pages(cache), slots))
+        trunk = exact.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=KVCacheView(cache, pages(cache), slots))
         chosen = [each.experts[:, 0].sort(-1).values for each in trunk.routing]
         return [trunk.hidden[:, 0], cache.data, *chosen]
 
@@ -244,10 +259,10 @@ for _tokens in (1, 19):
     case(feed_forward, _tokens)
 for _count, _wide, _narrow in ((1, 48, 16), (5, 304, 80), (263, 64, 336)):
     case(products, _count, _wide, _narrow)
-for _keeps_all in (False, True):
-    case(sampling_of_rows, _keeps_all)
+for _is_unfiltered in (False, True):
+    case(sampling_of_rows, _is_unfiltered)
 for _count, _width in ((1, 32), (2, 96), (3, 576), (5, 96), (8, 576)):
-    case(few_rows, _count, _width)
+    case(small_m_linear, _count, _width)
 for _kind in LATENT:
     case(at_once, _kind, 19, "fp32", 1e-5, FP32)
     case(at_once, _kind, 5, "fp32", 1e-2, BF16)

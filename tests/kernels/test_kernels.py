@@ -14,7 +14,7 @@ from thinkstack import kernels
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels.cpu import build, calls
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import MLA, AttentionContext, kv_range_of, read_pages
+from thinkstack.models.attention import MLA, AttentionContext, kv_range_of, paged_attention_torch
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
@@ -265,18 +265,18 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     """Decoding and chunks of prompts, of sequences whose blocks lie anywhere; what lies in other blocks is not read."""
     entries = drawn(9, 4, 24).to(dtype)
     entries[0] = torch.nan
-    tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
-    owner = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
+    block_tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
+    seq_index = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
     last = torch.tensor([11, 5, 7, 8, 9])
-    pages = Pages(entries, tables, owner)
+    pages = Pages(entries, block_tables, seq_index)
     query = drawn(5, heads.groups, 3, heads.key_width).to(dtype)
-    mine = kernels.read_cache(query, pages, last, heads, 0.3)
+    mine = kernels.paged_attention(query, pages, last, heads, 0.3)
     entries[0] = 0  # the plain path masks what it gathered too much
-    theirs = read_pages(query, pages, last, heads, 0.3)
+    theirs = paged_attention_torch(query, pages, last, heads, 0.3)
     torch.testing.assert_close(
         mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2})
     )
-    few = read_pages(query, pages, last, heads, 0.3, limit=1)
+    few = paged_attention_torch(query, pages, last, heads, 0.3, limit=1)
     torch.testing.assert_close(few, theirs)
 
 
@@ -297,24 +297,26 @@ def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dty
     once, and blocks whose rest holds what is not a number."""
     width = max(heads.key_width, heads.value_at + heads.groups * heads.value_step)
     entries = drawn(102, 64, width).to(dtype)
-    tables = (1 + torch.randperm(100, generator=torch.Generator().manual_seed(0))).view(2, 50).int()
-    tables = torch.cat((tables, tables.flip(1).repeat(5, 1)))
+    block_tables = (1 + torch.randperm(100, generator=torch.Generator().manual_seed(0))).view(2, 50).int()
+    block_tables = torch.cat((block_tables, block_tables.flip(1).repeat(5, 1)))
     chunk = torch.arange(2020, 2067)
-    owner = torch.tensor([0] * len(chunk) + list(range(1, 12)), dtype=torch.int32)
+    seq_index = torch.tensor([0] * len(chunk) + list(range(1, 12)), dtype=torch.int32)
     last = torch.cat((chunk, torch.tensor([2498, 0, 63, 64, 1023, 1024, 1500, 2047, 2048, 3000, 9])))
     entries[0] = torch.nan
-    tables[0, 32] = 101
+    block_tables[0, 32] = 101
     entries[101, 19:] = torch.nan  # behind token 2066
-    query = drawn(len(owner), heads.groups, per_group, heads.key_width).to(dtype)
+    query = drawn(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def read(rows):
-        return kernels.read_cache(query[rows], Pages(entries, tables, owner[rows]), last[rows], heads, 0.2)
+        return kernels.paged_attention(
+            query[rows], Pages(entries, block_tables, seq_index[rows]), last[rows], heads, 0.2
+        )
 
     together = read(slice(None))
     assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, *range(46, 58)))
     assert torch.equal(read(slice(30, 50)), together[30:50])
-    whole = Pages(entries.double().nan_to_num(), tables, owner)
-    exact = read_pages(query.double(), whole, last, heads, 0.2)
+    whole = Pages(entries.double().nan_to_num(), block_tables, seq_index)
+    exact = paged_attention_torch(query.double(), whole, last, heads, 0.2)
     assert (together.double() - exact).norm() < bound * exact.norm()  # by tiles probabilities are rounded to bf16
 
 

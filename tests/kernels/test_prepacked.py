@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from tests.kernels.test_kernels import drawn
 from thinkstack import kernels
-from thinkstack.kernels.cpu import prepacked as blocked
-from thinkstack.kernels.cpu.prepacked import MOST_ROWS, Blocked, can_block, keeps_rows, multiply
-from thinkstack.models.layers import Projection, keep_blocked
+from thinkstack.kernels.cpu import prepacked as prepacked
+from thinkstack.kernels.cpu.prepacked import MOST_ROWS, PrepackedMatrix, can_prepack, is_batch_invariant, multiply
+from thinkstack.models.layers import Projection, prepack_weights
 
 pytestmark = pytest.mark.skipif(
-    not can_block(torch.empty(1, dtype=torch.bfloat16)), reason="no bf16 products of oneDNN on this machine"
+    not can_prepack(torch.empty(1, dtype=torch.bfloat16)), reason="no bf16 products of oneDNN on this machine"
 )
 
 
@@ -22,7 +22,7 @@ def layer(bias: bool = False) -> Projection:
     made.weight.data = drawn(40, 96, dtype=torch.bfloat16)
     if bias:
         made.bias.data = drawn(40)
-    keep_blocked(made)
+    prepack_weights(made)
     return made
 
 
@@ -34,11 +34,11 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_a_product_is_that_of_the_plain_layout(monkeypatch, rows, bias):
-    monkeypatch.setattr(kernels, "takes_few", lambda *_: False)
+    monkeypatch.setattr(kernels, "takes_small_m", lambda *_: False)
     made, x = layer(bias), drawn(*rows, 96, seed=1, dtype=torch.bfloat16)
     expected = F.linear(x, made.weight, made.bias.bfloat16() if bias else None)
     assert close(made(x), expected)
-    assert (made.blocked._matrix is not None) == (x.numel() // 96 <= MOST_ROWS)
+    assert (made.prepacked._matrix is not None) == (x.numel() // 96 <= MOST_ROWS)
     every_other = drawn(rows[0], 192, seed=2, dtype=torch.bfloat16)[:, ::2]
     assert close(made(every_other), F.linear(every_other, made.weight, made.bias.bfloat16() if bias else None))
 
@@ -60,32 +60,32 @@ def test_copies_have_a_layout_of_their_own():
     made, x = layer(), drawn(16, 96, seed=1, dtype=torch.bfloat16)
     before = made(x)
     twin = copy.deepcopy(made)
-    assert isinstance(twin.blocked, Blocked) and twin.blocked is not made.blocked
+    assert isinstance(twin.prepacked, PrepackedMatrix) and twin.prepacked is not made.prepacked
     twin.weight.mul_(2)
     assert close(twin(x), 2 * before) and close(made(x), before)
     assert list(made.state_dict()) == ["weight"]
 
 
 def test_matrices_too_large_for_the_memory_are_not_kept_twice(monkeypatch):
-    monkeypatch.setattr(blocked, "SHARE", 0)
-    assert layer().blocked is None
+    monkeypatch.setattr(prepacked, "SHARE", 0)
+    assert layer().prepacked is None
 
 
 def test_it_is_not_used_where_gradients_are_or_in_fp32():
     made, x = layer(), drawn(16, 96, seed=1, dtype=torch.bfloat16)
     made(x).sum().backward()
-    assert made.weight.grad is not None and made.blocked._matrix is None
+    assert made.weight.grad is not None and made.prepacked._matrix is None
     plain = Projection(96, 40, bias=False)
-    keep_blocked(plain)
-    assert plain.blocked is None
+    prepack_weights(plain)
+    assert plain.prepacked is None
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (960, 576), (576, 1536)])
 @torch.no_grad()
 def test_a_row_in_fp32_is_the_same_in_any_company(outputs, inputs):
     """A single row of 1,536 numbers was summed in another order than one of two."""
-    assert keeps_rows(outputs, inputs)
-    x, matrix = drawn(70, inputs), blocked.blocked(drawn(outputs, inputs, seed=1))
+    assert is_batch_invariant(outputs, inputs)
+    x, matrix = drawn(70, inputs), prepacked.prepacked(drawn(outputs, inputs, seed=1))
     together = multiply(x, matrix)
     assert all(torch.equal(multiply(x[n : n + 1], matrix)[0], together[n]) for n in (0, 33, 69))
     assert torch.equal(multiply(x[5:42], matrix), together[5:42])

@@ -34,8 +34,8 @@ def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_
     torch.testing.assert_close(my_logprobs[same], logprobs[same], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("keeps_all", [False, True])
-def test_rows_of_columns_draw_with_their_own_settings_and_numbers(keeps_all):
+@pytest.mark.parametrize("is_unfiltered", [False, True])
+def test_rows_of_columns_draw_with_their_own_settings_and_numbers(is_unfiltered):
     """Every token says which number it was drawn with: there are 4,000 of the same mass."""
     random = numpy.random.default_rng(0)
     columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
@@ -47,8 +47,8 @@ def test_rows_of_columns_draw_with_their_own_settings_and_numbers(keeps_all):
         columns["seed"][rows], (columns["known"] - columns["prompt"])[rows].astype("u8") + offsets.astype("u8")
     )
     temperature, *kept = (torch.from_numpy(columns[name][rows]) for name in ("temperature", "top_k", "top_p", "min_p"))
-    expected = kernels.draw(logits, temperature, torch.from_numpy(numbers), None if keeps_all else tuple(kept))
-    found = kernels.RowDraws(**columns).draw(logits, rows, offsets, keeps_all)
+    expected = kernels.draw(logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(kept))
+    found = kernels.RowSampler(**columns).draw(logits, rows, offsets, is_unfiltered)
     assert len(set(found[0].tolist())) > 30
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine == theirs.numpy()).all()

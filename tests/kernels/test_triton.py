@@ -17,7 +17,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels import triton as cuda
 from thinkstack.kernels.cpu import calls
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import read_pages
+from thinkstack.models.attention import paged_attention_torch
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
 from thinkstack.types import SamplingParams
@@ -70,26 +70,28 @@ def case(shape, lengths: list[int], new: list[int], dtype: torch.dtype):
     generator, blocks = torch.Generator().manual_seed(0), -(-max(lengths) // BLOCK)
     entries = torch.randn(1 + len(lengths) * blocks, BLOCK, width, generator=generator).to(dtype)
     entries[0] = torch.nan
-    tables = 1 + torch.randperm(len(lengths) * blocks, generator=generator).view(len(lengths), blocks).int()
+    block_tables = 1 + torch.randperm(len(lengths) * blocks, generator=generator).view(len(lengths), blocks).int()
     for row, length in enumerate(lengths):
-        tables[row, -(-length // BLOCK) :] = 0
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(new)).int()
+        block_tables[row, -(-length // BLOCK) :] = 0
+    seq_index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(new)).int()
     last = torch.cat([torch.arange(length - count, length) for length, count in zip(lengths, new, strict=True)])
-    query = torch.randn(len(owner), heads.groups, per_group, heads.key_width, generator=generator).to(dtype)
-    query, entries, tables, owner, last = (x.to(DEVICE) for x in (query, entries, tables, owner, last))
-    return query, Pages(entries, tables, owner, max(new)), last, heads
+    query = torch.randn(len(seq_index), heads.groups, per_group, heads.key_width, generator=generator).to(dtype)
+    query, entries, block_tables, seq_index, last = (
+        x.to(DEVICE) for x in (query, entries, block_tables, seq_index, last)
+    )
+    return query, Pages(entries, block_tables, seq_index, max(new)), last, heads
 
 
 def exact(query, pages, last, heads, scale):
     wide = pages._replace(entries=pages.entries.double().nan_to_num())
-    return read_pages(query.double(), wide, last, heads, scale)
+    return paged_attention_torch(query.double(), wide, last, heads, scale)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "parts", "new"), readings())
 def test_the_cache_is_read_as_the_plain_path_reads_it(shape, dtype, parts, new):
     """Contexts within a block, at its edge, over several; parts that have nothing to read."""
     query, pages, last, heads = case(shape, [5, 150, 64, 130], new, dtype)
-    found = paged.read_cache(query, pages, last, heads, 0.2, parts)
+    found = paged.paged_attention(query, pages, last, heads, 0.2, parts)
     expected = exact(query, pages, last, heads, 0.2)
     assert found.dtype == dtype
     bound = 1e-6 if dtype == torch.float32 else 8e-3
@@ -100,7 +102,7 @@ def test_tokens_that_nobody_counted_and_padding_are_read_too():
     """Runs that begin anywhere, broken ones, and rows of padding, which all stand at 0."""
     query, pages, _, heads = case(SHAPES["gqa"], [200, 130, 64], [12, 4, 4], torch.float32)
     last = torch.tensor([*range(20, 27), *range(90, 95), *range(62, 66), 0, 0, 0, 0], device=DEVICE)
-    found = paged.read_cache(query, pages._replace(longest_run=0), last, heads, 0.2, 1)
+    found = paged.paged_attention(query, pages._replace(longest_run=0), last, heads, 0.2, 1)
     expected = exact(query, pages, last, heads, 0.2)
     assert (found.double() - expected).norm() < 1e-6 * expected.norm()
 
@@ -126,9 +128,9 @@ def test_an_engine_that_reads_through_the_kernel_draws_the_same_tokens(cfg, monk
 
     def read(query, pages, last, heads, scale):
         seen.append(pages.longest_run)
-        return paged.read_cache(query, pages, last, heads, scale, parts=2)
+        return paged.paged_attention(query, pages, last, heads, scale, parts=2)
 
-    monkeypatch.setattr(cuda, "read_cache", read)
+    monkeypatch.setattr(cuda, "paged_attention", read)
     assert answers() == expected
     assert {1, 9} <= set(seen)
 

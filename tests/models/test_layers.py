@@ -94,8 +94,8 @@ def test_a_rotated_product_depends_on_the_distance_alone(interleaved):
     q, k = drawn(1, 1, 1, 8), drawn(1, 1, 1, 8, seed=1)
 
     def product(at: int, other: int) -> float:
-        tables = [rope_table(torch.tensor([[p]]), 8, RopeConfig(theta=50.0)) for p in (at, other)]
-        return float((rotate(q, tables[0], interleaved) * rotate(k, tables[1], interleaved)).sum())
+        block_tables = [rope_table(torch.tensor([[p]]), 8, RopeConfig(theta=50.0)) for p in (at, other)]
+        return float((rotate(q, block_tables[0], interleaved) * rotate(k, block_tables[1], interleaved)).sum())
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-5)
     assert product(7, 3) != pytest.approx(product(7, 4), abs=1e-3)

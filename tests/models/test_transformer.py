@@ -8,7 +8,7 @@ import torch
 from tests.tiny import GQA_TINY, MLA_TINY, random_examples, tiny_model
 from thinkstack.data import collate, pack
 from thinkstack.engine.block_pool import BLOCK
-from thinkstack.engine.kv_cache import KVCache, View
+from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import additive_mask, kv_range_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
@@ -29,9 +29,9 @@ def test_mla_absorbed_equals_expanded(q_lora_rank):
     yarn = replace(MLA_TINY.rope, yarn=YarnConfig(original_max_positions=16))
     model, ids = tiny_model(attention=attention, rope=yarn), random_ids(2, 20)
     cache, places = KVCache(model.cfg, 3, torch.float32), torch.arange(20).repeat(2)
-    owner = torch.arange(2).repeat_interleave(20)
-    pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), owner.int())
-    view = View(cache, pages, (owner + 1) * BLOCK + places)
+    seq_index = torch.arange(2).repeat_interleave(20)
+    pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), seq_index.int())
+    view = KVCacheView(cache, pages, (seq_index + 1) * BLOCK + places)
     with torch.no_grad():
         absorbed = model(ids.view(40, 1), places.view(40, 1), cache=view).view(2, 20, -1)
     torch.testing.assert_close(absorbed, model(ids), rtol=1e-5, atol=2e-5)

@@ -67,8 +67,8 @@ def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tens
     """Of a few rows by the kernel, and exactly."""
     qweight, scale = parts["codes"], parts["scale"]
     with torch.no_grad():
-        assert kernels.takes_few(x, qweight)
-        return kernels.few_rows(x, qweight, scale), x.double() @ (qweight.double() * scale.double()).T
+        assert kernels.takes_small_m(x, qweight)
+        return kernels.small_m_linear(x, qweight, scale), x.double() @ (qweight.double() * scale.double()).T
 
 
 @needs_kernels
@@ -78,7 +78,7 @@ def test_products_of_a_few_rows_read_the_codes(count, width):
     x = drawn(count, width, dtype=torch.bfloat16)
     mine, exact = product(x, Int8().pack(drawn(50, width, seed=1) * torch.arange(1, 51)[:, None]))
     assert float((mine - exact).norm() / exact.norm()) < 3e-3  # half a unit in bf16's last place
-    assert not kernels.takes_few(drawn(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8))
+    assert not kernels.takes_small_m(drawn(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8))
 
 
 @needs_kernels
@@ -107,7 +107,7 @@ def test_a_packed_layer_takes_the_kernel_for_a_few_rows_only(on_torch):
     packed = QuantizedLinear(QuantizedWeight(Int8(), layer.weight, torch.bfloat16), None)
     x = drawn(9, 64, dtype=torch.bfloat16)
     few, many = packed(x[:8]), packed(x)
-    assert torch.equal(few, kernels.few_rows(x[:8], packed.packed.qweight, packed.packed.scale))
+    assert torch.equal(few, kernels.small_m_linear(x[:8], packed.packed.qweight, packed.packed.scale))
     with torch.no_grad():
         assert torch.equal(many, upcast_linear(x, packed.weight))
     torch.testing.assert_close(few, on_torch(packed, x[:8]), rtol=2e-2, atol=2e-2)

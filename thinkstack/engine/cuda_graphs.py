@@ -31,9 +31,9 @@ class Inputs(NamedTuple):
     """In each token's sequence."""
     slots: Tensor
     """In the cache: block * BLOCK + place in it."""
-    owner: Tensor
+    seq_index: Tensor
     """Row of each token, (N,) int32."""
-    tables: Tensor
+    block_tables: Tensor
     """The blocks of each row, (R, M) int32."""
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from thinkstack.engine.block_pool import BLOCK, BlockPool
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
-from thinkstack.engine.row_sampler import draw, note
+from thinkstack.engine.row_sampler import append_sampled, sample_rows
 from thinkstack.engine.runner import Runner
-from thinkstack.engine.scheduler import Plan, Scheduler
+from thinkstack.engine.scheduler import Scheduler, SchedulerOutput
 from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, Constraint, Request, SequenceTable
 from thinkstack.engine.speculative import Speculator
 from thinkstack.machine import SharedCores
@@ -68,7 +68,7 @@ class EngineConfig:
             raise ConfigError(f"weights={self.weights!r} is not known; use plain, {', '.join(QUANT_SCHEMES)}")
 
 
-class Draws(NamedTuple):
+class RowsToSample(NamedTuple):
     """Tokens to draw, (N,) int64 each: of which row, how far behind its known tokens, from which computed token; None:
     from each in order."""
 
@@ -96,9 +96,9 @@ class Engine:
             self.speculator = Speculator(self.runner, self.table, cfg.num_speculative_tokens)
         self.next_id = 0
         self.version = version
-        self.answers_ended = 0
+        self.num_finished = 0
         """Answers that came to their end in a step, whatever the reason."""
-        self.answers_failed = 0
+        self.num_failed = 0
         self.last_error: str | None = None
         """What last went wrong with an answer."""
         self.cores = SharedCores()
@@ -127,26 +127,26 @@ class Engine:
 
         Raises RequestError where that is "refuse" and there are some.
         """
-        if running == "refuse" and (self.scheduler.running or self.scheduler.waiting):
+        if running == "refuse" and (self.scheduler.running or self.scheduler.num_waiting):
             raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
         self.pause(running)
-        self.scheduler.pool.forget_cached()
+        self.scheduler.pool.reset_prefix_cache()
         self.runner.load(model)
         self.version = version
 
     def pause(self, running: WhileRunning = "keep") -> None:
         """Bring every running answer to rest; those that wait are left waiting."""
         if running == "drain":
-            self.scheduler.holds_back = True
+            self.scheduler.is_draining = True
             try:
                 while self.scheduler.running:
                     self.step()
             finally:
-                self.scheduler.holds_back = False
+                self.scheduler.is_draining = False
         elif running == "abort":
             for row in list(self.scheduler.running):
-                if self.table.owner[row] is not None:
-                    self.abort(self.table.held(row)[0])
+                if self.table.requests[row] is not None:
+                    self.abort(self.table.request_at(row)[0])
         else:
             self.scheduler.preempt_all()
 
@@ -155,8 +155,8 @@ class Engine:
         return Health(
             alive=True,
             running=len(self.scheduler.running),
-            waiting=self.scheduler.waiting,
-            failed=self.answers_failed,
+            waiting=self.scheduler.num_waiting,
+            failed=self.num_failed,
             last_error=self.last_error,
             version=self.version,
         )
@@ -164,7 +164,7 @@ class Engine:
     def sleep(self) -> None:
         """Give the cache's memory back; answers being drawn are computed again when they go on."""
         self.pause("keep")
-        self.scheduler.pool.forget_cached()
+        self.scheduler.pool.reset_prefix_cache()
         self.runner.drop_cache()
 
     def submit(
@@ -216,47 +216,51 @@ class Engine:
 
     def _step(self) -> None:
         table = self.table
-        plan = self.scheduler.plan()
-        if not len(plan.rows):
+        scheduled = self.scheduler.schedule()
+        if not len(scheduled.rows):
             return
         try:
-            hidden = self.runner.run(plan, table)
+            hidden = self.runner.run(scheduled, table)
         except BaseException:  # what was promised to the prefix cache is not there
             self.scheduler.preempt_all()
-            self.scheduler.pool.forget_cached()
+            self.scheduler.pool.reset_prefix_cache()
             raise
-        known = table.known[plan.rows]
-        table.computed[plan.rows] = reached = numpy.minimum(plan.starts + plan.counts, known)
-        draws, copies = self._who_draws(plan, (reached == known).nonzero()[0])
+        num_tokens = table.num_tokens[scheduled.rows]
+        table.num_computed_tokens[scheduled.rows] = reached = numpy.minimum(
+            scheduled.starts + scheduled.counts, num_tokens
+        )
+        rows_to_sample, copies = self._rows_to_sample(scheduled, (reached == num_tokens).nonzero()[0])
         for copy in copies:
             self.runner.cache.copy(*copy)
-        if len(draws.rows):
-            self._draw(draws, hidden)
+        if len(rows_to_sample.rows):
+            self._sample_rows(rows_to_sample, hidden)
         if self.speculator is not None:
-            self.speculator.follow(plan, hidden)
+            self.speculator.follow(scheduled, hidden)
             for copy in copies:  # again, with what the module has kept
                 self.runner.cache.copy(*copy)
 
-    def _who_draws(self, plan: Plan, done: numpy.ndarray) -> tuple[Draws, list[tuple[int, int, int]]]:
+    def _rows_to_sample(
+        self, scheduled: SchedulerOutput, done: numpy.ndarray
+    ) -> tuple[RowsToSample, list[tuple[int, int, int]]]:
         """Rows that have computed all they know, behind each of their guesses too, and those that waited for a prompt.
 
         done: places of the former in the plan. Returns them, and what has to be copied for the latter: source block,
         target block, tokens.
         """
-        table, ends = self.table, plan.counts.cumsum()
+        table, ends = self.table, scheduled.counts.cumsum()
         offsets = numpy.zeros(len(done), dtype=numpy.int64)
-        if len(done) == ends[-1] and not table.follows.any():  # every row has one token, and draws
-            return Draws(plan.rows, offsets, None), []
-        rows, sources, copies = plan.rows[done], ends[done] - 1, []
-        if self.speculator is not None and table.drafts[rows].any():
-            many = table.drafts[rows] + 1
+        if len(done) == ends[-1] and not table.awaits_prompt.any():  # every row has one token, and draws
+            return RowsToSample(scheduled.rows, offsets, None), []
+        rows, sources, copies = scheduled.rows[done], ends[done] - 1, []
+        if self.speculator is not None and table.num_draft_tokens[rows].any():
+            many = table.num_draft_tokens[rows] + 1
             offsets = numpy.arange(many.sum()) - (many.cumsum() - many).repeat(many)
             sources = (sources + 1 - many).repeat(many) + offsets
             rows = rows.repeat(many)
-        if table.follows.any():
+        if table.awaits_prompt.any():
             followers, shown = [], []
-            for row, source in zip(plan.rows[done].tolist(), (ends[done] - 1).tolist(), strict=True):
-                shared, rest = divmod(int(table.prompt[row]), BLOCK)
+            for row, source in zip(scheduled.rows[done].tolist(), (ends[done] - 1).tolist(), strict=True):
+                shared, rest = divmod(int(table.num_prompt_tokens[row]), BLOCK)
                 for follower in self.scheduler.fork(row):
                     if rest:
                         copies.append((table.blocks[row][shared], table.blocks[follower][shared], rest))
@@ -265,25 +269,27 @@ class Engine:
             rows = numpy.append(rows, numpy.array(followers, dtype=numpy.int64))
             sources = numpy.append(sources, numpy.array(shown, dtype=numpy.int64))
             offsets = numpy.append(offsets, numpy.zeros(len(followers), dtype=numpy.int64))
-        return Draws(rows, offsets, sources), copies
+        return RowsToSample(rows, offsets, sources), copies
 
-    def _draw(self, draws: Draws, hidden: Tensor) -> None:
+    def _sample_rows(self, rows_to_sample: RowsToSample, hidden: Tensor) -> None:
         """Draw for these rows, keep what counts, close what ends."""
-        table, (rows, offsets, sources) = self.table, draws
+        table, (rows, offsets, sources) = self.table, rows_to_sample
         if sources is not None:
             hidden = hidden.index_select(0, torch.from_numpy(sources).to(hidden.device))
-        drawn, counts = draw(table, rows, offsets, self.runner.logits(hidden)), None
+        sampled, counts = sample_rows(table, rows, offsets, self.runner.logits(hidden)), None
         if self.speculator is not None and offsets.any():
-            counts = self.speculator.counts(rows, offsets, drawn.tokens)
-        note(table, rows, offsets, drawn, counts)
-        failed = numpy.isnan(drawn.logprobs)
+            counts = self.speculator.counts(rows, offsets, sampled.tokens)
+        append_sampled(table, rows, offsets, sampled, counts)
+        failed = numpy.isnan(sampled.logprobs)
         if counts is not None:
             failed, rows = failed & counts, numpy.unique(rows)
-            table.computed[rows] = table.known[rows] - 1
+            table.num_computed_tokens[rows] = table.num_tokens[rows] - 1
             for row in rows.tolist():
-                self.scheduler.name_blocks(row, int(table.computed[row]))  # right guesses may have filled one
+                self.scheduler.cache_full_blocks(
+                    row, int(table.num_computed_tokens[row])
+                )  # right guesses may have filled one
         if failed.any():
-            broken = numpy.unique(draws.rows[failed])
+            broken = numpy.unique(rows_to_sample.rows[failed])
             for row in broken.tolist():
                 self._fail(row, "the model's logits are not finite; check the weights")
             rows = numpy.setdiff1d(rows, broken)
@@ -306,15 +312,15 @@ class Engine:
                 requests.append(self.submit(prompt, sampling))
             running = list(enumerate(requests))
             while running:
-                ended = self.answers_ended
+                ended = self.num_finished
                 self.step()
-                if self.answers_ended == ended:
+                if self.num_finished == ended:
                     continue
                 finished = [pair for pair in running if pair[1].is_finished]
                 running = [pair for pair in running if not pair[1].is_finished]
                 for place, request in finished:
                     if on_finish is not None and request.error is None:
-                        on_finish(place, request.answers)
+                        on_finish(place, request.finished)
         finally:
             for request in requests:
                 if not request.is_finished:
@@ -322,7 +328,7 @@ class Engine:
         for request in requests:
             if request.error is not None:
                 raise RequestError(request.error)
-        return [request.answers for request in requests]
+        return [request.finished for request in requests]
 
     def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""
@@ -344,49 +350,51 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Stop drawing for `request`; its unfinished answers end with reason "abort", their blocks are free at once."""
-        for answer, row in list(request.rows.items()):
-            request.completions[answer] = self._completion(row, "abort")
+        for index, row in list(request.rows.items()):
+            request.completions[index] = self._completion(row, "abort")
         for row in list(request.rows.values()):
             self.scheduler.close(row)
         for waiting in self.scheduler.forget_waiting(request):
-            for answer in waiting.answers:
-                request.completions[answer] = Completion(
-                    token_ids=waiting.drawn,
+            for index in waiting.indices:
+                request.completions[index] = Completion(
+                    token_ids=waiting.output_token_ids,
                     logprobs=waiting.logprobs,
                     finish_reason="abort",
                     weights_version=request.weights_version,
                 )
 
-    def output_token_ids(self, request: Request, answer: int = 0) -> tuple[int, ...]:
+    def output_token_ids(self, request: Request, index: int = 0) -> tuple[int, ...]:
         """What is drawn of an answer so far."""
-        done, row = request.completions[answer], request.rows.get(answer)
+        done, row = request.completions[index], request.rows.get(index)
         if done is not None:
             return done.token_ids
         if row is not None:
-            return self.table.drawn(row)[0]
-        return next((waiting.drawn for waiting in request.queued if answer in waiting.answers), ())
+            return self.table.output_of(row)[0]
+        return next((waiting.output_token_ids for waiting in request.queue_entries if index in waiting.indices), ())
 
     def _fail(self, row: int, error: str) -> None:
         """End an answer that cannot go on, and say why; the others go on."""
-        request, _ = self.table.held(row)
+        request, _ = self.table.request_at(row)
         request.error = self.last_error = error
-        self.answers_failed += 1
+        self.num_failed += 1
         self._close(row, "error")
 
     def _close(self, row: int, reason: FinishReason) -> None:
-        request, answer = self.table.held(row)
-        request.completions[answer] = self._completion(row, reason)
-        self.answers_ended += 1
+        request, index = self.table.request_at(row)
+        request.completions[index] = self._completion(row, reason)
+        self.num_finished += 1
         self.scheduler.close(row)
 
     def _completion(self, row: int, reason: FinishReason) -> Completion:
-        request, _ = self.table.held(row)
-        tokens, logprobs, alternatives = self.table.drawn(row)
+        request, _ = self.table.request_at(row)
+        tokens, logprobs, top_logprobs = self.table.output_of(row)
         return Completion(
             token_ids=tokens,
             logprobs=logprobs,
             finish_reason=reason,
             weights_version=request.weights_version,
-            top_logprobs=alternatives if request.sampling.top_logprobs else None,
-            experts=self.runner.cache.experts_of(self.table.blocks[row], int(self.table.computed[row])),
+            top_logprobs=top_logprobs if request.sampling.top_logprobs else None,
+            experts=self.runner.cache.routed_experts_of(
+                self.table.blocks[row], int(self.table.num_computed_tokens[row])
+            ),
         )

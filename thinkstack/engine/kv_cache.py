@@ -50,12 +50,12 @@ class KVCache:
         if self.experts is not None:
             self.experts[target, :count] = self.experts[source, :count]
 
-    def keep_experts(self, slots: numpy.ndarray, chosen: numpy.ndarray) -> None:
+    def store_routed_experts(self, slots: numpy.ndarray, chosen: numpy.ndarray) -> None:
         """Note the experts (N, L, K) of the tokens in slots (N,): block * P + place in it."""
         assert self.experts is not None
         self.experts.reshape(-1, *self.experts.shape[2:])[slots] = chosen
 
-    def experts_of(self, blocks: Sequence[int], count: int) -> Tensor | None:
+    def routed_experts_of(self, blocks: Sequence[int], count: int) -> Tensor | None:
         """Experts (count, L, K) of the first `count` tokens in these blocks; None where they are not kept."""
         if self.experts is None:
             return None
@@ -71,7 +71,7 @@ def _zeros(size: int) -> Tensor:
     return torch.from_numpy(held[start : start + size])
 
 
-class View:
+class KVCacheView:
     """A cache as one forward pass sees it: N new tokens, where their entries go, and what they read."""
 
     def __init__(self, cache: KVCache, pages: Pages, slots: Tensor):

@@ -38,8 +38,8 @@ KEY = "VLLM_API_KEY"
 AGAIN_SECONDS, POLL_SECONDS = 5.0, 0.2
 """Between two looks at a failed server; between two looks for a free one."""
 PROBE = SamplingParams(temperature=2.0, max_tokens=16)
-"""Drawn from new weights to see that they have arrived: at this temperature, log-probabilities of the model itself are
-others than those drawn from."""
+"""SampledTokens from new weights to see that they have arrived: at this temperature, log-probabilities of the model
+itself are others than those drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,8 +369,8 @@ class RemoteEngine:
 
 def _is_same_raw(sampling: SamplingParams) -> bool:
     """Whether the model's own log-probabilities are those drawn from."""
-    keeps_all = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p
-    return is_plain(sampling) and keeps_all and sampling.temperature in (0, 1)
+    is_unfiltered = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p
+    return is_plain(sampling) and is_unfiltered and sampling.temperature in (0, 1)
 
 
 def _other_kind(member: Member) -> str:

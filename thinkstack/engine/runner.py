@@ -11,23 +11,23 @@ from torch import Tensor
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK
 from thinkstack.engine.cuda_graphs import Graphs, Inputs, Outputs, can_record
-from thinkstack.engine.fused import whole_model, widened
-from thinkstack.engine.kv_cache import KVCache, View
-from thinkstack.engine.scheduler import Plan
+from thinkstack.engine.fused import fused_pass, widened
+from thinkstack.engine.kv_cache import KVCache, KVCacheView
+from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
 from thinkstack.kernels.cpu.prepacked import multiply
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import ROW_TILE, keep_blocked
+from thinkstack.models.layers import ROW_TILE, prepack_weights
 from thinkstack.models.precision import DTYPES, AskedPrecision, Quantization, inference_copy, refresh, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
 
-class Places(NamedTuple):
+class TokenSlots(NamedTuple):
     """Where the tokens of a pass belong; padding, at their end, belongs to the row after the last."""
 
-    owner: numpy.ndarray
+    seq_index: numpy.ndarray
     """Row of each token, (N,)."""
     positions: numpy.ndarray
     """Its place in the row's context."""
@@ -115,30 +115,30 @@ class Runner:
 
     def _settle(self) -> None:
         """Choose how products are made, from the weights as they are now."""
-        keep_blocked(self._model)
-        self._whole = whole_model(self._model)
+        prepack_weights(self._model)
+        self._fused = fused_pass(self._model)
 
-    def run(self, plan: Plan, table: SequenceTable) -> Tensor:
+    def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
         """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
-        total, longest = int(plan.counts.sum()), int(plan.counts.max())
+        total, longest = int(scheduled.counts.sum()), int(scheduled.counts.max())
         graphs = self.graphs if longest == 1 else None
         size = self._size(total) if graphs is None else graphs.size_for(total)
-        places = _places(table, plan.rows, plan.starts, plan.counts, size)
-        given = self._inputs(table, places, table.ids[places.owner, places.positions])
+        places = _places(table, scheduled.rows, scheduled.starts, scheduled.counts, size)
+        given = self._inputs(table, places, table.ids[places.seq_index, places.positions])
         if graphs is None:
             hidden, chosen = self.compute(Inputs(*map(self._there, given)), longest)
         else:
             hidden, chosen = graphs.run(given, self.device)
         if self._kept is not None and chosen is not None:  # (L, N, K)
             kept = chosen[:, :total].transpose(0, 1).cpu().numpy()
-            self.cache.keep_experts(places.slots[:total], kept)
+            self.cache.store_routed_experts(places.slots[:total], kept)
         return hidden[:total]
 
     def compute(self, given: Inputs, longest: int = 1) -> Outputs:
         """The pass itself, over tokens that are on the device. longest: most tokens of a row."""
         view = self._view(given, longest)
-        if self._whole is not None and self._takes_whole(len(given.ids)):
-            return Outputs(*self._whole.hidden(given.ids, given.positions, view.first, self.cache.data))
+        if self._fused is not None and self._is_fused(len(given.ids)):
+            return Outputs(*self._fused.hidden(given.ids, given.positions, view.first, self.cache.data))
         trunk = self._model.trunk(given.ids.unsqueeze(1), given.positions.unsqueeze(1), cache=view)
         chosen = torch.stack([layer.experts[:, 0] for layer in trunk.routing]) if trunk.routing else None
         return Outputs(trunk.hidden[:, 0], chosen)
@@ -152,31 +152,33 @@ class Runner:
         """
         total = int(counts.sum())
         places = _places(table, rows, starts, counts, self._size(total))
-        given = self._inputs(table, places, table.ids[places.owner, places.positions + 1])
+        given = self._inputs(table, places, table.ids[places.seq_index, places.positions + 1])
         following, positions, *_ = given = Inputs(*map(self._there, given))
         view = self._view(given, int(counts.max()))
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.owner) - total))
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.seq_index) - total))
         states = None
-        if self._whole is not None and self._takes_whole(len(hidden)):
-            states = self._whole.draft(hidden, following, positions, view.first, self.cache.data)
+        if self._fused is not None and self._is_fused(len(hidden)):
+            states = self._fused.draft(hidden, following, positions, view.first, self.cache.data)
         if states is None:
             following, positions = following.unsqueeze(1), positions.unsqueeze(1)
             states = self._model.draft(hidden.unsqueeze(1), following, positions, view)[:, 0]
         return states[self._there(torch.from_numpy(counts.cumsum() - 1))]
 
-    def _inputs(self, table: SequenceTable, places: Places, ids: numpy.ndarray) -> Inputs:
+    def _inputs(self, table: SequenceTable, places: TokenSlots, ids: numpy.ndarray) -> Inputs:
         """What a pass over tokens `ids` (N,) at these places needs to know, on the CPU."""
-        given = (ids, places.positions, places.slots, places.owner.astype(numpy.int32), table.tables)
+        given = (ids, places.positions, places.slots, places.seq_index.astype(numpy.int32), table.block_tables)
         return Inputs(*map(torch.from_numpy, given))
 
-    def _view(self, given: Inputs, longest: int) -> View:
+    def _view(self, given: Inputs, longest: int) -> KVCacheView:
         """The cache as these tokens see it; longest: most tokens of a row."""
-        return View(self.cache, Pages(self.cache.data[0], given.tables, given.owner, longest), given.slots)
+        return KVCacheView(
+            self.cache, Pages(self.cache.data[0], given.block_tables, given.seq_index, longest), given.slots
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of hidden states (B, D); in fp32 those of a row do not depend on the others."""
-        if self._whole is not None and self._whole.head is not None:
-            return multiply(hidden, self._whole.head)
+        if self._fused is not None and self._fused.head is not None:
+            return multiply(hidden, self._fused.head)
         count = len(hidden)
         if padding := self._padding(count):
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
@@ -185,16 +187,16 @@ class Runner:
     @property
     def ignores_threads(self) -> bool:
         """Whether no bit of a completion depends on how many threads torch has: one pass computes all of any step."""
-        whole = self._whole
-        return whole is not None and whole.head is not None and whole.most_tokens > kernels.FEW
+        whole = self._fused
+        return whole is not None and whole.head is not None and whole.max_tokens > kernels.SMALL_M
 
-    def _takes_whole(self, count: int) -> bool:
+    def _is_fused(self, count: int) -> bool:
         """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""
-        return self._whole is not None and count <= self._whole.most_tokens
+        return self._fused is not None and count <= self._fused.max_tokens
 
     def _size(self, count: int) -> int:
         """Tokens of a pass over `count`, padding included."""
-        return count if self._takes_whole(count) else count + self._padding(count)
+        return count if self._is_fused(count) else count + self._padding(count)
 
     def _padding(self, count: int) -> int:
         """Rows that make `count` whole tiles, for fp32, where what becomes of a row then depends on no other; in bf16
@@ -207,16 +209,16 @@ class Runner:
 
 def _places(
     table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, size: int
-) -> Places:
+) -> TokenSlots:
     """Tokens from `starts` on, counts of each row, filled up to `size` with tokens of the row of padding."""
     ends = counts.cumsum()
     total = int(ends[-1])
-    owner = numpy.full(size, len(table.owner), dtype=numpy.int64)
-    owner[:total] = rows.repeat(counts)
+    seq_index = numpy.full(size, len(table.requests), dtype=numpy.int64)
+    seq_index[:total] = rows.repeat(counts)
     positions = numpy.zeros(size, dtype=numpy.int64)
     positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
-    slots = table.tables[owner, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
-    return Places(owner, positions, slots)
+    slots = table.block_tables[seq_index, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
+    return TokenSlots(seq_index, positions, slots)
 
 
 def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:

@@ -1,6 +1,7 @@
 """From logits to tokens, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, draw.
 
-Draws belong to a request, not to a batch: the number that a token is drawn with depends on its sequence and place.
+RowsToSample belong to a request, not to a batch: the number that a token is drawn with depends on its sequence and
+place.
 """
 
 # Shapes in this file: B rows, V vocabulary size.
@@ -40,22 +41,24 @@ def is_plain(sampling: SamplingParams) -> bool:
     return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
 
 
-def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, drawn: numpy.ndarray) -> None:
+def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, output_token_ids: numpy.ndarray) -> None:
     """Apply bias, the ban of early stop tokens and penalties to one row of logits (V,), in place.
 
     prompt, drawn: token ids so far. Penalties as in arXiv:1909.05858 (repetition) and the OpenAI API (the others).
     """
     for token, value in sampling.logit_bias.items():
         logits[token] += value
-    if len(drawn) < sampling.min_tokens:
+    if len(output_token_ids) < sampling.min_tokens:
         logits[list(sampling.stop_token_ids)] = -torch.inf
     if sampling.repetition_penalty != 1:
-        seen = torch.from_numpy(numpy.unique(numpy.concatenate((prompt, drawn)))).to(logits.device)
+        seen = torch.from_numpy(numpy.unique(numpy.concatenate((prompt, output_token_ids)))).to(logits.device)
         values = logits[seen]
         factor = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        tokens, counts = (torch.from_numpy(part).to(logits.device) for part in numpy.unique(drawn, return_counts=True))
+        tokens, counts = (
+            torch.from_numpy(part).to(logits.device) for part in numpy.unique(output_token_ids, return_counts=True)
+        )
         logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts.float()
 
 
@@ -88,10 +91,10 @@ def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | No
 def distribution(logits: Tensor, temperature: Tensor, kept: Kept | None = None) -> Tensor:
     """What `sample` draws from: log-probabilities (B, V) fp32."""
     logprobs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
-    return logprobs if kept is None else keep_likely(logprobs, *kept)
+    return logprobs if kept is None else filter_logprobs(logprobs, *kept)
 
 
-def keep_likely(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Renormalized log-probabilities of the tokens that are kept, (B, V), -inf for the others: first by min-p
     (arXiv:2407.01082), then the top_k most likely, then of what is left the smallest set with mass >= top_p
     (arXiv:1904.09751).
@@ -103,7 +106,7 @@ def keep_likely(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     floor = logprobs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
     logprobs = torch.where((logprobs < floor) & (min_p > 0).unsqueeze(1), -torch.inf, logprobs)
     limit = torch.where(top_k > 0, top_k, V).clamp(max=V).unsqueeze(1)
-    keeps_all = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
+    is_unfiltered = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
     count = min(CANDIDATES, V)
     while True:
         ordered, order = _largest(logprobs, count)
@@ -115,12 +118,12 @@ def keep_likely(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
         before = upto - mass
         outside = (places >= limit) | (before >= (top_p * whole).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
         complete = (ordered == -torch.inf).any(-1) | (limit.squeeze(1) <= count)
-        ended = complete | keeps_all | (outside.any(-1) & (limit.squeeze(1) == V))
+        ended = complete | is_unfiltered | (outside.any(-1) & (limit.squeeze(1) == V))
         if count == V or bool(ended.all()):
             break
         count = V
     kept = torch.full_like(logprobs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
-    return torch.where(keeps_all.unsqueeze(1), given, torch.log_softmax(kept, -1))
+    return torch.where(is_unfiltered.unsqueeze(1), given, torch.log_softmax(kept, -1))
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +138,7 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found, index.gather(1, order)
 
 
-def alternatives(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
     """The `count` most likely tokens of each row of (B, V), (id, log-probability), best first; fewer where fewer have
     any probability."""
     values, index = _largest(logprobs, min(count, logprobs.shape[1]))
@@ -150,9 +153,10 @@ def ends_with(ids: numpy.ndarray, close: Sequence[int]) -> bool:
     return len(ids) >= len(close) and (ids[len(ids) - len(close) :] == close).all()
 
 
-def closing(sampling: SamplingParams, drawn: numpy.ndarray) -> int | None:
-    """The token that has to come next for thinking that is still open after `drawn`; None within its budget."""
-    if sampling.thinking_budget is None or len(drawn) < sampling.thinking_budget:
+def closing(sampling: SamplingParams, output_token_ids: numpy.ndarray) -> int | None:
+    """The token that has to come next for thinking that is still open after `output_token_ids`; None within its
+    budget."""
+    if sampling.thinking_budget is None or len(output_token_ids) < sampling.thinking_budget:
         return None
     close = sampling.think_end_token_ids
-    return close[next(n for n in range(len(close) - 1, -1, -1) if ends_with(drawn, close[:n]))]
+    return close[next(n for n in range(len(close) - 1, -1, -1) if ends_with(output_token_ids, close[:n]))]

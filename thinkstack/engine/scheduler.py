@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from thinkstack.engine.block_pool import BLOCK, BlockPool, Content, root_name
+from thinkstack.engine.block_pool import BLOCK, BlockPool, BlockTokens, root_hash
 from thinkstack.engine.sequence_table import Request, SequenceTable, Waiting
 from thinkstack.types import RequestError
 
@@ -20,7 +20,7 @@ ROWS_PER_SPARE_BLOCK = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class SchedulerOutput:
     """The tokens of one step."""
 
     rows: numpy.ndarray
@@ -39,147 +39,155 @@ class Scheduler:
         self.table, self.pool = table, pool
         self.max_prefill_tokens, self.max_waiting = max_prefill_tokens, max_waiting
         self.queue: list[tuple[tuple[int, int, int], Waiting]] = []  # a heap
-        self.waiting = 0
+        self.num_waiting = 0
         """Entries of the queue whose request was not aborted."""
         self.running: list[int] = []
         """Rows in use, in order."""
         self.version = 0
-        self.preemptions = 0
-        self.preempted = False
+        self.num_preemptions = 0
+        self.has_preempted = False
         """Whether the last plan sent somebody back."""
-        self.holds_back = False
+        self.is_draining = False
         """Admit nobody: the engine drains."""
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError if too many wait."""
-        if self.max_waiting and self.waiting >= self.max_waiting:
-            raise RequestError(f"{self.waiting:,} requests wait already; ask again later, or raise max_waiting")
+        if self.max_waiting and self.num_waiting >= self.max_waiting:
+            raise RequestError(f"{self.num_waiting:,} requests wait already; ask again later, or raise max_waiting")
         self._push(Waiting(request, tuple(range(request.sampling.n))))
 
-    def plan(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         """Choose the tokens of the next step, hold blocks for them, admit whom there is room for."""
         counts: dict[int, int] = {}
-        budget, self.preempted = self.max_prefill_tokens, False
+        budget, self.has_preempted = self.max_prefill_tokens, False
         table = self.table
         rows = numpy.array(self.running, dtype=numpy.int64)
-        computed = table.computed[rows]
-        place = computed % BLOCK
-        is_easy = (table.known[rows] == computed + 1) & (place != 0)
-        is_easy &= place + table.drafts[rows] < BLOCK  # in the block it has
+        num_computed_tokens = table.num_computed_tokens[rows]
+        place = num_computed_tokens % BLOCK
+        is_easy = (table.num_tokens[rows] == num_computed_tokens + 1) & (place != 0)
+        is_easy &= place + table.num_draft_tokens[rows] < BLOCK  # in the block it has
         for row in rows[~is_easy].tolist():
-            if table.owner[row] is None or table.follows[row]:
+            if table.requests[row] is None or table.awaits_prompt[row]:
                 continue  # preempted above, or computes nothing itself
             counts[row] = self._chunk(row, budget)
-            budget -= counts[row] if table.known[row] - table.computed[row] > 1 else 0
-        while self.queue and budget > 0 and not self.preempted and not self.holds_back:
+            budget -= counts[row] if table.num_tokens[row] - table.num_computed_tokens[row] > 1 else 0
+        while self.queue and budget > 0 and not self.has_preempted and not self.is_draining:
             row = self._admit(budget)
             if row is None:
                 break
             counts[row] = self._chunk(row, budget)
             budget -= counts[row]
-        chunks = [(row, count) for row, count in counts.items() if count and table.owner[row] is not None]
+        chunks = [(row, count) for row, count in counts.items() if count and table.requests[row] is not None]
         chunks.sort(key=lambda each: each[1] > 1)
         easy = rows[is_easy]
-        if self.preempted:
-            easy = numpy.array([row for row in easy.tolist() if table.owner[row] is not None], dtype=numpy.int64)
-        for row in easy[table.known[easy] % BLOCK == 0].tolist():
-            self.name_blocks(row, int(table.known[row]))
+        if self.has_preempted:
+            easy = numpy.array([row for row in easy.tolist() if table.requests[row] is not None], dtype=numpy.int64)
+        for row in easy[table.num_tokens[easy] % BLOCK == 0].tolist():
+            self.cache_full_blocks(row, int(table.num_tokens[row]))
         chosen, counts_of = easy, numpy.ones(len(easy), dtype=numpy.int64)
         if chunks:
             more, counts_of_more = numpy.array(chunks, dtype=numpy.int64).T
             chosen, counts_of = numpy.append(chosen, more), numpy.append(counts_of, counts_of_more)
-        return Plan(chosen, counts_of + table.drafts[chosen], table.computed[chosen])
+        return SchedulerOutput(chosen, counts_of + table.num_draft_tokens[chosen], table.num_computed_tokens[chosen])
 
     def _chunk(self, row: int, budget: int) -> int:
         """Tokens that a row computes now, at most `budget` of a prompt; holds their blocks, or 0 if it has to wait."""
         table = self.table
-        self._reuse(row)
-        start, pending = int(table.computed[row]), int(table.known[row] - table.computed[row])
+        self._take_cached_blocks(row)
+        start, pending = (
+            int(table.num_computed_tokens[row]),
+            int(table.num_tokens[row] - table.num_computed_tokens[row]),
+        )
         count = pending if pending == 1 else min(pending, budget)
         while count > 0:
-            missing = -(-(start + count + int(table.drafts[row])) // BLOCK) - len(table.blocks[row])
-            if missing <= self.pool.available:
+            missing = -(-(start + count + int(table.num_draft_tokens[row])) // BLOCK) - len(table.blocks[row])
+            if missing <= self.pool.num_free_blocks:
                 break
-            if table.drafts[row]:
-                table.drafts[row] = 0  # nobody is sent away for a guess
+            if table.num_draft_tokens[row]:
+                table.num_draft_tokens[row] = 0  # nobody is sent away for a guess
             elif not self._preempt_after(row):
-                count = (len(table.blocks[row]) + self.pool.available) * BLOCK - start
+                count = (len(table.blocks[row]) + self.pool.num_free_blocks) * BLOCK - start
         if count <= 0:
             if count < 0 or (pending > 0 and budget > 0):
                 self._preempt(row)
             return 0
-        table.hold(row, self.pool.take(max(missing, 0)))
-        self.name_blocks(row, start + count)
+        table.append_blocks(row, self.pool.allocate(max(missing, 0)))
+        self.cache_full_blocks(row, start + count)
         return count
 
-    def _reuse(self, row: int) -> None:
+    def _take_cached_blocks(self, row: int) -> None:
         """Take over blocks that hold what the row would compute next; its last token is always computed."""
         table = self.table
-        while table.computed[row] == len(table.blocks[row]) * BLOCK and table.known[row] - table.computed[row] > 1:
-            start = int(table.computed[row])
-            content = Content(table.names[row][-1], table.ids[row, start : start + BLOCK].tobytes())
-            block = self.pool.find(content) if start + BLOCK <= table.known[row] else None
+        while (
+            table.num_computed_tokens[row] == len(table.blocks[row]) * BLOCK
+            and table.num_tokens[row] - table.num_computed_tokens[row] > 1
+        ):
+            start = int(table.num_computed_tokens[row])
+            content = BlockTokens(table.block_hashes[row][-1], table.ids[row, start : start + BLOCK].tobytes())
+            block = self.pool.find_cached(content) if start + BLOCK <= table.num_tokens[row] else None
             if block is None:
                 return
-            self.pool.share([block])
-            table.hold(row, [block])
-            table.names[row].append(content.name)
-            table.computed[row] = min(start + BLOCK, int(table.known[row]) - 1)
+            self.pool.add_reference([block])
+            table.append_blocks(row, [block])
+            table.block_hashes[row].append(content.block_hash)
+            table.num_computed_tokens[row] = min(start + BLOCK, int(table.num_tokens[row]) - 1)
 
-    def name_blocks(self, row: int, end: int) -> None:
+    def cache_full_blocks(self, row: int, end: int) -> None:
         """Make the row's blocks findable that are full once `end` tokens are computed."""
         table = self.table
-        for place in range(len(table.names[row]) - 1, end // BLOCK):
+        for place in range(len(table.block_hashes[row]) - 1, end // BLOCK):
             tokens = table.ids[row, place * BLOCK : (place + 1) * BLOCK].tobytes()
-            table.names[row].append(self.pool.name(table.blocks[row][place], Content(table.names[row][-1], tokens)))
+            table.block_hashes[row].append(
+                self.pool.cache_block(table.blocks[row][place], BlockTokens(table.block_hashes[row][-1], tokens))
+            )
 
     def _admit(self, budget: int) -> int | None:
         """Open rows for the first of the queue; returns the one that computes the prompt, None if it has to wait."""
         table = self.table
-        while self.queue and self.queue[0][1] not in self.queue[0][1].request.queued:
+        while self.queue and self.queue[0][1] not in self.queue[0][1].request.queue_entries:
             heapq.heappop(self.queue)  # aborted
         if not self.queue:
             return None
         waiting = self.queue[0][1]
-        request, answers = waiting.request, waiting.answers
-        chunk = min(len(request.prompt_token_ids) + len(waiting.drawn), budget)
+        request, indices = waiting.request, waiting.indices
+        chunk = min(len(request.prompt_token_ids) + len(waiting.output_token_ids), budget)
         room = -(-chunk // BLOCK) + len(self.running) // ROWS_PER_SPARE_BLOCK
-        if len(answers) > len(table.free) or self.pool.available < room:
+        if len(indices) > len(table.free_rows) or self.pool.num_free_blocks < room:
             return None
         heapq.heappop(self.queue)
-        self.waiting -= 1
-        request.queued.remove(waiting)
+        self.num_waiting -= 1
+        request.queue_entries.remove(waiting)
         first, *others = (
-            table.open(waiting, answer, root_name(self.version, request.cache_salt)) for answer in answers
+            table.assign_row(waiting, index, root_hash(self.version, request.cache_salt)) for index in indices
         )
-        table.followers[first] = others
-        table.follows[others] = True
+        table.sibling_rows[first] = others
+        table.awaits_prompt[others] = True
         for row in (first, *others):
             bisect.insort(self.running, row, key=table.key)
-        self._reuse(first)
-        if not waiting.drawn:
+        self._take_cached_blocks(first)
+        if not waiting.output_token_ids:
             request.weights_version = self.version
-            request.cached_tokens = int(table.computed[first]) // BLOCK * BLOCK
+            request.num_cached_tokens = int(table.num_computed_tokens[first]) // BLOCK * BLOCK
         return first
 
     def fork(self, row: int) -> list[int]:
         """Start the followers of a row whose prompt is computed. Returns the rows that did, each holding the shared
         blocks and one of its own for the copy of a half-full last one; without a block left, one waits again."""
         table, started = self.table, []
-        prompt = int(table.prompt[row])
+        prompt = int(table.num_prompt_tokens[row])
         shared, rest = divmod(prompt, BLOCK)
-        for follower in table.followers[row]:
-            if rest and not self.pool.available:
+        for follower in table.sibling_rows[row]:
+            if rest and not self.pool.num_free_blocks:
                 self._preempt(follower)
                 continue
-            own = self.pool.take(1) if rest else []
-            self.pool.share(table.blocks[row][:shared])
-            table.hold(follower, table.blocks[row][:shared] + own)
-            table.names[follower] = list(table.names[row])
-            table.computed[follower] = prompt
-            table.follows[follower] = False
+            own = self.pool.allocate(1) if rest else []
+            self.pool.add_reference(table.blocks[row][:shared])
+            table.append_blocks(follower, table.blocks[row][:shared] + own)
+            table.block_hashes[follower] = list(table.block_hashes[row])
+            table.num_computed_tokens[follower] = prompt
+            table.awaits_prompt[follower] = False
             started.append(follower)
-        table.followers[row] = []
+        table.sibling_rows[row] = []
         return started
 
     def _preempt_after(self, row: int) -> bool:
@@ -196,48 +204,48 @@ class Scheduler:
     def _preempt(self, row: int) -> None:
         """Send a row, and those that wait for its prompt, back to the queue."""
         table = self.table
-        request, answer = table.held(row)
-        followers = table.followers[row]
-        answers = (answer, *(table.held(other)[1] for other in followers))
-        self._push(Waiting(request, answers, *table.drawn(row)))
-        self.preempted = True
-        self.preemptions += 1
+        request, index = table.request_at(row)
+        followers = table.sibling_rows[row]
+        indices = (index, *(table.request_at(other)[1] for other in followers))
+        self._push(Waiting(request, indices, *table.output_of(row)))
+        self.has_preempted = True
+        self.num_preemptions += 1
         for each in (*followers, row):
             self.close(each)
 
     def close(self, row: int) -> None:
         """Free a row and let go of its blocks."""
         self.running.remove(row)
-        self.pool.release(self.table.blocks[row])
+        self.pool.free(self.table.blocks[row])
         self.table.clear(row)
 
     def _push(self, waiting: Waiting) -> None:
         heapq.heappush(self.queue, (waiting.key, waiting))
-        self.waiting += 1
-        waiting.request.queued.append(waiting)
+        self.num_waiting += 1
+        waiting.request.queue_entries.append(waiting)
 
     def forget_waiting(self, request: Request) -> list[Waiting]:
         """What an aborted request has in the queue; it leaves the queue when its turn comes, or much has gathered."""
-        found, request.queued = request.queued, []
-        self.waiting -= len(found)
-        if len(self.queue) > 2 * self.waiting + 64:
-            self.queue = [each for each in self.queue if each[1] in each[1].request.queued]
+        found, request.queue_entries = request.queue_entries, []
+        self.num_waiting -= len(found)
+        if len(self.queue) > 2 * self.num_waiting + 64:
+            self.queue = [each for each in self.queue if each[1] in each[1].request.queue_entries]
             heapq.heapify(self.queue)
         return found
 
     def preempt_all(self) -> None:
         """Send everybody back to the queue."""
         for row in reversed(list(self.running)):
-            if self.table.owner[row] is not None and not self.table.follows[row]:
+            if self.table.requests[row] is not None and not self.table.awaits_prompt[row]:
                 self._preempt(row)  # and its followers
 
-    def check(self) -> None:
+    def check_invariants(self) -> None:
         """Raise AssertionError if blocks and rows do not add up."""
-        self.pool.check()
-        held = numpy.zeros_like(self.pool.holders)
+        self.pool.check_invariants()
+        held = numpy.zeros_like(self.pool.ref_count)
         for row in self.running:
             numpy.add.at(held, self.table.blocks[row], 1)
-            assert len(self.table.blocks[row]) * BLOCK >= self.table.computed[row]
-        assert (held == self.pool.holders).all(), "a block is held by nobody's row"
-        assert len(self.running) + len(self.table.free) == len(self.table.owner)
-        assert self.waiting == sum(each in each.request.queued for _, each in self.queue)
+            assert len(self.table.blocks[row]) * BLOCK >= self.table.num_computed_tokens[row]
+        assert (held == self.pool.ref_count).all(), "a block is held by nobody's row"
+        assert len(self.running) + len(self.table.free_rows) == len(self.table.requests)
+        assert self.num_waiting == sum(each in each.request.queue_entries for _, each in self.queue)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.runner import Runner
-from thinkstack.engine.scheduler import Plan
+from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
 from thinkstack.models.config import GQAConfig, ModelConfig
 from thinkstack.models.transformer import Transformer
@@ -27,11 +27,13 @@ class ScriptedRunner(Runner):
     script: Script
     end_id: int
 
-    def run(self, plan: Plan, table: SequenceTable) -> Tensor:
+    def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
         """The token that follows each planned one, (N, 1) int64."""
         found: list[int] = []
-        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
-            request, answer = table.held(row)
+        for row, start, count in zip(
+            scheduled.rows.tolist(), scheduled.starts.tolist(), scheduled.counts.tolist(), strict=True
+        ):
+            request, answer = table.request_at(row)
             text, first = self.script(request.prompt_token_ids, answer), start + 1 - len(request.prompt_token_ids)
             found += [text[at] if 0 <= at < len(text) else self.end_id for at in range(first, first + count)]
         return torch.tensor(found).unsqueeze(1)

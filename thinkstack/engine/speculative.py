@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.block_pool import BLOCK
-from thinkstack.engine.row_sampler import draw_plainly
+from thinkstack.engine.row_sampler import sample_plain_rows
 from thinkstack.engine.runner import Runner
-from thinkstack.engine.scheduler import Plan
+from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
 
 
@@ -34,29 +34,31 @@ class Speculator:
         rows: (N,), a row's tokens together; offsets: (N,) from 0 up in each. Nothing counts behind a stop token.
         """
         table = self.table
-        is_right = tokens == table.ids[rows, table.known[rows] + offsets]  # meaningless for the last of each row
+        is_right = tokens == table.ids[rows, table.num_tokens[rows] + offsets]  # meaningless for the last of each row
         stops = table.is_stop(rows, tokens)
         counts = numpy.ones(len(rows), dtype=bool)
         for place in numpy.flatnonzero(offsets).tolist():  # in order
             accepted = bool(counts[place - 1] and is_right[place - 1])
             counts[place] = accepted and not stops[place - 1]
-            ahead, (request, _) = int(offsets[place]) - 1, table.held(int(rows[place]))
+            ahead, (request, _) = int(offsets[place]) - 1, table.request_at(int(rows[place]))
             self.drafted[ahead] += 1
             self.accepted[ahead] += accepted
-            request.drafted += 1
-            request.accepted += accepted
+            request.num_draft_tokens += 1
+            request.num_accepted_tokens += accepted
         return counts
 
-    def follow(self, plan: Plan, hidden: Tensor) -> None:
+    def follow(self, scheduled: SchedulerOutput, hidden: Tensor) -> None:
         """Show the module what the rows of a step computed, hidden (N, D), and guess on for those that draw."""
-        table, ends = self.table, plan.counts.cumsum()
-        valid = numpy.minimum(plan.counts, table.known[plan.rows] - 1 - plan.starts)
-        is_open = numpy.array([table.owner[row] is not None for row in plan.rows.tolist()])  # the step ended others
+        table, ends = self.table, scheduled.counts.cumsum()
+        valid = numpy.minimum(scheduled.counts, table.num_tokens[scheduled.rows] - 1 - scheduled.starts)
+        is_open = numpy.array(
+            [table.requests[row] is not None for row in scheduled.rows.tolist()]
+        )  # the step ended others
         shown = numpy.flatnonzero(is_open & (valid > 0))
         if not len(shown):
             return
-        rows, starts, counts = plan.rows[shown], plan.starts[shown], valid[shown]
-        index = numpy.concatenate([numpy.arange(count) for count in counts]) + (ends - plan.counts)[shown].repeat(
+        rows, starts, counts = scheduled.rows[shown], scheduled.starts[shown], valid[shown]
+        index = numpy.concatenate([numpy.arange(count) for count in counts]) + (ends - scheduled.counts)[shown].repeat(
             counts
         )
         states = self.runner.draft(table, rows, starts, counts, hidden[torch.from_numpy(index).to(hidden.device)])
@@ -66,18 +68,18 @@ class Speculator:
         """Write guesses behind the known tokens of those rows whose known tokens but the last are all computed."""
         table = self.table
         for ahead in range(self.num_speculative_tokens):
-            left = table.limit[rows] - table.known[rows]
-            goes_on = (table.computed[rows] == table.known[rows] - 1) & (ahead + 1 < left)
+            left = table.max_num_tokens[rows] - table.num_tokens[rows]
+            goes_on = (table.num_computed_tokens[rows] == table.num_tokens[rows] - 1) & (ahead + 1 < left)
             if ahead:
                 held = numpy.array([len(table.blocks[row]) for row in rows.tolist()]) * BLOCK
-                goes_on &= table.known[rows] + ahead - 2 < held
+                goes_on &= table.num_tokens[rows] + ahead - 2 < held
             if not goes_on.any():
                 return
             rows, states = rows[goes_on], states[torch.from_numpy(goes_on).to(states.device)]
             if ahead:
                 ones = numpy.ones(len(rows), dtype=numpy.int64)
-                states = self.runner.draft(table, rows, table.known[rows] + ahead - 2, ones, states)
+                states = self.runner.draft(table, rows, table.num_tokens[rows] + ahead - 2, ones, states)
             offsets = numpy.full(len(rows), ahead)
-            tokens, _ = draw_plainly(table, rows, offsets, self.runner.logits(states))
-            table.ids[rows, table.known[rows] + ahead] = tokens
-            table.drafts[rows] = ahead + 1
+            tokens, _ = sample_plain_rows(table, rows, offsets, self.runner.logits(states))
+            table.ids[rows, table.num_tokens[rows] + ahead] = tokens
+            table.num_draft_tokens[rows] = ahead + 1

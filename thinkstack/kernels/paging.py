@@ -12,14 +12,14 @@ class Pages(NamedTuple):
 
     entries: Tensor
     """(blocks, P, W), contiguous; P is a power of 2."""
-    tables: Tensor
+    block_tables: Tensor
     """The blocks of each sequence in order, (R, M) int32."""
-    owner: Tensor
+    seq_index: Tensor
     """The sequence of each new token, (N,) int32; tokens of one sequence lie together."""
     longest_run: int = 0
     """Most new tokens of one sequence; 0 where nobody has counted."""
 
     def of(self, sequences: Tensor, span: int) -> Tensor:
         """The first `span` tokens of some sequences (B,), copied: (B, span, W)."""
-        blocks = self.tables[sequences, : -(-span // self.entries.shape[1])]
+        blocks = self.block_tables[sequences, : -(-span // self.entries.shape[1])]
         return self.entries[blocks.long()].flatten(1, 2)[:, :span]

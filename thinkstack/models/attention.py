@@ -129,10 +129,10 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionCon
     return out[..., : value.shape[-1]].transpose(1, 2).unflatten(2, (-1, Q))
 
 
-def read_pages(
+def paged_attention_torch(
     query: Tensor, pages: Pages, last: Tensor, heads: kernels.KVLayout, scale: float, limit: int = 1 << 26
 ) -> Tensor:
-    """`kernels.read_cache` in torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
+    """`kernels.paged_attention` in torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
 
     Batch-invariant: each product has ROW_TILE new tokens of one sequence and one block, padding included, and the
     whole blocks up to that one, in contiguous operands (the order of sums depends on strides too). So it depends on a
@@ -141,7 +141,7 @@ def read_pages(
     """
     size = pages.entries.shape[1]
     blocks = last // size
-    first = run_starts(pages.owner.unsqueeze(0), blocks.unsqueeze(0)).squeeze(0)
+    first = run_starts(pages.seq_index.unsqueeze(0), blocks.unsqueeze(0)).squeeze(0)
     lane = (torch.arange(len(last), device=last.device) - first) % ROW_TILE
     heads_of_tiles = (lane == 0).nonzero().squeeze(1)  # the first token of each tile
     tile = (lane == 0).cumsum(0) - 1
@@ -155,7 +155,7 @@ def read_pages(
         places = torch.arange(span, device=last.device)
         alike = (blocks[heads_of_tiles] == count).nonzero().squeeze(1)
         for some in alike.split(max(limit // (span * pages.entries.shape[2]), 1)):
-            context = pages.of(pages.owner[heads_of_tiles[some]], span)
+            context = pages.of(pages.seq_index[heads_of_tiles[some]], span)
             unused = places > seen[some].amax(1, keepdim=True)  # entries of earlier sequences, finite or not
             k, v = (
                 part.transpose(1, 2).flatten(0, 1).contiguous()  # (tiles * G, span, K or V)
@@ -200,7 +200,11 @@ class Attention(nn.Module):
         """q (N, 1, H, K), rotated, over the context of each token. Returns (N, 1, H, V)."""
         grouped, last = q.squeeze(1).unflatten(1, (heads.groups, -1)), ctx.last.squeeze(1)
         attend = (
-            kernels.read_cache if kernels.takes(q, "paged_attend") else cuda.read_cache if cuda.takes(q) else read_pages
+            kernels.paged_attention
+            if kernels.takes(q, "paged_attend")
+            else cuda.paged_attention
+            if cuda.takes(q)
+            else paged_attention_torch
         )
         return attend(grouped, pages, last, heads, self.scale).flatten(1, 2).unsqueeze(1)
 

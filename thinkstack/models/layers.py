@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkstack import kernels
-from thinkstack.kernels.cpu.prepacked import Blocked, can_keep, upcast_linear
+from thinkstack.kernels.cpu.prepacked import PrepackedMatrix, fits_prepacked, upcast_linear
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
 
 ROW_TILE = 16
@@ -113,8 +113,8 @@ class Embedding(nn.Embedding):
 class Projection(nn.Linear):
     """A linear layer whose bias may stay fp32 beside a matrix in bf16, as precision.working_copy keeps vectors."""
 
-    blocked: Blocked | None = None
-    """The matrix a second time, for inference in bf16 (`keep_blocked`)."""
+    prepacked: PrepackedMatrix | None = None
+    """The matrix a second time, for inference in bf16 (`prepack_weights`)."""
 
     def reset_parameters(self) -> None:
         """As of Embedding."""
@@ -123,20 +123,20 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features). A few rows in bf16 are multiplied as weights are read."""
-        if self.bias is None and kernels.takes_few(x, self.weight):
-            return kernels.few_rows(x, self.weight)
+        if self.bias is None and kernels.takes_small_m(x, self.weight):
+            return kernels.small_m_linear(x, self.weight)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.blocked is not None and self.blocked.takes(x):
-            return self.blocked.product(x, self.weight, bias)
+        if self.prepacked is not None and self.prepacked.takes(x):
+            return self.prepacked.product(x, self.weight, bias)
         return upcast_linear(x, self.weight, bias)
 
 
-def keep_blocked(model: nn.Module) -> None:
+def prepack_weights(model: nn.Module) -> None:
     """Let the linear layers of a bf16 model keep their matrices blocked, from what they hold now, where they can."""
     layers = [module for module in model.modules() if isinstance(module, Projection)]
-    keeps = can_keep(*(layer.weight for layer in layers if layer.weight.dtype == torch.bfloat16))
+    keeps = fits_prepacked(*(layer.weight for layer in layers if layer.weight.dtype == torch.bfloat16))
     for layer in layers:
-        layer.blocked = Blocked() if keeps and layer.weight.dtype == torch.bfloat16 else None
+        layer.prepacked = PrepackedMatrix() if keeps and layer.weight.dtype == torch.bfloat16 else None
 
 
 class SwiGLU(nn.Module):

@@ -112,8 +112,8 @@ class QuantizedLinear(nn.Linear):
         if parts is not None and triton.takes_quantized(x, parts["codes"]):
             out = triton.quantized_linear(x, parts["codes"], parts["scale"].float())
             return out if bias is None else out + bias
-        if parts is not None and bias is None and kernels.takes_few(x, parts["codes"]):
-            return kernels.few_rows(x, parts["codes"], parts["scale"])
+        if parts is not None and bias is None and kernels.takes_small_m(x, parts["codes"]):
+            return kernels.small_m_linear(x, parts["codes"], parts["scale"])
         return _Product.apply(x, self.packed, bias)
 
 

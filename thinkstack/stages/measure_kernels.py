@@ -252,8 +252,8 @@ def _paged_attend(dtype: torch.dtype) -> Work:
     layer, a = MLA(SHAPE, 0), SHAPE.attention
     assert isinstance(a, MLAConfig)
     entries = _random(1 + sequences * blocks, size, a.cache_width, dtype=dtype)
-    tables = torch.arange(1, 1 + sequences * blocks, dtype=torch.int32).view(sequences, blocks)
-    pages = Pages(entries, tables, torch.arange(sequences, dtype=torch.int32))
+    block_tables = torch.arange(1, 1 + sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+    pages = Pages(entries, block_tables, torch.arange(sequences, dtype=torch.int32))
     last = torch.full((sequences, 1), 200)
     ctx = AttentionContext(rope=torch.empty(0), kv_range=torch.empty(0), last=last)
     q = _random(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)

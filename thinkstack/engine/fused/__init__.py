@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from thinkstack import kernels
-from thinkstack.engine.fused.gqa import Dense, is_dense
-from thinkstack.engine.fused.mla import SmallLatent, is_latent
+from thinkstack.engine.fused.gqa import FusedGQA, is_dense
+from thinkstack.engine.fused.mla import FusedMLA, is_latent
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.block import Block
 from thinkstack.models.transformer import Transformer
 
 
-class WholeModel(Protocol):
+class FusedPass(Protocol):
     """The trunk of a model over a cache, with the weights that it had when this was made."""
 
-    most_tokens: int
+    max_tokens: int
     """Tokens of a call."""
     head: Tensor | None
     """The head's matrix, blocked, where its products are exact in any company."""
@@ -38,14 +38,14 @@ class WholeModel(Protocol):
 
 
 @torch.no_grad()
-def whole_model(model: Transformer) -> WholeModel | None:
+def fused_pass(model: Transformer) -> FusedPass | None:
     """A kernel for the whole of `model`; None where there is none for it."""
     blocks = [block for block in model.layers if isinstance(block, Block)]
     if any(has_hooks(module) for module in blocks):  # shares of ranks
         return None
     if is_dense(blocks):
-        return Dense(model, blocks)
-    return SmallLatent(model, blocks) if _is_small_latent(model, model.embed.weight) else None
+        return FusedGQA(model, blocks)
+    return FusedMLA(model, blocks) if _is_small_latent(model, model.embed.weight) else None
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _is_small_latent(model: Transformer, like: Tensor) -> bool:
-    """Whether SmallLatent takes a model of numbers like `like`, drafting modules too; shares of ranks it does not."""
+    """Whether FusedMLA takes a model of numbers like `like`, drafting modules too; shares of ranks it does not."""
     blocks = model.blocks()
     if any(has_hooks(block) for block in blocks) or not all(is_latent(block) for block in blocks):
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
-from thinkstack.kernels.cpu.prepacked import blocked, can_keep, exact, keeps_rows, multiply
+from thinkstack.kernels.cpu.prepacked import exact, fits_prepacked, is_batch_invariant, multiply, prepacked
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import GQA
 from thinkstack.models.block import PLAIN, Block, consists_of
@@ -43,7 +43,7 @@ class Parts(NamedTuple):
     """Of queries and keys, (W,)."""
 
 
-class Dense:
+class FusedGQA:
     """The trunk of such a model; made anew when weights have changed."""
 
     def __init__(self, model: Transformer, blocks: list[Block]):
@@ -61,14 +61,14 @@ class Dense:
         self.is_packed = bool(self.kept) and "sq" in self.kept[0]
         self.parts: list[Parts] = []
         """Of all blocks, once many tokens have come."""
-        self.most_tokens = 1 << 40 if _takes_many(blocks) else kernels.FEW
+        self.max_tokens = 1 << 40 if _takes_many(blocks) else kernels.SMALL_M
         self.head = exact(model.head.weight)
         self.rotations = Rotations(model.cfg.attention.rope_dim, model.cfg.rope)
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As WholeModel says."""
+        """As FusedPass says."""
         x, rope = self.model.embed(ids), self.rotations.at(positions)
-        if self.few is None or len(ids) > kernels.FEW:
+        if self.few is None or len(ids) > kernels.SMALL_M:
             return self._many(x, positions, pages, cache, rope), None
         kernels.block_steps(x, self.few, self.sizes, rope, positions, pages, cache, self.scales, self.is_packed)
         return self.model.norm(x), None
@@ -81,19 +81,19 @@ class Dense:
         normed, _ = kernels.rms_norm(x, self.parts[0].norms[0], eps, keep=False)
         for layer, (part, last_norm) in enumerate(zip(self.parts, following, strict=True)):
             qkv, own = multiply(normed, part.qkv, part.qkv_bias), pages._replace(entries=cache[layer])
-            read = kernels.attend_new(qkv, part.head_norms, self.heads, rope, positions, own, self.scales)
+            read = kernels.attend_gqa_step(qkv, part.head_norms, self.heads, rope, positions, own, self.scales)
             normed = kernels.add_norm(x, multiply(read, part.out, part.out_bias), part.norms[1], eps)
             wide = kernels.swiglu_halves(multiply(normed, part.gate_up))
             normed = kernels.add_norm(x, multiply(wide, part.down), last_norm, eps)
         return normed
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
-        """As WholeModel says."""
+        """As FusedPass says."""
         return None
 
 
 def is_dense(blocks: list[Block]) -> bool:
-    """Whether Dense takes them, a few tokens at least."""
+    """Whether FusedGQA takes them, a few tokens at least."""
     if any(not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU) for block in blocks):
         return False
     return _takes_few(blocks) or _takes_many(blocks)
@@ -111,7 +111,7 @@ def _takes_few(blocks: list[Block]) -> bool:
         if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
             return False
         weights += [parts["codes"] for parts in packed if parts is not None]
-    return kernels.takes_few(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
+    return kernels.takes_small_m(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
 
 
 def _takes_many(blocks: list[Block]) -> bool:
@@ -121,9 +121,11 @@ def _takes_many(blocks: list[Block]) -> bool:
     weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Projection)]
     if not kernels.takes(weights[0], "fused_dense") or len({weight.dtype for weight in weights}) > 1:
         return False
-    if not can_keep(*weights):
+    if not fits_prepacked(*weights):
         return False
-    return weights[0].dtype == torch.bfloat16 or all(keeps_rows(*shape) for block in blocks for shape in _shapes(block))
+    return weights[0].dtype == torch.bfloat16 or all(
+        is_batch_invariant(*shape) for block in blocks for shape in _shapes(block)
+    )
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
@@ -139,9 +141,9 @@ def _weights(block: Block) -> Weights:
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
     found: Weights = {}
-    for owner, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
+    for seq_index, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
-            layer = getattr(owner, name)
+            layer = getattr(seq_index, name)
             parts = layer.in_int8() if isinstance(layer, QuantizedLinear) else None
             if parts is None:
                 found[name] = layer.weight
@@ -164,7 +166,7 @@ def _parts(block: Block) -> Parts:
 
     def together(*layers: Projection) -> tuple[Tensor, Tensor | None]:
         biases = [layer.bias.to(layer.weight.dtype) for layer in layers if layer.bias is not None]
-        return blocked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
+        return prepacked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
 
     def fp32(norm: RMSNorm | None) -> Tensor | None:
         return None if norm is None else norm.weight.detach().float()

@@ -24,8 +24,8 @@ struct BlockSteps {
   const void* layers;     // BlockWeights of the type that the called kernel is for
   const float* rope;      // (B, W / 2) pairs
   const int64_t* last;    // (B,): the new token's place in its sequence
-  const int32_t* tables;  // (sequences, table_width): the cache's blocks of each, in order
-  const int32_t* owner;   // (B,): the sequence of each token
+  const int32_t* block_tables;  // (sequences, table_width): the cache's blocks of each, in order
+  const int32_t* seq_index;   // (B,): the sequence of each token
   bf16 *x, *cache;        // (B, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
   int64_t L, B, D, H, G, W, I, shift, table_width, layer_stride, interleaved, threads;
   double scale, eps;
@@ -33,7 +33,7 @@ struct BlockSteps {
 
 namespace {
 
-constexpr int FEW = 8;  // tokens at most
+constexpr int SMALL_M = 8;  // tokens at most
 
 #ifdef _OPENMP
 int64_t thread() { return omp_get_thread_num(); }
@@ -56,7 +56,7 @@ struct Step {
         qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(grouped(a, N, query.data(), a.cache, mixed.data())) {}
 
   Pages<bf16> pages(int64_t layer, int64_t n, int64_t at) const {
-    return {a.cache + layer * a.layer_stride + at, a.tables + a.owner[n] * a.table_width, a.shift, 2 * keys};
+    return {a.cache + layer * a.layer_stride + at, a.block_tables + a.seq_index[n] * a.table_width, a.shift, 2 * keys};
   }
 
   // Rows [from, to) of a product of `count` rows are this thread's.
@@ -133,7 +133,7 @@ struct Step {
 
 template <int N, typename Work>
 void for_count(int64_t count, Work work) {
-  if constexpr (N <= FEW) {
+  if constexpr (N <= SMALL_M) {
     if (count == N) return work(std::integral_constant<int, N>());
     for_count<N + 1>(count, work);
   }

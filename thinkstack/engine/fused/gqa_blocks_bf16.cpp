@@ -3,6 +3,6 @@
 
 extern "C" void block_steps_bf16(const BlockSteps* a) { take_steps<bf16>(*a); }
 
-extern "C" void few_rows_bf16(const bf16* x, const bf16* weights, bf16* out, int64_t N, int64_t M, int64_t K, int64_t threads) {
+extern "C" void small_m_linear_bf16(const bf16* x, const bf16* weights, bf16* out, int64_t N, int64_t M, int64_t K, int64_t threads) {
   multiply_few(Matrix<bf16>{weights, nullptr}, x, out, N, M, K, threads);
 }

@@ -19,10 +19,10 @@ from thinkstack.models.mtp import MTPModule
 from thinkstack.models.transformer import Transformer
 
 
-class SmallLatent:
+class FusedMLA:
     """Latent attention, experts or not, in fp32: what becomes of a token does not depend on how many there are."""
 
-    most_tokens = 1 << 40
+    max_tokens = 1 << 40
 
     def __init__(self, model: Transformer, blocks: list[Block]):
         self.module = next((module for module in model.mtp if isinstance(module, MTPModule)), None)
@@ -50,13 +50,13 @@ class SmallLatent:
             self.scales["factor"] = moe.route_scale
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As WholeModel says."""
+        """As FusedPass says."""
         x = self.model.embed(ids)
         chosen = self._through(self.layers, self.num_routed, x, positions, pages, cache)
         return self.model.norm(x), chosen if self.num_routed else None
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
-        """As WholeModel says."""
+        """As FusedPass says."""
         if self.module is None:
             return None
         x = self.module.merged(hidden, self.model.embed(following))
@@ -81,7 +81,7 @@ class SmallLatent:
 
 
 def is_latent(block: Block) -> bool:
-    """Whether a block is one of SmallLatent's."""
+    """Whether a block is one of FusedMLA's."""
     ffn = block.ffn
     if not consists_of(block, PLAIN) or not isinstance(block.attention, MLA):
         return False

@@ -11,8 +11,8 @@ struct LatentStep {
   const float *x, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo;  // wq_a, q_norm: null without a query latent
   const float* rope;      // (B, R / 2) pairs
   const int64_t* last;    // (B,): where the new token's entry goes in its sequence
-  const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
-  const int32_t* owner;   // (B,): the sequence of each token
+  const int32_t* block_tables;  // (sequences, table_width): the blocks of each, in order
+  const int32_t* seq_index;   // (B,): the sequence of each token
   void* cache;            // (blocks, 2^shift, C + R), in bf16 or float
   float *out, *queries, *mixed;  // (B, D); room for the queries over entries, (B, H, C + R), and for what they read, (B, H, C)
   int64_t B, D, H, N, R, V, C, Q, shift, table_width, interleaved, threads;
@@ -114,7 +114,7 @@ struct LatentBlock {
     for (int64_t i = 0; i < count; i++) copy_row(absorbed + i * W, pages(start + i).at(a.last[start + i]), W);
   }
 
-  Pages<T> pages(int64_t b) const { return {static_cast<T*>(a.cache), a.tables + a.owner[b] * a.table_width, a.shift, W}; }
+  Pages<T> pages(int64_t b) const { return {static_cast<T*>(a.cache), a.block_tables + a.seq_index[b] * a.table_width, a.shift, W}; }
 
   void finish(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
@@ -236,7 +236,7 @@ struct LatentModel {
   const LatentLayer* layers;
   const float* rope;
   const int64_t* last;
-  const int32_t *tables, *owner;
+  const int32_t *block_tables, *seq_index;
   float* x;          // (B, D), changed in place
   void* cache;       // (L, cache blocks, 2^shift, C + R), in bf16 or float
   int64_t* experts;  // (layers with experts, B, K): the chosen ones
@@ -289,7 +289,7 @@ void run(const LatentModel& a) {
   const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
   const int64_t W = a.C + a.R;
   const auto queries = room_for<float>(a.B * a.H * W), mixed = room_for<float>(a.B * a.H * a.C);
-  Decode read{queries.get(), a.cache, a.tables, a.owner, a.last, mixed.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
+  Decode read{queries.get(), a.cache, a.block_tables, a.seq_index, a.last, mixed.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
   read.threads = a.threads, read.scale = a.scale;
   Attend<float, T> attend(read);
   const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);
@@ -301,7 +301,7 @@ void run(const LatentModel& a) {
   for (int64_t l = 0; l < a.L; l++) {
     const LatentLayer& w = a.layers[l];
     const float* following = l + 1 < a.L ? a.layers[l + 1].attention_norm : nullptr;
-    const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.tables, a.owner,
+    const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.block_tables, a.seq_index,
                           static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), mixed.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C,
                           a.Q, a.shift, a.table_width, a.interleaved, a.threads, a.scale, a.eps};
     latent_step<T>(&step, attend);

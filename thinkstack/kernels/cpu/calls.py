@@ -12,11 +12,11 @@ from thinkstack.kernels.cpu.build import binary
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 LANES = 16
 """Expert sizes must be multiples of this; everything else may have any width."""
-FEW = 8
+SMALL_M = 8
 """Rows that are few: their products take as long as reading the weights."""
 WIDE = 32
-"""Widths that `takes_few` asks for are multiples of this."""
-SMALL = 1024
+"""Widths that `takes_small_m` asks for are multiples of this."""
+MAX_FUSED_HIDDEN = 1024
 """Hidden sizes up to this decode by whole sublayers."""
 
 
@@ -42,9 +42,9 @@ def takes_rows(x: Tensor, operation: str) -> bool:
 def takes_steps(x: Tensor, hidden_size: int, operation: str) -> bool:
     """Whether whole sublayers should be computed by the kernels: inference in fp32 on a model of few features.
 
-    Beyond SMALL features the products outweigh the calls, and torch's are as good.
+    Beyond MAX_FUSED_HIDDEN features the products outweigh the calls, and torch's are as good.
     """
-    small = hidden_size <= SMALL and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    small = hidden_size <= MAX_FUSED_HIDDEN and x.dtype == torch.float32 and not torch.is_grad_enabled()
     return small and takes_rows(x, operation)
 
 
@@ -55,13 +55,13 @@ def takes_linear(x: Tensor, *widths: int) -> bool:
     return all(width % LANES == 0 for width in widths) and takes_rows(x, "linear")
 
 
-def takes_few(x: Tensor, *weights: Tensor) -> bool:
-    """Whether weights (M, K) should be read by the kernels for a few rows: inference on FEW rows at most, x in bf16,
-    weights in bf16 or int8.
+def takes_small_m(x: Tensor, *weights: Tensor) -> bool:
+    """Whether weights (M, K) should be read by the kernels for a few rows: inference on SMALL_M rows at most, x in
+    bf16, weights in bf16 or int8.
 
     What comes of a row then depends on whether there are few, as it does among torch's own kernels.
     """
-    if x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled():
+    if x.dtype != torch.bfloat16 or x.numel() > SMALL_M * x.shape[-1] or torch.is_grad_enabled():
         return False
     if not takes_rows(x, "small_m_int8" if weights[0].dtype == torch.int8 else "small_m"):
         return False

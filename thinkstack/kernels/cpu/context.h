@@ -210,10 +210,10 @@ struct Place {
   int64_t row, last;
 };
 
-// Consecutive tokens of one sequence, at most `limit`, from `start`; owner: (end,).
-inline int64_t run_of(const int32_t* owner, int64_t start, int64_t end, int64_t limit) {
+// Consecutive tokens of one sequence, at most `limit`, from `start`; seq_index: (end,).
+inline int64_t run_of(const int32_t* seq_index, int64_t start, int64_t end, int64_t limit) {
   int64_t n = start + 1;
-  while (n < end && n - start < limit && owner[n] == owner[start]) n++;
+  while (n < end && n - start < limit && seq_index[n] == seq_index[start]) n++;
   return n - start;
 }
 

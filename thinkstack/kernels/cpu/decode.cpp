@@ -8,7 +8,7 @@ struct AttendNew {
   const float *q_norm, *k_norm;    // (W,), or null
   const float* rope;               // (N, W / 2) pairs
   const int64_t* last;             // (N,): the token's place in its sequence
-  const int32_t *tables, *owner;   // as in Decode
+  const int32_t *block_tables, *seq_index;   // as in Decode
   void *query, *entries, *out;     // (N, H, W), scratch; (blocks, 2^shift, 2 G W): keys, then values; (N, H, W)
   int64_t N, H, G, W, shift, table_width, interleaved, threads;
   double scale, eps;
@@ -39,7 +39,7 @@ void run_new(const AttendNew& a) {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.N; n++) {
       const T* head = qkv + n * heads * W;
-      T* entry = Pages<T>{entries, a.tables + a.owner[n] * a.table_width, a.shift, width}.at(a.last[n]);
+      T* entry = Pages<T>{entries, a.block_tables + a.seq_index[n] * a.table_width, a.shift, width}.at(a.last[n]);
       for (int64_t h = 0; h < a.H + a.G; h++, head += W) {
         const bool is_key = h >= a.H;
         T* to = is_key ? entry + (h - a.H) * W : query + (n * a.H + h) * W;
@@ -56,4 +56,4 @@ void run_new(const AttendNew& a) {
 extern "C" void decode(const Decode* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
 
 // The new tokens' entries go to the cache, then the tokens read it.
-extern "C" void attend_new(const AttendNew* a, int64_t is_bf16) { is_bf16 ? run_new<bf16>(*a) : run_new<float>(*a); }
+extern "C" void attend_gqa_step(const AttendNew* a, int64_t is_bf16) { is_bf16 ? run_new<bf16>(*a) : run_new<float>(*a); }

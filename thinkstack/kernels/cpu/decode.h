@@ -8,8 +8,8 @@
 struct Decode {
   const void* query;      // (N, G, Q, W)
   const void* entries;    // of one layer, (blocks, 2^shift, entry_width)
-  const int32_t* tables;  // (sequences, table_width): the blocks of each, in order
-  const int32_t* owner;   // (N,): the sequence of each token
+  const int32_t* block_tables;  // (sequences, table_width): the blocks of each, in order
+  const int32_t* seq_index;   // (N,): the sequence of each token
   const int64_t* last;    // (N,): the last token of it that it sees; the first is 0
   void* out;              // (N, G, Q, V)
   int64_t N, G, Q, W, V, shift, table_width, entry_width;
@@ -21,7 +21,7 @@ struct Decode {
 // How N tokens of grouped queries read a cache of keys, then values: of BlockSteps or AttendNew.
 template <typename A>
 Decode grouped(const A& a, int64_t N, const void* query, const void* entries, void* out) {
-  Decode read{query, entries, a.tables, a.owner, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};
+  Decode read{query, entries, a.block_tables, a.seq_index, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};
   read.key_g = read.value_g = a.W, read.value_at = a.G * a.W;
   read.threads = a.threads, read.scale = a.scale;
   return read;
@@ -34,7 +34,7 @@ template <typename Q, typename T>
 class Attend {
  public:
   explicit Attend(const Decode& a) : a_(a) {
-    for (int64_t n = 0; n < a.N; n += runs_.back().count) runs_.push_back({n, run_of(a.owner, n, a.N, TOKENS)});
+    for (int64_t n = 0; n < a.N; n += runs_.back().count) runs_.push_back({n, run_of(a.seq_index, n, a.N, TOKENS)});
     is_many_ = int64_t(runs_.size()) >= 4 * a.threads;
     const bool are_short = std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.count <= SHORT; });
     if (is_many_ || !are_short) return;
@@ -97,7 +97,7 @@ class Attend {
   const Q* query() const { return static_cast<const Q*>(a_.query); }
   Q* out() const { return static_cast<Q*>(a_.out); }
   Pages<T> pages(int64_t run, const T* entries) const {
-    return {entries, a_.tables + a_.owner[runs_[run].start] * a_.table_width, a_.shift, a_.entry_width};
+    return {entries, a_.block_tables + a_.seq_index[runs_[run].start] * a_.table_width, a_.shift, a_.entry_width};
   }
   Groups<T> groups_of(int64_t run, const T* entries, int64_t from, int64_t to) const {
     return {pages(run, entries), pages(run, entries + a_.value_at), from, to, a_.key_g, a_.value_g};

@@ -16,19 +16,19 @@ from thinkstack.kernels.paging import Pages
 
 _Decode = structure(
     "Decode",
-    "query entries tables owner last out",
+    "query entries block_tables seq_index last out",
     "N G Q W V shift table_width entry_width key_g value_g value_at threads",
     "scale",
 )
 _AttendNew = structure(
     "AttendNew",
-    "qkv q_norm k_norm rope last tables owner query entries out",
+    "qkv q_norm k_norm rope last block_tables seq_index query entries out",
     "N H G W shift table_width interleaved threads",
     "scale eps",
 )
 _Draw = structure(
     "Draw",
-    "logits rows temperature top_k top_p min_p uniform seed known prompt offsets tokens logprobs",
+    "logits rows temperature top_k top_p min_p uniform seed num_tokens num_prompt_tokens offsets tokens logprobs",
     "B V threads",
 )
 BlockWeights = structure(
@@ -46,20 +46,20 @@ LatentLayer = structure(
 """Addresses of a layer's weights in fp32, None for what it lacks, and the width of w1."""
 _LatentModel = structure(
     "LatentModel",
-    "layers rope last tables owner x cache experts",
+    "layers rope last block_tables seq_index x cache experts",
     "L B D H N R V C Q E J K groups top_groups best normalize softmax "
     "shift table_width layer_stride interleaved threads",
     "scale eps factor",
 )
 _BlockSteps = structure(
     "BlockSteps",
-    "layers rope last tables owner x cache",
+    "layers rope last block_tables seq_index x cache",
     "L B D H G W I shift table_width layer_stride interleaved threads",
     "scale eps",
 )
 
 
-def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
+def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
     query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees. scale:
@@ -69,7 +69,7 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale
     query = query.contiguous()
     out = query.new_empty(N, G, Q, heads.value_width)
     arguments = _Decode(
-        *map(address, (query, pages.entries, pages.tables, pages.owner, last, out)),
+        *map(address, (query, pages.entries, pages.block_tables, pages.seq_index, last, out)),
         *(N, G, Q, W, heads.value_width, *_layout(pages), pages.entries.shape[2]),
         *(heads.key_step, heads.value_step, heads.value_at, torch.get_num_threads(), scale),
     )
@@ -77,7 +77,7 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale
     return out
 
 
-def attend_new(
+def attend_gqa_step(
     qkv: Tensor,
     norms: tuple[Tensor | None, Tensor | None],
     sizes: Mapping[str, int],
@@ -94,7 +94,7 @@ def attend_new(
     """
     N, width = len(qkv), sizes["H"] * sizes["W"]
     query, out = qkv.new_empty(2, N, width)
-    given = (qkv, *norms, rope, last, pages.tables, pages.owner, query, pages.entries, out)
+    given = (qkv, *norms, rope, last, pages.block_tables, pages.seq_index, query, pages.entries, out)
     arguments = _AttendNew(
         *map(address, given),
         **sizes,
@@ -102,14 +102,14 @@ def attend_new(
         **dict(N=N, shift=_layout(pages)[0], table_width=_layout(pages)[1]),
         threads=torch.get_num_threads(),
     )
-    run("attend_new", arguments, qkv.dtype == torch.bfloat16)
+    run("attend_gqa_step", arguments, qkv.dtype == torch.bfloat16)
     return out
 
 
 def _layout(pages: Pages) -> tuple[int, int]:
-    """Power of 2 of a block's tokens, and width of the tables."""
-    assert pages.entries.is_contiguous() and pages.tables.is_contiguous()
-    return pages.entries.shape[1].bit_length() - 1, pages.tables.shape[1]
+    """Power of 2 of a block's tokens, and width of the block_tables."""
+    assert pages.entries.is_contiguous() and pages.block_tables.is_contiguous()
+    return pages.entries.shape[1].bit_length() - 1, pages.block_tables.shape[1]
 
 
 def block_steps(
@@ -123,7 +123,7 @@ def block_steps(
     scales: dict[str, float],
     packed: bool,
 ) -> None:
-    """At most FEW new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
+    """At most SMALL_M new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
 
     x: (B, D), contiguous; changed in place. layers: a BlockWeights for each of L. sizes: H, G, W, I, interleaved.
     packed: whether matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, where the new entries go. pages: of
@@ -170,7 +170,10 @@ def _over_cache(
     """The structure of a kernel that takes new tokens through all layers over a cache."""
     shift, table_width = _layout(pages)
     (B, D), cache = tensors["x"].shape, tensors["cache"]
-    addresses = {name: address(x) for name, x in (tensors | {"tables": pages.tables, "owner": pages.owner}).items()}
+    addresses = {
+        name: address(x)
+        for name, x in (tensors | {"block_tables": pages.block_tables, "seq_index": pages.seq_index}).items()
+    }
     return kind(
         layers=ctypes.addressof(layers),
         **addresses,
@@ -194,17 +197,17 @@ def rows_of(
     return (kind * len(rows))(*rows)
 
 
-def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (M, K) transposed: (..., M), for at most FEW rows, in bf16.
+def small_m_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (M, K) transposed: (..., M), for at most SMALL_M rows, in bf16.
 
     scale: (M,) fp32 factors of the rows of a weight in int8.
     """
     M, K = weight.shape
     out = x.new_empty(*x.shape[:-1], M)
     if scale is None:
-        call("few_rows_bf16", x, weight, out, x.numel() // K, M, K)
+        call("small_m_linear_bf16", x, weight, out, x.numel() // K, M, K)
     else:
-        call("few_rows_int8", x, weight, scale, out, x.numel() // K, M, K)
+        call("small_m_linear_int8", x, weight, scale, out, x.numel() // K, M, K)
     return out
 
 
@@ -242,28 +245,28 @@ def draw(
     return tokens, logprobs
 
 
-class RowDraws:
+class RowSampler:
     """`draw` for rows whose settings lie in columns, each row with its own numbers (`uniforms` in engine/sampler.py).
 
     The columns may change their contents, not their places.
     """
 
     def __init__(self, **columns: numpy.ndarray):
-        """columns: temperature, top_p, min_p fp32; top_k, known, prompt int64; seed uint64."""
+        """columns: temperature, top_p, min_p fp32; top_k, num_tokens, prompt int64; seed uint64."""
         self._columns = columns
         self._settings = {name: place(column) for name, column in columns.items()}
 
     def draw(
-        self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, keeps_all: bool
+        self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, is_unfiltered: bool
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """From logits (B, V) of rows (B,), the offsets-th token, (B,) from 0, after a row's known ones.
+        """From logits (B, V) of rows (B,), the offsets-th token, (B,) from 0, after a row's num_tokens ones.
 
-        keeps_all: whether top_k, top_p and min_p are neutral in these rows. Returns what `draw` does.
+        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns what `draw` does.
         """
         logits = logits.contiguous()
         tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
         arguments = _Draw(**self._settings)
-        if keeps_all:
+        if is_unfiltered:
             arguments.top_k = None
         arguments.logits, arguments.rows, arguments.offsets = logits.data_ptr(), place(rows), place(offsets)
         arguments.tokens, arguments.logprobs = place(tokens), place(logprobs)

@@ -80,7 +80,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if choice.emulates_bf16() else x.dtype
 
 
-def blocked(weight: Tensor) -> Tensor:
+def prepacked(weight: Tensor) -> Tensor:
     """A matrix (N, K) in that layout, for `multiply` alone; as much memory once more."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
     return found
@@ -96,25 +96,25 @@ def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-def keeps_rows(outputs: int, inputs: int) -> bool:
+def is_batch_invariant(outputs: int, inputs: int) -> bool:
     """Whether a row of a product in fp32 with a matrix (outputs, inputs) is the same, bit for bit, in any company.
     Nobody promises it, so it is tried."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(ROWS_TRIED[-1], inputs, generator=generator)
-    matrix = blocked(torch.randn(min(outputs, OUTPUTS_TRIED + outputs % USUAL_ROWS), inputs, generator=generator))
+    matrix = prepacked(torch.randn(min(outputs, OUTPUTS_TRIED + outputs % USUAL_ROWS), inputs, generator=generator))
     together = multiply(rows, matrix)
     return all(torch.equal(multiply(rows[-count:], matrix), together[-count:]) for count in ROWS_TRIED)
 
 
-class Blocked:
+class PrepackedMatrix:
     """One matrix in that layout: made when a product first asks, made again after the matrix has changed."""
 
     def __init__(self) -> None:
         self._of: tuple[int, int] | None = None
         self._matrix: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Blocked":
-        return Blocked()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrepackedMatrix":
+        return PrepackedMatrix()
 
     def takes(self, x: Tensor) -> bool:
         """Whether to multiply rows x (..., K) by it: few of them, in bf16, without gradients."""
@@ -124,11 +124,11 @@ class Blocked:
         """F.linear(x, weight, bias), all in bf16; weight (N, K) is the matrix as it is now."""
         now = (weight.data_ptr(), weight._version)
         if self._matrix is None or self._of != now:
-            self._of, self._matrix = now, blocked(weight)
+            self._of, self._matrix = now, prepacked(weight)
         return multiply(x, self._matrix, bias)
 
 
-def can_block(weight: Tensor) -> bool:
+def can_prepack(weight: Tensor) -> bool:
     """Whether this machine multiplies matrices like `weight` in that layout."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -137,13 +137,13 @@ def can_block(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def can_keep(*weights: Tensor) -> bool:
+def fits_prepacked(*weights: Tensor) -> bool:
     """Whether matrices may be kept a second time: blocked, in no more than SHARE of the memory."""
     size = sum(weight.nbytes for weight in weights)
-    return size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(map(can_block, weights))
+    return size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(map(can_prepack, weights))
 
 
 def exact(weight: Tensor) -> Tensor | None:
     """A matrix in fp32, blocked, where products with it do not depend on a row's company."""
-    takes = weight.dtype == torch.float32 and can_keep(weight) and keeps_rows(*weight.shape)
-    return blocked(weight) if takes else None
+    takes = weight.dtype == torch.float32 and fits_prepacked(weight) and is_batch_invariant(*weight.shape)
+    return prepacked(weight) if takes else None

@@ -14,7 +14,7 @@ struct Draw {
   const float *top_p, *min_p;
   const double* uniform;       // (B,), in [0, 1); null: numbers that belong to
   const uint64_t* seed;        // a row's seed and
-  const int64_t *known, *prompt, *offsets;  // its tokens: known - prompt + offsets (B,) are drawn already
+  const int64_t *num_tokens, *prompt, *offsets;  // its tokens: num_tokens - prompt + offsets (B,) are drawn already
   int64_t* tokens;             // (B,): drawn
   float* logprobs;            // (B,): theirs under the distribution drawn from; NaN where that is not finite
   int64_t B, V, threads;
@@ -182,7 +182,7 @@ void draw_row(const Draw& a, int64_t b, Masses& masses) {
   if (is_greedy)
     while (to_float(row[token]) != top) token++;
   else
-    token = masses.find((a.uniform ? a.uniform[b] : uniform_of(a.seed[at], a.known[at] - a.prompt[at] + a.offsets[b])) * total);
+    token = masses.find((a.uniform ? a.uniform[b] : uniform_of(a.seed[at], a.num_tokens[at] - a.prompt[at] + a.offsets[b])) * total);
   a.tokens[b] = token;
   a.logprobs[b] = (to_float(row[token]) - top) * cold - float(std::log(total));
 }

@@ -12,7 +12,7 @@ from torch import Tensor, library
 from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 
-FEW = 64
+SMALL_M = 64
 """Rows that are few: their products with matrices in 8 bits take as long as reading the codes."""
 
 
@@ -32,29 +32,29 @@ def takes(x: Tensor) -> bool:
     return is_device(x) and available()
 
 
-def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
-    """Attention of new tokens over the cached entries of their sequences, as `read_cache` of models/kernels.
+def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
+    """Attention of new tokens over the cached entries of their sequences, as `paged_attention` of models/kernels.
 
     query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, counting up within a sequence. Returns (N, G, Q,
     V).
     """
-    return torch.ops.thinkstack.read_cache(query, *pages, last, list(heads), scale)
+    return torch.ops.thinkstack.paged_attention(query, *pages, last, list(heads), scale)
 
 
-def _read_cache(query, entries, tables, owner, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
-    from thinkstack.kernels.triton.paged_attention import read_cache
+def _read_cache(query, entries, block_tables, seq_index, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
+    from thinkstack.kernels.triton.paged_attention import paged_attention
 
-    return read_cache(query, Pages(entries, tables, owner, longest_run), last, KVLayout(*heads), scale)
+    return paged_attention(query, Pages(entries, block_tables, seq_index, longest_run), last, KVLayout(*heads), scale)
 
 
-def _read_cache_shapes(query, entries, tables, owner, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
+def _read_cache_shapes(query, entries, block_tables, seq_index, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:3], KVLayout(*heads).value_width)
 
 
 def takes_quantized(x: Tensor, qweight: Tensor) -> bool:
-    """Whether x (..., K) should be multiplied with codes (N, K) as they are read: inference on FEW rows at most, in
+    """Whether x (..., K) should be multiplied with codes (N, K) as they are read: inference on SMALL_M rows at most, in
     bf16, int8 anywhere and e4m3 from Ada on."""
-    if not takes(x) or x.dtype != torch.bfloat16 or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled():
+    if not takes(x) or x.dtype != torch.bfloat16 or x.numel() > SMALL_M * x.shape[-1] or torch.is_grad_enabled():
         return False
     if qweight.dtype == torch.float8_e4m3fn:
         return x.is_meta or torch.cuda.get_device_capability(x.device) >= (8, 9)
@@ -80,11 +80,11 @@ def _packed_product_shapes(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
 
 _operators = library.Library("thinkstack", "FRAGMENT")
 _operators.define(
-    "read_cache(Tensor query, Tensor entries, Tensor tables, Tensor owner, int longest_run, Tensor last, int[] heads, "
+    "paged_attention(Tensor query, Tensor entries, Tensor block_tables, Tensor seq_index, int longest_run, Tensor last, int[] heads, "
     "float scale) -> Tensor"
 )
-_operators.impl("read_cache", _read_cache, "CUDA")
-_operators.impl("read_cache", _read_cache_shapes, "Meta")
+_operators.impl("paged_attention", _read_cache, "CUDA")
+_operators.impl("paged_attention", _read_cache_shapes, "Meta")
 _operators.define("quantized_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _operators.impl("quantized_linear", _packed_product, "CUDA")
 _operators.impl("quantized_linear", _packed_product_shapes, "Meta")

@@ -1,6 +1,6 @@
 """Attention of new tokens over cached entries as one Triton kernel: prompts and decoding, latents and heads alike.
 
-`read_pages` in models/attention.py says what it computes. Importing this module needs Triton.
+`paged_attention_torch` in models/attention.py says what it computes. Importing this module needs Triton.
 """
 
 # Shapes in this file: N new tokens, G key/value heads, Q query heads per group, W key width, V value width,
@@ -22,24 +22,24 @@ PART, MOST_PARTS = 256, 32
 
 
 @triton.jit
-def begins(first, owner, last, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+def begins(first, seq_index, last, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether a program's token is the first that is read together: of a sequence's new ones, or at a multiple."""
     before = tl.maximum(first - 1, 0)
     at = tl.load(last + first)
-    goes_on = (tl.load(owner + before) == tl.load(owner + first)) & (tl.load(last + before) + 1 == at)
+    goes_on = (tl.load(seq_index + before) == tl.load(seq_index + first)) & (tl.load(last + before) + 1 == at)
     return (first == 0) | (at % TOKENS == 0) | (goes_on == 0)
 
 
 @triton.jit
 def queries(
-    first, head, owner, last, N, Q: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr
+    first, head, seq_index, last, N, Q: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr
 ):  # type: ignore[no-untyped-def]
     """Tokens and heads of a program's rows, the last key that each sees, and whether there is one, (ROWS,) each."""
     rows, at = tl.arange(0, ROWS), tl.load(last + first)
     ahead, heads = rows // HEADS, head + rows % HEADS
     tokens = first + ahead
     is_open = (at % TOKENS + ahead < TOKENS) & (tokens < N) & (heads < Q)
-    is_open &= tl.load(owner + tokens, mask=is_open, other=-1) == tl.load(owner + first)
+    is_open &= tl.load(seq_index + tokens, mask=is_open, other=-1) == tl.load(seq_index + first)
     sees = tl.load(last + tokens, mask=is_open, other=-1)
     return tokens, heads, sees, is_open & (sees == at + ahead)
 
@@ -64,7 +64,7 @@ def gather(scores, v, best, total, sums, PRECISION: tl.constexpr):  # type: igno
 
 @triton.jit(do_not_specialize=["N"])  # it differs from step to step
 def attend(
-    query, entries, tables, owner, last, out, log_sums,
+    query, entries, block_tables, seq_index, last, out, log_sums,
     N, M, scale,
     G: tl.constexpr, Q: tl.constexpr, W: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     ENTRY: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_AT: tl.constexpr, VALUE_STEP: tl.constexpr,
@@ -79,9 +79,9 @@ def attend(
     """
     first, part, tiles = tl.program_id(0), tl.program_id(2), tl.cdiv(Q, HEADS)
     group, head = tl.program_id(1) // tiles, tl.program_id(1) % tiles * HEADS
-    if not begins(first, owner, last, TOKENS):
+    if not begins(first, seq_index, last, TOKENS):
         return
-    tokens, heads, sees, is_open = queries(first, head, owner, last, N, Q, TOKENS, HEADS, ROWS)
+    tokens, heads, sees, is_open = queries(first, head, seq_index, last, N, Q, TOKENS, HEADS, ROWS)
     end = tl.max(tl.where(is_open, sees, 0), 0) + 1
     length = tl.cdiv(tl.cdiv(end, KEYS), S) * KEYS
     start, stop = part * length, tl.minimum(part * length + length, end)
@@ -92,7 +92,7 @@ def attend(
     best, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, V_PAD), tl.float32)
     for begin in range(start, stop, KEYS):
-        block = tl.load(tables + tl.load(owner + first) * M + begin // P).to(tl.int64)
+        block = tl.load(block_tables + tl.load(seq_index + first) * M + begin // P).to(tl.int64)
         keys = begin + tl.arange(0, KEYS)
         is_there, entry = keys < stop, entries + (block * P + keys % P) * ENTRY
         k = part_of(entry + group * KEY_STEP, 0, W - TAIL, MAIN_PAD, is_there)
@@ -115,7 +115,7 @@ def attend(
         tl.store(log_sums + places, (best + tl.log2(total)) / LOG2_E, mask=is_open)
 
 
-def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float, parts: int = 0) -> Tensor:
+def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float, parts: int = 0) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
     query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees; those of a
@@ -125,11 +125,11 @@ def read_cache(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale
     (N, G, Q, _), V = query.shape, heads.value_width
     shape = shape_of(query, pages, heads)
     tiles = G * triton.cdiv(Q, shape["HEADS"])
-    S = parts or _parts(N * tiles, pages.tables.shape[1] * pages.entries.shape[1], query.device)
+    S = parts or _parts(N * tiles, pages.block_tables.shape[1] * pages.entries.shape[1], query.device)
     out = query.new_empty(S, N, G, Q, V, dtype=query.dtype if S == 1 else torch.float32)
     log_sums = query.new_empty(S, N, G, Q, dtype=torch.float32)
-    given = (query.contiguous(), pages.entries, pages.tables, pages.owner, last, out, log_sums)
-    attend[(N, tiles, S)](*given, N, pages.tables.shape[1], scale, S=S, **shape, **options_of(shape))
+    given = (query.contiguous(), pages.entries, pages.block_tables, pages.seq_index, last, out, log_sums)
+    attend[(N, tiles, S)](*given, N, pages.block_tables.shape[1], scale, S=S, **shape, **options_of(shape))
     if S == 1:
         return out[0]
     return torch.einsum("sngq,sngqv->ngqv", torch.softmax(log_sums, 0), out).to(query.dtype)
