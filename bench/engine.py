@@ -209,21 +209,21 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
     for count in (1, 4, 16, 64):
         how = {"temperature": 0.0, "stop_token_ids": tuple(chat.stop_token_ids)}
         size = {"max_num_seqs": count, "max_model_len": 512, "enable_prefix_caching": False}
-        guessing = Engine(model, EngineConfig(**size, num_speculative_tokens=1))
+        drafting = Engine(model, EngineConfig(**size, num_speculative_tokens=1))
         plain = Engine(model, EngineConfig(**size))
-        sides = answering(guessing, prompts[:count], 64, **how), answering(plain, prompts[:count], 64, **how)
+        sides = answering(drafting, prompts[:count], 64, **how), answering(plain, prompts[:count], 64, **how)
         answers = [[[c.token_ids for c in group] for group in side()] for side in sides]
         if answers[0] != answers[1]:
             raise RuntimeError("guesses changed an answer")
         comparisons.append(compare(f"{count} requests, 1 guess", *sides, pairs))
-        speculator = guessing.speculator
+        speculator = drafting.speculator
         assert speculator is not None
         share, n = (
             float(speculator.num_accepted_tokens[0] / speculator.num_draft_tokens[0]),
             int(speculator.num_draft_tokens[0]),
         )
         rows.append(Row(name=f"second tokens accepted, {count}", value=share, unit="", n=n, machine=machine()))
-        clocks = Clock(guessing), Clock(plain)
+        clocks = Clock(drafting), Clock(plain)
         inside = [[clock.of(side)[0] for _ in range(pairs)] for clock, side in zip(clocks, sides, strict=True)]
         bound = statistics.median(theirs / ours for ours, theirs in zip(*inside, strict=True))
         rows.append(Row(name=f"bound on the speed, {count}", value=bound, unit="", n=pairs, machine=machine()))
@@ -257,7 +257,7 @@ def overhead(tries: int) -> list[Row]:
     pass_on = sharing.runner.run
 
     def counted(planned: Any, table: Any) -> Any:
-        computed[0] += int(planned.counts.sum())
+        num_computed_tokens[0] += int(planned.counts.sum())
         return pass_on(planned, table)
 
     sharing.runner.run = counted  # type: ignore[method-assign]
@@ -276,7 +276,13 @@ def overhead(tries: int) -> list[Row]:
             n=100,
             machine=machine(),
         ),
-        Row(name="prompt tokens computed / distinct", value=computed[0] / distinct, unit="", n=1, machine=machine()),
+        Row(
+            name="prompt tokens computed / distinct",
+            value=num_computed_tokens[0] / distinct,
+            unit="",
+            n=1,
+            machine=machine(),
+        ),
     ]
 
 

@@ -20,7 +20,7 @@ import thinkstack  # noqa: F401  # before torch: it says how threads wait
 import torch
 from common import capped, machine, print_table
 
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.log import Progress
 from thinkstack.machine import instruction_sets, prepare_machine
@@ -103,7 +103,7 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
             cfg = EngineConfig(
                 max_num_seqs=rng.choice((4, 8, 16, 40)),
                 max_prefill_tokens=rng.choice((16, 64, 100, 4096)),
-                cache_tokens=rng.choice((0, 12, 16)) * BLOCK,
+                cache_tokens=rng.choice((0, 12, 16)) * BLOCK_SIZE,
                 num_speculative_tokens=min(rng.choice((0, 1)), model.cfg.mtp_layers),
             )
             engine, alone = Engine(model, cfg), Engine(model, ALONE)

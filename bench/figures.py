@@ -18,7 +18,7 @@ from studies import panel, table
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.data import Example, collate, pack
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache
 from thinkstack.evals.plots import COLORS
@@ -118,7 +118,7 @@ def plot_cache() -> None:
     }
     tiny = named("v3-tiny")
     cache = KVCache(tiny, 64, torch.bfloat16)
-    measured = cache.data.numel() * cache.data.element_size() / (64 * BLOCK)
+    measured = cache.data.numel() * cache.data.element_size() / (64 * BLOCK_SIZE)
     assert measured == cache_bytes_per_token(tiny)
     rows = [{"V3's layers with": kind, "bytes per token": f"{value:,}"} for kind, value in kinds.items()]
     print(table([*rows, {"V3's layers with": "(v3-tiny, MLA, measured)", "bytes per token": f"{measured:,.0f}"}]))

@@ -113,7 +113,7 @@ def read_plainly(files: list[Path]) -> None:
     assert sum(part.nbytes for part in kept) == sum(file.stat().st_size for file in files)
 
 
-def drop_cache(files: list[Path]) -> None:
+def free_cache(files: list[Path]) -> None:
     """Ask the system to forget the contents of the files."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
@@ -125,7 +125,7 @@ def drop_cache(files: list[Path]) -> None:
 def times(folder: Path, files: list[Path], pairs: int) -> list[Comparison]:
     """Loading against reading, by dtype, warm and cold."""
     found = []
-    for state, before in (("warm", lambda: None), ("cold", partial(drop_cache, files))):
+    for state, before in (("warm", lambda: None), ("cold", partial(free_cache, files))):
         for name, dtype in DTYPES.items():
             ours = partial(load_model, folder, dtype)
             found.append(

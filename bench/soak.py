@@ -18,7 +18,7 @@ import torch
 from common import Row, arguments, machine, print_table, write_json
 
 from thinkstack.checkpoint.model import load_model
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.sequence_table import Request
 from thinkstack.log import Progress
@@ -42,7 +42,7 @@ class Load:
 
     def __init__(self, vocab_size: int):
         self.random, self.vocab_size = random.Random(0), vocab_size
-        self.beginnings = [self.tokens(BLOCK * n + 7) for n in range(1, 6)]
+        self.beginnings = [self.tokens(BLOCK_SIZE * n + 7) for n in range(1, 6)]
 
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(self.vocab_size) for _ in range(count)]
@@ -68,7 +68,7 @@ class Soak:
         cfg = EngineConfig(
             max_num_seqs=48,
             max_model_len=LONGEST,
-            cache_tokens=48 * BLOCK,  # too little for 48 long ones: some are sent back
+            cache_tokens=48 * BLOCK_SIZE,  # too little for 48 long ones: some are sent back
             max_prefill_tokens=512,
             num_speculative_tokens=min(model.cfg.mtp_layers, 1),
         )

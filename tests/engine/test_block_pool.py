@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.tiny import GQA_TINY, tiny_model
-from thinkstack.engine.block_pool import BLOCK, BlockPool, BlockTokens, root_hash
+from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool, BlockTokens, root_hash
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.types import ConfigError, SamplingParams
 
@@ -22,7 +22,7 @@ class Traffic(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         cfg = EngineConfig(
-            max_num_seqs=6, cache_tokens=7 * BLOCK, max_prefill_tokens=90, num_speculative_tokens=self.drafts
+            max_num_seqs=6, cache_tokens=7 * BLOCK_SIZE, max_prefill_tokens=90, num_speculative_tokens=self.drafts
         )
         self.engine, self.requests, self.version = Engine(MODEL, cfg), [], 0
 
@@ -97,26 +97,26 @@ class TestTenThousandSteps(Traffic.TestCase):
     settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
-def content(parent: bytes, tokens: list[int]) -> BlockTokens:
+def block_tokens(parent: bytes, tokens: list[int]) -> BlockTokens:
     return BlockTokens(parent, torch.tensor(tokens).numpy().tobytes())
 
 
 def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
     pool, root = BlockPool(4), root_hash(0)
     first, second = pool.allocate(2)
-    name = pool.cache_block(first, content(root, [1]))
-    pool.cache_block(second, content(name, [2]))
+    name = pool.cache_block(first, block_tokens(root, [1]))
+    pool.cache_block(second, block_tokens(name, [2]))
     (other,) = pool.allocate(1)
-    pool.cache_block(other, content(root, [3]))
+    pool.cache_block(other, block_tokens(root, [3]))
     pool.free([other])
     pool.free([first, second])
     assert list(pool.cached_blocks) == [other, second, first]
     assert pool.allocate(2)[1] == other  # the free one, then the longest unused
-    assert pool.find_cached(content(root, [3])) is None
-    assert pool.find_cached(content(root, [1])) == first
+    assert pool.find_cached(block_tokens(root, [3])) is None
+    assert pool.find_cached(block_tokens(root, [1])) == first
     pool.add_reference([first])
     pool.allocate(1)
-    assert pool.find_cached(content(name, [2])) is None
+    assert pool.find_cached(block_tokens(name, [2])) is None
     pool.check_invariants()
 
 

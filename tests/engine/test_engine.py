@@ -8,7 +8,7 @@ import torch
 from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.data import Example, collate, pack, spread
+from thinkstack.data import Example, collate, collate_values, pack
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.precision import working_copy
@@ -122,7 +122,7 @@ def test_engine_logprobs_are_the_trainers(cfg, temperature):
             drawn.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
     rows = pack(samples, 64)
     trainer = batch_logprobs(model, collate(samples, rows, 64), temperature, micro_batch_tokens=128)
-    assert float((trainer - spread(drawn, samples, rows, 64)).abs().max()) < 1e-5
+    assert float((trainer - collate_values(drawn, samples, rows, 64)).abs().max()) < 1e-5
 
 
 def first_greedy(model: Transformer, prompt: list[int]) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
 from tests.tiny import GQA_TINY, tiny_model
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels.cpu import calls
 from thinkstack.types import RequestError, SamplingParams
@@ -58,7 +58,7 @@ def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
     """A cache of 6 blocks for 6 requests of up to 4: they push each other out, and all end as alone."""
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
-    engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK))
+    engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK_SIZE))
     assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
     assert engine.scheduler.num_preemptions > 0
     engine.scheduler.check_invariants()
@@ -68,7 +68,7 @@ def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
 def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
     model, asked, samplings = tiny_model(cfg, **LONG), [prompt(100), prompt(70, 1)], how(2, n=4, max_tokens=90)
     expected = alone(model, asked, samplings)
-    for tokens in (0, 5 * BLOCK):
+    for tokens in (0, 5 * BLOCK_SIZE):
         engine = Engine(model, replace(SMALL, cache_tokens=tokens, max_prefill_tokens=64))
         assert sampled(engine.generate(asked, samplings)) == expected
         engine.scheduler.check_invariants()
@@ -81,7 +81,7 @@ def test_preempted_answers_keep_experts_alternatives_and_logprobs():
     samplings = how(3, max_tokens=100, top_logprobs=2)
     cfg = replace(SMALL, return_routed_experts=True)
     expected = Engine(model, cfg).generate(asked, samplings)
-    engine = Engine(model, replace(cfg, cache_tokens=4 * BLOCK))
+    engine = Engine(model, replace(cfg, cache_tokens=4 * BLOCK_SIZE))
     for mine, theirs in zip(engine.generate(asked, samplings), expected, strict=True):
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
@@ -110,7 +110,7 @@ def test_requests_over_one_prompt_compute_it_once(chunk):
     """8 requests at once over the same 300 tokens: 300 and the last one again for 7 others; then 9 each are drawn."""
     engine = Engine(tiny_model(**LONG), replace(SMALL, max_prefill_tokens=chunk))
     computed = computed_tokens(engine, [prompt(300)] * 8, how(8, max_tokens=10))
-    last_part = 300 - 300 // BLOCK * BLOCK  # a half-full block is not shared by its content
+    last_part = 300 - 300 // BLOCK_SIZE * BLOCK_SIZE  # a half-full block is not shared by its content
     assert computed <= 300 + 7 * last_part + 8 * 9
     whole = computed_tokens(Engine(tiny_model(**LONG), SMALL), [prompt(256)] * 8, how(8, max_tokens=10))
     assert whole == 256 + 7 + 8 * 9
@@ -227,7 +227,7 @@ def test_first_come_first_served_but_for_priority():
 
 
 def test_a_full_queue_and_a_small_cache_refuse_by_number():
-    engine = Engine(tiny_model(**LONG), replace(SMALL, max_waiting=2, cache_tokens=2 * BLOCK))
+    engine = Engine(tiny_model(**LONG), replace(SMALL, max_waiting=2, cache_tokens=2 * BLOCK_SIZE))
     for _ in range(2):
         engine.submit([1], SamplingParams(max_tokens=1))
     with pytest.raises(RequestError, match="2 requests wait already"):

@@ -8,7 +8,7 @@ import torch
 from tests.kernels.test_kernels import drawn
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.fused import fused_pass
 from thinkstack.engine.fused import gqa as dense
@@ -84,7 +84,7 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
     seq_index = torch.tensor([0, 0, 0, *range(1, count)][:count])
     places = torch.tensor([130, 131, 132, *((9 + 31 * n) % 240 for n in range(count))][:count])
     block_tables = (1 + torch.randperm(4 * count, generator=torch.Generator().manual_seed(1))).view(count, 4).int()
-    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
+    slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def pages(kept: KVCache) -> Pages:
@@ -133,7 +133,7 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(70, 70 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
     block_tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
-    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
+    slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def in_parts() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -191,7 +191,7 @@ def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
     twin.data.copy_(cache.data)
     seq_index, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
     block_tables = torch.tensor([[2, 1]], dtype=torch.int32)
-    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
+    slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     hidden, following = drawn(9, 32, seed=4), torch.arange(9)
     whole = fused_pass(model)
     assert isinstance(whole, FusedMLA)

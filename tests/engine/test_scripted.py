@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.types import SamplingParams
 
@@ -25,7 +25,7 @@ def test_answers_are_the_script_s():
 
 
 def test_a_script_goes_on_after_preemption():
-    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_num_seqs=4, cache_tokens=5 * BLOCK)
+    engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_num_seqs=4, cache_tokens=5 * BLOCK_SIZE)
     asked = [[1 + n % 5] * 90 for n in range(4)]
     found = engine.generate(asked, [SamplingParams(max_tokens=100)] * 4)
     assert engine.scheduler.num_preemptions > 0

@@ -8,7 +8,7 @@ import torch
 
 from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine
 from thinkstack.engine.speculative import Speculator
 from thinkstack.types import ConfigError, SamplingParams
@@ -32,15 +32,15 @@ class Oracle:
             left = int(table.limit[row]) - known
             if table.num_computed_tokens[row] != known - 1:
                 continue
-            guesses = list(answer[known - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
-            for place in range(len(guesses)):
+            drafts = list(answer[known - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
+            for place in range(len(drafts)):
                 if self.random.random() < self.wrong:
-                    guesses[place] = (guesses[place] + 1) % 48
-            table.ids[row, known : known + len(guesses)] = guesses
-            table.num_draft_tokens[row] = len(guesses)
+                    drafts[place] = (drafts[place] + 1) % 48
+            table.ids[row, known : known + len(drafts)] = drafts
+            table.num_draft_tokens[row] = len(drafts)
 
 
-def guess_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
+def draft_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
     oracle = Oracle(answers, wrong)
     monkeypatch.setattr(Speculator, "_guess", lambda self, rows, states: oracle(self, rows, states))
 
@@ -65,7 +65,7 @@ def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (60, 3, 64, 65, 128)]
     samplings = how(5, max_tokens=100)
     expected = alone(model, asked, samplings)
-    guess_from(monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong)
+    draft_from(monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong)
     engine = Engine(model, DRAFTING)
     assert sampled(engine.generate(asked, samplings)) == expected
     longer = [one + [*group[0].token_ids][:40] for one, group in zip(asked, expected, strict=True)]
@@ -77,7 +77,7 @@ def test_right_guesses_save_steps_and_are_counted(monkeypatch):
     """41 tokens by 4 a step, the first with the prompt: 11 steps instead of 41."""
     model, asked = tiny_model(**LONG), prompt(30)
     (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
-    guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+    draft_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
     engine = Engine(model, DRAFTING)
     request = engine.submit(asked, how(1, max_tokens=41)[0])
     steps = 0
@@ -92,7 +92,7 @@ def test_right_guesses_save_steps_and_are_counted(monkeypatch):
 def test_nothing_counts_behind_a_stop_token(monkeypatch):
     model, asked = tiny_model(**LONG), prompt(30)
     (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
-    guess_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+    draft_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
     stopping = how(1, max_tokens=41, stop_token_ids=(expected[17],))
     engine = Engine(model, DRAFTING)
     found = engine.generate([asked], stopping)[0][0]
@@ -118,7 +118,7 @@ def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
     model, asked, samplings = tiny_model(**LONG), [prompt(30), prompt(64, 1)], how(2, max_tokens=40, **given)
     plain = Engine(model, SMALL).generate(asked, samplings)
     answers = {tuple(one): group[0].token_ids for one, group in zip(asked, plain, strict=True)}
-    guess_from(monkeypatch, answers, wrong=0.2)
+    draft_from(monkeypatch, answers, wrong=0.2)
     engine = Engine(model, DRAFTING)
     for mine, theirs in zip(engine.generate(asked, samplings), plain, strict=True):
         assert mine[0].token_ids == theirs[0].token_ids
@@ -145,7 +145,7 @@ def test_guesses_go_with_a_grammar(monkeypatch):
 
     plain = answer(Engine(model, SMALL))
     assert all(token % 2 == place % 2 for place, token in enumerate(plain))
-    guess_from(monkeypatch, {tuple(asked): plain}, wrong=0.2)
+    draft_from(monkeypatch, {tuple(asked): plain}, wrong=0.2)
     assert answer(Engine(model, DRAFTING)) == plain
 
 
@@ -154,10 +154,10 @@ def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatc
     model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
     expected = alone(model, asked, samplings)
-    guess_from(
+    draft_from(
         monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong=0.3
     )
-    engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK))
+    engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK_SIZE))
     assert sampled(engine.generate(asked, samplings)) == expected
     assert engine.scheduler.num_preemptions > 0
     engine.scheduler.check_invariants()
@@ -169,19 +169,19 @@ def test_cached_states_are_those_of_a_whole_sequence(cfg):
     model, asked = tiny_model(cfg, **LONG), prompt(70)
     engine = Engine(model, replace(DRAFTING, num_speculative_tokens=1, max_prefill_tokens=40))
     request = engine.submit(asked, SamplingParams(max_tokens=30, temperature=0.0))
-    guesses = {}
+    drafts = {}
     while not request.is_finished:
         engine.step()
         for row in request.rows.values():
             if engine.table.num_draft_tokens[row]:
                 known = int(engine.table.num_tokens[row])
-                guesses[known] = int(engine.table.ids[row, known])
+                drafts[known] = int(engine.table.ids[row, known])
     ids = torch.tensor([[*asked, *request.completions[0].token_ids]])
     with torch.no_grad():
         (states, *_), _ = model.look_ahead(model.trunk(ids), ids)
         expected = model.head(states)[0].argmax(-1)  # at i: of token i + 2
-    assert len(guesses) > 20
-    assert guesses == {known: int(expected[known - 2]) for known in guesses}
+    assert len(drafts) > 20
+    assert drafts == {known: int(expected[known - 2]) for known in drafts}
 
 
 def test_a_model_without_a_module_cannot_guess():

@@ -41,7 +41,7 @@ from tests.kernels.arm_cases import (
 from tests.kernels.test_kernels import drawn
 from tests.tiny import MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.fused import fused_pass
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.engine.sampler import sample, uniforms
@@ -200,7 +200,7 @@ def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torc
     seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(62, 62 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
     block_tables = (1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))).view(5, 4).int()
-    slots = block_tables[seq_index, places // BLOCK].long() * BLOCK + places % BLOCK
+    slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def cache_of(dtype: torch.dtype) -> KVCache:

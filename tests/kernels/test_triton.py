@@ -28,7 +28,7 @@ from thinkstack.kernels.triton import paged_attention as paged  # noqa: E402
 from thinkstack.kernels.triton import quantized as packed  # noqa: E402
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
-BLOCK = 64
+BLOCK_SIZE = 64
 ONE_BY_ONE, RUNS = [1, 1, 1, 1], [5, 23, 1, 9]
 """New tokens of four sequences."""
 
@@ -67,12 +67,12 @@ def dots_of_bf16(monkeypatch: pytest.MonkeyPatch):
 def case(shape, lengths: list[int], new: list[int], dtype: torch.dtype):
     """Queries of new tokens at the ends of contexts whose blocks lie anywhere; no other block may be read."""
     heads, per_group, width = shape
-    generator, blocks = torch.Generator().manual_seed(0), -(-max(lengths) // BLOCK)
-    entries = torch.randn(1 + len(lengths) * blocks, BLOCK, width, generator=generator).to(dtype)
+    generator, blocks = torch.Generator().manual_seed(0), -(-max(lengths) // BLOCK_SIZE)
+    entries = torch.randn(1 + len(lengths) * blocks, BLOCK_SIZE, width, generator=generator).to(dtype)
     entries[0] = torch.nan
     block_tables = 1 + torch.randperm(len(lengths) * blocks, generator=generator).view(len(lengths), blocks).int()
     for row, length in enumerate(lengths):
-        block_tables[row, -(-length // BLOCK) :] = 0
+        block_tables[row, -(-length // BLOCK_SIZE) :] = 0
     seq_index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(new)).int()
     last = torch.cat([torch.arange(length - count, length) for length, count in zip(lengths, new, strict=True)])
     query = torch.randn(len(seq_index), heads.groups, per_group, heads.key_width, generator=generator).to(dtype)

@@ -1,9 +1,9 @@
-"""Blocks of the cache: who holds which, what is in them, and which come free first. Numbers only, no tensors.
+"""Blocks of the KV cache: reference counts, prefix hashes, eviction order. Block numbers only, no tensors.
 
-A block of BLOCK tokens is free, held by one or more sequences, or cached: held by nobody, its content still known.
-Content is named by a hash over everything before it, so a name stands for a whole prefix; what a name promises is
-compared token by token before it is used. Names start from a root that holds the weights' version and the tenant's
-salt: other weights and other tenants never meet.
+A block of BLOCK_SIZE tokens is free, referenced by one or more sequences, or cached: not referenced, but its tokens can
+still be found. A full block is keyed by a hash of its tokens and its predecessor's hash, so a hash identifies a whole
+prefix; a hit also compares the tokens themselves. The chain of hashes starts from the weights version and the cache
+salt, so nothing is shared across versions or tenants.
 """
 
 import hashlib
@@ -15,55 +15,57 @@ import numpy
 
 from thinkstack.types import ConfigError
 
-BLOCK = 64
-"""Tokens of a block: also the unit in which cache hits are billed."""
+BLOCK_SIZE = 64
+"""Tokens per block; cache hits are counted in whole blocks."""
 NULL_BLOCK = 0
-"""The block that no sequence gets: padding is written there."""
+"""A block that is never allocated: padding tokens are written to it."""
 
 
 @dataclass(frozen=True)
 class BlockTokens:
-    """What a full block holds."""
+    """The tokens of a full block and the hash of the block before it."""
 
     parent_hash: bytes
-    """Name of the block before it, or the root."""
+    """Hash of the previous block, or `root_hash` for the first one."""
     tokens: bytes
-    """Its BLOCK token ids as int64."""
+    """Its BLOCK_SIZE token ids, int64, as bytes."""
 
     @property
     def block_hash(self) -> bytes:
-        """Stands for this block and all before it (blake2b, 128 bits)."""
+        """Identifies this block and all blocks before it (blake2b, 128 bits)."""
         return hashlib.blake2b(self.parent_hash + self.tokens, digest_size=16).digest()
 
 
 def root_hash(version: int, cache_salt: str = "") -> bytes:
-    """Parent of the first block of every sequence under these weights and of this tenant."""
+    """The parent hash of the first block of every sequence with this weights version and cache salt."""
     return hashlib.blake2b(f"{version}\0{cache_salt}".encode(), digest_size=16).digest()
 
 
 class BlockPool:
-    """All blocks of a cache but the spare one. free + held + cached = all, always."""
+    """All blocks of a cache except NULL_BLOCK. Every block is free, referenced or cached, never two of these."""
 
     def __init__(self, num_blocks: int, enable_caching: bool = True):
-        """num_blocks: usable ones; they are numbered from 1. finds: whether blocks are used again for their content."""
+        """num_blocks: usable blocks, numbered from 1. enable_caching: reuse blocks that hold the same prefix."""
         if num_blocks < 1:
-            raise ConfigError(f"a cache of {num_blocks} blocks holds nothing; it needs at least 1 of {BLOCK} tokens")
+            raise ConfigError(
+                f"a cache of {num_blocks} blocks is too small; it needs at least 1 block of {BLOCK_SIZE} tokens"
+            )
         self.num_blocks, self.enable_caching = num_blocks, enable_caching
         self.free_blocks = deque(range(1, num_blocks + 1))
         self.cached_blocks: OrderedDict[int, None] = OrderedDict()
-        """Blocks that nobody holds and whose content is known, the longest unused first."""
+        """Unreferenced blocks with known tokens, least recently used first."""
         self.ref_count = numpy.zeros(num_blocks + 1, dtype=numpy.int32)
-        self.content: dict[int, BlockTokens] = {}
+        self.block_tokens: dict[int, BlockTokens] = {}
         self.block_of_hash: dict[bytes, int] = {}
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that `take` could give."""
+        """Blocks that `allocate` can return: free ones and cached ones, which it evicts."""
         return len(self.free_blocks) + len(self.cached_blocks)
 
     def allocate(self, count: int) -> list[int]:
-        """Hold `count` blocks of no content; the longest unused cached ones are emptied once no free one is left."""
-        assert count <= self.num_free_blocks, "the scheduler asks only for what is there"
+        """Return `count` empty blocks with one reference each; evicts the least recently used cached ones if needed."""
+        assert count <= self.num_free_blocks, "the scheduler asks only for blocks that exist"
         found = []
         for _ in range(count):
             if self.free_blocks:
@@ -76,55 +78,55 @@ class BlockPool:
         return found
 
     def add_reference(self, blocks: Sequence[int]) -> None:
-        """Hold these blocks once more."""
+        """Add a reference to each of these blocks."""
         for block in blocks:
             if self.ref_count[block] == 0:
                 del self.cached_blocks[block]
             self.ref_count[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Let go of a sequence's blocks, given in its order; its last ones are emptied first, later on."""
+        """Drop a reference to each block of a sequence, in its order; its last blocks are evicted before its first."""
         for block in reversed(blocks):
             self.ref_count[block] -= 1
-            assert self.ref_count[block] >= 0, f"block {block} released more often than held"
+            assert self.ref_count[block] >= 0, f"block {block} freed more often than it was referenced"
             if self.ref_count[block] == 0:
-                if block in self.content:
+                if block in self.block_tokens:
                     self.cached_blocks[block] = None
                 else:
                     self.free_blocks.append(block)
 
     def cache_block(self, block: int, content: BlockTokens) -> bytes:
-        """Make a held block findable by what it holds, unless another one already is; returns the content's name."""
-        name = content.block_hash
-        if self.enable_caching and name not in self.block_of_hash and block not in self.content:
-            self.block_of_hash[name] = block
-            self.content[block] = content
-        return name
+        """Register a full block under its hash, unless another block has it already; returns the hash."""
+        block_hash = content.block_hash
+        if self.enable_caching and block_hash not in self.block_of_hash and block not in self.block_tokens:
+            self.block_of_hash[block_hash] = block
+            self.block_tokens[block] = content
+        return block_hash
 
     def find_cached(self, content: BlockTokens) -> int | None:
-        """The block that holds this after this prefix, if there is one."""
+        """The block that holds these tokens after this prefix, or None."""
         block = self.block_of_hash.get(content.block_hash)
-        return block if block is not None and self.content[block] == content else None
+        return block if block is not None and self.block_tokens[block] == content else None
 
     def evict(self, block: int) -> None:
-        """Drop what is known of a block's content."""
-        content = self.content.pop(block, None)
+        """Forget a block's tokens and hash."""
+        content = self.block_tokens.pop(block, None)
         if content is not None:
             del self.block_of_hash[content.block_hash]
 
     def reset_prefix_cache(self) -> None:
-        """Empty all cached blocks, and take the names from the held ones."""
-        for block in list(self.content):
+        """Evict all cached blocks and forget the hashes of referenced ones."""
+        for block in list(self.block_tokens):
             self.evict(block)
         self.free_blocks.extend(self.cached_blocks)
         self.cached_blocks.clear()
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if a block is lost, held and free, or findable under a name that is not its own."""
+        """Raise AssertionError if a block is lost, in two states, or registered under a wrong hash."""
         held = {int(block) for block in numpy.flatnonzero(self.ref_count)}
         free, cached = set(self.free_blocks), set(self.cached_blocks)
         assert len(free) == len(self.free_blocks), "a block is free twice"
         assert free | held | cached == set(range(1, self.num_blocks + 1)), "a block is lost"
         assert len(free) + len(held) + len(cached) == self.num_blocks, "a block is in two states"
-        assert cached <= self.content.keys() and not free & self.content.keys()
-        assert {content.block_hash: block for block, content in self.content.items()} == self.block_of_hash
+        assert cached <= self.block_tokens.keys() and not free & self.block_tokens.keys()
+        assert {content.block_hash: block for block, content in self.block_tokens.items()} == self.block_of_hash

@@ -1,7 +1,7 @@
-"""Decoding steps recorded as CUDA graphs: the device runs a step as one piece, and Python starts nothing but it.
+"""Decoding steps as CUDA graphs: Python launches one graph per step instead of every kernel.
 
-A recording holds for one number of rows; a step takes the next larger one and fills up with padding. Prompts, whose
-lengths differ every time, and steps with guesses run as they are.
+A graph is captured for one number of rows; a step uses the next larger one, with padding. Prefill and steps with draft
+tokens run without graphs.
 """
 
 # Shapes in this file: N tokens, one a row; R rows of the engine, the last one stands for padding; M blocks of the
@@ -19,18 +19,18 @@ from thinkstack.models.moe import MoE, takes_grouped
 from thinkstack.models.transformer import Transformer
 
 WARM_UPS = 2
-"""Runs before a recording, which compile kernels and let libraries take their memory."""
+"""Runs before a capture; they compile kernels and let libraries allocate memory."""
 
 
 class Inputs(NamedTuple):
-    """What a pass needs to know of its tokens."""
+    """The inputs of a forward pass over N tokens."""
 
     ids: Tensor
     """(N,) int64, like the next two."""
     positions: Tensor
-    """In each token's sequence."""
+    """Position of each token in its sequence."""
     slots: Tensor
-    """In the cache: block * BLOCK + place in it."""
+    """Slot of each token in the cache: block * BLOCK_SIZE + offset."""
     seq_index: Tensor
     """Row of each token, (N,) int32."""
     block_tables: Tensor
@@ -38,22 +38,22 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What it makes of them."""
+    """The results of a forward pass."""
 
     hidden: Tensor
     """(N, D)."""
     experts: Tensor | None
-    """Chosen by each token, (L, N, K) int64; None for a model without."""
+    """Routed experts of each token, (L, N, K) int64; None for a model without experts."""
 
 
 Compute = Callable[[Inputs], Outputs]
 Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
-"""Runs a function once and returns its result, and what runs it again into the same memory."""
+"""Runs a function once; returns its result and a function that replays it into the same memory."""
 
 
 def can_record(model: Transformer) -> bool:
-    """Whether decoding steps of a model never wait for its device: a Triton kernel reads the cache, and no expert needs
-    its tokens counted. Models that ranks share are not recorded."""
+    """Whether decoding steps never synchronize with the device: a Triton kernel reads the cache, and experts need no
+    token counts on the host. Models split over ranks are not captured."""
     if not cuda.takes(model.embed.weight) or any(map(has_hooks, model.layers)):
         return False
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -61,35 +61,35 @@ def can_record(model: Transformer) -> bool:
 
 
 class Graphs:
-    """Recordings of `compute`, by number of rows, made when they are first needed."""
+    """Captured graphs of `compute` by number of rows, captured on first use."""
 
-    def __init__(self, compute: Compute, most: int, record: Record | None = None):
+    def __init__(self, compute: Compute, max_rows: int, record: Record | None = None):
         """most: rows that a step may have. record: by default a CUDA graph; tests call the function again."""
-        self.most = most
+        self.max_rows = max_rows
         self._compute, self._record = compute, record or Recorder()
         self._recordings: dict[int, _Recording] = {}
 
     def size_for(self, count: int) -> int:
-        """Rows of the recording that a step of `count` rows takes: powers of 2, from 16 on multiples of 16."""
+        """Rows of the graph for a step of `count` rows: powers of 2 up to 16, then multiples of 16."""
         size = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
-        return min(size, self.most)
+        return min(size, self.max_rows)
 
-    def run(self, given: Inputs, device: torch.device) -> Outputs:
-        """`compute` for tokens whose number `size_for` has given; inputs lie on the CPU. The result stands until the
+    def run(self, inputs: Inputs, device: torch.device) -> Outputs:
+        """Run `compute` for as many tokens as `size_for` returned; inputs are on the CPU. The result is valid until the
         next call."""
-        recording = self._recordings.get(len(given.ids))
+        recording = self._recordings.get(len(inputs.ids))
         if recording is None:
-            recording = _Recording(given, device)
-            recording.take(given)
+            recording = _Recording(inputs, device)
+            recording.take(inputs)
             recording.outputs, recording.replay = self._record(lambda: self._compute(recording.inputs))
-            self._recordings[len(given.ids)] = recording  # one that failed is tried again
-        recording.take(given)
+            self._recordings[len(inputs.ids)] = recording  # stored after success, so a failed capture is tried again
+        recording.take(inputs)
         recording.replay()
         return recording.outputs
 
 
 class _Recording:
-    """Memory of a recording's inputs: on the device, and where it is filled, so that one copy brings it there."""
+    """The input memory of a graph: one buffer on the host and one on the device, so that one copy transfers all."""
 
     outputs: Outputs
     replay: Callable[[], None]
@@ -100,21 +100,21 @@ class _Recording:
         self._there = torch.zeros(size, dtype=torch.uint8, device=device)
         self._given, self.inputs = _inputs_in(self._here, like), _inputs_in(self._there, like)
 
-    def take(self, given: Inputs) -> None:
-        """Bring these inputs to the device."""
-        for mine, value in zip(self._given, given, strict=True):
+    def take(self, inputs: Inputs) -> None:
+        """Copy these inputs to the device."""
+        for mine, value in zip(self._given, inputs, strict=True):
             mine.copy_(value)
         self._there.copy_(self._here, non_blocking=True)
 
 
 def _inputs_in(memory: Tensor, like: Inputs) -> Inputs:
-    """Inputs like these one after the other in bytes."""
+    """Views of `memory` with the shapes and dtypes of `like`, one after the other."""
     parts = memory.split([value.nbytes for value in like])
     return Inputs(*(part.view(value.dtype).view(value.shape) for part, value in zip(parts, like, strict=True)))
 
 
 class Recorder:
-    """Records CUDA graphs that share their memory: only one of them runs at a time."""
+    """Captures CUDA graphs that share a memory pool: only one of them runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None

@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.block_pool import BLOCK, BlockPool
+from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.row_sampler import append_sampled, sample_rows
 from thinkstack.engine.runner import Runner
@@ -84,8 +84,8 @@ class Engine:
         self.cfg = cfg
         self.max_model_len = min(cfg.max_model_len or model.cfg.max_positions, model.cfg.max_positions)
         self.vocab_size = model.cfg.vocab_size
-        whole = cfg.max_num_seqs * -(-self.max_model_len // BLOCK)
-        num_blocks = cfg.cache_tokens // BLOCK if cfg.cache_tokens else whole
+        whole = cfg.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE)
+        num_blocks = cfg.cache_tokens // BLOCK_SIZE if cfg.cache_tokens else whole
         self.table = SequenceTable(cfg.max_num_seqs, self.max_model_len)
         self.scheduler = Scheduler(
             self.table, BlockPool(num_blocks, cfg.enable_prefix_caching), cfg.max_prefill_tokens, cfg.max_waiting
@@ -165,7 +165,7 @@ class Engine:
         """Give the cache's memory back; answers being drawn are computed again when they go on."""
         self.pause("keep")
         self.scheduler.pool.reset_prefix_cache()
-        self.runner.drop_cache()
+        self.runner.free_cache()
 
     def submit(
         self,
@@ -182,10 +182,10 @@ class Engine:
         # here, not in step, where it would end everybody's answers
         prompt_token_ids = check_request(prompt_token_ids, sampling, self.max_model_len, self.vocab_size)
         total = len(prompt_token_ids) + sampling.max_tokens
-        if -(-total // BLOCK) > self.scheduler.pool.num_blocks:
+        if -(-total // BLOCK_SIZE) > self.scheduler.pool.num_blocks:
             raise RequestError(
                 f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, the cache holds "
-                f"{self.scheduler.pool.num_blocks * BLOCK:,}; shorten them or raise cache_tokens"
+                f"{self.scheduler.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens"
             )
         if sampling.n > self.cfg.max_num_seqs:
             raise RequestError(f"n={sampling.n} answers exceed the engine's max_num_seqs={self.cfg.max_num_seqs}")
@@ -258,17 +258,17 @@ class Engine:
             sources = (sources + 1 - many).repeat(many) + offsets
             rows = rows.repeat(many)
         if table.awaits_prompt.any():
-            followers, shown = [], []
+            sibling_rows, shown = [], []
             for row, source in zip(scheduled.rows[done].tolist(), (ends[done] - 1).tolist(), strict=True):
-                shared, rest = divmod(int(table.num_prompt_tokens[row]), BLOCK)
-                for follower in self.scheduler.fork(row):
+                shared, rest = divmod(int(table.num_prompt_tokens[row]), BLOCK_SIZE)
+                for sibling in self.scheduler.fork(row):
                     if rest:
-                        copies.append((table.blocks[row][shared], table.blocks[follower][shared], rest))
-                    followers.append(follower)
+                        copies.append((table.blocks[row][shared], table.blocks[sibling][shared], rest))
+                    sibling_rows.append(sibling)
                     shown.append(source)
-            rows = numpy.append(rows, numpy.array(followers, dtype=numpy.int64))
+            rows = numpy.append(rows, numpy.array(sibling_rows, dtype=numpy.int64))
             sources = numpy.append(sources, numpy.array(shown, dtype=numpy.int64))
-            offsets = numpy.append(offsets, numpy.zeros(len(followers), dtype=numpy.int64))
+            offsets = numpy.append(offsets, numpy.zeros(len(sibling_rows), dtype=numpy.int64))
         return RowsToSample(rows, offsets, sources), copies
 
     def _sample_rows(self, rows_to_sample: RowsToSample, hidden: Tensor) -> None:

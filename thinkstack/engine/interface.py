@@ -1,4 +1,4 @@
-"""What every engine offers, ours and a pool of servers, and what all of them refuse alike."""
+"""The interface of all engines, ours and a pool of servers, and the request checks they share."""
 
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,37 +9,37 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, RequestError, SamplingParams
 
 OnFinish = Callable[[int, list[Completion]], None]
-"""Told the place of a prompt among those asked, and its completions."""
+"""Called with the index of a prompt and its completions."""
 WhileRunning = Literal["refuse", "drain", "abort", "keep"]
-"""What happens to answers being drawn when the weights change: the change is refused; they are finished first, with the
-old weights; they end as aborted; they go on with the new weights, their context computed again."""
+"""What happens to running requests when the weights change: "refuse" the change; "drain" them first with the old
+weights; "abort" them; "keep" them running with the new weights, after recomputing their context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """How an engine is."""
+    """The state of an engine."""
 
     alive: bool
-    """Whether a request would be answered."""
+    """Whether the engine accepts requests."""
     running: int
-    """Answers being drawn; of servers, requests under way."""
+    """Running sequences; for servers, requests in flight."""
     waiting: int
-    """Answers, or groups of them, that wait for room."""
+    """Queue entries that wait for memory or a row."""
     failed: int
-    """Answers that ended in an error so far; of servers, requests that one of them did not answer."""
+    """Completions that ended in an error so far; for servers, requests that a server failed to answer."""
     last_error: str | None
-    """What last went wrong."""
+    """The last error message."""
     version: int
-    """Of the weights in use."""
+    """Version of the weights in use."""
 
 
 class AnyEngine(Protocol):
-    """`Engine` and `RemoteEngine`: recipes hold one or the other and do not ask which."""
+    """The interface of `Engine` and `RemoteEngine`; recipes work with either."""
 
     max_model_len: int
-    """Tokens of prompt and answer together."""
+    """Maximum tokens of prompt and completion together."""
     version: int
-    """Of the weights in use; every completion carries that of its first token."""
+    """Version of the weights in use; a completion carries the version of its first token."""
 
     def generate(
         self,
@@ -47,16 +47,16 @@ class AnyEngine(Protocol):
         samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered."""
+        """Generate sampling.n completions for each prompt. on_finish is called for each prompt when it is finished."""
 
     def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
-        """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""
+        """Yield the tokens of one completion as they are sampled; leaving the loop early aborts it."""
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
-        """Draw with these weights from now on; every completion carries their version."""
+        """Use these weights from now on; completions carry their version."""
 
     def health(self) -> Health:
-        """How it is."""
+        """The state of the engine."""
 
 
 def check_request(

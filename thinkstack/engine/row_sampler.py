@@ -1,10 +1,10 @@
-"""The next tokens of the rows that have logits: plain rows together, those with penalties, budgets or grammars first
-brought into their shape one by one.
+"""Samples the next tokens of rows: all rows in one call; the logits of rows with penalties, thinking budgets or
+grammars are processed one by one first.
 
-A row may draw several tokens at once: behind tokens that are only guessed, as if they were known.
+A row may sample several tokens at once: one behind each draft token, as if the draft tokens were accepted.
 """
 
-# Shapes in this file: B tokens to draw, V vocabulary size.
+# Shapes in this file: B tokens to sample, V vocabulary size.
 
 from collections import Counter
 from typing import NamedTuple
@@ -19,55 +19,55 @@ from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
 
 
 class SampledTokens(NamedTuple):
-    """Tokens, none of them noted in the table yet."""
+    """Sampled tokens, not yet appended to the table."""
 
     tokens: numpy.ndarray
     """(B,) int64."""
     logprobs: numpy.ndarray
     """(B,) fp32; NaN where the logits were not finite."""
     top_logprobs: dict[int, TopLogprobs]
-    """By place in the batch, where they are asked for."""
+    """By position in the batch, where they are requested."""
 
 
 def sample_rows(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> SampledTokens:
-    """Draw a token from each row of logits (B, V): that of rows[b], `offsets[b]` tokens after its known ones."""
-    special = (
+    """Sample a token from each row of logits (B, V): for table row rows[b], offsets[b] positions behind num_tokens."""
+    processed_rows = (
         numpy.flatnonzero(table.needs_logits_processing[rows]).tolist() if table.needs_logits_processing.any() else []
     )
-    if not special:
+    if not processed_rows:
         return SampledTokens(*sample_plain_rows(table, rows, offsets, logits), {})
-    shaped = logits.to(torch.float32, copy=True)
-    for place in special:
-        _shape(table, int(rows[place]), int(offsets[place]), shaped[place])
-    sampled = SampledTokens(*sample_plain_rows(table, rows, offsets, shaped), {})
-    for place in special:
-        _report(table, int(rows[place]), int(offsets[place]), place, sampled, logits[place], shaped[place])
+    processed = logits.to(torch.float32, copy=True)
+    for place in processed_rows:
+        _process_logits(table, int(rows[place]), int(offsets[place]), processed[place])
+    sampled = SampledTokens(*sample_plain_rows(table, rows, offsets, processed), {})
+    for place in processed_rows:
+        _finish_token(table, int(rows[place]), int(offsets[place]), place, sampled, logits[place], processed[place])
     return sampled
 
 
 def sample_plain_rows(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """`draw` by temperature and kept sets alone; returns tokens and log-probabilities as `SampledTokens` has them."""
+    """`sample_rows` without logits processing; returns tokens and log-probabilities as in `SampledTokens`."""
     if kernels.takes(logits, "sample"):
         return table.row_sampler.draw(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
     counters = (table.num_tokens[rows] - table.num_prompt_tokens[rows] + offsets).astype(numpy.uint64)
     uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
-    temperature, kept = _asked(table, rows, logits.device)
+    temperature, kept = _sampling_columns(table, rows, logits.device)
     tokens, logprobs = sample(logits, temperature, uniform, kept)
     return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 
-def _asked(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> tuple[Tensor, Kept | None]:
-    """Temperatures of rows, and which of their tokens may be drawn."""
+def _sampling_columns(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> tuple[Tensor, Kept | None]:
+    """Temperatures of rows, and their top_k, top_p and min_p, None if all are neutral."""
 
-    def there(values: numpy.ndarray) -> Tensor:
+    def on_device(values: numpy.ndarray) -> Tensor:
         return torch.from_numpy(values[rows]).to(device)
 
-    temperature = there(table.temperature)
+    temperature = on_device(table.temperature)
     if table.is_unfiltered[rows].all():
         return temperature, None
-    return temperature, (there(table.top_k), there(table.top_p), there(table.min_p))
+    return temperature, (on_device(table.top_k), on_device(table.top_p), on_device(table.min_p))
 
 
 def append_sampled(
@@ -77,24 +77,25 @@ def append_sampled(
     sampled: SampledTokens,
     counts: numpy.ndarray | None,
 ) -> None:
-    """Make those of the drawn tokens known that count, (B,) bool: of each row the first ones; None: all of them."""
+    """Append those sampled tokens to the table that `counts`, (B,) bool, accepts: the first ones of each row; None:
+    all."""
     tokens, logprobs = sampled.tokens, sampled.logprobs
     if counts is not None:
         rows, offsets, tokens, logprobs = rows[counts], offsets[counts], tokens[counts], logprobs[counts]
     table.append(rows, offsets, tokens, logprobs)
     if not table.needs_logits_processing.any():
         return
-    special = numpy.flatnonzero(table.needs_logits_processing[rows])
-    places = special if counts is None else numpy.flatnonzero(counts)[special]
-    for row, place in zip(rows[special].tolist(), places.tolist(), strict=True):
+    processed_rows = numpy.flatnonzero(table.needs_logits_processing[rows])
+    places = processed_rows if counts is None else numpy.flatnonzero(counts)[processed_rows]
+    for row, place in zip(rows[processed_rows].tolist(), places.tolist(), strict=True):
         if place in sampled.top_logprobs:
             table.top_logprobs[row].append(sampled.top_logprobs[place])
-    for row, fresh in Counter(rows[special].tolist()).items():
+    for row, fresh in Counter(rows[processed_rows].tolist()).items():
         table.is_thinking_closed[row] |= _is_closed(table, row, -fresh, 0)
 
 
 def _is_closed(table: SequenceTable, row: int, start: int, end: int) -> bool:
-    """Whether thinking is closed by one of the tokens start..end after the known ones."""
+    """Whether one of the tokens start..end behind num_tokens closes the thinking."""
     close, prompt, num_tokens = (
         table.request_at(row)[0].sampling.think_end_token_ids,
         table.num_prompt_tokens[row],
@@ -105,8 +106,8 @@ def _is_closed(table: SequenceTable, row: int, start: int, end: int) -> bool:
     )
 
 
-def _shape(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
-    """Bias, bans, penalties and the grammar of one row, in place on (V,)."""
+def _process_logits(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
+    """Apply bias, bans, penalties and the grammar of one row to logits (V,), in place."""
     request, index = table.request_at(row)
     prompt, num_tokens = table.num_prompt_tokens[row], table.num_tokens[row] + offset
     adjust(logits, request.sampling, table.ids[row, :prompt], table.ids[row, prompt:num_tokens])
@@ -115,11 +116,11 @@ def _shape(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
         logits[~allowed.to(logits.device)] = -torch.inf
 
 
-def _report(
-    table: SequenceTable, row: int, offset: int, place: int, sampled: SampledTokens, raw: Tensor, shaped: Tensor
+def _finish_token(
+    table: SequenceTable, row: int, offset: int, place: int, sampled: SampledTokens, raw: Tensor, processed: Tensor
 ) -> None:
-    """What a special row's token and its log-probability become; raw, shaped: logits (V,) of the model itself and those
-    drawn from."""
+    """Force the tokens that close thinking, and report log-probabilities as the request asks. raw, processed: logits
+    (V,) of the model, and after `_process_logits`."""
     sampling = table.request_at(row)[0].sampling
     is_closed = table.is_thinking_closed[row] or _is_closed(table, row, 0, offset)
     forced = reported = None
@@ -128,7 +129,9 @@ def _report(
     if sampling.raw_logprobs:
         reported = torch.log_softmax(raw.float(), -1)
     elif sampling.top_logprobs:
-        reported = distribution(shaped.unsqueeze(0), *_asked(table, numpy.array([row]), shaped.device))[0]
+        reported = distribution(
+            processed.unsqueeze(0), *_sampling_columns(table, numpy.array([row]), processed.device)
+        )[0]
     if forced is not None:
         sampled.tokens[place], sampled.logprobs[place] = forced, 0.0
     elif sampling.raw_logprobs and reported is not None:

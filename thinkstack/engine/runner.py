@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.cuda_graphs import Graphs, Inputs, Outputs, can_record
 from thinkstack.engine.fused import fused_pass, widened
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
@@ -32,7 +32,7 @@ class TokenSlots(NamedTuple):
     positions: numpy.ndarray
     """Its place in the row's context."""
     slots: numpy.ndarray
-    """Its place in the cache: block * BLOCK + place in it."""
+    """Its place in the cache: block * BLOCK_SIZE + place in it."""
 
 
 class Runner:
@@ -46,7 +46,7 @@ class Runner:
         model: Transformer,
         num_blocks: int,
         dtype: AskedPrecision,
-        keeps_experts: bool = False,
+        return_routed_experts: bool = False,
         drafts: bool = False,
         weights: Quantization = "plain",
         most: int = 0,
@@ -60,60 +60,62 @@ class Runner:
             )
         self.device = next(model.parameters()).device
         """Where the model lies; only drawn tokens and chosen experts come back from there."""
-        self._asked = DTYPES[resolve_precision(dtype, self.device)]
-        self._kept = _kept_experts(model.cfg) if keeps_experts else None
+        self._dtype = DTYPES[resolve_precision(dtype, self.device)]
+        self._expert_shape = _routed_expert_shape(model.cfg) if return_routed_experts else None
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
         self._weights = weights
-        self._most = most
+        self._max_graph_rows = most
         self.graphs: Graphs | None = None
         """Recordings of decoding steps, on a device that can be recorded."""
-        self._take(model)
+        self._load_copy(model)
 
     @property
     def cache(self) -> KVCache:
         """The context of all sequences; made when it is first needed."""
         if self._cache is None:
             size = self._num_blocks + 1
-            self._cache = KVCache(self._model.cfg, size, self._asked, self.device, self._kept, self._drafts)
+            self._cache = KVCache(self._model.cfg, size, self._dtype, self.device, self._expert_shape, self._drafts)
         return self._cache
 
-    def drop_cache(self) -> None:
+    def free_cache(self) -> None:
         """Give the cache's memory back."""
         self._cache = None
-        self._forget_recordings()
+        self._reset_graphs()
 
     def load(self, model: Transformer) -> None:
         """Take over other weights, or those of the same model after a change."""
         if model is self._source:
             refresh(self._model, model)
-            self._settle()
+            self._prepare()
             if self.graphs is not None and self._addresses() != self._recorded:
-                self._forget_recordings()
+                self._reset_graphs()
         else:
-            self._take(model)
+            self._load_copy(model)
 
-    def _take(self, model: Transformer) -> None:
+    def _load_copy(self, model: Transformer) -> None:
         """Make the copy that answers. One that rounds and widens is made anew each time: nothing of it can be refreshed
         in place, and the model need not be kept beside it."""
-        rounded = inference_copy(model, self._asked, self._weights)
+        rounded = inference_copy(model, self._dtype, self._weights)
         self._model = widened(rounded)
         self._source = model if self._model is rounded and self._weights == "plain" else None
-        self._settle()
+        self._prepare()
         self.dtype = self._model.embed.weight.dtype
         """Of products; fp32 where a small model in bf16 is widened, over a cache in bf16."""
-        self._forget_recordings()
+        self._reset_graphs()
 
     def _addresses(self) -> list[int]:
         """Where the weights lie."""
         return [weight.data_ptr() for weight in self._model.parameters()]
 
-    def _forget_recordings(self) -> None:
+    def _reset_graphs(self) -> None:
         """Begin anew: recordings know where weights and cache lie, and these lie elsewhere now."""
-        self.graphs = Graphs(self.compute, self._most) if self._most and can_record(self._model) else None
+        self.graphs = (
+            Graphs(self.compute, self._max_graph_rows) if self._max_graph_rows and can_record(self._model) else None
+        )
         self._recorded = self._addresses() if self.graphs is not None else []
 
-    def _settle(self) -> None:
+    def _prepare(self) -> None:
         """Choose how products are made, from the weights as they are now."""
         prepack_weights(self._model)
         self._fused = fused_pass(self._model)
@@ -124,22 +126,22 @@ class Runner:
         graphs = self.graphs if longest == 1 else None
         size = self._size(total) if graphs is None else graphs.size_for(total)
         places = _places(table, scheduled.rows, scheduled.starts, scheduled.counts, size)
-        given = self._inputs(table, places, table.ids[places.seq_index, places.positions])
+        inputs = self._inputs(table, places, table.ids[places.seq_index, places.positions])
         if graphs is None:
-            hidden, chosen = self.compute(Inputs(*map(self._there, given)), longest)
+            hidden, chosen = self.compute(Inputs(*map(self._to_device, inputs)), longest)
         else:
-            hidden, chosen = graphs.run(given, self.device)
-        if self._kept is not None and chosen is not None:  # (L, N, K)
+            hidden, chosen = graphs.run(inputs, self.device)
+        if self._expert_shape is not None and chosen is not None:  # (L, N, K)
             kept = chosen[:, :total].transpose(0, 1).cpu().numpy()
             self.cache.store_routed_experts(places.slots[:total], kept)
         return hidden[:total]
 
-    def compute(self, given: Inputs, longest: int = 1) -> Outputs:
+    def compute(self, inputs: Inputs, longest: int = 1) -> Outputs:
         """The pass itself, over tokens that are on the device. longest: most tokens of a row."""
-        view = self._view(given, longest)
-        if self._fused is not None and self._is_fused(len(given.ids)):
-            return Outputs(*self._fused.hidden(given.ids, given.positions, view.first, self.cache.data))
-        trunk = self._model.trunk(given.ids.unsqueeze(1), given.positions.unsqueeze(1), cache=view)
+        view = self._view(inputs, longest)
+        if self._fused is not None and self._is_fused(len(inputs.ids)):
+            return Outputs(*self._fused.hidden(inputs.ids, inputs.positions, view.first, self.cache.data))
+        trunk = self._model.trunk(inputs.ids.unsqueeze(1), inputs.positions.unsqueeze(1), cache=view)
         chosen = torch.stack([layer.experts[:, 0] for layer in trunk.routing]) if trunk.routing else None
         return Outputs(trunk.hidden[:, 0], chosen)
 
@@ -152,9 +154,9 @@ class Runner:
         """
         total = int(counts.sum())
         places = _places(table, rows, starts, counts, self._size(total))
-        given = self._inputs(table, places, table.ids[places.seq_index, places.positions + 1])
-        following, positions, *_ = given = Inputs(*map(self._there, given))
-        view = self._view(given, int(counts.max()))
+        inputs = self._inputs(table, places, table.ids[places.seq_index, places.positions + 1])
+        following, positions, *_ = inputs = Inputs(*map(self._to_device, inputs))
+        view = self._view(inputs, int(counts.max()))
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.seq_index) - total))
         states = None
         if self._fused is not None and self._is_fused(len(hidden)):
@@ -162,17 +164,17 @@ class Runner:
         if states is None:
             following, positions = following.unsqueeze(1), positions.unsqueeze(1)
             states = self._model.draft(hidden.unsqueeze(1), following, positions, view)[:, 0]
-        return states[self._there(torch.from_numpy(counts.cumsum() - 1))]
+        return states[self._to_device(torch.from_numpy(counts.cumsum() - 1))]
 
     def _inputs(self, table: SequenceTable, places: TokenSlots, ids: numpy.ndarray) -> Inputs:
         """What a pass over tokens `ids` (N,) at these places needs to know, on the CPU."""
-        given = (ids, places.positions, places.slots, places.seq_index.astype(numpy.int32), table.block_tables)
-        return Inputs(*map(torch.from_numpy, given))
+        inputs = (ids, places.positions, places.slots, places.seq_index.astype(numpy.int32), table.block_tables)
+        return Inputs(*map(torch.from_numpy, inputs))
 
-    def _view(self, given: Inputs, longest: int) -> KVCacheView:
+    def _view(self, inputs: Inputs, longest: int) -> KVCacheView:
         """The cache as these tokens see it; longest: most tokens of a row."""
         return KVCacheView(
-            self.cache, Pages(self.cache.data[0], given.block_tables, given.seq_index, longest), given.slots
+            self.cache, Pages(self.cache.data[0], inputs.block_tables, inputs.seq_index, longest), inputs.slots
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ class Runner:
         it does in any case."""
         return -count % ROW_TILE if self.dtype == torch.float32 else 0
 
-    def _there(self, values: Tensor) -> Tensor:
+    def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self.device)
 
 
@@ -217,11 +219,13 @@ def _places(
     seq_index[:total] = rows.repeat(counts)
     positions = numpy.zeros(size, dtype=numpy.int64)
     positions[:total] = numpy.arange(total) + (starts - (ends - counts)).repeat(counts)
-    slots = table.block_tables[seq_index, positions // BLOCK].astype(numpy.int64) * BLOCK + positions % BLOCK
+    slots = (
+        table.block_tables[seq_index, positions // BLOCK_SIZE].astype(numpy.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+    )
     return TokenSlots(seq_index, positions, slots)
 
 
-def _kept_experts(cfg: ModelConfig) -> tuple[int, int, str]:
+def _routed_expert_shape(cfg: ModelConfig) -> tuple[int, int, str]:
     """How the cache keeps the choices of a model: layers with experts, experts per token, integer type."""
     if cfg.moe is None:
         raise ConfigError(

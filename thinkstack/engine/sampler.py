@@ -16,13 +16,14 @@ from thinkstack import kernels
 from thinkstack.types import SamplingParams
 
 CANDIDATES = 256
-"""Most likely tokens that are looked at first; all of them only where these do not hold the mass that is kept."""
+"""Most likely tokens that are sorted first; the whole vocabulary only if these do not contain the filtered set."""
 
 
 def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
     """Numbers in [0, 1), (B,) float64, that depend on (seed, counter) alone: the splitmix64 finalizer of both.
 
-    seeds: (B,) uint64, one a sequence. counters: (B,) uint64, tokens drawn so far. Source: doi:10.1145/2660193.2660195.
+    seeds: (B,) uint64, one per sequence. counters: (B,) uint64, tokens sampled so far. Source:
+    doi:10.1145/2660193.2660195.
     """
     mixed = mix(seeds + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))  # modulo 2^64
     return (mixed >> numpy.uint64(11)).astype(numpy.float64) * 2.0**-53
@@ -36,7 +37,7 @@ def mix(value: numpy.ndarray) -> numpy.ndarray:
 
 
 def is_plain(sampling: SamplingParams) -> bool:
-    """Whether the logits are drawn from as they are, but for temperature and the kept set."""
+    """Whether the request needs no logits processing: temperature, top_k, top_p and min_p alone."""
     neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
     return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
 
@@ -63,11 +64,11 @@ def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, outp
 
 
 Kept = tuple[Tensor, Tensor, Tensor]
-"""Which tokens may be drawn: top_k (B,) int64, 0 for all, top_p (B,) and min_p (B,) fp32."""
+"""Filters of each row: top_k (B,) int64, 0 for all; top_p (B,) and min_p (B,) fp32."""
 
 
 def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution.
+    """Sample one token per row by inverting the cumulative distribution.
 
     logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). kept: None where every token
     is. Returns (tokens (B,) int64, their log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0

@@ -1,8 +1,8 @@
-"""Who computes what in the next step: admission by memory, chunks of prompts beside decoding, preemption.
+"""Chooses the tokens of the next step: admission by free memory, chunked prefill beside decoding, preemption.
 
-Everything goes by one order: priority, then arrival. A sequence that needs a block when none is left takes those of the
-last one in that order, which computes its tokens again later; so the first one always gets to its end. Blocks are found
-by content: what any sequence has computed, or computes in this very step, is not computed again.
+Sequences are ordered by priority, then arrival. A sequence that needs a block when none is free preempts the last one
+in that order, which is recomputed later; so the first one always finishes. Prefixes are shared: a block that any
+sequence has computed, or computes in the same step, is not computed again.
 """
 
 import bisect
@@ -11,64 +11,64 @@ from dataclasses import dataclass
 
 import numpy
 
-from thinkstack.engine.block_pool import BLOCK, BlockPool, BlockTokens, root_hash
-from thinkstack.engine.sequence_table import Request, SequenceTable, Waiting
+from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool, BlockTokens, root_hash
+from thinkstack.engine.sequence_table import QueueEntry, Request, SequenceTable
 from thinkstack.types import RequestError
 
 ROWS_PER_SPARE_BLOCK = 8
-"""Nobody is admitted unless a block stays free for every so many running rows: they will need it soon."""
+"""A sequence is admitted only if one block per this many running rows stays free: they will need it soon."""
 
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """The tokens of one step."""
+    """The tokens to compute in one step."""
 
     rows: numpy.ndarray
-    """Rows that compute something, those with one token first."""
+    """Rows of the sequence table that compute tokens, those with a single token first."""
     counts: numpy.ndarray
-    """Tokens of each, drafts included."""
+    """Tokens of each row, draft tokens included."""
     starts: numpy.ndarray
-    """The first of them, which is not in the cache."""
+    """Position of each row's first token: the first one that is not in the cache."""
 
 
 class Scheduler:
-    """The queue, the running rows and the blocks they hold."""
+    """The queue, the running rows and their blocks."""
 
     def __init__(self, table: SequenceTable, pool: BlockPool, max_prefill_tokens: int, max_waiting: int = 0):
         """max_waiting: requests that may wait; 0 for any number."""
         self.table, self.pool = table, pool
         self.max_prefill_tokens, self.max_waiting = max_prefill_tokens, max_waiting
-        self.queue: list[tuple[tuple[int, int, int], Waiting]] = []  # a heap
+        self.queue: list[tuple[tuple[int, int, int], QueueEntry]] = []  # a heap
         self.num_waiting = 0
-        """Entries of the queue whose request was not aborted."""
+        """Queue entries whose request is not aborted."""
         self.running: list[int] = []
-        """Rows in use, in order."""
+        """Rows in use, in scheduling order."""
         self.version = 0
         self.num_preemptions = 0
         self.has_preempted = False
-        """Whether the last plan sent somebody back."""
+        """Whether the last call of `schedule` preempted a row."""
         self.is_draining = False
-        """Admit nobody: the engine drains."""
+        """Admit no new sequences: the engine finishes the running ones."""
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError if too many wait."""
         if self.max_waiting and self.num_waiting >= self.max_waiting:
             raise RequestError(f"{self.num_waiting:,} requests wait already; ask again later, or raise max_waiting")
-        self._push(Waiting(request, tuple(range(request.sampling.n))))
+        self._push(QueueEntry(request, tuple(range(request.sampling.n))))
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the tokens of the next step, hold blocks for them, admit whom there is room for."""
+        """Choose the tokens of the next step, allocate their blocks, and admit queued sequences that fit."""
         counts: dict[int, int] = {}
         budget, self.has_preempted = self.max_prefill_tokens, False
         table = self.table
         rows = numpy.array(self.running, dtype=numpy.int64)
         num_computed_tokens = table.num_computed_tokens[rows]
-        place = num_computed_tokens % BLOCK
+        place = num_computed_tokens % BLOCK_SIZE
         is_easy = (table.num_tokens[rows] == num_computed_tokens + 1) & (place != 0)
-        is_easy &= place + table.num_draft_tokens[rows] < BLOCK  # in the block it has
+        is_easy &= place + table.num_draft_tokens[rows] < BLOCK_SIZE  # in the block it has
         for row in rows[~is_easy].tolist():
             if table.requests[row] is None or table.awaits_prompt[row]:
-                continue  # preempted above, or computes nothing itself
+                continue  # preempted in this loop, or waiting for a sibling's prompt
             counts[row] = self._chunk(row, budget)
             budget -= counts[row] if table.num_tokens[row] - table.num_computed_tokens[row] > 1 else 0
         while self.queue and budget > 0 and not self.has_preempted and not self.is_draining:
@@ -82,7 +82,7 @@ class Scheduler:
         easy = rows[is_easy]
         if self.has_preempted:
             easy = numpy.array([row for row in easy.tolist() if table.requests[row] is not None], dtype=numpy.int64)
-        for row in easy[table.num_tokens[easy] % BLOCK == 0].tolist():
+        for row in easy[table.num_tokens[easy] % BLOCK_SIZE == 0].tolist():
             self.cache_full_blocks(row, int(table.num_tokens[row]))
         chosen, counts_of = easy, numpy.ones(len(easy), dtype=numpy.int64)
         if chunks:
@@ -91,7 +91,8 @@ class Scheduler:
         return SchedulerOutput(chosen, counts_of + table.num_draft_tokens[chosen], table.num_computed_tokens[chosen])
 
     def _chunk(self, row: int, budget: int) -> int:
-        """Tokens that a row computes now, at most `budget` of a prompt; holds their blocks, or 0 if it has to wait."""
+        """Allocate the blocks of a row's next tokens, at most `budget` of a prompt; returns how many, 0 if it must
+        wait."""
         table = self.table
         self._take_cached_blocks(row)
         start, pending = (
@@ -100,13 +101,13 @@ class Scheduler:
         )
         count = pending if pending == 1 else min(pending, budget)
         while count > 0:
-            missing = -(-(start + count + int(table.num_draft_tokens[row])) // BLOCK) - len(table.blocks[row])
+            missing = -(-(start + count + int(table.num_draft_tokens[row])) // BLOCK_SIZE) - len(table.blocks[row])
             if missing <= self.pool.num_free_blocks:
                 break
             if table.num_draft_tokens[row]:
-                table.num_draft_tokens[row] = 0  # nobody is sent away for a guess
+                table.num_draft_tokens[row] = 0  # never preempt for draft tokens
             elif not self._preempt_after(row):
-                count = (len(table.blocks[row]) + self.pool.num_free_blocks) * BLOCK - start
+                count = (len(table.blocks[row]) + self.pool.num_free_blocks) * BLOCK_SIZE - start
         if count <= 0:
             if count < 0 or (pending > 0 and budget > 0):
                 self._preempt(row)
@@ -116,33 +117,34 @@ class Scheduler:
         return count
 
     def _take_cached_blocks(self, row: int) -> None:
-        """Take over blocks that hold what the row would compute next; its last token is always computed."""
+        """Reference cached blocks that hold the row's next tokens; the last token is always computed."""
         table = self.table
         while (
-            table.num_computed_tokens[row] == len(table.blocks[row]) * BLOCK
+            table.num_computed_tokens[row] == len(table.blocks[row]) * BLOCK_SIZE
             and table.num_tokens[row] - table.num_computed_tokens[row] > 1
         ):
             start = int(table.num_computed_tokens[row])
-            content = BlockTokens(table.block_hashes[row][-1], table.ids[row, start : start + BLOCK].tobytes())
-            block = self.pool.find_cached(content) if start + BLOCK <= table.num_tokens[row] else None
+            content = BlockTokens(table.block_hashes[row][-1], table.ids[row, start : start + BLOCK_SIZE].tobytes())
+            block = self.pool.find_cached(content) if start + BLOCK_SIZE <= table.num_tokens[row] else None
             if block is None:
                 return
             self.pool.add_reference([block])
             table.append_blocks(row, [block])
             table.block_hashes[row].append(content.block_hash)
-            table.num_computed_tokens[row] = min(start + BLOCK, int(table.num_tokens[row]) - 1)
+            table.num_computed_tokens[row] = min(start + BLOCK_SIZE, int(table.num_tokens[row]) - 1)
 
     def cache_full_blocks(self, row: int, end: int) -> None:
-        """Make the row's blocks findable that are full once `end` tokens are computed."""
+        """Register the hashes of the row's blocks that are full once `end` tokens are computed."""
         table = self.table
-        for place in range(len(table.block_hashes[row]) - 1, end // BLOCK):
-            tokens = table.ids[row, place * BLOCK : (place + 1) * BLOCK].tobytes()
+        for place in range(len(table.block_hashes[row]) - 1, end // BLOCK_SIZE):
+            tokens = table.ids[row, place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE].tobytes()
             table.block_hashes[row].append(
                 self.pool.cache_block(table.blocks[row][place], BlockTokens(table.block_hashes[row][-1], tokens))
             )
 
     def _admit(self, budget: int) -> int | None:
-        """Open rows for the first of the queue; returns the one that computes the prompt, None if it has to wait."""
+        """Assign rows to the first queue entry; returns the row that computes the prompt, None if the entry must
+        wait."""
         table = self.table
         while self.queue and self.queue[0][1] not in self.queue[0][1].request.queue_entries:
             heapq.heappop(self.queue)  # aborted
@@ -151,7 +153,7 @@ class Scheduler:
         waiting = self.queue[0][1]
         request, indices = waiting.request, waiting.indices
         chunk = min(len(request.prompt_token_ids) + len(waiting.output_token_ids), budget)
-        room = -(-chunk // BLOCK) + len(self.running) // ROWS_PER_SPARE_BLOCK
+        room = -(-chunk // BLOCK_SIZE) + len(self.running) // ROWS_PER_SPARE_BLOCK
         if len(indices) > len(table.free_rows) or self.pool.num_free_blocks < room:
             return None
         heapq.heappop(self.queue)
@@ -163,35 +165,36 @@ class Scheduler:
         table.sibling_rows[first] = others
         table.awaits_prompt[others] = True
         for row in (first, *others):
-            bisect.insort(self.running, row, key=table.key)
+            bisect.insort(self.running, row, key=table.priority_key)
         self._take_cached_blocks(first)
         if not waiting.output_token_ids:
             request.weights_version = self.version
-            request.num_cached_tokens = int(table.num_computed_tokens[first]) // BLOCK * BLOCK
+            request.num_cached_tokens = int(table.num_computed_tokens[first]) // BLOCK_SIZE * BLOCK_SIZE
         return first
 
     def fork(self, row: int) -> list[int]:
-        """Start the followers of a row whose prompt is computed. Returns the rows that did, each holding the shared
-        blocks and one of its own for the copy of a half-full last one; without a block left, one waits again."""
+        """Start the siblings of a row whose prompt is computed, and return them. Each references the shared full blocks
+        and gets one block of its own for a copy of a partly filled last one; without a free block it is requeued."""
         table, started = self.table, []
         prompt = int(table.num_prompt_tokens[row])
-        shared, rest = divmod(prompt, BLOCK)
-        for follower in table.sibling_rows[row]:
+        shared, rest = divmod(prompt, BLOCK_SIZE)
+        for sibling in table.sibling_rows[row]:
             if rest and not self.pool.num_free_blocks:
-                self._preempt(follower)
+                self._preempt(sibling)
                 continue
             own = self.pool.allocate(1) if rest else []
             self.pool.add_reference(table.blocks[row][:shared])
-            table.append_blocks(follower, table.blocks[row][:shared] + own)
-            table.block_hashes[follower] = list(table.block_hashes[row])
-            table.num_computed_tokens[follower] = prompt
-            table.awaits_prompt[follower] = False
-            started.append(follower)
+            table.append_blocks(sibling, table.blocks[row][:shared] + own)
+            table.block_hashes[sibling] = list(table.block_hashes[row])
+            table.num_computed_tokens[sibling] = prompt
+            table.awaits_prompt[sibling] = False
+            started.append(sibling)
         table.sibling_rows[row] = []
         return started
 
     def _preempt_after(self, row: int) -> bool:
-        """Take the blocks of the last row in order that holds some, if that is not `row` or one before it."""
+        """Preempt the last row in order that has blocks, unless that is `row` or one before it; returns whether it
+        did."""
         table = self.table
         for last in reversed(self.running):
             if last == row:
@@ -202,30 +205,30 @@ class Scheduler:
         return False
 
     def _preempt(self, row: int) -> None:
-        """Send a row, and those that wait for its prompt, back to the queue."""
+        """Requeue a row, and the siblings that wait for its prompt."""
         table = self.table
         request, index = table.request_at(row)
         followers = table.sibling_rows[row]
         indices = (index, *(table.request_at(other)[1] for other in followers))
-        self._push(Waiting(request, indices, *table.output_of(row)))
+        self._push(QueueEntry(request, indices, *table.output_of(row)))
         self.has_preempted = True
         self.num_preemptions += 1
         for each in (*followers, row):
             self.close(each)
 
     def close(self, row: int) -> None:
-        """Free a row and let go of its blocks."""
+        """Free a row and its blocks."""
         self.running.remove(row)
         self.pool.free(self.table.blocks[row])
         self.table.clear(row)
 
-    def _push(self, waiting: Waiting) -> None:
-        heapq.heappush(self.queue, (waiting.key, waiting))
+    def _push(self, waiting: QueueEntry) -> None:
+        heapq.heappush(self.queue, (waiting.priority_key, waiting))
         self.num_waiting += 1
         waiting.request.queue_entries.append(waiting)
 
-    def forget_waiting(self, request: Request) -> list[Waiting]:
-        """What an aborted request has in the queue; it leaves the queue when its turn comes, or much has gathered."""
+    def forget_waiting(self, request: Request) -> list[QueueEntry]:
+        """Remove an aborted request's entries and return them; the heap drops them lazily."""
         found, request.queue_entries = request.queue_entries, []
         self.num_waiting -= len(found)
         if len(self.queue) > 2 * self.num_waiting + 64:
@@ -234,18 +237,18 @@ class Scheduler:
         return found
 
     def preempt_all(self) -> None:
-        """Send everybody back to the queue."""
+        """Requeue all running rows."""
         for row in reversed(list(self.running)):
             if self.table.requests[row] is not None and not self.table.awaits_prompt[row]:
-                self._preempt(row)  # and its followers
+                self._preempt(row)  # and its siblings
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if blocks and rows do not add up."""
+        """Raise AssertionError if the blocks of all rows and the pool disagree."""
         self.pool.check_invariants()
         held = numpy.zeros_like(self.pool.ref_count)
         for row in self.running:
             numpy.add.at(held, self.table.blocks[row], 1)
-            assert len(self.table.blocks[row]) * BLOCK >= self.table.num_computed_tokens[row]
-        assert (held == self.pool.ref_count).all(), "a block is held by nobody's row"
+            assert len(self.table.blocks[row]) * BLOCK_SIZE >= self.table.num_computed_tokens[row]
+        assert (held == self.pool.ref_count).all(), "a referenced block belongs to no row"
         assert len(self.running) + len(self.table.free_rows) == len(self.table.requests)
         assert self.num_waiting == sum(each in each.request.queue_entries for _, each in self.queue)

@@ -1,6 +1,6 @@
-"""An engine without a model: answers come from a script, everything else is the real thing.
+"""An engine without a model: completions come from a script, everything else is the real engine.
 
-For tests of whatever sits on an engine (servers, chats, recipes), and to know what scheduling alone costs.
+For tests of code that uses an engine (servers, chats, recipes), and to measure the cost of scheduling alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,25 +16,25 @@ from thinkstack.models.config import GQAConfig, ModelConfig
 from thinkstack.models.transformer import Transformer
 
 Script = Callable[[tuple[int, ...], int], Sequence[int]]
-"""From the prompt's token ids and the index of the answer to the answer's token ids."""
+"""(prompt token ids, index of the completion) -> token ids of the completion."""
 CERTAIN = 1e4
 """Logit of the scripted token; all others have 0."""
 
 
 class ScriptedRunner(Runner):
-    """Computes nothing: the scripted token has all the probability, behind a script's end the end token."""
+    """Computes nothing: the scripted token has probability 1; behind the script's end, the end token has."""
 
     script: Script
     end_id: int
 
     def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
-        """The token that follows each planned one, (N, 1) int64."""
+        """The token that follows each scheduled one, (N, 1) int64."""
         found: list[int] = []
         for row, start, count in zip(
             scheduled.rows.tolist(), scheduled.starts.tolist(), scheduled.counts.tolist(), strict=True
         ):
-            request, answer = table.request_at(row)
-            text, first = self.script(request.prompt_token_ids, answer), start + 1 - len(request.prompt_token_ids)
+            request, index = table.request_at(row)
+            text, first = self.script(request.prompt_token_ids, index), start + 1 - len(request.prompt_token_ids)
             found += [text[at] if 0 <= at < len(text) else self.end_id for at in range(first, first + count)]
         return torch.tensor(found).unsqueeze(1)
 
@@ -44,10 +44,11 @@ class ScriptedRunner(Runner):
 
 
 class ScriptedEngine(Engine):
-    """An `Engine` for a script. Answers of n > 1 all begin with the first one's first token: they share its prompt."""
+    """An `Engine` that follows a script. The completions of one request (n > 1) all start with the first one's first
+    token, because they share the prompt's logits."""
 
     def __init__(self, script: Script, vocab_size: int, end_id: int, max_model_len: int = 4096, **settings: object):
-        """max_model_len: tokens of prompt and answer. settings: of EngineConfig."""
+        """max_model_len: tokens of prompt and completion. settings: fields of EngineConfig."""
         cfg = ModelConfig(
             family="llama",
             vocab_size=vocab_size,
@@ -61,7 +62,7 @@ class ScriptedEngine(Engine):
         super().__init__(Transformer(cfg).initialize(torch.Generator().manual_seed(0)), EngineConfig(**settings))  # type: ignore[arg-type]
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
-        """One that follows the script."""
+        """A runner that follows the script."""
         runner = ScriptedRunner(model, num_blocks, self.cfg.dtype)
         runner.script, runner.end_id = self._script, self._end_id
         return runner

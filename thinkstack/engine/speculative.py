@@ -1,18 +1,18 @@
-"""Multi-token prediction as a source of guesses: the model reads several tokens a step and keeps those it agrees with.
+"""Speculative decoding with the model's multi-token-prediction module: a step verifies several draft tokens at once.
 
-A guess is drawn from the module's distribution with the very number that the model will draw with at that place, and
-counts only if the model draws the same token. So answers are those without guesses, token for token, at every
-temperature; how often the guess is right is at most what the two distributions share.
+A draft token is sampled from the module's distribution with the random number that the model will use at that position,
+and is accepted only if the model samples the same token. So completions equal those without drafts, token for token, at
+every temperature; the acceptance rate is at most the overlap of the two distributions.
 Source: DeepSeek-V3 report, arXiv:2412.19437, sections 2.2 and 5.4.3; one module is applied to its own states.
 """
 
-# Shapes in this file: N tokens, R rows, K guesses of a row.
+# Shapes in this file: N tokens, R rows, K draft tokens of a row.
 
 import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.row_sampler import sample_plain_rows
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import SchedulerOutput
@@ -20,40 +20,40 @@ from thinkstack.engine.sequence_table import SequenceTable
 
 
 class Speculator:
-    """Guesses for the rows of an engine, and what became of them."""
+    """Proposes draft tokens for the rows of an engine and counts which are accepted."""
 
     def __init__(self, runner: Runner, table: SequenceTable, num_speculative_tokens: int):
-        """num_speculative_tokens: K, tokens guessed ahead."""
+        """num_speculative_tokens: K, draft tokens per row and step."""
         self.runner, self.table, self.num_speculative_tokens = runner, table, num_speculative_tokens
-        self.drafted, self.accepted = numpy.zeros((2, num_speculative_tokens), dtype=numpy.int64)
-        """Guesses so far by how far ahead they were, and those the model drew too."""
+        self.num_drafted, self.num_accepted = numpy.zeros((2, num_speculative_tokens), dtype=numpy.int64)
+        """Draft tokens so far by distance ahead, and those accepted, (K,) each."""
 
     def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Which of the tokens drawn behind guesses count, (N,) bool: a row's first, and each behind a right guess.
+        """Which sampled tokens are accepted, (N,) bool: each row's first, and each behind an accepted draft token.
 
-        rows: (N,), a row's tokens together; offsets: (N,) from 0 up in each. Nothing counts behind a stop token.
+        rows: (N,), a row's tokens together; offsets: (N,), from 0 up in each row. Nothing behind a stop token counts.
         """
         table = self.table
         is_right = tokens == table.ids[rows, table.num_tokens[rows] + offsets]  # meaningless for the last of each row
         stops = table.is_stop(rows, tokens)
         counts = numpy.ones(len(rows), dtype=bool)
         for place in numpy.flatnonzero(offsets).tolist():  # in order
-            accepted = bool(counts[place - 1] and is_right[place - 1])
-            counts[place] = accepted and not stops[place - 1]
+            num_accepted = bool(counts[place - 1] and is_right[place - 1])
+            counts[place] = num_accepted and not stops[place - 1]
             ahead, (request, _) = int(offsets[place]) - 1, table.request_at(int(rows[place]))
-            self.drafted[ahead] += 1
-            self.accepted[ahead] += accepted
+            self.num_drafted[ahead] += 1
+            self.num_accepted[ahead] += num_accepted
             request.num_draft_tokens += 1
-            request.num_accepted_tokens += accepted
+            request.num_accepted_tokens += num_accepted
         return counts
 
     def follow(self, scheduled: SchedulerOutput, hidden: Tensor) -> None:
-        """Show the module what the rows of a step computed, hidden (N, D), and guess on for those that draw."""
+        """Feed the hidden states (N, D) of a step to the module, then propose draft tokens for rows that sampled."""
         table, ends = self.table, scheduled.counts.cumsum()
         valid = numpy.minimum(scheduled.counts, table.num_tokens[scheduled.rows] - 1 - scheduled.starts)
         is_open = numpy.array(
             [table.requests[row] is not None for row in scheduled.rows.tolist()]
-        )  # the step ended others
+        )  # finished rows are free
         shown = numpy.flatnonzero(is_open & (valid > 0))
         if not len(shown):
             return
@@ -62,16 +62,16 @@ class Speculator:
             counts
         )
         states = self.runner.draft(table, rows, starts, counts, hidden[torch.from_numpy(index).to(hidden.device)])
-        self._guess(rows, states)
+        self._draft(rows, states)
 
-    def _guess(self, rows: numpy.ndarray, states: Tensor) -> None:
-        """Write guesses behind the known tokens of those rows whose known tokens but the last are all computed."""
+    def _draft(self, rows: numpy.ndarray, states: Tensor) -> None:
+        """Write draft tokens behind num_tokens for rows that have computed all their tokens but the last."""
         table = self.table
         for ahead in range(self.num_speculative_tokens):
             left = table.max_num_tokens[rows] - table.num_tokens[rows]
             goes_on = (table.num_computed_tokens[rows] == table.num_tokens[rows] - 1) & (ahead + 1 < left)
             if ahead:
-                held = numpy.array([len(table.blocks[row]) for row in rows.tolist()]) * BLOCK
+                held = numpy.array([len(table.blocks[row]) for row in rows.tolist()]) * BLOCK_SIZE
                 goes_on &= table.num_tokens[rows] + ahead - 2 < held
             if not goes_on.any():
                 return

@@ -21,7 +21,7 @@ struct LatentStep {
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // tokens of a thread at a time
+constexpr int64_t BLOCK_SIZE = 64;  // tokens of a thread at a time
 
 // count rows of `width` to features x n, zero beyond; and back.
 void to_features(const float* rows, int64_t stride, int64_t count, int64_t width, float* out, int64_t n) {
@@ -78,16 +78,16 @@ struct LatentBlock {
   float *x, *latent, *q, *table, *entry, *absorbed, *wide;
   static int64_t bytes(const LatentStep& a) {
     const int64_t W = a.C + a.R, K = a.N + a.R;
-    return 4 * BLOCK * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (W + a.C + a.V)) + 8 * Scratch::SLACK;
+    return 4 * BLOCK_SIZE * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (W + a.C + a.V)) + 8 * Scratch::SLACK;
   }
   explicit LatentBlock(const LatentStep& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
-    x = scratch.take<float>(BLOCK * a.D);
-    latent = scratch.take<float>(BLOCK * a.Q);
-    q = scratch.take<float>(BLOCK * a.H * K);
-    table = scratch.take<float>(BLOCK * a.R);
-    entry = scratch.take<float>(BLOCK * W);
-    absorbed = scratch.take<float>(BLOCK * a.H * W);  // queries over entries, (H * W, n)
-    wide = scratch.take<float>(BLOCK * (a.H * (a.C + a.V) + a.D));  // latents read, (H * C, n), and values
+    x = scratch.take<float>(BLOCK_SIZE * a.D);
+    latent = scratch.take<float>(BLOCK_SIZE * a.Q);
+    q = scratch.take<float>(BLOCK_SIZE * a.H * K);
+    table = scratch.take<float>(BLOCK_SIZE * a.R);
+    entry = scratch.take<float>(BLOCK_SIZE * W);
+    absorbed = scratch.take<float>(BLOCK_SIZE * a.H * W);  // queries over entries, (H * W, n)
+    wide = scratch.take<float>(BLOCK_SIZE * (a.H * (a.C + a.V) + a.D));  // latents read, (H * C, n), and values
   }
 
   // Queries and entries of some tokens; the entries go to the cache, where later tokens of their sequences read them.
@@ -128,7 +128,7 @@ struct LatentBlock {
 };
 
 // Tokens per thread and turn: all threads get some, in whole vectors.
-int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK, round_up((tokens + threads - 1) / threads)); }
+int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK_SIZE, round_up((tokens + threads - 1) / threads)); }
 
 template <typename T>
 void latent_step(const LatentStep* a, Attend<float, T>& attend) {
@@ -154,9 +154,9 @@ extern "C" void feed_forward(const float* rows, const float* w1, const float* w2
   const int64_t size = share(B, threads);
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(4 * BLOCK * (2 * D + 2 * I) + 4 * Scratch::SLACK);
-    float *x = scratch.take<float>(BLOCK * D), *gate = scratch.take<float>(BLOCK * I), *up = scratch.take<float>(BLOCK * I);
-    float* y = scratch.take<float>(BLOCK * D);
+    Scratch scratch(4 * BLOCK_SIZE * (2 * D + 2 * I) + 4 * Scratch::SLACK);
+    float *x = scratch.take<float>(BLOCK_SIZE * D), *gate = scratch.take<float>(BLOCK_SIZE * I), *up = scratch.take<float>(BLOCK_SIZE * I);
+    float* y = scratch.take<float>(BLOCK_SIZE * D);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < B; start += size) {
       const int64_t count = std::min(size, B - start), n = round_up(count);
@@ -259,8 +259,8 @@ void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, f
   const Choice choice{a.E, a.K, a.groups, a.top_groups, a.best, a.normalize, a.factor};
 #pragma omp parallel num_threads(a.threads)
   {
-    Scratch scratch(4 * (BLOCK * (a.D + 2 * a.E) + a.E + a.groups) + 4 * Scratch::SLACK);
-    float *x = scratch.take<float>(BLOCK * a.D), *y = scratch.take<float>(BLOCK * a.E), *scores = scratch.take<float>(BLOCK * a.E);
+    Scratch scratch(4 * (BLOCK_SIZE * (a.D + 2 * a.E) + a.E + a.groups) + 4 * Scratch::SLACK);
+    float *x = scratch.take<float>(BLOCK_SIZE * a.D), *y = scratch.take<float>(BLOCK_SIZE * a.E), *scores = scratch.take<float>(BLOCK_SIZE * a.E);
     float* room = scratch.take<float>(a.E + a.groups);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a.B; start += size) {

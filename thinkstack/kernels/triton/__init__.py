@@ -80,8 +80,8 @@ def _packed_product_shapes(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
 
 _operators = library.Library("thinkstack", "FRAGMENT")
 _operators.define(
-    "paged_attention(Tensor query, Tensor entries, Tensor block_tables, Tensor seq_index, int longest_run, Tensor last, int[] heads, "
-    "float scale) -> Tensor"
+    "paged_attention(Tensor query, Tensor entries, Tensor block_tables, Tensor seq_index, int longest_run, "
+    "Tensor last, int[] heads, float scale) -> Tensor"
 )
 _operators.impl("paged_attention", _read_cache, "CUDA")
 _operators.impl("paged_attention", _read_cache_shapes, "Meta")
