@@ -1,8 +1,8 @@
 """The engine: token ids in, completions out. Rollouts, evaluation, chat and serving all go through it.
 
-`step` is the whole of it: plan, run the model over every token planned, draw, settle. In fp32 on a CPU a request draws
-the same tokens alone or in company, from cached prefixes or not, in one piece or in chunks, preempted or not: what the
-model makes of a token depends on its sequence alone, and draws depend on the request.
+A step schedules tokens, runs the model over all of them, samples, and updates the sequence table. In fp32 on a CPU a
+request gets the same tokens alone or in a batch, with cached prefixes or not, prefilled at once or in chunks, preempted
+or not: the model's output for a token depends on its sequence alone, and random numbers depend on the request.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ class EngineConfig:
     """Size and precision of an engine."""
 
     max_num_seqs: int = 64
-    """Sequences decoded at once."""
+    """Maximum sequences that run at once."""
     max_model_len: int = 0
-    """Tokens of prompt and answer together; 0 takes the model's max_positions."""
+    """Maximum tokens of prompt and completion together; 0 takes the model's max_positions."""
     max_prefill_tokens: int = 2048
-    """Prompt tokens computed in one step, beside a token of every sequence that is being decoded."""
+    """Prompt tokens computed in one step, beside one token of every decoding sequence."""
     cache_tokens: int = 0
-    """Tokens that the cache holds, whole blocks of 64; 0 has room for max_num_seqs sequences of max_model_len."""
+    """Size of the KV cache in tokens, in whole blocks of 64; 0 fits max_num_seqs sequences of max_model_len."""
     enable_prefix_caching: bool = True
-    """Keep the blocks of finished answers until their room is needed, for prompts that begin alike."""
+    """Keep blocks of finished completions until memory is needed, for prompts with the same prefix."""
     max_waiting: int = 0
-    """Requests that may wait; 0 for any number."""
+    """Maximum queued requests; 0 sets no limit."""
     dtype: AskedPrecision = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch, auto is bf16 where that is
     faster. Small models in bf16 may compute in fp32 where that is faster."""
@@ -50,18 +50,18 @@ class EngineConfig:
     """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
     stay in `dtype`."""
     return_routed_experts: bool = False
-    """Give the experts of every token back with each completion, for a trainer that uses them again."""
+    """Return the routed experts of every token with each completion, for router replay in training."""
     num_speculative_tokens: int = 0
     """Tokens that the model's multi-token-prediction module guesses ahead; 0 for none. Small models
     are slower with guesses."""
     graphs: bool = True
-    """On a CUDA device, record decoding steps and play them back."""
+    """On a CUDA device, run decoding steps as CUDA graphs."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs={self.max_num_seqs} decodes nothing; use at least 1")
+            raise ConfigError(f"max_num_seqs={self.max_num_seqs} is too small; use at least 1")
         if self.max_prefill_tokens < 1:
-            raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} reads no prompt; use at least 1")
+            raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} is too small; use at least 1")
         if self.num_speculative_tokens < 0:
             raise ConfigError(f"num_speculative_tokens={self.num_speculative_tokens} is negative; 0 guesses nothing")
         if self.weights != "plain" and self.weights not in QUANT_SCHEMES:
@@ -69,8 +69,8 @@ class EngineConfig:
 
 
 class RowsToSample(NamedTuple):
-    """Tokens to draw, (N,) int64 each: of which row, how far behind its known tokens, from which computed token; None:
-    from each in order."""
+    """Tokens to sample, (N,) int64 each: the row, the offset behind its num_tokens, and the computed token whose hidden
+    state is used; sources None: all of them in order."""
 
     rows: numpy.ndarray
     offsets: numpy.ndarray
@@ -97,14 +97,14 @@ class Engine:
         self.next_id = 0
         self.version = version
         self.num_finished = 0
-        """Answers that came to their end in a step, whatever the reason."""
+        """Completions that finished in a step, for any reason."""
         self.num_failed = 0
         self.last_error: str | None = None
-        """What last went wrong with an answer."""
+        """The last error of a completion."""
         self.cores = SharedCores()
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
-        """What computes the tokens."""
+        """The runner that computes the tokens."""
         cfg = self.cfg
         most = cfg.max_num_seqs if cfg.graphs else 0
         return Runner(
@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """Of the weights in use; every completion carries that of its first token."""
+        """Version of the weights in use; a completion carries the version of its first token."""
         return self.scheduler.version
 
     @version.setter
@@ -121,21 +121,20 @@ class Engine:
         self.scheduler.version = version
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
-        """Take over the weights of `model` (shared where the precision is the same and nothing is adapted or packed;
-        adapters are merged into a copy). Nothing that was cached is used again. running: what becomes of answers being
-        drawn.
+        """Use the weights of `model`: shared if the precision is the same and nothing is adapted or quantized; adapters
+        are merged into a copy. Resets the prefix cache. running: what happens to running requests.
 
-        Raises RequestError where that is "refuse" and there are some.
+        Raises RequestError if that is "refuse" and requests are running or queued.
         """
         if running == "refuse" and (self.scheduler.running or self.scheduler.num_waiting):
-            raise RequestError("weights cannot change while answers are being drawn; finish or abort them first")
+            raise RequestError("weights cannot change while requests are running; finish or abort them first")
         self.pause(running)
         self.scheduler.pool.reset_prefix_cache()
         self.runner.load(model)
         self.version = version
 
     def pause(self, running: WhileRunning = "keep") -> None:
-        """Bring every running answer to rest; those that wait are left waiting."""
+        """Stop all running sequences; queued ones stay queued."""
         if running == "drain":
             self.scheduler.is_draining = True
             try:
@@ -151,7 +150,7 @@ class Engine:
             self.scheduler.preempt_all()
 
     def health(self) -> Health:
-        """How it is; an answer that fails leaves the others, and the engine, alive."""
+        """The state of the engine; a failed completion does not affect other requests."""
         return Health(
             alive=True,
             running=len(self.scheduler.running),
@@ -162,7 +161,7 @@ class Engine:
         )
 
     def sleep(self) -> None:
-        """Give the cache's memory back; answers being drawn are computed again when they go on."""
+        """Free the cache's memory; running sequences are recomputed when they resume."""
         self.pause("keep")
         self.scheduler.pool.reset_prefix_cache()
         self.runner.free_cache()
@@ -175,23 +174,25 @@ class Engine:
         cache_salt: str = "",
         constraint: Constraint | None = None,
     ) -> Request:
-        """Queue a prompt. priority: lower ones go first. salt: only requests of the same one share cached prefixes.
+        """Queue a prompt. priority: lower values first. cache_salt: only requests with the same salt share prefixes.
 
-        Raises RequestError if it can never be served, or too many wait.
+        Raises RequestError if it can never be served, or if the queue is full.
         """
-        # here, not in step, where it would end everybody's answers
+        # here, not in step, where it would fail all requests
         prompt_token_ids = check_request(prompt_token_ids, sampling, self.max_model_len, self.vocab_size)
         total = len(prompt_token_ids) + sampling.max_tokens
         if -(-total // BLOCK_SIZE) > self.scheduler.pool.num_blocks:
             raise RequestError(
-                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, the cache holds "
+                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, but the cache holds "
                 f"{self.scheduler.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens"
             )
         if sampling.n > self.cfg.max_num_seqs:
-            raise RequestError(f"n={sampling.n} answers exceed the engine's max_num_seqs={self.cfg.max_num_seqs}")
+            raise RequestError(
+                f"n={sampling.n} completions exceed max_num_seqs={self.cfg.max_num_seqs}; lower n or raise max_num_seqs"
+            )
         if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
-                f"{len(sampling.stop_token_ids)} stop_token_ids given; at most {MAX_STOP_TOKEN_IDS} are supported"
+                f"{len(sampling.stop_token_ids)} stop_token_ids are given; at most {MAX_STOP_TOKEN_IDS} are supported"
             )
         request = Request(
             self.next_id,
@@ -209,8 +210,8 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute a token or more for every running sequence, and prompts as far as they fit; draw; settle. Where other
-        work keeps cores busy, on those that are left."""
+        """Run one step: at least a token for every running sequence, and prompts as far as they fit. Uses fewer threads
+        while other processes keep cores busy, where the results do not depend on the number of threads."""
         with self.cores if self.runner.ignores_threads else contextlib.nullcontext():
             self._step()
 
@@ -221,7 +222,7 @@ class Engine:
             return
         try:
             hidden = self.runner.run(scheduled, table)
-        except BaseException:  # what was promised to the prefix cache is not there
+        except BaseException:  # blocks registered in the prefix cache were not computed
             self.scheduler.preempt_all()
             self.scheduler.pool.reset_prefix_cache()
             raise
@@ -236,43 +237,45 @@ class Engine:
             self._sample_rows(rows_to_sample, hidden)
         if self.speculator is not None:
             self.speculator.follow(scheduled, hidden)
-            for copy in copies:  # again, with what the module has kept
+            for copy in copies:  # again, for the entries of the MTP module
                 self.runner.cache.copy(*copy)
 
     def _rows_to_sample(
         self, scheduled: SchedulerOutput, done: numpy.ndarray
     ) -> tuple[RowsToSample, list[tuple[int, int, int]]]:
-        """Rows that have computed all they know, behind each of their guesses too, and those that waited for a prompt.
+        """Rows that have computed all their tokens (one entry per draft token too), and siblings that start from them.
 
-        done: places of the former in the plan. Returns them, and what has to be copied for the latter: source block,
-        target block, tokens.
+        done: indices of the former in scheduled.rows. Returns them, and the partly filled blocks to copy for siblings:
+        (source block, target block, number of tokens).
         """
         table, ends = self.table, scheduled.counts.cumsum()
         offsets = numpy.zeros(len(done), dtype=numpy.int64)
-        if len(done) == ends[-1] and not table.awaits_prompt.any():  # every row has one token, and draws
+        if (
+            len(done) == ends[-1] and not table.awaits_prompt.any()
+        ):  # plain decoding: every row has one token and samples
             return RowsToSample(scheduled.rows, offsets, None), []
         rows, sources, copies = scheduled.rows[done], ends[done] - 1, []
         if self.speculator is not None and table.num_draft_tokens[rows].any():
-            many = table.num_draft_tokens[rows] + 1
-            offsets = numpy.arange(many.sum()) - (many.cumsum() - many).repeat(many)
-            sources = (sources + 1 - many).repeat(many) + offsets
-            rows = rows.repeat(many)
+            num_samples = table.num_draft_tokens[rows] + 1
+            offsets = numpy.arange(num_samples.sum()) - (num_samples.cumsum() - num_samples).repeat(num_samples)
+            sources = (sources + 1 - num_samples).repeat(num_samples) + offsets
+            rows = rows.repeat(num_samples)
         if table.awaits_prompt.any():
-            sibling_rows, shown = [], []
+            sibling_rows, sibling_sources = [], []
             for row, source in zip(scheduled.rows[done].tolist(), (ends[done] - 1).tolist(), strict=True):
                 shared, rest = divmod(int(table.num_prompt_tokens[row]), BLOCK_SIZE)
                 for sibling in self.scheduler.fork(row):
                     if rest:
                         copies.append((table.blocks[row][shared], table.blocks[sibling][shared], rest))
                     sibling_rows.append(sibling)
-                    shown.append(source)
+                    sibling_sources.append(source)
             rows = numpy.append(rows, numpy.array(sibling_rows, dtype=numpy.int64))
-            sources = numpy.append(sources, numpy.array(shown, dtype=numpy.int64))
+            sources = numpy.append(sources, numpy.array(sibling_sources, dtype=numpy.int64))
             offsets = numpy.append(offsets, numpy.zeros(len(sibling_rows), dtype=numpy.int64))
         return RowsToSample(rows, offsets, sources), copies
 
     def _sample_rows(self, rows_to_sample: RowsToSample, hidden: Tensor) -> None:
-        """Draw for these rows, keep what counts, close what ends."""
+        """Sample for these rows, append the accepted tokens, and finish completions."""
         table, (rows, offsets, sources) = self.table, rows_to_sample
         if sources is not None:
             hidden = hidden.index_select(0, torch.from_numpy(sources).to(hidden.device))
@@ -285,9 +288,8 @@ class Engine:
             failed, rows = failed & counts, numpy.unique(rows)
             table.num_computed_tokens[rows] = table.num_tokens[rows] - 1
             for row in rows.tolist():
-                self.scheduler.cache_full_blocks(
-                    row, int(table.num_computed_tokens[row])
-                )  # right guesses may have filled one
+                # accepted draft tokens may have filled a block
+                self.scheduler.cache_full_blocks(row, int(table.num_computed_tokens[row]))
         if failed.any():
             broken = numpy.unique(rows_to_sample.rows[failed])
             for row in broken.tolist():
@@ -302,9 +304,9 @@ class Engine:
         samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Answer all prompts: sampling.n completions for each. on_finish is told of each as soon as it is answered.
+        """Generate sampling.n completions for each prompt. on_finish is called for each prompt when it is finished.
 
-        Raises RequestError for what `submit` refuses and for answers that failed.
+        Raises RequestError for what `submit` refuses and for failed completions.
         """
         requests: list[Request] = []
         try:
@@ -324,16 +326,16 @@ class Engine:
         finally:
             for request in requests:
                 if not request.is_finished:
-                    self.abort(request)  # only after an exception: nobody will ask for these answers
+                    self.abort(request)  # only after an exception
         for request in requests:
             if request.error is not None:
                 raise RequestError(request.error)
         return [request.finished for request in requests]
 
     def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
-        """Draw one answer and yield its tokens as they come; leaving the loop early aborts it."""
+        """Yield the tokens of one completion as they are sampled; leaving the loop early aborts it."""
         if sampling.n != 1:
-            raise RequestError(f"a stream carries one answer, not n={sampling.n}")
+            raise RequestError(f"n={sampling.n}: a stream has one completion; use n=1")
         request = self.submit(prompt_token_ids, sampling)
         seen = 0
         try:
@@ -349,7 +351,7 @@ class Engine:
                 self.abort(request)
 
     def abort(self, request: Request) -> None:
-        """Stop drawing for `request`; its unfinished answers end with reason "abort", their blocks are free at once."""
+        """Stop `request`: its unfinished completions end with reason "abort", and their blocks are freed at once."""
         for index, row in list(request.rows.items()):
             request.completions[index] = self._completion(row, "abort")
         for row in list(request.rows.values()):
@@ -364,7 +366,7 @@ class Engine:
                 )
 
     def output_token_ids(self, request: Request, index: int = 0) -> tuple[int, ...]:
-        """What is drawn of an answer so far."""
+        """Tokens sampled so far for completion `index`."""
         done, row = request.completions[index], request.rows.get(index)
         if done is not None:
             return done.token_ids
@@ -373,7 +375,7 @@ class Engine:
         return next((waiting.output_token_ids for waiting in request.queue_entries if index in waiting.indices), ())
 
     def _fail(self, row: int, error: str) -> None:
-        """End an answer that cannot go on, and say why; the others go on."""
+        """End a completion with an error; other completions continue."""
         request, _ = self.table.request_at(row)
         request.error = self.last_error = error
         self.num_failed += 1

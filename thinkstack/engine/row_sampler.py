@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
-from thinkstack.engine.sampler import Kept, adjust, closing, distribution, ends_with, sample, top_logprobs, uniforms
+from thinkstack.engine.sampler import (
+    SamplingFilters,
+    adjust,
+    closing,
+    distribution,
+    ends_with,
+    sample,
+    top_logprobs,
+    uniforms,
+)
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
 
 
@@ -53,12 +62,14 @@ def sample_plain_rows(
         return table.row_sampler.draw(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
     counters = (table.num_tokens[rows] - table.num_prompt_tokens[rows] + offsets).astype(numpy.uint64)
     uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
-    temperature, kept = _sampling_columns(table, rows, logits.device)
-    tokens, logprobs = sample(logits, temperature, uniform, kept)
+    temperature, filters = _sampling_columns(table, rows, logits.device)
+    tokens, logprobs = sample(logits, temperature, uniform, filters)
     return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 
-def _sampling_columns(table: SequenceTable, rows: numpy.ndarray, device: torch.device) -> tuple[Tensor, Kept | None]:
+def _sampling_columns(
+    table: SequenceTable, rows: numpy.ndarray, device: torch.device
+) -> tuple[Tensor, SamplingFilters | None]:
     """Temperatures of rows, and their top_k, top_p and min_p, None if all are neutral."""
 
     def on_device(values: numpy.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""One forward pass over the tokens of a step, whichever sequences they belong to: prompts and decoding together."""
+"""One forward pass over all tokens of a step: prefill and decoding of all sequences together."""
 
 # Shapes in this file: N tokens of the step, B rows, D hidden size, V vocabulary size.
 
@@ -25,20 +25,21 @@ from thinkstack.types import ConfigError
 
 
 class TokenSlots(NamedTuple):
-    """Where the tokens of a pass belong; padding, at their end, belongs to the row after the last."""
+    """Rows, positions and cache slots of the tokens of a pass; padding at the end belongs to the row after the last."""
 
     seq_index: numpy.ndarray
     """Row of each token, (N,)."""
     positions: numpy.ndarray
-    """Its place in the row's context."""
+    """Position of each token in its sequence."""
     slots: numpy.ndarray
-    """Its place in the cache: block * BLOCK_SIZE + place in it."""
+    """Slot of each token in the cache: block * BLOCK_SIZE + offset in the block."""
 
 
 class Runner:
-    """A model in the engine's precision, and its cache.
+    """A model in the engine's precision, and its KV cache.
 
-    Tokens are rows of every product, in whole tiles: what becomes of one does not depend on how many there are.
+    Tokens are rows of every matrix product, padded to whole tiles, so that a token's result does not depend on how many
+    there are.
     """
 
     def __init__(

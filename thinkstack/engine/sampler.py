@@ -1,7 +1,6 @@
-"""From logits to tokens, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, draw.
+"""From logits to tokens, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, sampling.
 
-RowsToSample belong to a request, not to a batch: the number that a token is drawn with depends on its sequence and
-place.
+The random number of a token depends on its request's seed and its position only, never on the batch.
 """
 
 # Shapes in this file: B rows, V vocabulary size.
@@ -45,7 +44,8 @@ def is_plain(sampling: SamplingParams) -> bool:
 def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, output_token_ids: numpy.ndarray) -> None:
     """Apply bias, the ban of early stop tokens and penalties to one row of logits (V,), in place.
 
-    prompt, drawn: token ids so far. Penalties as in arXiv:1909.05858 (repetition) and the OpenAI API (the others).
+    prompt, output_token_ids: token ids so far. Penalties as in arXiv:1909.05858 (repetition) and the OpenAI API (the
+    others).
     """
     for token, value in sampling.logit_bias.items():
         logits[token] += value
@@ -63,20 +63,22 @@ def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, outp
         logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts.float()
 
 
-Kept = tuple[Tensor, Tensor, Tensor]
+SamplingFilters = tuple[Tensor, Tensor, Tensor]
 """Filters of each row: top_k (B,) int64, 0 for all; top_p (B,) and min_p (B,) fp32."""
 
 
-def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, filters: SamplingFilters | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample one token per row by inverting the cumulative distribution.
 
-    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). kept: None where every token
-    is. Returns (tokens (B,) int64, their log-probabilities (B,) fp32 under the distribution drawn from). Temperature 0
-    takes the most likely token and reports its log-probability at temperature 1.
+    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). filters: None for none.
+    Returns (tokens (B,) int64, their log-probabilities (B,) fp32 under the sampling distribution). Temperature 0 takes
+    the most likely token and reports its log-probability at temperature 1.
     """
     if kernels.takes(logits, "sample"):
-        return kernels.draw(logits, temperature, uniform, kept)
-    logprobs = distribution(logits, temperature, kept)
+        return kernels.draw(logits, temperature, uniform, filters)
+    logprobs = distribution(logits, temperature, filters)
     greedy = temperature == 0
     if bool(greedy.all()):
         tokens = logits.argmax(-1)
@@ -89,14 +91,14 @@ def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, kept: Kept | No
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
-def distribution(logits: Tensor, temperature: Tensor, kept: Kept | None = None) -> Tensor:
-    """What `sample` draws from: log-probabilities (B, V) fp32."""
+def distribution(logits: Tensor, temperature: Tensor, filters: SamplingFilters | None = None) -> Tensor:
+    """The sampling distribution: log-probabilities (B, V) fp32."""
     logprobs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
-    return logprobs if kept is None else filter_logprobs(logprobs, *kept)
+    return logprobs if filters is None else filter_logprobs(logprobs, *filters)
 
 
 def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Renormalized log-probabilities of the tokens that are kept, (B, V), -inf for the others: first by min-p
+    """Renormalized log-probabilities (B, V) after filtering, -inf for tokens that are removed: first by min-p
     (arXiv:2407.01082), then the top_k most likely, then of what is left the smallest set with mass >= top_p
     (arXiv:1904.09751).
 
@@ -123,8 +125,8 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
         if count == V or bool(ended.all()):
             break
         count = V
-    kept = torch.full_like(logprobs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
-    return torch.where(is_unfiltered.unsqueeze(1), given, torch.log_softmax(kept, -1))
+    filtered = torch.full_like(logprobs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
+    return torch.where(is_unfiltered.unsqueeze(1), given, torch.log_softmax(filtered, -1))
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
