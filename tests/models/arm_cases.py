@@ -14,7 +14,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.models import fp8, kernels
 from thinkstack.models.attention import GQA, MLA, AttentionContext, sight_of
 from thinkstack.models.config import MoEConfig
-from thinkstack.models.layers import RMSNorm, SwiGLU, rope_table, rotate, swiglu
+from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
 from thinkstack.models.quant import Int8
 from thinkstack.train.loss import token_log_probs
@@ -191,13 +191,6 @@ def routing(group_score: str, normalise: bool) -> Case:
         return [chosen, weights.gather(1, order)]
 
     return alike(run, BOUND[FP32])
-
-
-def feed_forward(tokens: int) -> Case:
-    module = SwiGLU(37, 21)
-    for n, parameter in enumerate(module.parameters()):
-        parameter.data = drawn(*parameter.shape, seed=n)
-    return alike(lambda: [torch.no_grad()(module)(drawn(tokens, 37, seed=9))], BOUND[FP32])
 
 
 def products(count: int, wide: int, narrow: int) -> Case:

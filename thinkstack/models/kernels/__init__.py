@@ -22,7 +22,6 @@ from thinkstack.models.kernels.decoding import (
     attend_new,
     block_steps,
     draw,
-    feed_forward,
     few_rows,
     latent_model,
     read_cache,
@@ -49,7 +48,7 @@ from thinkstack.models.kernels.rows import (
 
 __all__ = [
     "FEW", "LANES", "BlockWeights", "Heads", "LatentLayer", "RowDraws", "add_norm", "attend", "attend_new",
-    "available", "block_steps", "draw", "expert_mlp", "feed_forward", "few_rows", "is_rows", "latent_model", "linear",
+    "available", "block_steps", "draw", "expert_mlp", "few_rows", "is_rows", "latent_model", "linear",
     "linear_grad_weight", "linear_grad_x", "log_probs", "log_probs_backward", "read_cache", "rms_norm",
     "rms_norm_backward", "rotate", "route", "rows_of", "swiglu", "swiglu_backward", "swiglu_halves", "takes",
     "takes_few", "takes_linear", "takes_rows", "takes_steps", "widen",

@@ -17,7 +17,7 @@ FEW = 8
 WIDE = 32
 """Widths that `takes_few` asks for are multiples of this."""
 SMALL = 1024
-"""Hidden sizes up to this decode by whole sublayers."""
+"""Hidden sizes up to this go through a whole model in one call, in fp32."""
 
 
 def takes(x: Tensor, operation: str) -> bool:
@@ -40,7 +40,7 @@ def takes_rows(x: Tensor, operation: str) -> bool:
 
 
 def takes_steps(x: Tensor, hidden_size: int, operation: str) -> bool:
-    """Whether whole sublayers should be computed by the kernels: inference in fp32 on a model of few features.
+    """Whether the kernels for small models should compute this: inference in fp32 on a model of few features.
 
     Beyond SMALL features the products outweigh the calls, and torch's are as good.
     """
