@@ -15,7 +15,7 @@ from thinkstack import kernels
 from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.attention import GQA, MLA, AttentionContext, kv_range_of
 from thinkstack.models.config import MoEConfig
-from thinkstack.models.layers import RMSNorm, SwiGLU, rope_table, rotate, swiglu
+from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import route
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
@@ -193,13 +193,6 @@ def routing(group_score: str, normalize: bool) -> Case:
         return [chosen, weights.gather(1, order)]
 
     return alike(run, BOUND[FP32])
-
-
-def feed_forward(tokens: int) -> Case:
-    module = SwiGLU(37, 21)
-    for n, parameter in enumerate(module.parameters()):
-        parameter.data = drawn(*parameter.shape, seed=n)
-    return alike(lambda: [torch.no_grad()(module)(drawn(tokens, 37, seed=9))], BOUND[FP32])
 
 
 def products(count: int, wide: int, narrow: int) -> Case:

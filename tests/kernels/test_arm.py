@@ -29,7 +29,6 @@ from tests.kernels.arm_cases import (
     attention,
     dequantized,
     experts,
-    feed_forward,
     grouped_attention,
     halves,
     log_probabilities,
@@ -255,8 +254,6 @@ for _name, _interleaved in itertools.product(("whole vectors", "odd widths", "gq
     case(model, _name, _interleaved)
 for _score, _normalize in itertools.product(("top2", "max"), (True, False)):
     case(routing, _score, _normalize)
-for _tokens in (1, 19):
-    case(feed_forward, _tokens)
 for _count, _wide, _narrow in ((1, 48, 16), (5, 304, 80), (263, 64, 336)):
     case(products, _count, _wide, _narrow)
 for _is_unfiltered in (False, True):

@@ -22,7 +22,6 @@ from thinkstack.kernels.cpu.decoding import (
     attend_gqa_step,
     block_steps,
     draw,
-    feed_forward,
     latent_model,
     paged_attention,
     route,

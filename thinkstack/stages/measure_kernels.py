@@ -31,7 +31,7 @@ from thinkstack.machine import (
 )
 from thinkstack.models.attention import MLA, AttentionContext, kv_range_of
 from thinkstack.models.config import MLAConfig, named
-from thinkstack.models.layers import Projection, RMSNorm, SwiGLU, rope_table, rotate, swiglu
+from thinkstack.models.layers import Projection, RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import expert_mlp, route
 from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.quant.int8 import Int8
@@ -232,14 +232,6 @@ def _dequantize(dtype: torch.dtype) -> Work:
     return _without(lambda: dequantize_(stored, packed, out))
 
 
-def _feed_forward(dtype: torch.dtype) -> Work:
-    module, x = (
-        SwiGLU(SHAPE.hidden_size, SHAPE.intermediate_size).to(dtype),
-        _random(64, SHAPE.hidden_size, dtype=dtype),
-    )
-    return _without(lambda: module(x))
-
-
 def _route(dtype: torch.dtype) -> Work:
     moe = SHAPE.moe
     assert moe is not None
@@ -300,7 +292,6 @@ CASES: dict[str, Callable[[], Work]] = {
         ("dequantize", _dequantize, (FP32, BF16)),
         ("paged_attend", _paged_attend, (FP32, BF16)),
         ("sample", _sample, (FP32, BF16)),
-        ("feed_forward", _feed_forward, (FP32,)),
         ("route", _route, (FP32,)),
         ("small_m", _small_m, (BF16,)),
         ("small_m_int8", _small_m_int8, (BF16,)),

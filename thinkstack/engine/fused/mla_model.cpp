@@ -1,4 +1,4 @@
-// Inference on a small model, where calls would cost more than arithmetic: whole sublayers in fp32.
+// Inference on a small model, where calls would cost more than arithmetic: all of it in one call, in fp32.
 // A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
 // norms, rotations and activations work on LANES tokens at once.
 #include "decode.h"
@@ -146,11 +146,9 @@ void latent_step(const LatentStep* a, Attend<float, T>& attend) {
   }
 }
 
-}  // namespace
-
 // w2 (silu(w1 x) * (w3 x)) of x (B, D), w1 and w3 (I, D), w2 (D, I).
-extern "C" void feed_forward(const float* rows, const float* w1, const float* w2, const float* w3, float* out, int64_t B, int64_t D, int64_t I,
-                             int64_t threads) {
+void feed_forward(const float* rows, const float* w1, const float* w2, const float* w3, float* out, int64_t B, int64_t D, int64_t I,
+                  int64_t threads) {
   const int64_t size = share(B, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -169,8 +167,6 @@ extern "C" void feed_forward(const float* rows, const float* w1, const float* w2
     }
   }
 }
-
-namespace {
 
 // How experts are chosen: `top_groups` of `groups`, by their `best` highest affinities, then K of E.
 struct Choice {

@@ -15,9 +15,9 @@ LANES = 16
 SMALL_M = 8
 """Rows that are few: their products take as long as reading the weights."""
 WIDE = 32
-"""Widths that `takes_small_m` asks for are multiples of this."""
+"""Widths that `takes_small_m` needs are multiples of this."""
 MAX_FUSED_HIDDEN = 1024
-"""Hidden sizes up to this decode by whole sublayers."""
+"""Models up to this hidden size run as one fused pass in fp32."""
 
 
 def takes(x: Tensor, operation: str) -> bool:
@@ -40,7 +40,7 @@ def takes_rows(x: Tensor, operation: str) -> bool:
 
 
 def takes_steps(x: Tensor, hidden_size: int, operation: str) -> bool:
-    """Whether whole sublayers should be computed by the kernels: inference in fp32 on a model of few features.
+    """Whether the kernels for small models should compute this: inference in fp32 on a model of few features.
 
     Beyond MAX_FUSED_HIDDEN features the products outweigh the calls, and torch's are as good.
     """

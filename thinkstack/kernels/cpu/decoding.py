@@ -1,4 +1,4 @@
-"""Inference on new tokens: reading a cache, whole sublayers, routing and drawing. No gradients."""
+"""Inference on new tokens: reading a cache, whole models, routing and drawing. No gradients."""
 
 # Shapes in this file: N or B new tokens, G key/value heads, Q query heads per group, W key width, V value width,
 # D hidden size, R rotated width, E experts, K experts per token. Other structures' sizes are in their C++ files.
@@ -208,13 +208,6 @@ def small_m_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Te
         call("small_m_linear_bf16", x, weight, out, x.numel() // K, M, K)
     else:
         call("small_m_linear_int8", x, weight, scale, out, x.numel() // K, M, K)
-    return out
-
-
-def feed_forward(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """w2(silu(w1 x) * (w3 x)) of x (..., D), contiguous, in fp32."""
-    out = torch.empty_like(x)
-    call("feed_forward", x, w1, w2, w3, out, x.numel() // x.shape[-1], x.shape[-1], w1.shape[0])
     return out
 
 
