@@ -219,8 +219,8 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
         speculator = drafting.speculator
         assert speculator is not None
         share, n = (
-            float(speculator.num_accepted_tokens[0] / speculator.num_draft_tokens[0]),
-            int(speculator.num_draft_tokens[0]),
+            float(speculator.num_accepted[0] / speculator.num_drafted[0]),
+            int(speculator.num_drafted[0]),
         )
         rows.append(Row(name=f"second tokens accepted, {count}", value=share, unit="", n=n, machine=machine()))
         clocks = Clock(drafting), Clock(plain)

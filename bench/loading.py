@@ -62,9 +62,9 @@ def make(folder: Path, cfg: ModelConfig) -> list[Path]:
         return torch.randn(shapes[name], generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def parts(name: str) -> Parts:
-        empty = quantization.pack(torch.empty(shapes[name], device="meta"))
+        empty = quantization.quantize(torch.empty(shapes[name], device="meta"))
         qweight = torch.empty(shapes[name], dtype=torch.uint8).random_(0, 127)
-        return {"codes": qweight.view(E4M3), "scale": torch.rand(empty["scale"].shape) / 448}
+        return {"qweight": qweight.view(E4M3), "scale": torch.rand(empty["scale"].shape) / 448}
 
     items = [item for item in stored_tensors(cfg) if not item.is_copy]
     source = TensorSource(

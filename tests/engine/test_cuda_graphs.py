@@ -121,7 +121,7 @@ def test_what_would_wait_is_not_recorded(with_triton, monkeypatch):
 def test_other_weights_and_a_new_cache_are_recorded_anew(with_triton, monkeypatch):
     """A recording knows where both lay; weights that change in place stay where they are."""
     models = [meta_model(GQA_TINY, torch.float32) for _ in range(2)]
-    runner = Runner(models[0], 4, "fp32", max_rows=8)
+    runner = Runner(models[0], 4, "fp32", max_graph_rows=8)
     first = runner.graphs
     runner.load(models[0])
     assert runner.graphs is first is not None

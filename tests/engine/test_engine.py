@@ -8,7 +8,7 @@ import torch
 from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.data import Example, collate, collate_values, pack
+from thinkstack.data import Example, collate, collate_values, quantize_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.precision import working_copy
@@ -120,7 +120,7 @@ def test_engine_logprobs_are_the_trainers(cfg, temperature):
         for completion in group:
             samples.append(Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 20))
             drawn.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
-    rows = pack(samples, 64)
+    rows = quantize_model(samples, 64)
     trainer = batch_logprobs(model, collate(samples, rows, 64), temperature, micro_batch_tokens=128)
     assert float((trainer - collate_values(drawn, samples, rows, 64)).abs().max()) < 1e-5
 

@@ -141,7 +141,7 @@ def test_other_weights_and_other_tenants_share_nothing():
 
 def test_names_are_compared_token_by_token(monkeypatch):
     """Even if two prefixes had one name: here all have."""
-    monkeypatch.setattr("thinkstack.engine.block_pool.Content.name", b"the same for all")
+    monkeypatch.setattr("thinkstack.engine.block_pool.BlockTokens.block_hash", b"the same for all")
     model, asked, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
     assert sampled(Engine(model, SMALL).generate(asked, samplings)) == alone(model, asked, samplings)
 

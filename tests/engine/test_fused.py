@@ -23,7 +23,7 @@ from thinkstack.models.config import GQAConfig
 from thinkstack.models.layers import prepack_weights
 from thinkstack.models.lora import LoRAConfig, adapt
 from thinkstack.models.precision import inference_copy, working_copy
-from thinkstack.models.quantized import matrices, pack, unpack
+from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
 from thinkstack.types import SamplingParams
@@ -72,8 +72,8 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
     model = inference_copy(exact, torch.bfloat16, weights)
     prepack_weights(model)
     if weights == "int8":
-        pack(exact, Int8(), matrices(exact))
-        unpack(exact)
+        quantize_model(exact, Int8(), quantizable_matrices(exact))
+        dequantize_model(exact)
     cache = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
     cache.data.copy_(drawn(*cache.data.shape, seed=3))
     twin = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)

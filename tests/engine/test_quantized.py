@@ -9,7 +9,7 @@ import torch
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.precision import QUANT_SCHEMES
-from thinkstack.models.quantized import matrices, pack, unpack
+from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, SamplingParams
 
@@ -26,8 +26,8 @@ def widened(model: Transformer, weights: str = "int8") -> Transformer:
     """A plain model of the numbers that packing leaves."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        pack(twin, QUANT_SCHEMES[weights], [*matrices(twin), "head.weight"])
-        return unpack(twin)
+        quantize_model(twin, QUANT_SCHEMES[weights], [*quantizable_matrices(twin), "head.weight"])
+        return dequantize_model(twin)
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -42,7 +42,7 @@ class Oracle:
 
 def draft_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
     oracle = Oracle(answers, wrong)
-    monkeypatch.setattr(Speculator, "_guess", lambda self, rows, states: oracle(self, rows, states))
+    monkeypatch.setattr(Speculator, "_draft", lambda self, rows, states: oracle(self, rows, states))
 
 
 @every_way(GQA_AHEAD)
@@ -56,7 +56,7 @@ def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
     for _ in range(2):  # the second time from cached prefixes
         assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
         engine.scheduler.check_invariants()
-    assert (engine.speculator.num_draft_tokens > 0).all()
+    assert (engine.speculator.num_drafted > 0).all()
 
 
 @BOTH
@@ -86,7 +86,7 @@ def test_right_guesses_save_steps_and_are_counted(monkeypatch):
         steps += 1
     assert steps == 11
     assert request.num_draft_tokens == request.num_accepted_tokens == 30
-    assert engine.speculator.num_draft_tokens.tolist() == engine.speculator.num_accepted_tokens.tolist() == [10, 10, 10]
+    assert engine.speculator.num_drafted.tolist() == engine.speculator.num_accepted.tolist() == [10, 10, 10]
 
 
 def test_nothing_counts_behind_a_stop_token(monkeypatch):
@@ -124,7 +124,7 @@ def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
         assert mine[0].token_ids == theirs[0].token_ids
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
-    assert engine.speculator.num_accepted_tokens.sum() > 10
+    assert engine.speculator.num_accepted.sum() > 10
 
 
 class EvenAfterOdd:

@@ -11,7 +11,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.moe import ExpertMLP, expert_mlp
-from thinkstack.models.quantized import unpack
+from thinkstack.models.quantized import dequantize_model
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import BLOCK_SIZE, dequantize, quantize
 from thinkstack.train.fp8 import linear, product
@@ -117,7 +117,7 @@ def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
 def test_packed_matrices_draw_what_widened_ones_draw(weights):
     model = tiny_model(GQA_TINY).cuda()
     engine = Engine(model, EngineConfig(max_num_seqs=4, dtype="bf16", weights=weights))
-    wide = unpack(copy.deepcopy(engine.runner._model))
+    wide = dequantize_model(copy.deepcopy(engine.runner._model))
     found = engine.generate([[3, 1, 4]], [SamplingParams(max_tokens=30)])[0][0]
     ids = torch.tensor([[3, 1, 4, *found.token_ids]], device="cuda")
     expected = torch.log_softmax(wide(ids[:, :-1])[0, 2:].float(), -1).gather(1, ids[0, 3:, None]).squeeze(1)

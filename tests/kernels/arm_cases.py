@@ -170,11 +170,11 @@ def dequantized(dtype: torch.dtype) -> Case:
     """All numbers of e4m3, and int8, to the bit."""
     qweight = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
     qweight.view(torch.uint8)[:, 140:, :54] += 202
-    scale, parts = drawn(2, 2, 2), Int8().pack(drawn(3, 5, 70, seed=1))
+    scale, parts = drawn(2, 2, 2), Int8().quantize(drawn(3, 5, 70, seed=1))
 
     def run() -> list[Tensor]:
         out, plain = torch.empty(qweight.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
-        dequantize_(FP8Blocks(), {"codes": qweight, "scale": scale}, out)
+        dequantize_(FP8Blocks(), {"qweight": qweight, "scale": scale}, out)
         dequantize_(Int8(), parts, plain)
         return [out.isnan().int(), out.nan_to_num(), plain]
 

@@ -68,7 +68,7 @@ def multiplying(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]
             continue
         constants = dict(ROWS=rows, OUTPUTS=packed.OUTPUTS, STEP=packed.STEP, S=4)
         constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block, strict=True))
-        types = {"x": "*bf16", "codes": qweight, "scale": "*fp32", "out": "*fp32"}
+        types = {"x": "*bf16", "qweight": qweight, "scale": "*fp32", "out": "*fp32"}
         yield (
             f"multiply, {qweight}, {rows}",
             compiled(packed.multiply, types, constants, {}, generation, folder),

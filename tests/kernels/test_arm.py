@@ -112,7 +112,7 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
     def mine() -> list[Tensor]:
         own = entries.clone()
         return [
-            kernels.attend_gqa_step(qkv, norms, sizes, rope, last, Pages(own, block_tables, seq_index), scales),
+            calls.attend_gqa(qkv, norms, sizes, rope, last, Pages(own, block_tables, seq_index), scales),
             own,
         ]
 
@@ -171,14 +171,17 @@ def sampling_of_rows(is_unfiltered: bool) -> Case:
 
 def small_m_linear(count: int, width: int) -> Case:
     x, weight = drawn(count, width, dtype=BF16), drawn(50, width, seed=1)
-    parts = Int8().pack(weight)
+    parts = Int8().quantize(weight)
 
     @torch.no_grad()
     def mine() -> list[Tensor]:
-        return [kernels.small_m_linear(x, weight.bfloat16()), kernels.small_m_linear(x, parts["codes"], parts["scale"])]
+        return [
+            kernels.small_m_linear(x, weight.bfloat16()),
+            kernels.small_m_linear(x, parts["qweight"], parts["scale"]),
+        ]
 
     def theirs() -> list[Tensor]:
-        matrices = weight.bfloat16().double(), parts["codes"].double() * parts["scale"].double()
+        matrices = weight.bfloat16().double(), parts["qweight"].double() * parts["scale"].double()
         return [x.double() @ matrix.T for matrix in matrices]
 
     return Case(mine, theirs, 3e-3)
@@ -194,7 +197,7 @@ def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torc
         for block in exact.layers:
             for layer in block.modules():
                 if isinstance(layer, torch.nn.Linear):
-                    Int8().unpack(Int8().pack(layer.weight.data), layer.weight.data)
+                    Int8().dequantize_(Int8().quantize(layer.weight.data), layer.weight.data)
     chunk = max(count - 4, 1)
     seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(62, 62 + chunk), torch.tensor([9, 200, 64, 0])))[:count]

@@ -47,7 +47,7 @@ def test_rows_of_columns_draw_with_their_own_settings_and_numbers(is_unfiltered)
         columns["seed"][rows], (columns["known"] - columns["prompt"])[rows].astype("u8") + offsets.astype("u8")
     )
     temperature, *kept = (torch.from_numpy(columns[name][rows]) for name in ("temperature", "top_k", "top_p", "min_p"))
-    expected = kernels.draw(logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(kept))
+    expected = kernels.sample(logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(kept))
     found = kernels.RowSampler(**columns).draw(logits, rows, offsets, is_unfiltered)
     assert len(set(found[0].tolist())) > 30
     for mine, theirs in zip(found, expected, strict=True):

@@ -143,11 +143,11 @@ def test_an_engine_that_reads_through_the_kernel_draws_the_same_tokens(cfg, monk
 def test_codes_are_multiplied_as_if_they_were_wide(quantization, rows, outputs, inputs, parts):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator).bfloat16().to(DEVICE)
-    held = quantization.pack(torch.randn(outputs, inputs, generator=generator).exp().to(DEVICE))
+    held = quantization.quantize(torch.randn(outputs, inputs, generator=generator).exp().to(DEVICE))
     wide = torch.empty(outputs, inputs, device=DEVICE)
-    quantization.unpack(held, wide)
+    quantization.dequantize_(held, wide)
     block = (1, inputs) if isinstance(quantization, Int8) else (128, 128)
-    found = packed.product(x, held["codes"], held["scale"], block, parts)
+    found = packed.product(x, held["qweight"], held["scale"], block, parts)
     expected = x.double() @ wide.double().T
     assert found.dtype == torch.bfloat16
     assert (found.double() - expected).norm() < 5e-3 * expected.norm()

@@ -11,7 +11,14 @@ from thinkstack import kernels
 from thinkstack.kernels.cpu import calls
 from thinkstack.kernels.cpu.prepacked import upcast_linear
 from thinkstack.models.precision import inference_copy
-from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight, matrices, pack, quantized_weights, unpack
+from thinkstack.models.quantized import (
+    QuantizedLinear,
+    QuantizedWeight,
+    dequantize_model,
+    quantizable_matrices,
+    quantize_model,
+    quantized_weights,
+)
 from thinkstack.quant.int8 import Int8
 
 needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
@@ -19,18 +26,18 @@ needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compile
 
 def there_and_back(weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(weight)
-    Int8().unpack(Int8().pack(weight), out)
+    Int8().dequantize_(Int8().quantize(weight), out)
     return out
 
 
 def test_codes_and_scales_are_those_worked_out_by_hand():
     """Of the second row 1.27 is the largest, so steps are 0.01; 0.0149 and -0.0051 lie either side of a half step."""
-    parts = Int8().pack(torch.tensor([[254.0, -254.0, 2.0, 1.1], [0.0149, -0.0051, 1.27, -0.004]]))
-    assert parts["codes"].tolist() == [[127, -127, 1, 1], [1, -1, 127, 0]]
-    assert parts["codes"].dtype == torch.int8 and parts["scale"].dtype == torch.float32
+    parts = Int8().quantize(torch.tensor([[254.0, -254.0, 2.0, 1.1], [0.0149, -0.0051, 1.27, -0.004]]))
+    assert parts["qweight"].tolist() == [[127, -127, 1, 1], [1, -1, 127, 0]]
+    assert parts["qweight"].dtype == torch.int8 and parts["scale"].dtype == torch.float32
     assert parts["scale"].flatten().tolist() == pytest.approx([2.0, 0.01])
     out = torch.empty(2, 4)
-    Int8().unpack(parts, out)
+    Int8().dequantize_(parts, out)
     assert out[0].tolist() == [254.0, -254.0, 2.0, 2.0]
 
 
@@ -47,11 +54,11 @@ def test_a_number_is_off_by_half_a_step_at_most(dtype):
     weight = (torch.randn(3, 2, 5, 70, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 6)[:, None]).to(
         dtype
     )
-    parts = Int8().pack(weight)
-    assert parts["codes"].shape == weight.shape and parts["scale"].shape == (3, 2, 5, 1)
+    parts = Int8().quantize(weight)
+    assert parts["qweight"].shape == weight.shape and parts["scale"].shape == (3, 2, 5, 1)
     step = weight.float().abs().amax(-1, keepdim=True) / 127
     exact = torch.empty(weight.shape)
-    Int8().unpack(parts, exact)
+    Int8().dequantize_(parts, exact)
     assert bool(((exact - weight.float()).abs() <= 0.501 * step).all())
     assert torch.equal(there_and_back(weight), exact.to(dtype))
 
@@ -65,7 +72,7 @@ def test_the_kernel_widens_as_torch_does(dtype, on_torch):
 
 def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a few rows by the kernel, and exactly."""
-    qweight, scale = parts["codes"], parts["scale"]
+    qweight, scale = parts["qweight"], parts["scale"]
     with torch.no_grad():
         assert kernels.takes_small_m(x, qweight)
         return kernels.small_m_linear(x, qweight, scale), x.double() @ (qweight.double() * scale.double()).T
@@ -76,7 +83,7 @@ def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tens
 @pytest.mark.parametrize("width", [32, 96, 576])
 def test_products_of_a_few_rows_read_the_codes(count, width):
     x = drawn(count, width, dtype=torch.bfloat16)
-    mine, exact = product(x, Int8().pack(drawn(50, width, seed=1) * torch.arange(1, 51)[:, None]))
+    mine, exact = product(x, Int8().quantize(drawn(50, width, seed=1) * torch.arange(1, 51)[:, None]))
     assert float((mine - exact).norm() / exact.norm()) < 3e-3  # half a unit in bf16's last place
     assert not kernels.takes_small_m(drawn(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8))
 
@@ -86,7 +93,7 @@ def test_one_large_activation_does_not_blur_the_others():
     """Activations that were rounded to 8 or 16 bits of their row's largest would blur the other 127 here."""
     x, weight = drawn(1, 128, dtype=torch.bfloat16), drawn(50, 128, seed=1)
     x[0, 7], weight[:, 7] = 2_000, 0.0
-    mine, exact = product(x, Int8().pack(weight))
+    mine, exact = product(x, Int8().quantize(weight))
     assert float((mine - exact).norm() / exact.norm()) < 3e-3
 
 
@@ -96,7 +103,7 @@ def test_what_is_not_finite_stays_in_its_row(value):
     """The engine ends an answer whose logits are not finite; whole numbers have nothing to say that with."""
     x = drawn(3, 64, dtype=torch.bfloat16)
     x[1, 5] = value
-    mine, _ = product(x, Int8().pack(drawn(50, 64, seed=1)))
+    mine, _ = product(x, Int8().quantize(drawn(50, 64, seed=1)))
     assert not bool(mine[1].isfinite().any()) and bool(mine[[0, 2]].isfinite().all())
 
 
@@ -104,29 +111,29 @@ def test_what_is_not_finite_stays_in_its_row(value):
 @torch.no_grad()
 def test_a_packed_layer_takes_the_kernel_for_a_few_rows_only(on_torch):
     layer = torch.nn.Linear(64, 40, bias=False)
-    packed = QuantizedLinear(QuantizedWeight(Int8(), layer.weight, torch.bfloat16), None)
+    quantized = QuantizedLinear(QuantizedWeight(Int8(), layer.weight, torch.bfloat16), None)
     x = drawn(9, 64, dtype=torch.bfloat16)
-    few, many = packed(x[:8]), packed(x)
-    assert torch.equal(few, kernels.small_m_linear(x[:8], packed.packed.qweight, packed.packed.scale))
+    few, many = quantized(x[:8]), quantized(x)
+    assert torch.equal(few, kernels.small_m_linear(x[:8], quantized.quantized.qweight, quantized.quantized.scale))
     with torch.no_grad():
-        assert torch.equal(many, upcast_linear(x, packed.weight))
-    torch.testing.assert_close(few, on_torch(packed, x[:8]), rtol=2e-2, atol=2e-2)
+        assert torch.equal(many, upcast_linear(x, quantized.weight))
+    torch.testing.assert_close(few, on_torch(quantized, x[:8]), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 @torch.no_grad()
 def test_a_packed_model_computes_what_its_widened_numbers_do(cfg):
     model = tiny_model(cfg)
-    expected = {name: there_and_back(model.get_parameter(name)) for name in matrices(model)}
-    pack(model, Int8(), matrices(model))
+    expected = {name: there_and_back(model.get_parameter(name)) for name in quantizable_matrices(model)}
+    quantize_model(model, Int8(), quantizable_matrices(model))
     ids = torch.arange(20).view(2, 10)
-    packed = model(ids)
+    quantized = model(ids)
     assert set(quantized_weights(model)) == set(expected)
-    plain = unpack(model)
+    plain = dequantize_model(model)
     assert not quantized_weights(plain)
     for name, weight in expected.items():
         assert torch.equal(plain.get_parameter(name), weight), name
-    torch.testing.assert_close(packed, plain(ids))
+    torch.testing.assert_close(quantized, plain(ids))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -138,7 +145,7 @@ def test_a_packed_copy_leaves_the_model_as_it_was(tied):
     after = model.state_dict()
     assert not quantized_weights(model) and list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
-    assert set(quantized_weights(twin)) == {*matrices(model), "head.weight"}
+    assert set(quantized_weights(twin)) == {*quantizable_matrices(model), "head.weight"}
     assert torch.equal(twin.embed.weight, model.embed.weight.bfloat16())
     assert torch.equal(twin.head.weight, there_and_back(model.head.weight.detach()).bfloat16())
     assert twin.norm.weight.dtype == torch.float32
@@ -152,6 +159,6 @@ def test_products_in_bf16_are_near_those_of_the_widened_numbers(cfg, tokens):
     model = tiny_model(replace(cfg, moe=None))  # rounding could send a token to other experts
     ids = torch.arange(tokens)[None]
     found = inference_copy(model, torch.bfloat16, "int8")(ids)
-    pack(model, Int8(), [*matrices(model), "head.weight"])
-    exact = unpack(model)(ids)
+    quantize_model(model, Int8(), [*quantizable_matrices(model), "head.weight"])
+    exact = dequantize_model(model)(ids)
     assert float((found - exact).norm() / exact.norm()) < 0.04

@@ -18,14 +18,14 @@ from thinkstack.types import ConfigError
 
 def there_and_back(weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(weight)
-    NF4Blocks().unpack(NF4Blocks().pack(weight), out)
+    NF4Blocks().dequantize_(NF4Blocks().quantize(weight), out)
     return out
 
 
 def test_the_levels_times_a_scale_come_back_exactly():
     weight = torch.tensor(LEVELS).repeat(4)[None] * 2.0
     assert torch.equal(there_and_back(weight), weight)
-    qweight = NF4Blocks().pack(weight)["codes"]
+    qweight = NF4Blocks().quantize(weight)["qweight"]
     assert qweight.shape == (1, 32) and qweight[0, :3].tolist() == [0x01, 0x23, 0x45]
 
 
@@ -46,7 +46,7 @@ def test_ragged_rows_zeros_and_stacks():
     back = there_and_back(weight)
     assert torch.equal(back[1], torch.zeros(5, 70))
     assert float((back - weight).abs().max()) < 0.16 * float(weight.abs().max())
-    parts = NF4Blocks().pack(weight)
+    parts = NF4Blocks().quantize(weight)
     assert sum(part.nbytes for part in parts.values()) == 3 * 5 * (64 + 2 * 2)
 
 

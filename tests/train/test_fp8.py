@@ -175,6 +175,6 @@ def test_all_numbers_of_e4m3_are_widened_exactly(shape: tuple[int, ...], dtype: 
     blocks = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
     scale = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) + 0.1
     out = torch.empty(shape, dtype=dtype)
-    dequantize_(FP8Blocks(), {"codes": qweight, "scale": scale}, out)
+    dequantize_(FP8Blocks(), {"qweight": qweight, "scale": scale}, out)
     torch.testing.assert_close(out, dequantize(qweight, scale, BLOCK).to(dtype), rtol=0, atol=0, equal_nan=True)
     assert bool(out.isnan().any()) == (count >= 128)

@@ -106,9 +106,15 @@ class Engine:
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """The runner that computes the tokens."""
         cfg = self.cfg
-        most = cfg.max_num_seqs if cfg.graphs else 0
+        max_graph_rows = cfg.max_num_seqs if cfg.graphs else 0
         return Runner(
-            model, num_blocks, cfg.dtype, cfg.return_routed_experts, bool(cfg.num_speculative_tokens), cfg.weights, most
+            model,
+            num_blocks,
+            cfg.dtype,
+            cfg.return_routed_experts,
+            bool(cfg.num_speculative_tokens),
+            cfg.weights,
+            max_graph_rows,
         )
 
     @property

@@ -59,7 +59,7 @@ def sample_plain_rows(
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """`sample_rows` without logits processing; returns tokens and log-probabilities as in `SampledTokens`."""
     if kernels.takes(logits, "sample"):
-        return table.row_sampler.draw(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
+        return table.row_sampler.sample(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
     counters = (table.num_tokens[rows] - table.num_prompt_tokens[rows] + offsets).astype(numpy.uint64)
     uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
     temperature, filters = _sampling_columns(table, rows, logits.device)

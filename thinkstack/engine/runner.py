@@ -50,7 +50,7 @@ class Runner:
         return_routed_experts: bool = False,
         drafts: bool = False,
         weights: Quantization = "plain",
-        most: int = 0,
+        max_graph_rows: int = 0,
     ):
         """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for. weights: how
         matrices are kept. most: rows that decode at once, whose steps are recorded on a device that can; 0 records
@@ -66,7 +66,7 @@ class Runner:
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
         self._weights = weights
-        self._max_graph_rows = most
+        self._max_graph_rows = max_graph_rows
         self.graphs: Graphs | None = None
         """Recordings of decoding steps, on a device that can be recorded."""
         self._load_copy(model)

@@ -77,7 +77,7 @@ def sample(
     the most likely token and reports its log-probability at temperature 1.
     """
     if kernels.takes(logits, "sample"):
-        return kernels.draw(logits, temperature, uniform, filters)
+        return kernels.sample(logits, temperature, uniform, filters)
     logprobs = distribution(logits, temperature, filters)
     greedy = temperature == 0
     if bool(greedy.all()):

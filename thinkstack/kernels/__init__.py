@@ -15,22 +15,17 @@ from thinkstack.kernels.cpu.calls import (
     takes_small_m,
     takes_steps,
 )
-from thinkstack.kernels.cpu.decoding import (
-    BlockWeights,
-    LatentLayer,
+from thinkstack.kernels.cpu.inference import (
     RowSampler,
-    attend_gqa_step,
-    block_steps,
-    draw,
-    latent_model,
     paged_attention,
     route,
-    rows_of,
+    sample,
     small_m_linear,
 )
 from thinkstack.kernels.cpu.operators import KVLayout, attend, expert_mlp
 from thinkstack.kernels.cpu.rows import (
     add_norm,
+    dequantize_block,
     is_rows,
     linear,
     linear_grad_weight,
@@ -43,26 +38,19 @@ from thinkstack.kernels.cpu.rows import (
     swiglu,
     swiglu_backward,
     swiglu_halves,
-    widen,
 )
 
 __all__ = [
     "LANES",
     "SMALL_M",
-    "BlockWeights",
     "KVLayout",
-    "LatentLayer",
     "RowSampler",
     "add_norm",
     "attend",
-    "attend_gqa_step",
     "available",
-    "block_steps",
-    "draw",
+    "dequantize_block",
     "expert_mlp",
-    "feed_forward",
     "is_rows",
-    "latent_model",
     "linear",
     "linear_grad_weight",
     "linear_grad_x",
@@ -73,7 +61,7 @@ __all__ = [
     "rms_norm_backward",
     "rotate",
     "route",
-    "rows_of",
+    "sample",
     "small_m_linear",
     "swiglu",
     "swiglu_backward",
@@ -83,5 +71,4 @@ __all__ = [
     "takes_rows",
     "takes_small_m",
     "takes_steps",
-    "widen",
 ]  # fmt: skip

@@ -9,12 +9,12 @@ from thinkstack.quant.scheme import Parts, QuantScheme
 
 
 def dequantize_(quantization: QuantScheme, parts: Parts, out: Tensor) -> None:
-    """`quantization.unpack(parts, out)`: write the matrices that `parts` stand for into out (..., N, K), rounded
+    """`quantization.dequantize_(parts, out)`: write the matrices that `parts` stand for into out (..., N, K), rounded
     once."""
     if kernels.takes(out, "dequantize") and out.is_contiguous():
-        qweight, scale = parts["codes"].contiguous(), parts["scale"]
+        qweight, scale = parts["qweight"].contiguous(), parts["scale"]
         if isinstance(quantization, Int8):
-            return kernels.widen(qweight, scale.contiguous(), out, 1, out.shape[-1])
+            return kernels.dequantize_block(qweight, scale.contiguous(), out, 1, out.shape[-1])
         if isinstance(quantization, FP8Blocks):
-            return kernels.widen(qweight, scale.float().contiguous(), out, BLOCK, BLOCK)
-    quantization.unpack(parts, out)
+            return kernels.dequantize_block(qweight, scale.float().contiguous(), out, BLOCK, BLOCK)
+    quantization.dequantize_(parts, out)

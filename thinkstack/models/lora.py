@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from thinkstack.config import CountOrZero, Positive, Seed
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import QuantizedWeight, matrices, pack, quantized_weights, unpack
+from thinkstack.models.quantized import (
+    QuantizedWeight,
+    dequantize_model,
+    quantizable_matrices,
+    quantize_model,
+    quantized_weights,
+)
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.nf4 import NF4Blocks
@@ -152,7 +158,7 @@ def adapt(model: Transformer, cfg: LoRAConfig) -> None:
     if not names:
         raise ConfigError(f"lora.targets={list(cfg.targets)} names nothing that this model has; add attention")
     if cfg.base != "float":
-        pack(model, BASES[cfg.base], matrices(model))
+        quantize_model(model, BASES[cfg.base], quantizable_matrices(model))
     add_adapters(model, names, cfg.rank, cfg.scale)
     generator = torch.Generator().manual_seed(cfg.seed)
     for adapter in adapters(model).values():
@@ -174,9 +180,9 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by the names of a plain model: adapters merged into what they adapt, packed ones wide."""
-    known, packed = adapters(model), quantized_weights(model)
-    held = {id(part) for module in packed.values() for part in module.buffers()}
-    wide = ((name, module.whole()) for name, module in packed.items())
+    known, quantized = adapters(model), quantized_weights(model)
+    held = {id(part) for module in quantized.values() for part in module.buffers()}
+    wide = ((name, module.whole()) for name, module in quantized.items())
     for name, value in chain(wide, model.named_parameters(), model.named_buffers()):
         if id(value) in held:
             continue
@@ -192,7 +198,7 @@ def merged(model: M) -> M:
     """A model without adapters that computes the same; the model itself if it has none. The adapted one is kept."""
     if not adapters(model):
         return model
-    twin = unpack(copy.deepcopy(model))
+    twin = dequantize_model(copy.deepcopy(model))
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):

@@ -11,7 +11,7 @@ from torch import nn
 from thinkstack.kernels import choice
 from thinkstack.models.lora import BASES, adapters, merged, plain_tensors
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import matrices, pack, quantized_weights, unpack
+from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model, quantized_weights
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
 from thinkstack.quant.scheme import QuantScheme
@@ -70,18 +70,18 @@ def inference_copy(model: Transformer, dtype: torch.dtype, weights: Quantization
     whatever the dtype, and products run in that.
     """
     plain = merged(model)
-    return working_copy(plain, dtype) if weights == "plain" else _packed_copy(plain, dtype, QUANT_SCHEMES[weights])
+    return working_copy(plain, dtype) if weights == "plain" else _quantized_copy(plain, dtype, QUANT_SCHEMES[weights])
 
 
 @torch.no_grad()
-def _packed_copy(model: Transformer, dtype: torch.dtype, quantization: QuantScheme) -> Transformer:
+def _quantized_copy(model: Transformer, dtype: torch.dtype, quantization: QuantScheme) -> Transformer:
     """A copy with packed matrices; where head and embedding are one parameter, the head becomes one of its own."""
     if quantized_weights(model):
-        model = unpack(copy.deepcopy(model))
-    names = matrices(model)
+        model = dequantize_model(copy.deepcopy(model))
+    names = quantizable_matrices(model)
     packed_here = [model.get_parameter(name) for name in names]
     twin = copy.deepcopy(model, {id(weight): weight for weight in packed_here})  # not copied before they are packed
-    pack(twin, quantization, [*names, "head.weight"], dtype)
+    quantize_model(twin, quantization, [*names, "head.weight"], dtype)
     _cast_matrices(twin, dtype)
     return twin
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from thinkstack.checkpoint.hf.tensors import STACKED, allocate, stored_tensors
+from thinkstack.checkpoint.hf.tensors import EXPERT_STACKS, allocate, stored_tensors
 from thinkstack.checkpoint.model import open_source
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
@@ -39,7 +39,7 @@ def load_shard(source: str | Path, ranks: Ranks, dtype: torch.dtype = torch.floa
             expert, place = item.part
             if not experts.start <= expert < experts.stop:
                 continue
-            stacked = target.unflatten(1, (STACKED[item.source.rpartition(".")[2]], -1))
+            stacked = target.unflatten(1, (EXPERT_STACKS[item.source.rpartition(".")[2]], -1))
             stacked[expert - experts.start, place].copy_(opened.tensors[item.name]())
         else:
             target.copy_(part_here(item.source, opened.tensors[item.name](), cfg, ranks))

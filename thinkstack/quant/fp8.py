@@ -58,9 +58,9 @@ class FP8Blocks:
     def name(self) -> str:
         return "fp8-ue8m0" if self.power_of_two else "fp8"
 
-    def pack(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         qweight, scale = quantize(weight, BLOCK, self.power_of_two)
-        return {"codes": qweight, "scale": scale.to(self.scale_dtype)}
+        return {"qweight": qweight, "scale": scale.to(self.scale_dtype)}
 
-    def unpack(self, parts: Parts, out: Tensor) -> None:
-        out.copy_(dequantize(parts["codes"], parts["scale"].float(), BLOCK))
+    def dequantize_(self, parts: Parts, out: Tensor) -> None:
+        out.copy_(dequantize(parts["qweight"], parts["scale"].float(), BLOCK))

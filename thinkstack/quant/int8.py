@@ -18,10 +18,10 @@ class Int8:
     def name(self) -> str:
         return "int8"
 
-    def pack(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         wide = weight.float()
         scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (..., N, 1)
-        return {"codes": (wide / scale).round().to(torch.int8), "scale": scale}
+        return {"qweight": (wide / scale).round().to(torch.int8), "scale": scale}
 
-    def unpack(self, parts: Parts, out: Tensor) -> None:
-        out.copy_(parts["codes"] * parts["scale"])
+    def dequantize_(self, parts: Parts, out: Tensor) -> None:
+        out.copy_(parts["qweight"] * parts["scale"])

@@ -32,7 +32,7 @@ class NF4Blocks:
     def name(self) -> str:
         return "nf4"
 
-    def pack(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         blocks = F.pad(weight.float(), (0, -weight.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
         peak = blocks.abs().amax(-1).clamp(min=torch.finfo(torch.bfloat16).tiny)  # (..., N, K / 64)
         scale = peak.bfloat16()
@@ -40,10 +40,10 @@ class NF4Blocks:
         levels = torch.tensor(LEVELS, device=weight.device)
         qweight = torch.bucketize(blocks / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
         pairs = qweight.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
-        return {"codes": pairs[..., 0] * 16 + pairs[..., 1], "scale": scale}
+        return {"qweight": pairs[..., 0] * 16 + pairs[..., 1], "scale": scale}
 
-    def unpack(self, parts: Parts, out: Tensor) -> None:
-        levels, qweight = torch.tensor(LEVELS, device=out.device), parts["codes"]
+    def dequantize_(self, parts: Parts, out: Tensor) -> None:
+        levels, qweight = torch.tensor(LEVELS, device=out.device), parts["qweight"]
         pairs = torch.stack((levels[(qweight >> 4).int()], levels[(qweight & 15).int()]), -1)
         blocks = pairs.flatten(-2).unflatten(-1, (-1, BLOCK)) * parts["scale"].float().unsqueeze(-1)
         out.copy_(blocks.flatten(-2)[..., : out.shape[-1]])

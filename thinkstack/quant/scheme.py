@@ -17,8 +17,8 @@ class QuantScheme(Protocol):
     def name(self) -> str:
         """For messages and commands."""
 
-    def pack(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         """The parts of weight (..., N, K), a float tensor on any device, meta included."""
 
-    def unpack(self, parts: Parts, out: Tensor) -> None:
+    def dequantize_(self, parts: Parts, out: Tensor) -> None:
         """Write the matrices that `parts` stand for into out (..., N, K), rounded once to its dtype."""

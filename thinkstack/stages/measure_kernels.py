@@ -227,7 +227,7 @@ def _linear(dtype: torch.dtype) -> Work:
 
 def _dequantize(dtype: torch.dtype) -> Work:
     stored = Int8()
-    packed = stored.pack(_random(576, 1536, dtype=torch.float32))
+    packed = stored.quantize(_random(576, 1536, dtype=torch.float32))
     out = torch.empty(576, 1536, dtype=dtype)
     return _without(lambda: dequantize_(stored, packed, out))
 

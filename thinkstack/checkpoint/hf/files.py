@@ -63,7 +63,7 @@ def _direct(source: TensorSource, files: Files) -> dict[tuple[str, str], Callabl
     """Every tensor of a folder in Hugging Face layout lies in one piece."""
     found: dict[tuple[str, str], Callable[[Tensor], None]] = {}
     for name in source.tensors:
-        parts = {"codes": name, "scale": f"{name}{SCALE}"} if name in source.packed else {"": name}
+        parts = {"qweight": name, "scale": f"{name}{SCALE}"} if name in source.packed else {"": name}
         kept = source.quantization.scale_dtype if isinstance(source.quantization, FP8Blocks) else None
         if "scale" in parts and files.entries[parts["scale"]].dtype != kept:
             continue  # its scales are cast on the way
@@ -120,7 +120,7 @@ def scaled_source(path: Path, cfg: ModelConfig, quantization: FP8Blocks | None, 
     known = replace(quantization, scale_dtype=torch.float8_e8m0fnu if is_short else torch.float32)
 
     def parts(name: str) -> Parts:
-        return {"codes": table.read(name), "scale": table.read(f"{name}{SCALE}").to(known.scale_dtype)}
+        return {"qweight": table.read(name), "scale": table.read(f"{name}{SCALE}").to(known.scale_dtype)}
 
     def widened(name: str) -> Tensor:
         out = torch.empty(entries[name].shape)
@@ -205,7 +205,7 @@ class Plan:
             return {item.name: Entry(self.dtype_of(item), shape)}
         assert self.form.quantization is not None
         if shape not in self._parts:
-            parts = self.form.quantization.pack(torch.empty(shape, device="meta"))
+            parts = self.form.quantization.quantize(torch.empty(shape, device="meta"))
             self._parts[shape] = {name: Entry(part.dtype, tuple(part.shape)) for name, part in parts.items()}
         return dict(_named(item, self._parts[shape]))
 
@@ -218,7 +218,7 @@ class Plan:
             yield from _named(item, source.packed[item.name]())
         else:
             assert quantization is not None
-            yield from _named(item, quantization.pack(source.tensors[item.name]()))
+            yield from _named(item, quantization.quantize(source.tensors[item.name]()))
 
     def is_packed(self, item: Stored) -> bool:
         """Whether it is kept in few bits: the matrices of blocks, or where nothing changes those that are."""
@@ -242,7 +242,7 @@ def origin_of(item: Stored, source: TensorSource) -> str:
 
 
 def _named(item: Stored, parts: Mapping[str, T]) -> list[tuple[str, T]]:
-    return [(item.name, parts["codes"]), (f"{item.name}{SCALE}", parts["scale"])]
+    return [(item.name, parts["qweight"]), (f"{item.name}{SCALE}", parts["scale"])]
 
 
 def write_weights(

@@ -25,7 +25,13 @@ from thinkstack.checkpoint.source import TensorSource
 from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.config import MLAConfig, ModelConfig
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import STACKED, QuantizedWeight, matrices, pack, quantized_weights
+from thinkstack.models.quantized import (
+    EXPERT_STACKS,
+    QuantizedWeight,
+    quantizable_matrices,
+    quantize_model,
+    quantized_weights,
+)
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.scheme import Parts, QuantScheme
 from thinkstack.types import ConfigError
@@ -134,7 +140,7 @@ def shapes_on_disk(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(shape: tuple[int, ...], item: Stored) -> tuple[int, ...]:
-    return (shape[1] // STACKED[item.source.rpartition(".")[2]], shape[2]) if item.part else shape
+    return (shape[1] // EXPERT_STACKS[item.source.rpartition(".")[2]], shape[2]) if item.part else shape
 
 
 def check_tensors(
@@ -194,7 +200,7 @@ def empty_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if quantization is not None:
-        pack(model, quantization, matrices(model) if packed is None else packed)
+        quantize_model(model, quantization, quantizable_matrices(model) if packed is None else packed)
     try:
         allocate(model)
     except RuntimeError as error:
@@ -230,7 +236,7 @@ def source_of(model: Transformer, path: Path = Path("the model")) -> TensorSourc
     for item in stored_tensors(model.cfg):
         owner = packed.get(item.source)
         if owner is not None:
-            tensors[item.name] = partial(owner.dense, item.part)
+            tensors[item.name] = partial(owner.dequantize, item.part)
             parts[item.name] = partial(owner.parts, item.part)
             dtypes[item.name] = owner.dtype
         elif item.is_written:
@@ -255,12 +261,12 @@ def packed_names(source: TensorSource) -> list[str]:
 def _together(name: str) -> list[str]:
     """What is packed with a parameter: of experts both stacks, else it alone."""
     owner, _, leaf = name.rpartition(".")
-    return [f"{owner}.{stack}" for stack in STACKED] if leaf in STACKED else [name]
+    return [f"{owner}.{stack}" for stack in EXPERT_STACKS] if leaf in EXPERT_STACKS else [name]
 
 
 def part_of(whole: Tensor, item: Stored) -> Tensor:
     """The view of one of the model's tensors that a tensor on disk is."""
-    return whole.unflatten(1, (STACKED[item.source.rpartition(".")[2]], -1))[item.part] if item.part else whole
+    return whole.unflatten(1, (EXPERT_STACKS[item.source.rpartition(".")[2]], -1))[item.part] if item.part else whole
 
 
 @torch.no_grad()
@@ -298,7 +304,7 @@ def _fill_packed(owner: QuantizedWeight, item: Stored, source: TensorSource) -> 
         else:
             owner.put(item.part, source.packed[item.name]())
     else:
-        owner.put(item.part, owner.quantization.pack(source.tensors[item.name]()))
+        owner.put(item.part, owner.quantization.quantize(source.tensors[item.name]()))
 
 
 def _fill_plain(target: Tensor, item: Stored, source: TensorSource) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
+from thinkstack.engine.fused import calls
 from thinkstack.kernels.cpu.prepacked import exact, fits_prepacked, is_batch_invariant, multiply, prepacked
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import GQA
@@ -56,7 +57,7 @@ class FusedGQA:
         self.heads["interleaved"] = int(attention.interleaved)
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
         self.kept = [_weights(block) for block in blocks] if _takes_few(blocks) else []
-        self.few = kernels.rows_of(kernels.BlockWeights, self.kept) if self.kept else None
+        self.few = calls.rows_of(calls.GQALayer, self.kept) if self.kept else None
         self.sizes = self.heads | {"I": ffn.w1.out_features}
         self.is_packed = bool(self.kept) and "sq" in self.kept[0]
         self.parts: list[Parts] = []
@@ -70,7 +71,7 @@ class FusedGQA:
         x, rope = self.model.embed(ids), self.rotations.at(positions)
         if self.few is None or len(ids) > kernels.SMALL_M:
             return self._many(x, positions, pages, cache, rope), None
-        kernels.block_steps(x, self.few, self.sizes, rope, positions, pages, cache, self.scales, self.is_packed)
+        calls.gqa_pass(x, self.few, self.sizes, rope, positions, pages, cache, self.scales, self.is_packed)
         return self.model.norm(x), None
 
     def _many(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class FusedGQA:
         normed, _ = kernels.rms_norm(x, self.parts[0].norms[0], eps, keep=False)
         for layer, (part, last_norm) in enumerate(zip(self.parts, following, strict=True)):
             qkv, own = multiply(normed, part.qkv, part.qkv_bias), pages._replace(entries=cache[layer])
-            read = kernels.attend_gqa_step(qkv, part.head_norms, self.heads, rope, positions, own, self.scales)
+            read = calls.attend_gqa(qkv, part.head_norms, self.heads, rope, positions, own, self.scales)
             normed = kernels.add_norm(x, multiply(read, part.out, part.out_bias), part.norms[1], eps)
             wide = kernels.swiglu_halves(multiply(normed, part.gate_up))
             normed = kernels.add_norm(x, multiply(wide, part.down), last_norm, eps)
@@ -107,10 +108,10 @@ def _takes_few(blocks: list[Block]) -> bool:
             weights += [part.weight for part in block.modules() if isinstance(part, Projection)]
             continue
         layers = [part for part in block.modules() if isinstance(part, QuantizedLinear)]
-        packed = [layer.in_int8() for layer in layers if layer.packed.dtype == torch.bfloat16]
+        packed = [layer.int8_parts() for layer in layers if layer.quantized.dtype == torch.bfloat16]
         if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
             return False
-        weights += [parts["codes"] for parts in packed if parts is not None]
+        weights += [parts["qweight"] for parts in packed if parts is not None]
     return kernels.takes_small_m(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
 
 
@@ -137,18 +138,18 @@ def _shapes(block: Block) -> list[tuple[int, int]]:
 
 
 def _weights(block: Block) -> Weights:
-    """What BlockWeights points to; vectors that are fp32 already are the model's own."""
+    """What GQALayer points to; vectors that are fp32 already are the model's own."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
     found: Weights = {}
     for seq_index, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
             layer = getattr(seq_index, name)
-            parts = layer.in_int8() if isinstance(layer, QuantizedLinear) else None
+            parts = layer.int8_parts() if isinstance(layer, QuantizedLinear) else None
             if parts is None:
                 found[name] = layer.weight
             else:
-                found |= {name: parts["codes"], f"s{name[1]}": parts["scale"]}
+                found |= {name: parts["qweight"], f"s{name[1]}": parts["scale"]}
     vectors = {
         "attention_norm": block.attention_norm.weight,
         "ffn_norm": block.ffn_norm.weight,

@@ -13,15 +13,15 @@
 // D hidden size, H query heads, G key/value heads, W head width, I intermediate size. Matrices (out, in) of M: bf16, or
 // int8 with a scale for each row.
 template <typename M>
-struct BlockWeights {
+struct GQALayer {
   const M *wq, *wk, *wv, *wo, *w1, *w2, *w3;
   const float *attention_norm, *ffn_norm, *q_norm, *k_norm, *bq, *bk, *bv, *bo;  // the last six may be null
   const float *sq, *sk, *sv, *so, *s1, *s2, *s3;                                 // scales; null for bf16
 };
 
 // B tokens, L layers.
-struct BlockSteps {
-  const void* layers;     // BlockWeights of the type that the called kernel is for
+struct GQAPass {
+  const void* layers;     // GQALayer of the type that the called kernel is for
   const float* rope;      // (B, W / 2) pairs
   const int64_t* last;    // (B,): the new token's place in its sequence
   const int32_t* block_tables;  // (sequences, table_width): the cache's blocks of each, in order
@@ -45,13 +45,13 @@ int64_t team() { return 1; }
 
 template <int N, typename M>
 struct Step {
-  const BlockSteps& a;
+  const GQAPass& a;
   const int64_t queries, keys;  // widths of all heads
   std::vector<bf16> query, mixed, wide;
   std::vector<float> qkv, middle, gate, up;
   Attend<bf16, bf16> attend;
 
-  explicit Step(const BlockSteps& a)
+  explicit Step(const GQAPass& a)
       : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), mixed(N * queries), wide(N * a.I),
         qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(grouped(a, N, query.data(), a.cache, mixed.data())) {}
 
@@ -73,7 +73,7 @@ struct Step {
   }
 
   // Head h of token n, of the keys from head H on.
-  void place(const BlockWeights<M>& w, int64_t layer, int64_t n, int64_t h) {
+  void place(const GQALayer<M>& w, int64_t layer, int64_t n, int64_t h) {
     float* head = qkv.data() + n * (queries + 2 * keys) + h * a.W;
     const bool is_key = h >= a.H;
     bf16* to = is_key ? pages(layer, n, (h - a.H) * a.W).at(a.last[n]) : query.data() + (n * a.H + h) * a.W;
@@ -82,7 +82,7 @@ struct Step {
   }
 
   // What one thread does of a block; all of them meet after each part.
-  void block(const BlockWeights<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16, bf16>& reader) {
+  void block(const GQALayer<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16, bf16>& reader) {
     const Share out = share(a.D), inner = share(a.I);
     for (int n = 0; n < N; n++) norm_row(a.x + n * a.D, w.attention_norm, normed + n * a.D, a.D, a.eps);
     input.take(normed, a.D);
@@ -125,7 +125,7 @@ struct Step {
       Reader<bf16, bf16> reader = attend.reader();
       std::vector<bf16> normed(N * a.D);
       Input<N, M> input(std::max({a.D, queries, a.I}));
-      const auto layers = static_cast<const BlockWeights<M>*>(a.layers);
+      const auto layers = static_cast<const GQALayer<M>*>(a.layers);
       for (int64_t layer = 0; layer < a.L; layer++) block(layers[layer], layer, normed.data(), input, reader);
     }
   }
@@ -140,7 +140,7 @@ void for_count(int64_t count, Work work) {
 }
 
 template <typename M>
-void take_steps(const BlockSteps& a) {
+void take_steps(const GQAPass& a) {
   for_count<1>(a.B, [&](auto n) { Step<n.value, M>(a).run(); });
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
+from thinkstack.engine.fused import calls
 from thinkstack.kernels.cpu.prepacked import exact
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import MLA
@@ -30,8 +31,8 @@ class FusedMLA:
         self.model, self.kept = model, [_latent_weights(block) for block in (*blocks, *own)]
         widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.kept]
         count = len(blocks)
-        self.layers = kernels.rows_of(kernels.LatentLayer, self.kept[:count], widths[:count])
-        self.ahead = kernels.rows_of(kernels.LatentLayer, self.kept[count:], widths[count:])
+        self.layers = calls.rows_of(calls.MLALayer, self.kept[:count], widths[:count])
+        self.ahead = calls.rows_of(calls.MLALayer, self.kept[count:], widths[count:])
         a, moe = model.cfg.attention, model.cfg.moe
         attention = blocks[0].attention
         assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
@@ -76,7 +77,7 @@ class FusedMLA:
         """Take x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
         rope = self.rotations.at(positions)
         chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
-        kernels.latent_model(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
+        calls.mla_pass(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
         return chosen
 
 
@@ -92,7 +93,7 @@ def is_latent(block: Block) -> bool:
 
 
 def _latent_weights(block: Block) -> dict[str, Tensor | None]:
-    """What LatentLayer points to."""
+    """What MLALayer points to."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, MLA)
     direct = not a.shape.q_lora_rank

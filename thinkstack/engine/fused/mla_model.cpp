@@ -220,7 +220,7 @@ extern "C" void route(const float* scores, const float* bias, float* weights, in
 }
 
 // Layers of a small model with latent attention. Every token's path is that of the sublayers above.
-struct LatentLayer {
+struct MLALayer {
   const float *attention_norm, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo, *ffn_norm;  // as in LatentStep
   const float *w1, *w2, *w3;                  // feed-forward, or the shared experts; null without
   const float *router, *bias, *w_in, *w_out;  // (E, D), (E,), as in Experts; null in a dense layer
@@ -228,8 +228,8 @@ struct LatentLayer {
 };
 
 // B tokens, L layers, E experts of size J, K per token; other sizes as in LatentStep and `route`.
-struct LatentModel {
-  const LatentLayer* layers;
+struct MLAPass {
+  const MLALayer* layers;
   const float* rope;
   const int64_t* last;
   const int32_t *block_tables, *seq_index;
@@ -250,7 +250,7 @@ extern "C" void add_norm_fp32(void* x, const void* first, const void* second, co
 namespace {
 
 // Experts and their weights, (B, K), of normed rows (B, D).
-void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, float* weights, int64_t* experts) {
+void route_rows(const MLAPass& a, const MLALayer& w, const float* rows, float* weights, int64_t* experts) {
   const int64_t size = share(a.B, a.threads);
   const Choice choice{a.E, a.K, a.groups, a.top_groups, a.best, a.normalize, a.factor};
 #pragma omp parallel num_threads(a.threads)
@@ -281,7 +281,7 @@ void route_rows(const LatentModel& a, const LatentLayer& w, const float* rows, f
 }
 
 template <typename T>  // of the cache
-void run(const LatentModel& a) {
+void run(const MLAPass& a) {
   const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
   const int64_t W = a.C + a.R;
   const auto queries = room_for<float>(a.B * a.H * W), mixed = room_for<float>(a.B * a.H * a.C);
@@ -295,7 +295,7 @@ void run(const LatentModel& a) {
   };
   rms_norm_fp32(a.x, a.layers[0].attention_norm, normed.get(), nullptr, a.B, a.D, a.D, a.eps, a.threads);
   for (int64_t l = 0; l < a.L; l++) {
-    const LatentLayer& w = a.layers[l];
+    const MLALayer& w = a.layers[l];
     const float* following = l + 1 < a.L ? a.layers[l + 1].attention_norm : nullptr;
     const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.block_tables, a.seq_index,
                           static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), mixed.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C,
@@ -320,4 +320,4 @@ void run(const LatentModel& a) {
 
 }  // namespace
 
-extern "C" void latent_model(const LatentModel* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+extern "C" void mla_pass(const MLAPass* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }

@@ -36,7 +36,10 @@ SOURCES = (
 )
 """Relative to PACKAGE, the longest first."""
 HEADERS = (
-    *(f"kernels/cpu/{name}.h" for name in ("simd", "matmul", "context", "tiles", "decode", "small_m", "experts")),
+    *(
+        f"kernels/cpu/{name}.h"
+        for name in ("simd", "matmul", "context", "tiles", "paged_attention", "small_m", "experts")
+    ),
     "engine/fused/gqa_blocks.h",
 )
 PACKAGE = Path(__file__).parents[2]

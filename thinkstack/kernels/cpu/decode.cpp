@@ -3,12 +3,12 @@
 #include "decode.h"
 
 // Queries, keys and values of N new tokens in grouped-query attention, as they come from their projection.
-struct AttendNew {
+struct AttendGQA {
   const void* qkv;                 // (N, (H + 2 G) W): heads of queries, keys, values
   const float *q_norm, *k_norm;    // (W,), or null
   const float* rope;               // (N, W / 2) pairs
   const int64_t* last;             // (N,): the token's place in its sequence
-  const int32_t *block_tables, *seq_index;   // as in Decode
+  const int32_t *block_tables, *seq_index;   // as in PagedAttention
   void *query, *entries, *out;     // (N, H, W), scratch; (blocks, 2^shift, 2 G W): keys, then values; (N, H, W)
   int64_t N, H, G, W, shift, table_width, interleaved, threads;
   double scale, eps;
@@ -17,7 +17,7 @@ struct AttendNew {
 namespace {
 
 template <typename T>
-void run(const Decode& a) {
+void run(const PagedAttention& a) {
   Attend<T, T> attend(a);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -27,7 +27,7 @@ void run(const Decode& a) {
 }
 
 template <typename T>
-void run_new(const AttendNew& a) {
+void run_new(const AttendGQA& a) {
   const int64_t W = a.W, heads = a.H + 2 * a.G, width = 2 * a.G * W;
   const auto qkv = static_cast<const T*>(a.qkv);
   const auto query = static_cast<T*>(a.query), entries = static_cast<T*>(a.entries);
@@ -53,7 +53,7 @@ void run_new(const AttendNew& a) {
 
 }  // namespace
 
-extern "C" void decode(const Decode* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+extern "C" void paged_attention(const PagedAttention* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
 
 // The new tokens' entries go to the cache, then the tokens read it.
-extern "C" void attend_gqa_step(const AttendNew* a, int64_t is_bf16) { is_bf16 ? run_new<bf16>(*a) : run_new<float>(*a); }
+extern "C" void attend_gqa(const AttendGQA* a, int64_t is_bf16) { is_bf16 ? run_new<bf16>(*a) : run_new<float>(*a); }

@@ -18,7 +18,7 @@ struct Decode {
   double scale;  // of the scores
 };
 
-// How N tokens of grouped queries read a cache of keys, then values: of BlockSteps or AttendNew.
+// How N tokens of grouped queries read a cache of keys, then values: of BlockSteps or AttendGQA.
 template <typename A>
 Decode grouped(const A& a, int64_t N, const void* query, const void* entries, void* out) {
   Decode read{query, entries, a.block_tables, a.seq_index, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};

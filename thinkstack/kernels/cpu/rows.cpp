@@ -58,7 +58,7 @@ void norm_backward(const T* grad, const T* x, const float* weight, const float* 
 
 // Codes times the scale of their block of `rows` x `columns`. N rows of each of M matrices.
 template <typename C, typename T>
-void widen(const C* codes, const float* scale, T* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads) {
+void dequantize_block(const C* codes, const float* scale, T* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads) {
   const int64_t blocks = (D + columns - 1) / columns;
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < M * N; row++) {
@@ -174,12 +174,12 @@ BOTH(rms_norm_backward,
      (const void* grad, const void* x, const float* weight, const float* inverse, void* grad_x, float* grad_weight, int64_t N, int64_t D,
       int64_t stride, int64_t threads),
      norm_backward<T>((const T*)grad, (const T*)x, weight, inverse, (T*)grad_x, grad_weight, N, D, stride, threads))
-BOTH(widen_e4m3,
+BOTH(dequantize_e4m3,
      (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
-     widen((const e4m3*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
-BOTH(widen_int8,
+     dequantize_block((const e4m3*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
+BOTH(dequantize_int8,
      (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
-     widen((const int8_t*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
+     dequantize_block((const int8_t*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
 BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t I, int64_t stride, int64_t threads),
      swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, I, stride, threads))
 BOTH(swiglu_backward, (const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t N, int64_t threads),

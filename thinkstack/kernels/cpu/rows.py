@@ -46,12 +46,12 @@ def is_rows(x: Tensor) -> bool:
     return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
 
 
-def widen(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
+def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
     """out (..., N, D) = codes, e4m3 or int8, times scale (..., ceil(N / rows), ceil(D / columns)) fp32 of their block;
     all contiguous."""
     N, D = qweight.shape[-2:]
     kind = "int8" if qweight.dtype == torch.int8 else "e4m3"
-    call_for(out.dtype, f"widen_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
+    call_for(out.dtype, f"dequantize_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 #include <vector>
 
 // B rows, V tokens.
-struct Draw {
+struct Sample {
   const void* logits;          // (B, V)
   const int64_t* rows;         // (B,): where the columns below have a row's settings; null: in order
   const float* temperature;    // 0 takes the likeliest token, at temperature 1
@@ -164,7 +164,7 @@ double uniform_of(uint64_t seed, uint64_t counter) {
 }
 
 template <typename T>
-void draw_row(const Draw& a, int64_t b, Masses& masses) {
+void sample_row(const Sample& a, int64_t b, Masses& masses) {
   const T* row = static_cast<const T*>(a.logits) + b * a.V;
   const int64_t at = a.rows ? a.rows[b] : b;
   const bool is_greedy = a.temperature[at] == 0;
@@ -188,16 +188,16 @@ void draw_row(const Draw& a, int64_t b, Masses& masses) {
 }
 
 template <typename T>
-void run(const Draw& a) {
+void run(const Sample& a) {
   const int64_t chunk = 1 + 4096 / a.V;  // rows of few tokens take less time than fetching one
 #pragma omp parallel num_threads(a.threads)
   {
     Masses masses(a.V);
 #pragma omp for schedule(dynamic, chunk)
-    for (int64_t b = 0; b < a.B; b++) draw_row<T>(a, b, masses);
+    for (int64_t b = 0; b < a.B; b++) sample_row<T>(a, b, masses);
   }
 }
 
 }  // namespace
 
-extern "C" void draw(const Draw* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+extern "C" void sample(const Sample* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }

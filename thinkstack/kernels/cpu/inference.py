@@ -1,0 +1,126 @@
+"""Inference on new tokens: reading a cache, whole models, routing and drawing. No gradients."""
+
+# Shapes in this file: N or B new tokens, G key/value heads, Q query heads per group, W key width, V value width,
+# D hidden size, R rotated width, E experts, K experts per token. Other structures' sizes are in their C++ files.
+
+import ctypes
+
+import numpy
+import torch
+from torch import Tensor
+
+from thinkstack.kernels.cpu.calls import address, call, place, run, structure
+from thinkstack.kernels.cpu.operators import KVLayout
+from thinkstack.kernels.paging import Pages
+
+_PagedAttention = structure(
+    "PagedAttention",
+    "query entries block_tables seq_index last out",
+    "N G Q W V shift table_width entry_width key_g value_g value_at threads",
+    "scale",
+)
+_Sample = structure(
+    "Sample",
+    "logits rows temperature top_k top_p min_p uniform seed num_tokens num_prompt_tokens offsets tokens logprobs",
+    "B V threads",
+)
+
+
+def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
+    """Attention of new tokens over the cached entries of their sequences.
+
+    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees. scale:
+    factor of the scores. Returns (N, G, Q, V).
+    """
+    N, G, Q, W = query.shape
+    query = query.contiguous()
+    out = query.new_empty(N, G, Q, heads.value_width)
+    arguments = _PagedAttention(
+        *map(address, (query, pages.entries, pages.block_tables, pages.seq_index, last, out)),
+        *(N, G, Q, W, heads.value_width, *block_layout(pages), pages.entries.shape[2]),
+        *(heads.key_step, heads.value_step, heads.value_at, torch.get_num_threads(), scale),
+    )
+    run("paged_attention", arguments, query.dtype == torch.bfloat16)
+    return out
+
+
+def block_layout(pages: Pages) -> tuple[int, int]:
+    """Power of 2 of a block's tokens, and width of the block_tables."""
+    assert pages.entries.is_contiguous() and pages.block_tables.is_contiguous()
+    return pages.entries.shape[1].bit_length() - 1, pages.block_tables.shape[1]
+
+
+def small_m_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (M, K) transposed: (..., M), for at most SMALL_M rows, in bf16.
+
+    scale: (M,) fp32 factors of the rows of a weight in int8.
+    """
+    M, K = weight.shape
+    out = x.new_empty(*x.shape[:-1], M)
+    if scale is None:
+        call("small_m_linear_bf16", x, weight, out, x.numel() // K, M, K)
+    else:
+        call("small_m_linear_int8", x, weight, scale, out, x.numel() // K, M, K)
+    return out
+
+
+def route(
+    scores: Tensor, bias: Tensor, top_k: int, groups: tuple[int, int, int], normalize: bool, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Group-limited top-k; arguments as in models/moe.py.
+
+    scores: (B, E) fp32. groups: how many there are, how many may be used, affinities of a group that count (1 or 2).
+    Returns (weights (B, K) fp32, experts (B, K) int64); of equal affinities the lower expert is chosen.
+    """
+    weights = torch.empty(scores.shape[0], top_k)
+    experts = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
+    call("route", scores, bias, weights, experts, *scores.shape, top_k, *groups, int(normalize), factor)
+    return weights, experts
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """A token per row of logits (B, V); arguments and results as in engine/sampler.py."""
+    B = len(logits)
+    tokens, logprobs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
+    given = dict(logits=logits, temperature=temperature, uniform=uniform, tokens=tokens, logprobs=logprobs)
+    if kept is not None:
+        given |= dict(zip(("top_k", "top_p", "min_p"), kept, strict=True))
+    _run_sample(_Sample(**{name: address(x) for name, x in given.items()}), logits)
+    return tokens, logprobs
+
+
+class RowSampler:
+    """`sample` for rows whose settings lie in columns, each row with its own numbers (`uniforms` in engine/sampler.py).
+
+    The columns may change their contents, not their places.
+    """
+
+    def __init__(self, **columns: numpy.ndarray):
+        """columns: temperature, top_p, min_p fp32; top_k, num_tokens, prompt int64; seed uint64."""
+        self._columns = columns
+        self._settings = {name: place(column) for name, column in columns.items()}
+
+    def sample(
+        self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, is_unfiltered: bool
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """From logits (B, V) of rows (B,), the offsets-th token, (B,) from 0, after a row's num_tokens ones.
+
+        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns what `sample` does.
+        """
+        logits = logits.contiguous()
+        tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
+        arguments = _Sample(**self._settings)
+        if is_unfiltered:
+            arguments.top_k = None
+        arguments.logits, arguments.rows, arguments.offsets = logits.data_ptr(), place(rows), place(offsets)
+        arguments.tokens, arguments.logprobs = place(tokens), place(logprobs)
+        _run_sample(arguments, logits)
+        return tokens, logprobs
+
+
+def _run_sample(arguments: ctypes.Structure, logits: Tensor) -> None:
+    arguments.B, arguments.V = logits.shape
+    arguments.threads = torch.get_num_threads()
+    run("sample", arguments, logits.dtype == torch.bfloat16)
