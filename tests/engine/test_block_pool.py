@@ -125,5 +125,5 @@ def test_roots_tell_versions_and_salts_apart():
 
 
 def test_a_cache_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="holds nothing"):
+    with pytest.raises(ConfigError, match="is too small"):
         BlockPool(0)

@@ -8,7 +8,7 @@ import torch
 from tests.engine.requests import WHOLE
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
-from thinkstack.data import Example, collate, collate_values, quantize_model
+from thinkstack.data import Example, collate, collate_values, pack
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.precision import working_copy
@@ -120,7 +120,7 @@ def test_engine_logprobs_are_the_trainers(cfg, temperature):
         for completion in group:
             samples.append(Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 20))
             drawn.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
-    rows = quantize_model(samples, 64)
+    rows = pack(samples, 64)
     trainer = batch_logprobs(model, collate(samples, rows, 64), temperature, micro_batch_tokens=128)
     assert float((trainer - collate_values(drawn, samples, rows, 64)).abs().max()) < 1e-5
 
@@ -292,7 +292,7 @@ def test_a_stream_yields_the_tokens_of_the_answer():
     model, sampling = tiny_model(), SamplingParams(max_tokens=12, seed=4)
     engine = Engine(model, SMALL)
     assert tuple(engine.stream([1, 2], sampling)) == alone(model, [1, 2], sampling)[0].token_ids
-    with pytest.raises(RequestError, match="one answer"):
+    with pytest.raises(RequestError, match="a stream has one completion"):
         next(engine.stream([1], replace(sampling, n=2)))
 
 
@@ -347,5 +347,5 @@ def test_a_small_model_in_bf16_computes_in_fp32_with_rounded_weights_and_context
 
 
 def test_an_engine_without_places_is_refused():
-    with pytest.raises(ConfigError, match="decodes nothing"):
+    with pytest.raises(ConfigError, match="is too small"):
         EngineConfig(max_num_seqs=0)

@@ -27,9 +27,9 @@ class Oracle:
     def __call__(self, speculator: Speculator, rows: numpy.ndarray, states: torch.Tensor) -> None:
         table = speculator.table
         for row in rows.tolist():
-            known, prompt_end = int(table.num_tokens[row]), int(table.prompt[row])
+            known, prompt_end = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
             answer = self.answers.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
-            left = int(table.limit[row]) - known
+            left = int(table.max_num_tokens[row]) - known
             if table.num_computed_tokens[row] != known - 1:
                 continue
             drafts = list(answer[known - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
@@ -185,7 +185,7 @@ def test_cached_states_are_those_of_a_whole_sequence(cfg):
 
 
 def test_a_model_without_a_module_cannot_guess():
-    with pytest.raises(ConfigError, match="num_speculative_tokens asks for guesses"):
+    with pytest.raises(ConfigError, match="num_speculative_tokens needs a multi-token-prediction module"):
         Engine(tiny_model(GQA_TINY), replace(SMALL, num_speculative_tokens=1))
     with pytest.raises(ConfigError, match="num_speculative_tokens=-1"):
         replace(SMALL, num_speculative_tokens=-1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from thinkstack.kernels.cpu import build, calls, decoding
+from thinkstack.kernels.cpu import build, calls, inference
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
@@ -109,7 +109,7 @@ class Library:
 @contextlib.contextmanager
 def answered(answer: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
     """Meanwhile every call of a kernel goes to `answer`."""
-    memory, data_ptr, place = Memory(), Tensor.data_ptr, decoding.place
+    memory, data_ptr, place = Memory(), Tensor.data_ptr, inference.place
 
     def noted_tensor(x: Tensor) -> int:
         memory.note_tensor(x)
@@ -119,7 +119,7 @@ def answered(answer: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
         patch.setattr(calls, "binary", lambda: Library(memory, answer))
         patch.setattr(Tensor, "data_ptr", noted_tensor)
         patch.setattr(ctypes, "addressof", lambda x: memory.note(address_of(x), ctypes.sizeof(x), x))
-        patch.setattr(decoding, "place", lambda x: memory.note(place(x), x.nbytes, x))
+        patch.setattr(inference, "place", lambda x: memory.note(place(x), x.nbytes, x))
         yield
 
 

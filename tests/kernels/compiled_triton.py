@@ -17,8 +17,8 @@ import triton
 
 from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
-from thinkstack.kernels.triton import paged_attention as paged
-from thinkstack.kernels.triton import quantized as packed
+from thinkstack.kernels.triton import attention as paged
+from thinkstack.kernels.triton import linear as packed
 
 FAST_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have, by generation (CUDA programming guide, table of technical specifications)."""
@@ -57,7 +57,7 @@ def reading(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
         query = torch.empty(1, heads.groups, per_group, heads.key_width, dtype=dtype)
         shape = paged.shape_of(query, pages, heads)
         types = {name: TYPES[dtype] for name in ("query", "entries")} | {name: "*fp32" for name in ("out", "log_sums")}
-        types |= {"tables": "*i32", "owner": "*i32", "last": "*i64", "scale": "fp32"}
+        types |= {"block_tables": "*i32", "seq_index": "*i32", "last": "*i64", "scale": "fp32"}
         found = compiled(paged.attend, types, shape | {"S": 4}, paged.options_of(shape), generation, folder)
         yield f"attend, {name}, {dtype}, longest run {longest}", found
 

@@ -24,8 +24,8 @@ from thinkstack.types import SamplingParams
 
 triton = pytest.importorskip("triton")
 from tests.kernels.compiled_triton import FAST_MEMORY, SHAPES, TYPES  # noqa: E402
-from thinkstack.kernels.triton import paged_attention as paged  # noqa: E402
-from thinkstack.kernels.triton import quantized as packed  # noqa: E402
+from thinkstack.kernels.triton import attention as paged  # noqa: E402
+from thinkstack.kernels.triton import linear as packed  # noqa: E402
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 BLOCK_SIZE = 64

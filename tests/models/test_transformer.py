@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_examples, tiny_model
 from thinkstack.data import collate, pack
-from thinkstack.engine.block_pool import BLOCK
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import additive_mask, kv_range_of
@@ -31,7 +31,7 @@ def test_mla_absorbed_equals_expanded(q_lora_rank):
     cache, places = KVCache(model.cfg, 3, torch.float32), torch.arange(20).repeat(2)
     seq_index = torch.arange(2).repeat_interleave(20)
     pages = Pages(cache.data[0], torch.tensor([[1], [2]], dtype=torch.int32), seq_index.int())
-    view = KVCacheView(cache, pages, (seq_index + 1) * BLOCK + places)
+    view = KVCacheView(cache, pages, (seq_index + 1) * BLOCK_SIZE + places)
     with torch.no_grad():
         absorbed = model(ids.view(40, 1), places.view(40, 1), cache=view).view(2, 20, -1)
     torch.testing.assert_close(absorbed, model(ids), rtol=1e-5, atol=2e-5)

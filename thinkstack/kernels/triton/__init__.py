@@ -42,7 +42,7 @@ def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, 
 
 
 def _read_cache(query, entries, block_tables, seq_index, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
-    from thinkstack.kernels.triton.paged_attention import paged_attention
+    from thinkstack.kernels.triton.attention import paged_attention
 
     return paged_attention(query, Pages(entries, block_tables, seq_index, longest_run), last, KVLayout(*heads), scale)
 
@@ -68,7 +68,7 @@ def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _packed_product(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-    from thinkstack.kernels.triton.quantized import product
+    from thinkstack.kernels.triton.linear import product
 
     block = (1, qweight.shape[1]) if qweight.dtype == torch.int8 else (128, 128)
     return product(x, qweight, scale, block)
