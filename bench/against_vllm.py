@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Comparison, arguments, compare, comparison_of, print_comparisons, seconds, write_json
-from engine import NEW, PROMPT, REQUESTS, SMOLLM2, TYPES, answering, drawn, random_tiny
+from engine import NEW, PROMPT, REQUESTS, SMOLLM2, TYPES, answering, random_prompts, random_tiny
 from floor import peak_gflops
 from vllm_server import ENVIRONMENT, interpreter
 
@@ -80,7 +80,7 @@ class Peer:
         self.process.stdin.flush()
         found = self.read()
         self.signal(signal.SIGSTOP)
-        assert found["drawn"] == len(prompts) * new, found
+        assert found["num_tokens"] == len(prompts) * new, found
         return float(found["seconds"])
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ def throughput(pairs: int) -> list[Comparison]:
         ("v3-tiny", "fp32", random_tiny(mtp_layers=0)),
         ("SmolLM2", "bf16", load_model(SMOLLM2)),
     ):
-        prompts = drawn(REQUESTS, PROMPT, model.cfg.vocab_size)
+        prompts = random_prompts(REQUESTS, PROMPT, model.cfg.vocab_size)
         found.append(measured(f"{name}, 64 x (128 + 128)", model, dtype, prompts, NEW, pairs))
     return found
 
@@ -153,7 +153,7 @@ def throughput(pairs: int) -> list[Comparison]:
 def prefill(pairs: int) -> list[Comparison]:
     """One prompt, one token."""
     model = load_model(SMOLLM2)
-    return [measured("SmolLM2, prompt of 512", model, "bf16", drawn(1, LONG, model.cfg.vocab_size), 1, pairs)]
+    return [measured("SmolLM2, prompt of 512", model, "bf16", random_prompts(1, LONG, model.cfg.vocab_size), 1, pairs)]
 
 
 def start(pairs: int) -> list[Comparison]:

@@ -49,7 +49,7 @@ def row_of(name: str, folder: Path, stage: str, seconds: float | None) -> dict[s
     }
 
 
-def draw(folders: list[Path], path: Path) -> None:
+def plot(folders: list[Path], path: Path) -> None:
     """Accuracy and length over the steps of reinforcement learning: mean, and least to largest over seeds."""
     curves = [read_lines(folder / "zero" / CURVE) for folder in folders]
     steps = [point["step"] for point in curves[0]]
@@ -101,7 +101,7 @@ def main() -> None:
     before, after = (statistics.fmean(column) for column in zip(*ends, strict=True))
     print(f"\nmean pass@1 over {len(ends)} seeds: {before:.3f} -> {after:.3f}   ({describe_machine()})")
     if not options.controls:
-        draw([options.out / f"seed{seed}" for seed in options.seeds], Path("docs/demo.png"))
+        plot([options.out / f"seed{seed}" for seed in options.seeds], Path("docs/demo.png"))
     if options.json:
         write_json(options.json, rows)
 

@@ -44,7 +44,7 @@ from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
-from thinkstack.models.precision import Precision, Stored, inference_copy, resolve_precision
+from thinkstack.models.precision import Precision, Quantization, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.table import problems, puzzle_tasks
 from thinkstack.types import Message, SamplingParams
@@ -56,7 +56,7 @@ ANSWER = 64
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def drawn(count: int, length: int, vocab_size: int, seed: int = 1) -> list[list[int]]:
+def random_prompts(count: int, length: int, vocab_size: int, seed: int = 1) -> list[list[int]]:
     """Prompts of random tokens."""
     return torch.randint(8, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -86,7 +86,7 @@ def throughput(pairs: int) -> list[Comparison]:
         *([("v3-tiny", "bf16", random_tiny(mtp_layers=0))] if fast == "bf16" else []),
         ("SmolLM2", fast, load_model(SMOLLM2)),
     ):
-        prompts = drawn(REQUESTS, PROMPT, model.cfg.vocab_size)
+        prompts = random_prompts(REQUESTS, PROMPT, model.cfg.vocab_size)
         size = EngineConfig(max_num_seqs=REQUESTS, max_model_len=PROMPT + NEW, dtype=dtype, enable_prefix_caching=False)
         ours = answering(Engine(model, size), prompts, NEW)
         peers = twins(model, TYPES[dtype], ("eager", "grouped_mm") if model.cfg.moe else ("eager",))
@@ -120,11 +120,11 @@ def bytes_a_token(model: Transformer) -> int:
 def single(tries: int) -> tuple[list[Comparison], list[Row]]:
     """One user: what a token takes beyond reading every weight once, and against llama.cpp on 8-bit weights too."""
     model = load_model(SMOLLM2)
-    prompt = drawn(1, 16, model.cfg.vocab_size)
-    kinds: dict[str, Stored] = {"bf16": "plain", "int8": "int8"}
+    prompt = random_prompts(1, 16, model.cfg.vocab_size)
+    kinds: dict[str, Quantization] = {"bf16": "plain", "int8": "int8"}
     size = EngineConfig(max_num_seqs=1, max_model_len=1024, dtype="bf16", enable_prefix_caching=False)
-    engines = {kind: Engine(model, replace(size, weights=stored)) for kind, stored in kinds.items()}
-    copies = (inference_copy(model, torch.bfloat16, stored) for stored in kinds.values())
+    engines = {kind: Engine(model, replace(size, weights=quantization)) for kind, quantization in kinds.items()}
+    copies = (inference_copy(model, torch.bfloat16, quantization) for quantization in kinds.values())
     read = {kind: torch.ones(bytes_a_token(copy) // 4) for kind, copy in zip(kinds, copies, strict=True)}
     with gguf_peer(SMOLLM2, "Q8_0", prompt[0], ANSWER) as peer:
         works = {kind: partial(seconds_a_token, engine, prompt, temperature=0.0) for kind, engine in engines.items()}
@@ -140,7 +140,7 @@ def single(tries: int) -> tuple[list[Comparison], list[Row]]:
     rows = []
     for kind, engine in engines.items():
         rows += one_users_rows(kind, seconds[kind][1:], floors[kind][1:])
-        prompts = repeat(answering(engine, drawn(1, 512, model.cfg.vocab_size), 1), 0.0, tries)
+        prompts = repeat(answering(engine, random_prompts(1, 512, model.cfg.vocab_size), 1), 0.0, tries)
         operations = 512 * flops_per_token(model.cfg, 256) / peak_gflops(torch.bfloat16) / 1e9
         prefill = statistics.median(prompts)
         for name, value, unit in (
@@ -203,8 +203,8 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
     model without guesses over that with them.
     """
     model, chat = load_model(path), load_chat(path)
-    asked = problems(puzzle_tasks(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
+    test_problems = problems(puzzle_tasks(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
+    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
     comparisons, rows = [], []
     for count in (1, 4, 16, 64):
         how = {"temperature": 0.0, "stop_token_ids": tuple(chat.stop_token_ids)}
@@ -252,7 +252,7 @@ def overhead(tries: int) -> list[Row]:
         waiting.scheduler.plan = lambda given=planned: given  # type: ignore[method-assign]
         waiting.step()
     long = random_tiny(mtp_layers=0, max_positions=2048)
-    shared, num_computed_tokens = drawn(1, 1024, long.cfg.vocab_size)[0], [0]
+    shared, num_computed_tokens = random_prompts(1, 1024, long.cfg.vocab_size)[0], [0]
     sharing = Engine(long, EngineConfig(max_num_seqs=REQUESTS))
     pass_on = sharing.runner.run
 
@@ -261,7 +261,7 @@ def overhead(tries: int) -> list[Row]:
         return pass_on(planned, table)
 
     sharing.runner.run = counted  # type: ignore[method-assign]
-    own = drawn(REQUESTS, 64, long.cfg.vocab_size, seed=2)
+    own = random_prompts(REQUESTS, 64, long.cfg.vocab_size, seed=2)
     answering(sharing, [shared + one for one in own], 1)()
     distinct = 1024 + REQUESTS * 64
     return [
@@ -291,7 +291,7 @@ def outside(model: Transformer, dtype: Precision, tries: int) -> float:
     size = EngineConfig(max_num_seqs=REQUESTS, max_model_len=PROMPT + NEW, dtype=dtype, enable_prefix_caching=False)
     engine = Engine(model, size)
     clock, shares = Clock(engine), []
-    work = answering(engine, drawn(REQUESTS, PROMPT, model.cfg.vocab_size), NEW)
+    work = answering(engine, random_prompts(REQUESTS, PROMPT, model.cfg.vocab_size), NEW)
     work()
     for _ in range(tries):
         inside, whole = clock.of(work)
@@ -329,7 +329,7 @@ def context(tries: int) -> list[Row]:
 def behind(model: Transformer, dtype: Precision, length: int, tries: int) -> float:
     """Seconds a token behind so many tokens, which are in the cache."""
     engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=length + 65, dtype=dtype))
-    prompt = drawn(1, length, model.cfg.vocab_size)
+    prompt = random_prompts(1, length, model.cfg.vocab_size)
     answering(engine, prompt, 1)()
     seconds = []
     for _ in range(tries):

@@ -29,7 +29,7 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, SamplingParams
 
 LONGEST = 640
-ALONE = EngineConfig(max_num_seqs=8, enable_prefix_caching=False, max_prefill_tokens=4096)
+SINGLE = EngineConfig(max_num_seqs=8, enable_prefix_caching=False, max_prefill_tokens=4096)
 Bits = tuple[tuple[int, ...], tuple[str, ...], str]
 
 
@@ -106,13 +106,13 @@ def count_differences(answers: int, seed: int) -> dict[str, int]:
                 cache_tokens=rng.choice((0, 12, 16)) * BLOCK_SIZE,
                 num_speculative_tokens=min(rng.choice((0, 1)), model.cfg.mtp_layers),
             )
-            engine, alone = Engine(model, cfg), Engine(model, ALONE)
+            engine, single = Engine(model, cfg), Engine(model, SINGLE)
             shared = [rng.randrange(model.cfg.vocab_size) for _ in range(200)]
-            asked = [request(rng, model.cfg.vocab_size, shared) for _ in range(40)]
-            together = engine.generate([prompt for prompt, _ in asked], [sampling for _, sampling in asked])
+            requests = [request(rng, model.cfg.vocab_size, shared) for _ in range(40)]
+            together = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
             found["preempted"] += engine.scheduler.num_preemptions
-            for (prompt, sampling), group in zip(asked, together, strict=True):
-                (expected,) = alone.generate([prompt], [sampling])
+            for (prompt, sampling), group in zip(requests, together, strict=True):
+                (expected,) = single.generate([prompt], [sampling])
                 for ours, theirs in zip(map(bits, group), map(bits, expected), strict=True):
                     found["answers"] += 1
                     found["tokens"] += ours[0] != theirs[0]
@@ -151,10 +151,10 @@ def main() -> None:
     numbers = ["--answers", str(args.answers), "--seed", str(args.seed), "--threads", str(args.threads)]
     command = [sys.executable, __file__, "--here", *numbers]
     rows, differ = [], 0
-    asked = {name: environment for name, environment in paths().items() if args.only in name}
-    if not asked:
+    requests = {name: environment for name, environment in paths().items() if args.only in name}
+    if not requests:
         parser.error(f"no path holds {args.only!r}; known: {'; '.join(paths())}")
-    for name, environment in asked.items():
+    for name, environment in requests.items():
         ran = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
         counts = json.loads(ran.stdout)
         differ += counts["logprobs"]

@@ -78,8 +78,8 @@ def main() -> None:
     args = parser.parse_args()
     prepare_machine(args.threads)
     model, chat = load_model(args.model), load_chat(args.model)
-    asked = problems(puzzle_tasks(PUZZLES), "test", 0, args.prompts)
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
+    test_problems = problems(puzzle_tasks(PUZZLES), "test", 0, args.prompts)
+    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
     stops = tuple(chat.stop_token_ids)
     how = [SamplingParams(temperature=0.0, max_tokens=args.tokens, stop_token_ids=stops)] * len(prompts)
     ours = [list(group[0].token_ids) for group in Engine(model, EngineConfig(max_num_seqs=16)).generate(prompts, how)]

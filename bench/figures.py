@@ -49,8 +49,8 @@ class Answered:
 
 def answers(model: Transformer, chat: ChatFormat, temperature: float, problems: int) -> list[Answered]:
     """What the model says to held-out problems, by family and language."""
-    asked = held_out(EvalConfig(num_problems=problems, tasks=PUZZLES))
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in asked]
+    test_problems = held_out(EvalConfig(num_problems=problems, tasks=PUZZLES))
+    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
     samplings = [
         SamplingParams(
             temperature=temperature,
@@ -58,12 +58,12 @@ def answers(model: Transformer, chat: ChatFormat, temperature: float, problems: 
             stop_token_ids=chat.stop_token_ids,
             seed=digest("figures", i) % 2**63,
         )
-        for i in range(len(asked))
+        for i in range(len(test_problems))
     ]
     engine = Engine(model, EngineConfig(max_num_seqs=64))
-    drawn = [group[0].token_ids for group in engine.generate(prompts, samplings)]
+    sampled = [group[0].token_ids for group in engine.generate(prompts, samplings)]
     kinds: dict[tuple[str, str], list[Example]] = {}
-    for problem, prompt, ids in zip(asked, prompts, drawn, strict=True):
+    for problem, prompt, ids in zip(test_problems, prompts, sampled, strict=True):
         sample = Example((*prompt, *ids), (0,) * len(prompt) + (1,) * len(ids))
         kinds.setdefault((problem.task, problem.language), []).append(sample)
     return [Answered(*kind, samples) for kind, samples in sorted(kinds.items())]
@@ -175,10 +175,10 @@ def main() -> None:
     drafts = {}
     for name, folder in {"base": args.base, "zero": args.zero}.items():
         model, chat = load_model(folder), load_chat(folder)
-        greedy, drawn = (answers(model, chat, temperature, args.problems) for temperature in (0.0, 1.0))
+        greedy, sampled = (answers(model, chat, temperature, args.problems) for temperature in (0.0, 1.0))
         if name == "base":
-            plot_experts(expert_use(model, drawn), drawn)
-        chosen, sampled = by_task(greedy), by_task(drawn)
+            plot_experts(expert_use(model, sampled), sampled)
+        chosen, sampled = by_task(greedy), by_task(sampled)
         drafts[name] = {
             family: (acceptance(model, chosen[family])[0], *acceptance(model, sampled[family])[1:])
             for family in sampled

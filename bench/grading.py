@@ -35,7 +35,7 @@ def as_problem(row: dict, reference: str) -> Problem:
     return published("math", str(row.get("prompt") or row.get("problem")), reference, level=1)
 
 
-def judged(data: Path) -> Iterator[tuple[str, str, str, bool]]:
+def graded_answers(data: Path) -> Iterator[tuple[str, str, str, bool]]:
     """(file, reference, answer, our verdict) of each recorded answer: the answer alone, or as it was written."""
     for path in sorted((data / "r1_traces").glob("cs336_*.jsonl.gz")):
         for row in rows(path):
@@ -58,7 +58,7 @@ def report_agreement(data: Path) -> None:
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     differences: dict[tuple[str, str, bool], int] = defaultdict(int)
-    for file, reference, answer, ours in judged(data):
+    for file, reference, answer, ours in graded_answers(data):
         text = answer if "\\boxed" in answer or "$" in answer else f"${answer}$"
         theirs = bool(verify(parse(f"${reference}$"), parse(text)))
         counts[file] = [a + b for a, b in zip(counts[file], (1, ours == theirs, ours), strict=True)]

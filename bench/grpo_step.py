@@ -8,7 +8,7 @@ ours has the same reduction and also corrects for the engine's probabilities. TR
 checkpointing (which would slow it down), and with the fastest of transformers' attention and expert implementations.
 bf16: TRL's autocast over fp32 weights; ours trains in bf16 over fp32 weights and draws in fp32, SmolLM2 in bf16.
 TRL drives: after each of its steps ours takes one, so that a machine that slows down slows both. The first pair does
-not count. --alone ours and --alone trl take the steps of one side in a process of its own and print its peak memory.
+not count. --only ours and --only trl take the steps of one side in a process of its own and print its peak memory.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
             for place in range(shape.prompts)
         ]
         groups = engine.generate(prompts, samplings)
-        drawn = time.perf_counter()
+        num_sampled = time.perf_counter()
         rollouts = [
             Rollout(
                 problem=nothing,
@@ -119,7 +119,7 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
         lengths = {len(rollout.completion.token_ids) for rollout in rollouts}
         if lengths != {shape.new_tokens}:
             raise RuntimeError(f"answers of {sorted(lengths)} tokens; both sides must draw {shape.new_tokens}")
-        return {"rollout": drawn - start, "update": done - drawn, "step": done - start}
+        return {"rollout": num_sampled - start, "update": done - num_sampled, "step": done - start}
 
     return step
 
@@ -228,12 +228,12 @@ def measure(args: Any) -> list[Comparison]:
         for kind, twin in candidates.items()
     }
     print("TRL's step, least of two [s]:", {kind: round(best, 2) for kind, best in tried.items()})
-    drawn = shape.prompts * shape.group * shape.new_tokens
-    asked = shape.prompts * shape.prompt_tokens
-    whole = (drawn + asked) * flops_per_token(model.cfg, shape.prompt_tokens)
-    loss_mask = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    drawn_in = loss_mask if args.model == "smollm2" else torch.float32
-    floors = {"rollout": whole / peak_gflops(drawn_in) / 1e9, "update": 3 * whole / peak_gflops(loss_mask) / 1e9}
+    num_sampled = shape.prompts * shape.group * shape.new_tokens
+    num_prompt_tokens = shape.prompts * shape.prompt_tokens
+    total = (num_sampled + num_prompt_tokens) * flops_per_token(model.cfg, shape.prompt_tokens)
+    train_dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    rollout_dtype = train_dtype if args.model == "smollm2" else torch.float32
+    floors = {"rollout": total / peak_gflops(rollout_dtype) / 1e9, "update": 3 * total / peak_gflops(train_dtype) / 1e9}
     floors["step"] = sum(floors.values())
     kinds = {"default": DEFAULT, "fastest": min(tried, key=tried.__getitem__)}
     found = []
@@ -250,10 +250,10 @@ def measure(args: Any) -> list[Comparison]:
     return found
 
 
-def alone(args: Any) -> None:
+def measure_one_side(args: Any) -> None:
     """Take args.steps steps of one side and print what the process needed at most."""
     model, tokenizer, prompts = setting(args.model)
-    if args.alone == "ours":
+    if args.only == "ours":
         step = our_step(model, tokenizer, [tokenizer.encode(text) for text in prompts], args)
         for _ in range(args.steps):
             step()
@@ -262,19 +262,19 @@ def alone(args: Any) -> None:
         del model
         trl_steps(twin, tokenizer, prompts, args.steps, args, lambda: None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{args.alone}, {args.model}, {args.dtype}: {args.steps} steps needed at most {peak:.2f} GB")
+    print(f"{args.measure_one_side}, {args.model}, {args.dtype}: {args.steps} steps needed at most {peak:.2f} GB")
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="pairs, the first of which does not count")
     parser.add_argument("--model", choices=tuple(SHAPES), default="v3-tiny")
-    parser.add_argument("--alone", choices=("ours", "trl"), help="measure the memory of one side")
+    parser.add_argument("--only", choices=("ours", "trl"), help="measure the memory of one side")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
     prepare_machine(args.threads)
-    if args.alone:
-        return alone(args)
+    if args.only:
+        return measure_one_side(args)
     found, shape = measure(args), SHAPES[args.model]
     title = f"GRPO step {shape.prompts} x {shape.group} x {shape.new_tokens}, {args.model}, {args.dtype}"
     print_comparisons(title, found)

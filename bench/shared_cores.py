@@ -201,11 +201,11 @@ def print_work(work: str, times: dict[tuple[str, int], list[float]], args: argpa
     rows = []
     first = times[args.spins[0], 0]
     for spin in args.spins:
-        alone = times[spin, 0]
-        cells = [f"{min(alone):.3f}", f"{min(alone) / min(first):.2f}"]
+        unloaded = times[spin, 0]
+        cells = [f"{min(unloaded):.3f}", f"{min(unloaded) / min(first):.2f}"]
         for beside in (times[spin, processes] for processes in args.busy if processes):
             cells += [f"{min(first) / min(beside):.2f}", f"{min(first) / statistics.median(beside):.2f}"]
-        rows.append((f"{work}, {spin}", *cells, str(len(alone))))
+        rows.append((f"{work}, {spin}", *cells, str(len(unloaded))))
     heads = ["", "alone [s]", "of first"]
     for processes in filter(None, args.busy):
         heads += [f"beside {processes}", "median"]

@@ -49,15 +49,15 @@ class Load:
 
     def next(self) -> tuple[list[int], SamplingParams, int]:
         """Prompt, sampling and priority."""
-        draw = self.random
-        beginning = draw.choice(self.beginnings) if draw.random() < 0.5 else []
-        prompt = beginning + self.tokens(draw.choice((1, 5, 30, 200)))
-        how: dict[str, Any] = {"max_tokens": draw.choice((1, 10, 60, 250)), "seed": draw.randrange(2**40)}
-        how |= {"temperature": draw.choice((0.0, 0.7, 1.0)), "n": draw.choice((1, 1, 1, 4))}
-        how |= draw.choice(({}, {}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"frequency_penalty": 0.5}))
-        if draw.random() < 0.3:
+        rng = self.random
+        beginning = rng.choice(self.beginnings) if rng.random() < 0.5 else []
+        prompt = beginning + self.tokens(rng.choice((1, 5, 30, 200)))
+        how: dict[str, Any] = {"max_tokens": rng.choice((1, 10, 60, 250)), "seed": rng.randrange(2**40)}
+        how |= {"temperature": rng.choice((0.0, 0.7, 1.0)), "n": rng.choice((1, 1, 1, 4))}
+        how |= rng.choice(({}, {}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, {"frequency_penalty": 0.5}))
+        if rng.random() < 0.3:
             how["stop_token_ids"] = tuple(self.tokens(3))
-        return prompt, SamplingParams(**how), draw.choice((0, 0, 0, 1, -1))
+        return prompt, SamplingParams(**how), rng.choice((0, 0, 0, 1, -1))
 
 
 class Soak:
@@ -81,11 +81,11 @@ class Soak:
 
     def step(self) -> None:
         """Let requests come, perhaps abort one, and make a step."""
-        draw, engine = self.load.random, self.engine
-        while engine.scheduler.num_waiting < 20 and draw.random() < 0.5:
+        rng, engine = self.load.random, self.engine
+        while engine.scheduler.num_waiting < 20 and rng.random() < 0.5:
             self.alive.append(engine.submit(*self.load.next()))
-        if self.alive and draw.random() < 0.02:
-            engine.abort(self.alive.pop(draw.randrange(len(self.alive))))
+        if self.alive and rng.random() < 0.02:
+            engine.abort(self.alive.pop(rng.randrange(len(self.alive))))
             self.aborts += 1
         engine.step()
         self.steps += 1
@@ -95,8 +95,8 @@ class Soak:
             self.answers += request.sampling.n
             if len(self.finished) < REPLAYED:
                 self.finished.append(request)
-            elif draw.random() < REPLAYED / self.answers:
-                self.finished[draw.randrange(REPLAYED)] = request
+            elif rng.random() < REPLAYED / self.answers:
+                self.finished[rng.randrange(REPLAYED)] = request
 
     def run(self, minutes: float) -> None:
         """Steps for so long."""
@@ -148,8 +148,8 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint; else v3-tiny with drawn weights")
     args = parser.parse_args()
     prepare_machine(args.threads)
-    drawn = Transformer(named("v3-tiny", max_positions=LONGEST)).initialize(torch.Generator().manual_seed(0))
-    soak = Soak(load_model(args.model) if args.model else drawn)
+    random_model = Transformer(named("v3-tiny", max_positions=LONGEST)).initialize(torch.Generator().manual_seed(0))
+    soak = Soak(load_model(args.model) if args.model else random_model)
     soak.run(args.minutes)
     soak.check()
     rows = soak.rows()

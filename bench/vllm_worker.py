@@ -30,9 +30,9 @@ if __name__ == "__main__":
     for line in sys.stdin:
         job = json.loads(line)
         how = SamplingParams(max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=0)
-        asked = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        requests = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         began = time.perf_counter()
-        found = engine.generate(asked, how, use_tqdm=False)
+        found = engine.generate(requests, how, use_tqdm=False)
         seconds = time.perf_counter() - began
-        drawn = sum(len(one.outputs[0].token_ids) for one in found)
-        os.write(answers, json.dumps({"seconds": seconds, "drawn": drawn}).encode() + b"\n")
+        num_sampled = sum(len(one.outputs[0].token_ids) for one in found)
+        os.write(answers, json.dumps({"seconds": seconds, "num_tokens": num_sampled}).encode() + b"\n")

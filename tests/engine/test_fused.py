@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.test_kernels import drawn
+from tests.kernels.test_kernels import random_tensor
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE
@@ -52,12 +52,15 @@ def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("width", [32, 96, 576])
 def test_products_of_a_few_rows(count, width):
-    x, weight = drawn(count, width, dtype=torch.bfloat16), drawn(50, width, seed=1, dtype=torch.bfloat16)
+    x, weight = (
+        random_tensor(count, width, dtype=torch.bfloat16),
+        random_tensor(50, width, seed=1, dtype=torch.bfloat16),
+    )
     exact = x.double() @ weight.double().T
     with torch.no_grad():
         assert kernels.takes_small_m(x, weight)
         assert relative(kernels.small_m_linear(x, weight), exact) < 3e-3  # half a unit in bf16's last place
-    assert not kernels.takes_small_m(drawn(9, width, dtype=torch.bfloat16), weight)
+    assert not kernels.takes_small_m(random_tensor(9, width, dtype=torch.bfloat16), weight)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
@@ -75,7 +78,7 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
         quantize_model(exact, Int8(), quantizable_matrices(exact))
         dequantize_model(exact)
     cache = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
-    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
     twin = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
     twin.data.copy_(cache.data)
     kept = cache.data.clone()
@@ -126,7 +129,7 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     """States, entries and experts, of a chunk of a prompt beside tokens being decoded; alone they are the same bits."""
     model = tiny_model((LATENT | KINDS)[kind])
     cache = KVCache(model.cfg, 21, torch.float32)
-    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
     twin = KVCache(model.cfg, 21, torch.float32)
     twin.data.copy_(cache.data)
     chunk = max(count - 4, 1)
@@ -165,7 +168,7 @@ def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
     """What is read is rounded, what is computed is not; 20 tokens of one sequence, over the edge of a block."""
     whole = fused_pass(tiny_model(LATENT[kind]))
     exact, cache = (KVCache(LATENT[kind], 3, dtype) for dtype in (torch.float32, torch.bfloat16))
-    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
     exact.data.copy_(cache.data)
     block_tables, seq_index, places = (
         torch.tensor([[2, 1]], dtype=torch.int32),
@@ -186,13 +189,13 @@ def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
 def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
     model = tiny_model(SMALL)
     cache = KVCache(model.cfg, 3, torch.float32, drafts=True)
-    cache.data.copy_(drawn(*cache.data.shape, seed=3))
+    cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
     twin = KVCache(model.cfg, 3, torch.float32, drafts=True)
     twin.data.copy_(cache.data)
     seq_index, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
     block_tables = torch.tensor([[2, 1]], dtype=torch.int32)
     slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
-    hidden, following = drawn(9, 32, seed=4), torch.arange(9)
+    hidden, following = random_tensor(9, 32, seed=4), torch.arange(9)
     whole = fused_pass(model)
     assert isinstance(whole, FusedMLA)
     mine = whole.draft(hidden, following, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)

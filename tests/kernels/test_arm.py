@@ -37,7 +37,7 @@ from tests.kernels.arm_cases import (
     routing,
     rows,
 )
-from tests.kernels.test_kernels import drawn
+from tests.kernels.test_kernels import random_tensor
 from tests.tiny import MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE
@@ -71,7 +71,7 @@ HEADS = {
 def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> Case:
     """Contexts of several segments, chunks of prompts over the edge of a block; what is not seen is not a number."""
     heads = HEADS[kind]
-    entries = drawn(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
+    entries = random_tensor(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
     block_tables = (1 + torch.randperm(39, generator=torch.Generator().manual_seed(0))).view(1, 39).int()
     block_tables = torch.cat((block_tables, block_tables.flip(1).repeat(5, 1)))
     entries[0] = torch.nan
@@ -81,7 +81,7 @@ def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> 
     if batched:
         seq_index = torch.cat((seq_index, torch.arange(1, 6, dtype=torch.int32)))
         last = torch.cat((last, torch.tensor([0, 63, 1024, 1500, 9])))
-    query = drawn(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
+    query = random_tensor(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def mine() -> list[Tensor]:
         return [kernels.paged_attention(query, Pages(entries, block_tables, seq_index), last, heads, 0.2)]
@@ -99,8 +99,11 @@ def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> 
 def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) -> Case:
     """Of two sequences, over the edge of a block; their entries are written too."""
     H, G, N = 6, 2, 5
-    qkv, entries = drawn(N, (H + 2 * G) * width, dtype=dtype), drawn(7, 64, 2 * G * width, seed=1, dtype=dtype)
-    norms = (drawn(width, seed=2), drawn(width, seed=3)) if normed else (None, None)
+    qkv, entries = (
+        random_tensor(N, (H + 2 * G) * width, dtype=dtype),
+        random_tensor(7, 64, 2 * G * width, seed=1, dtype=dtype),
+    )
+    norms = (random_tensor(width, seed=2), random_tensor(width, seed=3)) if normed else (None, None)
     block_tables, seq_index = (
         torch.tensor([[3, 1], [2, 5]], dtype=torch.int32),
         torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32),
@@ -136,7 +139,7 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
 
 def sampling(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
     """With top-k, top-p and min-p or without, some greedy, some without the lower half of the tokens."""
-    logits = (drawn(60, vocabulary) * 3).to(dtype)
+    logits = (random_tensor(60, vocabulary) * 3).to(dtype)
     logits[::5, : vocabulary // 2] = -torch.inf
     temperature, uniform = torch.full((60,), 0.8), torch.linspace(0, 0.999, 60, dtype=torch.float64)
     temperature[::7] = 0
@@ -170,7 +173,7 @@ def sampling_of_rows(is_unfiltered: bool) -> Case:
 
 
 def small_m_linear(count: int, width: int) -> Case:
-    x, weight = drawn(count, width, dtype=BF16), drawn(50, width, seed=1)
+    x, weight = random_tensor(count, width, dtype=BF16), random_tensor(50, width, seed=1)
     parts = Int8().quantize(weight)
 
     @torch.no_grad()
@@ -207,7 +210,7 @@ def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torc
 
     def cache_of(dtype: torch.dtype) -> KVCache:
         cache = KVCache(exact.cfg, 21, dtype)
-        cache.data.copy_(drawn(*cache.data.shape, seed=3))
+        cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
         return cache
 
     def pages(cache: KVCache) -> Pages:

@@ -40,7 +40,7 @@ def assert_close(mine, theirs, relative):
         assert float((a.float() - b.float()).norm()) <= relative * float(b.float().norm())
 
 
-def drawn(*shape, seed=0, dtype=torch.float32):
+def random_tensor(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -98,7 +98,11 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
         kv_range=kv_range_of(documents, branches_of(tokens) if branched else None),
         last=torch.arange(tokens)[None],
     )
-    q, kv, shared = drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)
+    q, kv, shared = (
+        random_tensor(2, tokens, 2, 9),
+        random_tensor(2, tokens, 16, seed=1),
+        random_tensor(2, tokens, 4, seed=2),
+    )
 
     def run(*inputs):
         return module.among_themselves(*inputs, module.expanded, AttentionContext(**context))
@@ -111,7 +115,7 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
 
 
 def test_another_document_in_the_row_changes_no_bit():
-    q, kv = drawn(1, 40, 2, 8), drawn(1, 40, 32, seed=1)
+    q, kv = random_tensor(1, 40, 2, 8), random_tensor(1, 40, 32, seed=1)
     heads = kernels.KVLayout(2, 8, 16, 8, 16, 8)
     rope = rope_table(torch.arange(40)[None], 8, MLA_TINY.rope)
     kv_range = kv_range_of((torch.arange(40)[None] >= 20).long())
@@ -125,12 +129,12 @@ def test_another_document_in_the_row_changes_no_bit():
 @BOTH_DTYPES
 @pytest.mark.parametrize("width", [2, 16, 37, 128])
 def test_norms_activations_and_rotations(width, dtype, relative, on_torch):
-    x, y = drawn(3, 5, width, dtype=dtype), drawn(3, 5, width, seed=1, dtype=dtype)
+    x, y = random_tensor(3, 5, width, dtype=dtype), random_tensor(3, 5, width, seed=1, dtype=dtype)
     norm = RMSNorm(width, 1e-6)
-    norm.weight.data = drawn(width, seed=2)
-    rows = drawn(3, 5, width + 3, dtype=dtype)
+    norm.weight.data = random_tensor(width, seed=2)
+    rows = random_tensor(3, 5, width + 3, dtype=dtype)
     table = rope_table(torch.arange(5)[None], 2 * width, MLA_TINY.rope)
-    pairs = drawn(3, 5, 2, 2 * width, dtype=dtype)
+    pairs = random_tensor(3, 5, 2, 2 * width, dtype=dtype)
     for run, inputs in (
         (lambda x, w: torch.nn.functional.linear(norm(x), torch.eye(width, dtype=dtype)) * w.to(dtype), (x, y)),
         (lambda wide: norm(wide[..., :width]), (rows,)),
@@ -143,7 +147,7 @@ def test_norms_activations_and_rotations(width, dtype, relative, on_torch):
 
 @BOTH_DTYPES
 def test_log_probabilities_entropy_and_their_gradients(dtype, relative, on_torch):
-    hidden, weight = drawn(9, 12, dtype=dtype), drawn(53, 12, seed=1, dtype=dtype)
+    hidden, weight = random_tensor(9, 12, dtype=dtype), random_tensor(53, 12, seed=1, dtype=dtype)
     index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
 
     def run(hidden, weight):
@@ -162,7 +166,7 @@ def test_routing_chooses_as_torch_does(group_score, normalize, on_torch):
         norm_topk_prob=normalize,
     )
     scores = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
-    bias = drawn(12, seed=1) * 0.2
+    bias = random_tensor(12, seed=1) * 0.2
     with torch.no_grad():
         mine, theirs = route(scores, bias, cfg), on_torch(route, scores, bias, cfg)
     assert torch.equal(mine[1].sort(-1).values, theirs[1].sort(-1).values)
@@ -187,10 +191,10 @@ def test_an_engine_draws_the_same_tokens_with_and_without_kernels(cfg, on_torch)
 
 def test_a_row_does_not_depend_on_its_companions():
     """Bit for bit: this is what lets a request draw the same tokens alone or in a batch."""
-    x, y = drawn(130, 32), drawn(130, 32, seed=1)
+    x, y = random_tensor(130, 32), random_tensor(130, 32, seed=1)
     experts = torch.randint(4, (130, 1), generator=torch.Generator().manual_seed(5))
     experts = torch.cat((experts, (experts + 1) % 4), 1)
-    weights, w_in, w_out = torch.rand(130, 2), drawn(4, 32, 32, seed=6), drawn(4, 32, 16, seed=7)
+    weights, w_in, w_out = torch.rand(130, 2), random_tensor(4, 32, 32, seed=6), random_tensor(4, 32, 16, seed=7)
 
     def routed(rows):
         return kernels.expert_mlp(*(t[rows].contiguous() for t in (x, weights, experts)), w_in, w_out)
@@ -260,13 +264,13 @@ def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     """Decoding and chunks of prompts, of sequences whose blocks lie anywhere; what lies in other blocks is not read."""
-    entries = drawn(9, 4, 24).to(dtype)
+    entries = random_tensor(9, 4, 24).to(dtype)
     entries[0] = torch.nan
     block_tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
     seq_index = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
     last = torch.tensor([11, 5, 7, 8, 9])
     pages = Pages(entries, block_tables, seq_index)
-    query = drawn(5, heads.groups, 3, heads.key_width).to(dtype)
+    query = random_tensor(5, heads.groups, 3, heads.key_width).to(dtype)
     mine = kernels.paged_attention(query, pages, last, heads, 0.3)
     entries[0] = 0  # the plain path masks what it gathered too much
     theirs = paged_attention_torch(query, pages, last, heads, 0.3)
@@ -293,7 +297,7 @@ def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dty
     """Chunks of prompts over the edge of a block, contexts of several segments, which few sequences read in parts at
     once, and blocks whose rest holds what is not a number."""
     width = max(heads.key_width, heads.value_at + heads.groups * heads.value_step)
-    entries = drawn(102, 64, width).to(dtype)
+    entries = random_tensor(102, 64, width).to(dtype)
     block_tables = (1 + torch.randperm(100, generator=torch.Generator().manual_seed(0))).view(2, 50).int()
     block_tables = torch.cat((block_tables, block_tables.flip(1).repeat(5, 1)))
     chunk = torch.arange(2020, 2067)
@@ -302,7 +306,7 @@ def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dty
     entries[0] = torch.nan
     block_tables[0, 32] = 101
     entries[101, 19:] = torch.nan  # behind token 2066
-    query = drawn(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
+    query = random_tensor(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def read(rows):
         return kernels.paged_attention(

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from tests.kernels.test_kernels import drawn
+from tests.kernels.test_kernels import random_tensor
 from thinkstack import kernels
 from thinkstack.engine.sampler import sample, uniforms
 from thinkstack.kernels.cpu import calls
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("kept", [False, True])
 def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_torch):
     rows = 400 if vocabulary < 1000 else 60
-    logits = (drawn(rows, vocabulary) * spread).to(dtype)
+    logits = (random_tensor(rows, vocabulary) * spread).to(dtype)
     logits[::5, : vocabulary // 2] = -torch.inf
     generator = torch.Generator().manual_seed(0)
     temperature, uniform = torch.full((rows,), 0.8), torch.rand(rows, dtype=torch.float64, generator=generator)
@@ -56,7 +56,7 @@ def test_rows_of_columns_draw_with_their_own_settings_and_numbers(is_unfiltered)
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(broken):
-    logits = drawn(3, 200)
+    logits = random_tensor(3, 200)
     logits[1, 77] = broken
     _, logprobs = sample(logits, torch.ones(3), torch.full((3,), 0.5, dtype=torch.float64))
     assert logprobs.isnan().tolist() == [False, True, False]
@@ -64,7 +64,7 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(broken):
 
 def test_the_last_number_draws_the_last_token_that_is_kept():
     """Rounding makes the target the whole mass; the vectors behind hold none."""
-    logits = drawn(300, 2000)
+    logits = random_tensor(300, 2000)
     logits[:, 700:] = -torch.inf
     uniform = torch.full((300,), 1 - 2**-53, dtype=torch.float64)
     tokens, logprobs = sample(logits, torch.ones(300), uniform)

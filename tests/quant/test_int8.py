@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.test_kernels import drawn
+from tests.kernels.test_kernels import random_tensor
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.kernels.cpu import calls
@@ -82,16 +82,18 @@ def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tens
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("width", [32, 96, 576])
 def test_products_of_a_few_rows_read_the_codes(count, width):
-    x = drawn(count, width, dtype=torch.bfloat16)
-    mine, exact = product(x, Int8().quantize(drawn(50, width, seed=1) * torch.arange(1, 51)[:, None]))
+    x = random_tensor(count, width, dtype=torch.bfloat16)
+    mine, exact = product(x, Int8().quantize(random_tensor(50, width, seed=1) * torch.arange(1, 51)[:, None]))
     assert float((mine - exact).norm() / exact.norm()) < 3e-3  # half a unit in bf16's last place
-    assert not kernels.takes_small_m(drawn(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8))
+    assert not kernels.takes_small_m(
+        random_tensor(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8)
+    )
 
 
 @needs_kernels
 def test_one_large_activation_does_not_blur_the_others():
     """Activations that were rounded to 8 or 16 bits of their row's largest would blur the other 127 here."""
-    x, weight = drawn(1, 128, dtype=torch.bfloat16), drawn(50, 128, seed=1)
+    x, weight = random_tensor(1, 128, dtype=torch.bfloat16), random_tensor(50, 128, seed=1)
     x[0, 7], weight[:, 7] = 2_000, 0.0
     mine, exact = product(x, Int8().quantize(weight))
     assert float((mine - exact).norm() / exact.norm()) < 3e-3
@@ -101,9 +103,9 @@ def test_one_large_activation_does_not_blur_the_others():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(value):
     """The engine ends an answer whose logits are not finite; whole numbers have nothing to say that with."""
-    x = drawn(3, 64, dtype=torch.bfloat16)
+    x = random_tensor(3, 64, dtype=torch.bfloat16)
     x[1, 5] = value
-    mine, _ = product(x, Int8().quantize(drawn(50, 64, seed=1)))
+    mine, _ = product(x, Int8().quantize(random_tensor(50, 64, seed=1)))
     assert not bool(mine[1].isfinite().any()) and bool(mine[[0, 2]].isfinite().all())
 
 
@@ -112,7 +114,7 @@ def test_what_is_not_finite_stays_in_its_row(value):
 def test_a_packed_layer_takes_the_kernel_for_a_few_rows_only(on_torch):
     layer = torch.nn.Linear(64, 40, bias=False)
     quantized = QuantizedLinear(QuantizedWeight(Int8(), layer.weight, torch.bfloat16), None)
-    x = drawn(9, 64, dtype=torch.bfloat16)
+    x = random_tensor(9, 64, dtype=torch.bfloat16)
     few, many = quantized(x[:8]), quantized(x)
     assert torch.equal(few, kernels.small_m_linear(x[:8], quantized.quantized.qweight, quantized.quantized.scale))
     with torch.no_grad():

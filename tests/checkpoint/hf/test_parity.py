@@ -14,15 +14,15 @@ from thinkstack.models.transformer import Transformer
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-from bench.drawn import FAMILIES, PADDINGS, random_case  # noqa: E402
-from bench.parity import NUM_DRAWN, case_error, drawn_error, logit_error, opened, random_model  # noqa: E402
+from bench.parity import NUM_RANDOM, case_error, logit_error, opened, random_model, random_model_error  # noqa: E402
+from bench.random_models import FAMILIES, PADDINGS, random_case  # noqa: E402
 
-CASES = [random_case(number) for number in range(NUM_DRAWN)]
+CASES = [random_case(number) for number in range(NUM_RANDOM)]
 
 
-@pytest.mark.parametrize("number", range(NUM_DRAWN), ids=lambda number: f"{number}-{random_case(number).cfg.family}")
+@pytest.mark.parametrize("number", range(NUM_RANDOM), ids=lambda number: f"{number}-{random_case(number).cfg.family}")
 def test_logits_and_gradients_of_a_drawn_model_equal_transformers(number: int, tmp_path: Path):
-    error = drawn_error(number, tmp_path / "model")
+    error = random_model_error(number, tmp_path / "model")
     assert error.is_within_bounds, (error, random_case(number))
 
 
