@@ -97,9 +97,8 @@ def main() -> None:
     )
     for comparison in found:
         num_sampled = args.sequences * args.new_tokens
-        print(
-            f"{comparison.name}: {num_sampled / comparison.ours:,.0f} tokens/s ours, {num_sampled / comparison.peer:,.0f} peer"
-        )
+        ours, peer = num_sampled / comparison.ours, num_sampled / comparison.peer
+        print(f"{comparison.name}: {ours:,.0f} tokens/s ours, {peer:,.0f} peer")
     write_json(args.json, found)
 
 
