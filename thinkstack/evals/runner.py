@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, summarize
 from thinkstack.tasks import table
-from thinkstack.tasks.benchmarks.datasets import DataStream
+from thinkstack.tasks.benchmarks.datasets import DatasetStream
 from thinkstack.tasks.mixture import load_split
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.reward import final_answer
+from thinkstack.tasks.reward import extract_answer
 from thinkstack.tasks.verify.answers import normalize
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.parse import ThinkingFormat, parse_turn
@@ -82,7 +82,7 @@ def held_out(cfg: EvalConfig) -> list[Problem]:
         asked = (cfg.levels, cfg.unseen_wordings, cfg.languages)
         found = table.problems(table.puzzle_tasks(cfg.tasks), "test", cfg.seed, cfg.num_problems, *asked)
     for name, folder in cfg.files.items():
-        found += DataStream(load_split(name, folder, "test"), cfg.seed).take(cfg.num_problems)
+        found += DatasetStream(load_split(name, folder, "test"), cfg.seed).take(cfg.num_problems)
     return found
 
 
@@ -153,7 +153,7 @@ def grade_completion(
     An answer without a closing tag that was cut off does not keep its form.
     """
     text, is_cut = chat.text_of(completion.token_ids), completion.finish_reason == "length"
-    turn, verdict, answer = parse_turn(text, form), score(problem, text), final_answer(problem, text, form)
+    turn, verdict, answer = parse_turn(text, form), score(problem, text), extract_answer(problem, text, form)
     return AnswerRecord(
         text=text,
         answer=None if answer is None else normalize(answer),
