@@ -79,15 +79,15 @@ def load_gguf_chat(path: Path) -> ChatFormat:
         except ConfigError as error:
             raise ConfigError(f"{path}: {CHAT_FORMAT}: {error}") from None
     names = set(tokenizer.control.values())
-    bos, ends = token_of(meta, BOS), ends_of(meta)
+    bos, end_token_ids = token_of(meta, BOS), ends_of(meta)
     if (eos := token_of(meta, ENDS[0])) is not None and eos not in names:
         raise ConfigError(f"{path}: {ENDS[0]}={eos} is no control token; fetch another conversion")
     template = meta.find(TEMPLATE, str)
     if not template:
-        return PlainText(tokenizer, ends, _no_template(path))
+        return PlainText(tokenizer, end_token_ids, _no_template(path))
     bos_token, eos_token = ("" if token is None else tokenizer.decode([token]) for token in (bos, eos))
     tool_template = meta.find(f"{TEMPLATE}.{TOOL_USE}", str) or ""
-    return TemplateFormat(tokenizer, template, bos_token, eos_token, tool_template, ends)
+    return TemplateFormat(tokenizer, template, bos_token, eos_token, tool_template, end_token_ids)
 
 
 def _no_template(path: Path) -> str:

@@ -184,7 +184,11 @@ def template_of(name: str, tokenizer: Tokenizer) -> str | None:
     """
     chat = chat_format(name, tokenizer)
     template = template_text(name)
-    return template if tokenizer.encode_pieces(tokenizer.cut(_probed(template))) == chat.prompt(_PROBE) else None
+    return (
+        template
+        if tokenizer.encode_pieces(tokenizer.split_controls(_probed(template))) == chat.prompt(_PROBE)
+        else None
+    )
 
 
 def _probed(template: str) -> str:
