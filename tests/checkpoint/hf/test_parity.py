@@ -14,7 +14,8 @@ from thinkstack.models.transformer import Transformer
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-from bench.drawn import FAMILIES, PADDINGS, random_case  # noqa: E402
+from bench.random_model import FAMILIES, PADDINGS, random_case  # noqa: E402
+
 from bench.parity import NUM_DRAWN, case_error, drawn_error, logit_error, opened, random_model  # noqa: E402
 
 CASES = [random_case(number) for number in range(NUM_DRAWN)]
