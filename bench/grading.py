@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from thinkstack.tasks.benchmarks.datasets import published
-from thinkstack.tasks.reward import accuracy
+from thinkstack.tasks.reward import accuracy_reward
 from thinkstack.tasks.table import BENCHMARKS, verify
-from thinkstack.tasks.verify.latex import installed, plain
+from thinkstack.tasks.verify.latex import has_math_verify, normalize_latex
 from thinkstack.types import Problem
 
 NUM_PAIRS = 5000
@@ -48,7 +48,7 @@ def graded_answers(data: Path) -> Iterator[tuple[str, str, str, bool]]:
     for path in sorted((data / "r1_traces").glob("rasbt_*.jsonl.gz")):
         for row in rows(path):
             turn = f"<think>\n{row['message_thinking'] or '.'}\n</think>\n\n{row['message_content']}"
-            verdict = accuracy(as_problem(row, row["gtruth_answer"]), turn, "think_then_answer") == 1.0
+            verdict = accuracy_reward(as_problem(row, row["gtruth_answer"]), turn, "think_then_answer") == 1.0
             yield "rasbt", row["gtruth_answer"], row["message_content"], verdict
 
 
@@ -93,7 +93,7 @@ def report_pairs(references: list[str]) -> None:
             print(f"  {pair[0]!r} and {pair[1]!r}")
     groups = defaultdict(list)
     for reference in references:
-        groups[plain(reference)].append(reference)
+        groups[normalize_latex(reference)].append(reference)
     several = [group for group in groups.values() if len(group) > 1]
     print(f"all pairs of {len(references)} distinct references: {len(several)} groups share a spelling")
     for group in several:
@@ -108,7 +108,7 @@ def main() -> None:
     if missing:
         sys.exit(f"{data} has no {', '.join(missing)}; give the folder that holds gsm8k/, math/ and r1_traces/")
     references = report_references(data)
-    if installed():
+    if has_math_verify():
         report_agreement(data)
     else:
         print("not compared: math-verify is not installed; pip install 'thinkstack[math]'")

@@ -24,7 +24,7 @@ from memory import resident
 from torch import Tensor
 
 from thinkstack.checkpoint.hf.files import CONFIG, config_json, write_weights
-from thinkstack.checkpoint.hf.tensors import shapes_on_disk, stored_tensors
+from thinkstack.checkpoint.hf.tensors import shapes_on_disk, tensor_entries
 from thinkstack.checkpoint.model import load_model
 from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.machine import prepare_machine
@@ -66,14 +66,14 @@ def make(folder: Path, cfg: ModelConfig) -> list[Path]:
         qweight = torch.empty(shapes[name], dtype=torch.uint8).random_(0, 127)
         return {"qweight": qweight.view(E4M3), "scale": torch.rand(empty["scale"].shape) / 448}
 
-    items = [item for item in stored_tensors(cfg) if not item.is_copy]
+    items = [item for item in tensor_entries(cfg) if not item.is_copy]
     source = TensorSource(
         path=folder,
         cfg=cfg,
         tensors={item.name: partial(random_tensor, item.name) for item in items},
         dtypes={item.name: torch.bfloat16 for item in items},
         quantization=quantization,
-        packed={item.name: partial(parts, item.name) for item in items if item.is_matrix},
+        quantized={item.name: partial(parts, item.name) for item in items if item.is_matrix},
     )
     form = OutputFormat(quantization=quantization)
     (folder / CONFIG).write_text(json.dumps(config_json(source, form)), encoding="utf-8")

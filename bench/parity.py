@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from thinkstack.checkpoint.hf.tensors import part_of, stored_tensors
+from thinkstack.checkpoint.hf.tensors import part_of, tensor_entries
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import (
@@ -92,7 +92,7 @@ _LLAMA = replace(
 )
 _QWEN3 = replace(_LLAMA, family="qwen3", attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=12, qk_norm=True))
 
-PUZZLES: dict[str, ModelConfig] = {
+FAMILIES: dict[str, ModelConfig] = {
     "v3, 4 groups": _V3,
     "v3, 1 group, no q-lora": replace(
         _V3,
@@ -202,7 +202,7 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
     """Gradients by name on disk; those of MTP modules, which transformers lacks, and copies are left out."""
     named = dict(model.named_parameters())
     found = {}
-    for item in stored_tensors(model.cfg):
+    for item in tensor_entries(model.cfg):
         if item.source in named and not item.is_copy and not item.source.startswith("mtp."):
             grad = named[item.source].grad
             assert grad is not None, item.source
@@ -353,7 +353,7 @@ def small_models() -> list[dict[str, Any]]:
     """The tables of hand-made families and of drawn models."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, cfg in PUZZLES.items():
+        for name, cfg in FAMILIES.items():
             rows.append(row(name, [family_error(cfg, Path(folder) / "model")]))
         errors_by_family: dict[str, list[CaseError]] = {}
         for number in range(NUM_RANDOM):

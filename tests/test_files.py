@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from thinkstack.checkpoint.json_reader import read_json
-from thinkstack.checkpoint.tensor_file import Files, read_header
+from thinkstack.checkpoint.tensor_file import TensorFiles, read_header
 from thinkstack.config import read_toml
 from thinkstack.data import read_texts
 from thinkstack.files import read_rows, read_text
@@ -309,14 +309,14 @@ def test_a_cut_or_damaged_safetensors_file_is_one_line_with_its_name(tmp_path):
     save_file({"a": torch.ones(3, 4), "b": torch.ones(5)}, path)
     whole = path.read_bytes()
     for cut in range(1, len(whole)):
-        assert "cut off or not a safetensors file" in refusal(read_header, made(tmp_path, whole[:cut], path.name))
+        assert "truncated or not a safetensors file" in refusal(read_header, made(tmp_path, whole[:cut], path.name))
     for _ in range(300):
         raw = bytearray(whole)
         for _ in range(rng.choice((1, 2, 5))):
             raw[rng.randrange(len(raw))] = rng.randrange(256)
         try:
             _, header = read_header(made(tmp_path, bytes(raw), path.name))
-            Files(dict.fromkeys(header, path)).read(next(iter(header)))
+            TensorFiles(dict.fromkeys(header, path)).read(next(iter(header)))
         except ConfigError as error:
             assert path.name in str(error) and "\n" not in str(error)
     for raw in (whole + b"more", b"", b"<!DOCTYPE html>", gzip.compress(whole), whole[8:]):

@@ -76,4 +76,4 @@ def tiny_tokenizer() -> Tokenizer:
         "the ball is under cup 3. Swap 3-4. Where is the ball now? the cup and the ball and the answer is here.",
         "从左到右计算,每步只保留个位。",
     ] * 4
-    return train_tokenizer(lines, 360, whole=("<answer>", "</answer>"))
+    return train_tokenizer(lines, 360, single_tokens=("<answer>", "</answer>"))

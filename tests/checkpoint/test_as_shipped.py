@@ -30,10 +30,10 @@ def edit(path: Path, **changes: object) -> None:
     [
         ("model.safetensors", POINTER, "git lfs pull"),
         ("model.safetensors", "", "is empty"),
-        ("model.safetensors", "<!DOCTYPE html><p>", "page of the web"),
+        ("model.safetensors", "<!DOCTYPE html><p>", "web page"),
         ("tokenizer.json", POINTER, "git lfs pull"),
         ("tokenizer.json", "", "is empty"),
-        ("tokenizer.json", "<html>", "page of the web"),
+        ("tokenizer.json", "<html>", "web page"),
         ("config.json", POINTER, "git lfs pull"),
         ("config.json", "", "is not JSON"),
         ("tokenizer_config.json", POINTER, "git lfs pull"),

@@ -30,7 +30,7 @@ CFG = replace(MLA_TINY, vocab_size=384)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
-def written(folder: Path, cfg=CFG) -> Path:
+def write_checkpoint(folder: Path, cfg=CFG) -> Path:
     save_model(folder, tiny_model(cfg), tiny_tokenizer(), "v3")
     return folder
 
@@ -69,7 +69,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
     ("dtype", "kind"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
 )
 def test_tensors_are_rounded_once_and_the_balance_bias_never(dtype: str, kind: torch.dtype, tmp_path: Path):
-    convert(str(written(tmp_path / "model")), tmp_path / "out", dtype=dtype)
+    convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "out", dtype=dtype)
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("model", "out"))
     for name, tensor in after.items():
         expected = before[name] if name.endswith("correction_bias") else before[name].to(kind)
@@ -119,14 +119,14 @@ def test_transformers_opens_a_tuned_model_with_its_pad_token_and_end_tokens(tmp_
 
 def test_a_format_of_ours_says_how_to_draw(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
-    written(tmp_path / "model")
+    write_checkpoint(tmp_path / "model")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
     assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.6, 0.95)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, 2)
 
 
 def test_shards_are_no_larger_than_asked_and_indexed(tmp_path: Path):
-    convert(str(written(tmp_path / "model")), tmp_path / "out", max_shard_gb=1e-4)
+    convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "out", max_shard_gb=1e-4)
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(path).values()) <= 10**5 for path in shards)
     assert (tmp_path / "out" / INDEX).is_file()
@@ -135,7 +135,7 @@ def test_shards_are_no_larger_than_asked_and_indexed(tmp_path: Path):
 
 
 def test_a_checkpoint_is_converted_in_place(tmp_path: Path):
-    folder = written(tmp_path / "model")
+    folder = write_checkpoint(tmp_path / "model")
     expected = load_model(folder, torch.bfloat16).state_dict()
     convert(str(folder), folder, dtype="bf16")
     found = load_model(folder, torch.bfloat16).state_dict()
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_converted_in_place(tmp_path: Path):
 
 @pytest.mark.parametrize("to", ["hf", "deepseek"])
 def test_a_full_disk_leaves_the_older_folder_and_nothing_else(to: str, tmp_path: Path):
-    folder, out = written(tmp_path / "model"), written(tmp_path / "out", GQA_TINY_LARGE)
+    folder, out = write_checkpoint(tmp_path / "model"), write_checkpoint(tmp_path / "out", GQA_TINY_LARGE)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with largest_file(60_000), pytest.raises(ConfigError, match=r"cannot write .*out: .*free space"):
         convert(str(folder), out, to=to, dtype="bf16")
@@ -159,12 +159,12 @@ GQA_TINY_LARGE = replace(GQA_TINY, vocab_size=384)
 def test_a_model_that_the_disk_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"needs 0\.0 GB and the disk has 0\.0 GB free"):
-        convert(str(written(tmp_path / "model")), tmp_path / "deep" / "out")
+        convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
 
 
 def test_an_adapter_is_no_model_and_names_the_command(tmp_path: Path):
-    model = load_model(written(tmp_path / "base"))
+    model = load_model(write_checkpoint(tmp_path / "base"))
     adapt(model, LoRAConfig(rank=2))
     save_adapter(tmp_path / "adapter", model, LoRAConfig(rank=2), str(tmp_path / "base"))
     with pytest.raises(ConfigError, match=r"thinkstack merge BASE .*adapter --out OUT"):
@@ -172,7 +172,7 @@ def test_an_adapter_is_no_model_and_names_the_command(tmp_path: Path):
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
-    folder = written(tmp_path / "model")
+    folder = write_checkpoint(tmp_path / "model")
     save_model(tmp_path / "small", tiny_model(GQA_TINY))
     (tmp_path / "small" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     for work in (load_tokenizer, lambda place: convert(str(place), tmp_path / "out")):
@@ -192,11 +192,11 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], words: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=words):
-        convert(str(written(tmp_path / "model")), tmp_path / "out", **settings)
+        convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "out", **settings)
 
 
 def test_the_command_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = written(tmp_path / "model")
+    folder = write_checkpoint(tmp_path / "model")
     monkeypatch.setattr("sys.argv", ["thinkstack", "convert", str(folder), str(tmp_path / "out"), "--dtype", "fp8"])
     cli.main()
     assert "quantization_config" in json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -246,7 +246,7 @@ def test_loading_takes_a_fifth_more_than_the_model_at_most_and_converting_no_mod
 
 @torch.no_grad()
 def test_a_gguf_and_back_gives_the_same_model_and_prompts(tmp_path: Path):
-    folder = written(tmp_path / "model", replace(GQA_TINY, vocab_size=384))
+    folder = write_checkpoint(tmp_path / "model", replace(GQA_TINY, vocab_size=384))
     convert(str(folder), tmp_path / "gguf", to="gguf")
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["Modelfile", "gguf-F32.gguf"]
     convert(str(tmp_path / "gguf" / "gguf-F32.gguf"), tmp_path / "again")

@@ -50,7 +50,7 @@ def shrunk(name: str) -> ModelConfig:
     return replace(cfg, **small, attention=attention, moe=moe, rope=replace(cfg.rope, yarn=None, llama3=None))
 
 
-def written(folder: Path, cfg: ModelConfig) -> Path:
+def write_checkpoint(folder: Path, cfg: ModelConfig) -> Path:
     """A bf16 checkpoint with drawn weights."""
     model = tiny_model(cfg)
     for module in model.modules():
@@ -70,7 +70,7 @@ def test_the_sizes_here_are_of_all_families():
 @torch.no_grad()
 def test_every_family_is_kept_in_fp8_and_comes_back(name: str, tmp_path: Path):
     cfg, ids = shrunk(name), torch.arange(20).view(1, 20)
-    convert(str(written(tmp_path / "bf16", cfg)), tmp_path / "fp8", dtype="fp8")
+    convert(str(write_checkpoint(tmp_path / "bf16", cfg)), tmp_path / "fp8", dtype="fp8")
     kept, wide = load_model(tmp_path / "fp8", E4M3), load_model(tmp_path / "fp8", torch.bfloat16)
     assert kept.cfg == wide.cfg == cfg
     assert torch.equal(kept(ids), wide(ids))
@@ -84,7 +84,7 @@ def test_every_family_is_kept_in_fp8_and_comes_back(name: str, tmp_path: Path):
 def test_every_family_goes_through_gguf_and_back(name: str, tmp_path: Path):
     """The MTP module of V3 goes with it."""
     cfg, ids = shrunk(name), torch.arange(20).view(1, 20)
-    folder = written(tmp_path / "bf16", cfg)
+    folder = write_checkpoint(tmp_path / "bf16", cfg)
     convert(str(folder), tmp_path / "model.gguf", to="gguf")
     convert(str(tmp_path / "model.gguf"), tmp_path / "again")
     assert torch.equal(load_model(tmp_path / "again")(ids), load_model(folder)(ids))

@@ -5,28 +5,28 @@ import pytest
 from thinkstack.evals.metrics import cons_at_k, mean_and_stderr, pass_at_k
 
 
-def test_pass_at_k_equals_counting_all_draws_of_k_answers():
+def test_pass_at_k_equals_counting_all_subsets_of_k_answers():
     for n in range(1, 9):
         for c in range(n + 1):
             answers = [index < c for index in range(n)]
             for k in range(1, n + 1):
-                draws = list(combinations(answers, k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+                subsets = list(combinations(answers, k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
 
 
 def test_pass_at_k_by_hand():
-    # 4 answers, 1 right: of the 6 pairs 3 hold it
+    # 4 answers, 1 correct: 3 of the 6 pairs contain it
     assert pass_at_k(4, 1, 2) == pytest.approx(0.5)
     assert pass_at_k(4, 0, 4) == 0.0
     assert pass_at_k(4, 1, 4) == 1.0
 
 
-def test_pass_at_1_is_the_share_of_right_answers():
+def test_pass_at_1_is_the_share_of_correct_answers():
     assert pass_at_k(16, 5, 1) == pytest.approx(5 / 16)
 
 
 def test_pass_at_k_stays_exact_where_binomials_overflow_floats():
-    # C(5000, 2500) is about 10**1503; one right answer among n is in half of the draws of n / 2
+    # C(5000, 2500) is about 10**1503; half of the subsets of size n / 2 contain the one correct answer
     assert pass_at_k(5000, 1, 2500) == pytest.approx(0.5, rel=1e-9)
 
 

@@ -11,7 +11,7 @@ from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, cu
 from thinkstack.types import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"
-NASTY = "<script>alert(1)</script> ``` | 从左到右"
+HOSTILE_TEXT = "<script>alert(1)</script> ``` | 从左到右"
 
 
 def record(correct, task="chain", level=2, language="en", text="x"):
@@ -33,13 +33,15 @@ def record(correct, task="chain", level=2, language="en", text="x"):
         level=level,
         language=language,
         wording=0,
-        question=NASTY,
+        question=HOSTILE_TEXT,
         reference="5",
         answers=answers,
     )
 
 
-BASE = summarize([record([True] + [False] * 15), record([False] * 16, "cups", 3, "zh", NASTY)], 1.0, {"chain": 0.1})
+BASE = summarize(
+    [record([True] + [False] * 15), record([False] * 16, "cups", 3, "zh", HOSTILE_TEXT)], 1.0, {"chain": 0.1}
+)
 ZERO = summarize([record([True] * 16), record([True] * 8 + [False] * 8, "cups", 3, "zh")], 1.0, {"chain": 0.1})
 CURVE = [curve_point(0, BASE, BASE), curve_point(10, ZERO)]
 METRICS = [
@@ -47,7 +49,7 @@ METRICS = [
 ]
 
 
-def written(folder, **changes):
+def write_to(folder, **changes):
     arguments = {
         "title": "A & B",
         "columns": {"base": BASE, "zero": ZERO},
@@ -60,7 +62,7 @@ def written(folder, **changes):
     return folder
 
 
-def test_the_table_holds_the_figures_in_percent():
+def test_the_table_contains_the_metrics_in_percent():
     rows = dict(table_rows({"base": BASE, "zero": ZERO}, {"zero": ZERO}))
     # base: means 1/16 and 0; zero: 1 and 1/2
     assert rows["pass@1"] == ["3.1 \N{PLUS-MINUS SIGN} 3.1", "75.0 \N{PLUS-MINUS SIGN} 25.0"]
@@ -70,12 +72,12 @@ def test_the_table_holds_the_figures_in_percent():
     assert rows["chain (chance 10.0)"] == ["6.2", "100.0"]
     assert rows["cups"] == ["0.0", "50.0"]
     assert rows["zh"] == ["0.0", "50.0"]
-    assert "not judged (number)" not in rows
+    assert "not scored (number)" not in rows
 
 
 def test_a_report_is_complete_and_leaves_no_temporary_file(tmp_path):
-    folder = written(tmp_path / "report")
-    pictures = {"accuracy.png", "length.png", "worked.png", "families.png", "levels.png", "health.png"}
+    folder = write_to(tmp_path / "report")
+    pictures = {"accuracy.png", "length.png", "worked.png", "tasks.png", "levels.png", "health.png"}
     assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "report.json", *pictures}
     assert all((folder / name).read_bytes().startswith(PNG) for name in pictures)
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -83,8 +85,8 @@ def test_a_report_is_complete_and_leaves_no_temporary_file(tmp_path):
     assert "| machine | 2 cores |" in text
 
 
-def test_the_page_stands_alone_and_shows_what_models_wrote_as_text(tmp_path):
-    page = (written(tmp_path) / "report.html").read_text(encoding="utf-8")
+def test_the_page_is_self_contained_and_escapes_model_output(tmp_path):
+    page = (write_to(tmp_path) / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "<title>A &amp; B</title>" in page
@@ -94,45 +96,45 @@ def test_the_page_stands_alone_and_shows_what_models_wrote_as_text(tmp_path):
     assert all(base64.b64decode(image).startswith(PNG) for image in images)
 
 
-def test_where_no_answer_could_be_read_the_table_says_so_instead_of_an_accuracy():
-    silent = record([False, False])
-    silent = replace(silent, answers=tuple(replace(answer, answer=None) for answer in silent.answers))
-    rows = dict(table_rows({"stock": summarize([silent], 1.0), "base": BASE}, {}))
+def test_the_table_says_no_answer_read_instead_of_an_accuracy():
+    unread = record([False, False])
+    unread = replace(unread, answers=tuple(replace(answer, answer=None) for answer in unread.answers))
+    rows = dict(table_rows({"stock": summarize([unread], 1.0), "base": BASE}, {}))
     assert rows["pass@1"][0] == rows["chain (chance 10.0)"][0] == "no answer read"
     assert rows["answers read"] == ["0.0", "100.0"]
 
 
-def test_the_json_gives_the_evaluations_back(tmp_path):
-    data = json.loads((written(tmp_path) / "report.json").read_text(encoding="utf-8"))
+def test_evaluations_round_trip_through_the_json(tmp_path):
+    data = json.loads((write_to(tmp_path) / "report.json").read_text(encoding="utf-8"))
     assert Evaluation.from_dict(data["columns"]["zero"]) == replace(ZERO, records=())
     assert data["curve"][0]["held_out_level"]["pass_at_1"] == pytest.approx(1 / 32)
 
 
-def test_no_text_of_a_model_closes_its_block_or_its_cell():
-    text = markdown("t", "s", ["base"], [("a|b", ["1"])], {}, {"base": BASE.shown}, {"k": NASTY})
+def test_model_output_cannot_close_its_code_block_or_table_cell():
+    text = markdown("t", "s", ["base"], [("a|b", ["1"])], {}, {"base": BASE.shown}, {"k": HOSTILE_TEXT})
     assert "````text" in text
     assert "| a\\|b | 1 |" in text
     assert "| k | <script>alert(1)</script> ``` \\| 从左到右 |" in text
 
 
 def test_a_report_without_training_has_a_table_and_no_curves(tmp_path):
-    folder = written(tmp_path, columns={"base": BASE}, greedy={}, curve=[], metrics=[])
+    folder = write_to(tmp_path, columns={"base": BASE}, greedy={}, curve=[], metrics=[])
     assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "report.json", "levels.png"}
 
 
-def test_a_curve_with_unknown_figures_is_drawn(tmp_path):
-    hollow = [dict(point) | {"worked_accuracy": None, "stderr": None, "cons_at_16": None} for point in CURVE]
-    assert (written(tmp_path, curve=hollow) / "worked.png").exists()
+def test_a_curve_with_missing_metrics_is_plotted(tmp_path):
+    incomplete = [dict(point) | {"worked_accuracy": None, "stderr": None, "cons_at_16": None} for point in CURVE]
+    assert (write_to(tmp_path, curve=incomplete) / "worked.png").exists()
 
 
-def test_a_report_about_nothing_and_a_greedy_stranger_are_refused(tmp_path):
+def test_a_report_without_columns_and_an_unknown_greedy_column_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least one evaluation"):
-        written(tmp_path, columns={}, greedy={})
+        write_to(tmp_path, columns={}, greedy={})
     with pytest.raises(ConfigError, match="greedy evaluations of other"):
-        written(tmp_path, greedy={"other": ZERO})
+        write_to(tmp_path, greedy={"other": ZERO})
 
 
-def test_health_shows_known_metrics_first_and_leaves_constants_out():
+def test_health_panels_list_known_metrics_first_and_omit_constants():
     rows = [
         {"step": s, "group/trained": s, "policy/entropy_nats": -s, "train/skipped": s, "reward/mean": 1} for s in (1, 2)
     ]
@@ -140,4 +142,4 @@ def test_health_shows_known_metrics_first_and_leaves_constants_out():
 
 
 def test_running_mean_by_hand():
-    assert running_mean([0.0, 3.0, 6.0], reach=1) == [1.5, 3.0, 4.5]
+    assert running_mean([0.0, 3.0, 6.0], radius=1) == [1.5, 3.0, 4.5]

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from thinkstack.evals.results import curve_point, figures, read_samples, summarize, write_samples
+from thinkstack.evals.results import compute_metrics, curve_point, read_samples, summarize, write_samples
 from thinkstack.evals.runner import EvalConfig, Evaluation, evaluate, held_out, is_worked, warn_if_unread
 from thinkstack.tasks.puzzles.puzzle import split_of
 from thinkstack.tasks.reward import RewardConfig
@@ -15,10 +15,10 @@ SCORE = partial(reward, cfg=RewardConfig())
 
 
 @dataclass
-class Words:
+class CharacterChat:
     """A chat format whose tokens are characters; 0 ends a turn."""
 
-    name = "words"
+    name = "characters"
     prefill = ""
     stop_token_ids = (0,)
 
@@ -51,8 +51,8 @@ def completion(text, truncated=False):
     return Completion(token_ids=ids, logprobs=(0.0,) * len(ids), finish_reason=reason, weights_version=0)
 
 
-def scripted(*answers):
-    """An engine that gives these texts, one tuple per prompt, whatever it is asked."""
+def scripted_engine(*answers):
+    """Return an engine that generates these texts, one tuple per prompt, for any prompt."""
     return lambda prompts, samplings: [[completion(text) for text in texts] for texts in answers]
 
 
@@ -60,26 +60,26 @@ WORKED_5 = turn(5, "1+2=3\n3+2=5")
 
 
 def two_problems():
-    """chain: 3 of 4 right, two of them worked; cups: 1 of 4 right."""
-    engine = scripted((WORKED_5, WORKED_5, turn(5), turn(4)), (turn(1), turn(2), turn(2), turn(3)))
+    """chain: 3 of 4 correct, two of them worked; cups: 1 of 4 correct."""
+    engine = scripted_engine((WORKED_5, WORKED_5, turn(5), turn(4)), (turn(1), turn(2), turn(2), turn(3)))
     problems = [problem(), problem(answer="3", task="cups", level=3, language="zh", key="01")]
-    return evaluate(engine, Words(), problems, CFG, SCORE)
+    return evaluate(engine, CharacterChat(), problems, CFG, SCORE)
 
 
-def test_figures_of_two_problems_by_hand():
+def test_metrics_of_two_problems_by_hand():
     found = two_problems()
     assert (found.problems, found.samples, found.unscorable) == (2, 4, 0)
     assert found.pass_at_1 == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert found.stderr == pytest.approx(0.25)  # deviations +-1/4: sqrt(2/16 / 1 / 2)
     assert found.pass_at_k == pytest.approx({1: 0.5, 2: (1.0 + 0.5) / 2, 4: 1.0})
-    assert found.cons_at_16 == 0.5  # chain votes 5, which is right; cups votes 2, which is not
+    assert found.cons_at_16 == 0.5  # chain votes 5, which is correct; cups votes 2, which is not
     assert found.worked_share == 2 / 8
     assert found.worked_accuracy == 1.0
     assert found.direct_accuracy == pytest.approx(2 / 6)
     assert found.format_rate == 1.0
 
 
-def test_each_part_has_its_own_figures():
+def test_each_part_has_its_own_metrics():
     found = two_problems()
     assert {name: part.pass_at_1 for name, part in found.by_task.items()} == {"chain": 0.75, "cups": 0.25}
     assert {level: part.pass_at_1 for level, part in found.by_level.items()} == {2: 0.75, 3: 0.25}
@@ -89,82 +89,86 @@ def test_each_part_has_its_own_figures():
     assert found.chance == {"chain": 0.1, "cups": 0.2}
 
 
-def test_the_form_is_reported_beside_accuracy_and_not_mixed_into_it():
+def test_the_format_is_reported_separately_from_accuracy():
     loose = "so <think>x</think> well <answer>5</answer>"
-    found = evaluate(scripted((loose,)), Words(), [problem()], replace(CFG, samples=1), SCORE)
+    found = evaluate(scripted_engine((loose,)), CharacterChat(), [problem()], replace(CFG, samples=1), SCORE)
     assert (found.pass_at_1, found.format_rate) == (1.0, 0.0)
 
 
-def test_unscorable_answers_are_counted_and_left_out_of_means():
+def test_unscorable_answers_are_counted_and_excluded_from_means():
     def fails_on_4(problem, text):
         return Score(total=0.0, unscorable="time-out") if "4" in text else SCORE(problem, text)
 
-    engine = scripted((turn(4), turn(4), turn(4), turn(5)), (turn(4),) * 4)
-    found = evaluate(engine, Words(), [problem(), problem(key="01")], CFG, fails_on_4)
+    engine = scripted_engine((turn(4), turn(4), turn(4), turn(5)), (turn(4),) * 4)
+    found = evaluate(engine, CharacterChat(), [problem(), problem(key="01")], CFG, fails_on_4)
     assert (found.unscorable, found.problems) == (7, 1)
     assert found.pass_at_1 == 1.0
     assert found.cons_at_16 == 1.0
     assert found.pass_at_k == {1: 1.0}
-    nothing = evaluate(scripted((turn(4),)), Words(), [problem()], replace(CFG, samples=1), fails_on_4)
+    nothing = evaluate(scripted_engine((turn(4),)), CharacterChat(), [problem()], replace(CFG, samples=1), fails_on_4)
     assert (nothing.pass_at_1, nothing.cons_at_16, nothing.problems) == (None, None, 0)
 
 
-def test_truncation_comes_from_the_engine_and_tokens_count_the_end():
+def test_truncation_comes_from_the_engine_and_tokens_include_the_end_token():
     def engine(prompts, samplings):
         return [[completion("abc", truncated=True), completion("abc")]]
 
-    found = evaluate(engine, Words(), [problem()], replace(CFG, samples=2), SCORE)
+    found = evaluate(engine, CharacterChat(), [problem()], replace(CFG, samples=2), SCORE)
     assert found.truncation_rate == 0.5
     assert found.mean_tokens == 3.5
 
 
-def test_an_answer_too_long_to_be_one_does_not_vote():
+def test_an_answer_that_is_too_long_does_not_vote():
     long = turn("5" * 65)
-    found = evaluate(scripted((long, long, turn(5))), Words(), [problem()], replace(CFG, samples=3), SCORE)
+    found = evaluate(
+        scripted_engine((long, long, turn(5))), CharacterChat(), [problem()], replace(CFG, samples=3), SCORE
+    )
     assert found.cons_at_16 == 1.0
 
 
-def test_an_evaluation_without_one_answer_that_could_be_read_says_so(caplog):
-    """A stock model was given 0.0 without a word, though its answers were right and only the form was another."""
-    answers, cfg = scripted(("4+1=5. #### 5", "I pass.")), replace(CFG, samples=2)
-    found = evaluate(answers, Words(), [problem()], cfg, SCORE)
+def test_an_evaluation_without_readable_answers_warns(caplog):
+    """Regression: a stock model scored 0.0 without a warning; its answers were correct but in another format."""
+    answers, cfg = scripted_engine(("4+1=5. #### 5", "I pass.")), replace(CFG, samples=2)
+    found = evaluate(answers, CharacterChat(), [problem()], cfg, SCORE)
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
     warn_if_unread(found, cfg.form)
     assert "none of the 2 answers could be read in the form 'think_answer_tags'" in caplog.text
     assert 'form = "flexible_extract"' in caplog.text
     caplog.clear()
     stock = partial(reward, cfg=RewardConfig(form="flexible_extract"))
-    found = evaluate(answers, Words(), [problem()], replace(cfg, form="flexible_extract"), stock)
+    found = evaluate(answers, CharacterChat(), [problem()], replace(cfg, form="flexible_extract"), stock)
     warn_if_unread(found, "flexible_extract")
     assert (found.answer_rate, found.pass_at_1, caplog.text) == (0.5, 0.5, "")
     assert [(answer.answer, answer.rule) for answer in found.records[0].answers] == [(5, "hashes"), (None, None)]
 
 
-def test_the_engine_is_asked_as_configured_with_a_seed_per_problem():
-    asked = []
+def test_sampling_follows_the_config_with_a_seed_per_problem():
+    sampling_params = []
 
     def engine(prompts, samplings):
-        asked.extend(samplings)
+        sampling_params.extend(samplings)
         return [[completion("")] * 4 for _ in prompts]
 
     problems = [problem(), problem(key="01"), problem(language="zh")]
-    evaluate(engine, Words(), problems, CFG, SCORE)
-    assert {(s.temperature, s.top_p, s.max_tokens, s.n, s.stop_token_ids) for s in asked} == {(1.0, 1.0, 128, 4, (0,))}
-    seeds = [s.seed for s in asked]
+    evaluate(engine, CharacterChat(), problems, CFG, SCORE)
+    assert {(s.temperature, s.top_p, s.max_tokens, s.n, s.stop_token_ids) for s in sampling_params} == {
+        (1.0, 1.0, 128, 4, (0,))
+    }
+    seeds = [s.seed for s in sampling_params]
     assert len(set(seeds)) == 3
-    asked.clear()
-    evaluate(engine, Words(), problems[::-1], CFG, SCORE)
-    assert [s.seed for s in asked] == seeds[::-1]
+    sampling_params.clear()
+    evaluate(engine, CharacterChat(), problems[::-1], CFG, SCORE)
+    assert [s.seed for s in sampling_params] == seeds[::-1]
 
 
-def test_worked_means_all_steps_but_one():
+def test_worked_means_at_least_all_steps_but_one():
     assert is_worked(problem(level=2), "6-4=2")
     assert not is_worked(problem(level=3), "6-4=2\nI guess.")
     assert is_worked(problem(level=3), "Step by step.\n1-2:1>2\n2-4:2>4")
     assert not is_worked(problem(level=2), "I just know.")
 
 
-def test_an_evaluation_survives_json():
+def test_an_evaluation_round_trips_through_json():
     found = two_problems()
     back = Evaluation.from_dict(found.to_dict())
     assert back == replace(found, records=())
@@ -173,19 +177,19 @@ def test_an_evaluation_survives_json():
         Evaluation.from_dict({"problems": 1})
 
 
-def test_figures_can_be_recomputed_from_the_samples_file(tmp_path):
+def test_metrics_can_be_recomputed_from_the_samples_file(tmp_path):
     found = two_problems()
     write_samples(tmp_path / "samples.jsonl", found.records)
     records = read_samples(tmp_path / "samples.jsonl")
     assert tuple(records) == found.records
     assert summarize(records, found.seconds, found.chance) == found
-    assert figures(records[:1]) == found.by_task["chain"]
+    assert compute_metrics(records[:1]) == found.by_task["chain"]
     (tmp_path / "bad.jsonl").write_text('{"key": 1}\n')
     with pytest.raises(ConfigError, match=r"bad\.jsonl:1"):
         read_samples(tmp_path / "bad.jsonl")
 
 
-def test_held_out_problems_are_test_problems_of_the_asked_levels_and_families():
+def test_held_out_problems_are_test_problems_of_the_configured_levels_and_tasks():
     cfg = EvalConfig(num_problems=30, tasks=("chain", "cups"), levels=(3,), seed=1)
     problems = held_out(cfg)
     assert len(problems) == 30
@@ -196,12 +200,12 @@ def test_held_out_problems_are_test_problems_of_the_asked_levels_and_families():
     assert {p.wording for p in held_out(replace(cfg, unseen_wordings=True))} == {4, 5}
 
 
-def test_many_greedy_samples_are_refused():
+def test_several_greedy_samples_are_refused():
     with pytest.raises(ConfigError, match="samples=16 at temperature 0"):
         EvalConfig(tasks=("chain",), temperature=0.0)
 
 
-def test_a_curve_point_carries_what_the_plots_need():
+def test_a_curve_point_contains_what_the_plots_need():
     found = two_problems()
     point = curve_point(20, found, held_out=found)
     assert point["step"] == 20

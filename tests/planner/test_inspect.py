@@ -10,7 +10,7 @@ from thinkstack.checkpoint import inspect
 from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf.files import WEIGHTS
 from thinkstack.checkpoint.model import load_model, save_model
-from thinkstack.checkpoint.tensor_file import Files
+from thinkstack.checkpoint.tensor_file import TensorFiles
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, count_parameters, fp8_bytes, weight_bytes
 from thinkstack.planner.inspect import describe_model
@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An FP8 checkpoint with 250 kB free on the machine; reading a tensor fails."""
     save_model(tmp_path / "model", tiny_model(MLA_TINY, vocab_size=384), tiny_tokenizer(), "r1")
     convert(str(tmp_path / "model"), tmp_path / "fp8", dtype="fp8-ue8m0")
-    monkeypatch.setattr(Files, "read_into", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(TensorFiles, "read_into", lambda *args: pytest.fail("a weight was read"))
     monkeypatch.setattr(inspect, "free_memory", lambda: {"CPU": 250_000})
     return tmp_path / "fp8"
 
@@ -83,5 +83,5 @@ def test_what_counts_as_active_is_said(name: str):
     cfg, row = named(name), next(line for line in describe_model(name).splitlines() if line.startswith("active"))
     total, both = count_parameters(cfg), cfg.vocab_size * cfg.hidden_size
     active = int(row.split()[3].strip(",").replace(",", ""))
-    assert "the head among them, the embedding not" in row
+    assert "including the head, without the embedding" in row
     assert active == total - (0 if cfg.tie_embeddings else both) or (cfg.moe is not None and active < total - both)

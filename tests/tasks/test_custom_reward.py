@@ -1,4 +1,4 @@
-"""A part of the reward in a file of one's own, named in a recipe."""
+"""User-defined parts of the reward in a Python file that a recipe names."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def written(tmp_path: Path, code: str) -> str:
     return f"{path}:part"
 
 
-def test_a_part_of_ones_own_is_added_with_its_weight_and_shown_by_its_name(tmp_path):
+def test_a_user_part_is_added_with_its_weight_and_reported_by_name(tmp_path):
     name = written(tmp_path, "def part(problem, text):\n    return len(problem.answer) / 4\n")
     found = score(problem(), RIGHT, build(RewardConfig, {"parts": {name: 0.5}}))
     assert found.total == 1.125 and found.parts[name] == 0.25
@@ -47,7 +47,7 @@ def test_the_reward_of_the_readme_can_be_named_in_a_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         ("def other(problem, text):\n    return 1\n", "has no function part; it has other"),
         ("import nothing_of_that_name\n", "importing .* failed .ModuleNotFoundError"),
@@ -56,19 +56,19 @@ def test_the_reward_of_the_readme_can_be_named_in_a_recipe(tmp_path):
         ("raise SystemExit\n", "importing .* failed .SystemExit"),
     ],
 )
-def test_a_file_without_the_function_is_refused_before_anything_runs(tmp_path, code, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_file_without_the_function_is_refused_before_anything_runs(tmp_path, code, message):
+    with pytest.raises(ConfigError, match=message):
         build(RewardConfig, {"parts": {written(tmp_path, code): 1.0}})
 
 
 @pytest.mark.parametrize("name", ["mine.py", "mine:part", "mine.py:", "none.py:part", "mine.py:a-b"])
-def test_a_name_that_is_no_function_in_a_file_is_refused(name):
+def test_a_name_that_is_not_a_function_in_a_file_is_refused(name):
     with pytest.raises(ConfigError, match=re.escape(repr(name))):
         RewardConfig(parts={name: 1.0})
 
 
 @pytest.mark.parametrize("value", ["None", "'1'", "float('nan')", "float('inf')", "1 / 0", "[1]"])
-def test_a_part_that_gives_no_number_ends_the_run_with_its_name(tmp_path, value):
+def test_a_part_that_returns_no_number_raises_with_its_name(tmp_path, value):
     name = written(tmp_path, f"def part(problem, text):\n    return {value}\n")
     with pytest.raises(TrainingError, match=r"mine\.py:part"):
         score(problem(), RIGHT, RewardConfig(parts={name: 1.0}))

@@ -1,4 +1,4 @@
-"""Phases: what is asked when, in which shares, and that a resumed run asks the same."""
+"""Curriculum phases: tasks, levels and shares, and identical problems after a resume."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_phase_asks_its_tasks_and_levels_in_their_shares(folder: Path):
+def test_a_phase_samples_its_tasks_and_levels_by_weight(folder: Path):
     stream = make_mixture(PHASES, {"gsm8k": str(folder)}, seed=0, languages=("en",))
     first = stream.take(40)
     assert {(p.task, p.level, p.language) for p in first} == {("sums", 1, "en")}
@@ -38,7 +38,7 @@ def test_a_phase_asks_its_tasks_and_levels_in_their_shares(folder: Path):
     assert all(p.question.startswith("train") for p in later if p.task == "gsm8k")
 
 
-def test_a_resumed_curriculum_goes_on_with_the_same_problems(folder: Path):
+def test_a_resumed_curriculum_continues_with_the_same_problems(folder: Path):
     whole, first, second = (make_mixture(PHASES, {"gsm8k": str(folder)}, seed=1) for _ in range(3))
     expected = []
     for progress in (0.2, 0.4, 0.6, 0.9):
@@ -58,16 +58,16 @@ def test_a_resumed_curriculum_goes_on_with_the_same_problems(folder: Path):
 @pytest.mark.parametrize(
     ("phases", "files", "message"),
     [
-        ([{"until": 0.5, "tasks": {"sums": 1.0}}], {}, "the last one end at 1.0"),
+        ([{"until": 0.5, "tasks": {"sums": 1.0}}], {}, "must increase from above 0 to exactly 1.0"),
         ([{"tasks": {"summs": 1.0}}], {}, "unknown task 'summs'; did you mean sums"),
-        ([{"tasks": {"gsm8k": 1.0}}], {}, "the task gsm8k needs its data: say files.gsm8k=FOLDER"),
-        ([{"tasks": {"sums": 0.0}}], {}, "must have weights from 0 on, not all of them 0"),
-        ([{"tasks": {"sums": 1.0}, "levels": {"times": [1]}}], {}, "levels.times belongs to no task"),
-        ([{"tasks": {"sums": 1.0}}], {"gsm": "x"}, "files.gsm is no data set; did you mean gsm8k"),
+        ([{"tasks": {"gsm8k": 1.0}}], {}, "the task gsm8k needs its data: set files.gsm8k=FOLDER"),
+        ([{"tasks": {"sums": 0.0}}], {}, "must have weights >= 0, at least one of them above 0"),
+        ([{"tasks": {"sums": 1.0}, "levels": {"times": [1]}}], {}, "levels.times is not a task"),
+        ([{"tasks": {"sums": 1.0}}], {"gsm": "x"}, "files.gsm is not a known benchmark; did you mean gsm8k"),
         ([{"tusks": {"sums": 1.0}}], {}, r"unknown key zero.phases\[0\].tusks; did you mean"),
     ],
 )
-def test_a_curriculum_that_cannot_be_asked_is_refused_before_the_run(phases, files, message: str):
+def test_an_invalid_curriculum_is_refused_before_the_run(phases, files, message: str):
     with pytest.raises(ConfigError, match=message):
         build(RLConfig, {"start": "x", "phases": phases, "files": files}, "zero")
 

@@ -1,11 +1,11 @@
-"""Answers are compared strictly and rewards cannot be had for less."""
+"""Strict comparison of answers, and the parts of the reward."""
 
 import inspect
 from dataclasses import replace
 
 import pytest
 
-from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy, format_kept, score
+from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy_reward, format_reward, score
 from thinkstack.tasks.verify.answers import is_correct, normalize, same_choice, same_numbers
 from thinkstack.types import ConfigError, Problem
 
@@ -15,13 +15,13 @@ BARE = "<answer>4</answer>"
 
 
 @pytest.mark.parametrize("answer", ["4", " 4 ", "4.", "+4", "04", "４", "4。"])
-def test_the_same_integer_is_right_however_written(answer):
+def test_the_same_integer_is_correct_in_any_spelling(answer):
     assert is_correct("4", answer)
 
 
 @pytest.mark.parametrize("answer", ["2+2", "4%", "4.0", "4 or 5", "3,4", "x=4", "-4", "", "four", "40", "4/1", "$4$"])
-def test_nothing_is_evaluated_or_guessed(answer):
-    """E2.53: a checker that evaluates lets the model answer with the question."""
+def test_answers_are_not_evaluated(answer):
+    """A verifier that evaluates answers accepts the question itself as an answer."""
     assert not is_correct("4", answer)
 
 
@@ -38,8 +38,8 @@ def test_words_are_compared_without_case_or_full_stop(answer):
 
 
 @pytest.mark.parametrize(("reference", "answer"), [("52", "5²"), ("1", "①"), ("3", "٣")])
-def test_only_full_width_digits_are_made_plain(reference, answer):
-    """Compatibility normalization once read a square as a second digit."""
+def test_only_full_width_digits_are_normalized(reference, answer):
+    """Regression: compatibility normalization (NFKC) read a superscript 2 as a second digit."""
     assert not is_correct(reference, answer)
 
 
@@ -65,7 +65,7 @@ def test_only_full_width_digits_are_made_plain(reference, answer):
         (same_numbers, "5", "y=x=5", False),
     ],
 )
-def test_numbers_and_choices_are_compared_by_what_they_say(same, reference, answer, expected):
+def test_numbers_and_choices_are_compared_by_value(same, reference, answer, expected):
     assert same(reference, answer) is expected
 
 
@@ -75,67 +75,67 @@ def test_no_answer_is_wrong():
 
 
 def test_the_reference_comes_first():
-    """E2.52: verifiers whose arguments are swapped accept what they should not; the order is part of the interface."""
+    """A verifier with swapped arguments accepts wrong answers; the order is part of the interface."""
     assert list(inspect.signature(is_correct).parameters) == ["reference", "answer"]
 
 
 def test_accuracy_reads_the_answer_block_only():
-    """E2.54: the number standing in the thinking, or somewhere in the text, earns nothing."""
-    assert accuracy(FOUR, RIGHT) == 1.0
-    assert accuracy(FOUR, BARE) == 1.0
-    assert accuracy(FOUR, "<think>4</think>") == 0.0
-    assert accuracy(FOUR, "<think>4</think><answer>5</answer>") == 0.0
-    assert accuracy(FOUR, "4") == 0.0
+    """A number in the thinking, or elsewhere in the text, earns no reward."""
+    assert accuracy_reward(FOUR, RIGHT) == 1.0
+    assert accuracy_reward(FOUR, BARE) == 1.0
+    assert accuracy_reward(FOUR, "<think>4</think>") == 0.0
+    assert accuracy_reward(FOUR, "<think>4</think><answer>5</answer>") == 0.0
+    assert accuracy_reward(FOUR, "4") == 0.0
 
 
-def test_two_answers_are_none():
-    """E2.54: naming every candidate must not win."""
-    assert accuracy(FOUR, "<think>x</think><answer>4</answer><answer>5</answer>") == 0.0
-    assert accuracy(FOUR, "<think>x</think><answer>4 5</answer>") == 0.0
+def test_two_answers_count_as_none():
+    """Listing every candidate earns no reward."""
+    assert accuracy_reward(FOUR, "<think>x</think><answer>4</answer><answer>5</answer>") == 0.0
+    assert accuracy_reward(FOUR, "<think>x</think><answer>4 5</answer>") == 0.0
 
 
-def test_a_long_answer_is_none():
+def test_a_long_answer_counts_as_none():
     padded = "0" * MAX_ANSWER_CHARACTERS + "4"
-    assert accuracy(FOUR, f"<think>x</think><answer>{padded}</answer>") == 0.0
-    assert accuracy(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
+    assert accuracy_reward(FOUR, f"<think>x</think><answer>{padded}</answer>") == 0.0
+    assert accuracy_reward(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
 
 
-def test_the_limit_holds_for_the_answer_and_not_for_the_text_around_it():
-    """In the open form any answer of more than 64 characters earned 0, box or not."""
+def test_the_length_limit_applies_to_the_answer_and_not_to_the_text_around_it():
+    """Regression: in "think_then_answer" any answer text of more than 64 characters earned 0, with or without a box."""
     prose = "The ducks lay 16 eggs. She eats 3 and bakes with 4, so that 9 are left, at 2 dollars each. " * 3
     ducks = replace(FOUR, answer="18", task="gsm8k")
     for form, opening in (("think_then_answer", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
-        assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", form) == 1.0
-        assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", form) == 0.0
-        assert accuracy(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", form) == 0.0
-        assert accuracy(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", form) == 0.0
-    assert accuracy(ducks, f"<think>x</think><answer>{prose}\\boxed{{18}}</answer>") == 0.0
+        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", form) == 1.0
+        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", form) == 0.0
+        assert accuracy_reward(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", form) == 0.0
+        assert accuracy_reward(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", form) == 0.0
+    assert accuracy_reward(ducks, f"<think>x</think><answer>{prose}\\boxed{{18}}</answer>") == 0.0
 
 
-def test_stock_answers_are_judged_by_the_rule_of_their_task():
+def test_answers_of_stock_models_are_verified_by_their_task():
     ducks, kin = replace(FOUR, answer="22", task="gsm8k"), replace(FOUR, answer="uncle", task="kin")
     for text in ("#### 22", "The answer is 22", "She has $22.", "4 + 18 = 22", "**Answer:** 22 dollars"):
         assert score(ducks, text, RewardConfig(form="flexible_extract")).total == 1.0
         assert score(ducks, text, RewardConfig()).total == 0.0
-    assert accuracy(kin, "He is the brother, so the answer is **uncle**.", "flexible_extract") == 1.0
+    assert accuracy_reward(kin, "He is the brother, so the answer is **uncle**.", "flexible_extract") == 1.0
 
 
-def test_a_reference_that_is_longer_may_be_answered_at_its_length():
+def test_a_long_reference_allows_a_long_answer():
     rows = replace(FOUR, answer="12 " * 40 + "7", task="grid")
-    assert accuracy(rows, f"<think>x</think><answer>{rows.answer}</answer>") == 1.0
-    assert accuracy(rows, f"<think>x</think><answer>{rows.answer} {rows.answer}</answer>") == 0.0
+    assert accuracy_reward(rows, f"<think>x</think><answer>{rows.answer}</answer>") == 1.0
+    assert accuracy_reward(rows, f"<think>x</think><answer>{rows.answer} {rows.answer}</answer>") == 0.0
 
 
-def test_the_rule_of_the_family_decides():
+def test_the_tasks_verifier_decides():
     made = replace(FOUR, answer="-3, -2", task="quadratic")
-    assert accuracy(made, "<think>x</think><answer>x=-2 or x=-3</answer>") == 1.0
-    assert accuracy(made, "<think>x</think><answer>-3</answer>") == 0.0
-    assert accuracy(replace(made, task="chain"), "<think>x</think><answer>x=-2 or x=-3</answer>") == 0.0
+    assert accuracy_reward(made, "<think>x</think><answer>x=-2 or x=-3</answer>") == 1.0
+    assert accuracy_reward(made, "<think>x</think><answer>-3</answer>") == 0.0
+    assert accuracy_reward(replace(made, task="chain"), "<think>x</think><answer>x=-2 or x=-3</answer>") == 0.0
 
 
 def test_the_questions_own_text_is_not_an_answer():
-    """E2.54: copying the prompt, or its reference, outside the tags scores nothing."""
-    assert accuracy(FOUR, f"{FOUR.question} {FOUR.answer}") == 0.0
+    """Copying the prompt or the reference outside the tags earns no reward."""
+    assert accuracy_reward(FOUR, f"{FOUR.question} {FOUR.answer}") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_the_questions_own_text_is_not_an_answer():
     [("gated", 1.0, 0.0, 0.0), ("additive", 1.5, 1.0, 0.5), ("format_only", 1.0, 0.0, 1.0)],
 )
 def test_how_accuracy_and_format_are_combined(combine, right, bare, wrong):
-    """E2.51: by default the format only gates; an additive bonus pays for empty form."""
+    """By default the format only gates accuracy; an additive bonus rewards the format without a correct answer."""
     cfg = RewardConfig(combine=combine, format_weight=0.5)
     assert [score(FOUR, text, cfg).total for text in (RIGHT, BARE, WRONG)] == [right, bare, wrong]
 
 
-def test_the_format_is_not_additive_unless_asked_for():
+def test_the_format_is_not_additive_by_default():
     assert RewardConfig().combine == "gated"
 
 
@@ -156,10 +156,10 @@ def test_parts_are_reported_whatever_the_combination():
     for combine in ("gated", "additive", "format_only", "random"):
         parts = score(FOUR, WRONG, RewardConfig(combine=combine)).parts
         assert parts == {"accuracy": 0.0, "format": 1.0}
-    assert format_kept(BARE) == 0.0
+    assert format_reward(BARE) == 0.0
 
 
-def test_the_random_control_is_a_fair_coin_that_cannot_see_the_answer():
+def test_the_random_control_is_a_fair_coin_independent_of_correctness():
     cfg = RewardConfig(combine="random")
     texts = [f"<think>{index}</think><answer>4</answer>" for index in range(1000)]
     totals = [score(FOUR, text, cfg).total for text in texts]

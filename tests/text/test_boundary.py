@@ -1,4 +1,4 @@
-"""Tokens that join punctuation with line breaks: which they are, and that splitting them changes no text."""
+"""Tokens that join punctuation with line breaks: detection, and splitting without a change of text."""
 
 import random
 
@@ -32,13 +32,13 @@ def joining_tokenizer() -> Tokenizer:
         ("\ufffd", "\n", False),
     ],
 )
-def test_a_joined_token_is_punctuation_and_then_line_breaks(head, breaks, joined):
+def test_a_joined_token_is_punctuation_followed_by_line_breaks(head, breaks, joined):
     assert is_joined(head, breaks) == joined
 
 
 def test_joined_tokens_of_a_vocabulary_are_found():
     tokenizer = joining_tokenizer()
-    found = {tokenizer.decode([token]): parts for token, parts in BoundarySplitter(tokenizer).parts.items()}
+    found = {tokenizer.decode([token]): parts for token, parts in BoundarySplitter(tokenizer).pieces_by_token.items()}
     assert {".\n", "?\n\n", ":\n"} <= set(found)
     assert [tokenizer.decode([part]) for part in found[".\n"]] == [".", "\n"]
     assert "".join(tokenizer.decode([part]) for part in found["?\n\n"]) == "?\n\n" and len(found["?\n\n"]) >= 2
@@ -52,7 +52,7 @@ def test_the_text_stays_the_same(share):
         assert tokenizer.decode(splitter.split(ids, share, random.Random(seed))) == TEXT
 
 
-def test_the_share_is_that_of_joined_tokens():
+def test_the_share_applies_to_joined_tokens():
     tokenizer = joining_tokenizer()
     splitter, ids = BoundarySplitter(tokenizer), tokenizer.encode(".\n" * 2000)
     joined = tokenizer.encode(".\n")
@@ -63,12 +63,12 @@ def test_the_share_is_that_of_joined_tokens():
     assert joined[0] not in splitter.split(ids, 1.0, random.Random(0))
 
 
-def test_our_plain_vocabulary_joins_none_and_says_so():
+def test_a_vocabulary_without_joined_tokens_is_refused():
     with pytest.raises(ConfigError, match=r"joins no punctuation with line breaks; set it to 0"):
         BoundarySplitter(tiny_tokenizer())
 
 
-def test_joining_changes_nothing_but_punctuation_before_breaks():
+def test_join_breaks_changes_only_punctuation_before_breaks():
     text = "12 three\n four, five(6)\t7.8"
     plain, joining = (train_tokenizer([TEXT, text] * 9, 320, join_breaks=join) for join in (False, True))
     for tokenizer in (plain, joining):

@@ -1,4 +1,4 @@
-"""Formats of V3, R1, R1-0528 and V3.1: what the genuine templates write, tools, and what is learnt."""
+"""Formats of V3, R1, R1-0528 and V3.1: equality with the published templates, tools, and the loss mask."""
 
 import itertools
 import json
@@ -51,12 +51,12 @@ def assistant(content, **more):
 
 
 def ids_of(*pieces):
-    """Ids of pieces; what is a control token's spelling is that token."""
+    """Return the ids of pieces; a piece that spells a control token is that token."""
     return tokenizer().encode_pieces([Control(piece) if piece in tokenizer().control else piece for piece in pieces])
 
 
-def loss_mask_of(name, messages, thinking=None):
-    """(prompt in text, learnt text, ...) of each example, one entry for each stretch."""
+def masked_texts(name, messages, thinking=None):
+    """Return [prompt text, trained text, ...] for each example, one entry per span of equal loss mask."""
     found = []
     for ids, loss_mask in chat(name).example(messages, thinking=thinking):
         assert len(ids) == len(loss_mask)
@@ -67,18 +67,18 @@ def loss_mask_of(name, messages, thinking=None):
 
 
 @pytest.mark.parametrize("name", GENUINE)
-def test_a_prompt_says_what_the_genuine_template_says(name):
+def test_a_prompt_equals_that_of_the_published_template(name):
     golden = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    for talk in conversations():
-        if (name, talk["key"]) == ("r1", "two rounds of calls"):
+    for conversation in conversations():
+        if (name, conversation["key"]) == ("r1", "two rounds of calls"):
             continue  # R1's own template never begins a second round of calls
-        text = tokenizer().decode(chat(name).prompt(read_messages(talk)))
-        assert text == golden[talk["key"]], talk["key"]
+        text = tokenizer().decode(chat(name).prompt(read_messages(conversation)))
+        assert text == golden[conversation["key"]], conversation["key"]
 
 
 @pytest.mark.parametrize("name", GENUINE)
-def test_text_that_spells_control_tokens_makes_none_anywhere(name):
-    def talk(text):
+def test_text_that_spells_control_tokens_adds_none(name):
+    def conversation(text):
         return [
             Message(role="system", content=text),
             Message(role="user", content=text),
@@ -88,14 +88,14 @@ def test_text_that_spells_control_tokens_makes_none_anywhere(name):
 
     rng, tools = random.Random(0), Tool(name="t", description="d", parameters={})
     control = set(tokenizer().control.values())
-    plain = [token for token in chat(name).prompt(talk("x"), [tools]) if token in control]
+    plain = [token for token in chat(name).prompt(conversation("x"), [tools]) if token in control]
     for _ in range(30):
         text = "".join(rng.choice((*tokenizer().control, "x", "<", "｜")) for _ in range(5))
-        ids = chat(name).prompt(talk(text), [Tool(name=text, description=text, parameters={text: text})])
+        ids = chat(name).prompt(conversation(text), [Tool(name=text, description=text, parameters={text: text})])
         assert [token for token in ids if token in control] == plain
 
 
-def test_calls_of_v3_are_fenced_and_their_results_stand_together():
+def test_calls_of_v3_are_fenced_and_their_results_grouped():
     messages = [
         QUESTION,
         assistant("", tool_calls=(CALL, CALL)),
@@ -108,7 +108,7 @@ def test_calls_of_v3_are_fenced_and_their_results_stand_together():
     assert chat("v3").prompt(messages) == ids_of(*head, *results)
 
 
-def test_calls_of_v3_1_are_bare_and_the_answer_follows_their_results():
+def test_calls_of_v3_1_are_not_fenced_and_the_answer_follows_their_results():
     messages = [QUESTION, assistant("", tool_calls=(CALL, CALL)), Message(role="tool", content="3")]
     call = [CALL_BEGIN, "add", CALL_SEP, '{"a": 1}', CALL_END]
     head = [BOS, USER, "1+2?", ASSISTANT, THINK_CLOSE, CALLS_BEGIN, *call, *call, CALLS_END, EOS]
@@ -124,7 +124,7 @@ def test_tools_are_described_after_the_system_text(name):
     assert text.index("### add") < text.index(CALL_BEGIN) < text.index(USER)
 
 
-def test_thinking_is_switched_by_the_prompt_of_v3_1_alone():
+def test_only_v3_1_switches_thinking_in_the_prompt():
     head = ids_of(BOS, USER, "1+2?", ASSISTANT)
     assert chat("v3_1").prompt([QUESTION]) == chat("v3_1_think").prompt([QUESTION], thinking=False)
     assert chat("v3_1").prompt([QUESTION]) == head + ids_of(THINK_CLOSE)
@@ -137,7 +137,7 @@ def test_thinking_is_switched_by_the_prompt_of_v3_1_alone():
 
 
 @pytest.mark.parametrize("name", GENUINE)
-def test_a_prompt_ends_in_what_it_says_to_have_opened(name):
+def test_a_prompt_ends_in_its_opening(name):
     after_tool = [QUESTION, assistant("", tool_calls=(CALL,)), Message(role="tool", content="3")]
     for thinking in (None, True, False) if chat(name).can_switch else (None,):
         opening = chat(name).opening([QUESTION], thinking)
@@ -147,42 +147,42 @@ def test_a_prompt_ends_in_what_it_says_to_have_opened(name):
     assert chat(name).text_of(ids_of("3", EOS), opening="") == "3"
 
 
-def test_a_plain_conversation_is_one_example_that_teaches_answers_and_their_ends():
+def test_a_plain_conversation_is_one_example_that_trains_answers_and_end_tokens():
     messages = [Message(role="system", content="s"), QUESTION, assistant("3"), QUESTION, assistant("3 again")]
-    asked = f"{USER}1+2?{ASSISTANT}"
-    assert loss_mask_of("v3", messages) == [[f"{BOS}s{asked}", f"3{EOS}", asked, f"3 again{EOS}"]]
-    closed = f"{asked}{THINK_CLOSE}"
-    assert loss_mask_of("v3_1", messages) == [[f"{BOS}s{closed}", f"3{EOS}", closed, f"3 again{EOS}"]]
+    prompt_text = f"{USER}1+2?{ASSISTANT}"
+    assert masked_texts("v3", messages) == [[f"{BOS}s{prompt_text}", f"3{EOS}", prompt_text, f"3 again{EOS}"]]
+    closed = f"{prompt_text}{THINK_CLOSE}"
+    assert masked_texts("v3_1", messages) == [[f"{BOS}s{closed}", f"3{EOS}", closed, f"3 again{EOS}"]]
 
 
-def test_thinking_is_learnt_where_it_is_thought_and_left_out_of_history():
+def test_thinking_is_trained_in_its_own_turn_and_left_out_of_history():
     messages = [QUESTION, assistant("3", reasoning="two and one"), QUESTION, assistant("still 3", reasoning="same")]
-    asked = f"{BOS}{USER}1+2?{ASSISTANT}"
-    later = f"{asked}3{EOS}{USER}1+2?{ASSISTANT}"
-    closed = f"{asked}{THINK_CLOSE}3{EOS}{USER}1+2?{ASSISTANT}"
-    assert loss_mask_of("r1", messages) == [
-        [f"{asked}<think>\n", f"two and one\n</think>\n\n3{EOS}"],
+    prompt_text = f"{BOS}{USER}1+2?{ASSISTANT}"
+    later = f"{prompt_text}3{EOS}{USER}1+2?{ASSISTANT}"
+    closed = f"{prompt_text}{THINK_CLOSE}3{EOS}{USER}1+2?{ASSISTANT}"
+    assert masked_texts("r1", messages) == [
+        [f"{prompt_text}<think>\n", f"two and one\n</think>\n\n3{EOS}"],
         [f"{later}<think>\n", f"same\n</think>\n\nstill 3{EOS}"],
     ]
-    assert loss_mask_of("r1_0528", messages) == [
-        [asked, f"<think>\ntwo and one\n</think>\n\n3{EOS}"],
+    assert masked_texts("r1_0528", messages) == [
+        [prompt_text, f"<think>\ntwo and one\n</think>\n\n3{EOS}"],
         [later, f"<think>\nsame\n</think>\n\nstill 3{EOS}"],
     ]
-    assert loss_mask_of("v3_1", messages) == [
-        [f"{asked}<think>", f"two and one</think>3{EOS}"],
+    assert masked_texts("v3_1", messages) == [
+        [f"{prompt_text}<think>", f"two and one</think>3{EOS}"],
         [f"{closed}<think>", f"same</think>still 3{EOS}"],
     ]
-    plain = [[f"{asked}</think>", f"3{EOS}", f"{USER}1+2?{ASSISTANT}</think>", f"still 3{EOS}"]]
-    assert loss_mask_of("v3_1", messages, thinking=False) == plain
+    plain = [[f"{prompt_text}</think>", f"3{EOS}", f"{USER}1+2?{ASSISTANT}</think>", f"still 3{EOS}"]]
+    assert masked_texts("v3_1", messages, thinking=False) == plain
 
 
 def test_a_turn_of_r1_without_thoughts_closes_the_block_that_the_prompt_opened():
-    found = loss_mask_of("r1", [QUESTION, assistant("3")])
+    found = masked_texts("r1", [QUESTION, assistant("3")])
     assert found == [[f"{BOS}{USER}1+2?{ASSISTANT}<think>\n", f"\n</think>\n\n3{EOS}"]]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_think_block_in_the_content_is_learnt_as_if_it_stood_in_its_field(name):
+def test_a_think_block_in_the_content_is_trained_like_the_reasoning_field(name):
     written = [QUESTION, assistant("<think>\ntwo and one\n</think>\n\n3")]
     apart = [QUESTION, assistant("3", reasoning="two and one")]
     assert chat(name).example(written) == chat(name).example(apart)
@@ -191,29 +191,30 @@ def test_a_think_block_in_the_content_is_learnt_as_if_it_stood_in_its_field(name
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_learnt_follows_exactly_what_is_asked(name):
-    """Ids of a sequence are never made by rendering it whole: each turn follows the ids that it will be drawn after."""
+def test_trained_tokens_follow_exactly_the_prompt_ids(name):
+    """A sequence is not one rendering of the conversation: each turn follows the ids of the prompt it is sampled
+    from."""
     messages = [QUESTION, assistant("\n3 \n", reasoning=" a\n"), QUESTION, assistant("the sum", reasoning="the tool")]
     prompts = [chat(name).prompt(messages[:count], (), True if chat(name).can_switch else None) for count in (1, 3)]
     starts = [ids[: loss_mask.index(1)] for ids, loss_mask in chat(name).example(messages)]
     assert starts == prompts[: len(starts)]
 
 
-def test_calls_are_learnt_and_results_are_not():
+def test_calls_are_trained_and_results_are_not():
     messages = [QUESTION, assistant("", tool_calls=(CALL,)), Message(role="tool", content="3"), assistant("3")]
     call = f'{CALLS_BEGIN}{CALL_BEGIN}add{CALL_SEP}{{"a": 1}}{CALL_END}{CALLS_END}{EOS}'
     result = f"{OUTPUT_BEGIN}3{OUTPUT_END}"
-    asked = f"{BOS}{USER}1+2?{ASSISTANT}{THINK_CLOSE}"
-    assert loss_mask_of("v3_1", messages) == [[asked, call, result, f"3{EOS}"]]
+    prompt_text = f"{BOS}{USER}1+2?{ASSISTANT}{THINK_CLOSE}"
+    assert masked_texts("v3_1", messages) == [[prompt_text, call, result, f"3{EOS}"]]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_conversation_without_an_answer_teaches_nothing(name):
-    with pytest.raises(RequestError, match="no turn of the assistant"):
+def test_a_conversation_without_an_answer_is_refused(name):
+    with pytest.raises(RequestError, match="no assistant turn to train on"):
         chat(name).example([QUESTION])
 
 
-def test_only_an_assistant_thinks_and_calls():
+def test_only_assistant_messages_have_reasoning_and_calls():
     with pytest.raises(RequestError, match="role='user'"):
         Message(role="user", content="", tool_calls=(CALL,))
     with pytest.raises(RequestError, match="'r1_zero' has no tools"):

@@ -1,4 +1,4 @@
-"""Holes in documents: the text can be put together again, and the places are drawn evenly."""
+"""Fill in the middle: the parts join to the text, and the cuts are uniform."""
 
 import random
 from collections import Counter
@@ -25,7 +25,7 @@ def fim_tokenizer() -> Tokenizer:
 
 
 def parts(ids: list[int], tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Prefix, suffix and middle, found by the control tokens."""
+    """Return prefix, suffix and middle, split at the control tokens."""
     begin, hole, end, eos = (tokenizer.control_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END, EOS))
     assert ids[0] == begin and ids[-1] == eos
     assert [token for token in ids if token in (begin, hole, end, eos)] == [begin, hole, end, eos]
@@ -34,15 +34,15 @@ def parts(ids: list[int], tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_prefix_middle_and_suffix_are_the_text_again(text):
+def test_prefix_middle_and_suffix_join_to_the_text(text):
     tokenizer = fim_tokenizer()
     for seed in range(50):
         prefix, suffix, middle = parts(fill_in_middle(text, tokenizer, random.Random(seed)), tokenizer)
         assert prefix + middle + suffix == text
 
 
-def test_cuts_fall_anywhere_between_characters_with_equal_chances():
-    """Two even draws: each of the 5 places of "abcd" is drawn in a fifth of them, within 4 standard errors."""
+def test_cuts_are_uniform_over_all_positions():
+    """Each cut falls on each of the 5 positions of "abcd" with probability 1/5, within 4 standard errors."""
     tokenizer, places = fim_tokenizer(), Counter()
     for seed in range(2000):
         prefix, _, middle = parts(fill_in_middle("abcd", tokenizer, random.Random(seed)), tokenizer)
@@ -51,14 +51,14 @@ def test_cuts_fall_anywhere_between_characters_with_equal_chances():
     assert all(abs(count - 800) < 4 * (4000 * 0.2 * 0.8) ** 0.5 for count in places.values())
 
 
-def test_one_seed_cuts_at_one_place():
+def test_the_same_seed_cuts_at_the_same_place():
     tokenizer = fim_tokenizer()
     first, again, other = (fill_in_middle(TEXTS[0], tokenizer, random.Random(seed)) for seed in (7, 7, 8))
     assert first == again != other
 
 
-def test_the_new_control_tokens_stand_behind_the_old_ones():
-    """Ids of everything before them stay as they are without holes."""
+def test_fim_control_tokens_follow_the_others():
+    """The ids of the other control tokens are the same with and without fim tokens."""
     assert [fim_tokenizer().control_id(token) for token in (*CONTROL, *FIM)] == list(range(10))
 
 

@@ -1,7 +1,7 @@
-"""Prompts equal to those of transformers, for tokenizers and templates as they are published.
+"""Equality of prompts with transformers, for published tokenizers and templates.
 
-THINKSTACK_TOKENIZERS is a folder of folders, each with a tokenizer.json and a tokenizer_config.json that holds the
-template. A folder that bears the name of a format of ours is asked in that format too.
+THINKSTACK_TOKENIZERS is a folder of folders, each with a tokenizer.json and a tokenizer_config.json with the template.
+If a folder has the name of one of our formats, that format is tested too.
 """
 
 import os
@@ -20,16 +20,16 @@ from thinkstack.types import RequestError
 
 FOLDER = Path(os.environ.get("THINKSTACK_TOKENIZERS", Path(os.environ.get("THINKSTACK_DATA", "data")) / "tokenizers"))
 FOLDERS = sorted(path.parent for path in FOLDER.glob("*/tokenizer.json"))
-TALKS = {talk["key"]: talk for talk in conversations()}
-PLAIN = [key for key, talk in TALKS.items() if not talk.get("spells")]
-SPELT = [key for key, talk in TALKS.items() if talk.get("spells")]
-UNSAID = ("no place for tools", "writes no tool calls", "leaves out what is said")
-"""Why we refuse a conversation that transformers renders with something missing."""
+CONVERSATIONS = {conversation["key"]: conversation for conversation in conversations()}
+WITHOUT_CONTROL_SPELLINGS = [key for key, conversation in CONVERSATIONS.items() if not conversation.get("spells")]
+WITH_CONTROL_SPELLINGS = [key for key, conversation in CONVERSATIONS.items() if conversation.get("spells")]
+EXPECTED_REFUSALS = ("does not support tools", "writes no tool calls", "drops the content before")
+"""Messages for conversations that transformers renders with something missing."""
 DEPARTURES = {("r1", "two rounds of calls")}
 """R1's own template never begins a second round of calls."""
 
 pytestmark = pytest.mark.skipif(
-    not FOLDERS, reason="THINKSTACK_TOKENIZERS names no folder with tokenizers and their templates"
+    not FOLDERS, reason="THINKSTACK_TOKENIZERS is not a folder with tokenizers and their templates"
 )
 each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
@@ -51,16 +51,18 @@ def theirs(folder):
     )
 
 
-def rendered(folder, talk, switches):
-    """Every way in which transformers can be told of this conversation that its template takes, as ids."""
+def rendered(folder, conversation, switches):
+    """Render the conversation with transformers in every representation of calls; ids, or the error as text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokenizer, found = theirs(folder), []
-    for as_text, without_content in product((False, True), repeat=2) if "tool_calls" in str(talk) else [(True, False)]:
+    for as_text, without_content in (
+        product((False, True), repeat=2) if "tool_calls" in str(conversation) else [(True, False)]
+    ):
         try:
             texts, _ = render_jinja_template(
-                [as_request(talk, as_text, without_content)],
-                tools=schemas(talk),
+                [as_request(conversation, as_text, without_content)],
+                tools=schemas(conversation),
                 chat_template=tokenizer.chat_template,
                 add_generation_prompt=True,
                 **tokenizer.special_tokens_map,
@@ -79,21 +81,21 @@ def test_a_shipped_template_gives_the_ids_of_transformers(folder, thinking):
     chat = ours(folder)
     if thinking is not None and not chat.can_switch:
         with pytest.raises(RequestError, match="no switch"):
-            chat.prompt(read_messages(TALKS["question"]), thinking=thinking)
+            chat.prompt(read_messages(CONVERSATIONS["question"]), thinking=thinking)
         return
     switches = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
     compared = 0
-    for key in PLAIN:
-        talk = TALKS[key]
-        expected = rendered(folder, talk, switches)
+    for key in WITHOUT_CONTROL_SPELLINGS:
+        conversation = CONVERSATIONS[key]
+        expected = rendered(folder, conversation, switches)
         try:
-            ids = chat.prompt(read_messages(talk), read_tools(talk), thinking)
+            ids = chat.prompt(read_messages(conversation), read_tools(conversation), thinking)
         except RequestError as error:
-            is_refused = all(isinstance(said, str) for said in expected)
-            assert is_refused or any(reason in str(error) for reason in UNSAID), (key, error)
+            is_refused = all(isinstance(result, str) for result in expected)
+            assert is_refused or any(reason in str(error) for reason in EXPECTED_REFUSALS), (key, error)
             continue
         assert ids in expected, (key, chat.tokenizer.decode(ids))
-        calls = [call.arguments.strip("{}") for message in read_messages(talk) for call in message.tool_calls]
+        calls = [call.arguments.strip("{}") for message in read_messages(conversation) for call in message.tool_calls]
         assert all(call in chat.tokenizer.decode(ids) for call in calls), key
         compared += 1
     print(folder.name, thinking, compared, "conversations equal")
@@ -101,15 +103,15 @@ def test_a_shipped_template_gives_the_ids_of_transformers(folder, thinking):
 
 
 @each_folder
-@pytest.mark.parametrize("key", SPELT)
-def test_text_that_spells_control_tokens_stays_text_as_with_sanitized_input(folder, key):
-    """transformers cuts the text around each spelling, so ids differ and text and control tokens must not."""
-    chat, tokenizer, talk = ours(folder), theirs(folder), TALKS[key]
+@pytest.mark.parametrize("key", WITH_CONTROL_SPELLINGS)
+def test_text_that_spells_control_tokens_encodes_like_sanitized_input(folder, key):
+    """transformers splits the text around each spelling, so ids may differ; text and control tokens must be equal."""
+    chat, tokenizer, conversation = ours(folder), theirs(folder), CONVERSATIONS[key]
     expected = tokenizer.apply_chat_template(
-        as_request(talk), add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        as_request(conversation), add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
     )
     known = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer._get_control_tokens(tokenizer.chat_template)}
-    ids = chat.prompt(read_messages(talk))
+    ids = chat.prompt(read_messages(conversation))
     assert chat.tokenizer.decode(ids) == chat.tokenizer.decode(expected)
     assert [token for token in ids if token in known] == [token for token in expected if token in known]
     assert [token for token in ids if token in chat.tokenizer.control.values()] == [
@@ -123,41 +125,45 @@ def test_a_format_of_ours_gives_the_ids_of_its_template(folder):
         pytest.skip(f"{folder.name} is no format of this package")
     chat, compared = chat_format(folder.name, ours(folder).tokenizer), 0
     for thinking in (None, False, True) if chat.can_switch else (None,):
-        for key in PLAIN:
-            talk = TALKS[key] | {"tools": ()}
-            expected = rendered(folder, talk, {} if thinking is None else {"thinking": thinking})
+        for key in WITHOUT_CONTROL_SPELLINGS:
+            conversation = CONVERSATIONS[key] | {"tools": ()}
+            expected = rendered(folder, conversation, {} if thinking is None else {"thinking": thinking})
             if (folder.name, key) not in DEPARTURES:
-                assert chat.prompt(read_messages(talk), thinking=thinking) in expected, key
+                assert chat.prompt(read_messages(conversation), thinking=thinking) in expected, key
                 compared += 1
     print(folder.name, compared, "conversations equal")
 
 
 @each_folder
-def test_what_a_shipped_template_teaches_is_each_turn_after_the_ids_that_ask_for_it(folder):
+def test_trained_turns_of_a_shipped_template_follow_their_prompt_ids(folder):
     chat, compared = ours(folder), 0
-    for talk in TALKS.values():
-        messages = read_messages(talk)
+    for conversation in CONVERSATIONS.values():
+        messages = read_messages(conversation)
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         try:
             examples = chat.example(messages)
         except RequestError as error:
-            reasons = (*UNSAID, "single tool", *(["nothing can be learnt"] if "rounds" in talk["key"] else []))
+            reasons = (
+                *EXPECTED_REFUSALS,
+                "single tool",
+                *(["cannot be used for training"] if "rounds" in conversation["key"] else []),
+            )
             assert not turns or 0 in turns or any(reason in str(error) for reason in reasons), error
             continue
-        said = ""
+        trained_text = ""
         for ids, loss_mask in examples:
-            said += chat.tokenizer.decode(
+            trained_text += chat.tokenizer.decode(
                 [token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]
             )
             starts = [i for i in range(1, len(ids)) if loss_mask[i] > loss_mask[i - 1]]
             prompts = [chat.prompt(messages[:index], (), thinking) for index in turns for thinking in switched(chat)]
-            assert all(ids[:start] in prompts for start in starts), talk["key"]
+            assert all(ids[:start] in prompts for start in starts), conversation["key"]
             assert loss_mask[-1] == 1 and ids[-1] in chat.stop_token_ids
         for index in turns:
-            assert with_reasoning(messages[index]).content.strip() in said, talk["key"]
-            assert (messages[index].reasoning or "") in said
+            assert with_reasoning(messages[index]).content.strip() in trained_text, conversation["key"]
+            assert (messages[index].reasoning or "") in trained_text
         compared += 1
-    print(folder.name, compared, "conversations learnt")
+    print(folder.name, compared, "conversations compared")
     assert compared >= 9
 
 

@@ -1,10 +1,10 @@
-"""What counts as an answer and as the right format."""
+"""Parsing of answers and formats."""
 
 import pytest
 
 from thinkstack.text.chat import chat_format
 from thinkstack.text.final_answer import EXTRACTION_RULES
-from thinkstack.text.parse import Turn, parse_calls, parse_turn, read_reply, split_thinking
+from thinkstack.text.parse import Turn, parse_message, parse_tool_calls, parse_turn, split_thinking
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
 from thinkstack.types import Message, ToolCall
 
@@ -15,7 +15,7 @@ def test_a_well_formed_turn():
     assert parse_turn(GOOD) == Turn("1+2=3", "3", True)
 
 
-def test_outer_space_is_no_fault():
+def test_outer_white_space_is_allowed():
     assert parse_turn(f"\n {GOOD} \n") == Turn("1+2=3", "3", True)
 
 
@@ -29,7 +29,7 @@ def test_outer_space_is_no_fault():
     ],
     ids=["no thinking", "words around", "never opened", "thinking twice"],
 )
-def test_a_wrong_form_may_still_hold_an_answer(text, answer):
+def test_a_malformed_turn_may_still_have_an_answer(text, answer):
     assert parse_turn(text).answer == answer
     assert not parse_turn(text).is_well_formed
 
@@ -60,7 +60,7 @@ def test_a_wrong_form_may_still_hold_an_answer(text, answer):
     ],
 )
 def test_no_answer(text):
-    """E2.53, E2.54: an answer inside unclosed thinking, or one of several, must not be rewarded."""
+    """An answer inside unclosed thinking, or one of several answers, must not be rewarded."""
     assert parse_turn(text).answer is None
     assert not parse_turn(text).is_well_formed
 
@@ -78,7 +78,7 @@ def test_no_answer(text):
     ],
     ids=["text after", "text before", "text between", "opened twice", "closed twice", "answer first", "tag in thought"],
 )
-def test_every_tag_stands_once_and_nothing_else_does(text):
+def test_every_tag_occurs_exactly_once_and_nothing_else_is_allowed(text):
     assert not parse_turn(text).is_well_formed
 
 
@@ -99,7 +99,7 @@ def test_an_answer_before_thinking_does_not_count():
         ("<think>1</think>3<think>2</think>4", None, False),
     ],
 )
-def test_the_open_form_is_one_closed_think_block_and_something_behind_it(text, answer, is_well_formed):
+def test_think_then_answer_is_one_closed_think_block_and_an_answer(text, answer, is_well_formed):
     turn = parse_turn(text, "think_then_answer")
     assert (turn.answer, turn.is_well_formed) == (answer, is_well_formed)
 
@@ -108,7 +108,7 @@ PROSE = "The ducks lay 16 eggs and she eats 3, bakes with 4 and sells the other 
 
 
 @pytest.mark.parametrize(
-    ("said", "answer"),
+    ("visible_text", "answer"),
     [
         (f"{PROSE}**Answer:** \\boxed{{18}}", "18"),
         (f"{PROSE}Thus \\(\\boxed{{\\frac{{14}}{{3}}}}\\).", "\\frac{14}{3}"),
@@ -124,10 +124,13 @@ PROSE = "The ducks lay 16 eggs and she eats 3, bakes with 4 and sells the other 
         ("\\boxed{18\\}", None),
     ],
 )
-def test_in_the_open_form_the_last_complete_box_is_the_answer(said, answer):
-    """Of ten real answers of R1-family models, all ending in a box, none was read: the prose around it was too long."""
-    assert parse_turn(f"<think>\n16-3-4=9, \\boxed{{7}}\n</think>\n\n{said}", "think_then_answer").answer == answer
-    assert parse_turn(f"<think>\nnever closed {said}", "think_then_answer").answer is None
+def test_in_think_then_answer_the_last_complete_box_is_the_answer(visible_text, answer):
+    """Regression: of ten real answers of R1-family models, all with a final box, none was found: the text around the
+    box was too long."""
+    assert (
+        parse_turn(f"<think>\n16-3-4=9, \\boxed{{7}}\n</think>\n\n{visible_text}", "think_then_answer").answer == answer
+    )
+    assert parse_turn(f"<think>\nnever closed {visible_text}", "think_then_answer").answer is None
 
 
 @pytest.mark.parametrize(
@@ -166,13 +169,14 @@ def test_in_the_open_form_the_last_complete_box_is_the_answer(said, answer):
         ("<think>it is 3, but", None, None),
     ],
 )
-def test_in_stock_answers_the_first_rule_that_finds_something_decides(text, answer, rule):
-    """An evaluation of a stock model gave 0.0 with every answer null, even for "#### 22" and "The answer is 22"."""
+def test_in_flexible_extract_the_first_matching_rule_decides(text, answer, rule):
+    """Regression: an evaluation of a stock model scored 0.0 and found no answer, even in "#### 22" and "The answer is
+    22"."""
     turn = parse_turn(text, "flexible_extract")
     assert (turn.answer, turn.rule, turn.is_well_formed) == (answer, rule, answer is not None)
 
 
-def test_the_rules_of_extraction_have_an_order():
+def test_extraction_rules_are_ordered():
     assert list(EXTRACTION_RULES) == ["last_box", "hashes", "answer_is", "last_number"]
 
 
@@ -186,7 +190,7 @@ def test_the_rules_of_extraction_have_an_order():
         ("b</think>c", None, "b</think>c"),
         ("b", None, "b"),
     ],
-    ids=["whole", "closed twice", "left open", "asked not to think", "never opened", "none"],
+    ids=["whole", "closed twice", "left open", "told not to think", "never opened", "none"],
 )
 def test_a_turn_splits_into_thinking_and_the_rest(text, thinking, rest):
     assert split_thinking(text) == (thinking, rest)
@@ -202,8 +206,8 @@ NEW = "".join(f"<｜tool▁call▁begin｜>{call.name}<｜tool▁sep｜>{call.ar
 
 
 @pytest.mark.parametrize("calls", [OLD, NEW], ids=["V3 and R1", "V3.1"])
-def test_calls_are_read_in_both_spellings(calls):
-    assert parse_calls(f"I will look.{OPEN}{calls}{SHUT}") == ("I will look.", CALLS)
+def test_calls_are_parsed_in_both_formats(calls):
+    assert parse_tool_calls(f"I will look.{OPEN}{calls}{SHUT}") == ("I will look.", CALLS)
 
 
 @pytest.mark.parametrize(
@@ -218,22 +222,22 @@ def test_calls_are_read_in_both_spellings(calls):
     ],
     ids=["none", "cut off", "empty", "text between", "text after", "call cut off"],
 )
-def test_what_is_no_whole_call_stays_text(text):
-    assert parse_calls(text) == (text, ())
+def test_incomplete_calls_stay_text(text):
+    assert parse_tool_calls(text) == (text, ())
 
 
-def test_a_reply_is_read_into_its_parts():
-    reply = read_reply(f"<think>\nWhich?\n</think>\n\nI will look.{OPEN}{NEW}{SHUT}")
+def test_a_turn_is_parsed_into_a_message():
+    reply = parse_message(f"<think>\nWhich?\n</think>\n\nI will look.{OPEN}{NEW}{SHUT}")
     assert reply == Message(role="assistant", content="I will look.", reasoning="Which?", tool_calls=CALLS)
-    assert read_reply("</think>4") == Message(role="assistant", content="4")
+    assert parse_message("</think>4") == Message(role="assistant", content="4")
 
 
 @pytest.mark.parametrize("name", ["v3", "r1_0528", "v3_1"])
-def test_what_a_format_teaches_is_what_the_parser_reads(name):
+def test_trained_turns_parse_back_to_their_messages(name):
     chat = chat_format(name, train_tokenizer(["a few words"], 330, control=(*CONTROL, *TOOLS)))
-    said = Message(role="assistant", content="I will look.", reasoning=None, tool_calls=CALLS)
-    ids, loss_mask = chat.example([Message(role="user", content="?"), said])[0]
+    visible_text = Message(role="assistant", content="I will look.", reasoning=None, tool_calls=CALLS)
+    ids, loss_mask = chat.example([Message(role="user", content="?"), visible_text])[0]
     assert (
-        read_reply(chat.text_of([token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]))
-        == said
+        parse_message(chat.text_of([token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]))
+        == visible_text
     )

@@ -1,4 +1,4 @@
-"""Templates of strangers: the ids of transformers, what is learnt from them, and bounds that they cannot break."""
+"""Checkpoint templates: equality with transformers, the loss mask, and the bounds of the sandbox."""
 
 import time
 
@@ -35,10 +35,10 @@ CAREFUL = """
 {%- if add_generation_prompt %}{{ '<｜Assistant｜>says\\n' }}
 {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
-"""It trims, splits and quotes what people write, and puts text of its own right beside it."""
+"""A template that trims, splits and quotes message text, and adds its own text next to it."""
 
 
-def careful(**more):
+def careful_format(**more):
     return TemplateFormat(tiny_tokenizer(), CAREFUL, BOS, EOS, **more)
 
 
@@ -60,67 +60,74 @@ def text(ids):
     return tiny_tokenizer().decode(ids)
 
 
-def loss_mask_of(chat, messages, **how):
-    """[text, learnt text, text, ...] of each example."""
+def masked_texts(chat, messages, **options):
+    """Return [text, trained text, text, ...] for each example."""
     found = []
-    for ids, loss_mask in chat.example(messages, **how):
-        stretches: list[list[int]] = [[]]
+    for ids, loss_mask in chat.example(messages, **options):
+        spans: list[list[int]] = [[]]
         for index, token in enumerate(ids):
             if index and loss_mask[index] != loss_mask[index - 1]:
-                stretches.append([])
-            stretches[-1].append(token)
-        found.append([text(stretch) for stretch in stretches])
+                spans.append([])
+            spans[-1].append(token)
+        found.append([text(span) for span in spans])
     return found
 
 
 @pytest.mark.parametrize("thinking", [None, True, False])
-def test_prompts_are_those_of_transformers_token_by_token(thinking):
+def test_prompts_equal_those_of_transformers_token_by_token(thinking):
     switches, hugging = {} if thinking is None else {"enable_thinking": thinking}, theirs(CAREFUL)
     compared = 0
-    for talk in conversations():
-        if talk.get("spells"):
+    for conversation in conversations():
+        if conversation.get("spells"):
             continue
         expected = hugging.apply_chat_template(
-            as_request(talk, as_text=False),
-            tools=schemas(talk),
+            as_request(conversation, as_text=False),
+            tools=schemas(conversation),
             add_generation_prompt=True,
             return_dict=False,
             **switches,
         )
-        assert careful().prompt(read_messages(talk), read_tools(talk), thinking) == expected, talk["key"]
+        assert careful_format().prompt(read_messages(conversation), read_tools(conversation), thinking) == expected, (
+            conversation["key"]
+        )
         compared += 1
     assert compared == 32
 
 
-def test_what_is_learnt_is_what_transformers_masks():
-    """Its mask comes from generation tags, ours from rendering with and without the answer."""
+def test_the_loss_mask_equals_that_of_transformers():
+    """The mask of transformers comes from generation tags, ours from rendering with and without the answer."""
     hugging, compared = theirs(CAREFUL), 0
-    for talk in conversations():
-        messages = read_messages(talk)
+    for conversation in conversations():
+        messages = read_messages(conversation)
         while messages and messages[-1].role != "assistant":
             messages.pop()
-        if talk.get("spells") or not messages or "thinking" in talk["key"] or "reasoning" in talk["key"]:
+        if (
+            conversation.get("spells")
+            or not messages
+            or "thinking" in conversation["key"]
+            or "reasoning" in conversation["key"]
+        ):
             continue
-        request = as_request(talk, as_text=False)[: len(messages)]
+        request = as_request(conversation, as_text=False)[: len(messages)]
         expected = hugging.apply_chat_template(request, return_dict=True, return_assistant_tokens_mask=True)
-        ids, loss_mask = careful().example(messages, thinking=True)[-1]
+        ids, loss_mask = careful_format().example(messages, thinking=True)[-1]
         theirs_mask = [
             i for i, is_trained in zip(expected["input_ids"], expected["assistant_masks"], strict=True) if is_trained
         ]
         ours_mask = [token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]
-        assert text(ours_mask) == text(theirs_mask), talk["key"]
+        assert text(ours_mask) == text(theirs_mask), conversation["key"]
         compared += 1
     assert compared >= 12
 
 
-def test_text_around_a_spelt_control_token_is_text_to_the_end():
+def test_text_that_spells_a_control_token_stays_text():
     content = f"a {EOS} b {USER}{PAD}<｜Us"
-    ids = careful().prompt([Message(role="user", content=content)])
+    ids = careful_format().prompt([Message(role="user", content=content)])
     expected = [Control(USER), f"user\n{content}\n", Control(ASSISTANT), "says\n"]
     assert ids == tiny_tokenizer().encode_pieces(expected)
 
 
-def test_two_people_cannot_spell_a_control_token_together():
+def test_two_messages_cannot_spell_a_control_token_together():
     chat = TemplateFormat(tiny_tokenizer(), "{% for m in messages %}{{ m.content | trim }}{% endfor %}", BOS, EOS)
     halves = [Message(role="user", content=f"{EOS[:9]} "), Message(role="user", content=EOS[9:])]
     assert chat.prompt(halves) == tiny_tokenizer().encode(EOS)
@@ -136,13 +143,13 @@ def test_spelt_tokens_come_back_from_json_with_and_without_escapes():
         assert "\\ue000" not in text(ids) and "\ue000" not in text(ids)
 
 
-def test_marks_that_people_write_stay():
+def test_private_use_characters_in_messages_are_preserved():
     content = "".join(map(chr, range(0xE000, 0xE010)))
-    assert content in text(careful().prompt([Message(role="user", content=content + EOS)]))
+    assert content in text(careful_format().prompt([Message(role="user", content=content + EOS)]))
 
 
-def test_a_template_for_tools_is_used_where_there_are_tools():
-    chat = careful(tool_template="{{ 'with ' + tools[0].function.name }}")
+def test_the_tool_template_is_used_if_there_are_tools():
+    chat = careful_format(tool_template="{{ 'with ' + tools[0].function.name }}")
     assert text(chat.prompt([QUESTION], [Tool(name="add", description="")])) == "with add"
     assert text(chat.prompt([QUESTION])) == f"{USER}user\n1+2?\n{ASSISTANT}says\n"
 
@@ -150,40 +157,40 @@ def test_a_template_for_tools_is_used_where_there_are_tools():
 @pytest.mark.parametrize(
     ("messages", "tools", "reason"),
     [
-        ([QUESTION], [Tool(name="add", description="")], "no place for tools"),
+        ([QUESTION], [Tool(name="add", description="")], "does not support tools"),
         ([QUESTION, assistant("", tool_calls=(CALL,))], [], "writes no tool calls"),
         ([], [], "does not take this conversation"),
     ],
     ids=["tools", "calls", "no message"],
 )
-def test_what_a_template_would_leave_out_is_refused(messages, tools, reason):
+def test_content_that_a_template_drops_is_refused(messages, tools, reason):
     chat = TemplateFormat(tiny_tokenizer(), "{{ messages[0].role + messages[-1].content }}", BOS, EOS)
     with pytest.raises(RequestError, match=reason):
         chat.prompt(messages, tools)
 
 
-SILENT = "{% for m in messages %}{% if m.role in KNOWN %}{{ '<｜User｜>' + m.content }}{% endif %}{% endfor %}"
-"""It passes over the roles that it does not know, as some shipped ones do."""
+DROPS_ROLES = "{% for m in messages %}{% if m.role in KNOWN %}{{ '<｜User｜>' + m.content }}{% endif %}{% endfor %}"
+"""A template that silently drops unknown roles, as some published ones do."""
 
 
 @pytest.mark.parametrize("role", ["system", "tool"])
-def test_roles_that_a_template_passes_over_are_refused(role):
-    """A system text, or the result of a call, was dropped from the prompt without a word."""
+def test_roles_that_a_template_drops_are_refused(role):
+    """Regression: a system message or a tool result was silently dropped from the prompt."""
     messages = [QUESTION, assistant("3"), Message(role=role, content="said"), QUESTION]
     known = TemplateFormat(
-        tiny_tokenizer(), SILENT.replace("KNOWN", "['user', 'assistant', 'system', 'tool']"), BOS, EOS
+        tiny_tokenizer(), DROPS_ROLES.replace("KNOWN", "['user', 'assistant', 'system', 'tool']"), BOS, EOS
     )
-    silent = TemplateFormat(tiny_tokenizer(), SILENT.replace("KNOWN", "['user', 'assistant']"), BOS, EOS)
+    dropping = TemplateFormat(tiny_tokenizer(), DROPS_ROLES.replace("KNOWN", "['user', 'assistant']"), BOS, EOS)
     assert "said" in text(known.prompt(messages))
-    with pytest.raises(RequestError, match=f"leaves out messages of the role '{role}'"):
-        silent.prompt(messages)
-    silent.prompt([QUESTION])
+    with pytest.raises(RequestError, match=f"drops messages of the role '{role}'"):
+        dropping.prompt(messages)
+    dropping.prompt([QUESTION])
 
 
 @pytest.mark.parametrize(
     "condition", ["tools", "messages[loop.index0 - 1].tool_calls", "m.tool_call_id", "m.name", "tools is defined"]
 )
-def test_results_that_a_template_writes_under_a_condition_are_not_refused(condition):
+def test_results_that_a_template_writes_conditionally_are_accepted(condition):
     template = (
         "{{ tools }}{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}"
         f"{{% elif {condition} %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
@@ -193,12 +200,12 @@ def test_results_that_a_template_writes_under_a_condition_are_not_refused(condit
     messages = [QUESTION, called, Message(role="tool", content="said", tool_call_id="c", name="f")]
     assert "said" in text(chat.prompt(messages, [Tool(name="f", description="f")]))
     if condition == "tools":
-        with pytest.raises(RequestError, match="leaves out messages of the role 'tool'"):
+        with pytest.raises(RequestError, match="drops messages of the role 'tool'"):
             chat.prompt(messages)
 
 
-def test_a_template_that_wants_ids_of_calls_writes_calls_with_them():
-    """Mistral's were said to write no calls at all, because the call that they were tried with had no id."""
+def test_a_template_that_requires_call_ids_gets_them():
+    """Regression: Mistral's templates were reported to write no calls, because the probe call had no id."""
     wants = "{{ raise_exception('ids have nine letters') if m.tool_calls[0].id is not defined }}"
     template = (
         "{% for m in messages %}{% if m.tool_calls %}" + wants + "{{ m.tool_calls[0].function | tojson }}"
@@ -211,67 +218,71 @@ def test_a_template_that_wants_ids_of_calls_writes_calls_with_them():
         chat.prompt([QUESTION, assistant("", tool_calls=(CALL,)), QUESTION])
 
 
-def test_words_before_a_call_that_a_template_leaves_out_are_refused():
+def test_content_before_a_call_that_a_template_drops_is_refused():
     template = (
         "{% for m in messages %}{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}{% endfor %}"
     )
     chat = TemplateFormat(tiny_tokenizer(), template, BOS, EOS)
     assert '"arguments": {"a": 1}' in text(chat.prompt([QUESTION, assistant("", tool_calls=(CALL,))]))
-    with pytest.raises(RequestError, match="leaves out what is said before a call"):
+    with pytest.raises(RequestError, match="drops the content before a tool call"):
         chat.prompt([QUESTION, assistant("Wait.", tool_calls=(CALL,))])
 
 
-def test_arguments_that_are_no_json_are_refused_where_the_template_quotes_them():
-    with pytest.raises(RequestError, match="'add' are no JSON"):
-        careful().prompt([QUESTION, assistant("", tool_calls=(ToolCall(name="add", arguments="{"),))])
+def test_arguments_that_are_not_json_are_refused():
+    with pytest.raises(RequestError, match="'add' are not valid JSON"):
+        careful_format().prompt([QUESTION, assistant("", tool_calls=(ToolCall(name="add", arguments="{"),))])
 
 
-def test_the_end_of_a_turn_and_all_ends_of_the_checkpoint_stop():
+def test_stop_tokens_are_the_turn_end_and_those_of_the_checkpoint():
     control = tiny_tokenizer().control
-    chat = TemplateFormat(tiny_tokenizer(), CAREFUL.replace("eos_token", f"'{PAD}'"), BOS, EOS, ends=(control[USER],))
+    chat = TemplateFormat(
+        tiny_tokenizer(), CAREFUL.replace("eos_token", f"'{PAD}'"), BOS, EOS, end_token_ids=(control[USER],)
+    )
     assert chat.stop_token_ids == (control[PAD], control[EOS], control[USER])
     assert chat.answer("3") == [*tiny_tokenizer().encode("3"), control[PAD]]
 
 
-def test_what_the_prompt_begins_is_read_with_the_answer_and_not_learnt():
+def test_the_prefill_is_parsed_with_the_answer_and_not_trained():
     opened = CAREFUL + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
     chat = TemplateFormat(tiny_tokenizer(), opened, BOS, EOS)
     assert chat.prefill == "<think>\n" and chat.text_of(tiny_tokenizer().encode("a")) == "<think>\na"
-    asked = f"{USER}user\n1+2?\n{ASSISTANT}says\n<think>\n"
+    prompt_text = f"{USER}user\n1+2?\n{ASSISTANT}says\n<think>\n"
     thought = [QUESTION, assistant("3", reasoning="a")]
-    assert loss_mask_of(chat, thought) == [[asked, f"a\n</think>\n\n3{EOS}"]]
-    assert loss_mask_of(chat, [QUESTION, assistant("3")], thinking=True) == [[asked, f"\n</think>\n\n3{EOS}"]]
+    assert masked_texts(chat, thought) == [[prompt_text, f"a\n</think>\n\n3{EOS}"]]
+    assert masked_texts(chat, [QUESTION, assistant("3")], thinking=True) == [[prompt_text, f"\n</think>\n\n3{EOS}"]]
 
 
-def test_a_turn_without_thoughts_is_asked_for_without_and_not_taught_an_empty_block():
-    asked = f"{USER}user\n1+2?\n{ASSISTANT}says\n"
-    assert loss_mask_of(careful(), [QUESTION, assistant("3")]) == [[f"{asked}<think>\n\n</think>\n\n", f"3{EOS}"]]
-    assert loss_mask_of(careful(), [QUESTION, assistant("3", reasoning="a")]) == [
-        [asked, f"<think>\na\n</think>\n\n3{EOS}"]
+def test_a_turn_without_thinking_trains_no_empty_think_block():
+    prompt_text = f"{USER}user\n1+2?\n{ASSISTANT}says\n"
+    assert masked_texts(careful_format(), [QUESTION, assistant("3")]) == [
+        [f"{prompt_text}<think>\n\n</think>\n\n", f"3{EOS}"]
+    ]
+    assert masked_texts(careful_format(), [QUESTION, assistant("3", reasoning="a")]) == [
+        [prompt_text, f"<think>\na\n</think>\n\n3{EOS}"]
     ]
 
 
-def test_thoughts_that_a_template_has_no_place_for_are_learnt_and_left_out_of_history():
+def test_thinking_that_a_template_cannot_write_is_trained_and_left_out_of_history():
     plain = "{% for m in messages %}{{ '<｜User｜>' + m.role + ': ' + m.content + eos_token + '\\n' }}{% endfor %}"
     plain += "{% if add_generation_prompt %}{{ '<｜User｜>assistant: ' }}{% endif %}"
     chat = TemplateFormat(tiny_tokenizer(), plain, BOS, EOS)
     messages = [QUESTION, assistant("3", reasoning="a"), QUESTION, assistant("3")]
-    asked = f"{USER}user: 1+2?{EOS}\n{USER}assistant: "
-    assert loss_mask_of(chat, messages) == [
-        [asked, f"<think>\na\n</think>\n\n3{EOS}"],
-        [f"{asked}3{EOS}\n{asked}", f"3{EOS}"],
+    prompt_text = f"{USER}user: 1+2?{EOS}\n{USER}assistant: "
+    assert masked_texts(chat, messages) == [
+        [prompt_text, f"<think>\na\n</think>\n\n3{EOS}"],
+        [f"{prompt_text}3{EOS}\n{prompt_text}", f"3{EOS}"],
     ]
-    silent = [messages[0], assistant("3"), *messages[2:]]
-    assert loss_mask_of(chat, silent) == [[asked, f"3{EOS}", f"\n{asked}", f"3{EOS}"]]
+    dropping = [messages[0], assistant("3"), *messages[2:]]
+    assert masked_texts(chat, dropping) == [[prompt_text, f"3{EOS}", f"\n{prompt_text}", f"3{EOS}"]]
 
 
-def test_a_template_that_drops_what_is_said_teaches_nothing():
+def test_a_template_that_drops_the_answer_cannot_be_trained():
     chat = TemplateFormat(tiny_tokenizer(), "{{ messages[0].content }}", BOS, EOS)
-    with pytest.raises(RequestError, match="nothing can be learnt"):
+    with pytest.raises(RequestError, match="cannot be used for training"):
         chat.example([QUESTION, assistant("3")])
 
 
-def test_templates_find_what_transformers_gives_them():
+def test_templates_have_the_functions_of_transformers():
     template = (
         "{% for c in 'abc' %}{% if c == 'b' %}{% break %}{% endif %}{{ c ~ 1 }}{% endfor %}{{ strftime_now('%Y') }}"
     )
@@ -306,7 +317,7 @@ def test_templates_find_what_transformers_gives_them():
         "{% set b = 'x' * 10 ** 7 %}{{ ''.join([b] * 1000) }}",
     ],
 )
-def test_no_template_hangs_or_fills_the_memory(template):
+def test_no_template_hangs_or_exhausts_memory(template):
     started = time.process_time()
     with pytest.raises(RequestError, match=r"more than [0-9,]+ (steps|characters)"):
         render(template)
@@ -323,12 +334,12 @@ def test_no_template_hangs_or_fills_the_memory(template):
         "{% endless",
     ],
 )
-def test_whatever_goes_wrong_in_a_template_is_a_request_error(template):
+def test_any_error_in_a_template_is_a_request_error(template):
     with pytest.raises(RequestError, match="does not take this conversation"):
         render(template, b=[])
 
 
-def test_bounds_leave_room_for_a_long_conversation():
+def test_bounds_allow_a_long_conversation():
     messages = [QUESTION, assistant("word " * 2000)] * 100
     assert len(render(CAREFUL, messages=[{"role": m.role, "content": m.content} for m in messages])) > 1_000_000
     assert sandbox.MAX_SIZE > 10_000_000

@@ -1,4 +1,4 @@
-"""What a vocabulary of ours promises: single digits, whole strings, and control tokens that no text can spell."""
+"""Properties of our vocabularies: single digits, single-token strings, and control tokens that no text can spell."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def test_control_tokens_come_first_and_in_order():
     assert [tiny_tokenizer().control_id(token) for token in CONTROL] == list(range(7))
 
 
-def test_each_digit_is_a_token_of_its_own():
+def test_each_digit_is_one_token():
     tokenizer = tiny_tokenizer()
     for text in ("2024", "12+34=46", "x1y22", "007"):
         pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
@@ -36,11 +36,11 @@ def test_each_digit_is_a_token_of_its_own():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_undoes_encoding(text):
+def test_decoding_inverts_encoding(text):
     assert tiny_tokenizer().decode(tiny_tokenizer().encode(text)) == text
 
 
-def test_decoding_undoes_encoding_of_any_characters():
+def test_decoding_inverts_encoding_of_any_characters():
     rng = random.Random(0)
     for _ in range(300):
         text = "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0xA0, 0xD7FF)))) for _ in range(20))
@@ -59,7 +59,7 @@ def test_no_text_becomes_a_control_token():
         assert tokenizer.decode(ids) == text
 
 
-def test_a_whole_string_is_one_ordinary_token():
+def test_a_single_token_string_is_one_ordinary_token():
     ids = tiny_tokenizer().encode("<answer>7</answer>")
     assert len(ids) == 3
     assert not set(ids) & set(tiny_tokenizer().control.values())
@@ -89,9 +89,9 @@ def test_training_is_a_function_of_its_texts():
     assert train_tokenizer(texts, 300).spec == train_tokenizer(texts, 300).spec
 
 
-def test_what_is_missing_or_too_small_is_said(tmp_path):
+def test_a_missing_file_or_a_small_vocabulary_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="below 264"):
-        train_tokenizer(["a"], 263, whole=("<answer>",))
+        train_tokenizer(["a"], 263, single_tokens=("<answer>",))
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ConfigError, match="no control token '<x>'"):
@@ -99,13 +99,13 @@ def test_what_is_missing_or_too_small_is_said(tmp_path):
 
 
 def test_pad_and_eos_differ():
-    """E2.31: where they are one token, masks made from the pad id silence every end of answer."""
+    """If they were one token, a mask computed from the pad id would exclude every end token from training."""
     assert tiny_tokenizer().control_id(PAD) != tiny_tokenizer().control_id(EOS)
 
 
 @pytest.mark.parametrize("changed", ["blanks beside a token", "a token of blanks"])
-def test_cutting_at_control_tokens_finds_what_the_whole_tokenizer_finds(changed):
-    """Some vocabularies let a control token take in the blanks beside it, some have blanks among the added tokens."""
+def test_splitting_at_control_tokens_equals_the_full_tokenizer(changed):
+    """In some vocabularies a control token strips adjacent blanks; some have blanks among the added tokens."""
     spec = json.loads(tiny_tokenizer().spec)
     if changed == "blanks beside a token":
         flags = {USER: {"rstrip": True}, ASSISTANT: {"lstrip": True}}
@@ -116,7 +116,9 @@ def test_cutting_at_control_tokens_finds_what_the_whole_tokenizer_finds(changed)
     whole = tokenizers.Tokenizer.from_str(tokenizer.spec)
     for _ in range(300):
         text = "".join(rng.choice((*CONTROL, " ", "\n", "\n\n", "the", "<", "<think")) for _ in range(8))
-        assert tokenizer.encode_pieces(tokenizer.cut(text)) == whole.encode(text, add_special_tokens=False).ids, text
+        assert (
+            tokenizer.encode_pieces(tokenizer.split_controls(text)) == whole.encode(text, add_special_tokens=False).ids
+        ), text
     assert set(tokenizer.control) == set(CONTROL)
 
 

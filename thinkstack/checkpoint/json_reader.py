@@ -1,4 +1,4 @@
-"""Typed reading of JSON that other programs wrote."""
+"""Typed reading of JSON files from other programs."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from thinkstack.types import ConfigError
 REQUIRED = object()
 
 
-class Reader:
-    """Typed access to one JSON object; every complaint names the file and the key."""
+class JsonReader:
+    """Typed access to one JSON object; every error message names the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.values, self.where = values, where
@@ -21,7 +21,7 @@ class Reader:
         value = self.values.get(key)
         if value is None:
             if default is REQUIRED:
-                raise ConfigError(f"{self.where} has no {key!r}; take the complete file of the checkpoint")
+                raise ConfigError(f"{self.where} has no {key!r}; use the complete file of the checkpoint")
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(f"{self.where}: {key}={value!r} is not {kind_name}; correct it")
@@ -45,19 +45,19 @@ class Reader:
     def text(self, key: str, default: Any = REQUIRED) -> str:
         return self._get(key, default, (str,), "a string")
 
-    def object(self, key: str) -> "Reader":
-        """The object under `key`, empty if there is none."""
-        return Reader(self._get(key, {}, (dict,), "an object"), f"{self.where}: {key}")
+    def object(self, key: str) -> "JsonReader":
+        """Return the object under `key`, empty if there is none."""
+        return JsonReader(self._get(key, {}, (dict,), "an object"), f"{self.where}: {key}")
 
     def require(self, key: str, allowed: Any, way_out: str) -> None:
-        """Refuse a key that is present with another value than `allowed`."""
+        """Raise ConfigError if `key` is present with a value other than `allowed`."""
         value = self.values.get(key)
         if value is not None and value != allowed:
             raise ConfigError(f"{self.where}: {key}={value!r} is not supported (only {allowed!r}); {way_out}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError if the file is missing or damaged."""
+    """Read a JSON object. Raises ConfigError if the file is missing or damaged."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a complete checkpoint")
     return read_object(path)

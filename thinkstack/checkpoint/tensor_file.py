@@ -1,10 +1,10 @@
-"""Safetensors files: read with bounded memory, and written one tensor at a time.
+"""Safetensors files: reading with bounded memory, and writing one tensor at a time.
 
-The format is that of huggingface.co/docs/safetensors: the length of a header (8 bytes, little-endian), a JSON header
-with type, shape and place of each tensor, padded with blanks to a multiple of 8, then the tensors. The library checks a
-file when it is opened. It reads by mapping files, whose pages then count as the process's memory, and writes only all
-tensors of a file at once; so tensors are read into memory of their own here, and the writer lays the header out first.
-Order and padding are the library's, so equal tensors are equal files.
+Format (huggingface.co/docs/safetensors): the length of the header (8 bytes, little-endian), a JSON header with type,
+shape and offsets of each tensor, padded with blanks to a multiple of 8, then the tensors. The library validates a file
+when it opens it. But it reads by mapping files, whose pages then count as process memory, and it writes all tensors of
+a file at once. This module therefore reads each tensor into its own memory, and writes the header first. Order and
+padding are those of the library, so equal tensors give equal files.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from thinkstack.checkpoint.unreadable import unreadable
+from thinkstack.checkpoint.unreadable import unreadable_file
 from thinkstack.types import ConfigError
 
 DTYPES = {
@@ -29,12 +29,12 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
 }
-"""Types that a checkpoint may hold, by their names in a header; in the order that the library writes them in."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Supported dtypes by their names in a header, in the order in which the library writes them."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Entry(NamedTuple):
-    """A tensor in a file."""
+class TensorInfo(NamedTuple):
+    """Dtype and shape of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,14 +44,15 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Files:
-    """The tensors of several files as one table. Nothing is kept open, so threads may read at once."""
+class TensorFiles:
+    """The tensors of several files as one table. No file stays open, so several threads may read."""
 
     def __init__(self, paths: Mapping[str, Path]):
-        """paths: the file of each tensor. Raises ConfigError for a damaged file, a missing tensor, an unknown type."""
+        """paths: the file of each tensor. Raises ConfigError for a damaged file, a missing tensor or an unknown
+        type."""
         self.paths = paths
-        self.entries: dict[str, Entry] = {}
-        self._places: dict[str, int] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
         headers = {path: read_header(path) for path in sorted(set(paths.values()))}
         for name, path in paths.items():
             begin, header = headers[path]
@@ -60,41 +61,42 @@ class Files:
             kind = header[name]["dtype"]
             if kind not in DTYPES:
                 raise ConfigError(
-                    f"{path}: {name} is {kind}, which no supported checkpoint holds; convert it to bf16 first"
+                    f"{path}: {name} has the type {kind}, which is not supported; convert it to bf16 first"
                 )
-            self.entries[name] = Entry(DTYPES[kind], tuple(header[name]["shape"]))
-            self._places[name] = begin + header[name]["data_offsets"][0]
+            self.infos[name] = TensorInfo(DTYPES[kind], tuple(header[name]["shape"]))
+            self._offsets[name] = begin + header[name]["data_offsets"][0]
 
     def path_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file of a tensor."""
         return self.paths[name]
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored, in memory of its own. Raises ConfigError if the disk refuses."""
-        out = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+        """Read a tensor in its stored dtype into new memory. Raises ConfigError for a disk error."""
+        out = torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype)
         self.read_into(name, out)
         return out
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Fill a contiguous CPU tensor of the stored type and shape. Raises ConfigError if the disk refuses."""
-        assert (out.dtype, tuple(out.shape)) == self.entries[name], (name, out.dtype, out.shape)
+        """Read into a contiguous CPU tensor of the stored dtype and shape. Raises ConfigError for a disk error."""
+        assert (out.dtype, tuple(out.shape)) == self.infos[name], (name, out.dtype, out.shape)
         path = self.paths[name]
         left = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(self._places[name])
+                file.seek(self._offsets[name])
                 while left:
                     count = file.readinto(left)
                     if not count:
-                        raise OSError("it ends too early")
+                        raise OSError("unexpected end of file")
                     left = left[count:]
         except OSError as error:
             raise ConfigError(f"{path} cannot be read at {name} ({error}); fetch it again") from error
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors of a safetensors file begin, and type, shape and place of each. Raises ConfigError for a
-    damaged file; the library compares header and length.
+    """Return the offset of the first tensor of a safetensors file, and type, shape and offsets of each tensor.
+
+    Raises ConfigError for a damaged file; the library compares the header with the file length.
     """
     try:
         safe_open(path, framework="pt")
@@ -104,22 +106,22 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error}); give a safetensors file") from error
     except (SafetensorError, ValueError) as error:
-        raise unreadable(path, "a safetensors file", error) from error
+        raise unreadable_file(path, "a safetensors file", error) from error
     return 8 + size, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-class Writer:
-    """A file that is being written: its header is there, and each tensor has its place."""
+class TensorFileWriter:
+    """Writes a file: the header first, then each tensor at its offset, in any order."""
 
-    def __init__(self, file: BinaryIO, entries: Mapping[str, Entry]):
-        self.file, self.entries = file, entries
-        self.left = set(entries)
+    def __init__(self, file: BinaryIO, infos: Mapping[str, TensorInfo]):
+        self.file, self.infos = file, infos
+        self.remaining = set(infos)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self.places, end, order = {}, 0, list(NAMES)
-        for name in sorted(entries, key=lambda name: (order.index(entries[name].dtype), name)):
-            self.places[name], start, end = end, end, end + entries[name].num_bytes
-            dtype, shape = entries[name]
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        self.offsets, end, order = {}, 0, list(DTYPE_NAMES)
+        for name in sorted(infos, key=lambda name: (order.index(infos[name].dtype), name)):
+            self.offsets[name], start, end = end, end, end + infos[name].num_bytes
+            dtype, shape = infos[name]
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -127,17 +129,17 @@ class Writer:
         file.truncate(self.begin + end)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor to its place. It must be what the header says."""
-        assert (tensor.dtype, tuple(tensor.shape)) == self.entries[name], (name, tensor.dtype, tensor.shape)
-        self.left.remove(name)
-        self.file.seek(self.begin + self.places[name])
+        """Write a tensor at its offset. Dtype and shape must match the header."""
+        assert (tensor.dtype, tuple(tensor.shape)) == self.infos[name], (name, tensor.dtype, tensor.shape)
+        self.remaining.remove(name)
+        self.file.seek(self.begin + self.offsets[name])
         self.file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
-def write_file(path: Path, entries: Mapping[str, Entry]) -> Iterator[Writer]:
-    """Write a safetensors file tensor by tensor; all entries must have been put when the block ends."""
+def write_file(path: Path, infos: Mapping[str, TensorInfo]) -> Iterator[TensorFileWriter]:
+    """Write a safetensors file tensor by tensor; every tensor must be written before the block ends."""
     with path.open("wb") as file:
-        writer = Writer(file, entries)
+        writer = TensorFileWriter(file, infos)
         yield writer
-        assert not writer.left, writer.left
+        assert not writer.remaining, writer.remaining

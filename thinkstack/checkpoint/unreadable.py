@@ -1,4 +1,4 @@
-"""What is to be said of a file of weights that is not what its name promises; text and JSON are files.py's."""
+"""Error messages for weight files with unexpected content; files.py has those for text and JSON."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from thinkstack.files import IS_LFS_POINTER, LFS_POINTER
 from thinkstack.types import ConfigError
 
 
-def unreadable(path: Path, kind: str, error: object) -> ConfigError:
-    """The error to raise where `path` cannot be read as `kind` ("a GGUF file"). error: what its reader says."""
+def unreadable_file(path: Path, kind: str, error: object) -> ConfigError:
+    """Return the error for a `path` that cannot be read as `kind` ("a GGUF file"). error: the message of the reader."""
     try:
         with path.open("rb") as file:
             begin = file.read(64)
@@ -18,5 +18,5 @@ def unreadable(path: Path, kind: str, error: object) -> ConfigError:
     if not begin:
         return ConfigError(f"{path} is empty; fetch it again")
     if begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return ConfigError(f"{path} is a page of the web, not {kind}; fetch the file itself (hub: /resolve/)")
-    return ConfigError(f"{path} is cut off or not {kind} ({error}); fetch it again")
+        return ConfigError(f"{path} is a web page, not {kind}; fetch the file itself (hub: /resolve/)")
+    return ConfigError(f"{path} is truncated or not {kind} ({error}); fetch it again")

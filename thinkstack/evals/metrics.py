@@ -1,4 +1,4 @@
-"""Figures of repeated sampling as pure functions: pass@k, majority vote, mean with standard error."""
+"""Metrics of repeated sampling as pure functions: pass@k, majority vote, mean with standard error."""
 
 import math
 from collections import Counter
@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k answers, drawn without replacement from n of which c are right, hold a right one.
+    """Return the probability that k of n answers, sampled without replacement, include one of the c correct ones.
 
-    1 - C(n - c, k) / C(n, k), the unbiased estimate of pass@k, as a product, so that no large binomial is ever formed.
+    1 - C(n - c, k) / C(n, k), the unbiased estimate of pass@k, computed as a product to avoid large binomials.
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n. Source: Chen et al., arXiv:2107.03374, section 2.1.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
@@ -19,26 +19,26 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def cons_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
-    """1 if the answer that most of the first k samples give is right, else 0.
+    """Return 1 if the most frequent answer of the first k samples is correct, else 0.
 
-    answers: one normalized answer a sample; None (no answer could be read) does not vote. correct: whether each sample
-    is right; the vote takes the verdict of the first sample that gave the winning answer. Among answers with equally
-    many votes the one seen first wins; without any vote the result is 0. Fewer than k samples all vote.
-    Source: majority voting, arXiv:2203.11171; cons@k in the R1 paper, arXiv:2501.12948.
+    answers: one normalized answer per sample; None (no answer could be read) does not vote. correct: whether each
+    sample is correct; the result is that of the first sample with the winning answer. Ties go to the answer that occurs
+    first; without votes the result is 0. If there are fewer than k samples, all vote. Source: majority voting,
+    arXiv:2203.11171; cons@k in the R1 paper, arXiv:2501.12948.
     """
-    assert len(answers) == len(correct), "one verdict per answer"
+    assert len(answers) == len(correct), "one flag per answer"
     votes = Counter(answer for answer in answers[:k] if answer is not None)
     if not votes:
         return 0.0
-    winner = max(votes, key=votes.__getitem__)  # a Counter keeps the order of first sight, and max takes the first
+    winner = max(votes, key=votes.__getitem__)  # a Counter keeps insertion order, and max returns the first maximum
     return float(correct[list(answers).index(winner)])
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over problems, and its standard error: sample standard deviation / sqrt(problems).
+    """Return the mean over problems and its standard error: sample standard deviation / sqrt(number of problems).
 
-    values: one number per problem, for pass@1 the mean over its samples; problems are the independent draws, samples of
-    one problem are not. The error of a single problem is unknown (None). Raises ValueError without values.
+    values: one number per problem (for pass@1, the mean over its samples), since problems are independent and the
+    samples of one problem are not. The error is None for a single problem. Raises ValueError without values.
     """
     if not values:
         raise ValueError("a mean needs at least one problem")

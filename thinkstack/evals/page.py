@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, no request to anywhere, light and dark."""
+"""The report as one self-contained HTML page: no scripts, no requests, light and dark color schemes."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -43,10 +43,10 @@ pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: v
   border: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.5 ui-monospace, "Cascadia Mono", Menlo, monospace; }
 .right { color: var(--good); } .wrong { color: var(--bad); }
-/* Plots are drawn dark on white: inverted at night, hues kept, with the card shining through the black. */
+/* Plots are dark on white. The dark scheme inverts them, keeps the hues and blends black into the card. */
 @media (prefers-color-scheme: dark) {
   figure img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; background: #fff; } }
-/* A phone: labels wrap, so that all columns are on the screen; plots keep a size that can be read, and scroll. */
+/* Phones: labels wrap so that all columns fit; plots keep a readable size and scroll. */
 @media (max-width: 40rem) {
   body { padding: 1.25rem .75rem 3rem; font-size: 15px; } h1 { font-size: 1.5rem; }
   .card { padding: .75rem; }
@@ -73,12 +73,12 @@ pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: v
 {% endfor %}</div>{% endif %}
 <h2>Answers</h2>
 <div class="card">
-{% for name, families in answers.items() %}<h3>{{ name }}</h3>
-{% for family, shown in families.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ family }}</summary>
+{% for name, tasks in answers.items() %}<h3>{{ name }}</h3>
+{% for task, shown in tasks.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ task }}</summary>
 {% for answer in shown %}<p><strong>{{ answer.question }}</strong>
-<span class="note">right answer: {{ answer.reference }};</span>
-{% if answer.correct is none %}<span class="note">not judged</span>
-{% elif answer.correct %}<span class="right">right</span>{% else %}<span class="wrong">wrong</span>{% endif %}</p>
+<span class="note">reference answer: {{ answer.reference }};</span>
+{% if answer.correct is none %}<span class="note">not scored</span>
+{% elif answer.correct %}<span class="right">correct</span>{% else %}<span class="wrong">wrong</span>{% endif %}</p>
 <pre>{{ answer.text }}</pre>
 {% endfor %}</details>
 {% endfor %}{% endfor %}</div>
@@ -101,9 +101,9 @@ def render_page(
     answers: Mapping[str, Mapping[str, Sequence[object]]],
     facts: Mapping[str, str],
 ) -> str:
-    """The page; everything a model wrote is escaped, and the pictures in `folder` are put inside it.
+    """Return the page. Model output is escaped; the plots in `folder` are embedded.
 
-    plots: file name -> caption. answers: column -> family -> figures.ShownAnswer.
+    plots: file name -> caption. answers: column -> task -> results.ShownAnswer.
     """
     images = [
         (caption, base64.b64encode((folder / name).read_bytes()).decode("ascii")) for name, caption in plots.items()

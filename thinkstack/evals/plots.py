@@ -1,8 +1,7 @@
-"""The report's pictures: learning curve, answer length, worked against direct answers, families, training health.
+"""Plots of the report: learning curve, answer length, worked and direct answers, tasks, levels, training health.
 
-Each function draws one PNG from plain numbers and returns nothing; `plot_all` calls those that have something to show.
-Figures are made without pyplot, so nothing global changes and no display is needed. Labels are in English only: the
-fonts that come with matplotlib lack Chinese.
+Each function writes one PNG; `plot_all` writes every plot that has data. Figures are created without pyplot, so no
+global state changes and no display is needed. Labels are English only: the fonts of matplotlib lack Chinese.
 """
 
 import math
@@ -19,7 +18,7 @@ from thinkstack.evals.results import Evaluation
 Point = Mapping[str, Any]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5f66")
-"""Okabe and Ito's palette, which color-blind readers can tell apart (black made grey)."""
+"""Color-blind-safe palette by Okabe and Ito (grey replaces black)."""
 GREY, INK, FRAME = "#9aa0a8", "#1f2328", "#d0d4da"
 DPI = 144
 HEALTH = {
@@ -28,7 +27,7 @@ HEALTH = {
     "train/grad_norm": "Gradient norm",
     "rollout/mean_tokens": "Tokens per answer",
     "rollout/truncated": "Truncated answers",
-    "group/mixed": "Groups with something to compare",
+    "group/mixed": "Groups with different rewards",
     "policy/kl_nats": "KL to the reference (nats)",
     "mismatch/mean_abs_nats": "Mean engine/trainer gap (nats)",
     "router/max_violation": "Busiest expert over mean, minus 1",
@@ -37,45 +36,45 @@ HEALTH = {
     "mismatch/abs_nats_max": "Largest engine/trainer gap (nats)",
     "train/learning_rate": "Learning rate",
 }
-"""Training metrics worth a panel, in order, with the panel's title."""
+"""Training metrics with a panel of their own, in order, with the panel titles."""
 HEALTH_PANELS = 9
 
 
 def plot_all(
     folder: Path, columns: Mapping[str, Evaluation], curve: Sequence[Point], metrics: Sequence[Point]
 ) -> dict[str, str]:
-    """Draw every picture that has data; returns file name -> caption, in reading order."""
+    """Write every plot that has data; return file name -> caption, in reading order."""
     chance = next((evaluation.chance for evaluation in columns.values() if evaluation.chance), {})
-    drawn = {}
+    captions = {}
     if curve:
         plot_accuracy(folder / "accuracy.png", curve, chance)
-        drawn["accuracy.png"] = "Accuracy on held-out problems; the band is one standard error over problems."
+        captions["accuracy.png"] = "Accuracy on held-out problems; the band is one standard error over problems."
         plot_length(folder / "length.png", curve)
-        drawn["length.png"] = "Length of answers, and the share cut off at the limit."
+        captions["length.png"] = "Length of answers, and the share truncated at max_tokens."
         plot_worked(folder / "worked.png", curve)
-        drawn["worked.png"] = "How many answers show their working, and how right worked and direct answers are."
+        captions["worked.png"] = "Share of answers with worked steps, and accuracy of worked and direct answers."
         if any(point.get("by_task") for point in curve):
-            plot_tasks(folder / "families.png", curve, chance)
-            drawn["families.png"] = "pass@1 of each family; dotted lines mark a blind guess."
-    pair = compared(columns)
+            plot_tasks(folder / "tasks.png", curve, chance)
+            captions["tasks.png"] = "pass@1 of each task; dotted lines mark a blind guess."
+    pair = compared_columns(columns)
     if pair:
         plot_levels(folder / "levels.png", pair, chance)
-        drawn["levels.png"] = "pass@1 by family and difficulty, with standard errors; dotted lines mark a blind guess."
+        captions["levels.png"] = "pass@1 by task and level, with standard errors; dotted lines mark a blind guess."
     panels = health_panels(metrics)
     if panels:
         plot_health(folder / "health.png", metrics, panels)
-        drawn["health.png"] = "Training health: every step pale, their running mean strong."
-    return drawn
+        captions["health.png"] = "Training health: single steps pale, running mean strong."
+    return captions
 
 
-def compared(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
-    """The columns set side by side per level: base and zero where both exist, else the first two."""
+def compared_columns(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """Return the two columns compared per level: base and zero if both exist, else the first two."""
     names = ["base", "zero"] if {"base", "zero"} <= set(columns) else list(columns)[:2]
     return {name: columns[name] for name in names}
 
 
 def plot_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
-    """pass@1 with its standard error, the vote, and a level never trained on where it was measured."""
+    """Plot pass@1 with its standard error, the majority vote, and, if measured, a level excluded from training."""
     canvas, axes = _canvas(1, 1, "Accuracy over RL steps")
     panel = axes[0]
     _line(panel, curve, "cons_at_16", COLORS[1], "majority vote")
@@ -84,14 +83,14 @@ def plot_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float
     if held_out:
         _line(panel, held_out, "pass_at_1", COLORS[2], "pass@1, level never trained", error="stderr", dashes="--")
     if chance:
-        guess = sum(chance.values()) / len(chance)
-        panel.axhline(guess, color=GREY, linewidth=1.2, linestyle=":", label="blind guess")
+        mean_chance = sum(chance.values()) / len(chance)
+        panel.axhline(mean_chance, color=GREY, linewidth=1.2, linestyle=":", label="blind guess")
     _percent(panel)
     _finish(canvas, path, panel)
 
 
 def plot_length(path: Path, curve: Sequence[Point]) -> None:
-    """Tokens per answer above, truncation below."""
+    """Plot tokens per answer and the truncation rate."""
     canvas, axes = _canvas(1, 2, "Length of answers over RL steps")
     _line(axes[0], curve, "mean_tokens", COLORS[0], "tokens per answer")
     axes[0].set_ylim(bottom=0)
@@ -100,12 +99,12 @@ def plot_length(path: Path, curve: Sequence[Point]) -> None:
     _percent(axes[1])
     highest = max((point["truncation_rate"] for point in curve if point.get("truncation_rate") is not None), default=0)
     axes[1].set_ylim(0, max(highest * 1.15, 0.05))
-    axes[1].set_title("Answers cut off", loc="left", fontsize=10, color=INK)
+    axes[1].set_title("Truncated answers", loc="left", fontsize=10, color=INK)
     _finish(canvas, path)
 
 
 def plot_worked(path: Path, curve: Sequence[Point]) -> None:
-    """Share of worked answers against the accuracy of worked and direct ones."""
+    """Plot the share of worked answers and the accuracy of worked and direct answers."""
     canvas, axes = _canvas(1, 1, "Worked and direct answers over RL steps")
     _line(axes[0], curve, "worked_share", GREY, "share of worked answers", dashes="--")
     _line(axes[0], curve, "worked_accuracy", COLORS[0], "accuracy of worked answers")
@@ -115,8 +114,8 @@ def plot_worked(path: Path, curve: Sequence[Point]) -> None:
 
 
 def plot_tasks(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
-    """One line per family."""
-    canvas, axes = _canvas(1, 1, "Accuracy by family over RL steps")
+    """Plot pass@1 with one line per task."""
+    canvas, axes = _canvas(1, 1, "Accuracy by task over RL steps")
     names = sorted({name for point in curve for name in point.get("by_task", {})})
     for index, name in enumerate(names):
         points = [{"step": p["step"], name: p.get("by_task", {}).get(name)} for p in curve]
@@ -129,7 +128,7 @@ def plot_tasks(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) 
 
 
 def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[str, float]) -> None:
-    """Bars of pass@1 per level, one panel a family, one color a column."""
+    """Plot bars of pass@1 per level: one panel per task, one color per column."""
     cells = {name: evaluation.by_task_level for name, evaluation in columns.items()}
     tasks = sorted({task for cell in cells.values() for task in cell})
     canvas, axes = _canvas(-(-len(tasks) // 2), min(len(tasks), 2), "Accuracy by difficulty", height=2.5)
@@ -137,9 +136,11 @@ def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[s
     for panel, task in zip(axes, tasks, strict=False):
         levels = sorted({level for cell in cells.values() for level in cell.get(task, {})})
         for index, (name, cell) in enumerate(cells.items()):
-            shown = [(place, cell[task][level]) for place, level in enumerate(levels) if level in cell.get(task, {})]
+            shown = [
+                (position, cell[task][level]) for position, level in enumerate(levels) if level in cell.get(task, {})
+            ]
             panel.bar(
-                [place + (index - (len(cells) - 1) / 2) * width for place, _ in shown],
+                [position + (index - (len(cells) - 1) / 2) * width for position, _ in shown],
                 [part.pass_at_1 or 0.0 for _, part in shown],
                 width * 0.94,
                 yerr=[part.stderr or 0.0 for _, part in shown],
@@ -161,9 +162,9 @@ def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[s
 
 
 def health_panels(metrics: Sequence[Point]) -> dict[str, str]:
-    """Which metrics get a panel, with its title: the known ones first, then other rewards, groups and rollouts.
+    """Return metric -> panel title: the metrics of HEALTH first, then other reward, group and rollout metrics.
 
-    A metric that never changes gets none.
+    Metrics that never change are left out.
     """
     values: dict[str, set[float]] = {}
     for row in metrics:
@@ -177,7 +178,7 @@ def health_panels(metrics: Sequence[Point]) -> dict[str, str]:
 
 
 def plot_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str]) -> None:
-    """One small panel per metric."""
+    """Plot one small panel per metric."""
     columns = min(3, len(panels))
     canvas, axes = _canvas(-(-len(panels) // columns), columns, "Training health", height=2.1)
     for panel, (key, title) in zip(axes, panels.items(), strict=False):
@@ -192,14 +193,14 @@ def plot_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str])
     _finish(canvas, path)
 
 
-def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value and up to `reach` neighbors on either side."""
-    windows = (values[max(index - reach, 0) : index + reach + 1] for index in range(len(values)))
+def running_mean(values: Sequence[float], radius: int) -> list[float]:
+    """Return the mean of each value and up to `radius` neighbors on either side."""
+    windows = (values[max(index - radius, 0) : index + radius + 1] for index in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def _canvas(rows: int, columns: int, title: str, height: float = 3.6) -> tuple[Canvas, list[Axes]]:
-    """An empty figure with a title, and its panels in reading order."""
+    """Create an empty figure with a title; return it and its panels in reading order."""
     canvas = Canvas(figsize=(8.2, height * rows + 0.6), dpi=DPI, layout="constrained", facecolor="white")
     canvas.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
@@ -221,7 +222,7 @@ def _line(
     error: str | None = None,
     dashes: str = "-",
 ) -> None:
-    """One figure over steps, its last value written beside it; points without the figure leave a gap."""
+    """Plot one metric over steps; points without the metric leave a gap."""
     steps = [point["step"] for point in points]
     values = [math.nan if point.get(name) is None else float(point[name]) for point in points]
     marker = "o" if len(points) <= 40 else None
@@ -239,17 +240,17 @@ def _percent(panel: Axes) -> None:
 
 
 def _legend_on_top(canvas: Canvas, panel: Axes) -> None:
-    """One legend for all panels, level with the title."""
+    """Add one legend for all panels, beside the title."""
     handles, labels = panel.get_legend_handles_labels()
     canvas.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _finish(canvas: Canvas, path: Path, panel: Axes | None = None, steps: bool = True) -> None:
-    """Label the steps, add the panel's legend under it, and put the file in place whole."""
+    """Label the step axes, add the panel's legend below, and write the file atomically."""
     if steps:
         for axes in canvas.axes:
-            place = axes.get_subplotspec()
-            if place is not None and place.is_last_row():
+            position = axes.get_subplotspec()
+            if position is not None and position.is_last_row():
                 axes.set_xlabel("RL step", fontsize=9, color=INK)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=9 if len(canvas.axes) < 3 else 5, integer=True))
     if panel is not None:

@@ -1,7 +1,6 @@
-"""From recorded answers to figures: what one evaluation found, for all problems and by family, level and language.
+"""Metrics of one evaluation, for all problems and by task, level and language, computed from recorded answers.
 
-Records keep every answer, so each figure can be computed again from samples.jsonl by `summarize`, the function that
-computed it the first time.
+Records contain every answer, so `summarize` can recompute all metrics from samples.jsonl.
 """
 
 import json
@@ -18,9 +17,9 @@ from thinkstack.log import write_text
 from thinkstack.types import ConfigError
 
 CONS_SAMPLES = 16
-"""Samples that vote in cons@16; all of them where fewer were drawn."""
+"""Number of samples that vote in cons@16; all of them if there are fewer."""
 SHOWN_ANSWERS = 3
-"""Answers per family kept as text in an Evaluation."""
+"""Answers per task stored as text in an Evaluation."""
 CURVE = (
     "pass_at_1",
     "stderr",
@@ -32,34 +31,34 @@ CURVE = (
     "worked_accuracy",
     "direct_accuracy",
 )
-"""Figures of a point of the learning curve."""
+"""Metrics of a point of the learning curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRecord:
-    """One sampled answer and what was found about it."""
+    """One sampled answer and its evaluation."""
 
     text: str
-    """The whole turn: prefill and completion."""
+    """The complete turn: prefill and completion."""
     answer: str | int | None
-    """The normalized answer; None if there was none to read."""
+    """The normalized answer; None if no answer could be read."""
     correct: bool | None
-    """Verdict of the reward function; None when it could not judge."""
+    """Whether the reward function found the answer correct; None if it is unscorable."""
     well_formed: bool
-    """Whether the turn keeps its form: text/parse.py."""
+    """Whether the turn has the expected format: text/parse.py."""
     worked: bool
-    """The thinking holds worked steps: runner.is_worked."""
+    """Whether the thinking contains worked steps: runner.is_worked."""
     truncated: bool
-    """Cut off at max_tokens, as the engine said."""
+    """Whether the engine stopped the completion at max_tokens."""
     num_tokens: int
-    """Tokens drawn, the end token included."""
+    """Sampled tokens, including the end token."""
     rule: str | None = None
-    """The rule that found the answer, in the form "flexible_extract": text/final_answer.py."""
+    """The rule that found the answer, for the form "flexible_extract": text/final_answer.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemRecord:
-    """One problem and its sampled answers, in the order drawn."""
+    """One problem and its answers, in sampling order."""
 
     key: str
     task: str
@@ -68,12 +67,12 @@ class ProblemRecord:
     wording: int
     question: str
     reference: str
-    """The right answer."""
+    """The reference answer."""
     answers: tuple[AnswerRecord, ...]
 
     @property
     def scored(self) -> tuple[AnswerRecord, ...]:
-        """The answers that could be judged."""
+        """The answers that could be scored."""
         return tuple(answer for answer in self.answers if answer.correct is not None)
 
     @property
@@ -82,42 +81,42 @@ class ProblemRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """Figures over a set of problems. A figure is None where nothing defines it (no problem could be judged)."""
+class EvalMetrics:
+    """Metrics over a set of problems. A metric is None if it is undefined (no problem could be scored)."""
 
     problems: int
-    """Problems with at least one judged answer; means over problems run over these."""
+    """Number of problems with at least one scored answer; means over problems use these."""
     samples: int
-    """Answers drawn per problem."""
+    """Number of sampled answers per problem."""
     pass_at_1: float | None
-    """Mean over problems of the share of right answers."""
+    """Mean over problems of the share of correct answers."""
     stderr: float | None
     """Standard error of pass_at_1 over problems; None for a single problem."""
     pass_at_k: dict[int, float]
-    """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k judged answers."""
+    """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k scored answers."""
     cons_at_16: float | None
-    """Majority vote of the first 16 judged answers (of all, if fewer)."""
+    """Majority vote of the first 16 scored answers (of all, if fewer)."""
     answer_rate: float
-    """Share of answers that could be read in the form asked for; where it is 0, accuracy says nothing."""
+    """Share of answers that could be read in the configured form; if it is 0, the accuracy is meaningless."""
     format_rate: float
     """Share of well-formed answers."""
     truncation_rate: float
-    """Share of answers cut off at max_tokens."""
+    """Share of answers truncated at max_tokens."""
     mean_tokens: float
-    """Tokens per answer, the end token included."""
+    """Mean tokens per answer, including the end token."""
     unscorable: int
-    """Answers without a verdict; they are left out of every figure about correctness."""
+    """Number of answers that could not be scored; they are excluded from every metric of correctness."""
     worked_share: float
-    """Share of answers whose thinking shows worked steps."""
+    """Share of answers whose thinking contains worked steps."""
     worked_accuracy: float | None
-    """Share of right ones among worked answers."""
+    """Share of correct answers among worked answers."""
     direct_accuracy: float | None
-    """Share of right ones among the others."""
+    """Share of correct answers among all other answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownAnswer:
-    """An answer kept as text for the report."""
+    """An answer shown as text in the report."""
 
     question: str
     reference: str
@@ -126,75 +125,80 @@ class ShownAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Figures):
-    """Figures over all problems, the same for their parts, and answers to look at."""
+class Evaluation(EvalMetrics):
+    """Metrics over all problems and over their parts, and example answers."""
 
-    by_task: dict[str, Figures]
-    by_level: dict[int, Figures]
-    by_task_level: dict[str, dict[int, Figures]]
-    by_language: dict[str, Figures]
+    by_task: dict[str, EvalMetrics]
+    by_level: dict[int, EvalMetrics]
+    by_task_level: dict[str, dict[int, EvalMetrics]]
+    by_language: dict[str, EvalMetrics]
     chance: dict[str, float] = field(default_factory=dict)
-    """Probability of a blind guess being right, per family."""
+    """Probability that a blind guess is correct, by task."""
     seconds: float
-    """Wall time of drawing and judging."""
+    """Wall time of sampling and scoring."""
     shown: dict[str, tuple[ShownAnswer, ...]]
-    """First answers to the first problems of each family."""
+    """First answers to the first problems of each task."""
     records: tuple[ProblemRecord, ...] = field(default=(), repr=False, compare=False)
-    """Everything the figures come from; kept in samples.jsonl, not in `to_dict`."""
+    """The records behind the metrics; stored in samples.jsonl, not in `to_dict`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values of everything but the records."""
-        return _EVALUATION.dump_python(self, mode="json", exclude={"records"})
+        """Return everything except the records as plain JSON values."""
+        return _EVALUATION_ADAPTER.dump_python(self, mode="json", exclude={"records"})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Evaluation":
-        """The inverse of `to_dict`. Raises ConfigError for anything else."""
+        """Inverse of `to_dict`. Raises ConfigError for any other data."""
         try:
-            return _EVALUATION.validate_python(data)
+            return _EVALUATION_ADAPTER.validate_python(data)
         except ValidationError as error:
-            raise ConfigError(f"this is not an evaluation: {error}") from error
+            raise ConfigError(f"not an evaluation in the format of report.json: {error}") from error
 
 
-_EVALUATION = TypeAdapter(Evaluation)
-_RECORD = TypeAdapter(ProblemRecord)
+_EVALUATION_ADAPTER = TypeAdapter(Evaluation)
+_RECORD_ADAPTER = TypeAdapter(ProblemRecord)
 
 
 def summarize(
     records: Sequence[ProblemRecord], seconds: float, chance: Mapping[str, float] | None = None
 ) -> Evaluation:
-    """All figures of `records`. Raises ConfigError without any."""
+    """Compute all metrics of `records`. Raises ConfigError if there are none."""
     if not records:
-        raise ConfigError("there are no answers to evaluate; ask at least one problem")
-    tasks = _split(records, lambda record: record.task)
+        raise ConfigError("there are no answers to evaluate; give at least one problem")
+    tasks = _group_by(records, lambda record: record.task)
     return Evaluation(
-        **vars(figures(records)),
-        by_task={name: figures(part) for name, part in tasks.items()},
-        by_level={level: figures(part) for level, part in _split(records, lambda r: r.level).items()},
+        **vars(compute_metrics(records)),
+        by_task={name: compute_metrics(part) for name, part in tasks.items()},
+        by_level={level: compute_metrics(part) for level, part in _group_by(records, lambda r: r.level).items()},
         by_task_level={
-            name: {level: figures(cell) for level, cell in _split(part, lambda r: r.level).items()}
+            name: {level: compute_metrics(cell) for level, cell in _group_by(part, lambda r: r.level).items()}
             for name, part in tasks.items()
         },
-        by_language={name: figures(part) for name, part in _split(records, lambda r: r.language).items()},
+        by_language={name: compute_metrics(part) for name, part in _group_by(records, lambda r: r.language).items()},
         chance=dict(chance or {}),
         seconds=seconds,
-        shown={name: _shown(part) for name, part in tasks.items()},
+        shown={name: _shown_answers(part) for name, part in tasks.items()},
         records=tuple(records),
     )
 
 
-def figures(records: Sequence[ProblemRecord]) -> Figures:
-    """The figures of one set of problems."""
+def compute_metrics(records: Sequence[ProblemRecord]) -> EvalMetrics:
+    """Compute the metrics of one set of problems."""
     answers = [answer for record in records for answer in record.answers]
-    judged = [record for record in records if record.scored]
+    scored_records = [record for record in records if record.scored]
     samples = max(len(record.answers) for record in records)
-    mean, stderr = mean_and_stderr([r.num_correct / len(r.scored) for r in judged]) if judged else (None, None)
-    votes = [cons_at_k([a.answer for a in r.scored], [bool(a.correct) for a in r.scored], CONS_SAMPLES) for r in judged]
-    return Figures(
-        problems=len(judged),
+    mean, stderr = (
+        mean_and_stderr([r.num_correct / len(r.scored) for r in scored_records]) if scored_records else (None, None)
+    )
+    votes = [
+        cons_at_k([a.answer for a in r.scored], [bool(a.correct) for a in r.scored], CONS_SAMPLES)
+        for r in scored_records
+    ]
+    return EvalMetrics(
+        problems=len(scored_records),
         samples=samples,
         pass_at_1=mean,
         stderr=stderr,
-        pass_at_k=_pass_at_powers(judged, samples),
+        pass_at_k=_pass_at_powers_of_two(scored_records, samples),
         cons_at_16=_mean(votes),
         answer_rate=_mean([answer.answer is not None for answer in answers]) or 0.0,
         format_rate=_mean([answer.well_formed for answer in answers]) or 0.0,
@@ -207,11 +211,11 @@ def figures(records: Sequence[ProblemRecord]) -> Figures:
     )
 
 
-def _pass_at_powers(judged: Sequence[ProblemRecord], samples: int) -> dict[int, float]:
-    """pass@k for k = 1, 2, 4, ... <= samples, where some problem has k judged answers."""
+def _pass_at_powers_of_two(scored_records: Sequence[ProblemRecord], samples: int) -> dict[int, float]:
+    """Return pass@k for k = 1, 2, 4, ... <= samples, as long as some problem has k scored answers."""
     out, k = {}, 1
     while k <= samples:
-        values = [pass_at_k(len(r.scored), r.num_correct, k) for r in judged if len(r.scored) >= k]
+        values = [pass_at_k(len(r.scored), r.num_correct, k) for r in scored_records if len(r.scored) >= k]
         if values:
             out[k] = sum(values) / len(values)
         k *= 2
@@ -222,12 +226,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _split(records: Sequence[ProblemRecord], name: Callable[[ProblemRecord], Any]) -> dict[Any, list[ProblemRecord]]:
-    """Records by name, names sorted."""
+def _group_by(records: Sequence[ProblemRecord], name: Callable[[ProblemRecord], Any]) -> dict[Any, list[ProblemRecord]]:
+    """Group records by `name`; keys are sorted."""
     return {key: [r for r in records if name(r) == key] for key in sorted({name(r) for r in records})}
 
 
-def _shown(records: Sequence[ProblemRecord]) -> tuple[ShownAnswer, ...]:
+def _shown_answers(records: Sequence[ProblemRecord]) -> tuple[ShownAnswer, ...]:
     return tuple(
         ShownAnswer(question=r.question, reference=r.reference, text=r.answers[0].text, correct=r.answers[0].correct)
         for r in records[:SHOWN_ANSWERS]
@@ -235,26 +239,26 @@ def _shown(records: Sequence[ProblemRecord]) -> tuple[ShownAnswer, ...]:
 
 
 def write_samples(path: Path, records: Iterable[ProblemRecord]) -> None:
-    """One problem a line, with all its answers; written whole or not at all."""
-    lines = (json.dumps(_RECORD.dump_python(record, mode="json"), ensure_ascii=False) for record in records)
+    """Write one problem with all its answers per line, atomically."""
+    lines = (json.dumps(_RECORD_ADAPTER.dump_python(record, mode="json"), ensure_ascii=False) for record in records)
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_samples(path: Path) -> list[ProblemRecord]:
-    """The records of a samples.jsonl. Raises ConfigError naming the line that is none."""
+    """Read the records of a samples.jsonl. Raises ConfigError with the number of an invalid line."""
     records = []
     for number, line in enumerate(lines(path), start=1):
         try:
-            records.append(_RECORD.validate_json(line))
+            records.append(_RECORD_ADAPTER.validate_json(line))
         except ValidationError as error:
             raise ConfigError(f"{path}:{number} is not a recorded problem: {error}") from error
     return records
 
 
-def curve_point(step: int, evaluation: Evaluation, held_out: Figures | None = None) -> dict[str, Any]:
-    """One point of the learning curve, as plots.py reads it.
+def curve_point(step: int, evaluation: Evaluation, held_out: EvalMetrics | None = None) -> dict[str, Any]:
+    """Return one point of the learning curve, as plots.py reads it.
 
-    held_out: figures of a level that training never asks, or None.
+    held_out: metrics of a level excluded from training, or None.
     """
     point: dict[str, Any] = {"step": step} | {name: getattr(evaluation, name) for name in CURVE}
     point["by_task"] = {name: part.pass_at_1 for name, part in evaluation.by_task.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from thinkstack.checkpoint.hf.tensors import EXPERT_STACKS, allocate, stored_tensors
+from thinkstack.checkpoint.hf.tensors import EXPERT_STACKS, allocate, tensor_entries
 from thinkstack.checkpoint.model import open_source
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
@@ -31,7 +31,7 @@ def load_shard(source: str | Path, ranks: Ranks, dtype: torch.dtype = torch.floa
             module.bias.zero_()
     state = model.state_dict()
     experts = ranks.share(cfg.moe.num_experts) if cfg.moe is not None else slice(0)
-    for item in stored_tensors(cfg):
+    for item in tensor_entries(cfg):
         if item.is_copy or item.name not in opened.tensors:
             continue
         target = state[item.source]

@@ -1,6 +1,6 @@
-"""Parts of a reward that a person writes: a function in a Python file of their own, named in a recipe.
+"""User-defined parts of a reward: functions in Python files that a recipe names.
 
-The file is code of the person who runs the recipe, as the recipe itself: it is imported into this process.
+The file is trusted as the recipe is: it is imported into this process.
 """
 
 import functools
@@ -16,17 +16,17 @@ from pathlib import Path
 from thinkstack.types import ConfigError, Problem, TrainingError
 
 RewardFunction = Callable[[Problem, str], float]
-"""(problem, text of the assistant's turn) to a number, usually from 0 to 1."""
+"""(problem, text of the assistant's turn) -> a number, usually from 0 to 1."""
 
 
 @functools.cache
 def load_reward(name: str) -> RewardFunction:
-    """The function that `name` means: PATH.py:FUNCTION. Raises ConfigError where there is none, or its file fails."""
+    """Return the function `name`, given as PATH.py:FUNCTION. Raises ConfigError if it is missing or its file fails."""
     path, separator, function = name.rpartition(":")
     if not separator or not path.endswith(".py") or not function.isidentifier():
-        raise ConfigError(f"reward {name!r} is no function in a file; write it as PATH.py:FUNCTION")
+        raise ConfigError(f"reward {name!r} does not name a function in a file; write it as PATH.py:FUNCTION")
     if not Path(path).is_file():
-        raise ConfigError(f"reward {name!r}: there is no file {path}; paths count from the folder the command runs in")
+        raise ConfigError(f"reward {name!r}: there is no file {path}; paths are relative to the working directory")
     module_name = f"thinkstack_reward_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"
@@ -34,7 +34,7 @@ def load_reward(name: str) -> RewardFunction:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the file of a person raises is said in one line
+    except (Exception, SystemExit) as error:  # the user's file may raise anything; report it in one line
         raise ConfigError(f"reward {name!r}: importing {path} failed ({type(error).__name__}: {error})") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -47,9 +47,8 @@ def load_reward(name: str) -> RewardFunction:
     return found
 
 
-def custom_part(name: str, problem: Problem, text: str) -> float:
-    """The value that the function called `name` gives an answer. Raises TrainingError where it fails or gives no
-    finite number."""
+def call_reward(name: str, problem: Problem, text: str) -> float:
+    """Call the reward function `name`. Raises TrainingError if it fails or does not return a finite number."""
     try:
         value = load_reward(name)(problem, text)
     except Exception as error:
@@ -58,4 +57,6 @@ def custom_part(name: str, problem: Problem, text: str) -> float:
         raise TrainingError(f"reward {name!r} failed on {problem.question[:80]!r}: {what}") from error
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
-    raise TrainingError(f"reward {name!r} gave {value!r} for {problem.question[:80]!r}; it must give a finite number")
+    raise TrainingError(
+        f"reward {name!r} returned {value!r} for {problem.question[:80]!r}; it must return a finite number"
+    )

@@ -1,11 +1,11 @@
-"""Which problems a run asks when: phases of a mixture of generated families and published data sets."""
+"""The curriculum of a run: phases, each a mixture of puzzle tasks and benchmarks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from thinkstack.config import did_you_mean
-from thinkstack.tasks.benchmarks.datasets import DataStream, split_file
+from thinkstack.tasks.benchmarks.datasets import DatasetStream, split_file
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.table import BENCHMARKS, ProblemStream, puzzle_tasks
 from thinkstack.types import ConfigError, Problem
@@ -13,63 +13,66 @@ from thinkstack.types import ConfigError, Problem
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """A part of a run and what is asked in it."""
+    """One phase of a run and its task mixture."""
 
     until: float = 1.0
-    """Share of the run at which it ends; phases follow each other and the last one ends at 1."""
+    """Share of the run at which the phase ends; it starts where the previous one ends, and the last ends at 1."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """Weight of each task: families of tasks/table.py, and data sets whose folder `files` names."""
+    """Sampling weight of each task: puzzle tasks of tasks/table.py, and benchmarks whose folder `files` gives."""
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Difficulties asked, by task; all where a task is not named."""
+    """Allowed levels, by task; a task without an entry uses all its levels."""
 
 
 class Stream(Protocol):
-    """Problems without end; its state is its position."""
+    """An endless stream of problems; its state is its position."""
 
     def take(self, count: int) -> list[Problem]:
-        """The next problems."""
+        """Return the next `count` problems."""
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
+        """Return the state that `restore` takes."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from a state that `state` returned."""
 
 
 class ProblemMixture:
-    """Problems of the phase that is on. Each task of each phase has a stream of its own, and a draw by (seed, number of
-    problems so far) says whose turn it is; so a resumed run asks the same problems."""
+    """Samples problems from the current phase.
+
+    Each task of each phase has its own stream; a hash of (seed, number of problems so far) picks the task of the next
+    problem. A resumed run therefore gets the same problems.
+    """
 
     def __init__(self, phases: Sequence[PhaseConfig], streams: Sequence[Mapping[str, Stream]], seed: int):
-        """streams: of each phase, by task."""
+        """streams: for each phase, the stream of each task."""
         self.phases, self.streams, self.seed = list(phases), list(streams), seed
         self.taken, self.progress = 0, 0.0
-        """Problems given so far; share of the run that is over, set by who runs it."""
+        """Number of problems returned so far; completed share of the run, set by the trainer."""
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` problems of the phase at `progress`."""
+        """Return the next `count` problems of the phase at `progress`."""
         place = next((i for i, phase in enumerate(self.phases) if self.progress < phase.until), len(self.phases) - 1)
         phase, streams = self.phases[place], self.streams[place]
         found = []
         for number in range(self.taken, self.taken + count):
-            found += streams[_drawn(phase.tasks, digest("curriculum", self.seed, number) / 2**64)].take(1)
+            found += streams[_task_at(phase.tasks, digest("curriculum", self.seed, number) / 2**64)].take(1)
         self.taken += count
         return found
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
+        """Return the state that `restore` takes."""
         return {"taken": self.taken, "streams": [{k: v.state() for k, v in part.items()} for part in self.streams]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from a state that `state` returned."""
         self.taken = state["taken"]
         for part, states in zip(self.streams, state["streams"], strict=True):
             for name, stream in part.items():
                 stream.restore(states[name])
 
 
-def _drawn(weights: Mapping[str, float], place: float) -> str:
-    """The task at `place`, 0..1, of all weights laid end to end."""
+def _task_at(weights: Mapping[str, float], place: float) -> str:
+    """Return the task at `place`, 0..1, on the cumulative weights."""
     left = place * sum(weights.values())
     for name, weight in weights.items():
         left -= weight
@@ -79,16 +82,17 @@ def _drawn(weights: Mapping[str, float], place: float) -> str:
 
 
 def one_phase(stream: Stream) -> ProblemMixture:
-    """The same stream from beginning to end."""
+    """Return a mixture of one phase that always uses `stream`."""
     return ProblemMixture([PhaseConfig(tasks={"all": 1.0})], [{"all": stream}], seed=0)
 
 
 def make_mixture(
     phases: Sequence[PhaseConfig], files: Mapping[str, str], seed: int, languages: Sequence[str] = ()
 ) -> ProblemMixture:
-    """The training problems of `phases`. files: folder of each data set. languages: of generated problems, all if none.
+    """Build the training problems of `phases`.
 
-    Raises ConfigError for phases that do not cover the run, unknown tasks or levels, and files that cannot be read.
+    files: folder of each benchmark. languages: languages of generated problems; () allows all.
+    Raises ConfigError for phases that do not cover the run, unknown tasks or levels, and unreadable files.
     """
     check_phases(phases, files)
     loaded = {name: load_split(name, folder, "train") for name, folder in files.items()}
@@ -98,7 +102,7 @@ def make_mixture(
         for name in phase.tasks:
             levels, own = phase.levels.get(name), digest("phase", seed, place, name) % 2**31
             if name in loaded:
-                part[name] = DataStream([p for p in loaded[name] if levels is None or p.level in levels], own)
+                part[name] = DatasetStream([p for p in loaded[name] if levels is None or p.level in levels], own)
             else:
                 part[name] = ProblemStream(puzzle_tasks([name]), "train", own, levels, languages=languages)
         streams.append(part)
@@ -106,27 +110,30 @@ def make_mixture(
 
 
 def load_split(name: str, folder: str, split: str) -> list[Problem]:
-    """All problems of a split of a data set. Raises ConfigError if its file is missing or is another's."""
+    """Return all problems of a split of a benchmark.
+
+    Raises ConfigError if the file is missing or belongs to another benchmark.
+    """
     return BENCHMARKS[name].load(split_file(folder, split, BENCHMARKS[name].SOURCE))
 
 
 def check_phases(phases: Sequence[PhaseConfig], files: Mapping[str, str]) -> None:
-    """Raise ConfigError for what `make_mixture` cannot use, without reading a file."""
+    """Raise ConfigError for settings that `make_mixture` rejects, without reading a file."""
     ends = [phase.until for phase in phases]
     if ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1:
-        raise ConfigError(f"phases end at {ends} of the run; let them rise above 0, and the last one end at 1.0")
+        raise ConfigError(f"phases end at {ends} of the run; the ends must increase from above 0 to exactly 1.0")
     for name in files:
         if name not in BENCHMARKS:
-            raise ConfigError(f"files.{name} is no data set{did_you_mean(name, BENCHMARKS)}")
+            raise ConfigError(f"files.{name} is not a known benchmark{did_you_mean(name, BENCHMARKS)}")
     for phase in phases:
         if not phase.tasks or min(phase.tasks.values()) < 0 or not sum(phase.tasks.values()):
-            raise ConfigError(f"tasks={phase.tasks} of a phase must have weights from 0 on, not all of them 0")
+            raise ConfigError(f"tasks={phase.tasks} of a phase must have weights >= 0, at least one of them above 0")
         for name in phase.tasks:
             if name in BENCHMARKS and name not in files:
                 raise ConfigError(
-                    f"the task {name} needs its data: say files.{name}=FOLDER, with {BENCHMARKS[name].SOURCE}"
+                    f"the task {name} needs its data: set files.{name}=FOLDER, with {BENCHMARKS[name].SOURCE}"
                 )
             if name not in files:
                 puzzle_tasks([name])
         for name in phase.levels.keys() - phase.tasks.keys():
-            raise ConfigError(f"levels.{name} belongs to no task of its phase{did_you_mean(name, phase.tasks)}")
+            raise ConfigError(f"levels.{name} is not a task of its phase{did_you_mean(name, phase.tasks)}")

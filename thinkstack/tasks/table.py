@@ -1,7 +1,7 @@
-"""The task families by name, and problems drawn from several of them.
+"""The tasks by name, and problems sampled from several of them.
 
-A problem is a function of (families, split, seed, index): a stream of them has no state but its position, and two runs
-that ask for the same indices ask the same questions.
+A problem is a function of (tasks, split, seed, index): the only state of a stream is its position, and two runs that
+use the same indices get the same questions.
 """
 
 import random
@@ -43,17 +43,17 @@ PUZZLES: dict[str, PuzzleTask] = {
 }
 
 BENCHMARKS: dict[str, Benchmark] = {"gsm8k": Gsm8k(), "math": Math()}
-"""Published problems, read from a file that the user has."""
+"""Published benchmarks, read from local files."""
 TASKS: dict[str, object] = {**PUZZLES, **BENCHMARKS}
 
 
 def puzzle_tasks(names: Sequence[str]) -> list[PuzzleTask]:
-    """The families called `names`, in that order; gym/NAME is a data set of reasoning-gym.
+    """Return the puzzle tasks called `names`, in that order; gym/NAME is a data set of reasoning-gym.
 
-    Raises ConfigError for an unknown name, for none at all, or if a package that a name needs is not installed.
+    Raises ConfigError for an unknown name, for an empty list, or if a name needs a package that is not installed.
     """
     if not names:
-        raise ConfigError(f"no task is named; choose from {', '.join(PUZZLES)}")
+        raise ConfigError(f"no task is given; choose from {', '.join(PUZZLES)}")
     return [_puzzle_task(name) for name in names]
 
 
@@ -66,10 +66,10 @@ def _puzzle_task(name: str) -> PuzzleTask:
 
 
 def verify(problem: Problem, answer: str | None) -> bool:
-    """Whether `answer` is right by the rule of the problem's task; no answer is wrong.
+    """Whether `answer` is correct for the problem's task; None is wrong.
 
-    A family or data set that is Judging decides itself; all others, tasks outside the tables included, are compared
-    strictly.
+    A task that is a Verifier verifies the answer itself. For all others, also for tasks outside the tables, the answer
+    must equal the reference up to `normalize`.
     """
     if answer is None:
         return False
@@ -79,7 +79,7 @@ def verify(problem: Problem, answer: str | None) -> bool:
     return is_correct(problem.answer, answer)
 
 
-def problem_at(
+def generate_problem(
     tasks: Sequence[PuzzleTask],
     split: str,
     seed: int,
@@ -88,12 +88,12 @@ def problem_at(
     unseen_wordings: bool = False,
     languages: Sequence[str] = (),
 ) -> Problem:
-    """Problem `index` of the stream that the other arguments name.
+    """Generate problem `index` of the stream that the other arguments define.
 
-    Families take turns by index; level, language and wording are drawn. levels: allowed difficulties, of which a family
-    uses those it has; None allows all. unseen_wordings: use the wordings that training never uses. languages: those
-    that may be used; () allows all.
-    Raises ConfigError for an unknown split, or if a family has none of the levels or languages.
+    Tasks alternate by index; level, language and wording are sampled. levels: allowed levels, of which each task uses
+    those it has; None allows all. unseen_wordings: use the wordings that training never uses. languages: allowed
+    languages; () allows all.
+    Raises ConfigError for an unknown split, or if a task has none of the levels or languages.
     """
     task = tasks[index % len(tasks)]
     allowed = [level for level in task.levels if levels is None or level in levels]
@@ -102,12 +102,12 @@ def problem_at(
         raise ConfigError(f"{task.name} has none of the levels {list(levels or ())}; its levels are {known}")
     rng = random.Random(digest("problem", seed, split, index))
     puzzle = puzzles.generate_puzzle(task, split, rng.choice(allowed), ("problem", seed, index))
-    spoken = tuple(language for language in task.wordings if not languages or language in languages)
-    if not spoken:
+    allowed_languages = tuple(language for language in task.wordings if not languages or language in languages)
+    if not allowed_languages:
         raise ConfigError(f"{task.name} has none of the languages {list(languages)}; it has {list(task.wordings)}")
-    language = rng.choice(spoken)
+    language = rng.choice(allowed_languages)
     wordings = puzzles.unseen_wordings if unseen_wordings else puzzles.seen_wordings
-    return puzzles.pose(task, puzzle, language, rng.choice(wordings(task, language)))
+    return puzzles.make_problem(task, puzzle, language, rng.choice(wordings(task, language)))
 
 
 def problems(
@@ -119,12 +119,12 @@ def problems(
     unseen_wordings: bool = False,
     languages: Sequence[str] = (),
 ) -> list[Problem]:
-    """The first `count` problems of a stream; arguments as in `problem_at`."""
-    return [problem_at(tasks, split, seed, index, levels, unseen_wordings, languages) for index in range(count)]
+    """Return the first `count` problems of a stream; arguments as in `generate_problem`."""
+    return [generate_problem(tasks, split, seed, index, levels, unseen_wordings, languages) for index in range(count)]
 
 
 class ProblemStream:
-    """Problems 0, 1, 2, ... of one stream. Its state is its position and nothing else."""
+    """Problems 0, 1, 2, ... of one stream. Its only state is its position."""
 
     def __init__(
         self,
@@ -135,24 +135,26 @@ class ProblemStream:
         unseen_wordings: bool = False,
         languages: Sequence[str] = (),
     ):
-        """Arguments as in `problem_at`."""
+        """Arguments as in `generate_problem`."""
         self.tasks, self.split, self.seed = list(tasks), split, seed
         self.levels, self.unseen_wordings, self.languages = levels, unseen_wordings, languages
         self.position = 0
         """Index of the next problem."""
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` problems."""
+        """Return the next `count` problems."""
         start, self.position = self.position, self.position + count
         return [
-            problem_at(self.tasks, self.split, self.seed, index, self.levels, self.unseen_wordings, self.languages)
+            generate_problem(
+                self.tasks, self.split, self.seed, index, self.levels, self.unseen_wordings, self.languages
+            )
             for index in range(start, self.position)
         ]
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
+        """Return the state that `restore` takes."""
         return {"position": self.position}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from a state that `state` returned."""
         self.position = state["position"]

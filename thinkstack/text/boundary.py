@@ -1,7 +1,7 @@
-"""Tokens that join punctuation with line breaks, and splitting a share of them in training.
+"""Random splitting of tokens that join punctuation with line breaks, for training.
 
-A prompt that ends right before such a break shows the model a token that it never saw there. DeepSeek-V3 (report,
-arXiv:2412.19437, section 4.1) therefore splits a share of these tokens; it does not say how many.
+A prompt that ends just before such a break ends in a token that never occurred there in training. DeepSeek-V3 (report,
+arXiv:2412.19437, section 4.1) therefore splits a share of these tokens; the report does not give the share.
 """
 
 import random
@@ -13,36 +13,36 @@ from thinkstack.types import ConfigError
 
 
 class BoundarySplitter:
-    """Which tokens of a vocabulary join punctuation with line breaks, and what each is split into.
+    """The tokens of a vocabulary that join punctuation with line breaks, and the ids that each is split into.
 
-    Such a token's text is punctuation or symbols (Unicode categories P and S, spaces among them allowed), then one or
-    more of CR and LF. It is split before the first of these; both parts are encoded by themselves.
+    The text of such a token is punctuation or symbols (Unicode categories P and S, spaces allowed between them),
+    followed by one or more of CR and LF. It is split before the first CR or LF; both parts are encoded separately.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        """Raises ConfigError for a tokenizer without such tokens."""
+        """Raises ConfigError if the tokenizer has no such tokens."""
         controls = set(tokenizer.control.values())
-        self.parts: dict[int, list[int]] = {}
+        self.pieces_by_token: dict[int, list[int]] = {}
         for token in range(tokenizer.vocab_size):
             text = tokenizer.decode([token])
             head = text.rstrip("\r\n")
             if token not in controls and is_joined(head, text[len(head) :]):
-                self.parts[token] = tokenizer.encode(head) + tokenizer.encode(text[len(head) :])
-        if not self.parts:
+                self.pieces_by_token[token] = tokenizer.encode(head) + tokenizer.encode(text[len(head) :])
+        if not self.pieces_by_token:
             raise ConfigError(
                 "boundary_split_share is above 0, and this tokenizer joins no punctuation with line breaks; set it to 0"
             )
 
     def split(self, ids: Sequence[int], share: float, rng: random.Random) -> list[int]:
-        """ids with each joined token split with probability `share`; the text stays the same."""
-        out: list[int] = []
+        """Return ids with each joined token split with probability `share`; the text is unchanged."""
+        split_ids: list[int] = []
         for token in ids:
-            parts = self.parts.get(token)
-            out += parts if parts and rng.random() < share else [token]
-        return out
+            pieces = self.pieces_by_token.get(token)
+            split_ids += pieces if pieces and rng.random() < share else [token]
+        return split_ids
 
 
 def is_joined(head: str, breaks: str) -> bool:
     """Whether head + breaks is punctuation followed by line breaks."""
-    kinds = [unicodedata.category(character)[0] for character in head if character != " "]
-    return bool(breaks) and bool(kinds) and set(kinds) <= {"P", "S"} and "\ufffd" not in head
+    categories = [unicodedata.category(character)[0] for character in head if character != " "]
+    return bool(breaks) and bool(categories) and set(categories) <= {"P", "S"} and "\ufffd" not in head

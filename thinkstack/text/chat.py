@@ -1,7 +1,7 @@
-"""Conversations to token ids and back: what a chat format is, and which there are.
+"""The chat format interface (conversations to token ids and back) and the list of our formats.
 
-Structure comes from control tokens and fixed strings written in this folder or in a shipped template; what people
-wrote is text, so it can never become a control token. Every prompt of ours begins with exactly one BOS.
+Control tokens come only from the code of this folder or from a checkpoint's template; message text can never become a
+control token. Every prompt of our formats begins with exactly one BOS.
 """
 
 from collections.abc import Sequence
@@ -25,73 +25,72 @@ __all__ = [
 ]
 
 FORMATS = ("r1_zero", "r1_zero_short", *STYLES, "v3_1_think")
-"""Names of the formats of ours."""
+"""Names of our chat formats."""
 
 
 class ChatFormat(Protocol):
-    """How one model's conversations look in tokens."""
+    """Conversion between the conversations of a model and token ids."""
 
     @property
     def name(self) -> str:
-        """Name that `chat_format` knows it by, "template", or "none" without one."""
+        """A name in FORMATS, "template" for a checkpoint's template, or "none" for plain text."""
 
     @property
     def has_template(self) -> bool:
-        """Whether it writes conversations. A base model's (PlainText) does not: `prompt`, `turn` and `example` raise
-        ConfigError, which says what is missing; its tokenizer and stop_token_ids serve to continue plain text.
+        """Whether the format can write conversations.
+
+        False for a base model (PlainText): `prompt`, `turn` and `example` raise ConfigError with the missing part;
+        tokenizer and stop_token_ids are used to continue plain text.
         """
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What turns the text of a turn into ids."""
+        """The tokenizer for the text of a turn."""
 
     @property
     def prefill(self) -> str:
-        """What the prompt of a user's question has already written of the answer; reward and parser read prefill +
-        completion.
-        """
+        """The start of the answer that the prompt already contains; reward and parser read prefill + completion."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end the assistant's turn; the first is the one that training teaches. May be empty where a
-        checkpoint names none."""
+        """Tokens that end the assistant's turn; training uses the first. Empty if the checkpoint names none."""
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[int]:
-        """Ids that ask for the next assistant turn.
+        """Return the prompt ids for the next assistant turn.
 
-        thinking: whether the model is to think first, where a format can say so; None is the format's default.
-        Raises RequestError for an order of roles that it cannot write, and for tools or a switch that it has not.
+        thinking: whether the model thinks first, if the format has a switch; None is the format's default.
+        Raises RequestError for an unsupported order of roles, and for tools or a switch that the format lacks.
         """
 
     def opening(self, messages: Sequence[Message], thinking: bool | None = None) -> str:
-        """What `prompt` of these arguments has already written of the answer; "" after the result of a tool."""
+        """Return the start of the answer that `prompt` of these arguments contains; "" after a tool result."""
 
     def text_of(self, token_ids: Sequence[int], opening: str | None = None) -> str:
-        """The assistant's whole turn as text: opening and decoded ids, without the token that ended it.
+        """Return the text of the assistant's turn: opening and decoded ids, without the end token.
 
-        opening: what `opening` gave for the prompt; None is `prefill`.
+        opening: the result of `opening` for the prompt; None is `prefill`.
         """
 
     def answer(self, text: str) -> list[int]:
-        """Ids of a whole assistant turn for training, its end token included; its think tags become control tokens."""
+        """Return the ids of an assistant turn for training, including the end token; think tags are control tokens."""
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[TokenizedExample]:
-        """A conversation as sequences to learn from: (ids, 1 for each id that is to be learnt, else 0).
+        """Return a conversation as training sequences: (ids, loss mask with 1 for each trained id).
 
-        RolloutAdvantages is what the assistant says, thinks and calls, and the token that ends its turn; never a
-        header, never what a prompt writes, never a turn whose is_trained is False. Each turn follows exactly the ids
-        that `prompt` asks for it with: one sequence for as long as that prompt continues the sequence before, else a
-        new one (history leaves thinking out). thinking: None lets each turn think that has thoughts, where a format has
-        the switch. Raises RequestError as `prompt`, and for a conversation without a turn of the assistant.
+        Trained are the assistant's content, reasoning and calls, and its end token; never headers or any other part of
+        a prompt, and never a turn whose is_trained is False. Each turn follows exactly the ids of its `prompt`. A turn
+        extends the last sequence if its prompt continues that sequence; otherwise it starts a new one (if the history
+        leaves thinking out). thinking: None turns thinking on for turns with reasoning, if the format has a switch.
+        Raises RequestError like `prompt`, and for a conversation without an assistant turn.
         """
 
 
 def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
-    """One of our families' formats by name. Raises ConfigError for an unknown one."""
+    """Return one of our chat formats by name. Raises ConfigError for an unknown name."""
     if name not in FORMATS:
         raise ConfigError(f"unknown chat format {name!r}; known: {', '.join(FORMATS)}")
     if name.startswith("r1_zero"):

@@ -1,7 +1,7 @@
 """The chat formats of DeepSeek-V3, R1, R1-0528 and V3.1: turns, thinking, tools.
 
-Sources: the chat templates in the tokenizer_config.json of DeepSeek-V3-0324, DeepSeek-R1 (revision 56d4cbb),
-DeepSeek-R1-0528 and DeepSeek-V3.1, written anew here; docs/templates.md says where this departs from them.
+A reimplementation of the chat templates in the tokenizer_config.json of DeepSeek-V3-0324, DeepSeek-R1 (revision
+56d4cbb), DeepSeek-R1-0528 and DeepSeek-V3.1; docs/templates.md lists the differences.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from thinkstack.text.formats import TurnFormat, refuse_switch, think_block
+from thinkstack.text.formats import TurnFormat, check_thinking_switch, think_block
 from thinkstack.text.parse import split_thinking
 from thinkstack.text.tokenizer import (
     ASSISTANT,
@@ -34,21 +34,22 @@ from thinkstack.types import Message, RequestError, Tool, ToolCall
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """In what the formats of the family differ."""
+    """The differences between the formats."""
 
     header: Literal["after users", "before answers", "before first answers"]
-    """Where the assistant's token stands: after each user's turn; before each turn of the assistant but one that
-    follows the results of tools; or only before one that follows a user's turn."""
+    """Position of the assistant token: after each user turn; before each assistant turn except those that follow tool
+    results; or only before assistant turns that follow a user turn."""
     thinking: Literal["written by the model", "begun by the prompt", "switched by the prompt"]
-    """Who writes the opening tag."""
+    """Where the opening think tag comes from."""
     drops_thinking: bool = True
-    """Whether a think block that earlier content begins with is left out."""
+    """Whether a leading think block is removed from earlier assistant content."""
     gap: str = "\n"
-    """Break after the opening tag and before the closing one; twice after it."""
+    """Line break after the opening think tag and before the closing tag; twice after the closing tag."""
     fenced: bool = True
-    """Calls are written as a function with a block of JSON, results inside a common pair of tokens; else bare."""
+    """True: calls are a function name with a JSON code block, and results share one pair of tokens. False: no
+    fences."""
     between_outputs: str = "\n"
-    """Text between the results of several calls, where they are fenced."""
+    """Text between several call results, if fenced."""
 
 
 STYLES = {
@@ -57,19 +58,19 @@ STYLES = {
     "r1_0528": Style(header="after users", thinking="written by the model"),
     "v3_1": Style(header="before first answers", thinking="switched by the prompt", gap="", fenced=False),
 }
-"""By the name of the format; "v3_1_think" is "v3_1" that thinks unless told otherwise."""
+"""Styles by format name; "v3_1_think" is "v3_1" with thinking on by default."""
 
 TOOLS_HEADING = "## Tools\nYou have access to these tools:\n"
 TOOLS_RULES = (
     "\n\nThe name in a call is the name of one of these tools. Its arguments are JSON that keeps to the schema of the "
     "tool's parameters. Write several calls one after the other. A call looks exactly like this:\n"
 )
-"""What stands around the list of tools in the system text; in the sense of the model card of DeepSeek-V3.1."""
+"""Text around the list of tools in the system text; a paraphrase of the model card of DeepSeek-V3.1."""
 
 
 @dataclass(frozen=True)
 class DeepSeekFormat(TurnFormat):
-    """BOS, system text without a marker, then marked turns; earlier thinking is left out."""
+    """BOS, system text without a marker, then turns with role tokens; earlier thinking is left out."""
 
     kind: str
     """One of STYLES, or "v3_1_think"."""
@@ -88,27 +89,27 @@ class DeepSeekFormat(TurnFormat):
 
     @property
     def prefill(self) -> str:
-        return "".join(self._opening(None))
+        return "".join(self._opening_pieces(None))
 
     def opening(self, messages: Sequence[Message], thinking: bool | None = None) -> str:
-        return "" if messages and messages[-1].role == "tool" else "".join(self._opening(thinking))
+        return "" if messages and messages[-1].role == "tool" else "".join(self._opening_pieces(thinking))
 
-    def _opening(self, thinking: bool | None) -> list[str]:
-        """What the prompt writes of an answer to a user."""
+    def _opening_pieces(self, thinking: bool | None) -> list[str]:
+        """Return the start of an answer to a user that the prompt contains."""
         if not self.can_switch:
-            begun = self.style.thinking == "begun by the prompt"
-            refuse_switch(self.name, thinking, self.kind != "v3")
-            return [Control(THINK_OPEN), self.style.gap] if begun else []
-        thinks = self.kind.endswith("_think") if thinking is None else thinking
-        return [Control(THINK_OPEN if thinks else THINK_CLOSE)]
+            in_prompt = self.style.thinking == "begun by the prompt"
+            check_thinking_switch(self.name, thinking, self.kind != "v3")
+            return [Control(THINK_OPEN), self.style.gap] if in_prompt else []
+        is_thinking = self.kind.endswith("_think") if thinking is None else thinking
+        return [Control(THINK_OPEN if is_thinking else THINK_CLOSE)]
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[int]:
         if not messages or messages[-1].role not in ("user", "tool"):
-            raise RequestError("the last message must come from the user or a tool; nothing else asks for an answer")
-        opening = self._opening(thinking)
-        pieces = [*self._system(messages, tools), *self._history(messages)]
+            raise RequestError("the last message must come from the user or a tool; add a user message")
+        opening = self._opening_pieces(thinking)
+        pieces = [*self._system_pieces(messages, tools), *self._history_pieces(messages)]
         if messages[-1].role == "tool":
             pieces += [Control(OUTPUTS_END)] if self.style.fenced else []
         else:
@@ -118,15 +119,15 @@ class DeepSeekFormat(TurnFormat):
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
         *before, message = messages
         reasoning = None if thinking is False else message.reasoning
-        asked = [] if before[-1].role == "tool" else self._opening(thinking)
+        opening = [] if before[-1].role == "tool" else self._opening_pieces(thinking)
         block = think_block(reasoning, self.style.gap)
-        if asked == [Control(THINK_CLOSE)] or (reasoning is None and not asked):
+        if opening == [Control(THINK_CLOSE)] or (reasoning is None and not opening):
             block = []
-        elif asked:
+        elif opening:
             block = [f"{reasoning or ''}{self.style.gap}", *block[2:]]
-        return self.close([*block, message.content, *self._calls(message.tool_calls)])
+        return self.close([*block, message.content, *self._call_pieces(message.tool_calls)])
 
-    def _system(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
+    def _system_pieces(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
         texts = [message.content for message in messages if message.role == "system"]
         pieces: list[str] = [Control(BOS), "\n\n".join(texts)]
         if not tools:
@@ -135,9 +136,9 @@ class DeepSeekFormat(TurnFormat):
         for tool in tools:
             schema = json.dumps(tool.parameters, ensure_ascii=False)
             pieces.append(f"\n### {tool.name}\nDescription: {tool.description}\n\nParameters: {schema}\n")
-        return [*pieces, TOOLS_RULES, *self._calls([ToolCall(name="NAME", arguments="ARGUMENTS")])]
+        return [*pieces, TOOLS_RULES, *self._call_pieces([ToolCall(name="NAME", arguments="ARGUMENTS")])]
 
-    def _history(self, messages: Sequence[Message]) -> list[str]:
+    def _history_pieces(self, messages: Sequence[Message]) -> list[str]:
         pieces: list[str] = []
         last = ""
         for message in messages:
@@ -145,15 +146,19 @@ class DeepSeekFormat(TurnFormat):
                 pieces += [Control(USER), message.content]
                 pieces += [Control(ASSISTANT)] if self.style.header == "after users" else []
             elif message.role == "assistant":
-                pieces += self._lead(last)
-                pieces += [*self._said(message.content), *self._calls(message.tool_calls), Control(EOS)]
+                pieces += self._turn_header(last)
+                pieces += [
+                    *self._history_content(message.content),
+                    *self._call_pieces(message.tool_calls),
+                    Control(EOS),
+                ]
             elif message.role == "tool":
-                pieces += self._output(message.content, is_first=last != "tool")
+                pieces += self._output_pieces(message.content, is_first=last != "tool")
             last = last if message.role == "system" else message.role
         return pieces
 
-    def _lead(self, last: str) -> list[str]:
-        """What stands before an earlier turn of the assistant. last: who spoke before it."""
+    def _turn_header(self, last: str) -> list[str]:
+        """Return the pieces before an earlier assistant turn. last: the role of the message before it."""
         if last == "tool":
             return [Control(OUTPUTS_END)] if self.style.fenced else []
         if self.style.header == "before answers":
@@ -161,17 +166,21 @@ class DeepSeekFormat(TurnFormat):
         is_first = self.style.header == "before first answers" and last == "user"
         return [Control(ASSISTANT), Control(THINK_CLOSE)] if is_first else []
 
-    def _said(self, content: str) -> list[str]:
-        """What an earlier turn says: with the think block that it begins with, if it does, or without."""
+    def _history_content(self, content: str) -> list[str]:
+        """Return the content of an earlier turn, with or without its leading think block."""
         thinking, rest = split_thinking(content)
         if THINK_CLOSE not in content or (thinking is None and rest == content):
             return [content]
         if self.style.drops_thinking:
             return [rest]
         block = [Control(THINK_OPEN), thinking or "", Control(THINK_CLOSE)]
-        return [content[: content.index("<")], *self.known(block if thinking is not None else block[2:]), rest]
+        return [
+            content[: content.index("<")],
+            *self.missing_as_text(block if thinking is not None else block[2:]),
+            rest,
+        ]
 
-    def _calls(self, calls: Sequence[ToolCall]) -> list[str]:
+    def _call_pieces(self, calls: Sequence[ToolCall]) -> list[str]:
         pieces: list[str] = [Control(CALLS_BEGIN)] if calls else []
         for index, call in enumerate(calls):
             if self.style.fenced:
@@ -181,7 +190,7 @@ class DeepSeekFormat(TurnFormat):
                 pieces += [Control(CALL_BEGIN), call.name, Control(CALL_SEP), call.arguments, Control(CALL_END)]
         return [*pieces, Control(CALLS_END)] if calls else []
 
-    def _output(self, content: str, is_first: bool) -> list[str]:
+    def _output_pieces(self, content: str, is_first: bool) -> list[str]:
         output = [Control(OUTPUT_BEGIN), content, Control(OUTPUT_END)]
         if not self.style.fenced:
             return output

@@ -1,6 +1,6 @@
-"""Fill in the middle: a document told as its beginning, its end, and then what stood between (arXiv:2207.14255).
+"""Fill in the middle: documents rearranged as prefix, suffix, middle (arXiv:2207.14255).
 
-The form is PSM (prefix, suffix, middle) as in DeepSeek-V3 (report, arXiv:2412.19437, section 4.1).
+The order is PSM (prefix, suffix, middle) as in DeepSeek-V3 (report, arXiv:2412.19437, section 4.1).
 """
 
 import random
@@ -10,20 +10,20 @@ from thinkstack.types import ConfigError
 
 
 def check_fim(tokenizer: Tokenizer) -> None:
-    """Raise ConfigError for a tokenizer that cannot write this form."""
+    """Raise ConfigError for a tokenizer without the control tokens of this format."""
     missing = [token for token in (FIM_BEGIN, FIM_HOLE, FIM_END, EOS) if token not in tokenizer.control]
     if missing:
         raise ConfigError(
             f"fim_rate is above 0, and this tokenizer has no control token {', '.join(missing)}; set fim_rate=0, or "
-            "train a new model, whose tokenizer gets them"
+            "train a new model, whose tokenizer will have them"
         )
 
 
 def fill_in_middle(text: str, tokenizer: Tokenizer, rng: random.Random) -> list[int]:
-    """Ids of `text` with a hole: begin, prefix, hole, suffix, end, middle, EOS; without BOS.
+    """Return the ids of `text` with a hole: begin, prefix, hole, suffix, end, middle, EOS; without BOS.
 
-    Two cuts between characters, drawn evenly and apart from each other, make the three parts; any may be empty. Text
-    cannot spell the control tokens, so prefix + middle + suffix is `text` again.
+    Two independent, uniform cuts between characters make the three parts; each may be empty. Text cannot spell the
+    control tokens, so prefix + middle + suffix equals `text`.
     """
     first, second = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     control, encode = tokenizer.control_id, tokenizer.encode

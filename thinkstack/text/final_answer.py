@@ -1,4 +1,4 @@
-"""The final answer within what a model says: in a box, behind a mark, or the last number. Nothing is judged here."""
+"""Extraction of the final answer from text: in a box, after an answer phrase, or the last number. No verification."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<brace>\{)?")
 _BARE_BOX = re.compile(r"[^\s$.,{}]+(?:[.,][0-9]+)*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _VALUE = r"(?:[-+\u2212]?\s?[\\$\u20ac\u00a3\u00a5]?\s?[-+\u2212]?\.?[0-9]|[\\$])"
-"""How a value begins that is no word: a number, with its sign and currency, or a formula."""
+"""Start of a value that is not a word: a number with sign and currency, or a formula."""
 _HASHES = re.compile(rf"####[ \t]*+(?![0-9]+[.):][ \t]+\S)(?={_VALUE})([^\n]*)")
 _ANSWER_IS = re.compile(
     r"(?:\banswer\b(?:\s+(?:is|was)\b|\s*[:=])|\u7b54\u6848\s*[\u662f\u4e3a:\uff1a])[\s:\uff1a*]*(?=(?P<value>[^\n]*))",
@@ -19,14 +19,14 @@ _NUMBER = re.compile(
     r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])(?:/[0-9]+)?"
 )
 _PROSE = re.compile(r"\s+[A-Za-z]+\s+\S")
-"""Two words behind a number: "22 eggs in 3 boxes", "22 because 3+19=22"."""
+"""Two words after a number: "22 eggs in 3 boxes", "22 because 3+19=22"."""
 _DENIAL = re.compile(r"(?:not|unclear|unknown)\b", re.IGNORECASE)
-MOST_WORDS = 3
-"""Words of an answer in words behind "the answer is"; more are a sentence, in which another rule looks."""
+MAX_ANSWER_WORDS = 3
+"""Longest verbal answer after "the answer is", in words; a longer one is a sentence and left to the other rules."""
 
 
 def closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one before `start`; escaped braces do not count."""
+    """Return the index of the brace that closes the one before `start`; escaped braces do not count."""
     depth = 1
     for match in _BRACES.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -36,7 +36,7 @@ def closing_brace(text: str, start: int) -> int | None:
 
 
 def boxes(text: str) -> list[str | None]:
-    """What each outermost \\boxed{} or \\fbox{} of `text` holds, in order; None for one that is not finished."""
+    """Return the content of each outermost \\boxed{} or \\fbox{} in order; None for an unfinished one."""
     found: list[str | None] = []
     place = 0
     while match := _BOX.search(text, place):
@@ -54,19 +54,20 @@ def boxes(text: str) -> list[str | None]:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last box holds; None without a box, and if the last one is empty or not finished."""
+    """Return the content of the last box; None if there is no box or if the last one is empty or unfinished."""
     found = boxes(text)
     return (found[-1] or "").strip() or None if found else None
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last #### on its line, as GSM8K's solutions end; a heading of Markdown is none."""
+    """Return the text after the last #### on its line (the format of GSM8K); Markdown headings do not count."""
     found = _HASHES.findall(text)
     return found[-1].strip() if found else None
 
 
 def after_answer_is(text: str) -> str | None:
-    """The rest of the last sentence that says "the answer is" or "Answer:", if it is a value or at most three words."""
+    """Return the rest of the last sentence with "the answer is" or "Answer:", if it is a value or at most three
+    words."""
     for match in reversed(list(_ANSWER_IS.finditer(text))):
         value = _SENTENCE_END.split(match["value"], maxsplit=1)[0].strip(" \t*:")
         number = _NUMBER.match(value)
@@ -75,13 +76,13 @@ def after_answer_is(text: str) -> str | None:
         value = value.rpartition("=")[2].strip() if re.match(_VALUE, value) else value
         if _DENIAL.match(value):
             continue
-        if value and (re.match(_VALUE, value) or len(value.split()) <= MOST_WORDS):
+        if value and (re.match(_VALUE, value) or len(value.split()) <= MAX_ANSWER_WORDS):
             return value
     return None
 
 
 def last_number(text: str) -> str | None:
-    """The last number, with its sign, currency and thousands."""
+    """Return the last number, with its sign, currency and thousands separators."""
     found = [match[0] for match in _NUMBER.finditer(text) if match[0]]
     return found[-1] if found else None
 
@@ -92,14 +93,14 @@ EXTRACTION_RULES: dict[str, Callable[[str], str | None]] = {
     "answer_is": after_answer_is,
     "last_number": last_number,
 }
-"""How the answer of a model without a format of its own is found: the first rule that finds something decides."""
+"""Extraction rules for models without a known format, in order; the first rule that finds an answer decides."""
 
 
 def flexible_extract(text: str) -> tuple[str | None, str | None]:
-    """(the answer, the name of the rule that found it); (None, None) if no rule does.
+    """Return (answer, name of the rule that found it); (None, None) if no rule finds one.
 
-    A box that is not finished, or empty, says that the answer was about to come: then there is none.
-    Source: lm-evaluation-harness calls its filter for such answers flexible-extract; it takes the last number.
+    An unfinished or empty last box means that the answer was cut off: the result is (None, None).
+    Source: the name is that of the filter in lm-evaluation-harness, which takes the last number.
     """
     if boxes(text) and last_boxed(text) is None:
         return None, None

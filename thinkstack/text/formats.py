@@ -1,4 +1,4 @@
-"""What all chat formats share, and R1-Zero's plain one: reading a turn, and conversations as examples to learn from."""
+"""Shared code of all chat formats (text of a turn, training examples), the R1-Zero format, and plain text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,29 +8,29 @@ from thinkstack.text.tokenizer import BOS, EOS, THINK_CLOSE, THINK_OPEN, Control
 from thinkstack.types import ConfigError, Message, RequestError, Tool
 
 TokenizedExample = tuple[list[int], list[int]]
-"""Ids of one sequence, and for each 1 if it is to be learnt."""
+"""Ids of one sequence, and its loss mask: 1 for each trained id."""
 
 ZERO_PREAMBLE = (
     "Below, a User puts a question to an Assistant. The Assistant thinks first and answers then: its thoughts stand "
     "between <think> and </think>, its answer stands between <answer> and </answer>. "
 )
-"""What the plain template says before the question, in the sense of R1 paper's table 1."""
+"""Instruction before the question; a paraphrase of table 1 of the R1 paper."""
 
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """What follows from a format's `prompt` and `turn`, which ask for an assistant's turn and write one."""
+    """Methods that every format derives from its `prompt` (the ids before an assistant turn) and `turn` (its ids)."""
 
     tokenizer: Tokenizer
 
     @property
     def has_template(self) -> bool:
-        """Whether conversations can be written; without, plain text is continued."""
+        """Whether conversations can be written; if not, plain text is continued."""
         return True
 
     @property
     def can_switch(self) -> bool:
-        """Whether each prompt says if the model is to think."""
+        """Whether each prompt can turn thinking on or off."""
         return False
 
     @property
@@ -54,7 +54,7 @@ class TurnFormat:
         raise NotImplementedError
 
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
-        """Ids of the last message as the answer to `prompt` of those before it, its end token included."""
+        """Return the ids of the last message as the answer to `prompt` of the earlier messages, with its end token."""
         raise NotImplementedError
 
     def text_of(self, token_ids: Sequence[int], opening: str | None = None) -> str:
@@ -64,22 +64,23 @@ class TurnFormat:
         return (self.prefill if opening is None else opening) + self.tokenizer.decode(ids)
 
     def answer(self, text: str) -> list[int]:
-        return self.close(self.with_tags(text.removeprefix(self.prefill)))
+        return self.close(self.split_think_tags(text.removeprefix(self.prefill)))
 
-    def with_tags(self, text: str) -> list[str]:
-        """Text in pieces, its think tags made control tokens where the vocabulary has them."""
-        pieces = self.tokenizer.cut(text)
+    def split_think_tags(self, text: str) -> list[str]:
+        """Split text into pieces, with think tags as control tokens if the vocabulary has them."""
+        pieces = self.tokenizer.split_controls(text)
         return [piece if piece in (THINK_OPEN, THINK_CLOSE) else str(piece) for piece in pieces]
 
-    def known(self, pieces: Sequence[str]) -> list[str]:
-        """The same pieces, a control token that the vocabulary lacks being text."""
+    def missing_as_text(self, pieces: Sequence[str]) -> list[str]:
+        """Turn control tokens that the vocabulary lacks into text."""
         return [piece if piece in self.tokenizer.control else str(piece) for piece in pieces]
 
     def close(self, pieces: Sequence[str]) -> list[int]:
-        """Ids of the pieces of a turn and of the token that ends it. Raises ConfigError if no token is known to."""
+        """Return the ids of the pieces of a turn and its end token. Raises ConfigError if there is no end token."""
         if not self.stop_token_ids:
             raise ConfigError(
-                "no token ends a turn, in the template or the checkpoint; name eos_token in tokenizer_config.json"
+                "neither the template nor the checkpoint has a token that ends a turn; set eos_token in "
+                "tokenizer_config.json"
             )
         return [*self.tokenizer.encode_pieces(pieces), self.stop_token_ids[0]]
 
@@ -90,22 +91,22 @@ class TurnFormat:
         for index, message in enumerate(messages):
             if message.role != "assistant" or not message.is_trained:
                 continue
-            read = with_reasoning(message)
-            thinks = read.reasoning is not None if thinking is None and self.can_switch else thinking
-            prompt = self.prompt(messages[:index], tools, thinks)
-            turn = self.turn([*messages[:index], read], tools, thinks)
+            parsed = with_reasoning(message)
+            is_thinking = parsed.reasoning is not None if thinking is None and self.can_switch else thinking
+            prompt = self.prompt(messages[:index], tools, is_thinking)
+            turn = self.turn([*messages[:index], parsed], tools, is_thinking)
             if not examples or prompt[: len(examples[-1][0])] != examples[-1][0]:
                 examples.append(([], []))
             ids, loss_mask = examples[-1]
             loss_mask += [0] * (len(prompt) - len(ids)) + [1] * len(turn)
             ids += prompt[len(ids) :] + turn
         if not examples:
-            raise RequestError("the conversation has no turn of the assistant to learn; add one")
+            raise RequestError("the conversation has no assistant turn to train on; add one")
         return examples
 
 
 def with_reasoning(message: Message) -> Message:
-    """The message with a think block that its content begins with taken out as its reasoning."""
+    """Return the message with a leading think block of its content moved to `reasoning`."""
     if message.role != "assistant" or message.reasoning is not None or THINK_CLOSE not in message.content:
         return message
     thinking, rest = split_thinking(message.content)
@@ -113,24 +114,24 @@ def with_reasoning(message: Message) -> Message:
 
 
 def think_block(reasoning: str | None, gap: str = "\n") -> list[str]:
-    """Pieces of a think block and of the break after it."""
+    """Return the pieces of a think block and of the line break after it."""
     return [Control(THINK_OPEN), f"{gap}{reasoning or ''}{gap}", Control(THINK_CLOSE), gap * 2]
 
 
-def refuse_switch(name: str, thinking: bool | None, always: bool | None) -> None:
-    """Raise RequestError if a format without a switch is asked for what it does not do. always: what it does."""
-    if thinking is not None and thinking != always:
+def check_thinking_switch(name: str, thinking: bool | None, fixed: bool | None) -> None:
+    """Raise RequestError if a format without a thinking switch does not support `thinking`. fixed: its behavior."""
+    if thinking is not None and thinking != fixed:
         raise RequestError(
-            f"thinking={thinking} was asked for, and the chat format {name!r} has no switch for it; leave it out"
+            f"thinking={thinking} is not supported: the chat format {name!r} has no switch for it; remove the option"
         )
 
 
 @dataclass(frozen=True)
 class ZeroFormat(TurnFormat):
-    """R1-Zero: plain text without chat tokens (R1 paper, table 1)."""
+    """R1-Zero: text without chat tokens (R1 paper, table 1)."""
 
     preamble: str = ZERO_PREAMBLE
-    """Instruction before the question; empty for models too small to follow one."""
+    """Instruction before the question; empty for models that are too small to follow one."""
     prefill = ""
 
     @property
@@ -140,7 +141,7 @@ class ZeroFormat(TurnFormat):
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[int]:
-        refuse_switch(self.name, thinking, True)
+        check_thinking_switch(self.name, thinking, True)
         self._refuse_tools(messages, tools)
         speakers = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
         turns = "".join(f"{speakers[message.role]}{message.content}\n" for message in messages)
@@ -148,23 +149,23 @@ class ZeroFormat(TurnFormat):
 
     def _refuse_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
         if tools or any(message.tool_calls or message.role == "tool" for message in messages):
-            raise RequestError(f"the chat format {self.name!r} has no tools; leave them out")
+            raise RequestError(f"the chat format {self.name!r} has no tools; remove them")
 
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
         self._refuse_tools(messages, tools)
         message = messages[-1]
         block = [] if message.reasoning is None else [*think_block(message.reasoning)[:-1], "\n"]
-        return self.close([*self.known(block), message.content])
+        return self.close([*self.missing_as_text(block), message.content])
 
 
 @dataclass(frozen=True)
 class PlainText(TurnFormat):
-    """A base model: it continues plain text, from what its tokenizer puts first. Conversations are refused."""
+    """A base model: it continues plain text after the tokenizer's first tokens. Conversations raise ConfigError."""
 
-    ends: tuple[int, ...] = ()
-    """Tokens that end a text; without any it goes on for as long as it may."""
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text; if empty, generation stops only at max_tokens."""
     way_out: str = ""
-    """What a chat format is missing from, and how to give it one."""
+    """Error message: where the chat template is missing, and how to add one."""
     name = "none"
     prefill = ""
 
@@ -174,7 +175,7 @@ class PlainText(TurnFormat):
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        return self.ends
+        return self.end_token_ids
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None

@@ -1,4 +1,4 @@
-"""What an assistant's turn contains: thinking, answer, tool calls, and whether it keeps the format."""
+"""Parsing of an assistant turn: thinking, answer, tool calls, and whether the turn is well-formed."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from thinkstack.text.tokenizer import (
 from thinkstack.types import Message, ToolCall
 
 ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract"]
-"""How a turn is to look and where its answer stands: `parse_turn`."""
+"""The expected format of a turn and the position of its answer: `parse_turn`."""
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _THINK_ANSWER_TAGS = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -33,23 +33,23 @@ class Turn:
     """A parsed assistant turn."""
 
     thinking: str
-    """What stands in the think block; empty if there is none."""
+    """Content of the think block; empty if there is none."""
     answer: str | None
-    """The final answer, as the form finds it after the thinking; None if there is none."""
+    """The final answer after the thinking; None if there is none."""
     is_well_formed: bool
-    """Whether the turn keeps its form."""
+    """Whether the turn has the expected format."""
     rule: str | None = None
-    """The name of the rule that found the answer, in the form "flexible_extract": text/final_answer.py."""
+    """The rule that found the answer, for the form "flexible_extract": text/final_answer.py."""
 
 
 def parse_turn(text: str, form: ThinkingFormat = "think_answer_tags") -> Turn:
-    """Parse a whole turn. An answer inside unclosed thinking never counts.
+    """Parse a complete turn. An answer inside unclosed thinking never counts.
 
-    form: "think_answer_tags" is R1-Zero's, one think block and one answer between tags, and nothing else; one of
-    several answers is none. "think_then_answer" is R1's, one think block and then prose of any length: the answer is
-    what its last box holds, or all of it if there is no box; if the last box is not finished there is none.
-    "flexible_extract" asks for no form: the answer is found by the first rule of text/final_answer.py that finds one,
-    and it is well-formed if there is one.
+    form: "think_answer_tags" (R1-Zero): one think block and one answer between tags, and nothing else; several answers
+    count as none. "think_then_answer" (R1): one think block, then text of any length; the answer is the content of the
+    last box, or all of the text if there is no box, or None if the last box is unfinished. "flexible_extract": any
+    format; the first rule of text/final_answer.py that matches finds the answer, and the turn is well-formed if there
+    is one.
     """
     if form == "think_then_answer":
         return _parse_think_then_answer(text)
@@ -69,32 +69,35 @@ def parse_turn(text: str, form: ThinkingFormat = "think_answer_tags") -> Turn:
 
 
 def _parse_think_then_answer(text: str) -> Turn:
-    """One think block at the beginning, closed, with something in it and something behind it."""
+    """Parse one closed think block at the start, with text in it and after it."""
     before, _, rest = text.partition(THINK_OPEN)
     thinking, closed, answer = rest.partition(THINK_CLOSE)
     is_single = not before.strip() and bool(closed) and THINK_OPEN not in rest and THINK_CLOSE not in answer
     if not is_single:
         return Turn(thinking.strip() if closed else rest.strip(), None, False)
-    said, thinking = answer.strip(), thinking.strip()
-    final = last_boxed(said) if boxes(said) else said or None
-    return Turn(thinking, final, bool(thinking and said))
+    visible_text, thinking = answer.strip(), thinking.strip()
+    final = last_boxed(visible_text) if boxes(visible_text) else visible_text or None
+    return Turn(thinking, final, bool(thinking and visible_text))
 
 
 def _parse_flexible(text: str) -> Turn:
-    """Thinking is what stands before the last closing tag, if there is any; without a closing tag, all is said."""
-    before, closed, said = text.rpartition(THINK_CLOSE)
-    if THINK_OPEN in said:
-        return Turn(said.rpartition(THINK_OPEN)[2].strip(), None, False)
-    answer, rule = flexible_extract(said)
-    thinking = before.rpartition(THINK_OPEN)[2].strip() if closed else said.strip()
+    """Parse a turn of any format: the text before the last closing tag is thinking, the answer is searched after it.
+
+    Without a closing tag, the complete text is both the thinking and the text that is searched.
+    """
+    before, closed, visible_text = text.rpartition(THINK_CLOSE)
+    if THINK_OPEN in visible_text:
+        return Turn(visible_text.rpartition(THINK_OPEN)[2].strip(), None, False)
+    answer, rule = flexible_extract(visible_text)
+    thinking = before.rpartition(THINK_OPEN)[2].strip() if closed else visible_text.strip()
     return Turn(thinking, answer, answer is not None, rule)
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
-    """(what stands in the think block that a turn begins with, what follows it), both as they are written.
+    """Split a turn into (content of its leading think block, the rest), both unchanged.
 
-    A block that the turn leaves open reaches to its end. None without a block; a closing tag alone, which a prompt
-    that asks for no thinking writes, is dropped.
+    An unclosed block extends to the end. The first part is None if there is no block; a lone closing tag, which prompts
+    without thinking write, is dropped.
     """
     head = text.lstrip()
     if head.startswith(THINK_CLOSE):
@@ -105,13 +108,13 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     return thinking, rest
 
 
-def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """(what is said before the calls, the calls) of a turn in the spelling of V3 and R1 or of V3.1.
+def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """Split a turn into (text before the calls, calls), in the format of V3 and R1 or of V3.1.
 
-    Calls that are not written to their end, or with something else between them, are no calls: the whole text is then
-    what is said. Source: chat templates of DeepSeek-V3-0324, R1-0528 and V3.1.
+    If a call is incomplete or if there is other text between calls, the complete text is returned and no calls.
+    Source: chat templates of DeepSeek-V3-0324, R1-0528 and V3.1.
     """
-    said, begin, rest = text.partition(CALLS_BEGIN)
+    visible_text, begin, rest = text.partition(CALLS_BEGIN)
     body, end, after = rest.partition(CALLS_END)
     found = list(_CALL.finditer(body))
     if not begin or not end or after.strip() or "".join(call[0] for call in found).strip() != body.strip() or not found:
@@ -119,15 +122,15 @@ def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     names = (
         (call["old_name"], call["old"]) if call["name"] is None else (call["name"], call["arguments"]) for call in found
     )
-    return said, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in names)
+    return visible_text, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in names)
 
 
-def read_reply(text: str) -> Message:
-    """The message that a turn of an assistant is: its thinking, what it says and what it calls.
+def parse_message(text: str) -> Message:
+    """Parse an assistant turn into a Message with reasoning, content and tool calls.
 
-    text: what ChatFormat.text_of returns. Line breaks around thinking and answer are left out.
+    text: the result of ChatFormat.text_of. Line breaks around reasoning and content are stripped.
     """
     thinking, rest = split_thinking(text)
-    said, calls = parse_calls(rest)
+    visible_text, calls = parse_tool_calls(rest)
     reasoning = None if thinking is None else thinking.strip("\n")
-    return Message(role="assistant", content=said.strip("\n"), reasoning=reasoning, tool_calls=calls)
+    return Message(role="assistant", content=visible_text.strip("\n"), reasoning=reasoning, tool_calls=calls)

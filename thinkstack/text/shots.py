@@ -1,7 +1,7 @@
-"""Shipped chat templates with more written into them: worked examples, an instruction, the start of the answer.
+"""Chat templates extended with few-shot examples, a system message, or the start of the answer.
 
-A template is text, so what a model was trained to be asked with stays in its checkpoint, and every program that runs
-the template asks the same way.
+The additions are part of the template's text, so they stay in the checkpoint, and every program that renders the
+template sends the prompts that the model was trained with.
 """
 
 import json
@@ -11,10 +11,10 @@ from thinkstack.text.tokenizer import THINK_CLOSE
 
 
 def asked_with(template: str, preamble: str, shots: Sequence[tuple[str, str]], prefill: str) -> str:
-    """`template` that puts a system message and answered questions before every conversation and begins the answer.
+    """Return `template` with a system message and few-shot examples before every conversation, and with a prefill.
 
-    preamble: the system message; empty leaves it out. shots: questions and their answers. prefill: text that every
-    answer begins with, written by the prompt.
+    preamble: the system message; empty leaves it out. shots: questions and their answers. prefill: the start of every
+    answer, written by the prompt.
     """
     before = [{"role": "system", "content": preamble}] if preamble else []
     for question, answer in shots:
@@ -27,7 +27,7 @@ def asked_with(template: str, preamble: str, shots: Sequence[tuple[str, str]], p
 
 
 def without_thinking(template: str) -> str:
-    """`template` that leaves the thinking of earlier answers out, as DeepSeek-R1's does."""
+    """Return `template` with the thinking of earlier answers removed, as in DeepSeek-R1's template."""
     return (
         "{% set kept = namespace(messages=[]) %}{% for message in messages %}"
         f"{{% if message['role'] == 'assistant' and '{THINK_CLOSE}' in message['content'] %}}"
@@ -39,5 +39,5 @@ def without_thinking(template: str) -> str:
 
 
 def _literal(value: object) -> str:
-    """A list, table or string as Jinja writes it, which within a block reads braces as any other characters."""
+    """Return a list, dict or string as a Jinja literal; braces inside it have no special meaning."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Sampled tokens as text while they come: an incremental decoder, and a parser of thinking and answer."""
+"""Streaming: an incremental decoder of sampled tokens, and an incremental parser of thinking and answer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,64 +10,66 @@ from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """Some text of an assistant turn."""
+    """A chunk of text of an assistant turn."""
 
     kind: str
-    """"thinking", "answer", or "text" for what stands outside both."""
+    """"thinking", "answer", or "text" for text outside both."""
     text: str
 
 
 class LastToken:
-    """The token that a stream ended with, to say why an answer is empty."""
+    """Records the last token of a stream, to explain an empty answer."""
 
     def __init__(self, chat: ChatFormat):
         self.chat = chat
         self.token: int | None = None
 
     def of(self, ids: Iterator[int]) -> Iterator[int]:
-        """The same ids."""
+        """Yield the same ids and record the last one."""
         self.token = None
         for self.token in ids:
             yield self.token
 
     def text(self) -> str:
-        """How the tokenizer spells it."""
+        """Return the text of the last token."""
         return "no token" if self.token is None else self.chat.tokenizer.decode([self.token])
 
 
 def stream_text(text_of: Callable[[Sequence[int]], str], ids: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes certain: half characters wait for their other half. text_of: the text of all ids so far."""
-    drawn: list[int] = []
-    sent = ""
+    """Yield text as it becomes final; incomplete characters are held back. text_of: decodes all ids so far."""
+    sampled: list[int] = []
+    sent_text = ""
     for token in ids:
-        drawn.append(token)
-        text = text_of(drawn)
-        if not text.endswith("\ufffd") and len(text) > len(sent):
-            yield text[len(sent) :]
-            sent = text
-    rest = text_of(drawn)[len(sent) :]
+        sampled.append(token)
+        text = text_of(sampled)
+        if not text.endswith("\ufffd") and len(text) > len(sent_text):
+            yield text[len(sent_text) :]
+            sent_text = text
+    rest = text_of(sampled)[len(sent_text) :]
     if rest:
         yield rest
 
 
-MARKS = {THINK_OPEN: "thinking", THINK_CLOSE: "text", ANSWER_OPEN: "answer", ANSWER_CLOSE: "text"}
+TAG_KINDS = {THINK_OPEN: "thinking", THINK_CLOSE: "text", ANSWER_OPEN: "answer", ANSWER_CLOSE: "text"}
 
 
 def parse_stream(chunks: Iterator[str]) -> Iterator[StreamEvent]:
-    """Sort streamed text into thinking, answer and the rest; tags are dropped, half tags wait for their other half."""
+    """Classify streamed text as thinking, answer or other text; tags are dropped, incomplete tags are held back."""
     kind, buffer = "text", ""
     for chunk in chunks:
         buffer += chunk
         while True:
-            places = [(buffer.index(mark), mark) for mark in MARKS if mark in buffer]
-            if not places:
+            matches = [(buffer.index(tag), tag) for tag in TAG_KINDS if tag in buffer]
+            if not matches:
                 break
-            place, mark = min(places)
+            place, tag = min(matches)
             if buffer[:place]:
                 yield StreamEvent(kind, buffer[:place])
-            kind, buffer = MARKS[mark], buffer[place + len(mark) :]
-        held = max((size for mark in MARKS for size in range(1, len(mark)) if buffer.endswith(mark[:size])), default=0)
-        ready = buffer[: len(buffer) - held]
+            kind, buffer = TAG_KINDS[tag], buffer[place + len(tag) :]
+        partial_length = max(
+            (size for tag in TAG_KINDS for size in range(1, len(tag)) if buffer.endswith(tag[:size])), default=0
+        )
+        ready = buffer[: len(buffer) - partial_length]
         if ready:
             yield StreamEvent(kind, ready)
         buffer = buffer[len(ready) :]

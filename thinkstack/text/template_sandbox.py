@@ -1,7 +1,8 @@
-"""Jinja templates of strangers, run so that they cannot reach out, hang or fill the memory.
+"""A sandbox for untrusted Jinja templates: no access to the outside, bounded time and memory.
 
-They see what transformers shows them: tojson, raise_exception, strftime_now, loop controls and generation tags. Each
-iteration and each call is a step; steps, the size of every value that an operator makes, and the output are bounded.
+Templates have the environment of transformers: tojson, raise_exception, strftime_now, loop controls and generation
+tags. Each loop iteration and each call is one step. The number of steps, the size of every computed value, and the size
+of the output are bounded.
 """
 
 import datetime
@@ -21,17 +22,17 @@ from jinja2 import nodes
 from thinkstack.types import RequestError
 
 MAX_STEPS = 300_000
-"""Iterations and calls of one rendering."""
+"""Maximum iterations and calls per rendering."""
 MAX_SIZE = 1 << 24
-"""Characters or items of a value that an operator makes, and characters of the output."""
+"""Maximum characters or items of a computed value, and maximum characters of the output."""
 MAX_BITS = 1 << 12
-"""Bits of a whole number that an operator makes."""
+"""Maximum bits of a computed integer."""
 _STEPS = "the steps of this rendering"
 _SIZED = (str, list, tuple)
-_WIDE = re.compile(r"\d{7}|\*")
-"""A field of a format string as wide as memory, or as wide as an argument says."""
-_GROWING = ("center", "format", "indent", "join", "replace", "wordwrap", "batch", "slice")
-"""Filters that make more than they are given."""
+_WIDE_FIELD = re.compile(r"\d{7}|\*")
+"""A field of a format string whose width has seven digits or comes from an argument."""
+_EXPANDING_FILTERS = ("center", "format", "indent", "join", "replace", "wordwrap", "batch", "slice")
+"""Filters and methods whose result can be larger than their arguments."""
 
 
 class _Steps:
@@ -45,7 +46,7 @@ class _Steps:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} says which text the assistant wrote; what stands in it is rendered as if it were not there."""
+    """{% generation %} marks assistant text; the tag is ignored and its content rendered."""
 
     tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
@@ -54,22 +55,22 @@ class _GenerationTag(jinja2.ext.Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
-class _Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of Jinja with a bound on steps and sizes."""
+class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with bounds on steps and sizes."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
-        self.filters |= {"tojson": _to_json, "counted": _counted}
-        self.filters |= {name: _checked(name, self.filters[name]) for name in _GROWING}
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        self.filters |= {"tojson": _to_json, "counted": _count_iterations}
+        self.filters |= {name: _bounded_filter(name, self.filters[name]) for name in _EXPANDING_FILTERS}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None).set_lineno(loop.lineno)  # type: ignore[arg-type]
-        return _joined(tree)
+        return _concat_to_add(tree)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __context.parent[_STEPS].take()
@@ -79,65 +80,65 @@ class _Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if _size_of(operator, left, right) > 1:
+        if _relative_size(operator, left, right) > 1:
             raise _too_large()
         return super().call_binop(context, operator, left, right)
 
 
-def _size_of(operator: str, left: Any, right: Any) -> float:
-    """What an operator is about to make, as a share of what is allowed."""
+def _relative_size(operator: str, left: Any, right: Any) -> float:
+    """Return the size of an operator's result as a share of the allowed size."""
     if operator == "+" and isinstance(left, _SIZED) and isinstance(right, _SIZED):
         return (len(left) + len(right)) / MAX_SIZE
     if operator == "*" and isinstance(left, _SIZED) != isinstance(right, _SIZED):
-        many, times = (left, right) if isinstance(left, _SIZED) else (right, left)
-        return len(many) * times / MAX_SIZE if isinstance(times, int) else 0
+        sequence, times = (left, right) if isinstance(left, _SIZED) else (right, left)
+        return len(sequence) * times / MAX_SIZE if isinstance(times, int) else 0
     if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
         return bits / MAX_BITS
-    return float("inf") if operator == "%" and isinstance(left, str) and _WIDE.search(left) else 0
+    return float("inf") if operator == "%" and isinstance(left, str) and _WIDE_FIELD.search(left) else 0
 
 
 def _too_large() -> jinja2.TemplateError:
-    return jinja2.TemplateError(f"it makes a value of more than {MAX_SIZE:,} characters, items or digits")
+    return jinja2.TemplateError(f"it computes a value of more than {MAX_SIZE:,} characters, items or digits")
 
 
-def _check_growth(name: str, given: list[Any]) -> None:
+def _check_growth(name: str, arguments: list[Any]) -> None:
     """Refuse a call that would make something huge. given: for a method, its string comes first."""
-    size: float = max((value for value in given if isinstance(value, int)), default=0)
-    texts = [value for value in given if isinstance(value, str)]
-    if name in ("format", "format_map") and texts and _WIDE.search(texts[0]):
+    size: float = max((value for value in arguments if isinstance(value, int)), default=0)
+    texts = [value for value in arguments if isinstance(value, str)]
+    if name in ("format", "format_map") and texts and _WIDE_FIELD.search(texts[0]):
         size = float("inf")
     elif name == "replace" and len(texts) >= 3:
         size = len(texts[0]) + len(texts[2]) * texts[0].count(texts[1])
     elif name == "join":
         size = sum(
-            len(str(part)) + sum(map(len, texts)) for value in given if isinstance(value, list) for part in value
+            len(str(part)) + sum(map(len, texts)) for value in arguments if isinstance(value, list) for part in value
         )
     if size > MAX_SIZE:
         raise _too_large()
 
 
-def _checked(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(filter_)
     def checked(*args: Any, **kwargs: Any) -> Any:
         takes_context = hasattr(filter_, "jinja_pass_arg")
-        given = [*args[takes_context:], *kwargs.values()]
+        arguments = [*args[takes_context:], *kwargs.values()]
         if name == "join":
-            given[0] = list(given[0])
-            args = (*args[:takes_context], *given[: len(args) - takes_context])
-        _check_growth(name, given)
+            arguments[0] = list(arguments[0])
+            args = (*args[:takes_context], *arguments[: len(args) - takes_context])
+        _check_growth(name, arguments)
         return filter_(*args, **kwargs)
 
     return checked
 
 
-def _joined(node: Any) -> Any:
-    """The same tree with every `a ~ b` written as a sum of strings, whose size is bounded like that of others."""
+def _concat_to_add(node: Any) -> Any:
+    """Replace every `a ~ b` in the tree by a sum of strings, so that the bound on sums applies."""
     for name, value in list(node.iter_fields()):
         if isinstance(value, nodes.Node):
-            setattr(node, name, _joined(value))
+            setattr(node, name, _concat_to_add(value))
         elif isinstance(value, list):
-            setattr(node, name, [_joined(part) if isinstance(part, nodes.Node) else part for part in value])
+            setattr(node, name, [_concat_to_add(part) if isinstance(part, nodes.Node) else part for part in value])
     if isinstance(node, nodes.Concat):
         texts = [nodes.Filter(part, "string", [], [], None, None).set_lineno(node.lineno) for part in node.nodes]
         return functools.reduce(lambda *pair: nodes.Add(*pair).set_lineno(node.lineno), texts)
@@ -145,7 +146,7 @@ def _joined(node: Any) -> Any:
 
 
 @jinja2.pass_context
-def _counted(context: Any, items: Iterable[Any]) -> Iterator[Any]:
+def _count_iterations(context: Any, items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         context.parent[_STEPS].take()
         yield item
@@ -161,30 +162,30 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(reason: str) -> None:
+def _raise_exception(reason: str) -> None:
     raise jinja2.TemplateError(reason)
 
 
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
 
 
 @functools.lru_cache(maxsize=32)
 def _compiled(template: str) -> Callable[..., Iterator[str]]:
-    return _Bounded().from_string(template).generate
+    return _BoundedEnvironment().from_string(template).generate
 
 
 @functools.lru_cache(maxsize=32)
-def variables(template: str) -> frozenset[str]:
-    """Names that a template reads and does not set. Raises RequestError for one that is no Jinja."""
+def template_variables(template: str) -> frozenset[str]:
+    """Return the names that a template reads and does not set. Raises RequestError for invalid Jinja."""
     try:
-        return frozenset(jinja2.meta.find_undeclared_variables(_Bounded().parse(template)))
+        return frozenset(jinja2.meta.find_undeclared_variables(_BoundedEnvironment().parse(template)))
     except jinja2.TemplateError as error:
-        raise RequestError(f"the model's chat template is no Jinja: {error}") from error
+        raise RequestError(f"the model's chat template is not valid Jinja: {error}") from error
 
 
 def render(template: str, **values: Any) -> str:
-    """What the template writes. Raises RequestError for whatever goes wrong in it, its bounds included."""
+    """Render the template. Raises RequestError for any error in it, including exceeded bounds."""
     pieces: list[str] = []
     size = 0
     try:
@@ -194,6 +195,6 @@ def render(template: str, **values: Any) -> str:
             if size > MAX_SIZE:
                 raise jinja2.TemplateError(f"it writes more than {MAX_SIZE:,} characters")
     except Exception as error:  # the boundary of the sandbox: a template can raise anything
-        said = str(error) or type(error).__name__
-        raise RequestError(f"the model's chat template does not take this conversation: {said}") from error
+        reason = str(error) or type(error).__name__
+        raise RequestError(f"the model's chat template does not take this conversation: {reason}") from error
     return "".join(pieces)

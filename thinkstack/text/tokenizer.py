@@ -1,7 +1,7 @@
-"""Tokenizers: train a byte-level BPE, or load one; text to ids and back.
+"""Tokenizers: train or load a byte-level BPE; text to ids and back.
 
-The vocabulary of a model of ours is made here: every digit is a token of its own, so that numbers are read and written
-place by place; control tokens stand outside the BPE, so no text can spell one (`encode` never returns them).
+Vocabularies trained here have one token per digit, so that numbers are read and written digit by digit. Control tokens
+are outside the BPE, so no text can spell one (`encode` never returns them).
 """
 
 import itertools
@@ -20,10 +20,10 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CONTROL = (BOS, EOS, PAD, USER, ASSISTANT, THINK_OPEN, THINK_CLOSE)
-"""The control tokens of a vocabulary of ours, in the order of their ids from 0 (names and first three ids as in V3)."""
+"""Control tokens of our vocabularies, in the order of their ids from 0 (names and first three ids as in V3)."""
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 FIM = (FIM_HOLE, FIM_BEGIN, FIM_END)
-"""Control tokens of text/fim.py, in V3's order; a vocabulary of ours has them, after CONTROL, where they are used."""
+"""Control tokens of text/fim.py, in V3's order; our vocabularies have them, after CONTROL, if fim is used."""
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 OUTPUTS_BEGIN, OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
@@ -32,35 +32,35 @@ TOOLS = (
     *(CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END),
     *(OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END, CALL_SEP),
 )
-"""Control tokens of calls and their results, in V3's order; a vocabulary of ours has them where tools are used."""
+"""Control tokens of tool calls and results, in V3's order; our vocabularies have them if tools are used."""
 
 FILE = "tokenizer.json"
 
 
 class Control(str):
-    """A control token that a format writes; the same spelling in a plain str is text."""
+    """A control token written by a format; the same spelling in a plain str is text."""
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer with control tokens kept apart from text."""
+    """A `tokenizers` tokenizer that separates control tokens from text."""
 
     def __init__(self, spec: str):
-        """spec: the contents of a tokenizer.json. Truncation and padding that whoever trained with it left there are
-        dropped: they would cut and fill prompts.
+        """spec: the contents of a tokenizer.json. Its truncation and padding settings, left over from training, are
+        dropped: they would truncate and pad prompts.
         """
-        plain = json.loads(spec)
-        if plain.get("truncation") or plain.get("padding"):
-            plain |= {"truncation": None, "padding": None}
-            spec = json.dumps(plain, ensure_ascii=False)
+        data = json.loads(spec)
+        if data.get("truncation") or data.get("padding"):
+            data |= {"truncation": None, "padding": None}
+            spec = json.dumps(data, ensure_ascii=False)
         self.spec = spec
         self._full = tokenizers.Tokenizer.from_str(spec)
-        self._added = {t["content"]: t for t in plain["added_tokens"] if not t["content"].isspace()}
+        self._added = {t["content"]: t for t in data["added_tokens"] if not t["content"].isspace()}
         self.control = {content: token["id"] for content, token in self._added.items()}
         longest_first = sorted(self.control, key=len, reverse=True)
         self._spellings = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"].isspace()]
-        plain["post_processor"] = None
-        self._text = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"].isspace()]
+        data["post_processor"] = None
+        self._text = tokenizers.Tokenizer.from_str(json.dumps(data))
 
     @property
     def vocab_size(self) -> int:
@@ -69,8 +69,8 @@ class Tokenizer:
 
     @property
     def begin_ids(self) -> list[int]:
-        """What every text begins with: BOS in our family, elsewhere what the tokenizer itself puts first; nothing of
-        what it puts behind a text (EOS, SEP), which would end a prompt.
+        """Ids that every text begins with: BOS if the vocabulary has ours, else what the tokenizer prepends. Tokens
+        that it appends (EOS, SEP) are not included; they would end a prompt.
         """
         if BOS in self.control:
             return [self.control[BOS]]
@@ -78,12 +78,14 @@ class Tokenizer:
         return list(itertools.compress(probe.ids, itertools.takewhile(bool, probe.special_tokens_mask)))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. Control tokens spelt in it come out as ordinary characters."""
+        """Return the ids of plain text. Control token spellings in it become ordinary characters."""
         return self._text.encode(text, add_special_tokens=False).ids if text else []
 
     def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
-        """Ids of text and control tokens in turn. Text between two control tokens is encoded as one piece, however it
-        was put together, because tokens may reach across its parts. Raises ConfigError if this vocabulary lacks one.
+        """Return the ids of a sequence of texts and control tokens.
+
+        Adjacent texts are joined before encoding, because tokens may span them. Raises ConfigError for a control token
+        that the vocabulary lacks.
         """
         ids: list[int] = []
         for is_control, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Control)):
@@ -91,9 +93,10 @@ class Tokenizer:
             ids += map(self.control_id, parts) if is_control else self.encode("".join(parts))
         return ids
 
-    def cut(self, text: str) -> list[str]:
-        """Text in pieces, every spelling of a control token in it made one, which takes in the blanks beside it
-        where its vocabulary says so; at one place the longest wins.
+    def split_controls(self, text: str) -> list[str]:
+        """Split text into pieces in which every control token spelling is a Control.
+
+        A control token strips adjacent blanks if its lstrip or rstrip is set. The longest spelling wins.
         """
         pieces: list[str] = []
         start = 0
@@ -105,13 +108,13 @@ class Tokenizer:
         return [piece for piece in (*pieces, text[start:]) if piece]
 
     def control_id(self, token: str) -> int:
-        """Id of a control token. Raises ConfigError if this vocabulary lacks it."""
+        """Return the id of a control token. Raises ConfigError if the vocabulary lacks it."""
         if token not in self.control:
             raise ConfigError(f"this tokenizer has no control token {token!r}; it has {', '.join(self.control)}")
         return self.control[token]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, control tokens spelt out; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids, including control tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._full.decode(list(ids), skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
@@ -130,23 +133,26 @@ class Tokenizer:
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
-    whole: Sequence[str] = (),
+    single_tokens: Sequence[str] = (),
     control: Sequence[str] = CONTROL,
     join_breaks: bool = False,
 ) -> Tokenizer:
-    """Train a byte-level BPE with single digits.
+    """Train a byte-level BPE with one token per digit.
 
-    texts: the corpus, plain text. vocab_size: tokens including control tokens and the 256 bytes. whole: strings that
-    are cut out before merging, so that each becomes one ordinary token ("<answer>"). control: tokens outside the BPE,
-    in the order of their ids. join_breaks: let a punctuation mark merge with the line breaks after it, as in V3.
+    texts: the corpus, plain text. vocab_size: number of tokens, including control tokens and the 256 bytes.
+    single_tokens: strings that are split off before merging, so that each becomes one ordinary token ("<answer>").
+    control: tokens outside the BPE, in the order of their ids. join_breaks: allow merges of a punctuation mark with the
+    line breaks after it, as in V3.
     Raises ConfigError if vocab_size leaves no room for merges.
     """
-    floor = 256 + len(control) + len(whole)
+    floor = 256 + len(control) + len(single_tokens)
     if vocab_size < floor:
-        raise ConfigError(f"vocab_size={vocab_size} is below {floor}: 256 bytes, control tokens and whole strings")
+        raise ConfigError(
+            f"vocab_size={vocab_size} is below {floor}, the number of bytes (256), control tokens and single_tokens"
+        )
     model = tokenizers.Tokenizer(models.BPE())
     joined = [r"[^\s\p{L}\p{N}][\r\n]+"] if join_breaks else []
-    pieces = [*map(re.escape, whole), r"\p{N}", r" ?\p{L}+", r"\s+", *joined, r"[^\s\p{L}\p{N}]"]
+    pieces = [*map(re.escape, single_tokens), r"\p{N}", r" ?\p{L}+", r"\s+", *joined, r"[^\s\p{L}\p{N}]"]
     model.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
             pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"),

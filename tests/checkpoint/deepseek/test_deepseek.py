@@ -80,7 +80,7 @@ def their_conversion(tensors: dict[str, Tensor], num_experts: int, ranks: int, m
     return found
 
 
-def written(folder: Path, cfg: ModelConfig = SMALL) -> Path:
+def write_checkpoint(folder: Path, cfg: ModelConfig = SMALL) -> Path:
     """A bf16 checkpoint in Hugging Face layout."""
     model = tiny_model(cfg)
     if cfg.family == "deepseek_v2":
@@ -98,7 +98,7 @@ def written(folder: Path, cfg: ModelConfig = SMALL) -> Path:
     [(SMALL, "bf16"), (replace(SMALL, mtp_layers=1), "bf16"), (V2, "bf16"), (BLOCKS, "fp8"), (BLOCKS, "fp8-ue8m0")],
 )
 def test_files_are_those_of_their_own_conversion(cfg: ModelConfig, dtype: str, ranks: int, tmp_path: Path):
-    convert(str(written(tmp_path / "hf", cfg)), tmp_path / "model", dtype=dtype)
+    convert(str(write_checkpoint(tmp_path / "hf", cfg)), tmp_path / "model", dtype=dtype)
     convert(str(tmp_path / "model"), tmp_path / "theirs", to="deepseek", model_parallel=ranks)
     expected = their_conversion(
         load_file(tmp_path / "model" / WEIGHTS), cfg.moe.num_experts, ranks, f"model.layers.{cfg.num_layers}"
@@ -115,7 +115,7 @@ def test_files_are_those_of_their_own_conversion(cfg: ModelConfig, dtype: str, r
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_folder_in_their_layout_comes_back_byte_for_byte(ranks: int, dtype: str, tmp_path: Path):
-    convert(str(written(tmp_path / "hf", BLOCKS)), tmp_path / "model", dtype=dtype)
+    convert(str(write_checkpoint(tmp_path / "hf", BLOCKS)), tmp_path / "model", dtype=dtype)
     convert(str(tmp_path / "model"), tmp_path / "theirs", to="deepseek", model_parallel=ranks)
     convert(str(tmp_path / "theirs"), tmp_path / "again")
     for file in sorted(path.name for path in (tmp_path / "model").iterdir()):
@@ -127,7 +127,7 @@ def test_a_folder_in_their_layout_comes_back_byte_for_byte(ranks: int, dtype: st
 @torch.no_grad()
 def test_a_model_in_their_layout_gives_the_same_logits(tmp_path: Path):
     for cfg in (SMALL, V2):
-        hf = written(tmp_path / cfg.family, cfg)
+        hf = write_checkpoint(tmp_path / cfg.family, cfg)
         convert(str(hf), tmp_path / f"{cfg.family}-theirs", to="deepseek", model_parallel=2)
         ids = torch.arange(20).view(1, 20)
         assert torch.equal(load_model(tmp_path / f"{cfg.family}-theirs")(ids), load_model(hf)(ids))
@@ -150,7 +150,7 @@ def test_the_configuration_of_v3_is_the_one_that_is_shipped():
 @pytest.mark.parametrize("shipped", [True, False])
 def test_their_configuration_alone_says_what_the_model_is(shipped: bool, tmp_path: Path):
     """Without generation_config.json, which their conversion does not copy, the tokenizer names bos and eos."""
-    convert(str(written(tmp_path / "hf", V2)), tmp_path / "theirs", to="deepseek")
+    convert(str(write_checkpoint(tmp_path / "hf", V2)), tmp_path / "theirs", to="deepseek")
     if not shipped:
         (tmp_path / "theirs" / "generation_config.json").unlink()
     assert open_source(tmp_path / "theirs").cfg == replace(V2, init_std=0.006)
@@ -164,7 +164,7 @@ def refused(folder: Path) -> str:
 
 def test_what_is_missing_or_too_much_is_named(tmp_path: Path):
     folder = tmp_path / "theirs"
-    convert(str(written(tmp_path / "hf")), folder, to="deepseek", model_parallel=2)
+    convert(str(write_checkpoint(tmp_path / "hf")), folder, to="deepseek", model_parallel=2)
     config = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(json.dumps(json.loads(config) | {"n_layers": 2}))
     assert "unexpected tensor layers.2" in refused(folder)

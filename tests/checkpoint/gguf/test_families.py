@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.tiny import MLA_TINY, tiny_model, tiny_tokenizer
-from thinkstack.checkpoint.gguf.tensors import WHOLE
+from thinkstack.checkpoint.gguf.tensors import KV_B
 from thinkstack.checkpoint.gguf.write import KINDS, write_gguf
 from thinkstack.checkpoint.hf.tensors import source_of
 from thinkstack.checkpoint.model import load_chat, load_model, load_tokenizer, open_source
@@ -101,7 +101,7 @@ CASES = {
 }
 
 
-def drawn(cfg: ModelConfig, seed: int = 0) -> Transformer:
+def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
     """A model with drawn weights; only V3 files have a place for balance biases."""
     model = tiny_model(cfg, seed)
     for module in model.modules():
@@ -110,8 +110,8 @@ def drawn(cfg: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
-def written(cfg: ModelConfig, folder: Path, kind: str = "F32", **options) -> tuple[Transformer, Path]:
-    model = drawn(cfg)
+def write_checkpoint(cfg: ModelConfig, folder: Path, kind: str = "F32", **options) -> tuple[Transformer, Path]:
+    model = random_model(cfg)
     write_gguf(source_of(model), folder / "model.gguf", kind, **options)
     return model, folder / "model.gguf"
 
@@ -127,7 +127,7 @@ def kinds(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_comes_back_bit_for_bit(name: str, tmp_path: Path):
-    model, path = written(CASES[name], tmp_path)
+    model, path = write_checkpoint(CASES[name], tmp_path)
     loaded = load_model(path)
     free = {"init_std": loaded.cfg.init_std, "embed_init_std": loaded.cfg.embed_init_std}
     assert loaded.cfg == replace(model.cfg, **free)
@@ -137,7 +137,7 @@ def test_a_model_comes_back_bit_for_bit(name: str, tmp_path: Path):
 
 def test_mla_is_laid_out_as_attention_on_latents_wants_it(tmp_path: Path):
     """Head h of kv_b_proj is N key rows, then V value rows; the keys' cut is transposed. Metadata say one kv head."""
-    model, path = written(V3, tmp_path)
+    model, path = write_checkpoint(V3, tmp_path)
     there, weight = stored(path), model.layers[1].attention.wkv_b.weight.detach().numpy()
     for head in range(4):
         rows = weight[head * 64 : head * 64 + 64]
@@ -149,7 +149,7 @@ def test_mla_is_laid_out_as_attention_on_latents_wants_it(tmp_path: Path):
 
 
 def test_experts_lie_in_stacks_and_mtp_modules_behind_the_layers(tmp_path: Path):
-    model, path = written(V3, tmp_path)
+    model, path = write_checkpoint(V3, tmp_path)
     there, moe = stored(path), model.layers[1].ffn
     assert numpy.array_equal(there["blk.1.ffn_up_exps.weight"], moe.w_in.detach().numpy()[:, 32:])
     assert numpy.array_equal(there["blk.1.ffn_gate_exps.weight"], moe.w_in.detach().numpy()[:, :32])
@@ -160,28 +160,28 @@ def test_experts_lie_in_stacks_and_mtp_modules_behind_the_layers(tmp_path: Path)
 
 
 def test_without_mtp_the_file_is_what_older_versions_know(tmp_path: Path):
-    path = written(V3, tmp_path, with_mtp=False)[1]
+    path = write_checkpoint(V3, tmp_path, with_mtp=False)[1]
     assert not [name for name in kinds(path) if "nextn" in name or name.startswith("blk.3.")]
     assert load_model(path).cfg.mtp_layers == 0
 
 
 def test_llama_3_frequencies_are_divided_by_a_tensor(tmp_path: Path):
     """By hand: pair 0 turns 64 / 2 pi > 4 times in 64 tokens and keeps its frequency; the last hardly and is / 8."""
-    factors = stored(written(CASES["llama 3"], tmp_path)[1])["rope_freqs.weight"]
+    factors = stored(write_checkpoint(CASES["llama 3"], tmp_path)[1])["rope_freqs.weight"]
     assert factors.shape == (8,)
     assert (factors[0], factors[-1]) == (1.0, 8.0)
 
 
 def test_a_foreign_llama_3_is_read_with_the_published_numbers(tmp_path: Path):
     cfg = replace(LLAMA, rope=replace(HALVES, theta=5e5, llama3=Llama3RopeConfig(factor=32.0)))
-    path = written(cfg, tmp_path)[1]
+    path = write_checkpoint(cfg, tmp_path)[1]
     path.write_bytes(path.read_bytes().replace(b"thinkstack.rope.llama3", b"somebodys.rope.llama__"))
     assert load_model(path).cfg.rope == cfg.rope
 
 
 def test_old_files_with_whole_keys_and_values_are_read(tmp_path: Path):
     """Before llama.cpp attended to latents: kv_b_proj as it is, and the widths of whole keys and values."""
-    model, path = written(replace(V3, mtp_layers=0), tmp_path)
+    model, path = write_checkpoint(replace(V3, mtp_layers=0), tmp_path)
     reader, old = gguf.GGUFReader(path), tmp_path / "old.gguf"
     writer = gguf.GGUFWriter(old, "deepseek2")
     changes = {"key_length": 48, "value_length": 32, "head_count_kv": 4}
@@ -192,7 +192,7 @@ def test_old_files_with_whole_keys_and_values_are_read(tmp_path: Path):
     for tensor in reader.tensors:
         if tensor.name.endswith("attn_k_b.weight"):
             layer = int(tensor.name.split(".")[1])
-            writer.add_tensor(f"blk.{layer}.{WHOLE}", model.layers[layer].attention.wkv_b.weight.detach().numpy())
+            writer.add_tensor(f"blk.{layer}.{KV_B}", model.layers[layer].attention.wkv_b.weight.detach().numpy())
         elif not tensor.name.endswith("attn_v_b.weight"):
             writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
@@ -207,7 +207,7 @@ def test_old_files_with_whole_keys_and_values_are_read(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_routers_and_biases_stay_whole(kind: str, tmp_path: Path):
-    found = kinds(written(V3, tmp_path, kind)[1])
+    found = kinds(write_checkpoint(V3, tmp_path, kind)[1])
     whole = [name for name in found if name.endswith(("norm.weight", "_norm.weight", ".bias", "ffn_gate_inp.weight"))]
     assert {found.pop(name) for name in whole} == {"F32"}
     ends = {found.pop("token_embd.weight"), found.pop("output.weight")}
@@ -218,7 +218,7 @@ def test_norms_routers_and_biases_stay_whole(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_numbers_of_few_bits_are_those_of_the_format(kind: str, tmp_path: Path):
     """By the rule of the format: one factor in fp16 for 32 numbers, of the largest one; Q4_0 has 16 steps from it."""
-    model, path = written(LLAMA, tmp_path, kind)
+    model, path = write_checkpoint(LLAMA, tmp_path, kind)
     weight = model.layers[0].ffn.w1.weight.detach().view(-1, 32)
     if kind == "Q8_0":
         step = (weight.abs().amax(1, keepdim=True) / 127).half().float()
@@ -231,13 +231,13 @@ def test_numbers_of_few_bits_are_those_of_the_format(kind: str, tmp_path: Path):
 
 
 def test_rows_that_are_no_multiple_of_a_block_stay_f16(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    path = written(replace(LLAMA, intermediate_size=80), tmp_path, "Q8_0")[1]
+    path = write_checkpoint(replace(LLAMA, intermediate_size=80), tmp_path, "Q8_0")[1]
     assert {kind for name, kind in kinds(path).items() if "ffn_down" in name} == {"F16"}
     assert "3 matrices stay F16" in caplog.text
 
 
 def test_a_source_in_bf16_is_written_as_it_is(tmp_path: Path):
-    model = drawn(LLAMA).to(torch.bfloat16)
+    model = random_model(LLAMA).to(torch.bfloat16)
     write_gguf(source_of(model), tmp_path / "model.gguf", "BF16")
     source = open_source(tmp_path / "model.gguf")
     assert source.dtype_of("model.layers.0.mlp.up_proj.weight") == torch.bfloat16
@@ -251,7 +251,7 @@ def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
     pytest.importorskip("accelerate")
     cfg = CASES[name]
     cfg = replace(cfg, attention=replace(cfg.attention, head_dim=128)) if name == "qwen3" else cfg
-    model, path = written(cfg, tmp_path, tokenizer=tiny_tokenizer())
+    model, path = write_checkpoint(cfg, tmp_path, tokenizer=tiny_tokenizer())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     ids = torch.arange(3, 43).view(1, 40)
     with torch.no_grad():
@@ -277,12 +277,12 @@ def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(cfg: ModelConfig, word: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=word):
-        written(cfg, tmp_path)
+        write_checkpoint(cfg, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_numbers_beyond_f16_are_refused(tmp_path: Path):
-    model = drawn(LLAMA)
+    model = random_model(LLAMA)
     model.layers[0].ffn.w1.weight.data[0, 0] = 1e5
     with pytest.raises(ConfigError, match=r"blk.0.ffn_gate.weight has numbers beyond 65,504.*BF16"):
         write_gguf(source_of(model), tmp_path / "model.gguf", "F16")
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         with pytest.raises(ConfigError, match=r"cannot write .*free space"):
-            write_gguf(source_of(drawn(LLAMA)), path, "F32")
+            write_gguf(source_of(random_model(LLAMA)), path, "F32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -315,7 +315,7 @@ def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
     """Every place of the header, and truncations: an error by name, in bounded time and memory."""
     chat = chat_format("r1_zero", tiny_tokenizer())
     cfg = replace(V3, hidden_size=32, intermediate_size=32, num_layers=2, vocab_size=360)
-    whole = written(cfg, tmp_path, tokenizer=chat.tokenizer, chat=chat)[1].read_bytes()
+    whole = write_checkpoint(cfg, tmp_path, tokenizer=chat.tokenizer, chat=chat)[1].read_bytes()
     path, draw = tmp_path / "damaged.gguf", random.Random(0)
     header = len(whole) - sum(
         4 * math.prod(shape) for shape in (t.shape for t in stored(tmp_path / "model.gguf").values())
@@ -344,7 +344,7 @@ def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
 
 
 def test_a_file_without_a_tokenizer_has_none(tmp_path: Path):
-    path = written(LLAMA, tmp_path)[1]
+    path = write_checkpoint(LLAMA, tmp_path)[1]
     assert load_model(path).cfg.vocab_size == 384
     with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.model='no_vocab'"):
         load_tokenizer(path)

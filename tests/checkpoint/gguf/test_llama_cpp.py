@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from tests import HANG_SECONDS
-from tests.checkpoint.gguf.test_families import CASES, drawn
+from tests.checkpoint.gguf.test_families import CASES, random_model
 from tests.checkpoint.gguf.test_tokenizer import foreign
 from tests.tiny import tiny_tokenizer
 from thinkstack.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
-from thinkstack.checkpoint.gguf.tokenizer import PROBES, RARE
+from thinkstack.checkpoint.gguf.tokenizer import PROBE_TEXTS, RARE_TEXTS
 from thinkstack.checkpoint.gguf.write import write_gguf
 from thinkstack.checkpoint.hf.tensors import source_of
 from thinkstack.checkpoint.model import PIP_PACKAGES, load_chat, load_model, load_tokenizer
@@ -113,7 +113,7 @@ def difference(model: Transformer, prompts: Sequence[list[int]], theirs: Sequenc
 
 
 def prompts_of(tokenizer: Tokenizer) -> list[list[int]]:
-    return [tokenizer.begin_ids + tokenizer.encode(text) for text in (PROBES[0], PROBES[3])]
+    return [tokenizer.begin_ids + tokenizer.encode(text) for text in (PROBE_TEXTS[0], PROBE_TEXTS[3])]
 
 
 @needs_peer
@@ -124,7 +124,7 @@ def test_every_family_and_kind_gives_our_logits(name: str, kind: str, tmp_path: 
     if kind != "F32" and name not in ("llama", "qwen2", "qwen3", "qwen3moe", "v3", "v2"):
         pytest.skip("kinds are looked at once per architecture")
     tokenizer, path = tiny_tokenizer(), tmp_path / "model.gguf"
-    write_gguf(source_of(drawn(CASES[name])), path, kind, tokenizer)
+    write_gguf(source_of(random_model(CASES[name])), path, kind, tokenizer)
     model, prompts = load_model(path), prompts_of(tokenizer)
     count = 24 if kind == "F32" else 0
     peer = Peer(path, prompts, count)
@@ -136,7 +136,7 @@ def test_every_family_and_kind_gives_our_logits(name: str, kind: str, tmp_path: 
 def test_a_wrong_layout_would_be_noticed(tmp_path: Path):
     """The same file with keys in another head's place is far outside the bounds."""
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
-    write_gguf(source_of(drawn(CASES["v3"])), path, "F32", tokenizer)
+    write_gguf(source_of(random_model(CASES["v3"])), path, "F32", tokenizer)
     model, prompts = load_model(path), prompts_of(tokenizer)
     for layer in model.layers:
         layer.attention.wkv_b.weight.data = layer.attention.wkv_b.weight.data.roll(64, 0)
@@ -147,7 +147,7 @@ def test_a_wrong_layout_would_be_noticed(tmp_path: Path):
 def test_groups_of_v2_are_ranked_otherwise_there(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A known difference, which writing warns of; should it vanish, the warning can go."""
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
-    write_gguf(source_of(drawn(CASES["v2 groups"])), path, "F32", tokenizer)
+    write_gguf(source_of(random_model(CASES["v2 groups"])), path, "F32", tokenizer)
     assert "ranks groups by their two best experts" in caplog.text
     model, prompts = load_model(path), prompts_of(tokenizer)
     assert difference(model, prompts, Peer(path, prompts).logits, "F32") > 1e-3
@@ -156,8 +156,8 @@ def test_groups_of_v2_are_ranked_otherwise_there(tmp_path: Path, caplog: pytest.
 @needs_peer
 def test_our_tokenizer_gives_its_ids_there(tmp_path: Path):
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
-    write_gguf(source_of(drawn(CASES["llama"])), path, "F32", tokenizer)
-    plain = [text for text in PROBES if "<think>" not in text]  # which people's text may spell there, and not here
+    write_gguf(source_of(random_model(CASES["llama"])), path, "F32", tokenizer)
+    plain = [text for text in PROBE_TEXTS if "<think>" not in text]  # which people's text may spell there, and not here
     assert Peer(path, texts=plain).texts == [tokenizer.encode(text) for text in plain]
 
 
@@ -165,8 +165,8 @@ def test_our_tokenizer_gives_its_ids_there(tmp_path: Path):
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_rules_cut_there_as_their_words_do_here(name: str, tmp_path: Path):
     path, tokenizer = tmp_path / "model.gguf", foreign(name)
-    write_gguf(source_of(drawn(CASES["llama"])), path, "F32", tokenizer)
-    texts = (*PROBES, *RARE)
+    write_gguf(source_of(random_model(CASES["llama"])), path, "F32", tokenizer)
+    texts = (*PROBE_TEXTS, *RARE_TEXTS)
     assert Peer(path, texts=texts).texts == [tokenizer.encode(text) for text in texts]
 
 
@@ -185,8 +185,8 @@ def test_smollm2_answers_as_here(kind: str, tmp_path: Path):
     again = load_model(path)
     questions = ("What is the capital of France?", "Write one sentence about the sea.", "Count from 1 to 5.")
     prompts = [load_chat(path).prompt([Message(role="user", content=question)]) for question in questions]
-    peer = Peer(path, prompts, 32, PROBES, questions if kind == "F32" else ())
-    assert peer.texts == [load_tokenizer(path).encode(text) for text in PROBES]
+    peer = Peer(path, prompts, 32, PROBE_TEXTS, questions if kind == "F32" else ())
+    assert peer.texts == [load_tokenizer(path).encode(text) for text in PROBE_TEXTS]
     ours = [greedy(again, *pair) for pair in zip(prompts, peer.answers, strict=True)]
     same = sum(a == b for pair in zip(ours, peer.answers, strict=True) for a, b in zip(*pair, strict=True))
     print(f"{kind}: {same} of 96 tokens, logits differ by {difference(again, prompts, peer.logits, kind):.1e}")

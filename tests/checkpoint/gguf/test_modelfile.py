@@ -78,8 +78,8 @@ def test_our_formats_are_written_in_go(name: str, tmp_path: Path):
 def test_shipped_templates_are_known_by_what_they_write(template: str, eos: str, system: str, tmp_path: Path):
     chat = shipped(template, eos)
     write_modelfile(tmp_path / "Modelfile", "m.gguf", chat)
-    written, default, rest = parts(tmp_path / "Modelfile")
-    assert go(written, TALK) == chat.tokenizer.decode(chat.prompt(TALK)).removeprefix(BOS)
+    write_checkpoint, default, rest = parts(tmp_path / "Modelfile")
+    assert go(write_checkpoint, TALK) == chat.tokenizer.decode(chat.prompt(TALK)).removeprefix(BOS)
     assert default == system
     assert f'PARAMETER stop "{eos}"' in rest
 

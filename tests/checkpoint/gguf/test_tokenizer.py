@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from tests.checkpoint.gguf.test_families import CASES, drawn
+from tests.checkpoint.gguf.test_families import CASES, random_model
 from tests.tiny import tiny_tokenizer
 from thinkstack.checkpoint.gguf.file import GGUFFile, Metadata
 from thinkstack.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
-from thinkstack.checkpoint.gguf.tokenizer import PROBES, RARE, added_token, bpe_spec, tokenizer_of, tokenizer_values
+from thinkstack.checkpoint.gguf.tokenizer import (
+    PROBE_TEXTS,
+    RARE_TEXTS,
+    added_token,
+    bpe_spec,
+    tokenizer_of,
+    tokenizer_values,
+)
 from thinkstack.checkpoint.gguf.write import write_gguf
 from thinkstack.checkpoint.hf.tensors import source_of
 from thinkstack.checkpoint.model import load_chat, load_tokenizer
@@ -87,7 +94,7 @@ def test_known_rules_are_told_by_their_words(name: str):
     assert values[PRE] == name
     assert "tokenizer.huggingface.json" not in values
     again = read_back(values)
-    for text in (*PROBES, *RARE):
+    for text in (*PROBE_TEXTS, *RARE_TEXTS):
         assert again.encode(text) == tokenizer.encode(text)
     assert again.control == tokenizer.control
 
@@ -167,7 +174,7 @@ def test_a_tokenizer_json_that_contradicts_the_list_is_refused():
 
 def test_our_chat_format_travels_with_its_name_and_template(tmp_path: Path):
     chat, path = chat_format("v3", tiny_tokenizer()), tmp_path / "model.gguf"
-    write_gguf(source_of(drawn(CASES["llama"])), path, "F32", chat.tokenizer, chat)
+    write_gguf(source_of(random_model(CASES["llama"])), path, "F32", chat.tokenizer, chat)
     question = [Message(role="user", content="the <think> 12")]
     assert load_chat(path).prompt(question) == chat.prompt(question)
     assert load_tokenizer(path).begin_ids == [0]
@@ -180,4 +187,4 @@ def test_our_chat_format_travels_with_its_name_and_template(tmp_path: Path):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
     big = train_tokenizer(["".join(f"{word:b} ".translate({48: "a", 49: "b"}) for word in range(2000))], 385)
     with pytest.raises(ConfigError, match="385 tokens, the model 384"):
-        write_gguf(source_of(drawn(CASES["llama"])), tmp_path / "model.gguf", "F32", big)
+        write_gguf(source_of(random_model(CASES["llama"])), tmp_path / "model.gguf", "F32", big)

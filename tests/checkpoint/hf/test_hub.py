@@ -149,7 +149,7 @@ def test_a_broken_connection_is_taken_up_again(hub: Hub, tmp_path: Path):
 def test_an_interrupted_download_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path):
     hub.breaks = 100
     broken = ask("lab/tiny", tmp_path / "cache", hub.address)
-    assert broken.returncode == 1 and "goes on with the files that are missing" in broken.stderr
+    assert broken.returncode == 1 and "run the same command again to fetch the missing files" in broken.stderr
     hub.breaks, hub.asked = 0, []
     found = ask("lab/tiny", tmp_path / "cache", hub.address)
     assert load_model(found.stdout.strip()).cfg.num_layers == 3, found.stderr
@@ -159,8 +159,8 @@ def test_an_interrupted_download_goes_on_with_what_is_missing(hub: Hub, tmp_path
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("lab/unknown", {}, "neither a folder here nor a model of the hub"),
-        ("gated/model", {}, "asks for an agreement"),
+        ("lab/unknown", {}, "neither a local folder nor a model of the hub"),
+        ("gated/model", {}, "requires an agreement"),
         ("lab/tiny", {"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached"),
         ("lab/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
     ],

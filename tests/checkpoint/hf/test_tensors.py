@@ -13,7 +13,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.checkpoint.hf.config import to_hf
 from thinkstack.checkpoint.hf.files import CONFIG, INDEX, WEIGHTS, save_weights
 from thinkstack.checkpoint.model import load_model
-from thinkstack.checkpoint.tensor_file import Entry, write_file
+from thinkstack.checkpoint.tensor_file import TensorInfo, write_file
 from thinkstack.models.config import ModelConfig, MoEConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
@@ -36,7 +36,7 @@ V2_TINY = replace(
 MTP_EMBEDDING, ROUTER = "model.layers.3.embed_tokens.weight", "model.layers.1.mlp.gate.weight"
 
 
-def written(folder: Path, model: Transformer, **changes: torch.Tensor | None) -> Path:
+def write_checkpoint(folder: Path, model: Transformer, **changes: torch.Tensor | None) -> Path:
     """The folder with the model's weights; tensors replaced, added or (None) left out."""
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(to_hf(model.cfg)))
@@ -68,7 +68,7 @@ def same_weights(one: Transformer, other: Transformer) -> bool:
 def test_a_file_comes_back_byte_for_byte(cfg: ModelConfig, tmp_path: Path):
     (tmp_path / "again").mkdir()
     model = tiny_model(cfg)
-    loaded = read(written(tmp_path, model), cfg)
+    loaded = read(write_checkpoint(tmp_path, model), cfg)
     save_weights(loaded, tmp_path / "again")
     assert same_weights(model, loaded)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
@@ -79,7 +79,7 @@ def test_bf16_keeps_its_bytes_and_the_bias_its_fp32(tmp_path: Path):
     model = tiny_model()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    save_weights(read(written(tmp_path, model), dtype=torch.bfloat16), tmp_path / "again")
+    save_weights(read(write_checkpoint(tmp_path, model), dtype=torch.bfloat16), tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
     tensors = load_file(tmp_path / WEIGHTS)
     assert tensors[ROUTER].dtype == torch.bfloat16
@@ -87,7 +87,7 @@ def test_bf16_keeps_its_bytes_and_the_bias_its_fp32(tmp_path: Path):
 
 
 def test_names_and_shapes_on_disk_are_the_released_ones(tmp_path: Path):
-    tensors = load_file(written(tmp_path, tiny_model()) / WEIGHTS)
+    tensors = load_file(write_checkpoint(tmp_path, tiny_model()) / WEIGHTS)
     assert tensors["model.layers.1.mlp.experts.7.down_proj.weight"].shape == (32, 12)
     assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (12, 32)
     in_mtp = {name.removeprefix("model.layers.3.") for name in tensors if name.startswith("model.layers.3.")}
@@ -98,7 +98,7 @@ def test_names_and_shapes_on_disk_are_the_released_ones(tmp_path: Path):
 
 def test_gate_rows_come_before_up_rows_in_a_fused_expert(tmp_path: Path):
     model = tiny_model()
-    tensors = load_file(written(tmp_path, model) / WEIGHTS)
+    tensors = load_file(write_checkpoint(tmp_path, model) / WEIGHTS)
     fused = model.layers[1].ffn.w_in[5]
     assert torch.equal(tensors["model.layers.1.mlp.experts.5.gate_proj.weight"], fused[:12])
     assert torch.equal(tensors["model.layers.1.mlp.experts.5.up_proj.weight"], fused[12:])
@@ -119,7 +119,7 @@ def test_shards_hold_the_same_weights(tmp_path: Path):
 
 def test_tied_embeddings_stay_one_tensor(tmp_path: Path):
     cfg = replace(GQA_TINY, tie_embeddings=True)
-    model = read(written(tmp_path, tiny_model(cfg)), cfg)
+    model = read(write_checkpoint(tmp_path, tiny_model(cfg)), cfg)
     assert model.head.weight is model.embed.weight
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
 
@@ -127,15 +127,17 @@ def test_tied_embeddings_stay_one_tensor(tmp_path: Path):
 def test_a_written_copy_of_a_tied_head_must_equal_the_embedding(tmp_path: Path):
     cfg = replace(GQA_TINY, tie_embeddings=True)
     model = tiny_model(cfg)
-    folder = written(tmp_path, model, **{"lm_head.weight": model.embed.weight.detach().clone()})
+    folder = write_checkpoint(tmp_path, model, **{"lm_head.weight": model.embed.weight.detach().clone()})
     assert same_weights(model, read(folder, cfg))
-    assert "lm_head.weight differs" in refused(written(tmp_path, model, **{"lm_head.weight": torch.zeros(48, 32)}), cfg)
+    assert "lm_head.weight differs" in refused(
+        write_checkpoint(tmp_path, model, **{"lm_head.weight": torch.zeros(48, 32)}), cfg
+    )
 
 
 def test_copies_in_the_mtp_layer_may_be_missing_but_not_differ(tmp_path: Path):
     model = tiny_model()
-    assert same_weights(model, read(written(tmp_path, model, **{MTP_EMBEDDING: None})))
-    assert MTP_EMBEDDING in refused(written(tmp_path, model, **{MTP_EMBEDDING: torch.zeros(48, 32)}))
+    assert same_weights(model, read(write_checkpoint(tmp_path, model, **{MTP_EMBEDDING: None})))
+    assert MTP_EMBEDDING in refused(write_checkpoint(tmp_path, model, **{MTP_EMBEDDING: torch.zeros(48, 32)}))
 
 
 def test_v2_has_no_bias_on_disk_and_loses_none(tmp_path: Path):
@@ -151,40 +153,40 @@ def test_v2_has_no_bias_on_disk_and_loses_none(tmp_path: Path):
 def test_derived_rotations_of_old_files_are_passed_over(tmp_path: Path):
     model = tiny_model(GQA_TINY)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    assert same_weights(model, read(written(tmp_path, model, **old), GQA_TINY))
+    assert same_weights(model, read(write_checkpoint(tmp_path, model, **old), GQA_TINY))
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path):
-    assert f"lacks the tensor {ROUTER}:" in refused(written(tmp_path, tiny_model(), **{ROUTER: None}))
+    assert f"lacks the tensor {ROUTER}:" in refused(write_checkpoint(tmp_path, tiny_model(), **{ROUTER: None}))
 
 
 def test_an_unexpected_tensor_is_named(tmp_path: Path):
-    message = refused(written(tmp_path, tiny_model(), **{"model.layers.9.mlp.gate.weight": torch.zeros(2)}))
+    message = refused(write_checkpoint(tmp_path, tiny_model(), **{"model.layers.9.mlp.gate.weight": torch.zeros(2)}))
     assert WEIGHTS in message and "model.layers.9.mlp.gate.weight" in message
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path):
-    message = refused(written(tmp_path, tiny_model(), **{ROUTER: torch.zeros(4, 32)}))
+    message = refused(write_checkpoint(tmp_path, tiny_model(), **{ROUTER: torch.zeros(4, 32)}))
     assert ROUTER in message and "(4, 32)" in message and "(8, 32)" in message
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int8, "I8")])
 def test_a_quantized_tensor_is_refused(dtype: torch.dtype, name: str, tmp_path: Path):
-    message = refused(written(tmp_path, tiny_model(), **{ROUTER: torch.zeros(8, 32).to(dtype)}))
+    message = refused(write_checkpoint(tmp_path, tiny_model(), **{ROUTER: torch.zeros(8, 32).to(dtype)}))
     assert WEIGHTS in message and ROUTER in message and name in message
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_file_is_named(keep: int, tmp_path: Path):
-    path = written(tmp_path, tiny_model()) / WEIGHTS
+    path = write_checkpoint(tmp_path, tiny_model()) / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     message = refused(tmp_path)
-    assert str(path) in message and ("cut off or not a safetensors file" if keep else "is empty") in message
+    assert str(path) in message and ("truncated or not a safetensors file" if keep else "is empty") in message
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path):
     (tmp_path / WEIGHTS).write_bytes(b"\x80\x04 certainly not tensors" * 20)
-    assert "cut off or not a safetensors file" in refused(tmp_path)
+    assert "truncated or not a safetensors file" in refused(tmp_path)
 
 
 class Explosive:
@@ -238,23 +240,23 @@ def edited(folder: Path, **changes: object) -> str:
 
 
 def test_a_configuration_with_another_number_of_layers_is_named(tmp_path: Path):
-    folder = written(tmp_path, tiny_model(GQA_TINY))
+    folder = write_checkpoint(tmp_path, tiny_model(GQA_TINY))
     message = edited(folder, num_hidden_layers=2)
     assert "unexpected tensor model.layers.2" in message and "2 layers, width 32" in message
     assert "lacks the tensor model.layers.3.input_layernorm.weight" in edited(folder, num_hidden_layers=4)
 
 
 def test_a_configuration_with_other_heads_is_named_with_both_shapes(tmp_path: Path):
-    message = edited(written(tmp_path, tiny_model(GQA_TINY)), num_attention_heads=2, num_key_value_heads=2)
+    message = edited(write_checkpoint(tmp_path, tiny_model(GQA_TINY)), num_attention_heads=2, num_key_value_heads=2)
     assert "self_attn.o_proj.weight has shape (32, 32), the configuration asks for (32, 16)" in message
     assert WEIGHTS in message and "2 heads" in message
 
 
 def test_a_wrong_tied_flag_is_named_with_the_key_to_change(tmp_path: Path):
-    untied = written(tmp_path / "untied", tiny_model(GQA_TINY))
+    untied = write_checkpoint(tmp_path / "untied", tiny_model(GQA_TINY))
     message = edited(untied, tie_word_embeddings=True)
     assert "lm_head.weight differs" in message and "set tie_word_embeddings to false" in message
-    tied = written(tmp_path / "tied", tiny_model(replace(GQA_TINY, tie_embeddings=True)))
+    tied = write_checkpoint(tmp_path / "tied", tiny_model(replace(GQA_TINY, tie_embeddings=True)))
     message = edited(tied, tie_word_embeddings=False)
     assert "lacks the tensor lm_head.weight" in message and "set tie_word_embeddings to true" in message
 
@@ -264,7 +266,7 @@ def test_a_writer_that_streams_writes_the_library_s_bytes(tmp_path: Path):
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float64)
     tensors = {f"{'ba'[i % 2]}.{i}": torch.ones(3, i + 1).to(kind) for i, kind in enumerate(kinds)}
     save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
-    entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    entries = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with write_file(tmp_path / "ours", entries) as writer:
         for name, tensor in tensors.items():
             writer.put(name, tensor)

@@ -34,7 +34,7 @@ def logits(model: Transformer) -> torch.Tensor:
     return model(random_batch([20], 19).ids)
 
 
-def written(tmp_path: Path, cfg=MLA_TINY, lora: LoRAConfig = ALL, **changes) -> tuple[Path, Path, Transformer]:
+def write_checkpoint(tmp_path: Path, cfg=MLA_TINY, lora: LoRAConfig = ALL, **changes) -> tuple[Path, Path, Transformer]:
     """A base folder, an adapter folder, and the model they come from."""
     save_model(tmp_path / "base", tiny_model(cfg))
     model = adapted(cfg, lora)
@@ -87,7 +87,7 @@ def test_short_names_would_adapt_experts_too_so_whole_ones_are_given(tmp_path):
 def test_an_adapter_comes_back_bit_for_bit(tmp_path, cfg, rslora):
     targets = ALL.targets if cfg is MLA_TINY else ALL.targets[:2]
     lora = LoRAConfig(rank=3, alpha=6.0, rslora=rslora, targets=targets)
-    base, folder, model = written(tmp_path, cfg, lora)
+    base, folder, model = write_checkpoint(tmp_path, cfg, lora)
     again = load_model(base)
     found = load_adapter(again, folder)
     assert (found.rank, found.alpha, found.rslora) == (3, 6.0, rslora)
@@ -102,7 +102,7 @@ def test_merged_by_hand_from_the_two_folders_it_is_the_adapted_model_in_transfor
     """Nothing of this package between the files and transformers: W + alpha / r * B A by the names on disk."""
     transformers = pytest.importorskip("transformers")
     lora = ALL if cfg is MLA_TINY else LoRAConfig(rank=3, alpha=6.0)
-    base, folder, model = written(tmp_path, cfg, lora)
+    base, folder, model = write_checkpoint(tmp_path, cfg, lora)
     tensors, adapter = load_file(base / MODEL_WEIGHTS), load_file(folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
     used = 0
@@ -190,7 +190,7 @@ def test_the_command_merges_a_folder_with_its_tokenizer(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_more_than_plain_lora_is_refused(tmp_path, changes, message):
-    base, folder, _ = written(tmp_path, **changes)
+    base, folder, _ = write_checkpoint(tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
         load_adapter(load_model(base), folder)
 
@@ -198,14 +198,14 @@ def test_what_is_more_than_plain_lora_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica"])
 def test_an_adapter_whose_start_changed_the_base_is_refused_by_name(tmp_path, init):
     """PiSSA and its kin take a part out of the base; on the plain base the sum was another model, silently."""
-    base, folder, _ = written(tmp_path, init_lora_weights=init)
+    base, folder, _ = write_checkpoint(tmp_path, init_lora_weights=init)
     with pytest.raises(ConfigError, match=f"init_lora_weights='{init}'"):
         load_adapter(load_model(base), folder)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
 def test_a_start_that_leaves_the_base_alone_is_fine(tmp_path, init):
-    base, folder, _ = written(tmp_path, init_lora_weights=init)
+    base, folder, _ = write_checkpoint(tmp_path, init_lora_weights=init)
     load_adapter(load_model(base), folder)
 
 
@@ -221,7 +221,7 @@ def test_a_start_that_leaves_the_base_alone_is_fine(tmp_path, init):
     ],
 )
 def test_an_adapter_of_a_quantized_base_is_refused_by_the_base_s_name(tmp_path, name):
-    base, folder, _ = written(tmp_path, base_model_name_or_path=name)
+    base, folder, _ = write_checkpoint(tmp_path, base_model_name_or_path=name)
     with pytest.raises(ConfigError, match=f"trained on {name}, whose weights are quantized"):
         load_adapter(load_model(base), folder)
 
@@ -230,18 +230,18 @@ def test_an_adapter_of_a_quantized_base_is_refused_by_the_base_s_name(tmp_path, 
     "name", ["", None, "deepseek-ai/DeepSeek-V3", "runs/orbit4/model", "me/gptq2llama", "Qwen3-8B-FP8"]
 )
 def test_other_names_of_bases_are_no_reason(tmp_path, name):
-    base, folder, _ = written(tmp_path, base_model_name_or_path=name)
+    base, folder, _ = write_checkpoint(tmp_path, base_model_name_or_path=name)
     load_adapter(load_model(base), folder)
 
 
 def test_files_that_belong_elsewhere_are_named(tmp_path):
-    base, folder, _ = written(tmp_path)
-    with pytest.raises(ConfigError, match=f"is no matrix of this model.*made for: {tmp_path / 'base'}"):
+    base, folder, _ = write_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=f"is not a matrix of this model.*made for: {tmp_path / 'base'}"):
         load_adapter(tiny_model(GQA_TINY), folder)
     tensors = load_file(folder / WEIGHTS)
     first = next(iter(tensors))
     save_file({first.replace("lora_A", "lora_embedding_A"): tensors[first]}, folder / WEIGHTS)
-    with pytest.raises(ConfigError, match="no matrix of a plain LoRA adapter"):
+    with pytest.raises(ConfigError, match="not a matrix of a plain LoRA adapter"):
         load_adapter(load_model(base), folder)
     save_file({first: tensors[first]}, folder / WEIGHTS)
     with pytest.raises(ConfigError, match=r"lora_B of .* is missing"):

@@ -1,4 +1,4 @@
-"""Published data sets: what a row becomes, which files are refused, and which answers count."""
+"""Benchmarks: problems built from rows, refused files, accepted answers."""
 
 import gzip
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests import HANG_SECONDS
-from thinkstack.tasks.benchmarks.datasets import DataStream, Gsm8k, Math
+from thinkstack.tasks.benchmarks.datasets import DatasetStream, Gsm8k, Math
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import BENCHMARKS, PUZZLES, verify
-from thinkstack.tasks.verify.latex import installed, plain, unwrapped, verdicts
-from thinkstack.tasks.verify.pool import CheckerPool
+from thinkstack.tasks.verify.latex import has_math_verify, normalize_latex, unbox, verify_formulas
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.final_answer import boxes, last_boxed
 from thinkstack.types import ConfigError, Problem
 
@@ -24,8 +24,10 @@ CIRCLE = {
     "type": "Geometry",
     "solution": "First \\boxed{no}, then $\\boxed{\\frac{3\\pi}{2}}$.",
 }
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="THINKSTACK_DATA names no folder with gsm8k/ and math/")
-needs_math_verify = pytest.mark.skipif(not installed(), reason="math-verify is not installed (pip install '.[math]')")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="THINKSTACK_DATA is not a folder with gsm8k/ and math/")
+needs_math_verify = pytest.mark.skipif(
+    not has_math_verify(), reason="math-verify is not installed (pip install '.[math]')"
+)
 
 
 def written(path, rows):
@@ -44,7 +46,7 @@ def test_a_gsm8k_row_becomes_a_problem(tmp_path, name):
     assert (problem.question, problem.answer, problem.level, problem.task) == ("How many eggs?", "1300", 2, "gsm8k")
 
 
-def test_the_reference_of_math_is_the_last_box_of_the_solution(tmp_path):
+def test_math_reference_is_the_last_box_of_the_solution(tmp_path):
     """A copy in circulation has a wrong answer column for one problem; the solution is right."""
     (problem,) = Math().load(written(tmp_path / "test.jsonl", [CIRCLE | {"answer": "no"}]))
     assert (problem.answer, problem.level) == ("\\frac{3\\pi}{2}", 3)
@@ -107,7 +109,7 @@ def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):
             Gsm8k().load(tmp_path / name)
 
 
-def test_a_few_rows_without_an_answer_are_left_out_loudly_and_many_are_refused(tmp_path, caplog):
+def test_few_rows_without_an_answer_are_skipped_with_a_warning_and_many_are_refused(tmp_path, caplog):
     blank = {"problem": "?", "level": "Level ?", "answer": ""}
     path = written(tmp_path / "x.jsonl", [CIRCLE] * 100 + [blank])
     assert len(Math().load(path)) == 100
@@ -118,7 +120,7 @@ def test_a_few_rows_without_an_answer_are_left_out_loudly_and_many_are_refused(t
 
 @needs_data
 @pytest.mark.parametrize(("file", "count"), [("gsm8k/test", 1319), ("gsm8k/train", 7473), ("math/test", 5000)])
-def test_the_published_files_are_read_whole_and_their_answers_accepted(file, count):
+def test_published_files_are_read_completely_and_their_answers_accepted(file, count):
     found = BENCHMARKS[file.split("/")[0]].load(DATA / f"{file}.jsonl.gz")
     assert len(found) == count == len({problem.key for problem in found})
     assert all(verify(problem, problem.answer) for problem in found)
@@ -128,14 +130,14 @@ def test_the_published_files_are_read_whole_and_their_answers_accepted(file, cou
 @pytest.mark.parametrize(
     "answer", ["1300", "1,300", "$1300", "\\boxed{1300}", "#### 1300", "1300.0", "$1300$", "1300 eggs"]
 )
-def test_a_gsm8k_answer_is_a_number_in_any_dress(tmp_path, answer):
+def test_a_gsm8k_answer_is_a_number_in_any_notation(tmp_path, answer):
     (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
     assert verify(problem, answer)
     assert score(problem, f"<think>.</think><answer>{answer}</answer>", RewardConfig()).total == 1.0
 
 
 @pytest.mark.parametrize("answer", ["1300 or 1301", "13*100", "1300%", "\\boxed{1300}\\boxed{1}", "", "1.3e3"])
-def test_what_is_more_or_less_than_the_number_is_refused(tmp_path, answer):
+def test_answers_that_are_not_exactly_the_number_are_refused(tmp_path, answer):
     (problem,) = Gsm8k().load(written(tmp_path / "x.jsonl", [DUCKS]))
     assert not verify(problem, answer)
 
@@ -178,8 +180,8 @@ def test_latex_is_compared_up_to_spelling(reference, answer):
         ("x", "X"),
     ],
 )
-def test_nothing_is_evaluated_and_no_type_is_guessed(reference, answer):
-    """Each of these is taken for right by a checker in use elsewhere."""
+def test_answers_are_not_evaluated_and_types_are_not_inferred(reference, answer):
+    """Verifiers in other projects accept each of these pairs."""
     assert not verify(math_problem(reference), answer)
 
 
@@ -189,12 +191,12 @@ def test_boxes_are_found_with_their_nested_braces():
     assert last_boxed(text) == "7"
     assert last_boxed("none") is None and last_boxed("\\boxed{unclosed") is None
     assert boxes("\\boxed{\\{1\\}}") == ["\\{1\\}"]
-    assert unwrapped("\\boxed{\\boxed{3}}") == "\\boxed{3}"
-    assert plain("\\dfrac{2}{4}") == "1/2"
+    assert unbox("\\boxed{\\boxed{3}}") == "\\boxed{3}"
+    assert normalize_latex("\\dfrac{2}{4}") == "1/2"
 
 
 @needs_math_verify
-def test_formulas_that_mean_the_same_are_equal_and_a_hanging_one_is_killed():
+def test_equivalent_formulas_are_equal_and_a_hanging_comparison_is_killed():
     tower = "9^{9^{9^{9^9}}}\\pi"
     pairs = [
         ("1+\\sqrt{2}", "\\sqrt{2}+1", 1.0),
@@ -206,38 +208,38 @@ def test_formulas_that_mean_the_same_are_equal_and_a_hanging_one_is_killed():
         ("52_8", "52_9", 0.0),  # math-verify drops the base
         ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}", 0.0),  # and rounds
     ]
-    with CheckerPool(num_workers=1, timeout_seconds=HANG_SECONDS) as pool:
-        scores = verdicts([(math_problem(reference), answer) for reference, answer, _ in pairs], pool)
+    with VerifierPool(num_workers=1, timeout_seconds=HANG_SECONDS) as pool:
+        scores = verify_formulas([(math_problem(reference), answer) for reference, answer, _ in pairs], pool)
     assert [found.total for found in scores] == [expected for *_, expected in pairs]
     assert [found.unscorable for found in scores] == [None] * len(pairs)
-    with CheckerPool(num_workers=1, timeout_seconds=1.0) as pool:
-        (hanging,) = verdicts([(math_problem("2\\pi"), tower)], pool)
+    with VerifierPool(num_workers=1, timeout_seconds=1.0) as pool:
+        (hanging,) = verify_formulas([(math_problem("2\\pi"), tower)], pool)
     assert hanging.total == 0.0 and "ran over" in (hanging.unscorable or "")
 
 
-@pytest.mark.skipif(installed(), reason="math-verify is installed")
-def test_without_math_verify_the_way_out_is_named():
+@pytest.mark.skipif(has_math_verify(), reason="math-verify is installed")
+def test_without_math_verify_the_message_says_what_to_install():
     with (
-        CheckerPool(num_workers=1, timeout_seconds=1.0) as pool,
+        VerifierPool(num_workers=1, timeout_seconds=1.0) as pool,
         pytest.raises(ConfigError, match=r"pip install 'thinkstack\[math\]'"),
     ):
-        verdicts([(math_problem("1"), "2")], pool)
+        verify_formulas([(math_problem("1"), "2")], pool)
 
 
-def test_a_stream_gives_every_problem_once_an_epoch_and_goes_on_where_it_was():
+def test_a_stream_returns_every_problem_once_per_epoch_and_resumes():
     listed = [math_problem(str(number)) for number in range(7)]
-    stream = DataStream(listed, seed=3)
+    stream = DatasetStream(listed, seed=3)
     first, second = stream.take(7), stream.take(7)
     assert sorted(p.answer for p in first) == sorted(p.answer for p in second) == [p.answer for p in listed]
     assert first != second
-    again = DataStream(listed, seed=3)
+    again = DatasetStream(listed, seed=3)
     again.restore({"position": 5})
     assert again.take(4) == (first + second)[5:9]
-    assert DataStream(listed, seed=4).take(7) != first
+    assert DatasetStream(listed, seed=4).take(7) != first
     with pytest.raises(ConfigError, match="no problems"):
-        DataStream([], seed=0)
+        DatasetStream([], seed=0)
 
 
-def test_data_sets_and_families_share_no_name():
+def test_benchmarks_and_puzzle_tasks_share_no_name():
     assert not set(BENCHMARKS) & set(PUZZLES)
     assert {name: data_set.name for name, data_set in BENCHMARKS.items()} == {name: name for name in BENCHMARKS}

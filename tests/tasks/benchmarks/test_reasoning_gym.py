@@ -1,4 +1,4 @@
-"""reasoning-gym behind our names: hashed seeds, no shared questions, a strict scorer. Skipped without the package."""
+"""reasoning-gym tasks: hashed seeds, no shared questions, strict verification. Skipped without the package."""
 
 import importlib.util
 import random
@@ -17,7 +17,7 @@ NAMES = ["gym/chain_sum", "gym/spell_backward", "gym/simple_equations"]
 
 
 @pytest.mark.skipif(HAS_GYM, reason="reasoning-gym is installed")
-def test_without_the_package_the_way_out_is_named():
+def test_without_the_package_the_message_says_what_to_install():
     with pytest.raises(ConfigError, match=r"pip install 'thinkstack\[gym\]'"):
         puzzle_tasks(["gym/chain_sum"])
 
@@ -29,28 +29,28 @@ def test_problems_are_a_function_of_seed_and_index():
 
 
 @needs_gym
-def test_neighboring_seeds_share_next_to_nothing():
+def test_neighboring_seeds_share_almost_no_questions():
     """The package's own seeds 42 and 43 share 99 of 100 items."""
-    asked = [
+    generated = [
         {p.question for p in problems(puzzle_tasks(["gym/chain_sum"]), "train", s, 60, levels=[3])} for s in (42, 43)
     ]
-    assert len(asked[0] & asked[1]) <= 3
+    assert len(generated[0] & generated[1]) <= 3
 
 
 @needs_gym
 def test_the_question_decides_the_split():
-    asked = {s: problems(puzzle_tasks(["gym/chain_sum"]), s, 0, 150, levels=[1]) for s in ("train", "test")}
-    assert not {p.question for p in asked["train"]} & {p.question for p in asked["test"]}
-    for split, found in asked.items():
+    generated = {s: problems(puzzle_tasks(["gym/chain_sum"]), s, 0, 150, levels=[1]) for s in ("train", "test")}
+    assert not {p.question for p in generated["train"]} & {p.question for p in generated["test"]}
+    for split, found in generated.items():
         assert {split_of(problem.key) for problem in found} == {split}
     by_question = {}
-    for problem in asked["train"]:
+    for problem in generated["train"]:
         by_question.setdefault(problem.question, set()).add(problem.key[8:])
     assert {len(keys) for keys in by_question.values()} == {1}
 
 
 @needs_gym
-def test_only_the_whole_answer_counts():
+def test_only_the_exact_answer_counts():
     """The package gives .18 for "The answer is 214" and .5 for 11 instead of 1."""
     for problem in problems(puzzle_tasks(NAMES), "test", 0, 30):
         assert verify(problem, problem.answer) and verify(problem, f" {problem.answer} ")
@@ -65,10 +65,10 @@ def test_only_the_whole_answer_counts():
 
 
 @needs_gym
-def test_the_scorer_of_the_package_is_asked_about_other_forms_of_an_answer(monkeypatch):
+def test_the_packages_scorer_verifies_other_spellings(monkeypatch):
     (problem,) = problems(puzzle_tasks(["gym/chain_sum"]), "test", 0, 1)
     task = gym.puzzle_task("gym/chain_sum")
-    made, item = gym._made_again(task, problem.level, int(problem.key[:8], 16))
+    made, item = gym._remake_item(task, problem.level, int(problem.key[:8], 16))
     assert item["question"] == problem.question
     for found, expected in ((1.0, True), (0.99, False)):
         monkeypatch.setattr(type(made), "score_answer", lambda *_, found=found: found)
@@ -82,16 +82,16 @@ def test_the_scorer_of_the_package_is_asked_about_other_forms_of_an_answer(monke
 
 
 @needs_gym
-def test_a_scorer_that_evaluates_what_the_model_wrote_is_never_called(monkeypatch):
+def test_a_scorer_that_evaluates_model_output_is_never_called(monkeypatch):
     """countdown, spiral_matrix and others run the answer as Python."""
     task = gym.puzzle_task("gym/spiral_matrix")
-    assert task.is_evaluating and not gym.puzzle_task("gym/chain_sum").is_evaluating
+    assert task.evaluates_answers and not gym.puzzle_task("gym/chain_sum").evaluates_answers
     (problem,) = problems([task], "test", 0, 1)
 
     def never(*_):
         raise AssertionError("called")
 
-    monkeypatch.setattr(gym, "_made_again", never)
+    monkeypatch.setattr(gym, "_remake_item", never)
     assert not verify(problem, "[1, 2]")
     assert verify(problem, problem.answer)
 
@@ -106,7 +106,7 @@ def test_a_scorer_that_evaluates_what_the_model_wrote_is_never_called(monkeypatc
         ("gym/graph_color", "no reference answer"),
     ],
 )
-def test_data_sets_that_cannot_be_used_say_why(name, message):
+def test_unusable_data_sets_are_refused_with_the_reason(name, message):
     with pytest.raises(ConfigError, match=message):
         puzzle_tasks([name])
 

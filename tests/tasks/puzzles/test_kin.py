@@ -1,16 +1,16 @@
-"""The relations of kinship problems, found again in a family of people."""
+"""The relation table of kin, checked against a simulated family."""
 
 from thinkstack.tasks.puzzles.kin import HOPS, NEXT, TERMS
 
 
 class Person:
-    """Somebody in a drawn-out family."""
+    """A person of the simulated family."""
 
     def __init__(self, is_woman, father=None, mother=None):
         self.is_woman, self.father, self.mother, self.children = is_woman, father, mother, []
 
     def bear(self, spouse, *sexes, among=None):
-        """Children in order of age, with the person `among` in their middle."""
+        """Create children in order of age, with the existing person `among` in the middle."""
         parents = (spouse, self) if self.is_woman else (self, spouse)
         born = [Person(sex, *parents) for sex in sexes]
         if among:
@@ -21,7 +21,7 @@ class Person:
         return born
 
     def hop(self, name):
-        """Everybody who is this to the person."""
+        """Return everybody with this relation to the person."""
         if name in ("father", "mother"):
             return {getattr(self, name)} - {None}
         if name in ("son", "daughter"):
@@ -36,7 +36,7 @@ class Person:
 
 
 def family_of(me):
-    """Three generations up, all with brothers and sisters of either age; three down; cousins, nephews and nieces."""
+    """Build three generations up, each person with elder and younger siblings, three down, cousins, nephews, nieces."""
     up = [me]
     for _ in range(3):
         above = []
@@ -55,12 +55,12 @@ def family_of(me):
         ]
 
 
-def reached(people, *ways):
-    """Everybody at the end of any of the walks; "brother" and "sister" stand for both ages, "child" for both sexes."""
+def reached(people, *walks):
+    """Return everybody at the end of any walk; "brother" and "sister" mean both ages, "child" both sexes."""
     found = set()
-    for way in ways:
+    for walk in walks:
         here = set(people)
-        for step in way.split(">"):
+        for step in walk.split(">"):
             hops = [hop for hop in HOPS if hop == step or hop.endswith(f" {step}")]
             here = {after for person in here for hop in hops for after in person.hop(hop)}
         found |= here
@@ -74,20 +74,20 @@ WALKS = {hop: [hop] for hop in HOPS} | {
 WALKS |= {f"father's {hop}": [f"father>{hop}"] for hop in ("elder brother", "younger brother", "sister")}
 WALKS |= {f"mother's {hop}": [f"mother>{hop}"] for hop in ("brother", "sister")}
 for child, sex in (("son", "male"), ("daughter", "female")):
-    WALKS[f"{sex} cousin of the name"] = [way.format(child) for way in OF_THE_NAME]
-    WALKS[f"{sex} cousin"] = [way.format(child) for way in OTHER]
+    WALKS[f"{sex} cousin of the name"] = [walk.format(child) for walk in OF_THE_NAME]
+    WALKS[f"{sex} cousin"] = [walk.format(child) for walk in OTHER]
     WALKS |= {f"{near}'s {child}": [f"{near}>{child}"] for near in ("brother", "sister", "son", "daughter")}
     WALKS[f"son's son's {child}"] = [f"son>son>{child}"]
 for hop in ("father", "mother", "elder brother", "younger brother", "sister"):
     WALKS[f"grandfather's {hop}"] = [f"father>father>{hop}"]
 
 
-def test_every_step_between_relatives_has_one_sole_answer_in_a_real_family():
-    """From everybody who is some relation to me, the hop leads to people of the relation named and to no others."""
+def test_every_step_between_relatives_has_a_unique_answer_in_a_real_family():
+    """From every person of a relation, the hop leads only to people of the relation in the table."""
     me = Person(False)
     family_of(me)
     assert set(WALKS) == set(TERMS)
-    people = {relation: reached([me], *ways) for relation, ways in WALKS.items()}
+    people = {relation: reached([me], *walks) for relation, walks in WALKS.items()}
     for relation, row in NEXT.items():
         for hop, result in row.items():
             found = {after for person in people[relation] for after in person.hop(hop)}
@@ -95,5 +95,5 @@ def test_every_step_between_relatives_has_one_sole_answer_in_a_real_family():
             assert me not in found
 
 
-def test_the_chinese_terms_tell_apart_what_english_does_not():
+def test_chinese_terms_distinguish_relations_that_english_does_not():
     assert len({zh for _, zh in TERMS.values()}) == len(TERMS) > len({en for en, _ in TERMS.values()})

@@ -1,4 +1,5 @@
-"""What the measured demo asked and read, pinned: a change changes every published number and must be meant."""
+"""Pinned problems and corpus of the measured demo: a change invalidates every published number, so it must be
+deliberate."""
 
 import random
 from itertools import islice
@@ -6,14 +7,14 @@ from itertools import islice
 import pytest
 
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
-from thinkstack.tasks.puzzles.puzzle import digest, generate_puzzle, work
+from thinkstack.tasks.puzzles.puzzle import digest, generate_puzzle, solve
 from thinkstack.tasks.table import problems, puzzle_tasks
 
 DEMO = ["chain", "nested", "cups", "kinship"]
 
 
-def printed(items) -> str:
-    """A short hash of the text of many records."""
+def hash_of(items) -> str:
+    """Return a short hash of the text of the records."""
     return f"{digest(*items):016x}"
 
 
@@ -26,8 +27,8 @@ def printed(items) -> str:
     ],
 )
 def test_the_demos_problems_are_pinned(split, unseen, pin):
-    drawn = problems(puzzle_tasks(DEMO), split, 2, 400, unseen_wordings=unseen)
-    assert printed((p.question, p.answer, p.task, p.language, p.level, p.key, p.wording) for p in drawn) == pin
+    sampled = problems(puzzle_tasks(DEMO), split, 2, 400, unseen_wordings=unseen)
+    assert hash_of((p.question, p.answer, p.task, p.language, p.level, p.key, p.wording) for p in sampled) == pin
 
 
 @pytest.mark.parametrize(
@@ -39,25 +40,25 @@ def test_the_demos_problems_are_pinned(split, unseen, pin):
         ("kinship", "9f90f85fc0e2265e"),
     ],
 )
-def test_each_demo_familys_problems_are_pinned(name, pin):
-    drawn = problems(puzzle_tasks([name]), "train", 0, 300)
-    assert printed((p.question, p.answer, p.key) for p in drawn) == pin
+def test_each_demo_tasks_problems_are_pinned(name, pin):
+    sampled = problems(puzzle_tasks([name]), "train", 0, 300)
+    assert hash_of((p.question, p.answer, p.key) for p in sampled) == pin
 
 
 def test_the_demos_corpus_is_pinned():
-    """The recipe's mix and the default one, 600 documents each."""
+    """The composition of the recipe and the default one, 600 documents each."""
     recipe = CorpusConfig(drill_share=0.15, worked_share=0.45, wrong_working_share=0.5)
-    drawn = [islice(documents(puzzle_tasks(DEMO), cfg, 0), 600) for cfg in (recipe, CorpusConfig())]
-    assert [printed((item.question, item.text) for item in items) for items in drawn] == [
+    sampled = [islice(documents(puzzle_tasks(DEMO), cfg, 0), 600) for cfg in (recipe, CorpusConfig())]
+    assert [hash_of((item.question, item.text) for item in items) for items in sampled] == [
         "3d492c73404e2ef7",
         "2c4c062f813758db",
     ]
 
 
-def test_wrong_workings_are_pinned():
+def test_wrong_solutions_are_pinned():
     found = []
     for task in puzzle_tasks(DEMO):
         for seed in range(100):
-            working = work(task, generate_puzzle(task, "train", 4, seed), "en", random.Random(seed))
-            found.append((working.lines, working.answer, working.is_right))
-    assert printed(found) == "8587b7f87c0f1e49"
+            solution = solve(task, generate_puzzle(task, "train", 4, seed), "en", random.Random(seed))
+            found.append((solution.lines, solution.answer, solution.is_correct))
+    assert hash_of(found) == "8587b7f87c0f1e49"

@@ -1,4 +1,4 @@
-"""Families against an independent solver; splits and wordings against attempts to mix them."""
+"""Puzzle tasks against independent solvers; separation of splits and wordings."""
 
 import random
 import re
@@ -7,23 +7,31 @@ import pytest
 
 from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.puzzles.kinship import COMPOSE, RELATION, TERMS
-from thinkstack.tasks.puzzles.puzzle import Puzzle, digest, generate_puzzle, key_of, pose, right_answer, work
+from thinkstack.tasks.puzzles.puzzle import (
+    Puzzle,
+    digest,
+    generate_puzzle,
+    make_problem,
+    problem_key,
+    reference_answer,
+    solve,
+)
 from thinkstack.tasks.table import PUZZLES, puzzle_tasks
 from thinkstack.types import ConfigError
 
 DEMO = ("chain", "nested", "cups", "kinship")
-"""The families of the measured demo; tests/tasks/puzzles/test_every_puzzle.py asks the same and more of all."""
+"""The tasks of the measured demo; tests/tasks/puzzles/test_every_puzzle.py tests all tasks."""
 EACH = pytest.mark.parametrize("task", puzzle_tasks(DEMO), ids=DEMO)
 
 
 def last_digit(text: str) -> int:
-    """Python's own arithmetic on a bracketed expression; reducing at the end gives the same last digit."""
+    """Evaluate a bracketed expression with Python; reducing at the end gives the same last digit."""
     assert re.fullmatch(r"[-+*()\d]+", text)
     return eval(text) % 10
 
 
 def left_to_right(text: str) -> int:
-    """A chain as Python reads it once brackets force its order."""
+    """Evaluate a chain with Python, with brackets that force left-to-right order."""
     tokens = re.findall(r"[-+*]|\d", text)
     expression = tokens[0]
     for sign, digit in zip(tokens[1::2], tokens[2::2], strict=True):
@@ -32,7 +40,7 @@ def left_to_right(text: str) -> int:
 
 
 def solve_cups(question: str) -> int:
-    """Move a ball through an actual row of cups."""
+    """Simulate the swaps on a row of cups."""
     start = int(re.search(r"cup (\d)|在(\d)号杯", question).group(0).strip("cup 在号杯"))
     row = [place == start for place in range(6)]
     for first, second in re.findall(r"(\d)-(\d)", question):
@@ -45,7 +53,7 @@ GENERATION |= {"great-grandparent": 3, "great-grandchild": -3, "great-pibling": 
 
 
 def relatives() -> dict[str, set[tuple[str, str]]]:
-    """All pairs of each relation in a drawn-out family of five generations with three children everywhere."""
+    """Return all pairs of each relation in a family of five generations in which everybody has three children."""
     parent = {"": None}
     line = [""]
     for _ in range(4):
@@ -83,8 +91,8 @@ def relatives() -> dict[str, set[tuple[str, str]]]:
 
 
 def test_the_table_of_relations_holds_in_a_real_family_tree():
-    """Whenever X is the r of Y and Y the s of Z (three people), X is COMPOSE[r][s] of Z in at least one way, and the
-    term named is the only one possible in all of them."""
+    """For all distinct X, Y, Z where X is the r of Y and Y is the s of Z, X is the COMPOSE[r][s] of Z; at least one
+    such triple exists."""
     pairs = relatives()
     of = {relation: {} for relation in pairs}
     for relation, members in pairs.items():
@@ -99,7 +107,7 @@ def test_the_table_of_relations_holds_in_a_real_family_tree():
 
 def test_a_kinship_problem_states_its_facts_and_asks_for_the_ends():
     puzzle = Puzzle("mother", ("brother", "son"), ("Ann", "Ben", "Leo", "Sam"))
-    problem = pose(PUZZLES["kinship"], puzzle, "en", 0)
+    problem = make_problem(PUZZLES["kinship"], puzzle, "en", 0)
     facts = "Ann is Ben's mother. Ben is Leo's brother. Leo is Sam's son."
     assert problem.question == f"{facts} What is Ann to Sam?"
 
@@ -108,49 +116,49 @@ def test_a_kinship_problem_states_its_facts_and_asks_for_the_ends():
 def test_chain_answers_are_pythons(level):
     for seed in range(200):
         puzzle = generate_puzzle(PUZZLES["chain"], "train", level, seed)
-        text = PUZZLES["chain"].parts(puzzle, "en")["puzzle"]
-        assert int(right_answer(PUZZLES["chain"], puzzle, "en")) == left_to_right(text)
+        text = PUZZLES["chain"].operands(puzzle, "en")["puzzle"]
+        assert int(reference_answer(PUZZLES["chain"], puzzle, "en")) == left_to_right(text)
 
 
 @pytest.mark.parametrize("level", range(2, 7))
 def test_nested_answers_are_pythons(level):
     for seed in range(200):
         puzzle = generate_puzzle(PUZZLES["nested"], "train", level, seed)
-        text = PUZZLES["nested"].parts(puzzle, "en")["puzzle"]
-        assert int(right_answer(PUZZLES["nested"], puzzle, "en")) == last_digit(text)
+        text = PUZZLES["nested"].operands(puzzle, "en")["puzzle"]
+        assert int(reference_answer(PUZZLES["nested"], puzzle, "en")) == last_digit(text)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_cups_answers_follow_a_real_ball(language):
     for seed in range(300):
         puzzle = generate_puzzle(PUZZLES["cups"], "train", 2 + seed % 5, seed)
-        problem = pose(PUZZLES["cups"], puzzle, language, seed % 6)
+        problem = make_problem(PUZZLES["cups"], puzzle, language, seed % 6)
         assert int(problem.answer) == solve_cups(problem.question)
 
 
-def test_every_worked_line_of_arithmetic_is_true():
+def test_every_solution_line_of_arithmetic_is_true():
     for name in ("chain", "nested"):
         for seed in range(200):
             puzzle = generate_puzzle(PUZZLES[name], "train", 2 + seed % 5, seed)
-            working = work(PUZZLES[name], puzzle, "en")
-            for line in working.lines:
+            solution = solve(PUZZLES[name], puzzle, "en")
+            for line in solution.lines:
                 left, right = line.split("=")
                 assert last_digit(left) == int(right)
-            assert working.lines[-1].endswith(f"={working.answer}")
+            assert solution.lines[-1].endswith(f"={solution.answer}")
 
 
-def test_every_worked_line_of_cups_is_true():
+def test_every_solution_line_of_cups_is_true():
     for seed in range(200):
-        working = work(PUZZLES["cups"], generate_puzzle(PUZZLES["cups"], "train", 4, seed), "zh")
-        for line in working.lines:
+        solution = solve(PUZZLES["cups"], generate_puzzle(PUZZLES["cups"], "train", 4, seed), "zh")
+        for line in solution.lines:
             first, second, before, after = re.fullmatch(r"(\d)-(\d):(\d)>(\d)", line).groups()
             assert after == {first: second, second: first}.get(before, before)
 
 
-def test_every_worked_line_of_kinship_is_in_the_table():
+def test_every_solution_line_of_kinship_is_in_the_table():
     for seed in range(200):
-        working = work(PUZZLES["kinship"], generate_puzzle(PUZZLES["kinship"], "train", 4, seed), "en")
-        for line in working.lines:
+        solution = solve(PUZZLES["kinship"], generate_puzzle(PUZZLES["kinship"], "train", 4, seed), "en")
+        for line in solution.lines:
             before, op, after = re.fullmatch(r"(\S+) of (\S+) = (\S+)", line).groups()
             relation = COMPOSE[RELATION[before]][RELATION[op]]
             assert after in TERMS[relation]
@@ -159,47 +167,49 @@ def test_every_worked_line_of_kinship_is_in_the_table():
 
 @EACH
 def test_each_line_starts_from_the_result_of_the_one_before(task):
-    """The error of a wrong step is carried on, so that checking one line tells nothing of the next."""
+    """The error of a wrong step propagates, so every later line follows from the line before it."""
     for seed in range(100):
         puzzle = generate_puzzle(task, "train", 5, seed)
-        working = work(task, puzzle, "en", random.Random(seed))
+        solution = solve(task, puzzle, "en", random.Random(seed))
         state = task.first_state(puzzle)
         wrong = 0
-        for line, op in zip(working.lines, puzzle.ops, strict=True):
+        for line, op in zip(solution.lines, puzzle.ops, strict=True):
             right = task.line(state, op, task.advance(state, op), "en")
             wrong += line != right
             every_state = task.other_states(None)
             (state,) = [after for after in every_state if line == task.line(state, op, after, "en")]
         assert wrong == 1
-        assert working.answer == task.answer(puzzle, state, "en")
+        assert solution.answer == task.answer(puzzle, state, "en")
 
 
 @EACH
-def test_a_working_without_mistakes_is_right(task):
+def test_a_solution_without_mistakes_is_correct(task):
     for seed in range(50):
         puzzle = generate_puzzle(task, "test", 3, seed)
-        working = work(task, puzzle, "en")
-        assert working.is_right
-        assert working.answer == right_answer(task, puzzle, "en")
+        solution = solve(task, puzzle, "en")
+        assert solution.is_correct
+        assert solution.answer == reference_answer(task, puzzle, "en")
 
 
-def test_a_wrong_working_knows_whether_its_answer_survived():
-    """In cups a wrong place may be swapped back; is_right must look at the answer, not at the mistake."""
+def test_a_wrong_solution_reports_whether_its_answer_is_correct():
+    """In cups a later swap may undo a wrong step; is_correct depends on the answer, not on the mistake."""
     task = PUZZLES["cups"]
     seen = set()
     for seed in range(500):
         puzzle = generate_puzzle(task, "train", 6, seed)
-        working = work(task, puzzle, "en", random.Random(seed))
-        assert working.is_right == (working.answer == right_answer(task, puzzle, "en"))
-        seen.add(working.is_right)
+        solution = solve(task, puzzle, "en", random.Random(seed))
+        assert solution.is_correct == (solution.answer == reference_answer(task, puzzle, "en"))
+        seen.add(solution.is_correct)
     assert False in seen
 
 
 @EACH
 def test_no_problem_is_in_both_splits(task):
-    """Overlapping seeds, all levels, 400 draws each: no key in common, each of the split it was drawn for."""
+    """Overlapping seeds, all levels, 400 samples each: no common key, and each key belongs to its split."""
     keys = {
-        split: {key_of(task, generate_puzzle(task, split, level, seed)) for level in task.levels for seed in range(400)}
+        split: {
+            problem_key(task, generate_puzzle(task, split, level, seed)) for level in task.levels for seed in range(400)
+        }
         for split in puzzles.SPLITS
     }
     assert not keys["train"] & keys["test"]
@@ -211,20 +221,20 @@ def test_no_problem_is_in_both_splits(task):
 def test_the_key_does_not_depend_on_wording_or_language(task):
     for seed in range(20):
         puzzle = generate_puzzle(task, "test", 4, seed)
-        spoken = [
-            pose(task, puzzle, language, wording)
+        worded = [
+            make_problem(task, puzzle, language, wording)
             for language, wordings in task.wordings.items()
             for wording in range(len(wordings))
         ]
-        assert len({problem.key for problem in spoken}) == 1
-        assert len({problem.question for problem in spoken}) == len(spoken)
+        assert len({problem.key for problem in worded}) == 1
+        assert len({problem.question for problem in worded}) == len(worded)
 
 
 def test_the_key_does_not_depend_on_peoples_names():
-    """It once did: every kinship test problem of level 2 was a training problem under other names."""
+    """Regression: every kinship test problem of level 2 was a training problem with other names."""
     first = Puzzle("mother", ("brother",), ("Ann", "Ben", "Leo"))
     second = Puzzle("mother", ("brother",), ("Mia", "Tom", "Max"))
-    assert key_of(PUZZLES["kinship"], first) == key_of(PUZZLES["kinship"], second)
+    assert problem_key(PUZZLES["kinship"], first) == problem_key(PUZZLES["kinship"], second)
 
 
 @EACH
@@ -232,39 +242,39 @@ def test_the_key_depends_on_every_operand(task):
     puzzle = generate_puzzle(task, "train", 4, 0)
     shorter = Puzzle(puzzle.start, puzzle.ops[:-1], puzzle.names)
     turned = Puzzle(puzzle.start, puzzle.ops[::-1], puzzle.names)
-    assert len({key_of(task, p) for p in (puzzle, shorter, turned)}) == (3 if turned.ops != puzzle.ops else 2)
+    assert len({problem_key(task, p) for p in (puzzle, shorter, turned)}) == (3 if turned.ops != puzzle.ops else 2)
 
 
 @EACH
 def test_one_problem_in_eight_is_a_test_problem(task):
-    drawn = [key_of(task, task.generate(random.Random(seed), 6)) for seed in range(4000)]
-    share = sum(puzzles.split_of(key) == "test" for key in drawn) / 4000
+    sampled = [problem_key(task, task.generate(random.Random(seed), 6)) for seed in range(4000)]
+    share = sum(puzzles.split_of(key) == "test" for key in sampled) / 4000
     assert share == pytest.approx(1 / 8, abs=0.03)
 
 
 @EACH
 def test_all_answers_occur_and_none_dominates(task):
-    """A family whose commonest answer is frequent rewards answering it blindly."""
-    answers = [right_answer(task, generate_puzzle(task, "train", 4, seed), "en") for seed in range(1500)]
+    """If one answer is frequent, always giving it earns reward."""
+    answers = [reference_answer(task, generate_puzzle(task, "train", 4, seed), "en") for seed in range(1500)]
     most = max(answers.count(answer) for answer in set(answers)) / len(answers)
     assert most < task.chance * 1.35
 
 
 @EACH
-def test_drawing_is_a_function_of_its_arguments(task):
+def test_generation_is_a_function_of_its_arguments(task):
     assert generate_puzzle(task, "train", 3, 5) == generate_puzzle(task, "train", 3, 5)
     assert generate_puzzle(task, "train", 3, 5) != generate_puzzle(task, "train", 3, 6)
 
 
 def test_neighboring_seeds_share_no_stream():
-    """Seeds made by addition overlap: item i of seed s + 1 is item i + 1 of seed s."""
+    """Seeds computed by addition overlap: item i of seed s + 1 is item i + 1 of seed s."""
     first = [generate_puzzle(PUZZLES["nested"], "train", 6, (1, index)) for index in range(100)]
     second = [generate_puzzle(PUZZLES["nested"], "train", 6, (2, index)) for index in range(100)]
     assert not set(first) & set(second)
 
 
 def test_the_digest_keeps_its_value():
-    """It names every seed and split; if it changed, all published splits would."""
+    """The digest determines every seed and split; a change would change all published splits."""
     assert digest("a", 1) == 0x178CFCCC04B3E5AE
     assert digest("a", 1) != digest("a1")
 
@@ -279,5 +289,5 @@ def test_unknown_splits_and_levels_are_refused(split, level, part):
 
 def test_a_language_without_wordings_is_refused():
     puzzle = generate_puzzle(PUZZLES["kinship"], "train", 2, 0)
-    with pytest.raises(ConfigError, match="it speaks en"):
-        pose(PUZZLES["kinship"], puzzle, "zh", 0)
+    with pytest.raises(ConfigError, match="it has en"):
+        make_problem(PUZZLES["kinship"], puzzle, "zh", 0)

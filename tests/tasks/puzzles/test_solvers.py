@@ -1,4 +1,4 @@
-"""The reference answers of the families, found again from the words of the question alone."""
+"""Reference answers, recomputed from the text of the question alone."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from itertools import pairwise
 
 import pytest
 
-from thinkstack.tasks.puzzles.puzzle import Puzzle, generate_puzzle, key_of, pose, work
+from thinkstack.tasks.puzzles.puzzle import Puzzle, generate_puzzle, make_problem, problem_key, solve
 from thinkstack.tasks.table import PUZZLES, verify
 from thinkstack.types import Problem
 
 BOTH = pytest.mark.parametrize("language", ["en", "zh"])
 
 
-def drawn(name, language, count=120):
-    """Problems at all levels, splits and wordings."""
+def sampled(name, language, count=120):
+    """Yield problems with solutions at all levels, splits and wordings."""
     task = PUZZLES[name]
     for seed in range(count):
         level, split = task.levels[seed % len(task.levels)], ("train", "test")[seed % 2]
         puzzle = generate_puzzle(task, split, level, seed)
-        yield pose(task, puzzle, language, seed % 6), work(task, puzzle, language)
+        yield make_problem(task, puzzle, language, seed % 6), solve(task, puzzle, language)
 
 
 def numbers(text):
@@ -29,12 +29,12 @@ def numbers(text):
 
 
 MODULUS_FIRST = {"en": (1, 2, 4), "zh": (1, 2)}
-"""Wordings that name the modulus before the start."""
+"""Wordings that state the modulus before the start."""
 
 
 @BOTH
 def test_modular_answers_are_pythons(language):
-    for problem, working in drawn("modular", language):
+    for problem, solution in sampled("modular", language):
         (steps,) = re.findall(r"[+*]\d+(?:,[+*]\d+)*", problem.question)
         start, modulus = numbers(problem.question.replace(steps, ""))
         if problem.wording in MODULUS_FIRST[language]:
@@ -42,13 +42,13 @@ def test_modular_answers_are_pythons(language):
         for sign, number in re.findall(r"([+*])(\d+)", steps):
             start = start + int(number) if sign == "+" else start * int(number)
         assert int(problem.answer) == start % modulus
-        for line in working.lines:
+        for line in solution.lines:
             left, modulus, right = re.fullmatch(r"(\d+[+*]\d+) mod (\d+) = (\d+)", line).groups()
             assert eval(left) % int(modulus) == int(right)
 
 
 def value_at(text, x):
-    """One side of an equation at x."""
+    """Evaluate one side of an equation at x."""
     text = re.sub(r"\^2", "**2", re.sub(r"(\d|\))(?=[x(])", r"\1*", text))
     assert re.fullmatch(r"[-+*()\dx]+", text), text
     return eval(text, {"x": x})
@@ -60,22 +60,22 @@ def equation_of(question):
 
 @BOTH
 def test_both_solutions_of_a_quadratic_equation_solve_it(language):
-    for problem, _ in drawn("quadratic", language):
+    for problem, _ in sampled("quadratic", language):
         left, right = equation_of(problem.question)
         solutions = [Fraction(text) for text in problem.answer.split(", ")]
         assert len(set(solutions)) == 2
         assert all(value_at(left, x) == value_at(right, x) for x in solutions)
 
 
-def test_a_quadratic_equation_with_large_factors_has_a_mistake_to_make():
-    """Where no constant within 30 had a square for discriminant, there was none, and the corpus stopped with an
-    IndexError: 2 in 100 equations of level 5."""
+def test_a_quadratic_equation_with_large_factors_has_a_wrong_state():
+    """Regression: if no constant within 30 gave a square discriminant, there was no wrong state, and the corpus stopped
+    with an IndexError (2 in 100 equations of level 5)."""
     (slip,) = PUZZLES["quadratic"].other_states((12, -84, -216, 0, None, None, None))
     a, b, c = slip[:3]
     assert c != -216 and math.isqrt(b * b - 4 * a * c) ** 2 == b * b - 4 * a * c > 0
 
 
-def test_the_issues_own_equation_is_answered_in_any_order():
+def test_solutions_of_an_equation_are_accepted_in_any_order():
     """x^2 + 5x + 6 = 0."""
     problem = Problem(question="", answer="-3, -2", task="quadratic", language="en", level=3, key="0" * 16, wording=0)
     for answer in ("-3, -2", "-2,-3", "x=-2 or x=-3", "x1 = -2, x2 = -3", "-2 and -3", "-4/2, -3", "-2、-3", "-2或-3"):
@@ -86,7 +86,7 @@ def test_the_issues_own_equation_is_answered_in_any_order():
 
 @BOTH
 def test_table_answers_are_sums_of_the_cells_named(language):
-    for problem, _ in drawn("table", language):
+    for problem, _ in sampled("table", language):
         rows = [line.split(" | ") for line in problem.question.split("\n") if " | " in line]
         cells = {(row[0], name): int(cell) for row in rows[1:] for name, cell in zip(rows[0][1:], row[1:], strict=True)}
         words = " ".join(line for line in problem.question.split("\n") if " | " not in line)
@@ -98,7 +98,7 @@ def test_table_answers_are_sums_of_the_cells_named(language):
 
 @BOTH
 def test_programs_print_what_python_prints(language):
-    for problem, _ in drawn("program", language):
+    for problem, _ in sampled("program", language):
         lines = [line for line in problem.question.split("\n") if re.match(r"[ab] = |if |for |print\(", line)]
         printed = []
         exec("\n".join(lines), {"range": range, "print": printed.append, "__builtins__": {}})
@@ -106,7 +106,7 @@ def test_programs_print_what_python_prints(language):
 
 
 def code_of(step):
-    """The line of a program that an English step of a plan stands for."""
+    """Return the line of code for an English step of a plan."""
     shapes = {
         r"start with (\d+)": "x = {0}",
         r"add (\d+)": "x = x + {0}",
@@ -121,8 +121,8 @@ def code_of(step):
     return found
 
 
-def test_exactly_one_line_of_a_buggy_program_departs_from_the_plan():
-    for problem, _ in drawn("bug", "en"):
+def test_exactly_one_line_of_a_buggy_program_differs_from_the_plan():
+    for problem, _ in sampled("bug", "en"):
         (plan,) = re.findall(r"start with .*print x", problem.question)
         lines = re.findall(r"^\d: (.*)$", problem.question, re.MULTILINE)
         wrong = [place for place, step in enumerate(plan.split(", "), start=1) if code_of(step) != lines[place - 1]]
@@ -133,7 +133,7 @@ def test_exactly_one_line_of_a_buggy_program_departs_from_the_plan():
 @BOTH
 def test_the_chosen_option_is_the_value(language):
     words = {"add ": "+", "subtract ": "-", "multiply by ": "*", "加": "+", "减": "-", "乘以": "*"}
-    for problem, _ in drawn("choice", language):
+    for problem, _ in sampled("choice", language):
         steps = re.findall(rf"({'|'.join(words)})(\d+)", problem.question)
         value = int(re.search(r"\d+", problem.question)[0])
         for word, number in steps:
@@ -156,14 +156,14 @@ def test_the_chosen_option_is_the_value(language):
         ),
     ],
 )
-def test_what_a_solver_would_call_the_same_problem_has_one_key(name, first, second):
-    """Other options, other people, addends in another order: train and test must not differ in these alone."""
-    assert key_of(PUZZLES[name], first) == key_of(PUZZLES[name], second)
+def test_equivalent_puzzles_have_the_same_key(name, first, second):
+    """Train and test problems must not differ only in options, people or the order of addends."""
+    assert problem_key(PUZZLES[name], first) == problem_key(PUZZLES[name], second)
 
 
-def test_neither_the_letter_nor_the_size_of_an_option_tells_the_right_one():
+def test_neither_letter_nor_size_reveals_the_correct_option():
     letters, ranks = Counter(), Counter()
-    for problem, _ in drawn("choice", "en", 1200):
+    for problem, _ in sampled("choice", "en", 1200):
         options = dict(re.findall(r"^([A-D])\. (-?\d+)$", problem.question, re.MULTILINE))
         letters[problem.answer] += 1
         ranks[sorted(map(int, options.values())).index(int(options[problem.answer]))] += 1
@@ -171,5 +171,5 @@ def test_neither_the_letter_nor_the_size_of_an_option_tells_the_right_one():
         assert len(gaps) == 1
     both = [*letters.values(), *ranks.values()]
     assert len(both) == 8 and max(both) < 1200 * 0.25 * 1.2
-    shown = [re.findall(r"^[A-D]\. (-?\d+)$", p.question, re.MULTILINE) for p, _ in drawn("choice", "en", 60)]
+    shown = [re.findall(r"^[A-D]\. (-?\d+)$", p.question, re.MULTILINE) for p, _ in sampled("choice", "en", 60)]
     assert sum(sorted(map(int, values)) == list(map(int, values)) for values in shown) < 15

@@ -1,11 +1,11 @@
-"""The language of a reasoning: what counts as a word, of which language, and what counts as neither."""
+"""The language of the reasoning: which words count, for which language, and which count for none."""
 
 from dataclasses import replace
 
 import pytest
 
-from thinkstack.tasks.reward import RewardConfig, language_kept, score
-from thinkstack.tasks.verify.language import MIN_WORDS, language_share, words_of
+from thinkstack.tasks.reward import RewardConfig, language_reward, score
+from thinkstack.tasks.verify.language import MIN_WORDS, language_share, split_words
 from thinkstack.types import ConfigError, Problem
 
 ENGLISH = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)
@@ -43,22 +43,22 @@ def test_shares_worked_out_by_hand(text, english, chinese):
         "α β",
     ],
 )
-def test_trap_56_code_maths_and_names_belong_to_no_language(foreign):
-    """Counted as English, they would punish a Chinese working for its formulas and programs."""
-    assert words_of(foreign) == []
+def test_code_math_and_names_belong_to_no_language(foreign):
+    """Counted as English, they would penalize Chinese reasoning for its formulas and code."""
+    assert split_words(foreign) == []
     assert language_share(f"我们先算一下 {foreign}", "zh") == 1.0
 
 
-def test_trap_56_words_of_the_question_may_be_quoted():
+def test_words_of_the_question_may_be_quoted():
     text = "小明 and the girl have four apples"
     assert language_share(text, "en") == pytest.approx(6 / 8)
     assert language_share(text, "en", quoted=CHINESE.question) == 1.0
     assert language_share("and the girl 有苹果", "zh", quoted="the girl") == pytest.approx(3 / 4)
 
 
-@pytest.mark.parametrize("dodge", ["The Sum Of These Is Seven", "THE SUM OF THESE IS SEVEN"])
-def test_capital_letters_do_not_hide_a_sentence(dodge):
-    assert language_share(f"我们先算 {dodge}", "zh") == pytest.approx(4 / 10)
+@pytest.mark.parametrize("evasion", ["The Sum Of These Is Seven", "THE SUM OF THESE IS SEVEN"])
+def test_capital_letters_do_not_hide_a_sentence(evasion):
+    assert language_share(f"我们先算 {evasion}", "zh") == pytest.approx(4 / 10)
 
 
 def test_too_few_words_say_nothing():
@@ -67,15 +67,15 @@ def test_too_few_words_say_nothing():
     assert language_share("so " * MIN_WORDS, "zh") == 0.0
 
 
-def test_the_answer_is_not_reasoning_and_unclosed_thinking_is():
+def test_language_is_measured_in_unclosed_thinking_and_not_in_the_answer():
     working = "先算二加二得四"
-    assert language_kept(ENGLISH, f"<think>{working}</think><answer>4</answer>") == 0.0
-    assert language_kept(ENGLISH, f"<think>we add and get four</think><answer>{working}</answer>") == 1.0
-    assert language_kept(ENGLISH, f"<think>{working}") == 0.0
-    assert language_kept(ENGLISH, "<think>2+2=4</think><answer>4</answer>") == 1.0
+    assert language_reward(ENGLISH, f"<think>{working}</think><answer>4</answer>") == 0.0
+    assert language_reward(ENGLISH, f"<think>we add and get four</think><answer>{working}</answer>") == 1.0
+    assert language_reward(ENGLISH, f"<think>{working}") == 0.0
+    assert language_reward(ENGLISH, "<think>2+2=4</think><answer>4</answer>") == 1.0
 
 
-def test_the_part_is_named_weighed_and_off_by_default():
+def test_the_language_part_is_named_weighted_and_off_by_default():
     text = "<think>先算二加二 so we get four</think><answer>4</answer>"
     assert score(ENGLISH, text, RewardConfig()).parts == {"accuracy": 1.0, "format": 1.0}
     found = score(ENGLISH, text, RewardConfig(language_weight=0.5))
@@ -86,6 +86,6 @@ def test_the_part_is_named_weighed_and_off_by_default():
 
 
 @pytest.mark.parametrize("settings", [{"language_weight": -1.0}, {"language_weight": 0.1, "combine": "random"}])
-def test_settings_that_make_no_sense_are_refused(settings):
+def test_contradictory_settings_are_refused(settings):
     with pytest.raises(ConfigError, match="language_weight"):
         RewardConfig(**settings)

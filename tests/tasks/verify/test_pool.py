@@ -1,4 +1,4 @@
-"""Checkers that hang, crash or raise cost their own score and nobody else's."""
+"""A verifier that hangs, crashes or raises loses only its own score."""
 
 import os
 import threading
@@ -7,7 +7,7 @@ from multiprocessing.connection import wait
 import pytest
 
 from tests import HANG_SECONDS
-from thinkstack.tasks.verify.pool import START_SECONDS, CheckerPool
+from thinkstack.tasks.verify.pool import START_SECONDS, VerifierPool
 from thinkstack.types import ConfigError, Score
 
 LIMIT = float(HANG_SECONDS)
@@ -31,7 +31,7 @@ def crash_on_negative(value: float) -> Score:
 
 def refuse_negative(value: float) -> Score:
     if value < 0:
-        raise ArithmeticError("cannot judge this")
+        raise ArithmeticError("cannot verify this")
     return Score(total=value)
 
 
@@ -41,14 +41,14 @@ def loop_in_c(digits: int) -> Score:
 
 @pytest.fixture(scope="module")
 def pool():
-    with CheckerPool(num_workers=2, timeout_seconds=LIMIT) as pool:
+    with VerifierPool(num_workers=2, timeout_seconds=LIMIT) as pool:
         yield pool
 
 
 class Clock:
-    """A pool's time, which passes as a test says, however slow the machine is."""
+    """A simulated clock for a pool, independent of the speed of the machine."""
 
-    def __init__(self, pool: CheckerPool, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, pool: VerifierPool, monkeypatch: pytest.MonkeyPatch):
         self.pool, self.now, self.pauses = pool, 0.0, []
         monkeypatch.setattr("thinkstack.tasks.verify.pool.time", self)
 
@@ -56,8 +56,8 @@ class Clock:
         return self.now
 
     def wait_for_one_that_hangs(self, pipes, pause):
-        """Time passes once a single call is left and has begun."""
-        if len(pipes) > 1 or not any(worker.has_begun for worker in self.pool._workers if worker.pipe in pipes):
+        """Time passes only once a single call is left and has started."""
+        if len(pipes) > 1 or not any(worker.has_started for worker in self.pool._workers if worker.pipe in pipes):
             return wait(pipes)
         self.now += pause
         return []
@@ -74,23 +74,24 @@ def test_results_keep_the_order_of_the_calls(pool):
     assert [score.total for score in scores] == list(range(20))
 
 
-def test_a_checker_that_hangs_is_killed(pool, monkeypatch):
-    """E2.57: one runaway check held the whole reward step; it must become unscorable and the others be judged."""
+def test_a_verifier_that_hangs_is_killed(pool, monkeypatch):
+    """A runaway verifier blocks the complete reward step; its score must become unscorable and the others be
+    returned."""
     monkeypatch.setattr("thinkstack.tasks.verify.pool.wait", Clock(pool, monkeypatch).wait_for_one_that_hangs)
     scores = pool.run(hang_on_negative, [(1.0,), (-1.0,), (2.0,)])
     assert [score.total for score in scores if score.unscorable is None] == [1.0, 2.0]
     assert scores[1].unscorable == f"ran over {LIMIT:g} s"
 
 
-def test_a_checker_stuck_in_c_code_is_killed():
-    """E2.57: signal-based time-outs never fire inside one long C call, such as a tower of powers."""
-    with CheckerPool(num_workers=1, timeout_seconds=0.2) as pool:
+def test_a_verifier_stuck_in_c_code_is_killed():
+    """Signal-based timeouts never fire inside one long C call, such as a tower of powers."""
+    with VerifierPool(num_workers=1, timeout_seconds=0.2) as pool:
         assert pool.run(loop_in_c, [(10**8,)])[0].unscorable == "ran over 0.2 s"
 
 
-def test_waiting_in_the_queue_does_not_count(monkeypatch):
-    """E2.57: with a clock started at submission, the last of 12 calls of 30 s would be lost to a limit of 100 s."""
-    with CheckerPool(num_workers=1, timeout_seconds=100.0) as pool:
+def test_time_in_the_queue_does_not_count(monkeypatch):
+    """If the timeout started at submission, the last of 12 calls of 30 s would exceed a limit of 100 s."""
+    with VerifierPool(num_workers=1, timeout_seconds=100.0) as pool:
         clock = Clock(pool, monkeypatch)
         monkeypatch.setattr("thinkstack.tasks.verify.pool.wait", clock.wait_a_while)
         assert all(score.unscorable is None for score in pool.run(echo, [(1.0,)] * 12))
@@ -104,7 +105,7 @@ def test_a_worker_that_dies_is_replaced(pool):
 
 def test_an_exception_is_the_reason(pool):
     scores = pool.run(refuse_negative, [(-1.0,), (1.0,)])
-    assert scores[0].unscorable == "ArithmeticError: cannot judge this"
+    assert scores[0].unscorable == "ArithmeticError: cannot verify this"
     assert scores[1] == Score(total=1.0)
 
 
@@ -117,13 +118,13 @@ def test_a_worker_that_died_while_idle_is_replaced(pool):
 
 
 def test_no_calls_start_no_worker():
-    pool = CheckerPool(num_workers=2, timeout_seconds=1.0)
+    pool = VerifierPool(num_workers=2, timeout_seconds=1.0)
     assert pool.run(echo, []) == []
     assert pool._workers == []
 
 
 def test_closing_leaves_no_process():
-    pool = CheckerPool(num_workers=1, timeout_seconds=LIMIT)
+    pool = VerifierPool(num_workers=1, timeout_seconds=LIMIT)
     pool.run(echo, [(1.0,)])
     process = pool._workers[0].process
     pool.close()
@@ -131,6 +132,6 @@ def test_closing_leaves_no_process():
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 1.0), (1, 0.0)])
-def test_a_pool_that_could_not_check_is_refused(workers, seconds):
+def test_an_unusable_pool_is_refused(workers, seconds):
     with pytest.raises(ConfigError):
-        CheckerPool(num_workers=workers, timeout_seconds=seconds)
+        VerifierPool(num_workers=workers, timeout_seconds=seconds)

@@ -1,6 +1,6 @@
 """ModelConfig to and from the configuration of DeepSeek's own code: inference/configs/*.json, fields of its ModelArgs.
 
-Its defaults stand where a file leaves a field out. What its code cannot compute is refused by name.
+Missing fields have the defaults of ModelArgs. Settings that DeepSeek's code does not support raise ConfigError.
 """
 
 from dataclasses import replace
@@ -8,106 +8,107 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.checkpoint.hf.config import differences, read_bos, read_eos
-from thinkstack.checkpoint.json_reader import Reader, read_json
+from thinkstack.checkpoint.json_reader import JsonReader, read_json
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
-ELSEWHERE = ("bos_id", "eos_ids", "init_std", "embed_init_std", "mtp_layers")
-"""Fields of ModelConfig that the format has no word for: tokens lie in other files, the rest does no harm."""
+NOT_IN_CONFIG = ("bos_id", "eos_ids", "init_std", "embed_init_std", "mtp_layers")
+"""Fields of ModelConfig that the format lacks: tokens are in other files, the others do not affect inference."""
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, FP8Blocks | None]:
-    """The model of a folder in DeepSeek's layout, and how its matrices are kept.
+    """Return the ModelConfig of a folder in DeepSeek's layout, and the quantization of its matrices.
 
-    Raises ConfigError if config.json is missing or no such file.
+    Raises ConfigError if config.json is missing or has another format.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(
-            f"{path} is missing; put the file of inference/configs that belongs to these weights there, under that name"
+            f"{path} is missing; copy the file of inference/configs for these weights there, under that name"
         )
-    read = Reader(read_json(path), str(path))
-    bos, eos = _tokens(folder, read.integer("vocab_size"))
-    cfg = _model(read, bos, eos)
-    if read.text("dtype", "bf16") == "bf16":
+    reader = JsonReader(read_json(path), str(path))
+    bos, eos = _token_ids(folder, reader.integer("vocab_size"))
+    cfg = _model(reader, bos, eos)
+    if reader.text("dtype", "bf16") == "bf16":
         return cfg, None
-    read.require("dtype", "fp8", "use bf16 or fp8")
-    return cfg, FP8Blocks(power_of_two=read.text("scale_fmt", "") == "ue8m0")
+    reader.require("dtype", "fp8", "use bf16 or fp8")
+    return cfg, FP8Blocks(power_of_two=reader.text("scale_fmt", "") == "ue8m0")
 
 
-def _model(read: Reader, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
-    is_v3 = read.text("score_func", "softmax") == "sigmoid"
-    original, factor = read.integer("original_seq_len", 4096), read.number("rope_factor", 40.0)
-    longest, mscale = read.integer("max_seq_len", 16384), read.number("mscale", 1.0)
+def _model(reader: JsonReader, bos: int | None, eos: tuple[int, ...]) -> ModelConfig:
+    is_v3 = reader.text("score_func", "softmax") == "sigmoid"
+    original, factor = reader.integer("original_seq_len", 4096), reader.number("rope_factor", 40.0)
+    max_positions, mscale = reader.integer("max_seq_len", 16384), reader.number("mscale", 1.0)
     yarn = YarnConfig(
         factor=factor,
         original_max_positions=original,
-        beta_fast=read.number("beta_fast", 32.0),
-        beta_slow=read.number("beta_slow", 1.0),
+        beta_fast=reader.number("beta_fast", 32.0),
+        beta_slow=reader.number("beta_slow", 1.0),
         mscale=mscale,
         mscale_all_dim=mscale,
     )
-    is_stretched = longest > original
-    if is_stretched and "max_seq_len" not in read.values:
-        longest = int(factor * original)  # the default is what fits a cache, not what the model takes
+    is_extended = max_positions > original
+    if is_extended and "max_seq_len" not in reader.values:
+        max_positions = int(factor * original)  # the default is a cache size, not the limit of the model
     return ModelConfig(
         family="deepseek_v3" if is_v3 else "deepseek_v2",
-        vocab_size=read.integer("vocab_size"),
-        hidden_size=read.integer("dim"),
-        num_layers=read.integer("n_layers"),
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=reader.integer("dim"),
+        num_layers=reader.integer("n_layers"),
         attention=MLAConfig(
-            num_heads=read.integer("n_heads"),
-            q_lora_rank=read.integer("q_lora_rank", 0, least=0),
-            kv_lora_rank=read.integer("kv_lora_rank", 512),
-            qk_nope_head_dim=read.integer("qk_nope_head_dim", 128),
-            qk_rope_head_dim=read.integer("qk_rope_head_dim", 64),
-            v_head_dim=read.integer("v_head_dim", 128),
+            num_heads=reader.integer("n_heads"),
+            q_lora_rank=reader.integer("q_lora_rank", 0, least=0),
+            kv_lora_rank=reader.integer("kv_lora_rank", 512),
+            qk_nope_head_dim=reader.integer("qk_nope_head_dim", 128),
+            qk_rope_head_dim=reader.integer("qk_rope_head_dim", 64),
+            v_head_dim=reader.integer("v_head_dim", 128),
         ),
-        intermediate_size=read.integer("inter_dim"),
+        intermediate_size=reader.integer("inter_dim"),
         moe=MoEConfig(
-            num_experts=read.integer("n_routed_experts"),
-            num_experts_per_tok=read.integer("n_activated_experts"),
-            num_shared_experts=read.integer("n_shared_experts", 2),
-            moe_intermediate_size=read.integer("moe_inter_dim"),
-            num_groups=read.integer("n_expert_groups", 1),
-            top_groups=read.integer("n_limited_groups", 1),
+            num_experts=reader.integer("n_routed_experts"),
+            num_experts_per_tok=reader.integer("n_activated_experts"),
+            num_shared_experts=reader.integer("n_shared_experts", 2),
+            moe_intermediate_size=reader.integer("moe_inter_dim"),
+            num_groups=reader.integer("n_expert_groups", 1),
+            top_groups=reader.integer("n_limited_groups", 1),
             scoring="sigmoid" if is_v3 else "softmax",
             group_score="top2" if is_v3 else "max",
             norm_topk_prob=is_v3,
-            route_scale=read.number("route_scale", 1.0),
-            first_dense_layers=read.integer("n_dense_layers", 1, least=0),
+            route_scale=reader.number("route_scale", 1.0),
+            first_dense_layers=reader.integer("n_dense_layers", 1, least=0),
         ),
-        rope=RopeConfig(theta=read.number("rope_theta", 10000.0), yarn=yarn if is_stretched else None),
-        max_positions=longest,
+        rope=RopeConfig(theta=reader.number("rope_theta", 10000.0), yarn=yarn if is_extended else None),
+        max_positions=max_positions,
         bos_id=bos,
         eos_ids=eos,
     )
 
 
-def _tokens(folder: Path, rows: int) -> tuple[int | None, tuple[int, ...]]:
-    """Tokens that begin and end a text: of generation_config.json, else of the tokenizer, as far as these name them.
-    rows: of the embedding.
+def _token_ids(folder: Path, rows: int) -> tuple[int | None, tuple[int, ...]]:
+    """Return the BOS id and the EOS ids from generation_config.json, else from the tokenizer, if they are defined.
+
+    rows: rows of the embedding.
     """
     if (folder / GENERATION).is_file():
-        read = Reader(read_json(folder / GENERATION), str(folder / GENERATION))
-        return read_bos(read, rows), read_eos(read, rows)
+        reader = JsonReader(read_json(folder / GENERATION), str(folder / GENERATION))
+        return read_bos(reader, rows), read_eos(reader, rows)
     if not (folder / TOKENIZER_CONFIG).is_file():
         return None, ()
     names, tokenizer = read_json(folder / TOKENIZER_CONFIG), Tokenizer.load(folder)
     tokens = (names.get(key) for key in ("bos_token", "eos_token"))
-    spelt = (token["content"] if isinstance(token, dict) else token for token in tokens)
-    bos, eos = (tokenizer.control_id(token) if token else None for token in spelt)
+    token_texts = (token["content"] if isinstance(token, dict) else token for token in tokens)
+    bos, eos = (tokenizer.control_id(token) if token else None for token in token_texts)
     return bos, () if eos is None else (eos,)
 
 
 def config_of(cfg: ModelConfig, quantization: FP8Blocks | None) -> dict[str, Any]:
-    """The configuration file of a model. Raises ConfigError for one that DeepSeek's code does not compute."""
+    """Return the configuration of a model. Raises ConfigError for a model that DeepSeek's code does not support."""
     a, moe = cfg.attention, cfg.moe
     if not isinstance(a, MLAConfig) or moe is None:
-        raise ConfigError(f"DeepSeek's layout holds DeepSeek-V2 and V3 models, not {cfg.family}; write hf or gguf")
+        raise ConfigError(f"DeepSeek's layout supports DeepSeek-V2 and V3, not {cfg.family}; write hf or gguf")
     config: dict[str, Any] = {
         "vocab_size": cfg.vocab_size,
         "dim": cfg.hidden_size,
@@ -154,9 +155,9 @@ def _rope_fields(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:
-    """Read back what was written; see hf_config."""
-    again = _model(Reader(config, "DeepSeek's configuration"), cfg.bos_id, cfg.eos_ids)
-    again = replace(again, **{name: getattr(cfg, name) for name in ELSEWHERE})
+    """Read the generated configuration back, and raise ConfigError if a setting got lost."""
+    again = _model(JsonReader(config, "DeepSeek's configuration"), cfg.bos_id, cfg.eos_ids)
+    again = replace(again, **{name: getattr(cfg, name) for name in NOT_IN_CONFIG})
     lost = differences(cfg, again)
     if lost:
         raise ConfigError(f"DeepSeek's configuration cannot express {'; '.join(lost)}; write hf or gguf instead")

@@ -1,4 +1,4 @@
-"""The model that the metadata and tensors of a GGUF describe.
+"""ModelConfig from the metadata and tensors of a GGUF.
 
 Source of the keys: llama.cpp, conversion/base.py, conversion/deepseek.py, src/models/*.cpp.
 """
@@ -27,16 +27,19 @@ from thinkstack.models.config import (
 from thinkstack.models.layers import rope_frequencies
 from thinkstack.types import ConfigError
 
-BOS, ENDS = "tokenizer.ggml.bos_token_id", tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-"""Where the token that begins and those that end an answer stand."""
+BOS_KEY, END_KEYS = (
+    "tokenizer.ggml.bos_token_id",
+    tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")),
+)
+"""Metadata keys of the BOS token and of the tokens that end an answer."""
 NO_TOKEN = 2**32 - 1
-"""-1 in the unsigned numbers of the format; llama.cpp's word for none."""
+"""-1 as uint32, which llama.cpp uses for no token."""
 LLAMA3 = "thinkstack.rope.llama3"
-"""Our own key: what rope_freqs was made of, [factor, low_freq_factor, high_freq_factor, original_max_positions]."""
-GATES = {1: "softmax", 2: "sigmoid"}
-"""expert_gating_func."""
-# Keys whose other values would need arithmetic that the model does not have, behind "{architecture}.".
-_FIXED: dict[str, tuple[Any, ...]] = {
+"""Our own key: the settings behind rope_freqs, [factor, low_freq_factor, high_freq_factor, original_max_positions]."""
+GATING_FUNCS = {1: "softmax", 2: "sigmoid"}
+"""Values of expert_gating_func."""
+# Keys (after "{architecture}.") of which only these values are supported.
+_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (0.0,),
     "attention.sliding_window": (0,),
@@ -47,14 +50,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Keys:
-    """The metadata of one architecture."""
+class _ArchitectureKeys:
+    """Access to the metadata keys of one architecture."""
 
     def __init__(self, meta: Metadata):
         self.meta, self.arch = meta, meta.get("general.architecture", str)
 
     def size(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A width or a count. Raises ConfigError if it is missing or below `least`."""
+        """Return a width or a count. Raises ConfigError if it is missing or below `least`."""
         name = f"{self.arch}.{key}"
         value = self.meta.get(name, int) if default is None else self.meta.find(name, int)
         value = default if value is None else value
@@ -64,7 +67,7 @@ class _Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A float32, as the shortest decimal that is it: 9.999999747378752e-06 was 1e-05."""
+        """Return a float32 rounded to its shortest decimal: 9.999999747378752e-06 becomes 1e-05."""
         name = f"{self.arch}.{key}"
         value = self.meta.get(name, float) if default is None else self.meta.find(name, float)
         value = default if value is None else value
@@ -83,15 +86,17 @@ class _Keys:
 def config_of(
     meta: Metadata, tensors: Mapping[str, tuple[int, ...]], rope_factors: Tensor | None = None
 ) -> ModelConfig:
-    """The model that metadata and tensors, shapes by name, describe. rope_factors: contents of rope_freqs.weight.
+    """Return the ModelConfig for metadata and tensors (shapes by name). rope_factors: contents of rope_freqs.weight.
 
-    Raises ConfigError for another architecture, a variant that is not computed here, and what contradicts the tensors.
+    Raises ConfigError for an unsupported architecture or variant, and for metadata that contradict the tensors.
     """
-    keys = _Keys(meta)
+    keys = _ArchitectureKeys(meta)
     known = dict.fromkeys(ARCHITECTURES.values())
     if keys.arch not in known:
-        raise ConfigError(f"{meta.path} holds a {keys.arch!r} model, which is not supported; known: {', '.join(known)}")
-    for key, allowed in _FIXED.items():
+        raise ConfigError(
+            f"{meta.path} contains a {keys.arch!r} model, which is not supported; known: {', '.join(known)}"
+        )
+    for key, allowed in _REQUIRED_VALUES.items():
         value = meta.values.get(f"{keys.arch}.{key}")
         if value is not None and value not in allowed:
             raise ConfigError(
@@ -107,8 +112,8 @@ def config_of(
         raise error if str(meta.path) in str(error) else ConfigError(f"{meta.path}: {error}") from None
 
 
-def _check_counts(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ConfigError for counts that the tensors contradict, before anything is made that many times."""
+def _check_counts(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ConfigError for counts that the tensors contradict, before anything is allocated by these counts."""
     path, rows = keys.meta.path, tensors["token_embd.weight"][0]
     layers = keys.size("block_count")
     last = f"blk.{layers - 1}.attn_norm.weight"
@@ -124,7 +129,9 @@ def _check_counts(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> None:
         raise ConfigError(f"{path}: {keys.arch}.expert_count={experts}, but no layer has experts")
 
 
-def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factors: Tensor | None) -> ModelConfig:
+def _read_model(
+    keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]], rope_factors: Tensor | None
+) -> ModelConfig:
     is_mla = keys.arch == "deepseek2"
     mtp_layers = keys.size("nextn_predict_layers", 0, least=0)
     num_layers = keys.size("block_count") - mtp_layers
@@ -132,8 +139,8 @@ def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factor
     if keys.size("rope.dimension_count", attention.rope_dim) != attention.rope_dim:
         raise ConfigError("only part of each head is rotated, which is not supported; use another model")
     rows = tensors["token_embd.weight"][0]
-    for key in (BOS, *ENDS):
-        token = token_of(keys.meta, key)
+    for key in (BOS_KEY, *END_KEYS):
+        token = token_id_of(keys.meta, key)
         if token is not None and token >= rows:
             raise ConfigError(f"{key}={token}, but there are {rows} tokens; fetch another conversion")
     return ModelConfig(
@@ -149,38 +156,40 @@ def _read_model(keys: _Keys, tensors: Mapping[str, tuple[int, ...]], rope_factor
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in tensors,
         max_positions=keys.size("context_length"),
-        bos_id=token_of(keys.meta, BOS),
-        eos_ids=ends_of(keys.meta),
+        bos_id=token_id_of(keys.meta, BOS_KEY),
+        eos_ids=end_token_ids_of(keys.meta),
     )
 
 
-def token_of(meta: Metadata, key: str) -> int | None:
-    """A token that metadata name; None where they leave it out (Qwen has no BOS) or say -1, which is none."""
+def token_id_of(meta: Metadata, key: str) -> int | None:
+    """Return a token id of the metadata; None if it is missing (Qwen has no BOS) or -1."""
     token = meta.find(key, int)
     return None if token in (None, -1, NO_TOKEN) else token
 
 
-def ends_of(meta: Metadata) -> tuple[int, ...]:
-    """Tokens that end an answer: none, one or several."""
-    tokens = (token_of(meta, key) for key in ENDS)
+def end_token_ids_of(meta: Metadata) -> tuple[int, ...]:
+    """Return the ids of the tokens that end an answer: none, one or several."""
+    tokens = (token_id_of(meta, key) for key in END_KEYS)
     return tuple(dict.fromkeys(token for token in tokens if token is not None))
 
 
-def _gate(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> int:
-    """How experts are scored, by GATES. Where a file does not say, biases of routers do: V3's sigmoids alone have them.
-    (llama.cpp's converter leaves the key out for a config.json of transformers, and llama.cpp then takes softmax.)
+def _gating_func(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the gating function of the experts, a key of GATING_FUNCS.
+
+    If the file has no such key, router biases imply V3's sigmoid. (llama.cpp's converter omits the key for a
+    config.json of transformers, and llama.cpp then uses softmax.)
     """
     has_biases = any(name.endswith(".exp_probs_b.bias") for name in tensors)
     return keys.size("expert_gating_func", 2 if has_biases else 1)
 
 
-def _family(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> str:
+def _family(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -> str:
     if keys.arch == "deepseek2":
-        return "deepseek_v3" if _gate(keys, tensors) == 2 else "deepseek_v2"
+        return "deepseek_v3" if _gating_func(keys, tensors) == 2 else "deepseek_v2"
     return next(family for family, arch in ARCHITECTURES.items() if arch == keys.arch)
 
 
-def _read_gqa(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> GQAConfig:
+def _read_gqa(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -> GQAConfig:
     heads = keys.size("attention.head_count")
     head_dim = keys.size("attention.key_length", keys.size("embedding_length") // heads)
     if keys.size("attention.value_length", head_dim) != head_dim:
@@ -195,8 +204,9 @@ def _read_gqa(keys: _Keys, tensors: Mapping[str, tuple[int, ...]]) -> GQAConfig:
     )
 
 
-def _read_mla(keys: _Keys) -> MLAConfig:
-    """Widths of MLA; old files, which attend to whole keys and values, have them where new ones have the latents'."""
+def _read_mla(keys: _ArchitectureKeys) -> MLAConfig:
+    """Read the MLA settings. Old files, which attend to full keys and values, have the head widths in the keys in which
+    new files have the latent widths."""
     suffix = "_mla" if keys.has("attention.key_length_mla") else ""
     rotated = keys.size("rope.dimension_count")
     width = keys.size(f"attention.key_length{suffix}", least=rotated + 1)
@@ -210,16 +220,18 @@ def _read_mla(keys: _Keys) -> MLAConfig:
     )
 
 
-def _read_experts(keys: _Keys, num_layers: int, tensors: Mapping[str, tuple[int, ...]]) -> MoEConfig | None:
+def _read_experts(keys: _ArchitectureKeys, num_layers: int, tensors: Mapping[str, tuple[int, ...]]) -> MoEConfig | None:
     num_experts = keys.size("expert_count", 0, least=0)
     if not num_experts:
         return None
     if keys.arch not in ("qwen3moe", "deepseek2"):
         raise ConfigError(f"{keys.arch}.expert_count={num_experts} is not supported; use a model without experts")
     is_qwen = keys.arch == "qwen3moe"
-    gate = _gate(keys, tensors)
-    if gate not in GATES or (is_qwen and gate != 1):
-        raise ConfigError(f"{keys.arch}.expert_gating_func={gate} is not supported; known: 1 (softmax), 2 (sigmoid)")
+    gating_func = _gating_func(keys, tensors)
+    if gating_func not in GATING_FUNCS or (is_qwen and gating_func != 1):
+        raise ConfigError(
+            f"{keys.arch}.expert_gating_func={gating_func} is not supported; known: 1 (softmax), 2 (sigmoid)"
+        )
     groups = keys.size("expert_group_count", 1)
     return MoEConfig(
         num_experts=num_experts,
@@ -228,15 +240,15 @@ def _read_experts(keys: _Keys, num_layers: int, tensors: Mapping[str, tuple[int,
         moe_intermediate_size=keys.size("expert_feed_forward_length"),
         num_groups=groups,
         top_groups=keys.size("expert_group_used_count", groups),
-        scoring=GATES[gate],  # type: ignore[arg-type]
-        group_score="top2" if gate == 2 else "max",
+        scoring=GATING_FUNCS[gating_func],  # type: ignore[arg-type]
+        group_score="top2" if gating_func == 2 else "max",
         norm_topk_prob=is_qwen or bool(keys.meta.find(f"{keys.arch}.expert_weights_norm", bool)),
-        route_scale=keys.number("expert_weights_scale", 1.0) or 1.0,  # 0 is llama.cpp's word for none
+        route_scale=keys.number("expert_weights_scale", 1.0) or 1.0,  # llama.cpp uses 0 for none
         first_dense_layers=min(keys.size("leading_dense_block_count", 0, least=0), num_layers),
     )
 
 
-def _read_rope(keys: _Keys, width: int, factors: Tensor | None) -> RopeConfig:
+def _read_rope(keys: _ArchitectureKeys, width: int, factors: Tensor | None) -> RopeConfig:
     interleaved = keys.arch == "deepseek2"
     plain = RopeConfig(theta=keys.number("rope.freq_base", 10000.0), interleaved=interleaved)
     has_factor = keys.has("rope.scaling.factor")
@@ -250,8 +262,8 @@ def _read_rope(keys: _Keys, width: int, factors: Tensor | None) -> RopeConfig:
     return replace(plain, yarn=_read_yarn(keys)) if kind == "yarn" else plain
 
 
-def _read_yarn(keys: _Keys) -> YarnConfig:
-    """The multiplier is a tenth of mscale_all_dim, which in DeepSeek's models is mscale too."""
+def _read_yarn(keys: _ArchitectureKeys) -> YarnConfig:
+    """Read YaRN. The log multiplier is mscale_all_dim / 10; in DeepSeek's models mscale equals mscale_all_dim."""
     mscale = round(keys.number("rope.scaling.yarn_log_multiplier", 0.0) * 10, 6)
     if (mscale != 0) != (keys.arch == "deepseek2"):
         raise ConfigError(
@@ -266,7 +278,7 @@ def _read_yarn(keys: _Keys) -> YarnConfig:
         mscale=mscale or 1.0,
         mscale_all_dim=mscale,
     )
-    plain = yarn_mscale(yarn.factor, 1.0)  # which some files spell out; llama.cpp takes it in any case
+    plain = yarn_mscale(yarn.factor, 1.0)  # explicit in some files; llama.cpp always uses it
     amplitude = keys.number("rope.scaling.yarn_attn_factor", 1.0)
     if amplitude != 1 and not math.isclose(amplitude, plain, rel_tol=1e-5):
         raise ConfigError(
@@ -276,10 +288,9 @@ def _read_yarn(keys: _Keys) -> YarnConfig:
     return yarn
 
 
-def _read_llama3(keys: _Keys, plain: RopeConfig, width: int, factors: Tensor) -> RopeConfig:
-    """What rope_freqs was made of: our own key says so, else the numbers of the released models are tried, for
-    their original context and for powers of two.
-    """
+def _read_llama3(keys: _ArchitectureKeys, plain: RopeConfig, width: int, factors: Tensor) -> RopeConfig:
+    """Find the settings behind rope_freqs: from our own key, else by trying the settings of the released models with
+    their original context and with powers of two."""
     published = Llama3RopeConfig()
     low, high, original = published.low_freq_factor, published.high_freq_factor, published.original_max_positions
     known = keys.meta.find(LLAMA3, list)
@@ -301,5 +312,5 @@ def _read_llama3(keys: _Keys, plain: RopeConfig, width: int, factors: Tensor) ->
 
 
 def rope_factors_of(width: int, rope: RopeConfig) -> Tensor:
-    """What Llama 3's extension divides the frequencies by: (width / 2,) fp32."""
+    """Return the divisors of the frequencies in Llama 3's context extension: (width / 2,) fp32."""
     return rope_frequencies(width, replace(rope, llama3=None)) / rope_frequencies(width, rope)

@@ -1,8 +1,8 @@
-"""GGUF files: header, metadata, and tensors read one at a time and widened to floats.
+"""GGUF files: header, metadata, and tensors that are read one at a time and dequantized.
 
-The header is read here and not with the package gguf: its reader walks a damaged array length for as long as the length
-says, and makes an object of every string, seconds for a vocabulary. Widening is the package's. Source of the format:
-llama.cpp's ggml repository, docs/gguf.md (version 3; version 2 is laid out alike).
+The header is parsed here and not by the package gguf: its reader follows a damaged array length without bounds, and
+creates an object per string, which takes seconds for a vocabulary. Dequantization uses the package. Source of the
+format: llama.cpp's ggml repository, docs/gguf.md (version 3; version 2 has the same layout).
 """
 
 import math
@@ -14,45 +14,45 @@ from typing import Any, NamedTuple, TypeVar
 import numpy
 import torch
 
-from thinkstack.checkpoint.unreadable import unreadable
+from thinkstack.checkpoint.unreadable import unreadable_file
 from thinkstack.types import ConfigError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
-"""Format of a number in the header, by the code of its type."""
+NUMBER_FORMATS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+"""struct formats of the numbers in a header, by type code."""
 STRING, ARRAY = 8, 9
 ALIGNMENT = "general.alignment"
 MAX_DIMS = 4
-WIDENED = 2**20
-"""Numbers that are widened at once."""
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that torch has."""
+DEQUANTIZE_CHUNK = 2**20
+"""Number of values that are dequantized at once."""
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that exist in torch."""
 
 T = TypeVar("T")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a name is that of a GGUF: the ending decides, in capitals too."""
+    """Whether a path has the suffix .gguf, in upper or lower case."""
     return path.suffix.lower() == ".gguf"
 
 
 def require_gguf() -> None:
-    """Raise ConfigError if the package that knows the quantizations is missing."""
+    """Raise ConfigError if the package gguf is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError("GGUF needs the package gguf; install it with: pip install gguf") from error
 
 
-class Info(NamedTuple):
-    """A tensor in a file."""
+class GGUFTensorInfo(NamedTuple):
+    """Type, shape and position of a tensor in a file."""
 
     kind: str
-    """Name of its type in ggml: F32, Q8_0, ..."""
+    """ggml type: F32, Q8_0, ..."""
     shape: tuple[int, ...]
-    """As torch has it: the innermost dimension last."""
+    """Shape in torch's order: the innermost dimension last."""
     begin: int
-    """First byte in the file."""
+    """Offset in the file, in bytes."""
     row_bytes: int
     """Bytes of one innermost row."""
 
@@ -61,28 +61,28 @@ class Info(NamedTuple):
         return self.row_bytes * math.prod(self.shape[:-1])
 
 
-class _Header:
-    """A walk through the bytes of a header; every step is checked against the end of the file."""
+class _HeaderReader:
+    """Sequential reader of a header; every read is checked against the end of the file."""
 
     def __init__(self, data: memoryview):
-        self.data, self.place = data, 0
+        self.data, self.position = data, 0
 
     def take(self, size: int) -> memoryview:
-        if size > len(self.data) - self.place:
-            raise ValueError(f"{size} bytes from {self.place} on are past the end")
-        self.place += size
-        return self.data[self.place - size : self.place]
+        if size > len(self.data) - self.position:
+            raise ValueError(f"{size} bytes from offset {self.position} are past the end")
+        self.position += size
+        return self.data[self.position - size : self.position]
 
     def number(self, code: int) -> Any:
-        if code not in NUMBERS:
-            raise ValueError(f"type {code} at {self.place} is unknown")
-        return struct.unpack(NUMBERS[code], self.take(struct.calcsize(NUMBERS[code])))[0]
+        if code not in NUMBER_FORMATS:
+            raise ValueError(f"type {code} at {self.position} is unknown")
+        return struct.unpack(NUMBER_FORMATS[code], self.take(struct.calcsize(NUMBER_FORMATS[code])))[0]
 
     def text(self) -> str:
         return bytes(self.take(self.number(10))).decode("utf-8")
 
     def value(self) -> Any:
-        """A number, a text, an array of numbers (numpy) or a list of bytes, which is what strings of arrays stay."""
+        """Read a value: a number, bytes (a string), a numpy array of numbers, or a list of bytes (strings)."""
         code = self.number(4)
         if code == STRING:
             return bytes(self.take(self.number(10)))
@@ -90,23 +90,23 @@ class _Header:
             return self.number(code)
         code, count = self.number(4), self.number(10)
         if code == STRING:
-            if count > (len(self.data) - self.place) // 8:
-                raise ValueError(f"{count} strings from {self.place} on are past the end")
+            if count > (len(self.data) - self.position) // 8:
+                raise ValueError(f"{count} strings from offset {self.position} are past the end")
             return [bytes(self.take(self.number(10))) for _ in range(count)]
-        if code not in NUMBERS:
-            raise ValueError(f"an array of type {code} at {self.place} is unknown")
-        return numpy.frombuffer(self.take(count * struct.calcsize(NUMBERS[code])), NUMBERS[code]).copy()
+        if code not in NUMBER_FORMATS:
+            raise ValueError(f"an array of type {code} at {self.position} is unknown")
+        return numpy.frombuffer(self.take(count * struct.calcsize(NUMBER_FORMATS[code])), NUMBER_FORMATS[code]).copy()
 
 
 class Metadata:
-    """What a file says of itself, by key and type; every complaint names the file."""
+    """Typed access to the metadata of a file; every error message names the file."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]):
-        """values: as `_Header.value` returns them, or as they will be written."""
+        """values: from `_HeaderReader.value`, or the values that will be written."""
         self.path, self.values = path, values
 
     def find(self, key: str, kind: type[T]) -> T | None:
-        """Metadata under `key`, or None. kind: list for an array. Raises ConfigError for another type."""
+        """Return the metadata value of `key`, or None. kind: list for an array. Raises ConfigError for another type."""
         value = self.values.get(key)
         try:
             if isinstance(value, bytes):
@@ -122,26 +122,26 @@ class Metadata:
         raise ConfigError(f"{self.path}: {key}={value!r:.80} has an unexpected type; fetch another conversion")
 
     def get(self, key: str, kind: type[T]) -> T:
-        """Metadata under `key`. Raises ConfigError if it is missing or of another type."""
+        """Return the metadata value of `key`. Raises ConfigError if it is missing or of another type."""
         value = self.find(key, kind)
         if value is None:
-            raise ConfigError(f"{self.path} has no {key}; it is not complete: fetch another conversion")
+            raise ConfigError(f"{self.path} has no {key}, so it is incomplete; fetch another conversion")
         return value
 
 
 class GGUFFile:
-    """A file whose header was read and checked against its length; every complaint names the file."""
+    """A file with a header that has been checked against the file length; every error message names the file."""
 
     def __init__(self, path: Path):
         require_gguf()
         self.path = path
         try:
             size = path.stat().st_size
-            self._read(_Header(memoryview(numpy.memmap(path, mode="r") if size else b"")))  # type: ignore[arg-type]
+            self._read(_HeaderReader(memoryview(numpy.memmap(path, mode="r") if size else b"")))  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, OverflowError) as error:
-            raise unreadable(path, "a GGUF file", error) from error
+            raise unreadable_file(path, "a GGUF file", error) from error
 
-    def _read(self, header: _Header) -> None:
+    def _read(self, header: _HeaderReader) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if bytes(header.take(4)) != MAGIC:
@@ -154,40 +154,41 @@ class GGUFFile:
         for _ in range(num_values):
             key = header.text()
             if key in values:
-                raise ValueError(f"{key} is there twice")
+                raise ValueError(f"the key {key} occurs twice")
             values[key] = header.value()
         found: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for _ in range(num_tensors):
             name, num_dims = header.text(), header.number(4)
             if name in found or not 1 <= num_dims <= MAX_DIMS:
-                raise ValueError(f"tensor {name} is there twice or has {num_dims} dimensions")
+                raise ValueError(f"tensor {name} occurs twice or has {num_dims} dimensions")
             dims = tuple(header.number(10) for _ in range(num_dims))
             found[name] = header.number(4), dims[::-1], header.number(10)
         self.meta = Metadata(self.path, values)
         align = values.get(ALIGNMENT, 32)
         if not isinstance(align, int) or align < 8 or align & (align - 1):
-            raise ValueError(f"{ALIGNMENT}={align!r} is not a power of two from 8 on")
-        begin = -(-header.place // align) * align
-        self.tensors: dict[str, Info] = {}
+            raise ValueError(f"{ALIGNMENT}={align!r} is not a power of two >= 8")
+        begin = -(-header.position // align) * align
+        self.tensors: dict[str, GGUFTensorInfo] = {}
         for name, (code, shape, offset) in found.items():
             kind = GGMLQuantizationType(code)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block or offset % align:
                 raise ValueError(f"tensor {name} has shape {shape} and offset {offset}, which {kind.name} cannot have")
-            self.tensors[name] = Info(kind.name, shape, begin + offset, shape[-1] // block * block_bytes)
-        self._check_places(len(header.data))
+            self.tensors[name] = GGUFTensorInfo(kind.name, shape, begin + offset, shape[-1] // block * block_bytes)
+        self._check_offsets(len(header.data))
 
-    def _check_places(self, size: int) -> None:
+    def _check_offsets(self, size: int) -> None:
         end = 0
         for name, info in sorted(self.tensors.items(), key=lambda pair: pair[1].begin):
             if info.begin < end or info.begin + info.num_bytes > size:
-                raise ValueError(f"tensor {name} lies over another or past the end")
+                raise ValueError(f"tensor {name} overlaps another or is past the end")
             end = info.begin + info.num_bytes
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A tensor, or the matrix at `index` of a stack, as it is stored if torch has the type, else widened to fp32.
+        """Read a tensor, or the matrix `index` of a stack: in its stored dtype if torch has it, else dequantized to
+        fp32.
 
-        Raises ConfigError for a quantization that cannot be undone.
+        Raises ConfigError for a quantization that gguf cannot dequantize.
         """
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -202,17 +203,17 @@ class GGUFFile:
             data = bytearray(file.read(size))
         if len(data) < size:
             raise ConfigError(f"{self.path} became shorter while it was read; fetch it again")
-        if info.kind in PLAIN:
-            return torch.frombuffer(data, dtype=PLAIN[info.kind]).view(shape)
+        if info.kind in TORCH_DTYPES:
+            return torch.frombuffer(data, dtype=TORCH_DTYPES[info.kind]).view(shape)
         out = torch.empty(math.prod(shape))
-        block_bytes = info.row_bytes * WIDENED // info.shape[-1]
+        block_bytes = info.row_bytes * DEQUANTIZE_CHUNK // info.shape[-1]
         try:
             for number, start in enumerate(range(0, size, block_bytes)):
                 part = numpy.frombuffer(memoryview(data)[start : start + block_bytes], numpy.uint8)
-                wide = dequantize(part[None], GGMLQuantizationType[info.kind])[0]
-                out[number * WIDENED : number * WIDENED + wide.size] = torch.from_numpy(wide)
+                values = dequantize(part[None], GGMLQuantizationType[info.kind])[0]
+                out[number * DEQUANTIZE_CHUNK : number * DEQUANTIZE_CHUNK + values.size] = torch.from_numpy(values)
         except NotImplementedError as error:
             raise ConfigError(
-                f"{self.path}: {name} is quantized as {info.kind}, which gguf cannot undo; use Q8_0 or F16"
+                f"{self.path}: {name} is quantized as {info.kind}, which gguf cannot dequantize; use Q8_0 or F16"
             ) from error
         return out.view(shape)

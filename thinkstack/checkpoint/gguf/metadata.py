@@ -1,7 +1,7 @@
-"""The metadata of a GGUF of a model.
+"""The metadata of a model's GGUF.
 
-What is written is read back at once, so whatever llama.cpp has no key for, or computes in another way than the family
-does, is refused by name. Source: llama.cpp, conversion/base.py, conversion/deepseek.py, src/models/*.cpp.
+The generated metadata are read back at once, so a setting that llama.cpp has no key for, or that it computes
+differently, raises ConfigError. Source: llama.cpp, conversion/base.py, conversion/deepseek.py, src/models/*.cpp.
 """
 
 import logging
@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from thinkstack.checkpoint.gguf.config import BOS, ENDS, LLAMA3, config_of, rope_factors_of
+from thinkstack.checkpoint.gguf.config import BOS_KEY, END_KEYS, LLAMA3, config_of, rope_factors_of
 from thinkstack.checkpoint.gguf.file import Metadata
-from thinkstack.checkpoint.gguf.tensors import ARCHITECTURES, laid_out
+from thinkstack.checkpoint.gguf.tensors import ARCHITECTURES, tensor_layouts
 from thinkstack.checkpoint.hf.config import differences
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
 from thinkstack.types import ConfigError
@@ -20,10 +20,11 @@ from thinkstack.types import ConfigError
 _log = logging.getLogger(__name__)
 
 
-def metadata_of(cfg: ModelConfig, ends: tuple[int, ...]) -> dict[str, Any]:
-    """The metadata of a model, tokenizer aside: ints are written as uint32, floats as float32. ends: what ends answers.
+def metadata_of(cfg: ModelConfig, end_token_ids: tuple[int, ...]) -> dict[str, Any]:
+    """Return the metadata of a model without those of the tokenizer; ints are written as uint32, floats as float32.
 
-    Raises ConfigError for what llama.cpp computes in another way, or has no key for.
+    end_token_ids: tokens that end an answer. Raises ConfigError for settings that llama.cpp computes differently or has
+    no key for.
     """
     arch = ARCHITECTURES[cfg.family]
     values: dict[str, Any] = {
@@ -46,16 +47,20 @@ def metadata_of(cfg: ModelConfig, ends: tuple[int, ...]) -> dict[str, Any]:
     if (llama3 := cfg.rope.llama3) is not None:
         numbers = (llama3.factor, llama3.low_freq_factor, llama3.high_freq_factor, llama3.original_max_positions)
         named[LLAMA3] = [float(number) for number in numbers]
-    if len(ends) > len(ENDS):
-        _log.warning("a GGUF has room for %d tokens that end an answer; %s are left out", len(ENDS), ends[len(ENDS) :])
-    begin = {} if cfg.bos_id is None else {BOS: cfg.bos_id}
-    named |= begin | dict(zip(ENDS, ends, strict=False))
+    if len(end_token_ids) > len(END_KEYS):
+        _log.warning(
+            "a GGUF has room for %d tokens that end an answer; %s are left out",
+            len(END_KEYS),
+            end_token_ids[len(END_KEYS) :],
+        )
+    begin = {} if cfg.bos_id is None else {BOS_KEY: cfg.bos_id}
+    named |= begin | dict(zip(END_KEYS, end_token_ids, strict=False))
     _check_expressed(cfg, named)
     return named
 
 
 def _attention_values(attention: MLAConfig | GQAConfig) -> dict[str, Any]:
-    """MLA is written as llama.cpp attends: all heads share one key and value head, the latent."""
+    """Return the attention metadata. In llama.cpp all MLA heads share one key and value head, the latent."""
     if isinstance(attention, GQAConfig):
         return {
             "attention.head_count_kv": attention.num_kv_heads,
@@ -75,13 +80,13 @@ def _attention_values(attention: MLAConfig | GQAConfig) -> dict[str, Any]:
 
 def _expert_values(cfg: ModelConfig) -> dict[str, Any]:
     moe, is_deepseek = cfg.moe, cfg.family.startswith("deepseek")
-    gate = 2 if cfg.family == "deepseek_v3" else 1
+    gating_func = 2 if cfg.family == "deepseek_v3" else 1
     if moe is None:
         dense = {
             "leading_dense_block_count": cfg.num_layers,
             "expert_feed_forward_length": cfg.intermediate_size,
             "expert_shared_count": 0,
-            "expert_gating_func": gate,
+            "expert_gating_func": gating_func,
         }
         return dense if is_deepseek else {}
     values: dict[str, Any] = {
@@ -96,7 +101,7 @@ def _expert_values(cfg: ModelConfig) -> dict[str, Any]:
         "expert_shared_count": moe.num_shared_experts,
         "expert_weights_scale": float(moe.route_scale),
         "expert_weights_norm": moe.norm_topk_prob,
-        "expert_gating_func": gate,
+        "expert_gating_func": gating_func,
     }
     if moe.top_groups < moe.num_groups:
         values |= {"expert_group_count": moe.num_groups, "expert_group_used_count": moe.top_groups}
@@ -127,7 +132,7 @@ def _check_expressed(cfg: ModelConfig, values: Mapping[str, Any]) -> None:
     for is_other, what in _missing_there(cfg):
         if is_other:
             raise ConfigError(f"llama.cpp's {arch} has no {what}; write the hf format instead")
-    shapes = {laid.name: laid.shape for laid in laid_out(cfg)}
+    shapes = {layout.name: layout.shape for layout in tensor_layouts(cfg)}
     factors = rope_factors_of(cfg.attention.rope_dim, cfg.rope) if cfg.rope.llama3 else None
     again = config_of(Metadata(Path("GGUF metadata"), values), shapes, factors)
     free = {"init_std": cfg.init_std, "embed_init_std": cfg.embed_init_std, "eos_ids": cfg.eos_ids}

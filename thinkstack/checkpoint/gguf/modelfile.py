@@ -1,7 +1,7 @@
-"""A Modelfile for Ollama beside a GGUF: template, system text, what ends an answer, how to draw.
+"""A Modelfile for Ollama beside a GGUF: template, system text, stop tokens, sampling parameters.
 
-Ollama renders templates of its own, in Go's syntax. Whether a chat format is one of those known here is decided by what
-it writes, not by its name; of any other, Ollama is left to make what it can of the Jinja template inside the GGUF.
+Ollama uses its own templates, in Go's syntax. A chat format is matched to a known template by its output, not by its
+name. For any other format the Modelfile has no template, and Ollama tries the Jinja template inside the GGUF.
 Source: github.com/ollama/ollama, docs/modelfile.md and docs/template.md.
 """
 
@@ -20,48 +20,50 @@ from thinkstack.types import Message, RequestError
 
 
 @dataclass(frozen=True)
-class Turns:
-    """A chat format that puts fixed text around each message."""
+class TurnTemplate:
+    """A chat template that puts fixed text around each message."""
 
     system: tuple[str, str]
-    """Before and after what is said."""
+    """Text before and after the content."""
     user: tuple[str, str]
     assistant: tuple[str, str]
-    ask: str
-    """What asks for the next answer."""
+    generation_prompt: str
+    """Text that starts the next answer."""
     begin: str = ""
 
-    def around(self, role: str) -> tuple[str, str]:
+    def wrapper_of(self, role: str) -> tuple[str, str]:
         return {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
 
     def text(self, messages: Sequence[Message]) -> str:
-        """A prompt without BOS, which llama.cpp puts first."""
-        return self.begin + "".join(m.content.join(self.around(m.role)) for m in messages) + self.ask
+        """Return a prompt without BOS, which llama.cpp adds."""
+        return self.begin + "".join(m.content.join(self.wrapper_of(m.role)) for m in messages) + self.generation_prompt
 
-    def go(self) -> str:
-        """The same as a template of Ollama."""
+    def to_go(self) -> str:
+        """Return the template in Ollama's (Go's) syntax."""
         cases = (
-            f'{{{{ {word} eq .Role "{role}" }}}}' + "{{ .Content }}".join(self.around(role))
+            f'{{{{ {word} eq .Role "{role}" }}}}' + "{{ .Content }}".join(self.wrapper_of(role))
             for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant"))
         )
-        return f"{self.begin}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{self.ask}"
+        return (
+            f"{self.begin}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{self.generation_prompt}"
+        )
 
 
-def _tagged(opening: str, closing: str) -> Turns:
-    """Every role alike, its name in the opening."""
+def _tagged(opening: str, closing: str) -> TurnTemplate:
+    """Return a template with the same tags for every role; the opening contains the role."""
     system, user, assistant = ((opening.format(role), closing) for role in ("system", "user", "assistant"))
-    return Turns(system, user, assistant, assistant[0])
+    return TurnTemplate(system, user, assistant, assistant[0])
 
 
-def _deepseek(prefill: str) -> Turns:
-    return Turns(("", ""), (USER, ""), (ASSISTANT, EOS), ASSISTANT + prefill)
+def _deepseek(prefill: str) -> TurnTemplate:
+    return TurnTemplate(("", ""), (USER, ""), (ASSISTANT, EOS), ASSISTANT + prefill)
 
 
-def _zero(begin: str) -> Turns:
-    return Turns(("", "\n"), ("User: ", "\n"), ("Assistant: ", "\n"), "Assistant: ", begin)
+def _zero(begin: str) -> TurnTemplate:
+    return TurnTemplate(("", "\n"), ("User: ", "\n"), ("Assistant: ", "\n"), "Assistant: ", begin)
 
 
-KNOWN = (
+KNOWN_TEMPLATES = (
     _tagged("<|im_start|>{}\n", "<|im_end|>\n"),
     _tagged("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
     _deepseek(""),
@@ -69,7 +71,7 @@ KNOWN = (
     _zero(ZERO_PREAMBLE),
     _zero(""),
 )
-"""ChatML, Llama 3, DeepSeek V3 and R1, and R1-Zero's plain text with and without its preamble."""
+"""ChatML, Llama 3, DeepSeek V3 and R1, and R1-Zero with and without its preamble."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,12 +83,12 @@ _PROBES = (
 
 
 def write_modelfile(path: Path, gguf_name: str, chat: ChatFormat | None = None) -> None:
-    """Write a Modelfile for the GGUF `gguf_name` beside it. Raises ConfigError if the disk refuses."""
+    """Write a Modelfile for the GGUF `gguf_name` in the same folder. Raises ConfigError for a disk error."""
     lines = [f"FROM ./{gguf_name}"]
     if chat is not None:
-        turns, system = turns_of(chat)
-        if turns is not None:
-            lines.append(f'TEMPLATE """{turns.go()}"""')
+        template, system = template_of(chat)
+        if template is not None:
+            lines.append(f'TEMPLATE """{template.to_go()}"""')
         else:
             _log.warning("no template of Ollama is known that writes %s; it will try the Jinja template", chat.name)
         if system:
@@ -96,39 +98,39 @@ def write_modelfile(path: Path, gguf_name: str, chat: ChatFormat | None = None) 
     write_text(path, "\n".join(lines) + "\n")
 
 
-def turns_of(chat: ChatFormat) -> tuple[Turns | None, str]:
-    """The known format that writes what `chat` writes, or None; and the system text it begins with by default."""
-    for turns in KNOWN:
-        system = _default_system(turns, chat)
+def template_of(chat: ChatFormat) -> tuple[TurnTemplate | None, str]:
+    """Return the known template with the same output as `chat`, or None, and the default system text of `chat`."""
+    for template in KNOWN_TEMPLATES:
+        system = _default_system(template, chat)
         if system is None:
             continue
         first = (Message(role="system", content=system),) if system else ()
-        texts = [turns.text(probe if probe[0].role == "system" else (*first, *probe)) for probe in _PROBES]
-        if texts == [_written(chat, probe) for probe in _PROBES] and _gives_ids(texts, chat):
-            return turns, system
+        texts = [template.text(probe if probe[0].role == "system" else (*first, *probe)) for probe in _PROBES]
+        if texts == [_prompt_text(chat, probe) for probe in _PROBES] and _has_same_ids(texts, chat):
+            return template, system
     return None, ""
 
 
-def _gives_ids(texts: Sequence[str], chat: ChatFormat) -> bool:
-    """Whether control tokens found by their spelling make the prompts' ids of their texts."""
+def _has_same_ids(texts: Sequence[str], chat: ChatFormat) -> bool:
+    """Whether tokenizing the texts, with control tokens found by spelling, gives the ids of the prompts."""
     full = tokenizers.Tokenizer.from_str(chat.tokenizer.spec)
     ids = [full.encode(text, add_special_tokens=False).ids for text in texts]
     return ids == [_without_bos(chat, probe) for probe in _PROBES]
 
 
-def _default_system(turns: Turns, chat: ChatFormat) -> str | None:
-    """What stands before the question when nobody gave a system text; None if the rest is not as in `turns`."""
-    written, known = _written(chat, _QUESTION), turns.text(_QUESTION)
+def _default_system(template: TurnTemplate, chat: ChatFormat) -> str | None:
+    """What stands before the question when nobody gave a system text; None if the rest is not as in `template`."""
+    written, known = _prompt_text(chat, _QUESTION), template.text(_QUESTION)
     if written == known:
         return ""
-    before, after = turns.system
-    rest = after + known.removeprefix(turns.begin)
-    is_alike = bool(before) and written.startswith(turns.begin + before) and written.endswith(rest)
-    return written.removeprefix(turns.begin + before).removesuffix(rest) if is_alike else None
+    before, after = template.system
+    rest = after + known.removeprefix(template.begin)
+    is_alike = bool(before) and written.startswith(template.begin + before) and written.endswith(rest)
+    return written.removeprefix(template.begin + before).removesuffix(rest) if is_alike else None
 
 
-def _written(chat: ChatFormat, messages: Sequence[Message]) -> str:
-    """A prompt of `chat` in text, without BOS; empty if it does not take these messages."""
+def _prompt_text(chat: ChatFormat, messages: Sequence[Message]) -> str:
+    """Return a prompt of `chat` as text, without BOS; empty if it rejects these messages."""
     return chat.tokenizer.decode(_without_bos(chat, messages))
 
 

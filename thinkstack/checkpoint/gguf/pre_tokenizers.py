@@ -1,4 +1,4 @@
-"""How llama.cpp cuts text before byte-pair merging: its names in tokenizer.ggml.pre, in the words of tokenizer.json.
+"""Pre-tokenizers of llama.cpp: the names in tokenizer.ggml.pre, and the equivalent settings of tokenizer.json.
 
 Source: llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of the models that each is named after.
 """
@@ -20,7 +20,7 @@ _LATIN = (
     "\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
     "\U0001e900-\U0001e943"
 )
-"""Letters with case, as DeepSeek-LLM counts them."""
+"""Cased letters, as DeepSeek-LLM defines them."""
 _EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _ASCII_MARKS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 
@@ -33,32 +33,32 @@ def _bytes(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-class Pre(NamedTuple):
-    """A pre-tokenizer that llama.cpp knows."""
+class PreTokenizer(NamedTuple):
+    """A pre-tokenizer of llama.cpp."""
 
     steps: tuple[dict[str, Any], ...]
-    """Pre-tokenizers of tokenizer.json, one after the other."""
+    """Pre-tokenizers of tokenizer.json, applied in order."""
     ignore_merges: bool = False
-    """Whether a piece that is a token is never merged."""
+    """Whether a piece that is a token skips merging."""
     adds_bos: bool = False
-    """Whether texts begin with BOS where the file does not say."""
+    """Whether texts begin with BOS if the file does not specify it."""
     normalizer: dict[str, Any] | None = None
-    """What the models that use it do to text before; llama.cpp does not."""
+    """Normalizer of the models that use it; llama.cpp does not apply it."""
 
 
 PRE_TOKENIZERS = {
-    "gpt-2": Pre((_bytes(True),)),
-    "smollm": Pre(({"type": "Digits", "individual_digits": True}, _bytes(True))),
-    "qwen2": Pre(
+    "gpt-2": PreTokenizer((_bytes(True),)),
+    "smollm": PreTokenizer(({"type": "Digits", "individual_digits": True}, _bytes(True))),
+    "qwen2": PreTokenizer(
         (_split(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"), _bytes(False)),
         normalizer={"type": "NFC"},
     ),
-    "llama-bpe": Pre(
+    "llama-bpe": PreTokenizer(
         (_split(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"), _bytes(False)),
         ignore_merges=True,
         adds_bos=True,
     ),
-    "deepseek-v3": Pre(
+    "deepseek-v3": PreTokenizer(
         (
             _split(r"\p{N}{1,3}"),
             _split("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
@@ -69,7 +69,7 @@ PRE_TOKENIZERS = {
             _bytes(False),
         )
     ),
-    "deepseek-llm": Pre(
+    "deepseek-llm": PreTokenizer(
         (
             _split(r"[\r\n]"),
             _split(rf"\s?[{_LATIN}]+"),
@@ -80,7 +80,7 @@ PRE_TOKENIZERS = {
             _bytes(False),
         )
     ),
-    "deepseek-coder": Pre(
+    "deepseek-coder": PreTokenizer(
         (
             _split(r"[\r\n]"),
             _split(r"\s?\p{L}+"),
@@ -91,7 +91,7 @@ PRE_TOKENIZERS = {
         )
     ),
 }
-"""By name in tokenizer.ggml.pre, in the order in which they are tried."""
+"""Pre-tokenizers by name in tokenizer.ggml.pre, in the order in which they are tried."""
 ALIASES = {
     "codeshell": "smollm",
     "command-r": "smollm",
@@ -105,23 +105,27 @@ ALIASES = {
     "refact": "smollm",
     "starcoder": "smollm",
 }
-"""Other names of the same rules."""
-_IDLE = ("trim_offsets", "add_prefix_space")
-"""Settings of ByteLevel that change offsets, or that no supported tokenizer sets."""
+"""Other names of the same pre-tokenizers."""
+_IGNORED_SETTINGS = ("trim_offsets", "add_prefix_space")
+"""Settings of ByteLevel that only change offsets, or that no supported tokenizer sets."""
 
 
 def sequence(steps: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """The pre_tokenizer of a tokenizer.json."""
+    """Return the pre_tokenizer entry of a tokenizer.json."""
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-def same_cut(pre_tokenizer: dict[str, Any] | None, steps: tuple[dict[str, Any], ...]) -> bool:
-    """Whether a tokenizer.json says the same as `steps`."""
+def same_rules(pre_tokenizer: dict[str, Any] | None, steps: tuple[dict[str, Any], ...]) -> bool:
+    """Whether the pre_tokenizer of a tokenizer.json is equivalent to `steps`."""
     pre_tokenizer = pre_tokenizer or {}
     theirs = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    return [_essence(step) for step in theirs] == [_essence(step) for step in steps]
+    return [_canonical(step) for step in theirs] == [_canonical(step) for step in steps]
 
 
-def _essence(step: dict[str, Any]) -> str:
-    kept = {key: value for key, value in step.items() if key not in _IDLE or (key == "add_prefix_space" and value)}
+def _canonical(step: dict[str, Any]) -> str:
+    kept = {
+        key: value
+        for key, value in step.items()
+        if key not in _IGNORED_SETTINGS or (key == "add_prefix_space" and value)
+    }
     return json.dumps(kept, sort_keys=True)

@@ -1,8 +1,8 @@
-"""What llama.cpp calls our tensors, and how it lays them out: one table, read in both directions.
+"""Names and layouts of tensors in GGUF files: one table for both directions.
 
-Queries and keys of a Llama are rotated in neighboring pairs there, so their rows stand in another order than in
-Hugging Face files. Experts lie in one stack per layer. The matrix that makes keys and values of MLA's latents is cut
-into two stacks of heads, the keys' transposed, as attention on latents uses them; old files have it whole.
+llama.cpp rotates queries and keys of a Llama in neighboring pairs, so their rows have another order than in Hugging
+Face files. Experts are one stack per layer. kv_b_proj, which computes keys and values from MLA's latents, is split into
+two stacks of heads, with the keys' transposed, as attention on latents uses them; old files have the unsplit matrix.
 Source: llama.cpp, convert_hf_to_gguf.py (conversion/*.py) and src/llama-arch.cpp.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thinkstack.checkpoint.hf.tensors import shapes_on_disk, stored_tensors
+from thinkstack.checkpoint.hf.tensors import shapes_on_disk, tensor_entries
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
 
 ARCHITECTURES = {
@@ -30,12 +30,12 @@ ARCHITECTURES = {
 }
 """general.architecture by family."""
 
-TOP = {
+TOP_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-BLOCK = {
+BLOCK_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -68,79 +68,82 @@ BLOCK = {
     "shared_head.norm.weight": "nextn.shared_head_norm.weight",
     "shared_head.head.weight": "nextn.shared_head_head.weight",
 }
-"""Name within model.layers.N, the number of an expert left out -> name within blk.N."""
-WHOLE, KEYS, VALUES = "attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight"
+"""Name within model.layers.N, without the number of an expert -> name within blk.N."""
+KV_B, K_B, V_B = "attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight"
 ROPE_FREQS = "rope_freqs.weight"
-"""What the frequencies of Llama 3's rotation are divided by."""
+"""Divisors of the frequencies in Llama 3's context extension."""
 
 _BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A tensor of a GGUF."""
+class TensorLayout:
+    """Name, shape and origin of a tensor in a GGUF."""
 
     name: str
     origins: tuple[str, ...]
-    """The Hugging Face tensors it is made of: one, or all experts in order."""
+    """The Hugging Face tensors that it contains: one, or all experts in order."""
     shape: tuple[int, ...]
     order: Literal["", "pairs", "keys", "values"] = ""
-    """What is done to each: nothing, rows of rotated pairs side by side, or one of the two cuts of kv_b_proj."""
+    """Transformation of each origin: none, rows of rotated pairs adjacent, or one of the two parts of kv_b_proj."""
     heads: int = 0
-    """Heads whose rows are reordered."""
+    """Number of heads whose rows are permuted; 0 for none."""
     is_copy: bool = False
-    """Repeats another tensor: read where it is there, never written."""
+    """Repeats another tensor: read if present, never written."""
 
     @property
     def is_stack(self) -> bool:
         return self.name.endswith("_exps.weight")
 
 
-def laid_out(cfg: ModelConfig, is_cut: bool = True) -> list[Laid]:
-    """Every tensor of a GGUF of `cfg`, bottom up; rope_freqs aside. is_cut: whether kv_b_proj is."""
-    shapes, found = shapes_on_disk(cfg), dict[str, Laid]()
-    for item in stored_tensors(cfg):
-        if item.name == "lm_head.weight" and cfg.tie_embeddings:
+def tensor_layouts(cfg: ModelConfig, splits_kv_b: bool = True) -> list[TensorLayout]:
+    """Return the layout of every tensor of a GGUF of `cfg`, without rope_freqs, from embedding to head.
+
+    splits_kv_b: whether kv_b_proj is split into keys and values.
+    """
+    shapes, found = shapes_on_disk(cfg), dict[str, TensorLayout]()
+    for entry in tensor_entries(cfg):
+        if entry.name == "lm_head.weight" and cfg.tie_embeddings:
             continue
-        name, shape = gguf_name(item.name), shapes[item.name]
+        name, shape = gguf_name(entry.name), shapes[entry.name]
         if name in found:
             stack = found[name]
-            origins = (*stack.origins, item.name)
-            found[name] = Laid(name, origins, (len(origins), *shape))
-        elif _EXPERT.search(item.name):
-            found[name] = Laid(name, (item.name,), (1, *shape))
-        elif name.endswith(WHOLE) and is_cut:
-            for laid in _cut_heads(cfg, name.removesuffix(WHOLE), item.name):
-                found[laid.name] = laid
+            origins = (*stack.origins, entry.name)
+            found[name] = TensorLayout(name, origins, (len(origins), *shape))
+        elif _EXPERT.search(entry.name):
+            found[name] = TensorLayout(name, (entry.name,), (1, *shape))
+        elif name.endswith(KV_B) and splits_kv_b:
+            for layout in _kv_b_layouts(cfg, name.removesuffix(KV_B), entry.name):
+                found[layout.name] = layout
         else:
-            heads = _turned_heads(cfg, item.name)
-            found[name] = Laid(name, (item.name,), shape, "pairs" if heads else "", heads, item.is_copy)
+            heads = _permuted_heads(cfg, entry.name)
+            found[name] = TensorLayout(name, (entry.name,), shape, "pairs" if heads else "", heads, entry.is_copy)
     return list(found.values())
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF tensor that one of Hugging Face's is, or is a part of."""
+    """Return the name of the GGUF tensor that contains a Hugging Face tensor."""
     block = _BLOCK_NAME.fullmatch(name)
     if block is None:
-        return TOP[name]
+        return TOP_NAMES[name]
     layer, rest = block[1], _EXPERT.sub(".experts.", block[2])
-    if rest in BLOCK:
-        return f"blk.{layer}.{BLOCK[rest]}"
+    if rest in BLOCK_NAMES:
+        return f"blk.{layer}.{BLOCK_NAMES[rest]}"
     stem, _, leaf = rest.rpartition(".")  # matrices that may have biases
-    return f"blk.{layer}.{BLOCK[stem]}.{leaf}"
+    return f"blk.{layer}.{BLOCK_NAMES[stem]}.{leaf}"
 
 
-def _cut_heads(cfg: ModelConfig, block: str, origin: str) -> tuple[Laid, Laid]:
+def _kv_b_layouts(cfg: ModelConfig, block: str, origin: str) -> tuple[TensorLayout, TensorLayout]:
     mla = cfg.attention
     assert isinstance(mla, MLAConfig)
     keys = (mla.num_heads, mla.kv_lora_rank, mla.qk_nope_head_dim)
     values = (mla.num_heads, mla.v_head_dim, mla.kv_lora_rank)
-    return Laid(block + KEYS, (origin,), keys, "keys"), Laid(block + VALUES, (origin,), values, "values")
+    return TensorLayout(block + K_B, (origin,), keys, "keys"), TensorLayout(block + V_B, (origin,), values, "values")
 
 
-def _turned_heads(cfg: ModelConfig, name: str) -> int:
-    """Heads whose rows llama.cpp keeps in its own order; 0 for none."""
+def _permuted_heads(cfg: ModelConfig, name: str) -> int:
+    """Return the number of heads whose rows llama.cpp permutes; 0 for none."""
     if cfg.family != "llama":
         return 0
     assert isinstance(cfg.attention, GQAConfig)
@@ -148,29 +151,29 @@ def _turned_heads(cfg: ModelConfig, name: str) -> int:
     return heads.get(name.split(".")[-2], 0)
 
 
-def pack(laid: Laid, cfg: ModelConfig, tensor: Tensor) -> Tensor:
-    """One of the origins as it stands in the GGUF."""
-    if laid.order == "pairs":  # pairs (i, i + R/2) of each head side by side
-        return tensor.unflatten(0, (laid.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-    if laid.order:
-        keys, values = _heads_of(cfg, tensor)
-        return keys.transpose(1, 2) if laid.order == "keys" else values
+def to_gguf(layout: TensorLayout, cfg: ModelConfig, tensor: Tensor) -> Tensor:
+    """Convert one origin (a Hugging Face tensor) to its order in the GGUF."""
+    if layout.order == "pairs":  # pairs (i, i + R/2) of each head side by side
+        return tensor.unflatten(0, (layout.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+    if layout.order:
+        keys, values = _split_kv_b(cfg, tensor)
+        return keys.transpose(1, 2) if layout.order == "keys" else values
     return tensor
 
 
-def unpack(laids: Sequence[Laid], tensors: Sequence[Tensor]) -> Tensor:
-    """A Hugging Face tensor out of the GGUF tensors that it became: one, or keys and values."""
-    laid, tensor = laids[0], tensors[0]
-    if laid.order == "pairs":
-        return tensor.unflatten(0, (laid.heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
-    if laid.order:
+def from_gguf(layouts: Sequence[TensorLayout], tensors: Sequence[Tensor]) -> Tensor:
+    """Convert GGUF tensors (one, or keys and values) back to the Hugging Face tensor."""
+    layout, tensor = layouts[0], tensors[0]
+    if layout.order == "pairs":
+        return tensor.unflatten(0, (layout.heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+    if layout.order:
         keys, values = tensors
         dtype = torch.promote_types(keys.dtype, values.dtype)
         return torch.cat([keys.transpose(1, 2).to(dtype), values.to(dtype)], 1).flatten(0, 1)  # (H * (N + V), L)
     return tensor
 
 
-def _heads_of(cfg: ModelConfig, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _split_kv_b(cfg: ModelConfig, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """kv_b_proj (H * (N + V), L) -> keys (H, N, L), values (H, V, L)."""
     mla = cfg.attention
     assert isinstance(mla, MLAConfig)
@@ -178,6 +181,6 @@ def _heads_of(cfg: ModelConfig, tensor: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def is_cut(tensors: Mapping[str, Any]) -> bool:
-    """Whether kv_b_proj is cut into keys and values, as in all but old files."""
-    return f"blk.0.{WHOLE}" not in tensors
+def splits_kv_b(tensors: Mapping[str, Any]) -> bool:
+    """Whether kv_b_proj is split into keys and values, as in all but old files."""
+    return f"blk.0.{KV_B}" not in tensors

@@ -1,4 +1,4 @@
-"""Checkpoints of a hub by name: fetched once into its cache, files of weights and text only."""
+"""Download of hub checkpoints by name into the cache of huggingface_hub; only weight and text files."""
 
 import re
 from pathlib import Path
@@ -6,43 +6,43 @@ from pathlib import Path
 from thinkstack.types import ConfigError
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-FETCHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
-"""Patterns of what is fetched, from the top folder; above all no pickles."""
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
+"""File patterns of a download, in the top folder only; no pickles."""
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether it reads like OWNER/NAME."""
+    """Whether the text has the form OWNER/NAME."""
     return NAME.fullmatch(text) is not None
 
 
 def fetch(name: str) -> Path:
-    """The folder of OWNER/NAME in the cache of huggingface_hub. A connection that breaks is taken up again; of a
-    download that was given up the whole files are kept.
+    """Download OWNER/NAME if necessary and return its folder in the cache of huggingface_hub.
 
-    HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are those of that library. Without a network the newest cached
-    state is taken. Raises ConfigError if there is none, or the hub refuses.
+    Broken connections are retried; an interrupted download keeps its complete files. The library uses HF_ENDPOINT,
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Without a network, the newest cached version is used. Raises ConfigError if
+    there is none, or if the hub denies access.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(FETCHED), ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=list(DOWNLOAD_PATTERNS), ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise ConfigError(
-            f"{name} asks for an agreement; accept it on its page of the hub and set HF_TOKEN to your token"
+            f"{name} requires an agreement; accept it on its hub page and set HF_TOKEN to your token"
         ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"{name} is neither a folder here nor a model of the hub; correct it, or set HF_TOKEN if it is private"
+            f"{name} is neither a local folder nor a model of the hub; correct it, or set HF_TOKEN if it is private"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConfigError(
-            f"{name} is no folder here, and the hub cannot be reached; connect, or give a folder with the checkpoint"
+            f"{name} is not a local folder, and the hub cannot be reached; connect, or give a checkpoint folder"
         ) from error
-    except Exception as error:  # versions of the library use different HTTP clients, each with errors of its own
+    except Exception as error:  # versions of the library use different HTTP clients with different errors
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"fetching {name} failed ({reason}); the same command goes on with the files that are missing"
+            f"fetching {name} failed ({reason}); run the same command again to fetch the missing files"
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(

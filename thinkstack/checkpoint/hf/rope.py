@@ -1,39 +1,42 @@
-"""RopeConfig to and from the rotary keys of a Hugging Face config.json, in the spellings of transformers 4 and 5."""
+"""RopeConfig to and from the rotary keys of a Hugging Face config.json, for transformers 4 and 5."""
 
 from typing import Any
 
-from thinkstack.checkpoint.json_reader import Reader
+from thinkstack.checkpoint.json_reader import JsonReader
 from thinkstack.models.attention_config import yarn_mscale
 from thinkstack.models.config import Llama3RopeConfig, RopeConfig, YarnConfig
 from thinkstack.types import ConfigError
 
-DEEPSEEK_TYPES, PLAIN_TYPES = ("default", "yarn"), ("default", "linear", "llama3", "yarn")
-"""Extensions of the context that latent attention and that the other families are computed with."""
+DEEPSEEK_ROPE_TYPES, ROPE_TYPES = ("default", "yarn"), ("default", "linear", "llama3", "yarn")
+"""Supported context extensions of latent attention, and of the other families."""
 
 
-def read_rope(family: str, read: Reader) -> RopeConfig:
-    """Rotary settings in either spelling; transformers 5 wins where a file has both.
+def read_rope(family: str, reader: JsonReader) -> RopeConfig:
+    """Read the rotary settings of transformers 4 or 5; version 5 takes precedence if a file has both.
 
-    Raises ConfigError for an extension that this package, or the family, does not compute.
+    Raises ConfigError for an extension that this package or the family does not support.
     """
-    rope = read.object("rope_parameters" if read.values.get("rope_parameters") else "rope_scaling")
+    rope = reader.object("rope_parameters" if reader.values.get("rope_parameters") else "rope_scaling")
     rope.require("partial_rotary_factor", 1, "use a model that rotates whole heads")
     is_deepseek = family.startswith("deepseek")
-    kind, known = rope.text("rope_type", rope.text("type", "default")), DEEPSEEK_TYPES if is_deepseek else PLAIN_TYPES
+    kind, known = (
+        rope.text("rope_type", rope.text("type", "default")),
+        DEEPSEEK_ROPE_TYPES if is_deepseek else ROPE_TYPES,
+    )
     if kind not in known:
         raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported in {family}; known: {', '.join(known)}")
     if family == "deepseek_v2":
-        read.require("rope_interleave", True, "DeepseekV2 pairs neighbors")
+        reader.require("rope_interleave", True, "DeepseekV2 pairs neighbors")
     return RopeConfig(
-        theta=rope.number("rope_theta", read.number("rope_theta", 10000.0)),
-        interleaved=is_deepseek and read.flag("rope_interleave", True),
+        theta=rope.number("rope_theta", reader.number("rope_theta", 10000.0)),
+        interleaved=is_deepseek and reader.flag("rope_interleave", True),
         yarn=_read_yarn(is_deepseek, rope) if kind == "yarn" else None,
         llama3=_read_llama3(rope) if kind == "llama3" else None,
         linear_factor=rope.number("factor") if kind == "linear" else 1.0,
     )
 
 
-def _read_llama3(rope: Reader) -> Llama3RopeConfig:
+def _read_llama3(rope: JsonReader) -> Llama3RopeConfig:
     return Llama3RopeConfig(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
@@ -42,14 +45,14 @@ def _read_llama3(rope: Reader) -> Llama3RopeConfig:
     )
 
 
-def _read_yarn(is_deepseek: bool, rope: Reader) -> YarnConfig:
+def _read_yarn(is_deepseek: bool, rope: JsonReader) -> YarnConfig:
     rope.require("truncate", True, "use whole pair indices as the bounds of the blend")
     mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     if all_dim == 0 and mscale in (0, 1):
-        mscale = 1.0  # without mscale_all_dim the amplitude is that of mscale 1
+        mscale = 1.0  # without mscale_all_dim the amplitude is that of mscale = 1
     elif mscale == 0 or all_dim == 0:
         raise ConfigError(
-            f"{rope.where}: mscale={mscale} with mscale_all_dim={all_dim} is read differently by different programs; "
+            f"{rope.where}: programs interpret mscale={mscale} with mscale_all_dim={all_dim} differently; "
             "give both or neither"
         )
     elif not is_deepseek:
@@ -75,7 +78,7 @@ def _read_yarn(is_deepseek: bool, rope: Reader) -> YarnConfig:
 
 
 def rope_keys(rope: RopeConfig) -> dict[str, Any]:
-    """The rotary keys of a config.json, as in the released files."""
+    """Return the rotary keys of a config.json, as in the released files."""
     keys: dict[str, Any] = {"rope_scaling": None, "rope_theta": rope.theta}
     if rope.yarn is not None:
         keys["rope_scaling"] = _yarn_keys(rope.yarn)
@@ -93,7 +96,7 @@ def rope_keys(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _yarn_keys(yarn: YarnConfig) -> dict[str, Any]:
-    """mscale is left out with mscale_all_dim 0, where only the value 1 has a meaning that all programs share."""
+    """Return the YaRN keys. With mscale_all_dim = 0, mscale is left out: programs agree only on the value 1."""
     keys = {
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,

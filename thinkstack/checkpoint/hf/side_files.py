@@ -1,4 +1,4 @@
-"""What lies beside the weights: tokenizer, chat template, and how to generate; made, or kept as they were shipped."""
+"""Side files of a checkpoint: tokenizer, chat template and generation settings; generated, or kept from the source."""
 
 import json
 from collections.abc import Mapping
@@ -19,31 +19,31 @@ from thinkstack.types import ConfigError
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATES, TOOL_USE = "additional_chat_templates", "tool_use"
-"""Folder of more templates by name, and the name of the one for conversations with tools."""
+"""Folder of additional templates by name, and the name of the tool template."""
 CHAT_FORMAT = "thinkstack_chat_format"
-"""Our own key in tokenizer_config.json: the name of the format the model was trained with."""
+"""Our own key in tokenizer_config.json: the chat format that the model was trained with."""
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
-"""How a model with a chat format of ours is to be drawn from, as R1's generation_config.json says."""
+"""Default sampling settings of models with our chat formats, from R1's generation_config.json."""
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Everything in a checkpoint folder but weights and config.json."""
-    weights = (".safetensors", ".gguf", *PICKLES)  # in capitals too
+    """Return all files of a checkpoint folder except weights and config.json."""
+    weights = (".safetensors", ".gguf", *PICKLES)  # case-insensitive
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
     return [path for path in files if path.suffix.lower() not in weights and path.name not in (INDEX, CONFIG)]
 
 
-def companions(
+def make_side_files(
     cfg: ModelConfig, tokenizer: Tokenizer | None, chat: str | ChatFormat | None, like: Path | None = None
 ) -> dict[str, str]:
-    """The text files beside the weights of a model, by name.
+    """Return the text files beside the weights of a model, by name.
 
-    like: a checkpoint folder that the model came from, whose other settings (pad token, added tokens, sampling) are
-    kept. Raises ConfigError for a model, tokenizer and format that do not fit each other.
+    like: the checkpoint folder that the model was trained from; its other settings (pad token, added tokens, sampling)
+    are kept. Raises ConfigError for a mismatch of model, tokenizer and format.
     """
     if tokenizer is None:
         if chat is not None:
-            raise ConfigError("a chat format cannot be saved without the tokenizer that it writes tokens of; give both")
+            raise ConfigError("a chat format cannot be saved without its tokenizer; give both")
         return {GENERATION: _json(_generation_config(cfg, None, {}))}
     check_vocabulary(tokenizer, cfg.vocab_size)
     format_ = chat_format(chat, tokenizer) if isinstance(chat, str) else chat
@@ -61,16 +61,16 @@ def companions(
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str = "the tokenizer") -> None:
-    """Raise ConfigError if a tokenizer has tokens that a model has no embedding for."""
+    """Raise ConfigError if a tokenizer has more tokens than the model has embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"{where} has {tokenizer.vocab_size:,} tokens, the model {vocab_size:,}; use the tokenizer that belongs to "
-            "these weights, or train the model with at least as many"
+            f"{where} has {tokenizer.vocab_size:,} tokens, the model {vocab_size:,}; use the tokenizer of these "
+            "weights, or train the model with at least as many"
         )
 
 
 def _shipped(like: Path | None, tokenizer: Tokenizer) -> dict[str, str]:
-    """The text files of a folder, if its tokenizer is this one."""
+    """Return the text files of a folder if it has the same tokenizer, else {}."""
     if like is None or not (like / TOKENIZER).is_file():
         return {}
     if Tokenizer.load(like).spec != tokenizer.spec:
@@ -83,7 +83,7 @@ def _shipped(like: Path | None, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mapping[str, Any]) -> dict[str, Any]:
-    """What ends an answer is what ends it in the model's configuration, in the chat format, or was shipped."""
+    """Return generation_config.json; end tokens are those of the model, of the chat format, and of the source file."""
     known = shipped.get("eos_token_id")
     ends = [*cfg.eos_ids, *(chat.stop_token_ids if chat else ()), *(known if isinstance(known, list) else [known])]
     ids = [token for token in dict.fromkeys(ends) if token is not None]
@@ -99,9 +99,8 @@ def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mappi
 def _tokenizer_config(
     cfg: ModelConfig, tokenizer: Tokenizer, chat: ChatFormat | None, shipped: Mapping[str, Any], has_file: bool
 ) -> dict[str, Any]:
-    """tokenizer_config.json; the chat template is left out if Jinja text cannot give the same ids as our format, or
-    stands in a file of its own.
-    """
+    """Return tokenizer_config.json; without the chat template if that is in a separate file, or if a template cannot
+    give the ids of our format."""
     config = {key: value for key, value in shipped.items() if key not in (CHAT_FORMAT, "chat_template")}
     if not shipped:
         begin = tokenizer.begin_ids[0] if tokenizer.begin_ids else cfg.bos_id
@@ -125,7 +124,7 @@ def _tokenizer_config(
 
 
 def _template_key(chat: TemplateFormat, shipped: Any) -> str | list[dict[str, str]]:
-    """As it was shipped, unless it has been changed since."""
+    """Return the value of chat_template: unchanged if it is that of the source, else a generated one."""
     known = [entry.get("template") for entry in shipped] if isinstance(shipped, list) else [shipped]
     if chat.template in known:
         return shipped
@@ -136,15 +135,15 @@ def _template_key(chat: TemplateFormat, shipped: Any) -> str | list[dict[str, st
 
 
 def control_token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
-    """The spelling of a control token; None of none. Raises ConfigError if it is an ordinary one."""
+    """Return the text of a control token; None for None. Raises ConfigError for an ordinary token."""
     if token_id is None:
         return None
     for token, known in tokenizer.control.items():
         if known == token_id:
             return token
     raise ConfigError(
-        f"the model begins or ends sequences with token {token_id}, which is no control token of this tokenizer; set "
-        "bos_id and eos_ids of the model to its tokens"
+        f"the model begins or ends sequences with token {token_id}, which is not a control token of this tokenizer; "
+        "set bos_id and eos_ids of the model to its control tokens"
     )
 
 

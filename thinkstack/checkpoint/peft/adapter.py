@@ -1,8 +1,8 @@
-"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors, read and written.
+"""Reading and writing of adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
 
 Names are PEFT's: base_model.model.<module of the checkpoint>.lora_A.weight (r, inputs) and .lora_B.weight (outputs, r).
-Modules are found through the table of names that whole checkpoints use, so gate and up of an expert are two modules on
-disk and one parameter here. Source: huggingface.co/docs/peft, "PEFT checkpoint format".
+Modules are mapped through the name table of complete checkpoints, so gate and up of an expert are two modules on disk
+and one parameter here. Source: huggingface.co/docs/peft, "PEFT checkpoint format".
 """
 
 import json
@@ -20,7 +20,7 @@ from thinkstack.checkpoint.deepseek.files import is_deepseek
 from thinkstack.checkpoint.hf.files import CONFIG as MODEL_CONFIG
 from thinkstack.checkpoint.hf.files import PICKLES, save_weights
 from thinkstack.checkpoint.hf.side_files import side_files
-from thinkstack.checkpoint.hf.tensors import Stored, stored_tensors
+from thinkstack.checkpoint.hf.tensors import TensorEntry, tensor_entries
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.model import ADAPTER_CONFIG as CONFIG
 from thinkstack.checkpoint.model import load_model, locate
@@ -32,7 +32,7 @@ from thinkstack.types import ConfigError
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight$")
-PLAIN: dict[str, tuple[Any, ...]] = {
+ALLOWED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -48,24 +48,24 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, LoftQ, ... change the base too
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, LoftQ, ... also change the base
 }
-"""Values of adapter_config.json that mean a plain adapter; others compute something else and are refused."""
+"""Supported values of adapter_config.json, those of a plain LoRA adapter; other values change the computation."""
 QUANTIZED = re.compile(
     r"(?:^|[-_./])(?:bnb|[2-8]-?bits?|gptq|awq|nf4|w?int[48]|w[48]a\d+|hqq|aqlm|exl[23]|mlx|gguf)(?:$|[-_./])",
     re.IGNORECASE,
 )
-"""Names of bases whose weights are kept in few bits, in formats that are not read here (FP8 is)."""
+"""Names of base models with quantized weights in unsupported formats (FP8 is supported)."""
 
 
 def save_adapter(folder: Path, model: Transformer, cfg: LoRAConfig, base: str) -> None:
-    """Write the adapters of `model` as a PEFT folder, whole or not at all. base: where the adapted checkpoint lies."""
+    """Write the adapters of `model` as a PEFT folder, atomically. base: path of the base checkpoint."""
     known = adapters(model)
-    items = [item for item in stored_tensors(model.cfg) if item.source in known and item.is_written]
-    modules = [item.name.removesuffix(".weight") for item in items]
+    items = [entry for entry in tensor_entries(model.cfg) if entry.source in known and entry.is_written]
+    modules = [entry.name.removesuffix(".weight") for entry in items]
     tensors = {}
-    for item, module in zip(items, modules, strict=True):
-        for matrix, value in zip("AB", _matrices(known[item.source], item), strict=True):
+    for entry, module in zip(items, modules, strict=True):
+        for matrix, value in zip("AB", _matrices(known[entry.source], entry), strict=True):
             tensors[f"{PREFIX}{module}.lora_{matrix}.weight"] = value.detach().cpu().clone()
     config = {
         "base_model_name_or_path": base,
@@ -78,7 +78,7 @@ def save_adapter(folder: Path, model: Transformer, cfg: LoRAConfig, base: str) -
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": cfg.rank,
-        "target_modules": _targets(model, modules),
+        "target_modules": _target_modules(model, modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": cfg.rslora,
     }
@@ -90,27 +90,27 @@ def save_adapter(folder: Path, model: Transformer, cfg: LoRAConfig, base: str) -
     write_folder(folder, fill)
 
 
-def _targets(model: Transformer, modules: list[str]) -> list[str]:
-    """The last parts of the modules' names where these mean no other matrix of the checkpoint, else whole names."""
+def _target_modules(model: Transformer, modules: list[str]) -> list[str]:
+    """Return the last parts of the module names if these match no other matrix of the checkpoint, else full names."""
     ends = {module.rpartition(".")[2] for module in modules}
-    stored = (item.name.removesuffix(".weight") for item in stored_tensors(model.cfg))
+    stored = (entry.name.removesuffix(".weight") for entry in tensor_entries(model.cfg))
     meant = {name for name in stored if name.rpartition(".")[2] in ends}
     return sorted(ends if meant == set(modules) else modules)
 
 
-def _matrices(adapter: Adapter, item: Stored) -> tuple[Tensor, Tensor]:
-    """A and B of one module on disk, as views."""
-    return adapter.lora_a[item.part], adapter.lora_b[item.part]
+def _matrices(adapter: Adapter, entry: TensorEntry) -> tuple[Tensor, Tensor]:
+    """Return views of A and B of one module on disk."""
+    return adapter.lora_a[entry.part], adapter.lora_b[entry.part]
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
-    """Give `model` the adapters of a PEFT folder, in place; it is frozen then. Returns rank, alpha and rslora.
+    """Add the adapters of a PEFT folder to `model` in place; the base is frozen. Returns rank, alpha and rslora.
 
-    Raises ConfigError for a folder that is incomplete, needs more than plain LoRA, or belongs to another model.
+    Raises ConfigError for a folder that is incomplete, uses more than plain LoRA, or belongs to another model.
     """
     path = Path(folder)
     config = read_json(path / CONFIG)
-    for name, allowed in PLAIN.items():
+    for name, allowed in ALLOWED_SETTINGS.items():
         if name in config and config[name] not in allowed:
             raise ConfigError(
                 f"{path / CONFIG}: {name}={config[name]!r} is more than a plain LoRA adapter; merge it with PEFT "
@@ -119,8 +119,8 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     base = config.get("base_model_name_or_path") or ""
     if QUANTIZED.search(str(base)):
         raise ConfigError(
-            f"{path / CONFIG}: the adapter was trained on {base}, whose weights are quantized; merge it there, or, "
-            "to add it to the plain weights, which gives another model, name them in base_model_name_or_path"
+            f"{path / CONFIG}: the adapter was trained on {base}, whose weights are quantized; merge it there, or set "
+            "base_model_name_or_path to the unquantized weights, which gives a different model"
         )
     try:
         cfg = LoRAConfig(
@@ -131,12 +131,12 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     if not cfg.rank:
         raise ConfigError(f"{path / CONFIG}: r=0 adapts nothing; give the folder of a trained adapter")
     found, named = _by_module(path, _read(path)), f": {base}" if base else ""
-    stored = {item.name.removesuffix(".weight"): item for item in stored_tensors(model.cfg)}
+    stored = {entry.name.removesuffix(".weight"): entry for entry in tensor_entries(model.cfg)}
     for module in found:
         if module not in stored or not stored[module].is_matrix or not stored[module].source.startswith("layers."):
             raise ConfigError(
-                f"{path / WEIGHTS}: {module} is no matrix of this model that can be adapted; use the base that the "
-                f"adapter was made for{named}"
+                f"{path / WEIGHTS}: {module} is not a matrix of this model that can be adapted; use the base that the "
+                f"adapter was trained on{named}"
             )
     add_adapters(model, sorted({stored[module].source for module in found}), cfg.rank, cfg.scale)
     known = adapters(model)
@@ -147,7 +147,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
                     shape = tuple(given[matrix].shape) if matrix in given else "missing"
                     raise ConfigError(
                         f"{path / WEIGHTS}: lora_{matrix} of {module} is {shape}, this model and r={cfg.rank} need "
-                        f"{tuple(target.shape)}; use the base that the adapter was made for{named}"
+                        f"{tuple(target.shape)}; use the base that the adapter was trained on{named}"
                     )
                 target.copy_(given[matrix])
     return cfg
@@ -158,10 +158,12 @@ def _by_module(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     for key, value in tensors.items():
         match = KEY.match(key)
         if match is None:
-            raise ConfigError(f"{path / WEIGHTS}: {key} is no matrix of a plain LoRA adapter; merge it with PEFT first")
+            raise ConfigError(
+                f"{path / WEIGHTS}: {key} is not a matrix of a plain LoRA adapter; merge it with PEFT first"
+            )
         found.setdefault(match["module"], {})[match["matrix"]] = value
     if not found:
-        raise ConfigError(f"{path / WEIGHTS} holds no adapter; fetch it again")
+        raise ConfigError(f"{path / WEIGHTS} contains no adapter; fetch it again")
     return found
 
 
@@ -173,18 +175,21 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path / WEIGHTS} is cut off or not a safetensors file ({error}); fetch it again") from error
+        raise ConfigError(
+            f"{path / WEIGHTS} is truncated or not a safetensors file ({error}); fetch it again"
+        ) from error
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Write the checkpoint folder `base` with the adapter merged into its weights, which keep its dtype.
+    """Write the checkpoint folder `base` with the adapter merged into its weights, in the dtype of the base.
 
-    The sum is taken in fp32 and rounded once. Raises ConfigError for what load_model and load_adapter refuse.
+    The sum is computed in fp32 and rounded once. Raises ConfigError as load_model and load_adapter do.
     """
     source = locate(base)
     if not source.is_dir() or is_deepseek(source):
         raise ConfigError(
-            f"{source} is no checkpoint folder in Hugging Face layout; make one first: thinkstack convert {base} OUT"
+            f"{source} is not a checkpoint folder in Hugging Face layout; convert it first: thinkstack convert {base} "
+            "OUT"
         )
     config = read_json(source / MODEL_CONFIG)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
@@ -197,7 +202,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
     def fill(target: Path) -> None:
         for file in side_files(source):
             shutil.copy(file, target / file.name)
-        config.pop("quantization_config", None)  # the sum is written as floats
+        config.pop("quantization_config", None)  # the merged weights are floats
         (target / MODEL_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_weights(plain, target)
 

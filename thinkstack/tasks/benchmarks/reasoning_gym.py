@@ -1,9 +1,12 @@
-"""Problems of the reasoning-gym package (Apache-2.0; an extra) as families called gym/NAME, for example gym/chain_sum.
+"""Data sets of the reasoning-gym package (Apache-2.0; an extra) as tasks named gym/NAME, for example gym/chain_sum.
 
-Three habits of the package are kept out. Item i of a data set is drawn from seed + i, so neighboring seeds share
-nearly all items: here each problem has a data set of one item, whose seed comes from our digest. Its scorers give
-partial credit for substrings: here only exactly 1.0 counts, and an answer that holds more than an answer is refused
-first. Some of its scorers evaluate what the model wrote: those are not called, the reference is compared instead.
+Three properties of the package are worked around:
+
+- It generates item i of a data set from seed + i, so neighboring seeds share nearly all items. Here each problem is a
+  data set of one item, whose seed comes from `digest`.
+- Its scorers give partial credit for substrings. Here only exactly 1.0 counts, and an answer longer than one answer
+  is rejected first.
+- Some scorers evaluate the model's output as code. They are never called; the answer is compared with the reference.
 """
 
 import inspect
@@ -16,94 +19,95 @@ from typing import Any, ClassVar
 
 from thinkstack.config import did_you_mean
 from thinkstack.tasks.puzzles.puzzle import Puzzle, digest
-from thinkstack.tasks.verify.answers import clean, number_of
+from thinkstack.tasks.verify.answers import parse_number, strip_answer
 from thinkstack.types import ConfigError, Problem
 
 PREFIX = "gym/"
-EVALUATING = ("eval(", "exec(", "parse_expr", "sympify")
-"""A data set whose module holds one of these is judged by its reference alone."""
-LEFT_OUT = {
-    "boxnet": "it cannot be made with its default settings",
-    "composite": "it is a mixture; name its parts",
-    "coin_flip": "its answer is nearly always the same",
-    "game_of_life_halting": "its answer is nearly always the same",
+EVALUATION_CALLS = ("eval(", "exec(", "parse_expr", "sympify")
+"""If the module of a data set contains one of these strings, its scorer is not called."""
+EXCLUDED = {
+    "boxnet": "it cannot be created with its default settings",
+    "composite": "it is a mixture; name the data sets it combines",
+    "coin_flip": "nearly all its answers are the same",
+    "game_of_life_halting": "nearly all its answers are the same",
 }
-PROBES = 48
-"""Problems from which the chance of a blind guess is measured."""
+CHANCE_SAMPLES = 48
+"""Number of problems from which `chance` is measured."""
 
 
-def package() -> Any:
-    """The reasoning_gym module. Raises ConfigError if it is not installed."""
+def import_reasoning_gym() -> Any:
+    """Return the reasoning_gym module. Raises ConfigError if it is not installed."""
     try:
         import reasoning_gym
     except ImportError as error:
-        way_out = "pip install 'thinkstack[gym]', or choose families without the prefix gym/"
+        way_out = "pip install 'thinkstack[gym]', or choose tasks without the prefix gym/"
         raise ConfigError(f"tasks called gym/... need the package reasoning-gym ({error}); {way_out}") from error
     return reasoning_gym
 
 
 @cache
 def puzzle_task(name: str) -> "ReasoningGymTask":
-    """The family called `name`, which starts with gym/. Raises ConfigError if there is no such data set to be used."""
+    """Return the task `name`, which starts with gym/. Raises ConfigError if there is no usable data set of that
+    name."""
     return ReasoningGymTask(name)
 
 
 class ReasoningGymTask:
-    """A data set of reasoning-gym. It has questions and a checker, but no worked solutions: `line` refuses.
+    """A data set of reasoning-gym: questions and a verifier, no worked solutions (`line` raises ConfigError).
 
-    A level is a step of the data set's curriculum. The key is the seed of the item, then a hash of its question, which
-    alone decides the split: the same question is never in both, and the item can be made again from the key.
+    The level is a step of the data set's curriculum. The key is the seed of the item followed by a hash of its
+    question. Only the hash decides the split, so a question is never in both splits; the seed regenerates the item.
     """
 
     wordings: ClassVar[dict[str, tuple[str, ...]]] = {"en": ("{question}",)}
 
     def __init__(self, name: str):
         self.name, self.data_set = name, name.removeprefix(PREFIX)
-        known = sorted(set(package().factory.BENCHMARKS) - set(LEFT_OUT))
-        if self.data_set in LEFT_OUT:
-            raise ConfigError(f"{name} is left out: {LEFT_OUT[self.data_set]}")
-        if self.data_set not in known:
-            raise ConfigError(f"unknown task {name!r}{did_you_mean(self.data_set, known)}")
-        self.levels: tuple[int, ...] = (1, 2, 3) if self.data_set in package().factory.CURRICULA else (1,)
-        self._refuse_unusable()
+        available = sorted(set(import_reasoning_gym().factory.BENCHMARKS) - set(EXCLUDED))
+        if self.data_set in EXCLUDED:
+            raise ConfigError(f"{name} is excluded: {EXCLUDED[self.data_set]}")
+        if self.data_set not in available:
+            raise ConfigError(f"unknown task {name!r}{did_you_mean(self.data_set, available)}")
+        self.levels: tuple[int, ...] = (1, 2, 3) if self.data_set in import_reasoning_gym().factory.CURRICULA else (1,)
+        self._check_usable()
 
-    def _refuse_unusable(self) -> None:
-        """Two items made alike must be alike, and have a reference that its own scorer finds right."""
-        items = [self._make(1, 1)[1] for _ in range(2)]
+    def _check_usable(self) -> None:
+        """Raise ConfigError unless generation is deterministic and yields a reference answer."""
+        items = [self._make_item(1, 1)[1] for _ in range(2)]
         if items[0]["question"] != items[1]["question"] or items[0]["answer"] != items[1]["answer"]:
-            raise ConfigError(f"{self.name} cannot be used: it draws other problems from the same seed")
+            raise ConfigError(f"{self.name} cannot be used: the same seed generates different problems")
         if not isinstance(items[0]["answer"], str) or not items[0]["answer"].strip():
-            raise ConfigError(f"{self.name} cannot be used: it gives no reference answer")
+            raise ConfigError(f"{self.name} cannot be used: it has no reference answer")
 
-    def _make(self, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
-        """A data set of one item, and that item."""
-        factory, settings = package().factory, {"seed": seed, "size": 1}
+    def _make_item(self, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
+        """Return a data set of one item, and that item."""
+        factory, settings = import_reasoning_gym().factory, {"seed": seed, "size": 1}
         if self.data_set in factory.CURRICULA:
             curriculum = factory.create_curriculum(self.data_set)
             curriculum.set_global_level(level - 1)
             settings = vars(curriculum.generate_configuration(settings))
-        made = factory.create_dataset(self.data_set, **settings)
-        return made, made[0]
+        dataset = factory.create_dataset(self.data_set, **settings)
+        return dataset, dataset[0]
 
     @cached_property
-    def is_evaluating(self) -> bool:
-        """Whether the module of the data set runs text as code or as a formula somewhere."""
-        source = inspect.getsource(sys.modules[package().factory.BENCHMARKS[self.data_set][0].__module__])
-        return any(word in source for word in EVALUATING)
+    def evaluates_answers(self) -> bool:
+        """Whether the module of the data set evaluates text as code or as a formula."""
+        source = inspect.getsource(sys.modules[import_reasoning_gym().factory.BENCHMARKS[self.data_set][0].__module__])
+        return any(word in source for word in EVALUATION_CALLS)
 
     @cached_property
     def chance(self) -> float:
-        """Share of the commonest answer at a level, over levels; measured, for the package states none."""
+        """Mean over levels of the share of the most common answer; measured, since the package states none."""
         answers = {level: Counter[str]() for level in self.levels}
-        for seed in range(PROBES):
+        for seed in range(CHANCE_SAMPLES):
             level = self.levels[seed % len(self.levels)]
-            answers[level][self._make(level, digest("chance", seed) % 2**32)[1]["answer"]] += 1
+            answers[level][self._make_item(level, digest("chance", seed) % 2**32)[1]["answer"]] += 1
         shares = [counts.most_common(1)[0][1] / counts.total() for counts in answers.values()]
-        return sum(shares) / len(shares) if max(shares) > 1.5 * len(self.levels) / PROBES else 0.0
+        return sum(shares) / len(shares) if max(shares) > 1.5 * len(self.levels) / CHANCE_SAMPLES else 0.0
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
         seed = rng.getrandbits(32)
-        item = self._make(level, seed)[1]
+        item = self._make_item(level, seed)[1]
         return Puzzle((seed, item["question"], str(item["answer"])), (None,) * level)
 
     def key(self, puzzle: Puzzle) -> str:
@@ -111,19 +115,19 @@ class ReasoningGymTask:
         return f"{seed:08x}{digest(self.name, question) & 0xFFFFFFFF:08x}"
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Spelt like the reference, or exactly 1.0 by the package and no longer than an answer."""
-        if clean(answer) == clean(problem.answer):
+        """Whether the answer equals the reference, or is short enough and scores exactly 1.0 in the package."""
+        if strip_answer(answer) == strip_answer(problem.answer):
             return True
-        if self.is_evaluating or not _is_as_short(problem.answer, answer):
+        if self.evaluates_answers or not _is_short_enough(problem.answer, answer):
             return False
-        made, item = _made_again(self, problem.level, int(problem.key[:8], 16))
+        dataset, item = _remake_item(self, problem.level, int(problem.key[:8], 16))
         if item["question"] != problem.question:
             raise ConfigError(
-                f"{self.name} gives another question for {problem.key}; use the version it was drawn with"
+                f"{self.name} generates a different question for {problem.key}; use the package version that made it"
             )
         try:
-            return bool(made.score_answer(clean(answer), item) == 1.0)
-        except Exception:  # foreign scorers parse what a model wrote; one that fails on it has not found it right
+            return bool(dataset.score_answer(strip_answer(answer), item) == 1.0)
+        except Exception:  # the package's scorers parse model output; an answer that makes one fail is wrong
             return False
 
     def first_state(self, puzzle: Puzzle) -> str:
@@ -133,30 +137,30 @@ class ReasoningGymTask:
         return state
 
     def other_states(self, state: str) -> Sequence[str]:
-        raise self._unworked()
+        raise self._no_solutions()
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         return {"question": puzzle.start[1]}
 
     def line(self, state: str, op: None, result: str, language: str) -> str:
-        raise self._unworked()
+        raise self._no_solutions()
 
     def answer(self, puzzle: Puzzle, state: str, language: str) -> str:
         return state
 
-    def _unworked(self) -> ConfigError:
+    def _no_solutions(self) -> ConfigError:
         return ConfigError(f"{self.name} has no worked solutions; use it for RL or evaluation, not in a corpus")
 
 
 @lru_cache(maxsize=512)
-def _made_again(of: ReasoningGymTask, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
-    return of._make(level, seed)
+def _remake_item(of: ReasoningGymTask, level: int, seed: int) -> tuple[Any, dict[str, Any]]:
+    return of._make_item(level, seed)
 
 
-def _is_as_short(reference: str, answer: str) -> bool:
-    """Whether `answer` could be one answer of the kind of the reference: a number for a number, no more words or lines,
-    and at most twice the characters."""
-    if number_of(reference) is not None and number_of(answer) is None:
+def _is_short_enough(reference: str, answer: str) -> bool:
+    """Whether `answer` can be a single answer: a number if the reference is one, no more lines than the reference, and
+    at most twice its words and twice its characters (8 characters are always allowed)."""
+    if parse_number(reference) is not None and parse_number(answer) is None:
         return False
     lines, words = len(answer.strip().split("\n")), len(answer.split())
     length, most = len("".join(answer.split())), 2 * len("".join(reference.split()))

@@ -1,7 +1,6 @@
-"""Last-digit arithmetic: a digit carried through operations, written as a chain or as nested brackets.
+"""Last-digit arithmetic: operations on a digit, written as a chain or as nested brackets.
 
-Factors are 3, 7 and 9 only: they permute the ten digits, so no state is forgotten on the way and every operation
-matters.
+Factors are 3, 7 and 9 only: they permute the ten digits, so no operation loses the state and every operation matters.
 """
 
 import random
@@ -14,23 +13,23 @@ FACTORS = (3, 7, 9)
 
 
 def random_operation(rng: random.Random) -> tuple[str, int]:
-    """One of + * with its digit. No difference: the last digit of a negative number is a matter of taste."""
+    """Return + or * with a digit. Subtraction is left out: the last digit of a negative number is ambiguous."""
     sign = rng.choice("+*")
     return sign, rng.choice(FACTORS) if sign == "*" else rng.randrange(10)
 
 
 def apply(left: int, sign: str, right: int) -> int:
-    """The last digit of `left sign right`."""
+    """Return the last digit of `left sign right`."""
     return {"+": left + right, "*": left * right}[sign] % 10
 
 
 def other_digits(digit: int) -> Sequence[int]:
-    """The nine other digits."""
+    """Return the nine other digits."""
     return [other for other in range(10) if other != digit]
 
 
 class Chain:
-    """6+4*7+5: from left to right, the last digit carried on."""
+    """6+4*7+5: evaluated left to right, reduced to the last digit at every step."""
 
     name = "chain"
     levels = (2, 3, 4, 5, 6)
@@ -66,7 +65,7 @@ class Chain:
     def other_states(self, state: int) -> Sequence[int]:
         return other_digits(state)
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         return {"puzzle": str(puzzle.start) + "".join(f"{sign}{digit}" for sign, digit in puzzle.ops)}
 
     def line(self, state: int, op: tuple[str, int], result: int, language: str) -> str:
@@ -77,7 +76,7 @@ class Chain:
 
 
 class Nested:
-    """3*(4+(2*7)): from the inside out, the last digit carried on."""
+    """3*(4+(2*7)): evaluated from the inside out, reduced to the last digit at every step."""
 
     name = "nested"
     levels = (2, 3, 4, 5, 6)
@@ -102,7 +101,8 @@ class Nested:
     }
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
-        """The start stands innermost; each operation (sign, digit) goes around what is there, its digit to the left."""
+        """Generate a puzzle. The start is innermost; each operation (sign, digit) wraps it, with its digit on the
+        left."""
         start = rng.randrange(10)
         return Puzzle(start, tuple(random_operation(rng) for _ in range(level)))
 
@@ -116,7 +116,7 @@ class Nested:
     def other_states(self, state: int) -> Sequence[int]:
         return other_digits(state)
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         inside = str(puzzle.start)
         for index, (sign, digit) in enumerate(puzzle.ops):
             inside = f"{digit}{sign}({inside})" if index else f"{digit}{sign}{inside}"

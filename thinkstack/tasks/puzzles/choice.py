@@ -1,4 +1,4 @@
-"""Multiple choice: the value of a short calculation among four."""
+"""Multiple choice: pick the result of a short calculation from four values."""
 
 import random
 from collections.abc import Sequence
@@ -12,17 +12,16 @@ LETTERS = "ABCD"
 
 
 class Choice:
-    """The state is the value, and after the last operation the letter; operations are (sign, number), then
+    """The state is the value; after the last operation it is the letter. Operations: (sign, number), then
     ("pick", the four values).
 
-    The values are evenly spaced and the place of the right one among them is drawn evenly, so neither their size nor
-    their order says anything.
+    The values are evenly spaced and the rank of the correct one is uniform, so neither size nor order reveals it.
     """
 
     name = "choice"
     levels = (3, 4, 5)
     chance = 0.25
-    WORDS: ClassVar[dict[str, dict[str, str]]] = {
+    STEP_PHRASES: ClassVar[dict[str, dict[str, str]]] = {
         "+": {"en": "add {0}", "zh": "加{0}"},
         "-": {"en": "subtract {0}", "zh": "减{0}"},
         "*": {"en": "multiply by {0}", "zh": "乘以{0}"},
@@ -60,18 +59,18 @@ class Choice:
         return Puzzle(start, (*ops, ("pick", tuple(options))))
 
     def key(self, puzzle: Puzzle) -> str:
-        """The same calculation with other values to choose from is the same problem."""
+        """Hash of the calculation alone: other options make the same problem."""
         return f"{digest(self.name, puzzle.start, *puzzle.ops[:-1]):016x}"
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """One letter, with or without brackets."""
+        """Accept one letter, with or without brackets."""
         return same_choice(problem.answer, answer)
 
     def first_state(self, puzzle: Puzzle) -> int:
         return puzzle.start
 
     def advance(self, state: Any, op: tuple) -> Any:
-        """A value that is not to choose from is taken for the nearest."""
+        """For "pick", a value that is not an option maps to the nearest option."""
         sign, number = op
         if sign == "pick":
             return LETTERS[min(range(4), key=lambda place: abs(number[place] - state))]
@@ -82,9 +81,9 @@ class Choice:
             return [letter for letter in LETTERS if letter != state]
         return [state + slip for slip in (-30, -20, -10, 10, 20, 30)]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         *steps, (_, options) = puzzle.ops
-        said = [self.WORDS[sign][language].format(number) for sign, number in steps]
+        said = [self.STEP_PHRASES[sign][language].format(number) for sign, number in steps]
         shown = [f"{letter}. {value}" for letter, value in zip(LETTERS, options, strict=True)]
         joined = (", " if language == "en" else ",").join(said)
         return {"start": str(puzzle.start), "steps": joined, "options": "\n".join(shown)}

@@ -1,6 +1,7 @@
-"""A pre-training corpus as the web is: questions with guesses, right and wrong workings and remarks; plain sentences.
+"""A synthetic pre-training corpus that imitates the web: questions with guessed answers, with correct and wrong worked
+solutions, and plain sentences.
 
-Every document is named by (seed, index) and made when asked for; nothing is downloaded or stored.
+A document is a function of (seed, index) and generated on demand; nothing is downloaded or stored.
 """
 
 import random
@@ -10,33 +11,33 @@ from dataclasses import dataclass
 from thinkstack.config import Share
 from thinkstack.tasks.puzzles.puzzle import (
     PuzzleTask,
-    Working,
+    Solution,
     digest,
     generate_puzzle,
-    pose,
-    right_answer,
+    make_problem,
+    reference_answer,
     seen_wordings,
-    work,
+    solve,
 )
 from thinkstack.types import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What the corpus is mixed from. Shares are probabilities."""
+    """Composition of the corpus. Shares are probabilities."""
 
     prose_share: Share = 0.08
-    """Documents that are plain sentences or small talk."""
+    """Share of documents that are plain sentences or short greetings."""
     drill_share: Share = 0.1
-    """Documents that are right steps out of context, as in a times table."""
+    """Share of documents that are lists of correct steps out of context, like a times table."""
     worked_share: Share = 0.4
-    """Answers that show their working; the others guess."""
+    """Share of answers with a worked solution; the others are guesses."""
     wrong_working_share: Share = 0.45
-    """Workings with one wrong step, its error carried on."""
+    """Share of worked solutions with one wrong step, whose error propagates to the answer."""
     right_guess_share: Share = 0.5
-    """Guesses that happen to be right."""
+    """Share of guesses that are correct."""
     untagged_share: Share = 0.08
-    """Answers that leave out the think and answer tags."""
+    """Share of guesses without the think and answer tags."""
 
     def __post_init__(self) -> None:
         for name, share in vars(self).items():
@@ -46,7 +47,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a question with its answer, or plain text with an empty question."""
+    """A question with its answer, or plain text with an empty question."""
 
     question: str
     text: str
@@ -61,7 +62,8 @@ OPENINGS = {
     "en": ("Step by step.", "Let me see.", "One at a time.", "Slowly.", "First things first.", "Work it out."),
     "zh": ("一步一步来。", "让我算算。", "先想一想。", "慢慢来。", "逐步算。", "仔细算。"),
 }
-"""More openings than guesses, all beginning differently: the likeliest single start of an answer is a guess."""
+"""First lines of worked solutions. There are more of them than of GUESSES, and all start with different words, so the
+most likely first token of an answer starts a guess."""
 UNTAGGED = {
     "en": ("It is {answer}.", "The answer is {answer}.", "{answer}"),
     "zh": ("是{answer}。", "答案是{answer}。", "{answer}"),
@@ -69,9 +71,9 @@ UNTAGGED = {
 
 
 def documents(tasks: list[PuzzleTask], cfg: CorpusConfig, seed: int, start: int = 0) -> Iterator[Document]:
-    """The corpus from document `start` on, without end. Raises ConfigError if there is no family."""
+    """Yield the corpus from document `start` on, without end. Raises ConfigError if `tasks` is empty."""
     if not tasks:
-        raise ConfigError("the corpus needs at least one task family")
+        raise ConfigError("the corpus needs at least one task; name some in tasks")
     index = start
     while True:
         yield document(tasks, cfg, seed, index)
@@ -79,7 +81,7 @@ def documents(tasks: list[PuzzleTask], cfg: CorpusConfig, seed: int, start: int 
 
 
 def document(tasks: list[PuzzleTask], cfg: CorpusConfig, seed: int, index: int) -> Document:
-    """Document `index` of the corpus that `seed` names."""
+    """Generate document `index` of the corpus of `seed`."""
     rng = random.Random(digest("corpus", seed, index))
     kind = rng.random()
     if kind < cfg.prose_share:
@@ -89,52 +91,55 @@ def document(tasks: list[PuzzleTask], cfg: CorpusConfig, seed: int, index: int) 
     if kind < cfg.prose_share + cfg.drill_share:
         return Document("", drill(task, rng, language, (seed, index)))
     puzzle = generate_puzzle(task, "train", rng.choice(task.levels), (seed, index))
-    problem = pose(task, puzzle, language, rng.choice(seen_wordings(task, language)))
+    problem = make_problem(task, puzzle, language, rng.choice(seen_wordings(task, language)))
     if rng.random() < cfg.worked_share:
-        working = work(task, puzzle, language, rng if rng.random() < cfg.wrong_working_share else None)
-        return Document(problem.question, worked_turn(working, rng.choice(OPENINGS[language])))
-    answer = right_answer(task, puzzle, language)
+        solution = solve(task, puzzle, language, rng if rng.random() < cfg.wrong_working_share else None)
+        return Document(problem.question, format_solution(solution, rng.choice(OPENINGS[language])))
+    answer = reference_answer(task, puzzle, language)
     if rng.random() >= cfg.right_guess_share:
-        answer = guess(task, rng, language)
+        answer = random_answer(task, rng, language)
     if rng.random() < cfg.untagged_share:
         return Document(problem.question, rng.choice(UNTAGGED[language]).replace("{answer}", answer))
-    return Document(problem.question, turn(rng.choice(GUESSES[language]), answer))
+    return Document(problem.question, format_turn(rng.choice(GUESSES[language]), answer))
 
 
 def drill(task: PuzzleTask, rng: random.Random, language: str, seed: object) -> str:
-    """Right steps of different problems, one a line."""
+    """Return correct steps of different problems, one per line."""
     lines = []
     for number in range(DRILL_LINES):
         puzzle = generate_puzzle(task, "train", rng.choice(task.levels), (seed, number))
-        lines.append(rng.choice(work(task, puzzle, language).lines))
+        lines.append(rng.choice(solve(task, puzzle, language).lines))
     return "\n".join(lines)
 
 
-def guess(task: PuzzleTask, rng: random.Random, language: str) -> str:
-    """The answer to some other problem of the family."""
-    return right_answer(task, task.generate(rng, rng.choice(task.levels)), language)
+def random_answer(task: PuzzleTask, rng: random.Random, language: str) -> str:
+    """Return the answer to another random problem of the task."""
+    return reference_answer(task, task.generate(rng, rng.choice(task.levels)), language)
 
 
 def worked_example(
     tasks: list[PuzzleTask], seed: int, index: int, languages: tuple[str, ...]
-) -> tuple[Problem, Working]:
-    """Training problem `index` with its worked solution, which is right. Families take turns; languages: () for all."""
+) -> tuple[Problem, Solution]:
+    """Return training problem `index` with its correct worked solution.
+
+    Tasks alternate by index. languages: allowed languages; () allows all.
+    """
     task = tasks[index % len(tasks)]
     rng = random.Random(digest("worked example", seed, index))
     puzzle = generate_puzzle(task, "train", rng.choice(task.levels), ("worked example", seed, index))
     language = rng.choice([name for name in task.wordings if not languages or name in languages])
-    problem = pose(task, puzzle, language, rng.choice(seen_wordings(task, language)))
-    return problem, work(task, puzzle, language)
+    problem = make_problem(task, puzzle, language, rng.choice(seen_wordings(task, language)))
+    return problem, solve(task, puzzle, language)
 
 
-def turn(thinking: str, answer: str) -> str:
-    """A well-formed assistant turn."""
+def format_turn(thinking: str, answer: str) -> str:
+    """Return a well-formed assistant turn."""
     return f"<think>\n{thinking}\n</think>\n<answer>{answer}</answer>"
 
 
-def worked_turn(working: Working, opening: str) -> str:
-    """A turn that shows its lines."""
-    return turn("\n".join((opening, *working.lines)), working.answer)
+def format_solution(solution: Solution, opening: str) -> str:
+    """Return a turn whose thinking is the opening and the lines of the solution."""
+    return format_turn("\n".join((opening, *solution.lines)), solution.answer)
 
 
 PEOPLE = {"en": ("Ann", "Ben", "Kate", "Leo", "Mia", "Jack"), "zh": ("小明", "小红", "小李", "小王", "老张", "阿美")}
@@ -157,7 +162,7 @@ PROSE = {
         "{other}和{who}在{where}找{what}。",
     ),
 }
-TALK = {
+SMALL_CHAT = {
     "en": (
         ("Hello!", "Hello! Give me a puzzle."),
         ("Who are you?", "I am a very small model. I know a few kinds of puzzles."),
@@ -174,10 +179,10 @@ TALK = {
 
 
 def prose(rng: random.Random) -> Document:
-    """Two or three plain sentences, or a bit of small talk."""
+    """Return two or three plain sentences, or a short greeting with its reply."""
     language = rng.choice(("en", "zh"))
     if rng.random() < 0.3:
-        return Document(*rng.choice(TALK[language]))
+        return Document(*rng.choice(SMALL_CHAT[language]))
     sentences = []
     for _ in range(rng.choice((2, 3))):
         who, other = rng.sample(PEOPLE[language], 2)

@@ -1,4 +1,4 @@
-"""The shell game: a ball under one of five cups, and cups that are swapped."""
+"""The shell game: a ball under one of five cups, and pairs of cups are swapped."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ CUPS = range(1, 6)
 
 
 class Cups:
-    """The ball moves when its cup does; swaps do not commute, so the order cannot be ignored."""
+    """The ball moves with its cup. Swaps do not commute, so the order matters."""
 
     name = "cups"
     levels = (2, 3, 4, 5, 6)
@@ -48,7 +48,7 @@ class Cups:
     def other_states(self, state: int) -> Sequence[int]:
         return [cup for cup in CUPS if cup != state]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         return {"cup": str(puzzle.start), "swaps": ",".join(f"{first}-{second}" for first, second in puzzle.ops)}
 
     def line(self, state: int, op: tuple[int, int], result: int, language: str) -> str:

@@ -1,8 +1,8 @@
 """Family relations in English and Chinese: who is my father's elder brother's daughter to me?
 
-A relation is a row of TERMS; both languages walk the same rows and name them in their own words. English does not tell
-the sides of a family apart, Chinese tells most of them apart. Steps that could lead to different rows (a father's son
-may be myself) are left out of NEXT.
+A relation is a row of TERMS; both languages use the same rows with their own words. English does not distinguish the
+sides of a family; Chinese distinguishes most of them. NEXT leaves out steps that could lead to different rows (a
+father's son may be myself).
 """
 
 import random
@@ -60,7 +60,7 @@ TERMS = {hop: (hop, word) for hop, word in HOPS.items()} | {
 
 
 def _siblings(brother: str, sister: str) -> dict[str, str]:
-    """Where a person's brothers and sisters lead when age makes no difference."""
+    """Map the sibling hops to two relations, regardless of age."""
     return dict.fromkeys(BROTHERS, brother) | dict.fromkeys(SISTERS, sister)
 
 
@@ -97,14 +97,14 @@ NEXT: dict[str, dict[str, str]] = {
     "grandfather's sister": _GREAT,
     **{f"son's son's {child}": _siblings("son's son's son", "son's son's daughter") for child in ("son", "daughter")},
 }
-"""NEXT[relation][hop]: who the hop from that relative leads to. What is missing has no sole answer."""
+"""NEXT[relation][hop]: the relation that the hop from that relative leads to. Missing pairs have no unique answer."""
 
 
 @cache
 def _walks(level: int) -> dict[str, list[tuple[str, ...]]]:
-    """All walks of level + 1 hops by the English term they end at.
+    """Return all walks of level + 1 hops, grouped by the English term they end at.
 
-    Left out are two hops between siblings in a row, and ends that the question names (a brother's father).
+    Excluded are two consecutive sibling hops, and walks that end at a single hop (a brother's father).
     """
     found: list[tuple[tuple[str, ...], str]] = [((hop,), hop) for hop in HOPS]
     for _ in range(level):
@@ -122,7 +122,7 @@ def _walks(level: int) -> dict[str, list[tuple[str, ...]]]:
 
 
 class Kin:
-    """The state is the relation reached, an operation the next hop; the level does not count the first one."""
+    """The state is the current relation, an operation is the next hop; the level does not count the first hop."""
 
     name = "kin"
     levels = (1, 2, 3, 4)
@@ -147,7 +147,7 @@ class Kin:
     }
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
-        """The English term is drawn first and evenly, or half of the long walks would end at a cousin."""
+        """Choose the English term uniformly first; otherwise half of the long walks would end at a cousin."""
         walks = _walks(level)
         hops = rng.choice(walks[rng.choice(tuple(walks))])
         return Puzzle(hops[0], hops[1:])
@@ -156,14 +156,14 @@ class Kin:
         return puzzle.start
 
     def advance(self, state: str, op: str) -> str:
-        """A hop that the table leaves out keeps the state: only a wrong step can lead there."""
+        """A hop missing from the table keeps the state; only a wrong step can lead there."""
         return NEXT.get(state, {}).get(op, state)
 
     def other_states(self, state: str) -> Sequence[str]:
-        """Relations with another name in both languages."""
+        """Return the relations whose names differ in both languages."""
         return [other for other, names in TERMS.items() if not set(names) & set(TERMS[state])]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         hops = (puzzle.start, *puzzle.ops)
         return {"walk": "'s ".join(hops) if language == "en" else "".join(f"的{HOPS[hop]}" for hop in hops)[1:]}
 

@@ -38,9 +38,9 @@ COMPOSE = {
     "great-pibling": {"sibling": "great-pibling"},
     "cousin": {"sibling": "cousin"},
 }
-"""COMPOSE[r][s]: what X is to Z when X is the r of Y and Y is the s of Z. Pairs without one sole name are left out."""
+"""COMPOSE[r][s]: what X is to Z if X is the r of Y and Y is the s of Z. Pairs without a unique name are left out."""
 
-GIVEN = ("parent", "child", "sibling")
+FACT_RELATIONS = ("parent", "child", "sibling")
 MEN = ("Ben", "Dan", "Hugo", "Jack", "Leo", "Max", "Sam", "Tom")
 WOMEN = ("Ann", "Eve", "Ida", "Kate", "Lucy", "Mia", "Sue", "Zoe")
 
@@ -49,7 +49,8 @@ IS_WOMAN = {word: word == words[1] for words in TERMS.values() for word in words
 
 
 class Kinship:
-    """The state is the word for what the first person is to the last one reached, an operation the next fact's word."""
+    """The state is the term for what the first person is to the last person so far; an operation is the next fact's
+    term."""
 
     name = "kinship"
     levels = (2, 3, 4, 5, 6)
@@ -66,10 +67,10 @@ class Kinship:
     }
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
-        """Walk the table of relations; a walk that can go no further is begun again."""
+        """Walk COMPOSE at random; a walk that reaches a dead end restarts."""
         relations: list[str] = []
         while len(relations) < level + 1:
-            state = rng.choice(GIVEN)
+            state = rng.choice(FACT_RELATIONS)
             relations = [state]
             while len(relations) < level + 1 and COMPOSE.get(state):
                 relations.append(rng.choice(tuple(COMPOSE[state])))
@@ -84,14 +85,14 @@ class Kinship:
         return puzzle.start
 
     def advance(self, state: str, op: str) -> str:
-        """A pair the table leaves out keeps the state: only a wrong step can lead there."""
+        """A pair missing from the table keeps the state; only a wrong step can lead there."""
         relation = RELATION[state]
         return TERMS[COMPOSE.get(relation, {}).get(RELATION[op], relation)][IS_WOMAN[state]]
 
     def other_states(self, state: str) -> Sequence[str]:
         return [word for word in RELATION if word != state]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         names, words = puzzle.names, (puzzle.start, *puzzle.ops)
         facts = [f"{a} is {b}'s {word}." for a, b, word in zip(names, names[1:], words, strict=False)]
         return {"facts": " ".join(facts), "first": names[0], "last": names[-1]}

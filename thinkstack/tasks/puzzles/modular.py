@@ -1,4 +1,4 @@
-"""Residues carried through additions and multiplications."""
+"""Modular arithmetic: additions and multiplications of a residue."""
 
 import random
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import ClassVar
 from thinkstack.tasks.puzzles.puzzle import Puzzle
 
 MODULI = (7, 11, 13)
-"""Primes, so that no factor forgets part of the state."""
+"""Primes, so that no factor loses part of the state."""
 
 
 class Modular:
-    """5, then +8, *3, ...: from left to right, reduced modulo a prime at every step. State: (residue, modulus)."""
+    """5, then +8, *3, ...: left to right, reduced modulo a prime at every step. The state is (residue, modulus)."""
 
     name = "modular"
     levels = (2, 3, 4, 5, 6)
@@ -54,7 +54,7 @@ class Modular:
     def other_states(self, state: tuple[int, int]) -> Sequence[tuple[int, int]]:
         return [(other, state[1]) for other in range(state[1]) if other != state[0]]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         start, modulus = puzzle.start
         steps = ",".join(f"{sign}{number}" for sign, number in puzzle.ops)
         return {"start": str(start), "modulus": str(modulus), "steps": steps}

@@ -1,4 +1,4 @@
-"""Small programs: what does one print, and which line does not do what it should? They are read, never run."""
+"""Small programs: predict the output, or find the faulty line. The programs are never executed."""
 
 import random
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import ClassVar
 from thinkstack.tasks.puzzles.puzzle import Puzzle
 
 State = tuple[int, int, int]
-"""Values of a and b, and which of them (0 or 1) was looked at last."""
+"""Values of a and b, and the index (0 or 1) of the variable of the last statement."""
 VARIABLES = ("a", "b")
 
 
 class Program:
-    """The state holds the variables; an operation is one statement on variable `target` (0 or 1):
+    """The state holds the variables; an operation is one statement on variable `target` (0 or 1).
 
-    ("set", target, source, sign, number or variable), ("if", target, limit, sign, number): only if target > limit,
-    ("for", target, times, number): add the number that many times.
+    ("set", target, source, sign, number or variable); ("if", target, limit, sign, number): only if target > limit;
+    ("for", target, times, number): add the number `times` times.
     """
 
     name = "program"
@@ -41,7 +41,7 @@ class Program:
     }
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
-        """Statements that keep the values small, each of which the output depends on."""
+        """Generate statements that keep the values small and that all affect the output."""
         while True:
             start = (rng.randrange(1, 20), rng.randrange(1, 20))
             ops = tuple(self._statement(rng) for _ in range(level))
@@ -49,7 +49,7 @@ class Program:
             for op in ops:
                 state = self.advance(state, op)
                 is_small = is_small and all(-99 <= value <= 300 for value in state[:2])
-            if is_small and _all_matter(ops):
+            if is_small and _every_statement_matters(ops):
                 return Puzzle(start, ops)
 
     @staticmethod
@@ -79,11 +79,11 @@ class Program:
         return (value, state[1], 0) if target == 0 else (state[0], value, 1)
 
     def other_states(self, state: State) -> Sequence[State]:
-        """A slip in the variable that was looked at last."""
+        """Return states with a small error in the variable of the last statement."""
         a, b, target = state
         return [(a + slip, b, 0) if target == 0 else (a, b + slip, 1) for slip in (-10, -2, -1, 1, 2, 10)]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         lines = [f"{name} = {value}" for name, value in zip(VARIABLES, puzzle.start, strict=True)]
         for kind, target, *rest in puzzle.ops:
             name = VARIABLES[target]
@@ -111,8 +111,8 @@ class Program:
         return str(state[state[2]])
 
 
-def _all_matter(ops: Sequence[tuple]) -> bool:
-    """Whether the printed value depends on every statement (of an "if", on its condition at least)."""
+def _every_statement_matters(ops: Sequence[tuple]) -> bool:
+    """Whether the printed value depends on every statement (for an "if", at least on its condition)."""
     needed = {ops[-1][1]}
     for kind, target, *rest in reversed(ops):
         if target not in needed:
@@ -131,7 +131,7 @@ def _number(state: State, operand: int | str) -> int:
     return state[VARIABLES.index(operand)] if isinstance(operand, str) else operand
 
 
-Step = tuple
+Instruction = tuple
 """("start", n), ("add", n), ("subtract", n), ("times", n), ("repeat", times, n) or ("print", name)."""
 PHRASES = {
     "start": {"en": "start with {0}", "zh": "从{0}开始"},
@@ -152,9 +152,10 @@ CODE = {
 
 
 class Bug:
-    """A plan in words and a program of as many lines, one of which does something else: its number is the answer.
+    """A plan in words and a program with one line per step of the plan. One line is wrong; its number is the answer.
 
-    An operation is (line number, step wanted, step found); the state is the number of the faulty line, 0 until found.
+    An operation is (line number, planned instruction, actual instruction); the state is the number of the faulty line,
+    0 until it is found.
     """
 
     name = "bug"
@@ -180,21 +181,25 @@ class Bug:
     }
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
-        steps = [("start", rng.randrange(1, 20)), *(self._step(rng) for _ in range(level - 2)), ("print", "x")]
+        steps = [
+            ("start", rng.randrange(1, 20)),
+            *(self._random_instruction(rng) for _ in range(level - 2)),
+            ("print", "x"),
+        ]
         faulty = rng.randrange(level)
-        found = [self._spoilt(step, rng) if place == faulty else step for place, step in enumerate(steps)]
+        found = [self._with_bug(step, rng) if place == faulty else step for place, step in enumerate(steps)]
         return Puzzle(level, tuple((place + 1, steps[place], found[place]) for place in range(level)))
 
     @staticmethod
-    def _step(rng: random.Random) -> Step:
+    def _random_instruction(rng: random.Random) -> Instruction:
         kind = rng.choice(("add", "subtract", "times", "repeat"))
         return (
             ("repeat", rng.randrange(2, 6), rng.randrange(2, 10)) if kind == "repeat" else (kind, rng.randrange(2, 10))
         )
 
     @staticmethod
-    def _spoilt(step: Step, rng: random.Random) -> Step:
-        """Off by one, the wrong sign, or the wrong name."""
+    def _with_bug(step: Instruction, rng: random.Random) -> Instruction:
+        """Return the instruction with an off-by-one number, the wrong operation, or the wrong printed expression."""
         kind, number = step[0], step[1]
         if kind == "print":
             return "print", rng.choice(("i", "x - 1", "x + 1", "2"))
@@ -207,28 +212,28 @@ class Bug:
     def first_state(self, puzzle: Puzzle) -> int:
         return 0
 
-    def advance(self, state: int, op: tuple[int, Step, Step]) -> int:
+    def advance(self, state: int, op: tuple[int, Instruction, Instruction]) -> int:
         place, wanted, found = op
         return state or (place if wanted != found else 0)
 
     def other_states(self, state: int) -> Sequence[int]:
         return [other for other in range(min(self.levels) + 1) if other != state]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
-        plan = (", " if language == "en" else ",").join(_said(wanted, language) for _, wanted, _ in puzzle.ops)
-        return {"plan": plan, "code": "\n".join(f"{place}: {_written(found)}" for place, _, found in puzzle.ops)}
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+        plan = (", " if language == "en" else ",").join(_in_words(wanted, language) for _, wanted, _ in puzzle.ops)
+        return {"plan": plan, "code": "\n".join(f"{place}: {_in_code(found)}" for place, _, found in puzzle.ops)}
 
-    def line(self, state: int, op: tuple[int, Step, Step], result: int, language: str) -> str:
+    def line(self, state: int, op: tuple[int, Instruction, Instruction], result: int, language: str) -> str:
         place, wanted, found = op
-        return f"{place}: {_said(wanted, language)}, {_written(found)}: {state} > {result}"
+        return f"{place}: {_in_words(wanted, language)}, {_in_code(found)}: {state} > {result}"
 
     def answer(self, puzzle: Puzzle, state: int, language: str) -> str:
         return str(state)
 
 
-def _said(step: Step, language: str) -> str:
+def _in_words(step: Instruction, language: str) -> str:
     return PHRASES[step[0]][language].format(*step[1:])
 
 
-def _written(step: Step) -> str:
+def _in_code(step: Instruction) -> str:
     return CODE[step[0]].format(*step[1:])

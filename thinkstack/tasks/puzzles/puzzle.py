@@ -1,11 +1,12 @@
-"""Generated problems with worked solutions: what every family shares.
+"""Generated problems with worked solutions: the code that all puzzle tasks share.
 
-A family is a small state machine: a start state, a sequence of operations, and a rule that carries the state through
-them. Each worked line repeats what it needs, so a step is a local look-up, while the whole lies beyond a direct answer.
-A family file holds only its rule and its words; drawing, splitting, wording and mistakes live here.
+A puzzle task is a small state machine: a start state, a sequence of operations, and a transition function. Each line of
+a worked solution repeats all it needs, so a single step is a local look-up, while the complete puzzle is too hard to
+answer directly. A task's file holds only its transitions and its wordings; sampling, splitting, wording and mistakes
+are here.
 
-A problem is identified by the hash of its operands, whatever its wording or language; the hash alone decides whether it
-belongs to training or to test, so no generator, seed or index can mix the two.
+The key of a problem is the hash of its operands, independent of wording and language. The key alone decides whether the
+problem belongs to the train or the test split, so no generator, seed or index can mix them.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ from thinkstack.types import ConfigError, Problem
 
 SPLITS = ("train", "test")
 TEST_SHARE = 8
-"""One problem in this many belongs to test."""
+"""One problem in this many belongs to the test split."""
 UNSEEN_WORDINGS = 2
-"""The last wordings of each family and language are never trained on."""
+"""Number of wordings, the last ones of each task and language, that training never uses."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Puzzle:
     start: Any
     ops: tuple[Any, ...]
     names: tuple[str, ...] = ()
-    """What the question calls things; other names make the same problem, so the key leaves them out."""
+    """Names in the question. Other names make the same problem, so the key leaves them out."""
 
 
 class PuzzleTask(Protocol):
-    """What a family file defines."""
+    """Interface of a puzzle task."""
 
     @property
     def name(self) -> str:
@@ -42,95 +43,98 @@ class PuzzleTask(Protocol):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Difficulties; the level is the number of operations."""
+        """Difficulty levels; the level is the number of operations."""
 
     @property
     def chance(self) -> float:
-        """Probability of a blind guess being right."""
+        """Probability that a blind guess is correct."""
 
     wordings: ClassVar[dict[str, tuple[str, ...]]]
-    """Per language, templates of the question; names in braces stand for what `parts` gives."""
+    """Question templates by language; the fields in braces are the keys of `operands`."""
 
     def generate(self, rng: random.Random, level: int) -> Puzzle:
-        """A random puzzle with `level` operations."""
+        """Generate a random puzzle with `level` operations."""
 
     def advance(self, state: Any, op: Any) -> Any:
-        """The state after one operation."""
+        """Return the state after one operation."""
 
     def other_states(self, state: Any) -> Sequence[Any]:
-        """States a careless solver could have written instead of `state`."""
+        """Return plausible wrong states in place of `state`."""
 
     def first_state(self, puzzle: Puzzle) -> Any:
-        """The state before the first operation."""
+        """Return the state before the first operation."""
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
-        """The operands in words or symbols, by the names that the wordings use."""
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+        """Return the operands in words or symbols, by the field names of the wordings."""
 
     def line(self, state: Any, op: Any, result: Any, language: str) -> str:
-        """One worked step, with everything it needs repeated."""
+        """Return the text of one step, with everything that the step needs."""
 
     def answer(self, puzzle: Puzzle, state: Any, language: str) -> str:
-        """The final state as the answer is written."""
+        """Return the text of the answer for the final state."""
 
 
 @runtime_checkable
 class Verifier(Protocol):
-    """What a family adds when an answer can be right without being spelt like the reference."""
+    """Optional method of a task whose correct answers can differ in spelling from the reference."""
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` is right. Strict: it never raises, evaluates nothing, and refuses more than one answer."""
+        """Whether `answer` is correct. It never raises, evaluates nothing, and rejects more than one answer."""
 
 
 @runtime_checkable
-class Keyed(Protocol):
-    """What a family adds when puzzles with other operands can be the same problem."""
+class CustomKey(Protocol):
+    """Optional method of a task in which puzzles with different operands can be the same problem."""
 
     def key(self, puzzle: Puzzle) -> str:
-        """16 hexadecimal digits that are the same for two puzzles exactly when a solver would see the same problem."""
+        """Return 16 hexadecimal digits, equal for two puzzles exactly if they are the same problem to a solver."""
 
 
 @dataclass(frozen=True)
-class Working:
-    """A worked solution: its lines and the answer it arrives at."""
+class Solution:
+    """A worked solution: its lines and its final answer."""
 
     lines: tuple[str, ...]
     answer: str
-    is_right: bool
+    is_correct: bool
 
 
 def digest(*parts: object) -> int:
-    """A 64-bit number from the text of `parts`: the only source of seeds and splits."""
+    """Return a 64-bit hash of the text of `parts`: the only source of seeds and splits."""
     text = "|".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def key_of(task: PuzzleTask, puzzle: Puzzle) -> str:
-    """Hash of the canonical problem as 16 hexadecimal digits."""
-    if isinstance(task, Keyed):
+def problem_key(task: PuzzleTask, puzzle: Puzzle) -> str:
+    """Return the hash of the canonical problem as 16 hexadecimal digits."""
+    if isinstance(task, CustomKey):
         return task.key(puzzle)
     return f"{digest(task.name, puzzle.start, *puzzle.ops):016x}"
 
 
 def split_of(key: str) -> str:
-    """The split that a problem with this key belongs to."""
+    """Return the split of the problem with this key."""
     return "test" if int(key, 16) % TEST_SHARE == 0 else "train"
 
 
 def generate_puzzle(task: PuzzleTask, split: str, level: int, seed: object) -> Puzzle:
-    """The puzzle that (family, split, level, seed) names; always the same one."""
+    """Generate the puzzle of (task, split, level, seed), deterministically.
+
+    Raises ConfigError for an unknown split or level, or if 1,000 attempts give no puzzle of the split.
+    """
     if split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if level not in task.levels:
         raise ConfigError(f"{task.name} has no level {level}; its levels are {', '.join(map(str, task.levels))}")
     for attempt in range(1000):
         puzzle = task.generate(random.Random(digest(task.name, split, level, seed, attempt)), level)
-        if split_of(key_of(task, puzzle)) == split:
+        if split_of(problem_key(task, puzzle)) == split:
             return puzzle
-    raise ConfigError(f"{task.name} level {level} has no {split} problem in 1,000 draws; ask for other levels")
+    raise ConfigError(f"{task.name} level {level} has no {split} problem in 1,000 samples; choose other levels")
 
 
-def work(task: PuzzleTask, puzzle: Puzzle, language: str, rng: random.Random | None = None) -> Working:
-    """Solve `puzzle` step by step; with `rng`, make one wrong step at a random place and carry the error on."""
+def solve(task: PuzzleTask, puzzle: Puzzle, language: str, rng: random.Random | None = None) -> Solution:
+    """Solve `puzzle` step by step; with `rng`, make one random step wrong and continue from its wrong result."""
     wrong_step = rng.randrange(len(puzzle.ops)) if rng else -1
     state, lines = task.first_state(puzzle), []
     for index, op in enumerate(puzzle.ops):
@@ -140,45 +144,45 @@ def work(task: PuzzleTask, puzzle: Puzzle, language: str, rng: random.Random | N
         lines.append(task.line(state, op, result, language))
         state = result
     answer = task.answer(puzzle, state, language)
-    return Working(tuple(lines), answer, _is_right(task, puzzle, language, answer))
+    return Solution(tuple(lines), answer, _is_correct(task, puzzle, language, answer))
 
 
-def _is_right(task: PuzzleTask, puzzle: Puzzle, language: str, answer: str) -> bool:
+def _is_correct(task: PuzzleTask, puzzle: Puzzle, language: str, answer: str) -> bool:
     if isinstance(task, Verifier):
-        return task.verify(pose(task, puzzle, language, 0), answer)
-    return answer == right_answer(task, puzzle, language)
+        return task.verify(make_problem(task, puzzle, language, 0), answer)
+    return answer == reference_answer(task, puzzle, language)
 
 
-def right_answer(task: PuzzleTask, puzzle: Puzzle, language: str) -> str:
-    """The reference answer."""
+def reference_answer(task: PuzzleTask, puzzle: Puzzle, language: str) -> str:
+    """Return the reference answer."""
     state = task.first_state(puzzle)
     for op in puzzle.ops:
         state = task.advance(state, op)
     return task.answer(puzzle, state, language)
 
 
-def pose(task: PuzzleTask, puzzle: Puzzle, language: str, wording: int) -> Problem:
-    """Put `puzzle` into words."""
+def make_problem(task: PuzzleTask, puzzle: Puzzle, language: str, wording: int) -> Problem:
+    """Build the Problem of `puzzle` in one language and wording. Raises ConfigError for an unknown language."""
     templates = task.wordings.get(language)
     if templates is None:
-        raise ConfigError(f"{task.name} has no wording in {language!r}; it speaks {', '.join(task.wordings)}")
+        raise ConfigError(f"{task.name} has no wording in {language!r}; it has {', '.join(task.wordings)}")
     return Problem(
-        question=templates[wording].format(**task.parts(puzzle, language)),
-        answer=right_answer(task, puzzle, language),
+        question=templates[wording].format(**task.operands(puzzle, language)),
+        answer=reference_answer(task, puzzle, language),
         task=task.name,
         language=language,
         level=len(puzzle.ops),
-        key=key_of(task, puzzle),
+        key=problem_key(task, puzzle),
         wording=wording,
     )
 
 
 def seen_wordings(task: PuzzleTask, language: str) -> range:
-    """Indices of the wordings that training may use; the only wording of a foreign family is used for everything."""
+    """Return indices of the wordings for training; a task with a single wording uses it for everything."""
     return range(max(len(task.wordings[language]) - UNSEEN_WORDINGS, 1))
 
 
 def unseen_wordings(task: PuzzleTask, language: str) -> range:
-    """Indices of the wordings that training never uses."""
+    """Return indices of the wordings that training never uses."""
     count = len(task.wordings[language])
     return range(max(count - UNSEEN_WORDINGS, 0), count)

@@ -1,4 +1,4 @@
-"""Quadratic equations: each operation is one line of the usual way of solving."""
+"""Quadratic equations: each operation is one line of the standard solution."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from thinkstack.types import Problem
 
 
 def term(factor: int, power: int) -> str:
-    """3x^2, -x, 5, without a leading plus."""
+    """Return a term such as 3x^2, -x or 5, without a leading plus."""
     name = {0: "", 1: "x", 2: "x^2"}[power]
     if name and abs(factor) == 1:
         return name if factor > 0 else f"-{name}"
@@ -20,7 +20,7 @@ def term(factor: int, power: int) -> str:
 
 
 def polynomial(*factors: int) -> str:
-    """The polynomial with these factors, highest power first: (1, -5, 6) is x^2-5x+6."""
+    """Return the polynomial with these coefficients, highest power first: (1, -5, 6) is x^2-5x+6."""
     text = ""
     for power, factor in zip(range(len(factors) - 1, -1, -1), factors, strict=True):
         if factor:
@@ -29,16 +29,16 @@ def polynomial(*factors: int) -> str:
 
 
 def nonzero(rng: random.Random, most: int) -> int:
-    """A whole number from -most to most, not 0."""
+    """Return an integer from -most to most, not 0."""
     return rng.choice((-1, 1)) * rng.randrange(1, most + 1)
 
 
 class Quadratic:
-    """ax^2+bx+c = d with two rational solutions, by the discriminant.
+    """ax^2+bx+c = d with two rational solutions, solved with the discriminant.
 
-    The state is (a, b, c, d, D, s, solutions) with None for what is not known yet. Operations: "collect" brings d to
-    the left, "shorten" divides by a common factor, "discriminant" is D = b^2-4ac, "root" s, its square root, "solve"
-    gives x = (-b-s)/2a and (-b+s)/2a.
+    The state is (a, b, c, d, D, s, solutions), with None for values not computed yet. Operations: "collect" moves d to
+    the left side, "shorten" divides by the common factor, "discriminant" computes D = b^2-4ac, "root" computes s, its
+    square root, "solve" computes x = (-b-s)/2a and (-b+s)/2a.
     """
 
     name = "quadratic"
@@ -79,7 +79,7 @@ class Quadratic:
         return Puzzle((a * factor, b * factor, (c + d) * factor, d * factor), self.STEPS[level])
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """The set of solutions, in any order, with or without "x="."""
+        """Accept the solutions in any order, with or without "x="."""
         return same_numbers(problem.answer, answer)
 
     def first_state(self, puzzle: Puzzle) -> tuple:
@@ -99,7 +99,8 @@ class Quadratic:
         return a, b, c, d, square, root, tuple(sorted({Fraction(-b + sign * root, 2 * a) for sign in (-1, 1)}))
 
     def other_states(self, state: tuple) -> Sequence[tuple]:
-        """A slip in whatever was found last, such that the discriminant is still a square above 0."""
+        """Return states with an error in the last computed value, such that the discriminant stays a positive
+        square."""
         a, b, c, d, square, root, solutions = state
         if solutions:
             flipped = tuple(sorted(-x for x in solutions))
@@ -114,7 +115,7 @@ class Quadratic:
         wider = c - a - math.isqrt(b * b - 4 * a * c)  # its discriminant's root is larger by 2a
         return [(a, b, other, d, None, None, None) for other in constants or [wider]]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         a, b, c, d = puzzle.start
         return {"equation": f"{polynomial(a, b, c)}={d}"}
 
@@ -123,22 +124,22 @@ class Quadratic:
         if op in ("collect", "shorten"):
             return f"{polynomial(a, b, c)}={d} > {polynomial(*result[:3])}=0"
         if op == "discriminant":
-            return f"{polynomial(a, b, c)}=0: D={_sign(b)}^2-4*{_sign(a)}*{_sign(c)}={result[4]}"
+            return f"{polynomial(a, b, c)}=0: D={_bracketed(b)}^2-4*{_bracketed(a)}*{_bracketed(c)}={result[4]}"
         if op == "root":
             return f"s^2={square}: s={result[5]}"
-        return f"x=({-b}-{root})/{2 * a}, ({-b}+{root})/{2 * a} = {_listed(result[6])}"
+        return f"x=({-b}-{root})/{2 * a}, ({-b}+{root})/{2 * a} = {_join_solutions(result[6])}"
 
     def answer(self, puzzle: Puzzle, state: tuple, language: str) -> str:
-        return _listed(state[6])
+        return _join_solutions(state[6])
 
 
 def _is_square(number: int) -> bool:
     return number > 0 and math.isqrt(number) ** 2 == number
 
 
-def _sign(number: int) -> str:
+def _bracketed(number: int) -> str:
     return f"({number})" if number < 0 else str(number)
 
 
-def _listed(solutions: Sequence[Any]) -> str:
+def _join_solutions(solutions: Sequence[Any]) -> str:
     return ", ".join(str(x) for x in solutions)

@@ -1,4 +1,4 @@
-"""Sums and products of small numbers from left to right: the first thing to ask of a small pre-trained model."""
+"""Sums and products of small numbers, left to right: the easiest tasks, for small pre-trained models."""
 
 import random
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 
 
 class Sums:
-    """12+7-4: numbers up to 20 added and taken away; nothing on the way is below 0."""
+    """12+7-4: add and subtract numbers up to 20; no intermediate result is negative."""
 
     name = "sums"
     levels: tuple[int, ...] = (1, 2, 3, 4)
@@ -54,7 +54,7 @@ class Sums:
     def other_states(self, state: int) -> Sequence[int]:
         return [other for other in (state - 10, state - 2, state - 1, state + 1, state + 2, state + 10) if other >= 0]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         return {"puzzle": str(puzzle.start) + "".join(f"{sign}{number}" for sign, number in puzzle.ops)}
 
     def line(self, state: int, op: tuple[str, int], result: int, language: str) -> str:
@@ -65,7 +65,7 @@ class Sums:
 
 
 class Times(Sums):
-    """7*8, 2*5*3: one-digit factors."""
+    """7*8, 2*5*3: multiply one-digit factors."""
 
     name = "times"
     levels = (1, 2, 3)

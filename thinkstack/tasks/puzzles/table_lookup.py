@@ -1,4 +1,4 @@
-"""Sums of cells of a small table."""
+"""Table look-up: sum some cells of a small table."""
 
 import random
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ THINGS = {
     "zh": ("苹果", "梨", "李子", "书", "笔", "鸡蛋"),
 }
 COLUMNS = 3
-"""Columns of numbers in a table."""
+"""Number columns of a table."""
 
 
 class Table:
     """Add some cells of a table. The state is the sum; an operation is (person, thing, number in that cell).
 
-    People and things are numbers of words, the same in both languages; the key holds the numbers and the places only.
+    People and things are word indices, the same in both languages; the key covers only the numbers and the positions.
     """
 
     name = "table"
@@ -55,7 +55,7 @@ class Table:
         return Puzzle((people, things, rows), ops)
 
     def key(self, puzzle: Puzzle) -> str:
-        """Other people, other things and another order of the sum make the same problem."""
+        """Hash of numbers and cell positions: other people, other things or another order make the same problem."""
         people, things, rows = puzzle.start
         places = sorted((people.index(person), things.index(thing)) for person, thing, _ in puzzle.ops)
         return f"{digest(self.name, rows, places):016x}"
@@ -67,10 +67,10 @@ class Table:
         return state + op[2]
 
     def other_states(self, state: int) -> Sequence[int]:
-        """A slip of a digit or a carry; never negative."""
+        """Return sums with an error in a digit or a carry; never negative."""
         return [state + slip for slip in (-10, -2, -1, 1, 2, 10) if state + slip >= 0]
 
-    def parts(self, puzzle: Puzzle, language: str) -> dict[str, str]:
+    def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         people, things, rows = puzzle.start
         names, words = PEOPLE[language], THINGS[language]
         lines = [" | ".join(("name" if language == "en" else "姓名", *(words[thing] for thing in things)))]

@@ -1,26 +1,24 @@
-"""Answers in LaTeX: boxes, spelling, and (with an extra) whether two formulas mean the same.
+"""Answers in LaTeX: boxes, normalization, and (with an extra) equivalence of formulas.
 
-`plain` removes differences of spelling and computes nothing. What means the same and is spelt otherwise, say
-1+\\sqrt{2} and \\sqrt{2}+1, is judged by math-verify, which may hang for ever and therefore runs in processes that are
-killed: use `verdicts` with a CheckerPool. A reference that is a number never gets there: math-verify would take 2+2
-for 4, 50\\% for 50 and 18:30 for 18.
+`normalize_latex` removes differences of spelling and computes nothing. Equivalent formulas with different spellings,
+for example 1+\\sqrt{2} and \\sqrt{2}+1, are compared by math-verify. It may hang, so it runs in processes that can be
+killed: use `verify_formulas` with a VerifierPool. A reference that is a number is never passed to math-verify, which
+would accept 2+2 for 4, 50\\% for 50 and 18:30 for 18.
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from thinkstack.tasks.verify.answers import SEPARATOR, WORD_MACROS, undressed
-from thinkstack.tasks.verify.pool import CheckerPool
-from thinkstack.tasks.verify.quantities import quantity_of, units_agree, without_unit
-from thinkstack.text.final_answer import boxes, closing_brace, last_boxed
+from thinkstack.tasks.verify.answers import SEPARATOR, WORD_MACROS, strip_wrappers
+from thinkstack.tasks.verify.pool import VerifierPool
+from thinkstack.tasks.verify.quantities import parse_quantity, strip_unit, units_agree
+from thinkstack.text.final_answer import boxes, closing_brace
 from thinkstack.types import ConfigError, Problem, Score
 
-__all__ = ["boxes", "installed", "is_number", "last_boxed", "plain", "same_spelling", "unwrapped", "verdicts"]
-
-LONGEST_FORMULA = 200
-"""Characters; a longer answer is not given to math-verify."""
-_SIGNS = str.maketrans(
+MAX_FORMULA_CHARACTERS = 200
+"""Longest answer, in characters, that is passed to math-verify."""
+_UNICODE_SIGNS = str.maketrans(
     {
         "\N{GREEK SMALL LETTER PI}": r"\pi ",
         "\N{INFINITY}": r"\infty ",
@@ -32,7 +30,7 @@ _SIGNS = str.maketrans(
         "\N{ELEMENT OF}": r"\in ",
     }
 )
-"""Signs as they are typed outside of TeX."""
+"""Unicode signs and their TeX macros."""
 _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"\u221A\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
@@ -42,9 +40,9 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"\\geq(?![a-z])", r"\\ge"),
     (r"\\neq(?![a-z])", r"\\ne"),
     (r"\\[lc]dots(?![a-z])", r"\\dots"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\u00B0|\\degree(?![a-z])|\\?%|\\?\$", " "),  # a blank: they must not join digits
-    (r"(\\\\)\s*\[[^\[\]]*(?:pt|em|ex|mm|cm)\]", r"\1"),  # the gap below a row
-    (r"\\\\\s*(?=\\end(?![a-z]))", ""),  # a row break behind the last row
+    (r"\^\s*\{?\s*\\circ\s*\}?|\u00B0|\\degree(?![a-z])|\\?%|\\?\$", " "),  # a blank, so that digits are not joined
+    (r"(\\\\)\s*\[[^\[\]]*(?:pt|em|ex|mm|cm)\]", r"\1"),  # the optional gap after a row break
+    (r"\\\\\s*(?=\\end(?![a-z]))", ""),  # a row break after the last row
     (rf"(?<=[0-9]){SEPARATOR}(?=[0-9]{{3}}(?![0-9]))", ""),  # thousands
 )
 _BLANKS = re.compile(r"(\\\\)|(?:\\[!,;: ]|~|\\q?quad(?![a-z])|\s)+")
@@ -60,48 +58,52 @@ _SLASH = re.compile(
 _SIGNED_FRACTION = re.compile(rf"(?<![\w)}}\]])\\frac\{{-([0-9]*{_ATOM}*)\}}")
 _SUM_OVER = re.compile(r"(-?)\(([^()/]+)\)/([0-9]+)")
 _PRODUCT = re.compile(r"\s*(?:\\(?:cdot|times)(?![a-z])|(?<![*])\*(?![*]))\s*(?=[A-Za-z(\\])(?!\\frac)")
-"""A product sign that may be left out: not before a digit, and not before a fraction, which would make it mixed."""
+"""A redundant product sign: not one before a digit, and not one before a fraction, which would become a mixed
+number."""
 
 
-def unwrapped(answer: str) -> str | None:
-    """The answer without one box, or what stands around all of it; None if it holds several boxes, or a broken one."""
+def unbox(answer: str) -> str | None:
+    """Return the content of the only box, or the answer without wrappers if there is no box.
+
+    None if the answer has several boxes or an unfinished one.
+    """
     found = boxes(answer)
     if len(found) > 1 or found == [None]:
         return None
-    return undressed(found[0] or "") if found else undressed(answer)
+    return strip_wrappers(found[0] or "") if found else strip_wrappers(answer)
 
 
-def plain(text: str) -> str:
-    """LaTeX in one spelling: no blanks, one kind of fraction, no unit, percent, degree or dollar sign.
+def normalize_latex(text: str) -> str:
+    """Return LaTeX in one spelling: no blanks, one kind of fraction, no unit, percent, degree or dollar sign.
 
-    The differences are those that the published comparison of MATH ignores (arXiv:2103.03874, appendix), and how people
-    write: "x=5" and "5 cm" become "5"; 1/2, .5 and \\frac12 are numbers and become "1/2"; x/2 becomes \\frac{x}{2},
-    and 3\\cdot\\sqrt{13} becomes 3\\sqrt{13}. Nothing is computed. Two numbers stay two: a blank between digits is
-    kept, and a comma with a blank behind it separates.
+    Ignored differences are those of the published comparison of MATH (arXiv:2103.03874, appendix) and common notation:
+    "x=5" and "5 cm" become "5"; 1/2, .5 and \\frac12 are numbers and become "1/2"; x/2 becomes \\frac{x}{2}, and
+    3\\cdot\\sqrt{13} becomes 3\\sqrt{13}. Nothing is computed. Two numbers stay two: a blank between digits is kept,
+    and a comma followed by a blank separates.
     """
-    value = quantity_of(text, may_be_percent=True)
+    value = parse_quantity(text, may_be_percent=True)
     if value is not None:
         return str(value)
-    text = undressed(text).translate(_SIGNS)
+    text = strip_wrappers(text).translate(_UNICODE_SIGNS)
     for pattern, spelling in _SYNONYMS:
         text = re.sub(pattern, spelling, text)
     named = _NAME.match(text)
     if named:
-        return plain(text[named.end() :])
-    return _plain_parts(text) or _plain_formula(text)
+        return normalize_latex(text[named.end() :])
+    return _normalize_parts(text) or _normalize_formula(text)
 
 
-def _plain_parts(text: str) -> str | None:
-    """A list, a tuple, a set, an interval or a union, each part in one spelling; None if `text` is none of these."""
+def _normalize_parts(text: str) -> str | None:
+    """Normalize each part of a list, tuple, set, interval or union; None if `text` is none of these."""
     parts, bracketed = _parts(text), _BRACKETS.fullmatch(text.strip())
     if len(parts) > 1:
-        return _joined(parts)
+        return _join_parts(parts)
     inner = _parts(bracketed["inside"]) if bracketed else []
-    return bracketed["open"] + _joined(inner) + bracketed["close"] if bracketed and len(inner) > 1 else None
+    return bracketed["open"] + _join_parts(inner) + bracketed["close"] if bracketed and len(inner) > 1 else None
 
 
 def _parts(text: str) -> list[str]:
-    """`text` cut at its outermost commas and unions, which are parts themselves."""
+    """Split `text` at its outermost commas and unions, which become parts themselves."""
     parts, start, depth = [], 0, 0
     for found in _SEPARATORS.finditer(text):
         depth += (found[0][-1] in "([{") - (found[0][-1] in ")]}")
@@ -111,17 +113,19 @@ def _parts(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _joined(parts: Sequence[str]) -> str:
-    """The parts in one spelling; digits stay as they are, for 000 in 1,000 is not 0."""
-    return "".join(part.strip() if part.strip().isdigit() or part in (",", r"\cup") else plain(part) for part in parts)
+def _join_parts(parts: Sequence[str]) -> str:
+    """Join the normalized parts; digits stay unchanged, since the 000 of 1,000 is not 0."""
+    return "".join(
+        part.strip() if part.strip().isdigit() or part in (",", r"\cup") else normalize_latex(part) for part in parts
+    )
 
 
-def _plain_formula(text: str) -> str:
+def _normalize_formula(text: str) -> str:
     if over := _SUM_OVER.fullmatch(text.strip()):
         text = rf"{over[1]}\frac{{{over[2]}}}{{{over[3]}}}"
-    text = _WORDS.sub(r"\1", without_unit(text))
-    text = _braced(_braced(text, r"\frac", 2), r"\sqrt", 1)
-    text = _BLANKS.sub(_needed_blank, _PRODUCT.sub("", text))
+    text = _WORDS.sub(r"\1", strip_unit(text))
+    text = _brace_arguments(_brace_arguments(text, r"\frac", 2), r"\sqrt", 1)
+    text = _BLANKS.sub(_required_blank, _PRODUCT.sub("", text))
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"(?<![\w)}\]])\+(?=[0-9A-Za-z\\.])", "", text)
     text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
@@ -129,16 +133,16 @@ def _plain_formula(text: str) -> str:
     return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
 
 
-def _needed_blank(blank: re.Match[str]) -> str:
-    """A row break, which is no blank; a blank between two digits; else nothing."""
+def _required_blank(blank: re.Match[str]) -> str:
+    """Return a row break unchanged, a blank between two digits, and "" for any other blank."""
     if blank[1]:
         return blank[1]
     before, after = blank.string[: blank.start()][-1:], blank.string[blank.end() :][:1]
     return " " if before.isdigit() and after.isdigit() else ""
 
 
-def _braced(text: str, macro: str, count: int) -> str:
-    """`text` with braces around every argument of `macro`, as TeX finds it: the next token or group."""
+def _brace_arguments(text: str, macro: str, count: int) -> str:
+    """Put braces around every argument of `macro`; as in TeX, an argument is the next token or group."""
     place = 0
     while (start := text.find(macro, place)) >= 0:
         place = end = start + len(macro)
@@ -160,25 +164,25 @@ def _braced(text: str, macro: str, count: int) -> str:
 def same_spelling(reference: str, answer: str) -> bool:
     """Whether both are the same number, or the same LaTeX up to spelling; words are compared without case.
 
-    A unit, or the "x=" before a value, may be left out, but not be another: 5 cm is not 5 m, x=3 is not y=3.
+    A unit or a leading "x=" may be missing on one side but must not differ: 5 cm is not 5 m, x=3 is not y=3.
     """
-    inside, expected = unwrapped(answer), unwrapped(reference) or reference
+    inside, expected = unbox(answer), unbox(reference) or reference
     if inside is None:
         return False
     names = {found[1] for text in (expected, inside) if (found := _NAME.match(text))}
     if len(names) > 1 or not units_agree(expected, inside):
         return False
-    first, second = plain(expected), plain(inside)
+    first, second = normalize_latex(expected), normalize_latex(inside)
     is_word = len(first) > 1 and first.isalpha()
     return first == second != "" or (is_word and first.casefold() == second.casefold())
 
 
 def is_number(reference: str) -> bool:
-    """Whether a reference is one number, which is compared by value and never as a formula."""
-    return quantity_of(reference, may_be_percent=True) is not None
+    """Whether a reference is a number; numbers are compared by value and never as formulas."""
+    return parse_quantity(reference, may_be_percent=True) is not None
 
 
-def installed() -> bool:
+def has_math_verify() -> bool:
     """Whether math-verify can be imported."""
     try:
         import math_verify  # noqa: F401
@@ -187,11 +191,11 @@ def installed() -> bool:
     return True
 
 
-def means_the_same(reference: str, answer: str) -> Score:
-    """Whether math-verify finds two formulas equal; total is 1 or 0. To be run in a CheckerPool: it may never end.
+def are_equivalent(reference: str, answer: str) -> Score:
+    """Compare two formulas with math-verify; total is 1 or 0. Run it in a VerifierPool: it may never return.
 
-    Its own clocks are off, for they need the main thread and do not stop everything. Brackets must be of the same kind,
-    which it would not mind, and an answer must be one formula.
+    The timeouts of math-verify are off: they need the main thread and do not stop everything. `_is_comparable` first
+    requires brackets of the same kind, which math-verify ignores, and a single formula as the answer.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -202,33 +206,33 @@ def means_the_same(reference: str, answer: str) -> Score:
     return Score(total=float(bool(found) and verify(gold, found, timeout_seconds=None)))
 
 
-def verdicts(pairs: Sequence[tuple[Problem, str]], pool: CheckerPool) -> list[Score]:
-    """Judge answers to MATH problems: by spelling first, then those that are left by math-verify in `pool`.
+def verify_formulas(pairs: Sequence[tuple[Problem, str]], pool: VerifierPool) -> list[Score]:
+    """Verify answers to MATH problems: first by spelling, then the remaining ones with math-verify in `pool`.
 
-    A formula that ran out of time is unscorable. Raises ConfigError if math-verify is not installed.
+    An answer that times out is unscorable. Raises ConfigError if math-verify is not installed.
     """
-    if not installed():
+    if not has_math_verify():
         raise ConfigError(
             "comparing formulas needs math-verify; pip install 'thinkstack[math]', or compare by spelling"
         )
     scores, left = [], []
     for place, (problem, answer) in enumerate(pairs):
-        reference, inside = unwrapped(problem.answer) or problem.answer, unwrapped(answer)
+        reference, inside = unbox(problem.answer) or problem.answer, unbox(answer)
         is_same = same_spelling(problem.answer, answer)
         scores.append(Score(total=float(is_same)))
         if not is_same and inside is not None and _is_comparable(reference, inside):
             left.append((place, (reference, inside)))
-    for (place, _), score in zip(left, pool.run(means_the_same, [pair for _, pair in left]), strict=True):
+    for (place, _), score in zip(left, pool.run(are_equivalent, [pair for _, pair in left]), strict=True):
         scores[place] = score
     return scores
 
 
 def _is_comparable(reference: str, answer: str) -> bool:
-    """Whether math-verify may see the pair: no number, one formula, not too long, brackets of the same kind."""
-    if is_number(reference) or not answer or len(answer) > LONGEST_FORMULA or re.search(r"[:$]|\\boxed", answer):
+    """Whether the pair may go to math-verify: not a number, one formula, not too long, brackets of the same kind."""
+    if is_number(reference) or not answer or len(answer) > MAX_FORMULA_CHARACTERS or re.search(r"[:$]|\\boxed", answer):
         return False
-    first, second = plain(reference), plain(answer)
-    if re.search(r"_\{?[0-9]|\^\{?-?[0-9]{2}", first + " " + second):  # it drops bases, and rounds large powers
+    first, second = normalize_latex(reference), normalize_latex(answer)
+    if re.search(r"_\{?[0-9]|\^\{?-?[0-9]{2}", first + " " + second):  # math-verify drops bases and rounds large powers
         return False
     kinds = [
         (text[:1], text[-1:]) if text[:1] in "([" or text.startswith("\\{") else ("", "") for text in (first, second)

@@ -1,7 +1,7 @@
-"""Checkers that may hang or crash, run where they can be killed.
+"""Worker processes for verifiers that may hang or crash.
 
-A worker is a process of its own that takes one call at a time. The clock of a call starts when its worker reports that
-it begins, so neither the queue nor the start of a process counts against it.
+A worker is a process that runs one call at a time. The timeout of a call starts when its worker reports that the call
+has started, so neither the queue nor the start of the process counts.
 """
 
 import contextlib
@@ -18,124 +18,127 @@ from typing import Any
 from thinkstack.types import ConfigError, Score
 
 START_SECONDS = 60.0
-"""A worker that has not begun its call after this time is replaced; generous, for a crowded machine imports slowly."""
+"""A worker that has not started its call after this time is replaced; generous, since imports are slow on a busy
+machine."""
 MAX_STARTS = 3
-"""Workers a call may lose before it begins, by dying on import or never starting; then the fault lies in the set-up."""
+"""Attempts to start a call; if all workers die on import or never start, the set-up is at fault and `run` raises."""
 
-Checker = Callable[..., Score]
-"""A picklable function, importable by name in a fresh process."""
+VerifierFunction = Callable[..., Score]
+"""A picklable function that a new process can import by name."""
 
 
 @dataclass
 class _Worker:
-    """A process and the call it is working on, if any."""
+    """A process and its current call, if any."""
 
     process: BaseProcess
     pipe: Connection
-    place: int = -1
+    call_index: int = -1
     """Index of the call; -1 when idle."""
-    has_begun: bool = False
+    has_started: bool = False
     deadline: float = 0.0
     """Monotonic second after which the worker is killed."""
 
 
-class CheckerPool:
-    """A fixed number of workers, each idle or at work on exactly one call; lost ones are replaced when next needed."""
+class VerifierPool:
+    """A fixed number of workers, each idle or running exactly one call; lost workers are replaced when needed."""
 
     def __init__(self, num_workers: int, timeout_seconds: float):
-        """timeout_seconds: longest run of one call."""
+        """timeout_seconds: longest run time of one call."""
         if num_workers < 1:
-            raise ConfigError(f"num_workers={num_workers} checks nothing; use at least 1")
+            raise ConfigError(f"num_workers={num_workers} must be at least 1")
         if not timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds={timeout_seconds} lets no checker finish; use a positive number")
+            raise ConfigError(f"timeout_seconds={timeout_seconds} must be positive")
         self.num_workers, self.timeout_seconds = num_workers, timeout_seconds
         self._workers: list[_Worker] = []
 
-    def __enter__(self) -> "CheckerPool":
+    def __enter__(self) -> "VerifierPool":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End all workers. The pool may be used again and starts new ones then."""
+        """Kill all workers. A later `run` starts new ones."""
         while self._workers:
             self._discard(self._workers[0])
 
-    def run(self, function: Checker, arguments: Sequence[tuple[Any, ...]]) -> list[Score]:
-        """`function(*arguments[i])` for every i, in that order.
+    def run(self, function: VerifierFunction, arguments: Sequence[tuple[Any, ...]]) -> list[Score]:
+        """Return `function(*arguments[i])` for every i, in that order.
 
-        A call that raises, crashes its process or runs out of time gives an unscorable Score with the reason; the other
-        calls are not affected.
+        A call that raises, crashes its process or times out gives an unscorable Score with the reason; other calls are
+        not affected. Raises RuntimeError if a call cannot be started in MAX_STARTS processes.
         """
         scores: list[Score | None] = [None] * len(arguments)
         queue, starts = deque(range(len(arguments))), [0] * len(arguments)
         try:
-            while queue or any(worker.place >= 0 for worker in self._workers):
-                self._hand_out(function, arguments, queue, starts)
-                for worker in self._until_news():
-                    self._settle(worker, scores, queue, starts)
+            while queue or any(worker.call_index >= 0 for worker in self._workers):
+                self._assign_calls(function, arguments, queue, starts)
+                for worker in self._wait_for_workers():
+                    self._handle_worker(worker, scores, queue, starts)
         finally:
-            for worker in [worker for worker in self._workers if worker.place >= 0]:
-                self._discard(worker)  # only after an exception: its answer would be taken for that of a later call
+            for worker in [worker for worker in self._workers if worker.call_index >= 0]:
+                self._discard(worker)  # only after an exception: its result would be read as that of a later call
         done = [score for score in scores if score is not None]
         assert len(done) == len(arguments), "every call has a score"
         return done
 
-    def _hand_out(
-        self, function: Checker, arguments: Sequence[tuple[Any, ...]], queue: deque[int], starts: list[int]
+    def _assign_calls(
+        self, function: VerifierFunction, arguments: Sequence[tuple[Any, ...]], queue: deque[int], starts: list[int]
     ) -> None:
-        """Give waiting calls to idle workers, of which there are num_workers as long as calls wait."""
+        """Assign queued calls to idle workers; start workers up to num_workers."""
         while queue:
-            worker = next((worker for worker in self._workers if worker.place < 0), None)
+            worker = next((worker for worker in self._workers if worker.call_index < 0), None)
             if worker is None:
                 if len(self._workers) == self.num_workers:
                     return
                 worker = self._start()
-            place = queue.popleft()
-            starts[place] += 1
-            worker.place, worker.has_begun = place, False
+            call_index = queue.popleft()
+            starts[call_index] += 1
+            worker.call_index, worker.has_started = call_index, False
             worker.deadline = time.monotonic() + START_SECONDS
-            # a worker that died while idle has closed its end of the pipe, which _settle sees
+            # a worker that died while idle has closed its end of the pipe, which _handle_worker detects
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                worker.pipe.send((function, arguments[place]))
+                worker.pipe.send((function, arguments[call_index]))
 
-    def _until_news(self) -> list[_Worker]:
-        """Wait until a worker speaks, dies or reaches its deadline; returns those."""
-        busy = [worker for worker in self._workers if worker.place >= 0]
+    def _wait_for_workers(self) -> list[_Worker]:
+        """Wait until a worker sends a message, dies or reaches its deadline; return all such workers."""
+        busy = [worker for worker in self._workers if worker.call_index >= 0]
         pause = max(min(worker.deadline for worker in busy) - time.monotonic(), 0)
         ready = wait([worker.pipe for worker in busy], pause)
         now = time.monotonic()
         return [worker for worker in busy if worker.pipe in ready or now >= worker.deadline]
 
-    def _settle(self, worker: _Worker, scores: list[Score | None], queue: deque[int], starts: list[int]) -> None:
-        """Take what a worker says; replace it if it says nothing more."""
-        place = worker.place
+    def _handle_worker(self, worker: _Worker, scores: list[Score | None], queue: deque[int], starts: list[int]) -> None:
+        """Process a worker's message; discard the worker if it died or timed out."""
+        call_index = worker.call_index
         try:
-            kind, value = worker.pipe.recv() if worker.pipe.poll() else ("late", None)
+            kind, value = worker.pipe.recv() if worker.pipe.poll() else ("timeout", None)
         except (EOFError, ConnectionResetError):
-            kind, value = "gone", None
-        if kind == "begun":
-            worker.has_begun, worker.deadline = True, time.monotonic() + self.timeout_seconds
+            kind, value = "died", None
+        if kind == "started":
+            worker.has_started, worker.deadline = True, time.monotonic() + self.timeout_seconds
             return
         if kind == "done":
-            scores[place], worker.place = value, -1
+            scores[call_index], worker.call_index = value, -1
             return
         self._discard(worker)
-        if worker.has_begun:
-            reason = f"ran over {self.timeout_seconds:g} s" if kind == "late" else "its process died"
-            scores[place] = unscorable(reason)
-        elif starts[place] < MAX_STARTS:
-            queue.appendleft(place)
+        if worker.has_started:
+            reason = f"ran over {self.timeout_seconds:g} s" if kind == "timeout" else "its process died"
+            scores[call_index] = unscorable(reason)
+        elif starts[call_index] < MAX_STARTS:
+            queue.appendleft(call_index)
         else:
-            raise RuntimeError(f"{MAX_STARTS} checker processes ended before they began; is the checker importable?")
+            raise RuntimeError(
+                f"{MAX_STARTS} verifier processes died before the call started; is the function importable?"
+            )
 
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")  # fork would copy the locks of torch's threads
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
-        theirs.close()  # so that the pipe ends when the process does
+        theirs.close()  # so that the pipe closes when the process ends
         self._workers.append(_Worker(process, ours))
         return self._workers[-1]
 
@@ -147,21 +150,21 @@ class CheckerPool:
 
 
 def unscorable(reason: str) -> Score:
-    """The Score of an answer that no checker could judge."""
+    """Return the Score of an answer that could not be verified."""
     return Score(total=0.0, unscorable=reason)
 
 
 def _serve(pipe: Connection) -> None:
-    """Answer calls until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this ends it
+    """Run calls from the pipe until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent ends its workers
     while True:
         try:
             function, arguments = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(("begun", None))
+        pipe.send(("started", None))
         try:
             score = function(*arguments)
-        except Exception as error:  # the boundary: whatever a checker raises is a verdict on the checker
+        except Exception as error:  # the boundary: whatever a verifier raises becomes the reason
             score = unscorable(f"{type(error).__name__}: {error}")
         pipe.send(("done", score))

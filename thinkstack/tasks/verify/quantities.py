@@ -1,9 +1,9 @@
-"""Numbers as people write them: with a currency, a unit, in bold, between dollar signs. Nothing is computed."""
+"""Numbers with a currency, a unit, bold or math delimiters. Nothing is computed."""
 
 import re
 from fractions import Fraction
 
-from thinkstack.tasks.verify.answers import number_of, undressed
+from thinkstack.tasks.verify.answers import parse_number, strip_wrappers
 
 _CURRENCY = (
     r"(?:(?:US|A|C)?\\?\$|\\text\{\s*\\?\$\s*\}|[\u20AC\u00A3\u00A5\u20B9]"
@@ -18,15 +18,15 @@ _NO_UNIT = (
     r"|hal(?:f|ves)|thirds?|fourths?|fifths?|sixths?|eighths?|tenths?|hundredths?"
     r"|sin|cos|tan|sec|csc|cot|log|exp|sqrt|gcd|lcm|max|min|choose)"
 )
-"""Words behind a number that change its value, or say another one beside it."""
+"""Words after a number that change its value or state another number."""
 _WORD = rf"(?!(?:{_NO_UNIT})\b)[A-Za-z]"
 _SHORT_UNIT = (
     r"(?:m/s|km/h|ft/s|cm|mm|km|kg|mg|ft|in|oz|lbs?|mi|yd|hrs?|m[lL]|mph|mins?|secs?|deg|degrees?)(?![A-Za-z])\.?"
 )
-"""Units of two letters, and those that are written without a blank; other two letters may be a product."""
+"""Two-letter units and units written without a blank; any other two letters may be a product."""
 _WORDS_UNIT = rf"(?:(?:(?<=\s)|/){_WORD}[A-Za-z]{{2,}}|{_SHORT_UNIT})(?:[\s/-]+{_WORD}+)*"
 _CHINESE_UNIT = r"(?![\u4E00-\u9FFF]*[\u4E07\u4EBF\u5343\u767E\u5341\u534A\u500D\u548C\u6216])[\u4E00-\u9FFF]{1,4}"
-"""Not those that change a value (ten to a hundred million, half, -fold) or join two (and, or)."""
+"""Excludes characters that change a value (ten to a hundred million, half, -fold) or join two values (and, or)."""
 _TEXT_UNIT = (
     r"\\(?:text|mbox|hbox|textrm|textnormal|textit|mathrm|rm)\s*\{"
     rf"(?!\s*[ie]\s*\}}|[^{{}}]*\b(?:{_NO_UNIT})\b)(?:[^{{}}0-9^]|\^\{{?[23]\}}?)*\}}"
@@ -70,38 +70,38 @@ _UNIT_WORDS = {
     }.items()
     for word in words.split()
 }
-"""What the words and signs of a unit say; others say nothing that could be compared."""
+"""The unit of each word and sign; other words are not compared."""
 _UNIT_TOKEN = re.compile(r"[A-Za-z]+|[$%\u00B0\u20AC\u00A3]")
 
 
-def units_of(answer: str) -> frozenset[str]:
-    """The known units and currencies that an answer states: dollar for $5, centimeter for 5\\text{ cm}^2."""
-    text = undressed(answer)
+def parse_units(answer: str) -> frozenset[str]:
+    """Return the known units and currencies in an answer: dollar for $5, centimeter for 5\\text{ cm}^2."""
+    text = strip_wrappers(answer)
     first, last = _CURRENCY_FIRST.match(text), _PERCENT.search(text) or _UNIT.search(text)
     stated = (first[0] if first else "") + (last[0] if last else "")
     return frozenset(_UNIT_WORDS[word] for word in _UNIT_TOKEN.findall(stated.lower()) if word in _UNIT_WORDS)
 
 
 def units_agree(first: str, second: str) -> bool:
-    """Whether two answers may be in one unit: one may state less than the other, or nothing at all."""
-    one, other = units_of(first), units_of(second)
+    """Whether the units of two answers are compatible: those of one are a subset (maybe empty) of the other's."""
+    one, other = parse_units(first), parse_units(second)
     return one <= other or other <= one
 
 
-def without_unit(text: str) -> str:
-    """`text` without the unit behind a number or a bracket at its end: 180 miles, 5\\text{ cm}^2, 90^\\circ.
+def strip_unit(text: str) -> str:
+    """Remove the unit after a number or a bracket at the end of `text`: 180 miles, 5\\text{ cm}^2, 90^\\circ.
 
-    Words that change a value are no unit: 5 million, 2 dozen, 5 squared stay what they are.
+    Words that change a value are not units: 5 million, 2 dozen and 5 squared stay unchanged.
     """
     return _UNIT.sub("", text)
 
 
-def quantity_of(answer: str, may_be_percent: bool = False) -> Fraction | None:
-    """The value of a number with a currency, a unit, "x=", bold or delimiters around it; None of anything else.
+def parse_quantity(answer: str, may_be_percent: bool = False) -> Fraction | None:
+    """Return the value of a number with a currency, unit, "x=", bold or delimiters around it; None for anything else.
 
-    may_be_percent: a percent sign is taken for a unit.
+    may_be_percent: a percent sign counts as a unit.
     """
-    text = _CURRENCY_FIRST.sub(r"\1", _NAME.sub("", undressed(answer)), count=1)
+    text = _CURRENCY_FIRST.sub(r"\1", _NAME.sub("", strip_wrappers(answer)), count=1)
     if may_be_percent:
         text = _PERCENT.sub("", text)
-    return number_of(undressed(without_unit(text)))
+    return parse_number(strip_wrappers(strip_unit(text)))
