@@ -16,7 +16,7 @@ from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.models.precision import AskedPrecision, Quantization
-from thinkstack.rl.rollout import prompt_of
+from thinkstack.rl.rollout import encode_prompt
 from thinkstack.stages.kept_completions import KeptCompletions
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.text.parse import ThinkingFormat
@@ -89,7 +89,7 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
         asked[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
     problems = {file: held_out(config) for file, config in asked.items()}
     everything = [problem for found in problems.values() for problem in found]
-    longest = max(len(prompt_of(chat, problem)) for problem in everything)
+    longest = max(len(encode_prompt(chat, problem)) for problem in everything)
     context = longest + cfg.max_tokens
     size = EngineConfig(max_num_seqs=cfg.max_num_seqs, max_model_len=context, dtype=cfg.dtype, weights=cfg.weights)
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
