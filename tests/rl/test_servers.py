@@ -14,7 +14,7 @@ from thinkstack.engine import remote
 from thinkstack.engine.remote import RemoteEngine, ServersConfig
 from thinkstack.engine.vllm import Server
 from thinkstack.log import Run
-from thinkstack.stages.evaluate import GREEDY, EvaluateConfig, measure
+from thinkstack.stages.evaluate import GREEDY, EvaluateConfig, evaluate_checkpoint
 
 SHAPE = replace(GQA_TINY, vocab_size=2 + ARMS, num_layers=1, max_positions=64, init_std=0.1)
 """The bandit's model, as a checkpoint can hold it."""
@@ -71,7 +71,7 @@ def test_an_evaluation_gives_the_same_figures(pool, tmp_path: Path):
             device="cpu",
             servers=ServersConfig(addresses=addresses),
         )
-        measure(cfg, Run(tmp_path / name))
+        evaluate_checkpoint(cfg, Run(tmp_path / name))
         figures = json.loads((tmp_path / name / GREEDY).read_text(encoding="utf-8"))
         found.append({key: value for key, value in figures.items() if "second" not in key})
     assert found[0] == found[1] and pool["a"].bodies

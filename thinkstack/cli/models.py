@@ -78,14 +78,14 @@ def chat(
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.stages.chat import ChatSession
-    from thinkstack.stages.console import COMMANDS, say
+    from thinkstack.stages.console import COMMANDS, write
     from thinkstack.stages.measure_kernels import prepare
     from thinkstack.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
     session = ChatSession(model, sampling, pick_precision(model, dtype, weights), weights)
-    say(f"{model}: type a question; {COMMANDS}\n", "note")
+    write(f"{model}: type a question; {COMMANDS}\n", "note")
     session.converse()
 
 
@@ -126,7 +126,7 @@ def generate(
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import pick_device
     from thinkstack.parallel.inference import init_ranks
-    from thinkstack.stages.console import read_question, say, say_answer, say_nothing
+    from thinkstack.stages.console import discard, read_question, write, write_answer
     from thinkstack.stages.generate import Generator, read_prompts
     from thinkstack.stages.measure_kernels import prepare
     from thinkstack.types import SamplingParams
@@ -141,11 +141,11 @@ def generate(
     place = pick_device(device)
     ranks = init_ranks(place.type)
     generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, place), place, weights)
-    out = say if ranks.rank == 0 else say_nothing
+    out = write if ranks.rank == 0 else discard
     if interactive:
         generator.converse(functools.partial(read_question, ">>> "), out)
     elif prompt is not None:
-        say_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
+        write_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
     for asked, answer in zip(prompts, generator.answers(prompts, raw) if prompts else (), strict=True):
         out(f"Prompt: {asked}\nCompletion: {answer}\n\n", "")
 
