@@ -204,8 +204,8 @@ def run_recipe(tree: Tree, out: Path) -> None:
             if record["fingerprint"] != stage.fingerprint:
                 if record["done"] or has_output(out / stage.name):
                     raise ConfigError(
-                        f"{out / stage.name} was made with other settings or data; choose another folder with --out, or "
-                        f"delete {out}"
+                        f"{out / stage.name} was made with other settings or data; choose another folder with --out, "
+                        f"or delete {out}"
                     )
                 record["fingerprint"] = stage.fingerprint  # the stage failed before it wrote anything
             if record["done"]:
