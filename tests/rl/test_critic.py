@@ -47,7 +47,7 @@ def test_the_first_advantages_are_the_whitened_returns(make_bandit):
 
 
 def test_every_setting_of_the_critic_changes_the_run(make_bandit):
-    """Trap 49 for the critic: each must move the policy or the critic within a few steps."""
+    """A setting without effect is a bug: each must change the policy or the critic within a few steps."""
     fast = TrainerConfig(optim=OptimConfig(learning_rate=2e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
     base = CriticConfig(learning_rate=2e-2, clip=0.05)
     changes = {"learning_rate": 1e-3, "gamma": 0.5, "gae_lambda": 0.3, "clip": 0.0, "whiten": False, "prefit_steps": 2}

@@ -9,7 +9,7 @@ from tests.rl.test_groups import rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.rl.groups import gather_tokens, to_batch
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import Plan, batch_logprobs, loss_of
+from thinkstack.train.passes import StepContext, batch_logprobs, compute_loss
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer_config import TrainerConfig
 
@@ -55,7 +55,7 @@ def test_shared_prompts_change_no_gradient(cfg, reduction):
     for separate in (False, True):
         model, batch = tiny_model(cfg), batch_of(separate)
         batch = batch.with_weights(token_weights(batch, reduction))
-        total, _, _ = loss_of(model, batch, Plan(loss, 1.0, False, 1 / 15, 1 / 15), settings)
+        total, _, _ = compute_loss(model, batch, StepContext(loss, 1.0, False, 1 / 15, 1 / 15), settings)
         found.append([total.detach(), *torch.autograd.grad(total, list(model.parameters()), allow_unused=True)])
     for mine, alone in zip(*found, strict=True):
         if alone is not None:

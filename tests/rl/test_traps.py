@@ -1,4 +1,4 @@
-"""Traps that need more than one part of the package to show. Numbers are those of docs/grpo.md, which lists all 72."""
+"""Known mistakes of RL trainers that only several parts of the package together can make; docs/grpo.md lists all 72."""
 
 import re
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_a_second_turn_is_trained_on_its_sampled_ids():
     ]
     prompt, sampled = tuple(chat.prompt(messages)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
     again = chat.prompt([*messages, Message(role="assistant", content="4", reasoning="2+2=4"), messages[-1]])
-    assert tuple(again[: len(prompt) + len(sampled)]) != prompt + sampled, "the trap is real"
+    assert tuple(again[: len(prompt) + len(sampled)]) != prompt + sampled, "encoding again gives other ids"
     batch = to_batch([rollout(0, 1.0, sampled, prompt_token_ids=prompt)], [1.0], 8)
     assert batch.targets[batch.loss_mask > 0].tolist() == list(sampled)
     assert batch.ids[0].tolist() == [*prompt, *sampled][:-1]

@@ -19,7 +19,7 @@ SUBNORMAL = 2.0**-10
 SCALES = pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
 
 
-def drawn(*shape: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
     """Numbers whose blocks differ in size by orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
@@ -48,7 +48,7 @@ def test_scales_of_two_are_rounded_up_so_that_nothing_overflows():
 @SCALES
 @pytest.mark.parametrize(("rows", "shape"), [(1, (5, 300)), (BLOCK, (200, 130)), (BLOCK, (2, 130, 257))])
 def test_rounding_is_within_half_a_step_of_e4m3_ragged_edges_included(rows, shape, power_of_two):
-    x = drawn(*shape, spread=2.0)
+    x = random_tensor(*shape, spread=2.0)
     q, scale = quantize(x, rows, power_of_two)
     assert q.dtype == torch.float8_e4m3fn and q.shape == x.shape
     assert scale.shape == (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // BLOCK))
@@ -71,7 +71,11 @@ def test_zeros_and_tiny_gradients_survive():
 def test_the_three_products_are_within_the_bound_of_e4m3_against_fp64(stacked, power_of_two):
     """Each operand is off by at most half a step, and once more where activations are rounded the other way round."""
     lead = (3,) if stacked else ()
-    x, w, grad = drawn(*lead, 150, 260), drawn(*lead, 140, 260, seed=1), drawn(*lead, 150, 140, seed=2)
+    x, w, grad = (
+        random_tensor(*lead, 150, 260),
+        random_tensor(*lead, 140, 260, seed=1),
+        random_tensor(*lead, 150, 140, seed=2),
+    )
     x.requires_grad_(), w.requires_grad_()
     out = linear(x, w, power_of_two)
     found = out, *torch.autograd.grad(out, (x, w), grad)
@@ -88,14 +92,14 @@ def test_the_three_products_are_within_the_bound_of_e4m3_against_fp64(stacked, p
 
 def test_blocks_keep_an_outlier_from_drowning_the_rest():
     """One scale for the whole tensor would round everything beside an outlier of 1e6 away."""
-    x, w = drawn(4, 2 * BLOCK, spread=0.0), drawn(8, 2 * BLOCK, seed=1, spread=0.0)
+    x, w = random_tensor(4, 2 * BLOCK, spread=0.0), random_tensor(8, 2 * BLOCK, seed=1, spread=0.0)
     x[0, 0] = 1e6
     w[:, 0] = 0.0
     expected = x[1:].double() @ w.double().T
     assert (linear(x, w, False)[1:].double() - expected).abs().max() < 0.15 * expected.abs().max()
 
 
-def test_what_is_kept_for_the_backward_pass_is_a_byte_a_number():
+def test_what_is_saved_for_the_backward_pass_is_a_byte_a_number():
     sizes: list[int] = []
     x, w = torch.randn(256, 512, dtype=torch.bfloat16), torch.randn(256, 512, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
@@ -107,13 +111,13 @@ def test_what_is_kept_for_the_backward_pass_is_a_byte_a_number():
 def test_experts_are_those_of_the_reference_up_to_8_bits(power_of_two):
     generator = torch.Generator().manual_seed(3)
     x, w_in, w_out = (
-        drawn(60, 32, spread=0.0),
-        drawn(4, 48, 32, seed=1, spread=0.0),
-        drawn(4, 32, 24, seed=2, spread=0.0),
+        random_tensor(60, 32, spread=0.0),
+        random_tensor(4, 48, 32, seed=1, spread=0.0),
+        random_tensor(4, 32, 24, seed=2, spread=0.0),
     )
     weights, experts = torch.rand(60, 2, generator=generator), torch.randint(4, (60, 2), generator=generator)
     given = [value.requires_grad_() for value in (x, weights, w_in, w_out)]
-    grad = drawn(60, 32, seed=4, spread=0.0)
+    grad = random_tensor(60, 32, seed=4, spread=0.0)
     expected = ExpertMLP.apply(x, weights, experts, w_in, w_out)
     found = FP8Experts(power_of_two)(x, weights, experts, w_in, w_out)
     wanted = expected, *torch.autograd.grad(expected, given, grad)
@@ -124,10 +128,10 @@ def test_experts_are_those_of_the_reference_up_to_8_bits(power_of_two):
 
 def test_rows_that_an_expert_does_not_use_cannot_drown_those_it_does():
     """Empty rows name token 0; were its numbers left in them, a large one would set the scale of every expert."""
-    x, w_in, w_out = (drawn(*s, seed=i, spread=0.0) for i, s in enumerate(((40, 32), (2, 48, 32), (2, 32, 24))))
+    x, w_in, w_out = (random_tensor(*s, seed=i, spread=0.0) for i, s in enumerate(((40, 32), (2, 48, 32), (2, 32, 24))))
     x[0] = 1e6
     experts = torch.cat((torch.zeros(30, 1), torch.ones(10, 1))).long()  # token 0 goes to expert 0
-    weights, grad = torch.ones(40, 1), drawn(40, 32, seed=4, spread=0.0)
+    weights, grad = torch.ones(40, 1), random_tensor(40, 32, seed=4, spread=0.0)
     w_in.requires_grad_()
     outs = [run(x, weights, experts, w_in, w_out) for run in (FP8Experts(False), ExpertMLP.apply)]
     ours, theirs = (torch.autograd.grad(out, w_in, grad)[0][1] for out in outs)
@@ -167,7 +171,7 @@ def test_biases_are_added_after_the_product():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(256,), (2, 3, 130, 200), (5, 7), (128, 128)])
-def test_all_numbers_of_e4m3_are_widened_exactly(shape: tuple[int, ...], dtype: torch.dtype):
+def test_all_numbers_of_e4m3_are_dequantized_exactly(shape: tuple[int, ...], dtype: torch.dtype):
     """Against torch's own conversion: subnormal numbers, both zeros and NaN among them."""
     shape = (*shape[:-1], 1, shape[-1]) if len(shape) == 1 else shape
     count = torch.Size(shape).numel()

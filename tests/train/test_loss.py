@@ -1,4 +1,4 @@
-"""Losses against hand-worked numbers. E2.n names an entry of the list of known traps in RL trainers."""
+"""Losses against hand-worked numbers."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ from thinkstack.train.loss import next_token_loss, token_logprobs, token_weights
 from thinkstack.types import Completion, ConfigError
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -60,7 +60,7 @@ def test_fixed_weights_depend_on_no_length():
 
 def test_fixed_weights_need_the_constant():
     """Without it the batch's own maximum would creep back in."""
-    with pytest.raises(ConfigError, match="longest possible answer"):
+    with pytest.raises(ConfigError, match="fixed_length of at least 1"):
         token_weights(uneven_batch(), "fixed")
 
 
@@ -80,7 +80,7 @@ def test_the_end_token_is_trained_and_counted():
 
 
 def test_logprobs_are_those_of_log_softmax():
-    hidden, head = drawn(6, 5), drawn(7, 5, seed=1)
+    hidden, head = random_tensor(6, 5), random_tensor(7, 5, seed=1)
     index, targets = torch.tensor([4, 0, 3]), torch.tensor([6, 2, 2])
     found, entropy = token_logprobs(hidden, index, head, targets, with_entropy=True)
     table = (hidden[index] @ head.T).log_softmax(-1)
@@ -96,11 +96,11 @@ def test_entropy_is_exact():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprob_gradients_are_autograds(temperature):
-    hidden, head = drawn(6, 5).requires_grad_(), drawn(7, 5, seed=1).requires_grad_()
+    hidden, head = random_tensor(6, 5).requires_grad_(), random_tensor(7, 5, seed=1).requires_grad_()
     index, targets = torch.tensor([4, 0, 3]), torch.tensor([6, 2, 2])
     fast, _ = token_logprobs(hidden, index, head, targets, temperature)
     plain = (hidden[index] @ head.T / temperature).log_softmax(-1)[torch.arange(3), targets]
-    grad = drawn(3, seed=2)
+    grad = random_tensor(3, seed=2)
     pairs = zip(*(torch.autograd.grad(out, (hidden, head), grad) for out in (fast, plain)), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs)
@@ -108,7 +108,7 @@ def test_logprob_gradients_are_autograds(temperature):
 
 def test_temperature_divides_the_logits():
     """Dividing log-probabilities instead gives numbers that do not sum to 1."""
-    hidden, head = drawn(1, 5), drawn(7, 5, seed=1)
+    hidden, head = random_tensor(1, 5), random_tensor(7, 5, seed=1)
     index = torch.zeros(7, dtype=torch.int64)
     found = [token_logprobs(hidden, index[:1], head, torch.tensor([t]), 0.7)[0] for t in range(7)]
     assert float(torch.cat(found).exp().sum()) == pytest.approx(1.0, abs=1e-6)
@@ -118,7 +118,7 @@ def test_temperature_divides_the_logits():
 
 def test_chunks_of_the_head_change_nothing(monkeypatch):
     """Logits of a few tokens at a time bound the memory; the numbers are those of all at once."""
-    hidden, head = drawn(20, 5).requires_grad_(), drawn(7, 5, seed=1).requires_grad_()
+    hidden, head = random_tensor(20, 5).requires_grad_(), random_tensor(7, 5, seed=1).requires_grad_()
     index, targets = torch.arange(20).flip(0), torch.randint(7, (20,), generator=torch.Generator().manual_seed(3))
     found = []
     for chunk in (1000, 3):
@@ -131,7 +131,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
 
 def test_bf16_logits_are_normalized_in_fp32():
     """A log-softmax in bf16 is off by up to 0.03 nats; from fp32 on only the logits' own rounding is left."""
-    hidden, head = drawn(64, 32).bfloat16(), drawn(500, 32, seed=1).bfloat16()
+    hidden, head = random_tensor(64, 32).bfloat16(), random_tensor(500, 32, seed=1).bfloat16()
     index, targets = torch.arange(64), torch.arange(64)
     found, _ = token_logprobs(hidden, index, head, targets)
     exact = (hidden @ head.T).double().log_softmax(-1)[index, targets]
@@ -158,7 +158,7 @@ def test_the_logprob_of_a_token_is_read_off_the_position_before_it():
     """With a bigram table every log-probability is known; a shift by one gives other numbers."""
     from thinkstack.train.passes import batch_logprobs
 
-    table = drawn(5, 5).log_softmax(-1)
+    table = random_tensor(5, 5).log_softmax(-1)
     ids = (3, 1, 4, 1, 0)
     batch = collate([Example(ids, (0, 0, 1, 1, 1))], [[0]], 6)
     found = batch_logprobs(Bigrams(table), batch, 1.0, 64)

@@ -1,4 +1,4 @@
-"""The policy loss against hand-worked numbers. E2.n names an entry of the list of known traps in RL trainers."""
+"""The policy loss against hand-worked numbers."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_the_first_ratio_is_exactly_one():
 
 
 def test_old_logprobs_carry_no_gradient():
-    """Were the detach forgotten, the ratio would be constant and nothing would be learnt."""
+    """Were the detach forgotten, the ratio would be constant and nothing would be learned."""
     assert slope(tokens([-1.0], [2.0]), ON_POLICY) == pytest.approx([-2.0])
 
 
@@ -276,7 +276,7 @@ def categorical():
     return logprobs, logits, reference, torch.autograd.grad(exact, logits, retain_graph=True)[0]
 
 
-def test_k1_in_the_loss_does_not_know_the_reference():
+def test_k1_in_the_loss_does_not_depend_on_the_reference():
     """Its expected gradient is that of sum p log p's score, 0 on policy, whatever the reference: it was added, logged
     as "kl" and held nothing back. Hence it is refused (tests/rl/test_presets.py)."""
     logprobs, logits, reference, _ = categorical()

@@ -14,9 +14,9 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import moe_layers
 from thinkstack.train.loss import next_token_loss, token_weights
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.passes import batch_logprobs, micro_batches, mtp_loss
+from thinkstack.train.passes import batch_logprobs, mtp_loss, split_micro_batches
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import BAD_STEPS, Trainer
+from thinkstack.train.trainer import MAX_BAD_STEPS, Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, TrainingError
 
@@ -147,7 +147,7 @@ def test_a_good_step_after_a_bad_one_clears_the_count():
 
 def test_several_bad_steps_in_a_row_end_the_training():
     batch, trainer = random_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
-    for _ in range(BAD_STEPS - 1):
+    for _ in range(MAX_BAD_STEPS - 1):
         trainer.step(batch, poisoned_loss)
     with pytest.raises(TrainingError, match="learning_rate"):
         trainer.step(batch, poisoned_loss)
@@ -296,7 +296,7 @@ def test_biases_are_saved_in_fp32_and_the_bf16_worker_uses_the_moved_ones():
     names = [name for name in model.state_dict() if name.endswith("ffn.bias")]
     assert len(names) == 3
     assert all(model.state_dict()[name].dtype == torch.float32 for name in names)
-    assert torch.equal(biases(trainer.workers.running), biases(model))
+    assert torch.equal(biases(trainer.workers.compute_model), biases(model))
 
 
 def test_bf16_steps_follow_fp32_steps():
@@ -310,7 +310,7 @@ def test_bf16_steps_follow_fp32_steps():
     assert not torch.equal(first, second)
 
 
-def test_a_small_corpus_is_learnt_by_heart():
+def test_a_small_corpus_is_memorized():
     model = tiny_model()
     cfg = replace(EXACT, optim=OptimConfig(learning_rate=1e-2))
     trainer, batch = Trainer(model, cfg, 60), random_batch([9, 8, 7], 16)
@@ -321,10 +321,10 @@ def test_a_small_corpus_is_learnt_by_heart():
 
 def test_micro_batches_are_whole_rows_in_order():
     batch = random_batch(LENGTHS, 16)
-    pieces = micro_batches(batch, 40)
+    pieces = split_micro_batches(batch, 40)
     assert {len(piece.ids) for piece in pieces[:-1]} == {2}
     assert torch.equal(torch.cat([piece.ids for piece in pieces]), batch.ids)
-    assert len(micro_batches(batch, 1)) == len(batch.ids)
+    assert len(split_micro_batches(batch, 1)) == len(batch.ids)
 
 
 def test_given_weights_are_used_as_they_are():

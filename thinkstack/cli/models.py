@@ -38,7 +38,7 @@ def evaluate(
         temperature: Sampling temperature; 0 is greedy decoding.
         top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
         max_tokens: Maximum tokens per completion; default 512, or half of the context if that is less.
-        form: Answer format: flexible_extract (box, ####, "the answer is", number), think_then_answer, think_answer_tags.
+        form: Answer format: flexible_extract (box, "the answer is", number), think_then_answer or think_answer_tags.
         dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
         seed: Seed of the problems and of sampling.
         out: Output folder; default a folder below runs/eval named by model, task and settings.
@@ -138,11 +138,9 @@ def generate(
     prompts = [] if input_file is None else read_prompts(input_file)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
-    torch_device = pick_device(device)
-    ranks = init_ranks(torch_device.type)
-    generator = Generator(
-        model, sampling, ranks, pick_precision(model, dtype, weights, torch_device), torch_device, weights
-    )
+    target = pick_device(device)
+    ranks = init_ranks(target.type)
+    generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, target), target, weights)
     out = write if ranks.rank == 0 else discard
     if interactive:
         generator.converse(functools.partial(read_question, ">>> "), out)

@@ -15,7 +15,7 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.models.value_head import ValueModel
 from thinkstack.rl.groups import gather_tokens, scatter_tokens, to_batch, whiten
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import micro_batches, run_trunk
+from thinkstack.train.passes import run_trunk, split_micro_batches
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
@@ -88,7 +88,7 @@ class Critic:
         """
         batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
         values = gather_tokens(
-            batch_values(self.trainer.workers.running, batch, self.trainer.cfg.micro_batch_tokens), batch
+            batch_values(self.trainer.workers.compute_model, batch, self.trainer.cfg.micro_batch_tokens), batch
         )
         gae_lambda = self.cfg.gae_lambda if gae_lambda is None else gae_lambda
         advantages = [gae(r, v, self.cfg.gamma, gae_lambda) for r, v in zip(rewards, values, strict=True)]
@@ -134,5 +134,8 @@ def batch_values(model: Transformer, batch: Batch, micro_batch_tokens: int) -> T
     """Predicted returns (R, T) fp32 at every position, by the same arithmetic as in `Trainer.step`."""
     assert isinstance(model, ValueModel)
     on_device = batch.to(next(model.parameters()).device)
-    rows = [model.values(run_trunk(model, micro).hidden) for micro in micro_batches(on_device, micro_batch_tokens)]
+    rows = [
+        model.values(run_trunk(model, micro_batch).hidden)
+        for micro_batch in split_micro_batches(on_device, micro_batch_tokens)
+    ]
     return torch.cat(rows).to(batch.ids.device)

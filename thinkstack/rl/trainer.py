@@ -173,7 +173,7 @@ class RLTrainer:
             return penalties
         zeros = [0.0] * len(scored)
         batch = to_batch([rollouts[i] for i in scored], zeros, self.cfg.row_tokens, self.cfg.router_replay)
-        policy, reference = self.logprobs(self.trainer.workers.running, batch), self.reference_logprobs(batch)
+        policy, reference = self.logprobs(self.trainer.workers.compute_model, batch), self.reference_logprobs(batch)
         kl = kl_estimate(policy, reference, loss.kl_estimator)
         metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
         for index, values in zip(scored, gather_tokens(loss.kl * kl, batch), strict=True):
@@ -190,7 +190,7 @@ class RLTrainer:
     def add_logprobs(self, batch: Batch) -> Batch:
         """Add log-probabilities of the policy before the step and of the reference, where the loss needs them."""
         if self.cfg.minibatches > 1:
-            batch = replace(batch, old_logprobs=self.logprobs(self.trainer.workers.running, batch))
+            batch = replace(batch, old_logprobs=self.logprobs(self.trainer.workers.compute_model, batch))
         if self.cfg.loss.kl and self.cfg.loss.kl_placement == "loss":
             batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
         return batch
@@ -204,7 +204,7 @@ class RLTrainer:
         batch = replace(batch, experts=None)
         if self.reference is not None:
             return self.logprobs(self.reference, batch)
-        with adapters_off(self.trainer.workers.running) as start:
+        with adapters_off(self.trainer.workers.compute_model) as start:
             return self.logprobs(start, batch)
 
     def update_reference(self) -> None:

@@ -48,7 +48,7 @@ def start_pretraining(cfg: PretrainConfig, run: Run) -> SupervisedRun:
     model, chat = open_model(cfg)
     source = make_source(cfg, puzzle_tasks(cfg.tasks), chat)
     stream = PackedStream(source, cfg.rows, cfg.row_tokens, isolated=cfg.document_mask)
-    return SupervisedRun("pre-training", cfg, run, model, chat, stream, cfg.batch_plan())
+    return SupervisedRun("pre-training", cfg, run, model, chat, stream, cfg.batch_schedule())
 
 
 def evaluate_by_position(cfg: PretrainConfig, training: SupervisedRun) -> None:

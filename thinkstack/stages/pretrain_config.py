@@ -7,7 +7,7 @@ from thinkstack.config import Count, CountOrZero, Seed, Share, build, dump, merg
 from thinkstack.models.config import ModelConfig, named
 from thinkstack.tasks.puzzles.corpus import CorpusConfig
 from thinkstack.tasks.table import puzzle_tasks
-from thinkstack.train.schedule import BatchPlan
+from thinkstack.train.schedule import BatchSchedule
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
@@ -84,7 +84,7 @@ class PretrainConfig:
                 "set start to the checkpoint to adapt, or use rank=0"
             )
         puzzle_tasks(self.tasks)
-        self.batch_plan()
+        self.batch_schedule()
         if self.start:
             for key in self.model.keys() - set(CONTEXT_FIELDS):
                 raise ConfigError(
@@ -113,6 +113,6 @@ class PretrainConfig:
                 "model.max_positions, with model.rope.yarn for a model that has been trained on shorter rows"
             )
 
-    def batch_plan(self) -> BatchPlan:
+    def batch_schedule(self) -> BatchSchedule:
         """Number of rows of each step."""
-        return BatchPlan(self.steps, self.rows, self.rows_start, self.ramp_share)
+        return BatchSchedule(self.steps, self.rows, self.rows_start, self.ramp_share)

@@ -18,7 +18,7 @@ from thinkstack.stages.supervised import SupervisedRun
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.passes import batch_logprobs
-from thinkstack.train.schedule import BatchPlan
+from thinkstack.train.schedule import BatchSchedule
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, RequestError
 
@@ -133,7 +133,7 @@ def sft(cfg: SftConfig, run: Run) -> None:
     if steps < SHORT_RUN_STEPS and steps != cfg.max_steps:
         log.info("few steps: lower rows=%d or row_tokens=%d, or raise epochs=%g", cfg.rows, cfg.row_tokens, cfg.epochs)
     stream = PackedStream(partial(dataset.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
-    training = SupervisedRun("fine-tuning", cfg, run, model, chat, stream, BatchPlan(steps, cfg.rows))
+    training = SupervisedRun("fine-tuning", cfg, run, model, chat, stream, BatchSchedule(steps, cfg.rows))
     training.train(partial(evaluate_held_out, dataset, cfg))
     training.write_models()
 

@@ -16,7 +16,7 @@ from thinkstack.text.chat import ChatFormat
 from thinkstack.train.ema import MovingAverage
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.schedule import BatchPlan
+from thinkstack.train.schedule import BatchSchedule
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Interrupted
@@ -46,7 +46,7 @@ class SupervisedRun:
         model: Transformer,
         chat: ChatFormat,
         stream: PackedStream,
-        plan: BatchPlan,
+        plan: BatchSchedule,
     ):
         """Restores the state in run.folder if there is one. title: of the progress line."""
         self.title, self.cfg, self.run, self.plan = title, cfg, run, plan
