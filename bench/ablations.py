@@ -29,7 +29,7 @@ from thinkstack.evals.plots import COLORS
 from thinkstack.log import CURVE, TIMINGS, Run, write_json
 from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.rl.config import PRESETS, RLConfig
-from thinkstack.stages.pretrain import begin_pretraining, pretrain
+from thinkstack.stages.pretrain import pretrain, start_pretraining
 from thinkstack.stages.pretrain_config import PretrainConfig
 from thinkstack.stages.rl import train_rl
 
@@ -79,7 +79,7 @@ def config(arm: str, seed: int, steps: int = STEPS) -> PretrainConfig:
 
 def seconds_a_step(arms: list[str], folder: Path, rounds: int = 30) -> dict[str, float]:
     """Least time of a step of each, taken in turn."""
-    runs = {arm: begin_pretraining(config(arm, 0), Run(folder / "probe" / arm.replace(" ", "_"))) for arm in arms}
+    runs = {arm: start_pretraining(config(arm, 0), Run(folder / "probe" / arm.replace(" ", "_"))) for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm, run in runs.items():

@@ -35,7 +35,7 @@ from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
-from thinkstack.rl.groups import advantages_of, to_batch
+from thinkstack.rl.groups import advantages_within_groups, to_batch
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
 from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.text.tokenizer import EOS, Tokenizer, train_tokenizer
@@ -111,7 +111,7 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
             for group, (prompt, answers) in enumerate(zip(prompts, groups, strict=True))
             for answer in answers
         ]
-        batch = to_batch(rollouts, advantages_of(rollouts, "standardized"), shape.row_tokens)
+        batch = to_batch(rollouts, advantages_within_groups(rollouts, "standardized"), shape.row_tokens)
         batch = batch.with_weights(token_weights(batch, loss.reduction, shape.new_tokens))
         trainer.step(batch, partial(policy_loss, cfg=loss), loss.temperature, with_entropy=True)
         engine.load_weights(trainer.weights(), version=trainer.step_count)

@@ -53,7 +53,7 @@ RUDE = {
     "generate {model} --input-file {tmp}/none.txt": "none.txt",
     "generate {model} --input-file {tmp}": "folder",
     "generate {model} --input-file {utf16}": "UTF-16",
-    "generate {model} --input-file {blank}": "holds no prompts",
+    "generate {model} --input-file {blank}": "has no prompts",
     # recipes and settings
     "run recipe.toml --out {out}": "no recipe 'recipe.toml'",
     "run dmo --out {out}": "did you mean demo?",
@@ -87,7 +87,7 @@ RUDE = {
     "eval {model} --task chain --limit 0": "--limit 0",
     "eval {model} --task chain --form loose": "form='loose'",
     # what training left
-    "rollouts {tmp} --step 3": "has no rollouts of step 3; kept: none",
+    "rollouts {tmp} --step 3": "has no rollouts of step 3; logged: none",
     "replay {tmp} {model} --step 3": "has no rollouts of step 3",
     "replay {run} {model} --step 1 --temperature 0": "--temperature 0",
     # conversion
@@ -196,7 +196,7 @@ def test_an_empty_answer_says_what_ended_it(monkeypatch, capsys, places):
     )
     monkeypatch.setattr("sys.argv", ["thinkstack", "generate", places["model"], "--prompt", "1+2?"])
     cli.main()
-    assert "(empty: the model ended at once, with <" in capsys.readouterr().out
+    assert "(empty answer: the first token was <" in capsys.readouterr().out
 
 
 def test_every_option_is_named_for_what_it_takes(monkeypatch, capsys):

@@ -17,15 +17,15 @@ def source(index: int) -> Example:
 
 
 def test_packing_puts_every_sample_in_exactly_one_row_that_holds_it():
-    samples = random_examples([random.Random(i).randrange(2, 20) for i in range(200)])
-    rows = pack(samples, 24)
+    examples = random_examples([random.Random(i).randrange(2, 20) for i in range(200)])
+    rows = pack(examples, 24)
     assert sorted(index for row in rows for index in row) == list(range(200))
-    assert all(sum(samples[index].width for index in row) <= 24 for row in rows)
+    assert all(sum(examples[index].width for index in row) <= 24 for row in rows)
 
 
 def test_packing_leaves_little_room():
-    samples = random_examples([random.Random(i).randrange(2, 20) for i in range(200)])
-    assert sum(sample.width for sample in samples) / (24 * len(pack(samples, 24))) > 0.95
+    examples = random_examples([random.Random(i).randrange(2, 20) for i in range(200)])
+    assert sum(example.width for example in examples) / (24 * len(pack(examples, 24))) > 0.95
 
 
 def test_a_sample_fills_the_fullest_row_that_takes_it():
@@ -47,34 +47,34 @@ def test_a_row_of_two_documents_written_out():
     assert batch.loss_mask.tolist() == [[1, 1, 1, 0, 0]]
 
 
-def test_only_learnt_tokens_are_targets():
-    """A prompt is read, not learnt: the mask is that of the token predicted, not of the token read."""
+def test_only_trained_tokens_are_targets():
+    """A prompt is read, not learned: the mask is that of the token predicted, not of the token read."""
     batch = collate([Example((7, 8, 9, 4), (0, 0, 1, 0))], [[0]], 3)
     assert batch.loss_mask.tolist() == [[0, 1, 0]]
 
 
 def test_no_target_crosses_a_border():
-    """E2.37: the last token of a document predicts nothing, certainly not the first of the next."""
-    samples = random_examples([5, 3, 6])
-    batch = collate(samples, [[0, 1, 2]], 16)
-    assert int(batch.loss_mask.sum()) == sum(sample.width for sample in samples)
-    for index, sample in enumerate(samples):
+    """The last token of a document predicts nothing, certainly not the first of the next."""
+    examples = random_examples([5, 3, 6])
+    batch = collate(examples, [[0, 1, 2]], 16)
+    assert int(batch.loss_mask.sum()) == sum(example.width for example in examples)
+    for index, example in enumerate(examples):
         inside = batch.document_ids[0] == index + 1
-        assert batch.targets[0, inside].tolist() == list(sample.ids[1:])
+        assert batch.targets[0, inside].tolist() == list(example.ids[1:])
 
 
 def test_numbers_are_spread_as_tokens_are():
-    samples, rows = random_examples([5, 3, 6]), [[2, 0], [1]]
-    batch = collate(samples, rows, 10)
-    values = [[float(token) for token in sample.ids[1:]] for sample in samples]
-    assert torch.equal(collate_values(values, samples, rows, 10), batch.targets.float())
+    examples, rows = random_examples([5, 3, 6]), [[2, 0], [1]]
+    batch = collate(examples, rows, 10)
+    values = [[float(token) for token in example.ids[1:]] for example in examples]
+    assert torch.equal(collate_values(values, examples, rows, 10), batch.targets.float())
 
 
 def test_numbers_that_do_not_fit_their_tokens_are_a_bug():
-    """E2.23: one log-probability too few would shift all that follow."""
-    samples = random_examples([5])
-    with pytest.raises(AssertionError, match="one number per prediction"):
-        collate_values([[1.0] * 3], samples, [[0]], 10)
+    """One log-probability too few would shift all that follow."""
+    examples = random_examples([5])
+    with pytest.raises(AssertionError, match="one value per prediction"):
+        collate_values([[1.0] * 3], examples, [[0]], 10)
 
 
 def test_a_document_that_predicts_nothing_is_a_bug():
@@ -133,9 +133,9 @@ def letters(text: str) -> list[int]:
 def test_text_files_become_chunks_that_begin_with_bos(tmp_path):
     (tmp_path / "a.txt").write_text("abcde", encoding="utf-8")
     found = text_source([tmp_path / "a.txt"], letters, bos_id=0, row_tokens=3)
-    assert [sample.ids for sample in found] == [(0, 97, 98, 99), (0, 100, 101)]
-    assert [sample.loss_mask for sample in found] == [(0, 1, 1, 1), (0, 1, 1)]
-    assert max(sample.width for sample in found) <= 3
+    assert [example.ids for example in found] == [(0, 97, 98, 99), (0, 100, 101)]
+    assert [example.loss_mask for example in found] == [(0, 1, 1, 1), (0, 1, 1)]
+    assert max(example.width for example in found) <= 3
 
 
 def test_files_that_are_no_text_are_named(tmp_path):
@@ -181,8 +181,8 @@ def test_a_ramp_loses_and_repeats_no_document():
 
 def test_without_isolation_a_row_is_one_document_whose_positions_run_on():
     """V3 packs so: tokens see what stands before them in the row; targets still stop at the borders."""
-    samples = random_examples([5, 3, 6])
-    alone, joined = (collate(samples, [[0, 1], [2]], 8, isolated=isolated) for isolated in (True, False))
+    examples = random_examples([5, 3, 6])
+    alone, joined = (collate(examples, [[0, 1], [2]], 8, isolated=isolated) for isolated in (True, False))
     assert joined.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 0], [0, 1, 2, 3, 4, 0, 0, 0]]
     assert joined.document_ids.tolist() == [[1] * 6 + [0] * 2, [1] * 5 + [0] * 3]
     for name in ("ids", "targets", "loss_mask"):

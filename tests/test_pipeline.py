@@ -1,6 +1,7 @@
 """Recipes: planning, resuming, and refusing what does not fit."""
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from thinkstack.config import override
 from thinkstack.kernels import choice
 from thinkstack.log import Run
 from thinkstack.models.precision import resolve_precision
-from thinkstack.pipeline import plan, read_manifest, read_recipe, recipe_names, run_recipe
+from thinkstack.pipeline import plan_stages, read_manifest, read_recipe, recipe_names, run_recipe
 from thinkstack.types import ConfigError, Interrupted
 
 RECIPES = sorted(path.stem for path in (Path(pipeline.__file__).parent / "recipes").glob("*.toml"))
@@ -22,31 +23,31 @@ SCALED = [name.rpartition("_")[::2] for name in RECIPES if name.endswith(("_smok
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in map("_".join, SCALED)])
 def test_every_recipe_of_the_package_can_be_planned(name: str, tmp_path: Path):
-    assert len(plan(read_recipe(name), tmp_path)) > 1
+    assert len(plan_stages(read_recipe(name), tmp_path)) > 1
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALED)
 def test_a_scale_changes_settings_and_keeps_the_stages(name: str, scale: str, tmp_path: Path):
-    full, scaled = plan(read_recipe(name), tmp_path), plan(read_recipe(name, scale), tmp_path)
+    full, scaled = plan_stages(read_recipe(name), tmp_path), plan_stages(read_recipe(name, scale), tmp_path)
     assert [step.name for step in full] == [step.name for step in scaled]
     assert full[-1].fingerprint != scaled[-1].fingerprint
 
 
 def test_the_smoke_scale_changes_settings_and_keeps_the_stages(tmp_path: Path):
-    full, smoke = plan(read_recipe("demo"), tmp_path), plan(read_recipe("demo", "smoke"), tmp_path)
+    full, smoke = plan_stages(read_recipe("demo"), tmp_path), plan_stages(read_recipe("demo", "smoke"), tmp_path)
     assert [step.name for step in full] == [step.name for step in smoke]
     assert smoke[0].config.steps < full[0].config.steps
 
 
 def test_a_stage_starts_from_an_earlier_one_and_shared_settings_reach_all(tmp_path: Path):
-    steps = plan(override(read_recipe("demo"), "shared.seed=7"), tmp_path)
+    steps = plan_stages(override(read_recipe("demo"), "shared.seed=7"), tmp_path)
     by_name = {step.name: step.config for step in steps}
     assert by_name["zero"].start == str(tmp_path / "base" / "model")
     assert by_name["base"].seed == by_name["zero"].seed == by_name["base-eval"].seed == 7
 
 
 def test_a_preset_lies_under_the_settings_of_the_recipe(tmp_path: Path):
-    steps = plan(
+    steps = plan_stages(
         override(override(read_recipe("demo"), "stages.zero.preset=paper"), "stages.zero.group_size=8"), tmp_path
     )
     zero = next(step.config for step in steps if step.name == "zero")
@@ -104,6 +105,21 @@ def test_a_stopped_recipe_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: 
     assert script.ran == ["base", "base-eval", "zero", "zero", "zero-eval", "report"]
     run_recipe(tree, tmp_path)
     assert len(script.ran) == 6, "what is done is not done again"
+
+
+@pytest.mark.parametrize("format_number", [None, 1, 3])
+def test_a_run_folder_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_number):
+    """A folder of an older version was continued with files that this version reads differently."""
+    script, tree = Scripted(monkeypatch), read_recipe("demo", "smoke")
+    records = {"base": {"fingerprint": "0", "seconds": 1.0, "done": True}}
+    manifest = records if format_number is None else {"format": format_number, "stages": records}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError) as error:
+        run_recipe(tree, tmp_path)
+    message = str(error.value)
+    assert f"{tmp_path} is a run folder of format {format_number or 1}, this version continues format 2" in message
+    assert ("finish it with commit 60e1456 of thinkstack" in message) == (format_number != 3)
+    assert message.endswith("use another --out") and script.ran == []
 
 
 def test_a_killed_stage_keeps_its_settings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""What there is to run: recipes, their stages, and every setting with its default and meaning, from the source."""
+"""Descriptions of recipes, stages and settings, with defaults and meanings read from the source."""
 
 import ast
 import dataclasses
@@ -15,34 +15,34 @@ from thinkstack.files import read_text
 from thinkstack.pipeline import STAGES, read_recipe, recipe_names, recipe_path, scales_of
 
 WIDTH = 100
-NEEDED = "(required)"
+REQUIRED = "(required)"
 
 
 def list_recipes() -> str:
-    """Each recipe of the package with what its file says first, and the kinds of stages."""
+    """Each recipe of the package with the leading comment of its file, and the kinds of stages."""
     lines = ["Recipes, for `thinkstack run NAME --out FOLDER`:"]
     for name in recipe_names():
         path = recipe_path(name)
         scales = "|".join(scales_of(path))
-        lines += ["", f"{name}{f'  (--scale {scales})' if scales else ''}", *_about(path)]
+        lines += ["", f"{name}{f'  (--scale {scales})' if scales else ''}", *_leading_comment(path)]
     lines += ["", f"`thinkstack recipes NAME` lists the settings of a recipe or a kind of stage: {', '.join(STAGES)}."]
     return "\n".join(lines)
 
 
-def _about(path: Path) -> list[str]:
-    """The comment that a recipe begins with, line by line: commands in it can be copied."""
+def _leading_comment(path: Path) -> list[str]:
+    """The leading comment of a recipe file, line by line, so that its commands can be copied."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), read_text(path).split("\n"))
     return [f"    {line.removeprefix('#').removeprefix(' ')}" for line in lines]
 
 
 def describe_recipe(name: str, settings: bool = True) -> str:
-    """The stages of a recipe, in order, and the settings of each kind; or those of one kind of stage.
+    """The stages of a recipe and the settings of their kinds, or the settings of one kind of stage.
 
     Raises ConfigError for a name that is neither.
     """
     if name in STAGES:
         return "\n".join(_settings(name))
-    tree, lines = read_recipe(name), [*_about(recipe_path(name)), ""]
+    tree, lines = read_recipe(name), [*_leading_comment(recipe_path(name)), ""]
     kinds: list[str] = []
     for stage, table in tree.get("stages", {}).items():
         kind = table.get("stage", "")
@@ -65,7 +65,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _settings(kind: str) -> list[str]:
     """Every setting of a kind of stage."""
     config = STAGES[kind][0]
-    head = f"Settings of the kind of stage {kind}, as KEY = DEFAULT; --set stages.NAME.KEY=VALUE changes one."
+    head = f"Settings of stages of kind {kind}, as KEY = DEFAULT; change one with --set stages.NAME.KEY=VALUE."
     return [head, *(line for setting in _fields(config) for line in setting)]
 
 
@@ -76,26 +76,26 @@ def _fields(config: type, prefix: str = "") -> Iterator[list[str]]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _fields(hint, f"{prefix}{field.name}.")
             continue
-        default = NEEDED if field.default is dataclasses.MISSING else repr(field.default)
+        default = REQUIRED if field.default is dataclasses.MISSING else repr(field.default)
         if field.default_factory is not dataclasses.MISSING:
             default = repr(field.default_factory())
-        told = meanings.get(field.name, "")
+        meaning = meanings.get(field.name, "")
         if typing.get_origin(hint) is typing.Literal:
-            told += f" One of {', '.join(map(repr, typing.get_args(hint)))}."
+            meaning += f" One of {', '.join(map(repr, typing.get_args(hint)))}."
         margin = " " * 6
         yield [
             f"  {prefix}{field.name} = {default}",
-            *textwrap.wrap(told, WIDTH, initial_indent=margin, subsequent_indent=margin),
+            *textwrap.wrap(meaning, WIDTH, initial_indent=margin, subsequent_indent=margin),
         ]
 
 
 def meanings_of(config: type) -> dict[str, str]:
-    """What stands under each field of a dataclass in the source, by name."""
+    """The docstring under each field of a dataclass in the source, by field name."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    meanings = {}
     for field, below in zip(tree.body, tree.body[1:], strict=False):
         is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            found[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
-    return found
+            meanings[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return meanings

@@ -1,11 +1,11 @@
-"""Documents to packed batches: one path for text, chats and rollouts.
+"""Pack documents into batches: text, conversations and rollouts.
 
-A row holds several documents side by side; targets never cross from one to the next, attention and positions only
-where that is asked for. The stream of batches is a pure function of its source and position, so a run resumed in the
-middle sees the same rows.
+A row holds several documents one after another. Targets never cross document boundaries; attention and positions do
+only if `isolated` is False. The stream of batches is a pure function of its source and position, so that a resumed run
+gets the same rows.
 """
 
-# Shapes in this file: R rows, T tokens a row.
+# Shapes in this file: R rows, T tokens per row.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from thinkstack.types import Batch, ConfigError
 
 
 class Columns(NamedTuple):
-    """A document as it stands in a row, one entry a column."""
+    """A document in a row, with one entry per column (one prediction)."""
 
     ids: list[int]
     targets: list[int]
@@ -32,19 +32,19 @@ class Columns(NamedTuple):
 
 
 class Document(Protocol):
-    """Tokens that lie side by side in a row and see no others."""
+    """Consecutive tokens of a row that attend only to each other."""
 
     @property
     def width(self) -> int:
-        """Columns it takes in a row: one per prediction."""
+        """Number of columns in a row: one per prediction."""
 
     def columns(self) -> Columns:
-        """What stands in them."""
+        """The contents of the columns."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one document, and for each token 1 if it is to be learnt (never the first: nothing predicts it)."""
+    """Token ids of one document and its loss mask: 1 = trained (never the first token, which nothing predicts)."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
@@ -57,68 +57,74 @@ class Example:
         return len(self.ids) - 1
 
     def columns(self) -> Columns:
-        places, none = list(range(self.width)), [0] * self.width
-        return Columns(list(self.ids[:-1]), list(self.ids[1:]), list(self.loss_mask[1:]), places, none)
+        positions, branches = list(range(self.width)), [0] * self.width
+        return Columns(list(self.ids[:-1]), list(self.ids[1:]), list(self.loss_mask[1:]), positions, branches)
 
 
 @dataclass(frozen=True)
 class SharedPromptGroup:
-    """A prompt and answers to it, all of whose tokens are learnt. The prompt stands in the row once, but for its last
-    token, from which each answer begins: column by column the answers are computed as if each stood alone."""
+    """A prompt and its completions, all of whose tokens are trained. The prompt is in the row once, without its last
+    token, which starts each completion. Each completion is computed as if it were alone."""
 
     prompt: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        assert self.prompt and self.answers and all(self.answers), "every answer has a token, and one before it"
+        assert self.prompt and self.completions and all(self.completions), (
+            "the prompt and every completion have at least one token"
+        )
 
     @property
     def width(self) -> int:
-        return len(self.prompt) - 1 + sum(map(len, self.answers))
+        return len(self.prompt) - 1 + sum(map(len, self.completions))
 
     def columns(self) -> Columns:
         shared = len(self.prompt) - 1
-        found = Columns(list(self.prompt[:-1]), list(self.prompt[1:]), [0] * shared, list(range(shared)), [0] * shared)
-        for branch, answer in enumerate(self.answers, start=1):
-            found.ids.extend((self.prompt[-1], *answer[:-1]))
-            found.targets.extend(answer)
-            found.loss_mask.extend([1] * len(answer))
-            found.positions.extend(range(shared, shared + len(answer)))
-            found.branches.extend([branch] * len(answer))
-        return found
+        columns = Columns(
+            list(self.prompt[:-1]), list(self.prompt[1:]), [0] * shared, list(range(shared)), [0] * shared
+        )
+        for branch, completion in enumerate(self.completions, start=1):
+            columns.ids.extend((self.prompt[-1], *completion[:-1]))
+            columns.targets.extend(completion)
+            columns.loss_mask.extend([1] * len(completion))
+            columns.positions.extend(range(shared, shared + len(completion)))
+            columns.branches.extend([branch] * len(completion))
+        return columns
 
 
 DocumentSource = Callable[[int], Example]
-"""Where documents come from: the document of each index 0, 1, 2, ..., always the same one."""
+"""A function from each index 0, 1, 2, ... to its document; deterministic."""
 
 
-def pack(samples: Sequence[Document], row_tokens: int) -> list[list[int]]:
-    """Choose rows: longest sample first, each into the fullest row that still takes it. Returns sample indices per row.
+def pack(examples: Sequence[Document], row_tokens: int) -> list[list[int]]:
+    """Assign examples to rows: longest first, each to the fullest row with enough space. Returns example indices per
+    row.
 
-    Raises ConfigError for a sample wider than a row.
+    Raises ConfigError for an example wider than a row.
     """
     rows: list[list[int]] = []
-    left: list[int] = []
-    for index in sorted(range(len(samples)), key=lambda i: -samples[i].width):
-        width = samples[index].width
+    free: list[int] = []
+    for index in sorted(range(len(examples)), key=lambda i: -examples[i].width):
+        width = examples[index].width
         if width > row_tokens:
             raise ConfigError(f"a document of {width + 1} tokens does not fit a row of {row_tokens}; raise row_tokens")
-        row = min((r for r, room in enumerate(left) if room >= width), key=left.__getitem__, default=None)
+        row = min((r for r, space in enumerate(free) if space >= width), key=free.__getitem__, default=None)
         if row is None:
             row = len(rows)
             rows.append([])
-            left.append(row_tokens)
+            free.append(row_tokens)
         rows[row].append(index)
-        left[row] -= width
+        free[row] -= width
     return rows
 
 
 def collate(
-    samples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int, isolated: bool = True
+    examples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int, isolated: bool = True
 ) -> Batch:
-    """Write `samples` into the rows that `pack` chose. Document ids are sample indices + 1; 0 marks padding.
+    """Write `examples` into the rows that `pack` chose. Document ids are example indices + 1; 0 marks padding.
 
-    isolated: False makes each row one document with id 1, whose positions run on, so that tokens attend across borders.
+    isolated: False makes each row one document with id 1 and consecutive positions, so that attention crosses document
+    boundaries.
     """
     shape = (len(rows), row_tokens)
     ids, positions, document_ids, targets, branches = (torch.zeros(shape, dtype=torch.int64) for _ in range(5))
@@ -126,7 +132,7 @@ def collate(
     for row, members in enumerate(rows):
         start = 0
         for index in members:
-            columns, span = samples[index].columns(), slice(start, start + samples[index].width)
+            columns, span = examples[index].columns(), slice(start, start + examples[index].width)
             ids[row, span] = torch.tensor(columns.ids)
             targets[row, span] = torch.tensor(columns.targets)
             loss_mask[row, span] = torch.tensor(columns.loss_mask, dtype=torch.float32)
@@ -145,21 +151,21 @@ def collate(
 
 
 def collate_values(
-    values: Sequence[Sequence[float]], samples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int
+    values: Sequence[Sequence[float]], examples: Sequence[Document], rows: Sequence[Sequence[int]], row_tokens: int
 ) -> torch.Tensor:
-    """Per-token numbers of each sample, one per prediction, laid out like the batch: (R, T) fp32, 0 in padding."""
+    """Per-token values of each example, one per prediction, in the layout of the batch: (R, T) fp32, 0 in padding."""
     out = torch.zeros(len(rows), row_tokens)
     for row, members in enumerate(rows):
         start = 0
         for index in members:
-            assert len(values[index]) == samples[index].width, "one number per prediction"
-            out[row, start : start + samples[index].width] = torch.tensor(values[index], dtype=torch.float32)
-            start += samples[index].width
+            assert len(values[index]) == examples[index].width, "one value per prediction"
+            out[row, start : start + examples[index].width] = torch.tensor(values[index], dtype=torch.float32)
+            start += examples[index].width
     return out
 
 
 class PackedStream:
-    """Batches of `rows` x `row_tokens` from a source, in order, resumable."""
+    """A resumable stream of batches of `rows` x `row_tokens` from a source."""
 
     def __init__(
         self,
@@ -176,47 +182,47 @@ class PackedStream:
         self.position = 0
         """Documents read so far by this rank."""
         self.waiting: list[int] = []
-        """Documents that were read and did not fit the last batch."""
+        """Indices of documents that were read and did not fit the last batch."""
 
     def take(self, num_rows: int | None = None) -> Batch:
-        """The next batch, of num_rows rows where that is given."""
+        """The next batch. num_rows: its rows, by default those of the stream."""
         num_rows = self.num_rows if num_rows is None else num_rows
-        indices, samples = list(self.waiting), [self.source(index) for index in self.waiting]
-        while sum(sample.width for sample in samples) < num_rows * self.row_tokens:
+        indices, examples = list(self.waiting), [self.source(index) for index in self.waiting]
+        while sum(example.width for example in examples) < num_rows * self.row_tokens:
             indices.append(self.position * self.world_size + self.rank)
-            samples.append(self.source(indices[-1]))
+            examples.append(self.source(indices[-1]))
             self.position += 1
-        rows = pack(samples, self.row_tokens)
-        kept, left = rows[:num_rows], rows[num_rows:]
-        self.waiting = sorted(indices[place] for row in left for place in row)
-        return collate(samples, kept, self.row_tokens, self.isolated)
+        rows = pack(examples, self.row_tokens)
+        chosen, rest = rows[:num_rows], rows[num_rows:]
+        self.waiting = sorted(indices[i] for row in rest for i in row)
+        return collate(examples, chosen, self.row_tokens, self.isolated)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
+        """The state that `restore` takes."""
         return {"position": self.position, "waiting": list(self.waiting)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Restore a state returned by `state`."""
         self.position, self.waiting = state["position"], list(state["waiting"])
 
 
 def text_source(
     paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int
 ) -> list[Example]:
-    """The user's texts as samples of at most a row each. Raises ConfigError as `read_texts`."""
-    samples = []
+    """The user's texts as examples of at most one row. Raises ConfigError like `read_texts`."""
+    examples = []
     for text in (text for path in paths for text in read_texts(path)):
         ids = encode(text)
         for start in range(0, len(ids), row_tokens):
             chunk = (bos_id, *ids[start : start + row_tokens])
-            samples.append(Example(chunk, (0,) + (1,) * (len(chunk) - 1)))
-    return samples
+            examples.append(Example(chunk, (0,) + (1,) * (len(chunk) - 1)))
+    return examples
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a file: the whole of a text file, or the "text" of each row of JSON lines or parquet.
+    """The documents of a file: the content of a text file, or the "text" of each row of JSON lines or parquet.
 
-    Raises ConfigError for a file that cannot be read or holds no text, and for rows without a "text".
+    Raises ConfigError for a file that cannot be read or has no text, and for rows without "text".
     """
     if has_rows(path):
         texts, unused = [], Counter[str]()
@@ -233,5 +239,5 @@ def read_texts(path: Path) -> list[str]:
     else:
         texts = [read_text(path, "text file")]
     if not any(texts):
-        raise ConfigError(f"{path} holds no text; leave it out")
+        raise ConfigError(f"{path} has no text; leave it out")
     return texts

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 RECIPE = """
 [shared]
 seed = 3
-families = ["chain", "cups"]
+tasks = ["chain", "cups"]
 
 [stages.base]
 stage = "pretrain"
@@ -160,7 +160,7 @@ def run_through(launch: Launch, recipe: Path, out: Path) -> None:
     """Run a recipe to its end."""
     process = launch(recipe, out)
     process.join()
-    assert json.loads((out / "manifest.json").read_text())["zero-eval"]["done"]
+    assert json.loads((out / "manifest.json").read_text())["stages"]["zero-eval"]["done"]
 
 
 def drive(launch: Launch, recipe: Path, out: Path, stage: str, kills: int, steps: int, seed: int) -> Kills:

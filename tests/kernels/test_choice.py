@@ -10,7 +10,7 @@ from thinkstack.kernels import choice
 from thinkstack.kernels.choice import Measured
 from thinkstack.kernels.cpu import build, calls
 from thinkstack.models.precision import resolve_precision
-from thinkstack.train.passes import model_to_run
+from thinkstack.train.passes import working_model
 from thinkstack.train.trainer_config import TrainerConfig
 
 
@@ -77,7 +77,7 @@ def test_auto_is_bf16_where_instruction_set_and_measurement_agree(isa, gflops, p
     assert f"{gflops[1]:.4g} GFLOP/s" in found.reason
     assert resolve_precision("auto") == precision
     assert resolve_precision("auto", "cuda") == "bf16"
-    running = model_to_run(tiny_model(GQA_TINY), TrainerConfig(), always_copy=True)
+    running = working_model(tiny_model(GQA_TINY), TrainerConfig(), always_copy=True)
     assert running.embed.weight.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
 
 

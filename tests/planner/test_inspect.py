@@ -1,4 +1,4 @@
-"""What `inspect` says of a checkpoint, without its weights."""
+"""What `inspect` shows of a checkpoint, without reading its weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
-from thinkstack.checkpoint import inspect
 from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.hf.files import WEIGHTS
 from thinkstack.checkpoint.model import load_model, save_model
 from thinkstack.checkpoint.tensor_file import TensorFiles
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, count_parameters, fp8_bytes, weight_bytes
+from thinkstack.planner import inspect
 from thinkstack.planner.inspect import describe_model
 from thinkstack.quant.fp8 import E4M3
 
@@ -45,8 +45,8 @@ def test_a_checkpoint_is_described_from_its_headers(folder: Path):
 def test_what_fits_follows_from_bytes_of_weights_and_cache(folder: Path):
     cfg, found = replace(MLA_TINY, vocab_size=384), rows(describe_model(str(folder)))
     tokens = (250_000 - weight_bytes(cfg)) // cache_bytes_per_token(cfg)
-    assert found["bf16"].endswith(f"then {tokens:,} tokens of context in all")
-    assert weight_bytes(cfg, 4) > 250_000 and found["fp32"].startswith("does not load: needs")
+    assert found["bf16"].endswith(f"leaving cache for {tokens:,} tokens across all requests")
+    assert weight_bytes(cfg, 4) > 250_000 and found["fp32"].startswith("does not fit: needs")
     assert found["training, full"].startswith("does not fit")
 
 

@@ -13,7 +13,7 @@ BOS, EOS = 0, 1
 
 
 class ArmChat:
-    """Token 2 + d writes the digit d; an answer is the digits drawn before the end token."""
+    """Token 2 + d writes the digit d; a completion is the digits sampled before the end token."""
 
     name, prefill, stop_token_ids = "arms", "", (EOS,)
 

@@ -29,9 +29,9 @@ def make_bandit(tmp_path: Path):
             init_std=0.1,
         )
         model = Transformer(cfg).initialize(torch.Generator().manual_seed(seed))
-        zero = RLTrainer(arm_config(seed=seed, **changes), Run(tmp_path / name), model, ArmChat())  # type: ignore[arg-type]
-        zero.stream = ArmStream(seed)  # type: ignore[assignment]
-        zero.score = arm_score
-        return zero
+        rl = RLTrainer(arm_config(seed=seed, **changes), Run(tmp_path / name), model, ArmChat())  # type: ignore[arg-type]
+        rl.stream = ArmStream(seed)  # type: ignore[assignment]
+        rl.score = arm_score
+        return rl
 
     return make

@@ -1,4 +1,4 @@
-"""What answers are compared with, by hand. Trap numbers are those of docs/grpo.md."""
+"""What completions are compared with, by hand."""
 
 import math
 from dataclasses import replace
@@ -8,8 +8,8 @@ import torch
 
 from tests.rl.bandit import arm_config
 from tests.rl.test_groups import rollout
-from thinkstack.rl.advantages import compute_advantages, token_rewards, usable
-from thinkstack.rl.groups import gather_tokens, normalized, overlong_punishment, returns_to_go, spread_tokens, to_batch
+from thinkstack.rl.advantages import compute_advantages, select_rollouts, token_rewards
+from thinkstack.rl.groups import gather_tokens, overlong_punishment, returns_to_go, scatter_tokens, to_batch, whiten
 from thinkstack.rl.trainer import split_groups
 from thinkstack.train.loss import token_weights
 from thinkstack.train.policy_loss import PolicyLossConfig
@@ -18,14 +18,14 @@ from thinkstack.types import Rollout
 BATCH = {"advantage": "batch", "dynamic_sampling": False}
 
 
-def cut(made: Rollout) -> Rollout:
+def truncated(completed: Rollout) -> Rollout:
     """The same answer, cut off by the engine."""
-    return replace(made, completion=replace(made.completion, finish_reason="length"))
+    return replace(completed, completion=replace(completed.completion, finish_reason="length"))
 
 
-def loss_mask(rollouts: list[Rollout], kl_penalties: list[list[float]] | None = None, **changes: object):
+def advantages_of(rollouts: list[Rollout], kl_penalties: list[list[float]] | None = None, **changes: object):
     cfg = arm_config(**changes)
-    kept = usable(rollouts, cfg)
+    kept = select_rollouts(rollouts, cfg)
     return compute_advantages(kept, kl_penalties or [[0.0] * len(r.completion.token_ids) for r in kept], cfg)
 
 
@@ -38,58 +38,58 @@ TRUNCATED = {
 
 
 @pytest.mark.parametrize("how", TRUNCATED)
-def test_trap_16_answers_cut_off_are_kept_masked_or_dropped_as_asked(how):
+def test_truncated_completions_are_kept_masked_or_dropped_as_configured(how):
     """Peers differ and rarely say: in baseline and loss, in the baseline only, or in neither, where the group must be
     compared anew. Masked, their zeros still lower the baseline, and every finished answer gains from them."""
-    group = [rollout(0, 1.0), rollout(0, 0.0), cut(rollout(0, 0.0))]
-    found = loss_mask(group, truncated=how)
+    group = [rollout(0, 1.0), rollout(0, 0.0), truncated(rollout(0, 0.0))]
+    found = advantages_of(group, truncated=how)
     advantages, count = TRUNCATED[how]
     assert found.advantages == pytest.approx(advantages)
     assert len(found.rollouts) == count
     assert to_batch(found.rollouts, found.advantages, 8).loss_mask.sum() == 2 * count
 
 
-def test_trap_16_a_step_of_nothing_but_cut_off_answers_teaches_nothing():
-    """An epidemic of long answers once left a batch of zero rows, and the mean of nothing is nan."""
-    group = [cut(rollout(0, 1.0)), cut(rollout(0, 0.0))]
+def test_a_step_of_only_truncated_completions_trains_nothing():
+    """An epidemic of long completions once left a batch of zero rows, and the mean of nothing is nan."""
+    group = [truncated(rollout(0, 1.0)), truncated(rollout(0, 0.0))]
     for how in ("mask", "drop"):
-        assert loss_mask(group, truncated=how) == ([], [], [])
+        assert advantages_of(group, truncated=how) == ([], [], [])
     assert split_groups([], [], 2) == []
 
 
-def test_trap_18_the_deviation_of_the_step_is_taken_over_the_whole_step():
+def test_the_deviation_of_the_step_is_taken_over_the_whole_step():
     """A deviation per micro-batch rescales each by its own luck.
 
     Rewards 1, 0 (group 0) and 1, 1 (group 1), two tokens each: mean 3/4, variance (3 * 1/16 + 9/16) / 4 = 3/16. Group 1
     is all right and still gains, (1 - 3/4) / sqrt(3/16) = 1/sqrt 3, where its own mean would have given 0.
     """
     rollouts = [rollout(0, 1.0), rollout(0, 0.0), rollout(1, 1.0), rollout(1, 1.0)]
-    found = loss_mask(rollouts, **BATCH)
+    found = advantages_of(rollouts, **BATCH)
     up, down = 1 / math.sqrt(3), -math.sqrt(3)
     assert [row[0] for row in found.advantages] == pytest.approx([up, down, up, up])
     pieces = split_groups(found.rollouts, found.advantages, 2)
     assert [row[0] for _, rows in pieces for row in rows] == pytest.approx([up, down, up, up])
 
 
-def test_trap_18_tokens_not_answers_are_counted():
-    """With a loss per token, centring by answers leaves a push in favour of one length.
+def test_tokens_not_completions_are_counted():
+    """With a loss per token, centring by completions leaves a push in favour of one length.
 
     Reward 1 with three tokens, 0 with one: mean 3/4, deviation sqrt(3)/4."""
-    rows = normalized([[1.0] * 3, [0.0]])
+    rows = whiten([[1.0] * 3, [0.0]])
     assert rows[0] == pytest.approx([1 / math.sqrt(3)] * 3) and rows[1] == pytest.approx([-math.sqrt(3)])
     assert sum(map(sum, rows)) == pytest.approx(0.0)
 
 
-def test_trap_11_equal_rewards_of_a_step_give_exactly_zero():
-    assert loss_mask([rollout(0, 0.1 + 0.2), rollout(1, 0.3)], **BATCH).advantages == [[0.0, 0.0], [0.0, 0.0]]
+def test_equal_rewards_of_a_step_give_exactly_zero():
+    assert advantages_of([rollout(0, 0.1 + 0.2), rollout(1, 0.3)], **BATCH).advantages == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_trap_17_without_a_group_an_unscorable_answer_is_left_out():
-    found = loss_mask([rollout(0, 1.0), rollout(0, None), rollout(0, 0.0)], **BATCH)
+def test_without_a_group_an_unscorable_completion_is_left_out():
+    found = advantages_of([rollout(0, 1.0), rollout(0, None), rollout(0, 0.0)], **BATCH)
     assert [row[0] for row in found.advantages] == [1.0, -1.0]
 
 
-def test_trap_19_advantages_are_fp32_without_gradient():
+def test_advantages_are_fp32_without_gradient():
     """bf16 advantages round 1/3 to 3 digits, and centered groups no longer sum to 0."""
     batch = to_batch([rollout(0, 1.0), rollout(0, 0.0)], [1 / 3, -1 / 3], 8)
     assert batch.advantages is not None
@@ -97,9 +97,9 @@ def test_trap_19_advantages_are_fp32_without_gradient():
     assert float(batch.advantages.sum()) == 0.0
 
 
-def test_trap_40_no_end_token_is_invented_for_an_answer_cut_off():
+def test_no_end_token_is_invented_for_a_truncated_completion():
     """An end token added by hand has no log-probability; the arrays were then off by one (open-instruct#1051)."""
-    long = cut(rollout(0, 0.0, (9, 8, 7)))
+    long = truncated(rollout(0, 0.0, (9, 8, 7)))
     batch = to_batch([long, rollout(0, 1.0)], [-0.5, 0.5], 8)
     places = (batch.branches == 1) & (batch.loss_mask > 0)
     assert batch.targets[places].tolist() == [9, 8, 7]
@@ -107,51 +107,52 @@ def test_trap_40_no_end_token_is_invented_for_an_answer_cut_off():
     assert batch.rollout_logprobs[places].tolist() == list(long.completion.logprobs)
 
 
-def test_trap_47_kl_in_the_reward_enters_before_the_comparison():
-    """Taken off after the group's mean it moves all answers alike, and the advantages of a group no longer sum to 0.
+def test_kl_in_the_reward_is_subtracted_before_the_baseline():
+    """Taken off after the group's mean it moves all completions alike, and the advantages of a group no longer sum to
+    0.
 
     Rewards 1 and 0 less 0.1 + 0.2 and 0.1 + 0.0: 0.7 and -0.1, mean 0.3, advantages 0.4 and -0.4.
     """
     pair = [rollout(0, 1.0), rollout(0, 0.0)]
-    assert loss_mask(pair, [[0.1, 0.2], [0.1, 0.0]]).advantages == pytest.approx([0.4, -0.4])
+    assert advantages_of(pair, [[0.1, 0.2], [0.1, 0.0]]).advantages == pytest.approx([0.4, -0.4])
 
 
-def test_kl_in_the_reward_is_paid_token_by_token_without_a_group():
+def test_kl_in_the_reward_is_subtracted_per_token_without_a_group():
     """Returns to go: 1 - 0.3 and 1 - 0.2 for the tokens of the first answer, -0.1 and 0 for the second."""
     assert token_rewards(1.0, [0.1, 0.2]) == pytest.approx([-0.1, 0.8])
     assert returns_to_go([-0.1, 0.8]) == pytest.approx([0.7, 0.8])
-    found = loss_mask([rollout(0, 1.0), rollout(0, 0.0)], [[0.1, 0.2], [0.1, 0.0]], **BATCH).advantages
-    expected = normalized([[0.7, 0.8], [-0.1, 0.0]])
+    found = advantages_of([rollout(0, 1.0), rollout(0, 0.0)], [[0.1, 0.2], [0.1, 0.0]], **BATCH).advantages
+    expected = whiten([[0.7, 0.8], [-0.1, 0.0]])
     assert found[0] == pytest.approx(expected[0]) and found[1] == pytest.approx(expected[1])
 
 
 @pytest.mark.parametrize(("length", "taken"), [(16, 0.0), (18, 0.5), (20, 1.0)])
-def test_trap_55_length_is_punished_in_tokens_and_per_answer(length, taken):
-    """A peer measured characters, over the whole batch: what an answer earned depended on its neighbors.
+def test_the_overlong_penalty_counts_tokens_per_completion(length, taken):
+    """A peer measured characters, over the whole batch: what a completion earned depended on its neighbors.
 
     max_tokens 20, the last fifth: 16 tokens are free, 20 cost all."""
     assert overlong_punishment(length, 20, 0.2) == pytest.approx(taken)
     ids = tuple(range(2, 2 + length))
-    alone = loss_mask([rollout(0, 1.0), rollout(0, 1.0, ids)], max_tokens=20, overlong_penalty=0.5)
+    alone = advantages_of([rollout(0, 1.0), rollout(0, 1.0, ids)], max_tokens=20, overlong_penalty=0.5)
     assert alone.advantages == pytest.approx([taken / 4, -taken / 4])
     crowd = [rollout(0, 1.0), rollout(0, 1.0, ids), rollout(1, 1.0, ids), rollout(1, 0.0)]
-    assert loss_mask(crowd, max_tokens=20, overlong_penalty=0.5).advantages[:2] == pytest.approx(alone.advantages)
+    assert advantages_of(crowd, max_tokens=20, overlong_penalty=0.5).advantages[:2] == pytest.approx(alone.advantages)
 
 
-def test_numbers_by_token_come_back_from_the_batch_they_were_laid_into():
-    """Packing sorts answers by length; a number handed to another answer's token would never be noticed."""
+def test_gather_tokens_inverts_scatter_tokens():
+    """Packing sorts completions by length; a number handed to another answer's token would never be noticed."""
     rollouts = [rollout(0, 1.0, (5, 1)), rollout(0, 0.0, (6, 7, 8, 1)), rollout(1, 1.0, (9,))]
     values = [[0.1, 0.2], [1.0, 2.0, 3.0, 4.0], [9.0]]
     batch = to_batch(rollouts, values, 6)
     assert batch.advantages is not None and batch.rollout_logprobs is not None
-    assert torch.equal(spread_tokens(values, batch), batch.advantages)
+    assert torch.equal(scatter_tokens(values, batch), batch.advantages)
     assert [pytest.approx(row) for row in values] == gather_tokens(batch.advantages, batch)
     assert gather_tokens(batch.rollout_logprobs, batch)[1] == [-0.5, -1.5, -2.5, -3.5]
     assert gather_tokens(batch.targets.float(), batch) == [[5, 1], [6, 7, 8, 1], [9]]
 
 
 def test_reductions_differ_where_lengths_do():
-    """What "token", "sequence" and "fixed" mean for answers of 2 and 4 tokens with at most 10."""
+    """What "token", "sequence" and "fixed" mean for completions of 2 and 4 tokens with at most 10."""
     batch = to_batch([rollout(0, 1.0), rollout(0, 0.0, (6, 7, 8, 1))], [0.5, -0.5], 8)
     shares = {
         kind: [sum(row) for row in gather_tokens(token_weights(batch, kind, 10), batch)]
@@ -165,8 +166,8 @@ def test_reductions_differ_where_lengths_do():
 def test_the_kl_penalty_of_a_run_is_that_of_its_reference(make_bandit):
     """At the first step policy and reference are one: nothing is taken off. Later something is, and it is logged."""
     loss = PolicyLossConfig(kl=0.5, kl_estimator="k1", kl_placement="reward")
-    zero = make_bandit(loss=loss, **BATCH)
-    assert zero.step()["policy/kl_nats"] == pytest.approx(0.0, abs=1e-6)
+    rl = make_bandit(loss=loss, **BATCH)
+    assert rl.step()["policy/kl_nats"] == pytest.approx(0.0, abs=1e-6)
     for _ in range(10):
-        metrics = zero.step()
+        metrics = rl.step()
     assert metrics["policy/kl_nats"] > 0.01

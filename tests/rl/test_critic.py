@@ -21,8 +21,8 @@ def test_ppo_learns_the_bandit_and_its_critic_the_returns(make_bandit, seed):
     """At 5e-3, where groups learn, PPO ends at 7 of 8 arms for half of the seeds: docs/ppo.md."""
     optim = OptimConfig(learning_rate=2e-3, weight_decay=0.0)
     trainer = TrainerConfig(optim=optim, dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
-    zero = make_bandit(seed, critic=CriticConfig(learning_rate=5e-3), trainer=trainer, **PPO)
-    rows = [zero.step() for _ in range(110)]
+    rl = make_bandit(seed, critic=CriticConfig(learning_rate=5e-3), trainer=trainer, **PPO)
+    rows = [rl.step() for _ in range(110)]
     assert rows[0]["reward/mean"] < 0.2
     assert sum(row["reward/mean"] for row in rows[-5:]) / 5 > 0.95, f"seed {seed}"
     assert max(row["critic/explained_variance"] for row in rows) > 0.2
@@ -30,8 +30,8 @@ def test_ppo_learns_the_bandit_and_its_critic_the_returns(make_bandit, seed):
 
 def test_without_gae_there_is_no_critic(make_bandit):
     """What GRPO saves: a second model and its optimizer."""
-    zero = make_bandit()
-    assert zero.critic is None and not any(name.startswith("critic/") for name in zero.step())
+    rl = make_bandit()
+    assert rl.critic is None and not any(name.startswith("critic/") for name in rl.step())
 
 
 def test_the_first_advantages_are_the_whitened_returns(make_bandit):
@@ -39,60 +39,60 @@ def test_the_first_advantages_are_the_whitened_returns(make_bandit):
 
     Rewards 1 (2 tokens), 0 (2 tokens): mean 1/2, deviation 1/2.
     """
-    zero = make_bandit(**PPO)
-    advantages, targets = zero.critic.estimate_advantages([rollout(0, 1.0), rollout(0, 0.0)], [[0.0, 1.0], [0.0, 0.0]])
+    rl = make_bandit(**PPO)
+    advantages, targets = rl.critic.estimate_advantages([rollout(0, 1.0), rollout(0, 0.0)], [[0.0, 1.0], [0.0, 0.0]])
     assert advantages == [[1.0, 1.0], [-1.0, -1.0]]
     assert [target.returns for target in targets] == [[1.0, 1.0], [0.0, 0.0]]
     assert [target.values for target in targets] == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_every_setting_of_the_critic_changes_the_run(make_bandit):
-    """Trap 49 for the critic: each must move the policy or the critic within a few steps."""
+    """A setting without effect is a bug: each must change the policy or the critic within a few steps."""
     fast = TrainerConfig(optim=OptimConfig(learning_rate=2e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
     base = CriticConfig(learning_rate=2e-2, clip=0.05)
     changes = {"learning_rate": 1e-3, "gamma": 0.5, "gae_lambda": 0.3, "clip": 0.0, "whiten": False, "prefit_steps": 2}
     ends = {}
     for name in ("", *changes):
         cfg = replace(base, **({name: changes[name]} if name else {}))
-        zero = make_bandit(name=name or "base", critic=cfg, minibatches=2, trainer=fast, **PPO)
+        rl = make_bandit(name=name or "base", critic=cfg, minibatches=2, trainer=fast, **PPO)
         for _ in range(3):
-            zero.step()
-        model = zero.critic.trainer.model
-        ends[name] = torch.cat([model.value_weight.detach(), zero.trainer.model.head.weight.detach().flatten()])
+            rl.step()
+        model = rl.critic.trainer.model
+        ends[name] = torch.cat([model.value_weight.detach(), rl.trainer.model.head.weight.detach().flatten()])
     assert [name for name in changes if torch.equal(ends[name], ends[""])] == []
     assert sorted(changes) == sorted(vars(base))
 
 
-def test_fitting_the_critic_first_moves_the_critic_alone(make_bandit):
+def test_prefitting_the_critic_changes_only_the_critic(make_bandit):
     """A critic that starts at 0 makes the first advantages plain rewards; fitted first, it knows what is usual."""
-    zero = make_bandit(critic=CriticConfig(prefit_steps=20, learning_rate=5e-3), **PPO)
-    before = zero.trainer.model.head.weight.detach().clone()
-    zero.fit_critic()
-    assert zero.critic.trainer.step_count == 20 and zero.trainer.step_count == 0
-    assert torch.equal(zero.trainer.model.head.weight, before)
-    assert zero.step()["critic/value_mean"] == pytest.approx(1 / 8, abs=0.1)
-    zero.step()
-    assert zero.critic.trainer.step_count == 22, "once is enough"
+    rl = make_bandit(critic=CriticConfig(prefit_steps=20, learning_rate=5e-3), **PPO)
+    before = rl.trainer.model.head.weight.detach().clone()
+    rl.prefit_critic()
+    assert rl.critic.trainer.step_count == 20 and rl.trainer.step_count == 0
+    assert torch.equal(rl.trainer.model.head.weight, before)
+    assert rl.step()["critic/value_mean"] == pytest.approx(1 / 8, abs=0.1)
+    rl.step()
+    assert rl.critic.trainer.step_count == 22, "once is enough"
 
 
-def test_the_critic_is_fitted_to_whole_returns_whatever_lambda_it_will_use(make_bandit, monkeypatch):
+def test_the_critic_is_prefitted_with_lambda_1_for_any_gae_lambda(make_bandit, monkeypatch):
     """With lambda 0 a new critic, which predicts 0, would learn 0 for every token but the last. Reward 1, two tokens:
     returns 0 and 1 with lambda 0, 1 and 1 with lambda 1."""
-    zero = make_bandit(critic=CriticConfig(gae_lambda=0.0, prefit_steps=1), **PPO)
-    judge, used = zero.critic.estimate_advantages, []
+    rl = make_bandit(critic=CriticConfig(gae_lambda=0.0, prefit_steps=1), **PPO)
+    estimate, used = rl.critic.estimate_advantages, []
     answers, rewards = [rollout(0, 1.0)], [[0.0, 1.0]]
-    assert judge(answers, rewards)[1][0].returns == [0.0, 1.0]
-    assert judge(answers, rewards, gae_lambda=1.0)[1][0].returns == [1.0, 1.0]
+    assert estimate(answers, rewards)[1][0].returns == [0.0, 1.0]
+    assert estimate(answers, rewards, gae_lambda=1.0)[1][0].returns == [1.0, 1.0]
     monkeypatch.setattr(
-        zero.critic,
+        rl.critic,
         "estimate_advantages",
-        lambda r, w, gae_lambda=None: (used.append(gae_lambda), judge(r, w, gae_lambda))[1],
+        lambda r, w, gae_lambda=None: (used.append(gae_lambda), estimate(r, w, gae_lambda))[1],
     )
-    zero.step()
+    rl.step()
     assert used == [1.0, None]
 
 
-def test_trap_29_ppo_resumed_is_ppo_uninterrupted(make_bandit):
+def test_ppo_resumed_is_ppo_uninterrupted(make_bandit):
     """The critic's weights, moments and steps belong to the state too."""
     given = {"critic": CriticConfig(prefit_steps=1), "loss": PolicyLossConfig(kl=0.05), "reference_steps": 3, **PPO}
     straight = make_bandit(name="straight", **given)
@@ -114,17 +114,17 @@ def test_trap_29_ppo_resumed_is_ppo_uninterrupted(make_bandit):
     }
 
 
-def test_an_unscorable_answer_teaches_the_critic_nothing(make_bandit):
-    zero = make_bandit(**PPO)
-    score, calls = zero.score, iter(range(10**6))
-    zero.score = lambda p, t: replace(score(p, t), unscorable="slow") if next(calls) % 16 == 0 else score(p, t)
-    assert zero.step()["rollout/unscorable"] == pytest.approx(1 / 16)
+def test_the_critic_does_not_train_on_an_unscorable_completion(make_bandit):
+    rl = make_bandit(**PPO)
+    score, calls = rl.score, iter(range(10**6))
+    rl.score = lambda p, t: replace(score(p, t), unscorable="slow") if next(calls) % 16 == 0 else score(p, t)
+    assert rl.step()["rollout/unscorable"] == pytest.approx(1 / 16)
 
 
 def test_the_critics_learning_rate_is_its_own(make_bandit):
-    zero = make_bandit(critic=CriticConfig(learning_rate=0.5), **PPO)
-    assert isinstance(zero.critic, Critic)
-    assert zero.critic.trainer.cfg.optim.learning_rate == 0.5 != zero.trainer.cfg.optim.learning_rate
+    rl = make_bandit(critic=CriticConfig(learning_rate=0.5), **PPO)
+    assert isinstance(rl.critic, Critic)
+    assert rl.critic.trainer.cfg.optim.learning_rate == 0.5 != rl.trainer.cfg.optim.learning_rate
 
 
 def test_a_critic_worse_than_the_mean_is_warned_about():
@@ -133,5 +133,5 @@ def test_a_critic_worse_than_the_mean_is_warned_about():
     assert early_warnings([*rows[:4], {"critic/explained_variance": 0.3}]) == {}
 
 
-def test_answers_lost_to_the_engine_correction_are_warned_about():
+def test_completions_lost_to_the_engine_correction_are_warned_about():
     assert list(early_warnings([{"correction/masked": 0.6}])) == ["mismatch"]

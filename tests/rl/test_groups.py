@@ -1,4 +1,4 @@
-"""Advantages and batches of groups. Trap numbers are those of docs/grpo.md."""
+"""Advantages and batches of groups."""
 
 import logging
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from thinkstack.rl.groups import advantages_of, group_advantages, is_mixed, to_batch
+from thinkstack.rl.groups import advantages_within_groups, group_advantages, is_mixed, to_batch
 from thinkstack.types import Completion, Problem, Rollout, Score
 
 PROBLEM = Problem(question="q", answer="1", task="t", language="en", level=1, key="k", wording=0)
@@ -19,20 +19,20 @@ def rollout(group: int, reward: float | None, ids: tuple[int, ...] = (5, 1), **c
         finish_reason="stop",
         weights_version=0,
     )
-    score = Score(total=0.0, unscorable="checker died") if reward is None else Score(total=reward)
+    score = Score(total=0.0, unscorable="verifier died") if reward is None else Score(total=reward)
     return replace(
         Rollout(problem=PROBLEM, group_id=group, prompt_token_ids=(0, 7), completion=completion, score=score), **changes
     )
 
 
-def test_trap_11_rewards_equal_up_to_float_noise_give_exactly_zero():
+def test_rewards_equal_up_to_float_noise_give_exactly_zero():
     """Dividing by std + eps once blew the noise of 0.1 + 0.2 against 0.3 up to full advantages."""
     assert group_advantages([0.1 + 0.2, 0.3, 0.3], "standardized") == [0.0, 0.0, 0.0]
     assert group_advantages([1.0, 1.0], "centered") == [0.0, 0.0]
 
 
-def test_trap_13_the_deviation_is_that_of_the_population():
-    """With two answers the sample deviation is larger by sqrt(2), and advantages silently shrink."""
+def test_the_deviation_is_that_of_the_population():
+    """With two completions the sample deviation is larger by sqrt(2), and advantages silently shrink."""
     assert group_advantages([0.0, 1.0], "standardized") == [-1.0, 1.0]
     assert group_advantages([0.0, 0.0, 1.0, 1.0], "standardized") == [-1.0, -1.0, 1.0, 1.0]
 
@@ -41,38 +41,38 @@ def test_centered_advantages_are_not_scaled():
     assert group_advantages([0.0, 0.0, 0.0, 1.0], "centered") == [-0.25, -0.25, -0.25, 0.75]
 
 
-def test_trap_14_a_group_of_one_gets_zero_and_a_warning(caplog: pytest.LogCaptureFixture):
+def test_a_group_of_one_gets_zero_and_a_warning(caplog: pytest.LogCaptureFixture):
     """A lone answer was once trained on its raw reward."""
     with caplog.at_level(logging.WARNING):
         assert group_advantages([1.0], "centered") == [0.0]
-    assert "nothing to compare" in caplog.text
+    assert "no baseline" in caplog.text
 
 
-def test_trap_15_groups_are_told_apart_by_id_even_if_the_prompt_is_the_same():
-    """Grouping by prompt text merged two groups that happened to draw the same problem."""
+def test_groups_are_told_apart_by_id_even_if_the_prompt_is_the_same():
+    """Grouping by prompt text merged two groups that happened to sample the same problem."""
     rollouts = [rollout(0, 1.0), rollout(0, 0.0), rollout(1, 1.0), rollout(1, 1.0)]
-    assert advantages_of(rollouts, "centered") == [0.5, -0.5, 0.0, 0.0]
+    assert advantages_within_groups(rollouts, "centered") == [0.5, -0.5, 0.0, 0.0]
 
 
-def test_trap_17_an_unscorable_answer_is_neither_wrong_nor_in_the_mean():
-    """A checker that timed out was counted as a wrong answer, and right answers beside it were over-rewarded."""
+def test_an_unscorable_completion_is_neither_wrong_nor_in_the_mean():
+    """A verifier that timed out was counted as a wrong answer, and right completions beside it were over-rewarded."""
     assert group_advantages([1.0, 0.0, None], "centered") == [0.5, -0.5, 0.0]
     assert group_advantages([1.0, 0.0, None], "standardized") == [1.0, -1.0, 0.0]
     group = [rollout(0, 1.0), rollout(0, 0.0), rollout(0, None)]
-    batch = to_batch(group, advantages_of(group, "centered"), row_tokens=8)
-    assert batch.loss_mask.sum() == 4  # two answers of two tokens
+    batch = to_batch(group, advantages_within_groups(group, "centered"), row_tokens=8)
+    assert batch.loss_mask.sum() == 4  # two completions of two tokens
 
 
-def test_a_group_is_mixed_only_by_scored_answers():
+def test_a_group_is_mixed_only_by_scored_completions():
     assert is_mixed([rollout(0, 1.0), rollout(0, 0.0)])
     assert not is_mixed([rollout(0, 1.0), rollout(0, 1.0), rollout(0, None)])
     assert not is_mixed([rollout(0, None)])
 
 
-def test_trap_33_the_batch_holds_the_drawn_ids_and_trains_each_of_them():
+def test_the_batch_holds_the_sampled_ids_and_trains_each_of_them():
     """Answers were decoded and encoded again, and the log-probabilities then belonged to other tokens."""
-    drawn = (9, 9, 4, 1)
-    group = [rollout(0, 1.0, drawn), rollout(0, 0.0, (6, 1))]
+    sampled = (9, 9, 4, 1)
+    group = [rollout(0, 1.0, sampled), rollout(0, 0.0, (6, 1))]
     batch = to_batch(group, [0.5, -0.5], row_tokens=5)
     row = next(r for r in range(2) if batch.loss_mask[r].sum() == 4)
     assert batch.ids[row].tolist() == [0, 7, 9, 9, 4]

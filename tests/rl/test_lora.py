@@ -27,42 +27,42 @@ def trainer(**changes) -> TrainerConfig:
     )
 
 
-def test_a_bandit_is_learnt_by_adapters_alone(make_bandit):
-    zero = make_bandit(shape=WIDE, trainer=trainer())
-    start = {name: value.clone() for name, value in zero.trainer.model.state_dict().items() if ".adapter." not in name}
+def test_a_bandit_is_learned_by_adapters_alone(make_bandit):
+    rl = make_bandit(shape=WIDE, trainer=trainer())
+    start = {name: value.clone() for name, value in rl.trainer.model.state_dict().items() if ".adapter." not in name}
     rewards = []
-    while zero.trainer.step_count < 60 and (not rewards or rewards[-1] < 0.9):
-        metrics = zero.step()
+    while rl.trainer.step_count < 60 and (not rewards or rewards[-1] < 0.9):
+        metrics = rl.step()
         rewards.append(metrics["reward/mean"])
-        assert metrics["mismatch/abs_nats_max"] < 1e-4  # trap 66
+        assert metrics["mismatch/abs_nats_max"] < 1e-4
     assert rewards[0] < 0.2 and rewards[-1] > 0.9
-    now = zero.trainer.model.state_dict()
+    now = rl.trainer.model.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in start.items())
 
 
 def test_the_reference_is_the_policy_without_its_adapters(make_bandit):
     """A second copy of the weights would cost more than the adapters and their optimizer together."""
-    zero = make_bandit(trainer=trainer(), loss=PolicyLossConfig(kl=0.1))
-    assert zero.reference is None
-    assert zero.step()["policy/kl_nats"] == 0.0, "it begins as the policy"
+    rl = make_bandit(trainer=trainer(), loss=PolicyLossConfig(kl=0.1))
+    assert rl.reference is None
+    assert rl.step()["policy/kl_nats"] == 0.0, "it begins as the policy"
     for _ in range(3):
-        kl = zero.step()["policy/kl_nats"]
+        kl = rl.step()["policy/kl_nats"]
     assert kl > 0
-    batch = zero.add_logprobs(_batch(zero))
-    with adapters_off(zero.trainer.model) as start:
-        assert torch.equal(batch.reference_logprobs, zero.logprobs(start, batch))
-    assert not torch.equal(batch.reference_logprobs, zero.logprobs(zero.trainer.model, batch))
+    batch = rl.add_logprobs(_batch(rl))
+    with adapters_off(rl.trainer.model) as start:
+        assert torch.equal(batch.reference_logprobs, rl.logprobs(start, batch))
+    assert not torch.equal(batch.reference_logprobs, rl.logprobs(rl.trainer.model, batch))
 
 
-def _batch(zero):
+def _batch(rl):
     from thinkstack.rl.groups import to_batch
 
-    kept = zero.collect_rollouts()[0].rollouts
+    kept = rl.collect_rollouts()[0].rollouts
     return to_batch(kept, [0.0] * len(kept), 16)
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])
-def test_trap_29_adapters_resume_bit_for_bit(make_bandit, placement):
+def test_adapters_resume_bit_for_bit(make_bandit, placement):
     kl = PolicyLossConfig(kl=0.05, kl_placement=placement, kl_estimator="k3" if placement == "loss" else "k1")
     given = {"trainer": trainer(), "loss": kl, "minibatches": 2, "reference_steps": 1000}
     straight, first = make_bandit(name="straight", **given), make_bandit(name="halves", **given)
@@ -80,21 +80,21 @@ def test_trap_29_adapters_resume_bit_for_bit(make_bandit, placement):
 
 def test_adapters_of_experts_and_replayed_routes_go_together(make_bandit):
     lora = LoRAConfig(rank=4, targets=("attention", "feed_forward", "experts"))
-    zero = make_bandit(shape=BANDIT, router_replay=True, trainer=trainer(lora=lora))
+    rl = make_bandit(shape=BANDIT, router_replay=True, trainer=trainer(lora=lora))
     for _ in range(3):
-        assert zero.step()["mismatch/abs_nats_max"] < 1e-4
-    assert all(bool(adapter.lora_b.any()) for adapter in adapters(zero.trainer.model).values())
+        assert rl.step()["mismatch/abs_nats_max"] < 1e-4
+    assert all(bool(adapter.lora_b.any()) for adapter in adapters(rl.trainer.model).values())
 
 
 def test_a_critic_is_a_whole_model_beside_adapters(make_bandit):
-    zero = make_bandit(
+    rl = make_bandit(
         trainer=trainer(), advantage="gae", dynamic_sampling=False, critic=CriticConfig(learning_rate=1e-3)
     )
-    start = dict(plain_tensors(zero.trainer.model))
-    critic = zero.critic.trainer.model
+    start = dict(plain_tensors(rl.trainer.model))
+    critic = rl.critic.trainer.model
     assert not adapters(critic) and torch.equal(critic.embed.weight, start["embed.weight"])
-    zero.step()
-    zero.step()  # its head begins at zero: nothing else moves in the first step
+    rl.step()
+    rl.step()  # its head begins at zero: nothing else moves in the first step
     assert not torch.equal(critic.embed.weight, start["embed.weight"])
 
 

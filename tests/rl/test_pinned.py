@@ -16,7 +16,7 @@ from thinkstack.train.trainer_config import TrainerConfig
 FAST = TrainerConfig(optim=OptimConfig(learning_rate=5e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
 RUNS = {
     "default": {},
-    "several steps a drawing": {"minibatches": 4, "trainer": FAST},
+    "several optimizer steps per rollout step": {"minibatches": 4, "trainer": FAST},
     "paper": {
         "advantage": "standardized",
         "dynamic_sampling": False,
@@ -49,10 +49,10 @@ def test_the_default_objective_is_that_of_the_measured_demo(make_bandit, monkeyp
     for name in ("now", "then"):
         if name == "then":
             monkeypatch.setattr(train_rl, "policy_loss", measured_loss)
-        zero = make_bandit(name=name, **changes)
+        rl = make_bandit(name=name, **changes)
         for _ in range(3):
-            zero.step()
-        ends.append(zero.trainer.model.state_dict())
+            rl.step()
+        ends.append(rl.trainer.model.state_dict())
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
 

@@ -14,19 +14,19 @@ from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.types import ConfigError
 
 
-def laid(preset: str, **given: object) -> RLConfig:
+def preset_config(preset: str, **given: object) -> RLConfig:
     """The settings of a preset with `given` on top, as a recipe makes them."""
     return build(RLConfig, merge(PRESETS[preset], {"start": "x", "preset": preset} | given))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_set_of_settings_without_contradiction(preset):
-    assert laid(preset).preset == preset
+    assert preset_config(preset).preset == preset
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_takes_a_step(make_bandit, preset):
-    given = laid(preset)
+    given = preset_config(preset)
     names = (
         "advantage",
         "dynamic_sampling",
@@ -36,29 +36,29 @@ def test_every_preset_takes_a_step(make_bandit, preset):
         "loss",
         "reference_steps",
     )
-    zero = make_bandit(**{name: getattr(given, name) for name in names})
-    before = zero.trainer.model.head.weight.detach().clone()
-    zero.step()
-    assert zero.trainer.step_count == given.minibatches
-    assert not torch.equal(zero.trainer.model.head.weight, before)
+    rl = make_bandit(**{name: getattr(given, name) for name in names})
+    before = rl.trainer.model.head.weight.detach().clone()
+    rl.step()
+    assert rl.trainer.step_count == given.minibatches
+    assert not torch.equal(rl.trainer.model.head.weight, before)
 
 
 def test_the_presets_are_those_of_their_papers():
-    dr, dapo, gspo = laid("dr_grpo"), laid("dapo"), laid("gspo")
+    dr, dapo, gspo = preset_config("dr_grpo"), preset_config("dapo"), preset_config("gspo")
     assert (dr.advantage, dr.loss.reduction, dr.loss.kl) == ("centered", "fixed", 0.0)  # arXiv:2503.20783, section 3.2
     assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.reduction) == (0.2, 0.28, "token")  # arXiv:2503.14476
     assert dapo.dynamic_sampling and dapo.overlong_share == 4096 / 20480 and dapo.loss.kl == 0
     assert (gspo.loss.clip_low, gspo.loss.clip_high) == (3e-4, 4e-4)  # arXiv:2507.18071, section 5.1
     assert (gspo.loss.ratio_level, gspo.loss.reduction, gspo.minibatches) == ("sequence", "sequence", 4)
-    assert laid("cispo").loss.clip_kind == "cap" and laid("ppo").advantage == "gae"
-    plus = laid("reinforce++").loss
+    assert preset_config("cispo").loss.clip_kind == "cap" and preset_config("ppo").advantage == "gae"
+    plus = preset_config("reinforce++").loss
     assert (plus.kl_estimator, plus.kl_placement) == ("k1", "reward")  # arXiv:2501.03262
 
 
 @pytest.mark.parametrize(
     ("preset", "given", "message"),
     [
-        ("dr_grpo", {"advantage": "standardized"}, "advantage='standardized' brings back the bias"),
+        ("dr_grpo", {"advantage": "standardized"}, "advantage='standardized' restores the bias"),
         (
             "dr_grpo",
             {"loss": {"reduction": "token"}},
@@ -66,37 +66,37 @@ def test_the_presets_are_those_of_their_papers():
         ),
         ("default", {"loss": {"reduction": "fixed"}, "advantage": "standardized"}, "use advantage='centered'"),
         ("dapo", {"dynamic_sampling": False}, "dynamic_sampling=False is not preset 'dapo'"),
-        ("gspo", {"loss": {"reduction": "token"}}, "sums a sequence's one ratio over its tokens"),
+        ("gspo", {"loss": {"reduction": "token"}}, "multiplies the one ratio of a sequence"),
         ("gspo", {"loss": {"reduction": "fixed"}}, "needs reduction='sequence'"),
-        ("default", {"top_p": 0.9}, "top_p=0.9: training rollouts must draw from the whole distribution"),
-        ("default", {"loss": {"kl": 0.1, "kl_estimator": "k1"}}, "gradient that does not know the reference"),
-        ("default", {"loss": {"kl_placement": "reward"}}, "loss.kl=0.0 puts nothing into the reward"),
+        ("default", {"top_p": 0.9}, "top_p=0.9: training rollouts must be sampled from the full distribution"),
+        ("default", {"loss": {"kl": 0.1, "kl_estimator": "k1"}}, "gradient that does not depend on the reference"),
+        ("default", {"loss": {"kl_placement": "reward"}}, "loss.kl=0.0 adds nothing to the reward"),
         (
             "default",
             {"loss": {"kl": 0.1, "kl_estimator": "k2", "kl_ratio": True}},
-            "kl_ratio multiplies k3 in the loss",
+            "kl_ratio applies to k3 in the loss",
         ),
-        ("default", {"loss": {"clip_kind": "cap"}}, "cispo_cap=0.0 with clip_kind='cap' bounds nothing"),
-        ("default", {"loss": {"cispo_cap": 4.0}}, "does nothing with clip_kind='clip'"),
-        ("cispo", {"loss": {"clip_low": 0.1}}, "reads no clip_low=0.1"),
+        ("default", {"loss": {"clip_kind": "cap"}}, "cispo_cap=0.0 with clip_kind='cap' is no bound"),
+        ("default", {"loss": {"cispo_cap": 4.0}}, "has no effect with clip_kind='clip'"),
+        ("cispo", {"loss": {"clip_low": 0.1}}, "does not use clip_low=0.1"),
         ("cispo", {"loss": {"clip_kind": "clip", "cispo_cap": 0.0}}, "is not preset 'cispo'"),
         ("default", {"loss": {"dual_clip": 0.5}}, "dual_clip=0.5 would bound the loss on policy too"),
-        ("default", {"loss": {"importance_cap": 0.0, "importance_kind": "mask"}}, "state a cap"),
+        ("default", {"loss": {"importance_cap": 0.0, "importance_kind": "mask"}}, "set a cap"),
         (
             "reinforce++",
             {"dynamic_sampling": True},
-            "drops groups of equal rewards, from which advantage='batch' learns",
+            "drops groups of equal rewards, which advantage='batch' trains on",
         ),
-        ("default", {"critic": {"gae_lambda": 0.9}}, "critic settings do nothing with advantage='centered'"),
+        ("default", {"critic": {"gae_lambda": 0.9}}, "critic settings have no effect with advantage='centered'"),
         ("ppo", {"critic": {"gae_lambda": 1.5}}, "critic.gae_lambda=1.5: input should be less than or equal to 1"),
         ("ppo", {"critic": {"clip": -1.0}}, "critic.clip=-1.0"),
         ("dapo", {"overlong_share": 0.0}, "overlong_share=0.0 must lie in (0, 1]"),
     ],
 )
 def test_a_setting_that_contradicts_another_is_refused_with_the_reason(preset, given, message):
-    """E2.5, E2.6, E2.28, E2.46: one peer's dr_grpo kept the deviation, another summed GSPO over tokens; both ran."""
+    """One peer's dr_grpo kept the deviation, another summed GSPO over tokens; both ran."""
     with pytest.raises(ConfigError) as caught:
-        laid(preset, **given)
+        preset_config(preset, **given)
     assert message in str(caught.value)
 
 
@@ -155,7 +155,7 @@ def test_the_list_of_coefficients_is_complete():
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
-def test_trap_49_every_coefficient_of_the_objective_changes_its_gradient(name):
+def test_every_coefficient_of_the_objective_changes_its_gradient(name):
     """A peer parsed, logged and documented its KL coefficient, and never multiplied by it (slime#397)."""
     base, value = COEFFICIENTS[name]
     changed = replace(base, **(value if isinstance(value, dict) else {name: value}))
@@ -177,13 +177,13 @@ STAGE = {
 
 
 @pytest.mark.parametrize("name", STAGE)
-def test_trap_49_every_setting_of_the_comparison_changes_the_step(make_bandit, name):
+def test_every_setting_of_the_advantages_changes_the_step(make_bandit, name):
     """The same for what happens before the loss: each must move the weights of a run of two steps."""
     base = {"overlong_penalty": 0.3} if name == "overlong_share" else {}
     ends = []
     for run, changes in (("base", base), ("changed", base | {name: STAGE[name]})):
-        zero = make_bandit(name=run, max_tokens=changes.pop("max_tokens", 2), **changes)
-        zero.step()
-        zero.step()
-        ends.append(zero.trainer.model.head.weight.detach().clone())
+        rl = make_bandit(name=run, max_tokens=changes.pop("max_tokens", 2), **changes)
+        rl.step()
+        rl.step()
+        ends.append(rl.trainer.model.head.weight.detach().clone())
     assert not torch.equal(*ends)

@@ -1,11 +1,11 @@
 """Drawing groups: refill, caps and counts."""
 
 from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_score
-from thinkstack.rl.rollout import Counter, RolloutConfig, collect_rollouts
+from thinkstack.rl.rollout import GroupIds, RolloutConfig, collect_rollouts
 from thinkstack.types import Completion, SamplingParams, Score
 
 
-def asking(**changes: object) -> RolloutConfig:
+def rollout_config(**changes: object) -> RolloutConfig:
     settings: dict[str, object] = {
         "sampling": SamplingParams(n=2, max_tokens=2),
         "seed": 0,
@@ -40,28 +40,28 @@ class Script:
         return out
 
 
-def test_trap_12_groups_without_contrast_are_replaced_up_to_the_number_asked_for():
+def test_groups_without_contrast_are_replaced_up_to_prompts_per_step():
     """Filtering without refilling let the batch shrink as the model got better."""
-    script, counter = Script("wrong", "mixed"), Counter()
-    found = collect_rollouts(script, ArmChat(), arm_score, ArmStream(0), counter, asking())
-    assert found.rounds == 2 and script.asked == [2, 2]
+    script, group_ids = Script("wrong", "mixed"), GroupIds()
+    found = collect_rollouts(script, ArmChat(), arm_score, ArmStream(0), group_ids, rollout_config())
+    assert found.num_rounds == 2 and script.asked == [2, 2]
     assert len(found.trainable) == 4 and len(found.rollouts) == 8
-    assert len({r.group_id for r in found.rollouts}) == 4 == counter.value
+    assert len({r.group_id for r in found.rollouts}) == 4 == group_ids.next_id
 
 
-def test_trap_12_refilling_gives_up_after_max_rounds():
-    """A solved task once made the loop draw for ever."""
+def test_refilling_gives_up_after_max_rounds():
+    """A solved task once made the loop sample for ever."""
     found = collect_rollouts(
-        Script("wrong", "wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(max_rounds=2)
+        Script("wrong", "wrong"), ArmChat(), arm_score, ArmStream(0), GroupIds(), rollout_config(max_rounds=2)
     )
-    assert found.rounds == 2 and found.trainable == [] and len(found.rollouts) == 8
+    assert found.num_rounds == 2 and found.trainable == [] and len(found.rollouts) == 8
 
 
 def test_without_refill_every_group_is_kept():
     found = collect_rollouts(
-        Script("wrong"), ArmChat(), arm_score, ArmStream(0), Counter(), asking(dynamic_sampling=False)
+        Script("wrong"), ArmChat(), arm_score, ArmStream(0), GroupIds(), rollout_config(dynamic_sampling=False)
     )
-    assert found.rounds == 1 and len(found.trainable) == 4
+    assert found.num_rounds == 1 and len(found.trainable) == 4
 
 
 def test_a_prompt_too_long_for_the_context_is_left_out_and_counted():
@@ -70,15 +70,15 @@ def test_a_prompt_too_long_for_the_context_is_left_out_and_counted():
         ArmChat(),
         arm_score,
         ArmStream(0),
-        Counter(),
-        asking(dynamic_sampling=False, max_prompt_tokens=1),
+        GroupIds(),
+        rollout_config(dynamic_sampling=False, max_prompt_tokens=1),
     )
-    assert found.too_long == 2 and found.rollouts == []
+    assert found.num_prompts_too_long == 2 and found.rollouts == []
 
 
-def test_unscorable_answers_do_not_make_a_group_worth_training():
+def test_unscorable_completions_do_not_make_a_group_worth_training():
     def broken(problem, text):
         return arm_score(problem, text) if text == problem.answer else Score(total=0.0, unscorable="time-out")
 
-    found = collect_rollouts(Script("mixed"), ArmChat(), broken, ArmStream(0), Counter(), asking(max_rounds=1))
+    found = collect_rollouts(Script("mixed"), ArmChat(), broken, ArmStream(0), GroupIds(), rollout_config(max_rounds=1))
     assert found.trainable == [] and len(found.rollouts) == 4

@@ -1,4 +1,4 @@
-"""Experts chosen by the engine are used again in training. Trap numbers are those of docs/grpo.md."""
+"""Experts chosen by the engine are used again in training."""
 
 import copy
 import json
@@ -32,11 +32,11 @@ REPLAY = EngineConfig(max_num_seqs=16, return_routed_experts=True)
 PLAIN = TrainerConfig(dtype="fp32", micro_batch_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
 
 
-def sampled_completions(model: Transformer, wide: int = 16) -> list:
-    """Groups of answers to three prompts of different length, which meet in prefills and decoding steps."""
+def sampled_completions(model: Transformer, max_num_seqs: int = 16) -> list:
+    """Groups of completions to three prompts of different length, which meet in prefills and decoding steps."""
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
     how = [SamplingParams(max_tokens=6 + 5 * index, seed=index, n=4) for index in range(3)]
-    answers = Engine(model, replace(REPLAY, max_num_seqs=wide)).generate(prompts, how)
+    answers = Engine(model, replace(REPLAY, max_num_seqs=max_num_seqs)).generate(prompts, how)
     made = []
     for group, (prompt, completions) in enumerate(zip(prompts, answers, strict=True)):
         given = rollout(group, 1.0, (1,), prompt_token_ids=tuple(prompt))
@@ -48,7 +48,7 @@ def batch_of(rollouts: list, with_experts: bool = True) -> Batch:
     return to_batch(rollouts, [0.5 - index % 2 for index in range(len(rollouts))], 24, with_experts)
 
 
-def apart(model: Transformer, batch: Batch) -> torch.Tensor:
+def mismatch(model: Transformer, batch: Batch) -> torch.Tensor:
     """Trainer's against engine's log-probabilities of the trained tokens, in nats."""
     found = batch_logprobs(model, batch, 1.0, 64)
     return (found - batch.rollout_logprobs)[batch.loss_mask > 0].abs()
@@ -65,24 +65,24 @@ def perturbed(model: Transformer, router: float = 0.0, bias: float = 0.0) -> Tra
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, IN_KERNELS], ids=["operators", "kernels"])
-@pytest.mark.parametrize("wide", [4, 16])
-def test_trap_63_replayed_experts_make_engine_and_trainer_agree_whatever_the_routers_see(cfg, wide):
+@pytest.mark.parametrize("max_num_seqs", [4, 16])
+def test_replayed_experts_make_engine_and_trainer_agree_for_any_router(cfg, max_num_seqs):
     """A balance bias decides who is chosen and nothing else, so with the choice replayed it changes nothing at all."""
     model = tiny_model(cfg)
-    made = sampled_completions(model, wide)
+    made = sampled_completions(model, max_num_seqs)
     with_experts, without = batch_of(made), batch_of(made, with_experts=False)
     other = perturbed(model, bias=1.0)
-    assert apart(other, without).max() > 1e-2, "the perturbation sends tokens to other experts"
-    assert apart(other, with_experts).max() < 1e-5
-    assert apart(model, with_experts).max() < 1e-5
+    assert mismatch(other, without).max() > 1e-2, "the perturbation sends tokens to other experts"
+    assert mismatch(other, with_experts).max() < 1e-5
+    assert mismatch(model, with_experts).max() < 1e-5
 
 
-def test_trap_63_a_little_noise_in_the_routers_stays_a_little_noise():
+def test_a_little_noise_in_the_routers_stays_a_little_noise():
     """Rounding that flips a choice changes the output by an expert; with the choice replayed, by a rounding."""
     model = tiny_model(IN_KERNELS)
     made = sampled_completions(model)
     other = perturbed(model, router=0.01)
-    free, held = apart(other, batch_of(made, with_experts=False)), apart(other, batch_of(made))
+    free, held = mismatch(other, batch_of(made, with_experts=False)), mismatch(other, batch_of(made))
     assert held.max() < 0.3 * free.max() and held.mean() < 0.5 * free.mean()
 
 
@@ -109,7 +109,7 @@ def test_many_experts_take_two_bytes():
 
 
 def test_the_gradient_of_a_replayed_choice_reaches_the_routers():
-    """Only the choice is fixed; the weights of the chosen are learnt."""
+    """Only the choice is fixed; the weights of the chosen are learned."""
     model = tiny_model(IN_KERNELS)
     batch, seen = batch_of(sampled_completions(model)), {}
     trainer = Trainer(model, PLAIN, 1)
@@ -146,50 +146,52 @@ def test_padding_routes_itself():
 @pytest.mark.parametrize("changes", [{}, {"minibatches": 4}, {"loss": PolicyLossConfig(kl=0.05)}])
 def test_a_run_with_replay_learns_from_the_engines_experts(make_bandit, changes):
     """Refilled groups, split steps and a KL term included; the biases of the trainer are moved between the two."""
-    zero = make_bandit(shape=BANDIT, router_replay=True, **changes)
-    zero.trainer.workers.copies[0] = zero.trainer.model = perturbed(zero.trainer.model, bias=1.0)
-    drawn, _ = zero.collect_rollouts()
-    batch = zero.add_logprobs(to_batch(drawn.trainable, [1.0] * len(drawn.trainable), 16, with_experts=True))
-    assert apart(zero.trainer.model, batch).max() < 1e-5
+    rl = make_bandit(shape=BANDIT, router_replay=True, **changes)
+    rl.trainer.workers.copies[0] = rl.trainer.model = perturbed(rl.trainer.model, bias=1.0)
+    sampled, _ = rl.collect_rollouts()
+    batch = rl.add_logprobs(to_batch(sampled.trainable, [1.0] * len(sampled.trainable), 16, with_experts=True))
+    assert mismatch(rl.trainer.model, batch).max() < 1e-5
     if batch.old_logprobs is not None:
         assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-5
-    assert apart(zero.trainer.model, to_batch(drawn.trainable, [1.0] * len(drawn.trainable), 16)).max() > 1e-4
+    assert mismatch(rl.trainer.model, to_batch(sampled.trainable, [1.0] * len(sampled.trainable), 16)).max() > 1e-4
 
 
 def test_the_reference_chooses_its_own_experts(make_bandit):
     """It is another model: the engine's choice would make it one that nobody trained."""
-    zero = make_bandit(shape=BANDIT, router_replay=True, loss=PolicyLossConfig(kl=0.05))
-    zero.reference = perturbed(zero.reference, bias=1.0)
-    drawn = zero.collect_rollouts()[0].rollouts
-    batch = zero.add_logprobs(to_batch(drawn, [1.0] * len(drawn), 16, with_experts=True))
-    own = zero.logprobs(zero.reference, replace(batch, experts=None))
+    rl = make_bandit(shape=BANDIT, router_replay=True, loss=PolicyLossConfig(kl=0.05))
+    rl.reference = perturbed(rl.reference, bias=1.0)
+    sampled = rl.collect_rollouts()[0].rollouts
+    batch = rl.add_logprobs(to_batch(sampled, [1.0] * len(sampled), 16, with_experts=True))
+    own = rl.logprobs(rl.reference, replace(batch, experts=None))
     assert torch.equal(batch.reference_logprobs, own)
-    assert not torch.equal(own, zero.logprobs(zero.reference, batch))
+    assert not torch.equal(own, rl.logprobs(rl.reference, batch))
 
 
-def test_trap_29_a_run_with_replay_resumes_bit_for_bit_from_a_drawing_on_disk(make_bandit):
+def test_a_run_with_replay_resumes_bit_for_bit_from_a_rollout_step_on_disk(make_bandit):
     straight = make_bandit(name="straight", shape=BANDIT, router_replay=True)
     halves = make_bandit(name="halves", shape=BANDIT, router_replay=True)
     halves.save()
-    drawn = [answer.completion.experts for answer in halves.collect_rollouts()[0].rollouts]
+    sampled = [answer.completion.experts for answer in halves.collect_rollouts()[0].rollouts]
     again = make_bandit(name="halves", shape=BANDIT, router_replay=True)
     again.restore(*load_state(again.run.folder / "state"))
-    assert all(map(torch.equal, drawn, [answer.completion.experts for answer in again.collect_rollouts()[0].rollouts]))
+    assert all(
+        map(torch.equal, sampled, [answer.completion.experts for answer in again.collect_rollouts()[0].rollouts])
+    )
     again.restore(*load_state(again.run.folder / "state"))
-    for zero in (straight, again):
-        zero.step()
+    for rl in (straight, again):
+        rl.step()
     for name, value in straight.trainer.model.state_dict().items():
         assert torch.equal(value, again.trainer.model.state_dict()[name]), name
 
 
-def test_a_kept_step_is_replayed_with_its_experts(make_bandit):
-    zero = make_bandit(shape=BANDIT, router_replay=True, rollout_steps=1)
-    drew = copy.deepcopy(zero.trainer.model)
-    zero.step()
-    assert replay(zero.run.folder, 1, perturbed(drew, bias=1.0)).max_abs < 1e-5
-    zero = make_bandit(name="free", shape=BANDIT, rollout_steps=1)
-    zero.step()
-    assert replay(zero.run.folder, 1, perturbed(drew, bias=1.0)).max_abs > 1e-4
+def test_a_logged_step_is_replayed_with_its_experts(make_bandit):
+    rl = make_bandit(shape=BANDIT, router_replay=True, rollout_steps=1)
+    initial = copy.deepcopy(rl.trainer.model)
+    rl.step()
+    assert replay(rl.run.folder, 1, perturbed(initial, bias=1.0)).max_abs < 1e-5
+    rl = make_bandit(name="free", shape=BANDIT, rollout_steps=1)
+    rl.step()
+    assert replay(rl.run.folder, 1, perturbed(initial, bias=1.0)).max_abs > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])

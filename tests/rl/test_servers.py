@@ -1,4 +1,4 @@
-"""Recipes that draw on servers instead of in this process, by one setting."""
+"""Recipes that sample on servers instead of in this process, by one setting."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from thinkstack.engine import remote
 from thinkstack.engine.remote import RemoteEngine, ServersConfig
 from thinkstack.engine.vllm import Server
 from thinkstack.log import Run
-from thinkstack.stages.evaluate import GREEDY, EvaluateConfig, measure
+from thinkstack.stages.evaluate import GREEDY, EvaluateConfig, evaluate_checkpoint
 
 SHAPE = replace(GQA_TINY, vocab_size=2 + ARMS, num_layers=1, max_positions=64, init_std=0.1)
 """The bandit's model, as a checkpoint can hold it."""
@@ -29,29 +29,29 @@ def pool(monkeypatch) -> FakePool:
     return found
 
 
-def test_reinforcement_learning_learns_from_what_servers_draw(make_bandit, pool):
+def test_reinforcement_learning_learns_from_what_servers_sample(make_bandit, pool):
     """The weights of every step get there, and the log-probabilities that come back are those of the policy."""
-    zero = make_bandit(shape=SHAPE, servers=ServersConfig(addresses=pool.addresses))
-    assert isinstance(zero.engine, RemoteEngine)
+    rl = make_bandit(shape=SHAPE, servers=ServersConfig(addresses=pool.addresses))
+    assert isinstance(rl.engine, RemoteEngine)
     rewards = []
     for step in range(30):
-        metrics = zero.step()
+        metrics = rl.step()
         rewards.append(metrics["reward/mean"])
         assert metrics["mismatch/abs_nats_max"] < 1e-5, step
-    assert zero.engine.version == 30
+    assert rl.engine.version == 30
     assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5]), rewards
     assert all(server.bodies for server in pool.servers.values())
 
 
 def test_a_server_started_anew_in_the_middle_changes_nothing(make_bandit, pool):
-    zero, quiet = (
+    rl, quiet = (
         make_bandit(shape=SHAPE, servers=ServersConfig(addresses=pool.addresses)),
         make_bandit(name="quiet", shape=SHAPE),
     )
-    zero.step()
+    rl.step()
     pool["b"].restart()
     pool["b"].engine.load_weights(quiet.trainer.model, 0)
-    assert zero.step()["mismatch/abs_nats_max"] < 1e-5
+    assert rl.step()["mismatch/abs_nats_max"] < 1e-5
 
 
 def test_an_evaluation_gives_the_same_figures(pool, tmp_path: Path):
@@ -71,7 +71,7 @@ def test_an_evaluation_gives_the_same_figures(pool, tmp_path: Path):
             device="cpu",
             servers=ServersConfig(addresses=addresses),
         )
-        measure(cfg, Run(tmp_path / name))
+        evaluate_checkpoint(cfg, Run(tmp_path / name))
         figures = json.loads((tmp_path / name / GREEDY).read_text(encoding="utf-8"))
         found.append({key: value for key, value in figures.items() if "second" not in key})
     assert found[0] == found[1] and pool["a"].bodies

@@ -1,4 +1,4 @@
-"""The GRPO stage as a whole, on a bandit. Trap numbers are those of docs/grpo.md."""
+"""The GRPO stage as a whole, on a bandit."""
 
 import logging
 import math
@@ -19,73 +19,73 @@ from thinkstack.types import ConfigError, Score, TrainingError
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_trap_72_a_bandit_is_learnt(make_bandit, seed: int):
+def test_a_bandit_is_learned(make_bandit, seed: int):
     """Sign errors, masks off by one and lost advantages all show here: the reward must pass 95 %."""
-    zero = make_bandit(seed)
+    rl = make_bandit(seed)
     rewards = []
-    while zero.trainer.step_count < zero.cfg.steps:
-        before = zero.trainer.step_count
-        rewards.append(zero.step()["reward/mean"])
-        if zero.trainer.step_count == before:
+    while rl.trainer.step_count < rl.cfg.steps:
+        before = rl.trainer.step_count
+        rewards.append(rl.step()["reward/mean"])
+        if rl.trainer.step_count == before:
             break  # no group differs any more
     assert rewards[0] < 0.2
     assert rewards[-1] > 0.95, f"seed {seed} ended at {rewards[-1]:.2f} after {len(rewards)} steps"
 
 
-def test_trap_20_on_policy_the_engine_and_the_trainer_agree(make_bandit):
-    """The first step's log-probabilities must be those the answers were drawn with."""
+def test_on_policy_the_engine_and_the_trainer_agree(make_bandit):
+    """The first step's log-probabilities must be those the completions were sampled with."""
     metrics = make_bandit(loss=PolicyLossConfig(reduction="sequence")).step()
     assert metrics["mismatch/abs_nats_max"] < 1e-5
     assert metrics["policy/clipped_low"] == metrics["policy/clipped_high"] == 0
-    assert abs(metrics["loss/policy"]) < 1e-6 and metrics["train/grad_norm"] > 1e-3  # trap 10
+    assert abs(metrics["loss/policy"]) < 1e-6 and metrics["train/grad_norm"] > 1e-3
 
 
-def test_answers_drawn_from_packed_weights_are_near_the_policys_and_learnt_from(make_bandit):
+def test_completions_of_quantized_weights_are_near_the_policys_and_trained_on(make_bandit):
     """Not the same: rounding shows in the log-probabilities, which the loss corrects for."""
-    zero = make_bandit(rollout_quantization="int8")
+    rl = make_bandit(rollout_quantization="int8")
     for _ in range(2):  # packed anew after the first step
-        assert 1e-6 < zero.step()["mismatch/abs_nats_max"] < 0.05
-    assert zero.engine.version == 2
+        assert 1e-6 < rl.step()["mismatch/abs_nats_max"] < 0.05
+    assert rl.engine.version == 2
 
 
 def test_minibatches_after_the_first_are_off_policy(make_bandit):
     """Without stored old log-probabilities every ratio is 1 and the clip can never bite."""
     fast = TrainerConfig(optim=OptimConfig(learning_rate=5e-2), dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
-    zero = make_bandit(minibatches=4, trainer=fast)
-    metrics = zero.step()
-    assert zero.trainer.step_count == 4
+    rl = make_bandit(minibatches=4, trainer=fast)
+    metrics = rl.step()
+    assert rl.trainer.step_count == 4
     assert metrics["policy/clipped_low"] + metrics["policy/clipped_high"] > 0
-    assert zero.engine.version == 4
+    assert rl.engine.version == 4
 
 
 def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
-    zero = make_bandit()
+    rl = make_bandit()
     from thinkstack.rl.rollout import collect_rollouts
 
-    drawn = collect_rollouts(
-        zero.engine.generate,
-        zero.chat,
-        zero.score,
-        zero.stream,
-        zero.counter,
-        replace(zero.rollout_config, dynamic_sampling=False),
+    sampled = collect_rollouts(
+        rl.engine.generate,
+        rl.chat,
+        rl.score,
+        rl.stream,
+        rl.group_ids,
+        replace(rl.rollout_config, dynamic_sampling=False),
     ).trainable
-    pieces = split_groups(drawn, list(map(float, range(len(drawn)))), 3)
-    assert sum(len(piece) for piece, _ in pieces) == len(drawn)
+    pieces = split_groups(sampled, list(map(float, range(len(sampled)))), 3)
+    assert sum(len(piece) for piece, _ in pieces) == len(sampled)
     owners = [{r.group_id for r in piece} for piece, _ in pieces]
     assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
-    assert sorted(value for _, values in pieces for value in values) == list(map(float, range(len(drawn))))
+    assert sorted(value for _, values in pieces for value in values) == list(map(float, range(len(sampled))))
 
 
-def test_trap_28_a_nucleus_in_training_rollouts_is_refused():
-    """Tokens outside the nucleus have probability 0 where they were drawn, and ratios mean nothing."""
+def test_a_nucleus_in_training_rollouts_is_refused():
+    """Tokens outside the nucleus have probability 0 where they were sampled, and ratios mean nothing."""
     with pytest.raises(ConfigError, match=r"top_p=0\.9"):
         RLConfig(start="", top_p=0.9)
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": PolicyLossConfig(kl=0.05), "reference_steps": 3}])
-def test_trap_29_four_steps_equal_two_and_a_resumed_two_bit_for_bit(make_bandit, changes):
-    """One counter that was not saved repeats problems or draws after a resume."""
+def test_four_steps_equal_two_and_a_resumed_two_bit_for_bit(make_bandit, changes):
+    """One counter that was not saved repeats problems or samples after a resume."""
     straight = make_bandit(name="straight", **changes)
     for _ in range(4):
         last = straight.step()
@@ -106,21 +106,21 @@ def test_trap_29_four_steps_equal_two_and_a_resumed_two_bit_for_bit(make_bandit,
     assert kept == {k: again[k] for k in kept}
 
 
-def test_trap_48_without_a_kl_term_there_is_no_reference(make_bandit):
+def test_without_a_kl_term_there_is_no_reference(make_bandit):
     """A reference that nothing reads costs the memory of a second model."""
     assert make_bandit().reference is None
     assert make_bandit(name="kl", loss=PolicyLossConfig(kl=0.1)).reference is not None
 
 
 def test_the_reference_is_replaced_after_reference_steps(make_bandit):
-    zero = make_bandit(loss=PolicyLossConfig(kl=0.01), reference_steps=2)
-    first = zero.reference.embed.weight.clone()
-    zero.step()
-    zero.step()
-    assert torch.equal(zero.reference.embed.weight, first)
-    policy = zero.trainer.model.embed.weight.clone()
-    zero.step()
-    assert torch.equal(zero.reference.embed.weight, policy) and not torch.equal(policy, first)
+    rl = make_bandit(loss=PolicyLossConfig(kl=0.01), reference_steps=2)
+    first = rl.reference.embed.weight.clone()
+    rl.step()
+    rl.step()
+    assert torch.equal(rl.reference.embed.weight, first)
+    policy = rl.trainer.model.embed.weight.clone()
+    rl.step()
+    assert torch.equal(rl.reference.embed.weight, policy) and not torch.equal(policy, first)
 
 
 def test_the_kl_term_holds_the_policy_back(make_bandit):
@@ -130,30 +130,30 @@ def test_the_kl_term_holds_the_policy_back(make_bandit):
     assert held_metrics["policy/kl_nats"] < 0.2 and held_metrics["reward/mean"] < free_metrics["reward/mean"]
 
 
-def test_trap_17_a_broken_checker_fails_the_run(make_bandit):
-    """Time-outs of a dead checker once trained the model to be wrong on purpose."""
-    zero = make_bandit()
-    zero.score = lambda problem, text: Score(total=0.0, unscorable="checker died")
-    with pytest.raises(TrainingError, match="checker died"):
-        zero.step()
+def test_a_broken_verifier_fails_the_run(make_bandit):
+    """Time-outs of a dead verifier once trained the model to be wrong on purpose."""
+    rl = make_bandit()
+    rl.score = lambda problem, text: Score(total=0.0, unscorable="verifier died")
+    with pytest.raises(TrainingError, match="verifier died"):
+        rl.step()
 
 
-def test_a_few_unscorable_answers_are_counted_and_survived(make_bandit):
-    zero = make_bandit()
+def test_a_few_unscorable_completions_are_counted_and_survived(make_bandit):
+    rl = make_bandit()
     calls = iter(range(10**6))
-    zero.score = lambda p, t: Score(total=0.0, unscorable="slow") if next(calls) % 16 == 0 else arm_score(p, t)
-    assert zero.step()["rollout/unscorable"] == pytest.approx(1 / 16)
+    rl.score = lambda p, t: Score(total=0.0, unscorable="slow") if next(calls) % 16 == 0 else arm_score(p, t)
+    assert rl.step()["rollout/unscorable"] == pytest.approx(1 / 16)
 
 
-def test_trap_25_answers_of_other_weights_are_not_trained_on(make_bandit):
+def test_completions_of_other_weights_are_not_trained_on(make_bandit):
     """Rollouts that outlive a weight update look on-policy and are not."""
-    zero = make_bandit()
-    zero.engine.load_weights(zero.trainer.model, version=7)
-    with pytest.raises(AssertionError, match="answers of weights"):
-        zero.step()
+    rl = make_bandit()
+    rl.engine.load_weights(rl.trainer.model, version=7)
+    with pytest.raises(AssertionError, match="completions of weights"):
+        rl.step()
 
 
-def test_trap_58_training_and_evaluation_judge_by_one_function():
+def test_training_and_evaluation_score_by_one_function():
     """Two extractors that drift apart make the reward rise and the benchmark stand still."""
     from thinkstack.rl import trainer as train_rl
     from thinkstack.stages import evaluate
@@ -162,10 +162,10 @@ def test_trap_58_training_and_evaluation_judge_by_one_function():
     assert train_rl.score is evaluate.score is score
 
 
-def test_trap_70_the_health_line_has_what_one_looks_at_first(make_bandit):
+def test_the_health_line_has_the_most_important_metrics(make_bandit):
     metrics = make_bandit().step()
     line = health_line(metrics)
-    for word in ("reward", "format", "mixed", "tokens", "cut", "entropy", "grad", "mismatch"):
+    for word in ("reward", "format", "mixed", "tokens", "truncated", "entropy", "grad", "mismatch"):
         assert word in line
     for name in (
         *("reward/accuracy", "reward/std", "group/all_high", "group/all_zero", "rollout/max_tokens"),
@@ -184,11 +184,11 @@ def test_trap_70_the_health_line_has_what_one_looks_at_first(make_bandit):
         ([{"group/mixed": 0.0}] * 5, "flat rewards"),
     ],
 )
-def test_trap_71_each_way_to_fail_is_named_early(history, name):
+def test_each_kind_of_failure_is_warned_about(history, name):
     assert list(early_warnings(history)) == [name]
 
 
-def test_trap_71_a_healthy_run_is_not_warned_about():
+def test_a_healthy_run_is_not_warned_about():
     row = {"policy/entropy_nats": 0.5, "rollout/truncated": 0.1, "rollout/mean_tokens": 30.0, "group/mixed": 0.6}
     assert early_warnings([row] * 30) == {} == early_warnings([])
 
@@ -203,15 +203,15 @@ def test_the_paper_preset_is_the_papers():
 
 
 def test_rollouts_can_be_browsed_and_a_missing_step_is_named(make_bandit):
-    zero = make_bandit(rollout_steps=1)
-    zero.step()
-    groups = read_rollouts(zero.run.folder, 1)
+    rl = make_bandit(rollout_steps=1)
+    rl.step()
+    groups = read_rollouts(rl.run.folder, 1)
     text = show_group(groups[0], width=80)
-    assert "right: " in text and "advantage" in text and "accuracy" in text
-    assert len(groups[0]["answers"]) == zero.cfg.group_size
-    assert all(len(a["token_ids"]) == len(a["logprobs"]) for g in groups for a in g["answers"])
-    with pytest.raises(ConfigError, match="no rollouts of step 9; kept: 1 to 1"):
-        read_rollouts(zero.run.folder, 9)
+    assert "reference answer: " in text and "advantage" in text and "accuracy" in text
+    assert len(groups[0]["completions"]) == rl.cfg.group_size
+    assert all(len(a["token_ids"]) == len(a["logprobs"]) for g in groups for a in g["completions"])
+    with pytest.raises(ConfigError, match="no rollouts of step 9; logged: 1 to 1"):
+        read_rollouts(rl.run.folder, 9)
 
 
 def test_a_group_of_one_is_warned_about(caplog):

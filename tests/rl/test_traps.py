@@ -1,4 +1,4 @@
-"""Traps that need more than one part of the package to show. Numbers are those of docs/grpo.md, which lists all 72."""
+"""Known mistakes of RL trainers that only several parts of the package together can make; docs/grpo.md lists all 72."""
 
 import re
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.state import load_state
 from thinkstack.data import Example, collate
 from thinkstack.rl.groups import to_batch
-from thinkstack.rl.health import describe
+from thinkstack.rl.health import rollout_metrics
 from thinkstack.rl.rollout import RolloutStep
 from thinkstack.text.chat import chat_format
 from thinkstack.train.loss import token_weights
@@ -27,28 +27,28 @@ PAGE = Path(__file__).parents[2] / "docs" / "grpo.md"
 PLAIN = TrainerConfig(dtype="fp32", micro_batch_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
 
 
-def test_the_page_speaks_of_every_trap():
+def test_the_page_lists_every_known_mistake():
     """A list that quietly drops its hard entries looks complete."""
     rows = re.findall(r"^\| ([\d, ]+): ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted({int(number) for row in rows for number in row.split(",")}) == list(range(1, 73))
 
 
-def test_trap_12_groups_all_right_and_all_wrong_are_counted_apart():
+def test_groups_all_right_and_all_wrong_are_counted_apart():
     """One number for both hides whether the problems are too easy or too hard."""
     rollouts = [rollout(0, 1.0), rollout(0, 1.0), rollout(1, 0.0), rollout(1, 0.0), rollout(2, 0.0), rollout(2, 0.0)]
-    metrics = describe(RolloutStep(trainable=[], rollouts=rollouts, rounds=1, too_long=0))
+    metrics = rollout_metrics(RolloutStep(rollouts=rollouts, trainable=[], num_rounds=1, num_prompts_too_long=0))
     assert metrics["group/all_high"] == pytest.approx(1 / 3) and metrics["group/all_zero"] == pytest.approx(2 / 3)
 
 
 def with_tool(inserted: tuple[int, ...]) -> Batch:
-    """A prompt of two tokens, two drawn tokens, a tool's reply (not learnt), three drawn tokens."""
+    """A prompt of two tokens, two sampled tokens, a tool's reply (not learned), three sampled tokens."""
     ids = (3, 4, 7, 8, *inserted, 9, 10, 1)
     batch = collate([Example(ids, (0, 0, 1, 1, *(0,) * len(inserted), 1, 1, 1))], [[0]], len(ids) - 1)
-    drawn = torch.full(batch.ids.shape, -3.0)
-    return replace(batch, advantages=batch.loss_mask, rollout_logprobs=drawn, reference_logprobs=drawn)
+    sampled = torch.full(batch.ids.shape, -3.0)
+    return replace(batch, advantages=batch.loss_mask, rollout_logprobs=sampled, reference_logprobs=sampled)
 
 
-def test_trap_34_a_tools_tokens_are_read_but_never_trained():
+def test_a_tools_tokens_are_read_but_never_trained():
     """Trained on, a tool's reply teaches the model to invent replies; counted, it shrinks every other token's share."""
     model = tiny_model(GQA_TINY)
     batch = with_tool((20, 21, 22))
@@ -70,7 +70,7 @@ def test_trap_34_a_tools_tokens_are_read_but_never_trained():
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-def test_trap_36_an_answer_beside_padding_and_others_has_the_logprobs_it_has_alone(cfg):
+def test_a_completion_beside_padding_and_others_has_the_logprobs_it_has_alone(cfg):
     """Left padding without position ids shifted every rotation. Rows here are padded on the right, positions given."""
     model = tiny_model(cfg)
     made = [rollout(0, 1.0, (5, 9, 1)), rollout(0, 0.0, (6, 7, 8, 9, 10, 1))]
@@ -82,59 +82,59 @@ def test_trap_36_an_answer_beside_padding_and_others_has_the_logprobs_it_has_alo
     torch.testing.assert_close(mine, alone[alone != 0], atol=1e-5, rtol=1e-5)
 
 
-def test_trap_39_a_second_turn_is_trained_on_the_ids_it_was_drawn_from():
+def test_a_second_turn_is_trained_on_its_sampled_ids():
     """The template leaves earlier thinking out. Rendered again after the fact, the conversation with this answer in it
     has other ids at other places, and old offsets point into other words."""
     chat = chat_format("r1", tiny_tokenizer())
-    talk = [
+    messages = [
         Message(role="user", content="1+2?"),
         Message(role="assistant", content="3", reasoning="1+2=3"),
         Message(role="user", content="2+2?"),
     ]
-    prompt, sampled = tuple(chat.prompt(talk)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
-    again = chat.prompt([*talk, Message(role="assistant", content="4", reasoning="2+2=4"), talk[-1]])
-    assert tuple(again[: len(prompt) + len(sampled)]) != prompt + sampled, "the trap is real"
+    prompt, sampled = tuple(chat.prompt(messages)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
+    again = chat.prompt([*messages, Message(role="assistant", content="4", reasoning="2+2=4"), messages[-1]])
+    assert tuple(again[: len(prompt) + len(sampled)]) != prompt + sampled, "encoding again gives other ids"
     batch = to_batch([rollout(0, 1.0, sampled, prompt_token_ids=prompt)], [1.0], 8)
     assert batch.targets[batch.loss_mask > 0].tolist() == list(sampled)
     assert batch.ids[0].tolist() == [*prompt, *sampled][:-1]
 
 
-def test_trap_68_weights_that_do_not_arrive_stop_the_run(make_bandit, monkeypatch):
+def test_weights_that_do_not_arrive_stop_the_run(make_bandit, monkeypatch):
     """A peer's bare `except` around the hand-over hid a dead connection: rollouts came from step 0 for days."""
-    zero = make_bandit()
+    rl = make_bandit()
 
     def broken(model, version):
         raise ConnectionError("engine is gone")
 
-    monkeypatch.setattr(zero.engine, "load_weights", broken)
+    monkeypatch.setattr(rl.engine, "load_weights", broken)
     with pytest.raises(ConnectionError):
-        zero.step()
+        rl.step()
     monkeypatch.undo()
-    with pytest.raises(AssertionError, match="answers of weights"):
-        zero.step()  # even if somebody swallows it: answers of the old weights are not trained on
+    with pytest.raises(AssertionError, match="completions of weights"):
+        rl.step()  # even if somebody swallows it: completions of the old weights are not trained on
 
 
-def test_trap_69_a_rollout_ends_whatever_the_model_says(make_bandit):
+def test_a_rollout_ends_without_an_end_token(make_bandit):
     """An engine waiting for an end token that never comes looks like a hang of the trainer."""
-    zero = make_bandit(max_tokens=5)
+    rl = make_bandit(max_tokens=5)
     with torch.no_grad():
-        zero.trainer.model.head.weight[1].fill_(0.0)  # the end token is as unlikely as any other
-        zero.trainer.model.head.weight[2:].mul_(50.0)
-    zero.engine.load_weights(zero.trainer.model, version=0)
-    metrics = zero.step()
+        rl.trainer.model.head.weight[1].fill_(0.0)  # the end token is as unlikely as any other
+        rl.trainer.model.head.weight[2:].mul_(50.0)
+    rl.engine.load_weights(rl.trainer.model, version=0)
+    metrics = rl.step()
     assert metrics["rollout/max_tokens"] == 5 and metrics["rollout/truncated"] > 0
 
 
 def test_the_reference_is_replaced_though_minibatches_step_over_the_mark(make_bandit):
-    """With 4 steps a drawing and a refresh every 3 the count was never a multiple of both before step 12."""
-    zero = make_bandit(minibatches=4, reference_steps=3, loss=PolicyLossConfig(kl=0.01))
-    zero.step()
-    policy = zero.trainer.model.embed.weight.clone()
-    zero.step()
-    assert torch.equal(zero.reference.embed.weight, policy)
+    """With 4 steps a rollout step and a refresh every 3 the count was never a multiple of both before step 12."""
+    rl = make_bandit(minibatches=4, reference_steps=3, loss=PolicyLossConfig(kl=0.01))
+    rl.step()
+    policy = rl.trainer.model.embed.weight.clone()
+    rl.step()
+    assert torch.equal(rl.reference.embed.weight, policy)
 
 
-def test_trap_29_a_resumed_run_knows_when_its_reference_was_replaced(make_bandit):
+def test_a_resumed_run_restores_the_step_of_its_reference(make_bandit):
     """Refreshed at step 3 and saved at 4, a run that forgets it would refresh again at once and drift from there."""
     given = {"reference_steps": 3, "loss": PolicyLossConfig(kl=0.05)}
     straight, first = make_bandit(name="straight", **given), make_bandit(name="halves", **given)

@@ -19,7 +19,7 @@ from thinkstack.types import SamplingParams
 TURN = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
 
 
-def joined(chunks: list[str]) -> list[tuple[str, str]]:
+def merged_events(chunks: list[str]) -> list[tuple[str, str]]:
     """Pieces with neighbors of one kind put together."""
     out: list[tuple[str, str]] = []
     for piece in parse_stream(iter(chunks)):
@@ -31,19 +31,19 @@ def joined(chunks: list[str]) -> list[tuple[str, str]]:
 
 
 def test_a_turn_is_sorted_the_same_however_it_is_cut():
-    whole = joined([TURN])
+    whole = merged_events([TURN])
     assert whole == [("thinking", "\n1+2=3\n"), ("text", "\n"), ("answer", "3")]
     rng = random.Random(0)
     for _ in range(200):
         cuts = sorted(rng.sample(range(1, len(TURN)), rng.randrange(1, 12)))
         chunks = [TURN[a:b] for a, b in zip([0, *cuts], [*cuts, len(TURN)], strict=True)]
-        assert joined(chunks) == whole
+        assert merged_events(chunks) == whole
 
 
 def test_half_a_tag_waits_and_an_unfinished_one_is_shown_in_the_end():
     pieces = parse_stream(iter(["a<thi", "s"]))
     assert next(pieces) == StreamEvent("text", "a")
-    assert joined(["1 < 2 <"]) == [("text", "1 < 2 <")]
+    assert merged_events(["1 < 2 <"]) == [("text", "1 < 2 <")]
 
 
 def test_half_a_character_waits_for_its_other_half():
@@ -54,7 +54,7 @@ def test_half_a_character_waits_for_its_other_half():
     assert list(stream_text(chat.text_of, iter(ids))) == ["从", "a"]
 
 
-def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherwise(
+def test_large_models_are_run_in_bf16_where_it_is_fast_unless_asked_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0)))
@@ -67,8 +67,8 @@ def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherw
     assert pick_precision(tmp_path / "model", "fp32") == "fp32"
 
 
-def test_a_zero_is_asked_one_question_at_a_time_and_a_chat_model_remembers(tmp_path: Path):
-    """A zero trained on single questions answered the second one as if it went on from the first."""
+def test_r1_zero_gets_one_question_at_a_time_and_a_chat_model_the_whole_conversation(tmp_path: Path):
+    """R1-Zero, trained on single questions, answered the second one as if it went on from the first."""
     tokenizer = train_tokenizer(["What is the last digit?"], 640)
     model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
     remembered = {}

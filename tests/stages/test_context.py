@@ -49,7 +49,7 @@ COMMON = {
 
 
 def runs_of_digits(path: Path) -> str:
-    """Ten drawn digits over and over, 130 characters long, then ten others: what comes next stands ten places back."""
+    """Ten random digits, repeated for 130 characters, then ten others: the next digit stands ten positions back."""
     rng = random.Random(0)
     path.write_text("".join("".join(rng.choice("0123456789") for _ in range(10)) * 13 for _ in range(200)))
     return str(path)
@@ -57,7 +57,7 @@ def runs_of_digits(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that learnt to look ten places back, in rows of 32."""
+    """A model trained to look ten places back, in rows of 32."""
     folder = tmp_path_factory.mktemp("context")
     table = {"model": MODEL, "steps": 200, "rows": 16, "row_tokens": 32}
     cfg = build(PretrainConfig, merge(COMMON, table | {"text_files": (runs_of_digits(folder / "digits.txt"),)}))
@@ -166,7 +166,7 @@ def test_an_extension_that_cannot_be_saved_is_refused_before_it_is_trained(tmp_p
 
 
 def test_losses_by_position_are_means_of_the_tokens_between_the_edges():
-    """One row of 15 positions, its 3 first tokens not learnt; the whole row's mean is that of the parts."""
+    """One row of 15 positions, its 3 first tokens not trained on; the whole row's mean is that of the parts."""
     model, batch = tiny_model(), random_batch([16], 15, prompt=4)
     parts = loss_by_position(model, batch, (5, 10), 64)
     logits = model(batch.ids)

@@ -71,7 +71,7 @@ def test_the_forms_of_published_rows_are_read(tmp_path, row, messages):
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_thoughts_are_read_under_each_of_their_keys(tmp_path, key):
-    """Under any key but one they were dropped, and the model learnt to answer without."""
+    """Under any key but one they were dropped, and the model was trained to answer without."""
     rows = [
         chat_row(user(), assistant(**{key: "t"})),
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: "t"}]},
@@ -88,8 +88,8 @@ def test_thoughts_are_read_under_each_of_their_keys(tmp_path, key):
     [
         (chat_row(user(), assistant(reasoning="t", thinking="u")), "turn 2 has reasoning and thinking, which differ"),
         ({"prompt": "q", "response": "a", "reasoning_content": "t", "thinking": "u"}, "reasoning_content and thinking"),
-        (chat_row(user(), assistant("<think>u</think>a", reasoning="t")), "thoughts twice"),
-        ({"question": "q", "answer": "\n<think>u</think>a", "reasoning": "u"}, "thoughts twice"),
+        (chat_row(user(), assistant("<think>u</think>a", reasoning="t")), "reasoning twice"),
+        ({"question": "q", "answer": "\n<think>u</think>a", "reasoning": "u"}, "reasoning twice"),
         ({"input": [user()], "output": "<think>u</think>a", "reasoning": "on"}, "reasoning='on' is a switch"),
         ({"input": [user()], "output": "a", "reasoning": "off"}, "reasoning='off' is a switch"),
         (chat_row(user(reasoning="t"), assistant()), "turn 1 has the key 'reasoning'"),
@@ -118,8 +118,8 @@ def test_thoughts_that_contradict_or_have_no_place_are_refused_by_name(tmp_path,
         {"role": "tool_call", "content": '[{"name": "weather", "arguments": "{\\"city\\": \\"Paris\\"}"}]'},
     ],
 )
-def test_a_call_is_learnt_as_a_call_however_it_is_spelt(tmp_path, said):
-    """The words beside a call were learnt, an empty answer as a rule, and the call was dropped."""
+def test_a_call_is_trained_on_as_a_call_however_it_is_spelled(tmp_path, said):
+    """The words beside a call were trained on, an empty answer as a rule, and the call was dropped."""
     turns = [user(), {"role": "assistant"} | said, {"role": "tool", "content": "mild"}, assistant()]
     assert read(tmp_path, chat_row(*turns)) == [
         ASKED, Message(role="assistant", content="", tool_calls=(CALL,)), Message(role="tool", content="mild"), PLAIN
@@ -146,8 +146,8 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
     ("said", "message"),
     [
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "turn 2, call 1: arguments is not JSON"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments are no JSON object"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": 0}}]}, "arguments are no JSON object"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments are not a JSON object"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": 0}}]}, "arguments are not a JSON object"),
         ({"tool_calls": [OPENAI, {"function": {"arguments": "{}"}}]}, "call 2 has no name"),
         ({"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, "not of type function"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}, "arguments has the key 'a' twice"),
@@ -215,10 +215,10 @@ def test_a_system_text_beside_the_turns_stands_before_them(tmp_path, key):
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss", "loss_mask", "step_loss_mask"])
-def test_masks_of_turns_are_kept_and_refused_where_nobody_honours_them(tmp_path, key):
+def test_masks_of_turns_are_read_and_refused_by_callers_without_masks(tmp_path, key):
     row = chat_row(user(), assistant("bad", **{key: 0}), user("no"), assistant("good", **{key: True}))
     assert [message.is_trained for message in read(tmp_path, row)] == [True, False, True, True]
-    with pytest.raises(ConfigError, match="line 1 has turns that are not to be learnt"):
+    with pytest.raises(ConfigError, match="line 1 has turns that are not trained on"):
         read_conversations([str(tmp_path / "talks.jsonl")])
     all_on = chat_row(user(**{key: False}), assistant(**{key: 1.0}))
     assert read_conversations([write_rows(tmp_path, [all_on])]) == [[ASKED, PLAIN]]
@@ -298,12 +298,12 @@ def test_roles_of_published_files_are_known(tmp_path, role, wanted):
         ({"messages": "hello"}, "its turns are text, not a list"),
         ({"messages": {"0": user()}}, "its turns are an object"),
         ({"messages": []}, "is no conversation"),
-        (chat_row(user(), assistant(""), assistant("")), "turn 2: the assistant says nothing"),
-        ({"question": "q", "answer": " \n"}, "the assistant says nothing"),
+        (chat_row(user(), assistant(""), assistant("")), "turn 2: the assistant's turn is empty"),
+        ({"question": "q", "answer": " \n"}, "the assistant's turn is empty"),
         (chat_row(user()), "does not end with an answer of the assistant"),
         (chat_row(user(), assistant(), user()), "does not end with an answer of the assistant"),
-        ({"prompt": "q", "response": None}, "response holds nothing"),
-        ({"prompt": None, "response": "a"}, "prompt holds nothing"),
+        ({"prompt": "q", "response": None}, "response is empty"),
+        ({"prompt": None, "response": "a"}, "prompt is empty"),
         ({"prompt": 7, "response": "a"}, "the question is a number, not text"),
         ({"question": "q", "answer": {"text": "a"}}, "the answer is an object"),
         ({"question": "q", "answer": "4", "response": "four"}, "response and answer, which differ"),
@@ -339,14 +339,14 @@ def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key
         *("weight", "train", "training", "trainable", "loss_mask", "loss_scale", "kto_tag", "choices", "options"),
     ],
 )
-def test_a_key_of_a_row_that_would_change_what_is_learnt_is_refused_by_name(tmp_path, key):
+def test_a_key_of_a_row_that_would_change_what_is_trained_on_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=f"line 1 has the key '{key}', which is not read and would be lost"):
         read(tmp_path, chat_row(user(), assistant(), **{key: ["x"]}))
 
 
 @pytest.mark.parametrize("label", [True, False, 3, "spam", None])
 def test_a_label_is_listed_unless_it_says_whether_the_answer_is_wanted(tmp_path, label):
-    """TRL's rows for KTO have label: false where an answer is a bad one; it was learnt."""
+    """TRL's rows for KTO have label: false where an answer is a bad one; it was trained on."""
     row = {"prompt": "q", "completion": "a", "label": label}
     if isinstance(label, bool):
         with pytest.raises(ConfigError, match="line 1 has the key 'label'"):
@@ -357,7 +357,7 @@ def test_a_label_is_listed_unless_it_says_whether_the_answer_is_wanted(tmp_path,
 
 @pytest.mark.parametrize("role", ["function", "observation", "tool", "ipython", "tool_response"])
 def test_a_result_that_follows_no_turn_of_the_assistant_is_refused(tmp_path, role):
-    """Some ShareGPT files call a call "function", which elsewhere is the role of results: the call was not learnt."""
+    """Some ShareGPT files give a call the role "function", elsewhere that of results: the call was not trained on."""
     result = {"from": role, "value": '{"name": "weather", "arguments": {}}'}
     for before in ([], [user()], [{"role": "system", "content": "s"}]):
         with pytest.raises(ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a call"):

@@ -1,4 +1,4 @@
-"""What pre-training reads: holes and split tokens at the rates asked for, drawn by index, never wider than a row."""
+"""What pre-training reads: holes and split tokens at the rates asked for, sampled by index, never wider than a row."""
 
 from dataclasses import replace
 from functools import cache
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from thinkstack.data import Example, Source
+from thinkstack.data import DocumentSource, Example
 from thinkstack.stages.documents import make_source
 from thinkstack.stages.pretrain_config import PretrainConfig
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, document
@@ -32,7 +32,7 @@ def chat() -> ChatFormat:
     return chat_format("r1_zero_short", tokenizer())
 
 
-def source(**changes: object) -> Source:
+def source(**changes: object) -> DocumentSource:
     return make_source(replace(PLAIN, **changes), puzzle_tasks(PLAIN.tasks), chat())
 
 

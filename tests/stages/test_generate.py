@@ -1,4 +1,4 @@
-"""generate: one process and two give the same tokens; a talk, a file of prompts, plain text."""
+"""generate: one process and two give the same tokens; a conversation, a file of prompts, plain text."""
 
 import os
 import subprocess
@@ -102,7 +102,7 @@ def test_answers_to_a_file_are_those_to_each_line(folder: Path):
     assert together == alone
 
 
-def test_a_talk_remembers_until_it_is_told_to_forget(folder: Path):
+def test_a_conversation_keeps_its_turns_until_new(folder: Path):
     said: list[str] = []
     lines = iter(["1+2?", "and 3?", NEW, "1+2?", None, "never read"])
     generator(folder, temperature=0.0).converse(lambda: next(lines), lambda text, style: said.append(text))
@@ -123,7 +123,7 @@ def test_plain_text_is_continued_without_a_template(folder: Path):
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="holds no prompts"):
+    with pytest.raises(ConfigError, match="has no prompts"):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(ConfigError, match="cannot read the prompts"):
         read_prompts(tmp_path / "none.txt")
@@ -142,5 +142,5 @@ def test_weights_are_kept_as_asked_wherever_text_is_made(folder: Path):
 
 
 def test_processes_that_share_a_model_cannot_pack_it(folder: Path):
-    with pytest.raises(ConfigError, match="weights='int8' packs a whole model"):
+    with pytest.raises(ConfigError, match="weights='int8' does not work in several processes"):
         Generator(str(folder), SamplingParams(), Ranks(0, 2), "fp32", torch.device("cpu"), "int8")

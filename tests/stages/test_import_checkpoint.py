@@ -72,7 +72,7 @@ def test_earlier_thinking_is_left_out_where_it_was_asked_for(start: str, tmp_pat
 
 def test_a_format_of_ours_takes_no_additions(tmp_path: Path):
     save_model(tmp_path / "ours", tiny_model(GQA_TINY, vocab_size=360), tiny_tokenizer(), "r1_zero_short")
-    with pytest.raises(ConfigError, match="only shipped templates can be added to"):
+    with pytest.raises(ConfigError, match="need a checkpoint with a chat template"):
         import_checkpoint(
             ImportCheckpointConfig(start=str(tmp_path / "ours"), prefill="<think>"), Run(tmp_path / "out")
         )

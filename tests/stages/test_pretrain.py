@@ -68,7 +68,7 @@ def test_a_ramp_with_an_average_resumes_to_the_last_bit(optimizer: str, tmp_path
         pretrain(cfg, stopped_after(3, tmp_path / "stopped"))
     resumed = Run(tmp_path / "stopped")
     pretrain(cfg, resumed)
-    assert [row["train/rows"] for row in straight.rows()] == cfg.batch_plan().rows == [2, 2, 2, 3, 3, 4, 4, 4]
+    assert [row["train/rows"] for row in straight.rows()] == cfg.batch_schedule().rows == [2, 2, 2, 3, 3, 4, 4, 4]
     assert resumed.rows() == straight.rows()
     assert resumed.rows("curve.jsonl") == straight.rows("curve.jsonl") and len(straight.rows("curve.jsonl")) == 2
     for name in ("model", "model-ema"):

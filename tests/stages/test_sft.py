@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what is learnt, what is left out, resume."""
+"""Supervised fine-tuning: what is trained on, what is left out, resume."""
 
 import json
 from pathlib import Path
@@ -50,57 +50,61 @@ def config(start: str, folder: Path, **changes: object) -> SftConfig:
     return build(SftConfig, table | {"trainer": trainer} | changes, "sft")
 
 
-def test_only_the_assistants_tokens_are_learnt(start: str, tmp_path: Path):
+def test_only_the_assistants_tokens_are_trained_on(start: str, tmp_path: Path):
     chat = chat_format("v3", tiny_tokenizer())
-    session = [Message(role="user", content="1+2?"), Message(role="assistant", content="3")]
-    (sample,) = make_sft_dataset([Conversation(session)], chat, config(start, tmp_path, held_out=0.0)).trained
-    loss_mask = [token for token, is_trained in zip(sample.ids, sample.loss_mask, strict=True) if is_trained]
+    messages = [Message(role="user", content="1+2?"), Message(role="assistant", content="3")]
+    (example,) = make_sft_dataset([Conversation(messages)], chat, config(start, tmp_path, held_out=0.0)).trained
+    loss_mask = [token for token, is_trained in zip(example.ids, example.loss_mask, strict=True) if is_trained]
     assert loss_mask == chat.answer("3")
-    assert list(sample.ids) == chat.prompt(session[:1]) + chat.answer("3")
+    assert list(example.ids) == chat.prompt(messages[:1]) + chat.answer("3")
 
 
 @pytest.mark.parametrize("name", ["r1_zero_short", "v3", "r1", "r1_0528", "v3_1"])
-def test_a_turn_that_is_switched_off_is_read_and_not_learnt(start: str, tmp_path: Path, name: str):
-    """There was nowhere to keep the weight, so the bad answer was learnt."""
+def test_a_masked_turn_is_context_and_not_trained_on(start: str, tmp_path: Path, name: str):
+    """There was nowhere to keep the weight, so the bad answer was trained on."""
     turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "5", "weight": 0}]
     turns += [{"role": "user", "content": "no"}, {"role": "assistant", "content": "3", "weight": 1}]
     turns += [{"role": "user", "content": "and 4?"}, {"role": "assistant", "content": "9", "train": False}]
     chat = chat_format(name, tiny_tokenizer())
-    talks = read_conversations([write_rows(tmp_path, [{"messages": turns}], "masked.jsonl")], with_masks=True)
-    (sample,) = make_sft_dataset(talks, chat, config(start, tmp_path, held_out=0.0)).trained
-    batch = collate([sample], [[0]], 48)
-    prompt, loss_mask = chat.prompt(talks[0][:3]), batch.targets[batch.loss_mask > 0].tolist()
-    assert list(sample.ids) == prompt + loss_mask
+    conversations = read_conversations([write_rows(tmp_path, [{"messages": turns}], "masked.jsonl")], with_masks=True)
+    (example,) = make_sft_dataset(conversations, chat, config(start, tmp_path, held_out=0.0)).trained
+    batch = collate([example], [[0]], 48)
+    prompt, loss_mask = chat.prompt(conversations[0][:3]), batch.targets[batch.loss_mask > 0].tolist()
+    assert list(example.ids) == prompt + loss_mask
     assert chat.text_of(loss_mask).endswith("3") and "5" in chat.text_of(prompt)
 
 
 @pytest.mark.parametrize("tools", [(), ({"type": "function", "function": {"name": "add", "description": "Adds."}},)])
-def test_tools_and_calls_of_a_row_are_learnt_or_refused_with_its_place(start: str, tmp_path: Path, tools: tuple):
-    """A format without calls learnt the empty words beside one."""
+def test_tools_and_calls_of_a_row_are_trained_on_or_refused_with_its_place(start: str, tmp_path: Path, tools: tuple):
+    """A format without calls trained the model on the empty words beside one."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    talks = read_conversations([write_rows(tmp_path, [*ROWS[:2], {"messages": turns, "tools": tools}], "calls.jsonl")])
+    conversations = read_conversations(
+        [write_rows(tmp_path, [*ROWS[:2], {"messages": turns, "tools": tools}], "calls.jsonl")]
+    )
     cfg = config(start, tmp_path, held_out=0.0, row_tokens=1000)
     tokenizer = train_tokenizer(["1+2? add"], 340, control=(*CONTROL, *TOOLS))
-    sample = make_sft_dataset(talks, chat_format("v3", tokenizer), cfg).trained[2]
-    loss_mask = [token for token, is_trained in zip(sample.ids, sample.loss_mask, strict=True) if is_trained]
+    example = make_sft_dataset(conversations, chat_format("v3", tokenizer), cfg).trained[2]
+    loss_mask = [token for token, is_trained in zip(example.ids, example.loss_mask, strict=True) if is_trained]
     assert 'add\n```json\n{"a": 1}\n```' in tokenizer.decode(loss_mask)
-    assert ("Adds." in tokenizer.decode(sample.ids)) == bool(tools)
+    assert ("Adds." in tokenizer.decode(example.ids)) == bool(tools)
     for name, message in (("r1_zero", "'r1_zero' has no tools"), ("v3", "no control token '<｜tool▁calls▁begin｜>'")):
         with pytest.raises(ConfigError, match=rf"calls\.jsonl line 3: .*{message}"):
-            make_sft_dataset(talks, chat_format(name, tiny_tokenizer()), cfg)
+            make_sft_dataset(conversations, chat_format(name, tiny_tokenizer()), cfg)
 
 
 def test_long_conversations_are_left_out_and_counted_and_held_out_prompts_are_never_trained(start: str, tmp_path: Path):
     chat = chat_format("v3", tiny_tokenizer())
-    talks = [[Message(role="user", content=f"{i}?"), Message(role="assistant", content="yes")] for i in range(200)]
-    talks += [[session[0], Message(role="assistant", content="no")] for session in talks]
-    talks.append([Message(role="user", content="long?"), Message(role="assistant", content="1 2 3 4 5 " * 40)])
-    dataset = make_sft_dataset(list(map(Conversation, talks)), chat, config(start, tmp_path, held_out=0.1))
-    assert dataset.too_long == 1
+    conversations = [
+        [Message(role="user", content=f"{i}?"), Message(role="assistant", content="yes")] for i in range(200)
+    ]
+    conversations += [[messages[0], Message(role="assistant", content="no")] for messages in conversations]
+    conversations.append([Message(role="user", content="long?"), Message(role="assistant", content="1 2 3 4 5 " * 40)])
+    dataset = make_sft_dataset(list(map(Conversation, conversations)), chat, config(start, tmp_path, held_out=0.1))
+    assert dataset.num_too_long == 1
     assert 20 <= len(dataset.held_out) <= 70
     prompts = [
-        {sample.ids[: sample.loss_mask.index(1)] for sample in part} for part in (dataset.trained, dataset.held_out)
+        {example.ids[: example.loss_mask.index(1)] for example in part} for part in (dataset.trained, dataset.held_out)
     ]
     assert not prompts[0] & prompts[1]
 
@@ -128,9 +132,9 @@ def test_a_resumed_fine_tuning_ends_in_the_same_bytes(start: str, tmp_path: Path
 
 
 def test_nothing_left_to_learn_is_an_error_that_says_why(start: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="24 samples are longer than row_tokens=2"):
+    with pytest.raises(ConfigError, match="24 examples are longer than row_tokens=2"):
         sft(config(start, tmp_path, row_tokens=2, held_out=0.0), Run(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"data=\[\] and tasks=\[\] teach nothing"):
+    with pytest.raises(ConfigError, match=r"data=\[\] and tasks=\[\]: there is nothing to train on"):
         config(start, tmp_path, data=[])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from thinkstack import cli
-from thinkstack.pipeline import plan, read_recipe
+from thinkstack.pipeline import plan_stages, read_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,7 +74,7 @@ def test_every_recipe_and_setting_that_a_command_names_exists(page, tmp_path):
         settings = [word for word in words if "=" in word and not word.startswith(("-", "stages.zero.reward"))]
         scale = words[words.index("--scale") + 1] if "--scale" in words else ""
         recipe = words[1] if words[0] == "run" else "demo"
-        assert plan(read_recipe(recipe, scale, tuple(settings)), tmp_path), words
+        assert plan_stages(read_recipe(recipe, scale, tuple(settings)), tmp_path), words
 
 
 def test_every_logged_metric_is_explained():

@@ -1,4 +1,4 @@
-"""Names are the field's standard terms: identifiers, file names, TOML keys and flags hold none of the words replaced."""
+"""Names are the field's terms: no identifier, file name, TOML key or flag holds a word that was replaced."""
 
 import re
 import tokenize

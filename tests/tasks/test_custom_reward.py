@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from thinkstack.config import build
-from thinkstack.pipeline import plan, read_recipe
+from thinkstack.pipeline import plan_stages, read_recipe
 from thinkstack.tasks.custom_reward import load_reward
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.types import ConfigError, Problem, TrainingError
@@ -37,12 +37,12 @@ def test_the_reward_of_the_readme_can_be_named_in_a_recipe(tmp_path):
     path = tmp_path / "my_rewards.py"
     path.write_text(code)
     load_reward.cache_clear()
-    steps = plan(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
+    steps = plan_stages(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
     zero = next(step for step in steps if step.name == "zero")
     assert zero.config.reward.parts == {f"{path}:short": 1.0}
     assert score(problem(), RIGHT, zero.config.reward).parts[f"{path}:short"] == 1.0
     path.write_text(code + "\n# changed\n")
-    again = plan(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
+    again = plan_stages(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
     assert next(step for step in again if step.name == "zero").fingerprint != zero.fingerprint
 
 

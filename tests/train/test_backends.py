@@ -68,7 +68,7 @@ def test_a_step_in_8_bit_blocks_moves_the_fp32_weights(fp8, lora):
         )
         trainer.step(batch, next_token_loss)
         assert all(p.dtype == torch.float32 for p in model.parameters())
-        assert any(isinstance(m, FP8Linear) for m in trainer.workers.running.modules()) == (kind != "off")
+        assert any(isinstance(m, FP8Linear) for m in trainer.workers.compute_model.modules()) == (kind != "off")
         gradients.append(torch.cat([g.flatten() for g in seen.values()]))
     similar = torch.nn.functional.cosine_similarity(*gradients, dim=0)
     assert 0.8 < similar < 0.99999
@@ -108,6 +108,6 @@ def test_compiled_blocks_take_the_step_of_eager_ones(checkpoint_layers):
         trainer = Trainer(model, cfg, 3)
         for step in range(2):
             trainer.step(random_batch(LENGTHS, 16, seed=step), next_token_loss)
-        assert (trainer.workers.running is model) != compiled
+        assert (trainer.workers.compute_model is model) != compiled
         ends.append(batch_logprobs(model, random_batch(LENGTHS, 16), 1.0, 64))
     torch.testing.assert_close(*ends, atol=1e-3, rtol=1e-3)

@@ -48,7 +48,7 @@ def test_rows_are_balanced_one_by_one():
 
 
 def test_the_gradient_of_the_balance_loss_reaches_the_router():
-    """E2.62: it once went through the detached frequencies only, and trained nothing (Automodel#1408)."""
+    """It once went through the detached frequencies only, and trained nothing (Automodel#1408)."""
     model, batch = tiny_model(), random_batch([12, 9], 16)
     routing = model.trunk(batch.ids, batch.positions, batch.document_ids).routing[0]
     sequence_balance_loss(routing, batch.document_ids > 0).backward()
@@ -56,7 +56,7 @@ def test_the_gradient_of_the_balance_loss_reaches_the_router():
 
 
 def test_layers_with_experts_are_listed_in_the_order_of_their_routings():
-    """E2.61: the MTP module's experts are counted as well, last."""
+    """The MTP module's experts are counted as well, last."""
     model, batch = tiny_model(), random_batch([12], 12)
     trunk = model.trunk(batch.ids)
     _, ahead = model.look_ahead(trunk, batch.ids)
@@ -72,7 +72,7 @@ def test_bias_rises_for_the_idle_and_falls_for_the_busy():
 
 
 def test_bias_steps_keep_the_sum():
-    """E2.61: the delta is centered; three idle experts and one busy one move by +0.25 and -0.75 of two steps."""
+    """The delta is centered; three idle experts and one busy one move by +0.25 and -0.75 of two steps."""
     layer = MoE(replace(MLA_TINY, moe=replace(MLA_TINY.moe, num_experts=4, num_groups=1, top_groups=1)))
     update_bias(layer, torch.tensor([9.0, 1.0, 1.0, 1.0]), speed=1.0)
     assert layer.bias.tolist() == [-1.5, 0.5, 0.5, 0.5]

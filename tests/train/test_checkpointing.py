@@ -44,31 +44,31 @@ def test_the_same_step_to_the_last_bit(cfg, dtype: str, workers: int, path: str)
         assert torch.equal(mine, theirs), name
 
 
-def held_between(model: Transformer) -> int:
+def saved_between_passes(model: Transformer) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights apart."""
-    kept: dict[int, int] = {}
+    num_bytes: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        quantization = x.untyped_storage()
-        if quantization.data_ptr() not in weights:
-            kept[quantization.data_ptr()] = quantization.nbytes()
+    def save(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            num_bytes[storage.data_ptr()] = storage.nbytes()
         return x
 
     given = batch()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         hidden = model.trunk(given.ids, given.positions, given.document_ids).hidden
     del hidden
-    return sum(kept.values())
+    return sum(num_bytes.values())
 
 
-def test_of_a_block_only_its_input_is_kept(path: str):
+def test_only_the_input_of_a_block_is_saved(path: str):
     """Four bytes for each number of x, once a layer; the rest is what the final norm keeps."""
     few, many = tiny_model(GQA_TINY, num_layers=2), tiny_model(GQA_TINY, num_layers=6)
-    plain = held_between(many) - held_between(few)
+    plain = saved_between_passes(many) - saved_between_passes(few)
     for block in (*few.blocks(), *many.blocks()):
         block.keeps_input_only = True
-    saving = held_between(many) - held_between(few)
+    saving = saved_between_passes(many) - saved_between_passes(few)
     inputs = 4 * batch().ids.numel() * GQA_TINY.hidden_size * 4  # 4 more layers, 4 bytes
     assert inputs <= saving <= 1.1 * inputs
     assert plain > 8 * inputs

@@ -99,7 +99,7 @@ def test_blocks_keep_an_outlier_from_drowning_the_rest():
     assert (linear(x, w, False)[1:].double() - expected).abs().max() < 0.15 * expected.abs().max()
 
 
-def test_what_is_kept_for_the_backward_pass_is_a_byte_a_number():
+def test_what_is_saved_for_the_backward_pass_is_a_byte_a_number():
     sizes: list[int] = []
     x, w = torch.randn(256, 512, dtype=torch.bfloat16), torch.randn(256, 512, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
@@ -171,7 +171,7 @@ def test_biases_are_added_after_the_product():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(256,), (2, 3, 130, 200), (5, 7), (128, 128)])
-def test_all_numbers_of_e4m3_are_widened_exactly(shape: tuple[int, ...], dtype: torch.dtype):
+def test_all_numbers_of_e4m3_are_dequantized_exactly(shape: tuple[int, ...], dtype: torch.dtype):
     """Against torch's own conversion: subnormal numbers, both zeros and NaN among them."""
     shape = (*shape[:-1], 1, shape[-1]) if len(shape) == 1 else shape
     count = torch.Size(shape).numel()

@@ -1,4 +1,4 @@
-"""Losses against hand-worked numbers. E2.n names an entry of the list of known traps in RL trainers."""
+"""Losses against hand-worked numbers."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ from thinkstack.train.loss import next_token_loss, token_logprobs, token_weights
 from thinkstack.types import Completion, ConfigError
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -35,44 +35,44 @@ def weights_by_answer(reduction: str, fixed_length: int = 0) -> list[set[float]]
 
 
 def test_token_weights_share_one_over_all_trained_tokens():
-    """E2.1: the divisor is the number of trained tokens of the whole step."""
+    """The divisor is the number of trained tokens of the whole step."""
     assert [weight for (weight,) in weights_by_answer("token")] == pytest.approx([1 / 6] * 3)
 
 
 def test_sequence_weights_share_one_over_sequences_and_length():
-    """E2.4: mean over answers of the mean over tokens; the document without trained tokens is no answer."""
+    """Mean over answers of the mean over tokens; the document without trained tokens is no answer."""
     thirds = weights_by_answer("sequence")
     assert [weight for (weight,) in thirds] == pytest.approx([1 / 9, 1 / 3, 1 / 6])
 
 
 def test_sequence_weights_of_a_step_without_trained_tokens_are_zero():
-    """E2.4: an empty answer must not divide by zero."""
+    """An empty answer must not divide by zero."""
     batch = replace(uneven_batch(), loss_mask=torch.zeros(2, 8))
     assert torch.equal(token_weights(batch, "sequence"), torch.zeros(2, 8))
     assert torch.equal(token_weights(batch, "token"), torch.zeros(2, 8))
 
 
 def test_fixed_weights_depend_on_no_length():
-    """E2.5: Dr. GRPO divides by a constant, not by the longest answer that happens to be in the batch."""
+    """Dr. GRPO divides by a constant, not by the longest answer that happens to be in the batch."""
     for (weight,) in weights_by_answer("fixed", fixed_length=10):
         assert weight == pytest.approx(1 / 30)
 
 
 def test_fixed_weights_need_the_constant():
-    """E2.5: without it the batch's own maximum would creep back in."""
-    with pytest.raises(ConfigError, match="longest possible answer"):
+    """Without it the batch's own maximum would creep back in."""
+    with pytest.raises(ConfigError, match="fixed_length of at least 1"):
         token_weights(uneven_batch(), "fixed")
 
 
 def test_masks_come_from_lengths_not_from_pad_ids():
-    """E2.31: token 0 pads, and also stands in the text, first, last and in between: it is trained there."""
+    """Token 0 pads, and also stands in the text, first, last and in between: it is trained there."""
     batch = collate([Example((0, 0, 5, 0), (0, 1, 1, 1)), Example((7, 0), (0, 1))], [[0, 1]], 6)
     assert batch.loss_mask.tolist() == [[1, 1, 1, 1, 0, 0]]
     assert batch.targets.tolist() == [[0, 5, 0, 0, 0, 0]]
 
 
 def test_the_end_token_is_trained_and_counted():
-    """E2.30: EOS is an action; leaving it out teaches a model never to stop."""
+    """EOS is an action; leaving it out teaches a model never to stop."""
     eos = 1
     batch = collate([Example((9, 5, 6, eos), (0, 1, 1, 1))], [[0]], 4)
     assert batch.loss_mask.sum() == 3
@@ -80,7 +80,7 @@ def test_the_end_token_is_trained_and_counted():
 
 
 def test_logprobs_are_those_of_log_softmax():
-    hidden, head = drawn(6, 5), drawn(7, 5, seed=1)
+    hidden, head = random_tensor(6, 5), random_tensor(7, 5, seed=1)
     index, targets = torch.tensor([4, 0, 3]), torch.tensor([6, 2, 2])
     found, entropy = token_logprobs(hidden, index, head, targets, with_entropy=True)
     table = (hidden[index] @ head.T).log_softmax(-1)
@@ -89,26 +89,26 @@ def test_logprobs_are_those_of_log_softmax():
 
 
 def test_entropy_is_exact():
-    """E2.43: a uniform prediction over 4 tokens has ln 4 nats, however many tokens are masked."""
+    """A uniform prediction over 4 tokens has ln 4 nats, however many tokens are masked."""
     _, entropy = token_logprobs(torch.zeros(3, 2), torch.tensor([1]), torch.ones(4, 2), torch.tensor([0]), 1.0, True)
     assert entropy.tolist() == pytest.approx([math.log(4)])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprob_gradients_are_autograds(temperature):
-    hidden, head = drawn(6, 5).requires_grad_(), drawn(7, 5, seed=1).requires_grad_()
+    hidden, head = random_tensor(6, 5).requires_grad_(), random_tensor(7, 5, seed=1).requires_grad_()
     index, targets = torch.tensor([4, 0, 3]), torch.tensor([6, 2, 2])
     fast, _ = token_logprobs(hidden, index, head, targets, temperature)
     plain = (hidden[index] @ head.T / temperature).log_softmax(-1)[torch.arange(3), targets]
-    grad = drawn(3, seed=2)
+    grad = random_tensor(3, seed=2)
     pairs = zip(*(torch.autograd.grad(out, (hidden, head), grad) for out in (fast, plain)), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs)
 
 
 def test_temperature_divides_the_logits():
-    """E2.27: dividing log-probabilities instead gives numbers that do not sum to 1."""
-    hidden, head = drawn(1, 5), drawn(7, 5, seed=1)
+    """Dividing log-probabilities instead gives numbers that do not sum to 1."""
+    hidden, head = random_tensor(1, 5), random_tensor(7, 5, seed=1)
     index = torch.zeros(7, dtype=torch.int64)
     found = [token_logprobs(hidden, index[:1], head, torch.tensor([t]), 0.7)[0] for t in range(7)]
     assert float(torch.cat(found).exp().sum()) == pytest.approx(1.0, abs=1e-6)
@@ -117,8 +117,8 @@ def test_temperature_divides_the_logits():
 
 
 def test_chunks_of_the_head_change_nothing(monkeypatch):
-    """E2.41: logits of a few tokens at a time bound the memory; the numbers are those of all at once."""
-    hidden, head = drawn(20, 5).requires_grad_(), drawn(7, 5, seed=1).requires_grad_()
+    """Logits of a few tokens at a time bound the memory; the numbers are those of all at once."""
+    hidden, head = random_tensor(20, 5).requires_grad_(), random_tensor(7, 5, seed=1).requires_grad_()
     index, targets = torch.arange(20).flip(0), torch.randint(7, (20,), generator=torch.Generator().manual_seed(3))
     found = []
     for chunk in (1000, 3):
@@ -130,8 +130,8 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
 
 
 def test_bf16_logits_are_normalized_in_fp32():
-    """E2.41: a log-softmax in bf16 is off by up to 0.03 nats; from fp32 on only the logits' own rounding is left."""
-    hidden, head = drawn(64, 32).bfloat16(), drawn(500, 32, seed=1).bfloat16()
+    """A log-softmax in bf16 is off by up to 0.03 nats; from fp32 on only the logits' own rounding is left."""
+    hidden, head = random_tensor(64, 32).bfloat16(), random_tensor(500, 32, seed=1).bfloat16()
     index, targets = torch.arange(64), torch.arange(64)
     found, _ = token_logprobs(hidden, index, head, targets)
     exact = (hidden @ head.T).double().log_softmax(-1)[index, targets]
@@ -155,10 +155,10 @@ class Bigrams(torch.nn.Module):
 
 
 def test_the_logprob_of_a_token_is_read_off_the_position_before_it():
-    """E2.24: with a bigram table every log-probability is known; a shift by one gives other numbers."""
+    """With a bigram table every log-probability is known; a shift by one gives other numbers."""
     from thinkstack.train.passes import batch_logprobs
 
-    table = drawn(5, 5).log_softmax(-1)
+    table = random_tensor(5, 5).log_softmax(-1)
     ids = (3, 1, 4, 1, 0)
     batch = collate([Example(ids, (0, 0, 1, 1, 1))], [[0]], 6)
     found = batch_logprobs(Bigrams(table), batch, 1.0, 64)
@@ -167,7 +167,7 @@ def test_the_logprob_of_a_token_is_read_off_the_position_before_it():
 
 
 def test_completions_carry_one_logprob_a_token():
-    """E2.23: one number too few shifts all that follow."""
+    """One number too few shifts all that follow."""
     with pytest.raises(AssertionError, match="every token carries"):
         Completion(token_ids=(1, 2), logprobs=(-0.1,), finish_reason="stop", weights_version=0)
 

@@ -12,7 +12,7 @@ from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import cli, kernels
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, named
 from thinkstack.train.loss import next_token_loss
-from thinkstack.train.memory import TrainingShape, head_chunk, training_memory, training_stages
+from thinkstack.train.memory import TrainingShape, head_chunk, training_memory, training_segments
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError
@@ -61,21 +61,21 @@ def trainer_of(cfg: ModelConfig, shape: TrainingShape) -> Trainer:
     return Trainer(tiny_model(cfg), settings, 10)
 
 
-def kept_by_autograd(trainer: Trainer, batch: Batch) -> int:
+def saved_by_autograd(trainer: Trainer, batch: Batch) -> int:
     """Bytes of all tensors that one step's backward pass reads, weights apart, each counted once."""
-    model = trainer.workers.running
+    model = trainer.workers.compute_model
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        quantization = x.untyped_storage()
-        if quantization.data_ptr() not in weights:
-            kept[quantization.data_ptr()] = quantization
+    def save(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         trainer.step(batch, next_token_loss)
-    return sum(quantization.nbytes() for quantization in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -84,8 +84,8 @@ def test_activations_are_those_that_autograd_keeps(name: str, dtype: str, with_k
     """Layer by layer from the formulas; but for a few numbers a token of the loss, and the load of the experts."""
     cfg = MODELS[name]
     shape = TrainingShape(rows=4, row_tokens=48, dtype=dtype, with_kernels=with_kernels)  # type: ignore[arg-type]
-    predicted = sum(stage.kept for stage in training_stages(cfg, shape))
-    found = kept_by_autograd(trainer_of(cfg, shape), rows_of(cfg, shape))
+    predicted = sum(segment.saved for segment in training_segments(cfg, shape))
+    found = saved_by_autograd(trainer_of(cfg, shape), rows_of(cfg, shape))
     bound = 0.05 if cfg.moe and not with_kernels else 0.005
     assert predicted == pytest.approx(found, rel=bound)
 
@@ -136,7 +136,7 @@ def test_the_peak_of_a_step_is_predicted(name: str, case: str, tmp_path: Path):
         pytest.skip("no compiler")
     cfg, shape = replace(MODELS[name], num_layers=6), CASES[case]
     parts = training_memory(cfg, shape)
-    predicted = parts["gradients"] + parts["activations"] + parts["passing"]
+    predicted = parts["gradients"] + parts["activations"] + parts["transient"]
     trainer, batch = trainer_of(cfg, shape), rows_of(cfg, shape)
     trainer.step(batch, next_token_loss)
     found = allocated(trainer, batch, tmp_path)
@@ -188,7 +188,7 @@ def test_the_command_prints_the_parts(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["thinkstack", "inspect", "v3-tiny", *settings])
     cli.main()
     shown = capsys.readouterr().out
-    assert "16 rows of 256 tokens" in shown and "of each block its input" in shown
+    assert "16 rows of 256 tokens" in shown and "saving the input of each block" in shown
     lines = dict(line.split(maxsplit=1) for line in shown.splitlines()[-8:])
     shape = TrainingShape(rows=16, row_tokens=256, workers=2, checkpoint_layers=True)
     assert list(lines) == list(training_memory(named("v3-tiny"), shape))

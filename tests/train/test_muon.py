@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.loss import next_token_loss
-from thinkstack.train.muon import COEFFICIENTS, STEPS, Muon, Stack, hidden_matrices, orthogonalize
+from thinkstack.train.muon import COEFFICIENTS, STEPS, MatrixStack, Muon, hidden_matrices, orthogonalize
 from thinkstack.train.optim import OptimConfig, make_optimizer
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
@@ -20,7 +20,7 @@ MUON = OptimConfig(optimizer="muon", muon_dtype="fp32", learning_rate=0.02, weig
 CFG = TrainerConfig(dtype="fp32", micro_batch_tokens=64, optim=MUON)
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -35,21 +35,21 @@ def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (1, 9)])
 def test_orthogonalizing_maps_the_singular_values_and_keeps_their_vectors(shape):
-    matrices = drawn(3, *shape)
+    matrices = random_tensor(3, *shape)
     found = orthogonalize(matrices, torch.float32)
     for matrix, mine in zip(matrices, found, strict=True):
         torch.testing.assert_close(mine.double(), by_singular_values(matrix), rtol=1e-4, atol=1e-4)
 
 
 def test_an_orthogonalized_matrix_is_nearly_orthogonal():
-    found = orthogonalize(drawn(4, 32, 64), torch.float32)
+    found = orthogonalize(random_tensor(4, 32, 64), torch.float32)
     values = torch.linalg.svdvals(found)
     assert float(values.min()) > 0.65 and float(values.max()) < 1.25
-    assert float(torch.linalg.svdvals(drawn(4, 32, 64)).std()) > 10 * float(values.std())
+    assert float(torch.linalg.svdvals(random_tensor(4, 32, 64)).std()) > 10 * float(values.std())
 
 
 def test_a_matrix_without_gradient_stays_zero_and_disturbs_no_other():
-    matrices = drawn(2, 8, 8)
+    matrices = random_tensor(2, 8, 8)
     matrices[0] = 0
     found = orthogonalize(matrices, torch.float32)
     assert torch.equal(found[0], torch.zeros(8, 8))
@@ -60,13 +60,13 @@ def test_a_matrix_without_gradient_stays_zero_and_disturbs_no_other():
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
 def test_steps_equal_those_of_torch(shape, scale):
     """Torch orthogonalizes in bf16, so the two part by its rounding, at most 2 % of an update here."""
-    mine, theirs = (torch.nn.Parameter(drawn(*shape)) for _ in range(2))
-    others = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-    ours = Muon([Stack(mine, 1)], others, weight_decay=0.3, momentum=0.9, scale=scale)
+    mine, theirs = (torch.nn.Parameter(random_tensor(*shape)) for _ in range(2))
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    ours = Muon([MatrixStack(mine, 1)], adamw, weight_decay=0.3, momentum=0.9, scale=scale)
     peer = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.3, momentum=0.9, adjust_lr_fn=scale)
     for step in range(4):
         before = mine.detach().clone()
-        mine.grad = drawn(*shape, seed=step)
+        mine.grad = random_tensor(*shape, seed=step)
         theirs.grad = mine.grad.clone()
         ours.step()
         peer.step()
@@ -78,23 +78,23 @@ def test_steps_equal_those_of_torch(shape, scale):
 def test_the_update_of_moonlight_has_a_root_mean_square_of_a_fifth():
     for shape in ((16, 64), (64, 16), (32, 32)):
         parameter = torch.nn.Parameter(torch.zeros(shape))
-        others = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        parameter.grad = drawn(*shape)
-        Muon([Stack(parameter, 1)], others, weight_decay=0.0).step()
+        adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        parameter.grad = random_tensor(*shape)
+        Muon([MatrixStack(parameter, 1)], adamw, weight_decay=0.0).step()
         assert 0.15 < float(parameter.detach().square().mean().sqrt()) < 0.22
 
 
 def test_every_expert_is_a_matrix_of_its_own_with_gate_and_up_apart():
     """A stack of two experts, gate rows then up rows, moves like four matrices alone."""
-    stacked, gradient = torch.nn.Parameter(torch.zeros(2, 12, 10)), drawn(2, 12, 10)
-    others = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    stacked, gradient = torch.nn.Parameter(torch.zeros(2, 12, 10)), random_tensor(2, 12, 10)
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     stacked.grad = gradient
-    Muon([Stack(stacked, 2)], others, weight_decay=0.0, dtype=torch.float32).step()
+    Muon([MatrixStack(stacked, 2)], adamw, weight_decay=0.0, dtype=torch.float32).step()
     for expert in range(2):
         for rows in (slice(0, 6), slice(6, 12)):
             alone = torch.nn.Parameter(torch.zeros(6, 10))
             alone.grad = gradient[expert, rows].clone()
-            Muon([Stack(alone, 1)], others, weight_decay=0.0, dtype=torch.float32).step()
+            Muon([MatrixStack(alone, 1)], adamw, weight_decay=0.0, dtype=torch.float32).step()
             torch.testing.assert_close(stacked[expert, rows], alone)
 
 
@@ -167,7 +167,7 @@ def test_stopped_and_resumed_equals_straight(cfg, dtype, tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
-def test_a_small_corpus_is_learnt_by_heart():
+def test_a_small_corpus_is_memorized():
     trainer, batch = Trainer(tiny_model(), CFG, 40), random_batch([9, 8, 7], 16)
     losses = [trainer.step(batch, next_token_loss)["loss/next_token_nats"] for _ in range(40)]
     assert losses[0] > 3.5

@@ -54,7 +54,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 def test_balance_biases_are_not_in_the_optimizer():
-    """E2.60: weight decay would pull them to 0, and a gradient must never move them."""
+    """Weight decay would pull them to 0, and a gradient must never move them."""
     model = tiny_model()
     known = {id(p) for group in make_optimizer(model, OptimConfig()).param_groups for p in group["params"]}
     assert {id(buffer) for buffer in model.buffers()}.isdisjoint(known)

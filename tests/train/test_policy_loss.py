@@ -1,4 +1,4 @@
-"""The policy loss against hand-worked numbers. E2.n names an entry of the list of known traps in RL trainers."""
+"""The policy loss against hand-worked numbers."""
 
 import math
 from dataclasses import replace
@@ -13,13 +13,13 @@ from thinkstack.types import ConfigError
 
 
 def test_entropy_is_divided_once():
-    """E2.43: the statistic is the mean over the step's tokens; one trainer divided by their number twice."""
+    """The statistic is the mean over the step's tokens; one trainer divided by their number twice."""
     trained = replace(tokens([-1.0, -1.0], [1.0, 1.0]), entropy=torch.tensor([2.0, 4.0]))
     assert float(policy_loss(trained, ON_POLICY)[1]["policy/entropy_nats"]) == pytest.approx(3.0)
 
 
 def test_on_policy_the_loss_is_zero_and_its_gradient_is_reinforce():
-    """E2.10: centered advantages give a loss of 0, which is right; the gradient is -A / N."""
+    """Centered advantages give a loss of 0, which is right; the gradient is -A / N."""
     trained = tokens([-1.0, -2.0], [1.0, -1.0])
     loss, _ = policy_loss(trained, ON_POLICY)
     assert loss.item() == 0.0
@@ -27,7 +27,7 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_reinforce():
 
 
 def test_the_first_ratio_is_exactly_one():
-    """E2.20: at ratio 1 nothing is clipped and the importance weight is 1, to the last bit."""
+    """At ratio 1 nothing is clipped and the importance weight is 1, to the last bit."""
     trained = tokens([-1.1, -2.3, -0.7], [1.0, 1.0, -1.0])
     loss, stats = policy_loss(trained, PolicyLossConfig())
     assert loss.item() == -float((trained.weights * trained.advantages).sum())
@@ -36,7 +36,7 @@ def test_the_first_ratio_is_exactly_one():
 
 
 def test_old_logprobs_carry_no_gradient():
-    """E2.21: were the detach forgotten, the ratio would be constant and nothing would be learnt."""
+    """Were the detach forgotten, the ratio would be constant and nothing would be learned."""
     assert slope(tokens([-1.0], [2.0]), ON_POLICY) == pytest.approx([-2.0])
 
 
@@ -57,7 +57,7 @@ def far(ratio: float, advantage: float) -> TrainedTokens:
     ids=["up, inside", "up, clipped high", "up, never low", "down, inside", "down, clipped low", "down, never high"],
 )
 def test_the_upper_bound_binds_gains_and_the_lower_bound_losses(ratio, advantage, gain, moves):
-    """E2.8: A > 0 is held by 1 + clip_high only, A < 0 by 1 - clip_low only."""
+    """A > 0 is held by 1 + clip_high only, A < 0 by 1 - clip_low only."""
     cfg = replace(ON_POLICY, clip_low=0.2, clip_high=0.28)
     trained = far(ratio, advantage)
     loss, _ = policy_loss(trained, cfg)
@@ -73,7 +73,7 @@ def test_clipped_shares_count_the_side_that_binds():
 
 
 def test_engine_mismatch_and_policy_ratio_are_two_corrections():
-    """E2.22: old / rollout is capped and detached, new / old is clipped; merged into one ratio, 3 x 1.1 would be
+    """Old / rollout is capped and detached, new / old is clipped; merged into one ratio, 3 x 1.1 would be
     clipped to 1.28 here. Raw statistics are taken before the cap."""
     given = {"old_logprobs": [-1.0], "rollout_logprobs": [-1.0 - math.log(3)]}
     trained = tokens([-1.0 + math.log(1.1)], [1.0], **given)
@@ -87,7 +87,7 @@ def test_engine_mismatch_and_policy_ratio_are_two_corrections():
 
 
 def test_a_huge_ratio_is_bounded_and_reported():
-    """E2.42: exp(100) would be infinite; the clamp is counted, never silent."""
+    """Exp(100) would be infinite; the clamp is counted, never silent."""
     trained = tokens([-1.0], [-1.0], old_logprobs=[-101.0], rollout_logprobs=[-101.0])
     loss, stats = policy_loss(trained, ON_POLICY)
     assert loss.item() == pytest.approx(math.exp(LOG_RATIO_LIMIT), rel=1e-5)
@@ -102,7 +102,7 @@ def test_kl_estimates_of_a_worked_pair():
 
 
 def test_k3_has_the_right_value_and_k2_the_right_gradient():
-    """E2.46: expectations over a categorical with 3 outcomes, taken exactly instead of by sampling."""
+    """Expectations over a categorical with 3 outcomes, taken exactly instead of by sampling."""
     logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
     logprobs = logits.log_softmax(-1)
@@ -120,7 +120,7 @@ def test_k3_has_the_right_value_and_k2_the_right_gradient():
 
 
 def test_kl_shares_the_weights_of_the_policy_term():
-    """E2.47: a KL term averaged over sequences beside a policy term averaged over tokens changes beta with length."""
+    """A KL term averaged over sequences beside a policy term averaged over tokens changes beta with length."""
     trained = tokens([math.log(0.5)] * 2, [0.0, 0.0], reference_logprobs=[math.log(0.25), math.log(0.5)])
     trained = replace(trained, weights=torch.tensor([0.75, 0.25]))
     loss, stats = policy_loss(trained, replace(ON_POLICY, kl=0.1))
@@ -141,7 +141,7 @@ EVERY = [
 
 @pytest.mark.parametrize(("name", "value", "trained"), EVERY, ids=[f"{name}={value}" for name, value, _ in EVERY])
 def test_every_coefficient_of_the_loss_changes_it(name, value, trained):
-    """E2.49: coefficients that are parsed, logged and never used (slime#397). reduction and temperature act in
+    """Coefficients that are parsed, logged and never used (slime#397). reduction and temperature act in
     token_weights and token_logprobs, where they are tested above."""
     base = PolicyLossConfig(kl=0.1 if name == "kl_estimator" else 0.0)
     assert policy_loss(trained, replace(base, **{name: value}))[0].item() != policy_loss(trained, base)[0].item()
@@ -172,7 +172,7 @@ def answers(logprobs: list[list[float]], advantages: list[float], **given: list[
 GSPO = PolicyLossConfig(ratio_level="sequence", reduction="sequence", clip_low=0.05, clip_high=0.05, importance_cap=0.0)
 
 
-def test_trap_06_a_sequence_has_one_ratio_the_exponential_of_its_mean_log_ratio():
+def test_a_sequence_has_one_ratio_the_exponential_of_its_mean_log_ratio():
     """A peer took the product of the token ratios, which grows with length, and another averaged over padding too.
 
     Answer 1: log-ratios 0.06 and -0.02, mean 0.02: r = e^0.02 = 1.0202, inside the clip, A = 1: gain 1.0202.
@@ -187,7 +187,7 @@ def test_trap_06_a_sequence_has_one_ratio_the_exponential_of_its_mean_log_ratio(
     assert float(stats["policy/clipped_high"]) == pytest.approx(1 / 3)
 
 
-def test_trap_07_the_cispo_cap_is_the_cap_itself_and_no_token_loses_its_gradient():
+def test_the_cispo_cap_is_the_cap_itself_and_no_token_loses_its_gradient():
     """Two conventions are about: the cap, and 1 + it. Here 4.0 means weights up to 4.0.
 
     Ratios 6, 0.5 and 1.5 with A = 1, -1, 1: weights min(r, 4) = 4, 0.5, 1.5; d loss / d log pi = -w A / 3. PPO's clip
@@ -204,7 +204,7 @@ def test_trap_07_the_cispo_cap_is_the_cap_itself_and_no_token_loses_its_gradient
 
 
 @pytest.mark.parametrize(("ratio", "loss", "moves"), [(2.0, 2.0, True), (5.0, 3.0, False)])
-def test_trap_09_dual_clip_bounds_the_loss_of_a_bad_answer(ratio, loss, moves):
+def test_dual_clip_bounds_the_loss_of_a_bad_answer(ratio, loss, moves):
     """For A = -1 PPO's minimum is r A without bound: one token grown 100 times as likely gives a step 100 times as
     long. With dual_clip=3 the loss is at most 3 |A|; below that nothing changes."""
     cfg = replace(ON_POLICY, dual_clip=3.0)
@@ -216,7 +216,7 @@ def test_trap_09_dual_clip_bounds_the_loss_of_a_bad_answer(ratio, loss, moves):
     assert policy_loss(far(5.0, 1.0), cfg)[0].item() == pytest.approx(-1.28, rel=1e-5), "gains are PPO's"
 
 
-def test_trap_19_advantages_that_carry_a_gradient_are_a_bug():
+def test_advantages_that_carry_a_gradient_are_a_bug():
     """A critic's graph left in the advantages sends the policy's loss into the critic."""
     trained = tokens([-1.0], [1.0])
     with pytest.raises(AssertionError):
@@ -234,7 +234,7 @@ CORRECTIONS = {
 
 
 @pytest.mark.parametrize(("kind", "level"), CORRECTIONS)
-def test_trap_22_the_engines_probabilities_are_corrected_up_to_a_stated_cap(kind, level):
+def test_the_engines_probabilities_are_corrected_up_to_a_stated_cap(kind, level):
     """pi_old / pi_engine is 3 and 0.5 in answer 1, 1.2 in answer 2; the cap is 2. By token 3 becomes 2, or 0 where it
     is masked. By sequence answer 1 has 3 * 0.5 = 1.5, below the cap. The weight carries no gradient."""
     now = [[-1.0, -2.0], [-0.5]]
@@ -250,7 +250,7 @@ def test_trap_22_the_engines_probabilities_are_corrected_up_to_a_stated_cap(kind
     assert float(stats["correction/mean_nats"]) == pytest.approx(math.log(3 * 0.5 * 1.2) / 3, rel=1e-5)
 
 
-def test_trap_22_a_sequence_beyond_the_cap_is_masked_whole():
+def test_a_sequence_beyond_the_cap_is_masked_whole():
     """3 * 1.5 = 4.5 is above 2: both tokens leave the loss, the other answer stays."""
     engine = [[-1.0 - math.log(3), -2.0 - math.log(1.5)], [-0.5]]
     trained = answers([[-1.0, -2.0], [-0.5]], [1.0, 1.0], rollout_logprobs=engine)
@@ -258,7 +258,7 @@ def test_trap_22_a_sequence_beyond_the_cap_is_masked_whole():
     assert slope(trained, cfg) == pytest.approx([0.0, 0.0, -0.5])
 
 
-def test_trap_42_a_clamp_inside_the_kl_estimate_is_counted():
+def test_a_clamp_inside_the_kl_estimate_is_counted():
     """A peer clamped k3 at 10 inside the graph: tokens beyond had no gradient, and no number said so."""
     cfg = replace(ON_POLICY, kl=0.1)
     trained = tokens([-1.0, -1.0], [0.0, 0.0], reference_logprobs=[-30.0, -2.0])
@@ -276,7 +276,7 @@ def categorical():
     return logprobs, logits, reference, torch.autograd.grad(exact, logits, retain_graph=True)[0]
 
 
-def test_trap_46_k1_in_the_loss_does_not_know_the_reference():
+def test_k1_in_the_loss_does_not_depend_on_the_reference():
     """Its expected gradient is that of sum p log p's score, 0 on policy, whatever the reference: it was added, logged
     as "kl" and held nothing back. Hence it is refused (tests/rl/test_presets.py)."""
     logprobs, logits, reference, _ = categorical()
@@ -288,7 +288,7 @@ def test_trap_46_k1_in_the_loss_does_not_know_the_reference():
 
 
 @pytest.mark.parametrize(("estimator", "is_unbiased"), [("k1", True), ("k2", False), ("k3", False)])
-def test_trap_46_in_the_reward_k1_is_unbiased_and_the_others_are_not(estimator, is_unbiased):
+def test_in_the_reward_k1_is_unbiased_and_the_others_are_not(estimator, is_unbiased):
     """As a reward the estimate is a number: the gradient is E[k grad log pi], which is that of the KL for k1 only."""
     logprobs, logits, reference, right = categorical()
     reward = kl_estimate(logprobs, reference, estimator).detach()
@@ -296,7 +296,7 @@ def test_trap_46_in_the_reward_k1_is_unbiased_and_the_others_are_not(estimator, 
     assert torch.allclose(gradient, right, atol=1e-9) == is_unbiased
 
 
-def test_trap_46_off_policy_k3_needs_the_ratio():
+def test_off_policy_k3_needs_the_ratio():
     """Drawn from an old policy, plain k3 estimates nothing; times the ratio it has the value and the gradient of the
     KL, exactly (V3.2)."""
     logprobs, logits, reference, right = categorical()

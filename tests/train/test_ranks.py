@@ -42,7 +42,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path):
-    """E2.3: gradients that are averaged over ranks, or summed twice, train at another rate; rows are dealt 2 : 4 here.
+    """Gradients that are averaged over ranks, or summed twice, train at another rate; rows are dealt 2 : 4 here.
     Statistics were once those of the own rank only."""
     weights, metrics = train(slice(None))
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)

@@ -24,7 +24,7 @@ def advance(trainer: Trainer, first: int, last: int) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("cfg", [MLA_TINY, replace(GQA_TINY, tie_embeddings=True)], ids=["mla", "tied"])
 def test_stopped_and_resumed_equals_straight(cfg, dtype, tmp_path):
-    """E2.29, E2.67: weights, biases, moments and the place in the schedule all come back; bitwise, through a file."""
+    """Weights, biases, moments and the place in the schedule all come back; bitwise, through a file."""
     chosen = replace(CFG, dtype=dtype)
     straight = Trainer(tiny_model(cfg), chosen, 4)
     advance(straight, 0, 4)

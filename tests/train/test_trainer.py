@@ -14,9 +14,9 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import moe_layers
 from thinkstack.train.loss import next_token_loss, token_weights
 from thinkstack.train.optim import OptimConfig
-from thinkstack.train.passes import batch_logprobs, micro_batches, mtp_loss
+from thinkstack.train.passes import batch_logprobs, mtp_loss, split_micro_batches
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
-from thinkstack.train.trainer import BAD_STEPS, Trainer
+from thinkstack.train.trainer import MAX_BAD_STEPS, Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, TrainingError
 
@@ -48,7 +48,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 @pytest.mark.parametrize("micro_batch_tokens", [16, 32, 128])
 def test_how_a_step_is_cut_into_micro_batches_changes_nothing(micro_batch_tokens):
-    """E2.1: means of means weigh short micro-batches too much; all losses here have unequal lengths."""
+    """Means of means weigh short micro-batches too much; all losses here have unequal lengths."""
     batch = random_batch(LENGTHS, 16)
     whole = gradients_of(tiny_model(), replace(EXACT, micro_batch_tokens=10**6, balance_weight=0.1), batch)
     cut = gradients_of(tiny_model(), replace(EXACT, micro_batch_tokens=micro_batch_tokens, balance_weight=0.1), batch)
@@ -56,7 +56,7 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing(micro_batch_tokens
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_trained_tokens():
-    """E2.2: nothing divides again, by accumulation steps, rows or documents; compared with one plain cross-entropy."""
+    """Nothing divides again, by accumulation steps, rows or documents; compared with one plain cross-entropy."""
     batch, model = random_batch(LENGTHS, 16, prompt=3), tiny_model()
     found = gradients_of(model, replace(PLAIN, micro_batch_tokens=16), batch)
     plain = tiny_model()
@@ -122,7 +122,7 @@ def poisoned_loss(tokens):
 
 
 def test_a_step_without_finite_gradient_changes_nothing_and_is_counted(tmp_path):
-    """E2.44: neither weights, nor optimizer moments, nor schedule, nor balance biases may take a bad step."""
+    """Neither weights, nor optimizer moments, nor schedule, nor balance biases may take a bad step."""
     batch, model = random_batch(LENGTHS, 16), tiny_model()
     trainer = Trainer(model, replace(EXACT, optim=OptimConfig(warmup_steps=10)), 10, dump_folder=tmp_path)
     trainer.step(batch, next_token_loss)
@@ -137,7 +137,7 @@ def test_a_step_without_finite_gradient_changes_nothing_and_is_counted(tmp_path)
 
 
 def test_a_good_step_after_a_bad_one_clears_the_count():
-    """E2.44: the bad gradient must not linger and spoil the next step."""
+    """The bad gradient must not linger and spoil the next step."""
     batch, trainer = random_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
     trainer.step(batch, poisoned_loss)
     assert trainer.step(batch, next_token_loss)["train/skipped"] == 0.0
@@ -147,7 +147,7 @@ def test_a_good_step_after_a_bad_one_clears_the_count():
 
 def test_several_bad_steps_in_a_row_end_the_training():
     batch, trainer = random_batch(LENGTHS, 16), Trainer(tiny_model(), EXACT, 10)
-    for _ in range(BAD_STEPS - 1):
+    for _ in range(MAX_BAD_STEPS - 1):
         trainer.step(batch, poisoned_loss)
     with pytest.raises(TrainingError, match="learning_rate"):
         trainer.step(batch, poisoned_loss)
@@ -160,7 +160,7 @@ def policy_batch() -> Batch:
 
 
 def test_trainer_and_reference_logprobs_are_the_same_arithmetic():
-    """E2.20: log-probabilities recomputed by batch_logprobs give ratios of exactly 1 in the step that follows."""
+    """Log-probabilities recomputed by batch_logprobs give ratios of exactly 1 in the step that follows."""
     model, batch = tiny_model(), policy_batch()
     old = batch_logprobs(model, batch, 0.8, micro_batch_tokens=64)
     batch = replace(batch, old_logprobs=old, rollout_logprobs=old)
@@ -170,7 +170,7 @@ def test_trainer_and_reference_logprobs_are_the_same_arithmetic():
 
 
 def test_temperature_reaches_the_loss():
-    """E2.27, E2.49: a temperature that only the rollouts know of makes every ratio wrong."""
+    """A temperature that only the rollouts know of makes every ratio wrong."""
     batch = random_batch(LENGTHS, 16)
     values = [
         Trainer(tiny_model(), PLAIN, 1).step(batch, next_token_loss, t)["loss/next_token_nats"] for t in (1.0, 0.7)
@@ -179,7 +179,7 @@ def test_temperature_reaches_the_loss():
 
 
 def test_packed_rows_train_like_separate_ones():
-    """E2.37: attention, positions, targets and MTP targets stop at the border of a document."""
+    """Attention, positions, targets and MTP targets stop at the border of a document."""
     packed, alone = random_batch(LENGTHS, 40), random_batch(LENGTHS, 12)
     assert len(packed.ids) < len(alone.ids)
     assert_same(gradients_of(tiny_model(), EXACT, packed), gradients_of(tiny_model(), EXACT, alone), **CLOSE)
@@ -198,7 +198,7 @@ def test_mtp_learns_the_token_after_next_within_its_document():
 
 
 def test_mtp_does_not_train_prompt_tokens():
-    """E2.65: with a prompt of three, only the targets after it count, though the module sees all positions."""
+    """With a prompt of three, only the targets after it count, though the module sees all positions."""
     model = tiny_model()
     batch = collate([Example((5, 6, 7, 8, 9), (0, 0, 0, 1, 1))], [[0]], 4)
     trunk = model.trunk(batch.ids, batch.positions, batch.document_ids)
@@ -208,13 +208,13 @@ def test_mtp_does_not_train_prompt_tokens():
 
 
 def test_mtp_loss_off_computes_and_trains_no_module():
-    """E2.65: weight 0 must not leave weight decay or momentum moving modules that nobody trains."""
+    """Weight 0 must not leave weight decay or momentum moving modules that nobody trains."""
     found = gradients_of(tiny_model(), replace(EXACT, mtp_weight=0.0), random_batch(LENGTHS, 16))
     assert not any(name.startswith("mtp") for name in found)
 
 
 def test_detached_mtp_leaves_the_policy_gradient_alone():
-    """E2.65: in RL the modules may follow for speculative decoding, without pulling the trunk or the head."""
+    """In RL the modules may follow for speculative decoding, without pulling the trunk or the head."""
     batch = random_batch(LENGTHS, 16)
     base = replace(EXACT, balance_weight=0.0)
     without = gradients_of(tiny_model(), replace(base, mtp_weight=0.0), batch)
@@ -241,7 +241,7 @@ COEFFICIENTS = [
 
 @pytest.mark.parametrize(("name", "value"), COEFFICIENTS)
 def test_every_coefficient_of_the_trainer_changes_the_weights(name, value):
-    """E2.49: coefficients that are parsed, logged and never used."""
+    """Coefficients that are parsed, logged and never used."""
     found = []
     for cfg in (EXACT, replace(EXACT, **{name: value})):
         model = tiny_model()
@@ -257,7 +257,7 @@ def biases(model: Transformer) -> torch.Tensor:
 
 
 def test_a_frozen_bias_does_not_move():
-    """E2.59: in RL the bias is frozen, so that fixed weights have fixed log-probabilities."""
+    """In RL the bias is frozen, so that fixed weights have fixed log-probabilities."""
     model = tiny_model()
     before = biases(model)
     Trainer(model, replace(EXACT, bias_speed=0.0), 1).step(random_batch(LENGTHS, 16), next_token_loss)
@@ -265,7 +265,7 @@ def test_a_frozen_bias_does_not_move():
 
 
 def test_the_bias_moves_once_a_step_and_never_in_a_forward_pass():
-    """E2.59: moving it between old log-probabilities and the training pass would change the policy under the ratio."""
+    """Moving it between old log-probabilities and the training pass would change the policy under the ratio."""
     model, batch = tiny_model(), policy_batch()
     before = biases(model)
     batch_logprobs(model, batch, 1.0, 16)
@@ -277,7 +277,7 @@ def test_the_bias_moves_once_a_step_and_never_in_a_forward_pass():
 
 
 def test_counts_hold_every_real_token_once_in_every_layer(monkeypatch):
-    """E2.61: counting in forward counts recomputed, evaluated and padded tokens too."""
+    """Counting in forward counts recomputed, evaluated and padded tokens too."""
     import thinkstack.train.trainer as trainer_file
 
     model, batch, seen = tiny_model(), random_batch(LENGTHS, 16), []
@@ -289,14 +289,14 @@ def test_counts_hold_every_real_token_once_in_every_layer(monkeypatch):
 
 
 def test_biases_are_saved_in_fp32_and_the_bf16_worker_uses_the_moved_ones():
-    """E2.60: a step of 1e-3 must survive, in the state that is saved and in the copy that computes."""
+    """A step of 1e-3 must survive, in the state that is saved and in the copy that computes."""
     model = tiny_model()
     trainer = Trainer(model, replace(EXACT, dtype="bf16", bias_speed=1e-3), 1)
     trainer.step(random_batch(LENGTHS, 16), next_token_loss)
     names = [name for name in model.state_dict() if name.endswith("ffn.bias")]
     assert len(names) == 3
     assert all(model.state_dict()[name].dtype == torch.float32 for name in names)
-    assert torch.equal(biases(trainer.workers.running), biases(model))
+    assert torch.equal(biases(trainer.workers.compute_model), biases(model))
 
 
 def test_bf16_steps_follow_fp32_steps():
@@ -310,7 +310,7 @@ def test_bf16_steps_follow_fp32_steps():
     assert not torch.equal(first, second)
 
 
-def test_a_small_corpus_is_learnt_by_heart():
+def test_a_small_corpus_is_memorized():
     model = tiny_model()
     cfg = replace(EXACT, optim=OptimConfig(learning_rate=1e-2))
     trainer, batch = Trainer(model, cfg, 60), random_batch([9, 8, 7], 16)
@@ -321,10 +321,10 @@ def test_a_small_corpus_is_learnt_by_heart():
 
 def test_micro_batches_are_whole_rows_in_order():
     batch = random_batch(LENGTHS, 16)
-    pieces = micro_batches(batch, 40)
+    pieces = split_micro_batches(batch, 40)
     assert {len(piece.ids) for piece in pieces[:-1]} == {2}
     assert torch.equal(torch.cat([piece.ids for piece in pieces]), batch.ids)
-    assert len(micro_batches(batch, 1)) == len(batch.ids)
+    assert len(split_micro_batches(batch, 1)) == len(batch.ids)
 
 
 def test_given_weights_are_used_as_they_are():

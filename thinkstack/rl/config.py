@@ -1,6 +1,6 @@
-"""Settings of reinforcement learning: what can be chosen, which choices contradict each other, and named ones.
+"""Settings of reinforcement learning, presets of published algorithms, and checks for contradictory settings.
 
-An algorithm of the literature is a value: a table of settings laid under the user's own.
+A preset is a table of default settings; the user's settings override it.
 """
 
 import logging
@@ -67,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ppo": {"advantage": "gae", "dynamic_sampling": False, "loss": {"reduction": "token", **PPO_CLIP}},
 }
-"""Settings a preset lays under the user's own; docs/grpo.md gives the source of each number. "paper": R1 paper, section
-2.2.1 and supplement 2.4; it leaves the clip of R1-RLTrainer open, 0.2 is PPO's."""
+"""Default settings of each preset; docs/grpo.md gives the source of each number. "paper": R1 paper, section 2.2.1 and
+supplement 2.4; the paper does not state the clip of R1-Zero, so 0.2 is PPO's."""
 DEFINING: dict[str, dict[str, Any]] = {
     "dr_grpo": {"advantage": "centered", "loss.reduction": "fixed"},
     "dapo": {"loss.reduction": "token", "dynamic_sampling": True},
@@ -77,92 +77,93 @@ DEFINING: dict[str, dict[str, Any]] = {
     "reinforce++": {"advantage": "batch"},
     "ppo": {"advantage": "gae"},
 }
-"""What makes a preset the algorithm of its name; everything else may be changed."""
+"""The settings that define the algorithm of each preset; all its other settings may be overridden."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    """One run of group-relative policy optimization."""
+    """One run of reinforcement learning."""
 
     start: str
     """Checkpoint or earlier stage to start from."""
     preset: Preset = "default"
-    """What was laid under these settings; see PRESETS. What makes it the algorithm of that name cannot be changed."""
+    """Algorithm whose defaults apply, see PRESETS; its defining settings (DEFINING) cannot be overridden."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Task families to be measured by on the way, and to learn from where no phases are given."""
+    """Tasks of evaluations during training, and of training where no phases are given."""
     phases: tuple[PhaseConfig, ...] = ()
-    """A curriculum: what is asked in which part of the run; empty asks all families all along."""
+    """A curriculum: the tasks of each part of the run; empty trains on all tasks throughout."""
     files: dict[str, str] = field(default_factory=dict)
-    """Published data sets to learn from and be measured by (tasks/table.py): the folder of each, with the files of its
+    """Published data sets for training and evaluation (tasks/table.py): the folder of each, with the files of its
     splits."""
     languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty asks in all of them."""
+    """Languages of generated questions; empty uses all."""
     held_out_levels: tuple[int, ...] = ()
-    """Difficulties never asked in training."""
+    """Difficulty levels excluded from training."""
     steps: Count = 100
     """Optimizer steps."""
     prompts_per_step: Count = 24
-    """Groups a step is made of."""
+    """Prompts (groups) per rollout step."""
     group_size: Count = 16
-    """Answers drawn to each prompt (G)."""
+    """Completions sampled per prompt (G)."""
     minibatches: Count = 1
-    """Optimizer steps the groups of one drawing are split into; from the second on the clipped ratio differs from 1."""
+    """Optimizer steps per rollout step; from the second on the clipped ratio differs from 1."""
     max_tokens: Count = 128
-    """Most tokens of an answer; longer ones are cut off and earn what their text earns, mostly nothing."""
+    """Maximum tokens of a completion; longer ones are truncated and scored as they are, mostly with 0."""
     max_prompt_tokens: CountOrZero = 0
-    """Longest prompt; problems with longer ones are left out and counted. 0: as long as context and answer allow."""
+    """Maximum tokens of a prompt; problems with longer prompts are skipped and counted. 0: what the context leaves
+    beside max_tokens."""
     rollout_dtype: AskedPrecision = "fp32"
-    """Precision that answers are drawn in; auto: bf16 where that is faster. The loss corrects for the trainer's being
-    another one."""
+    """Precision of sampling; auto: bf16 where that is faster. The loss corrects for a trainer of another precision."""
     rollout_quantization: Quantization = "plain"
-    """How matrices are kept for drawing: as they are, or packed (int8, fp8, nf4), which the loss corrects for too."""
+    """Quantization of the weights for sampling: plain (none), int8, fp8 or nf4; the loss corrects for it."""
     servers: ServersConfig = ServersConfig()
-    """vLLM servers that draw the answers instead of this process; rollout_dtype is then that of the weights they
-    get."""
+    """vLLM servers that sample the completions instead of this process; rollout_dtype is then the precision of the
+    weights sent to them."""
     truncated: Literal["keep", "mask", "drop"] = "keep"
-    """Answers cut off: "keep" in baseline and loss, "mask" out of the loss only, "drop" from both."""
+    """Truncated completions: "keep" in baseline and loss, "mask" out of the loss only, "drop" from both."""
     overlong_penalty: Weight = 0.0
-    """Taken off the reward of an answer of max_tokens (DAPO, arXiv:2503.14476, section 3.4); 0 takes nothing off."""
+    """Subtracted from the reward of a completion of max_tokens (DAPO, arXiv:2503.14476, section 3.4); 0 is off."""
     overlong_share: Share = 0.2
-    """Share of max_tokens, at its end, in which that penalty grows from 0."""
+    """Share of max_tokens, at its end, over which that penalty grows from 0."""
     top_p: Share = 1.0
-    """Must be 1: tokens outside a nucleus would have probability 0 in the engine and more in the trainer."""
+    """Must be 1: tokens outside a nucleus have probability 0 in the engine and a positive one in the trainer."""
     advantage: AdvantageKind = "centered"
-    """What a reward is compared with: its group ("centered", "standardized"), the step ("batch") or a critic
-    ("gae")."""
+    """Baseline of the rewards: the group ("centered", "standardized"), the step ("batch") or a critic ("gae")."""
     critic: CriticConfig = CriticConfig()
     """The value model; only with advantage="gae"."""
     reward: RewardConfig = RewardConfig()
-    """How answers are judged."""
+    """The reward function."""
     loss: PolicyLossConfig = PolicyLossConfig()
     """The policy loss; its temperature is also that of the rollouts."""
     trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, balance_weight=0.0, mtp_detached=True)
-    """Precision and optimizer. The balance bias is frozen: the same weights must mean the same policy all step long."""
+    """Precision and optimizer. The balance bias is frozen, so that equal weights are the same policy throughout a
+    step."""
     row_tokens: Count = 256
-    """Tokens of a packed row."""
+    """Tokens per packed row."""
     router_replay: bool = False
-    """Train with the experts that the engine chose for each token, so that rounding cannot send it to others
+    """Train each token with the experts that the engine chose for it, so that rounding cannot change the choice
     (arXiv:2510.11370; V3.2's "keep routing", arXiv:2512.02556). Only for models with experts."""
     dynamic_sampling: bool = True
-    """Replace groups whose answers all earned the same."""
+    """Replace groups whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
     max_rounds: Count = 3
-    """Most rounds of drawing in a step."""
+    """Maximum sampling rounds per rollout step."""
     unscorable_limit: Share = 0.1
-    """Share of unscorable answers of a step above which the run fails: then the checker is broken, not the model."""
+    """Share of unscorable completions of a step above which the run fails: the verifier is then broken, not the
+    model."""
     reference_steps: CountOrZero = 400
-    """Steps after which the reference is replaced by the policy; only with a KL term."""
+    """Optimizer steps between two replacements of the reference by the policy; only with a KL term."""
     rollout_steps: CountOrZero = 1
-    """Every so many steps the answers are kept on disk; 0 keeps none."""
+    """Steps between two writes of the rollouts to disk; 0 writes none."""
     eval_steps: CountOrZero = 10
-    """Steps between two evaluations on the way; 0 makes none."""
+    """Steps between two evaluations during training; 0 runs none."""
     eval_problems: Count = 48
-    """Held-out problems of an evaluation on the way."""
+    """Held-out problems per evaluation."""
     eval_samples: Count = 16
-    """Answers drawn to each of them."""
+    """Completions sampled per problem of an evaluation."""
     save_steps: CountOrZero = 20
-    """Steps between two states to resume from; 0 keeps none."""
+    """Steps between two saves of the training state; 0 saves none."""
     seed: Seed = 0
-    """Fixes problems and draws."""
+    """Seed of the problems and of sampling."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds"):
@@ -173,38 +174,43 @@ class RLConfig:
             check_phases(self.phases, self.files)
             if self.held_out_levels:
                 raise ConfigError(
-                    f"held_out_levels={list(self.held_out_levels)} says nothing in phases; name the levels of each task"
+                    f"held_out_levels={list(self.held_out_levels)} has no effect with phases; set "
+                    "phases.levels for each task"
                 )
         elif self.files:
-            raise ConfigError(f"files={self.files} are asked in phases; give them, with the weight of each task")
+            raise ConfigError(f"files={self.files} are used in phases only; set phases, with the weight of each task")
         if self.top_p != 1:
             raise ConfigError(
-                f"top_p={self.top_p}: training rollouts must draw from the whole distribution, or the engine's "
-                "probabilities are not the trainer's; use top_p=1 (evaluation and chat may use less)"
+                f"top_p={self.top_p}: training rollouts must be sampled from the full distribution, or the engine's "
+                "probabilities differ from the trainer's; use top_p=1 (evaluation and chat may use less)"
             )
         if self.group_size == 1 and self.advantage in GROUP_KINDS:
-            log.warning("group_size=1 compares an answer with nothing: every advantage is 0 and nothing is learnt")
+            log.warning(
+                "group_size=1 has no baseline: every advantage is 0 and the policy does not change; use 2 or more"
+            )
         if self.minibatches > self.prompts_per_step:
-            raise ConfigError(f"minibatches={self.minibatches} exceed prompts_per_step={self.prompts_per_step}")
+            raise ConfigError(
+                f"minibatches={self.minibatches} exceeds prompts_per_step={self.prompts_per_step}; use fewer"
+            )
         if self.overlong_penalty < 0 or not 0 < self.overlong_share <= 1:
             raise ConfigError(
                 f"overlong_penalty={self.overlong_penalty} must not be negative and overlong_share="
                 f"{self.overlong_share} must lie in (0, 1]"
             )
-        refuse_contradictions(self)
+        check_contradictions(self)
 
 
-def refuse_contradictions(cfg: RLConfig) -> None:
-    """Raise ConfigError for settings that undo each other, or that a named preset is not."""
+def check_contradictions(cfg: RLConfig) -> None:
+    """Raise ConfigError for settings that cancel each other, or that differ from what defines the preset."""
     if cfg.loss.reduction == "fixed" and cfg.advantage == "standardized":
         raise ConfigError(
-            "advantage='standardized' brings back the bias that loss.reduction='fixed' (Dr. GRPO) takes out: easy and "
+            "advantage='standardized' restores the bias that loss.reduction='fixed' (Dr. GRPO) removes: easy and "
             "hard problems get larger steps; use advantage='centered', or reduction='sequence'"
         )
     if cfg.dynamic_sampling and cfg.advantage not in GROUP_KINDS:
         raise ConfigError(
-            f"dynamic_sampling=true drops groups of equal rewards, from which advantage={cfg.advantage!r} learns; use "
-            "dynamic_sampling=false"
+            f"dynamic_sampling=true drops groups of equal rewards, which advantage={cfg.advantage!r} trains on; "
+            "use dynamic_sampling=false"
         )
     if cfg.trainer.lora.rank and cfg.loss.kl and cfg.steps > cfg.reference_steps:
         raise ConfigError(
@@ -212,13 +218,15 @@ def refuse_contradictions(cfg: RLConfig) -> None:
             f"{cfg.trainer.lora.rank} is the frozen model itself; use reference_steps={cfg.steps} or more"
         )
     if cfg.advantage != "gae" and cfg.critic != CriticConfig():
-        raise ConfigError(f"critic settings do nothing with advantage={cfg.advantage!r}; use 'gae' or leave them out")
-    for path, wanted in DEFINING.get(cfg.preset, {}).items():
-        found: Any = cfg
+        raise ConfigError(
+            f"critic settings have no effect with advantage={cfg.advantage!r}; use 'gae' or leave them out"
+        )
+    for path, required in DEFINING.get(cfg.preset, {}).items():
+        value: Any = cfg
         for name in path.split("."):
-            found = getattr(found, name)
-        if found != wanted:
+            value = getattr(value, name)
+        if value != required:
             raise ConfigError(
-                f"{path}={found!r} is not preset {cfg.preset!r}, which has {wanted!r}; leave it out, or use "
-                "preset='default' and say each setting"
+                f"{path}={value!r} is not preset {cfg.preset!r}, which has {required!r}; leave it out, or use "
+                "preset='default' and set each value"
             )

@@ -1,4 +1,4 @@
-"""The critic of PPO beside the policy: what GRPO leaves out (docs/ppo.md)."""
+"""The critic of PPO, which GRPO does without (docs/ppo.md)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from thinkstack.config import CountOrZero, Positive, Share, Weight
 from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.value_head import ValueModel
-from thinkstack.rl.groups import gather_tokens, normalized, spread_tokens, to_batch
+from thinkstack.rl.groups import gather_tokens, scatter_tokens, to_batch, whiten
 from thinkstack.train.loss import token_weights
-from thinkstack.train.passes import micro_batches, run_trunk
+from thinkstack.train.passes import run_trunk, split_micro_batches
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
@@ -27,20 +27,21 @@ PREFIX = "critic."
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The value model of PPO (arXiv:1707.06347) and how advantages are made from it."""
+    """The value model of PPO (arXiv:1707.06347) and the advantage estimate made from it."""
 
     learning_rate: Positive = 1e-3
-    """Peak learning rate of the critic; everything else of its trainer is the policy's, but it never has adapters."""
+    """Peak learning rate of the critic; its other trainer settings are the policy's, but it never has adapters."""
     gamma: Share = 1.0
-    """Discount a token; 1 values a right answer the same however long it is."""
+    """Discount per token; 1 makes the return independent of the length."""
     gae_lambda: Share = 1.0
-    """Lambda of the advantage estimate; 1 is unbiased, below 1 the critic's belief replaces later rewards."""
+    """Lambda of the advantage estimate; 1 is unbiased, below 1 predicted values replace later rewards in part."""
     clip: Weight = 0.2
-    """A prediction is held within this of the old one where that costs more; 0 leaves it out."""
+    """Value clipping: the loss is the larger one of the prediction and of the prediction clipped to within this of the
+    old value; 0 is off."""
     whiten: bool = True
-    """Advantages of the step get mean 0 and deviation 1."""
+    """Whiten the advantages of a step: mean 0, standard deviation 1."""
     prefit_steps: CountOrZero = 0
-    """Drawings on which the critic alone is trained before the policy's first step (arXiv:2503.01491, section 4.1)."""
+    """Rollout steps that train the critic alone before the policy's first step (arXiv:2503.01491, section 4.1)."""
 
     def __post_init__(self) -> None:
         if not (0 < self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
@@ -54,15 +55,15 @@ class CriticConfig:
             )
 
 
-class Target(NamedTuple):
-    """What the critic learns from one answer, token by token."""
+class ValueTarget(NamedTuple):
+    """Per-token training target of the critic for one completion."""
 
     returns: list[float]
     values: list[float]
-    """Predicted before the step."""
+    """Values predicted before the step."""
 
 
-CriticBatch = tuple[list[Rollout], list[Target]]
+CriticBatch = tuple[list[Rollout], list[ValueTarget]]
 
 
 class Critic:
@@ -71,7 +72,8 @@ class Critic:
     def __init__(
         self, policy: Transformer, cfg: CriticConfig, trainer: TrainerConfig, steps: int, row_tokens: int, folder: Path
     ):
-        """trainer: the policy's; steps: what the schedule spans; folder: where a batch without finite gradient goes."""
+        """trainer: settings of the policy's trainer. steps: length of the learning-rate schedule, without prefit_steps.
+        folder: where a batch with a non-finite gradient is dumped."""
         self.cfg, self.row_tokens = cfg, row_tokens
         optim = replace(trainer.optim, learning_rate=cfg.learning_rate)
         settings = replace(trainer, optim=optim, lora=LoRAConfig())
@@ -79,55 +81,61 @@ class Critic:
 
     def estimate_advantages(
         self, rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float]], gae_lambda: float | None = None
-    ) -> tuple[list[list[float]], list[Target]]:
-        """Advantages of each answer's tokens, and what to learn from it. rewards: by token. lam: if not cfg.lam."""
+    ) -> tuple[list[list[float]], list[ValueTarget]]:
+        """Per-token advantages and value targets of each completion.
+
+        rewards: per token. gae_lambda: overrides cfg.gae_lambda.
+        """
         batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
         values = gather_tokens(
-            batch_values(self.trainer.workers.running, batch, self.trainer.cfg.micro_batch_tokens), batch
+            batch_values(self.trainer.workers.compute_model, batch, self.trainer.cfg.micro_batch_tokens), batch
         )
         gae_lambda = self.cfg.gae_lambda if gae_lambda is None else gae_lambda
-        raw = [gae(earned, known, self.cfg.gamma, gae_lambda) for earned, known in zip(rewards, values, strict=True)]
-        targets = [
-            Target([gain + value for gain, value in zip(gains, known, strict=True)], known)
-            for gains, known in zip(raw, values, strict=True)
+        advantages = [gae(r, v, self.cfg.gamma, gae_lambda) for r, v in zip(rewards, values, strict=True)]
+        value_targets = [
+            ValueTarget([advantage + value for advantage, value in zip(a, v, strict=True)], v)
+            for a, v in zip(advantages, values, strict=True)
         ]
-        return (normalized(raw) if self.cfg.whiten else raw), targets
+        return (whiten(advantages) if self.cfg.whiten else advantages), value_targets
 
     def update(self, batches: Sequence[CriticBatch]) -> dict[str, float]:
-        """One optimizer step for each piece; the figures of the last one, under critic/."""
+        """One optimizer step per batch; returns the metrics of the last one, under critic/."""
         metrics: dict[str, float] = {}
-        for rollouts, targets in batches:
+        for rollouts, value_targets in batches:
             batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
             returns, values = (
-                spread_tokens([t.returns for t in targets], batch),
-                spread_tokens([t.values for t in targets], batch),
+                scatter_tokens([t.returns for t in value_targets], batch),
+                scatter_tokens([t.values for t in value_targets], batch),
             )
-            given = vars(batch) | {"weights": token_weights(batch, "token")}
-            found = self.trainer.step(
-                ValueBatch(**given, returns=returns, old_values=values), partial(value_loss, clip=self.cfg.clip)
+            columns = vars(batch) | {"weights": token_weights(batch, "token")}
+            step_metrics = self.trainer.step(
+                ValueBatch(**columns, returns=returns, old_values=values), partial(value_loss, clip=self.cfg.clip)
             )
-            metrics = {name: value for name, value in found.items() if name.startswith(PREFIX[:-1] + "/")}
+            metrics = {name: value for name, value in step_metrics.items() if name.startswith("critic/")}
             metrics |= {
-                "critic/explained_variance": explained_variance(found),
-                "critic/grad_norm": found["train/grad_norm"],
+                "critic/explained_variance": explained_variance(step_metrics),
+                "critic/grad_norm": step_metrics["train/grad_norm"],
             }
         return metrics
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `restore` needs."""
+        """Tensors and numbers that `restore` takes."""
         tensors, numbers = trainer_state(self.trainer)
         return {PREFIX + name: value for name, value in tensors.items()}, {"critic": numbers}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        mine = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
-        restore_trainer(self.trainer, mine, numbers["critic"])
+        """Restore what `state` returned."""
+        own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+        restore_trainer(self.trainer, own, numbers["critic"])
 
 
 @torch.no_grad()
 def batch_values(model: Transformer, batch: Batch, micro_batch_tokens: int) -> Tensor:
-    """Predicted returns (R, T) fp32 at every position; the same arithmetic as in `Trainer.step`."""
+    """Predicted returns (R, T) fp32 at every position, by the same arithmetic as in `Trainer.step`."""
     assert isinstance(model, ValueModel)
-    micros = micro_batches(batch.to(next(model.parameters()).device), micro_batch_tokens)
-    rows = [model.values(run_trunk(model, micro).hidden) for micro in micros]
+    on_device = batch.to(next(model.parameters()).device)
+    rows = [
+        model.values(run_trunk(model, micro_batch).hidden)
+        for micro_batch in split_micro_batches(on_device, micro_batch_tokens)
+    ]
     return torch.cat(rows).to(batch.ids.device)

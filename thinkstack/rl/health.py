@@ -1,4 +1,4 @@
-"""One line of health for each step of reinforcement learning, and early warnings in words."""
+"""Metrics, console line and early warnings of a step of reinforcement learning."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,39 +7,39 @@ from thinkstack.rl.groups import by_group, is_mixed, reward_of
 from thinkstack.rl.rollout import RolloutStep
 
 ENTROPY_FLOOR_NATS = 0.02
-LENGTH_GROWTH = 2.5
-TRUNCATED_SHARE = 0.5
-MASKED_SHARE = 0.5
-FLAT_STEPS = 5
-"""Steps in a row without contrast before a warning."""
+MAX_LENGTH_GROWTH = 2.5
+MAX_TRUNCATED_SHARE = 0.5
+MAX_MASKED_SHARE = 0.5
+STEPS_WITHOUT_CONTRAST = 5
+"""Consecutive steps without a group of different rewards before a warning."""
 WINDOW = 5
-"""Steps over which lengths are averaged."""
+"""Steps over which lengths are averaged, and for which the critic must be bad before a warning."""
 
 
-def describe(rollout_step: RolloutStep) -> dict[str, float]:
-    """Statistics of one step's answers under flat names (docs/metrics.md)."""
+def rollout_metrics(rollout_step: RolloutStep) -> dict[str, float]:
+    """Metrics of the rollouts of one step (docs/metrics.md)."""
     rollouts = rollout_step.rollouts
     if not rollouts:
-        return {"rollout/answers": 0.0, "rollout/too_long_prompts": float(rollout_step.too_long)}
+        return {"rollout/completions": 0.0, "rollout/prompts_too_long": float(rollout_step.num_prompts_too_long)}
     scored = [rollout for rollout in rollouts if reward_of(rollout) is not None]
     rewards = [rollout.score.total for rollout in scored if rollout.score]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     groups = by_group(rollouts)
-    flat = [[r for r in map(reward_of, group) if r is not None] for group in groups if not is_mixed(group)]
+    equal = [[r for r in map(reward_of, group) if r is not None] for group in groups if not is_mixed(group)]
     metrics = {
         "reward/mean": statistics.fmean(rewards or [0.0]),
         "reward/std": statistics.pstdev(rewards or [0.0]),
         "group/mixed": sum(map(is_mixed, groups)) / len(groups),
-        "group/all_high": sum(bool(rewards) and rewards[0] > 0 for rewards in flat) / len(groups),
-        "group/all_zero": sum(bool(rewards) and rewards[0] <= 0 for rewards in flat) / len(groups),
+        "group/all_high": sum(bool(rewards) and rewards[0] > 0 for rewards in equal) / len(groups),
+        "group/all_zero": sum(bool(rewards) and rewards[0] <= 0 for rewards in equal) / len(groups),
         "group/trained": float(len(by_group(rollout_step.trainable))),
-        "rollout/answers": float(len(rollouts)),
-        "rollout/rounds": float(rollout_step.rounds),
+        "rollout/completions": float(len(rollouts)),
+        "rollout/rounds": float(rollout_step.num_rounds),
         "rollout/mean_tokens": statistics.fmean(lengths),
         "rollout/max_tokens": float(max(lengths)),
         "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
         "rollout/unscorable": 1 - len(scored) / len(rollouts),
-        "rollout/too_long_prompts": float(rollout_step.too_long),
+        "rollout/prompts_too_long": float(rollout_step.num_prompts_too_long),
     }
     names = sorted({name for rollout in scored if rollout.score for name in rollout.score.parts})
     for name in names:
@@ -48,58 +48,58 @@ def describe(rollout_step: RolloutStep) -> dict[str, float]:
 
 
 def health_line(metrics: dict[str, float]) -> str:
-    """The numbers to look at first."""
-    wanted = (
+    """The most important metrics of a step on one line."""
+    columns = (
         ("reward", "reward/mean", ".3f"),
         ("format", "reward/format", ".2f"),
         ("mixed", "group/mixed", ".2f"),
         ("tokens", "rollout/mean_tokens", ".0f"),
-        ("cut", "rollout/truncated", ".2f"),
+        ("truncated", "rollout/truncated", ".2f"),
         ("entropy", "policy/entropy_nats", ".3f"),
         ("grad", "train/grad_norm", ".2f"),
         ("mismatch", "mismatch/mean_abs_nats", ".4f"),
         ("critic", "critic/explained_variance", ".2f"),
     )
-    return "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in wanted if key in metrics)
+    return "  ".join(f"{name} {metrics[key]:{spec}}" for name, key, spec in columns if key in metrics)
 
 
 def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
-    """What the last rows of metrics say is going wrong, by name; empty when all is well."""
+    """Warnings derived from the last rows of metrics, by name; empty if there are none."""
     if not history:
         return {}
-    last, found = history[-1], {}
+    last, warnings = history[-1], {}
     if last.get("policy/entropy_nats", 1.0) < ENTROPY_FLOOR_NATS:
-        found["entropy"] = (
-            f"{last['policy/entropy_nats']:.4f} nats is below {ENTROPY_FLOOR_NATS}: answers hardly differ any more, so "
-            "groups stop teaching; lower the learning rate or raise clip_high"
+        warnings["entropy"] = (
+            f"{last['policy/entropy_nats']:.4f} nats is below {ENTROPY_FLOOR_NATS}: completions hardly differ, so most "
+            "groups have equal rewards; lower the learning rate or raise clip_high"
         )
-    if last.get("rollout/truncated", 0.0) > TRUNCATED_SHARE:
-        found["truncation"] = (
-            f"{last['rollout/truncated']:.0%} of the answers are cut off at max_tokens before their final answer; "
-            "raise max_tokens of the stage, or look at the rollouts for endless repetition"
+    if last.get("rollout/truncated", 0.0) > MAX_TRUNCATED_SHARE:
+        warnings["truncation"] = (
+            f"{last['rollout/truncated']:.0%} of the completions are truncated at max_tokens; "
+            "raise max_tokens of the stage, or check the rollouts for endless repetition"
         )
-    if last.get("correction/masked", 0.0) > MASKED_SHARE:
-        found["mismatch"] = (
-            f"{last['correction/masked']:.0%} of the tokens are masked: engine and trainer disagree about most of what "
-            "was drawn; look at mismatch/, use fp32, or raise loss.importance_cap"
+    if last.get("correction/masked", 0.0) > MAX_MASKED_SHARE:
+        warnings["mismatch"] = (
+            f"{last['correction/masked']:.0%} of the tokens are masked: engine and trainer disagree on most sampled "
+            "tokens; check the mismatch/ metrics, use fp32, or raise loss.importance_cap"
         )
     explained = [row.get("critic/explained_variance", 0.0) for row in history[-WINDOW:]]
     if len(explained) == WINDOW and max(explained) < 0:
-        found["critic"] = (
-            f"for {WINDOW} steps the critic was worse than the mean return; raise critic.prefit_steps or lower "
+        warnings["critic"] = (
+            f"for {WINDOW} steps the critic predicted worse than the mean return; raise critic.prefit_steps or lower "
             "critic.learning_rate"
         )
     lengths = [row["rollout/mean_tokens"] for row in history if "rollout/mean_tokens" in row]
     if len(lengths) >= 3 * WINDOW:
         first, now = statistics.fmean(lengths[:WINDOW]), statistics.fmean(lengths[-WINDOW:])
-        if now > LENGTH_GROWTH * first:
-            found["length"] = (
-                f"answers grew from {first:.0f} to {now:.0f} tokens; check in the rollouts that this is thought"
+        if now > MAX_LENGTH_GROWTH * first:
+            warnings["length"] = (
+                f"completions grew from {first:.0f} to {now:.0f} tokens; check the rollouts for repetition or filler"
             )
-    tail = [row.get("group/mixed", 1.0) for row in history[-FLAT_STEPS:]]
-    if len(tail) == FLAT_STEPS and max(tail) == 0:
-        found["flat rewards"] = (
-            f"for {FLAT_STEPS} steps no group had answers of different reward; the problems are all too hard or too "
-            "easy, or the reward is wrong; look at the rollouts"
+    tail = [row.get("group/mixed", 1.0) for row in history[-STEPS_WITHOUT_CONTRAST:]]
+    if len(tail) == STEPS_WITHOUT_CONTRAST and max(tail) == 0:
+        warnings["flat rewards"] = (
+            f"for {STEPS_WITHOUT_CONTRAST} steps no group had different rewards: the problems are all too hard or "
+            "too easy, or the reward is wrong; check the rollouts"
         )
-    return found
+    return warnings

@@ -1,7 +1,8 @@
-"""A kept step once more: the log-probabilities of its answers under a checkpoint, beside those they were drawn with.
+"""Replay of a logged step: the log-probabilities of its completions under a checkpoint against those of the engine.
 
-Answers name the version of the weights that drew them. Under those weights, in fp32, the two differ by rounding; more
-means that engine and model are not the same function, or that the checkpoint is of another step.
+Each completion names the version of the weights that sampled it. Under those weights, in fp32, the two differ by
+rounding only; a larger difference means that engine and model compute different functions, or that the checkpoint is of
+another step.
 """
 
 from collections.abc import Sequence
@@ -17,86 +18,89 @@ from thinkstack.rl.rollout_log import read_rollouts, tensor_from_dict
 from thinkstack.types import ConfigError
 
 WRONG_WEIGHTS = 1e-3
-"""A mean difference in nats that no rounding of fp32 explains."""
+"""Mean difference in nats above which it cannot be fp32 rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """How far the log-probabilities of one step lie from those on disk, in nats."""
+    """Differences between recomputed and logged log-probabilities of one step, in nats."""
 
-    num_answers: int
+    num_completions: int
     num_tokens: int
     weights_versions: tuple[int, ...]
-    """Optimizer steps of the weights that drew the answers."""
+    """Versions (optimizer steps) of the weights that sampled the completions."""
     mean_abs: float
     max_abs: float
-    place: tuple[int, int, int]
-    """Of the largest difference: group, answer and token, each from 0."""
-    stored: float
-    """The log-probability on disk there."""
+    position: tuple[int, int, int]
+    """Of the largest difference: group, completion and token, each from 0."""
+    logged: float
+    """The logged log-probability at that position."""
     recomputed: float
+    """The recomputed one."""
 
 
 def replay(folder: Path, step: int, model: Transformer, temperature: float = 1.0) -> Replay:
-    """Recompute the log-probabilities of a step's answers. temperature: the one they were drawn at.
+    """Recompute the log-probabilities of the completions of a step. temperature: that of sampling.
 
-    Raises ConfigError if that step was not kept, kept no token, or does not fit the model.
+    Raises ConfigError if the step was not logged, has no tokens, or does not fit the model.
     """
     if not temperature > 0:
-        raise ConfigError(f"temperature={temperature} drew nothing at random; give the one of training (1.0 is usual)")
+        raise ConfigError(f"temperature={temperature} must be positive; give that of training (usually 1.0)")
     groups = read_rollouts(folder, step)
-    answers = [answer for group in groups for answer in group["answers"]]
-    if not any(answer["token_ids"] for answer in answers):
-        raise ConfigError(f"the answers of step {step} in {folder} have no tokens; choose another step")
+    completions = [completion for group in groups for completion in group["completions"]]
+    if not any(completion["token_ids"] for completion in completions):
+        raise ConfigError(f"the completions of step {step} in {folder} have no tokens; choose another step")
     _check_fits(groups, model, folder)
-    worst, total, apart_most = (0, 0, 0), 0.0, -1.0
-    found = (0.0, 0.0)
-    for place, group in enumerate(groups):
-        for number, answer in enumerate(group["answers"]):
-            stored = torch.tensor(answer["logprobs"], dtype=torch.float64)
-            experts = tensor_from_dict(answer["experts"]) if "experts" in answer else None
-            recomputed = answer_logprobs(model, group["prompt_token_ids"], answer["token_ids"], temperature, experts)
-            apart = (recomputed - stored).abs()
-            total += float(apart.sum())
-            if len(apart) and float(apart.max()) > apart_most:
-                token = int(apart.argmax())
-                apart_most, worst = float(apart[token]), (place, number, token)
-                found = (float(stored[token]), float(recomputed[token]))
-    num_tokens = sum(len(answer["token_ids"]) for answer in answers)
+    position, sum_abs, max_abs = (0, 0, 0), 0.0, -1.0
+    logged_there, recomputed_there = 0.0, 0.0
+    for group_index, group in enumerate(groups):
+        for index, completion in enumerate(group["completions"]):
+            logged = torch.tensor(completion["logprobs"], dtype=torch.float64)
+            experts = tensor_from_dict(completion["experts"]) if "experts" in completion else None
+            recomputed = completion_logprobs(
+                model, group["prompt_token_ids"], completion["token_ids"], temperature, experts
+            )
+            difference = (recomputed - logged).abs()
+            sum_abs += float(difference.sum())
+            if len(difference) and float(difference.max()) > max_abs:
+                token = int(difference.argmax())
+                max_abs, position = float(difference[token]), (group_index, index, token)
+                logged_there, recomputed_there = float(logged[token]), float(recomputed[token])
+    num_tokens = sum(len(completion["token_ids"]) for completion in completions)
     return Replay(
-        num_answers=len(answers),
+        num_completions=len(completions),
         num_tokens=num_tokens,
-        weights_versions=tuple(sorted({answer["weights_version"] for answer in answers})),
-        mean_abs=total / num_tokens,
-        max_abs=apart_most,
-        place=worst,
-        stored=found[0],
-        recomputed=found[1],
+        weights_versions=tuple(sorted({completion["weights_version"] for completion in completions})),
+        mean_abs=sum_abs / num_tokens,
+        max_abs=max_abs,
+        position=position,
+        logged=logged_there,
+        recomputed=recomputed_there,
     )
 
 
 def _check_fits(groups: Sequence[dict[str, Any]], model: Transformer, folder: Path) -> None:
-    """Refuse a model with another vocabulary or a shorter context than the answers'."""
-    rows = [[*group["prompt_token_ids"], *answer["token_ids"]] for group in groups for answer in group["answers"]]
-    top, length = max(max(row) for row in rows), max(map(len, rows))
-    if top >= model.cfg.vocab_size or length > model.cfg.max_positions:
+    """Raise ConfigError if the vocabulary or the context of the model is too small for the completions."""
+    rows = [[*group["prompt_token_ids"], *c["token_ids"]] for group in groups for c in group["completions"]]
+    max_id, length = max(max(row) for row in rows), max(map(len, rows))
+    if max_id >= model.cfg.vocab_size or length > model.cfg.max_positions:
         raise ConfigError(
-            f"the answers in {folder} have tokens up to {top} and {length} of them; the model takes "
-            f"{model.cfg.vocab_size} and {model.cfg.max_positions}: give a checkpoint of that run"
+            f"the rollouts in {folder} have token ids up to {max_id} and {length} tokens; the model has a vocabulary "
+            f"of {model.cfg.vocab_size} and a context of {model.cfg.max_positions}: give a checkpoint of that run"
         )
 
 
 @torch.no_grad()
-def answer_logprobs(
+def completion_logprobs(
     model: Transformer,
     prompt_token_ids: Sequence[int],
     token_ids: Sequence[int],
     temperature: float,
     experts: Tensor | None = None,
 ) -> Tensor:
-    """Log-probability of each token of one answer after its prompt, (len(token_ids),) float64.
+    """Log-probability of each token of a completion, (len(token_ids),) float64.
 
-    experts: as in Completion, where the run kept them.
+    experts: as in Completion, where the run logged them.
     """
     if not token_ids:
         return torch.zeros(0, dtype=torch.float64)
@@ -106,15 +110,17 @@ def answer_logprobs(
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
 
 
-def describe_replay(found: Replay) -> str:
-    """The figures in three lines for a terminal."""
-    versions = ", ".join(map(str, found.weights_versions))
-    group, answer, token = found.place
+def describe_replay(result: Replay) -> str:
+    """The result as text for a terminal."""
+    versions = ", ".join(map(str, result.weights_versions))
+    group, completion, token = result.position
     lines = [
-        f"{found.num_answers:,} answers, {found.num_tokens:,} tokens, drawn by the weights of step {versions}",
-        f"log-probabilities differ by {found.mean_abs:.2e} nats in the mean, {found.max_abs:.2e} at most",
-        f"most in group {group}, answer {answer}, token {token}: {found.stored:.6f} drawn, {found.recomputed:.6f} now",
+        f"{result.num_completions:,} completions, {result.num_tokens:,} tokens, "
+        f"sampled with the weights of step {versions}",
+        f"log-probabilities differ by {result.mean_abs:.2e} nats on average, {result.max_abs:.2e} at most",
+        f"largest at group {group}, completion {completion}, token {token}: {result.logged:.6f} logged, "
+        f"{result.recomputed:.6f} recomputed",
     ]
-    if found.mean_abs > WRONG_WEIGHTS:
-        lines.append(f"more than rounding: this checkpoint is not the one of step {versions}, or the run was not fp32")
+    if result.mean_abs > WRONG_WEIGHTS:
+        lines.append(f"too large for rounding: wrong checkpoint for step {versions}, or not an fp32 run")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Drawing and scoring the answers of one GRPO step."""
+"""Sampling and scoring of the rollouts of one step."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from thinkstack.evals.runner import Generate, ScoreFunction
 from thinkstack.rl.groups import by_group, is_mixed
@@ -15,91 +15,99 @@ log = logging.getLogger(__name__)
 
 
 class Problems(Protocol):
-    """Where problems come from: tasks/table.ProblemStream."""
+    """A source of training problems, such as tasks/table.ProblemStream."""
 
     def take(self, count: int) -> list[Problem]:
-        """The next problems."""
+        """The next `count` problems."""
 
 
 @dataclass
-class Counter:
-    """Hands out group ids; its value is part of the training state."""
+class GroupIds:
+    """A counter of group ids; `next_id` is part of the training state."""
 
-    value: int = 0
+    next_id: int = 0
 
     def next(self) -> int:
-        """A number never given before."""
-        self.value += 1
-        return self.value - 1
+        """A group id that was not used before."""
+        self.next_id += 1
+        return self.next_id - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutStep:
-    """What drawing for one step gave."""
+    """The rollouts of one step."""
 
-    trainable: list[Rollout]
-    """Answers to train on."""
     rollouts: list[Rollout]
-    """All answers, for statistics and the log."""
-    rounds: int
-    """How often problems were drawn; more than one when groups without contrast were replaced."""
-    too_long: int
-    """Problems left out because their prompt does not fit the context."""
+    """All rollouts, for metrics and the rollout log."""
+    trainable: list[Rollout]
+    """Those to train on; with dynamic sampling only groups with different rewards."""
+    num_rounds: int
+    """Sampling rounds; more than one where dynamic sampling replaced groups of equal rewards."""
+    num_prompts_too_long: int
+    """Problems skipped because their prompt does not fit the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How a step asks."""
+    """Settings of the rollouts of a step."""
 
     sampling: SamplingParams
     """n is the group size; the seed is replaced for each group."""
     seed: int
     prompts_per_step: int
-    """Groups wanted."""
+    """Groups per step."""
     dynamic_sampling: bool
-    """Replace groups whose answers all earned the same (dynamic sampling, arXiv:2503.14476, section 3.2)."""
+    """Replace groups whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
     max_rounds: int
-    """Most rounds of drawing; then the step makes do with what there is."""
+    """Maximum sampling rounds; the step then trains on the groups it has."""
     max_prompt_tokens: int
 
 
 def collect_rollouts(
-    generate: Generate, chat: ChatFormat, score: ScoreFunction, problems: Problems, counter: Counter, cfg: RolloutConfig
+    generate: Generate,
+    chat: ChatFormat,
+    score: ScoreFunction,
+    problems: Problems,
+    group_ids: GroupIds,
+    cfg: RolloutConfig,
 ) -> RolloutStep:
-    """Draw groups of answers until `cfg.prompts_per_step` of them can be trained on."""
-    kept: list[Rollout] = []
-    drawn: list[Rollout] = []
-    missing, rounds, too_long = cfg.prompts_per_step, 0, 0
-    while missing and rounds < (cfg.max_rounds if cfg.dynamic_sampling else 1):
-        rounds += 1
-        asked = [(problem, prompt_of(chat, problem)) for problem in problems.take(missing)]
-        fitting = [(problem, prompt) for problem, prompt in asked if len(prompt) <= cfg.max_prompt_tokens]
-        too_long += len(asked) - len(fitting)
-        fresh = [score_rollout(r, chat, score) for r in draw(generate, fitting, counter, cfg)]
-        drawn += fresh
-        groups = [group for group in by_group(fresh) if not cfg.dynamic_sampling or is_mixed(group)]
-        kept += [rollout for group in groups for rollout in group]
-        missing -= len(groups)
-    if not kept:
-        log.warning("no group of %d rounds had answers of different reward; the step learns nothing", rounds)
-    return RolloutStep(trainable=kept, rollouts=drawn, rounds=rounds, too_long=too_long)
+    """Sample and score groups until `cfg.prompts_per_step` of them are trainable, in at most `cfg.max_rounds`
+    rounds."""
+    trainable: list[Rollout] = []
+    rollouts: list[Rollout] = []
+    num_missing, num_rounds, num_prompts_too_long = cfg.prompts_per_step, 0, 0
+    while num_missing and num_rounds < (cfg.max_rounds if cfg.dynamic_sampling else 1):
+        num_rounds += 1
+        prompts = [(problem, encode_prompt(chat, problem)) for problem in problems.take(num_missing)]
+        fitting = [(problem, prompt) for problem, prompt in prompts if len(prompt) <= cfg.max_prompt_tokens]
+        num_prompts_too_long += len(prompts) - len(fitting)
+        sampled = [score_rollout(r, chat, score) for r in sample_groups(generate, fitting, group_ids, cfg)]
+        rollouts += sampled
+        groups = [group for group in by_group(sampled) if not cfg.dynamic_sampling or is_mixed(group)]
+        trainable += [rollout for group in groups for rollout in group]
+        num_missing -= len(groups)
+    if not trainable:
+        log.warning("no group of %d sampling rounds had different rewards; the step trains on nothing", num_rounds)
+    return RolloutStep(
+        rollouts=rollouts, trainable=trainable, num_rounds=num_rounds, num_prompts_too_long=num_prompts_too_long
+    )
 
 
-def prompt_of(chat: ChatFormat, problem: Problem) -> tuple[int, ...]:
-    """The ids that put a problem to the model."""
+def encode_prompt(chat: ChatFormat, problem: Problem) -> tuple[int, ...]:
+    """The prompt token ids of a problem."""
     return tuple(chat.prompt([Message(role="user", content=problem.question)]))
 
 
-def draw(
-    generate: Generate, asked: Sequence[tuple[Problem, Any]], counter: Counter, cfg: RolloutConfig
+def sample_groups(
+    generate: Generate, prompts: Sequence[tuple[Problem, tuple[int, ...]]], group_ids: GroupIds, cfg: RolloutConfig
 ) -> list[Rollout]:
-    """One group of answers for each problem, unscored."""
-    ids = [counter.next() for _ in asked]
-    samplings = [replace(cfg.sampling, seed=digest("rollout", cfg.seed, group) % 2**63) for group in ids]
-    answers = generate([prompt for _, prompt in asked], samplings)
+    """One group of unscored rollouts for each problem and its prompt token ids."""
+    ids = [group_ids.next() for _ in prompts]
+    params = [replace(cfg.sampling, seed=digest("rollout", cfg.seed, group_id) % 2**63) for group_id in ids]
+    outputs = generate([prompt for _, prompt in prompts], params)
     return [
-        Rollout(problem=problem, group_id=group, prompt_token_ids=prompt, completion=completion)
-        for (problem, prompt), group, completions in zip(asked, ids, answers, strict=True)
+        Rollout(problem=problem, group_id=group_id, prompt_token_ids=prompt, completion=completion)
+        for (problem, prompt), group_id, completions in zip(prompts, ids, outputs, strict=True)
         for completion in completions
     ]
 

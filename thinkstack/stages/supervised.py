@@ -1,4 +1,5 @@
-"""Next-token learning from a stream of documents: the loop that pre-training and supervised fine-tuning share."""
+"""The training loop that pre-training and supervised fine-tuning share: next-token prediction on a stream of
+documents."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from thinkstack.text.chat import ChatFormat
 from thinkstack.train.ema import MovingAverage
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
-from thinkstack.train.schedule import BatchPlan
+from thinkstack.train.schedule import BatchSchedule
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Interrupted
@@ -35,7 +36,7 @@ class SupervisedConfig(Protocol):
 
 
 class SupervisedRun:
-    """A model on its way through documents. What a state holds is all that changes from step to step."""
+    """A training run over a stream of documents; its saved state holds everything that changes from step to step."""
 
     def __init__(
         self,
@@ -45,9 +46,9 @@ class SupervisedRun:
         model: Transformer,
         chat: ChatFormat,
         stream: PackedStream,
-        plan: BatchPlan,
+        plan: BatchSchedule,
     ):
-        """Goes back to the state in run.folder where there is one. title: for the line of progress."""
+        """Restores the state in run.folder if there is one. title: of the progress line."""
         self.title, self.cfg, self.run, self.plan = title, cfg, run, plan
         self.model, self.chat, self.stream = model, chat, stream
         self.trainer = Trainer(model, cfg.trainer, len(plan.rows), dump_folder=run.folder)
@@ -62,7 +63,7 @@ class SupervisedRun:
         run.rewind(state[1]["rows"] if state else {})
 
     def save(self) -> None:
-        """Write the state to resume from."""
+        """Write the training state."""
         tensors, numbers = trainer_state(self.trainer)
         tensors |= self.average.state() if self.average else {}
         save_state(self.run.folder / STATE, tensors, numbers | {"stream": self.stream.state(), "rows": self.run.mark()})
@@ -78,12 +79,14 @@ class SupervisedRun:
         rate = float((batch.document_ids > 0).sum()) / times["time/step_seconds"]
         return metrics | times | {"train/tokens_per_second": rate, "train/rows": float(self.plan.rows[step])}
 
-    def go(self, measure: Callable[["SupervisedRun"], None]) -> None:
-        """Take all steps that are left, measuring before the first and after the last. Raises Interrupted when asked to
-        stop, with the state saved."""
+    def train(self, evaluate: Callable[["SupervisedRun"], None]) -> None:
+        """Run the remaining steps; evaluate before the first and after the last one.
+
+        Raises Interrupted on a request to stop, after saving the state.
+        """
         cfg, trainer, total = self.cfg, self.trainer, len(self.plan.rows)
         if trainer.step_count == 0:
-            self.interruptible(measure)
+            self.evaluate(evaluate)
         with Progress(self.title, total, trainer.step_count) as progress:
             while trainer.step_count < total:
                 metrics = self.step()
@@ -94,21 +97,21 @@ class SupervisedRun:
                     self.save()
                 if self.run.stop.is_requested:
                     raise Interrupted
-        self.interruptible(measure)
+        self.evaluate(evaluate)
 
-    def interruptible(self, measure: Callable[["SupervisedRun"], None]) -> None:
-        """Measure; a request to stop does not wait for it, and it is made again when the run goes on."""
+    def evaluate(self, evaluate: Callable[["SupervisedRun"], None]) -> None:
+        """Run an evaluation; a request to stop interrupts it, and a resumed run repeats it."""
         marks = self.run.mark()
         try:
             with self.run.stop.may_interrupt():
-                measure(self)
+                evaluate(self)
         except Interrupted:
             self.run.rewind(marks)
             self.save()
             raise
 
     def write_models(self) -> None:
-        """Write the model, its average and its adapter, where there are any."""
+        """Write the model, and its moving average and adapter if there are any."""
         models = {MODEL: self.model}
         if self.average:
             models[AVERAGE] = copy.deepcopy(self.model)

@@ -1,6 +1,6 @@
-"""One turn of a published conversation as a Message: roles, thoughts, calls, tools and masks, however peers spell them.
+"""Parse the turns of published conversations into Messages: roles, reasoning, tool calls, tools and loss masks.
 
-docs/sft.md lists the spellings. A key of a turn that is not known is refused by its name, for it may carry content.
+docs/sft.md lists the accepted keys. An unknown key of a turn raises ConfigError, because it may carry content.
 """
 
 import json
@@ -19,30 +19,31 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
-"""Roles of published files, in small letters."""
+"""Roles of published files, in lower case."""
 CALL_ROLES = ("function_call", "tool_call")
-"""Roles whose content is a call, or a list of calls, in JSON (ShareGPT as LLaMA-Factory has it, ms-swift)."""
+"""Roles whose content is a call or a list of calls in JSON (LLaMA-Factory's ShareGPT format, ms-swift)."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "step_loss_mask")
-"""Keys of a turn that say whether it is trained on: OpenAI's and Mistral's weight, axolotl's train and training,
+"""Keys of a turn that mask its loss: OpenAI's and Mistral's weight, axolotl's train and training,
 ms-swift's loss, slime's step_loss_mask."""
-TURN_NOTES = ("id", "index", "message_id", "timestamp", "language", "model")
-"""Keys of a turn that say something about it and nothing in it; listed, not refused."""
+UNUSED_TURN_KEYS = ("id", "index", "message_id", "timestamp", "language", "model")
+"""Metadata keys of a turn; they are logged as unused, not refused."""
 CORRECT = "correct it"
 
 
 class Fields:
-    """The keys of a JSON object that hold something. Each is taken once; what nobody took is left."""
+    """The non-empty keys of a JSON object. `take` removes a key; `left` holds those not taken yet."""
 
     def __init__(self, values: Any, where: str):
-        """where: the object's address in messages. Raises ConfigError if it is no object."""
+        """where: address of the object in error messages. Raises ConfigError if it is not an object."""
         if not isinstance(values, dict):
             raise ConfigError(f"{where} is {kind_of(values)}, not an object with keys; correct it")
         self.values, self.where = values, where
         self.left = {key: value for key, value in values.items() if value is not None and value not in ("", [], {})}
 
     def take(self, names: Sequence[str]) -> Any:
-        """The value that one of `names` holds, or None. Raises ConfigError if several hold different ones."""
+        """Remove and return the value under one of `names`, or None. Raises ConfigError if two have different
+        values."""
         found = {name: self.left.pop(name) for name in names if name in self.left}
         if not found:
             return None
@@ -53,7 +54,7 @@ class Fields:
         return found[first]
 
     def take_text(self, names: Sequence[str]) -> str | None:
-        """As `take`, text only; a list of text parts is joined."""
+        """Like `take`, for text; a list of text parts is joined."""
         value = self.take(names)
         return None if value is None else self.as_text(value, " or ".join(names))
 
@@ -78,33 +79,33 @@ class Fields:
             raise ConfigError(f"{self.where} has the key {key!r}, which is not read and would be lost; remove it")
 
 
-def read_turns(values: Any, where: str, notes: set[str], trains: bool = True) -> list[Message]:
+def read_turns(values: Any, where: str, unused: set[str], trains: bool = True) -> list[Message]:
     """The turns of a list of objects with role and content, or from and value.
 
-    notes: keys that are left out are added to it. trains: whether turns of the assistant are trained on where they do
-    not say so themselves. Raises ConfigError with the address of the turn.
+    unused: unused keys are added to it. trains: whether assistant turns without a mask are trained on. Raises
+    ConfigError with the address of the turn.
     """
     if not isinstance(values, list):
         raise ConfigError(f"{where}: its turns are {kind_of(values)}, not a list of objects; correct it")
-    found: list[Message] = []
+    messages: list[Message] = []
     for number, value in enumerate(values, start=1):
         fields = Fields(value, f"{where}, turn {number}")
         message, is_call = _turn(fields, trains)
-        notes.update(f"turn's {key}" for key in fields.left if key in TURN_NOTES)
-        fields.refuse(key for key in fields.left if key not in TURN_NOTES)
-        if is_call and found and found[-1].role == "assistant":  # words, or another call, of the same turn
-            message = _joined(found.pop(), message, fields.where)
-        if message.role == "tool" and (not found or found[-1].role not in ("assistant", "tool")):
+        unused.update(f"turn's {key}" for key in fields.left if key in UNUSED_TURN_KEYS)
+        fields.refuse(key for key in fields.left if key not in UNUSED_TURN_KEYS)
+        if is_call and messages and messages[-1].role == "assistant":  # text, or another call, of the same turn
+            message = _merge(messages.pop(), message, fields.where)
+        if message.role == "tool" and (not messages or messages[-1].role not in ("assistant", "tool")):
             raise ConfigError(
                 f"{fields.where} (role {as_json(value.get('role', value.get('from')))}) is the result of a call and "
-                "follows no turn of the assistant; give a call the role function_call"
+                "follows no turn of the assistant; give the call the role function_call"
             )
-        found.append(message)
-    return found
+        messages.append(message)
+    return messages
 
 
 def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
-    """(the turn; whether its role says that it is a call)."""
+    """Returns (the turn; whether its role is that of a call)."""
     spelled = fields.take(("role", "from"))
     if spelled is None:
         raise ConfigError(f"{fields.where} has no role (keys role or from); known: {', '.join(ROLES)}")
@@ -118,8 +119,8 @@ def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
         return Message(role=role, content="", tool_calls=calls, is_trained=_is_trained(fields, role, trains)), True
     if role == "assistant":
         calls = _calls(fields.take(("tool_calls", "function_call")), fields.where)
-        if not content.strip() and not calls:  # what is said may stand under a key that is not read, such as refusal
-            fields.refuse(key for key in fields.left if key not in (*TURN_NOTES, *REASONING, *TRAINED))
+        if not content.strip() and not calls:  # the content may stand under a key that is not read, such as refusal
+            fields.refuse(key for key in fields.left if key not in (*UNUSED_TURN_KEYS, *REASONING, *TRAINED))
         if not has_content and not calls:
             raise ConfigError(f"{fields.where} has neither content nor calls; leave the row out")
         return answer(content, fields, calls, _is_trained(fields, role, trains)), False
@@ -131,27 +132,27 @@ def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
 
 
 def answer(content: str, fields: Fields, calls: tuple[ToolCall, ...] = (), is_trained: bool = True) -> Message:
-    """A turn of the assistant, with the thoughts that `fields` has. Raises ConfigError for two thoughts, and for a turn
-    to train on that says nothing.
+    """An assistant turn, with the reasoning in `fields`. Raises ConfigError for two reasonings, and for an empty turn
+    that would be trained on.
     """
     reasoning = fields.take_text(REASONING)
     if reasoning in ("on", "off"):
-        raise ConfigError(f"{fields.where}: reasoning={reasoning!r} is a switch, no thoughts; remove it")
+        raise ConfigError(f"{fields.where}: reasoning={reasoning!r} is a switch, not reasoning; remove it")
     if reasoning is not None and content.lstrip().startswith(THINK_OPEN):
-        raise ConfigError(f"{fields.where} has thoughts twice: under a key and as {THINK_OPEN} in the text; keep one")
+        raise ConfigError(f"{fields.where} has reasoning twice: under a key and as {THINK_OPEN} in the text; keep one")
     if is_trained and not (content.strip() or calls or reasoning):
-        raise ConfigError(f"{fields.where}: the assistant says nothing, which would be learnt; leave the row out")
+        raise ConfigError(f"{fields.where}: the assistant's turn is empty and would be trained on; leave the row out")
     return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=calls, is_trained=is_trained)
 
 
-def _joined(said: Message, called: Message, where: str) -> Message:
-    if said.is_trained != called.is_trained:
-        raise ConfigError(f"{where} and the one before are one turn, of which only a part is trained on; use one mask")
-    return replace(said, tool_calls=said.tool_calls + called.tool_calls)
+def _merge(text: Message, call: Message, where: str) -> Message:
+    if text.is_trained != call.is_trained:
+        raise ConfigError(f"{where} and the one before are one turn with different masks; use one mask")
+    return replace(text, tool_calls=text.tool_calls + call.tool_calls)
 
 
 def _is_trained(fields: Fields, role: Role, trains: bool) -> bool:
-    """What the masks of a turn say. Raises ConfigError for anything but 0 and 1."""
+    """Whether a turn is trained on, by its masks. Raises ConfigError for values other than 0 and 1."""
     masks = {name: fields.left[name] for name in TRAINED if name in fields.left}
     fields.left = {name: value for name, value in fields.left.items() if name not in masks}
     for name, value in masks.items():
@@ -162,8 +163,8 @@ def _is_trained(fields: Fields, role: Role, trains: bool) -> bool:
             )
         if value and role != "assistant":
             raise ConfigError(
-                f"{fields.where}: {name}={as_json(value)} asks to train on a turn of the {role}; only what the "
-                "assistant says is learnt"
+                f"{fields.where}: {name}={as_json(value)} asks to train on a turn of the {role}; only "
+                "assistant turns are trained on; remove the key"
             )
     if len({bool(value) for value in masks.values()}) > 1:
         raise ConfigError(f"{fields.where} has {' and '.join(masks)}, which differ; keep one of them")
@@ -171,7 +172,7 @@ def _is_trained(fields: Fields, role: Role, trains: bool) -> bool:
 
 
 def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
-    """Calls as OpenAI writes them, {"function": {"name", "arguments"}}, or only what stands inside."""
+    """Calls in OpenAI's format, {"function": {"name", "arguments"}}, or only the inner object."""
     calls = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(_call(call, f"{where}, call {number}") for number, call in enumerate(calls, start=1))
 
@@ -180,50 +181,50 @@ def _call(value: Any, where: str) -> ToolCall:
     outer = Fields(value, where)
     inner = Fields(outer.take(("function",)), where) if "function" in outer.left else outer
     call_id = outer.take_text(("id",))
-    outer.left.pop("index", None)  # the place in the list, which is kept
+    outer.left.pop("index", None)  # the position in the list, which is kept
     if outer.take(("type",)) not in (None, "function"):
         raise ConfigError(f"{where} is not of type function; only calls of functions are read")
     name, arguments = inner.take_text(("name",)), inner.take(("arguments", "parameters"))
     if name is None:
         raise ConfigError(f"{where} has no name of a function; correct it")
-    text = arguments if isinstance(arguments, str) else _written({} if arguments is None else arguments, where)
+    text = arguments if isinstance(arguments, str) else _to_json({} if arguments is None else arguments, where)
     if not isinstance(parse_json(text, f"{where}: arguments", CORRECT), dict):
-        raise ConfigError(f"{where}: arguments are no JSON object; correct them")
+        raise ConfigError(f"{where}: arguments are not a JSON object; correct them")
     for fields in (inner, outer):
         fields.refuse(fields.left)
     return ToolCall(name=name, arguments=text, id=call_id)
 
 
-def read_tools(value: Any, where: str, notes: set[str]) -> tuple[Tool, ...]:
-    """Tools as OpenAI describes them: a list, or JSON text of one. Raises ConfigError with the address of the tool."""
+def read_tools(value: Any, where: str, unused: set[str]) -> tuple[Tool, ...]:
+    """Tools in OpenAI's format: a list, or its JSON text. Raises ConfigError with the address of the tool."""
     values = parse_json(value, f"{where}: tools", CORRECT) if isinstance(value, str) else value
     if values is None:
         return ()
     if not isinstance(values, list):
         raise ConfigError(f"{where}: tools is {kind_of(values)}, not a list; correct it")
-    found = []
+    tools = []
     for number, entry in enumerate(values, start=1):
         address = f"{where}, tool {number}"
-        if isinstance(entry, str):  # each tool as a text of JSON
+        if isinstance(entry, str):  # each tool as JSON text
             entry = parse_json(entry, address, CORRECT)
         outer = Fields(entry, address)
         inner = Fields(outer.take(("function",)), address) if "function" in outer.left else outer
         outer.take(("type",))
         if inner.left.pop("strict", None) is not None:
-            notes.add("tool's strict")
+            unused.add("tool's strict")
         name, description = inner.take_text(("name",)), inner.take_text(("description",))
         parameters = Fields(inner.take(("parameters",)) or {}, f"{address}: parameters").values
-        _written(parameters, address)
+        _to_json(parameters, address)
         if name is None:
             raise ConfigError(f"{address} has no name; correct it")
         for fields in (inner, outer):
             fields.refuse(fields.left)
-        found.append(Tool(name=name, description=description or "", parameters=parameters))
-    return tuple(found)
+        tools.append(Tool(name=name, description=description or "", parameters=parameters))
+    return tuple(tools)
 
 
-def _written(value: Any, where: str) -> str:
-    """A value as JSON text. Raises ConfigError for the dates and bytes of parquet, which JSON does not have."""
+def _to_json(value: Any, where: str) -> str:
+    """A value as JSON text. Raises ConfigError for dates and bytes from parquet, which JSON does not have."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError as error:

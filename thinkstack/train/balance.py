@@ -1,10 +1,10 @@
-"""Keeping experts evenly used: the aux-loss-free bias, and the small sequence-wise loss beside it.
+"""Expert load balancing: the auxiliary-loss-free bias and the sequence-wise balance loss.
 
-Both read the Routing that the model returns; the model itself knows nothing of training. The bias moves once per
-optimizer step, after the step, from counts over all micro-batches and ranks.
+Both use the Routing that the model returns. The bias is updated once per optimizer step, after the step, from counts
+over all micro-batches and ranks.
 """
 
-# Shapes in this file: R rows, T tokens a row, E experts, K experts per token, L layers with experts.
+# Shapes in this file: R rows, T tokens per row, E experts, K experts per token, L layers with experts.
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ def expert_counts(routing: Routing, real: Tensor) -> Tensor:
 
 
 def sequence_balance_loss(routing: Routing, real: Tensor) -> Tensor:
-    """Sum over rows of real tokens * sum_i f_i P_i; 1 per token when experts are used evenly.
+    """Sum over rows of real tokens * sum_i f_i P_i; 1 per token for a uniform load.
 
-    f_i: how often expert i was chosen in the row, relative to even use; no gradient. P_i: mean normalized affinity.
-    Divide by the real tokens of the whole step. Source: DeepSeek-V3 report, section 2.1.2, equations 17-20.
+    f_i: load of expert i in the row relative to a uniform load, without gradient. P_i: mean normalized affinity. The
+    caller divides by the real tokens of the whole step. Source: DeepSeek-V3 report, section 2.1.2, equations 17-20.
     """
     E, K = routing.scores.shape[-1], routing.experts.shape[-1]
     real = real.unsqueeze(-1).float()  # (R, T, 1)
@@ -36,16 +36,16 @@ def sequence_balance_loss(routing: Routing, real: Tensor) -> Tensor:
 
 
 def moe_layers(model: Transformer) -> list[MoE]:
-    """All layers with experts, bottom up, multi-token-prediction modules last: the order of the routings."""
+    """All layers with experts in the order of the routings: bottom up, multi-token-prediction modules last."""
     return [block.ffn for block in model.blocks() if isinstance(block.ffn, MoE)]
 
 
 @torch.no_grad()
 def update_bias(layer: MoE, counts: Tensor, speed: float) -> None:
-    """Raise the bias of underused experts by `speed` and lower that of overused ones, keeping the sum.
+    """Raise the bias of underloaded experts by `speed` and lower that of overloaded ones; the sum stays constant.
 
-    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; centered so that the common offset,
-    which chooses nothing, cannot drift.
+    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; the update is centered, so that the
+    common offset, which does not change the choice, cannot drift.
     """
     delta = speed * torch.sign(counts.mean() - counts)
     layer.bias += delta - delta.mean()

@@ -1,4 +1,4 @@
-"""A moving average of the weights: what a run would score with its learning rate decayed, without decaying it."""
+"""A moving average of the weights, which estimates the model after learning-rate decay without decaying."""
 
 from itertools import chain
 
@@ -11,31 +11,31 @@ from thinkstack.types import ConfigError
 class MovingAverage:
     """Exponential moving average of a model's parameters and balance biases, fp32 on the CPU.
 
-    After n updates the weights of step i <= n count in proportion to decay ** (n - i): the first update sets the
-    average, so the drawn initial weights never enter it. DeepSeek-V3 keeps one in CPU memory (V3 report, section 3.2.3)
-    without saying its decay.
+    After n updates the weights of step i <= n have a share proportional to decay ** (n - i): the first update sets the
+    average, so the initial weights never enter it. DeepSeek-V3 has one in CPU memory (V3 report, section 3.2.3) and
+    does not state its decay.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """decay: between 0 and 1; about 1 / (1 - decay) steps are averaged."""
+        """decay: between 0 and 1; averages about 1 / (1 - decay) steps."""
         if not 0 < decay < 1:
-            raise ConfigError(f"ema_decay={decay} must lie between 0 and 1, such as 0.999; 0 keeps no average")
+            raise ConfigError(f"ema_decay={decay} must lie between 0 and 1, such as 0.999; 0 means no average")
         self.decay = decay
         self.values = {
-            name: torch.zeros_like(value, dtype=torch.float32, device="cpu") for name, value in _named(model)
+            name: torch.zeros_like(value, dtype=torch.float32, device="cpu") for name, value in _named_tensors(model)
         }
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
-        """Take in the model's weights. updates: how many there are with this one, from 1."""
+        """Add the weights of the model to the average. updates: number of updates including this one, from 1."""
         share = (1 - self.decay) / (1 - self.decay**updates)
-        now = [value.detach().to("cpu", torch.float32) for _, value in _named(model)]
-        torch._foreach_lerp_(list(self.values.values()), now, share)
+        values = [value.detach().to("cpu", torch.float32) for _, value in _named_tensors(model)]
+        torch._foreach_lerp_(list(self.values.values()), values, share)
 
     @torch.no_grad()
     def write_to(self, model: nn.Module) -> None:
-        """Replace the weights of `model`, one of the same shape, by the average."""
-        for name, value in _named(model):
+        """Copy the average into `model`, which must have the same shapes."""
+        for name, value in _named_tensors(model):
             value.copy_(self.values[name])
 
     def state(self) -> dict[str, Tensor]:
@@ -43,11 +43,11 @@ class MovingAverage:
         return {f"average.{name}": value for name, value in self.values.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave; other tensors are left alone."""
+        """Restore what `state` returned; other tensors are ignored."""
         for name, value in self.values.items():
             value.copy_(tensors[f"average.{name}"])
 
 
-def _named(model: nn.Module) -> chain[tuple[str, Tensor]]:
-    """Parameters and buffers, tied ones once."""
+def _named_tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:
+    """Parameters and buffers by name, tied ones once."""
     return chain(model.named_parameters(), model.named_buffers())

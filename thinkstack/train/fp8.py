@@ -1,12 +1,12 @@
-"""Products of 8-bit numbers with one scale a block, as DeepSeek-V3 trains (V3 report, arXiv:2412.19437, section 3.3).
+"""Block-scaled fp8 matrix products, as in DeepSeek-V3's training (V3 report, arXiv:2412.19437, section 3.3).
 
 All three products of a linear layer take e4m3 operands: activations and gradients in blocks of 1 x 128 along the
-dimension that is summed over, weights in blocks of 128 x 128. Sums are fp32. Embedding, head, routers, norms and the
-core of attention are left alone. The plain arithmetic here runs anywhere; a device with block-scaled products (Hopper)
-runs them where the shapes fit.
+dimension that is summed over, weights in blocks of 128 x 128. Sums are fp32. Embedding, head, routers, norms and
+attention scores are not quantized. The plain arithmetic here runs anywhere; a GPU with block-scaled products (Hopper)
+uses them where the shapes fit.
 """
 
-# Shapes in this file: M rows, K summed over, N outputs, leading dimensions (...) are independent products.
+# Shapes in this file: M rows, K inputs (summed over), N outputs, leading dimensions (...) are independent products.
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,15 @@ def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dty
 
 
 def _has_block_products(a: Tensor, b: Tensor) -> bool:
-    """Whether the device multiplies blocks of these: Hopper, whole blocks."""
+    """Whether the device has block-scaled products for these shapes: Hopper, no partial blocks."""
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) != (9, 0):
         return False
     return a.shape[0] % 16 == 0 and b.shape[0] % BLOCK == 0 and a.shape[1] % BLOCK == 0
 
 
 def _device_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
-    """`product` by torch's scaled_mm. It wants 1 x 128 scales stored by column and 128 x 128 scales padded to four."""
+    """`product` by torch's scaled_mm, which takes 1 x 128 scales in column-major order and 128 x 128 scales padded to a
+    multiple of four."""
     row_block = F.ScalingType.BlockWise1x128
     scale_a, scale_b = a[1].t().contiguous().t(), b[1]
     if b_rows == 1:
@@ -45,7 +46,7 @@ def _device_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: 
 
 
 class _Linear(torch.autograd.Function):
-    """x (..., M, K) times weight (..., N, K) transposed; what is kept for the backward pass is 8 bits wide."""
+    """x (..., M, K) times weight (..., N, K) transposed; tensors saved for the backward pass are fp8."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:  # type: ignore[override]
@@ -59,9 +60,9 @@ class _Linear(torch.autograd.Function):
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         power_of_two, x_dtype, weight_dtype = ctx.settings
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:  # sums over N: the same blocks of the weight, read the other way
-            turned = weight.mT.contiguous(), weight_scale.mT.contiguous()
-            grad_x = product(quantize(grad, 1, power_of_two), turned, BLOCK, x_dtype)
+        if ctx.needs_input_grad[0]:  # sums over N: the blocks of the weight, transposed
+            transposed = weight.mT.contiguous(), weight_scale.mT.contiguous()
+            grad_x = product(quantize(grad, 1, power_of_two), transposed, BLOCK, x_dtype)
         if ctx.needs_input_grad[1]:  # sums over rows: blocks of 128 rows of one column
             columns = quantize(dequantize(x, x_scale, 1).mT.contiguous(), 1, power_of_two)
             grad_weight = product(quantize(grad.mT.contiguous(), 1, power_of_two), columns, 1, weight_dtype)
@@ -69,14 +70,14 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
-    """x (..., K) times weight (N, K) transposed, or stacks (E, M, K) and (E, N, K): the three products in 8 bits."""
+    """x (..., K) times weight (N, K) transposed, or stacks (E, M, K) and (E, N, K); all three products are in fp8."""
     if weight.dim() > 2:
         return _Linear.apply(x, weight, power_of_two)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, power_of_two).unflatten(0, x.shape[:-1])
 
 
 class FP8Linear(nn.Linear):
-    """A linear layer that multiplies in 8 bits; weight and bias are those of the layer it stands for."""
+    """A linear layer with fp8 products; it shares weight and bias with the layer it replaces."""
 
     def __init__(self, base: nn.Linear, power_of_two: bool):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -88,14 +89,15 @@ class FP8Linear(nn.Linear):
 
 
 class FP8Experts(nn.Module):
-    """The routed experts of a layer in 8 bits: every expert gets as many rows as the busiest one, empty ones 0."""
+    """The routed experts of a layer with fp8 products: each expert has as many rows as the busiest one, padded with
+    0."""
 
     def __init__(self, power_of_two: bool):
         super().__init__()
         self.power_of_two = power_of_two
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-        """Arguments and result as of ExpertMLP in models/moe.py."""
+        """Arguments and result as in ExpertMLP of models/moe.py."""
         E, K = w_in.shape[0], experts.shape[1]
         plan = dispatch(experts, E)
         used = x.new_zeros(E * plan.capacity, 1).index_fill_(0, plan.slot, 1.0)
@@ -107,7 +109,7 @@ class FP8Experts(nn.Module):
 
 
 def use_fp8(model: Transformer, power_of_two: bool) -> None:
-    """Let the blocks of `model` multiply in 8 bits, in place: attention, feed-forwards, experts."""
+    """Replace the linear layers and experts of the blocks of `model` by fp8 ones, in place."""
     for block in model.blocks():
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):

@@ -1,11 +1,11 @@
-"""Losses as pure functions of flat vectors: one entry per trained token, whatever rows the tokens came from.
+"""Losses as pure functions of flat vectors with one entry per trained token.
 
-Every loss is a weighted sum. The weights are made once for the whole optimizer step (`token_weights`) from global
-counts, so micro-batches and ranks only ever add up: there is no other denominator anywhere. Statistics add up the same
-way; names that end in "_max" are combined by maximum instead.
+Every loss is a weighted sum. The weights are computed once per optimizer step (`token_weights`) from global counts, so
+that micro-batches and ranks add up; there is no other denominator. Statistics add up the same way; those whose names
+end in "_max" are combined by maximum.
 """
 
-# Shapes in this file: R rows, T tokens a row, N = R*T, M trained tokens, D hidden size, V vocabulary size.
+# Shapes in this file: R rows, T tokens per row, N = R*T, M trained tokens, D hidden size, V vocabulary size.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,31 +25,31 @@ Stats = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTokens:
-    """What a loss sees of a micro-batch. All tensors are (M,) fp32 unless said otherwise."""
+    """Inputs of a loss for one micro-batch. All tensors are (M,) fp32 unless stated otherwise."""
 
     logprobs: Tensor
-    """Log-probabilities of the targets under the current weights; the one entry that carries a gradient."""
+    """Log-probabilities of the targets under the current weights; the only entry with a gradient."""
     weights: Tensor
     """Share of each token in the loss of the whole step."""
     share: float
     """1 / trained tokens of the whole step: the weight of a token in a mean statistic."""
     entropy: Tensor | None = None
-    """Entropy of the prediction in nats, where it was asked for."""
+    """Entropy of the prediction in nats; None if not computed."""
     advantages: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     sequences: Tensor | None = None
-    """int64, equal for the tokens of one sequence; objectives that weigh whole answers need it."""
+    """int64, equal for the tokens of one sequence; needed by sequence-level objectives."""
 
 
 def token_weights(batch: Batch, reduction: Reduction, fixed_length: int = 0) -> Tensor:
-    """Weight of each target in the loss of one optimizer step, (R, T) fp32, 0 where nothing is trained.
+    """Weight of each target in the loss of one optimizer step, (R, T) fp32, 0 for untrained targets.
 
-    "token": every trained token counts the same, 1 / all trained tokens. "sequence": every sequence counts the same and
-    its tokens share that, 1 / (sequences * its trained tokens); a sequence without trained tokens does not count.
-    "fixed": 1 / (sequences * fixed_length), so that the weight of a token depends on no length (Dr. GRPO,
-    arXiv:2503.20783). batch: the whole step on this rank; counts are summed over ranks.
+    "token": equal weight per trained token, 1 / all trained tokens. "sequence": equal weight per sequence, divided
+    among its tokens, 1 / (sequences * its trained tokens); sequences without trained tokens are not counted. "fixed":
+    1 / (sequences * fixed_length), independent of the lengths (Dr. GRPO, arXiv:2503.20783). batch: the whole step on
+    this rank; counts are summed over ranks.
     """
     mask, sequences = batch.loss_mask, batch.sequence_ids
     lengths = mask.new_zeros(int(sequences.max()) + 1)
@@ -60,12 +60,12 @@ def token_weights(batch: Batch, reduction: Reduction, fixed_length: int = 0) -> 
     if reduction == "sequence":
         return mask / (lengths.clamp(min=1)[sequences] * num_sequences)
     if fixed_length < 1:
-        raise ConfigError(f"reduction='fixed' needs the longest possible answer, not fixed_length={fixed_length}")
+        raise ConfigError(f"reduction='fixed' needs a fixed_length of at least 1, not {fixed_length}; use max_tokens")
     return mask / (fixed_length * num_sequences)
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
-    """The sum over the ranks of a distributed run; the same tensor without one."""
+    """The sum over the ranks of a distributed run; otherwise the same tensor."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
     return counts
@@ -74,7 +74,7 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
 def token_logprobs(
     hidden: Tensor, index: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `targets` under the head, without ever holding all logits.
+    """Log-probabilities of `targets` under the head, without all logits in memory at once.
 
     hidden: (N, D). index: (M,) int64, distinct rows of hidden to predict from. weight: (V, D) head. targets: (M,).
     temperature divides the logits. Returns (logprobs (M,) fp32, entropy (M,) fp32 without gradient, or None).
@@ -84,7 +84,7 @@ def token_logprobs(
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Logits are computed in chunks and again in the backward pass; fp32 from the logits on."""
+    """Computes logits in chunks and recomputes them in the backward pass; fp32 from the logits on."""
 
     @staticmethod
     def forward(ctx, hidden, index, weight, targets, temperature, with_entropy):  # type: ignore[no-untyped-def,override]
@@ -93,8 +93,8 @@ class _TokenLogProbs(torch.autograd.Function):
         for part in _chunks(index.numel(), weight.shape[0]):
             logits = linear(hidden[index[part]], weight)  # (m, V)
             if kernels.takes_rows(logits, "logprobs"):
-                into = entropy[part] if with_entropy else None
-                logprobs[part], normalizer[part] = kernels.logprobs(logits, targets[part], temperature, into)
+                out = entropy[part] if with_entropy else None
+                logprobs[part], normalizer[part] = kernels.logprobs(logits, targets[part], temperature, out)
                 continue
             logits = logits.float().div_(temperature)
             normalizer[part] = logits.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""AdamW whose two moments are kept in bf16, as DeepSeek-V3 was trained (V3 report, arXiv:2412.19437, section 3.3)."""
+"""AdamW with both moments in bf16, as DeepSeek-V3 was trained (V3 report, arXiv:2412.19437, section 3.3)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,19 +9,19 @@ from torch import Tensor
 from thinkstack.types import ConfigError
 
 CHUNK = 2**20
-"""Elements that are widened to fp32 at a time."""
+"""Elements converted to fp32 at a time."""
 
 
 class LowMomentAdamW(torch.optim.Optimizer):
-    """Weights, gradients and arithmetic are fp32; between steps both moments are rounded to bf16: 8 bytes a parameter
-    in place of 12 beside the gradient."""
+    """Weights, gradients and arithmetic are fp32, both moments are rounded to bf16 between steps: 8 bytes per parameter
+    instead of 12, without the gradient."""
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float):
-        """params: parameter groups with weight_decay. Raises ConfigError for a beta that bf16 cannot follow."""
+        """params: parameter groups with weight_decay. Raises ConfigError for a beta too close to 1 for bf16."""
         for name, beta in zip(("beta1", "beta2"), betas, strict=True):
             if 1 - beta < 2**-7:
                 raise ConfigError(
-                    f"{name}={beta} changes a moment by less than bf16 can hold (1/128); use at most 0.99, or "
+                    f"{name}={beta} changes a moment by less than the resolution of bf16 (1/128); use at most 0.99, or "
                     "moments='fp32'"
                 )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})

@@ -17,62 +17,62 @@ from thinkstack.types import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (arXiv:1711.05101) as in the V3 report, section 4.2, unless said otherwise."""
+    """AdamW (arXiv:1711.05101) as in the V3 report, section 4.2, unless stated otherwise."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """What takes the step; muon trains the hidden matrices and leaves the rest to AdamW (train/muon.py)."""
+    """The optimizer; muon trains the hidden matrices with Muon and the rest with AdamW (train/muon.py)."""
     learning_rate: Positive = 3e-3
     """Peak learning rate."""
     warmup_steps: CountOrZero = 0
     """Steps of linear warm-up from 0."""
     schedule: Literal["constant", "linear", "cosine", "v3"] = "constant"
-    """How the rate falls over the last decay_share of the run; "v3" has the phases of DeepSeek-V3 instead."""
+    """Decay of the rate over the last decay_share of the run; "v3" has the phases of DeepSeek-V3 instead."""
     phases: tuple[float, float, float, float] = (10.0, 4.3, 0.333, 0.167)
-    """Schedule "v3": how long the rate is constant (warm-up included), falls as a cosine to final_share, stays there,
-    and stays at last_share, relative to each other; published in trillions of tokens (V3 report, section 4.2)."""
+    """Schedule "v3": relative lengths of its phases: constant rate (warm-up included), cosine decay to final_share,
+    constant, constant at last_share. The defaults are trillions of tokens (V3 report, section 4.2)."""
     last_share: Share = 7.3 / 220
     """Schedule "v3": rate of its last phase, relative to the peak (7.3e-6 of 2.2e-4)."""
     decay_share: Share = 1.0
-    """Share of the run, at its end, in which the rate falls."""
+    """Share of the run, at its end, over which the rate decays."""
     final_share: Share = 0.1
     """Rate at the end, relative to the peak."""
     beta1: Share = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """Decay of AdamW's first moment."""
     beta2: Share = 0.95
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the latter."""
+    """Added to the root of the second moment."""
     weight_decay: Weight = 0.1
-    """Decoupled decay of matrices; vectors and biases do not decay."""
+    """Decoupled weight decay of matrices; vectors and biases have none."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """What AdamW keeps its two moments in; V3 was trained with bf16 (train/low_moments.py)."""
+    """Precision of AdamW's two moments; V3 was trained with bf16 (train/low_moments.py)."""
     momentum: Share = 0.95
-    """Of Muon, with Nesterov's look ahead."""
+    """Nesterov momentum of Muon."""
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Size of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which AdamW's rate and decay fit, or
-    sqrt(max(1, rows / columns)) as in the first version."""
+    """Scale of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which works with AdamW's rate and decay,
+    or sqrt(max(1, rows / columns)) as in the original version."""
     muon_dtype: AskedPrecision = "auto"
-    """Precision of Muon's products; fp32 where the processor has none in bf16."""
+    """Precision of Muon's products; auto: fp32 on processors without bf16 products."""
     clip_norm: Positive = 1.0
-    """Largest gradient norm of a step; larger ones are scaled down."""
+    """Maximum gradient norm of a step; larger gradients are scaled down."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate} trains nothing; use a positive number")
+            raise ConfigError(f"learning_rate={self.learning_rate} must be positive")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"decay_share={self.decay_share} must lie in 0..1")
         if min(self.phases) < 0 or not sum(self.phases) > 0:
-            raise ConfigError(f"phases={self.phases} are lengths; use numbers from 0 on, not all of them 0")
+            raise ConfigError(f"phases={self.phases} are relative lengths; use non-negative numbers, not all of them 0")
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum={self.momentum} must lie in 0..1, below 1; 0.95 is usual")
+            raise ConfigError(f"momentum={self.momentum} must lie in 0..1, below 1 (usually 0.95)")
         if not self.clip_norm > 0:
-            raise ConfigError(f"clip_norm={self.clip_norm} would undo every step; use a positive number (1.0 is usual)")
+            raise ConfigError(f"clip_norm={self.clip_norm} must be positive (usually 1.0)")
 
 
 def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
     """Learning rate of optimizer step `step` (from 0).
 
-    progress: share of the run's tokens seen before this step, from 0; past 1 the rate stays where it ended.
+    progress: share of the run's tokens seen before this step, from 0; beyond 1 the rate stays constant.
     """
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
@@ -83,20 +83,20 @@ def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
             return cfg.learning_rate * cfg.last_share
     if cfg.schedule == "constant" or progress < start:
         return cfg.learning_rate
-    fallen = min((progress - start) / length, 1.0) if length else 1.0
-    left = 1 - fallen if cfg.schedule == "linear" else (1 + math.cos(math.pi * fallen)) / 2
+    decayed = min((progress - start) / length, 1.0) if length else 1.0
+    left = 1 - decayed if cfg.schedule == "linear" else (1 + math.cos(math.pi * decayed)) / 2
     return cfg.learning_rate * (cfg.final_share + (1 - cfg.final_share) * left)
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of cfg over the model's parameters; only matrices decay."""
+    """The optimizer of cfg for the parameters of the model; weight decay applies to matrices only."""
     if cfg.optimizer == "adamw":
         return _adamw(list(model.parameters()), cfg)
     stacks = hidden_matrices(model)
-    mine = {id(stack.parameter) for stack in stacks}
-    others = _adamw([parameter for parameter in model.parameters() if id(parameter) not in mine], cfg)
-    dtype = DTYPES[resolve_precision(cfg.muon_dtype, others.param_groups[0]["params"][0].device)]
-    return Muon(stacks, others, cfg.weight_decay, cfg.momentum, cfg.muon_scale, dtype)
+    muon_ids = {id(stack.parameter) for stack in stacks}
+    adamw = _adamw([parameter for parameter in model.parameters() if id(parameter) not in muon_ids], cfg)
+    dtype = DTYPES[resolve_precision(cfg.muon_dtype, adamw.param_groups[0]["params"][0].device)]
+    return Muon(stacks, adamw, cfg.weight_decay, cfg.momentum, cfg.muon_scale, dtype)
 
 
 def _adamw(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
-"""Forward and backward passes over micro-batches: what one worker adds to an optimizer step.
+"""Forward and backward passes over micro-batches: the share of one worker in an optimizer step.
 
-Pure functions of a model and its rows; who runs them, and where, is said by workers.py.
+Functions of a model and its batches; workers.py runs them.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance
 from thinkstack.train.fp8 import use_fp8
 from thinkstack.train.loss import Stats, TrainedTokens, token_logprobs
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.train.value_loss import ValueTokens, valued_tokens
+from thinkstack.train.value_loss import ValueTokens, value_tokens
 from thinkstack.types import Batch
 
 LossFunction = Callable[[Any], tuple[Tensor, Stats]]
-"""Takes TrainedTokens, or ValueTokens where the model is a ValueModel."""
+"""Takes TrainedTokens, or ValueTokens for a ValueModel; returns the loss and its statistics."""
 
 
-class Plan(NamedTuple):
-    """What all micro-batches of a step share."""
+class StepContext(NamedTuple):
+    """Arguments common to all micro-batches of a step."""
 
     loss: LossFunction
     temperature: float
@@ -38,20 +38,20 @@ class Plan(NamedTuple):
 
 
 @dataclass
-class Part:
-    """What one worker adds to a step."""
+class WorkerResult:
+    """Sums of one worker over its micro-batches of a step."""
 
     stats: Stats
     counts: list[Tensor]
-    """(E,) tokens by expert, of each layer with experts."""
+    """(E,) tokens per expert, for each layer with experts."""
     gradients: list[Tensor | None]
-    """fp32, in the order of the parameters; None for those that had no part in it."""
+    """fp32, in the order of the parameters; None for parameters without gradient."""
 
 
-def model_to_run(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> Transformer:
-    """The model that passes run on: `model` itself, or a copy in the working precision."""
-    asked = cfg.dtype if cfg.fp8 == "off" else "bf16"
-    dtype = DTYPES[resolve_precision(asked, next(model.parameters()).device)]
+def working_model(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> Transformer:
+    """The model that the passes run on: `model` itself, or a copy in the working precision."""
+    requested = cfg.dtype if cfg.fp8 == "off" else "bf16"
+    dtype = DTYPES[resolve_precision(requested, next(model.parameters()).device)]
     copy = working_copy(model, dtype, always_copy or cfg.compile)
     if cfg.fp8 != "off":
         use_fp8(copy, power_of_two=cfg.fp8 == "ue8m0")
@@ -63,45 +63,49 @@ def model_to_run(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> T
     return copy
 
 
-def run_share(
-    model: Transformer, micros: list[Batch], plan: Plan, cfg: TrainerConfig, sums: list[Tensor] | None
-) -> Part:
+def run_worker(
+    model: Transformer, micro_batches: list[Batch], context: StepContext, cfg: TrainerConfig, sums: list[Tensor] | None
+) -> WorkerResult:
     """Forward and backward passes of one worker.
 
-    sums: fp32 memory for the gradients, in the order of the parameters; without it they stay in the model.
+    sums: fp32 buffers for the gradients, in the order of the parameters; None leaves the gradients in the model.
     """
     parameters = list(model.parameters())
     counts = [torch.zeros(layer.cfg.num_experts, device=layer.bias.device) for layer in moe_layers(model)]
-    part = Part({}, counts, [None] * len(parameters))
-    for micro in micros:
-        loss, stats, routings = loss_of(model, micro, plan, cfg)
+    result = WorkerResult({}, counts, [None] * len(parameters))
+    for micro_batch in micro_batches:
+        loss, stats, routings = compute_loss(model, micro_batch, context, cfg)
         loss.backward()
         for name, value in stats.items():
-            part.stats[name] = combine(name, part.stats.get(name), value)
-        for count, routing in zip(part.counts, routings, strict=False):
-            count += expert_counts(routing, micro.document_ids > 0)
+            result.stats[name] = combine_stats(name, result.stats.get(name), value)
+        for count, routing in zip(result.counts, routings, strict=False):
+            count += expert_counts(routing, micro_batch.document_ids > 0)
         if sums is None:
-            part.gradients = [parameter.grad for parameter in parameters]
+            result.gradients = [parameter.grad for parameter in parameters]
         else:
-            add_gradients(part.gradients, parameters, sums)
-    return part
+            add_gradients(result.gradients, parameters, sums)
+    return result
 
 
-def loss_of(model: Transformer, micro: Batch, plan: Plan, cfg: TrainerConfig) -> tuple[Tensor, Stats, list[Routing]]:
-    """The weighted sum of all losses of one micro-batch."""
-    trunk = run_trunk(model, micro)
-    tokens = trained_tokens(model, trunk.hidden, micro, plan.trained_share, plan.temperature, plan.with_entropy)
-    total, stats = plan.loss(tokens)
+def compute_loss(
+    model: Transformer, micro_batch: Batch, context: StepContext, cfg: TrainerConfig
+) -> tuple[Tensor, Stats, list[Routing]]:
+    """The weighted sum of all losses of one micro-batch, with statistics and routings."""
+    trunk = run_trunk(model, micro_batch)
+    tokens = trained_tokens(
+        model, trunk.hidden, micro_batch, context.trained_share, context.temperature, context.with_entropy
+    )
+    total, stats = context.loss(tokens)
     routings = list(trunk.routing)
     if model.mtp and cfg.mtp_weight:
-        ahead, chosen = mtp_loss(model, trunk, micro, plan.trained_share, cfg.mtp_detached)
-        routings += chosen
-        total = total + cfg.mtp_weight * ahead
-        stats["loss/mtp_nats"] = ahead.detach()
+        mtp_nats, mtp_routings = mtp_loss(model, trunk, micro_batch, context.trained_share, cfg.mtp_detached)
+        routings += mtp_routings
+        total = total + cfg.mtp_weight * mtp_nats
+        stats["loss/mtp_nats"] = mtp_nats.detach()
     if routings and cfg.balance_weight:
-        balance = torch.stack([sequence_balance_loss(r, micro.document_ids > 0) for r in routings]).mean()
-        total = total + cfg.balance_weight * plan.real_share * balance
-        stats["router/balance_loss"] = plan.real_share * balance.detach()
+        balance = torch.stack([sequence_balance_loss(r, micro_batch.document_ids > 0) for r in routings]).mean()
+        total = total + cfg.balance_weight * context.real_share * balance
+        stats["router/balance_loss"] = context.real_share * balance.detach()
     return total, stats, routings
 
 
@@ -110,28 +114,29 @@ def run_trunk(model: Transformer, batch: Batch) -> Trunk:
     return model.trunk(batch.ids, batch.positions, batch.document_ids, experts=batch.experts, branches=batch.branches)
 
 
-def micro_batches(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
-    """Cut a batch into pieces of whole rows, each of at most micro_batch_tokens (but at least a row)."""
+def split_micro_batches(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
+    """Split a batch into micro-batches of whole rows with at most micro_batch_tokens each, but at least one row."""
     rows = max(micro_batch_tokens // batch.ids.shape[1], 1)
     return [batch.rows(slice(start, start + rows)) for start in range(0, batch.ids.shape[0], rows)]
 
 
 @torch.no_grad()
-def add_gradients(known: list[Tensor | None], parameters: list[nn.Parameter], sums: list[Tensor]) -> None:
-    """Move gradients into `sums`, fp32; `known` holds those of them that are in use."""
+def add_gradients(gradients: list[Tensor | None], parameters: list[nn.Parameter], sums: list[Tensor]) -> None:
+    """Move the gradients of `parameters` into the fp32 buffers `sums`; `gradients` lists the buffers in use."""
     for index, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
         if parameter.grad is not None:
-            known[index] = total.copy_(parameter.grad) if known[index] is None else total.add_(parameter.grad)
+            is_first = gradients[index] is None
+            gradients[index] = total.copy_(parameter.grad) if is_first else total.add_(parameter.grad)
         parameter.grad = None
 
 
-def gradient_memory(model: Transformer) -> list[Tensor]:
-    """fp32 memory for the gradient of each parameter; nothing for frozen ones."""
+def gradient_buffers(model: Transformer) -> list[Tensor]:
+    """An fp32 buffer for the gradient of each parameter; empty for frozen ones."""
     return [torch.empty(p.shape if p.requires_grad else 0, device=p.device) for p in model.parameters()]
 
 
-def combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:
-    """Join a statistic of two micro-batches: names ending in _max by maximum, all others by sum."""
+def combine_stats(name: str, first: Tensor | None, second: Tensor) -> Tensor:
+    """Combine a statistic of two micro-batches: names that end in _max by maximum, all others by sum."""
     if first is None:
         return second
     return torch.maximum(first, second) if name.endswith("_max") else first + second
@@ -140,35 +145,35 @@ def combine(name: str, first: Tensor | None, second: Tensor) -> Tensor:
 def trained_tokens(
     model: Transformer, hidden: Tensor, batch: Batch, share: float, temperature: float, with_entropy: bool = False
 ) -> TrainedTokens | ValueTokens:
-    """The trained targets of `batch` with their log-probabilities (or values) by `model`. hidden: (R, T, D)."""
+    """The trained targets of `batch` with their log-probabilities (or values) under `model`. hidden: (R, T, D)."""
     if isinstance(model, ValueModel):
-        return valued_tokens(model, hidden, batch, share)
+        return value_tokens(model, hidden, batch, share)
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
 
-    def pick(values: Tensor | None) -> Tensor | None:
+    def select(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.flatten()[index]
 
     targets = batch.targets.flatten()[index]
     logprobs, entropy = token_logprobs(
         hidden.flatten(0, 1), index, model.head.weight, targets, temperature, with_entropy
     )
-    weights = pick(batch.weights)
+    weights = select(batch.weights)
     assert weights is not None
     return TrainedTokens(
         logprobs=logprobs,
         weights=weights,
         share=share,
         entropy=entropy,
-        advantages=pick(batch.advantages),
-        rollout_logprobs=pick(batch.rollout_logprobs),
-        old_logprobs=pick(batch.old_logprobs),
-        reference_logprobs=pick(batch.reference_logprobs),
+        advantages=select(batch.advantages),
+        rollout_logprobs=select(batch.rollout_logprobs),
+        old_logprobs=select(batch.old_logprobs),
+        reference_logprobs=select(batch.reference_logprobs),
         sequences=batch.sequence_ids.flatten()[index],
     )
 
 
 def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type: ignore[no-untyped-def]
-    """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, their routings).
+    """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, routings of the modules).
 
     The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
     the same sequence. detached: no gradient reaches the trunk, the embedding or the head.
@@ -177,8 +182,8 @@ def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type:
     head = model.head.weight.detach() if detached else model.head.weight
     total = trunk.hidden.new_zeros((), dtype=torch.float32)
     for depth, hidden in enumerate(states, start=1):
-        same = batch.sequence_ids[:, depth:] == batch.sequence_ids[:, :-depth]
-        mask = torch.nn.functional.pad(batch.loss_mask[:, depth:] * same, (0, depth))
+        same_sequence = batch.sequence_ids[:, depth:] == batch.sequence_ids[:, :-depth]
+        mask = torch.nn.functional.pad(batch.loss_mask[:, depth:] * same_sequence, (0, depth))
         index = mask.flatten().nonzero().squeeze(1)
         targets = batch.targets.flatten()[index + depth]
         logprobs, _ = token_logprobs(hidden.flatten(0, 1), index, head, targets)
@@ -188,15 +193,19 @@ def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type:
 
 @torch.no_grad()
 def batch_logprobs(model: Transformer, batch: Batch, temperature: float, micro_batch_tokens: int) -> Tensor:
-    """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere; the same arithmetic as in `Trainer.step`.
+    """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere, by the same arithmetic as in `Trainer.step`.
 
-    The model may lie on another device than the batch, where the result is.
+    The model may be on another device than the batch; the result is on the device of the batch.
     """
     rows = []
-    for micro in micro_batches(batch.to(next(model.parameters()).device), micro_batch_tokens):
-        trunk = run_trunk(model, micro)
+    for micro_batch in split_micro_batches(batch.to(next(model.parameters()).device), micro_batch_tokens):
+        trunk = run_trunk(model, micro_batch)
         hidden = trunk.hidden.flatten(0, 1)
-        index = micro.loss_mask.flatten().nonzero().squeeze(1)
-        logprobs, _ = token_logprobs(hidden, index, model.head.weight, micro.targets.flatten()[index], temperature)
-        rows.append(logprobs.new_zeros(micro.ids.numel()).index_copy_(0, index, logprobs).view_as(micro.ids))
+        index = micro_batch.loss_mask.flatten().nonzero().squeeze(1)
+        logprobs, _ = token_logprobs(
+            hidden, index, model.head.weight, micro_batch.targets.flatten()[index], temperature
+        )
+        rows.append(
+            logprobs.new_zeros(micro_batch.ids.numel()).index_copy_(0, index, logprobs).view_as(micro_batch.ids)
+        )
     return torch.cat(rows).to(batch.ids.device)

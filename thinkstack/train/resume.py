@@ -1,5 +1,8 @@
-"""The state of a trainer as named tensors and numbers, and back. Nothing in the package draws from a global generator,
-so weights, optimizer, step and the positions kept by the stages are all there is."""
+"""Convert the state of a trainer to named tensors and numbers, and back.
+
+No code of the package uses a global random generator, so weights, optimizer, step count and the stream positions that
+the stages save are the complete state.
+"""
 
 from typing import Any
 
@@ -10,8 +13,10 @@ from thinkstack.train.trainer import Trainer
 
 
 def trainer_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, balance biases and optimizer moments as tensors (not copied), counts as numbers; frozen weights are
-    where they came from."""
+    """Trained weights, balance biases and optimizer moments as tensors (not copied), counters as numbers.
+
+    Frozen weights are left out; they come from the checkpoint that the run starts from.
+    """
     frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items() if name not in frozen}
     for name, parameter in trainer.model.named_parameters():
@@ -21,7 +26,7 @@ def trainer_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights appear under two names; safetensors wants each memory once."""
+    """Drop the second name of tied weights: safetensors accepts each storage once."""
     first_names: dict[int, str] = {}
     for name, value in tensors.items():
         first_names.setdefault(value.data_ptr(), name)
@@ -30,7 +35,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_trainer(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put a trainer of the same configuration back to the state that `trainer_state` took."""
+    """Restore the state from `trainer_state` into a trainer of the same configuration."""
     for name, value in trainer.model.state_dict().items():
         if f"model.{name}" in tensors:
             value.copy_(tensors[f"model.{name}"])

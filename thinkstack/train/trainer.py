@@ -1,7 +1,7 @@
-"""One optimizer step over a batch of packed rows: micro-batches, working precision, clipping, expert balance, resume.
+"""One optimizer step on a batch of packed rows: micro-batches, working precision, clipping, expert balance.
 
-The trainer knows tensors only. What is learnt is decided by the batch (which targets, with which weights) and by the
-loss function passed to `step`; pre-training and reinforcement learning differ in nothing else.
+The batch says which targets are trained with which weights, the loss function passed to `step` gives the objective;
+pre-training and reinforcement learning differ in nothing else.
 """
 
 import logging
@@ -18,24 +18,24 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.train.balance import max_violation, moe_layers, update_bias
 from thinkstack.train.loss import Stats, sum_over_ranks, token_weights
 from thinkstack.train.optim import gradient_norm, learning_rate, make_optimizer
-from thinkstack.train.passes import LossFunction, Plan, combine, micro_batches
+from thinkstack.train.passes import LossFunction, StepContext, combine_stats, split_micro_batches
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.train.workers import Workers
 from thinkstack.types import Batch, TrainingError
 
 log = logging.getLogger(__name__)
 
-BAD_STEPS = 3
-"""Consecutive steps without a finite gradient after which training gives up."""
+MAX_BAD_STEPS = 3
+"""Consecutive steps without finite gradients after which training fails."""
 
 
 class Trainer:
-    """A model, its optimizer and the count of steps taken."""
+    """A model, its optimizer and the number of steps done."""
 
     def __init__(self, model: Transformer, cfg: TrainerConfig, total_steps: int, dump_folder: Path | None = None):
-        """model: fp32 weights, trained in place; where cfg.lora asks for adapters it gets them and is frozen.
-        total_steps: what the schedule spans. dump_folder: where a batch without finite gradients is written for
-        inspection."""
+        """model: fp32 weights, trained in place; with cfg.lora.rank it gets adapters and its weights are frozen.
+        total_steps: length of the learning-rate schedule. dump_folder: where batches without finite gradients are
+        written for inspection."""
         self.model, self.cfg, self.total_steps, self.dump_folder = model, cfg, total_steps, dump_folder
         if cfg.lora.rank and not adapters(model):
             adapt(model, cfg.lora)
@@ -53,36 +53,37 @@ class Trainer:
         with_entropy: bool = False,
         progress: float | None = None,
     ) -> dict[str, float]:
-        """Take one optimizer step on `batch`; returns its statistics, means over the trained tokens of the step.
+        """Run one optimizer step on `batch`; returns its statistics as means over the trained tokens of the step.
 
-        progress: share of the run that lies before this step, for the schedule; by default a share of its steps.
-        batch.weights: the share of each target (token_weights(batch, "token") if None). A step without finite gradients
-        is skipped and counted; after BAD_STEPS in a row TrainingError is raised.
+        progress: share of the run before this step, for the schedule; by default that of the steps. batch.weights: by
+        default token_weights(batch, "token"). A step without finite gradients is skipped and counted; MAX_BAD_STEPS in
+        a row raise TrainingError.
         """
         if batch.weights is None:
             batch = batch.with_weights(token_weights(batch, "token"))
         totals = sum_over_ranks(torch.stack((batch.loss_mask.sum(), (batch.document_ids > 0).sum().float())))
-        plan = Plan(loss, temperature, with_entropy, *(1 / total.clamp(min=1).item() for total in totals))
+        context = StepContext(loss, temperature, with_entropy, *(1 / total.clamp(min=1).item() for total in totals))
         batch = batch.to(next(self.model.parameters()).device)
         started = time.monotonic()
-        parts = self.workers.run(micro_batches(batch, self.cfg.micro_batch_tokens), plan)
+        results = self.workers.run(split_micro_batches(batch, self.cfg.micro_batch_tokens), context)
         if self.cfg.compile and self.step_count == 0:
             log.info("the passes of the first step took %.0f s, compilation included", time.monotonic() - started)
         stats: Stats = {}
-        for name, value in (item for part in parts for item in part.stats.items()):
-            stats[name] = combine(name, stats.get(name), value)
+        for name, value in (item for result in results for item in result.stats.items()):
+            stats[name] = combine_stats(name, stats.get(name), value)
         stats = reduce_stats(stats)
-        self._sum_gradients([part.gradients for part in parts])
+        self._sum_gradients([result.gradients for result in results])
         counts = [
-            sum_over_ranks(torch.stack(layer).sum(0)) for layer in zip(*(part.counts for part in parts), strict=True)
+            sum_over_ranks(torch.stack(layer).sum(0))
+            for layer in zip(*(result.counts for result in results), strict=True)
         ]
         progress = self.step_count / self.total_steps if progress is None else progress
         return self._update(batch, stats, counts, learning_rate(self.cfg.optim, self.step_count, progress))
 
     @torch.no_grad()
-    def _sum_gradients(self, parts: list[list[Tensor | None]]) -> None:
-        """Gradients of the step over workers and ranks, into the fp32 model."""
-        for parameter, *mine in zip(self.model.parameters(), *parts, strict=True):
+    def _sum_gradients(self, results: list[list[Tensor | None]]) -> None:
+        """Sum the gradients of a step over workers and ranks into the fp32 model."""
+        for parameter, *mine in zip(self.model.parameters(), *results, strict=True):
             known = [gradient for gradient in mine if gradient is not None]
             if known:
                 parameter.grad = known[0]
@@ -91,7 +92,7 @@ class Trainer:
                 sum_over_ranks(parameter.grad)
 
     def _update(self, batch: Batch, stats: Stats, counts: list[Tensor], rate: float) -> dict[str, float]:
-        """Clip, step at this learning rate, move the biases; or skip a step whose gradient is not finite."""
+        """Clip the gradients, step the optimizer and update the biases, or skip a step with non-finite gradients."""
         cfg = self.cfg.optim
         norm = gradient_norm(self.model.parameters())
         if torch.isfinite(norm):
@@ -120,31 +121,32 @@ class Trainer:
         }
 
     def _skip(self, batch: Batch) -> None:
-        """Count a step without finite gradient and keep its batch; give up after BAD_STEPS in a row."""
+        """Count a step without finite gradients and dump its batch; raise TrainingError after MAX_BAD_STEPS in a
+        row."""
         self.bad_steps += 1
         where = ""
         if self.dump_folder is not None:
             path = self.dump_folder / f"bad_batch_{self.step_count}.safetensors"
             save_file({name: value.contiguous() for name, value in vars(batch).items() if value is not None}, path)
             where = f"; its batch is in {path}"
-        log.warning("step %d has no finite gradient and is skipped%s", self.step_count, where)
-        if self.bad_steps >= BAD_STEPS:
+        log.warning("step %d has non-finite gradients and is skipped%s", self.step_count, where)
+        if self.bad_steps >= MAX_BAD_STEPS:
             raise TrainingError(
-                f"{BAD_STEPS} steps in a row at step {self.step_count} gave no finite loss or gradient{where}; "
+                f"{MAX_BAD_STEPS} steps in a row at step {self.step_count} had non-finite losses or gradients{where}; "
                 f"lower learning_rate={self.cfg.optim.learning_rate} or use dtype=fp32, then resume"
             )
 
     def weights(self) -> Transformer:
-        """The model that is being trained; its tensors are shared, not copied."""
+        """The trained model; its tensors are shared, not copied."""
         return self.model
 
 
 def reduce_stats(stats: Stats) -> Stats:
-    """Statistics of the step over all ranks, combined as over micro-batches."""
+    """Statistics of a step combined over all ranks, as over micro-batches."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return stats
-    joined = {name: value.clone() for name, value in sorted(stats.items())}
-    for name, value in joined.items():
+    reduced = {name: value.clone() for name, value in sorted(stats.items())}
+    for name, value in reduced.items():
         largest, total = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(value, op=largest if name.endswith("_max") else total)
-    return joined
+    return reduced

@@ -1,6 +1,6 @@
-"""The critic of PPO: advantages from its predictions, its loss, and how much of the returns it explains."""
+"""The critic of PPO: generalized advantage estimation, value loss, explained variance."""
 
-# Shapes in this file: R rows, T tokens a row, M trained tokens, D hidden size.
+# Shapes in this file: R rows, T tokens per row, M trained tokens, D hidden size.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from thinkstack.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class ValueBatch(Batch):
-    """A batch whose trained targets carry what a critic learns."""
+    """A batch with the training targets of the critic."""
 
     returns: Tensor
     """(R, T) fp32 return from each trained token on."""
     old_values: Tensor
-    """(R, T) fp32 what the critic predicted before the step."""
+    """(R, T) fp32 values predicted before the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueTokens:
-    """What a value loss sees of a micro-batch. All tensors are (M,) fp32."""
+    """Inputs of a value loss for one micro-batch. All tensors are (M,) fp32."""
 
     values: Tensor
-    """Predictions of the current weights; the one entry that carries a gradient."""
+    """Predictions of the current weights; the only entry with a gradient."""
     weights: Tensor
     """Share of each token in the loss of the whole step."""
     share: float
@@ -37,7 +37,7 @@ class ValueTokens:
     old_values: Tensor
 
 
-def valued_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float) -> ValueTokens:
+def value_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float) -> ValueTokens:
     """The trained tokens of `batch` with the critic's predictions. hidden: (R, T, D)."""
     assert isinstance(batch, ValueBatch) and batch.weights is not None
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
@@ -51,50 +51,50 @@ def valued_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float)
 
 
 def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, gae_lambda: float) -> list[float]:
-    """Generalised advantage estimates of one answer's tokens (arXiv:1506.02438, equation 16).
+    """Generalized advantage estimates of the tokens of one completion (arXiv:1506.02438, equation 16).
 
-    rewards[t]: for drawing token t. values[t]: predicted before token t was drawn; after the last token, cut off or
-    not, nothing more is earned. With delta_t = r_t + gamma V_t+1 - V_t the estimate is sum_l (gamma lam)^l delta_t+l.
-    lam=1: the return minus the prediction, without bias. lam=0: one step ahead, whatever the critic believes.
+    rewards[t]: for sampling token t. values[t]: predicted before token t was sampled; the value after the last token is
+    0, truncated or not. With delta_t = r_t + gamma V_t+1 - V_t the estimate is sum_l (gamma lambda)^l delta_t+l.
+    lambda=1: the return minus the prediction, unbiased. lambda=0: the one-step estimate delta_t.
     """
-    advantages, later, following = [0.0] * len(rewards), 0.0, 0.0
+    advantages, advantage, next_value = [0.0] * len(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):
-        later = rewards[t] + gamma * following - values[t] + gamma * gae_lambda * later
-        advantages[t], following = later, values[t]
+        advantage = rewards[t] + gamma * next_value - values[t] + gamma * gae_lambda * advantage
+        advantages[t], next_value = advantage, values[t]
     return advantages
 
 
 def value_loss(tokens: ValueTokens, clip: float) -> tuple[Tensor, Stats]:
     """Half the squared error to the returns, weighted per token.
 
-    clip: a prediction that moved further than this from the old one counts as if it had moved so far, where that is
-    worse (PPO's reference implementation, arXiv:2005.12729, section 3); 0 leaves it out.
+    clip: the error is the larger one of the prediction and of the prediction clipped to within this of the old value
+    (PPO's reference implementation, arXiv:2005.12729, section 3); 0 is off.
     """
     error = (tokens.values - tokens.returns).square()
     stats: Stats = {}
     if clip:
-        near = tokens.old_values + (tokens.values - tokens.old_values).clamp(-clip, clip)
-        clipped = (near - tokens.returns).square()
+        clipped_values = tokens.old_values + (tokens.values - tokens.old_values).clamp(-clip, clip)
+        clipped = (clipped_values - tokens.returns).square()
         stats["critic/clipped"] = (clipped > error).float().sum() * tokens.share
         error = torch.maximum(error, clipped)
     loss = (tokens.weights * error).sum() / 2
-    missed = tokens.returns - tokens.values.detach()
+    residual = tokens.returns - tokens.values.detach()
     stats |= {
         "critic/loss": loss.detach(),
         "critic/value_mean": tokens.values.detach().sum() * tokens.share,
         "critic/return_mean": tokens.returns.sum() * tokens.share,
         "critic/return_square_mean": tokens.returns.square().sum() * tokens.share,
-        "critic/error_mean": missed.sum() * tokens.share,
-        "critic/error_square_mean": missed.square().sum() * tokens.share,
+        "critic/error_mean": residual.sum() * tokens.share,
+        "critic/error_square_mean": residual.square().sum() * tokens.share,
     }
     return loss, stats
 
 
 def explained_variance(metrics: Mapping[str, float]) -> float:
-    """1 - Var(return - value) / Var(return) over the tokens of a step, from the moments that `value_loss` gives.
+    """1 - Var(return - value) / Var(return) over the tokens of a step, from the statistics of `value_loss`.
 
-    1: the critic knows every return; 0: no more than their mean; below: worse. 0 where all returns are equal.
+    1: all returns are predicted; 0: no better than their mean; below 0: worse. 0 if all returns are equal.
     """
-    spread = metrics["critic/return_square_mean"] - metrics["critic/return_mean"] ** 2
-    left = metrics["critic/error_square_mean"] - metrics["critic/error_mean"] ** 2
-    return 1 - left / spread if spread > 1e-8 else 0.0
+    variance = metrics["critic/return_square_mean"] - metrics["critic/return_mean"] ** 2
+    residual = metrics["critic/error_square_mean"] - metrics["critic/error_mean"] ** 2
+    return 1 - residual / variance if variance > 1e-8 else 0.0

@@ -1,0 +1,65 @@
+"""Save the completions of each prompt as it finishes, so that an interrupted evaluation resumes where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from thinkstack.engine.interface import AnyEngine
+from thinkstack.log import Progress, Run, write_text
+from thinkstack.types import Completion, SamplingParams
+
+FILE = "completions.jsonl"
+"""In the folder of the stage, while it runs."""
+
+
+class SavedCompletions:
+    """Engine.generate with a file: prompts in the file are not sampled again, new completions are appended to it."""
+
+    def __init__(self, engine: AnyEngine, run: Run, total: int):
+        """total: number of prompts of the evaluation, for the progress line."""
+        self.engine, self.run = engine, run
+        rows = run.rows(FILE)
+        self.completions = {row["key"]: list(map(completion_from_dict, row["completions"])) for row in rows}
+        if rows:  # rewrite the file: the next row must not be appended to a truncated last one
+            write_text(run.folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        self.progress = Progress("evaluation", total, len(self.completions))
+
+    def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> list[list[Completion]]:
+        """sampling.n completions for each prompt. Raises Interrupted on a request to stop."""
+        keys = [request_key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        missing = [index for index, key in enumerate(keys) if key not in self.completions]
+
+        def append(index: int, completions: list[Completion]) -> None:
+            key = keys[missing[index]]
+            self.completions[key] = completions
+            self.run.append(FILE, {"key": key, "completions": list(map(completion_to_dict, completions))})
+            self.progress.advance()
+
+        with self.run.stop.may_interrupt():
+            self.engine.generate([prompts[i] for i in missing], [samplings[i] for i in missing], on_finish=append)
+        return [self.completions[key] for key in keys]
+
+    def delete(self) -> None:
+        """Delete the file, once the results are written."""
+        (self.run.folder / FILE).unlink(missing_ok=True)
+
+
+def request_key(prompt: Sequence[int], sampling: SamplingParams) -> str:
+    """A hash of everything that determines the completions of a request, except the weights."""
+    return hashlib.sha256(repr((tuple(prompt), sampling)).encode()).hexdigest()[:24]
+
+
+def completion_to_dict(completion: Completion) -> dict[str, object]:
+    """A completion as JSON values; log-probabilities keep all digits."""
+    return {
+        "token_ids": completion.token_ids,
+        "logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason,
+        "weights_version": completion.weights_version,
+    }
+
+
+def completion_from_dict(row: dict[str, object]) -> Completion:
+    """The inverse of `completion_to_dict`."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Completion(**values)  # type: ignore[arg-type]
