@@ -163,10 +163,10 @@ def trl_folders(out: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     named = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
-    talk = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "42"}]
+    conversation = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "42"}]
     for name in ("qwen2", "qwen3", "llama"):
         cfg = SFTConfig(out / f"{name}_run", max_steps=1, learning_rate=0.0, report_to=[], use_cpu=True, bf16=False)
-        rows = Dataset.from_list([{"messages": talk}] * 2)
+        rows = Dataset.from_list([{"messages": conversation}] * 2)
         trainer = SFTTrainer(model(name), cfg, train_dataset=rows, processing_class=tokenizer(**named))
         trainer.train()
         trainer.save_model(out / name)

@@ -132,7 +132,7 @@ def test_rows_and_prompts_are_the_same_however_they_were_saved(tmp_path, pack, m
     rows = [b'{"question": "q1", "answer": "a"}', b'{"question": "q2", "answer": "a"}']
     path = made(tmp_path, pack(mark + end.join(rows) + end * last), "x.jsonl.gz")
     assert [row["question"] for _, row in read_rows(path)] == ["q1", "q2"]
-    assert [talk[0].content for talk in read_conversations([str(path)])] == ["q1", "q2"]
+    assert [conversation[0].content for conversation in read_conversations([str(path)])] == ["q1", "q2"]
     assert read_prompts(made(tmp_path, pack(mark + end.join((b"one", b"two ")) + end * last))) == ["one", "two "]
 
 

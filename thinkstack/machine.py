@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CLEARLY_FASTER = 1.1
 """More threads are used where they are so many times as fast as fewer."""
-SPARE = 0.25
+SPARE_CORES_SHARE = 0.25
 """Other work of less than so much of a core is left out of account."""
 ADAPT_SECONDS = 0.3
 """Between two looks at what other work takes of the cores."""
@@ -187,7 +187,7 @@ def measure_threads(cores: int) -> int:
     finally:
         torch.set_num_threads(before)
     chosen = fastest_threads(seconds)
-    return 0 if chosen < cores and others.cores() > SPARE else chosen
+    return 0 if chosen < cores and others.cores() > SPARE_CORES_SHARE else chosen
 
 
 def fastest_threads(seconds: Mapping[int, float]) -> int:
@@ -204,7 +204,7 @@ def threads_beside(cores: int, others: float) -> int:
 
     A thread that has to share its core holds up all others at the next barrier.
     """
-    return max(1, math.floor(cores - others + SPARE))
+    return max(1, math.floor(cores - others + SPARE_CORES_SHARE))
 
 
 class OtherWork:

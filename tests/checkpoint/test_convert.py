@@ -117,7 +117,7 @@ def test_transformers_opens_a_tuned_model_with_its_pad_token_and_end_tokens(tmp_
     assert model.generation_config.eos_token_id == [1, 4, 3] and model.generation_config.temperature == 0.3
 
 
-def test_a_format_of_ours_says_how_to_draw(tmp_path: Path):
+def test_a_format_of_ours_has_sampling_parameters(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     write_checkpoint(tmp_path / "model")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "model")

@@ -14,25 +14,25 @@ def conversations() -> list[dict[str, Any]]:
     return json.loads((FOLDER / "conversations.json").read_text(encoding="utf-8"))
 
 
-def read_messages(talk: dict[str, Any]) -> list[Message]:
+def read_messages(case: dict[str, Any]) -> list[Message]:
     """The messages of a conversation as ours."""
     return [
         Message(**(turn | {"tool_calls": tuple(ToolCall(**call) for call in turn.get("tool_calls", ()))}))
-        for turn in talk["messages"]
+        for turn in case["messages"]
     ]
 
 
-def read_tools(talk: dict[str, Any]) -> list[Tool]:
+def read_tools(case: dict[str, Any]) -> list[Tool]:
     """The tools of a conversation as ours."""
-    return [Tool(**tool) for tool in talk.get("tools", ())]
+    return [Tool(**tool) for tool in case.get("tools", ())]
 
 
-def as_request(talk: dict[str, Any], as_text: bool = True, without_content: bool = False) -> list[dict[str, Any]]:
+def as_request(case: dict[str, Any], as_text: bool = True, without_content: bool = False) -> list[dict[str, Any]]:
     """The messages as transformers takes them. as_text: arguments of calls stay text; else they are read as JSON.
     without_content: a call with nothing said before it has None as its content.
     """
     messages = []
-    for turn in talk["messages"]:
+    for turn in case["messages"]:
         message = {key: value for key, value in turn.items() if key not in ("tool_calls", "reasoning")}
         if "reasoning" in turn:
             message["reasoning_content"] = turn["reasoning"]
@@ -49,6 +49,6 @@ def as_request(talk: dict[str, Any], as_text: bool = True, without_content: bool
     return messages
 
 
-def schemas(talk: dict[str, Any]) -> list[dict[str, Any]] | None:
+def schemas(case: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The tools as transformers takes them."""
-    return [{"type": "function", "function": tool} for tool in talk.get("tools", ())] or None
+    return [{"type": "function", "function": tool} for tool in case.get("tools", ())] or None

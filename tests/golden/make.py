@@ -16,16 +16,16 @@ from thinkstack.text.tokenizer import BOS, EOS
 
 def render(template: str, switches: dict[str, bool]) -> dict[str, str]:
     """The prompt of each conversation, without tools at hand: these templates do not write them."""
-    talks = conversations()
+    cases = conversations()
     texts, _ = render_jinja_template(
-        [as_request(talk) for talk in talks],
+        [as_request(conversation) for conversation in cases],
         chat_template=template,
         add_generation_prompt=True,
         bos_token=BOS,
         eos_token=EOS,
         **switches,
     )
-    return {talk["key"]: text for talk, text in zip(talks, texts, strict=True)}
+    return {conversation["key"]: text for conversation, text in zip(cases, texts, strict=True)}
 
 
 def main(folders: list[str]) -> None:

@@ -108,7 +108,7 @@ def test_the_share_of_split_tokens_is_the_one_asked_for():
     splitter, counts = BoundarySplitter(tokenizer()), []
     for share in (0.0, 0.3):
         read = source(boundary_split_share=share) if share else source()
-        counts.append(sum(token in splitter.parts for index in range(COUNT) for token in read(index).ids))
+        counts.append(sum(token in splitter.pieces_by_token for index in range(COUNT) for token in read(index).ids))
     error = (0.3 * 0.7 * counts[0]) ** 0.5
     assert counts[0] > 200 and abs(counts[1] - 0.7 * counts[0]) < 4 * error
 

@@ -5,7 +5,7 @@ import torch
 
 from thinkstack import kernels
 from thinkstack.kernels import choice
-from thinkstack.kernels.cpu import build
+from thinkstack.kernels.cpu import build, calls
 from thinkstack.stages import measure_kernels as measure
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
@@ -34,8 +34,6 @@ def test_a_case_runs_by_its_kernel_and_without(name, monkeypatch):
     monkeypatch.delenv(build.SWITCH, raising=False)
     asked = []
     uses = choice.uses
-    monkeypatch.setattr(
-        kernels.calls, "uses", lambda operation, dtype: asked.append(operation) or uses(operation, dtype)
-    )
+    monkeypatch.setattr(calls, "uses", lambda operation, dtype: asked.append(operation) or uses(operation, dtype))
     measure.CASES[name]()()
     assert name.partition(".")[0] in asked

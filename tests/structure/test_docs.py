@@ -11,7 +11,7 @@ from thinkstack import cli
 from thinkstack.pipeline import plan_stages, read_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GROUPS = "loss train router policy mismatch correction critic reward group rollout time"
 METRIC = re.compile(rf"(?:{GROUPS.replace(chr(32), chr(124))})/[a-z][a-z0-9_]*")
 

@@ -3,7 +3,9 @@
 import re
 import tokenize
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -16,7 +18,6 @@ WORDS = {
     "company": "batch",
     "widen widens widened": "dequantize",
     "blocked": "prepacked",
-    "guess guesses guessed guessing": "draft tokens",
     "payoff": "DraftPolicy",
     "asking": "RolloutConfig",
     "talk talks": "chat",
@@ -63,6 +64,10 @@ NAMES = {
     "WholeModel": "FusedPass",
 }
 """Names that nothing has any more, and what stands for them."""
+ENGINE = {"known": "num_tokens", "computed": "num_computed_tokens", "owner": "seq_index", "tables": "block_tables"} | {
+    word: "draft tokens" for word in ("guess", "guesses", "guessing")
+}
+"""The same for the engine alone."""
 BRITISH = re.compile(
     r"(normal|quant|initial|summar|orthogonal|standard|optim|serial|recogn|minim|maxim|organ|util)is(e|ed|es|er|ation)$"
     r"|colour|behaviour|neighbour|centred|artefact"
@@ -73,10 +78,10 @@ SOURCES = sorted(path for folder in ("thinkstack", "tests", "bench") for path in
 RECIPES = sorted((ROOT / "thinkstack").rglob("*.toml"))
 
 
-def fault(name: str) -> str | None:
-    """What is wrong with a name, or None."""
-    if name in NAMES:
-        return f"{name}: say {NAMES[name]}"
+def fault(name: str, more: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """What is wrong with a name, or None. more: names beside NAMES."""
+    if instead := NAMES.get(name) or more.get(name):
+        return f"{name}: say {instead}"
     parts = [part.lower() for part in PARTS.findall(name)]
     found = next((part for part in parts if part in BANNED), None)
     if found is not None:
@@ -90,13 +95,15 @@ def identifiers(path: Path) -> set[str]:
         return {token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.NAME}
 
 
-def faults(names: set[str]) -> list[str]:
-    return sorted(filter(None, map(fault, names)))
+def faults(names: set[str], more: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    return sorted(filter(None, (fault(name, more) for name in names)))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_identifiers_and_file_names_are_the_fields_terms(path):
-    assert faults(identifiers(path) | {path.stem, *path.relative_to(ROOT).parent.parts}) == []
+    place = path.relative_to(ROOT)
+    more = ENGINE if place.parts[:2] == ("thinkstack", "engine") else {}
+    assert faults(identifiers(path) | {path.stem, *place.parent.parts}, more) == []
 
 
 def keys(table: object) -> set[str]:
@@ -117,4 +124,5 @@ def test_other_files_are_named_in_the_fields_terms():
 
 def test_this_test_notices_replaced_words():
     assert fault("drawn_tokens") and fault("DrawnTokens") and fault("stop_ids") and fault("normalise")
+    assert fault("known", ENGINE) and fault("known") is None
     assert fault("withdraw") is None and fault("stop_token_ids") is None and fault("drawer_size") is None

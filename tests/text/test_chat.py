@@ -10,7 +10,7 @@ from thinkstack.text.tokenizer import ASSISTANT, BOS, CONTROL, EOS, THINK_CLOSE,
 from thinkstack.types import ConfigError, Message, RequestError
 
 FORMATS = ("r1_zero", "r1_zero_short", "v3", "r1")
-TALK = (
+CONVERSATION = (
     Message(role="system", content="Be brief."),
     Message(role="user", content="1+2?"),
     Message(role="assistant", content="3", reasoning="1+2=3"),
@@ -29,13 +29,13 @@ def token_ids(*pieces: str) -> list[int]:
 
 def test_v3_writes_a_conversation_as_published():
     expected = token_ids(BOS, "Be brief.", USER, "1+2?", ASSISTANT, "3", EOS, USER, "2+2?", ASSISTANT)
-    assert chat_format("v3", tiny_tokenizer()).prompt(TALK) == expected
+    assert chat_format("v3", tiny_tokenizer()).prompt(CONVERSATION) == expected
 
 
 def test_r1_opens_the_think_block_and_drops_earlier_thinking():
     """The history leaves out the reasoning of earlier turns."""
     expected = token_ids(BOS, "Be brief.", USER, "1+2?", ASSISTANT, "3", EOS, USER, "2+2?", ASSISTANT, THINK_OPEN, "\n")
-    assert chat_format("r1", tiny_tokenizer()).prompt(TALK) == expected
+    assert chat_format("r1", tiny_tokenizer()).prompt(CONVERSATION) == expected
 
 
 def test_the_short_zero_template_is_the_question_only():
@@ -54,8 +54,12 @@ def test_the_zero_template_explains_the_tags_and_has_no_chat_tokens():
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_prompt_begins_with_exactly_one_bos(name):
     """Doubled BOS tokens are the most common silent bug of chat templates."""
-    conversation = (*TALK, Message(role="assistant", content=BOS), Message(role="user", content=f"{BOS}{BOS} hello"))
-    ids = chat_format(name, tiny_tokenizer()).prompt(conversation)
+    messages = (
+        *CONVERSATION,
+        Message(role="assistant", content=BOS),
+        Message(role="user", content=f"{BOS}{BOS} hello"),
+    )
+    ids = chat_format(name, tiny_tokenizer()).prompt(messages)
     assert ids[0] == tiny_tokenizer().control_id(BOS)
     assert ids.count(ids[0]) == 1
 
@@ -72,7 +76,7 @@ def test_message_text_cannot_add_a_control_token_to_a_prompt(name):
 
 
 @pytest.mark.parametrize("name", ["v3", "r1"])
-@pytest.mark.parametrize("messages", [(), TALK[:3], TALK[:1]], ids=["empty", "assistant last", "system only"])
+@pytest.mark.parametrize("messages", [(), CONVERSATION[:3], CONVERSATION[:1]], ids=["empty", "assistant", "system"])
 def test_a_conversation_that_does_not_end_in_a_request_is_refused(name, messages):
     with pytest.raises(RequestError, match="must come from the user"):
         chat_format(name, tiny_tokenizer()).prompt(messages)
@@ -127,7 +131,7 @@ SHIPPED = """
 def test_a_shipped_template_gives_the_ids_it_describes():
     chat = TemplateFormat(tiny_tokenizer(), SHIPPED, BOS, EOS)
     expected = token_ids(BOS, USER, "1+2?", ASSISTANT, "3", EOS, USER, "2+2?", ASSISTANT)
-    assert chat.prompt(TALK[1:]) == expected
+    assert chat.prompt(CONVERSATION[1:]) == expected
 
 
 def test_text_in_a_shipped_template_cannot_spell_its_control_tokens():
@@ -138,7 +142,7 @@ def test_text_in_a_shipped_template_cannot_spell_its_control_tokens():
 
 def test_an_exception_of_a_shipped_template_is_a_request_error():
     with pytest.raises(RequestError, match="no system turn"):
-        TemplateFormat(tiny_tokenizer(), SHIPPED, BOS, EOS).prompt(TALK)
+        TemplateFormat(tiny_tokenizer(), SHIPPED, BOS, EOS).prompt(CONVERSATION)
 
 
 @pytest.mark.parametrize(

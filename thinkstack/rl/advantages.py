@@ -73,12 +73,15 @@ def compute_advantages(
     value_targets: list[ValueTarget] = []
     if cfg.advantage == "centered" or cfg.advantage == "standardized":
         totals = [
-            None if reward is None else reward - sum(penalties)
-            for reward, penalties in zip(rewards, kl_penalties, strict=True)
+            None if reward is None else reward - sum(token_penalties)
+            for reward, token_penalties in zip(rewards, kl_penalties, strict=True)
         ]
         advantages = advantages_within_groups(rollouts, cfg.advantage, totals)
     else:
-        by_token = [token_rewards(reward, penalties) for reward, penalties in zip(rewards, kl_penalties, strict=True)]
+        by_token = [
+            token_rewards(reward, token_penalties)
+            for reward, token_penalties in zip(rewards, kl_penalties, strict=True)
+        ]
         if critic is None or not rollouts:
             advantages = whiten([returns_to_go(row) for row in by_token])
         else:

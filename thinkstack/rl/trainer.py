@@ -167,18 +167,18 @@ class RLTrainer:
     def kl_penalties(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[list[float]]:
         """KL penalty of the reward of each token, 0 where KL is part of the loss; adds the mean KL to `metrics`."""
         loss = self.cfg.loss
-        penalties = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
+        token_penalties = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
         scored = [index for index, rollout in enumerate(rollouts) if reward_of(rollout) is not None]
         if not loss.kl or loss.kl_placement == "loss" or not scored:
-            return penalties
+            return token_penalties
         zeros = [0.0] * len(scored)
         batch = to_batch([rollouts[i] for i in scored], zeros, self.cfg.row_tokens, self.cfg.router_replay)
         policy, reference = self.logprobs(self.trainer.workers.compute_model, batch), self.reference_logprobs(batch)
         kl = kl_estimate(policy, reference, loss.kl_estimator)
         metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
         for index, values in zip(scored, gather_tokens(loss.kl * kl, batch), strict=True):
-            penalties[index] = values
-        return penalties
+            token_penalties[index] = values
+        return token_penalties
 
     def minibatches(self, advantages: RolloutAdvantages) -> list[Batch]:
         """The batches of the optimizer steps, with log-probabilities before the first update and token weights."""

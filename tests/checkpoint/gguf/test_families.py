@@ -316,7 +316,7 @@ def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
     chat = chat_format("r1_zero", tiny_tokenizer())
     cfg = replace(V3, hidden_size=32, intermediate_size=32, num_layers=2, vocab_size=360)
     whole = write_checkpoint(cfg, tmp_path, tokenizer=chat.tokenizer, chat=chat)[1].read_bytes()
-    path, draw = tmp_path / "damaged.gguf", random.Random(0)
+    path, rng = tmp_path / "damaged.gguf", random.Random(0)
     header = len(whole) - sum(
         4 * math.prod(shape) for shape in (t.shape for t in stored(tmp_path / "model.gguf").values())
     )
@@ -326,12 +326,12 @@ def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
         for number in range(300):
             data = bytearray(whole)
             if number % 3 == 0:
-                del data[draw.randrange(len(data)) :]
+                del data[rng.randrange(len(data)) :]
             elif number % 3 == 1:
-                data[draw.randrange(header)] ^= 1 << draw.randrange(8)
+                data[rng.randrange(header)] ^= 1 << rng.randrange(8)
             else:
-                place = draw.randrange(header - 8)
-                data[place : place + 8] = draw.choice([b"\xff" * 8, bytes(8), b"\xff" * 4 + bytes(4), os.urandom(8)])
+                place = rng.randrange(header - 8)
+                data[place : place + 8] = rng.choice([b"\xff" * 8, bytes(8), b"\xff" * 4 + bytes(4), os.urandom(8)])
             path.write_bytes(data)
             try:
                 opened(path)

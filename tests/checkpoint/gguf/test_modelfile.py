@@ -22,7 +22,7 @@ LLAMA = (
     "{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-TALK = (
+CONVERSATION = (
     Message(role="system", content="Be brief."),
     Message(role="user", content="12 + 30?"),
     Message(role="assistant", content="42"),
@@ -57,7 +57,7 @@ def test_our_formats_are_written_in_go(name: str, tmp_path: Path):
     chat = chat_format(name, tiny_tokenizer())
     write_modelfile(tmp_path / "Modelfile", "m-Q8_0.gguf", chat)
     template, system, rest = parts(tmp_path / "Modelfile")
-    assert go(template, TALK) == chat.tokenizer.decode(chat.prompt(TALK)[1:])
+    assert go(template, CONVERSATION) == chat.tokenizer.decode(chat.prompt(CONVERSATION)[1:])
     assert system == ""
     assert rest == [
         "FROM ./m-Q8_0.gguf",
@@ -79,7 +79,7 @@ def test_shipped_templates_are_known_by_what_they_write(template: str, eos: str,
     chat = shipped(template, eos)
     write_modelfile(tmp_path / "Modelfile", "m.gguf", chat)
     write_checkpoint, default, rest = parts(tmp_path / "Modelfile")
-    assert go(write_checkpoint, TALK) == chat.tokenizer.decode(chat.prompt(TALK)).removeprefix(BOS)
+    assert go(write_checkpoint, CONVERSATION) == chat.tokenizer.decode(chat.prompt(CONVERSATION)).removeprefix(BOS)
     assert default == system
     assert f'PARAMETER stop "{eos}"' in rest
 

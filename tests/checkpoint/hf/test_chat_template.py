@@ -26,9 +26,9 @@ def tokenizer():
 
 
 def asked(name):
-    """(conversation, thinking) of all that the format can be asked."""
+    """(case, thinking) of all that the format can be asked."""
     switches = (None, True, False) if chat_format(name, tokenizer()).can_switch else (None,)
-    return [(talk, thinking) for talk in conversations() for thinking in switches]
+    return [(case, thinking) for case in conversations() for thinking in switches]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -40,28 +40,28 @@ def test_the_template_that_leaves_gives_our_ids_in_transformers(name):
         bos_token=BOS,
         eos_token=EOS,
     )
-    for talk, thinking in asked(name):
-        if talk.get("spells"):
+    for case, thinking in asked(name):
+        if case.get("spells"):
             continue
         for as_text in (True, False):
             expected = theirs.apply_chat_template(
-                as_request(talk, as_text=as_text),
-                tools=schemas(talk),
+                as_request(case, as_text=as_text),
+                tools=schemas(case),
                 add_generation_prompt=True,
                 return_dict=False,
                 **({} if thinking is None else {"thinking": thinking}),
             )
-            found = chat_format(name, tokenizer()).prompt(read_messages(talk), read_tools(talk), thinking)
-            assert found == expected, (talk["key"], thinking)
+            found = chat_format(name, tokenizer()).prompt(read_messages(case), read_tools(case), thinking)
+            assert found == expected, (case["key"], thinking)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_read_back_as_a_strangers_it_asks_opens_and_ends_as_the_format_does(name):
     ours, read = chat_format(name, tokenizer()), TemplateFormat(tokenizer(), template_text(name), BOS, EOS)
-    for talk, thinking in asked(name):
-        messages, tools = read_messages(talk), read_tools(talk)
-        assert read.prompt(messages, tools, thinking) == ours.prompt(messages, tools, thinking), talk["key"]
-        assert read.opening(messages, thinking) == ours.opening(messages, thinking), talk["key"]
+    for case, thinking in asked(name):
+        messages, tools = read_messages(case), read_tools(case)
+        assert read.prompt(messages, tools, thinking) == ours.prompt(messages, tools, thinking), case["key"]
+        assert read.opening(messages, thinking) == ours.opening(messages, thinking), case["key"]
     assert (read.prefill, read.stop_token_ids, read.can_switch) == (ours.prefill, ours.stop_token_ids, ours.can_switch)
 
 
@@ -69,10 +69,10 @@ def test_read_back_as_a_strangers_it_asks_opens_and_ends_as_the_format_does(name
 def test_read_back_as_a_strangers_it_teaches_what_the_format_teaches(name):
     ours, read = chat_format(name, tokenizer()), TemplateFormat(tokenizer(), template_text(name), BOS, EOS)
     compared = 0
-    for talk in conversations():
-        messages = read_messages(talk)
+    for case in conversations():
+        messages = read_messages(case)
         if messages[0].role != "assistant" and any(message.role == "assistant" for message in messages):
-            assert read.example(messages) == ours.example(messages), talk["key"]
+            assert read.example(messages) == ours.example(messages), case["key"]
             compared += 1
     assert compared >= 15
 

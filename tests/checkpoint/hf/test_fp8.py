@@ -128,7 +128,7 @@ def test_scales_of_any_float_type_are_kept_as_fp32(scale_dtype: torch.dtype | st
 
 
 @torch.no_grad()
-def test_a_model_kept_in_fp8_computes_what_the_widened_one_does(tmp_path: Path):
+def test_a_model_kept_in_fp8_computes_what_the_dequantized_one_does(tmp_path: Path):
     folder, ids = fp8_by_hand(tmp_path / "model"), torch.arange(20).view(1, 20)
     kept, wide = load_model(folder, E4M3), load_model(folder, torch.bfloat16)
     assert torch.equal(kept(ids), wide(ids))
@@ -240,16 +240,16 @@ def test_gradients_pass_through_packed_matrices(cfg: ModelConfig):
         torch.testing.assert_close(grad, expected[name].grad)
 
 
-def test_only_the_experts_in_use_are_widened(monkeypatch):
+def test_only_the_experts_in_use_are_dequantized(monkeypatch):
     model = tiny_model(WIDE)
     pack(model, FP8Blocks(), quantizable_matrices(model))
-    widened = []
+    dequantized = []
     monkeypatch.setattr(
-        FP8Blocks, "dequantize_model", lambda self, parts, out: widened.append(out.shape) or out.zero_()
+        FP8Blocks, "dequantize_model", lambda self, parts, out: dequantized.append(out.shape) or out.zero_()
     )
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long))
-    stacks = [shape for shape in widened if len(shape) == 4]
+    stacks = [shape for shape in dequantized if len(shape) == 4]
     assert stacks and all(shape[0] == 2 for shape in stacks)
 
 
@@ -295,7 +295,7 @@ WHOLE = replace(
 
 
 @torch.no_grad()
-def test_transformers_widens_our_fp8_files_to_the_same_model(tmp_path: Path):
+def test_transformers_dequantizes_our_fp8_files_to_the_same_model(tmp_path: Path):
     """Whole blocks: it takes the size of a block from the number of scales, wrongly where the last one is smaller."""
     transformers = pytest.importorskip("transformers")
     convert(str(plain(tmp_path / "model", cfg=WHOLE)), tmp_path / "fp8", dtype="fp8")

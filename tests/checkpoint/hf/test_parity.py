@@ -21,7 +21,7 @@ CASES = [random_case(number) for number in range(NUM_RANDOM)]
 
 
 @pytest.mark.parametrize("number", range(NUM_RANDOM), ids=lambda number: f"{number}-{random_case(number).cfg.family}")
-def test_logits_and_gradients_of_a_drawn_model_equal_transformers(number: int, tmp_path: Path):
+def test_logits_and_gradients_of_a_random_model_equal_transformers(number: int, tmp_path: Path):
     error = random_model_error(number, tmp_path / "model")
     assert error.is_within_bounds, (error, random_case(number))
 
@@ -65,7 +65,7 @@ def kinds(cfg: ModelConfig) -> set[str]:
     return {name for name, is_so in found.items() if is_so} | {cfg.family}
 
 
-def test_the_drawn_models_have_every_oddity_at_least_twice():
+def test_the_random_models_have_every_oddity_at_least_twice():
     seen = Counter(kind for case in CASES for kind in kinds(case.cfg) | {f"padding {case.padding}"})
     all_kinds = 8 + 5 + 5 + 4 + len(set(FAMILIES)) + len(PADDINGS)
     assert len(seen) == all_kinds and min(seen.values()) >= 2, seen
