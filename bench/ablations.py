@@ -7,7 +7,7 @@ Muon gets as many steps as fit. Held-out loss and load, training curves.
 reinforcement (about 5 minutes a seed): GRPO against PPO with a critic from the base of a finished demo, the same steps;
 figures at the time at which the faster one ends. Nothing else may run.
 
-Leaves runs in --out (a finished one is not run again), and docs/ablations-*.png.
+Leaves runs in --out (a finished one is not run again), and docs/images/ablations-*.png.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def pretraining(seeds: list[int], out: Path) -> list[dict[str, Any]]:
             }
         )
     print(table(rows))
-    plot_pretraining(found, Path("docs"))
+    plot_pretraining(found, Path("docs/images"))
     return found
 
 
@@ -207,7 +207,7 @@ def reinforcement(seeds: list[int], start: Path, out: Path) -> list[dict[str, An
         equal = spread([at_time(one["points"], common) for one in mine], 3)
         rows.append({"arm": arm, "s/step": f"{step:.2f}", f"pass@1 at {common:.0f} s": equal, "at the end": ends})
     axes.legend(frameon=False)
-    canvas.savefig(Path("docs") / "ablations-ppo.png")
+    canvas.savefig(Path("docs/images") / "ablations-ppo.png")
     print(table(rows))
     return found
 

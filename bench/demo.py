@@ -1,6 +1,6 @@
 """The demo over several seeds, and its controls: seconds and held-out accuracy, as docs/benchmarks.md shows them.
 
-python bench/demo.py --seeds 1 2 3 4 5          about 6 minutes a seed on two cores; draws docs/demo.png
+python bench/demo.py --seeds 1 2 3 4 5          about 6 minutes a seed on two cores; draws docs/images/demo.png
 python bench/demo.py --seeds 1 --controls       and the controls of the first seed, about as long again
 python bench/demo.py --seeds 1 2 3 4 5 --only-table     what runs/bench already holds
 """
@@ -101,7 +101,7 @@ def main() -> None:
     before, after = (statistics.fmean(column) for column in zip(*ends, strict=True))
     print(f"\nmean pass@1 over {len(ends)} seeds: {before:.3f} -> {after:.3f}   ({describe_machine()})")
     if not options.controls:
-        plot([options.out / f"seed{seed}" for seed in options.seeds], Path("docs/demo.png"))
+        plot([options.out / f"seed{seed}" for seed in options.seeds], Path("docs/images/demo.png"))
     if options.json:
         write_json(options.json, rows)
 

@@ -4,9 +4,9 @@ throughput  64 requests of 128 tokens + 128 new against transformers: v3-tiny in
             bf16 is not fast, both in fp32
 single      SmolLM2 for one user, matrices in bf16 and int8: a token against reading the weights once, and against
             llama.cpp on Q8_0 where THINKSTACK_LLAMA_CPP names a Python that has it; a prompt of 512 tokens
-drafts      --model with a multi-token-prediction module: guesses against none, at 1 to 64 requests
-overhead    time outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens
-context     a token behind 1,024 tokens and more, v3-tiny in fp32, SmolLM2 in bf16, drawn in docs/engine-context.png
+drafts      --model with a multi-token-prediction module: guesses against none, at 1 to 64 requests overhead    time
+outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens context     a token
+behind 1,024 tokens and more, v3-tiny in fp32, SmolLM2 in bf16, drawn in docs/images/engine-context.png
 """
 
 import statistics
@@ -322,7 +322,7 @@ def context(tries: int) -> list[Row]:
         for length, value in zip(lengths, seconds, strict=True):
             figure = {"name": f"{name}: token behind {length:,}", "value": value * 1e3, "unit": "ms"}
             rows.append(Row(**figure, n=tries, machine=machine()))
-    canvas.savefig(Path(__file__).parent.parent / "docs" / "engine-context.png")
+    canvas.savefig(Path(__file__).parent.parent / "docs" / "images" / "engine-context.png")
     return rows
 
 

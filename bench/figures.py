@@ -1,4 +1,5 @@
-"""The figures of docs/mla.md, moe.md and mtp.md: `python bench/figures.py [--base FOLDER] [--zero FOLDER]` (1 minute).
+"""The figures of docs/algorithms/mla.md, moe.md and mtp.md: `python bench/figures.py [--base FOLDER] [--zero FOLDER]`
+(1 minute).
 
 cache.png    bytes an engine keeps per token: V3's latents against keys and values of the same heads, by arithmetic;
              v3-tiny's from the memory its cache takes
@@ -33,7 +34,7 @@ from thinkstack.train.balance import expert_counts
 from thinkstack.types import Batch, Message, SamplingParams
 
 ROW_TOKENS = 256
-DOCS = Path("docs")
+IMAGES = Path("docs/images")
 PUZZLES = ("chain", "nested", "cups", "kinship")
 
 
@@ -128,7 +129,7 @@ def plot_cache() -> None:
     bars = axes.barh(list(kinds), [value / 1000 for value in kinds.values()], color=COLORS[:3])
     axes.bar_label(bars, [f"{value / 1000:,.0f} KB" for value in kinds.values()], padding=4)
     axes.set_xlim(right=4_800)
-    canvas.savefig(DOCS / "cache.png")
+    canvas.savefig(IMAGES / "cache.png")
 
 
 def plot_experts(use: torch.Tensor, found: list[Answered]) -> None:
@@ -143,7 +144,7 @@ def plot_experts(use: torch.Tensor, found: list[Answered]) -> None:
         axes.set_xticks(range(use.shape[2]))
         axes.set_yticks(range(len(found)), [f"{kind.family}, {kind.language}" for kind in found])
     canvas.colorbar(image, ax=canvas.axes, label="use relative to even")
-    canvas.savefig(DOCS / "experts.png")
+    canvas.savefig(IMAGES / "experts.png")
 
 
 def plot_drafts(rows: dict[str, dict[str, tuple[float, float, int]]]) -> None:
@@ -161,7 +162,7 @@ def plot_drafts(rows: dict[str, dict[str, tuple[float, float, int]]]) -> None:
     axes.set_ylim(0.8, 1)
     axes.axhspan(0.85, 0.90, color="#9aa0a8", alpha=0.3, linewidth=0, label="published for V3")
     axes.legend(frameon=True, ncols=3, loc="lower right", fontsize=8)
-    canvas.savefig(DOCS / "drafts.png")
+    canvas.savefig(IMAGES / "drafts.png")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 For every instruction set that this processor has, in a process of its own that is capped to it (torch, oneDNN and MKL
 too), on one thread, nothing else running. A pair is the best of some repetitions by the kernel over the best of as many
 without, in turn; the least ratio of n pairs counts. --write puts it into thinkstack/kernels/table.toml, which
-says what is used where (docs/kernels.md).
+says what is used where (docs/internals/kernels.md).
 """
 
 import argparse

@@ -58,7 +58,7 @@ class VllmServer:
         self.log = Path(tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
         command += ["--port", port, "--enable-scale-out", "--skip-tokenizer-init", "--served-model-name", "policy"]
-        command += ["--enforce-eager", "--no-enable-chunked-prefill", *settings]  # see docs/engine.md
+        command += ["--enforce-eager", "--no-enable-chunked-prefill", *settings]  # see docs/internals/engine.md
         self.command = [str(part) for part in command]
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -18,7 +18,7 @@ PPO = {"advantage": "gae", "dynamic_sampling": False}
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ppo_learns_the_bandit_and_its_critic_the_returns(make_bandit, seed):
-    """At 5e-3, where groups learn, PPO ends at 7 of 8 arms for half of the seeds: docs/ppo.md."""
+    """At 5e-3, where groups learn, PPO ends at 7 of 8 arms for half of the seeds: docs/algorithms/ppo.md."""
     optim = OptimConfig(learning_rate=2e-3, weight_decay=0.0)
     trainer = TrainerConfig(optim=optim, dtype="fp32", bias_speed=0.0, mtp_weight=0.0)
     rl = make_bandit(seed, critic=CriticConfig(learning_rate=5e-3), trainer=trainer, **PPO)

@@ -1,4 +1,5 @@
-"""Known mistakes of RL trainers that only several parts of the package together can make; docs/grpo.md lists all 72."""
+"""Known mistakes of RL trainers that only several parts of the package together can make; docs/algorithms/grpo.md lists
+all 72."""
 
 import re
 from dataclasses import replace
@@ -23,7 +24,7 @@ from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import Batch, Message
 
-PAGE = Path(__file__).parents[2] / "docs" / "grpo.md"
+PAGE = Path(__file__).parents[2] / "docs" / "algorithms" / "grpo.md"
 PLAIN = TrainerConfig(dtype="fp32", micro_batch_tokens=64, mtp_weight=0.0, balance_weight=0.0, bias_speed=0.0)
 
 

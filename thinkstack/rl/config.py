@@ -67,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ppo": {"advantage": "gae", "dynamic_sampling": False, "loss": {"reduction": "token", **PPO_CLIP}},
 }
-"""Default settings of each preset; docs/grpo.md gives the source of each number. "paper": R1 paper, section 2.2.1 and
-supplement 2.4; the paper does not state the clip of R1-Zero, so 0.2 is PPO's."""
+"""Default settings of each preset; docs/algorithms/grpo.md gives the source of each number. "paper": R1 paper, section
+2.2.1 and supplement 2.4; the paper does not state the clip of R1-Zero, so 0.2 is PPO's."""
 DEFINING: dict[str, dict[str, Any]] = {
     "dr_grpo": {"advantage": "centered", "loss.reduction": "fixed"},
     "dapo": {"loss.reduction": "token", "dynamic_sampling": True},

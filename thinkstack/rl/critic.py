@@ -1,4 +1,4 @@
-"""The critic of PPO, which GRPO does without (docs/ppo.md)."""
+"""The critic of PPO, which GRPO does without (docs/algorithms/ppo.md)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

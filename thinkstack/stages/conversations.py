@@ -1,7 +1,7 @@
 """Read conversations for supervised fine-tuning from files in the formats of published data sets.
 
 Nothing is dropped silently: an unread key that may carry content raises ConfigError, other unused keys are logged once
-per file. docs/sft.md has the table.
+per file. docs/guides/sft.md has the table.
 """
 
 from collections import Counter

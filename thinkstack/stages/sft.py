@@ -35,7 +35,7 @@ class SftConfig:
     start: str
     """Checkpoint or earlier stage to start from."""
     data: tuple[str, ...] = ()
-    """Files of conversations, in the formats of docs/sft.md."""
+    """Files of conversations, in the formats of docs/guides/sft.md."""
     tasks: tuple[str, ...] = ()
     """Generated tasks whose worked solutions are added to the data as thinking."""
     num_examples: Count = 2000

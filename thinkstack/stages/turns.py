@@ -1,6 +1,6 @@
 """Parse the turns of published conversations into Messages: roles, reasoning, tool calls, tools and loss masks.
 
-docs/sft.md lists the accepted keys. An unknown key of a turn raises ConfigError, because it may carry content.
+docs/guides/sft.md lists the accepted keys. An unknown key of a turn raises ConfigError, because it may carry content.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The chat formats of DeepSeek-V3, R1, R1-0528 and V3.1: turns, thinking, tools.
 
 A reimplementation of the chat templates in the tokenizer_config.json of DeepSeek-V3-0324, DeepSeek-R1 (revision
-56d4cbb), DeepSeek-R1-0528 and DeepSeek-V3.1; docs/templates.md lists the differences.
+56d4cbb), DeepSeek-R1-0528 and DeepSeek-V3.1; docs/formats/templates.md lists the differences.
 """
 
 import json

@@ -95,7 +95,7 @@ def training_memory(cfg: ModelConfig, shape: TrainingShape) -> dict[str, int]:
     and of all workers, at the time of their maximum: gradients, activations (saved for the backward pass) and transient
     (of the operation that runs then: logits, gradients of activations, scratch). Not counted: the program itself, the
     integer tensors of the batch, buffers of torch's libraries (some megabytes), and fragmentation of the C library's
-    heap (docs/memory.md).
+    heap (docs/internals/memory.md).
     """
     if shape.row_tokens > cfg.max_positions:
         raise ConfigError(f"row_tokens={shape.row_tokens} exceeds the model's {cfg.max_positions} positions; use fewer")

@@ -1,4 +1,4 @@
-"""The policy-gradient objective as one pure function with independent choices (docs/grpo.md).
+"""The policy-gradient objective as one pure function with independent choices (docs/algorithms/grpo.md).
 
 The choices: token or sequence ratios, PPO's clip or CISPO's cap, KL estimator and placement, importance weights for the
 engine's probabilities. Named algorithms are values of the configuration.

@@ -21,9 +21,10 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained and the engine of the same stage samples; "auto": on CUDA if available."""
     compile: bool = False
-    """Compile the blocks with torch.compile (costs in docs/gpu.md); on CUDA attention is FlexAttention."""
+    """Compile the blocks with torch.compile (costs in docs/internals/gpu.md); on CUDA attention is FlexAttention."""
     fp8: Literal["off", "fp32", "ue8m0"] = "off"
-    """fp8 matrix products in the blocks, with scales of this kind (docs/gpu.md); needs dtype="bf16" or "auto"."""
+    """fp8 matrix products in the blocks, with scales of this kind (docs/internals/gpu.md); needs dtype="bf16" or
+    "auto"."""
     micro_batch_tokens: Count = 2048
     """Maximum tokens of a micro-batch (one forward and backward pass)."""
     workers: Count = 1

@@ -18,7 +18,7 @@ from thinkstack.checkpoint.source import OutputFormat
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
 from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
 from thinkstack.models.precision import refresh
-from thinkstack.models.quantized import dequantize_model, pack, quantizable_matrices, quantized_weights
+from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model, quantized_weights
 from thinkstack.quant.fp8 import E4M3, FP8Blocks
 from thinkstack.types import ConfigError
 
@@ -215,7 +215,7 @@ def test_fp8_that_the_configuration_does_not_announce_is_refused(tmp_path: Path)
 
 def test_packing_and_widening_in_place_keep_the_function_of_the_model():
     model, ids = tiny_model(GQA_TINY), torch.arange(20).view(1, 20)
-    pack(model, FP8Blocks(), quantizable_matrices(model))
+    quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     assert {name.split(".")[2] for name in quantized_weights(model)} == {"attention", "ffn"}
     packed = model(ids)
     assert torch.equal(packed, dequantize_model(model)(ids)) and not quantized_weights(model)
@@ -228,7 +228,7 @@ BIASED = replace(GQA_TINY, attention=replace(GQA_TINY.attention, qkv_bias=True),
 def test_gradients_pass_through_packed_matrices(cfg: ModelConfig):
     """The same gradients reach what learns beside them: embedding, norms, biases."""
     model, ids = tiny_model(cfg), torch.arange(20).view(1, 20)
-    pack(model, FP8Blocks(), quantizable_matrices(model))
+    quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     wide = dequantize_model(copy.deepcopy(model))
     for twin in (model, wide):
         twin(ids).square().mean().backward()
@@ -242,7 +242,7 @@ def test_gradients_pass_through_packed_matrices(cfg: ModelConfig):
 
 def test_only_the_experts_in_use_are_dequantized(monkeypatch):
     model = tiny_model(WIDE)
-    pack(model, FP8Blocks(), quantizable_matrices(model))
+    quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     dequantized = []
     monkeypatch.setattr(
         FP8Blocks, "dequantize_model", lambda self, parts, out: dequantized.append(out.shape) or out.zero_()
@@ -255,7 +255,7 @@ def test_only_the_experts_in_use_are_dequantized(monkeypatch):
 
 def test_casting_a_model_leaves_packed_numbers_alone():
     model = tiny_model(WIDE)
-    pack(model, FP8Blocks(), quantizable_matrices(model))
+    quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     before = {name: p.parts() for name, p in quantized_weights(model).items()}
     model.to(torch.bfloat16)
     for name, packed in quantized_weights(model).items():

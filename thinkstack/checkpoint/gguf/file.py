@@ -2,7 +2,7 @@
 
 The header is parsed here and not by the package gguf: its reader follows a damaged array length without bounds, and
 creates an object per string, which takes seconds for a vocabulary. Dequantization uses the package. Source of the
-format: llama.cpp's ggml repository, docs/gguf.md (version 3; version 2 has the same layout).
+format: llama.cpp's ggml repository, docs/formats/gguf.md (version 3; version 2 has the same layout).
 """
 
 import math
