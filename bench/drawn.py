@@ -19,7 +19,7 @@ from thinkstack.models.config import (
     YarnConfig,
 )
 
-PUZZLES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "deepseek_v3", "qwen3_moe")
+FAMILIES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "deepseek_v3", "qwen3_moe")
 """Family of case n: the entry n modulo their number; V3 twice, as it has the most to get wrong."""
 PADDINGS = ("none", "right", "left")
 
@@ -45,7 +45,7 @@ class Case:
 def random_case(number: int) -> Case:
     """Case `number` of an endless list."""
     rng = Random(f"odd {number}")
-    family = PUZZLES[number % len(PUZZLES)]
+    family = FAMILIES[number % len(FAMILIES)]
     rows, tokens, padding = rng.randint(1, 3), rng.randint(6, 24), rng.choice(PADDINGS)
     lengths = [tokens if padding == "none" else rng.randint(3, tokens) for _ in range(rows)]
     places = torch.arange(tokens)

@@ -1,4 +1,4 @@
-"""Fifty odd models of all families: logits and gradients against transformers, and that the bounds notice mistakes."""
+"""Fifty random models of all families: logits and gradients against transformers, and the sensitivity of the bounds."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,21 +14,20 @@ from thinkstack.models.transformer import Transformer
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-from bench.random_model import FAMILIES, PADDINGS, random_case  # noqa: E402
-
+from bench.drawn import FAMILIES, PADDINGS, random_case  # noqa: E402
 from bench.parity import NUM_DRAWN, case_error, drawn_error, logit_error, opened, random_model  # noqa: E402
 
 CASES = [random_case(number) for number in range(NUM_DRAWN)]
 
 
 @pytest.mark.parametrize("number", range(NUM_DRAWN), ids=lambda number: f"{number}-{random_case(number).cfg.family}")
-def test_logits_and_gradients_of_a_drawn_model_equal_transformers(number: int, tmp_path: Path):
+def test_logits_and_gradients_of_a_random_model_equal_transformers(number: int, tmp_path: Path):
     error = drawn_error(number, tmp_path / "model")
     assert error.is_within_bounds, (error, random_case(number))
 
 
 def kinds(cfg: ModelConfig) -> set[str]:
-    """What is unusual about a model."""
+    """Return the unusual features of a model."""
     a, rope = cfg.attention, cfg.rope
     found = {
         "odd heads": a.num_heads % 2 == 1 and a.num_heads > 1,
@@ -66,7 +65,7 @@ def kinds(cfg: ModelConfig) -> set[str]:
     return {name for name, is_so in found.items() if is_so} | {cfg.family}
 
 
-def test_the_drawn_models_have_every_oddity_at_least_twice():
+def test_the_random_models_have_every_feature_at_least_twice():
     seen = Counter(kind for case in CASES for kind in kinds(case.cfg) | {f"padding {case.padding}"})
     all_kinds = 8 + 5 + 5 + 4 + len(set(FAMILIES)) + len(PADDINGS)
     assert len(seen) == all_kinds and min(seen.values()) >= 2, seen
@@ -77,7 +76,7 @@ def case_with(kind: str) -> int:
 
 
 def without(cfg: ModelConfig, kind: str) -> ModelConfig:
-    """A model that misreads one thing."""
+    """Return a model that misreads one setting."""
     if kind == "llama3":
         return replace(cfg, rope=replace(cfg.rope, llama3=None))
     if kind == "linear":
@@ -91,7 +90,7 @@ def without(cfg: ModelConfig, kind: str) -> ModelConfig:
 
 @pytest.mark.parametrize("kind", ["llama3", "linear", "raw weights", "biases", "head norms"])
 @torch.no_grad()
-def test_the_bounds_notice_what_is_misread(kind: str):
+def test_the_bounds_detect_misread_settings(kind: str):
     case = CASES[case_with(kind)]
     model = random_model(case.cfg)
     blind = Transformer(without(case.cfg, kind))
@@ -101,11 +100,11 @@ def test_the_bounds_notice_what_is_misread(kind: str):
 
 
 def spoilt(scale: float) -> Callable[[torch.nn.Module, object, torch.Tensor], torch.Tensor]:
-    """A hook that leaves a layer's output alone and scales the gradient that comes back through it."""
+    """A hook that keeps a layer's output and scales the gradient that flows back through it."""
     return lambda module, args, out: out * scale + (out * (1 - scale)).detach()
 
 
-def test_the_bounds_notice_a_gradient_that_is_off_by_a_thousandth(tmp_path: Path):
+def test_the_bounds_detect_a_gradient_that_is_off_by_a_thousandth(tmp_path: Path):
     number = FAMILIES.index("llama")
     case = CASES[number]
     model = random_model(case.cfg, number)

@@ -258,9 +258,9 @@ def _quantized_together(name: str) -> list[str]:
     return [f"{owner}.{stack}" for stack in STACKED] if leaf in STACKED else [name]
 
 
-def part_of(whole: Tensor, entry: TensorEntry) -> Tensor:
+def part_of(tensor: Tensor, entry: TensorEntry) -> Tensor:
     """Return the view of a model tensor that corresponds to a tensor on disk."""
-    return whole.unflatten(1, (STACKED[entry.source.rpartition(".")[2]], -1))[entry.part] if entry.part else whole
+    return tensor.unflatten(1, (STACKED[entry.source.rpartition(".")[2]], -1))[entry.part] if entry.part else tensor
 
 
 @torch.no_grad()
