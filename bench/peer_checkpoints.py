@@ -112,7 +112,7 @@ def said_by(peer, tok=None) -> dict:
     for _ in range(6):
         greedy.append(int(peer(torch.tensor([greedy])).logits[0, -1].argmax()))
     said = {
-        "prompt_token_ids": ids,
+        "prompt_ids": ids,
         "logits": [round(x, 6) for x in logits.tolist()[::16]],
         "greedy": greedy[len(ids) :],
     }

@@ -1,4 +1,4 @@
-"""Files as people have them: pointers in place of files, capitals, stages of runs, tokens absent or impossible."""
+"""Files as users have them: LFS pointers, upper-case suffixes, stages of runs, missing or impossible tokens."""
 
 import json
 import logging
@@ -41,8 +41,8 @@ def edit(path: Path, **changes: object) -> None:
         ("model.safetensors.index.json", POINTER, "git lfs pull"),
     ],
 )
-def test_what_stands_in_place_of_a_file_is_called_that(file: str, content: str, words: str, tmp_path: Path):
-    """A pointer of Git LFS was called cut off and was to be fetched again, which fetches the same pointer."""
+def test_content_in_place_of_a_file_is_identified(file: str, content: str, words: str, tmp_path: Path):
+    """Regression: a Git LFS pointer was reported as a truncated file to fetch again, which fetches the same pointer."""
     folder = saved(tmp_path / "model")
     (folder / file).write_text(content)
     if file.endswith("index.json"):
@@ -55,7 +55,7 @@ def test_what_stands_in_place_of_a_file_is_called_that(file: str, content: str, 
         load(folder)
 
 
-def test_a_gguf_is_one_in_capitals_too_and_a_pointer_in_its_place_is_none(tmp_path: Path):
+def test_a_gguf_suffix_may_be_upper_case_and_an_lfs_pointer_is_refused(tmp_path: Path):
     folder = saved(tmp_path / "model", mtp_layers=0)
     convert(str(folder), tmp_path / "A.GGUF")
     assert load_model(tmp_path / "A.GGUF").cfg.family == "deepseek_v3"
@@ -69,7 +69,7 @@ def test_a_gguf_is_one_in_capitals_too_and_a_pointer_in_its_place_is_none(tmp_pa
     [("out.gguf", "hf"), ("out.gguf", "deepseek"), ("OUT.GGUF", "hf"), ("a.safetensors", None), ("a.bin", "hf")],
 )
 def test_a_name_that_contradicts_the_format_is_refused(name: str, to: str | None, tmp_path: Path):
-    """`convert M out.gguf` wrote a folder of that name."""
+    """Regression: `convert M out.gguf` wrote a folder of that name."""
     with pytest.raises(ConfigError, match=name):
         convert(str(saved(tmp_path / "model")), tmp_path / name, to)
     assert not (tmp_path / name).exists()
@@ -79,21 +79,21 @@ def test_a_name_that_contradicts_the_format_is_refused(name: str, to: str | None
     ("name", "to", "is_file"),
     [("out.gguf", None, True), ("OUT.GGUF", "gguf", True), ("out", None, False), ("v1.0", None, False)],
 )
-def test_the_ending_decides_the_format_where_none_is_named(name: str, to: str | None, is_file: bool, tmp_path: Path):
+def test_the_suffix_determines_the_default_format(name: str, to: str | None, is_file: bool, tmp_path: Path):
     convert(str(saved(tmp_path / "model", mtp_layers=0)), tmp_path / name, to)
     assert (tmp_path / name).is_file() == is_file
     assert load_model(tmp_path / name).cfg.family == "deepseek_v3"
 
 
 @pytest.mark.parametrize(("name", "is_folder"), [("a.gguf", True), ("a", False)])
-def test_what_is_there_already_is_not_replaced_by_another_kind(name: str, is_folder: bool, tmp_path: Path):
+def test_an_existing_file_is_not_replaced_by_a_folder_or_vice_versa(name: str, is_folder: bool, tmp_path: Path):
     (tmp_path / name).mkdir() if is_folder else (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match=name):
         convert(str(saved(tmp_path / "model")), tmp_path / name)
     assert (tmp_path / name).is_dir() == is_folder
 
 
-def test_the_folder_of_a_stage_is_its_model(tmp_path: Path):
+def test_the_folder_of_a_stage_loads_its_model(tmp_path: Path):
     saved(tmp_path / "run" / "zero" / "model", mtp_layers=0)
     assert load_model(tmp_path / "run" / "zero").cfg == load_model(tmp_path / "run" / "zero" / "model").cfg
     assert load_chat(tmp_path / "run" / "zero").name == "v3"
@@ -119,13 +119,13 @@ def test_eos_is_none_one_or_several(value: object, ends: tuple[int, ...]):
     ("value", "words"), [(48, "48, beyond the 48 rows"), ([1, 99], "99, beyond"), (-2, "-2, which is no"), ("a", "'a'")]
 )
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
-def test_a_token_that_cannot_be_is_told_from_none(key: str, value: object, words: str):
+def test_an_impossible_token_id_is_refused(key: str, value: object, words: str):
     with pytest.raises(ConfigError, match=f"{key}.*{words}"):
         from_hf(to_hf(GQA_TINY) | {key: value}, "config.json")
 
 
-def test_texts_begin_with_the_tokenizer_s_token_and_it_is_said_once(tmp_path: Path, caplog):
-    """R1's own Qwen students name another BOS in config.json than their tokenizer begins with."""
+def test_texts_begin_with_the_bos_of_the_tokenizer_and_it_is_logged_once(tmp_path: Path, caplog):
+    """In R1's distilled Qwen models, the BOS in config.json differs from the first token of the tokenizer."""
     folder = saved(tmp_path / "model", mtp_layers=0)
     edit(folder / "config.json", bos_token_id=5)
     with caplog.at_level(logging.INFO):
@@ -138,7 +138,7 @@ def test_texts_begin_with_the_tokenizer_s_token_and_it_is_said_once(tmp_path: Pa
 
 @pytest.mark.parametrize("begin", [[], ["<s>"], ["<s>", "<t>"]])
 @pytest.mark.parametrize("end", [[], ["</s>"], ["</s>", "<t>"]])
-def test_what_a_tokenizer_appends_stands_in_no_prompt(begin: list[str], end: list[str]):
+def test_tokens_that_a_tokenizer_appends_are_not_in_prompts(begin: list[str], end: list[str]):
     spec = json.loads(tiny_tokenizer().spec)
     spec["added_tokens"] = [
         spec["added_tokens"][0] | {"id": place, "content": token}
@@ -163,8 +163,8 @@ def test_what_a_tokenizer_appends_stands_in_no_prompt(begin: list[str], end: lis
 
 @pytest.mark.parametrize("side", ["Left", "Right"])
 @pytest.mark.parametrize("size", [1, 8])
-def test_truncation_and_padding_in_the_file_touch_no_ids(side: str, size: int):
-    """Prompts were cut and filled with pads, silently."""
+def test_truncation_and_padding_in_the_file_are_ignored(side: str, size: int):
+    """Regression: prompts were silently truncated and padded."""
     spec = json.loads(tiny_tokenizer().spec)
     spec["truncation"] = {"direction": side, "max_length": size, "strategy": "LongestFirst", "stride": 0}
     pad = {"pad_id": 2, "pad_type_id": 0, "pad_token": "<pad>", "pad_to_multiple_of": None}

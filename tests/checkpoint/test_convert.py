@@ -1,4 +1,4 @@
-"""The command that converts: what is kept beside the weights, what is refused, and that it streams."""
+"""Conversion: kept side files, refused settings, and bounded memory."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def write_checkpoint(folder: Path, cfg=CFG) -> Path:
 
 
 def shipped(folder: Path) -> Path:
-    """A folder as others publish them: settings of their own, a template in its own file, several end tokens."""
+    """Write a folder like published ones: additional settings, a template in a separate file, several end tokens."""
     tokenizer = tiny_tokenizer()
     save_model(folder, tiny_model(CFG, eos_ids=(1, 4)), tokenizer, TemplateFormat(tokenizer, TEMPLATE, BOS, EOS))
     edit(folder / "tokenizer_config.json", chat_template=None, pad_token="<｜▁pad▁｜>", padding_side="left")
@@ -56,7 +56,7 @@ def edit(path: Path, **changes: object) -> None:
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """A disk on which no file grows beyond `num_bytes`."""
+    """Limit the file size to `num_bytes`, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -77,7 +77,7 @@ def test_tensors_are_rounded_once_and_the_balance_bias_never(dtype: str, kind: t
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
 
 
-def test_everything_shipped_beside_the_weights_is_kept_but_pickles(tmp_path: Path):
+def test_all_side_files_except_pickles_are_kept(tmp_path: Path):
     folder = shipped(tmp_path / "model")
     convert(str(folder), tmp_path / "out", dtype="bf16")
     names = {path.name for path in folder.iterdir()} - {"pytorch_model.bin"}
@@ -88,7 +88,7 @@ def test_everything_shipped_beside_the_weights_is_kept_but_pickles(tmp_path: Pat
     assert config == before | {"torch_dtype": "bfloat16"}
 
 
-def test_a_tuned_model_keeps_the_settings_of_the_one_it_came_from(tmp_path: Path):
+def test_a_trained_model_keeps_the_settings_of_its_base(tmp_path: Path):
     folder = shipped(tmp_path / "base")
     chat = load_chat(folder)
     save_model(tmp_path / "tuned", load_model(folder), chat.tokenizer, chat, like=folder)
@@ -117,7 +117,7 @@ def test_transformers_opens_a_tuned_model_with_its_pad_token_and_end_tokens(tmp_
     assert model.generation_config.eos_token_id == [1, 4, 3] and model.generation_config.temperature == 0.3
 
 
-def test_a_format_of_ours_has_sampling_parameters(tmp_path: Path):
+def test_our_formats_define_sampling_settings(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     write_checkpoint(tmp_path / "model")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
@@ -125,7 +125,7 @@ def test_a_format_of_ours_has_sampling_parameters(tmp_path: Path):
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, 2)
 
 
-def test_shards_are_no_larger_than_asked_and_indexed(tmp_path: Path):
+def test_shards_respect_the_size_limit_and_are_indexed(tmp_path: Path):
     convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "out", max_shard_gb=1e-4)
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(path).values()) <= 10**5 for path in shards)
@@ -156,14 +156,14 @@ def test_a_full_disk_leaves_the_older_folder_and_nothing_else(to: str, tmp_path:
 GQA_TINY_LARGE = replace(GQA_TINY, vocab_size=384)
 
 
-def test_a_model_that_the_disk_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch):
+def test_a_model_larger_than_the_free_disk_is_refused_before_writing(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"needs 0\.0 GB and the disk has 0\.0 GB free"):
         convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
 
 
-def test_an_adapter_is_no_model_and_names_the_command(tmp_path: Path):
+def test_an_adapter_is_refused_with_the_merge_command(tmp_path: Path):
     model = load_model(write_checkpoint(tmp_path / "base"))
     adapt(model, LoRAConfig(rank=2))
     save_adapter(tmp_path / "adapter", model, LoRAConfig(rank=2), str(tmp_path / "base"))
@@ -187,10 +187,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
         ({"dtype": "int4"}, "dtype='int4' is not known in hf; known: fp32, fp16, bf16, fp8, fp8-ue8m0"),
         ({"dtype": "bf16", "to": "gguf"}, "known: F32, F16, BF16, Q8_0, Q4_0"),
         ({"max_shard_gb": 0.0}, "max-shard-gb=0.0 must be above 0"),
-        ({"model_parallel": 2}, "model-parallel=2 is for the deepseek layout"),
+        ({"model_parallel": 2}, "model-parallel=2 applies only to the deepseek layout"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], words: str, tmp_path: Path):
+def test_invalid_settings_are_refused(settings: dict[str, object], words: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=words):
         convert(str(write_checkpoint(tmp_path / "model")), tmp_path / "out", **settings)
 
@@ -226,12 +226,12 @@ for how in ("bfloat16", "float8_e4m3fn", "convert"):
     print(how, resident("VmHWM") - before, size)
 """
 PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""glibc: blocks above 64 kB are pages of their own, given back when freed."""
+"""glibc: allocations above 64 kB use separate pages, which are returned when freed."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_loading_takes_a_fifth_more_than_the_model_at_most_and_converting_no_model(tmp_path: Path):
-    """153 MB of fp32 in one file; beside the model eight of its largest matrices, of 4 MB."""
+def test_loading_peaks_below_1_2_models_and_converting_below_one(tmp_path: Path):
+    """153 MB of fp32 in one file; allowed on top of the model are eight of its largest matrices, of 4 MB each."""
     dense = replace(CFG.moe, first_dense_layers=12)
     cfg = replace(CFG, hidden_size=512, intermediate_size=2048, mtp_layers=0, num_layers=12, moe=dense)
     save_model(tmp_path / "big", tiny_model(cfg))

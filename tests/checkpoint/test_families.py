@@ -1,4 +1,4 @@
-"""Every family through the formats: FP8 kept and back, and the chains that conversions make."""
+"""Every family through the formats: round trips in FP8, and chains of conversions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,11 @@ from thinkstack.models.moe import MoE
 from thinkstack.quant.fp8 import E4M3
 
 FAMILIES = ("v3-671b", "v2-lite", "smollm2-135m", "r1-distill-qwen-7b", "qwen3-8b", "qwen3-30b-a3b")
-"""One named size of each family."""
+"""A named size of each family."""
 
 
 def shrunk(name: str) -> ModelConfig:
-    """That family's architecture at a size that takes milliseconds; blocks of 128 are ragged."""
+    """Return the architecture of the family at a tiny size; blocks of 128 are ragged."""
     cfg = named(name)
     if isinstance(cfg.attention, MLAConfig):
         attention = replace(
@@ -39,7 +39,7 @@ def shrunk(name: str) -> ModelConfig:
         moe = replace(
             moe,
             num_experts=4,
-            top_k=2,
+            num_experts_per_tok=2,
             moe_intermediate_size=20,
             **groups,
             first_dense_layers=moe.first_dense_layers % 2,
@@ -51,7 +51,7 @@ def shrunk(name: str) -> ModelConfig:
 
 
 def write_checkpoint(folder: Path, cfg: ModelConfig) -> Path:
-    """A bf16 checkpoint with drawn weights."""
+    """Write a bf16 checkpoint with random weights."""
     model = tiny_model(cfg)
     for module in model.modules():
         if isinstance(module, MoE) and cfg.family != "deepseek_v3":
@@ -62,13 +62,13 @@ def write_checkpoint(folder: Path, cfg: ModelConfig) -> Path:
     return folder
 
 
-def test_the_sizes_here_are_of_all_families():
+def test_all_families_are_covered():
     assert {named(name).family for name in FAMILIES} == {named(name).family for name in NAMED}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_every_family_is_kept_in_fp8_and_comes_back(name: str, tmp_path: Path):
+def test_every_family_round_trips_in_fp8(name: str, tmp_path: Path):
     cfg, ids = shrunk(name), torch.arange(20).view(1, 20)
     convert(str(write_checkpoint(tmp_path / "bf16", cfg)), tmp_path / "fp8", dtype="fp8")
     kept, wide = load_model(tmp_path / "fp8", E4M3), load_model(tmp_path / "fp8", torch.bfloat16)
@@ -81,8 +81,8 @@ def test_every_family_is_kept_in_fp8_and_comes_back(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_every_family_goes_through_gguf_and_back(name: str, tmp_path: Path):
-    """The MTP module of V3 goes with it."""
+def test_every_family_round_trips_through_gguf(name: str, tmp_path: Path):
+    """Includes the MTP module of V3."""
     cfg, ids = shrunk(name), torch.arange(20).view(1, 20)
     folder = write_checkpoint(tmp_path / "bf16", cfg)
     convert(str(folder), tmp_path / "model.gguf", to="gguf")

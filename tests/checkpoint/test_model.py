@@ -1,4 +1,4 @@
-"""Complete folders: what is saved is loaded, what does not fit is refused, and nothing is left half-written."""
+"""Complete checkpoint folders: round trips, refused mismatches, and no partial writes."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def test_saving_again_gives_the_same_files(tmp_path: Path):
         assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_an_older_folder_is_replaced_whole(tmp_path: Path):
+def test_an_older_folder_is_replaced_completely(tmp_path: Path):
     saved(tmp_path / "model")
     save_model(tmp_path / "model", tiny_model(GQA_TINY))
     assert load_model(tmp_path / "model").cfg == GQA_TINY
@@ -66,7 +66,7 @@ def test_an_older_folder_is_replaced_whole(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_parameters_come_in_the_asked_precision_and_the_bias_in_fp32(tmp_path: Path):
+def test_parameters_have_the_requested_dtype_and_the_bias_fp32(tmp_path: Path):
     model = load_model(saved(tmp_path / "model"), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
@@ -75,21 +75,21 @@ def test_parameters_come_in_the_asked_precision_and_the_bias_in_fp32(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["r1_zero", "r1_zero_short", "v3", "r1"])
-def test_the_chat_format_is_kept(name: str, tmp_path: Path):
+def test_the_chat_format_round_trips(name: str, tmp_path: Path):
     chat = load_chat(saved(tmp_path / "model", chat_format=name))
     assert chat.name == name
     assert chat.tokenizer.spec == tiny_tokenizer().spec
 
 
-def test_a_template_that_would_change_the_ids_is_not_shipped(tmp_path: Path):
-    """Hugging Face reads the tags in the preamble of r1_zero as control tokens; our format writes them as text."""
+def test_a_template_that_would_change_the_ids_is_not_saved(tmp_path: Path):
+    """Hugging Face reads the tags in the preamble of r1_zero as control tokens; in our format they are text."""
     config = json.loads((saved(tmp_path / "a", chat_format="r1_zero") / "tokenizer_config.json").read_text())
     chat = load_chat(tmp_path / "a")
     as_control = chat.tokenizer.control_id("<think>") in chat.prompt(QUESTION)
     assert ("chat_template" in config) == as_control
 
 
-def test_a_shipped_template_is_read_and_passed_on(tmp_path: Path):
+def test_a_checkpoint_template_is_loaded_and_saved(tmp_path: Path):
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     folder = saved(tmp_path / "model", chat_format=None)
     edit(folder / "tokenizer_config.json", chat_template=template, eos_token={"content": "<｜end▁of▁sentence｜>"})
@@ -100,7 +100,7 @@ def test_a_shipped_template_is_read_and_passed_on(tmp_path: Path):
     assert load_chat(tmp_path / "again").prompt(QUESTION) == chat.prompt(QUESTION)
 
 
-def test_a_template_in_its_own_file_wins(tmp_path: Path):
+def test_a_template_file_takes_precedence(tmp_path: Path):
     folder = saved(tmp_path / "model", chat_format=None)
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": "named"}])
     assert load_chat(folder).template == "named"
@@ -108,8 +108,8 @@ def test_a_template_in_its_own_file_wins(tmp_path: Path):
     assert load_chat(folder).template == "in its file"
 
 
-def test_a_base_model_has_no_template_and_says_what_to_add_once_a_conversation_is_written(tmp_path: Path):
-    """load_chat refused it, and with it the plain continuation that a base model is for."""
+def test_a_base_model_without_template_refuses_conversations_with_advice(tmp_path: Path):
+    """Regression: load_chat refused base models, so plain text could not be continued."""
     folder = saved(tmp_path / "model", chat_format=None)
     chat = load_chat(folder)
     assert not chat.has_template and chat.stop_token_ids == (1,)
@@ -120,7 +120,7 @@ def test_a_base_model_has_no_template_and_says_what_to_add_once_a_conversation_i
     assert "v9" in refused(folder, load_chat)
 
 
-def test_announced_but_missing_mtp_layers_are_left_out_with_a_warning(tmp_path: Path, caplog):
+def test_missing_mtp_layers_are_left_out_with_a_warning(tmp_path: Path, caplog):
     folder = tmp_path / "model"
     save_model(folder, tiny_model(mtp_layers=0))
     edit(folder / "config.json", num_nextn_predict_layers=1)
@@ -172,7 +172,7 @@ def test_an_unstorable_model_leaves_nothing(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_beyond_the_memory_says_so(tmp_path: Path, monkeypatch):
+def test_a_model_larger_than_memory_is_refused(tmp_path: Path, monkeypatch):
     def refuse(model: Transformer) -> None:
         raise RuntimeError("can't allocate memory")
 
@@ -229,7 +229,7 @@ def test_the_package_starts_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_the_package_offers_its_three_entrances():
+def test_the_package_exports_its_three_entry_points():
     assert thinkstack.load_model is load_model
     assert {"Engine", "ChatFormat", "load_model"} <= set(thinkstack.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):

@@ -1,4 +1,4 @@
-"""Folders are whole or absent."""
+"""Atomic writes of folders."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from thinkstack.checkpoint.state import current, load_state, save_state, write_f
 from thinkstack.types import ConfigError
 
 
-def test_state_comes_back_as_it_was(tmp_path: Path):
+def test_state_round_trips(tmp_path: Path):
     tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1, 2])}  # a is not contiguous
     save_state(tmp_path / "state", tensors, {"step": 3, "stream": {"position": 7, "waiting": [1]}})
     found = load_state(tmp_path / "state")
@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_older_folder_and_nothing_else(tmp_path: Path)
     assert load_state(tmp_path / "state") is not None
 
 
-def test_any_other_failure_leaves_nothing_half_written_either(tmp_path: Path):
+def test_any_other_failure_leaves_nothing_half_written(tmp_path: Path):
     def stop(target: Path) -> None:
         (target / "half").write_text("x")
         raise KeyboardInterrupt
@@ -42,7 +42,7 @@ def test_any_other_failure_leaves_nothing_half_written_either(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_replacement_cut_off_between_its_two_renames_is_put_back(tmp_path: Path):
+def test_a_replacement_interrupted_between_its_two_renames_is_restored(tmp_path: Path):
     save_state(tmp_path / "state", {"a": torch.ones(1)}, {"step": 1})
     (tmp_path / "state").rename(tmp_path / "state.old")
     assert current(tmp_path / "state").exists()
@@ -51,9 +51,9 @@ def test_a_replacement_cut_off_between_its_two_renames_is_put_back(tmp_path: Pat
 
 
 @pytest.mark.parametrize("half", ["state.old", "state.writing"])
-def test_what_a_killed_write_left_behind_is_in_nobodys_way(half: str, tmp_path: Path):
-    """A process killed after the second rename left state.old beside state; the next write could not rename onto it and
-    the run, resumed, failed at its first save."""
+def test_leftovers_of_a_killed_write_do_not_block_the_next(half: str, tmp_path: Path):
+    """Regression: a process killed after the second rename left state.old beside state; the next write could not rename
+    onto it, and the resumed run failed at its first save."""
     save_state(tmp_path / "state", {"a": torch.ones(1)}, {"step": 1})
     (tmp_path / half).mkdir()
     (tmp_path / half / "state.json").write_text("{}")

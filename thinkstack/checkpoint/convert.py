@@ -146,8 +146,8 @@ def _make_config(source: TensorSource, path: Path, output_format: OutputFormat) 
     if not path.is_dir() or is_deepseek(path):
         return generated
     replaced = ("dtype", "torch_dtype", "quantization_config")
-    kept = {key: value for key, value in read_json(path / CONFIG).items() if key not in replaced}
-    return kept | {key: generated[key] for key in replaced if key in generated}
+    unchanged = {key: value for key, value in read_json(path / CONFIG).items() if key not in replaced}
+    return unchanged | {key: generated[key] for key in replaced if key in generated}
 
 
 def _write_side_files(source: TensorSource, path: Path, target: Path) -> None:

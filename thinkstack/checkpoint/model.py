@@ -117,8 +117,8 @@ def load_model(
     names = None
     if dtype == E4M3:
         quantization = opened.quantization or FP8Blocks()
-        kept = opened.dtypes.get("model.embed_tokens.weight", torch.bfloat16)
-        dtype = torch.bfloat16 if kept == torch.float64 else kept
+        stored_dtype = opened.dtypes.get("model.embed_tokens.weight", torch.bfloat16)
+        dtype = torch.bfloat16 if stored_dtype == torch.float64 else stored_dtype
         names = quantized_names(opened) if opened.quantization else None
     model = empty_model(opened.cfg, dtype, quantization, names)
     fill(model, opened)
@@ -126,7 +126,7 @@ def load_model(
 
 
 def pick_precision(
-    source: str | Path, asked: AskedPrecision, weights: Quantization = "plain", device: torch.device | str = "cpu"
+    source: str | Path, requested: AskedPrecision, weights: Quantization = "plain", device: torch.device | str = "cpu"
 ) -> Precision:
     """Choose the precision for inference.
 
@@ -134,11 +134,11 @@ def pick_precision(
     reading the weights: "auto" is bf16 if the device multiplies it faster, or if the weights are quantized, since the
     kernels for quantized weights take bf16 everywhere.
     """
-    if asked == "auto" and count_parameters(open_source(source).cfg) < AUTO_BF16_PARAMETERS:
+    if requested == "auto" and count_parameters(open_source(source).cfg) < AUTO_BF16_PARAMETERS:
         return "fp32"
-    if asked == "auto" and weights != "plain":
+    if requested == "auto" and weights != "plain":
         return "bf16"
-    return resolve_precision(asked, device)
+    return resolve_precision(requested, device)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""DeepSeek's own layout against its conversion spelled out here, for every number of ranks; and back."""
+"""DeepSeek's own layout against an independent implementation of its conversion, for several numbers of ranks."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ BLOCKS = replace(
         top_groups=1,
     ),
 )
-"""Two ranks get whole blocks of everything that they share out."""
+"""Every split dimension gives two ranks complete blocks."""
 V2 = replace(
     SMALL,
     family="deepseek_v2",
@@ -58,7 +58,7 @@ WORDS = {
 
 
 def their_conversion(tensors: dict[str, Tensor], num_experts: int, ranks: int, mtp: str) -> list[dict[str, Tensor]]:
-    """The steps of inference/convert.py as its description lists them."""
+    """The steps of inference/convert.py, reimplemented from its description."""
     found: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for name, tensor in tensors.items():
         if mtp in name:
@@ -81,7 +81,7 @@ def their_conversion(tensors: dict[str, Tensor], num_experts: int, ranks: int, m
 
 
 def write_checkpoint(folder: Path, cfg: ModelConfig = SMALL) -> Path:
-    """A bf16 checkpoint in Hugging Face layout."""
+    """Write a bf16 checkpoint in Hugging Face layout."""
     model = tiny_model(cfg)
     if cfg.family == "deepseek_v2":
         for block in model.layers[1:]:
@@ -97,7 +97,7 @@ def write_checkpoint(folder: Path, cfg: ModelConfig = SMALL) -> Path:
     ("cfg", "dtype"),
     [(SMALL, "bf16"), (replace(SMALL, mtp_layers=1), "bf16"), (V2, "bf16"), (BLOCKS, "fp8"), (BLOCKS, "fp8-ue8m0")],
 )
-def test_files_are_those_of_their_own_conversion(cfg: ModelConfig, dtype: str, ranks: int, tmp_path: Path):
+def test_files_equal_those_of_deepseeks_conversion(cfg: ModelConfig, dtype: str, ranks: int, tmp_path: Path):
     convert(str(write_checkpoint(tmp_path / "hf", cfg)), tmp_path / "model", dtype=dtype)
     convert(str(tmp_path / "model"), tmp_path / "theirs", to="deepseek", model_parallel=ranks)
     expected = their_conversion(
@@ -114,7 +114,7 @@ def test_files_are_those_of_their_own_conversion(cfg: ModelConfig, dtype: str, r
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_folder_in_their_layout_comes_back_byte_for_byte(ranks: int, dtype: str, tmp_path: Path):
+def test_a_folder_in_deepseeks_layout_round_trips_byte_for_byte(ranks: int, dtype: str, tmp_path: Path):
     convert(str(write_checkpoint(tmp_path / "hf", BLOCKS)), tmp_path / "model", dtype=dtype)
     convert(str(tmp_path / "model"), tmp_path / "theirs", to="deepseek", model_parallel=ranks)
     convert(str(tmp_path / "theirs"), tmp_path / "again")
@@ -125,7 +125,7 @@ def test_a_folder_in_their_layout_comes_back_byte_for_byte(ranks: int, dtype: st
 
 
 @torch.no_grad()
-def test_a_model_in_their_layout_gives_the_same_logits(tmp_path: Path):
+def test_a_model_in_deepseeks_layout_gives_the_same_logits(tmp_path: Path):
     for cfg in (SMALL, V2):
         hf = write_checkpoint(tmp_path / cfg.family, cfg)
         convert(str(hf), tmp_path / f"{cfg.family}-theirs", to="deepseek", model_parallel=2)
@@ -133,8 +133,8 @@ def test_a_model_in_their_layout_gives_the_same_logits(tmp_path: Path):
         assert torch.equal(load_model(tmp_path / f"{cfg.family}-theirs")(ids), load_model(hf)(ids))
 
 
-def test_the_configuration_of_v3_is_the_one_that_is_shipped():
-    """inference/configs/config_671B.json, as far as its fields differ from the defaults of ModelArgs."""
+def test_the_configuration_of_v3_equals_the_published_one():
+    """The fields of inference/configs/config_671B.json that differ from the defaults of ModelArgs."""
     shipped = {
         "vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61,
         "n_dense_layers": 3, "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8,
@@ -148,8 +148,8 @@ def test_the_configuration_of_v3_is_the_one_that_is_shipped():
 
 
 @pytest.mark.parametrize("shipped", [True, False])
-def test_their_configuration_alone_says_what_the_model_is(shipped: bool, tmp_path: Path):
-    """Without generation_config.json, which their conversion does not copy, the tokenizer names bos and eos."""
+def test_deepseeks_configuration_is_sufficient_to_load(shipped: bool, tmp_path: Path):
+    """DeepSeek's conversion does not copy generation_config.json; BOS and EOS then come from the tokenizer."""
     convert(str(write_checkpoint(tmp_path / "hf", V2)), tmp_path / "theirs", to="deepseek")
     if not shipped:
         (tmp_path / "theirs" / "generation_config.json").unlink()
@@ -162,7 +162,7 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_missing_or_too_much_is_named(tmp_path: Path):
+def test_missing_and_unexpected_parts_are_named(tmp_path: Path):
     folder = tmp_path / "theirs"
     convert(str(write_checkpoint(tmp_path / "hf")), folder, to="deepseek", model_parallel=2)
     config = (folder / CONFIG).read_text()
@@ -189,7 +189,9 @@ def test_what_is_missing_or_too_much_is_named(tmp_path: Path):
         (SMALL, "fp32", 1, "known: bf16, fp8, fp8-ue8m0"),
     ],
 )
-def test_what_their_layout_cannot_hold_is_refused(cfg: ModelConfig, dtype: str, ranks: int, words: str, tmp_path: Path):
+def test_models_that_deepseeks_layout_cannot_store_are_refused(
+    cfg: ModelConfig, dtype: str, ranks: int, words: str, tmp_path: Path
+):
     save_model(tmp_path / "hf", tiny_model(cfg))
     with pytest.raises(ConfigError, match=words):
         convert(str(tmp_path / "hf"), tmp_path / "out", to="deepseek", dtype=dtype, model_parallel=ranks)

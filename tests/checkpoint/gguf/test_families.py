@@ -1,4 +1,4 @@
-"""Every family as a GGUF and back: the same model, laid out as llama.cpp wants it, and refused where it cannot be."""
+"""Round trips of every family through GGUF: equal models, the layout of llama.cpp, and refused models."""
 
 import math
 import os
@@ -102,7 +102,7 @@ CASES = {
 
 
 def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
-    """A model with drawn weights; only V3 files have a place for balance biases."""
+    """Return a model with random weights; balance biases only for V3, the only family that stores them."""
     model = tiny_model(cfg, seed)
     for module in model.modules():
         if isinstance(module, MoE) and cfg.family != "deepseek_v3":
@@ -117,7 +117,7 @@ def write_checkpoint(cfg: ModelConfig, folder: Path, kind: str = "F32", **option
 
 
 def stored(path: Path) -> dict[str, numpy.ndarray]:
-    """Tensors as the package gguf reads them."""
+    """Return the tensors as read by the package gguf."""
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
 
 
@@ -126,7 +126,7 @@ def kinds(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_model_comes_back_bit_for_bit(name: str, tmp_path: Path):
+def test_a_model_round_trips_bit_for_bit(name: str, tmp_path: Path):
     model, path = write_checkpoint(CASES[name], tmp_path)
     loaded = load_model(path)
     free = {"init_std": loaded.cfg.init_std, "embed_init_std": loaded.cfg.embed_init_std}
@@ -135,8 +135,8 @@ def test_a_model_comes_back_bit_for_bit(name: str, tmp_path: Path):
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
-def test_mla_is_laid_out_as_attention_on_latents_wants_it(tmp_path: Path):
-    """Head h of kv_b_proj is N key rows, then V value rows; the keys' cut is transposed. Metadata say one kv head."""
+def test_mla_has_the_layout_for_attention_on_latents(tmp_path: Path):
+    """Head h of kv_b_proj is N key rows, then V value rows; the key part is transposed; metadata have one KV head."""
     model, path = write_checkpoint(V3, tmp_path)
     there, weight = stored(path), model.layers[1].attention.wkv_b.weight.detach().numpy()
     for head in range(4):
@@ -148,7 +148,7 @@ def test_mla_is_laid_out_as_attention_on_latents_wants_it(tmp_path: Path):
     assert {key: fields[f"deepseek2.attention.{key}"].contents() for key in wanted} == wanted
 
 
-def test_experts_lie_in_stacks_and_mtp_modules_behind_the_layers(tmp_path: Path):
+def test_experts_are_stacked_and_mtp_modules_follow_the_layers(tmp_path: Path):
     model, path = write_checkpoint(V3, tmp_path)
     there, moe = stored(path), model.layers[1].ffn
     assert numpy.array_equal(there["blk.1.ffn_up_exps.weight"], moe.w_in.detach().numpy()[:, 32:])
@@ -159,28 +159,28 @@ def test_experts_lie_in_stacks_and_mtp_modules_behind_the_layers(tmp_path: Path)
     assert gguf.GGUFReader(path).fields["deepseek2.block_count"].contents() == 4
 
 
-def test_without_mtp_the_file_is_what_older_versions_know(tmp_path: Path):
+def test_without_mtp_the_file_suits_older_versions(tmp_path: Path):
     path = write_checkpoint(V3, tmp_path, with_mtp=False)[1]
     assert not [name for name in kinds(path) if "nextn" in name or name.startswith("blk.3.")]
     assert load_model(path).cfg.mtp_layers == 0
 
 
 def test_llama_3_frequencies_are_divided_by_a_tensor(tmp_path: Path):
-    """By hand: pair 0 turns 64 / 2 pi > 4 times in 64 tokens and keeps its frequency; the last hardly and is / 8."""
+    """By hand: pair 0 turns 64 / 2 pi > 4 times in 64 tokens and keeps its frequency; the last pair is divided by 8."""
     factors = stored(write_checkpoint(CASES["llama 3"], tmp_path)[1])["rope_freqs.weight"]
     assert factors.shape == (8,)
     assert (factors[0], factors[-1]) == (1.0, 8.0)
 
 
-def test_a_foreign_llama_3_is_read_with_the_published_numbers(tmp_path: Path):
+def test_a_llama_3_of_another_converter_gets_the_published_settings(tmp_path: Path):
     cfg = replace(LLAMA, rope=replace(HALVES, theta=5e5, llama3=Llama3RopeConfig(factor=32.0)))
     path = write_checkpoint(cfg, tmp_path)[1]
     path.write_bytes(path.read_bytes().replace(b"thinkstack.rope.llama3", b"somebodys.rope.llama__"))
     assert load_model(path).cfg.rope == cfg.rope
 
 
-def test_old_files_with_whole_keys_and_values_are_read(tmp_path: Path):
-    """Before llama.cpp attended to latents: kv_b_proj as it is, and the widths of whole keys and values."""
+def test_old_files_with_unsplit_kv_b_proj_are_read(tmp_path: Path):
+    """Files from before llama.cpp attended to latents: unsplit kv_b_proj, and the widths of keys and values."""
     model, path = write_checkpoint(replace(V3, mtp_layers=0), tmp_path)
     reader, old = gguf.GGUFReader(path), tmp_path / "old.gguf"
     writer = gguf.GGUFWriter(old, "deepseek2")
@@ -206,7 +206,7 @@ def test_old_files_with_whole_keys_and_values_are_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_norms_routers_and_biases_stay_whole(kind: str, tmp_path: Path):
+def test_norms_routers_and_biases_are_not_quantized(kind: str, tmp_path: Path):
     found = kinds(write_checkpoint(V3, tmp_path, kind)[1])
     whole = [name for name in found if name.endswith(("norm.weight", "_norm.weight", ".bias", "ffn_gate_inp.weight"))]
     assert {found.pop(name) for name in whole} == {"F32"}
@@ -216,8 +216,8 @@ def test_norms_routers_and_biases_stay_whole(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_numbers_of_few_bits_are_those_of_the_format(kind: str, tmp_path: Path):
-    """By the rule of the format: one factor in fp16 for 32 numbers, of the largest one; Q4_0 has 16 steps from it."""
+def test_quantized_values_follow_the_format(kind: str, tmp_path: Path):
+    """The format: one fp16 factor for 32 numbers, computed from the largest one; Q4_0 has 16 steps."""
     model, path = write_checkpoint(LLAMA, tmp_path, kind)
     weight = model.layers[0].ffn.w1.weight.detach().view(-1, 32)
     if kind == "Q8_0":
@@ -230,13 +230,13 @@ def test_numbers_of_few_bits_are_those_of_the_format(kind: str, tmp_path: Path):
     assert torch.equal((read / step).round(), (read / step).mul(1e3).round().div(1e3))
 
 
-def test_rows_that_are_no_multiple_of_a_block_stay_f16(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_rows_that_are_not_a_multiple_of_a_block_stay_f16(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = write_checkpoint(replace(LLAMA, intermediate_size=80), tmp_path, "Q8_0")[1]
     assert {kind for name, kind in kinds(path).items() if "ffn_down" in name} == {"F16"}
     assert "3 matrices stay F16" in caplog.text
 
 
-def test_a_source_in_bf16_is_written_as_it_is(tmp_path: Path):
+def test_a_source_in_bf16_is_written_unchanged(tmp_path: Path):
     model = random_model(LLAMA).to(torch.bfloat16)
     write_gguf(source_of(model), tmp_path / "model.gguf", "BF16")
     source = open_source(tmp_path / "model.gguf")
@@ -246,7 +246,7 @@ def test_a_source_in_bf16_is_written_as_it_is(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
-    """It takes heads of a Qwen3 to be 128 wide whatever the file says."""
+    """transformers always uses a head width of 128 for Qwen3."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     cfg = CASES[name]
@@ -275,7 +275,7 @@ def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
         ),
     ],
 )
-def test_what_llama_cpp_computes_otherwise_is_refused(cfg: ModelConfig, word: str, tmp_path: Path):
+def test_models_that_llama_cpp_computes_differently_are_refused(cfg: ModelConfig, word: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=word):
         write_checkpoint(cfg, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -306,13 +306,13 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path):
 
 
 def opened(path: Path) -> None:
-    """Everything that a file is read for."""
+    """Read everything from a file: weights, tokenizer and chat format."""
     load_model(path)
     load_chat(path)
 
 
-def test_damaged_bytes_are_refused_or_read_never_worse(tmp_path: Path):
-    """Every place of the header, and truncations: an error by name, in bounded time and memory."""
+def test_damaged_bytes_are_refused_or_read_in_bounded_time(tmp_path: Path):
+    """Every position of the header, and truncations: a ConfigError, in bounded time and memory."""
     chat = chat_format("r1_zero", tiny_tokenizer())
     cfg = replace(V3, hidden_size=32, intermediate_size=32, num_layers=2, vocab_size=360)
     whole = write_checkpoint(cfg, tmp_path, tokenizer=chat.tokenizer, chat=chat)[1].read_bytes()

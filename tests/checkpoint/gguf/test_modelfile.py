@@ -1,4 +1,4 @@
-"""Modelfiles for Ollama: the template writes what our format writes, run here by a small reading of Go's syntax."""
+"""Modelfiles for Ollama: the template gives the output of our format; a small interpreter of Go's syntax runs it."""
 
 import re
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def shipped(template: str, eos: str) -> TemplateFormat:
 
 
 def parts(path: Path) -> tuple[str, str, list[str]]:
-    """Template, system text and other lines of a Modelfile."""
+    """Return template, system text and other lines of a Modelfile."""
     text = path.read_text(encoding="utf-8")
     found = {key: re.search(rf'^{key} """(.*?)"""$', text, re.S | re.M) for key in ("TEMPLATE", "SYSTEM")}
     rest = [line for line in text.splitlines() if line.startswith(("FROM", "PARAMETER"))]
@@ -44,7 +44,7 @@ def parts(path: Path) -> tuple[str, str, list[str]]:
 
 
 def go(template: str, messages: Sequence[Message]) -> str:
-    """What Ollama would write: a range over messages whose body is a chain of comparisons with the role."""
+    """Render a template like Ollama: a range over messages whose body is a chain of comparisons with the role."""
     begin, _, rest = template.partition("{{ range .Messages }}")
     body, _, ask = rest.rpartition("{{ end }}{{ end }}")
     pieces = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', body)
@@ -75,7 +75,7 @@ def test_our_formats_are_written_in_go(name: str, tmp_path: Path):
         (LLAMA, "<|eot_id|>", ""),
     ],
 )
-def test_shipped_templates_are_known_by_what_they_write(template: str, eos: str, system: str, tmp_path: Path):
+def test_templates_are_recognized_by_their_output(template: str, eos: str, system: str, tmp_path: Path):
     chat = shipped(template, eos)
     write_modelfile(tmp_path / "Modelfile", "m.gguf", chat)
     write_checkpoint, default, rest = parts(tmp_path / "Modelfile")
@@ -84,7 +84,7 @@ def test_shipped_templates_are_known_by_what_they_write(template: str, eos: str,
     assert f'PARAMETER stop "{eos}"' in rest
 
 
-def test_an_unknown_template_is_left_to_the_gguf(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_unknown_template_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     chat = replace(shipped(CHATML + ASK, "<|im_end|>"), template=CHATML.replace("+ '\n'", "+ ':'") + ASK)
     write_modelfile(tmp_path / "Modelfile", "m.gguf", chat)
     assert parts(tmp_path / "Modelfile")[0] == ""
@@ -92,11 +92,11 @@ def test_an_unknown_template_is_left_to_the_gguf(tmp_path: Path, caplog: pytest.
 
 
 def test_a_format_whose_text_spells_control_tokens_has_no_template(tmp_path: Path):
-    """R1-Zero's preamble speaks of <think>, which llama.cpp would read as the token."""
+    """R1-Zero's preamble contains <think>, which llama.cpp would read as the token."""
     write_modelfile(tmp_path / "Modelfile", "m.gguf", chat_format("r1_zero", tiny_tokenizer()))
     assert parts(tmp_path / "Modelfile")[0] == ""
 
 
-def test_a_base_model_has_a_line(tmp_path: Path):
+def test_a_base_model_has_only_the_from_line(tmp_path: Path):
     write_modelfile(tmp_path / "Modelfile", "m.gguf")
     assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == "FROM ./m.gguf\n"

@@ -1,4 +1,4 @@
-"""Tokenizers inside a GGUF: ours come back, llama.cpp's rules give their ids, what it has nothing like is refused."""
+"""Tokenizers inside a GGUF: round trips, the choice of a llama.cpp pre-tokenizer, and refused tokenizers."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def read_back(values: dict) -> Tokenizer:
 
 
 def foreign(name: str) -> Tokenizer:
-    """A tokenizer that cuts by one of the rules that llama.cpp knows, its merges learnt with them."""
+    """Train a tokenizer with one of llama.cpp's pre-tokenizers."""
     pre = PRE_TOKENIZERS[name]
     spec = bpe_spec({"<bos>": 0}, [], [added_token(0, "<bos>", True)], pre)
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -54,8 +54,8 @@ def foreign(name: str) -> Tokenizer:
     return Tokenizer(model.to_str())
 
 
-def test_types_say_who_sees_a_token():
-    """Control tokens are hidden, think tags and whole strings are found in any text, spare rows are unused."""
+def test_token_types_determine_visibility():
+    """Control tokens are hidden, think tags and single-token strings are found in any text, spare rows are unused."""
     tokenizer = tiny_tokenizer()
     values = values_of(tokenizer)
     types = dict(zip(values[TOKENS], values[TYPES], strict=True))
@@ -66,8 +66,8 @@ def test_types_say_who_sees_a_token():
     assert len(values[TOKENS]) == len(set(values[TOKENS])) == 400
 
 
-def test_merges_across_our_cuts_are_left_out():
-    """A merge that only <answer> uses would glue "<" to a name elsewhere."""
+def test_merges_across_pre_token_boundaries_are_left_out():
+    """A merge that only <answer> uses would join "<" to a name elsewhere."""
     tokenizer = tiny_tokenizer()
     left = {tuple(merge) for merge in json.loads(tokenizer.spec)["model"]["merges"]}
     left -= {tuple(merge.split(" ")) for merge in values_of(tokenizer)["tokenizer.ggml.merges"]}
@@ -75,20 +75,20 @@ def test_merges_across_our_cuts_are_left_out():
     assert all(set("<>/") & set("".join(merge)) for merge in left)
 
 
-def test_ours_comes_back_as_it_was():
+def test_our_tokenizer_round_trips():
     tokenizer = tiny_tokenizer()
     again = read_back(values_of(tokenizer))
     assert again.spec == tokenizer.spec
     assert again.encode("<answer>6</answer>") == tokenizer.encode("<answer>6</answer>")
 
 
-def test_joined_line_breaks_take_rules_that_join_them():
+def test_joined_line_breaks_select_a_pre_tokenizer_that_joins_them():
     tokenizer = train_tokenizer(LINES, 380, join_breaks=True)
     assert values_of(tokenizer)[PRE] == "qwen2"
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_known_rules_are_told_by_their_words(name: str):
+def test_known_pre_tokenizers_are_recognized(name: str):
     tokenizer = foreign(name)
     values = values_of(tokenizer)
     assert values[PRE] == name
@@ -99,28 +99,28 @@ def test_known_rules_are_told_by_their_words(name: str):
     assert again.control == tokenizer.control
 
 
-def test_rare_texts_that_would_be_cut_otherwise_are_reported(caplog: pytest.LogCaptureFixture):
+def test_different_ids_of_rare_texts_are_reported(caplog: pytest.LogCaptureFixture):
     tokenizer = train_tokenizer(["two  spaces   spaces spaces spaces"] * 10, 300)
     values_of(tokenizer)
     assert "'two  spaces'" in caplog.text
 
 
-def test_rules_that_llama_cpp_has_nothing_like_are_refused():
+def test_pre_tokenizers_without_an_equivalent_are_refused():
     spec = json.loads(tiny_tokenizer().spec)
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\p{L}"}
-    with pytest.raises(ConfigError, match="has no rules that cut text as this tokenizer does, for example '从左到右"):
+    with pytest.raises(ConfigError, match="splits text like this tokenizer, for example '从左到右"):
         values_of(Tokenizer(json.dumps(spec)))
 
 
 def test_other_kinds_of_tokenizers_are_refused():
     spec = json.loads(tiny_tokenizer().spec)
-    with pytest.raises(ConfigError, match="a BPE tokenizer with a Metaspace decoder does not go into a GGUF"):
+    with pytest.raises(ConfigError, match="a BPE tokenizer with a Metaspace decoder is not supported in a GGUF"):
         values_of(Tokenizer(json.dumps(spec | {"decoder": {"type": "Metaspace", "replacement": "_"}})))
     with pytest.raises(ConfigError, match="does not normalize text by Lowercase"):
         values_of(Tokenizer(json.dumps(spec | {"normalizer": {"type": "Lowercase"}})))
 
 
-def test_texts_begin_with_the_models_token_or_none():
+def test_texts_begin_with_the_bos_of_the_model_or_nothing():
     values = values_of(foreign("smollm"))
     assert values["tokenizer.ggml.add_bos_token"] is False
     begun = values | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
@@ -132,14 +132,14 @@ def test_texts_begin_with_the_models_token_or_none():
 @pytest.mark.parametrize("add", [None, True, False])
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
 def test_a_file_without_a_bos_begins_texts_with_nothing(pre: str, add: bool | None, bos: int | None):
-    """Qwen's files have no tokenizer.ggml.bos_token_id; they were called incomplete."""
+    """Regression: Qwen's files have no tokenizer.ggml.bos_token_id and were refused as incomplete."""
     values = values_of(foreign(pre)) | {"tokenizer.ggml.add_bos_token": add, "tokenizer.ggml.bos_token_id": bos}
     kept = {key: value for key, value in values.items() if value is not None}
     assert read_back(kept).begin_ids == []
 
 
-def test_merges_are_missed_only_where_tokens_are_joined():
-    """Writers leave an empty list out: a vocabulary of single bytes was called incomplete."""
+def test_missing_merges_are_an_error_only_if_tokens_are_merged():
+    """Regression: writers omit an empty list, so a vocabulary of single bytes was refused as incomplete."""
     values = values_of(foreign("qwen2"))
     del values["tokenizer.ggml.merges"]
     with pytest.raises(ConfigError, match="merges"):
@@ -172,7 +172,7 @@ def test_a_tokenizer_json_that_contradicts_the_list_is_refused():
         read_back(values | {TOKENS: tokens})
 
 
-def test_our_chat_format_travels_with_its_name_and_template(tmp_path: Path):
+def test_our_chat_format_is_stored_by_name_and_template(tmp_path: Path):
     chat, path = chat_format("v3", tiny_tokenizer()), tmp_path / "model.gguf"
     write_gguf(source_of(random_model(CASES["llama"])), path, "F32", chat.tokenizer, chat)
     question = [Message(role="user", content="the <think> 12")]

@@ -1,4 +1,4 @@
-"""The Jinja templates that leave with a checkpoint: as our formats in ids, here and in transformers."""
+"""The Jinja templates that are saved with a checkpoint: they give the ids of our formats, here and in transformers."""
 
 import json
 from functools import cache
@@ -25,14 +25,14 @@ def tokenizer():
     return train_tokenizer(["the sum of 1 and 2 is 3, says the tool"] * 4, 380, control=(*CONTROL, *TOOLS))
 
 
-def asked(name):
-    """(case, thinking) of all that the format can be asked."""
+def prompts_to_test(name):
+    """Return (conversation, thinking) for all prompts that the format supports."""
     switches = (None, True, False) if chat_format(name, tokenizer()).can_switch else (None,)
     return [(case, thinking) for case in conversations() for thinking in switches]
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_template_that_leaves_gives_our_ids_in_transformers(name):
+def test_the_exported_template_gives_our_ids_in_transformers(name):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer().spec),
@@ -40,7 +40,7 @@ def test_the_template_that_leaves_gives_our_ids_in_transformers(name):
         bos_token=BOS,
         eos_token=EOS,
     )
-    for case, thinking in asked(name):
+    for case, thinking in prompts_to_test(name):
         if case.get("spells"):
             continue
         for as_text in (True, False):
@@ -56,9 +56,9 @@ def test_the_template_that_leaves_gives_our_ids_in_transformers(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_read_back_as_a_strangers_it_asks_opens_and_ends_as_the_format_does(name):
+def test_the_exported_template_has_the_prompts_openings_and_ends_of_the_format(name):
     ours, read = chat_format(name, tokenizer()), TemplateFormat(tokenizer(), template_text(name), BOS, EOS)
-    for case, thinking in asked(name):
+    for case, thinking in prompts_to_test(name):
         messages, tools = read_messages(case), read_tools(case)
         assert read.prompt(messages, tools, thinking) == ours.prompt(messages, tools, thinking), case["key"]
         assert read.opening(messages, thinking) == ours.opening(messages, thinking), case["key"]
@@ -66,7 +66,7 @@ def test_read_back_as_a_strangers_it_asks_opens_and_ends_as_the_format_does(name
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_read_back_as_a_strangers_it_teaches_what_the_format_teaches(name):
+def test_the_exported_template_has_the_loss_mask_of_the_format(name):
     ours, read = chat_format(name, tokenizer()), TemplateFormat(tokenizer(), template_text(name), BOS, EOS)
     compared = 0
     for case in conversations():
@@ -113,7 +113,7 @@ def test_a_template_for_tools_in_a_file_of_its_own_is_read(tmp_path: Path):
     assert load_chat(folder).tool_template == "from the file"
 
 
-def test_all_ends_of_generation_config_stop(tmp_path: Path):
+def test_all_end_tokens_of_generation_config_stop(tmp_path: Path):
     folder = saved(tmp_path / "model")
     edit(folder / "generation_config.json", eos_token_id=[1, 4])
     assert load_chat(folder).stop_token_ids == (1, 4)
@@ -122,7 +122,7 @@ def test_all_ends_of_generation_config_stop(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ends", [[1, 99999], "1"])
-def test_an_end_that_is_no_token_is_refused(tmp_path: Path, ends: object):
+def test_an_end_token_that_does_not_exist_is_refused(tmp_path: Path, ends: object):
     folder = saved(tmp_path / "model")
     edit(folder / "generation_config.json", eos_token_id=ends)
     with pytest.raises(ConfigError, match="eos_token_id"):

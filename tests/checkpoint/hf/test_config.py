@@ -1,4 +1,4 @@
-"""config.json both ways, in both spellings of transformers, and what is refused by name."""
+"""Reading and writing of config.json, for transformers 4 and 5, and settings that are refused by name."""
 
 import math
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_the_spelling_of_transformers_5_means_the_same():
 
 
 def test_qwen2_reads_as_released():
-    """The 7B student's file: a window is named and not used, biases are not mentioned, heads divide the width."""
+    """The file of the 7B distilled model: an unused window, no key for biases, heads that divide the width."""
     released = {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
@@ -167,7 +167,7 @@ def test_llama_without_head_dim_divides_the_width():
         ("rope_scaling", [1]),
     ],
 )
-def test_what_the_model_does_not_compute_is_refused_by_name(key: str, value: Any):
+def test_unsupported_settings_are_refused_by_name(key: str, value: Any):
     message = refused(MLA_TINY, **{key: value})
     assert key in message
     assert value is None or repr(value) in message
@@ -187,7 +187,7 @@ def test_what_the_model_does_not_compute_is_refused_by_name(key: str, value: Any
         (QWEN3_MOE_TINY, "mlp_only_layers", [1]),
     ],
 )
-def test_what_a_plain_family_does_not_compute_is_refused_by_name(cfg: ModelConfig, key: str, value: Any):
+def test_unsupported_settings_of_dense_families_are_refused_by_name(cfg: ModelConfig, key: str, value: Any):
     message = refused(cfg, **{key: value})
     assert key in message and repr(value) in message
 
@@ -199,19 +199,19 @@ def test_sliding_layers_are_refused_wherever_they_are_listed(cfg: ModelConfig):
 
 
 @pytest.mark.parametrize(("cfg", "key"), [(QWEN2_TINY, "num_key_value_heads"), (QWEN3_TINY, "head_dim")])
-def test_qwen_files_must_give_what_has_an_unrelated_default(cfg: ModelConfig, key: str):
-    """transformers takes 32 key/value heads, and heads of 128, whatever the model's other sizes are."""
+def test_qwen_files_require_keys_with_unrelated_defaults(cfg: ModelConfig, key: str):
+    """The defaults of transformers are 32 key/value heads and a head width of 128, independent of the other sizes."""
     assert key in refused(cfg, **{key: None})
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, named("v2-lite")])
 def test_another_norm_eps_is_refused_with_latents(cfg: ModelConfig):
-    """transformers norms the latents with 1e-6 whatever the key says: logits were 4e-5 apart with 1e-5."""
+    """transformers always uses 1e-6 for the norms of the latents: with 1e-5, logits differed by 4e-5."""
     assert "rms_norm_eps=1e-05" in refused(cfg, rms_norm_eps=1e-5)
 
 
 def test_half_rotation_is_refused_in_v2():
-    """transformers' DeepseekV2 pairs neighbors whatever the key says, so a file with it means two models."""
+    """transformers' DeepseekV2 always pairs neighbors, so a file with this key has two interpretations."""
     assert "rope_interleave" in refused(named("v2-lite"), rope_interleave=False)
 
 
@@ -272,8 +272,10 @@ PLAIN_AMPLITUDE = 0.1 * math.log(4.0) + 1
         (MLA_TINY, {"mscale": 1.0, "mscale_all_dim": 0.5}, PLAIN_AMPLITUDE / (0.05 * math.log(4.0) + 1)),
     ],
 )
-def test_an_amplitude_of_yarn_is_accepted_where_it_says_what_follows(cfg: ModelConfig, keys: dict, amplitude: float):
-    """`attention_factor` was refused whatever it said."""
+def test_an_amplitude_of_yarn_is_accepted_if_it_follows_from_the_other_keys(
+    cfg: ModelConfig, keys: dict, amplitude: float
+):
+    """Regression: every `attention_factor` was refused."""
     config, scaling = to_hf(cfg), YARN_KEYS | keys
     spelt = from_hf(config | {"rope_scaling": scaling | {"attention_factor": amplitude}}, "config.json")
     assert spelt == from_hf(config | {"rope_scaling": scaling}, "config.json")
@@ -312,7 +314,7 @@ def test_two_extensions_of_one_context_are_refused():
 
 
 def test_softmax_scale_of_yarn_is_refused_in_a_llama():
-    """transformers leaves the softmax of a Llama alone whatever mscale_all_dim says; our model would scale it."""
+    """transformers does not scale the softmax of a Llama by mscale_all_dim; our model would."""
     rope = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0}
     assert "mscale_all_dim" in refused(GQA_TINY, rope_scaling=rope)
 
@@ -321,7 +323,7 @@ def test_impossible_routing_names_the_file():
     assert "top_groups" in refused(MLA_TINY, topk_group=9)
 
 
-def test_what_a_family_cannot_express_is_not_written():
+def test_settings_that_a_family_cannot_express_are_refused():
     cfg = replace(MLA_TINY, moe=replace(MLA_TINY.moe, scoring="softmax"))
     with pytest.raises(ConfigError, match="scoring_func"):
         to_hf(cfg)

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: by DeepSeek's names and blocks, widened or kept, and back byte for byte."""
+"""FP8 checkpoints with DeepSeek's names and blocks: dequantized, kept in FP8, and round trips byte for byte."""
 
 import copy
 import json
@@ -31,13 +31,13 @@ WIDE = replace(
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=136, num_groups=2, top_groups=1, route_scale=1.5
     ),
 )
-"""Blocks are ragged in every direction, and gate and up of an expert do not end at a block."""
+"""Blocks are ragged in every dimension, and gate and up of an expert do not end at a block boundary."""
 SCALES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.bfloat16, cfg=WIDE) -> Path:
-    """A checkpoint without FP8."""
+    """Write a checkpoint without FP8."""
     model = tiny_model(cfg)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -46,7 +46,7 @@ def plain(folder: Path, dtype: torch.dtype = torch.bfloat16, cfg=WIDE) -> Path:
 
 
 def by_hand(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """One block after another, as the format is described."""
+    """Dequantize block by block, as the format is described."""
     rows, columns = weight.shape
     qweight = torch.empty(rows, columns).to(E4M3)
     scale = torch.empty(-(-rows // 128), -(-columns // 128))
@@ -61,7 +61,7 @@ def by_hand(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]
 
 
 def fp8_by_hand(folder: Path, scale_dtype: torch.dtype = torch.float32, **keys: object) -> Path:
-    """What DeepSeek publishes, made of `plain` without this package's writer."""
+    """Write a checkpoint in DeepSeek's published format from `plain`, without this package's writer."""
     is_short = scale_dtype == torch.float8_e8m0fnu
     tensors = load_file(plain(folder) / WEIGHTS)
     for name in list(tensors):
@@ -102,7 +102,7 @@ def test_every_block_is_multiplied_by_its_scale(dtype: torch.dtype, scale_dtype:
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float8_e8m0fnu])
-def test_an_fp8_checkpoint_kept_in_fp8_comes_back_byte_for_byte(scale_dtype: torch.dtype, tmp_path: Path):
+def test_an_fp8_checkpoint_in_fp8_round_trips_byte_for_byte(scale_dtype: torch.dtype, tmp_path: Path):
     folder = fp8_by_hand(tmp_path / "model", scale_dtype)
     model = load_model(folder, E4M3)
     save_model(tmp_path / "again", model)
@@ -113,7 +113,7 @@ def test_an_fp8_checkpoint_kept_in_fp8_comes_back_byte_for_byte(scale_dtype: tor
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float64, "mixed"])
 def test_scales_of_any_float_type_are_kept_as_fp32(scale_dtype: torch.dtype | str, tmp_path: Path):
-    """Qwen's own files have them in bf16; they were refused as damaged."""
+    """Regression: Qwen's files have scales in bf16 and were refused as damaged."""
     folder = fp8_by_hand(tmp_path / "model", torch.bfloat16 if scale_dtype == "mixed" else scale_dtype)
     if scale_dtype == "mixed":
         rewrite(folder, **{f"{GATE}_scale_inv": load_file(folder / WEIGHTS)[f"{GATE}_scale_inv"].float()})
@@ -128,7 +128,7 @@ def test_scales_of_any_float_type_are_kept_as_fp32(scale_dtype: torch.dtype | st
 
 
 @torch.no_grad()
-def test_a_model_kept_in_fp8_computes_what_the_dequantized_one_does(tmp_path: Path):
+def test_a_model_in_fp8_computes_what_the_dequantized_one_does(tmp_path: Path):
     folder, ids = fp8_by_hand(tmp_path / "model"), torch.arange(20).view(1, 20)
     kept, wide = load_model(folder, E4M3), load_model(folder, torch.bfloat16)
     assert torch.equal(kept(ids), wide(ids))
@@ -136,7 +136,7 @@ def test_a_model_kept_in_fp8_computes_what_the_dequantized_one_does(tmp_path: Pa
     assert torch.equal(*states)
 
 
-def test_a_model_kept_in_fp8_takes_half_the_memory(tmp_path: Path):
+def test_a_model_in_fp8_takes_half_the_memory(tmp_path: Path):
     folder = plain(tmp_path / "model", cfg=replace(WIDE, hidden_size=256, intermediate_size=2048, vocab_size=8))
     sizes = [sum(t.nbytes for t in load_model(folder, kind).state_dict().values()) for kind in (E4M3, torch.bfloat16)]
     assert 0.5 < sizes[0] / sizes[1] < 0.56
@@ -156,7 +156,7 @@ def test_the_writer_quantizes_as_by_hand(power_of_two: bool, tmp_path: Path):
 
 
 def test_fp8_to_bf16_and_back_keeps_every_number(tmp_path: Path):
-    """Scales of powers of two lose nothing in bf16. Where 448 s was rounded to 224 s, the scale is s / 2 afterwards."""
+    """Power-of-two scales are exact in bf16. Where 448 s was rounded to 224 s, the scale becomes s / 2."""
     folder = fp8_by_hand(tmp_path / "model", torch.float8_e8m0fnu)
     for name, form in (
         ("wide", OutputFormat(torch.bfloat16)),
@@ -213,7 +213,7 @@ def test_fp8_that_the_configuration_does_not_announce_is_refused(tmp_path: Path)
     assert "float8_e4m3fn" in message and "quantization_config" in message
 
 
-def test_packing_and_widening_in_place_keep_the_function_of_the_model():
+def test_quantizing_and_dequantizing_in_place_keep_the_function_of_the_model():
     model, ids = tiny_model(GQA_TINY), torch.arange(20).view(1, 20)
     quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     assert {name.split(".")[2] for name in quantized_weights(model)} == {"attention", "ffn"}
@@ -225,8 +225,8 @@ BIASED = replace(GQA_TINY, attention=replace(GQA_TINY.attention, qkv_bias=True),
 
 
 @pytest.mark.parametrize("cfg", [WIDE, BIASED], ids=["experts", "biases"])
-def test_gradients_pass_through_packed_matrices(cfg: ModelConfig):
-    """The same gradients reach what learns beside them: embedding, norms, biases."""
+def test_gradients_pass_through_quantized_matrices(cfg: ModelConfig):
+    """Embedding, norms and biases get the same gradients."""
     model, ids = tiny_model(cfg), torch.arange(20).view(1, 20)
     quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     wide = dequantize_model(copy.deepcopy(model))
@@ -245,7 +245,8 @@ def test_only_the_experts_in_use_are_dequantized(monkeypatch):
     quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     dequantized = []
     monkeypatch.setattr(
-        FP8Blocks, "dequantize_model", lambda self, parts, out: dequantized.append(out.shape) or out.zero_()
+        "thinkstack.models.quantized.dequantize_",
+        lambda quantization, parts, out: dequantized.append(out.shape) or out.zero_(),
     )
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long))
@@ -253,18 +254,19 @@ def test_only_the_experts_in_use_are_dequantized(monkeypatch):
     assert stacks and all(shape[0] == 2 for shape in stacks)
 
 
-def test_casting_a_model_leaves_packed_numbers_alone():
+def test_casting_a_model_keeps_quantized_weights():
     model = tiny_model(WIDE)
     quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     before = {name: p.parts() for name, p in quantized_weights(model).items()}
     model.to(torch.bfloat16)
-    for name, packed in quantized_weights(model).items():
-        assert all(torch.equal(part.float(), before[name][kind].float()) for kind, part in packed.parts().items())
-        assert packed.qweight.dtype == E4M3 and packed.scale.dtype == torch.float32
+    for name, weight in quantized_weights(model).items():
+        parts = weight.parts()
+        assert all(torch.equal(part.float(), before[name][kind].float()) for kind, part in parts.items())
+        assert {part.dtype for part in parts.values()} == {E4M3, torch.float32}
 
 
-def test_adapters_on_a_packed_base_merge_into_floats(tmp_path: Path):
-    """The engine's copy is made, and refreshed, from the widened matrices."""
+def test_adapters_on_a_quantized_base_merge_into_floats(tmp_path: Path):
+    """The engine's copy is created and refreshed from the dequantized matrices."""
     model = load_model(fp8_by_hand(tmp_path / "model"), E4M3)
     wide = load_model(tmp_path / "model", torch.bfloat16)
     cfg = LoRAConfig(rank=2)
@@ -296,7 +298,8 @@ WHOLE = replace(
 
 @torch.no_grad()
 def test_transformers_dequantizes_our_fp8_files_to_the_same_model(tmp_path: Path):
-    """Whole blocks: it takes the size of a block from the number of scales, wrongly where the last one is smaller."""
+    """Complete blocks only: transformers computes the block size from the number of scales, which is wrong if the last
+    block is smaller."""
     transformers = pytest.importorskip("transformers")
     convert(str(plain(tmp_path / "model", cfg=WHOLE)), tmp_path / "fp8", dtype="fp8")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Names of a hub, played by a server on loopback: what is fetched, resumed, and refused."""
+"""Downloads by hub name from a fake hub on loopback: fetched files, resumed downloads, and errors."""
 
 import hashlib
 import json
@@ -22,11 +22,11 @@ from thinkstack.checkpoint.model import load_chat, load_model, locate, save_mode
 
 COMMIT = "c0ffee" + "0" * 34
 CUT = 30_000
-"""Bytes of the weights that a connection gives before it breaks."""
+"""Bytes of the weights that a connection sends before it breaks."""
 
 
 class Hub(ThreadingHTTPServer):
-    """The parts of the hub's protocol that a download needs."""
+    """The subset of the hub's protocol that a download needs."""
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -34,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[str] = []
         """Last part of the path of every GET."""
         self.breaks = 0
-        """How many more connections break while they give the weights."""
+        """Number of further connections that break while they send the weights."""
 
     @property
     def address(self) -> str:
@@ -113,8 +113,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def ask(name: str, cache: Path, address: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Fetch in a process of its own, which prints the folder: the library reads its settings when it is imported. It
-    does not wait before it asks again."""
+    """Fetch in a separate process, which prints the folder: the library reads its settings when it is imported. It
+    retries without delay."""
     code = (
         "import sys, time; time.sleep = lambda seconds: None\n"
         "from thinkstack.checkpoint.hf.hub import fetch\n"
@@ -146,7 +146,7 @@ def test_a_broken_connection_is_taken_up_again(hub: Hub, tmp_path: Path):
     assert hub.asked.count(WEIGHTS) == 2
 
 
-def test_an_interrupted_download_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path):
+def test_an_interrupted_download_continues_with_the_missing_files(hub: Hub, tmp_path: Path):
     hub.breaks = 100
     broken = ask("lab/tiny", tmp_path / "cache", hub.address)
     assert broken.returncode == 1 and "run the same command again to fetch the missing files" in broken.stderr
@@ -165,14 +165,12 @@ def test_an_interrupted_download_goes_on_with_what_is_missing(hub: Hub, tmp_path
         ("lab/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
     ],
 )
-def test_what_the_hub_does_not_give_is_said_in_one_line(
-    name: str, settings: dict[str, str], words: str, hub: Hub, tmp_path: Path
-):
+def test_hub_errors_are_reported_in_one_line(name: str, settings: dict[str, str], words: str, hub: Hub, tmp_path: Path):
     found = ask(name, tmp_path / "cache", hub.address, **settings)
     assert found.returncode == 1 and words in found.stderr.strip().splitlines()[-1]
 
 
-def test_a_folder_of_that_name_comes_first_and_then_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_folder_takes_precedence_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lab" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("thinkstack.checkpoint.model.fetch", lambda name: Path("cache") / name)

@@ -1,4 +1,4 @@
-"""Fifty odd models of all families: logits and gradients against transformers, and that the bounds notice mistakes."""
+"""Fifty random models of all families: logits and gradients against transformers, and the sensitivity of the bounds."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def test_logits_and_gradients_of_a_random_model_equal_transformers(number: int, 
 
 
 def kinds(cfg: ModelConfig) -> set[str]:
-    """What is unusual about a model."""
+    """Return the unusual features of a model."""
     a, rope = cfg.attention, cfg.rope
     found = {
         "odd heads": a.num_heads % 2 == 1 and a.num_heads > 1,
@@ -76,7 +76,7 @@ def case_with(kind: str) -> int:
 
 
 def without(cfg: ModelConfig, kind: str) -> ModelConfig:
-    """A model that misreads one thing."""
+    """Return a model that misreads one setting."""
     if kind == "llama3":
         return replace(cfg, rope=replace(cfg.rope, llama3=None))
     if kind == "linear":
@@ -90,7 +90,7 @@ def without(cfg: ModelConfig, kind: str) -> ModelConfig:
 
 @pytest.mark.parametrize("kind", ["llama3", "linear", "raw weights", "biases", "head norms"])
 @torch.no_grad()
-def test_the_bounds_notice_what_is_misread(kind: str):
+def test_the_bounds_detect_misread_settings(kind: str):
     case = CASES[case_with(kind)]
     model = random_model(case.cfg)
     blind = Transformer(without(case.cfg, kind))
@@ -100,11 +100,11 @@ def test_the_bounds_notice_what_is_misread(kind: str):
 
 
 def spoilt(scale: float) -> Callable[[torch.nn.Module, object, torch.Tensor], torch.Tensor]:
-    """A hook that leaves a layer's output alone and scales the gradient that comes back through it."""
+    """A hook that keeps a layer's output and scales the gradient that flows back through it."""
     return lambda module, args, out: out * scale + (out * (1 - scale)).detach()
 
 
-def test_the_bounds_notice_a_gradient_that_is_off_by_a_thousandth(tmp_path: Path):
+def test_the_bounds_detect_a_gradient_that_is_off_by_a_thousandth(tmp_path: Path):
     number = FAMILIES.index("llama")
     case = CASES[number]
     model = random_model(case.cfg, number)

@@ -37,7 +37,7 @@ MTP_EMBEDDING, ROUTER = "model.layers.3.embed_tokens.weight", "model.layers.1.ml
 
 
 def write_checkpoint(folder: Path, model: Transformer, **changes: torch.Tensor | None) -> Path:
-    """The folder with the model's weights; tensors replaced, added or (None) left out."""
+    """Write the folder with the model's weights; tensors are replaced, added or (None) left out."""
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(to_hf(model.cfg)))
     save_weights(model, folder)
@@ -65,7 +65,7 @@ def same_weights(one: Transformer, other: Transformer) -> bool:
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY, replace(GQA_TINY, tie_embeddings=True)])
-def test_a_file_comes_back_byte_for_byte(cfg: ModelConfig, tmp_path: Path):
+def test_a_file_round_trips_byte_for_byte(cfg: ModelConfig, tmp_path: Path):
     (tmp_path / "again").mkdir()
     model = tiny_model(cfg)
     loaded = read(write_checkpoint(tmp_path, model), cfg)
@@ -74,7 +74,7 @@ def test_a_file_comes_back_byte_for_byte(cfg: ModelConfig, tmp_path: Path):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
 
 
-def test_bf16_keeps_its_bytes_and_the_bias_its_fp32(tmp_path: Path):
+def test_bf16_round_trips_and_the_bias_stays_fp32(tmp_path: Path):
     (tmp_path / "again").mkdir()
     model = tiny_model()
     for parameter in model.parameters():
@@ -190,7 +190,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path):
 
 
 class Explosive:
-    """A pickle that would be noticed if anything read it."""
+    """A pickle with a visible effect if anything loads it."""
 
     def __reduce__(self):
         return (pytest.fail, ("a pickle was opened",))
@@ -231,7 +231,7 @@ def test_a_damaged_index_is_named(text: str, tmp_path: Path):
 
 
 def edited(folder: Path, **changes: object) -> str:
-    """What is said of a folder whose config.json says something else."""
+    """Return the error for a folder with another config.json."""
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | changes))
     with pytest.raises(ConfigError) as caught:
@@ -248,7 +248,7 @@ def test_a_configuration_with_another_number_of_layers_is_named(tmp_path: Path):
 
 def test_a_configuration_with_other_heads_is_named_with_both_shapes(tmp_path: Path):
     message = edited(write_checkpoint(tmp_path, tiny_model(GQA_TINY)), num_attention_heads=2, num_key_value_heads=2)
-    assert "self_attn.o_proj.weight has shape (32, 32), the configuration asks for (32, 16)" in message
+    assert "self_attn.o_proj.weight has shape (32, 32), the configuration requires (32, 16)" in message
     assert WEIGHTS in message and "2 heads" in message
 
 

@@ -1,4 +1,4 @@
-"""Our numbers against transformers: every family, folders both ways, greedy text, prompts of a saved folder."""
+"""Comparison with transformers: every family, folders in both directions, greedy text, prompts of a saved folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_logits_and_gradients_equal_transformers(name: str, tmp_path: Path):
 
 
 @torch.no_grad()
-def test_the_bounds_notice_a_lost_balance_bias_and_a_lost_yarn(tmp_path: Path):
+def test_the_bounds_detect_a_lost_balance_bias_and_a_lost_yarn(tmp_path: Path):
     cfg = FAMILIES["v3, yarn with mscale, MTP"]
     model, ids = random_model(cfg), random_ids(cfg.vocab_size)
     save_model(tmp_path / "model", model)
@@ -70,8 +70,8 @@ THEIRS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("family", THEIRS)
 @torch.no_grad()
-def test_a_folder_written_by_transformers_loads_and_comes_back_byte_for_byte(family: str, tmp_path: Path):
-    """transformers announces an MTP layer that it does not write; it is left out with a warning."""
+def test_a_folder_written_by_transformers_round_trips_byte_for_byte(family: str, tmp_path: Path):
+    """transformers writes a config.json with an MTP layer, but not its weights; it is left out with a warning."""
     common = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     tokens = dict(num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
     config = getattr(transformers, f"{family}Config")(**common, **tokens, **THEIRS[family])
@@ -89,7 +89,7 @@ def test_a_folder_written_by_transformers_loads_and_comes_back_byte_for_byte(fam
 
 
 @torch.no_grad()
-def test_v3_tiny_speaks_the_same_text_in_transformers(tmp_path: Path):
+def test_v3_tiny_generates_the_same_text_in_transformers(tmp_path: Path):
     model = tiny_model(named("v3-tiny"), init_std=0.1)
     save_model(tmp_path / "model", model, tiny_tokenizer(), "v3")
     theirs, ids = opened(tmp_path / "model"), random_ids(640, rows=1, tokens=12)
@@ -104,7 +104,7 @@ def test_v3_tiny_speaks_the_same_text_in_transformers(tmp_path: Path):
 @pytest.mark.parametrize("name", ["v2, greedy, yarn", "llama 3", "qwen 2", "qwen 3", "qwen 3, experts"])
 @torch.no_grad()
 def test_every_family_generates_the_same_text_in_transformers(name: str, tmp_path: Path):
-    """The engine's cache must hold biased, normed and rotated keys."""
+    """The engine's cache must contain biased, normalized and rotated keys."""
     cfg = FAMILIES[name]
     save_model(tmp_path / "model", random_model(cfg))
     ids = random_ids(cfg.vocab_size, rows=1, tokens=9)
@@ -120,7 +120,7 @@ def test_every_family_generates_the_same_text_in_transformers(name: str, tmp_pat
 
 @torch.no_grad()
 def test_a_bf16_working_copy_keeps_its_biases_in_fp32():
-    """Vectors stay fp32 beside matrices in bf16; a plain linear layer refuses that pair."""
+    """Vectors stay fp32 with matrices in bf16; a plain linear layer does not support that pair."""
     model, ids = random_model(FAMILIES["qwen 2"]), random_ids(96)
     twin = working_copy(model, torch.bfloat16)
     assert twin.layers[0].attention.wq.bias.dtype == torch.float32
@@ -153,7 +153,7 @@ def test_transformers_refuses_what_our_format_refuses(tmp_path: Path):
 
 @torch.no_grad()
 def test_mtp_modules_equal_those_of_transformers(tmp_path: Path, monkeypatch):
-    """transformers builds its MTP layers for speculation only; here they run over whole rows, two in a chain."""
+    """transformers has MTP layers for speculation only; here two of them run in a chain over complete rows."""
     layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(layers, "MtpModel"):
         pytest.skip("this version of transformers has no MTP layers")
@@ -184,8 +184,8 @@ def test_mtp_modules_equal_those_of_transformers(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_a_model_without_shared_experts_comes_back_from_transformers(layers: int, groups: int, tmp_path: Path):
-    """transformers stores empty tensors for them, which were refused: our own export could not be read back."""
+def test_a_model_without_shared_experts_round_trips_through_transformers(layers: int, groups: int, tmp_path: Path):
+    """Regression: transformers stores empty tensors for them, which were refused when our own export was read back."""
     moe = replace(MLA_TINY.moe, num_shared_experts=0, num_groups=groups, top_groups=min(groups, 2))
     model = tiny_model(replace(MLA_TINY, vocab_size=360, mtp_layers=0, num_layers=layers, moe=moe))
     save_model(tmp_path / "ours", model, tiny_tokenizer(), "r1_zero_short")

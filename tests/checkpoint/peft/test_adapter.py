@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folder layout, both ways, and merged into a checkpoint that transformers opens."""
+"""Adapters in PEFT's folder layout: saved, loaded, and merged into a checkpoint that transformers opens."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ ALL = LoRAConfig(rank=3, alpha=6.0, targets=("attention", "feed_forward", "exper
 
 
 def adapted(cfg=MLA_TINY, lora: LoRAConfig = ALL) -> Transformer:
-    """A model whose adapters say something."""
+    """Return a model with nonzero adapters."""
     model, generator = tiny_model(cfg), torch.Generator().manual_seed(5)
     adapt(model, lora)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def logits(model: Transformer) -> torch.Tensor:
 
 
 def write_checkpoint(tmp_path: Path, cfg=MLA_TINY, lora: LoRAConfig = ALL, **changes) -> tuple[Path, Path, Transformer]:
-    """A base folder, an adapter folder, and the model they come from."""
+    """Write a base folder and an adapter folder; return them with the model."""
     save_model(tmp_path / "base", tiny_model(cfg))
     model = adapted(cfg, lora)
     save_adapter(tmp_path / "adapter", model, lora, str(tmp_path / "base"))
@@ -45,8 +45,8 @@ def write_checkpoint(tmp_path: Path, cfg=MLA_TINY, lora: LoRAConfig = ALL, **cha
     return tmp_path / "base", tmp_path / "adapter", model
 
 
-def test_the_names_are_those_that_peft_writes(tmp_path):
-    """As in PEFT's page on its checkpoint format; a base of one layer, so that all of them fit here."""
+def test_names_equal_those_of_peft(tmp_path):
+    """Names as in PEFT's documentation of its checkpoint format, for a base of one layer."""
     model = tiny_model(GQA_TINY, num_layers=1)
     lora = LoRAConfig(rank=3, alpha=6.0, rslora=True)
     adapt(model, lora)
@@ -72,7 +72,7 @@ def test_the_names_are_those_that_peft_writes(tmp_path):
     assert config["base_model_name_or_path"] == "some/base"
 
 
-def test_short_names_would_adapt_experts_too_so_whole_ones_are_given(tmp_path):
+def test_full_names_are_written_if_short_ones_would_also_match_experts(tmp_path):
     lora = LoRAConfig(rank=3, targets=("feed_forward",))
     model = tiny_model()
     adapt(model, lora)
@@ -84,7 +84,7 @@ def test_short_names_would_adapt_experts_too_so_whole_ones_are_given(tmp_path):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-def test_an_adapter_comes_back_bit_for_bit(tmp_path, cfg, rslora):
+def test_an_adapter_round_trips_bit_for_bit(tmp_path, cfg, rslora):
     targets = ALL.targets if cfg is MLA_TINY else ALL.targets[:2]
     lora = LoRAConfig(rank=3, alpha=6.0, rslora=rslora, targets=targets)
     base, folder, model = write_checkpoint(tmp_path, cfg, lora)
@@ -98,8 +98,8 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path, cfg, rslora):
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-def test_merged_by_hand_from_the_two_folders_it_is_the_adapted_model_in_transformers(tmp_path, cfg):
-    """Nothing of this package between the files and transformers: W + alpha / r * B A by the names on disk."""
+def test_an_adapter_merged_by_hand_equals_the_adapted_model_in_transformers(tmp_path, cfg):
+    """Without this package: W + alpha / r * B A, computed from the files."""
     transformers = pytest.importorskip("transformers")
     lora = ALL if cfg is MLA_TINY else LoRAConfig(rank=3, alpha=6.0)
     base, folder, model = write_checkpoint(tmp_path, cfg, lora)
@@ -129,7 +129,7 @@ def test_merged_by_hand_from_the_two_folders_it_is_the_adapted_model_in_transfor
 
 
 def test_an_adapter_of_two_projections_as_peft_users_train_it_loads(tmp_path):
-    """Written by other hands: q_proj and v_proj only, keys of an older PEFT, more settings in the config."""
+    """As written by PEFT: q_proj and v_proj only, keys of an older version, more settings in the config."""
     save_model(tmp_path / "base", tiny_model(GQA_TINY))
     generator, tensors = torch.Generator().manual_seed(1), {}
     for layer in range(3):
@@ -189,22 +189,23 @@ def test_the_command_merges_a_folder_with_its_tokenizer(tmp_path, monkeypatch):
         ({"r": 5}, "lora_A of .* is \\(3, 40\\), this model and r=5 need \\(5, 40\\)"),
     ],
 )
-def test_what_is_more_than_plain_lora_is_refused(tmp_path, changes, message):
+def test_settings_beyond_plain_lora_are_refused(tmp_path, changes, message):
     base, folder, _ = write_checkpoint(tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
         load_adapter(load_model(base), folder)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica"])
-def test_an_adapter_whose_start_changed_the_base_is_refused_by_name(tmp_path, init):
-    """PiSSA and its kin take a part out of the base; on the plain base the sum was another model, silently."""
+def test_an_initialization_that_changes_the_base_is_refused_by_name(tmp_path, init):
+    """Regression: PiSSA and similar methods subtract a part from the base; with the original base, the sum was silently
+    another model."""
     base, folder, _ = write_checkpoint(tmp_path, init_lora_weights=init)
     with pytest.raises(ConfigError, match=f"init_lora_weights='{init}'"):
         load_adapter(load_model(base), folder)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_a_start_that_leaves_the_base_alone_is_fine(tmp_path, init):
+def test_an_initialization_that_keeps_the_base_is_accepted(tmp_path, init):
     base, folder, _ = write_checkpoint(tmp_path, init_lora_weights=init)
     load_adapter(load_model(base), folder)
 
@@ -229,14 +230,14 @@ def test_an_adapter_of_a_quantized_base_is_refused_by_the_base_s_name(tmp_path, 
 @pytest.mark.parametrize(
     "name", ["", None, "deepseek-ai/DeepSeek-V3", "runs/orbit4/model", "me/gptq2llama", "Qwen3-8B-FP8"]
 )
-def test_other_names_of_bases_are_no_reason(tmp_path, name):
+def test_other_base_names_are_accepted(tmp_path, name):
     base, folder, _ = write_checkpoint(tmp_path, base_model_name_or_path=name)
     load_adapter(load_model(base), folder)
 
 
-def test_files_that_belong_elsewhere_are_named(tmp_path):
+def test_mismatched_files_are_named(tmp_path):
     base, folder, _ = write_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match=f"is not a matrix of this model.*made for: {tmp_path / 'base'}"):
+    with pytest.raises(ConfigError, match=f"is not a matrix of this model.*trained on: {tmp_path / 'base'}"):
         load_adapter(tiny_model(GQA_TINY), folder)
     tensors = load_file(folder / WEIGHTS)
     first = next(iter(tensors))

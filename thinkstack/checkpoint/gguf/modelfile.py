@@ -119,7 +119,7 @@ def _has_same_ids(texts: Sequence[str], chat: ChatFormat) -> bool:
 
 
 def _default_system(template: TurnTemplate, chat: ChatFormat) -> str | None:
-    """What stands before the question when nobody gave a system text; None if the rest is not as in `template`."""
+    """Return the default system text of `chat`; None if the prompt does not match `template` otherwise."""
     written, known = _prompt_text(chat, _QUESTION), template.text(_QUESTION)
     if written == known:
         return ""

@@ -123,9 +123,9 @@ def same_rules(pre_tokenizer: dict[str, Any] | None, steps: tuple[dict[str, Any]
 
 
 def _canonical(step: dict[str, Any]) -> str:
-    kept = {
+    settings = {
         key: value
         for key, value in step.items()
         if key not in _IGNORED_SETTINGS or (key == "add_prefix_space" and value)
     }
-    return json.dumps(kept, sort_keys=True)
+    return json.dumps(settings, sort_keys=True)

@@ -222,14 +222,16 @@ def _closest_rules(tokenizer: Tokenizer, spec: dict[str, Any]) -> _TokenizerFiel
     pre_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.spec).pre_tokenizer
     crossing = {token for token, text in texts.items() if len(pre_tokenizer.pre_tokenize_str(text)) > 1}
     merges = [merge for merge in _merges(spec) if "".join(merge) not in crossing]
-    kept = {text: spec["model"]["vocab"][token] for token, text in texts.items() if token not in crossing and text[1:]}
+    candidates = {
+        text: spec["model"]["vocab"][token] for token, text in texts.items() if token not in crossing and text[1:]
+    }
     samples = [f"x{text}{text}1" for text in [*texts.values()][:MAX_SAMPLES] if not _has_blank_run(text)]
     found: list[tuple[_TokenizerFields, list[str]]] = []
     wrong = ""
     for name, pre in PRE_TOKENIZERS.items():
         bare = _trial(spec, merges, {}, pre)
         user_defined = {
-            text: index for text, index in kept.items() if tokenizer.encode(text) == [index] != bare.encode(text)
+            text: index for text, index in candidates.items() if tokenizer.encode(text) == [index] != bare.encode(text)
         }
         trial = tokenizers.Tokenizer.from_str(_trial(spec, merges, user_defined, pre).spec)
 

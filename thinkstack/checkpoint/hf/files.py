@@ -64,8 +64,8 @@ def _direct_readers(source: TensorSource, files: TensorFiles) -> dict[tuple[str,
     found: dict[tuple[str, str], Callable[[Tensor], None]] = {}
     for name in source.tensors:
         parts = {"qweight": name, "scale": f"{name}{SCALE}"} if name in source.quantized else {"": name}
-        kept = source.quantization.scale_dtype if isinstance(source.quantization, FP8Blocks) else None
-        if "scale" in parts and files.infos[parts["scale"]].dtype != kept:
+        scale_dtype = source.quantization.scale_dtype if isinstance(source.quantization, FP8Blocks) else None
+        if "scale" in parts and files.infos[parts["scale"]].dtype != scale_dtype:
             continue  # its scales need a cast
         found |= {(name, part): partial(files.read_into, stored) for part, stored in parts.items()}
     return found

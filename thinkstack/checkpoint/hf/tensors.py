@@ -264,9 +264,11 @@ def _quantized_together(name: str) -> list[str]:
     return [f"{owner}.{stack}" for stack in EXPERT_STACKS] if leaf in EXPERT_STACKS else [name]
 
 
-def part_of(whole: Tensor, entry: TensorEntry) -> Tensor:
+def part_of(tensor: Tensor, entry: TensorEntry) -> Tensor:
     """Return the view of a model tensor that corresponds to a tensor on disk."""
-    return whole.unflatten(1, (EXPERT_STACKS[entry.source.rpartition(".")[2]], -1))[entry.part] if entry.part else whole
+    return (
+        tensor.unflatten(1, (EXPERT_STACKS[entry.source.rpartition(".")[2]], -1))[entry.part] if entry.part else tensor
+    )
 
 
 @torch.no_grad()

@@ -83,9 +83,9 @@ class Choice:
 
     def operands(self, puzzle: Puzzle, language: str) -> dict[str, str]:
         *steps, (_, options) = puzzle.ops
-        said = [self.STEP_PHRASES[sign][language].format(number) for sign, number in steps]
+        phrases = [self.STEP_PHRASES[sign][language].format(number) for sign, number in steps]
         shown = [f"{letter}. {value}" for letter, value in zip(LETTERS, options, strict=True)]
-        joined = (", " if language == "en" else ",").join(said)
+        joined = (", " if language == "en" else ",").join(phrases)
         return {"start": str(puzzle.start), "steps": joined, "options": "\n".join(shown)}
 
     def line(self, state: int, op: tuple, result: int | str, language: str) -> str:

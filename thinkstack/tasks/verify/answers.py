@@ -18,7 +18,7 @@ _TEX_FRACTION = re.compile(
 )
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:(?P<decimal>(?:{_UNSIGNED})(?:\.[0-9]{{1,30}})?|\.[0-9]{{1,30}})"
-    rf"|(?:(?P<whole>[0-9]{{1,30}})(?:\s|~|\\[,;:! ])+)?(?P<top>[+-]?(?:{_UNSIGNED}))\s*/\s*"
+    rf"|(?:(?P<integer>[0-9]{{1,30}})(?:\s|~|\\[,;:! ])+)?(?P<top>[+-]?(?:{_UNSIGNED}))\s*/\s*"
     rf"(?P<bottom>[+-]?(?:{_UNSIGNED})))"
 )
 _MAX_NUMBER_CHARACTERS = 100
@@ -90,10 +90,10 @@ def parse_number(answer: str) -> Fraction | None:
     if match["decimal"]:
         size = Fraction(_digits(match["decimal"]))
     else:
-        top, bottom, whole = int(_digits(match["top"])), int(_digits(match["bottom"])), match["whole"]
-        if bottom == 0 or (whole and not (0 < top < bottom and match["top"][0] not in "+-")):
+        top, bottom, integer = int(_digits(match["top"])), int(_digits(match["bottom"])), match["integer"]
+        if bottom == 0 or (integer and not (0 < top < bottom and match["top"][0] not in "+-")):
             return None
-        size = int(whole or 0) + Fraction(top, bottom)
+        size = int(integer or 0) + Fraction(top, bottom)
     return -size if match["sign"] == "-" else size
 
 
