@@ -213,7 +213,7 @@ def test_recipes_read_with_a_mark_and_either_line_end_and_name_what_is_wrong(tmp
 
 
 def test_texts_are_whole_files_or_the_text_of_each_row(tmp_path, caplog):
-    """A file of JSON lines was learnt as it stands, with its braces and keys."""
+    """A file of JSON lines was trained on as text, with its braces and keys."""
     caplog.set_level("INFO")
     assert read_texts(made(tmp_path, gzip.compress(BOM + b"one\r\ntwo\rthree"), "a.txt.gz")) == ["one\ntwo\rthree"]
     rows = b'{"text": "one", "url": "u"}\n{"text": "two", "url": "v", "id": 1}\n'
@@ -237,17 +237,17 @@ def test_texts_are_whole_files_or_the_text_of_each_row(tmp_path, caplog):
         ("d.jsonl", b'{"text": ""}'),
         ("e.json", b"[]"),
     ):
-        assert "holds no text" in refusal(read_texts, made(tmp_path, raw, name))
+        assert "has no text" in refusal(read_texts, made(tmp_path, raw, name))
 
 
-def test_a_parquet_file_that_is_cut_or_none_is_named_before_pyarrow_is_asked(tmp_path):
+def test_a_parquet_file_that_is_cut_or_none_is_named_before_pyarrow_is_imported(tmp_path):
     for raw, message in (
-        (b"", "is no parquet file"),
+        (b"", "is not a parquet file"),
         (b"PAR1", "cut off"),
         (b"PAR1\x15\x04PAR1", "needs pyarrow|damaged"),
         (b"PAR1\x15\x04\x15\x10", "cut off"),
-        (b"PAR", "is no parquet file"),
-        (ROWS, "is no parquet file"),
+        (b"PAR", "is not a parquet file"),
+        (ROWS, "is not a parquet file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:5a\n", "Git LFS pointer"),
         (gzip.compress(b"PAR1...."), "cut off"),
     ):

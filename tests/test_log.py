@@ -11,7 +11,8 @@ from thinkstack.types import ConfigError
 
 
 def test_rewinding_cuts_every_file_of_rows_to_what_it_was(tmp_path: Path):
-    """Rows were once kept by step number: a step logged twice (a skipped one, a fruitless drawing) came back twice."""
+    """Rows were once kept by step number: a step logged twice (a skipped one, a rollout step without signal) came back
+    twice."""
     run = Run(tmp_path / "run")
     for step in (1, 2, 2):
         run.log(step, {"loss": 1 / step, "time/step_seconds": 0.1})
@@ -78,7 +79,7 @@ def test_progress_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     progress = Progress("training", total=40, done=10)  # resumed: ten were done before
     progress.done = 20
-    assert progress.line() == "training: 20/40, 0:30 gone, 1:00 left  "
+    assert progress.line() == "training: 20/40, 0:30 elapsed, 1:00 left  "
 
 
 def test_times_of_one_name_add_up():

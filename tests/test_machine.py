@@ -258,7 +258,7 @@ def test_threads_leave_busy_cores_alone_and_come_back(monkeypatch):
     torch.set_num_threads(4)
     try:
         cores = SharedCores()
-        monkeypatch.setattr(cores, "_asked", -1e9)
+        monkeypatch.setattr(cores, "_measured", -1e9)
         monkeypatch.setattr(cores._others, "cores", lambda: 1.9)
         with cores:
             assert torch.get_num_threads() == 2

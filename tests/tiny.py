@@ -39,7 +39,7 @@ GQA_TINY = replace(
 
 
 def tiny_model(cfg: ModelConfig = MLA_TINY, seed: int = 0, **changes: object) -> Transformer:
-    """A model with drawn weights, norms that are not 1, and balance biases that are not 0."""
+    """A model with sampled weights, norms that are not 1, and balance biases that are not 0."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(replace(cfg, **changes)).initialize(generator)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def tiny_model(cfg: ModelConfig = MLA_TINY, seed: int = 0, **changes: object) ->
 
 
 def random_examples(lengths: list[int], vocab_size: int = 48, seed: int = 0, prompt: int = 1) -> list[Example]:
-    """Documents of random tokens; the first `prompt` tokens of each are not learnt."""
+    """Documents of random tokens; the first `prompt` tokens of each are not learned."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for length in lengths:

@@ -1,6 +1,4 @@
-"""thinkstack: build, train, measure and serve the DeepSeek family. torch is imported when a name below is first
-used.
-"""
+"""thinkstack: build, train, evaluate and serve the DeepSeek family. torch is imported on first use of a name below."""
 
 import os
 import sys
@@ -16,18 +14,18 @@ __version__ = "0.1.0"
 __all__ = ["ChatFormat", "Engine", "__version__", "load_model"]
 
 SPIN_COUNT = "3000"
-"""How often a thread of OpenMP looks at a barrier before it sleeps. libgomp's own 300,000 are milliseconds of a core
-that other programs could use, the thread it waits for among them. Measured by bench/shared_cores.py."""
+"""How often an OpenMP thread spins at a barrier before it sleeps. libgomp's default of 300,000 blocks a core for
+milliseconds that other threads, also the awaited one, could use. Measured by bench/shared_cores.py."""
 SPIN_SET_TOO_LATE = False
-"""torch was imported before, and OpenMP has read its settings."""
+"""Whether torch was imported before, so that OpenMP has already read its settings."""
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     SPIN_SET_TOO_LATE = "torch" in sys.modules
 if not {"KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; LLVM's and Intel's OpenMP, by themselves 200
+    os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds, for LLVM's and Intel's OpenMP; their default is 200
 
-_HOMES = {
+_MODULES = {
     "load_model": "thinkstack.checkpoint.model",
     "Engine": "thinkstack.engine.engine",
     "ChatFormat": "thinkstack.text.chat",
@@ -35,6 +33,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

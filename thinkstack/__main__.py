@@ -1,4 +1,4 @@
-"""python -m thinkstack: the command line without an installed script."""
+"""Entry point of python -m thinkstack."""
 
 from thinkstack.cli import main
 

@@ -1,4 +1,4 @@
-"""Settings from TOML to frozen dataclasses: layers merged in order, dotted overrides, strict keys, resolved dump."""
+"""Build frozen dataclasses from TOML: merged layers, dotted overrides, strict keys, resolved dump."""
 
 import dataclasses
 import difflib
@@ -19,19 +19,19 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 Count = Annotated[int, Ge(1), Le(10**9)]
-"""How many; at least one. These types are what `build` checks; the dataclass checks what its fields mean together."""
+"""A number of things, at least 1. `build` checks these types; the dataclass checks combinations of its fields."""
 CountOrZero = Annotated[int, Ge(0), Le(10**9)]
-"""How many; 0 has a meaning of its own."""
+"""A number of things; the field documents the meaning of 0."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
-"""Fixes what is random."""
+"""Seed of a random generator."""
 Share = Annotated[float, Ge(0), Le(1)]
-"""A part of a whole, or a decay rate."""
+"""A fraction, or a decay rate."""
 Weight = Annotated[float, Ge(0), Le(1e6)]
-"""Of a term; 0 leaves it out."""
+"""Weight of a term; 0 turns it off."""
 Positive = Annotated[float, Gt(0), Le(1e6)]
-"""A rate, a norm or a duration, above 0."""
+"""A positive rate, norm or duration."""
 Temperature = Annotated[float, Ge(0), Le(100)]
-"""Divides logits; 0 takes the most likely token."""
+"""Sampling temperature; 0 is greedy decoding."""
 
 
 def read_toml(path: Path) -> Tree:
@@ -39,7 +39,7 @@ def read_toml(path: Path) -> Tree:
     text = read_text(path, "settings")
     try:
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a date that does not exist is a plain ValueError
+    except (ValueError, RecursionError) as error:  # an invalid date is a plain ValueError
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
@@ -47,13 +47,14 @@ def merge(base: Tree, overlay: Tree) -> Tree:
     """`base` with the entries of `overlay` on top; tables are merged key by key, everything else is replaced."""
     merged = dict(base)
     for key, value in overlay.items():
-        known = merged.get(key)
-        merged[key] = merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
 def override(tree: Tree, assignment: str) -> Tree:
-    """`tree` with one dotted assignment such as stages.zero.steps=20; the value is read as TOML, else as text."""
+    """`tree` with one dotted assignment such as stages.zero.steps=20; the value is parsed as TOML, otherwise it is
+    text."""
     path, separator, text = assignment.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"cannot read the override {assignment!r}; write it as key.key=value")
@@ -66,18 +67,18 @@ def override(tree: Tree, assignment: str) -> Tree:
 
 
 def build(kind: type[T], values: Tree, where: str = "") -> T:
-    """Make the dataclass `kind` from a table; `where` is the table's address in messages.
+    """Build the dataclass `kind` from a table; `where` is the address of the table in messages.
 
-    A table for a field that is a dataclass changes that field's default, not an empty one. Raises ConfigError for an
-    unknown key, a wrong type or a value that the dataclass refuses.
+    A table for a dataclass field overrides entries of the default of that field. Raises ConfigError for an unknown key,
+    a wrong type or a value that the dataclass refuses.
     """
     import pydantic
 
-    refuse_unknown_keys(kind, values, where)
+    check_keys(kind, values, where)
     for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
         if dataclasses.is_dataclass(entry.default) and isinstance(values.get(entry.name), dict):
             values = values | {entry.name: merge(dump(entry.default), values[entry.name])}
-    _refuse_not_finite(values, where)
+    _check_finite(values, where)
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
@@ -89,21 +90,21 @@ def build(kind: type[T], values: Tree, where: str = "") -> T:
         raise ConfigError(f"{address}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
-def _refuse_not_finite(value: Any, address: str) -> None:
-    """Raise ConfigError for a number that is NaN or infinite, at any depth: it would pass every comparison, or none."""
+def _check_finite(value: Any, address: str) -> None:
+    """Raise ConfigError for a number that is NaN or infinite, at any depth; range checks do not catch all of them."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{address}={value} is not a finite number; give one, or leave the setting out")
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, entry in entries:
-        _refuse_not_finite(entry, f"{address}.{key}" if address else str(key))
+        _check_finite(entry, f"{address}.{key}" if address else str(key))
 
 
 def _is_type_name(part: object) -> bool:
-    """Pydantic puts the class of a union's member into addresses."""
+    """Whether a part of an address is the class of a union member, which pydantic inserts."""
     return isinstance(part, str) and part.endswith("Config")
 
 
-def refuse_unknown_keys(kind: Any, values: Tree, where: str) -> None:
+def check_keys(kind: Any, values: Tree, where: str) -> None:
     """Raise ConfigError for the first key of `values`, at any depth, that `kind` does not have."""
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
@@ -112,21 +113,21 @@ def refuse_unknown_keys(kind: Any, values: Tree, where: str) -> None:
         if key not in names:
             raise ConfigError(f"unknown key {address}{did_you_mean(key, names, where)}")
         nested = [member for member in _members(hints[key]) if dataclasses.is_dataclass(member)]
-        for place, entry in enumerate(value if isinstance(value, list | tuple) else ()):
+        for index, entry in enumerate(value if isinstance(value, list | tuple) else ()):
             if nested and isinstance(entry, dict):
-                refuse_unknown_keys(nested[0], entry, f"{address}[{place}]")
+                check_keys(nested[0], entry, f"{address}[{index}]")
         if nested and isinstance(value, dict):
             best = min(nested, key=lambda member: len(set(value) - {f.name for f in dataclasses.fields(member)}))
-            refuse_unknown_keys(best, value, address)
+            check_keys(best, value, address)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The types a value may have; of a tuple, those of its entries."""
+    """The possible types of a value; for a tuple, those of its entries."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple) else (hint,)
 
 
 def did_you_mean(name: str, known: typing.Iterable[str], where: str = "") -> str:
-    """The end of a message about an unknown name: the closest known one, or all of them."""
+    """The end of a message about an unknown name: the closest known name, or all known names."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
@@ -135,5 +136,5 @@ def did_you_mean(name: str, known: typing.Iterable[str], where: str = "") -> str
 
 
 def dump(config: Any) -> Tree:
-    """A dataclass as nested tables, ready for JSON."""
+    """A dataclass as nested dicts for JSON."""
     return dataclasses.asdict(config)

@@ -1,8 +1,8 @@
-"""Files that people bring: text, JSON lines and parquet, opened in one place.
+"""Read the user's files: text, JSON lines and parquet.
 
-Text is UTF-8, with or without a byte-order mark. A line ends at a line feed or at CR LF and nowhere else: U+2028,
-U+0085 and form feeds stand within a line, as JSON allows. gzip is known by its first bytes, whatever a file is called.
-Whatever is wrong with a file is a ConfigError of one line that begins with its name.
+Text is UTF-8, with or without a byte-order mark. Lines end only at a line feed or CR LF: U+2028, U+0085 and form feeds
+are part of a line, as in JSON. gzip is detected by its first bytes, not by the file name. Errors are ConfigErrors of
+one line that contains the file name.
 """
 
 import codecs
@@ -20,11 +20,11 @@ from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
-ROW_FORMS = "JSON lines (.jsonl), a JSON list (.json), both also as .gz, or .parquet"
+ROW_FORMATS = "JSON lines (.jsonl), a JSON list (.json), both also as .gz, or .parquet"
 ROW_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 LFS_POINTER = b"version https://git-lfs"
-"""How the file begins that lies in a clone in place of one that was not fetched."""
+"""First bytes of the placeholder of a file that Git LFS did not fetch."""
 IS_LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
 FOREIGN = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
@@ -37,11 +37,11 @@ FOREIGN = {
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it, or use gzip",
     b"GGUF": "is a GGUF checkpoint, not text",
 }
-"""What files that are not UTF-8 text begin with, and what they are."""
+"""First bytes of files that are not UTF-8 text, with the end of the error message."""
 
 
 def lines(path: Path, what: str = "file") -> Iterator[str]:
-    """The lines of a text file in order, each with its "\\n" (CR LF becomes that), the last one with or without.
+    """The lines of a text file with their "\\n" (CR LF is converted); the last one may have none.
 
     what: a noun for messages. Raises ConfigError for a file that cannot be read, is damaged or is not UTF-8 text.
     """
@@ -53,55 +53,57 @@ def lines(path: Path, what: str = "file") -> Iterator[str]:
             try:
                 line = raw.decode()
             except UnicodeDecodeError as error:
-                found = f"line {number} has the byte 0x{raw[error.start]:02x}"
-                raise ConfigError(f"{path} is not UTF-8 text ({found}); save it as UTF-8") from error
+                position = f"line {number} has the byte 0x{raw[error.start]:02x}"
+                raise ConfigError(f"{path} is not UTF-8 text ({position}); save it as UTF-8") from error
             yield f"{line[:-2]}\n" if line.endswith("\r\n") else line
 
 
 def matching_files(path: Path) -> list[Path]:
-    """The files that `path` means, sorted; its last part may hold *. Raises ConfigError if there are none."""
+    """The files that `path` matches, sorted; its last part may contain *. Raises ConfigError if there are none."""
     if "*" not in path.name:
         if not path.exists():
             raise ConfigError(f"{path} does not exist; correct the path")
         return [path]
-    found = sorted(path.parent.glob(path.name))
-    if not found:
+    files = sorted(path.parent.glob(path.name))
+    if not files:
         raise ConfigError(f"no file matches {path}; correct the path")
-    return found
+    return files
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """The text of a file. CR LF becomes a line feed. Raises ConfigError as `lines`."""
+    """The text of a file, with CR LF converted to line feeds. Raises ConfigError like `lines`."""
     return "".join(lines(path, what))
 
 
 def has_rows(path: Path) -> bool:
-    """Whether the ending of a file says that it holds rows, in any case of letters."""
+    """Whether the extension of a file is that of a row format, in upper or lower case."""
     return path.name.lower().removesuffix(".gz").endswith(ROW_ENDINGS)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a file of JSON lines, a JSON list or parquet, each with its address for messages; blank lines are
-    left out. In parquet, a key within a column that is null is a key that the row does not have. Raises ConfigError.
+    """The rows of a JSON-lines, JSON-list or parquet file, each with its address for messages; blank lines are skipped.
+
+    In parquet, a null inside a column counts as a missing key. Raises ConfigError.
     """
-    found = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
-    for where, row in found:
+    rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise ConfigError(f"{where} is {kind_of(row)}, not an object with keys; known: {ROW_FORMS}")
+            raise ConfigError(f"{where} is {kind_of(row)}, not an object with keys; known: {ROW_FORMATS}")
         yield where, row
 
 
 def read_object(path: Path) -> Row:
-    """The JSON object that a file holds. Raises ConfigError."""
-    found = parse_json(read_text(path), str(path), "fetch or write it again", has_unique_keys=False)
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is {kind_of(found)}, not a JSON object; fetch or write it again")
-    return found
+    """The JSON object in a file. Raises ConfigError."""
+    value = parse_json(read_text(path), str(path), "fetch or write it again", has_unique_keys=False)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is {kind_of(value)}, not a JSON object; fetch or write it again")
+    return value
 
 
 def parse_json(text: str, where: str, way_out: str, has_unique_keys: bool = True) -> Any:
-    """The value that JSON text holds. has_unique_keys: refuse a key that stands twice in an object; without, its last
-    value counts. Raises ConfigError, which begins with `where` and ends with `way_out`; also for half a character.
+    """The value of JSON text. has_unique_keys: refuse duplicate keys of an object; otherwise the last value counts.
+
+    Raises ConfigError, whose message starts with `where` and ends with `way_out`; also for unpaired surrogates.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object if has_unique_keys else None)
@@ -112,36 +114,36 @@ def parse_json(text: str, where: str, way_out: str, has_unique_keys: bool = True
         raise ConfigError(f"{where} {error}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
         raise ConfigError(f"{where} cannot be read as JSON ({error}); {way_out}") from error
-    if "\\ud" in text or "\\uD" in text:  # json takes half of a surrogate pair for a character; nothing can encode it
+    if "\\ud" in text or "\\uD" in text:  # json accepts unpaired surrogates, which cannot be encoded
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ConfigError(f"{where} has {half}, half of a character that was cut in two; remove it") from error
+            surrogate = f"\\u{ord(error.object[error.start]):04x}"
+            raise ConfigError(f"{where} has {surrogate}, half of a character that was cut in two; remove it") from error
     return value
 
 
 def log_unused_keys(path: Path, counts: Counter[str]) -> None:
-    """Say once for a file which keys of its rows were not used. counts: rows that have each."""
+    """Log the unused keys of the rows of a file. counts: number of rows with each key."""
     if counts:
         log.info("%s: keys not used: %s", path, ", ".join(f"{key} ({count:,} rows)" for key, count in counts.items()))
 
 
 def kind_of(value: object) -> str:
-    """What a value of a row is, in JSON's words; parquet has others too."""
+    """The JSON type of a value for messages; parquet has other types too."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     kinds |= dict.fromkeys((int, float), "a number")
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"of type {type(value).__name__}")
 
 
 def as_json(value: object) -> str:
-    """A value of a row for messages, as JSON writes it; bytes and dates of parquet as Python does."""
+    """A value of a row as JSON for messages; bytes and dates of parquet as Python's repr."""
     return json.dumps(value, default=repr)
 
 
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, those that gzip packed if it did. Pipes can be read too."""
+    """Open a file for reading bytes, decompressed if it is gzip. Works for pipes too."""
     try:
         with path.open("rb") as raw, gzip.open(raw) if raw.peek(2)[:2] == GZIP else nullcontext(raw) as file:
             yield cast(BinaryIO, file)
@@ -154,33 +156,33 @@ def _opened(path: Path, what: str) -> Iterator[BinaryIO]:
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
-    found = next((says for mark, says in FOREIGN.items() if start.startswith(mark)), None)
-    if found is None and b"\0" in start:
-        found = "has bytes of value 0, as UTF-16 text and binary files do; save it as UTF-8 text"
-    if found is not None:
-        raise ConfigError(f"{path} {found}")
+    problem = next((message for magic, message in FOREIGN.items() if start.startswith(magic)), None)
+    if problem is None and b"\0" in start:
+        problem = "has bytes of value 0, as UTF-16 text and binary files do; save it as UTF-8 text"
+    if problem is not None:
+        raise ConfigError(f"{path} {problem}")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text, is_first = lines(path), True
     for number, line in enumerate(text, start=1):
-        line = line.lstrip("\ufeff")  # files joined by `cat` bring their byte-order marks along
+        line = line.lstrip("\ufeff")  # files joined by `cat` have byte-order marks inside
         if is_first and line.lstrip().startswith("["):
-            values = parse_json("".join((line, *text)), str(path), f"known: {ROW_FORMS}")
-            yield from ((f"{path} entry {place}", value) for place, value in enumerate(values, start=1))
+            values = parse_json("".join((line, *text)), str(path), f"known: {ROW_FORMATS}")
+            yield from ((f"{path} entry {index}", value) for index, value in enumerate(values, start=1))
         elif line.strip():
             is_first = False
-            way_out = f"known: {ROW_FORMS}" if line.endswith("\n") else "the file may be cut off: fetch it again"
+            way_out = f"known: {ROW_FORMATS}" if line.endswith("\n") else "the file may be cut off: fetch it again"
             yield f"{path} line {number}", parse_json(line, f"{path} line {number}", way_out)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """An object whose keys differ. Python would drop all values but the last of a key that stands twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ConfigError(f"has the key {twice!r} twice in one object; keep one of them")
-    return found
+    """An object with unique keys. Python would drop all values of a duplicate key but the last."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ConfigError(f"has the key {duplicate!r} twice in one object; keep one of them")
+    return value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -190,7 +192,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         end = file.read()
     if not start.startswith(PARQUET):
         _refuse_foreign(path, start)
-        raise ConfigError(f"{path} is no parquet file; known: {ROW_FORMS}")
+        raise ConfigError(f"{path} is not a parquet file; known: {ROW_FORMATS}")
     if end != PARQUET:
         raise ConfigError(f"{path} is cut off: it does not end as a parquet file does; fetch it again")
     try:
@@ -208,7 +210,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table gives every object of a column the keys of all of them, filled up with null."""
+    """Drop null keys: parquet gives every object of a column the keys of all objects, with null."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: a folder with provenance, metrics as JSON lines, progress with time to go."""
+"""Run folders with provenance and metrics as JSON lines, and progress lines with the remaining time."""
 
 import datetime
 import json
@@ -17,25 +17,25 @@ from thinkstack.stopping import StopRequest
 from thinkstack.types import ConfigError
 
 METRICS, TIMINGS, CURVE = "metrics.jsonl", "timings.jsonl", "curve.jsonl"
-"""Files of rows: what follows from settings and seed, what the clock decided, and evaluations on the way."""
+"""JSON-lines files: metrics determined by settings and seed, timings, and evaluations during training."""
 PROVENANCE = "provenance.json"
 PLAIN_SECONDS = 15.0
-"""Without a terminal a progress line is printed at most this often."""
+"""Minimum seconds between two progress lines without a terminal."""
 
 log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises ConfigError if the disk refuses."""
-    fresh = path.with_name(path.name + ".writing")
+    """Write a file atomically. Raises ConfigError if it cannot be written."""
+    temporary = path.with_name(path.name + ".writing")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path)
+        temporary.replace(path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut off by a crash is left out. A missing file is empty."""
+    """The objects of a JSON-lines file, without a last line truncated by a crash; [] for a missing file."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
@@ -58,12 +58,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Run:
-    """The folder of one stage: files of rows, provenance.json, and whatever the stage writes."""
+    """The folder of one stage: JSON-lines files, provenance.json, and the outputs of the stage."""
 
     def __init__(self, folder: Path, stop: StopRequest | None = None):
-        """Makes the folder. stop: what asks the stage to save its state and end; None never does.
+        """Creates the folder. stop: request to save the state and end; None: no such requests.
 
-        Raises ConfigError if the folder cannot be made or written to.
+        Raises ConfigError if the folder cannot be created or written to.
         """
         self.folder, self.stop = folder, stop or StopRequest()
         try:
@@ -77,7 +77,7 @@ class Run:
             ) from error
 
     def start(self, config: dict[str, Any], seed: int, machine: str) -> None:
-        """Keep where this run comes from, and say it in one line."""
+        """Write the provenance of this run, and log it in one line."""
         commit = commit_of(Path(__file__).parent)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         facts = {"commit": commit, "date": now, "machine": machine, "seed": seed, "command": sys.argv, "config": config}
@@ -85,7 +85,7 @@ class Run:
         log.info("%s: commit %s, seed %d, %s", self.folder, commit, seed, machine)
 
     def provenance(self) -> dict[str, Any]:
-        """What `start` kept before; {} in a new folder."""
+        """The provenance that `start` wrote; {} in a new folder."""
         path = self.folder / PROVENANCE
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -94,14 +94,14 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one row to the metrics, without what the clock decided; that goes to the timings."""
+        """Append one row to the metrics; timings go to a separate file."""
         timings = {name: value for name, value in metrics.items() if is_timing(name)}
         self.append(METRICS, {"step": step} | {name: value for name, value in metrics.items() if name not in timings})
         if timings:
             self.append(TIMINGS, {"step": step} | timings)
 
     def append(self, file: str, row: dict[str, Any]) -> None:
-        """Append one row to a file of rows. Raises ConfigError if the disk refuses."""
+        """Append one row to a JSON-lines file. Raises ConfigError if it cannot be written."""
         try:
             with (self.folder / file).open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
@@ -115,7 +115,7 @@ class Run:
         return read_lines(self.folder / file)
 
     def mark(self) -> dict[str, int]:
-        """Bytes of each file of rows, which are on the disk afterwards: part of a state, for `rewind`."""
+        """Flush the JSON-lines files and return their sizes in bytes: part of a training state, for `rewind`."""
         sizes = {}
         for path in (self.folder / file for file in (METRICS, TIMINGS, CURVE)):
             if path.exists():
@@ -125,23 +125,24 @@ class Run:
         return sizes
 
     def rewind(self, marks: dict[str, int]) -> None:
-        """Cut the files of rows back to what `mark` returned: a resumed run writes the rest again. {} forgets all.
+        """Truncate the JSON-lines files to the sizes that `mark` returned ({}: to 0); a resumed run writes the rest
+        again.
 
-        Raises ConfigError for a file that is shorter than it was.
+        Raises ConfigError for a file that is shorter.
         """
         for path in (self.folder / file for file in (METRICS, TIMINGS, CURVE)):
-            size, wanted = path.stat().st_size if path.exists() else 0, marks.get(path.name, 0)
-            if size < wanted:
+            size, target = path.stat().st_size if path.exists() else 0, marks.get(path.name, 0)
+            if size < target:
                 raise ConfigError(
-                    f"{path} has {size} bytes; it had {wanted} when the state beside it was saved: put it back, or "
-                    f"delete {self.folder} to begin the stage again"
+                    f"{path} has {size} bytes; it had {target} when the state beside it was saved: put it back, or "
+                    f"delete {self.folder} to start the stage again"
                 )
-            if size > wanted:
-                os.truncate(path, wanted)
+            if size > target:
+                os.truncate(path, target)
 
 
 def is_timing(name: str) -> bool:
-    """Whether a metric is measured by the clock and so differs between two runs of one seed."""
+    """Whether a metric is a timing, which differs between two runs with the same seed."""
     return name.startswith("time/") or name.endswith("_per_second")
 
 
@@ -155,7 +156,7 @@ def commit_of(folder: Path) -> str:
 
 
 class Progress:
-    """One line that moves on a terminal; elsewhere a line every PLAIN_SECONDS. Both say how long it still takes."""
+    """Progress with the remaining time: a live line on a terminal, otherwise a line every PLAIN_SECONDS."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.total, self.done, self.first = title, total, done, done
@@ -183,23 +184,23 @@ class Progress:
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Note that `count` more are done, and what to say about it."""
+        """Add `count` to the number done and show `note`."""
         self.done += count
         self.note = note or self.note
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=self.note)
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS or (self.done == self.total and self._took_a_while()):
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS or (self.done == self.total and self._is_long()):
             self.printed = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 
-    def _took_a_while(self) -> bool:
+    def _is_long(self) -> bool:
         return time.monotonic() - self.started >= 1
 
     def line(self) -> str:
         """Progress as plain text."""
         elapsed = time.monotonic() - self.started
         left = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
-        return f"{self.title}: {self.done}/{self.total}, {clock(elapsed)} gone, {clock(left)} left  {self.note}"
+        return f"{self.title}: {self.done}/{self.total}, {clock(elapsed)} elapsed, {clock(left)} left  {self.note}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

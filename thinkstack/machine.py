@@ -1,6 +1,4 @@
-"""The machine a program runs on: its cores and what a container leaves of them, settings that make training fast, and
-its name for reports.
-"""
+"""The machine: usable cores and container limits, settings for fast training, instruction sets, description."""
 
 import contextlib
 import ctypes
@@ -25,20 +23,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLEARLY_FASTER = 1.1
-"""More threads are used where they are so many times as fast as fewer."""
-SPARE_CORES_SHARE = 0.25
-"""Other work of less than so much of a core is left out of account."""
+"""Minimum speed-up for which more threads are used."""
+NEGLIGIBLE_CORES = 0.25
+"""Load of other processes, in cores, that is ignored."""
 ADAPT_SECONDS = 0.3
-"""Between two looks at what other work takes of the cores."""
-MEASURE_SECONDS, DOUBT_SECONDS = 0.04, 0.3
-"""How long thread counts are measured, and how long where more threads look slower: other work may be the cause."""
+"""Seconds between two measurements of the load of other processes."""
+MEASURE_SECONDS, RECHECK_SECONDS = 0.04, 0.3
+"""Duration of the measurement of thread counts, and its duration if more threads seem slower: other processes may be
+the cause."""
 
 
 def prepare_machine(threads: int = 0) -> None:
-    """Set torch's threads (0: one per usable core) and keep freed memory in the process.
+    """Set torch's threads (0: one per usable core), and let the process keep freed memory.
 
-    By default glibc gives large blocks back to the system after every use; fetching them again as fresh zeroed pages
-    takes up to half of a training step on a CPU.
+    By default glibc returns large blocks to the system after every use; allocating them again as zeroed pages takes up
+    to half of a training step on a CPU.
     """
     import torch
 
@@ -47,36 +46,37 @@ def prepare_machine(threads: int = 0) -> None:
         log.info(reason)
     if torch.get_num_threads() > 1 and thinkstack.SPIN_SET_TOO_LATE:
         log.warning(
-            "torch was imported before thinkstack, so its threads spin at barriers, which is slow beside other work; "
+            "torch was imported before thinkstack, so its threads spin at barriers and slow other processes down; "
             "import thinkstack first, or set GOMP_SPINCOUNT=%s",
             thinkstack.SPIN_COUNT,
         )
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-        # larger blocks, such as a big vocabulary's, do go back: glibc's heap does not refill the holes that they leave
+        # larger blocks, such as those of a large vocabulary, are returned: glibc's heap does not reuse their holes
         libc.mallopt(mmap_threshold, 8 << 20)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
         libc.mallopt(top_pad, 64 << 20)
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores this process can keep busy: those it may run on, at most its CPU quota, rounded down, and at least 1.
+    """Number of cores that this process can use: those of its affinity mask, limited by its CPU quota rounded down, at
+    least 1.
 
-    More threads than the quota holds are stopped in the middle of their work, and the others wait for them.
-    root: where the file system that tells the quota begins.
+    With more threads than the quota the system suspends threads, and the others wait for them. root: root of the file
+    system with the quota files.
     """
     quota = cpu_quota(root)
     return bound_cores() if quota is None else max(1, min(bound_cores(), math.floor(quota)))
 
 
 def bound_cores() -> int:
-    """Cores this process may run on (taskset, a cpuset), whatever its quota."""
+    """Number of cores in the affinity mask of this process (taskset, a cpuset)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def why_fewer_cores(root: Path = Path("/")) -> str:
-    """One line on cores of the machine that are not used; empty where all are."""
+    """One line that explains why some cores are not used; empty if all are."""
     used, bound, all_cores = usable_cores(root), bound_cores(), os.cpu_count() or 1
     reasons = []
     if bound < all_cores:
@@ -87,9 +87,9 @@ def why_fewer_cores(root: Path = Path("/")) -> str:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Seconds of CPU time that this process' control groups get per second, in cores; None without a limit.
+    """CPU quota of this process' control groups in cores (CPU seconds per second); None without a limit.
 
-    The tightest limit of its group and all groups above it counts, of version 1 and 2. root: where /proc and /sys lie.
+    The minimum over its group and all parent groups, of cgroup versions 1 and 2. root: parent folder of /proc and /sys.
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (cpu.cfs_quota_us).
     """
     return min((quota for folder in _groups(root) if (quota := _quota(folder)) is not None), default=None)
@@ -98,13 +98,13 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def _quota(folder: Path) -> float | None:
     words = _words(folder / "cpu.max") or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
     if len(words) != 2 or not all(word.isascii() and word.isdecimal() for word in words):
-        return None  # no limit ("max", -1), no file, or one that this code does not know
+        return None  # no limit ("max", -1), no file, or an unknown format
     quota, period = map(int, words)
     return quota / period if quota and period else None
 
 
 def _groups(root: Path) -> list[Path]:
-    """Folders of this process' control group and of all above it, where they may limit its CPU time."""
+    """Folders of this process' control group and of its parent groups that can limit its CPU time."""
     folders = []
     paths = _group_paths(root)
     for version, point, mounted in _group_mounts(root):
@@ -113,13 +113,13 @@ def _groups(root: Path) -> list[Path]:
         inside = path if mounted == "/" else path.removeprefix(mounted) if path.startswith(mounted) else "/"
         parts = PurePosixPath(inside.lstrip("/")).parts
         if ".." in parts or not mount.joinpath(*parts).is_dir():
-            parts = ()  # a container that sees its own group at the mount, and a path of the machine outside
+            parts = ()  # in a container the mount is its own group and the path is that of the host
         folders += [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
     return folders
 
 
 def _group_paths(root: Path) -> dict[int, str]:
-    """Paths of this process' control groups by version, of /proc/self/cgroup: id:controllers:path."""
+    """Paths of this process' control groups by cgroup version, from /proc/self/cgroup (id:controllers:path)."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -132,21 +132,21 @@ def _group_paths(root: Path) -> dict[int, str]:
 
 
 def _group_mounts(root: Path) -> list[tuple[int, str, str]]:
-    """(version, mount point, path of the group that is seen there) of the hierarchies that may limit CPU time."""
-    found = []
+    """(version, mount point, path of the mounted group) of the cgroup hierarchies that can limit CPU time."""
+    mounts = []
     for line in _lines(root / "proc/self/mountinfo"):  # 31 23 0:28 /root /point options - kind source options
         before, _, after = (part.split() for part in line.partition(" - "))
         if len(before) < 5 or len(after) < 3:
             continue
         mounted, point = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), word) for word in before[3:5])
         if after[0] == "cgroup2" or (after[0] == "cgroup" and "cpu" in after[2].split(",")):
-            found.append((2 if after[0] == "cgroup2" else 1, point, mounted))
-    usual = [(2, "/sys/fs/cgroup", "/"), (1, "/sys/fs/cgroup/cpu", "/"), (1, "/sys/fs/cgroup/cpu,cpuacct", "/")]
-    return found or usual
+            mounts.append((2 if after[0] == "cgroup2" else 1, point, mounted))
+    default = [(2, "/sys/fs/cgroup", "/"), (1, "/sys/fs/cgroup/cpu", "/"), (1, "/sys/fs/cgroup/cpu,cpuacct", "/")]
+    return mounts or default
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a file; none where it cannot be read."""
+    """The lines of a file; [] if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -158,40 +158,39 @@ def _words(path: Path) -> list[str]:
 
 
 def measure_threads(cores: int) -> int:
-    """Threads to use on so many usable cores: all, or half where two "cores" turn out to be threads of one.
+    """Threads to use on `cores` usable cores: all, or half if two "cores" are hardware threads of one.
 
-    0: other work on the machine hides the answer; use all, and ask again another day. Multiplies matrices for
-    MEASURE_SECONDS, the least time of many short products counts. Where more threads look slower, DOUBT_SECONDS are
-    spent before that is believed.
+    0: other processes make the measurement unreliable; use all cores, and measure again another time. Takes the minimum
+    time of many short matrix products over MEASURE_SECONDS; if more threads seem slower, over RECHECK_SECONDS.
     """
     import torch
 
     if cores < 2:
         return 1
     before = torch.get_num_threads()
-    side = round(320 * (cores / 2) ** (1 / 3))  # half a millisecond of all cores
+    side = round(320 * (cores / 2) ** (1 / 3))  # half a millisecond on all cores
     a, b = torch.rand(2, side, side)
     torch.mm(a, b)
     seconds = dict.fromkeys((cores // 2, cores), math.inf)
     others, started = OtherWork(), time.perf_counter()
     try:
         while (spent := time.perf_counter() - started) < MEASURE_SECONDS or (
-            fastest_threads(seconds) < cores and spent < DOUBT_SECONDS
+            fastest_threads(seconds) < cores and spent < RECHECK_SECONDS
         ):
             for threads in seconds:
                 torch.set_num_threads(threads)
-                for _ in range(16):  # in a row: beside other work threads run together for milliseconds at a time
+                for _ in range(16):  # consecutive: with other processes all threads run together only for milliseconds
                     start = time.perf_counter()
                     torch.mm(a, b)
                     seconds[threads] = min(seconds[threads], time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
     chosen = fastest_threads(seconds)
-    return 0 if chosen < cores and others.cores() > SPARE_CORES_SHARE else chosen
+    return 0 if chosen < cores and others.cores() > NEGLIGIBLE_CORES else chosen
 
 
 def fastest_threads(seconds: Mapping[int, float]) -> int:
-    """Threads to use after the same work took `seconds`, by threads: more only where they are clearly faster."""
+    """Threads to use, given the seconds of the same work by number of threads: more only if CLEARLY_FASTER."""
     chosen, *more = sorted(seconds)
     for threads in more:
         if seconds[threads] * CLEARLY_FASTER < seconds[chosen]:
@@ -200,50 +199,51 @@ def fastest_threads(seconds: Mapping[int, float]) -> int:
 
 
 def threads_beside(cores: int, others: float) -> int:
-    """Threads to use on so many usable cores while other work keeps `others` of them busy, in cores.
+    """Threads to use on `cores` usable cores while other processes have a load of `others` cores.
 
-    A thread that has to share its core holds up all others at the next barrier.
+    A thread that shares its core delays all others at the next barrier.
     """
-    return max(1, math.floor(cores - others + SPARE_CORES_SHARE))
+    return max(1, math.floor(cores - others + NEGLIGIBLE_CORES))
 
 
 class OtherWork:
-    """What other processes, this one's children among them, use of the cores that this process may run on."""
+    """CPU load of other processes (child processes included) on the cores of this process."""
 
     def __init__(self) -> None:
         self._last = self._read()
 
     def cores(self) -> float:
-        """CPU seconds per second, in cores, since the last call or the beginning; 0 where the system does not tell.
+        """Their load in cores (CPU seconds per second) since the last call or the start; 0 if the system does not
+        report it.
 
-        The system counts in hundredths of a second: ask after some tenths.
+        The system counts in units of 10 ms, so calls should be some 100 ms apart.
         """
         last, self._last = self._last, self._read()
         wall, used, own = (now - then for now, then in zip(self._last, last, strict=True))
         return max(0.0, (used - own) / wall) if wall > 0 and used > 0 else 0.0
 
     def _read(self) -> tuple[float, float, float]:
-        """Wall seconds, CPU seconds of everybody on these cores, CPU seconds of this process."""
-        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        """Wall seconds, CPU seconds of all processes on these cores, CPU seconds of this process."""
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         ticks = 0
         for line in _lines(Path("/proc/stat")):  # cpu0 user nice system idle iowait irq softirq steal guest guest_nice
             words = line.split()
-            if words and re.fullmatch(r"cpu\d+", words[0]) and int(words[0][3:]) in mine:
-                ticks += sum(int(words[place]) for place in (1, 2, 3, 6, 7))
+            if words and re.fullmatch(r"cpu\d+", words[0]) and int(words[0][3:]) in allowed:
+                ticks += sum(int(words[column]) for column in (1, 2, 3, 6, 7))
         return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0, time.process_time()
 
 
 class SharedCores:
-    """Inside a with block torch has no more threads than cores are free, as other work comes and goes."""
+    """Context manager that limits torch's threads to the cores that other processes leave free."""
 
     def __init__(self) -> None:
-        self._others, self._asked, self._busy, self._before = OtherWork(), time.monotonic(), 0.0, 0
+        self._others, self._measured, self._busy, self._before = OtherWork(), time.monotonic(), 0.0, 0
 
     def __enter__(self) -> "SharedCores":
         import torch
 
-        if time.monotonic() - self._asked >= ADAPT_SECONDS:
-            self._asked, self._busy = time.monotonic(), self._others.cores()
+        if time.monotonic() - self._measured >= ADAPT_SECONDS:
+            self._measured, self._busy = time.monotonic(), self._others.cores()
         self._before = torch.get_num_threads()
         if (threads := threads_beside(self._before, self._busy)) < self._before:
             torch.set_num_threads(threads)
@@ -257,9 +257,9 @@ class SharedCores:
 
 
 def pick_device(name: str) -> "torch.device":
-    """The device called "auto" (CUDA where there is one, else the CPU), "cpu" or "cuda".
+    """The device "auto" (CUDA if available, else the CPU), "cpu" or "cuda".
 
-    Raises ConfigError for "cuda" without one.
+    Raises ConfigError for "cuda" without a CUDA device.
     """
     import torch
 
@@ -269,21 +269,21 @@ def pick_device(name: str) -> "torch.device":
 
 
 def free_memory() -> dict[str, int]:
-    """Bytes that a program could still take, by device; of the main memory where the system tells it."""
+    """Free bytes by device; of main memory only if the system reports it."""
     import torch
 
-    found = {}
+    free = {}
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
     for line in lines:
         if line.startswith("MemAvailable"):
-            found["CPU"] = int(line.split()[1]) * 1024
+            free["CPU"] = int(line.split()[1]) * 1024
     for index in range(torch.cuda.device_count()):
-        found[torch.cuda.get_device_name(index)] = torch.cuda.mem_get_info(index)[0]
-    return found
+        free[torch.cuda.get_device_name(index)] = torch.cuda.mem_get_info(index)[0]
+    return free
 
 
 def processor_name() -> str:
-    """As /proc/cpuinfo has it; elsewhere a short one."""
+    """Processor name from /proc/cpuinfo; a shorter one on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -293,7 +293,7 @@ def processor_name() -> str:
 
 
 def describe_machine() -> str:
-    """Processor, usable cores, memory and the versions that decide numbers."""
+    """Processor, usable cores, memory, and the versions that numerical results depend on."""
     import torch
 
     memory = ""
@@ -304,20 +304,20 @@ def describe_machine() -> str:
 
 
 ISA = "THINKSTACK_ISA"
-"""Environment variable: the instruction set to use in place of the best that the processor has (`INSTRUCTION_SETS`)."""
+"""Environment variable that overrides the best instruction set of the processor (see `INSTRUCTION_SETS`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionSet:
-    """What the kernels are compiled for."""
+    """A compilation target of the kernels."""
 
     name: str
     needs: frozenset[str]
-    """Features as /proc/cpuinfo names them."""
+    """Required features, by their names in /proc/cpuinfo."""
     flags: tuple[str, ...]
-    """Of a compiler; no feature beyond `needs`, so that a library that was built runs wherever they are."""
+    """Compiler flags; they enable no feature beyond `needs`, so that a compiled library runs on every such machine."""
     has_kernels: bool = True
-    """Whether the kernels are worth compiling for it."""
+    """Whether the kernels are compiled for it."""
 
 
 _V3 = "avx2 fma f16c bmi1 bmi2"
@@ -344,31 +344,31 @@ INSTRUCTION_SETS = {
         InstructionSet(name="armv8", needs=frozenset(), flags=()),
     ),
 }
-"""By architecture, the best first. "amx" and "armv8-bf16" compile the same kernels as the next one: their products are
-oneDNN's."""
+"""By architecture, best first. "amx" and "armv8-bf16" compile the same kernels as the next entry: their matrix products
+are oneDNN's."""
 BF16_PRODUCTS = ("amx", "avx512-bf16", "armv8-bf16")
-"""Instruction sets that multiply bf16."""
+"""Instruction sets with bf16 products."""
 
 
 @functools.cache
 def instruction_set() -> InstructionSet:
     """The best instruction set of this processor, or the one that THINKSTACK_ISA names.
 
-    Raises ConfigError for one that there is not, or that the processor lacks.
+    Raises ConfigError for an unknown one, or one that the processor lacks.
     """
-    possible = instruction_sets()
-    asked = os.environ.get(ISA, "")
-    if not asked:
-        return possible[0]
-    found = next((one for one in possible if one.name == asked), None)
-    if found is None:
-        here = ", ".join(one.name for one in possible)
-        raise ConfigError(f"{ISA}={asked} is not an instruction set of this processor; use one of {here}")
-    return found
+    available = instruction_sets()
+    requested = os.environ.get(ISA, "")
+    if not requested:
+        return available[0]
+    chosen = next((one for one in available if one.name == requested), None)
+    if chosen is None:
+        names = ", ".join(one.name for one in available)
+        raise ConfigError(f"{ISA}={requested} is not an instruction set of this processor; use one of {names}")
+    return chosen
 
 
 def instruction_sets() -> tuple[InstructionSet, ...]:
-    """Those that this processor has, the best first."""
+    """The instruction sets of this processor, best first."""
     kind = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     plain = InstructionSet(name=kind, needs=frozenset(), flags=())
     features = cpu_features()
@@ -376,7 +376,7 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
 
 
 def cpu_features() -> frozenset[str]:
-    """Features of the processor as Linux names them; elsewhere what torch says of the vectors."""
+    """Features of the processor by their Linux names; on other systems those that torch reports."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
         lines = path.read_text().splitlines()

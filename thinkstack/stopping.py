@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether a stop was asked for. A stage looks after each step, or lets a request interrupt it where it is."""
+    """A request to stop. A stage checks it after each step, or lets it interrupt a block."""
 
     def __init__(self) -> None:
         self._is_requested = self._may_interrupt = False
@@ -24,17 +24,17 @@ class StopRequest:
         return self._is_requested
 
     def request(self, number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-        """Ask to stop; a handler of signals. Raises KeyboardInterrupt if it is asked a second time."""
+        """Request a stop; a signal handler. Raises KeyboardInterrupt on the second request."""
         if self._is_requested:
             raise KeyboardInterrupt
         self._is_requested = True
-        log.warning("stopping, with the state saved; press Ctrl-C again to stop at once")
+        log.warning("saving the state, then stopping; press Ctrl-C again to stop at once")
         if self._may_interrupt:
             raise Interrupted
 
     @contextmanager
     def may_interrupt(self) -> Iterator[None]:
-        """Within this block a request raises Interrupted at once, in the middle of whatever is done there."""
+        """Within this block a request raises Interrupted immediately."""
         self._may_interrupt = True
         try:
             if self.is_requested:
@@ -46,7 +46,7 @@ class StopRequest:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[StopRequest]:
-    """A request that Ctrl-C and SIGTERM make, which schedulers send before they kill; in the main thread only."""
+    """A StopRequest for Ctrl-C and SIGTERM (which schedulers send before SIGKILL); only works in the main thread."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop

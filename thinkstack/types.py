@@ -1,7 +1,6 @@
-"""The nouns that cross folders, and the errors a person can cause.
+"""Types shared between folders, and the error classes.
 
-All records are frozen; who fills a field is written at the field. torch is imported for annotations only, so that the
-command line starts without it.
+All dataclasses are frozen. torch is imported for annotations only, so that the command line starts without it.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """A setting, file or checkpoint cannot be used; the message names the value and the way out."""
+    """A setting, file or checkpoint cannot be used; the message names the value and a fix."""
 
 
 class RequestError(ValueError):
-    """A request to a model cannot be served; the message names the value and the way out."""
+    """A request to a model cannot be served; the message names the value and a fix."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
+    """Training cannot continue; the message says why and what to try."""
 
 
 class Interrupted(RuntimeError):
-    """A person asked to stop; the stage has saved its state."""
+    """The user requested a stop; the stage has saved its state."""
 
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -38,26 +37,26 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """A function that the model may call; filled by whoever asks."""
+    """A function that the model may call; given with the request."""
 
     name: str
-    """What a call names it by."""
+    """Name used in a call."""
     description: str
-    """What it does, for the model to read."""
+    """Description for the model."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """JSON schema of its arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A call that the assistant makes; filled by text/parse.py."""
+    """A tool call of the assistant; made by text/parse.py."""
 
     name: str
     """Name of the function."""
     arguments: str
-    """Its arguments as JSON text, spelt as the model wrote them."""
+    """Its arguments as JSON text, exactly as the model wrote them."""
     id: str | None = None
-    """What a result refers to it by, where the format has such a thing."""
+    """Id that the result refers to, if the format has ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,83 +64,85 @@ class Message:
     """One turn of a conversation."""
 
     role: Role
-    """Who speaks; "tool" gives the result of a call."""
+    """Author of the turn; "tool" is the result of a call."""
     content: str
-    """What is said; of an assistant the answer only, of a tool its result."""
+    """Text of the turn; for an assistant the answer without thinking, for a tool its result."""
     reasoning: str | None = None
-    """The assistant's thinking, without tags; filled by text/parse.py, dropped from history by text/chat.py."""
+    """The assistant's thinking, without tags; set by text/parse.py, removed from the history by text/chat.py."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """What the assistant calls after saying `content`."""
+    """Tool calls of the assistant after `content`."""
     tool_call_id: str | None = None
-    """Of a tool: the call that this is the result of, where the format has such a thing."""
+    """Of a tool: id of the call that this is the result of, if the format has ids."""
     name: str | None = None
-    """Of a tool: the function that was called, where the format writes it."""
+    """Of a tool: name of the called function, if the format has it."""
     is_trained: bool = True
-    """Of the assistant: whether training learns this turn, or reads it as context only; filled by stages/turns.py."""
+    """Of the assistant: whether this turn is trained on, or context only; set by stages/turns.py."""
 
     def __post_init__(self) -> None:
         if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
-            raise RequestError(f"role={self.role!r} neither thinks nor calls tools; only an assistant's message does")
+            raise RequestError(
+                f"a message of role={self.role!r} has reasoning or tool_calls; only assistant messages may have them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One task instance with a checkable answer; filled by tasks/."""
+    """One task instance with a verifiable answer; made by tasks/."""
 
     question: str
-    """What the user asks."""
+    """The user's question."""
     answer: str
     """The reference answer in canonical form."""
     task: str
-    """Name of the family in tasks/table.py."""
+    """Name of the task in tasks/table.py."""
     language: str
     """Language of the wording: "en" or "zh"."""
     level: int
-    """Difficulty; what it counts is said by the family."""
+    """Difficulty level, defined by the task."""
     key: str
-    """Hash of the canonical problem: operands only, neither wording nor language."""
+    """Hash of the canonical problem: its operands, without wording and language."""
     wording: int
-    """Index of the wording within the family and language."""
+    """Index of the wording within the task and language."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request draws tokens; filled by the caller of the engine."""
+    """Sampling parameters of one request."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Keeps the smallest set of tokens with at least this probability; 1 keeps all."""
+    """Nucleus sampling: the smallest set of tokens with at least this total probability; 1 is off."""
     top_k: int = 0
-    """Keeps this many most likely tokens; 0 keeps all."""
+    """Sample from this many most likely tokens; 0 is off."""
     min_p: float = 0.0
-    """Keeps tokens with at least this share of the most likely one's probability; 0 keeps all."""
+    """Minimum probability of a token relative to the most likely one; 0 is off."""
     presence_penalty: float = 0.0
-    """Taken off the logit of every token that the answer has, -2 to 2."""
+    """Subtracted from the logit of every token that occurs in the completion, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Taken off the logit of a token once for each time the answer has it, -2 to 2."""
+    """Subtracted from the logit of a token once per occurrence in the completion, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens that prompt or answer have, and multiplies negative ones; 1 leaves them."""
+    """Divides positive and multiplies negative logits of tokens in prompt or completion; 1 is off."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens."""
+    """Added to the logits of these token ids."""
     min_tokens: int = 0
-    """Tokens an answer has before a stop token may be drawn."""
+    """Minimum tokens before a stop token may be sampled."""
     max_tokens: int = 256
-    """Most tokens an answer may have, its end token included."""
+    """Maximum tokens of the completion, end token included."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end an answer; the one that did is kept as its last token."""
+    """Tokens that end the completion; the stop token is its last token."""
     thinking_budget: int | None = None
-    """Tokens after which thinking is closed by `think_end_token_ids`, unless it was before; None sets no limit."""
+    """Thinking tokens after which `think_end_token_ids` are injected, unless thinking has ended; None: no limit."""
     think_end_token_ids: tuple[int, ...] = ()
-    """What closes thinking; injected tokens count like drawn ones, and their log-probability is 0."""
+    """Tokens that end thinking; injected ones count like sampled ones, with log-probability 0."""
     top_logprobs: int = 0
-    """TopLogprobs reported for each token: the most likely ones under the distribution it was drawn from."""
+    """Number of most likely alternatives reported per token, under the distribution it was sampled from."""
     raw_logprobs: bool = False
-    """Report log-probabilities of the model itself, at temperature 1, instead of those that were drawn from."""
+    """Report log-probabilities of the model at temperature 1 instead of those of the sampling distribution."""
     seed: int = 0
-    """Fixes the draws of this request, alone or in a batch."""
+    """Seed of this request; the result is the same alone and in a batch."""
     n: int = 1
-    """Answers to draw from one prompt, which is prefilled once."""
+    """Completions sampled per prompt, which is prefilled once."""
 
     def __post_init__(self) -> None:
         for name, (low, high, meaning) in SAMPLING_RANGES.items():
@@ -150,8 +151,8 @@ class SamplingParams:
             if value is None and name == "thinking_budget":
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
-                whole = " whole" if kind is numbers.Integral else ""
-                raise RequestError(f"{name}={value!r} is not a{whole} number; {meaning}")
+                noun = "an integer" if kind is numbers.Integral else "a number"
+                raise RequestError(f"{name}={value!r} is not {noun}; {meaning}")
             if not low <= float(value) <= high and not (name == "temperature" and value == 0):
                 raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}]; {meaning}")
         for token, bias in self.logit_bias.items():
@@ -168,70 +169,70 @@ class SamplingParams:
 
 
 LARGEST_BIAS = 100
-"""Of a logit, either way, as in OpenAI's interface: enough to ban or to force a token."""
-_MOST = 2**31 - 1
+"""Maximum absolute logit bias, as in OpenAI's API: enough to ban or to force a token."""
+_MAX_INT = 2**31 - 1
 SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
-    "temperature": (1e-3, 100.0, "0 takes the most likely token"),
-    "top_p": (1e-6, 1.0, "1 keeps every token"),
-    "min_p": (0.0, 1.0, "0 keeps every token"),
+    "temperature": (1e-3, 100.0, "0 is greedy decoding"),
+    "top_p": (1e-6, 1.0, "1 considers all tokens"),
+    "min_p": (0.0, 1.0, "0 considers all tokens"),
     "presence_penalty": (-2.0, 2.0, "0 is off"),
     "frequency_penalty": (-2.0, 2.0, "0 is off"),
     "repetition_penalty": (0.01, 100.0, "1 is off"),
-    "top_k": (0, _MOST, "0 keeps every token"),
-    "top_logprobs": (0, _MOST, "0 is off"),
-    "min_tokens": (0, _MOST, "0 lets an answer end at once"),
-    "max_tokens": (1, _MOST, "an answer has at least one token"),
-    "thinking_budget": (0, _MOST, "None sets no limit"),
-    "n": (1, _MOST, "1 asks for one answer"),
-    "seed": (-(2**64), 2**64, "equal seeds give equal answers"),
+    "top_k": (0, _MAX_INT, "0 considers all tokens"),
+    "top_logprobs": (0, _MAX_INT, "0 is off"),
+    "min_tokens": (0, _MAX_INT, "0 is off"),
+    "max_tokens": (1, _MAX_INT, "a completion has at least one token"),
+    "thinking_budget": (0, _MAX_INT, "None means no limit"),
+    "n": (1, _MAX_INT, "1 samples one completion"),
+    "seed": (-(2**64), 2**64, "equal seeds give equal completions"),
 }
-"""Least and largest value of each field of `SamplingParams`, inclusive, and what its neutral value means; whole numbers
-where the least one is written as such. Beyond them fp32 has no digits left, or the value says nothing."""
+"""Minimum and maximum of each field of `SamplingParams`, inclusive, and the meaning of its neutral value. An int
+minimum means that the field is an integer. Values outside exceed the precision of fp32 or have no meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One answer as the engine drew it."""
+    """One completion sampled by the engine."""
 
     token_ids: tuple[int, ...]
-    """The drawn tokens, the end token included when one was drawn."""
+    """The sampled tokens, the end token included if one was sampled."""
     logprobs: tuple[float, ...]
-    """Natural log-probability of each token under the distribution it was drawn from; as long as token_ids."""
+    """Natural log-probability of each token under the distribution it was sampled from; as long as token_ids."""
     finish_reason: FinishReason
-    """"stop": ended by a stop token; "length": cut off at max_tokens or the context; "abort": cancelled; "error": its
-    request says why."""
+    """"stop": ended by a stop token; "length": truncated at max_tokens or the context; "abort": cancelled; "error": the
+    request has the reason."""
     weights_version: int
-    """The version of the weights that drew it, as given to Engine.load_weights."""
+    """Version of the weights that sampled it, as given to Engine.load_weights."""
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
-    """For each token its most likely alternatives, (id, log-probability), best first; where Sampling asks for them."""
+    """For each token its most likely alternatives, (id, log-probability), best first; only with
+    SamplingParams.top_logprobs."""
     experts: Tensor | None = field(default=None, compare=False, repr=False)
-    """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the experts of each token that was read, P of the
-    prompt and all N drawn but the last, in each of L layers. Only where EngineConfig.return_routed_experts asks for
-    them."""
+    """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the experts of each input token, P of the
+    prompt and all N sampled ones but the last, in each of L layers. Only with EngineConfig.return_routed_experts."""
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), "every token carries the log-probability it was drawn with"
+        assert len(self.token_ids) == len(self.logprobs), "one log-probability per token"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a reward function says of one answer; filled by tasks/reward.py."""
+    """The result of a reward function for one completion; made by tasks/reward.py."""
 
     total: float
-    """The number the policy is trained on; meaningless when unscorable."""
+    """The reward; meaningless if unscorable."""
     parts: dict[str, float] = field(default_factory=dict)
     """Its named parts, before they are combined."""
     unscorable: str | None = None
-    """Why no score exists (a checker that failed or ran out of time); None when scored."""
+    """Why there is no score (a verifier that failed or timed out); None if scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One answer to one problem, with its place in a group; filled by rl/trainer.py."""
+    """One completion for one problem, with its group; made by rl/rollout.py."""
 
     problem: Problem
     group_id: int
-    """Answers to be compared with each other share it; it is drawn from a counter, never from the prompt's text."""
+    """Equal for the completions of one group; from a counter, never from the text of the prompt."""
     prompt_token_ids: tuple[int, ...]
     completion: Completion
     score: Score | None = None
@@ -242,13 +243,13 @@ class Rollout:
 class Batch:
     """Packed sequences for one optimizer step. All tensors but `experts` are (R, T): R rows of T positions.
 
-    Position t holds everything about predicting targets[t] from ids[..t]; nothing is shifted later on.
+    Position t has all values for the prediction of targets[t] from ids[..t]; nothing is shifted later.
     """
 
     ids: Tensor
-    """int64 input tokens; padding holds the pad token and document 0."""
+    """int64 input tokens; padding has the pad token and document id 0."""
     positions: Tensor
-    """int64, counted from 0 within each document."""
+    """int64, from 0 within each document."""
     document_ids: Tensor
     """int64, 1, 2, ... across the whole batch; 0 marks padding. Attention stays within a document."""
     targets: Tensor
@@ -256,39 +257,39 @@ class Batch:
     loss_mask: Tensor
     """fp32, 1 = this target is trained."""
     weights: Tensor | None = None
-    """fp32 share of each target in the loss of the step, 0 where masked; made by train/loss.token_weights."""
+    """fp32 weight of each target in the loss of the step, 0 where masked; from train/loss.token_weights."""
     advantages: Tensor | None = None
-    """fp32 advantage of each trained token; filled by rl/trainer.py."""
+    """fp32 advantage of each trained token; set by rl/groups.py."""
     rollout_logprobs: Tensor | None = None
-    """fp32 log-probabilities as the engine drew the targets; filled by rl/trainer.py."""
+    """fp32 log-probabilities of the targets in the engine; set by rl/groups.py."""
     old_logprobs: Tensor | None = None
     """fp32 log-probabilities under the policy before the step; None means the current ones, detached."""
     reference_logprobs: Tensor | None = None
-    """fp32 log-probabilities under the reference model; None when no KL term asks for them."""
+    """fp32 log-probabilities under the reference model; None without a KL term in the loss."""
     experts: Tensor | None = None
-    """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None lets the
-    model choose. Filled by rl/groups.py."""
+    """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None: the
+    model chooses. Set by rl/groups.py."""
     branches: Tensor | None = None
-    """int64: 0 for the tokens that all continuations of a document share, 1, 2, ... for the continuations, which see
-    the shared tokens and themselves; None where no document branches. Filled by data.collate."""
+    """int64: 0 for the shared prompt of a document, 1, 2, ... for its continuations, which attend to the shared tokens
+    and themselves; None if no document has branches. Set by data.collate."""
 
     @property
     def sequence_ids(self) -> Tensor:
-        """int64 (R, T), equal for the tokens of one sequence and rising in reading order: a document, or one of its
-        branches; what branches share counts as a sequence of its own."""
+        """int64 (R, T), equal for the tokens of one sequence, ascending in reading order. A sequence is a document, one
+        of its branches, or the tokens that its branches share."""
         if self.branches is None:
             return self.document_ids
         return self.document_ids * (int(self.branches.max()) + 1) + self.branches
 
     def with_weights(self, weights: Tensor) -> Batch:
-        """The same batch with these weights."""
+        """A copy with these weights."""
         return replace(self, weights=weights)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
+        """A copy on `device`."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
     def rows(self, index: Sequence[int] | slice) -> Batch:
-        """The same batch with only the rows in `index`."""
-        cut = {name: value[index] for name, value in vars(self).items() if value is not None}
-        return replace(self, **cut)
+        """A copy with only the rows in `index`."""
+        columns = {name: value[index] for name, value in vars(self).items() if value is not None}
+        return replace(self, **columns)

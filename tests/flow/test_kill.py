@@ -1,6 +1,6 @@
 """kill -9 at any instant: a recipe that goes on afterwards leaves the files of one that was never stopped.
 
-The long version, 20 kills a stage of the command line as people start it, at instants drawn at random:
+The long version, 20 kills a stage of the command line as people start it, at random instants:
 `python -m pytest -m slow -s tests/flow/test_kill.py`
 """
 
