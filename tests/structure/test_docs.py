@@ -52,6 +52,23 @@ def test_every_named_test_exists(page):
     assert missing == []
 
 
+def defined(path):
+    """Names of the functions, classes and methods (Class.method) of a module."""
+    found = set()
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_every_function_of_the_tour_exists():
+    steps = re.findall(r"\[`([\w.]+)`\]\(\.\./(thinkstack/[\w/]+\.py)\)", read(ROOT / "docs" / "tour.md"))
+    assert len(steps) > 40
+    assert [(name, place) for name, place in steps if name not in defined(ROOT / place)] == []
+
+
 def commands(page):
     """Command lines of the package in the shell blocks of a page, as words, without what is optional or a comment."""
     blocks = re.findall(r"```sh\n(.*?)```", read(page), re.DOTALL)
