@@ -59,7 +59,7 @@ def test_large_models_are_talked_to_in_bf16_where_it_is_fast_unless_asked_otherw
 ):
     save_model(tmp_path / "model", Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0)))
     assert pick_precision(tmp_path / "model", "auto") == "fp32"
-    monkeypatch.setattr("thinkstack.checkpoint.model.LARGE", 1_000_000)
+    monkeypatch.setattr("thinkstack.checkpoint.model.AUTO_BF16_PARAMETERS", 1_000_000)
     for fast in ("bf16", "fp32"):
         monkeypatch.setattr(choice.choices(), "auto_dtype", fast)
         assert pick_precision(tmp_path / "model", "auto") == fast
