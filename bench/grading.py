@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from thinkstack.tasks.benchmarks.datasets import published
+from thinkstack.tasks.benchmarks.datasets import benchmark_problem
 from thinkstack.tasks.reward import accuracy_reward
 from thinkstack.tasks.table import BENCHMARKS, verify
 from thinkstack.tasks.verify.latex import has_math_verify, normalize_latex
@@ -32,7 +32,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def as_problem(row: dict, reference: str) -> Problem:
-    return published("math", str(row.get("prompt") or row.get("problem")), reference, level=1)
+    return benchmark_problem("math", str(row.get("prompt") or row.get("problem")), reference, level=1)
 
 
 def graded_answers(data: Path) -> Iterator[tuple[str, str, str, bool]]:
@@ -87,7 +87,7 @@ def report_pairs(references: list[str]) -> None:
     near = [(text, text[:place] + text[place + 1 :]) for text in references for place in [rng.randrange(len(text))]]
     pairs = {"random": [tuple(rng.sample(references, 2)) for _ in range(NUM_PAIRS)], "a character less": near}
     for name, listed in pairs.items():
-        equal = [pair for pair in listed if verify(published("math", "?", pair[0], 1), pair[1])]
+        equal = [pair for pair in listed if verify(benchmark_problem("math", "?", pair[0], 1), pair[1])]
         print(f"{name}: {len(equal)} of {len(listed)} pairs equal")
         for pair in equal:
             print(f"  {pair[0]!r} and {pair[1]!r}")

@@ -101,8 +101,8 @@ def test_a_scorer_that_evaluates_model_output_is_never_called(monkeypatch):
     ("name", "message"),
     [
         ("gym/chain_sun", r"unknown task 'gym/chain_sun'; did you mean chain_sum\?"),
-        ("gym/boxnet", "cannot be made"),
-        ("gym/coin_flip", "nearly always the same"),
+        ("gym/boxnet", "cannot be created"),
+        ("gym/coin_flip", "nearly all its answers are the same"),
         ("gym/graph_color", "no reference answer"),
     ],
 )
