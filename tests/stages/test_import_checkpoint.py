@@ -29,7 +29,7 @@ def start(tmp_path: Path) -> str:
     return str(tmp_path / "start")
 
 
-def adopted(start: str, tmp_path: Path, **changes: object):
+def imported(start: str, tmp_path: Path, **changes: object):
     import_checkpoint(ImportCheckpointConfig(start=start, **changes), Run(tmp_path / "out"))  # type: ignore[arg-type]
     return load_chat(tmp_path / "out" / "model")
 
@@ -40,7 +40,7 @@ def spoken(chat, messages: list[Message]) -> str:
 
 def test_shots_preamble_and_prefill_are_in_every_prompt_and_stay_in_the_checkpoint(start: str, tmp_path: Path):
     shots = (("1+1?", "<think>1+1=2</think><answer>2</answer>"),)
-    chat = adopted(start, tmp_path, preamble="Be brief.", shots=shots, prefill="<think>")
+    chat = imported(start, tmp_path, preamble="Be brief.", shots=shots, prefill="<think>")
     text = spoken(chat, [Message(role="user", content="2+2?")])
     assert text.startswith(f"{BOS}system: Be brief.{EOS}user: 1+1?{EOS}assistant: <think>1+1=2")
     assert text.endswith(f"user: 2+2?{EOS}assistant: <think>")
@@ -49,24 +49,24 @@ def test_shots_preamble_and_prefill_are_in_every_prompt_and_stay_in_the_checkpoi
     assert chat.text_of(chat.tokenizer.encode("3")) == "<think>3"
 
 
-def test_what_was_shipped_beside_the_template_is_kept_and_the_template_is_the_new_one(start: str, tmp_path: Path):
+def test_the_tokenizer_config_is_copied_with_the_new_template(start: str, tmp_path: Path):
     path = Path(start) / "tokenizer_config.json"
     known = json.loads(path.read_text(encoding="utf-8")) | {"padding_side": "left"}
     path.write_text(json.dumps(known), encoding="utf-8")
-    adopted(start, tmp_path, prefill="<think>")
+    imported(start, tmp_path, prefill="<think>")
     found = json.loads((tmp_path / "out/model/tokenizer_config.json").read_text(encoding="utf-8"))
     assert found["padding_side"] == "left"
     assert found["chat_template"] != known["chat_template"] and "<think>" in found["chat_template"]
 
 
-def test_earlier_thinking_is_left_out_where_it_was_asked_for(start: str, tmp_path: Path):
+def test_drop_thinking_removes_earlier_thinking(start: str, tmp_path: Path):
     session = [
         Message(role="user", content="1?"),
         Message(role="assistant", content="<think>\nsecret\n</think>\n\n2"),
         Message(role="user", content="3?"),
     ]
     assert "secret" in spoken(load_chat(start), session)
-    text = spoken(adopted(start, tmp_path, drop_thinking=True), session)
+    text = spoken(imported(start, tmp_path, drop_thinking=True), session)
     assert "secret" not in text and f"assistant: 2{EOS}" in text
 
 
