@@ -132,7 +132,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found | folders | {"tmp": str(tmp), "empty_word": ""}
 
 
-def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[int, str]:
+def messages_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> tuple[int, str]:
     """Exit code and what stands on stderr."""
     monkeypatch.setattr("sys.argv", ["thinkstack", *words])
     with pytest.raises(SystemExit) as end:
@@ -145,10 +147,12 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_a_mistake_ends_in_one_line_with_the_way_out(monkeypatch, capsys, tmp_path, places, line, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("thinkstack.stages.measure_kernels.prepare", lambda: None)
-    code, said = said_by(monkeypatch, capsys, [word.format(**places, out=tmp_path / "o") for word in line.split()])
+    code, error_line = messages_of(
+        monkeypatch, capsys, [word.format(**places, out=tmp_path / "o") for word in line.split()]
+    )
     assert code == 2
-    assert said.count("\n") == 1 and said.startswith("thinkstack: "), said
-    assert message.casefold() in said.casefold()
+    assert error_line.count("\n") == 1 and error_line.startswith("thinkstack: "), error_line
+    assert message.casefold() in error_line.casefold()
 
 
 def test_settings_may_be_given_together_or_one_by_one(monkeypatch, tmp_path):
@@ -170,8 +174,8 @@ def test_inspect_says_the_published_counts(monkeypatch, capsys):
 
 
 def test_an_argument_that_is_not_utf8_is_refused(monkeypatch, capsys):
-    code, said = said_by(monkeypatch, capsys, ["inspect", "a\udcff"])
-    assert code == 2 and "is not UTF-8 text" in said
+    code, error_line = messages_of(monkeypatch, capsys, ["inspect", "a\udcff"])
+    assert code == 2 and "is not UTF-8 text" in error_line
 
 
 def test_chat_and_generate_know_the_same_commands(monkeypatch, capsys, places):

@@ -74,8 +74,10 @@ def refusal(reader, path: Path) -> str:
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("raw", NOT_TEXT.values(), ids=NOT_TEXT)
 def test_a_file_that_is_not_utf_8_text_is_named_with_the_way_out(tmp_path, reader, raw):
-    said = refusal(reader, made(tmp_path, raw))
-    assert any(way in said for way in ("save it as UTF-8", "unpack it", "git lfs pull", ".parquet", "checkpoint")), said
+    error_text = refusal(reader, made(tmp_path, raw))
+    assert any(
+        way in error_text for way in ("save it as UTF-8", "unpack it", "git lfs pull", ".parquet", "checkpoint")
+    ), error_text
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
@@ -92,8 +94,8 @@ def test_a_cut_or_damaged_gz_is_one_line_with_its_name(tmp_path, reader):
         "text behind it": whole + b"more",
     }
     for name, raw in damaged.items():
-        said = refusal(reader, made(tmp_path, raw, "x.jsonl.gz"))
-        assert "cut off or damaged" in said and "fetch it again" in said, (name, said)
+        error_text = refusal(reader, made(tmp_path, raw, "x.jsonl.gz"))
+        assert "cut off or damaged" in error_text and "fetch it again" in error_text, (name, error_text)
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
@@ -221,7 +223,7 @@ def test_texts_are_whole_files_or_the_text_of_each_row(tmp_path, caplog):
     assert f"{tmp_path / 'c4.jsonl'}: keys not used: url (2 rows), id (1 rows)" in caplog.text
     for name in ("C4.JSONL", "c4.ndjson", "c4.Json.GZ", "c4.json"):
         assert read_texts(made(tmp_path, b'[{"text": "one"}]', name)) == ["one"]
-    for row, said in (
+    for row, error_text in (
         (b'{"content": "one"}', 'line 1 has no key "text" (it has content)'),
         (b'{"Text": "one"}', 'line 1 has no key "text" (it has Text)'),
         (b'{"text": null}', 'line 1: "text" is null, not text'),
@@ -229,7 +231,7 @@ def test_texts_are_whole_files_or_the_text_of_each_row(tmp_path, caplog):
         (b'{"text": 1}', 'line 1: "text" is a number, not text'),
         (b'{"text": false}', 'line 1: "text" is true or false, not text'),
     ):
-        assert said in refusal(read_texts, made(tmp_path, row, "c4.jsonl"))
+        assert error_text in refusal(read_texts, made(tmp_path, row, "c4.jsonl"))
     for name, raw in (
         ("a.txt", b""),
         ("b.txt", BOM),
@@ -280,7 +282,7 @@ def test_values_that_only_parquet_has_are_refused_by_their_type(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     day = datetime.date(2025, 1, 20)
-    for turns, more, said in (
+    for turns, more, error_text in (
         ([{"role": b"user", "content": "q"}], {}, "role .* is not known"),
         ([{"role": "user", "content": b"q"}], {}, "content or value is of type bytes, not text"),
         ([{"role": "user", "content": day}], {}, "content or value is of type date, not text"),
@@ -291,7 +293,7 @@ def test_values_that_only_parquet_has_are_refused_by_their_type(tmp_path):
     ):
         row = ({"messages": turns} if turns else {}) | more
         parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.PARQUET")
-        with pytest.raises(ConfigError, match=rf"x\.PARQUET row 1.*{said}"):
+        with pytest.raises(ConfigError, match=rf"x\.PARQUET row 1.*{error_text}"):
             read_conversations([str(tmp_path / "x.PARQUET")])
 
 

@@ -37,7 +37,7 @@ def test_rows_that_are_gone_are_named(tmp_path: Path):
         run.rewind(mark)
 
 
-def test_what_the_clock_decides_is_kept_apart(tmp_path: Path):
+def test_timings_are_in_a_separate_file(tmp_path: Path):
     """Two runs of one seed were told apart by their seconds alone."""
     run = Run(tmp_path / "run")
     run.log(1, {"loss": 0.5, "time/step_seconds": 0.1, "train/tokens_per_second": 10.0})
@@ -52,7 +52,7 @@ def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path: Path):
     assert read_lines(tmp_path / "none.jsonl") == []
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "summary.json"
     write_text(path, "old")
 

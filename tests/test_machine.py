@@ -15,8 +15,8 @@ from thinkstack.machine import (
     bound_cores,
     cpu_quota,
     fastest_threads,
+    free_threads,
     measure_threads,
-    threads_beside,
     usable_cores,
     why_fewer_cores,
 )
@@ -152,7 +152,7 @@ def test_a_quota_bounds_the_cores_and_leaves_one(tmp_path, monkeypatch):
         assert usable_cores(v2(tmp_path / quota, f"{quota} 100000")) == cores
 
 
-def test_cores_that_are_not_used_are_told_with_the_reason(tmp_path, monkeypatch):
+def test_unused_cores_are_reported_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("thinkstack.machine.bound_cores", lambda: 4)
     half, free = v2(tmp_path / "half", "50000 100000"), v2(tmp_path / "free", "max 100000")
@@ -207,10 +207,10 @@ def test_one_core_is_not_measured_and_more_are_all_half_or_unknown():
     assert measure_threads(2) in (0, 1, 2)
 
 
-def test_threads_leave_the_cores_that_others_keep_busy():
-    assert [threads_beside(2, others) for others in (0.0, 0.2, 0.5, 1.0, 2.0)] == [2, 2, 1, 1, 1]
-    assert threads_beside(16, 3.2) == 13
-    assert threads_beside(1, 0.0) == 1
+def test_threads_leave_the_cores_of_other_processes_alone():
+    assert [free_threads(2, others) for others in (0.0, 0.2, 0.5, 1.0, 2.0)] == [2, 2, 1, 1, 1]
+    assert free_threads(16, 3.2) == 13
+    assert free_threads(1, 0.0) == 1
 
 
 def test_other_work_is_what_others_use_of_our_cores(monkeypatch):

@@ -162,8 +162,8 @@ def test_a_resumed_stage_computes_as_it_was_begun(tmp_path: Path, monkeypatch: p
             run_recipe(recipe, tmp_path)
     choice.restore(None)
     assert dtypes == ["bf16", "bf16", "fp32"]  # the second stage was not begun before
-    kept = Run(tmp_path / "first").provenance()["config"]["computed_with"]
-    assert kept["auto_dtype"] == "bf16" and kept["reason"]
+    recorded = Run(tmp_path / "first").provenance()["config"]["computed_with"]
+    assert recorded["auto_dtype"] == "bf16" and recorded["reason"]
 
 
 def test_other_data_under_the_same_name_is_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

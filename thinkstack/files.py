@@ -100,20 +100,20 @@ def read_object(path: Path) -> Row:
     return value
 
 
-def parse_json(text: str, where: str, way_out: str, has_unique_keys: bool = True) -> Any:
+def parse_json(text: str, where: str, fix: str, has_unique_keys: bool = True) -> Any:
     """The value of JSON text. has_unique_keys: refuse duplicate keys of an object; otherwise the last value counts.
 
-    Raises ConfigError, whose message starts with `where` and ends with `way_out`; also for unpaired surrogates.
+    Raises ConfigError, whose message starts with `where` and ends with `fix`; also for unpaired surrogates.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object if has_unique_keys else None)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise ConfigError(f"{where} is not JSON ({line}column {error.colno}: {error.msg}); {way_out}") from error
+        raise ConfigError(f"{where} is not JSON ({line}column {error.colno}: {error.msg}); {fix}") from error
     except ConfigError as error:
         raise ConfigError(f"{where} {error}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
-        raise ConfigError(f"{where} cannot be read as JSON ({error}); {way_out}") from error
+        raise ConfigError(f"{where} cannot be read as JSON ({error}); {fix}") from error
     if "\\ud" in text or "\\uD" in text:  # json accepts unpaired surrogates, which cannot be encoded
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -172,8 +172,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"{path} entry {index}", value) for index, value in enumerate(values, start=1))
         elif line.strip():
             is_first = False
-            way_out = f"known: {ROW_FORMATS}" if line.endswith("\n") else "the file may be cut off: fetch it again"
-            yield f"{path} line {number}", parse_json(line, f"{path} line {number}", way_out)
+            fix = f"known: {ROW_FORMATS}" if line.endswith("\n") else "the file may be cut off: fetch it again"
+            yield f"{path} line {number}", parse_json(line, f"{path} line {number}", fix)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

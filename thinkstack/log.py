@@ -88,10 +88,10 @@ class Run:
         """The provenance that `start` wrote; {} in a new folder."""
         path = self.folder / PROVENANCE
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            provenance = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError:
-            found = {}
-        return found if isinstance(found, dict) else {}
+            provenance = {}
+        return provenance if isinstance(provenance, dict) else {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to the metrics; timings go to a separate file."""

@@ -198,7 +198,7 @@ def fastest_threads(seconds: Mapping[int, float]) -> int:
     return chosen
 
 
-def threads_beside(cores: int, others: float) -> int:
+def free_threads(cores: int, others: float) -> int:
     """Threads to use on `cores` usable cores while other processes have a load of `others` cores.
 
     A thread that shares its core delays all others at the next barrier.
@@ -245,7 +245,7 @@ class SharedCores:
         if time.monotonic() - self._measured >= ADAPT_SECONDS:
             self._measured, self._busy = time.monotonic(), self._others.cores()
         self._before = torch.get_num_threads()
-        if (threads := threads_beside(self._before, self._busy)) < self._before:
+        if (threads := free_threads(self._before, self._busy)) < self._before:
             torch.set_num_threads(threads)
         return self
 
@@ -380,8 +380,8 @@ def cpu_features() -> frozenset[str]:
     path = Path("/proc/cpuinfo")
     if path.is_file():
         lines = path.read_text().splitlines()
-        found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-        return frozenset(found.partition(":")[2].split())
+        features_line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return frozenset(features_line.partition(":")[2].split())
     import torch
 
     vectors = torch.backends.cpu.get_cpu_capability()

@@ -283,10 +283,9 @@ def read_manifest(out: Path) -> dict[str, Any]:
     number = manifest.get("format", 1)
     if number != FORMAT:
         commit = LAST_COMMITS.get(number)
-        way_out = f"finish it with commit {commit} of thinkstack, or " if commit else ""
+        fix = f"finish it with commit {commit} of thinkstack, or " if commit else ""
         raise ConfigError(
-            f"{out} is a run folder of format {number}, this version continues format {FORMAT}; {way_out}"
-            "use another --out"
+            f"{out} is a run folder of format {number}, this version continues format {FORMAT}; {fix}use another --out"
         )
     stages: dict[str, Any] = manifest["stages"]
     return stages

@@ -57,7 +57,7 @@ def test_a_base_model_says_that_it_has_no_tokenizer(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, replace(GQA_TINY, tie_embeddings=True)])
-def test_bytes_in_fp8_are_those_of_a_model_kept_in_fp8(cfg, tmp_path: Path):
+def test_bytes_in_fp8_are_those_of_a_model_in_fp8(cfg, tmp_path: Path):
     """But for blocks that are not full, whose scales weigh more: these matrices are far smaller than 128 x 128."""
     wide = replace(cfg, hidden_size=256, intermediate_size=512, attention=replace(cfg.attention, num_heads=4))
     convert(str(saved(tmp_path / "model", wide)), tmp_path / "half", dtype="bf16")
@@ -78,7 +78,7 @@ def test_the_released_model_in_fp8_is_half_of_its_bf16():
 
 
 @pytest.mark.parametrize("name", ["v3-671b", "v2-lite", "qwen3-30b-a3b", "qwen3-8b", "r1-distill-qwen-1.5b"])
-def test_what_counts_as_active_is_said(name: str):
+def test_the_line_names_what_counts_as_active(name: str):
     """36.63B of V3 count the head and not the embedding; the line did not say so."""
     cfg, row = named(name), next(line for line in describe_model(name).splitlines() if line.startswith("active"))
     total, both = count_parameters(cfg), cfg.vocab_size * cfg.hidden_size

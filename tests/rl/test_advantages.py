@@ -25,8 +25,8 @@ def truncated(completed: Rollout) -> Rollout:
 
 def advantages_of(rollouts: list[Rollout], kl_penalties: list[list[float]] | None = None, **changes: object):
     cfg = arm_config(**changes)
-    kept = select_rollouts(rollouts, cfg)
-    return compute_advantages(kept, kl_penalties or [[0.0] * len(r.completion.token_ids) for r in kept], cfg)
+    selected = select_rollouts(rollouts, cfg)
+    return compute_advantages(selected, kl_penalties or [[0.0] * len(r.completion.token_ids) for r in selected], cfg)
 
 
 TRUNCATED = {

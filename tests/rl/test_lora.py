@@ -57,8 +57,8 @@ def test_the_reference_is_the_policy_without_its_adapters(make_bandit):
 def _batch(rl):
     from thinkstack.rl.groups import to_batch
 
-    kept = rl.collect_rollouts()[0].rollouts
-    return to_batch(kept, [0.0] * len(kept), 16)
+    selected = rl.collect_rollouts()[0].rollouts
+    return to_batch(selected, [0.0] * len(selected), 16)
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])

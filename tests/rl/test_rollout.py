@@ -21,11 +21,11 @@ class Script:
     """Answers round by round: "mixed" gives each prompt one right and one wrong answer, "wrong" two wrong ones."""
 
     def __init__(self, *rounds: str):
-        self.rounds, self.asked = list(rounds), []
+        self.rounds, self.batch_sizes = list(rounds), []
 
     def __call__(self, prompts, samplings):
         kind = self.rounds.pop(0)
-        self.asked.append(len(prompts))
+        self.batch_sizes.append(len(prompts))
         right = ArmStream(0).right
         out = []
         for prompt in prompts:
@@ -44,7 +44,7 @@ def test_groups_without_contrast_are_replaced_up_to_prompts_per_step():
     """Filtering without refilling let the batch shrink as the model got better."""
     script, group_ids = Script("wrong", "mixed"), GroupIds()
     found = collect_rollouts(script, ArmChat(), arm_score, ArmStream(0), group_ids, rollout_config())
-    assert found.num_rounds == 2 and script.asked == [2, 2]
+    assert found.num_rounds == 2 and script.batch_sizes == [2, 2]
     assert len(found.trainable) == 4 and len(found.rollouts) == 8
     assert len({r.group_id for r in found.rollouts}) == 4 == group_ids.next_id
 

@@ -103,8 +103,10 @@ def test_a_plain_engine_returns_none_and_a_dense_model_is_refused():
 
 
 def test_many_experts_take_two_bytes():
-    many = MoEConfig(num_experts=258, num_experts_per_tok=2, moe_intermediate_size=4)
-    (found,) = Engine(tiny_model(MLA_TINY, moe=many), REPLAY).generate([[3, 4]], [SamplingParams(max_tokens=3)])[0]
+    many_experts = MoEConfig(num_experts=258, num_experts_per_tok=2, moe_intermediate_size=4)
+    (found,) = Engine(tiny_model(MLA_TINY, moe=many_experts), REPLAY).generate(
+        [[3, 4]], [SamplingParams(max_tokens=3)]
+    )[0]
     assert found.experts.dtype == torch.int16 and 0 <= int(found.experts.min()) <= int(found.experts.max()) < 258
 
 

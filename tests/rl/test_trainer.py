@@ -102,8 +102,8 @@ def test_four_steps_equal_two_and_a_resumed_two_bit_for_bit(make_bandit, changes
         again = second.step()
     for name, value in straight.trainer.model.state_dict().items():
         assert torch.equal(value, second.trainer.model.state_dict()[name]), name
-    kept = {k: v for k, v in last.items() if not k.startswith("time/") and "per_second" not in k}
-    assert kept == {k: again[k] for k in kept}
+    expected = {k: v for k, v in last.items() if not k.startswith("time/") and "per_second" not in k}
+    assert expected == {k: again[k] for k in expected}
 
 
 def test_without_a_kl_term_there_is_no_reference(make_bandit):

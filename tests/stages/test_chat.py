@@ -31,13 +31,13 @@ def merged_events(chunks: list[str]) -> list[tuple[str, str]]:
 
 
 def test_a_turn_is_sorted_the_same_however_it_is_cut():
-    whole = merged_events([TURN])
-    assert whole == [("thinking", "\n1+2=3\n"), ("text", "\n"), ("answer", "3")]
+    unsplit = merged_events([TURN])
+    assert unsplit == [("thinking", "\n1+2=3\n"), ("text", "\n"), ("answer", "3")]
     rng = random.Random(0)
     for _ in range(200):
         cuts = sorted(rng.sample(range(1, len(TURN)), rng.randrange(1, 12)))
         chunks = [TURN[a:b] for a, b in zip([0, *cuts], [*cuts, len(TURN)], strict=True)]
-        assert merged_events(chunks) == whole
+        assert merged_events(chunks) == unsplit
 
 
 def test_half_a_tag_waits_and_an_unfinished_one_is_shown_in_the_end():

@@ -75,7 +75,11 @@ def test_thoughts_are_read_under_each_of_their_keys(tmp_path, key):
     rows = [
         chat_row(user(), assistant(**{key: "t"})),
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: "t"}]},
-        *({asked: "q", said: "a", key: "t"} for asked in ("prompt", "question") for said in ("response", "answer")),
+        *(
+            {asked: "q", turn_fields: "a", key: "t"}
+            for asked in ("prompt", "question")
+            for turn_fields in ("response", "answer")
+        ),
         {"instruction": "q", "input": "", "output": "a", key: "t"},
         {"prompt": [user()], "completion": [assistant(**{key: "t"})]},
         chat_row(user(), assistant(**{key: "t", "reasoning": "t", "thinking": ""})),
@@ -106,7 +110,7 @@ def test_thoughts_that_contradict_or_have_no_place_are_refused_by_name(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "said",
+    "turn_fields",
     [
         {"content": "", "tool_calls": [OPENAI | {"id": None}]},
         {"content": None, "tool_calls": [OPENAI | {"id": None, "index": 0}]},
@@ -118,18 +122,18 @@ def test_thoughts_that_contradict_or_have_no_place_are_refused_by_name(tmp_path,
         {"role": "tool_call", "content": '[{"name": "weather", "arguments": "{\\"city\\": \\"Paris\\"}"}]'},
     ],
 )
-def test_a_call_is_trained_on_as_a_call_however_it_is_spelled(tmp_path, said):
+def test_a_call_is_trained_on_as_a_call_however_it_is_spelled(tmp_path, turn_fields):
     """The words beside a call were trained on, an empty answer as a rule, and the call was dropped."""
-    turns = [user(), {"role": "assistant"} | said, {"role": "tool", "content": "mild"}, assistant()]
+    turns = [user(), {"role": "assistant"} | turn_fields, {"role": "tool", "content": "mild"}, assistant()]
     assert read(tmp_path, chat_row(*turns)) == [
         ASKED, Message(role="assistant", content="", tool_calls=(CALL,)), Message(role="tool", content="mild"), PLAIN
     ]  # fmt: skip
 
 
 def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
-    said = assistant("Let me look.", tool_calls=[OPENAI, OPENAI | {"id": "c2"}], reasoning="t")
+    turn_fields = assistant("Let me look.", tool_calls=[OPENAI, OPENAI | {"id": "c2"}], reasoning="t")
     result = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": [{"type": "text", "text": "mild"}]}
-    found = read(tmp_path, chat_row(user(), said, result, assistant()))
+    found = read(tmp_path, chat_row(user(), turn_fields, result, assistant()))
     assert found[1].content == "Let me look." and found[1].reasoning == "t"
     assert [call.id for call in found[1].tool_calls] == ["c1", "c2"]
     assert found[2] == Message(role="tool", content="mild", tool_call_id="c1", name="weather")
@@ -143,7 +147,7 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("turn_fields", "message"),
     [
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "turn 2, call 1: arguments is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments are not a JSON object"),
@@ -159,9 +163,9 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
         ({"role": "user", "tool_calls": [OPENAI]}, "turn 2 has the key 'tool_calls'"),
     ],
 )
-def test_a_call_that_cannot_be_read_is_refused_with_its_place(tmp_path, said, message):
+def test_a_call_that_cannot_be_read_is_refused_with_its_place(tmp_path, turn_fields, message):
     with pytest.raises(ConfigError, match=message):
-        read(tmp_path, chat_row(user(), {"role": "assistant", "content": ""} | said, assistant()))
+        read(tmp_path, chat_row(user(), {"role": "assistant", "content": ""} | turn_fields, assistant()))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def text_of(sample: Example) -> str:
     return tokenizer().decode(ids)
 
 
-def test_no_document_changes_where_nothing_is_asked_for():
+def test_no_document_changes_without_transforms():
     suite, read = puzzle_tasks(PLAIN.tasks), source()
     for index in range(50):
         doc = document(suite, PLAIN.corpus, PLAIN.seed, index)
@@ -104,7 +104,7 @@ def test_files_leave_room_for_holes_and_stay_whole_where_a_character_is_cut(tmp_
             assert "\ufffd" not in text_of(sample) and text_of(sample) in path.read_text(encoding="utf-8")
 
 
-def test_the_share_of_split_tokens_is_the_one_asked_for():
+def test_the_share_of_split_tokens_is_the_configured_one():
     splitter, counts = BoundarySplitter(tokenizer()), []
     for share in (0.0, 0.3):
         read = source(boundary_split_share=share) if share else source()

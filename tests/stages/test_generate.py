@@ -67,10 +67,10 @@ def test_two_processes_give_the_tokens_of_one(folder: Path, tmp_path: Path):
 
 
 def test_the_parts_of_all_ranks_are_the_whole(folder: Path):
-    whole = load_model(folder)
+    full = load_model(folder)
     parts = [load_shard(folder, Ranks(rank, 2)) for rank in range(2)]
     mine = [dict(part.named_parameters()) for part in parts]
-    for name, parameter in whole.named_parameters():
+    for name, parameter in full.named_parameters():
         here = [part[name] for part in mine]
         sizes = {tuple(part.shape) for part in here}
         assert len(sizes) == 1
@@ -81,7 +81,7 @@ def test_the_parts_of_all_ranks_are_the_whole(folder: Path):
             if "ffn.w_in" in name or "ffn.w_out" in name:
                 assert dim == 0
             assert torch.equal(torch.cat(here, dim), parameter), name
-    assert sum(p.numel() for p in parts[0].parameters()) < 0.8 * sum(p.numel() for p in whole.parameters())
+    assert sum(p.numel() for p in parts[0].parameters()) < 0.8 * sum(p.numel() for p in full.parameters())
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def test_answers_to_a_file_are_those_to_each_line(folder: Path):
 
 
 def test_a_conversation_keeps_its_turns_until_new(folder: Path):
-    said: list[str] = []
+    written: list[str] = []
     lines = iter(["1+2?", "and 3?", NEW, "1+2?", None, "never read"])
-    generator(folder, temperature=0.0).converse(lambda: next(lines), lambda text, style: said.append(text))
-    turns = "".join(said).split("\n")
+    generator(folder, temperature=0.0).converse(lambda: next(lines), lambda text, style: written.append(text))
+    turns = "".join(written).split("\n")
     assert next(lines) == "never read"
     assert len(turns) >= 4
-    whole = "".join(said)
+    full = "".join(written)
     first = "".join(generator(folder, temperature=0.0).answer([Message(role="user", content="1+2?")])) + "\n"
-    assert whole.startswith(first) and whole.endswith(first)
+    assert full.startswith(first) and full.endswith(first)
 
 
 def test_plain_text_is_continued_without_a_template(folder: Path):
@@ -129,14 +129,14 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path):
         read_prompts(tmp_path / "none.txt")
 
 
-def test_weights_are_kept_as_asked_wherever_text_is_made(folder: Path):
+def test_weights_are_quantized_as_configured_in_every_generator(folder: Path):
     """For a file of prompts the answers are those of an engine on int8; chat and evaluation pass the setting on."""
     sampling, cpu = SamplingParams(temperature=0.0, max_tokens=12), torch.device("cpu")
-    packed = Generator(str(folder), sampling, Ranks(), "fp32", cpu, "int8")
-    ids = packed.chat.prompt([Message(role="user", content="1+2?")])
-    how = [replace(sampling, stop_token_ids=packed.chat.stop_token_ids)]
+    quantized = Generator(str(folder), sampling, Ranks(), "fp32", cpu, "int8")
+    ids = quantized.chat.prompt([Message(role="user", content="1+2?")])
+    how = [replace(sampling, stop_token_ids=quantized.chat.stop_token_ids)]
     engine = Engine(load_model(folder), EngineConfig(weights="int8"))
-    assert packed.answers(["1+2?"]) == [packed.chat.text_of(engine.generate([ids], how)[0][0].token_ids)]
+    assert quantized.answers(["1+2?"]) == [quantized.chat.text_of(engine.generate([ids], how)[0][0].token_ids)]
     assert ChatSession(str(folder), sampling, weights="int8").engine.cfg.weights == "int8"
     assert build(EvaluateConfig, {"start": "base", "weights": "int8"}).weights == "int8"
 

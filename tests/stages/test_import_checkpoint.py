@@ -49,7 +49,7 @@ def test_shots_preamble_and_prefill_are_in_every_prompt_and_stay_in_the_checkpoi
     assert chat.text_of(chat.tokenizer.encode("3")) == "<think>3"
 
 
-def test_what_was_shipped_beside_the_template_is_kept_and_the_template_is_the_new_one(start: str, tmp_path: Path):
+def test_the_tokenizer_config_is_copied_with_the_new_template(start: str, tmp_path: Path):
     path = Path(start) / "tokenizer_config.json"
     known = json.loads(path.read_text(encoding="utf-8")) | {"padding_side": "left"}
     path.write_text(json.dumps(known), encoding="utf-8")
@@ -59,7 +59,7 @@ def test_what_was_shipped_beside_the_template_is_kept_and_the_template_is_the_ne
     assert found["chat_template"] != known["chat_template"] and "<think>" in found["chat_template"]
 
 
-def test_earlier_thinking_is_left_out_where_it_was_asked_for(start: str, tmp_path: Path):
+def test_drop_thinking_removes_earlier_thinking(start: str, tmp_path: Path):
     session = [
         Message(role="user", content="1?"),
         Message(role="assistant", content="<think>\nsecret\n</think>\n\n2"),

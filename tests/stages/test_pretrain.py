@@ -37,7 +37,7 @@ TINY = {"model": MODEL, "steps": 6, "rows": 4, "row_tokens": 256, "save_steps": 
 
 
 @pytest.fixture(autouse=True)
-def few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_tokenizer_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "TOKENIZER_DOCUMENTS", 200)
 
 
@@ -129,6 +129,6 @@ def test_a_ramp_in_micro_batches_takes_the_steps_of_whole_batches(tmp_path: Path
         trainer = {"micro_batch_tokens": micro_batch_tokens, "balance_weight": 0.1, "optim": {"eps": 1e-3}}
         pretrain(config(**RAMP, trainer=trainer), Run(tmp_path / str(micro_batch_tokens)))
         found.append(Run(tmp_path / str(micro_batch_tokens)).rows())
-    for cut, whole in zip(*found, strict=True):
+    for cut, unsplit in zip(*found, strict=True):
         for name in ("loss/next_token_nats", "loss/mtp_nats", "train/grad_norm", "router/balance_loss"):
-            assert cut[name] == pytest.approx(whole[name], rel=1e-4), (name, cut["step"])
+            assert cut[name] == pytest.approx(unsplit[name], rel=1e-4), (name, cut["step"])

@@ -126,8 +126,8 @@ def test_a_resumed_fine_tuning_ends_in_the_same_bytes(start: str, tmp_path: Path
     with pytest.raises(Interrupted):
         sft(cfg, stopped)
     sft(cfg, Run(tmp_path / "cut"))
-    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(whole[name].equal(cut[name]) for name in whole)
+    uninterrupted, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(uninterrupted[name].equal(cut[name]) for name in uninterrupted)
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
 
 

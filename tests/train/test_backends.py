@@ -42,7 +42,7 @@ def test_settings_that_undo_each_other_are_refused(changes, message):
         replace(EXACT, **changes)
 
 
-def test_a_batch_moves_whole_and_comes_back_from_scoring():
+def test_a_batch_moves_to_the_device_and_logprobs_come_back():
     """The meta device stands for any other: nothing may be left behind on the CPU."""
     batch = replace(random_batch(LENGTHS, 16), advantages=torch.ones(1), experts=torch.ones(1, dtype=torch.int16))
     moved = batch.to(torch.device("meta"))

@@ -64,11 +64,11 @@ def saved_between_passes(model: Transformer) -> int:
 
 def test_only_the_input_of_a_block_is_saved(path: str):
     """Four bytes for each number of x, once a layer; the rest is what the final norm keeps."""
-    few, many = tiny_model(GQA_TINY, num_layers=2), tiny_model(GQA_TINY, num_layers=6)
-    plain = saved_between_passes(many) - saved_between_passes(few)
-    for block in (*few.blocks(), *many.blocks()):
+    shallow, deep = tiny_model(GQA_TINY, num_layers=2), tiny_model(GQA_TINY, num_layers=6)
+    plain = saved_between_passes(deep) - saved_between_passes(shallow)
+    for block in (*shallow.blocks(), *deep.blocks()):
         block.keeps_input_only = True
-    saving = saved_between_passes(many) - saved_between_passes(few)
+    saving = saved_between_passes(deep) - saved_between_passes(shallow)
     inputs = 4 * batch().ids.numel() * GQA_TINY.hidden_size * 4  # 4 more layers, 4 bytes
     assert inputs <= saving <= 1.1 * inputs
     assert plain > 8 * inputs

@@ -168,7 +168,7 @@ def test_the_logprob_of_a_token_is_read_off_the_position_before_it():
 
 def test_completions_carry_one_logprob_a_token():
     """One number too few shifts all that follow."""
-    with pytest.raises(AssertionError, match="every token carries"):
+    with pytest.raises(AssertionError, match="one log-probability per token"):
         Completion(token_ids=(1, 2), logprobs=(-0.1,), finish_reason="stop", weights_version=0)
 
 

@@ -162,7 +162,7 @@ def test_what_is_always_there_is_counted_exactly(dtype: str, workers: int):
     assert parts["peak"] == sum(size for name, size in parts.items() if name != "peak")
 
 
-def test_checkpointing_is_worth_it_where_there_are_many_layers():
+def test_checkpointing_saves_memory_in_deep_models():
     shape = TrainingShape(rows=8, row_tokens=64)
     deep = replace(LATENT, num_layers=24)
     plain, saving = (training_memory(deep, replace(shape, checkpoint_layers=on)) for on in (False, True))

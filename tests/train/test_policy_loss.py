@@ -108,12 +108,12 @@ def test_k3_has_the_right_value_and_k2_the_right_gradient():
     logprobs = logits.log_softmax(-1)
     exact = (logprobs.exp() * (logprobs - reference)).sum()
     (right,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    sampling_logprobs = logprobs.exp().detach()
-    assert (sampling_logprobs * kl_estimate(logprobs, reference, "k3")).sum().item() == pytest.approx(exact.item())
+    sampled_from = logprobs.exp().detach()
+    assert (sampled_from * kl_estimate(logprobs, reference, "k3")).sum().item() == pytest.approx(exact.item())
     grads = {}
     for kind in ("k2", "k3"):
         (grads[kind],) = torch.autograd.grad(
-            (sampling_logprobs * kl_estimate(logprobs, reference, kind)).sum(), logits, retain_graph=True
+            (sampled_from * kl_estimate(logprobs, reference, kind)).sum(), logits, retain_graph=True
         )
     torch.testing.assert_close(grads["k2"], right)
     assert not torch.allclose(grads["k3"], right, atol=1e-3)
@@ -280,9 +280,9 @@ def test_k1_in_the_loss_does_not_depend_on_the_reference():
     """Its expected gradient is that of sum p log p's score, 0 on policy, whatever the reference: it was added, logged
     as "kl" and held nothing back. Hence it is refused (tests/rl/test_presets.py)."""
     logprobs, logits, reference, _ = categorical()
-    sampling_logprobs = logprobs.exp().detach()
+    sampled_from = logprobs.exp().detach()
     for other in (reference, reference.flip(0)):
-        loss = (sampling_logprobs * kl_estimate(logprobs, other, "k1")).sum()
+        loss = (sampled_from * kl_estimate(logprobs, other, "k1")).sum()
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
         torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64))
 

@@ -180,9 +180,9 @@ def test_temperature_reaches_the_loss():
 
 def test_packed_rows_train_like_separate_ones():
     """Attention, positions, targets and MTP targets stop at the border of a document."""
-    packed, alone = random_batch(LENGTHS, 40), random_batch(LENGTHS, 12)
-    assert len(packed.ids) < len(alone.ids)
-    assert_same(gradients_of(tiny_model(), EXACT, packed), gradients_of(tiny_model(), EXACT, alone), **CLOSE)
+    together, alone = random_batch(LENGTHS, 40), random_batch(LENGTHS, 12)
+    assert len(together.ids) < len(alone.ids)
+    assert_same(gradients_of(tiny_model(), EXACT, together), gradients_of(tiny_model(), EXACT, alone), **CLOSE)
 
 
 def test_mtp_learns_the_token_after_next_within_its_document():

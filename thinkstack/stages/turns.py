@@ -44,14 +44,14 @@ class Fields:
     def take(self, names: Sequence[str]) -> Any:
         """Remove and return the value under one of `names`, or None. Raises ConfigError if two have different
         values."""
-        found = {name: self.left.pop(name) for name in names if name in self.left}
-        if not found:
+        taken = {name: self.left.pop(name) for name in names if name in self.left}
+        if not taken:
             return None
-        first = next(iter(found))
-        other = next((name for name in found if found[name] != found[first]), None)
+        first = next(iter(taken))
+        other = next((name for name in taken if taken[name] != taken[first]), None)
         if other is not None:
             raise ConfigError(f"{self.where} has {first} and {other}, which differ; keep one of them")
-        return found[first]
+        return taken[first]
 
     def take_text(self, names: Sequence[str]) -> str | None:
         """Like `take`, for text; a list of text parts is joined."""

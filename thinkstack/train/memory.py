@@ -213,20 +213,22 @@ def _attention(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
             a.num_heads * (a.qk_nope_head_dim + a.v_head_dim),
         )
         latents = _norm(N, a.cache_width if shape.with_kernels else a.kv_lora_rank, shape) + N * a.kv_lora_rank * s
-        made = latents + (_norm(N, a.q_lora_rank, shape) + N * a.q_lora_rank * s if a.q_lora_rank else 0)
+        projected = latents + (_norm(N, a.q_lora_rank, shape) + N * a.q_lora_rank * s if a.q_lora_rank else 0)
         shared = N * a.num_heads * a.qk_rope_head_dim * 4  # the gradient of the shared part of the keys, per head
     else:
         G, keys, values, width = a.num_kv_heads, a.head_dim, a.head_dim, 2 * a.num_kv_heads * a.head_dim
-        made, shared = 0, 0
+        projected, shared = 0, 0
         if a.qk_norm:
-            made = _norm(N * (a.num_heads + G), a.head_dim, shape)
+            projected = _norm(N * (a.num_heads + G), a.head_dim, shape)
     H = a.num_heads
     out = N * H * values * s
     transient = N * cfg.hidden_size * s + out + N * s * (H * keys + width) + shared
     if shape.with_kernels:
-        return made + N * H * keys * s + N * width * s + out + 4 * N * H, transient + _attention_scratch(cfg, shape)
+        return projected + N * H * keys * s + N * width * s + out + 4 * N * H, transient + _attention_scratch(
+            cfg, shape
+        )
     probabilities = H * N * shape.row_tokens * s
-    return made + N * s * (H * keys + G * (keys + values)) + probabilities + out, transient + 2 * probabilities
+    return projected + N * s * (H * keys + G * (keys + values)) + probabilities + out, transient + 2 * probabilities
 
 
 def _scores(cfg: ModelConfig, shape: TrainingShape) -> int:

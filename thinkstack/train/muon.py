@@ -46,11 +46,11 @@ def hidden_matrices(model: nn.Module) -> list[MatrixStack]:
     """
     routers = {id(module.router) for module in model.modules() if isinstance(module, MoE)}
     gates = {id(module.w_in) for module in model.modules() if isinstance(module, MoE)}
-    found = []
+    stacks = []
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and name.startswith(("layers.", "mtp.")) and id(parameter) not in routers:
-            found.append(MatrixStack(parameter, 2 if id(parameter) in gates else 1))
-    return found
+            stacks.append(MatrixStack(parameter, 2 if id(parameter) in gates else 1))
+    return stacks
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -83,11 +83,11 @@ class Trainer:
     @torch.no_grad()
     def _sum_gradients(self, results: list[list[Tensor | None]]) -> None:
         """Sum the gradients of a step over workers and ranks into the fp32 model."""
-        for parameter, *mine in zip(self.model.parameters(), *results, strict=True):
-            known = [gradient for gradient in mine if gradient is not None]
-            if known:
-                parameter.grad = known[0]
-                for gradient in known[1:]:
+        for parameter, *gradients in zip(self.model.parameters(), *results, strict=True):
+            present = [gradient for gradient in gradients if gradient is not None]
+            if present:
+                parameter.grad = present[0]
+                for gradient in present[1:]:
                     parameter.grad += gradient
                 sum_over_ranks(parameter.grad)
 
