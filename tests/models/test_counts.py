@@ -50,7 +50,7 @@ def test_published_totals_of_the_students():
 
 
 def test_the_page_of_families_has_these_counts():
-    page = (Path(__file__).parents[2] / "docs" / "formats" / "families.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "formats" / "model_families.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \| [^|]+ \| ([\d,]+) \|$", page, re.MULTILINE)
     assert len(rows) == 11
     for name, parameters, cache in rows:

@@ -65,7 +65,7 @@ def kinds(cfg: ModelConfig) -> set[str]:
     return {name for name, is_so in found.items() if is_so} | {cfg.family}
 
 
-def test_the_random_models_have_every_oddity_at_least_twice():
+def test_the_random_models_have_every_feature_at_least_twice():
     seen = Counter(kind for case in CASES for kind in kinds(case.cfg) | {f"padding {case.padding}"})
     all_kinds = 8 + 5 + 5 + 4 + len(set(FAMILIES)) + len(PADDINGS)
     assert len(seen) == all_kinds and min(seen.values()) >= 2, seen
