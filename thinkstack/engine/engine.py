@@ -52,8 +52,7 @@ class EngineConfig:
     return_routed_experts: bool = False
     """Return the routed experts of every token with each completion, for router replay in training."""
     num_speculative_tokens: int = 0
-    """Tokens that the model's multi-token-prediction module guesses ahead; 0 for none. Small models
-    are slower with guesses."""
+    """Draft tokens per step from the model's multi-token-prediction module; 0 for none. Slower for small models."""
     graphs: bool = True
     """On a CUDA device, run decoding steps as CUDA graphs."""
 
@@ -63,7 +62,7 @@ class EngineConfig:
         if self.max_prefill_tokens < 1:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} is too small; use at least 1")
         if self.num_speculative_tokens < 0:
-            raise ConfigError(f"num_speculative_tokens={self.num_speculative_tokens} is negative; 0 guesses nothing")
+            raise ConfigError(f"num_speculative_tokens={self.num_speculative_tokens} is negative; use 0 for no drafts")
         if self.weights != "plain" and self.weights not in QUANT_SCHEMES:
             raise ConfigError(f"weights={self.weights!r} is not known; use plain, {', '.join(QUANT_SCHEMES)}")
 
@@ -106,16 +105,9 @@ class Engine:
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
         """The runner that computes the tokens."""
         cfg = self.cfg
-        max_graph_rows = cfg.max_num_seqs if cfg.graphs else 0
-        return Runner(
-            model,
-            num_blocks,
-            cfg.dtype,
-            cfg.return_routed_experts,
-            bool(cfg.num_speculative_tokens),
-            cfg.weights,
-            max_graph_rows,
-        )
+        drafts, max_graph_rows = bool(cfg.num_speculative_tokens), cfg.max_num_seqs if cfg.graphs else 0
+        experts = cfg.return_routed_experts
+        return Runner(model, num_blocks, cfg.dtype, experts, drafts, cfg.weights, max_graph_rows)
 
     @property
     def version(self) -> int:
@@ -194,12 +186,10 @@ class Engine:
             )
         if sampling.n > self.cfg.max_num_seqs:
             raise RequestError(
-                f"n={sampling.n} completions exceed max_num_seqs={self.cfg.max_num_seqs}; lower n or raise max_num_seqs"
+                f"n={sampling.n} exceeds max_num_seqs={self.cfg.max_num_seqs}; lower n or raise max_num_seqs"
             )
-        if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"{len(sampling.stop_token_ids)} stop_token_ids are given; at most {MAX_STOP_TOKEN_IDS} are supported"
-            )
+        if (count := len(sampling.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(f"{count} stop_token_ids are given; at most {MAX_STOP_TOKEN_IDS} are supported")
         request = Request(
             self.next_id,
             prompt_token_ids,
@@ -233,9 +223,8 @@ class Engine:
             self.scheduler.pool.reset_prefix_cache()
             raise
         num_tokens = table.num_tokens[scheduled.rows]
-        table.num_computed_tokens[scheduled.rows] = reached = numpy.minimum(
-            scheduled.starts + scheduled.counts, num_tokens
-        )
+        reached = numpy.minimum(scheduled.starts + scheduled.counts, num_tokens)
+        table.num_computed_tokens[scheduled.rows] = reached
         rows_to_sample, copies = self._rows_to_sample(scheduled, (reached == num_tokens).nonzero()[0])
         for copy in copies:
             self.runner.cache.copy(*copy)
