@@ -85,7 +85,7 @@ RUDE = {
     "eval {model} --task gsm8k --data {tmp}": "with --data",
     "eval {model} --task chain --data {tmp}": "reads no files",
     "eval {model} --task chain --limit 0": "--limit 0",
-    "eval {model} --task chain --form loose": "form='loose'",
+    "eval {model} --task chain --thinking-format loose": "thinking_format='loose'",
     # what training left
     "rollouts {tmp} --step 3": "has no rollouts of step 3; logged: none",
     "replay {tmp} {model} --step 3": "has no rollouts of step 3",

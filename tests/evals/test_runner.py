@@ -131,12 +131,12 @@ def test_an_evaluation_without_readable_answers_warns(caplog):
     answers, cfg = scripted_engine(("4+1=5. #### 5", "I pass.")), replace(CFG, samples=2)
     found = evaluate(answers, CharacterChat(), [problem()], cfg, SCORE)
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
-    warn_if_unread(found, cfg.form)
-    assert "none of the 2 answers could be read in the form 'think_answer_tags'" in caplog.text
+    warn_if_unread(found, cfg.thinking_format)
+    assert "none of the 2 answers could be read in the format 'think_answer_tags'" in caplog.text
     assert 'form = "flexible_extract"' in caplog.text
     caplog.clear()
-    stock = partial(reward, cfg=RewardConfig(form="flexible_extract"))
-    found = evaluate(answers, CharacterChat(), [problem()], replace(cfg, form="flexible_extract"), stock)
+    stock = partial(reward, cfg=RewardConfig(thinking_format="flexible_extract"))
+    found = evaluate(answers, CharacterChat(), [problem()], replace(cfg, thinking_format="flexible_extract"), stock)
     warn_if_unread(found, "flexible_extract")
     assert (found.answer_rate, found.pass_at_1, caplog.text) == (0.5, 0.5, "")
     assert [(answer.answer, answer.rule) for answer in found.records[0].answers] == [(5, "hashes"), (None, None)]

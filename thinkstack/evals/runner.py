@@ -47,7 +47,7 @@ class EvalConfig:
     """Names of puzzle tasks in tasks/table.py."""
     levels: tuple[int, ...] | None = None
     """Allowed levels; None uses all levels of each task."""
-    form: ThinkingFormat = "think_answer_tags"
+    thinking_format: ThinkingFormat = "think_answer_tags"
     """The expected format of a turn: text/parse.py."""
     unseen_wordings: bool = False
     """Use the wordings that training never uses."""
@@ -68,8 +68,8 @@ class EvalConfig:
 
 
 UNREAD_ADVICE: dict[ThinkingFormat, str] = {
-    "think_answer_tags": 'set form = "flexible_extract" to read what stock models write, or "think_then_answer" for R1',
-    "think_then_answer": 'set form = "flexible_extract" to read models that open no think block',
+    "think_answer_tags": 'set thinking_format = "flexible_extract" for stock models, or "think_then_answer" for R1',
+    "think_then_answer": 'set thinking_format = "flexible_extract" to read models that open no think block',
     "flexible_extract": "look at the answers in samples.jsonl: none of them contains a box, an answer mark or a number",
 }
 """Advice if no answer could be read, by form."""
@@ -109,7 +109,9 @@ def evaluate(
             wording=problem.wording,
             question=problem.question,
             reference=problem.answer,
-            answers=tuple(grade_completion(problem, completion, chat, score, cfg.form) for completion in samples),
+            answers=tuple(
+                grade_completion(problem, completion, chat, score, cfg.thinking_format) for completion in samples
+            ),
         )
         for problem, samples in zip(problems, completions, strict=True)
     ]
@@ -117,15 +119,15 @@ def evaluate(
     return summarize(records, time.perf_counter() - started, chance)
 
 
-def warn_if_unread(found: Evaluation, form: ThinkingFormat) -> None:
+def warn_if_unread(found: Evaluation, thinking_format: ThinkingFormat) -> None:
     """Log a warning with advice if no answer of an evaluation could be read."""
     if found.answer_rate == 0:
         log.warning(
-            "none of the %d answers could be read in the form %r, so the accuracy is meaningless: either the model has "
+            "none of the %d answers could be read in the format %r, so the accuracy is meaningless: the model has "
             "not learned this format yet, or %s",
             sum(len(record.answers) for record in found.records),
-            form,
-            UNREAD_ADVICE[form],
+            thinking_format,
+            UNREAD_ADVICE[thinking_format],
         )
 
 
@@ -146,20 +148,24 @@ def grade_completion(
     completion: Completion,
     chat: ChatFormat,
     score: ScoreFunction,
-    form: ThinkingFormat = "think_answer_tags",
+    thinking_format: ThinkingFormat = "think_answer_tags",
 ) -> AnswerRecord:
     """Parse and score one completion. `correct` means accuracy 1, independent of the format.
 
     A truncated turn is not well-formed, except in "think_answer_tags", where the parser requires the closing tag.
     """
     text, is_truncated = chat.text_of(completion.token_ids), completion.finish_reason == "length"
-    turn, scored, answer = parse_turn(text, form), score(problem, text), extract_answer(problem, text, form)
+    turn, scored, answer = (
+        parse_turn(text, thinking_format),
+        score(problem, text),
+        extract_answer(problem, text, thinking_format),
+    )
     return AnswerRecord(
         text=text,
         answer=None if answer is None else normalize(answer),
         rule=None if answer is None else turn.rule,
         correct=None if scored.unscorable is not None else scored.parts["accuracy"] == 1.0,
-        well_formed=turn.is_well_formed and not (is_truncated and form != "think_answer_tags"),
+        well_formed=turn.is_well_formed and not (is_truncated and thinking_format != "think_answer_tags"),
         worked=is_worked(problem, turn.thinking),
         truncated=is_truncated,
         num_tokens=len(completion.token_ids),

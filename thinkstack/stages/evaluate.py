@@ -41,7 +41,7 @@ class EvaluateConfig:
     """Held-out problems: of all generated tasks together, and of each data set."""
     samples: Count = 16
     """Completions sampled per problem."""
-    form: ThinkingFormat = "think_answer_tags"
+    thinking_format: ThinkingFormat = "think_answer_tags"
     """Format of the final answer: "think_answer_tags" as R1-Zero's, "think_then_answer" as R1's, "flexible_extract" for
     models that were not trained on a format (text/parse.py)."""
     temperature: Temperature = 1.0
@@ -74,7 +74,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
         tasks=cfg.tasks,
         files=cfg.files,
         languages=cfg.languages,
-        form=cfg.form,
+        thinking_format=cfg.thinking_format,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         num_problems=cfg.num_problems,
@@ -98,11 +98,11 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     saved = SavedCompletions(engine, run, len(all_problems))
     with saved.progress:
         for file, config in configs.items():
-            reward = partial(score, cfg=RewardConfig(form=cfg.form))
+            reward = partial(score, cfg=RewardConfig(thinking_format=cfg.thinking_format))
             result = evaluate(saved.generate, chat, problems[file], config, reward)
             write_json(run.folder / file, result.to_dict())
             if file == SAMPLED:
-                warn_if_unread(result, cfg.form)
+                warn_if_unread(result, cfg.thinking_format)
                 write_samples(run.folder / SAMPLES, result.records)
     saved.delete()
 

@@ -24,7 +24,7 @@ class RewardConfig:
     combine: Literal["gated", "additive", "format_only", "random"] = "gated"
     """"gated": accuracy * format. "additive": accuracy + format_weight * format (R1 paper). "format_only" and "random"
     are controls: the format alone, or a coin flip that hashes the answer's text."""
-    form: ThinkingFormat = "think_answer_tags"
+    thinking_format: ThinkingFormat = "think_answer_tags"
     """The expected format of a turn: text/parse.py."""
     format_weight: Weight = 1.0
     """Weight of the format part if combine is "additive"."""
@@ -53,24 +53,24 @@ class RewardConfig:
             )
 
 
-def extract_answer(problem: Problem, text: str, form: ThinkingFormat = "think_answer_tags") -> str | None:
+def extract_answer(problem: Problem, text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> str | None:
     """Return the single final answer of a turn, outside its thinking; None if there is none or if it is too long.
 
     The length limit applies to the answer, not to the text around it.
     """
-    answer = parse_turn(text, form).answer
+    answer = parse_turn(text, thinking_format).answer
     longest = MAX_ANSWER_CHARACTERS if len(problem.answer) <= MAX_ANSWER_CHARACTERS else 2 * len(problem.answer)
     return answer if answer is not None and len(answer) <= longest else None
 
 
-def accuracy_reward(problem: Problem, text: str, form: ThinkingFormat = "think_answer_tags") -> float:
+def accuracy_reward(problem: Problem, text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> float:
     """Return 1 if the final answer of the turn is correct, else 0."""
-    return float(verify(problem, extract_answer(problem, text, form)))
+    return float(verify(problem, extract_answer(problem, text, thinking_format)))
 
 
-def format_reward(text: str, form: ThinkingFormat = "think_answer_tags") -> float:
+def format_reward(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> float:
     """Return 1 if the turn is well-formed (text/parse.py), else 0; for "flexible_extract", if an answer is found."""
-    return float(parse_turn(text, form).is_well_formed)
+    return float(parse_turn(text, thinking_format).is_well_formed)
 
 
 def language_reward(problem: Problem, text: str) -> float:
@@ -85,7 +85,10 @@ def language_reward(problem: Problem, text: str) -> float:
 
 def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
     """Compute the reward of one assistant turn (prefill and completion, without the end token)."""
-    parts = {"accuracy": accuracy_reward(problem, text, cfg.form), "format": format_reward(text, cfg.form)}
+    parts = {
+        "accuracy": accuracy_reward(problem, text, cfg.thinking_format),
+        "format": format_reward(text, cfg.thinking_format),
+    }
     total = {
         "gated": parts["accuracy"] * parts["format"],
         "additive": parts["accuracy"] + cfg.format_weight * parts["format"],

@@ -42,18 +42,18 @@ class Turn:
     """The rule that found the answer, for the form "flexible_extract": text/final_answer.py."""
 
 
-def parse_turn(text: str, form: ThinkingFormat = "think_answer_tags") -> Turn:
+def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> Turn:
     """Parse a complete turn. An answer inside unclosed thinking never counts.
 
-    form: "think_answer_tags" (R1-Zero): one think block and one answer between tags, and nothing else; several answers
-    count as none. "think_then_answer" (R1): one think block, then text of any length; the answer is the content of the
-    last box, or all of the text if there is no box, or None if the last box is unfinished. "flexible_extract": any
-    format; the first rule of text/final_answer.py that matches finds the answer, and the turn is well-formed if there
-    is one.
+    thinking_format: "think_answer_tags" (R1-Zero): one think block and one answer between tags, and nothing else;
+    several answers count as none. "think_then_answer" (R1): one think block, then text of any length; the answer is the
+    content of the last box, or all of the text if there is no box, or None if the last box is unfinished.
+    "flexible_extract": any format; the first rule of text/final_answer.py that matches finds the answer, and the turn
+    is well-formed if there is one.
     """
-    if form == "think_then_answer":
+    if thinking_format == "think_then_answer":
         return _parse_think_then_answer(text)
-    if form == "flexible_extract":
+    if thinking_format == "flexible_extract":
         return _parse_flexible(text)
     tagged = _THINK_ANSWER_TAGS.fullmatch(text)
     if tagged and all(text.count(tag) == 1 for tag in TAGS):
