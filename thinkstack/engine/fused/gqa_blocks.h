@@ -7,7 +7,7 @@
 #include <omp.h>
 #endif
 
-#include "decode.h"
+#include "paged_attention.h"
 #include "small_m.h"
 
 // D hidden size, H query heads, G key/value heads, W head width, I intermediate size. Matrices (out, in) of M: bf16, or

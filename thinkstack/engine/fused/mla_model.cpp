@@ -1,7 +1,7 @@
 // Inference on a small model, where calls would cost more than arithmetic: all of it in one call, in fp32.
 // A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
 // norms, rotations and activations work on LANES tokens at once.
-#include "decode.h"
+#include "paged_attention.h"
 #include "experts.h"
 
 #include <limits>
@@ -285,7 +285,7 @@ void run(const MLAPass& a) {
   const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
   const int64_t W = a.C + a.R;
   const auto queries = room_for<float>(a.B * a.H * W), mixed = room_for<float>(a.B * a.H * a.C);
-  Decode read{queries.get(), a.cache, a.block_tables, a.seq_index, a.last, mixed.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
+  PagedAttention read{queries.get(), a.cache, a.block_tables, a.seq_index, a.last, mixed.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
   read.threads = a.threads, read.scale = a.scale;
   Attend<float, T> attend(read);
   const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);

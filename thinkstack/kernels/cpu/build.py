@@ -27,7 +27,7 @@ SOURCES = (
     "engine/fused/gqa_blocks_bf16.cpp",
     "engine/fused/gqa_blocks_int8.cpp",
     "kernels/cpu/attention.cpp",
-    "kernels/cpu/decode.cpp",
+    "kernels/cpu/paged_attention.cpp",
     "engine/fused/mla_model.cpp",
     "kernels/cpu/experts.cpp",
     "kernels/cpu/sample.cpp",

@@ -5,7 +5,7 @@
 #include <vector>
 
 // N tokens, G groups, Q query heads per group, W key width, V value width.
-struct Decode {
+struct PagedAttention {
   const void* query;      // (N, G, Q, W)
   const void* entries;    // of one layer, (blocks, 2^shift, entry_width)
   const int32_t* block_tables;  // (sequences, table_width): the blocks of each, in order
@@ -18,10 +18,10 @@ struct Decode {
   double scale;  // of the scores
 };
 
-// How N tokens of grouped queries read a cache of keys, then values: of BlockSteps or AttendGQA.
+// How N tokens of grouped queries read a cache of keys, then values: of GQAPass or AttendGQA.
 template <typename A>
-Decode grouped(const A& a, int64_t N, const void* query, const void* entries, void* out) {
-  Decode read{query, entries, a.block_tables, a.seq_index, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};
+PagedAttention grouped(const A& a, int64_t N, const void* query, const void* entries, void* out) {
+  PagedAttention read{query, entries, a.block_tables, a.seq_index, a.last, out, N, a.G, a.H / a.G, a.W, a.W, a.shift, a.table_width, 2 * a.G * a.W};
   read.key_g = read.value_g = a.W, read.value_at = a.G * a.W;
   read.threads = a.threads, read.scale = a.scale;
   return read;
@@ -33,7 +33,7 @@ Decode grouped(const A& a, int64_t N, const void* query, const void* entries, vo
 template <typename Q, typename T>
 class Attend {
  public:
-  explicit Attend(const Decode& a) : a_(a) {
+  explicit Attend(const PagedAttention& a) : a_(a) {
     for (int64_t n = 0; n < a.N; n += runs_.back().count) runs_.push_back({n, run_of(a.seq_index, n, a.N, TOKENS)});
     is_many_ = int64_t(runs_.size()) >= 4 * a.threads;
     const bool are_short = std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.count <= SHORT; });
@@ -109,7 +109,7 @@ class Attend {
     };
   }
 
-  const Decode a_;
+  const PagedAttention a_;
   std::vector<Run> runs_;
   bool is_many_;
   std::vector<Part> parts_;  // where segments are read apart: run by run, in order

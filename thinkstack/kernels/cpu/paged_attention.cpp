@@ -1,6 +1,6 @@
 // New tokens read their sequences' cached context. Heads that share entries read them together: all heads of
 // multi-head latent attention, the heads of a group in grouped-query attention. So do the tokens of a prompt.
-#include "decode.h"
+#include "paged_attention.h"
 
 // Queries, keys and values of N new tokens in grouped-query attention, as they come from their projection.
 struct AttendGQA {
