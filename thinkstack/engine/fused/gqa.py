@@ -14,13 +14,13 @@ from thinkstack.engine.fused import calls
 from thinkstack.kernels.cpu.prepacked import exact, fits_prepacked, is_batch_invariant, multiply, prepacked
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import GQA
-from thinkstack.models.block import PLAIN, Block, consists_of
-from thinkstack.models.layers import Projection, RMSNorm, Rotations, SwiGLU
+from thinkstack.models.block import BLOCK_MODULES, Block, has_only_modules
+from thinkstack.models.layers import Linear, RMSNorm, RopeCache, SwiGLU
 from thinkstack.models.moe import MoE
 from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.models.transformer import Transformer
 
-PACKED = PLAIN - {Projection, MoE} | {QuantizedLinear, QuantizedWeight}
+PACKED = BLOCK_MODULES - {Linear, MoE} | {QuantizedLinear, QuantizedWeight}
 """What a block consists of whose matrices are packed."""
 Weights = dict[str, Tensor | None]
 
@@ -64,7 +64,7 @@ class FusedGQA:
         """Of all blocks, once many tokens have come."""
         self.max_tokens = 1 << 40 if _takes_many(blocks) else kernels.SMALL_M
         self.head = exact(model.head.weight)
-        self.rotations = Rotations(model.cfg.attention.rope_dim, model.cfg.rope)
+        self.rotations = RopeCache(model.cfg.attention.rope_dim, model.cfg.rope)
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As FusedPass says."""
@@ -104,12 +104,12 @@ def _takes_few(blocks: list[Block]) -> bool:
     """Whether a kernel reads all matrices as they are stored, in bf16 or int8, of widths that it takes."""
     weights: list[Tensor] = []
     for block in blocks:
-        if consists_of(block, PLAIN):
-            weights += [part.weight for part in block.modules() if isinstance(part, Projection)]
+        if has_only_modules(block, BLOCK_MODULES):
+            weights += [part.weight for part in block.modules() if isinstance(part, Linear)]
             continue
         layers = [part for part in block.modules() if isinstance(part, QuantizedLinear)]
         packed = [layer.int8_parts() for layer in layers if layer.quantized.dtype == torch.bfloat16]
-        if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
+        if not has_only_modules(block, PACKED) or len(packed) < len(layers) or None in packed:
             return False
         weights += [parts["qweight"] for parts in packed if parts is not None]
     return kernels.takes_small_m(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
@@ -117,9 +117,9 @@ def _takes_few(blocks: list[Block]) -> bool:
 
 def _takes_many(blocks: list[Block]) -> bool:
     """Whether their matrices may be kept as oneDNN multiplies them; in fp32, where a row's company does not matter."""
-    if not all(consists_of(block, PLAIN) for block in blocks):
+    if not all(has_only_modules(block, BLOCK_MODULES) for block in blocks):
         return False
-    weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Projection)]
+    weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Linear)]
     if not kernels.takes(weights[0], "fused_dense") or len({weight.dtype for weight in weights}) > 1:
         return False
     if not fits_prepacked(*weights):
@@ -165,7 +165,7 @@ def _parts(block: Block) -> Parts:
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
 
-    def together(*layers: Projection) -> tuple[Tensor, Tensor | None]:
+    def together(*layers: Linear) -> tuple[Tensor, Tensor | None]:
         biases = [layer.bias.to(layer.weight.dtype) for layer in layers if layer.bias is not None]
         return prepacked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
 

@@ -12,9 +12,9 @@ from thinkstack.engine.fused import calls
 from thinkstack.kernels.cpu.prepacked import exact
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import MLA
-from thinkstack.models.block import PLAIN, Block, consists_of
+from thinkstack.models.block import BLOCK_MODULES, Block, has_only_modules
 from thinkstack.models.config import MLAConfig
-from thinkstack.models.layers import Rotations
+from thinkstack.models.layers import RopeCache
 from thinkstack.models.moe import MoE
 from thinkstack.models.mtp import MTPModule
 from thinkstack.models.transformer import Transformer
@@ -40,7 +40,7 @@ class FusedMLA:
         self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
         self.head = exact(model.head.weight)
-        self.rotations = Rotations(a.qk_rope_head_dim, model.cfg.rope)
+        self.rotations = RopeCache(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:
             self.sizes |= dict(
@@ -84,7 +84,7 @@ class FusedMLA:
 def is_latent(block: Block) -> bool:
     """Whether a block is one of FusedMLA's."""
     ffn = block.ffn
-    if not consists_of(block, PLAIN) or not isinstance(block.attention, MLA):
+    if not has_only_modules(block, BLOCK_MODULES) or not isinstance(block.attention, MLA):
         return False
     if not isinstance(ffn, MoE):
         return True
