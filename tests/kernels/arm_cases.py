@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.test_kernels import MLA_ODD, MLA_WHOLE, branches_of, drawn, with_gradients
+from tests.kernels.test_kernels import MLA_ALIGNED, MLA_ODD, branches_of, random_tensor, with_gradients
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.kernels.dequantize import dequantize_
@@ -23,16 +23,16 @@ from thinkstack.train.loss import token_logprobs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BOUND = {FP32: 2e-6, BF16: 1e-2}
-"""Of the norm of a difference over the norm, as in test_kernels.py."""
+"""Bounds of the norm of a difference relative to the norm, as in test_kernels.py."""
 
 
 class Case(NamedTuple):
-    """The same twice."""
+    """The same computation by two implementations."""
 
     mine: Callable[[], list[Tensor]]
     """With kernels."""
     theirs: Callable[[], list[Tensor]]
-    """Called where torch's operators compute everything."""
+    """On torch's operators."""
     bound: float
 
 
@@ -41,18 +41,18 @@ def alike(run: Callable[[], list[Tensor]], bound: float) -> Case:
 
 
 def attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
-    """Latent attention with a shared part of the keys, at odd widths; documents, or one that branches."""
+    """Latent attention with a shared part of the keys, at odd widths; with documents, or a document with branches."""
     cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
     module = MLA(replace(MLA_TINY, attention=cfg), 0)
     context = among(tokens, branched, 4)
-    inputs = [drawn(2, tokens, 2, 9), drawn(2, tokens, 16, seed=1), drawn(2, tokens, 4, seed=2)]
-    return attended(lambda *x: module.among_themselves(*x, module.expanded, context), inputs, dtype)
+    inputs = [random_tensor(2, tokens, 2, 9), random_tensor(2, tokens, 16, seed=1), random_tensor(2, tokens, 4, seed=2)]
+    return attended(lambda *x: module.attend_packed(*x, module.expanded_layout, context), inputs, dtype)
 
 
 def grouped_attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
     module, context = GQA(GQA_TINY, 0), among(tokens, branched, 8)
-    inputs = [drawn(2, tokens, 4, 8), drawn(2, tokens, 32, seed=1)]
-    return attended(lambda q, kv: module.among_themselves(q, kv, None, module.heads, context), inputs, dtype)
+    inputs = [random_tensor(2, tokens, 4, 8), random_tensor(2, tokens, 32, seed=1)]
+    return attended(lambda q, kv: module.attend_packed(q, kv, None, module.layout, context), inputs, dtype)
 
 
 def among(tokens: int, branched: bool, width: int) -> AttentionContext:
@@ -63,7 +63,7 @@ def among(tokens: int, branched: bool, width: int) -> AttentionContext:
 
 
 def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Case:
-    """Result and gradients; the other side computes in fp32 what is exact there."""
+    """Result and gradients; the reference computes in fp32."""
     own = [x.to(dtype) for x in inputs]
 
     def theirs() -> list[Tensor]:
@@ -73,13 +73,16 @@ def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtyp
 
 
 def experts(dtype: torch.dtype) -> Case:
-    """More pairs than a block holds of some experts, none of the last."""
+    """Some experts have more pairs than a block, the last one has none."""
     generator = torch.Generator().manual_seed(5)
     chosen = torch.randint(3, (150, 1), generator=generator)
     chosen = torch.cat((chosen, (chosen + 1) % 4), 1)
     chosen[chosen == 3] = 2
     weights = torch.rand(150, 2, generator=generator)
-    inputs = [x.to(dtype) for x in (drawn(150, 48), drawn(4, 64, 48, seed=6) / 7, drawn(4, 48, 32, seed=7) / 6)]
+    inputs = [
+        x.to(dtype)
+        for x in (random_tensor(150, 48), random_tensor(4, 64, 48, seed=6) / 7, random_tensor(4, 48, 32, seed=7) / 6)
+    ]
 
     def plain(x: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         gate, up = torch.einsum("nd,nkid->nki", x, w_in[chosen]).chunk(2, -1)
@@ -101,27 +104,27 @@ def experts(dtype: torch.dtype) -> Case:
 
 
 def model(name: str, interleaved: bool) -> Case:
-    """Logits and gradients of a whole model."""
-    cfg = {"whole vectors": MLA_WHOLE, "odd widths": MLA_ODD, "gqa": GQA_TINY}[name]
-    whole = tiny_model(replace(cfg, rope=replace(cfg.rope, interleaved=interleaved)))
+    """Logits and gradients of a model."""
+    cfg = {"whole vectors": MLA_ALIGNED, "odd widths": MLA_ODD, "gqa": GQA_TINY}[name]
+    built = tiny_model(replace(cfg, rope=replace(cfg.rope, interleaved=interleaved)))
     ids = torch.randint(cfg.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
     documents = torch.tensor([[1] * 23 + [2] * 30 + [0] * 8, [3] * 61])
 
     def run() -> list[Tensor]:
-        whole.zero_grad()
-        logits = whole(ids, None, documents)
+        built.zero_grad()
+        logits = built(ids, None, documents)
         logits.logsumexp(-1).square().mean().backward()
-        return [logits.detach(), *(p.grad.clone() for p in whole.parameters() if p.grad is not None)]
+        return [logits.detach(), *(p.grad.clone() for p in built.parameters() if p.grad is not None)]
 
     return alike(run, 3e-5)
 
 
 def rows(width: int, dtype: torch.dtype) -> Case:
     """Norms, activations and rotations with their gradients."""
-    x, y = drawn(3, 5, width, dtype=dtype), drawn(3, 5, width, seed=1, dtype=dtype)
+    x, y = random_tensor(3, 5, width, dtype=dtype), random_tensor(3, 5, width, seed=1, dtype=dtype)
     norm = RMSNorm(width, 1e-6)
-    norm.weight.data = drawn(width, seed=2)
-    wide, pairs = drawn(3, 5, width + 3, dtype=dtype), drawn(3, 5, 2, 2 * width, dtype=dtype)
+    norm.weight.data = random_tensor(width, seed=2)
+    wide, pairs = random_tensor(3, 5, width + 3, dtype=dtype), random_tensor(3, 5, 2, 2 * width, dtype=dtype)
     table = rope_table(torch.arange(5)[None], 2 * width, MLA_TINY.rope)
 
     def run() -> list[Tensor]:
@@ -138,9 +141,9 @@ def rows(width: int, dtype: torch.dtype) -> Case:
 
 
 def halves(dtype: torch.dtype) -> Case:
-    """What lies between the products of a dense model."""
-    x, change, both = (drawn(5, 37, seed=s, dtype=dtype) for s in (0, 1, 2))
-    both, weight = torch.cat((x, both), 1), drawn(37, seed=3)
+    """The operations between the products of a dense model."""
+    x, change, both = (random_tensor(5, 37, seed=s, dtype=dtype) for s in (0, 1, 2))
+    both, weight = torch.cat((x, both), 1), random_tensor(37, seed=3)
 
     def mine() -> list[Tensor]:
         total = x.clone()
@@ -156,7 +159,7 @@ def halves(dtype: torch.dtype) -> Case:
 
 
 def log_probabilities(dtype: torch.dtype) -> Case:
-    hidden, weight = drawn(9, 12, dtype=dtype), drawn(53, 12, seed=1, dtype=dtype)
+    hidden, weight = random_tensor(9, 12, dtype=dtype), random_tensor(53, 12, seed=1, dtype=dtype)
     index, targets = torch.tensor([0, 2, 3, 8]), torch.tensor([52, 0, 17, 48])
 
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -167,10 +170,10 @@ def log_probabilities(dtype: torch.dtype) -> Case:
 
 
 def dequantized(dtype: torch.dtype) -> Case:
-    """All numbers of e4m3, and int8, to the bit."""
+    """All numbers of e4m3, and int8, bit for bit."""
     qweight = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
     qweight.view(torch.uint8)[:, 140:, :54] += 202
-    scale, parts = drawn(2, 2, 2), Int8().quantize(drawn(3, 5, 70, seed=1))
+    scale, parts = random_tensor(2, 2, 2), Int8().quantize(random_tensor(3, 5, 70, seed=1))
 
     def run() -> list[Tensor]:
         out, plain = torch.empty(qweight.shape, dtype=dtype), torch.empty(3, 5, 70, dtype=dtype)
@@ -184,7 +187,7 @@ def dequantized(dtype: torch.dtype) -> Case:
 def routing(group_score: str, normalize: bool) -> Case:
     sizes = dict(num_experts=12, num_experts_per_tok=3, moe_intermediate_size=16, num_groups=4, top_groups=2)
     cfg = MoEConfig(**sizes, group_score=group_score, norm_topk_prob=normalize)
-    scores, bias = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)), drawn(12, seed=1) * 0.2
+    scores, bias = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)), random_tensor(12, seed=1) * 0.2
 
     @torch.no_grad()
     def run() -> list[Tensor]:
@@ -197,7 +200,12 @@ def routing(group_score: str, normalize: bool) -> Case:
 
 def products(count: int, wide: int, narrow: int) -> Case:
     """With and without a bias, and the gradients; sums longer than a panel."""
-    x, weight, bias, grad = drawn(count, wide), drawn(narrow, wide, seed=1), drawn(narrow, seed=2), drawn(count, narrow)
+    x, weight, bias, grad = (
+        random_tensor(count, wide),
+        random_tensor(narrow, wide, seed=1),
+        random_tensor(narrow, seed=2),
+        random_tensor(count, narrow),
+    )
 
     def mine() -> list[Tensor]:
         found = [kernels.linear(x, weight, None), kernels.linear(x, weight, bias)]
