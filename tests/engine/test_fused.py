@@ -79,8 +79,8 @@ def test_the_fused_gqa_pass_equals_torchs_operators(weights, kind, count, on_tor
         dequantize_model(exact)
     cache = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
-    twin = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
-    twin.data.copy_(cache.data)
+    copied = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
+    copied.data.copy_(cache.data)
     before = cache.data.clone()
     wide = KVCache(model.cfg, 4 * count + 1, torch.float32)
     wide.data.copy_(cache.data)
@@ -100,9 +100,9 @@ def test_the_fused_gqa_pass_equals_torchs_operators(weights, kind, count, on_tor
     assert isinstance(fused, FusedGQA) and fused.is_int8 == (weights == "int8")
     mine, _ = fused.hidden(ids, places, pages(cache), cache.data)
     monkeypatch.setattr(choice.choices(), "emulates_bf16", False)  # torch's products in bf16
-    theirs, true = on_torch(unfused, model, twin), on_torch(unfused, exact, wide)
+    theirs, true = on_torch(unfused, model, copied), on_torch(unfused, exact, wide)
     assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, with similar errors
-    assert relative(cache.data, wide.data) < 1.3 * relative(twin.data, wide.data) + 1e-4
+    assert relative(cache.data, wide.data) < 1.3 * relative(copied.data, wide.data) + 1e-4
     changed = (cache.data != before).flatten(3).any(-1).any(0).flatten().nonzero().flatten()
     assert set(changed.tolist()) <= set(slots.tolist())
 
@@ -130,8 +130,8 @@ def test_a_fused_model_in_fp32_equals_torchs_operators(kind, count, on_torch):
     model = tiny_model((LATENT | KINDS)[kind])
     cache = KVCache(model.cfg, 21, torch.float32)
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
-    twin = KVCache(model.cfg, 21, torch.float32)
-    twin.data.copy_(cache.data)
+    copied = KVCache(model.cfg, 21, torch.float32)
+    copied.data.copy_(cache.data)
     chunk = max(count - 4, 1)
     seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(70, 70 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
@@ -140,7 +140,7 @@ def test_a_fused_model_in_fp32_equals_torchs_operators(kind, count, on_torch):
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
     def unfused() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        view = KVCacheView(twin, Pages(twin.data[0], block_tables, seq_index.int()), slots)
+        view = KVCacheView(copied, Pages(copied.data[0], block_tables, seq_index.int()), slots)
         trunk = model.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=view)
         return trunk.hidden[:, 0], [routing.experts[:, 0] for routing in trunk.routing]
 
@@ -150,7 +150,7 @@ def test_a_fused_model_in_fp32_equals_torchs_operators(kind, count, on_torch):
     mine, experts = fused.hidden(ids, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
     theirs, chosen = on_torch(unfused)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, copied.data, rtol=1e-4, atol=1e-4)
     assert (experts is None) == (not chosen)
     if experts is not None:
         assert torch.equal(experts.sort(-1).values, torch.stack(chosen).sort(-1).values)
@@ -192,8 +192,8 @@ def test_the_fused_mtp_module_of_a_small_model_equals_torchs_operators(on_torch)
     model = tiny_model(SMALL)
     cache = KVCache(model.cfg, 3, torch.float32, drafts=True)
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
-    twin = KVCache(model.cfg, 3, torch.float32, drafts=True)
-    twin.data.copy_(cache.data)
+    copied = KVCache(model.cfg, 3, torch.float32, drafts=True)
+    copied.data.copy_(cache.data)
     seq_index, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
     block_tables = torch.tensor([[2, 1]], dtype=torch.int32)
     slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
@@ -203,11 +203,11 @@ def test_the_fused_mtp_module_of_a_small_model_equals_torchs_operators(on_torch)
     mine = fused.draft(hidden, following, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
 
     def unfused() -> torch.Tensor:
-        view = KVCacheView(twin, Pages(twin.data[0], block_tables, seq_index.int()), slots)
+        view = KVCacheView(copied, Pages(copied.data[0], block_tables, seq_index.int()), slots)
         return model.draft(hidden.unsqueeze(1), following.unsqueeze(1), places.unsqueeze(1), view)[:, 0]
 
     torch.testing.assert_close(mine, on_torch(unfused), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, copied.data, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

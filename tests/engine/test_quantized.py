@@ -24,10 +24,10 @@ INT8 = EngineConfig(max_num_seqs=16, weights="int8")
 
 def dequantized_model(model: Transformer, weights: str = "int8") -> Transformer:
     """A plain model with the dequantized weights."""
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        quantize_model(twin, QUANT_SCHEMES[weights], [*quantizable_matrices(twin), "head.weight"])
-        return dequantize_model(twin)
+        quantize_model(copied, QUANT_SCHEMES[weights], [*quantizable_matrices(copied), "head.weight"])
+        return dequantize_model(copied)
 
 
 def prompts(count: int) -> list[list[int]]:

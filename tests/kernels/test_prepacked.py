@@ -65,10 +65,10 @@ def test_a_changed_matrix_is_prepacked_again():
 def test_copies_prepack_their_own_matrix():
     made, x = layer(), random_tensor(16, 96, seed=1, dtype=torch.bfloat16)
     before = made(x)
-    twin = copy.deepcopy(made)
-    assert isinstance(twin.prepacked, PrepackedMatrix) and twin.prepacked is not made.prepacked
-    twin.weight.mul_(2)
-    assert close(twin(x), 2 * before) and close(made(x), before)
+    copied = copy.deepcopy(made)
+    assert isinstance(copied.prepacked, PrepackedMatrix) and copied.prepacked is not made.prepacked
+    copied.weight.mul_(2)
+    assert close(copied(x), 2 * before) and close(made(x), before)
     assert list(made.state_dict()) == ["weight"]
 
 

@@ -112,11 +112,11 @@ def test_gradients_are_those_of_the_merged_matrix():
     """dW of the whole matrix, projected: dB = s dW A^T, dA = s B^T dW; also for experts, with gate and up separate."""
     settings = replace(PLAIN, optim=OptimConfig(learning_rate=1e-2, clip_norm=1e9))
     model = trained(settings=settings).model
-    twin, batch = merged(model), random_batch(LENGTHS, 16)
-    for found in (model, twin):
+    copied, batch = merged(model), random_batch(LENGTHS, 16)
+    for found in (model, copied):
         logits = found(batch.ids, batch.positions, batch.document_ids)
         F.cross_entropy(logits[batch.loss_mask > 0], batch.targets[batch.loss_mask > 0]).backward()
-    parameters = dict(twin.named_parameters())
+    parameters = dict(copied.named_parameters())
     for name, adapter in adapters(model).items():
         a, b = adapter.lora_a, adapter.lora_b
         grad = parameters[name].grad.view(*b.shape[:-1], a.shape[-1])
@@ -177,11 +177,11 @@ def test_adapters_learn():
 
 def test_a_merged_model_is_a_plain_one():
     model = trained().model
-    plain, twin = tiny_model(), merged(model)
-    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    plain, copied = tiny_model(), merged(model)
+    assert [name for name, _ in copied.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert merged(plain) is plain
-    torch.testing.assert_close(logprobs(twin), logprobs(model), atol=1e-5, rtol=1e-5)
-    assert copy.deepcopy(twin).state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(logprobs(copied), logprobs(model), atol=1e-5, rtol=1e-5)
+    assert copy.deepcopy(copied).state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize(

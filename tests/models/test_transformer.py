@@ -146,21 +146,21 @@ def test_initial_matrices_have_the_stated_spread():
 
 def test_a_bf16_copy_has_norms_routers_and_biases_in_fp32():
     """Near 1, bf16 would round a bias step of 1e-3 away, and router scores would tie."""
-    twin = cast_copy(tiny_model(), torch.bfloat16)
-    block = twin.layers[1]
+    copied = cast_copy(tiny_model(), torch.bfloat16)
+    block = copied.layers[1]
     assert block.ffn.bias.dtype == block.ffn.router.dtype == block.ffn_norm.weight.dtype == torch.float32
-    assert block.ffn.w_in.dtype == twin.head.weight.dtype == torch.bfloat16
+    assert block.ffn.w_in.dtype == copied.head.weight.dtype == torch.bfloat16
 
 
 def test_refreshing_a_copy_brings_weights_and_biases():
     model = tiny_model()
-    twin = cast_copy(model, torch.float32, always=True)
+    copied = cast_copy(model, torch.float32, always=True)
     with torch.no_grad():
         model.head.weight.add_(1.0)
         model.layers[1].ffn.bias.add_(1.0)
-    refresh(twin, model)
-    assert torch.equal(twin.head.weight, model.head.weight)
-    assert torch.equal(twin.layers[1].ffn.bias, model.layers[1].ffn.bias)
+    refresh(copied, model)
+    assert torch.equal(copied.head.weight, model.head.weight)
+    assert torch.equal(copied.layers[1].ffn.bias, model.layers[1].ffn.bias)
 
 
 @pytest.mark.parametrize(

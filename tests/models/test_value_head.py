@@ -59,11 +59,11 @@ def test_no_value_depends_on_a_later_token():
 def test_the_head_of_a_bf16_copy_stays_fp32():
     """bf16 rounds a return near 1 by up to 0.004: advantages of that size would be noise."""
     model = critic()
-    twin = cast_copy(model, torch.bfloat16)
-    assert isinstance(twin, ValueModel)
-    assert twin.value_weight.dtype == twin.value_bias.dtype == twin(IDS).dtype == torch.float32
-    assert twin.embed.weight.dtype == torch.bfloat16
+    copied = cast_copy(model, torch.bfloat16)
+    assert isinstance(copied, ValueModel)
+    assert copied.value_weight.dtype == copied.value_bias.dtype == copied(IDS).dtype == torch.float32
+    assert copied.embed.weight.dtype == torch.bfloat16
     with torch.no_grad():
         model.value_bias.fill_(3.0)
-    refresh(twin, model)
-    assert twin.value_bias.tolist() == [3.0]
+    refresh(copied, model)
+    assert copied.value_bias.tolist() == [3.0]

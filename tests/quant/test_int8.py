@@ -144,14 +144,14 @@ def test_a_quantized_copy_leaves_the_model_unchanged(tied):
     """The head is quantized and the embedding is not, even if they are one parameter."""
     model = tiny_model(GQA_TINY, tie_embeddings=tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    twin = inference_copy(model, torch.bfloat16, "int8")
+    copied = inference_copy(model, torch.bfloat16, "int8")
     after = model.state_dict()
     assert not quantized_weights(model) and list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
-    assert set(quantized_weights(twin)) == {*quantizable_matrices(model), "head.weight"}
-    assert torch.equal(twin.embed.weight, model.embed.weight.bfloat16())
-    assert torch.equal(twin.head.weight, there_and_back(model.head.weight.detach()).bfloat16())
-    assert twin.norm.weight.dtype == torch.float32
+    assert set(quantized_weights(copied)) == {*quantizable_matrices(model), "head.weight"}
+    assert torch.equal(copied.embed.weight, model.embed.weight.bfloat16())
+    assert torch.equal(copied.head.weight, there_and_back(model.head.weight.detach()).bfloat16())
+    assert copied.norm.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("tokens", [8, 40])
