@@ -44,7 +44,7 @@ from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
-from thinkstack.models.precision import Precision, Stored, inference_copy, resolve_precision
+from thinkstack.models.precision import Precision, Quantization, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.table import problems, puzzle_tasks
 from thinkstack.types import Message, SamplingParams
@@ -121,7 +121,7 @@ def single(tries: int) -> tuple[list[Comparison], list[Row]]:
     """One user: what a token takes beyond reading every weight once, and against llama.cpp on 8-bit weights too."""
     model = load_model(SMOLLM2)
     prompt = drawn(1, 16, model.cfg.vocab_size)
-    kinds: dict[str, Stored] = {"bf16": "plain", "int8": "int8"}
+    kinds: dict[str, Quantization] = {"bf16": "plain", "int8": "int8"}
     size = EngineConfig(max_num_seqs=1, max_model_len=1024, dtype="bf16", enable_prefix_caching=False)
     engines = {kind: Engine(model, replace(size, weights=stored)) for kind, stored in kinds.items()}
     copies = (inference_copy(model, torch.bfloat16, stored) for stored in kinds.values())

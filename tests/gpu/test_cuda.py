@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.engine.requests import WHOLE
+from tests.engine.requests import FUSED
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
@@ -82,7 +82,7 @@ def test_the_engine_draws_what_the_model_says(cfg, with_experts):
         assert (found.experts is not None) == with_experts
 
 
-@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["mla", "gqa"])
+@pytest.mark.parametrize("cfg", [FUSED, GQA_TINY], ids=["mla", "gqa"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
     """Rows that end one after the other, a change of weights in place and one of the model; drawn tokens may part where
