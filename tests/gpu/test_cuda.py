@@ -13,7 +13,7 @@ from thinkstack.models.config import named
 from thinkstack.models.moe import ExpertMLP, expert_mlp
 from thinkstack.models.quantized import dequantize_model
 from thinkstack.models.transformer import Transformer
-from thinkstack.quant.fp8 import BLOCK_SIZE, dequantize, quantize
+from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
 from thinkstack.train.fp8 import linear, product
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
@@ -164,7 +164,7 @@ hopper = pytest.mark.skipif(
 
 @hopper
 @pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
-@pytest.mark.parametrize("b_rows", [1, BLOCK_SIZE])
+@pytest.mark.parametrize("b_rows", [1, BLOCK])
 @pytest.mark.parametrize("K", [128, 640, 1024])
 def test_the_devices_block_products_are_the_plain_ones(b_rows, K, power_of_two):
     """Scales are laid out by rules of their own there; K of 640 is five blocks, which are padded to eight."""
