@@ -99,7 +99,7 @@ def acceptance(model: Transformer, samples: list[Example]) -> tuple[float, float
     speculative sampling at temperature 1: sum of min(draft, model)), and how many."""
     batch = batch_of(samples)
     trunk = model.trunk(batch.ids, batch.positions, batch.document_ids)
-    (ahead, *_), _ = model.look_ahead(trunk, batch.ids)
+    (ahead, *_), _ = model.mtp_hidden_states(trunk, batch.ids)
     drafts = model.head(ahead[:, :-1]).float()  # at i: of token i + 2, where the model decides at i + 1
     takes = model.head(trunk.hidden[:, 1:]).float()
     counted = (batch.loss_mask[:, 1:] > 0) & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])

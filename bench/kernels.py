@@ -18,7 +18,7 @@ from pathlib import Path
 from common import capped, machine
 
 from thinkstack.machine import instruction_sets, prepare_machine
-from thinkstack.stages.measure_kernels import CASES, factor, warm_up
+from thinkstack.stages.measure_kernels import CASES, speedup, warm_up
 
 TABLE = Path(__file__).parents[1] / "thinkstack" / "kernels" / "table.toml"
 PAIR_SECONDS = 0.1
@@ -31,7 +31,7 @@ def pairs(n: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for name, case in CASES.items():
         work = case()
-        found[name] = [factor(name, work, PAIR_SECONDS) for _ in range(n)]
+        found[name] = [speedup(name, work, PAIR_SECONDS) for _ in range(n)]
         print(f"{name:<22}{statistics.median(found[name]):8.2f}{min(found[name]):8.2f}", file=sys.stderr, flush=True)
     return found
 

@@ -1,4 +1,4 @@
-"""Both ways to compute."""
+"""Tests run with the C++ kernels and on torch's operators."""
 
 import pytest
 

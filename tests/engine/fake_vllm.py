@@ -1,4 +1,4 @@
-"""Servers that speak vLLM's protocol and draw with our own engine, each with its own ways to fail."""
+"""Fake servers with vLLM's protocol that sample with our engine and can fail in several ways."""
 
 import json
 import threading
@@ -22,26 +22,26 @@ class FakeServer(Wire):
     def __init__(self, context: int = 96):
         super().__init__()
         self.context, self.engine = context, None
-        self.asked: list[str] = []
+        self.paths: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.failing: BaseException | int | str | None = None
-        """What it does instead of answering: raise it, answer with that status, or with that text."""
+        """The failure to produce: an exception to raise, a status, or a text."""
         self.keeps_weights = False
-        """Says that it takes over new weights, and does not."""
+        """Whether it reports new weights as loaded without loading them."""
         self.is_raw = False
-        """Reports log-probabilities of the model itself."""
+        """Whether it reports raw log-probabilities."""
         self.at_once, self.most_at_once = 0, 0
         self.before_answer: Callable[[], object] = lambda: None
-        """What it waits for before it draws."""
-        self.lock, self.drawing = threading.Lock(), threading.Lock()
+        """A function to call before sampling."""
+        self.lock, self.sampling_lock = threading.Lock(), threading.Lock()
 
     def restart(self) -> None:
-        """As after a crash: up again, with weights nobody gave it."""
+        """Restart as after a crash, with the weights of the start."""
         self.failing, self.name = None, "default"
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         path = request.url.path
-        self.asked.append(path)
+        self.paths.append(path)
         if isinstance(self.failing, BaseException):
             raise self.failing
         if isinstance(self.failing, int):
@@ -54,7 +54,7 @@ class FakeServer(Wire):
             return httpx2.Response(200, json={"weight_version": self.name})
         if path == "/collective_rpc" and not self.keeps_weights:
             folder = json.loads(request.content)["kwargs"]["weights_path"]
-            with self.drawing:  # what is being drawn is finished first, and told with the old name
+            with self.sampling_lock:  # running requests finish first and report the old version
                 self.engine = Engine(
                     load_model(Path(folder)), EngineConfig(max_num_seqs=32, max_model_len=self.context)
                 )
@@ -62,15 +62,15 @@ class FakeServer(Wire):
             self.name = json.loads(request.content)["new_version"]
         if path != GENERATE:
             return httpx2.Response(200, json={})
-        return self.answer(json.loads(request.content))
+        return self.complete(json.loads(request.content))
 
-    def answer(self, body: dict[str, Any]) -> httpx2.Response:
+    def complete(self, body: dict[str, Any]) -> httpx2.Response:
         self.bodies.append(body)
         with self.lock:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         self.before_answer()
-        with self.drawing:
+        with self.sampling_lock:
             (group,) = self.engine.generate([body["token_ids"]], [self.sampling(body["sampling_params"])])
             choices = [self.choice(place, found) for place, found in enumerate(group)]
         with self.lock:
@@ -100,7 +100,7 @@ class FakeServer(Wire):
 
 
 class FakePool(httpx2.BaseTransport):
-    """Servers by the name of their host."""
+    """Servers by host name."""
 
     def __init__(self, *hosts: str, context: int = 96):
         self.servers = {host: FakeServer(context) for host in hosts}

@@ -1,4 +1,4 @@
-"""Requests, and what each is answered alone: the measure of exactness."""
+"""Requests and their completions in an engine of their own, the reference for exactness."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from thinkstack.models.config import ModelConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, SamplingParams
 
-WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
-"""Computed by one kernel, where there are kernels."""
-WAYS = [("kernels", "mla"), ("kernels", "gqa"), ("kernels", "whole"), ("torch", "mla"), ("torch", "gqa")]
-"""How a model may be computed: on torch's operators `WHOLE` is one like "mla"."""
+FUSED = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
+"""Computed by a fused pass, if there are kernels."""
+MODELS = [("kernels", "mla"), ("kernels", "gqa"), ("kernels", "whole"), ("torch", "mla"), ("torch", "gqa")]
+"""How a model may be computed: on torch's operators `FUSED` is one like "mla"."""
 LONG = {"max_positions": 400, "num_layers": 2}
 """Changes to a model: room for prompts over several blocks; a dense block and one with experts."""
 SMALL = EngineConfig(max_num_seqs=8)
 
 
-def every_way(gqa: ModelConfig = GQA_TINY) -> pytest.MarkDecorator:
-    """Models by what computes them."""
-    models = {"mla": MLA_TINY, "gqa": gqa, "whole": WHOLE}
-    cases = [pytest.param(path, models[name], id=f"{path}-{name}") for path, name in WAYS]
+def all_models(gqa: ModelConfig = GQA_TINY) -> pytest.MarkDecorator:
+    """Models by the implementation that computes them."""
+    models = {"mla": MLA_TINY, "gqa": gqa, "whole": FUSED}
+    cases = [pytest.param(path, models[name], id=f"{path}-{name}") for path, name in MODELS]
     return pytest.mark.parametrize(("path", "cfg"), cases, indirect=["path"])
 
 
@@ -37,7 +37,7 @@ def how(count: int, **given) -> list[SamplingParams]:
 
 
 class Sampled(NamedTuple):
-    """What must be equal; of log-probabilities every bit, for tokens hide small differences."""
+    """The values that must be equal, log-probabilities bit for bit: equal tokens may hide small differences."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -47,8 +47,8 @@ def sampled(found: list[list[Completion]]) -> list[list[Sampled]]:
     return [[Sampled(c.token_ids, c.logprobs) for c in group] for group in found]
 
 
-def alone(model: Transformer, asked: list[list[int]], samplings: list[SamplingParams]) -> list[list[Sampled]]:
+def alone(model: Transformer, prompt_ids: list[list[int]], samplings: list[SamplingParams]) -> list[list[Sampled]]:
     """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
     plain = replace(SMALL, enable_prefix_caching=False, max_prefill_tokens=4096)
-    pairs = zip(asked, samplings, strict=True)
+    pairs = zip(prompt_ids, samplings, strict=True)
     return [sampled(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]

@@ -1,4 +1,4 @@
-"""Blocks and rows add up whatever happens: a state machine against the invariants, and a brute-force prefix search."""
+"""Invariants of blocks and rows under random traffic (a state machine), and a brute-force prefix search."""
 
 import hypothesis.strategies as st
 import pytest
@@ -15,7 +15,7 @@ MODEL = tiny_model(GQA_TINY, num_layers=1, mtp_layers=1, max_positions=400)
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests of every shape come, run, are aborted, lose their blocks and see the weights change."""
+    """Requests of many shapes arrive, run, are aborted and preempted, and the weights change."""
 
     drafts = 0
 
@@ -77,18 +77,18 @@ TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
 
 
-class Guessing(Traffic):
-    """The same with guesses."""
+class DraftTraffic(Traffic):
+    """The same with draft tokens."""
 
     drafts = 2
 
 
-TestGuessing = Guessing.TestCase
+TestGuessing = DraftTraffic.TestCase
 TestGuessing.settings = settings(max_examples=6, stateful_step_count=15, deadline=None)
 
 
 @pytest.mark.slow
-class TestTenThousandGuesses(Guessing.TestCase):
+class TestTenThousandDraftSteps(DraftTraffic.TestCase):
     settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
@@ -101,7 +101,7 @@ def block_tokens(parent: bytes, tokens: list[int]) -> BlockTokens:
     return BlockTokens(parent, torch.tensor(tokens).numpy().tobytes())
 
 
-def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
+def test_the_least_recently_used_block_is_evicted_first_and_ends_before_beginnings():
     pool, root = BlockPool(4), root_hash(0)
     first, second = pool.allocate(2)
     name = pool.cache_block(first, block_tokens(root, [1]))
@@ -111,7 +111,7 @@ def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
     pool.free([other])
     pool.free([first, second])
     assert list(pool.cached_blocks) == [other, second, first]
-    assert pool.allocate(2)[1] == other  # the free one, then the longest unused
+    assert pool.allocate(2)[1] == other  # the free one, then the least recently used
     assert pool.find_cached(block_tokens(root, [3])) is None
     assert pool.find_cached(block_tokens(root, [1])) == first
     pool.add_reference([first])
@@ -120,10 +120,10 @@ def test_the_longest_unused_block_is_emptied_first_and_ends_before_beginnings():
     pool.check_invariants()
 
 
-def test_roots_tell_versions_and_salts_apart():
+def test_root_hashes_differ_between_versions_and_salts():
     assert len({root_hash(version, cache_salt) for version in range(3) for cache_salt in ("", "a", "b")}) == 9
 
 
-def test_a_cache_of_nothing_is_refused():
+def test_an_empty_cache_is_refused():
     with pytest.raises(ConfigError, match="is too small"):
         BlockPool(0)

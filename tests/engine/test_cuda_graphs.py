@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.engine.requests import LONG, SMALL, WHOLE, how, prompt
+from tests.engine.requests import FUSED, LONG, SMALL, how, prompt
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.cuda_graphs import Graphs, Inputs, can_record
 from thinkstack.engine.engine import Engine, EngineConfig
@@ -19,7 +19,7 @@ from thinkstack.models.transformer import Transformer
 
 
 def call_again(work):
-    """A recording that runs the function again, as a graph does: over the same inputs, into the same memory."""
+    """A recording that runs the function again, as a graph does: with the same input and output memory."""
     outputs = work()
 
     def replay():
@@ -37,15 +37,15 @@ def recording(engine: Engine, most: int) -> Engine:
 
 @pytest.mark.parametrize("with_experts", [False, True])
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-def test_recorded_steps_draw_the_tokens_of_plain_ones(cfg, with_experts):
-    """One to six rows, which end one after the other; a chunk of a prompt beside them is not recorded."""
+def test_recorded_steps_sample_the_tokens_of_plain_ones(cfg, with_experts):
+    """One to six rows, which end one after the other; steps with a chunk of a prompt are not recorded."""
     if with_experts and cfg.moe is None:
         pytest.skip("no experts to return")
-    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (5, 90, 64, 63, 1, 30)], how(6)
+    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (5, 90, 64, 63, 1, 30)], how(6)
     settings = replace(SMALL, return_routed_experts=with_experts, max_prefill_tokens=50)
-    expected = Engine(model, settings).generate(asked, samplings)
+    expected = Engine(model, settings).generate(prompt_ids, samplings)
     engine = recording(Engine(model, settings), 8)
-    found = engine.generate(asked, samplings)
+    found = engine.generate(prompt_ids, samplings)
     assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in group] for group in expected]
     if with_experts:
         assert all(torch.equal(a.experts, b.experts) for [a], [b] in zip(found, expected, strict=True))
@@ -68,7 +68,7 @@ def with_triton(monkeypatch: pytest.MonkeyPatch):
 
 
 class Operators(TorchDispatchMode):
-    """Notes what runs; nothing may come from the CPU."""
+    """Records the operators that run; none may have inputs on the CPU."""
 
     def __init__(self):
         super().__init__()
@@ -83,18 +83,18 @@ class Operators(TorchDispatchMode):
 
 
 def traced(cfg, dtype: torch.dtype, weights: Quantization = "plain") -> list[str]:
-    """Operators of a decoding step of 4 rows, as a device would run them: of the meta device no value can be asked."""
+    """Operators of a decoding step of 4 rows on the meta device, which has no values to synchronize for."""
     runner = Runner(meta_model(cfg, dtype), 4, "bf16" if dtype == torch.bfloat16 else "fp32", weights=weights)
     numbers = (torch.empty(4, dtype=torch.int64, device="meta") for _ in range(3))
     given = Inputs(*numbers, *(torch.empty(n, dtype=torch.int32, device="meta") for n in ((4,), (5, 2))))
     with torch.no_grad():
-        runner.compute(given)  # as before a recording: rotations are brought to the device once
+        runner.compute(given)  # as before a recording: the rope table is copied to the device once
         with Operators() as seen:
             runner.compute(given)
     return seen.names
 
 
-@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["mla", "gqa"])
+@pytest.mark.parametrize("cfg", [FUSED, GQA_TINY], ids=["mla", "gqa"])
 def test_a_recorded_step_never_waits_for_the_device(cfg, with_triton):
     assert can_record(meta_model(cfg, torch.bfloat16))
     names = traced(cfg, torch.bfloat16)
@@ -103,23 +103,23 @@ def test_a_recorded_step_never_waits_for_the_device(cfg, with_triton):
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
-def test_packed_matrices_are_multiplied_as_they_are_read(weights, with_triton):
+def test_quantized_matrices_are_multiplied_directly(weights, with_triton):
     names = traced(GQA_TINY, torch.bfloat16, weights)
     assert names.count("thinkstack.quantized_linear.default") == 7 * GQA_TINY.num_layers
 
 
-def test_what_would_wait_is_not_recorded(with_triton, monkeypatch):
+def test_passes_that_synchronize_are_not_recorded(with_triton, monkeypatch):
     """Experts in fp32 are counted; so the trace above can fail."""
-    assert not can_record(meta_model(WHOLE, torch.float32))
+    assert not can_record(meta_model(FUSED, torch.float32))
     with pytest.raises(RuntimeError, match="bincount"):
-        traced(WHOLE, torch.float32)
+        traced(FUSED, torch.float32)
     assert can_record(meta_model(GQA_TINY, torch.float32))
     monkeypatch.setattr(cuda, "available", lambda: False)
     assert not can_record(meta_model(GQA_TINY, torch.float32))
 
 
-def test_other_weights_and_a_new_cache_are_recorded_anew(with_triton, monkeypatch):
-    """A recording knows where both lay; weights that change in place stay where they are."""
+def test_other_weights_and_a_new_cache_are_recorded_again(with_triton, monkeypatch):
+    """A recording contains the addresses of both; weights that change in place keep theirs."""
     models = [meta_model(GQA_TINY, torch.float32) for _ in range(2)]
     runner = Runner(models[0], 4, "fp32", max_graph_rows=8)
     first = runner.graphs

@@ -1,17 +1,17 @@
-"""The engine: the same tokens alone or in company, the trainer's log-probabilities, and orderly ends."""
+"""The engine: batch invariance, the trainer's log-probabilities, ends and aborts of requests."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.engine.requests import WHOLE
+from tests.engine.requests import FUSED
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.data import Example, collate, collate_values, pack
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
-from thinkstack.models.precision import working_copy
+from thinkstack.models.precision import cast_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.passes import batch_logprobs
 from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
@@ -36,26 +36,26 @@ def alone(model: Transformer, prompt: list[int], sampling: SamplingParams) -> li
 
 @BOTH
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_is_the_same_alone_and_in_a_batch(cfg, temperature):
-    """E2.64: fp32, exactly; 20 requests through 16 places, so rows also move and are used again."""
-    model, asked, how = tiny_model(cfg), prompts(20), samplings(20, temperature=temperature)
-    together = Engine(model, SMALL).generate(asked, how)
-    for prompt, sampling, found in zip(asked, how, together, strict=True):
+def test_completions_are_batch_invariant(cfg, temperature):
+    """In fp32, exactly; 20 requests with max_num_seqs=16, so rows are also reused."""
+    model, prompt_ids, how = tiny_model(cfg), prompts(20), samplings(20, temperature=temperature)
+    together = Engine(model, SMALL).generate(prompt_ids, how)
+    for prompt, sampling, found in zip(prompt_ids, how, together, strict=True):
         (expected,) = alone(model, prompt, sampling)
         assert found[0].token_ids == expected.token_ids
         assert found[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
 
 
-def test_an_answer_of_v3_tiny_is_the_same_alone_and_in_a_batch():
-    """The shape that the demo trains; products of another width take other kernels."""
+def test_completions_of_v3_tiny_are_batch_invariant():
+    """The shape of the demo; products of other widths use other kernels."""
     model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
-    asked, how = prompts(12), samplings(12, max_tokens=12)
-    together = Engine(model, SMALL).generate(asked, how)
-    for prompt, sampling, found in zip(asked, how, together, strict=True):
+    prompt_ids, how = prompts(12), samplings(12, max_tokens=12)
+    together = Engine(model, SMALL).generate(prompt_ids, how)
+    for prompt, sampling, found in zip(prompt_ids, how, together, strict=True):
         assert found[0].token_ids == alone(model, prompt, sampling)[0].token_ids
 
 
-def test_an_answer_does_not_depend_on_requests_that_came_and_went():
+def test_a_completion_does_not_depend_on_finished_requests():
     model, prompt = tiny_model(), prompts(1)[0]
     sampling = SamplingParams(max_tokens=30, seed=5)
     engine = Engine(model, SMALL)
@@ -69,18 +69,18 @@ def test_an_answer_does_not_depend_on_requests_that_came_and_went():
     assert request.completions[0].token_ids == alone(model, prompt, sampling)[0].token_ids
 
 
-def test_answers_of_one_request_are_those_of_one_prefill_each():
-    """n answers share the prompt's computation; the k-th is the same however many are asked for."""
+def test_completions_of_one_request_equal_those_of_separate_prefills():
+    """n completions share the prefill; the k-th one does not depend on n."""
     model, prompt = tiny_model(), prompts(1)[0]
-    many = alone(model, prompt, SamplingParams(max_tokens=12, seed=3, n=6))
+    completions = alone(model, prompt, SamplingParams(max_tokens=12, seed=3, n=6))
     for n in (1, 2, 6):
         assert [c.token_ids for c in alone(model, prompt, SamplingParams(max_tokens=12, seed=3, n=n))] == [
-            c.token_ids for c in many[:n]
+            c.token_ids for c in completions[:n]
         ]
-    assert len({c.token_ids for c in many}) == 6
+    assert len({c.token_ids for c in completions}) == 6
 
 
-def test_all_answers_of_a_group_start_from_the_prompts_distribution():
+def test_all_completions_of_a_group_start_from_the_prompts_distribution():
     """2,000 first tokens, from groups of 16, against the model's own softmax (chi-square, 0.1 % level)."""
     model, prompt = tiny_model(), [3, 1, 4, 1, 5]
     probs = model(torch.tensor([prompt]))[0, -1].softmax(-1).detach()
@@ -96,7 +96,7 @@ def test_all_answers_of_a_group_start_from_the_prompts_distribution():
 
 
 @BOTH
-def test_greedy_answers_are_the_models_own(cfg):
+def test_greedy_completions_are_the_models_own(cfg):
     """Against the plain forward pass without any cache, one token at a time."""
     model, prompt = tiny_model(cfg), prompts(1)[0]
     ids = list(prompt)
@@ -111,26 +111,26 @@ def test_greedy_answers_are_the_models_own(cfg):
 def test_engine_logprobs_are_the_trainers(cfg, temperature):
     """Absorbed and cached decoding against the packed training pass: within 1e-5 in fp32, at logits of standard
     deviation 1, for a bound on log-probabilities grows with the logits."""
-    model, asked = tiny_model(cfg), prompts(10)
+    model, prompt_ids = tiny_model(cfg), prompts(10)
     with torch.no_grad():
-        model.head.weight /= model(torch.tensor([asked[0]])).std()
-    found = Engine(model, SMALL).generate(asked, samplings(10, temperature=temperature, n=2, max_tokens=20))
-    samples, drawn = [], []
-    for prompt, group in zip(asked, found, strict=True):
+        model.head.weight /= model(torch.tensor([prompt_ids[0]])).std()
+    found = Engine(model, SMALL).generate(prompt_ids, samplings(10, temperature=temperature, n=2, max_tokens=20))
+    samples, logprobs = [], []
+    for prompt, group in zip(prompt_ids, found, strict=True):
         for completion in group:
             samples.append(Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 20))
-            drawn.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
+            logprobs.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
     rows = pack(samples, 64)
     trainer = batch_logprobs(model, collate(samples, rows, 64), temperature, micro_batch_tokens=128)
-    assert float((trainer - collate_values(drawn, samples, rows, 64)).abs().max()) < 1e-5
+    assert float((trainer - collate_values(logprobs, samples, rows, 64)).abs().max()) < 1e-5
 
 
 def first_greedy(model: Transformer, prompt: list[int]) -> int:
     return alone(model, prompt, SamplingParams(temperature=0.0, max_tokens=1))[0].token_ids[0]
 
 
-def test_the_end_token_is_kept_with_its_logprob():
-    """E2.30: EOS is an action and is trained; an engine that strips it cannot be."""
+def test_the_end_token_is_returned_with_its_logprob():
+    """EOS is an action that is trained, so the engine must not strip it."""
     model, prompt = tiny_model(), prompts(1)[0]
     end = first_greedy(model, prompt)
     (found,) = alone(model, prompt, SamplingParams(temperature=0.0, stop_token_ids=(end,), max_tokens=9))
@@ -140,7 +140,7 @@ def test_the_end_token_is_kept_with_its_logprob():
 
 
 def test_an_end_token_in_the_last_place_is_a_stop_not_a_cut():
-    """E2.32: truncation is what the engine says, not "no EOS found", and EOS may be the last token allowed."""
+    """Truncation is the engine's finish reason, not "no EOS found", and EOS may be the last token allowed."""
     model, prompt = tiny_model(), prompts(1)[0]
     end = first_greedy(model, prompt)
     (found,) = alone(model, prompt, SamplingParams(temperature=0.0, stop_token_ids=(end,), max_tokens=1))
@@ -149,7 +149,7 @@ def test_an_end_token_in_the_last_place_is_a_stop_not_a_cut():
     assert found.finish_reason == "length"
 
 
-def test_an_answer_has_at_most_max_tokens():
+def test_a_completion_has_at_most_max_tokens():
     for max_tokens in (1, 2, 9):
         (found,) = alone(tiny_model(), [1, 2, 3], SamplingParams(max_tokens=max_tokens))
         assert len(found.token_ids) == len(found.logprobs) == max_tokens
@@ -157,7 +157,7 @@ def test_an_answer_has_at_most_max_tokens():
 
 
 def test_the_context_can_be_filled_to_the_last_token():
-    """A prompt is rounded up to whole tiles, which may reach past the context; it must be served all the same."""
+    """A prompt is padded to whole tiles, which may exceed the context; it must be served nevertheless."""
     model = tiny_model(max_positions=50)
     (found,) = alone(model, [1] * 49, SamplingParams(max_tokens=1))
     assert len(found.token_ids) == 1
@@ -165,10 +165,10 @@ def test_the_context_can_be_filled_to_the_last_token():
     assert len(found.token_ids) == 47
 
 
-def test_seeds_fix_the_draws():
+def test_seeds_determine_the_samples():
     model, prompt = tiny_model(), [1, 2, 3]
-    drawn = [alone(model, prompt, SamplingParams(max_tokens=20, seed=seed))[0].token_ids for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
+    logprobs = [alone(model, prompt, SamplingParams(max_tokens=20, seed=seed))[0].token_ids for seed in (1, 1, 2)]
+    assert logprobs[0] == logprobs[1] != logprobs[2]
 
 
 def test_the_context_counts_from_the_model_or_the_setting():
@@ -196,7 +196,7 @@ def test_requests_that_can_never_be_served_are_refused(prompt, sampling, part):
 
 
 def test_a_refused_request_leaves_nothing_behind():
-    """The good prompts of a refused call once stayed queued, and blocked the next change of weights."""
+    """The valid prompts of a refused call once stayed queued and blocked the next change of weights."""
     engine = Engine(tiny_model(), SMALL)
     with pytest.raises(RequestError):
         engine.generate([[1, 2], []], samplings(2))
@@ -214,8 +214,8 @@ def test_an_interrupted_call_leaves_nothing_behind():
     assert not engine.scheduler.running and not engine.scheduler.num_waiting
 
 
-def test_completions_carry_the_version_that_drew_them():
-    """E2.25: what is stale can be told from the completion alone."""
+def test_completions_carry_the_version_that_sampled_them():
+    """Whether a completion is stale follows from the completion alone."""
     model = tiny_model()
     engine = Engine(model, SMALL, version=3)
     assert engine.generate([[1]], samplings(1))[0][0].weights_version == 3
@@ -224,9 +224,9 @@ def test_completions_carry_the_version_that_drew_them():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [MLA_TINY, WHOLE], ids=["by operators", "whole"])
+@pytest.mark.parametrize("shape", [MLA_TINY, FUSED], ids=["by operators", "whole"])
 def test_new_weights_are_used_at_once(shape, dtype):
-    """Copies that are derived from the weights must be made again; a forgotten one would answer with old weights."""
+    """Copies that are derived from the weights must be rebuilt, or completions would use old weights."""
     model, other = tiny_model(shape), tiny_model(shape, seed=1)
     cfg = replace(SMALL, dtype=dtype)
     how = samplings(1, temperature=0.0, max_tokens=15)
@@ -238,7 +238,7 @@ def test_new_weights_are_used_at_once(shape, dtype):
     assert engine.generate([[1, 2]], how) == expected
 
 
-def test_weights_cannot_change_under_a_running_answer():
+def test_weights_cannot_change_while_a_request_runs():
     engine = Engine(tiny_model(), SMALL)
     engine.submit([1], SamplingParams(max_tokens=5))
     with pytest.raises(RequestError, match="finish or abort"):
@@ -246,11 +246,11 @@ def test_weights_cannot_change_under_a_running_answer():
 
 
 def test_aborting_frees_the_slots_and_leaves_the_others_alone():
-    model, asked = tiny_model(), prompts(3)
+    model, prompt_ids = tiny_model(), prompts(3)
     engine = Engine(model, SMALL)
     how = SamplingParams(max_tokens=20, seed=1)
     first, doomed, last = (
-        engine.submit(prompt, replace(how, n=n)) for prompt, n in zip(asked, (1, 14, 1), strict=True)
+        engine.submit(prompt, replace(how, n=n)) for prompt, n in zip(prompt_ids, (1, 14, 1), strict=True)
     )
     for _ in range(3):
         engine.step()
@@ -261,7 +261,7 @@ def test_aborting_frees_the_slots_and_leaves_the_others_alone():
     assert len(engine.scheduler.running) == 2
     while not (first.is_finished and last.is_finished):
         engine.step()
-    for request, prompt in ((first, asked[0]), (last, asked[2])):
+    for request, prompt in ((first, prompt_ids[0]), (last, prompt_ids[2])):
         assert request.completions[0].token_ids == alone(model, prompt, how)[0].token_ids
     assert not engine.scheduler.running
 
@@ -276,7 +276,7 @@ def test_a_waiting_request_can_be_aborted():
     assert not running.is_finished and not engine.scheduler.num_waiting
 
 
-def test_aborting_keeps_answers_that_were_done():
+def test_aborting_returns_finished_completions():
     model, prompt = tiny_model(), [1, 2]
     firsts = [c.token_ids[0] for c in alone(model, prompt, SamplingParams(max_tokens=1, n=4))]
     engine = Engine(model, SMALL)
@@ -288,7 +288,7 @@ def test_aborting_keeps_answers_that_were_done():
     assert "abort" in reasons
 
 
-def test_a_stream_yields_the_tokens_of_the_answer():
+def test_a_stream_yields_the_tokens_of_the_completion():
     model, sampling = tiny_model(), SamplingParams(max_tokens=12, seed=4)
     engine = Engine(model, SMALL)
     assert tuple(engine.stream([1, 2], sampling)) == alone(model, [1, 2], sampling)[0].token_ids
@@ -306,26 +306,26 @@ def test_leaving_a_stream_frees_its_slot():
 
 
 def test_long_and_short_prompts_prefill_in_any_grouping():
-    model, asked, how = tiny_model(), prompts(8), samplings(8, max_tokens=4)
-    expected = Engine(model, SMALL).generate(asked, how)
+    model, prompt_ids, how = tiny_model(), prompts(8), samplings(8, max_tokens=4)
+    expected = Engine(model, SMALL).generate(prompt_ids, how)
     for limit in (1, 40):
-        found = Engine(model, replace(SMALL, max_prefill_tokens=limit)).generate(asked, how)
+        found = Engine(model, replace(SMALL, max_prefill_tokens=limit)).generate(prompt_ids, how)
         assert [c[0].token_ids for c in found] == [c[0].token_ids for c in expected]
 
 
-def test_every_prompt_is_told_of_once_with_its_completions():
+def test_every_prompt_is_reported_once_with_its_completions():
     told: dict[int, list[Completion]] = {}
     found = Engine(tiny_model(), SMALL).generate(prompts(9), samplings(9), told.__setitem__)
     assert [told.pop(place) for place in range(9)] == found and not told
 
 
 def test_bf16_engine_stays_near_the_fp32_trainer():
-    """E2.22: the bound is the design's, mean 2e-3 nats for a trained model; drawn weights are far less smooth."""
-    model, asked = tiny_model(init_std=0.05), prompts(6)
+    """The bound of a trained model is 2e-3 nats on average; random weights are far less smooth."""
+    model, prompt_ids = tiny_model(init_std=0.05), prompts(6)
     cfg = replace(SMALL, dtype="bf16")
-    found = Engine(model, cfg).generate(asked, samplings(6, max_tokens=10))
+    found = Engine(model, cfg).generate(prompt_ids, samplings(6, max_tokens=10))
     gaps = []
-    for prompt, (completion,) in zip(asked, found, strict=True):
+    for prompt, (completion,) in zip(prompt_ids, found, strict=True):
         sample = Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 10)
         trainer = batch_logprobs(model, collate([sample], [[0]], 64), 1.0, 64)[0, len(prompt) - 1 : sample.width]
         gaps.append((trainer - torch.tensor(completion.logprobs)).abs().mean())
@@ -334,18 +334,18 @@ def test_bf16_engine_stays_near_the_fp32_trainer():
 
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 def test_a_small_model_in_bf16_computes_in_fp32_with_rounded_weights_and_context():
-    """What it answers is then exact as in fp32, alone or in a batch, and near that of a model of these very numbers."""
-    model, how = tiny_model(WHOLE), samplings(9)
+    """Its completions are batch-invariant as in fp32, and close to those of a model with these weights."""
+    model, how = tiny_model(FUSED), samplings(9)
     engine = Engine(model, replace(SMALL, dtype="bf16"))
     together = engine.generate(prompts(9), how)
     assert (engine.runner.dtype, engine.runner.cache.data.dtype) == (torch.float32, torch.bfloat16)
-    rounded = Engine(working_copy(model, torch.bfloat16).float(), SMALL).generate(prompts(9), how)
-    first, expected = ([group[0].logprobs[0] for group in answers] for answers in (together, rounded))
+    rounded = Engine(cast_copy(model, torch.bfloat16).float(), SMALL).generate(prompts(9), how)
+    first, expected = ([group[0].logprobs[0] for group in completions] for completions in (together, rounded))
     assert first == pytest.approx(expected, abs=0.02) and first != expected
     assert together == [engine.generate([prompt], [one])[0] for prompt, one in zip(prompts(9), how, strict=True)]
     assert Engine(tiny_model(GQA_TINY), replace(SMALL, dtype="bf16")).runner.dtype == torch.bfloat16
 
 
-def test_an_engine_without_places_is_refused():
+def test_an_engine_without_sequences_is_refused():
     with pytest.raises(ConfigError, match="is too small"):
         EngineConfig(max_num_seqs=0)

@@ -1,45 +1,46 @@
-"""The same tokens whichever way they come about: cached, chunked, preempted, shared. fp32 on a CPU, exactly."""
+"""The same tokens with cached prefixes, chunked prefill, preemption and shared prompts: fp32 on a CPU, exactly."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
+from tests.engine.requests import FUSED, LONG, SMALL, all_models, alone, how, prompt, sampled
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels.cpu import calls
 from thinkstack.types import RequestError, SamplingParams
 
-EVERY_WAY = every_way()
+ALL_MODELS = all_models()
 
 
-@EVERY_WAY
+@ALL_MODELS
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
-def test_chunks_of_any_size_give_the_tokens_of_a_whole_prompt(cfg, chunk, path):
-    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (130, 3, 64, 65)], how(4)
-    found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(asked, samplings)
-    assert sampled(found) == alone(model, asked, samplings)
+def test_chunked_prefill_gives_the_tokens_of_unchunked_prefill(cfg, chunk, path):
+    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (130, 3, 64, 65)], how(4)
+    found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(prompt_ids, samplings)
+    assert sampled(found) == alone(model, prompt_ids, samplings)
 
 
-@EVERY_WAY
+@ALL_MODELS
 def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
-    """Prompts that begin alike, asked at once and again: whole blocks, a whole prompt, and one token more or less."""
+    """Prompts with common prefixes, submitted together and again: full blocks, a full prompt, one token more or
+    less."""
     model, base = tiny_model(cfg, **LONG), prompt(200)
-    asked = [base[:n] for n in (200, 128, 129, 127, 64, 65)] + [base[:70] + prompt(60, 1), base[:128]]
+    prompt_ids = [base[:n] for n in (200, 128, 129, 127, 64, 65)] + [base[:70] + prompt(60, 1), base[:128]]
     samplings = how(8)
-    engine, expected = Engine(model, SMALL), alone(model, asked, samplings)
-    assert sampled(engine.generate(asked, samplings)) == expected
-    assert sampled(engine.generate(asked, samplings)) == expected
+    engine, expected = Engine(model, SMALL), alone(model, prompt_ids, samplings)
+    assert sampled(engine.generate(prompt_ids, samplings)) == expected
+    assert sampled(engine.generate(prompt_ids, samplings)) == expected
     engine.scheduler.check_invariants()
 
 
-@EVERY_WAY
-def test_company_changes_no_bit_however_long_it_is_and_whatever_it_keeps(cfg, path):
+@ALL_MODELS
+def test_other_requests_change_no_bit_whatever_their_length_and_filters(cfg, path):
     """Log-probabilities depended on the longest context present, where torch's operators padded all to it, and on
     whether another request kept a top-k or top-p set, because then all were normalized twice."""
-    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (2, 250, 63, 5, 64, 129)]
+    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (2, 250, 63, 5, 64, 129)]
     keeps: list[dict[str, float]] = [
         {},
         {},
@@ -50,70 +51,70 @@ def test_company_changes_no_bit_however_long_it_is_and_whatever_it_keeps(cfg, pa
     ]
     samplings = [replace(one, **keep) for one, keep in zip(how(6, n=2, top_logprobs=2), keeps, strict=True)]
     engine = Engine(model, replace(SMALL, max_num_seqs=12, max_prefill_tokens=90))
-    assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+    assert sampled(engine.generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
 
 
-@EVERY_WAY
-def test_preempted_answers_go_on_as_if_nothing_had_been(cfg, path):
-    """A cache of 6 blocks for 6 requests of up to 4: they push each other out, and all end as alone."""
-    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
+@ALL_MODELS
+def test_preempted_requests_give_the_same_completions(cfg, path):
+    """A cache of 6 blocks for 6 requests of up to 4 blocks: they preempt each other, and all complete as alone."""
+    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
     engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK_SIZE))
-    assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+    assert sampled(engine.generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
     assert engine.scheduler.num_preemptions > 0
     engine.scheduler.check_invariants()
 
 
-@EVERY_WAY
+@ALL_MODELS
 def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
-    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(100), prompt(70, 1)], how(2, n=4, max_tokens=90)
-    expected = alone(model, asked, samplings)
+    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(100), prompt(70, 1)], how(2, n=4, max_tokens=90)
+    expected = alone(model, prompt_ids, samplings)
     for tokens in (0, 5 * BLOCK_SIZE):
         engine = Engine(model, replace(SMALL, cache_tokens=tokens, max_prefill_tokens=64))
-        assert sampled(engine.generate(asked, samplings)) == expected
+        assert sampled(engine.generate(prompt_ids, samplings)) == expected
         engine.scheduler.check_invariants()
     assert engine.scheduler.num_preemptions > 0
 
 
-def test_preempted_answers_keep_experts_alternatives_and_logprobs():
-    """What a completion reports besides its tokens survives being computed twice."""
-    model, asked = tiny_model(**LONG), [prompt(n, n) for n in (100, 30, 64)]
+def test_preempted_requests_have_the_same_experts_alternatives_and_logprobs():
+    """The other fields of a completion are correct after recomputation too."""
+    model, prompt_ids = tiny_model(**LONG), [prompt(n, n) for n in (100, 30, 64)]
     samplings = how(3, max_tokens=100, top_logprobs=2)
     cfg = replace(SMALL, return_routed_experts=True)
-    expected = Engine(model, cfg).generate(asked, samplings)
+    expected = Engine(model, cfg).generate(prompt_ids, samplings)
     engine = Engine(model, replace(cfg, cache_tokens=4 * BLOCK_SIZE))
-    for mine, theirs in zip(engine.generate(asked, samplings), expected, strict=True):
+    for mine, theirs in zip(engine.generate(prompt_ids, samplings), expected, strict=True):
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
         assert torch.equal(mine[0].experts, theirs[0].experts)
     assert engine.scheduler.num_preemptions > 0
 
 
-def test_answers_that_end_at_once_carry_their_experts():
-    """Three answers of one token: the prompt's experts are there for each."""
+def test_one_token_completions_carry_their_experts():
+    """Three completions of one token: each has the prompt's experts."""
     engine = Engine(tiny_model(**LONG), replace(SMALL, return_routed_experts=True))
     (found,) = engine.generate([prompt(70)], [SamplingParams(n=3, max_tokens=1)])
     assert torch.equal(found[0].experts, found[1].experts) and torch.equal(found[0].experts, found[2].experts)
 
 
-def computed_tokens(engine: Engine, asked: list[list[int]], samplings: list[SamplingParams]) -> int:
-    """Tokens that went through the model."""
+def computed_tokens(engine: Engine, prompt_ids: list[list[int]], samplings: list[SamplingParams]) -> int:
+    """The number of tokens that the model computed."""
     counts, run = [], engine.runner.run
     engine.runner.run = lambda plan, table: (counts.append(int(plan.counts.sum())), run(plan, table))[1]
-    engine.generate(asked, samplings)
+    engine.generate(prompt_ids, samplings)
     engine.runner.run = run
     return sum(counts)
 
 
 @pytest.mark.parametrize("chunk", [64, 1000])
 def test_requests_over_one_prompt_compute_it_once(chunk):
-    """8 requests at once over the same 300 tokens: 300 and the last one again for 7 others; then 9 each are drawn."""
+    """8 requests at once over the same 300 tokens: 300 and the last one again for 7 others; then 9 each are sampled."""
     engine = Engine(tiny_model(**LONG), replace(SMALL, max_prefill_tokens=chunk))
     computed = computed_tokens(engine, [prompt(300)] * 8, how(8, max_tokens=10))
-    last_part = 300 - 300 // BLOCK_SIZE * BLOCK_SIZE  # a half-full block is not shared by its content
+    last_part = 300 - 300 // BLOCK_SIZE * BLOCK_SIZE  # a partially filled block is not shared
     assert computed <= 300 + 7 * last_part + 8 * 9
-    whole = computed_tokens(Engine(tiny_model(**LONG), SMALL), [prompt(256)] * 8, how(8, max_tokens=10))
-    assert whole == 256 + 7 + 8 * 9
+    computed = computed_tokens(Engine(tiny_model(**LONG), SMALL), [prompt(256)] * 8, how(8, max_tokens=10))
+    assert computed == 256 + 7 + 8 * 9
 
 
 def test_hits_are_counted_in_whole_blocks():
@@ -125,33 +126,33 @@ def test_hits_are_counted_in_whole_blocks():
         assert request.num_cached_tokens == hit, length
 
 
-def test_other_weights_and_other_tenants_share_nothing():
-    """C.8.14: a prefix computed with old weights is never used again, nor one of another salt."""
+def test_versions_and_salts_share_no_blocks():
+    """A prefix computed with old weights, or with another salt, is never reused."""
     model, other = tiny_model(**LONG), tiny_model(seed=1, **LONG)
-    engine, asked = Engine(model, SMALL), [prompt(150)]
+    engine, prompt_ids = Engine(model, SMALL), [prompt(150)]
     greedy = how(1, temperature=0.0)
-    engine.generate(asked, greedy)
-    tenant = engine.submit(asked[0], greedy[0], cache_salt="other")
+    engine.generate(prompt_ids, greedy)
+    tenant = engine.submit(prompt_ids[0], greedy[0], cache_salt="other")
     engine.step()
     assert tenant.num_cached_tokens == 0
     engine.abort(tenant)
     engine.load_weights(other, version=1)
-    assert sampled(engine.generate(asked, greedy)) == alone(other, asked, greedy)
+    assert sampled(engine.generate(prompt_ids, greedy)) == alone(other, prompt_ids, greedy)
 
 
-def test_names_are_compared_token_by_token(monkeypatch):
-    """Even if two prefixes had one name: here all have."""
+def test_block_hashes_are_compared_token_by_token(monkeypatch):
+    """Even if two prefixes have the same hash; here all have."""
     monkeypatch.setattr("thinkstack.engine.block_pool.BlockTokens.block_hash", b"the same for all")
-    model, asked, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
-    assert sampled(Engine(model, SMALL).generate(asked, samplings)) == alone(model, asked, samplings)
+    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
+    assert sampled(Engine(model, SMALL).generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
 
 
 @pytest.mark.parametrize("running", ["drain", "abort", "keep"])
-def test_weights_change_under_running_answers_as_asked(running):
+def test_weights_change_under_running_requests_as_requested(running):
     old, new = tiny_model(**LONG), tiny_model(seed=1, **LONG)
-    asked, samplings = [prompt(80), prompt(30, 1)], how(2, max_tokens=40, temperature=0.0)
+    prompt_ids, samplings = [prompt(80), prompt(30, 1)], how(2, max_tokens=40, temperature=0.0)
     engine = Engine(old, SMALL)
-    requests = [engine.submit(one, sampling) for one, sampling in zip(asked, samplings, strict=True)]
+    requests = [engine.submit(one, sampling) for one, sampling in zip(prompt_ids, samplings, strict=True)]
     for _ in range(10):
         engine.step()
     begun = [engine.output_token_ids(request) for request in requests]
@@ -161,33 +162,33 @@ def test_weights_change_under_running_answers_as_asked(running):
         engine.step()
     found = [request.completions[0] for request in requests]
     if running == "drain":
-        assert sampled([[c] for c in found]) == alone(old, asked, samplings)
+        assert sampled([[c] for c in found]) == alone(old, prompt_ids, samplings)
     elif running == "abort":
         assert [(c.token_ids, c.finish_reason) for c in found] == [(tokens, "abort") for tokens in begun]
     else:
-        rest = [one + list(tokens) for one, tokens in zip(asked, begun, strict=True)]
+        rest = [one + list(tokens) for one, tokens in zip(prompt_ids, begun, strict=True)]
         expected = alone(new, rest, [replace(s, max_tokens=30) for s in samplings])
         assert [c.token_ids[10:] for c in found] == [group[0].token_ids for group in expected]
     assert {c.weights_version for c in found} == {0}
     engine.scheduler.check_invariants()
 
 
-def test_an_engine_that_slept_goes_on():
-    model, asked, samplings = tiny_model(**LONG), [prompt(80)], how(1)
+def test_a_sleeping_engine_resumes():
+    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(80)], how(1)
     engine = Engine(model, SMALL)
-    request = engine.submit(asked[0], samplings[0])
+    request = engine.submit(prompt_ids[0], samplings[0])
     engine.step()
     engine.sleep()
     while not request.is_finished:
         engine.step()
-    assert sampled([request.completions]) == alone(model, asked, samplings)
+    assert sampled([request.completions]) == alone(model, prompt_ids, samplings)
 
 
 def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
-    """Blocks are findable before they are computed; if that fails, nobody may find them."""
-    model, asked, samplings = tiny_model(**LONG), [prompt(150)] * 3, how(3)
+    """Blocks are registered before they are computed; after a failure no request may find them."""
+    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(150)] * 3, how(3)
     engine = Engine(model, SMALL)
-    requests = [engine.submit(one, sampling) for one, sampling in zip(asked, samplings, strict=True)]
+    requests = [engine.submit(one, sampling) for one, sampling in zip(prompt_ids, samplings, strict=True)]
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -195,11 +196,11 @@ def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
     engine.scheduler.check_invariants()
     while not all(request.is_finished for request in requests):
         engine.step()
-    assert sampled([request.completions for request in requests]) == alone(model, asked, samplings)
+    assert sampled([request.completions for request in requests]) == alone(model, prompt_ids, samplings)
 
 
-def test_answers_whose_logits_are_not_finite_end_with_an_error():
-    """The others go on; whoever asked is told; the engine remembers."""
+def test_completions_whose_logits_are_not_finite_end_with_an_error():
+    """Other requests continue, the caller gets an error, and health() reports it."""
     model = tiny_model(**LONG)
     with torch.no_grad():
         model.embed.weight[7] = torch.nan
@@ -237,32 +238,33 @@ def test_a_full_queue_and_a_small_cache_refuse_by_number():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_contexts_of_several_segments_give_the_same_tokens_alone_and_in_company(dtype):
-    """A few sequences are read segment by segment, many each by one thread; answers cross the edge of a segment."""
+def test_contexts_of_several_segments_are_batch_invariant(dtype):
+    """Few sequences are computed segment by segment, many by one thread each; completions cross the edge of a
+    segment."""
     if dtype == "bf16" and not calls.available():
         pytest.skip("torch's own products in bf16 depend on their rows")
-    model = tiny_model(WHOLE, max_positions=1200)
-    asked = [prompt(n, n) for n in (1100, 1020, 1023, *[5] * 9)]
+    model = tiny_model(FUSED, max_positions=1200)
+    prompt_ids = [prompt(n, n) for n in (1100, 1020, 1023, *[5] * 9)]
     samplings, settings = how(12, max_tokens=10), EngineConfig(max_num_seqs=12, dtype=dtype)
-    together = Engine(model, settings).generate(asked, samplings)
-    for one, sampling, found in zip(asked[:3], samplings, together, strict=False):
+    together = Engine(model, settings).generate(prompt_ids, samplings)
+    for one, sampling, found in zip(prompt_ids[:3], samplings, together, strict=False):
         [[expected]] = Engine(model, replace(settings, max_prefill_tokens=300)).generate([one], [sampling])
         assert (expected.token_ids, expected.logprobs) == (found[0].token_ids, found[0].logprobs)
 
 
 @pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
-@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["whole", "gqa"])
+@pytest.mark.parametrize("cfg", [FUSED, GQA_TINY], ids=["whole", "gqa"])
 def test_the_number_of_threads_changes_no_bit(cfg):
-    """An engine takes fewer of them while other work keeps cores busy, where this holds."""
-    model, asked, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 200)], how(4)
+    """If this holds, an engine may use fewer threads while other work uses the cores."""
+    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 200)], how(4)
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             engine = Engine(model, SMALL)
             assert engine.runner.ignores_threads
-            answers = engine.generate(asked, samplings)
-            found.append([(one.token_ids, one.logprobs) for group in answers for one in group])
+            completions = engine.generate(prompt_ids, samplings)
+            found.append([(one.token_ids, one.logprobs) for group in completions for one in group])
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
@@ -270,4 +272,4 @@ def test_the_number_of_threads_changes_no_bit(cfg):
 
 def test_torchs_own_products_may_depend_on_threads_so_the_engine_leaves_them(monkeypatch):
     monkeypatch.setattr(calls, "available", lambda: False)
-    assert not Engine(tiny_model(WHOLE, **LONG), SMALL).runner.ignores_threads
+    assert not Engine(tiny_model(FUSED, **LONG), SMALL).runner.ignores_threads

@@ -1,4 +1,4 @@
-"""The kernels for whole models, and for a few rows in bf16, against torch's operators."""
+"""The fused passes and the small-M kernels against torch's operators."""
 
 from dataclasses import replace
 
@@ -17,12 +17,12 @@ from thinkstack.engine.fused.mla import FusedMLA
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels import choice
 from thinkstack.kernels.cpu import calls
-from thinkstack.kernels.cpu.prepacked import can_prepack, multiply
+from thinkstack.kernels.cpu.prepacked import can_prepack, prepacked_linear
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import GQAConfig
 from thinkstack.models.layers import prepack_weights
 from thinkstack.models.lora import LoRAConfig, adapt
-from thinkstack.models.precision import inference_copy, working_copy
+from thinkstack.models.precision import cast_copy, inference_copy
 from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
@@ -51,7 +51,7 @@ def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("width", [32, 96, 576])
-def test_products_of_a_few_rows(count, width):
+def test_small_m_products(count, width):
     x, weight = (
         random_tensor(count, width, dtype=torch.bfloat16),
         random_tensor(50, width, seed=1, dtype=torch.bfloat16),
@@ -67,8 +67,8 @@ def test_products_of_a_few_rows(count, width):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", ["plain", "int8"])
 @torch.no_grad()
-def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, monkeypatch):
-    """States and what is written into the cache; three of the tokens follow each other in one sequence."""
+def test_the_fused_gqa_pass_equals_torchs_operators(weights, kind, count, on_torch, monkeypatch):
+    """Hidden states and cache entries; three of the tokens are consecutive in one sequence."""
     if count > kernels.SMALL_M and (weights == "int8" or not can_prepack(torch.empty(0, dtype=torch.bfloat16))):
         pytest.skip("many tokens at once take matrices in oneDNN's layout")
     exact = tiny_model(KINDS[kind])
@@ -79,9 +79,9 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
         dequantize_model(exact)
     cache = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
-    twin = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
-    twin.data.copy_(cache.data)
-    kept = cache.data.clone()
+    copied = KVCache(model.cfg, 4 * count + 1, torch.bfloat16)
+    copied.data.copy_(cache.data)
+    before = cache.data.clone()
     wide = KVCache(model.cfg, 4 * count + 1, torch.float32)
     wide.data.copy_(cache.data)
     seq_index = torch.tensor([0, 0, 0, *range(1, count)][:count])
@@ -90,20 +90,20 @@ def test_blocks_at_once_are_the_blocks_in_parts(weights, kind, count, on_torch, 
     slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
-    def pages(kept: KVCache) -> Pages:
-        return Pages(kept.data[0], block_tables, seq_index.int())
+    def pages(of: KVCache) -> Pages:
+        return Pages(of.data[0], block_tables, seq_index.int())
 
-    def in_parts(of: Transformer, into: KVCache) -> torch.Tensor:
+    def unfused(of: Transformer, into: KVCache) -> torch.Tensor:
         return of.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=KVCacheView(into, pages(into), slots)).hidden[:, 0]
 
-    few = fused_pass(model)
-    assert isinstance(few, FusedGQA) and few.is_packed == (weights == "int8")
-    mine, _ = few.hidden(ids, places, pages(cache), cache.data)
-    monkeypatch.setattr(choice.choices(), "emulates_bf16", False)  # products in bf16 as torch has them
-    theirs, true = on_torch(in_parts, model, twin), on_torch(in_parts, exact, wide)
-    assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, ours as little
-    assert relative(cache.data, wide.data) < 1.3 * relative(twin.data, wide.data) + 1e-4
-    changed = (cache.data != kept).flatten(3).any(-1).any(0).flatten().nonzero().flatten()
+    fused = fused_pass(model)
+    assert isinstance(fused, FusedGQA) and fused.is_int8 == (weights == "int8")
+    mine, _ = fused.hidden(ids, places, pages(cache), cache.data)
+    monkeypatch.setattr(choice.choices(), "emulates_bf16", False)  # torch's products in bf16
+    theirs, true = on_torch(unfused, model, copied), on_torch(unfused, exact, wide)
+    assert relative(mine, true) < 2 * relative(theirs, true) < 0.1  # both round, with similar errors
+    assert relative(cache.data, wide.data) < 1.3 * relative(copied.data, wide.data) + 1e-4
+    changed = (cache.data != before).flatten(3).any(-1).any(0).flatten().nonzero().flatten()
     assert set(changed.tolist()) <= set(slots.tolist())
 
 
@@ -125,13 +125,13 @@ LATENT = {
 @pytest.mark.parametrize("count", [1, 5, 16, 150])
 @pytest.mark.parametrize("kind", [*LATENT, *KINDS])
 @torch.no_grad()
-def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
-    """States, entries and experts, of a chunk of a prompt beside tokens being decoded; alone they are the same bits."""
+def test_a_fused_model_in_fp32_equals_torchs_operators(kind, count, on_torch):
+    """Hidden states, entries and experts of a chunk of a prompt together with decoding; alone bit for bit the same."""
     model = tiny_model((LATENT | KINDS)[kind])
     cache = KVCache(model.cfg, 21, torch.float32)
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
-    twin = KVCache(model.cfg, 21, torch.float32)
-    twin.data.copy_(cache.data)
+    copied = KVCache(model.cfg, 21, torch.float32)
+    copied.data.copy_(cache.data)
     chunk = max(count - 4, 1)
     seq_index = torch.tensor([0] * chunk + [1, 2, 3, 4])[:count]
     places = torch.cat((torch.arange(70, 70 + chunk), torch.tensor([9, 200, 64, 0])))[:count]
@@ -139,34 +139,36 @@ def test_a_model_in_fp32_at_once_is_the_model_in_parts(kind, count, on_torch):
     slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     ids = torch.randint(48, (count,), generator=torch.Generator().manual_seed(2))
 
-    def in_parts() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        view = KVCacheView(twin, Pages(twin.data[0], block_tables, seq_index.int()), slots)
+    def unfused() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        view = KVCacheView(copied, Pages(copied.data[0], block_tables, seq_index.int()), slots)
         trunk = model.trunk(ids.unsqueeze(1), places.unsqueeze(1), cache=view)
         return trunk.hidden[:, 0], [routing.experts[:, 0] for routing in trunk.routing]
 
-    whole = fused_pass(model)
-    assert isinstance(whole, FusedGQA if kind in KINDS else FusedMLA)
-    assert whole.max_tokens >= count
-    mine, experts = whole.hidden(ids, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
-    theirs, chosen = on_torch(in_parts)
+    fused = fused_pass(model)
+    assert isinstance(fused, FusedGQA if kind in KINDS else FusedMLA)
+    assert fused.max_num_tokens >= count
+    mine, experts = fused.hidden(ids, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
+    theirs, chosen = on_torch(unfused)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, copied.data, rtol=1e-4, atol=1e-4)
     assert (experts is None) == (not chosen)
     if experts is not None:
         assert torch.equal(experts.sort(-1).values, torch.stack(chosen).sort(-1).values)
     last = count - 1
     alone = Pages(cache.data[0], block_tables, seq_index[last:].int())
-    again, _ = whole.hidden(ids[last:], places[last:], alone, cache.data)
+    again, _ = fused.hidden(ids[last:], places[last:], alone, cache.data)
     assert torch.equal(again[0], mine[last])
-    assert whole.head is not None
-    assert torch.equal(multiply(again, whole.head)[0], multiply(mine, whole.head)[last])
+    assert fused.prepacked_head is not None
+    assert torch.equal(
+        prepacked_linear(again, fused.prepacked_head)[0], prepacked_linear(mine, fused.prepacked_head)[last]
+    )
 
 
 @pytest.mark.parametrize("kind", LATENT)
 @torch.no_grad()
-def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
-    """What is read is rounded, what is computed is not; 20 tokens of one sequence, over the edge of a block."""
-    whole = fused_pass(tiny_model(LATENT[kind]))
+def test_a_small_model_over_a_bf16_cache_is_close_and_batch_invariant(kind):
+    """The cache is rounded, the computation is not; 20 tokens of one sequence, across the edge of a block."""
+    fused = fused_pass(tiny_model(LATENT[kind]))
     exact, cache = (KVCache(LATENT[kind], 3, dtype) for dtype in (torch.float32, torch.bfloat16))
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
     exact.data.copy_(cache.data)
@@ -178,7 +180,7 @@ def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
     ids = torch.randint(48, (20,), generator=torch.Generator().manual_seed(2))
 
     def hidden(into: KVCache, rows: slice) -> torch.Tensor:
-        return whole.hidden(ids[rows], places[rows], Pages(into.data[0], block_tables, seq_index[rows]), into.data)[0]
+        return fused.hidden(ids[rows], places[rows], Pages(into.data[0], block_tables, seq_index[rows]), into.data)[0]
 
     together = hidden(cache, slice(None))
     assert 0 < relative(together, hidden(exact, slice(None))) < 1e-2
@@ -186,58 +188,60 @@ def test_a_small_model_over_a_cache_in_bf16_is_near_and_the_same_alone(kind):
 
 
 @torch.no_grad()
-def test_the_module_of_a_small_model_at_once_is_the_module_in_parts(on_torch):
+def test_the_fused_mtp_module_of_a_small_model_equals_torchs_operators(on_torch):
     model = tiny_model(SMALL)
     cache = KVCache(model.cfg, 3, torch.float32, drafts=True)
     cache.data.copy_(random_tensor(*cache.data.shape, seed=3))
-    twin = KVCache(model.cfg, 3, torch.float32, drafts=True)
-    twin.data.copy_(cache.data)
+    copied = KVCache(model.cfg, 3, torch.float32, drafts=True)
+    copied.data.copy_(cache.data)
     seq_index, places = torch.zeros(9, dtype=torch.int64), torch.arange(60, 69)
     block_tables = torch.tensor([[2, 1]], dtype=torch.int32)
     slots = block_tables[seq_index, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
     hidden, following = random_tensor(9, 32, seed=4), torch.arange(9)
-    whole = fused_pass(model)
-    assert isinstance(whole, FusedMLA)
-    mine = whole.draft(hidden, following, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
+    fused = fused_pass(model)
+    assert isinstance(fused, FusedMLA)
+    mine = fused.draft(hidden, following, places, Pages(cache.data[0], block_tables, seq_index.int()), cache.data)
 
-    def in_parts() -> torch.Tensor:
-        view = KVCacheView(twin, Pages(twin.data[0], block_tables, seq_index.int()), slots)
+    def unfused() -> torch.Tensor:
+        view = KVCacheView(copied, Pages(copied.data[0], block_tables, seq_index.int()), slots)
         return model.draft(hidden.unsqueeze(1), following.unsqueeze(1), places.unsqueeze(1), view)[:, 0]
 
-    torch.testing.assert_close(mine, on_torch(in_parts), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.data, twin.data, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, on_torch(unfused), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.data, copied.data, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_only_plain_weights_are_read_at_once(monkeypatch):
-    model = working_copy(tiny_model(WIDE), torch.bfloat16)
+def test_only_plain_weights_use_a_fused_pass(monkeypatch):
+    model = cast_copy(tiny_model(WIDE), torch.bfloat16)
     assert fused_pass(model) is not None
-    assert fused_pass(working_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
+    assert fused_pass(cast_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
     adapt(model, LoRAConfig(rank=2))
     assert fused_pass(model) is None
     assert fused_pass(inference_copy(tiny_model(WIDE), torch.bfloat16, "int8")) is not None
     assert fused_pass(inference_copy(tiny_model(WIDE), torch.float32, "int8")) is None
     assert fused_pass(inference_copy(tiny_model(WIDE), torch.bfloat16, "fp8")) is None
     assert fused_pass(inference_copy(tiny_model(SMALL), torch.float32, "int8")) is None  # latents and experts
-    hooked = working_copy(tiny_model(WIDE), torch.bfloat16)
+    hooked = cast_copy(tiny_model(WIDE), torch.bfloat16)
     hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
     assert fused_pass(hooked) is None
     for dtype in (torch.bfloat16, torch.float32):  # not on this machine's processor
-        assert fused_pass(working_copy(tiny_model(WIDE), dtype, always=True).to("meta")) is None
+        assert fused_pass(cast_copy(tiny_model(WIDE), dtype, always=True).to("meta")) is None
     monkeypatch.setattr(dense, "is_batch_invariant", lambda *_: False)
-    assert fused_pass(tiny_model(WIDE)) is None  # in fp32 it would not be exact
+    assert fused_pass(tiny_model(WIDE)) is None  # products in fp32 are not batch-invariant
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8"])
-def test_an_engine_for_one_user_answers_as_on_torch(weights, on_torch):
+def test_an_engine_for_one_user_generates_as_on_torch(weights, on_torch):
     model = tiny_model(WIDE)
-    asked = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(3)).tolist()]
+    prompt_ids = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(3)).tolist()]
 
-    def answer():
+    def generate():
         how = SamplingParams(max_tokens=40, temperature=0.0)
-        return Engine(model, EngineConfig(dtype="bf16", weights=weights, max_num_seqs=2)).generate(asked, [how])[0][0]
+        return Engine(model, EngineConfig(dtype="bf16", weights=weights, max_num_seqs=2)).generate(prompt_ids, [how])[
+            0
+        ][0]
 
-    mine, theirs = answer(), on_torch(answer)
+    mine, theirs = generate(), on_torch(generate)
     agreed = next((n for n, (a, b) in enumerate(zip(mine.token_ids, theirs.token_ids, strict=True)) if a != b), 40)
     assert agreed > 3
     for a, b in zip(mine.logprobs[:agreed], theirs.logprobs[:agreed], strict=True):

@@ -1,4 +1,4 @@
-"""Engines on packed matrices: the answers of the numbers that were packed, and never those of old ones."""
+"""Engines with quantized weights: completions of the dequantized weights, also after a change of weights."""
 
 import copy
 from dataclasses import replace
@@ -22,12 +22,12 @@ KINDS = {
 INT8 = EngineConfig(max_num_seqs=16, weights="int8")
 
 
-def widened(model: Transformer, weights: str = "int8") -> Transformer:
-    """A plain model of the numbers that packing leaves."""
-    twin = copy.deepcopy(model)
+def dequantized_model(model: Transformer, weights: str = "int8") -> Transformer:
+    """A plain model with the dequantized weights."""
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        quantize_model(twin, QUANT_SCHEMES[weights], [*quantizable_matrices(twin), "head.weight"])
-        return dequantize_model(twin)
+        quantize_model(copied, QUANT_SCHEMES[weights], [*quantizable_matrices(copied), "head.weight"])
+        return dequantize_model(copied)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -35,49 +35,49 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(48, (5 + 37 * index,), generator=generator).tolist() for index in range(count)]
 
 
-def answers(engine: Engine, asked: list[list[int]]) -> list[tuple[int, ...]]:
-    how = [SamplingParams(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(asked))]
-    return [group[0].token_ids for group in engine.generate(asked, how)]
+def completions(engine: Engine, prompt_ids: list[list[int]]) -> list[tuple[int, ...]]:
+    how = [SamplingParams(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(prompt_ids))]
+    return [group[0].token_ids for group in engine.generate(prompt_ids, how)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", QUANT_SCHEMES)
-def test_answers_are_those_of_the_widened_numbers(kind, weights, path):
-    model, asked = tiny_model(KINDS[kind]), prompts(4)
-    found = answers(Engine(model, replace(INT8, weights=weights)), asked)
-    assert found == answers(Engine(widened(model, weights), EngineConfig(max_num_seqs=16)), asked)
+def test_completions_are_those_of_the_dequantized_weights(kind, weights, path):
+    model, prompt_ids = tiny_model(KINDS[kind]), prompts(4)
+    found = completions(Engine(model, replace(INT8, weights=weights)), prompt_ids)
+    assert found == completions(Engine(dequantized_model(model, weights), EngineConfig(max_num_seqs=16)), prompt_ids)
 
 
-def test_an_answer_on_packed_weights_is_the_same_alone_and_in_a_batch(path):
-    model, asked = tiny_model(**LONG), prompts(3)
+def test_completions_on_quantized_weights_are_batch_invariant(path):
+    model, prompt_ids = tiny_model(**LONG), prompts(3)
     how = [SamplingParams(max_tokens=20, seed=seed) for seed in range(3)]
-    together = Engine(model, INT8).generate(asked, how)
-    for prompt, sampling, found in zip(asked, how, together, strict=True):
+    together = Engine(model, INT8).generate(prompt_ids, how)
+    for prompt, sampling, found in zip(prompt_ids, how, together, strict=True):
         assert Engine(model, INT8).generate([prompt], [sampling])[0][0].token_ids == found[0].token_ids
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_new_weights_are_packed_and_what_the_old_ones_read_is_forgotten(dtype):
+def test_new_weights_are_quantized_and_the_prefix_cache_is_reset(dtype):
     """Both for another model and for the same one after training; neither is changed."""
     model, other = tiny_model(**LONG), tiny_model(seed=1, **LONG)
-    asked, cfg = prompts(5)[-1:], replace(INT8, dtype=dtype)
+    prompt_ids, cfg = prompts(5)[-1:], replace(INT8, dtype=dtype)
     engine = Engine(model, cfg)
-    first, expected = answers(engine, asked), answers(Engine(other, cfg), asked)
+    first, expected = completions(engine, prompt_ids), completions(Engine(other, cfg), prompt_ids)
     assert first != expected
     engine.load_weights(other, version=1)
-    assert answers(engine, asked) == expected
+    assert completions(engine, prompt_ids) == expected
     engine.load_weights(model, version=2)
-    assert answers(engine, asked) == first
+    assert completions(engine, prompt_ids) == first
     model.load_state_dict(other.state_dict())
     engine.load_weights(model, version=3)
-    request = engine.submit(asked[0], SamplingParams(max_tokens=1))
+    request = engine.submit(prompt_ids[0], SamplingParams(max_tokens=1))
     engine.step()
     assert request.num_cached_tokens == 0 and request.is_finished
-    assert answers(engine, asked) == expected
+    assert completions(engine, prompt_ids) == expected
     same = zip(model.state_dict().items(), tiny_model(seed=1, **LONG).state_dict().items(), strict=True)
     assert all(name == known and torch.equal(value, wanted) for (name, value), (known, wanted) in same)
 
 
-def test_an_unknown_way_to_keep_weights_is_refused_by_name():
+def test_an_unknown_quantization_is_refused_by_name():
     with pytest.raises(ConfigError, match="weights='int4' is not known; use plain, int8, fp8, nf4"):
         EngineConfig(weights="int4")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The pool of servers: what a real one said, and what happens when one of several fails."""
+"""The pool of servers: recorded replies of a real one, and failures of one of several."""
 
 import json
 import logging
@@ -35,16 +35,16 @@ def replayed(kind: str = "processed") -> RemoteEngine:
 
 
 def expected_logprobs(model, sampling: SamplingParams, found: Completion) -> list[float]:
-    """Of an answer to PROMPT, by our own sampler over a plain forward pass."""
-    ids, drawn = [*PROMPT, *found.token_ids], numpy.array(found.token_ids)
+    """Expected log-probabilities of a completion of PROMPT, from our sampler and a plain forward pass."""
+    ids, output_token_ids = [*PROMPT, *found.token_ids], numpy.array(found.token_ids)
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, len(PROMPT) - 1 : -1]
     values = []
     for place, row in enumerate(logits):
-        adjust(row, sampling, numpy.array(PROMPT), drawn[:place])
+        adjust(row, sampling, numpy.array(PROMPT), output_token_ids[:place])
         row = torch.log_softmax(row / (sampling.temperature or 1.0), -1).unsqueeze(0)
-        kept = (torch.tensor([value]) for value in (sampling.top_k, sampling.top_p, sampling.min_p))
-        values.append(float(filter_logprobs(row, *kept)[0, drawn[place]]))
+        filters = (torch.tensor([value]) for value in (sampling.top_k, sampling.top_p, sampling.min_p))
+        values.append(float(filter_logprobs(row, *filters)[0, output_token_ids[place]]))
     return values
 
 
@@ -52,8 +52,8 @@ def expected_logprobs(model, sampling: SamplingParams, found: Completion) -> lis
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_a_real_server_draws_from_the_distribution_that_ours_does(name: str):
-    """Every setting means the same there: bias, bans, penalties, temperature, min-p, top-k, top-p, in one order."""
+def test_a_real_server_samples_from_our_distribution(name: str):
+    """All parameters have the same meaning and order: bias, bans, penalties, temperature, min-p, top-k, top-p."""
     sampling, model = ASKED[name], tiny_model(SERVED)
     (group,) = replayed().generate([PROMPT], [sampling])
     if sampling.min_tokens:
@@ -83,7 +83,7 @@ def test_a_real_server_streams():
     assert tuple(engine.stream(PROMPT, STREAMED)) == engine.generate([PROMPT], [ASKED["greedy"]])[0][0].token_ids[:6]
 
 
-def test_a_real_server_takes_over_other_weights():
+def test_a_real_server_loads_other_weights():
     engine = replayed()
     engine.load_weights(tiny_model(SERVED, seed=1), 1)
     engine.load_weights(tiny_model(SERVED, seed=1), 2, running="abort")
@@ -92,7 +92,7 @@ def test_a_real_server_takes_over_other_weights():
     assert found.token_ids == ours.token_ids and found.weights_version == 2 == engine.version
 
 
-def test_what_a_real_server_refuses_is_said_and_costs_it_nothing():
+def test_requests_that_a_real_server_refuses_raise_and_it_stays_available():
     engine = replayed()
     with pytest.raises(RequestError, match=r"temperature must be in \[0, 2\]"):
         engine.generate([PROMPT], [REFUSED])
@@ -101,7 +101,7 @@ def test_what_a_real_server_refuses_is_said_and_costs_it_nothing():
 
 def test_a_real_server_with_raw_log_probabilities_is_recognized():
     engine = replayed("raw")
-    assert engine.members[0].is_raw and not replayed().members[0].is_raw
+    assert engine.server_states[0].reports_raw_logprobs and not replayed().server_states[0].reports_raw_logprobs
     with pytest.raises(RequestError, match="--logprobs-mode processed_logprobs"):
         engine.generate([PROMPT], [ASKED["cold"]])
     with pytest.raises(RequestError, match="--logprobs-mode raw_logprobs"):
@@ -119,7 +119,7 @@ def test_the_context_is_the_shorter_of_model_and_server():
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(remote, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
 
 
@@ -128,24 +128,24 @@ def pooled(pool: FakePool, **settings) -> RemoteEngine:
     return RemoteEngine(tiny_model(GQA_TINY), EngineConfig(), ServersConfig(**known | settings), transport=pool)
 
 
-def asked_of(engine: RemoteEngine, count: int = 12) -> list[tuple[int, ...]]:
+def generate(engine: RemoteEngine, count: int = 12) -> list[tuple[int, ...]]:
     found = engine.generate([[1 + place] for place in range(count)], [SHORT] * count)
     return [group[0].token_ids for group in found]
 
 
-def right(count: int = 12) -> list[tuple[int, ...]]:
-    """The answers, whoever draws them: a seed fixes them, and fake servers draw with ours."""
+def expected(count: int = 12) -> list[tuple[int, ...]]:
+    """The expected completions: they depend on the seed only, and fake servers use our engine."""
     sampling = replace(SHORT, seed=server_seed(0))
     engine = Engine(tiny_model(GQA_TINY), EngineConfig())
     return [group[0].token_ids for group in engine.generate([[1 + n] for n in range(count)], [sampling] * count)]
 
 
-def test_answers_come_in_order_from_all_servers_and_progress_is_told():
+def test_completions_come_in_order_from_all_servers_and_progress_is_reported():
     pool = FakePool("a", "b")
     engine, told = pooled(pool), {}
     pool["a"].before_answer = pool["b"].before_answer = threading.Barrier(12, timeout=HANG_SECONDS).wait
     found = engine.generate([[1 + place] for place in range(12)], [SHORT] * 12, told.__setitem__)
-    assert [group[0].token_ids for group in found] == right() and [told[place] for place in range(12)] == found
+    assert [group[0].token_ids for group in found] == expected() and [told[place] for place in range(12)] == found
     assert [len(server.bodies) - 1 for server in pool.servers.values()] == [6, 6], "the first checks the weights"
 
 
@@ -153,7 +153,7 @@ def test_a_server_gets_no_more_requests_than_it_may():
     pool = FakePool("a", "b")
     engine = pooled(pool, in_flight=2)
     pool["a"].before_answer = pool["b"].before_answer = threading.Barrier(4, timeout=HANG_SECONDS).wait
-    assert asked_of(engine) == right()
+    assert generate(engine) == expected()
     assert [server.most_at_once for server in pool.servers.values()] == [2, 2]
 
 
@@ -168,22 +168,22 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-def test_the_others_answer_for_a_server_that_fails(failure, caplog):
+def test_the_other_servers_replace_one_that_fails(failure, caplog):
     pool = FakePool("a", "b")
     engine = pooled(pool)
     pool["a"].failing = failure
     with caplog.at_level(logging.WARNING):
-        assert asked_of(engine) == right()
+        assert generate(engine) == expected()
     health = engine.health()
     assert health.alive and 0 < health.failed <= 12 and health.running == 0
-    assert "http://a:1" in health.last_error and "http://a:1 is left out" in caplog.text
+    assert "http://a:1" in health.last_error and "http://a:1 is unavailable" in caplog.text
 
 
 def test_a_server_that_comes_back_gets_the_weights_and_work_again():
     pool = FakePool("a", "b")
     engine = pooled(pool)
     pool["a"].failing = httpx2.ConnectError("refused")
-    assert asked_of(engine) == right()
+    assert generate(engine) == expected()
     engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
     pool["a"].restart()
     pool["a"].bodies.clear()
@@ -196,44 +196,44 @@ def test_a_server_that_comes_back_gets_the_weights_and_work_again():
     assert pool["a"].bodies and pool["a"].name == engine._name
 
 
-def test_answers_of_other_weights_are_thrown_away():
-    """A server that was started anew draws with what it was started with."""
+def test_completions_of_other_weights_are_discarded():
+    """A restarted server samples from the weights that it was started with."""
     pool = FakePool("a")
     engine = pooled(pool)
     pool["a"].restart()
     pool["a"].engine.load_weights(tiny_model(GQA_TINY, seed=5), 0)
-    assert asked_of(engine, 1) == right(1)
+    assert generate(engine, 1) == expected(1)
     assert "instead of" in engine.health().last_error
 
 
-def test_weights_that_do_not_arrive_are_noticed():
+def test_weights_that_were_not_loaded_are_detected():
     pool = FakePool("a")
     engine = pooled(pool, patience_seconds=0.0)
     pool["a"].keeps_weights = True
     engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
-    assert not engine.health().alive and "draws from other weights than it was given" in engine.health().last_error
-    with pytest.raises(RequestError, match="no server is left"):
-        asked_of(engine)
+    assert not engine.health().alive and "samples from other weights than those loaded" in engine.health().last_error
+    with pytest.raises(RequestError, match="no server is available"):
+        generate(engine)
 
 
-def test_no_server_at_all_is_said_with_the_reason_of_each():
+def test_no_available_server_raises_with_the_reason_of_each():
     pool = FakePool("a", "b")
     pool["a"].failing, pool["b"].failing = httpx2.ConnectError("refused"), 500
     with pytest.raises(ConfigError, match=r"http://a:1: ConnectError.*http://b:1: /health answered 500"):
         pooled(pool)
 
 
-def test_a_request_that_every_server_fails_at_ends_for_itself():
-    """One that kills servers must not be handed on for ever."""
+def test_a_request_that_every_server_fails_at_raises():
+    """A request that crashes servers must not be retried forever."""
     pool = FakePool("a", "b", "c")
     engine = pooled(pool, retries=1)
     for server in pool.servers.values():
-        server.answer = lambda body: httpx2.Response(500, json={"error": {"message": "EngineCore died"}})
+        server.complete = lambda body: httpx2.Response(500, json={"error": {"message": "EngineCore died"}})
     with pytest.raises(RequestError, match=r"tried 2 times: .*EngineCore died"):
         engine.generate([[1]], [SHORT])
 
 
-def test_a_server_without_the_endpoints_is_told_from_a_broken_one():
+def test_a_server_without_the_endpoints_is_distinguished_from_a_broken_one():
     pool = FakePool("a")
     pool["a"].failing = 403
     with pytest.raises(ConfigError, match="VLLM_API_KEY"):
@@ -271,7 +271,7 @@ def test_logits_that_are_not_finite_fail_the_request():
         ({"stop_token_ids": (48,)}, "stop_token_ids names token 48"),
     ],
 )
-def test_what_servers_cannot_do_is_refused_before_they_are_asked(changes, part):
+def test_unsupported_requests_are_refused_before_they_are_sent(changes, part):
     pool = FakePool("a")
     engine = pooled(pool)
     before = len(pool["a"].bodies)
@@ -280,7 +280,7 @@ def test_what_servers_cannot_do_is_refused_before_they_are_asked(changes, part):
     assert len(pool["a"].bodies) == before
 
 
-def test_settings_that_cannot_be_are_refused():
+def test_invalid_settings_are_refused():
     pool = FakePool("a")
     with pytest.raises(ConfigError, match="router_replay"):
         RemoteEngine(tiny_model(GQA_TINY), EngineConfig(return_routed_experts=True), ONE, transport=pool)
@@ -298,14 +298,14 @@ def test_weights_do_not_change_under_an_open_stream():
     engine = pooled(FakePool("a"))
     answer = engine.stream([1], SHORT)
     next(answer)
-    with pytest.raises(RequestError, match="being drawn"):
+    with pytest.raises(RequestError, match="requests are running"):
         engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
     answer.close()
     engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
 
 
-def test_giving_up_ends_what_is_under_way():
-    """Ctrl-C must not leave servers drawing for nobody, nor wait for a queue of requests."""
+def test_an_interrupt_aborts_running_requests():
+    """Ctrl-C must abort the requests on the servers, and not wait for queued ones."""
     pool = FakePool("a")
     engine, aborted = pooled(pool, in_flight=2), threading.Event()
     handle, first = pool.handle_request, iter([True])
@@ -325,12 +325,12 @@ def test_giving_up_ends_what_is_under_way():
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1]] * 64, [SHORT] * 64, stop)
-    assert "/abort_requests" in pool["a"].asked and len(pool["a"].bodies) < 6
+    assert "/abort_requests" in pool["a"].paths and len(pool["a"].bodies) < 6
     assert engine.health().running == 0
     assert threading.active_count() < 8
 
 
-def test_only_one_set_of_weights_lies_in_the_folder(tmp_path: Path):
+def test_only_one_set_of_weights_is_in_the_folder(tmp_path: Path):
     engine = pooled(FakePool("a"), weights_folder=str(tmp_path))
     for version in (1, 2):
         engine.load_weights(tiny_model(GQA_TINY, seed=version), version)
@@ -348,8 +348,8 @@ def test_weights_that_cannot_be_written_leave_the_old_ones_in_use(monkeypatch):
     monkeypatch.setattr(remote, "save_model", refuse)
     with pytest.raises(ConfigError, match="full"):
         engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
-    assert asked_of(engine) == right() and engine.version == 0
+    assert generate(engine) == expected() and engine.version == 0
 
 
-def test_one_setting_switches():
+def test_one_setting_switches_to_servers():
     assert isinstance(open_engine(tiny_model(), EngineConfig(), ServersConfig()), Engine)

@@ -1,4 +1,4 @@
-"""What a request may hold: numbers within bounds, token ids in any sequence; the rest is refused by its field."""
+"""Validation of requests: numbers within bounds, token ids in any sequence; errors name the field."""
 
 import math
 
@@ -15,7 +15,7 @@ from thinkstack.types import SAMPLING_RANGES, RequestError, SamplingParams
 @pytest.mark.parametrize("name", SAMPLING_RANGES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e40, "1", True, [1]])
 def test_no_field_takes_what_is_not_a_number_of_its_range(name, value):
-    """NaN passed every comparison as a temperature; the engine then blamed the weights."""
+    """NaN as a temperature passed every comparison; the engine then reported invalid weights."""
     with pytest.raises(RequestError, match=f"^{name}="):
         SamplingParams(**{name: value})
 
@@ -79,7 +79,7 @@ def test_values_within_their_bounds_are_taken_whatever_their_type(given):
     ids=str,
 )
 def test_a_prompt_is_any_sequence_of_token_ids(prompt):
-    """An array was refused by numpy ("truth value is ambiguous") and a tensor was kept as tensors."""
+    """An array failed in numpy ("truth value is ambiguous") and a tensor became a list of tensors."""
     engine, sampling = Engine(tiny_model(), SMALL), SamplingParams(max_tokens=4, temperature=0.0)
     (found,), (expected,) = engine.generate([prompt, [5, 6, 7]], [sampling, sampling])
     assert found == expected
@@ -104,7 +104,7 @@ def test_a_prompt_is_any_sequence_of_token_ids(prompt):
     ],
     ids=lambda one: str(one)[:20],
 )
-def test_a_prompt_of_anything_else_is_refused_in_our_words(prompt, said):
+def test_a_prompt_of_anything_else_is_refused_with_our_message(prompt, said):
     with pytest.raises(RequestError, match=said):
         Engine(tiny_model(), SMALL).submit(prompt, SamplingParams(max_tokens=2))
 

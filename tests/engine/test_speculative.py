@@ -1,4 +1,4 @@
-"""Guesses change how many steps an answer takes, and nothing else."""
+"""Draft tokens change the number of steps of a completion and nothing else."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from tests.engine.requests import LONG, SMALL, WHOLE, alone, every_way, how, prompt, sampled
+from tests.engine.requests import FUSED, LONG, SMALL, all_models, alone, how, prompt, sampled
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine
@@ -14,72 +14,74 @@ from thinkstack.engine.speculative import Speculator
 from thinkstack.types import ConfigError, SamplingParams
 
 GQA_AHEAD = replace(GQA_TINY, mtp_layers=1)
-BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, WHOLE], ids=["mla", "gqa", "whole"])
+BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, FUSED], ids=["mla", "gqa", "whole"])
 DRAFTING = replace(SMALL, num_speculative_tokens=3)
 
 
 class Oracle:
-    """Guesses the answers given, but for some tokens; in place of the module's guesses."""
+    """Drafts the given completions, except for some wrong tokens, in place of the module."""
 
-    def __init__(self, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float):
-        self.answers, self.wrong, self.random = answers, wrong, numpy.random.default_rng(0)
+    def __init__(self, expected: dict[tuple[int, ...], tuple[int, ...]], wrong: float):
+        self.expected, self.wrong, self.random = expected, wrong, numpy.random.default_rng(0)
 
     def __call__(self, speculator: Speculator, rows: numpy.ndarray, states: torch.Tensor) -> None:
         table = speculator.table
         for row in rows.tolist():
-            known, prompt_end = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
-            answer = self.answers.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
-            left = int(table.max_num_tokens[row]) - known
-            if table.num_computed_tokens[row] != known - 1:
+            num_tokens, prompt_end = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
+            completion = self.expected.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
+            left = int(table.max_num_tokens[row]) - num_tokens
+            if table.num_computed_tokens[row] != num_tokens - 1:
                 continue
-            drafts = list(answer[known - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
+            drafts = list(completion[num_tokens - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
             for place in range(len(drafts)):
                 if self.random.random() < self.wrong:
                     drafts[place] = (drafts[place] + 1) % 48
-            table.ids[row, known : known + len(drafts)] = drafts
+            table.ids[row, num_tokens : num_tokens + len(drafts)] = drafts
             table.num_draft_tokens[row] = len(drafts)
 
 
-def draft_from(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
-    oracle = Oracle(answers, wrong)
+def draft_from(monkeypatch: pytest.MonkeyPatch, expected: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
+    oracle = Oracle(expected, wrong)
     monkeypatch.setattr(Speculator, "_draft", lambda self, rows, states: oracle(self, rows, states))
 
 
-@every_way(GQA_AHEAD)
+@all_models(GQA_AHEAD)
 @pytest.mark.parametrize("drafts", [1, 3])
-def test_the_module_s_guesses_change_no_token(cfg, drafts, path):
-    """Of every kind: long and short prompts, groups, chunks, whole blocks, hot and greedy draws."""
-    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 128)]
+def test_draft_tokens_of_the_module_change_no_token(cfg, drafts, path):
+    """Many kinds: long and short prompts, groups, chunks, full blocks, high temperature and greedy."""
+    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 65, 128)]
     samplings = how(4) + how(1, temperature=0.0, max_tokens=70)
     samplings[1], samplings[2] = replace(samplings[1], n=3), replace(samplings[2], n=2)
     engine = Engine(model, replace(DRAFTING, num_speculative_tokens=drafts, max_prefill_tokens=50))
     for _ in range(2):  # the second time from cached prefixes
-        assert sampled(engine.generate(asked, samplings)) == alone(model, asked, samplings)
+        assert sampled(engine.generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
         engine.scheduler.check_invariants()
     assert (engine.speculator.num_drafted > 0).all()
 
 
 @BOTH
 @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
-def test_right_and_wrong_guesses_change_no_token(cfg, wrong, monkeypatch):
-    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (60, 3, 64, 65, 128)]
+def test_accepted_and_rejected_draft_tokens_change_no_token(cfg, wrong, monkeypatch):
+    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (60, 3, 64, 65, 128)]
     samplings = how(5, max_tokens=100)
-    expected = alone(model, asked, samplings)
-    draft_from(monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong)
+    expected = alone(model, prompt_ids, samplings)
+    draft_from(
+        monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(prompt_ids, expected, strict=True)}, wrong
+    )
     engine = Engine(model, DRAFTING)
-    assert sampled(engine.generate(asked, samplings)) == expected
-    longer = [one + [*group[0].token_ids][:40] for one, group in zip(asked, expected, strict=True)]
-    assert sampled(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from what was kept
+    assert sampled(engine.generate(prompt_ids, samplings)) == expected
+    longer = [one + [*group[0].token_ids][:40] for one, group in zip(prompt_ids, expected, strict=True)]
+    assert sampled(engine.generate(longer, how(5))) == alone(model, longer, how(5))  # from the cached prefix
     engine.scheduler.check_invariants()
 
 
-def test_right_guesses_save_steps_and_are_counted(monkeypatch):
-    """41 tokens by 4 a step, the first with the prompt: 11 steps instead of 41."""
-    model, asked = tiny_model(**LONG), prompt(30)
-    (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
-    draft_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+def test_accepted_draft_tokens_save_steps_and_are_counted(monkeypatch):
+    """41 tokens with 4 per step, the first with the prompt: 11 steps instead of 41."""
+    model, prompt_ids = tiny_model(**LONG), prompt(30)
+    (((expected, _),),) = alone(model, [prompt_ids], how(1, max_tokens=41))
+    draft_from(monkeypatch, {tuple(prompt_ids): expected}, wrong=0.0)
     engine = Engine(model, DRAFTING)
-    request = engine.submit(asked, how(1, max_tokens=41)[0])
+    request = engine.submit(prompt_ids, how(1, max_tokens=41)[0])
     steps = 0
     while not request.is_finished:
         engine.step()
@@ -89,16 +91,16 @@ def test_right_guesses_save_steps_and_are_counted(monkeypatch):
     assert engine.speculator.num_drafted.tolist() == engine.speculator.num_accepted.tolist() == [10, 10, 10]
 
 
-def test_nothing_counts_behind_a_stop_token(monkeypatch):
-    model, asked = tiny_model(**LONG), prompt(30)
-    (((expected, _),),) = alone(model, [asked], how(1, max_tokens=41))
-    draft_from(monkeypatch, {tuple(asked): expected}, wrong=0.0)
+def test_tokens_after_a_stop_token_are_discarded(monkeypatch):
+    model, prompt_ids = tiny_model(**LONG), prompt(30)
+    (((expected, _),),) = alone(model, [prompt_ids], how(1, max_tokens=41))
+    draft_from(monkeypatch, {tuple(prompt_ids): expected}, wrong=0.0)
     stopping = how(1, max_tokens=41, stop_token_ids=(expected[17],))
     engine = Engine(model, DRAFTING)
-    found = engine.generate([asked], stopping)[0][0]
+    found = engine.generate([prompt_ids], stopping)[0][0]
     place = expected.index(expected[17])
     assert found.token_ids == expected[: place + 1] and found.finish_reason == "stop"
-    assert not engine.table.num_draft_tokens.any(), "nobody guesses for a row that has ended"
+    assert not engine.table.num_draft_tokens.any(), "draft tokens for a finished row"
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,13 @@ def test_nothing_counts_behind_a_stop_token(monkeypatch):
     ],
     ids=lambda given: "+".join(given),
 )
-def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
-    model, asked, samplings = tiny_model(**LONG), [prompt(30), prompt(64, 1)], how(2, max_tokens=40, **given)
-    plain = Engine(model, SMALL).generate(asked, samplings)
-    answers = {tuple(one): group[0].token_ids for one, group in zip(asked, plain, strict=True)}
-    draft_from(monkeypatch, answers, wrong=0.2)
+def test_draft_tokens_work_with_every_sampling_parameter(given, monkeypatch):
+    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(30), prompt(64, 1)], how(2, max_tokens=40, **given)
+    plain = Engine(model, SMALL).generate(prompt_ids, samplings)
+    expected = {tuple(one): group[0].token_ids for one, group in zip(prompt_ids, plain, strict=True)}
+    draft_from(monkeypatch, expected, wrong=0.2)
     engine = Engine(model, DRAFTING)
-    for mine, theirs in zip(engine.generate(asked, samplings), plain, strict=True):
+    for mine, theirs in zip(engine.generate(prompt_ids, samplings), plain, strict=True):
         assert mine[0].token_ids == theirs[0].token_ids
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
@@ -130,61 +132,63 @@ def test_guesses_go_with_every_way_of_sampling(given, monkeypatch):
 class EvenAfterOdd:
     """A grammar: tokens alternate between even and odd."""
 
-    def allowed(self, answer, drawn):
-        return torch.arange(48) % 2 == len(drawn) % 2
+    def allowed(self, generate, output_token_ids):
+        return torch.arange(48) % 2 == len(output_token_ids) % 2
 
 
-def test_guesses_go_with_a_grammar(monkeypatch):
-    model, asked, sampling = tiny_model(**LONG), prompt(30), SamplingParams(max_tokens=40)
+def test_draft_tokens_work_with_a_grammar(monkeypatch):
+    model, prompt_ids, sampling = tiny_model(**LONG), prompt(30), SamplingParams(max_tokens=40)
 
-    def answer(engine):
-        request = engine.submit(asked, sampling, constraint=EvenAfterOdd())
+    def generate(engine):
+        request = engine.submit(prompt_ids, sampling, constraint=EvenAfterOdd())
         while not request.is_finished:
             engine.step()
         return request.completions[0].token_ids
 
-    plain = answer(Engine(model, SMALL))
+    plain = generate(Engine(model, SMALL))
     assert all(token % 2 == place % 2 for place, token in enumerate(plain))
-    draft_from(monkeypatch, {tuple(asked): plain}, wrong=0.2)
-    assert answer(Engine(model, DRAFTING)) == plain
+    draft_from(monkeypatch, {tuple(prompt_ids): plain}, wrong=0.2)
+    assert generate(Engine(model, DRAFTING)) == plain
 
 
 @BOTH
-def test_a_small_cache_drops_guesses_before_it_sends_anyone_away(cfg, monkeypatch):
-    model, asked = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
+def test_a_small_cache_drops_draft_tokens_before_it_preempts(cfg, monkeypatch):
+    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
-    expected = alone(model, asked, samplings)
+    expected = alone(model, prompt_ids, samplings)
     draft_from(
-        monkeypatch, {tuple(one): group[0].token_ids for one, group in zip(asked, expected, strict=True)}, wrong=0.3
+        monkeypatch,
+        {tuple(one): group[0].token_ids for one, group in zip(prompt_ids, expected, strict=True)},
+        wrong=0.3,
     )
     engine = Engine(model, replace(DRAFTING, cache_tokens=6 * BLOCK_SIZE))
-    assert sampled(engine.generate(asked, samplings)) == expected
+    assert sampled(engine.generate(prompt_ids, samplings)) == expected
     assert engine.scheduler.num_preemptions > 0
     engine.scheduler.check_invariants()
 
 
 @BOTH
 def test_cached_states_are_those_of_a_whole_sequence(cfg):
-    """The module over the cache, a token or a chunk at a time, guesses what it guesses over the whole text."""
-    model, asked = tiny_model(cfg, **LONG), prompt(70)
+    """The module drafts the same over the cache, by tokens or chunks, as over the whole text."""
+    model, prompt_ids = tiny_model(cfg, **LONG), prompt(70)
     engine = Engine(model, replace(DRAFTING, num_speculative_tokens=1, max_prefill_tokens=40))
-    request = engine.submit(asked, SamplingParams(max_tokens=30, temperature=0.0))
+    request = engine.submit(prompt_ids, SamplingParams(max_tokens=30, temperature=0.0))
     drafts = {}
     while not request.is_finished:
         engine.step()
         for row in request.rows.values():
             if engine.table.num_draft_tokens[row]:
-                known = int(engine.table.num_tokens[row])
-                drafts[known] = int(engine.table.ids[row, known])
-    ids = torch.tensor([[*asked, *request.completions[0].token_ids]])
+                num_tokens = int(engine.table.num_tokens[row])
+                drafts[num_tokens] = int(engine.table.ids[row, num_tokens])
+    ids = torch.tensor([[*prompt_ids, *request.completions[0].token_ids]])
     with torch.no_grad():
-        (states, *_), _ = model.look_ahead(model.trunk(ids), ids)
+        (states, *_), _ = model.mtp_hidden_states(model.trunk(ids), ids)
         expected = model.head(states)[0].argmax(-1)  # at i: of token i + 2
     assert len(drafts) > 20
-    assert drafts == {known: int(expected[known - 2]) for known in drafts}
+    assert drafts == {num_tokens: int(expected[num_tokens - 2]) for num_tokens in drafts}
 
 
-def test_a_model_without_a_module_cannot_guess():
+def test_a_model_without_a_module_cannot_draft():
     with pytest.raises(ConfigError, match="num_speculative_tokens needs a multi-token-prediction module"):
         Engine(tiny_model(GQA_TINY), replace(SMALL, num_speculative_tokens=1))
     with pytest.raises(ConfigError, match="num_speculative_tokens=-1"):

@@ -22,7 +22,7 @@ PROMPTS = [[1 + place, *range(100 * (place % 2)), 2, 3] for place in range(96)]
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory) -> Iterator[list[VllmServer]]:
-    """Both were started with weights that nobody asks for."""
+    """Both are started with other weights than the tests use."""
     model: Path = tmp_path_factory.mktemp("served") / "model"
     save_model(model, tiny_model(SERVED, seed=2))
     settings = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--logprobs-mode", "processed_logprobs")
@@ -39,17 +39,17 @@ def servers(tmp_path_factory) -> Iterator[list[VllmServer]]:
 
 
 def agreement(found: list, seed: int) -> float:
-    """Share of the answers that are those of our own engine with the weights of that seed."""
+    """Share of completions that equal those of our engine with the weights of that seed."""
     ours = Engine(tiny_model(SERVED, seed=seed), EngineConfig()).generate(PROMPTS, [GREEDY] * len(PROMPTS))
     pairs = zip(found, ours, strict=True)
     return sum(theirs[0].token_ids == own[0].token_ids for theirs, own in pairs) / len(PROMPTS)
 
 
-def test_a_killed_server_costs_no_answer_and_comes_back_with_the_right_weights(servers):
+def test_a_killed_server_loses_no_completion_and_comes_back_with_the_right_weights(servers):
     addresses = tuple(server.address for server in servers)
     engine = RemoteEngine(tiny_model(SERVED), EngineConfig(), ServersConfig(addresses=addresses, in_flight=8))
-    asked = [GREEDY] * len(PROMPTS)
-    assert agreement(engine.generate(PROMPTS, asked), 0) > 0.98  # near ties may fall otherwise in a batch there
+    samplings = [GREEDY] * len(PROMPTS)
+    assert agreement(engine.generate(PROMPTS, samplings), 0) > 0.98  # near ties may differ in vLLM's batches
 
     killed: list[int] = []
 
@@ -58,12 +58,12 @@ def test_a_killed_server_costs_no_answer_and_comes_back_with_the_right_weights(s
             servers[0].stop()
             killed.append(count)
 
-    assert agreement(engine.generate(PROMPTS, asked, kill), 0) > 0.98
+    assert agreement(engine.generate(PROMPTS, samplings, kill), 0) > 0.98
     assert killed and engine.health().alive and addresses[0] in engine.health().last_error
 
     engine.load_weights(tiny_model(SERVED, seed=1), 1)
     servers[0].start()  # at the old address, with the old weights
     servers[1].stop()
-    found = engine.generate(PROMPTS, asked)
+    found = engine.generate(PROMPTS, samplings)
     assert agreement(found, 1) > 0.98 and {group[0].weights_version for group in found} == {1}
     engine.close()

@@ -1,4 +1,4 @@
-"""What a vLLM server said to the requests here, recorded by tests.golden.record_vllm and said again to the tests.
+"""Replies of a vLLM server to the requests here, recorded by tests.golden.record_vllm and replayed in tests.
 
 The replay has one piece of a server's state: which weights it holds, and what they are called.
 """
@@ -25,7 +25,7 @@ SERVED = replace(
     max_positions=512,
     attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=32),
 )
-"""Of the widths that vLLM computes; drawn with seeds 0 and 1."""
+"""Widths that vLLM supports; initialized with seeds 0 and 1."""
 CONTEXT = 256
 PROMPT = [1, 2, 3]
 ASKED = {
@@ -45,19 +45,19 @@ ASKED = {
 }
 STREAMED = SamplingParams(temperature=0, max_tokens=6)
 REFUSED = SamplingParams(temperature=3.0, max_tokens=2)
-"""vLLM takes temperatures to 2."""
+"""vLLM accepts temperatures up to 2."""
 NAME, PATH = "NAME", "PATH"
-"""Stand in records for the weights' name and folder, which are new in every run."""
+"""Placeholders in records for the weights' name and folder, which differ in every run."""
 
 
 def label(folder: Path) -> str:
-    """Tells the weights in a folder from others, alike on every machine."""
+    """A fingerprint of the weights in a folder, the same on every machine."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         return f"{file.get_tensor('model.embed_tokens.weight').double().abs().mean():.4f}"
 
 
 def question(request: httpx2.Request) -> dict[str, Any]:
-    """A request without what differs from run to run."""
+    """A request without the parts that differ between runs."""
     body = json.loads(request.content) if request.content else None
     if isinstance(body, dict):
         body = {key: value for key, value in body.items() if key not in ("request_id", "request_ids")}
@@ -70,13 +70,13 @@ def question(request: httpx2.Request) -> dict[str, Any]:
 
 
 class Wire(httpx2.BaseTransport):
-    """Notes which weights a server is given."""
+    """Tracks the weights that a server is given."""
 
     def __init__(self) -> None:
         self.weights, self.name = "", "default"
 
     def notice(self, request: httpx2.Request) -> None:
-        """Follow a request that changes them."""
+        """Track a request that changes the weights."""
         body = json.loads(request.content) if request.content else {}
         if request.url.path == "/collective_rpc":
             self.weights = label(Path(body["kwargs"]["weights_path"]))
@@ -85,7 +85,7 @@ class Wire(httpx2.BaseTransport):
 
 
 class Recorder(Wire):
-    """Passes requests on and writes down what comes back."""
+    """Forwards requests and records the replies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,13 +104,13 @@ class Recorder(Wire):
 
 
 class Replay(Wire):
-    """Answers as recorded; what was never asked is an error of the test."""
+    """Replays recorded replies; an unknown request is an error of the test."""
 
     def __init__(self, records: list[dict[str, Any]]):
         super().__init__()
         self.records = records
         self.asked: list[str] = []
-        """Paths, as they came."""
+        """Paths in order of arrival."""
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         self.notice(request)

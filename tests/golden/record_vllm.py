@@ -36,7 +36,7 @@ def record(address: str, only_start: bool) -> list[dict[str, Any]]:
         engine.load_weights(tiny_model(SERVED, seed=1), 1)
         engine.load_weights(tiny_model(SERVED, seed=1), 2, running="abort")
         engine.generate([PROMPT], [ASKED["greedy"]])
-        engine.members[0].server.abort(["nobody"])
+        engine.server_states[0].server.abort(["nobody"])
     engine.close()
     return wire.records
 

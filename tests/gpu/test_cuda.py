@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.engine.requests import WHOLE
+from tests.engine.requests import FUSED
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import named
 from thinkstack.models.moe import ExpertMLP, expert_mlp
 from thinkstack.models.quantized import dequantize_model
 from thinkstack.models.transformer import Transformer
-from thinkstack.quant.fp8 import BLOCK_SIZE, dequantize, quantize
+from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
 from thinkstack.train.fp8 import linear, product
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
@@ -82,7 +82,7 @@ def test_the_engine_draws_what_the_model_says(cfg, with_experts):
         assert (found.experts is not None) == with_experts
 
 
-@pytest.mark.parametrize("cfg", [WHOLE, GQA_TINY], ids=["mla", "gqa"])
+@pytest.mark.parametrize("cfg", [FUSED, GQA_TINY], ids=["mla", "gqa"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
     """Rows that end one after the other, a change of weights in place and one of the model; drawn tokens may part where
@@ -164,7 +164,7 @@ hopper = pytest.mark.skipif(
 
 @hopper
 @pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
-@pytest.mark.parametrize("b_rows", [1, BLOCK_SIZE])
+@pytest.mark.parametrize("b_rows", [1, BLOCK])
 @pytest.mark.parametrize("K", [128, 640, 1024])
 def test_the_devices_block_products_are_the_plain_ones(b_rows, K, power_of_two):
     """Scales are laid out by rules of their own there; K of 640 is five blocks, which are padded to eight."""

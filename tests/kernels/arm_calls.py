@@ -1,4 +1,4 @@
-"""Calls of kernels, recorded with all memory that they point to, and made once more on Arm by arm_driver.cpp."""
+"""Calls of kernels, recorded with all memory that they point to, and replayed on Arm by arm_driver.cpp."""
 
 import contextlib
 import ctypes
@@ -21,11 +21,11 @@ address_of = ctypes.addressof
 
 
 class Memory:
-    """What kernels may be given the address of, kept alive so that no address comes twice."""
+    """The memory that kernels get addresses of, kept alive so that no address is reused."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[int, object]] = {}
-        """By address: bytes, and what lies there."""
+        """By address: the size in bytes, and the object."""
 
     def note(self, at: int, size: int, seq_index: object) -> int:
         self.held[at] = size, seq_index
@@ -36,7 +36,7 @@ class Memory:
         self.note(quantization.data_ptr(), quantization.nbytes(), quantization)
 
     def around(self, address: int) -> int:
-        """Where what contains this address begins."""
+        """The start of the memory that contains this address."""
         found = [at for at, (size, _) in self.held.items() if at <= address < at + size]
         assert len(found) == 1, f"{len(found)} pieces of memory hold what a kernel is given"
         return found[0]
@@ -44,22 +44,22 @@ class Memory:
 
 @dataclass
 class Call:
-    """A kernel's arguments. Addresses among them are 0, and told apart."""
+    """A kernel's arguments. Addresses are replaced by 0 and listed separately."""
 
     name: str
     integers: list[int] = field(default_factory=list)
     reals: list[float] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    """Addresses here of the memory that the arguments point to, themselves or by way of other blocks."""
+    """Addresses of the memory that the arguments point to, directly or through other blocks."""
     addresses: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Block, -1 for the arguments, and offset in it where an address lies; block and offset that it leads to."""
+    """Block (-1: the arguments) and offset of an address; block and offset that it points to."""
     before: list[bytes] = field(default_factory=list)
     """Contents of the blocks."""
     after: list[bytes] = field(default_factory=list)
 
 
 def described(name: str, arguments: tuple, memory: Memory) -> Call:
-    """A call of a kernel, with the blocks as they are."""
+    """A call of a kernel with the current contents of its blocks."""
     call = Call(name)
 
     def lead(block: int, offset: int, address: int | None) -> None:
@@ -97,18 +97,18 @@ def contents(call: Call, memory: Memory) -> list[bytes]:
 
 
 class Library:
-    """In place of the compiled kernels: each call goes to a function of its name, its arguments and the memory."""
+    """Replaces the compiled kernels: each call goes to a function of its name, its arguments and the memory."""
 
-    def __init__(self, memory: Memory, answer: Callable[[str, tuple, Memory], None]):
-        self.memory, self.answer = memory, answer
+    def __init__(self, memory: Memory, handle: Callable[[str, tuple, Memory], None]):
+        self.memory, self.handle = memory, handle
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments: self.answer(name, arguments, self.memory)
+        return lambda *arguments: self.handle(name, arguments, self.memory)
 
 
 @contextlib.contextmanager
-def answered(answer: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
-    """Meanwhile every call of a kernel goes to `answer`."""
+def redirected(handle: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
+    """Within the block every call of a kernel goes to `handle`."""
     memory, data_ptr, place = Memory(), Tensor.data_ptr, inference.place
 
     def noted_tensor(x: Tensor) -> int:
@@ -116,7 +116,7 @@ def answered(answer: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
         return data_ptr(x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calls, "binary", lambda: Library(memory, answer))
+        patch.setattr(calls, "binary", lambda: Library(memory, handle))
         patch.setattr(Tensor, "data_ptr", noted_tensor)
         patch.setattr(ctypes, "addressof", lambda x: memory.note(address_of(x), ctypes.sizeof(x), x))
         patch.setattr(inference, "place", lambda x: memory.note(place(x), x.nbytes, x))
@@ -127,8 +127,8 @@ def padded(size: int) -> int:
     return (size + 7) // 8 * 8
 
 
-def packed(call: Call) -> bytes:
-    """A call as arm_driver.cpp reads it."""
+def serialized(call: Call) -> bytes:
+    """A call in the format of arm_driver.cpp."""
     name = call.name.encode().ljust(padded(len(call.name)), b"\0")
     sizes = struct.pack("<qq", len(call.integers), len(call.reals))
     numbers = struct.pack(f"<{len(call.integers)}q{len(call.reals)}d", *call.integers, *call.reals)
@@ -155,11 +155,11 @@ def compile_program(folder: Path, names: list[str]) -> Path:
 
 
 def run_on_arm(every: list[Call], folder: Path) -> None:
-    """Make these calls on Arm and keep in each what memory then holds."""
+    """Make these calls on Arm and store the contents of memory afterwards in each."""
     program = compile_program(folder, sorted({call.name for call in every}))
-    (folder / "calls").write_bytes(struct.pack("<q", len(every)) + b"".join(map(packed, every)))
+    (folder / "calls").write_bytes(struct.pack("<q", len(every)) + b"".join(map(serialized, every)))
     command = [EMULATOR, str(program), str(folder / "calls"), str(folder / "results")]
-    subprocess.run(command, check=True, timeout=3600)  # what it says of a failure is shown by pytest
+    subprocess.run(command, check=True, timeout=3600)  # pytest shows its error output
     with (folder / "results").open("rb") as file:
         for call in every:
             call.after = [file.read(padded(len(block)))[: len(block)] for block in call.before]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.test_kernels import MLA_ODD, MLA_WHOLE, branches_of, random_tensor, with_gradients
+from tests.kernels.test_kernels import MLA_ALIGNED, MLA_ODD, branches_of, random_tensor, with_gradients
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack import kernels
 from thinkstack.kernels.dequantize import dequantize_
@@ -23,16 +23,16 @@ from thinkstack.train.loss import token_logprobs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BOUND = {FP32: 2e-6, BF16: 1e-2}
-"""Of the norm of a difference over the norm, as in test_kernels.py."""
+"""Bounds of the norm of a difference relative to the norm, as in test_kernels.py."""
 
 
 class Case(NamedTuple):
-    """The same twice."""
+    """The same computation by two implementations."""
 
     mine: Callable[[], list[Tensor]]
     """With kernels."""
     theirs: Callable[[], list[Tensor]]
-    """Called where torch's operators compute everything."""
+    """On torch's operators."""
     bound: float
 
 
@@ -41,18 +41,18 @@ def alike(run: Callable[[], list[Tensor]], bound: float) -> Case:
 
 
 def attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
-    """Latent attention with a shared part of the keys, at odd widths; documents, or one that branches."""
+    """Latent attention with a shared part of the keys, at odd widths; with documents, or a document with branches."""
     cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
     module = MLA(replace(MLA_TINY, attention=cfg), 0)
     context = among(tokens, branched, 4)
     inputs = [random_tensor(2, tokens, 2, 9), random_tensor(2, tokens, 16, seed=1), random_tensor(2, tokens, 4, seed=2)]
-    return attended(lambda *x: module.among_themselves(*x, module.expanded, context), inputs, dtype)
+    return attended(lambda *x: module.attend_packed(*x, module.expanded_layout, context), inputs, dtype)
 
 
 def grouped_attention(tokens: int, branched: bool, dtype: torch.dtype) -> Case:
     module, context = GQA(GQA_TINY, 0), among(tokens, branched, 8)
     inputs = [random_tensor(2, tokens, 4, 8), random_tensor(2, tokens, 32, seed=1)]
-    return attended(lambda q, kv: module.among_themselves(q, kv, None, module.heads, context), inputs, dtype)
+    return attended(lambda q, kv: module.attend_packed(q, kv, None, module.layout, context), inputs, dtype)
 
 
 def among(tokens: int, branched: bool, width: int) -> AttentionContext:
@@ -63,7 +63,7 @@ def among(tokens: int, branched: bool, width: int) -> AttentionContext:
 
 
 def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Case:
-    """Result and gradients; the other side computes in fp32 what is exact there."""
+    """Result and gradients; the reference computes in fp32."""
     own = [x.to(dtype) for x in inputs]
 
     def theirs() -> list[Tensor]:
@@ -73,7 +73,7 @@ def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtyp
 
 
 def experts(dtype: torch.dtype) -> Case:
-    """More pairs than a block holds of some experts, none of the last."""
+    """Some experts have more pairs than a block, the last one has none."""
     generator = torch.Generator().manual_seed(5)
     chosen = torch.randint(3, (150, 1), generator=generator)
     chosen = torch.cat((chosen, (chosen + 1) % 4), 1)
@@ -104,17 +104,17 @@ def experts(dtype: torch.dtype) -> Case:
 
 
 def model(name: str, interleaved: bool) -> Case:
-    """Logits and gradients of a whole model."""
-    cfg = {"whole vectors": MLA_WHOLE, "odd widths": MLA_ODD, "gqa": GQA_TINY}[name]
-    whole = tiny_model(replace(cfg, rope=replace(cfg.rope, interleaved=interleaved)))
+    """Logits and gradients of a model."""
+    cfg = {"whole vectors": MLA_ALIGNED, "odd widths": MLA_ODD, "gqa": GQA_TINY}[name]
+    built = tiny_model(replace(cfg, rope=replace(cfg.rope, interleaved=interleaved)))
     ids = torch.randint(cfg.vocab_size, (2, 61), generator=torch.Generator().manual_seed(1))
     documents = torch.tensor([[1] * 23 + [2] * 30 + [0] * 8, [3] * 61])
 
     def run() -> list[Tensor]:
-        whole.zero_grad()
-        logits = whole(ids, None, documents)
+        built.zero_grad()
+        logits = built(ids, None, documents)
         logits.logsumexp(-1).square().mean().backward()
-        return [logits.detach(), *(p.grad.clone() for p in whole.parameters() if p.grad is not None)]
+        return [logits.detach(), *(p.grad.clone() for p in built.parameters() if p.grad is not None)]
 
     return alike(run, 3e-5)
 
@@ -141,7 +141,7 @@ def rows(width: int, dtype: torch.dtype) -> Case:
 
 
 def halves(dtype: torch.dtype) -> Case:
-    """What lies between the products of a dense model."""
+    """The operations between the products of a dense model."""
     x, change, both = (random_tensor(5, 37, seed=s, dtype=dtype) for s in (0, 1, 2))
     both, weight = torch.cat((x, both), 1), random_tensor(37, seed=3)
 
@@ -170,7 +170,7 @@ def log_probabilities(dtype: torch.dtype) -> Case:
 
 
 def dequantized(dtype: torch.dtype) -> Case:
-    """All numbers of e4m3, and int8, to the bit."""
+    """All numbers of e4m3, and int8, bit for bit."""
     qweight = torch.arange(256, dtype=torch.uint8).repeat(2, 150, 1)[..., :202].contiguous().view(torch.float8_e4m3fn)
     qweight.view(torch.uint8)[:, 140:, :54] += 202
     scale, parts = random_tensor(2, 2, 2), Int8().quantize(random_tensor(3, 5, 70, seed=1))

@@ -1,7 +1,7 @@
-// Replays calls of kernels that test_arm.py recorded: reads them from the first file, writes what their memory holds
+// Replays calls of kernels that test_arm.py recorded: reads them from the first file, writes the contents of their memory
 // afterwards to the second. All numbers of the files have 8 bytes; a name and a block's bytes are padded to 8.
 //
-// A block ends where a page begins that cannot be read: a kernel that goes beyond a tensor ends the program.
+// A block ends at a page that cannot be read: a kernel that accesses memory beyond a tensor ends the program.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -21,9 +21,9 @@
 
 namespace {
 
-constexpr int MOST = 14;  // integers and addresses of a call
+constexpr int MOST = 14;  // most integers and addresses of a call
 
-// They are passed in the order of the call whatever doubles lie between them: eight in registers, then on the stack, where
+// They are passed in the order of the call, regardless of doubles between them: eight in registers, then on the stack, where
 // further ones do no harm. Doubles have registers of their own (AAPCS64, section 6.8.2).
 typedef int64_t I;
 typedef void (*Kernel)(I, I, I, I, I, I, I, I, I, I, I, I, I, I, double, double);
@@ -41,7 +41,7 @@ const std::map<std::string, void (*)()> KERNELS = {
 
 std::string running = "nothing";  // the kernel that is being called
 void report(int) {
-  std::fprintf(stderr, "%s went beyond the memory that it was given\n", running.c_str());
+  std::fprintf(stderr, "%s accessed memory beyond its blocks\n", running.c_str());
   _exit(1);
 }
 

@@ -18,7 +18,7 @@ import triton
 from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 from thinkstack.kernels.triton import attention as paged
-from thinkstack.kernels.triton import linear as packed
+from thinkstack.kernels.triton import linear as quantized
 
 FAST_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have, by generation (CUDA programming guide, table of technical specifications)."""
@@ -29,16 +29,18 @@ SHAPES = {
     "gqa, wide": (KVLayout(2, 128, 128, 256, 128, 128), 5, 512),
     "gqa, small": (KVLayout(2, 24, 24, 48, 24, 24), 1, 96),
 }
-"""Heads, queries for each, width of an entry; the small ones need no proof that they fit."""
+"""Heads, queries per head, width of an entry; small ones always fit."""
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 def compiled(kernel, types: dict[str, str], constants: dict, options: dict, generation: int, folder: Path) -> list[int]:
-    """Memory and spilt registers of one kernel; types: those of pointers and reals, other arguments are integers."""
+    """Shared memory and spilled registers of a kernel. types: of pointers and reals; other arguments are integers."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
-    whole = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types.get(name, "").startswith("*")}
-    source = triton.compiler.ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, whole)
+    divisible = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types.get(name, "").startswith("*")}
+    source = triton.compiler.ASTSource(
+        kernel, signature, {(names.index(k),): v for k, v in constants.items()}, divisible
+    )
     target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
     made = triton.compile(source, target=target, options=options)
     (folder / "code").write_bytes(made.asm["cubin"])
@@ -58,7 +60,9 @@ def reading(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
         shape = paged.shape_of(query, pages, heads)
         types = {name: TYPES[dtype] for name in ("query", "entries")} | {name: "*fp32" for name in ("out", "log_sums")}
         types |= {"block_tables": "*i32", "seq_index": "*i32", "last": "*i64", "scale": "fp32"}
-        found = compiled(paged.attend, types, shape | {"S": 4}, paged.options_of(shape), generation, folder)
+        found = compiled(
+            paged.paged_attention_kernel, types, shape | {"S": 4}, paged.options_of(shape), generation, folder
+        )
         yield f"attend, {name}, {dtype}, longest run {longest}", found
 
 
@@ -66,12 +70,12 @@ def multiplying(generation: int, folder: Path) -> Iterator[tuple[str, list[int]]
     for (qweight, block), rows in product({"*i8": (1, 2048), "*fp8e4nv": (128, 128)}.items(), (16, 64)):
         if qweight == "*fp8e4nv" and generation < 89:
             continue
-        constants = dict(ROWS=rows, OUTPUTS=packed.OUTPUTS, STEP=packed.STEP, S=4)
+        constants = dict(ROWS=rows, OUTPUTS=quantized.OUTPUTS, STEP=quantized.STEP, S=4)
         constants |= dict(zip(("SCALE_ROWS", "SCALE_COLUMNS"), block, strict=True))
         types = {"x": "*bf16", "qweight": qweight, "scale": "*fp32", "out": "*fp32"}
         yield (
             f"multiply, {qweight}, {rows}",
-            compiled(packed.multiply, types, constants, {}, generation, folder),
+            compiled(quantized.quantized_linear_kernel, types, constants, {}, generation, folder),
         )
 
 

@@ -1,7 +1,7 @@
 """The kernels on Arm, whose vectors have 4 numbers: compiled by a cross compiler, run by an emulator.
 
-Python does not run there. Calls are recorded here with all memory that they point to, made once more by arm_driver.cpp,
-and played back: the same Python code then gets what the kernels wrote on Arm, which is compared with torch's operators.
+Python does not run there. Calls are recorded here with all memory that they point to and replayed by arm_driver.cpp;
+then the same Python code gets the kernels' outputs from Arm, which are compared with torch's operators.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.engine.test_fused import KINDS, LATENT
-from tests.kernels.arm_calls import COMPILER, EMULATOR, Call, Memory, answered, described, run_on_arm
+from tests.kernels.arm_calls import COMPILER, EMULATOR, Call, Memory, described, redirected, run_on_arm
 from tests.kernels.arm_cases import (
     BF16,
     BOUND,
@@ -69,14 +69,15 @@ HEADS = {
 
 
 def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> Case:
-    """Contexts of several segments, chunks of prompts over the edge of a block; what is not seen is not a number."""
+    """Contexts of several segments, chunks of prompts across the edge of a block; entries outside the context are
+    NaN."""
     heads = HEADS[kind]
     entries = random_tensor(41, 64, max(heads.key_width, heads.value_at + heads.groups * heads.value_step)).to(dtype)
     block_tables = (1 + torch.randperm(39, generator=torch.Generator().manual_seed(0))).view(1, 39).int()
     block_tables = torch.cat((block_tables, block_tables.flip(1).repeat(5, 1)))
     entries[0] = torch.nan
     block_tables[0, 32] = 40
-    entries[40, 6:] = torch.nan  # behind token 2053
+    entries[40, 6:] = torch.nan  # after token 2053
     seq_index, last = torch.zeros(7, dtype=torch.int32), torch.arange(2047, 2054)
     if batched:
         seq_index = torch.cat((seq_index, torch.arange(1, 6, dtype=torch.int32)))
@@ -97,7 +98,7 @@ def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> 
 
 
 def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) -> Case:
-    """Of two sequences, over the edge of a block; their entries are written too."""
+    """New tokens of two sequences, across the edge of a block; their entries are written too."""
     H, G, N = 6, 2, 5
     qkv, entries = (
         random_tensor(N, (H + 2 * G) * width, dtype=dtype),
@@ -137,37 +138,37 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
     return Case(mine, theirs, BOUND[dtype])
 
 
-def sampling(vocabulary: int, kept: bool, dtype: torch.dtype) -> Case:
+def sampling(vocabulary: int, is_filtered: bool, dtype: torch.dtype) -> Case:
     """With top-k, top-p and min-p or without, some greedy, some without the lower half of the tokens."""
     logits = (random_tensor(60, vocabulary) * 3).to(dtype)
     logits[::5, : vocabulary // 2] = -torch.inf
     temperature, uniform = torch.full((60,), 0.8), torch.linspace(0, 0.999, 60, dtype=torch.float64)
     temperature[::7] = 0
     limits = None
-    if kept:
+    if is_filtered:
         limits = (torch.tensor([0, 1, 2, 40, 10_000]), torch.tensor([1.0, 0.9, 0.3, 0.999]), torch.tensor([0, 0.02, 1]))
         limits = tuple(limit.repeat(60)[:60] for limit in limits)
     return alike(lambda: list(sample(logits, temperature, uniform, limits)), 2e-5)
 
 
 def sampling_of_rows(is_unfiltered: bool) -> Case:
-    """Rows with their own settings and numbers, which the kernel makes: of 4,000 tokens of one mass."""
+    """Rows with their own settings and random numbers of the kernel, over 4,000 equally likely tokens."""
     random = numpy.random.default_rng(0)
-    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
-    columns |= dict(prompt=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
+    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), num_tokens=random.integers(20, 30, 50))
+    columns |= dict(num_prompt_tokens=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
     columns |= {name: random.uniform(0.3, 1, 50).astype(numpy.float32) for name in ("temperature", "top_p", "min_p")}
     chosen, offsets, logits = random.permutation(50)[:40], random.integers(0, 4, 40), torch.zeros(40, 4000)
 
     def mine() -> list[Tensor]:
-        found = kernels.RowSampler(**columns).draw(logits, chosen, offsets, is_unfiltered)
+        found = kernels.RowSampler(**columns).sample(logits, chosen, offsets, is_unfiltered)
         return [torch.from_numpy(one) for one in found]
 
     def theirs() -> list[Tensor]:
-        counters = (columns["known"] - columns["prompt"])[chosen] + offsets
+        counters = (columns["num_tokens"] - columns["num_prompt_tokens"])[chosen] + offsets
         numbers = torch.from_numpy(uniforms(columns["seed"][chosen], counters.astype("u8")))
         names = ("temperature", "top_k", "top_p", "min_p")
-        temperature, *kept = (torch.from_numpy(columns[name][chosen]) for name in names)
-        return list(sample(logits, temperature, numbers, None if is_unfiltered else tuple(kept)))
+        temperature, *filters = (torch.from_numpy(columns[name][chosen]) for name in names)
+        return list(sample(logits, temperature, numbers, None if is_unfiltered else tuple(filters)))
 
     return Case(mine, theirs, 2e-5)
 
@@ -218,8 +219,8 @@ def at_once(kind: str, count: int, weights: str, bound: float, cache_dtype: torc
 
     @torch.no_grad()
     def mine() -> list[Tensor]:
-        cache, whole = cache_of(cache_dtype), fused_pass(own)
-        hidden, chosen = whole.hidden(ids, places, pages(cache), cache.data)
+        cache, fused = cache_of(cache_dtype), fused_pass(own)
+        hidden, chosen = fused.hidden(ids, places, pages(cache), cache.data)
         return [hidden, cache.data, *([] if chosen is None else chosen.sort(-1).values)]
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ for _kind, _count in itertools.product(KINDS, (1, 3, 8)):
 
 
 class Arm:
-    """What the kernels were called with for all cases, and what they wrote here and on Arm."""
+    """The calls of the kernels for all cases, and their results here and on Arm."""
 
     def __init__(self, folder: Path):
         self.recorded: dict[str, list[Call]] = {}
@@ -286,10 +287,10 @@ class Arm:
         run_on_arm(every, folder)
 
     def play(self, name: str) -> list[Tensor]:
-        """The case's results where the kernels write what they wrote on Arm."""
+        """The results of a case with the kernels' outputs from Arm."""
         left = iter(self.recorded[name])
 
-        def answer(kernel: str, arguments: tuple, memory: Memory) -> None:
+        def handle(kernel: str, arguments: tuple, memory: Memory) -> None:
             known, own = next(left), described(kernel, arguments, memory)
             assert (own.name, own.integers, own.reals) == (known.name, known.integers, known.reals)
             assert own.addresses == known.addresses
@@ -298,7 +299,7 @@ class Arm:
                 if n not in holds_addresses and before != after:
                     ctypes.memmove(at, after, len(after))
 
-        with answered(answer):
+        with redirected(handle):
             found = CASES[name]().mine()
         assert next(left, None) is None
         return found
@@ -308,11 +309,11 @@ def record(make: Callable[[], Case]) -> tuple[list[Tensor], list[Call]]:
     """Results of a case here, and the calls that it made."""
     recorded, library = [], build.binary()
 
-    def answer(name: str, arguments: tuple, memory: Memory) -> None:
+    def handle(name: str, arguments: tuple, memory: Memory) -> None:
         recorded.append(described(name, arguments, memory))
         getattr(library, name)(*arguments)
 
-    with answered(answer):
+    with redirected(handle):
         return make().mine(), recorded
 
 
@@ -322,7 +323,7 @@ def arm(tmp_path_factory):
 
 
 def difference(mine: Tensor, theirs: Tensor) -> float:
-    """Relative; of whole numbers, whether there is any."""
+    """The relative difference; for integers, whether they differ."""
     if not mine.is_floating_point():
         return float(not torch.equal(mine, theirs))
     mine, theirs = mine.double(), theirs.double()
@@ -331,7 +332,7 @@ def difference(mine: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_on_arm_the_kernels_compute_what_torch_does(name, arm, on_torch):
-    """And what they do here."""
+    """And what the kernels compute here."""
     mine, expected = arm.play(name), CASES[name]()
     theirs = on_torch(expected.theirs)
     assert len(mine) == len(theirs) == len(arm.here[name]) > 0
@@ -342,7 +343,7 @@ def test_on_arm_the_kernels_compute_what_torch_does(name, arm, on_torch):
 
 
 def test_every_kernel_was_called_in_each_of_its_variants(arm):
-    """Those that take a structure have flags: bf16 or not, gradients or not."""
+    """Kernels that take a structure have flags: bf16 or not, gradients or not."""
     text = "".join((build.PACKAGE / name).read_text() for name in build.SOURCES)
     exported = set(re.findall(r'^extern "C" void (\w+)\(', text, re.MULTILINE))
     for name in re.findall(r"^BOTH\((\w+),", text, re.MULTILINE):

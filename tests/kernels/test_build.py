@@ -1,4 +1,4 @@
-"""How the kernels are compiled and kept: one library for an instruction set, whoever asks, wherever the cache lies."""
+"""Compiling and caching the kernels: one library per instruction set."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ def linked(log):
     return sum("-shared" in line for line in log.read_text().splitlines())
 
 
-def test_a_library_is_named_after_its_instruction_set_and_kept(quick):
+def test_a_library_is_named_after_its_instruction_set_and_cached(quick):
     log, cache = quick()
     assert build.load.__wrapped__() is not None
     assert build.load.__wrapped__() is not None
@@ -65,7 +65,7 @@ def test_a_damaged_library_is_compiled_again(quick, monkeypatch, tmp_path):
 
 def test_two_processes_compile_once(quick):
     log, _ = quick()
-    command = [sys.executable, "-c", "from thinkstack.kernels import build; assert build.binary() is not None"]
+    command = [sys.executable, "-c", "from thinkstack.kernels.cpu import build; assert build.binary() is not None"]
     processes = [subprocess.Popen(command, env=os.environ) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert linked(log) == 1
@@ -90,7 +90,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(quick, caplog):
     assert "can be written by others" in caplog.text and "XDG_CACHE_HOME" in caplog.text
 
 
-def test_an_instruction_set_is_asked_for_by_name(monkeypatch):
+def test_an_instruction_set_can_be_requested_by_name(monkeypatch):
     plain = instruction_sets()[-1].name
     monkeypatch.setenv("THINKSTACK_ISA", plain)
     assert instruction_set.__wrapped__().name == plain
@@ -118,13 +118,13 @@ def test_the_best_that_a_processor_has_is_chosen(features, name, monkeypatch):
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS["x86_64"], ids=lambda isa: isa.name)
 def test_no_flag_asks_for_more_than_the_instruction_set_has(isa):
-    """A library crashed on an illegal instruction where a cache folder was shared by unlike processors."""
+    """A library crashed on an illegal instruction when different processors shared a cache folder."""
     if machine.platform.machine() != "x86_64" or not shutil.which("g++"):
         pytest.skip("needs g++ on x86-64")
-    asked = subprocess.run(
+    macros = subprocess.run(
         ["g++", *isa.flags, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True
     ).stdout
-    found = {line.split()[1].strip("_") for line in asked.splitlines()}
+    found = {line.split()[1].strip("_") for line in macros.splitlines()}
     for feature in ("AVX2", "FMA", "AVX512F", "AVX512VNNI", "AVX512BF16", "AMXTILE", "AVXVNNI"):
         has = feature.lower() in {need.replace("_", "") for need in isa.needs}
         assert (feature in found) <= has, feature

@@ -1,4 +1,4 @@
-"""What is computed by a kernel and in which precision: by table and measurement, kept with a run."""
+"""The choice of kernels and precision: by table and measurement, recorded with a run."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.kernels import choice
-from thinkstack.kernels.choice import Measured
+from thinkstack.kernels.choice import Measurements
 from thinkstack.kernels.cpu import build, calls
 from thinkstack.models.precision import resolve_precision
 from thinkstack.train.passes import working_model
@@ -16,10 +16,10 @@ from thinkstack.train.trainer_config import TrainerConfig
 
 @pytest.fixture
 def here(monkeypatch):
-    """Decide as on a machine with this instruction set, table and measurements, none of it this one's."""
+    """Decide as on a machine with the given instruction set, table and measurements."""
 
     def decide(isa="x86-64-v3", table=None, gflops=(100.0, 20.0), **factors):
-        found = Measured(gflops=dict(zip(("fp32", "bf16"), gflops, strict=True)), threads=1, factors=factors)
+        found = Measurements(gflops=dict(zip(("fp32", "bf16"), gflops, strict=True)), threads=1, factors=factors)
         monkeypatch.setattr(choice, "_MEASURED", found)
         monkeypatch.setattr(choice, "_CHOICES", None)
         monkeypatch.setattr(choice, "table", lambda: {isa: table or {}})
@@ -36,7 +36,7 @@ def here(monkeypatch):
     [
         (1.0, None, True),
         (0.99, None, False),
-        (1.5, 0.9, True),  # not clearly
+        (1.5, 0.9, True),  # within OVERRIDE_FACTOR
         (1.5, 0.8, False),
         (0.8, 1.1, False),
         (0.8, 1.25, True),
@@ -65,9 +65,9 @@ def test_the_switch_forces_and_what_no_table_names_is_computed_by_its_kernel(her
     ("isa", "gflops", "precision", "emulates"),
     [
         ("x86-64-v3", (100.0, 2.6), "fp32", True),
-        ("x86-64-v3", (100.0, 300.0), "fp32", False),  # a measurement alone is not believed
+        ("x86-64-v3", (100.0, 300.0), "fp32", False),  # a measurement alone is not enough
         ("avx512-bf16", (200.0, 400.0), "bf16", False),
-        ("avx512-bf16", (200.0, 90.0), "fp32", True),  # nor is the name alone
+        ("avx512-bf16", (200.0, 90.0), "fp32", True),  # nor is the instruction set alone
         ("amx", (200.0, 700.0), "bf16", False),
     ],
 )
@@ -89,40 +89,40 @@ def test_bf16_on_a_processor_that_emulates_it_is_warned_about_once(here, caplog)
     assert "2.5 GFLOP/s" in line and "123" in line and "dtype=auto" in line
 
 
-def test_a_record_is_taken_over_on_another_machine_which_the_log_says(here, caplog):
+def test_recorded_choices_apply_on_another_machine_with_a_warning(here, caplog):
     here(isa="avx512-bf16", table={"attend.fp32": 2.0, "rope.fp32": 0.5}, gflops=(200.0, 400.0))
-    kept = choice.record()
+    recorded = choice.record()
     here(table={"attend.fp32": 0.5, "rope.fp32": 2.0})
     with caplog.at_level(logging.WARNING):
-        choice.restore(kept)
+        choice.restore(recorded)
     assert choice.choices().kernels == {"attend.fp32": True, "rope.fp32": False}
     assert resolve_precision("auto") == "bf16"
-    assert "begun on avx512-bf16 and continued on x86-64-v3" in caplog.text
+    assert "started on avx512-bf16 and resumed on x86-64-v3" in caplog.text
     choice.restore(None)
     assert resolve_precision("auto") == "fp32"
 
 
-def test_a_run_begun_without_kernels_goes_on_without(here, monkeypatch):
+def test_a_run_started_without_kernels_resumes_without(here, monkeypatch):
     here(table={"attend.fp32": 2.0})
     monkeypatch.setenv(build.SWITCH, "0")
-    kept = choice.record()
+    recorded = choice.record()
     monkeypatch.delenv(build.SWITCH)
-    choice.restore(kept)
-    assert not choice.uses("attend", torch.float32) and not choice.uses("fused_latent", torch.float32)
+    choice.restore(recorded)
+    assert not choice.uses("attend", torch.float32) and not choice.uses("fused_mla", torch.float32)
     choice.restore(None)
 
 
-def test_measurements_are_kept_and_apart_for_each_cap(monkeypatch, tmp_path):
+def test_measurements_are_stored_per_limit_on_instruction_sets(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_MEASURED", None)
     monkeypatch.setattr(choice, "_CHOICES", None)
-    choice.store_measured(Measured(gflops={"fp32": 1.0, "bf16": 2.0}, threads=1, factors={"attend.fp32": 3.0}))
+    choice.store_measurements(Measurements(gflops={"fp32": 1.0, "bf16": 2.0}, threads=1, factors={"attend.fp32": 3.0}))
     monkeypatch.setattr(choice, "_MEASURED", None)
-    assert choice.measured().factors == {"attend.fp32": 3.0}
-    path = choice.facts_path()
+    assert choice.measurements().factors == {"attend.fp32": 3.0}
+    path = choice.measurements_path()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    assert choice.facts_path() != path
+    assert choice.measurements_path() != path
     path.write_text('{"gflops": 3')  # cut off
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     monkeypatch.setattr(choice, "_MEASURED", None)
-    assert choice.measured().gflops["fp32"] > 0
+    assert choice.measurements().gflops["fp32"] > 0

@@ -1,4 +1,4 @@
-"""The C++ kernels against torch's operators, which say what they compute."""
+"""The C++ kernels against torch's operators, their reference."""
 
 import functools
 import logging
@@ -45,8 +45,8 @@ def random_tensor(*shape, seed=0, dtype=torch.float32):
 
 
 BOTH_DTYPES = pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-MLA_WHOLE = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
-"""Its experts fill whole vectors; those of MLA_TINY are left to torch."""
+MLA_ALIGNED = replace(MLA_TINY, moe=replace(MLA_TINY.moe, moe_intermediate_size=16))
+"""Its expert sizes are multiples of LANES; the experts of MLA_TINY run on torch's operators."""
 MLA_ODD = replace(
     MLA_TINY,
     attention=replace(
@@ -60,7 +60,7 @@ MLA_ODD = replace(
 )
 
 
-@pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
+@pytest.mark.parametrize("cfg", [MLA_ALIGNED, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_logits_and_gradients_equal_those_of_torchs_operators(cfg, interleaved, on_torch):
     """Two documents and padding in a row of 61 tokens: blocks, vectors and documents all end in different places."""
@@ -80,7 +80,7 @@ def test_logits_and_gradients_equal_those_of_torchs_operators(cfg, interleaved, 
 
 
 def branches_of(tokens):
-    """20 shared tokens, then continuations of 61: long enough that a block of queries sees a whole hole."""
+    """20 shared tokens, then continuations of 61: long enough that a block of queries skips whole vectors of keys."""
     return ((torch.arange(tokens) - 20).clamp(min=-61) // 61 + 1)[None]
 
 
@@ -88,8 +88,8 @@ def branches_of(tokens):
 @pytest.mark.parametrize("branched", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 50, 100, 230])
 def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
-    """Lengths around the sizes of vectors and blocks; a head of 5 + 4 rotated, values of 3; documents, or one that
-    branches."""
+    """Lengths around the sizes of vectors and blocks; a head of 5 + 4 rotated, values of 3; documents, or one
+    with branches."""
     cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
     module = MLA(replace(MLA_TINY, attention=cfg), 0).to(dtype)
     documents = torch.arange(tokens)[None] // (1000 if branched else 37)
@@ -105,7 +105,7 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
     )
 
     def run(*inputs):
-        return module.among_themselves(*inputs, module.expanded, AttentionContext(**context))
+        return module.attend_packed(*inputs, module.expanded_layout, AttentionContext(**context))
 
     inputs = [x.to(dtype) for x in (q, kv, shared)]
     exact = on_torch(with_gradients, run, *(x.float() for x in inputs))
@@ -174,8 +174,8 @@ def test_routing_chooses_as_torch_does(group_score, normalize, on_torch):
     torch.testing.assert_close(mine[0].gather(1, order), theirs[0].gather(1, other))
 
 
-@pytest.mark.parametrize("cfg", [MLA_WHOLE, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
-def test_an_engine_draws_the_same_tokens_with_and_without_kernels(cfg, on_torch):
+@pytest.mark.parametrize("cfg", [MLA_ALIGNED, MLA_ODD, GQA_TINY], ids=["whole vectors", "odd widths", "gqa"])
+def test_an_engine_samples_the_same_tokens_with_and_without_kernels(cfg, on_torch):
     model = tiny_model(cfg)
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [7] * 20]
 
@@ -189,8 +189,8 @@ def test_an_engine_draws_the_same_tokens_with_and_without_kernels(cfg, on_torch)
         assert my_logprobs == pytest.approx(logprobs, abs=2e-5)
 
 
-def test_a_row_does_not_depend_on_its_companions():
-    """Bit for bit: this is what lets a request draw the same tokens alone or in a batch."""
+def test_the_kernels_are_batch_invariant():
+    """Bit for bit, so that a request samples the same tokens in any batch."""
     x, y = random_tensor(130, 32), random_tensor(130, 32, seed=1)
     experts = torch.randint(4, (130, 1), generator=torch.Generator().manual_seed(5))
     experts = torch.cat((experts, (experts + 1) % 4), 1)
@@ -219,7 +219,7 @@ def test_without_a_compiler_torchs_operators_run_and_the_log_says_so(monkeypatch
     assert "no C++ compiler" in caplog.text and "install g++" in caplog.text
 
 
-def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_path):
+def test_with_a_failing_compiler_torch_is_used(monkeypatch, caplog, tmp_path):
     broken = tmp_path / "c++"
     broken.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "cannot do that" >&2\nexit 1\n'
@@ -234,8 +234,8 @@ def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch, caplog, tmp_pat
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "no-such-wrapper g++"])
-def test_a_compiler_that_is_not_there_is_no_reason_to_stop(monkeypatch, caplog, compiler):
-    """CXX was asked for its version outside the net, and a wrapper in it was taken for part of a name."""
+def test_with_a_missing_compiler_torch_is_used(monkeypatch, caplog, compiler):
+    """The call of CXX for its version was not guarded, and a wrapper in CXX was taken for part of a name."""
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
         assert build.load.__wrapped__() is None
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_a_private_one(monkeypatc
 
 def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
     """The kernel read the bf16 bias as fp32: other experts, and memory beyond the buffer."""
-    model = tiny_model(MLA_WHOLE).bfloat16()
+    model = tiny_model(MLA_ALIGNED).bfloat16()
     ids = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         mine, theirs = (run(model.trunk, ids).routing[0].experts for run in (lambda f, *a: f(*a), on_torch))
@@ -262,8 +262,8 @@ def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
     "heads", [kernels.KVLayout(1, 24, 0, 0, 0, 20), kernels.KVLayout(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
-    """Decoding and chunks of prompts, of sequences whose blocks lie anywhere; what lies in other blocks is not read."""
+def test_paged_attention_over_scattered_blocks_equals_torchs(heads, dtype):
+    """Decoding and chunks of prompts of sequences with scattered blocks; other blocks are not read."""
     entries = random_tensor(9, 4, 24).to(dtype)
     entries[0] = torch.nan
     block_tables = torch.tensor([[3, 1, 8], [7, 2, 0], [5, 4, 6]], dtype=torch.int32)
@@ -272,13 +272,13 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
     pages = Pages(entries, block_tables, seq_index)
     query = random_tensor(5, heads.groups, 3, heads.key_width).to(dtype)
     mine = kernels.paged_attention(query, pages, last, heads, 0.3)
-    entries[0] = 0  # the plain path masks what it gathered too much
+    entries[0] = 0  # torch's implementation masks what it gathered in excess
     theirs = paged_attention_torch(query, pages, last, heads, 0.3)
     torch.testing.assert_close(
         mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2})
     )
-    few = paged_attention_torch(query, pages, last, heads, 0.3, limit=1)
-    torch.testing.assert_close(few, theirs)
+    by_parts = paged_attention_torch(query, pages, last, heads, 0.3, max_elements=1)
+    torch.testing.assert_close(by_parts, theirs)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_scattered_blocks_are_read_as_the_plain_path_reads_them(heads, dtype):
 )
 @pytest.mark.parametrize("per_group", [1, 3, 40])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
-def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dtype, bound):
-    """Chunks of prompts over the edge of a block, contexts of several segments, which few sequences read in parts at
-    once, and blocks whose rest holds what is not a number."""
+def test_attention_over_long_contexts_is_batch_invariant(heads, per_group, dtype, bound):
+    """Chunks of prompts across the edge of a block, contexts of several segments, which are computed in parallel for
+    few sequences, and blocks with NaN after the last token."""
     width = max(heads.key_width, heads.value_at + heads.groups * heads.value_step)
     entries = random_tensor(102, 64, width).to(dtype)
     block_tables = (1 + torch.randperm(100, generator=torch.Generator().manual_seed(0))).view(2, 50).int()
@@ -305,7 +305,7 @@ def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dty
     last = torch.cat((chunk, torch.tensor([2498, 0, 63, 64, 1023, 1024, 1500, 2047, 2048, 3000, 9])))
     entries[0] = torch.nan
     block_tables[0, 32] = 101
-    entries[101, 19:] = torch.nan  # behind token 2066
+    entries[101, 19:] = torch.nan  # after token 2066
     query = random_tensor(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def read(rows):
@@ -316,18 +316,18 @@ def test_long_contexts_are_read_alike_alone_and_in_company(heads, per_group, dty
     together = read(slice(None))
     assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, *range(46, 58)))
     assert torch.equal(read(slice(30, 50)), together[30:50])
-    whole = Pages(entries.double().nan_to_num(), block_tables, seq_index)
-    exact = paged_attention_torch(query.double(), whole, last, heads, 0.2)
-    assert (together.double() - exact).norm() < bound * exact.norm()  # by tiles probabilities are rounded to bf16
+    reference = Pages(entries.double().nan_to_num(), block_tables, seq_index)
+    exact = paged_attention_torch(query.double(), reference, last, heads, 0.2)
+    assert (together.double() - exact).norm() < bound * exact.norm()  # TiledAttention rounds probabilities to bf16
 
 
-def test_threads_that_ask_at_once_build_once(monkeypatch):
-    """The workers of a trainer ask together; both compiled, on the cores they shared."""
+def test_concurrent_threads_build_once(monkeypatch):
+    """The workers of a trainer load the kernels concurrently; both compiled, on shared cores."""
     built = []
     monkeypatch.setattr(build, "load", functools.cache(lambda: built.append(build._BUILDING.locked())))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: build.binary.__wrapped__(), range(2)))
-    assert built == [True], "once, while whoever else asks waits"
+    assert built == [True], "built more than once, or without the lock"
 
 
 def test_the_switch_turns_the_kernels_off(monkeypatch):

@@ -1,4 +1,4 @@
-"""Matrices in oneDNN's layout against F.linear."""
+"""Prepacked matrices against F.linear."""
 
 import copy
 
@@ -9,16 +9,22 @@ import torch.nn.functional as F
 from tests.kernels.test_kernels import random_tensor
 from thinkstack import kernels
 from thinkstack.kernels.cpu import prepacked as prepacked
-from thinkstack.kernels.cpu.prepacked import MOST_ROWS, PrepackedMatrix, can_prepack, is_batch_invariant, multiply
-from thinkstack.models.layers import Projection, prepack_weights
+from thinkstack.kernels.cpu.prepacked import (
+    MAX_ROWS,
+    PrepackedMatrix,
+    can_prepack,
+    is_batch_invariant,
+    prepacked_linear,
+)
+from thinkstack.models.layers import Linear, prepack_weights
 
 pytestmark = pytest.mark.skipif(
     not can_prepack(torch.empty(1, dtype=torch.bfloat16)), reason="no bf16 products of oneDNN on this machine"
 )
 
 
-def layer(bias: bool = False) -> Projection:
-    made = Projection(96, 40, bias=bias)
+def layer(bias: bool = False) -> Linear:
+    made = Linear(96, 40, bias=bias)
     made.weight.data = random_tensor(40, 96, dtype=torch.bfloat16)
     if bias:
         made.bias.data = random_tensor(40)
@@ -30,7 +36,7 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("rows", [(1,), (9,), (64, 1), (2, 33), (MOST_ROWS + 1,)])
+@pytest.mark.parametrize("rows", [(1,), (9,), (64, 1), (2, 33), (MAX_ROWS + 1,)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_a_product_is_that_of_the_plain_layout(monkeypatch, rows, bias):
@@ -38,13 +44,13 @@ def test_a_product_is_that_of_the_plain_layout(monkeypatch, rows, bias):
     made, x = layer(bias), random_tensor(*rows, 96, seed=1, dtype=torch.bfloat16)
     expected = F.linear(x, made.weight, made.bias.bfloat16() if bias else None)
     assert close(made(x), expected)
-    assert (made.prepacked._matrix is not None) == (x.numel() // 96 <= MOST_ROWS)
+    assert (made.prepacked._matrix is not None) == (x.numel() // 96 <= MAX_ROWS)
     every_other = random_tensor(rows[0], 192, seed=2, dtype=torch.bfloat16)[:, ::2]
     assert close(made(every_other), F.linear(every_other, made.weight, made.bias.bfloat16() if bias else None))
 
 
 @torch.no_grad()
-def test_a_matrix_that_changed_is_laid_out_again():
+def test_a_changed_matrix_is_prepacked_again():
     made, x = layer(), random_tensor(16, 96, seed=1, dtype=torch.bfloat16)
     before = made(x)
     made.weight.mul_(2)
@@ -56,37 +62,37 @@ def test_a_matrix_that_changed_is_laid_out_again():
 
 
 @torch.no_grad()
-def test_copies_have_a_layout_of_their_own():
+def test_copies_prepack_their_own_matrix():
     made, x = layer(), random_tensor(16, 96, seed=1, dtype=torch.bfloat16)
     before = made(x)
-    twin = copy.deepcopy(made)
-    assert isinstance(twin.prepacked, PrepackedMatrix) and twin.prepacked is not made.prepacked
-    twin.weight.mul_(2)
-    assert close(twin(x), 2 * before) and close(made(x), before)
+    copied = copy.deepcopy(made)
+    assert isinstance(copied.prepacked, PrepackedMatrix) and copied.prepacked is not made.prepacked
+    copied.weight.mul_(2)
+    assert close(copied(x), 2 * before) and close(made(x), before)
     assert list(made.state_dict()) == ["weight"]
 
 
-def test_matrices_too_large_for_the_memory_are_not_kept_twice(monkeypatch):
-    monkeypatch.setattr(prepacked, "SHARE", 0)
+def test_matrices_too_large_for_the_memory_are_not_prepacked(monkeypatch):
+    monkeypatch.setattr(prepacked, "MAX_MEMORY_SHARE", 0)
     assert layer().prepacked is None
 
 
-def test_it_is_not_used_where_gradients_are_or_in_fp32():
+def test_prepacked_matrices_are_not_used_with_gradients_or_in_fp32():
     made, x = layer(), random_tensor(16, 96, seed=1, dtype=torch.bfloat16)
     made(x).sum().backward()
     assert made.weight.grad is not None and made.prepacked._matrix is None
-    plain = Projection(96, 40, bias=False)
+    plain = Linear(96, 40, bias=False)
     prepack_weights(plain)
     assert plain.prepacked is None
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (960, 576), (576, 1536)])
 @torch.no_grad()
-def test_a_row_in_fp32_is_the_same_in_any_company(outputs, inputs):
+def test_prepacked_products_in_fp32_are_batch_invariant(outputs, inputs):
     """A single row of 1,536 numbers was summed in another order than one of two."""
     assert is_batch_invariant(outputs, inputs)
-    x, matrix = random_tensor(70, inputs), prepacked.prepacked(random_tensor(outputs, inputs, seed=1))
-    together = multiply(x, matrix)
-    assert all(torch.equal(multiply(x[n : n + 1], matrix)[0], together[n]) for n in (0, 33, 69))
-    assert torch.equal(multiply(x[5:42], matrix), together[5:42])
+    x, matrix = random_tensor(70, inputs), prepacked.prepack(random_tensor(outputs, inputs, seed=1))
+    together = prepacked_linear(x, matrix)
+    assert all(torch.equal(prepacked_linear(x[n : n + 1], matrix)[0], together[n]) for n in (0, 33, 69))
+    assert torch.equal(prepacked_linear(x[5:42], matrix), together[5:42])
     torch.testing.assert_close(together, F.linear(x, random_tensor(outputs, inputs, seed=1)), rtol=1e-4, atol=1e-3)

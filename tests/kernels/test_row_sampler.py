@@ -1,4 +1,4 @@
-"""The kernel that draws tokens against torch's operators, and by cases where rounding decides."""
+"""The sampling kernel against torch's operators, and in cases where rounding matters."""
 
 import numpy
 import pytest
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [0.3, 3, 12])
 @pytest.mark.parametrize("vocabulary", [1, 53, 5000])
-@pytest.mark.parametrize("kept", [False, True])
-def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_torch):
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_sampling_inverts_the_same_distribution(vocabulary, spread, is_filtered, dtype, on_torch):
     rows = 400 if vocabulary < 1000 else 60
     logits = (random_tensor(rows, vocabulary) * spread).to(dtype)
     logits[::5, : vocabulary // 2] = -torch.inf
@@ -24,46 +24,49 @@ def test_draws_invert_the_same_distribution(vocabulary, spread, kept, dtype, on_
     temperature, uniform = torch.full((rows,), 0.8), torch.rand(rows, dtype=torch.float64, generator=generator)
     temperature[::7] = 0
     limits = None
-    if kept:
+    if is_filtered:
         limits = (torch.tensor([0, 1, 2, 40, 10_000]), torch.tensor([1.0, 0.9, 0.3, 0.999]), torch.tensor([0, 0.02, 1]))
         limits = tuple(limit.repeat(rows)[:rows] for limit in limits)
     settings = logits, temperature, uniform, limits
     (mine, my_logprobs), (theirs, logprobs) = sample(*settings), on_torch(sample, *settings)
     same = mine == theirs
-    assert same.float().mean() > 0.98  # a draw on the edge of two tokens may fall either way
+    assert same.float().mean() > 0.98  # a random number at the edge between two tokens may give either
     torch.testing.assert_close(my_logprobs[same], logprobs[same], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("is_unfiltered", [False, True])
-def test_rows_of_columns_draw_with_their_own_settings_and_numbers(is_unfiltered):
-    """Every token says which number it was drawn with: there are 4,000 of the same mass."""
+def test_rows_of_columns_use_their_own_settings_and_random_numbers(is_unfiltered):
+    """4,000 equally likely tokens, so that a token determines its random number."""
     random = numpy.random.default_rng(0)
-    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), known=random.integers(20, 30, 50))
-    columns |= dict(prompt=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
+    columns = dict(seed=random.integers(0, 2**64, 50, dtype=numpy.uint64), num_tokens=random.integers(20, 30, 50))
+    columns |= dict(num_prompt_tokens=random.integers(0, 20, 50), top_k=random.integers(0, 3000, 50))
     columns |= {name: random.uniform(0.3, 1, 50).astype(numpy.float32) for name in ("temperature", "top_p", "min_p")}
     rows, offsets = random.permutation(50)[:40], random.integers(0, 4, 40)
     logits = torch.zeros(40, 4000)
     numbers = uniforms(
-        columns["seed"][rows], (columns["known"] - columns["prompt"])[rows].astype("u8") + offsets.astype("u8")
+        columns["seed"][rows],
+        (columns["num_tokens"] - columns["num_prompt_tokens"])[rows].astype("u8") + offsets.astype("u8"),
     )
-    temperature, *kept = (torch.from_numpy(columns[name][rows]) for name in ("temperature", "top_k", "top_p", "min_p"))
-    expected = kernels.sample(logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(kept))
-    found = kernels.RowSampler(**columns).draw(logits, rows, offsets, is_unfiltered)
+    temperature, *filters = (
+        torch.from_numpy(columns[name][rows]) for name in ("temperature", "top_k", "top_p", "min_p")
+    )
+    expected = kernels.sample(logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(filters))
+    found = kernels.RowSampler(**columns).sample(logits, rows, offsets, is_unfiltered)
     assert len(set(found[0].tolist())) > 30
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine == theirs.numpy()).all()
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(broken):
+def test_a_row_that_is_not_finite_reports_nan_and_leaves_the_others_unchanged(broken):
     logits = random_tensor(3, 200)
     logits[1, 77] = broken
     _, logprobs = sample(logits, torch.ones(3), torch.full((3,), 0.5, dtype=torch.float64))
     assert logprobs.isnan().tolist() == [False, True, False]
 
 
-def test_the_last_number_draws_the_last_token_that_is_kept():
-    """Rounding makes the target the whole mass; the vectors behind hold none."""
+def test_the_largest_random_number_samples_the_last_token_with_mass():
+    """Rounding makes the target equal to the total mass; the last vectors have no mass."""
     logits = random_tensor(300, 2000)
     logits[:, 700:] = -torch.inf
     uniform = torch.full((300,), 1 - 2**-53, dtype=torch.float64)
@@ -71,10 +74,10 @@ def test_the_last_number_draws_the_last_token_that_is_kept():
     assert (tokens == 699).all() and logprobs.isfinite().all()
 
 
-def test_tokens_that_weigh_the_same_are_kept_from_the_lowest_on(on_torch):
-    """Thousands of equals in one bin, which the kernel sorts."""
+def test_of_equally_likely_tokens_the_lower_ids_stay(on_torch):
+    """Thousands of equal masses in one bin, which the kernel sorts."""
     logits, uniform = torch.zeros(50, 3000), torch.linspace(0, 0.999, 50, dtype=torch.float64)
     top_k, ones = torch.full((50,), 1234), torch.ones(50)
-    for kept in ((top_k, ones, 0 * ones), (0 * top_k, ones * 0.5, 0 * ones), (top_k, ones * 0.5, ones)):
-        tokens, _ = sample(logits, ones, uniform, kept)
-        assert torch.equal(tokens, on_torch(sample, logits, ones, uniform, kept)[0])
+    for filters in ((top_k, ones, 0 * ones), (0 * top_k, ones * 0.5, 0 * ones), (top_k, ones * 0.5, ones)):
+        tokens, _ = sample(logits, ones, uniform, filters)
+        assert torch.equal(tokens, on_torch(sample, logits, ones, uniform, filters)[0])

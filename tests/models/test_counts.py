@@ -35,7 +35,7 @@ def test_published_totals():
 
 
 def test_published_totals_of_the_students():
-    """Those of the released safetensors files; the names are the rounder ones of the base models."""
+    """Totals of the released safetensors files; the models' names have the rounded ones of their base models."""
     published = {
         "r1-distill-qwen-1.5b": 1_777_088_000,
         "r1-distill-qwen-7b": 7_615_616_512,

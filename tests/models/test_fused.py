@@ -1,4 +1,4 @@
-"""What a GPU runs, on a CPU where the same operators of torch exist: fused attention, block masks, grouped experts."""
+"""The CUDA paths, tested on a CPU by the same torch operators: fused attention, block masks, grouped experts."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from thinkstack.models import attention, moe
 from thinkstack.models.attention import (
     AttentionContext,
     additive_mask,
-    document_blocks,
+    document_block_mask,
     fused_attention,
     kv_range_of,
 )
@@ -34,16 +34,16 @@ def test_fused_attention_and_its_gradients_are_those_of_plain_products(groups):
     kv_range = kv_range_of(torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [3] * 20]))
     grad = torch.randn(2, 20, groups, 4 // groups, 8, generator=generator)
     mask = additive_mask(kv_range, torch.arange(20).unsqueeze(0), 20, torch.float32)
-    plain = attention.weighted_values(*given, mask, 0.3)
+    plain = attention.eager_attention(*given, mask, 0.3)
     fused = fused_attention(*given, context_of(kv_range), 0.3)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(out, given, grad) for out in (fused, plain)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_block_masks_open_what_the_additive_mask_opens():
+def test_the_block_mask_equals_the_additive_mask():
     kv_range = kv_range_of(torch.tensor([[1] * 70 + [2] * 120 + [0] * 10, [3] * 150 + [4] * 50]))
-    blocks = document_blocks(kv_range)
+    blocks = document_block_mask(kv_range)
     dense = create_mask(blocks.mask_mod, 2, None, 200, 200, device="cpu")
     mask = additive_mask(kv_range, torch.arange(200).unsqueeze(0), 200, torch.float32)
     assert torch.equal(dense, mask == 0)
@@ -64,7 +64,7 @@ def test_flex_attention_gives_the_models_logits(cfg):
 
 @BOTH
 def test_sdpa_gives_the_models_logits_and_gradients(cfg, monkeypatch):
-    """The path of a GPU without compilation, put in the place of plain products."""
+    """The CUDA path without compilation, forced in place of plain products."""
     batch, found = random_batch([9, 5, 12, 3], 16), []
     for fused in (False, True):
         model = tiny_model(cfg)
@@ -72,9 +72,9 @@ def test_sdpa_gives_the_models_logits_and_gradients(cfg, monkeypatch):
         if fused:
             monkeypatch.setattr(
                 attention,
-                "weighted_values",
+                "eager_attention",
                 lambda q, k, v, mask, scale: fused_attention(
-                    q, k, v, replace(context_of(batch.ids), known_mask=mask), scale
+                    q, k, v, replace(context_of(batch.ids), cached_mask=mask), scale
                 ),
             )
         logits = model(batch.ids, batch.positions, batch.document_ids)
@@ -89,7 +89,7 @@ def test_sdpa_gives_the_models_logits_and_gradients(cfg, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_experts_and_their_gradients_are_those_of_the_reference(dtype):
-    """An expert that nobody chose is among them."""
+    """One expert gets no token."""
     generator = torch.Generator().manual_seed(1)
     experts = torch.randint(6, (40, 2), generator=generator)
     experts[experts == 3] = 4
@@ -98,7 +98,7 @@ def test_grouped_experts_and_their_gradients_are_those_of_the_reference(dtype):
     given[1] = given[1].detach().float().requires_grad_()
     x, weights, w_in, w_out = given
     grad = torch.randn(40, 16, generator=generator).to(dtype)
-    outs = [run(x, weights, experts, w_in, w_out) for run in (moe.grouped_mlp, moe.ExpertMLP.apply)]
+    outs = [run(x, weights, experts, w_in, w_out) for run in (moe.grouped_mm_experts, moe.ExpertMLP.apply)]
     bounds = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2.0, "rtol": 0.1}
     torch.testing.assert_close(*outs, **bounds)
     for ours, theirs in zip(*(torch.autograd.grad(out, given, grad) for out in outs), strict=True):

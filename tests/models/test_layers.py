@@ -10,12 +10,12 @@ from thinkstack.models.config import RopeConfig, YarnConfig, named, yarn_mscale
 from thinkstack.models.layers import RMSNorm, SwiGLU, rope_frequencies, rope_table, rotate, swiglu, yarn_range
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(output, inputs, drawn(*output.shape, seed=9))
+    return torch.autograd.grad(output, inputs, random_tensor(*output.shape, seed=9))
 
 
 def test_rms_norm_of_a_worked_row():
@@ -27,8 +27,8 @@ def test_rms_norm_of_a_worked_row():
 
 
 def test_rms_norm_backward_is_autograds():
-    x, norm = drawn(3, 5, 8).requires_grad_(), RMSNorm(8, eps=1e-6)
-    weight = (1 + drawn(8, seed=1) / 4).requires_grad_()
+    x, norm = random_tensor(3, 5, 8).requires_grad_(), RMSNorm(8, eps=1e-6)
+    weight = (1 + random_tensor(8, seed=1) / 4).requires_grad_()
     norm.weight = torch.nn.Parameter(weight.detach().clone())
     plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
     for mine, theirs in zip(gradients(norm(x), x, norm.weight), gradients(plain, x, weight), strict=True):
@@ -45,27 +45,27 @@ def test_rms_norm_computes_in_fp32_and_keeps_the_dtype():
 
 
 def test_swiglu_backward_is_autograds():
-    gate, up = drawn(4, 6).requires_grad_(), drawn(4, 6, seed=1).requires_grad_()
+    gate, up = random_tensor(4, 6).requires_grad_(), random_tensor(4, 6, seed=1).requires_grad_()
     pairs = zip(gradients(swiglu(gate, up), gate, up), gradients(F.silu(gate) * up, gate, up), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_feed_forward_is_the_papers_formula():
-    layer, x = SwiGLU(6, 10), drawn(3, 6)
+    layer, x = SwiGLU(6, 10), random_tensor(3, 6)
     expected = (F.silu(x @ layer.w1.weight.T) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_interleaved_rotation_turns_neighboring_pairs():
-    """At position 1 the pair (x0, x1) turns by 1 radian, and (x2, x3) by theta ** -0.5 = 0.01."""
+def test_interleaved_rotation_rotates_neighboring_pairs():
+    """At position 1 the pair (x0, x1) is rotated by 1 radian, and (x2, x3) by theta ** -0.5 = 0.01."""
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
     out = rotate(x, rope_table(torch.tensor([[1]]), 4, RopeConfig()), interleaved=True).flatten()
     expected = [math.cos(1), math.sin(1), -math.sin(0.01), math.cos(0.01)]
     torch.testing.assert_close(out, torch.tensor(expected))
 
 
-def test_half_split_rotation_turns_distant_pairs():
+def test_half_split_rotation_rotates_distant_pairs():
     """The Llama layout pairs x0 with x2 and x1 with x3."""
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
     out = rotate(x, rope_table(torch.tensor([[1]]), 4, RopeConfig()), interleaved=False).flatten()
@@ -74,8 +74,8 @@ def test_half_split_rotation_turns_distant_pairs():
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_rotate_backward_turns_back(interleaved):
-    x = drawn(2, 3, 2, 8).requires_grad_()
+def test_rotate_backward_is_the_inverse_rotation(interleaved):
+    x = random_tensor(2, 3, 2, 8).requires_grad_()
     table = rope_table(torch.arange(6).view(2, 3), 8, RopeConfig(theta=100.0))
     cos, sin = table.real.unsqueeze(2), table.imag.unsqueeze(2)
     if interleaved:
@@ -91,7 +91,7 @@ def test_rotate_backward_turns_back(interleaved):
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_a_rotated_product_depends_on_the_distance_alone(interleaved):
-    q, k = drawn(1, 1, 1, 8), drawn(1, 1, 1, 8, seed=1)
+    q, k = random_tensor(1, 1, 1, 8), random_tensor(1, 1, 1, 8, seed=1)
 
     def product(at: int, other: int) -> float:
         block_tables = [rope_table(torch.tensor([[p]]), 8, RopeConfig(theta=50.0)) for p in (at, other)]
@@ -102,7 +102,7 @@ def test_a_rotated_product_depends_on_the_distance_alone(interleaved):
 
 
 def test_rope_tables_are_fp32_whatever_the_model_computes_in():
-    """E2.45: in bf16 the angle of position 300 would be off by more than a radian."""
+    """In bf16 the angle of position 300 would be off by more than a radian."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         table = rope_table(torch.tensor([[301]]), 2, RopeConfig())
     assert table.dtype == torch.complex64

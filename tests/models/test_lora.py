@@ -1,4 +1,4 @@
-"""Low-rank adapters: they begin as nothing, train alone, and merge without touching what they adapt."""
+"""Low-rank adapters: initially zero, the only trained parameters, merged without changing the base."""
 
 import copy
 from dataclasses import replace
@@ -43,7 +43,7 @@ def trained(cfg=MLA_TINY, steps: int = 3, settings: TrainerConfig = PLAIN) -> Tr
 
 
 @EVERY
-def test_trap_66_adapters_of_zero_change_no_bit_so_that_the_first_ratio_is_one(cfg):
+def test_zero_adapters_change_no_bit_so_the_first_ratio_is_one(cfg):
     plain, model = tiny_model(cfg), tiny_model(cfg)
     before = logprobs(plain)
     adapt(model, ALL)
@@ -51,24 +51,24 @@ def test_trap_66_adapters_of_zero_change_no_bit_so_that_the_first_ratio_is_one(c
 
 
 @EVERY
-def test_trap_66_the_engine_draws_what_base_and_adapters_say(cfg):
-    """The engine merges, the trainer adds: the same tokens have the same log-probabilities."""
+def test_the_engine_samples_from_base_and_adapters(cfg):
+    """The engine merges adapters, the trainer adds their output; both give the same log-probabilities."""
     trainer = trained(cfg)
     engine = Engine(tiny_model(cfg), EngineConfig(max_num_seqs=16))
     engine.load_weights(trainer.weights(), version=3)
     prompt = [3, 1, 4, 1]
     for found in engine.generate([prompt], [SamplingParams(max_tokens=12, n=4)])[0]:
         ids = torch.tensor([[*prompt, *found.token_ids]])
-        with torch.enable_grad():  # the sums of training, not the merged matrices of inference
+        with torch.enable_grad():  # the path of training, not the merged matrices of inference
             logits = trainer.model(ids[:, :-1])[0, len(prompt) - 1 :]
         expected = torch.log_softmax(logits.detach(), -1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(found.logprobs), expected, atol=1e-4, rtol=0)
-    assert (logprobs(trainer.model) - logprobs(tiny_model(cfg))).abs().max() > 1e-2, "something was learnt"
+    assert (logprobs(trainer.model) - logprobs(tiny_model(cfg))).abs().max() > 1e-2, "nothing was trained"
 
 
 @EVERY
 def test_merging_again_and_again_never_touches_the_base(cfg):
-    """Merged in place and taken out again, every step would round the base once more."""
+    """Merging in place and subtracting again would round the base at every step."""
     start, trainer = tiny_model(cfg), Trainer(tiny_model(cfg), PLAIN, 10)
     engine = Engine(trainer.model)
     for step in range(4):
@@ -109,17 +109,17 @@ def test_only_adapters_change_and_only_they_have_optimizer_state(cfg, settings):
 
 
 def test_gradients_are_those_of_the_merged_matrix():
-    """dW of the whole matrix, projected: dB = s dW A^T, dA = s B^T dW; experts too, gate and up each by itself."""
+    """dW of the whole matrix, projected: dB = s dW A^T, dA = s B^T dW; also for experts, with gate and up separate."""
     settings = replace(PLAIN, optim=OptimConfig(learning_rate=1e-2, clip_norm=1e9))
     model = trained(settings=settings).model
-    twin, batch = merged(model), random_batch(LENGTHS, 16)
-    for found in (model, twin):
+    copied, batch = merged(model), random_batch(LENGTHS, 16)
+    for found in (model, copied):
         logits = found(batch.ids, batch.positions, batch.document_ids)
         F.cross_entropy(logits[batch.loss_mask > 0], batch.targets[batch.loss_mask > 0]).backward()
-    whole = dict(twin.named_parameters())
+    parameters = dict(copied.named_parameters())
     for name, adapter in adapters(model).items():
         a, b = adapter.lora_a, adapter.lora_b
-        grad = whole[name].grad.view(*b.shape[:-1], a.shape[-1])
+        grad = parameters[name].grad.view(*b.shape[:-1], a.shape[-1])
         torch.testing.assert_close(b.grad, adapter.scale * grad @ a.mT, atol=1e-5, rtol=1e-3, msg=name)
         torch.testing.assert_close(a.grad, adapter.scale * b.mT @ grad, atol=1e-5, rtol=1e-3, msg=name)
 
@@ -141,7 +141,7 @@ def test_the_scale_is_alpha_over_rank_or_over_its_root():
     assert LoRAConfig(rank=16, alpha=32.0, rslora=True).scale == 8.0
 
 
-def test_the_drawn_matrices_depend_on_the_seed_alone():
+def test_initial_adapters_depend_on_the_seed_only():
     found = []
     for seed in (0, 0, 1):
         model = tiny_model()
@@ -165,8 +165,8 @@ def test_a_run_with_adapters_resumes_bit_for_bit_and_its_state_is_small():
 
 
 def test_activation_checkpointing_changes_no_bit():
-    plain, kept = trained(IN_KERNELS), trained(IN_KERNELS, settings=replace(PLAIN, checkpoint_layers=True))
-    assert torch.equal(logprobs(plain.model), logprobs(kept.model))
+    plain, checkpointed = trained(IN_KERNELS), trained(IN_KERNELS, settings=replace(PLAIN, checkpoint_layers=True))
+    assert torch.equal(logprobs(plain.model), logprobs(checkpointed.model))
 
 
 def test_adapters_learn():
@@ -177,11 +177,11 @@ def test_adapters_learn():
 
 def test_a_merged_model_is_a_plain_one():
     model = trained().model
-    plain, twin = tiny_model(), merged(model)
-    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    plain, copied = tiny_model(), merged(model)
+    assert [name for name, _ in copied.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert merged(plain) is plain
-    torch.testing.assert_close(logprobs(twin), logprobs(model), atol=1e-5, rtol=1e-5)
-    assert copy.deepcopy(twin).state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(logprobs(copied), logprobs(model), atol=1e-5, rtol=1e-5)
+    assert copy.deepcopy(copied).state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,9 @@ def test_a_merged_model_is_a_plain_one():
         (partial(LoRAConfig, rank=2, alpha=0.0), "alpha=0.0"),
         (partial(LoRAConfig, rank=2, targets=()), "adapts nothing"),
         (partial(TrainerConfig, lora=ALL), "bias_speed=0.001"),
-        (partial(adapt, tiny_model(GQA_TINY), LoRAConfig(rank=2, targets=("experts",))), "names nothing"),
+        (partial(adapt, tiny_model(GQA_TINY), LoRAConfig(rank=2, targets=("experts",))), "matches no parameter"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

@@ -17,7 +17,7 @@ GROUPED = MoEConfig(
 )
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -45,7 +45,7 @@ def route_one(scores: list[float], bias: list[float], cfg: MoEConfig) -> dict[in
     ids=["v3", "v2", "one group", "all groups"],
 )
 def test_routing_agrees_with_a_plain_loop(cfg):
-    scores, bias = drawn(50, 12).sigmoid(), drawn(12, seed=1) / 4
+    scores, bias = random_tensor(50, 12).sigmoid(), random_tensor(12, seed=1) / 4
     weights, experts = route(scores, bias, cfg)
     for row in range(50):
         found = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
@@ -60,14 +60,14 @@ def test_bias_steers_the_choice_but_not_the_weight():
 
 
 def test_weights_come_from_the_scores_without_bias():
-    """E2.60: gates use the raw scores: 0.6 and 0.2 share 2 as 1.5 and 0.5, however large the bias."""
+    """Weights come from the scores without bias: 0.6 and 0.2 scaled to a sum of 2 are 1.5 and 0.5 for any bias."""
     cfg = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=1, route_scale=2.0)
     weights, experts = route(torch.tensor([[0.6, 0.1, 0.2, 0.3]]), torch.tensor([5.0, 0.0, 9.0, 0.0]), cfg)
     assert dict(zip(experts[0].tolist(), weights[0].tolist(), strict=True)) == pytest.approx({0: 1.5, 2: 0.5})
 
 
 def test_closed_groups_stay_closed_when_open_scores_are_negative():
-    """E2.60: a mask of 0.0 instead of -inf lets closed experts win as soon as biased scores are negative (litgpt)."""
+    """A mask of 0.0 instead of -inf selects masked experts as soon as biased scores are negative (a bug of litgpt)."""
     cfg = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=1, num_groups=2, top_groups=1)
     _, experts = route(torch.tensor([[0.5, 0.4, 0.3, 0.2]]), torch.tensor([-2.0, -2.0, -4.0, -4.0]), cfg)
     assert sorted(experts[0].tolist()) == [0, 1]
@@ -78,8 +78,8 @@ def test_all_scores_at_zero_give_no_nan():
     assert torch.equal(weights, torch.zeros(1, 3))
 
 
-def test_the_router_learns_through_the_weights_and_not_through_the_choice():
-    scores, bias = drawn(5, 12).sigmoid().requires_grad_(), torch.zeros(12)
+def test_router_gradients_come_through_the_weights_not_the_choice():
+    scores, bias = random_tensor(5, 12).sigmoid().requires_grad_(), torch.zeros(12)
     weights, experts = route(scores, bias, replace(GROUPED, norm_topk_prob=False, route_scale=1.0))
     weights.sum().backward()
     assert torch.equal(scores.grad, torch.zeros(5, 12).scatter(1, experts, 1.0))
@@ -113,9 +113,13 @@ def plain_experts(x, weights, experts, w_in, w_out):
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
 def test_experts_and_their_gradients_agree_with_autograd_of_a_loop(num_tokens):
-    """fp64, so that nothing but a wrong formula can differ. Expert 3 is chosen by nobody."""
-    x, w_in, w_out = drawn(num_tokens, 6).double(), drawn(4, 10, 6, seed=1).double(), drawn(4, 6, 5, seed=2).double()
-    weights = drawn(num_tokens, 2, seed=3).double()
+    """fp64, so that only a wrong formula can differ. Expert 3 gets no token."""
+    x, w_in, w_out = (
+        random_tensor(num_tokens, 6).double(),
+        random_tensor(4, 10, 6, seed=1).double(),
+        random_tensor(4, 6, 5, seed=2).double(),
+    )
+    weights = random_tensor(num_tokens, 2, seed=3).double()
     experts = torch.stack(
         [torch.randperm(3, generator=torch.Generator().manual_seed(t))[:2] for t in range(num_tokens)]
     )
@@ -123,23 +127,23 @@ def test_experts_and_their_gradients_agree_with_autograd_of_a_loop(num_tokens):
     fast = ExpertMLP.apply(x, weights, experts, w_in, w_out)
     plain = plain_experts(x, weights, experts, w_in, w_out)
     torch.testing.assert_close(fast, plain)
-    grad = drawn(num_tokens, 6, seed=4).double()
+    grad = random_tensor(num_tokens, 6, seed=4).double()
     pairs = zip(torch.autograd.grad(fast, leaves, grad), torch.autograd.grad(plain, leaves, grad), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs)
 
 
 def test_router_scores_are_fp32_in_a_bf16_model():
-    """E2.45: bf16 scores tie and flip experts between rollout and trainer."""
+    """bf16 scores would tie, and rollout and trainer would use different experts."""
     layer = MoE(MLA_TINY).to(torch.bfloat16)
     torch.nn.init.normal_(layer.router, generator=torch.Generator().manual_seed(0))
-    _, routing = layer(drawn(1, 4, 32).to(torch.bfloat16))
+    _, routing = layer(random_tensor(1, 4, 32).to(torch.bfloat16))
     assert routing.scores.dtype == torch.float32
 
 
-def test_a_token_finds_the_same_experts_alone_or_in_a_batch():
-    """E2.64: a row of a product must not depend on how many other rows there are; fp32, exactly."""
-    layer, x = MoE(MLA_TINY), drawn(8, 16, 32)
+def test_routing_is_batch_invariant():
+    """In fp32 a row of a matrix product must not depend on the number of rows."""
+    layer, x = MoE(MLA_TINY), random_tensor(8, 16, 32)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     together, routing = layer(x)

@@ -17,15 +17,15 @@ def test_linear_scaling_divides_every_frequency():
 
 
 def test_llama3_keeps_fast_pairs_divides_slow_ones_and_blends_between():
-    """Within 8,192 tokens the pairs turn 1,303.8, 1.3038 and 0.0013 times; below 1 is slow, above 4 is fast."""
+    """Within 8,192 tokens the pairs make 1,303.8, 1.3038 and 0.0013 rotations; below 1 is slow, above 4 is fast."""
     scaling = Llama3RopeConfig(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
     found = rope_frequencies(6, RopeConfig(theta=1e9, llama3=scaling))
-    kept = (8192 * 1e-3 / (2 * math.pi) - 1) / 3
-    assert found.tolist() == pytest.approx([1.0, 1e-3 * (kept + (1 - kept) / 8), 1e-6 / 8], rel=1e-6)
+    unscaled = (8192 * 1e-3 / (2 * math.pi) - 1) / 3
+    assert found.tolist() == pytest.approx([1.0, 1e-3 * (unscaled + (1 - unscaled) / 8), 1e-6 / 8], rel=1e-6)
 
 
 def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
-    """Width 4, base 1e4: the pairs turn 6,518.9 and 65.2 times in 40,960 tokens; the blend ends at index 2."""
+    """Width 4, base 1e4: the pairs make 6,518.9 and 65.2 rotations in 40,960 tokens; interpolation ends at index 2."""
     yarn = YarnConfig(factor=4.0, original_max_positions=40960, beta_fast=65536.0, beta_slow=1.0)
     found = rope_frequencies(4, RopeConfig(yarn=yarn))
     assert found.tolist() == pytest.approx([1.0, 0.01 * 0.5 + 0.01 / 4 * 0.5], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The whole model: packing, causality, both readings of the MLA latents, multi-token prediction, refusals."""
+"""The model: packing, causality, both forms of MLA, multi-token prediction, errors."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import additive_mask, kv_range_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
-from thinkstack.models.precision import refresh, working_copy
+from thinkstack.models.precision import cast_copy, refresh
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, RequestError
 
@@ -39,7 +39,7 @@ def test_mla_absorbed_equals_expanded(q_lora_rank):
 
 @BOTH
 def test_packed_documents_give_the_logits_of_separate_ones(cfg):
-    """E2.37: attention across documents, or positions that run on, would change them."""
+    """Attention across documents, or positions that do not restart, would change the logits."""
     model, samples = tiny_model(cfg), random_examples([9, 5, 12, 3])
     batch = collate(samples, pack(samples, 16), 16)
     packed = model(batch.ids, batch.positions, batch.document_ids)
@@ -49,7 +49,7 @@ def test_packed_documents_give_the_logits_of_separate_ones(cfg):
 
 
 @BOTH
-def test_no_token_sees_a_later_one(cfg):
+def test_no_token_depends_on_a_later_one(cfg):
     model, ids = tiny_model(cfg), random_ids(1, 12)
     changed = ids.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 48
@@ -58,7 +58,7 @@ def test_no_token_sees_a_later_one(cfg):
 
 
 def test_a_row_beside_padding_equals_the_row_alone():
-    """E2.36: padding columns must not shift positions or be attended to."""
+    """Padding must not shift positions or be attended to."""
     model, ids = tiny_model(), random_ids(1, 10)
     padded = torch.cat((ids, torch.zeros(1, 6, dtype=torch.int64)), 1)
     documents = torch.tensor([[1] * 10 + [0] * 6])
@@ -73,14 +73,14 @@ def test_the_mask_of_two_documents():
     assert mask[0, 0].tolist() == [[0, shut, shut], [0, 0, shut], [shut, shut, 0]]
 
 
-def test_branches_see_what_they_share_and_themselves():
+def test_branches_attend_to_the_shared_tokens_and_themselves():
     documents, branches = torch.tensor([[1, 1, 1, 1, 1, 2]]), torch.tensor([[0, 0, 1, 2, 2, 0]])
     seen = additive_mask(kv_range_of(documents, branches), torch.arange(6)[None], 6, torch.float32)[0, 0] == 0
     assert [row.nonzero().flatten().tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
 
 
 def test_training_and_inference_mode_agree():
-    """E2.26: dropout or router noise would make rollout and trainer disagree; there is none."""
+    """There is no dropout and no router noise, which would make rollout and trainer disagree."""
     model, ids = tiny_model(), random_ids(2, 8)
     assert torch.equal(model.train()(ids), model.eval()(ids))
 
@@ -89,7 +89,7 @@ def test_the_mtp_module_combines_the_hidden_state_with_the_next_token():
     """V3 report, equations 21-23: h' = Block(M [norm(Emb(t_{i+1})); norm(h_i)]), embedding first."""
     model, ids = tiny_model(), random_ids(1, 6)
     trunk = model.trunk(ids)
-    states, routing = model.look_ahead(trunk, ids)
+    states, routing = model.mtp_hidden_states(trunk, ids)
     module = model.mtp[0]
     following = model.embed(torch.tensor([[*ids[0, 1:].tolist(), 0]]))
     merged = torch.cat((module.embedding_norm(following), module.hidden_norm(trunk.hidden)), -1)
@@ -98,20 +98,20 @@ def test_the_mtp_module_combines_the_hidden_state_with_the_next_token():
     assert len(routing) == 1
 
 
-def test_the_mtp_state_sees_the_next_token_and_none_after():
+def test_the_mtp_state_depends_on_the_next_token_and_no_later_one():
     model, ids = tiny_model(), random_ids(1, 8)
     changed = ids.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 48
-    before, after = (model.look_ahead(model.trunk(x), x)[0][0] for x in (ids, changed))
+    before, after = (model.mtp_hidden_states(model.trunk(x), x)[0][0] for x in (ids, changed))
     torch.testing.assert_close(before[:, :4], after[:, :4])
     assert not torch.allclose(before[:, 4], after[:, 4])
 
 
-def test_a_second_mtp_module_looks_one_token_further():
+def test_a_second_mtp_module_predicts_one_token_further():
     model, ids = tiny_model(mtp_layers=2), random_ids(1, 8)
     changed = ids.clone()
     changed[0, 6] = (changed[0, 6] + 1) % 48
-    before, after = (model.look_ahead(model.trunk(x), x)[0][1] for x in (ids, changed))
+    before, after = (model.mtp_hidden_states(model.trunk(x), x)[0][1] for x in (ids, changed))
     torch.testing.assert_close(before[:, :4], after[:, :4])
     assert not torch.allclose(before[:, 4], after[:, 4])
 
@@ -119,7 +119,7 @@ def test_a_second_mtp_module_looks_one_token_further():
 @pytest.mark.parametrize("detached", [False, True])
 def test_detached_mtp_sends_no_gradient_to_the_trunk(detached):
     model, ids = tiny_model(), random_ids(1, 6)
-    states, _ = model.look_ahead(model.trunk(ids), ids, detached)
+    states, _ = model.mtp_hidden_states(model.trunk(ids), ids, detached)
     states[0].square().sum().backward()
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == ({"mtp"} if detached else {"mtp", "embed", "layers", "norm"})
@@ -131,7 +131,7 @@ def test_tied_embeddings_are_one_parameter():
     assert sum(p is model.embed.weight for p in model.parameters()) == 1
 
 
-def test_drawing_weights_is_a_function_of_the_seed():
+def test_initial_weights_depend_on_the_seed_only():
     first, second, third = (tiny_model(seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["head.weight"], third["head.weight"])
@@ -144,23 +144,23 @@ def test_initial_matrices_have_the_stated_spread():
     assert torch.equal(model.norm.weight, torch.ones(128))
 
 
-def test_a_bf16_working_copy_keeps_norms_routers_and_biases_in_fp32():
-    """E2.60: near 1, bf16 would round a bias step of 1e-3 away; the router's ranks would tie."""
-    twin = working_copy(tiny_model(), torch.bfloat16)
-    block = twin.layers[1]
+def test_a_bf16_copy_has_norms_routers_and_biases_in_fp32():
+    """Near 1, bf16 would round a bias step of 1e-3 away, and router scores would tie."""
+    copied = cast_copy(tiny_model(), torch.bfloat16)
+    block = copied.layers[1]
     assert block.ffn.bias.dtype == block.ffn.router.dtype == block.ffn_norm.weight.dtype == torch.float32
-    assert block.ffn.w_in.dtype == twin.head.weight.dtype == torch.bfloat16
+    assert block.ffn.w_in.dtype == copied.head.weight.dtype == torch.bfloat16
 
 
 def test_refreshing_a_copy_brings_weights_and_biases():
     model = tiny_model()
-    twin = working_copy(model, torch.float32, always=True)
+    copied = cast_copy(model, torch.float32, always=True)
     with torch.no_grad():
         model.head.weight.add_(1.0)
         model.layers[1].ffn.bias.add_(1.0)
-    refresh(twin, model)
-    assert torch.equal(twin.head.weight, model.head.weight)
-    assert torch.equal(twin.layers[1].ffn.bias, model.layers[1].ffn.bias)
+    refresh(copied, model)
+    assert torch.equal(copied.head.weight, model.head.weight)
+    assert torch.equal(copied.layers[1].ffn.bias, model.layers[1].ffn.bias)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_refreshing_a_copy_brings_weights_and_biases():
         (torch.zeros(1, 97, dtype=torch.int64), "97 tokens exceed this model's 96"),
     ],
 )
-def test_ids_that_cannot_be_read_are_refused(ids, part):
+def test_invalid_ids_are_refused(ids, part):
     with pytest.raises(RequestError, match=part):
         tiny_model()(ids)
 

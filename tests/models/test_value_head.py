@@ -1,16 +1,16 @@
-"""The value head: one number a position, from the policy's own trunk."""
+"""The value head: one number per position, from the policy's trunk."""
 
 import torch
 
 from tests.tiny import MLA_TINY, tiny_model
-from thinkstack.models.precision import refresh, working_copy
+from thinkstack.models.precision import cast_copy, refresh
 from thinkstack.models.value_head import ValueModel
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 def critic(seed: int = 0) -> ValueModel:
-    """A critic whose head has been drawn, not 0."""
+    """A critic whose head is random instead of 0."""
     model = ValueModel.from_policy(tiny_model(seed=seed))
     with torch.no_grad():
         model.value_weight.normal_(generator=torch.Generator().manual_seed(seed))
@@ -18,7 +18,7 @@ def critic(seed: int = 0) -> ValueModel:
     return model
 
 
-def test_a_new_critic_predicts_nothing_from_the_policys_hidden_states():
+def test_a_new_critic_predicts_zero_from_the_policys_hidden_states():
     policy = tiny_model()
     model = ValueModel.from_policy(policy)
     assert torch.equal(model(IDS), torch.zeros(1, 5))
@@ -47,8 +47,8 @@ def test_a_value_is_the_weighted_sum_of_the_hidden_state():
     torch.testing.assert_close(model(IDS), expected)
 
 
-def test_no_value_sees_a_later_token():
-    """A prediction that knows how the answer ends explains every return and teaches nothing."""
+def test_no_value_depends_on_a_later_token():
+    """A value that depends on later tokens predicts every return, so advantages would be 0."""
     model, other = critic(), IDS.clone()
     other[0, 3] = 7
     values, changed = model(IDS), model(other)
@@ -56,14 +56,14 @@ def test_no_value_sees_a_later_token():
     assert not torch.allclose(values[0, 3:], changed[0, 3:])
 
 
-def test_the_head_of_a_bf16_working_copy_stays_fp32():
+def test_the_head_of_a_bf16_copy_stays_fp32():
     """bf16 rounds a return near 1 by up to 0.004: advantages of that size would be noise."""
     model = critic()
-    twin = working_copy(model, torch.bfloat16)
-    assert isinstance(twin, ValueModel)
-    assert twin.value_weight.dtype == twin.value_bias.dtype == twin(IDS).dtype == torch.float32
-    assert twin.embed.weight.dtype == torch.bfloat16
+    copied = cast_copy(model, torch.bfloat16)
+    assert isinstance(copied, ValueModel)
+    assert copied.value_weight.dtype == copied.value_bias.dtype == copied(IDS).dtype == torch.float32
+    assert copied.embed.weight.dtype == torch.bfloat16
     with torch.no_grad():
         model.value_bias.fill_(3.0)
-    refresh(twin, model)
-    assert twin.value_bias.tolist() == [3.0]
+    refresh(copied, model)
+    assert copied.value_bias.tolist() == [3.0]

@@ -1,4 +1,4 @@
-"""4-bit blocks: levels and scales by hand, error against the published one, training through them."""
+"""NF4: levels and scales by hand, the error against the published one, training with adapters."""
 
 from dataclasses import replace
 
@@ -73,12 +73,12 @@ def test_adapters_learn_beside_a_4_bit_base(cfg):
 def test_a_4_bit_base_takes_less_than_a_fifth_of_fp32():
     model = tiny_model(replace(GQA_TINY, hidden_size=128, intermediate_size=256))
     linear = [p for n, p in model.layers.named_parameters() if p.dim() > 1]
-    whole = sum(p.nbytes for p in linear)
+    total = sum(p.nbytes for p in linear)
     Trainer(model, TrainerConfig(dtype="fp32", bias_speed=0.0, lora=LoRAConfig(rank=2, base="nf4")), 1)
-    assert sum(part.nbytes for p in quantized_weights(model).values() for part in p.buffers()) < whole / 7
+    assert sum(part.nbytes for p in quantized_weights(model).values() for part in p.buffers()) < total / 7
 
 
-def test_experts_cannot_be_adapted_in_a_packed_base():
+def test_experts_cannot_be_adapted_in_a_quantized_base():
     settings = TrainerConfig(bias_speed=0.0, lora=LoRAConfig(rank=2, base="nf4", targets=("experts",)))
-    with pytest.raises(ConfigError, match="is kept as nf4"):
+    with pytest.raises(ConfigError, match="is quantized as nf4"):
         Trainer(tiny_model(), settings, 1)

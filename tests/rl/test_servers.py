@@ -25,7 +25,7 @@ def pool(monkeypatch) -> FakePool:
     """Two servers that the engines of this test find."""
     found = FakePool("a", "b", context=512)
     monkeypatch.setattr(remote, "Server", lambda address, seconds, key, _: Server(address, seconds, key, found))
-    monkeypatch.setattr(remote, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
     return found
 
 

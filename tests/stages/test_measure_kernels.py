@@ -18,12 +18,12 @@ def test_a_machine_is_measured_once_and_shown(monkeypatch, tmp_path):
     monkeypatch.delenv(build.SWITCH, raising=False)
     monkeypatch.setattr(measure, "SECONDS", 0.01)
     threads = torch.get_num_threads()
-    measure.settle()
+    measure.measure_machine()
     assert torch.get_num_threads() == threads
-    found = choice.measured()
-    assert found.factors.keys() == measure.CASES.keys() and all(factor > 0 for factor in found.factors.values())
-    monkeypatch.setattr(measure, "factor", None)  # not again
-    measure.settle()
+    found = choice.measurements()
+    assert found.factors.keys() == measure.CASES.keys() and all(speedup > 0 for speedup in found.factors.values())
+    monkeypatch.setattr(measure, "speedup", None)  # not again
+    measure.measure_machine()
     shown = measure.describe_speed()
     assert all(name in shown for name in measure.CASES) and choice.choices().reason in shown
 
@@ -32,8 +32,8 @@ def test_a_machine_is_measured_once_and_shown(monkeypatch, tmp_path):
 def test_a_case_runs_by_its_kernel_and_without(name, monkeypatch):
     """The kernel was compared with itself where the operation's name is not the one that the model asks for."""
     monkeypatch.delenv(build.SWITCH, raising=False)
-    asked = []
+    operations = []
     uses = choice.uses
-    monkeypatch.setattr(calls, "uses", lambda operation, dtype: asked.append(operation) or uses(operation, dtype))
+    monkeypatch.setattr(calls, "uses", lambda operation, dtype: operations.append(operation) or uses(operation, dtype))
     measure.CASES[name]()()
-    assert name.partition(".")[0] in asked
+    assert name.partition(".")[0] in operations

@@ -59,7 +59,7 @@ def test_layers_with_experts_are_listed_in_the_order_of_their_routings():
     """The MTP module's experts are counted as well, last."""
     model, batch = tiny_model(), random_batch([12], 12)
     trunk = model.trunk(batch.ids)
-    _, ahead = model.look_ahead(trunk, batch.ids)
+    _, ahead = model.mtp_hidden_states(trunk, batch.ids)
     layers = moe_layers(model)
     assert layers == [model.layers[1].ffn, model.layers[2].ffn, model.mtp[0].block.ffn]
     assert len(trunk.routing) + len(ahead) == len(layers)

@@ -8,7 +8,7 @@ import torch
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.kernels.dequantize import dequantize_
 from thinkstack.models.moe import ExpertMLP, MoE
-from thinkstack.models.precision import working_copy
+from thinkstack.models.precision import cast_copy
 from thinkstack.quant.fp8 import BLOCK, LARGEST, FP8Blocks, dequantize, quantize
 from thinkstack.train.fp8 import FP8Experts, FP8Linear, linear, use_fp8
 
@@ -141,7 +141,7 @@ def test_rows_that_an_expert_does_not_use_cannot_drown_those_it_does():
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 def test_blocks_multiply_in_8_bits_and_nothing_else_does(cfg):
     model = tiny_model(cfg)
-    twin = working_copy(model, torch.bfloat16)
+    twin = cast_copy(model, torch.bfloat16)
     use_fp8(twin, power_of_two=False)
     for name, module in twin.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -158,7 +158,7 @@ def test_blocks_multiply_in_8_bits_and_nothing_else_does(cfg):
 
 
 def test_biases_are_added_after_the_product():
-    model = working_copy(
+    model = cast_copy(
         tiny_model(replace(GQA_TINY, attention=replace(GQA_TINY.attention, qkv_bias=True))), torch.bfloat16
     )
     base = model.layers[0].attention.wq

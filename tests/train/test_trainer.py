@@ -192,7 +192,7 @@ def test_mtp_learns_the_token_after_next_within_its_document():
     batch = collate(samples, [[0, 1]], 6)
     trunk = model.trunk(batch.ids, batch.positions, batch.document_ids)
     loss, _ = mtp_loss(model, trunk, batch, share=1 / 5, detached=False)
-    logprobs = model.head(model.look_ahead(trunk, batch.ids)[0][0]).log_softmax(-1)
+    logprobs = model.head(model.mtp_hidden_states(trunk, batch.ids)[0][0]).log_softmax(-1)
     expected = -(logprobs[0, 0, 7] + logprobs[0, 1, 8] + logprobs[0, 3, 3]) / 5
     torch.testing.assert_close(loss, expected)
 
@@ -203,7 +203,7 @@ def test_mtp_does_not_train_prompt_tokens():
     batch = collate([Example((5, 6, 7, 8, 9), (0, 0, 0, 1, 1))], [[0]], 4)
     trunk = model.trunk(batch.ids, batch.positions, batch.document_ids)
     loss, _ = mtp_loss(model, trunk, batch, share=1 / 2, detached=False)
-    logprobs = model.head(model.look_ahead(trunk, batch.ids)[0][0]).log_softmax(-1)
+    logprobs = model.head(model.mtp_hidden_states(trunk, batch.ids)[0][0]).log_softmax(-1)
     torch.testing.assert_close(loss, -(logprobs[0, 1, 8] + logprobs[0, 2, 9]) / 2)
 
 

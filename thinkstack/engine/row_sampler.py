@@ -1,7 +1,7 @@
-"""Samples the next tokens of rows: all rows in one call; the logits of rows with penalties, thinking budgets or
-grammars are processed one by one first.
+"""Samples the next tokens of all rows in one call, after processing the logits of rows with penalties, thinking budgets
+or grammars one by one.
 
-A row may sample several tokens at once: one behind each draft token, as if the draft tokens were accepted.
+A row may sample several tokens at once: one after each draft token, as if the draft tokens were accepted.
 """
 
 # Shapes in this file: B tokens to sample, V vocabulary size.
@@ -17,9 +17,9 @@ from thinkstack import kernels
 from thinkstack.engine.sampler import (
     SamplingFilters,
     adjust,
-    closing,
     distribution,
     ends_with,
+    forced_think_end_token,
     sample,
     top_logprobs,
     uniforms,
@@ -35,11 +35,11 @@ class SampledTokens(NamedTuple):
     logprobs: numpy.ndarray
     """(B,) fp32; NaN where the logits were not finite."""
     top_logprobs: dict[int, TopLogprobs]
-    """By position in the batch, where they are requested."""
+    """By index in the batch, for the rows that request them."""
 
 
 def sample_rows(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> SampledTokens:
-    """Sample a token from each row of logits (B, V): for table row rows[b], offsets[b] positions behind num_tokens."""
+    """Sample a token from each row of logits (B, V): for table row rows[b], offsets[b] positions after num_tokens."""
     processed_rows = (
         numpy.flatnonzero(table.needs_logits_processing[rows]).tolist() if table.needs_logits_processing.any() else []
     )
@@ -86,34 +86,33 @@ def append_sampled(
     rows: numpy.ndarray,
     offsets: numpy.ndarray,
     sampled: SampledTokens,
-    counts: numpy.ndarray | None,
+    accepted: numpy.ndarray | None,
 ) -> None:
-    """Append those sampled tokens to the table that `counts`, (B,) bool, accepts: the first ones of each row; None:
-    all."""
+    """Append sampled tokens to the table. accepted: (B,) bool, true for the first ones of each row; None: all."""
     tokens, logprobs = sampled.tokens, sampled.logprobs
-    if counts is not None:
-        rows, offsets, tokens, logprobs = rows[counts], offsets[counts], tokens[counts], logprobs[counts]
+    if accepted is not None:
+        rows, offsets, tokens, logprobs = rows[accepted], offsets[accepted], tokens[accepted], logprobs[accepted]
     table.append(rows, offsets, tokens, logprobs)
     if not table.needs_logits_processing.any():
         return
     processed_rows = numpy.flatnonzero(table.needs_logits_processing[rows])
-    places = processed_rows if counts is None else numpy.flatnonzero(counts)[processed_rows]
+    places = processed_rows if accepted is None else numpy.flatnonzero(accepted)[processed_rows]
     for row, place in zip(rows[processed_rows].tolist(), places.tolist(), strict=True):
         if place in sampled.top_logprobs:
             table.top_logprobs[row].append(sampled.top_logprobs[place])
-    for row, fresh in Counter(rows[processed_rows].tolist()).items():
-        table.is_thinking_closed[row] |= _is_closed(table, row, -fresh, 0)
+    for row, num_new in Counter(rows[processed_rows].tolist()).items():
+        table.is_thinking_closed[row] |= _closes_thinking(table, row, -num_new, 0)
 
 
-def _is_closed(table: SequenceTable, row: int, start: int, end: int) -> bool:
-    """Whether one of the tokens start..end behind num_tokens closes the thinking."""
-    close, prompt, num_tokens = (
+def _closes_thinking(table: SequenceTable, row: int, start: int, end: int) -> bool:
+    """Whether one of the tokens start..end, relative to num_tokens, closes the thinking."""
+    think_end, prompt, num_tokens = (
         table.request_at(row)[0].sampling.think_end_token_ids,
         table.num_prompt_tokens[row],
         table.num_tokens[row],
     )
     return any(
-        ends_with(table.ids[row, prompt:to], close) for to in range(num_tokens + start + 1, num_tokens + end + 1)
+        ends_with(table.ids[row, prompt:to], think_end) for to in range(num_tokens + start + 1, num_tokens + end + 1)
     )
 
 
@@ -130,13 +129,15 @@ def _process_logits(table: SequenceTable, row: int, offset: int, logits: Tensor)
 def _finish_token(
     table: SequenceTable, row: int, offset: int, place: int, sampled: SampledTokens, raw: Tensor, processed: Tensor
 ) -> None:
-    """Force the tokens that close thinking, and report log-probabilities as the request asks. raw, processed: logits
-    (V,) of the model, and after `_process_logits`."""
+    """Force the tokens that close thinking, and report the log-probabilities that the request wants. raw, processed:
+    logits (V,) of the model, and after `_process_logits`."""
     sampling = table.request_at(row)[0].sampling
-    is_closed = table.is_thinking_closed[row] or _is_closed(table, row, 0, offset)
+    is_closed = table.is_thinking_closed[row] or _closes_thinking(table, row, 0, offset)
     forced = reported = None
     if not is_closed:
-        forced = closing(sampling, table.ids[row, table.num_prompt_tokens[row] : table.num_tokens[row] + offset])
+        forced = forced_think_end_token(
+            sampling, table.ids[row, table.num_prompt_tokens[row] : table.num_tokens[row] + offset]
+        )
     if sampling.raw_logprobs:
         reported = torch.log_softmax(raw.float(), -1)
     elif sampling.top_logprobs:

@@ -11,11 +11,11 @@ from torch import Tensor
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.cuda_graphs import Graphs, Inputs, Outputs, can_record
-from thinkstack.engine.fused import fused_pass, widened
+from thinkstack.engine.fused import fused_pass, upcast_small_model
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
-from thinkstack.kernels.cpu.prepacked import multiply
+from thinkstack.kernels.cpu.prepacked import prepacked_linear
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import ROW_TILE, prepack_weights
@@ -52,15 +52,15 @@ class Runner:
         weights: Quantization = "plain",
         max_graph_rows: int = 0,
     ):
-        """num_blocks: usable ones, beside the spare one. drafts: whether `draft` will be asked for. weights: how
-        matrices are kept. most: rows that decode at once, whose steps are recorded on a device that can; 0 records
-        nothing."""
+        """num_blocks: usable cache blocks, not counting the null block. drafts: whether `draft` will be called.
+        weights: quantization of the matrices. max_graph_rows: the largest number of rows of a decoding step to record
+        as a CUDA graph; 0 records none."""
         if drafts and not model.cfg.mtp_layers:
             raise ConfigError(
                 "num_speculative_tokens needs a multi-token-prediction module, which this model does not have; use 0"
             )
         self.device = next(model.parameters()).device
-        """Where the model lies; only drawn tokens and chosen experts come back from there."""
+        """The model's device; only sampled tokens and routed experts are copied back from it."""
         self._dtype = DTYPES[resolve_precision(dtype, self.device)]
         self._expert_shape = _routed_expert_shape(model.cfg) if return_routed_experts else None
         self._num_blocks, self._drafts = num_blocks, drafts
@@ -68,24 +68,24 @@ class Runner:
         self._weights = weights
         self._max_graph_rows = max_graph_rows
         self.graphs: Graphs | None = None
-        """Recordings of decoding steps, on a device that can be recorded."""
+        """CUDA graphs of decoding steps, on a device that supports them."""
         self._load_copy(model)
 
     @property
     def cache(self) -> KVCache:
-        """The context of all sequences; made when it is first needed."""
+        """The KV cache of all sequences; allocated at first use."""
         if self._cache is None:
             size = self._num_blocks + 1
             self._cache = KVCache(self._model.cfg, size, self._dtype, self.device, self._expert_shape, self._drafts)
         return self._cache
 
     def free_cache(self) -> None:
-        """Give the cache's memory back."""
+        """Free the memory of the cache."""
         self._cache = None
         self._reset_graphs()
 
     def load(self, model: Transformer) -> None:
-        """Take over other weights, or those of the same model after a change."""
+        """Load the weights of another model, or of the same model after a change."""
         if model is self._source:
             refresh(self._model, model)
             self._prepare()
@@ -95,34 +95,34 @@ class Runner:
             self._load_copy(model)
 
     def _load_copy(self, model: Transformer) -> None:
-        """Make the copy that answers. One that rounds and widens is made anew each time: nothing of it can be refreshed
-        in place, and the model need not be kept beside it."""
+        """Make the copy to run. A quantized or upcast copy is rebuilt for new weights, because it cannot be refreshed
+        in place; then no reference to `model` is stored."""
         rounded = inference_copy(model, self._dtype, self._weights)
-        self._model = widened(rounded)
+        self._model = upcast_small_model(rounded)
         self._source = model if self._model is rounded and self._weights == "plain" else None
         self._prepare()
         self.dtype = self._model.embed.weight.dtype
-        """Of products; fp32 where a small model in bf16 is widened, over a cache in bf16."""
+        """Dtype of products; fp32 for a small bf16 model that is upcast, whose cache stays bf16."""
         self._reset_graphs()
 
     def _addresses(self) -> list[int]:
-        """Where the weights lie."""
+        """The addresses of the weights."""
         return [weight.data_ptr() for weight in self._model.parameters()]
 
     def _reset_graphs(self) -> None:
-        """Begin anew: recordings know where weights and cache lie, and these lie elsewhere now."""
+        """Discard the recorded graphs, which hold the old addresses of weights and cache."""
         self.graphs = (
             Graphs(self.compute, self._max_graph_rows) if self._max_graph_rows and can_record(self._model) else None
         )
         self._recorded = self._addresses() if self.graphs is not None else []
 
     def _prepare(self) -> None:
-        """Choose how products are made, from the weights as they are now."""
+        """Prepack the current weights and build the fused pass."""
         prepack_weights(self._model)
         self._fused = fused_pass(self._model)
 
     def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
-        """Compute the planned tokens. Returns the hidden state (N, D) of each, in the order of the plan."""
+        """Compute the scheduled tokens. Returns their hidden states (N, D), in the order of `scheduled`."""
         total, longest = int(scheduled.counts.sum()), int(scheduled.counts.max())
         graphs = self.graphs if longest == 1 else None
         size = self._size(total) if graphs is None else graphs.size_for(total)
@@ -133,12 +133,12 @@ class Runner:
         else:
             hidden, chosen = graphs.run(inputs, self.device)
         if self._expert_shape is not None and chosen is not None:  # (L, N, K)
-            kept = chosen[:, :total].transpose(0, 1).cpu().numpy()
-            self.cache.store_routed_experts(places.slots[:total], kept)
+            experts = chosen[:, :total].transpose(0, 1).cpu().numpy()
+            self.cache.store_routed_experts(places.slots[:total], experts)
         return hidden[:total]
 
     def compute(self, inputs: Inputs, longest: int = 1) -> Outputs:
-        """The pass itself, over tokens that are on the device. longest: most tokens of a row."""
+        """The forward pass over tokens on the device. longest: the largest number of tokens of a row."""
         view = self._view(inputs, longest)
         if self._fused is not None and self._is_fused(len(inputs.ids)):
             return Outputs(*self._fused.hidden(inputs.ids, inputs.positions, view.first, self.cache.data))
@@ -149,9 +149,10 @@ class Runner:
     def draft(
         self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, hidden: Tensor
     ) -> Tensor:
-        """Show the drafting module computed tokens: counts of each row, from starts, with their hidden states (N, D).
+        """Run the multi-token-prediction module over computed tokens: counts per row, from starts, with their hidden
+        states (N, D).
 
-        Returns its states (rows, D) at the last token of each row, where it predicts the token after the next.
+        Returns its hidden states (rows, D) at the last token of each row, where it predicts the token after the next.
         """
         total = int(counts.sum())
         places = _places(table, rows, starts, counts, self._size(total))
@@ -168,20 +169,20 @@ class Runner:
         return states[self._to_device(torch.from_numpy(counts.cumsum() - 1))]
 
     def _inputs(self, table: SequenceTable, places: TokenSlots, ids: numpy.ndarray) -> Inputs:
-        """What a pass over tokens `ids` (N,) at these places needs to know, on the CPU."""
+        """The inputs of a pass over tokens `ids` (N,) at these places, on the CPU."""
         inputs = (ids, places.positions, places.slots, places.seq_index.astype(numpy.int32), table.block_tables)
         return Inputs(*map(torch.from_numpy, inputs))
 
     def _view(self, inputs: Inputs, longest: int) -> KVCacheView:
-        """The cache as these tokens see it; longest: most tokens of a row."""
+        """The cache view of these tokens; longest: the largest number of tokens of a row."""
         return KVCacheView(
             self.cache, Pages(self.cache.data[0], inputs.block_tables, inputs.seq_index, longest), inputs.slots
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (B, V) of hidden states (B, D); in fp32 those of a row do not depend on the others."""
-        if self._fused is not None and self._fused.head is not None:
-            return multiply(hidden, self._fused.head)
+        """Logits (B, V) of hidden states (B, D); batch-invariant in fp32."""
+        if self._fused is not None and self._fused.prepacked_head is not None:
+            return prepacked_linear(hidden, self._fused.prepacked_head)
         count = len(hidden)
         if padding := self._padding(count):
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
@@ -189,21 +190,22 @@ class Runner:
 
     @property
     def ignores_threads(self) -> bool:
-        """Whether no bit of a completion depends on how many threads torch has: one pass computes all of any step."""
-        whole = self._fused
-        return whole is not None and whole.head is not None and whole.max_tokens > kernels.SMALL_M
+        """Whether completions are bit for bit independent of torch's number of threads: the fused pass computes every
+        step."""
+        fused = self._fused
+        return fused is not None and fused.prepacked_head is not None and fused.max_num_tokens > kernels.SMALL_M
 
     def _is_fused(self, count: int) -> bool:
-        """Whether one kernel takes so many tokens through the model; it needs no whole tiles."""
-        return self._fused is not None and count <= self._fused.max_tokens
+        """Whether the fused pass, which needs no padding, takes this number of tokens."""
+        return self._fused is not None and count <= self._fused.max_num_tokens
 
     def _size(self, count: int) -> int:
-        """Tokens of a pass over `count`, padding included."""
+        """Number of tokens of a pass over `count` tokens, padding included."""
         return count if self._is_fused(count) else count + self._padding(count)
 
     def _padding(self, count: int) -> int:
-        """Rows that make `count` whole tiles, for fp32, where what becomes of a row then depends on no other; in bf16
-        it does in any case."""
+        """Padding rows that make `count` a multiple of ROW_TILE in fp32, which makes the pass batch-invariant; bf16 is
+        not batch-invariant in any case."""
         return -count % ROW_TILE if self.dtype == torch.float32 else 0
 
     def _to_device(self, values: Tensor) -> Tensor:
@@ -213,7 +215,7 @@ class Runner:
 def _places(
     table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, size: int
 ) -> TokenSlots:
-    """Tokens from `starts` on, counts of each row, filled up to `size` with tokens of the row of padding."""
+    """The slots of `counts` tokens per row from `starts` on, padded to `size` with tokens of the padding row."""
     ends = counts.cumsum()
     total = int(ends[-1])
     seq_index = numpy.full(size, len(table.requests), dtype=numpy.int64)
@@ -227,10 +229,10 @@ def _places(
 
 
 def _routed_expert_shape(cfg: ModelConfig) -> tuple[int, int, str]:
-    """How the cache keeps the choices of a model: layers with experts, experts per token, integer type."""
+    """The cache's storage of routed experts: (layers with experts, experts per token, integer type)."""
     if cfg.moe is None:
         raise ConfigError(
-            "router_replay (return_routed_experts of an engine) is set, but the model has no experts; leave it out"
+            "router_replay (return_routed_experts of an engine) is set, but the model has no experts; remove it"
         )
     layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
     return layers, cfg.moe.num_experts_per_tok, "uint8" if cfg.moe.num_experts <= 256 else "int16"

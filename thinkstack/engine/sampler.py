@@ -1,4 +1,4 @@
-"""From logits to tokens, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, sampling.
+"""Sampling from logits, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, sampling.
 
 The random number of a token depends on its request's seed and its position only, never on the batch.
 """
@@ -15,7 +15,8 @@ from thinkstack import kernels
 from thinkstack.types import SamplingParams
 
 CANDIDATES = 256
-"""Most likely tokens that are sorted first; the whole vocabulary only if these do not contain the filtered set."""
+"""Number of most likely tokens to sort first; the full vocabulary is sorted only if these do not contain the filtered
+set."""
 
 
 def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
@@ -36,7 +37,7 @@ def mix(value: numpy.ndarray) -> numpy.ndarray:
 
 
 def is_plain(sampling: SamplingParams) -> bool:
-    """Whether the request needs no logits processing: temperature, top_k, top_p and min_p alone."""
+    """Whether the request needs no logits processing: it uses temperature, top_k, top_p and min_p only."""
     neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
     return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
 
@@ -102,8 +103,8 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     (arXiv:2407.01082), then the top_k most likely, then of what is left the smallest set with mass >= top_p
     (arXiv:1904.09751).
 
-    top_k: (B,) int64, 0 for all. top_p, min_p: (B,). The most likely token is always kept; of equals the lower id.
-    Batch-invariant: a row that keeps all is returned as it came, and no sum depends on what the others keep.
+    top_k: (B,) int64, 0 for all. top_p, min_p: (B,). The most likely token always remains; of equals the lower id.
+    Batch-invariant: a row without filters is returned unchanged, and no sum depends on the filters of other rows.
     """
     V, given = logprobs.shape[1], logprobs
     floor = logprobs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
@@ -116,10 +117,10 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
         places = torch.arange(count, device=logprobs.device)
         mass = torch.where(places < limit, ordered.exp(), 0.0)
         upto = mass.cumsum(-1)
-        # of what top-k leaves; summed in the same order whatever `count` the other rows need, and for a single row
-        whole = torch.where(limit.squeeze(1) < V, upto[:, -1], logprobs.exp().cumsum(-1)[:, -1])
+        # the mass after top-k; the order of the sum depends neither on the `count` of other rows nor on their number
+        remaining = torch.where(limit.squeeze(1) < V, upto[:, -1], logprobs.exp().cumsum(-1)[:, -1])
         before = upto - mass
-        outside = (places >= limit) | (before >= (top_p * whole).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
+        outside = (places >= limit) | (before >= (top_p * remaining).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
         complete = (ordered == -torch.inf).any(-1) | (limit.squeeze(1) <= count)
         ended = complete | is_unfiltered | (outside.any(-1) & (limit.squeeze(1) == V))
         if count == V or bool(ended.all()):
@@ -142,8 +143,8 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """The `count` most likely tokens of each row of (B, V), (id, log-probability), best first; fewer where fewer have
-    any probability."""
+    """The `count` most likely tokens of each row of (B, V), (id, log-probability), most likely first; fewer if fewer
+    have a nonzero probability."""
     values, index = _largest(logprobs, min(count, logprobs.shape[1]))
     return [
         tuple((token, value) for token, value in zip(tokens, row, strict=True) if value != -numpy.inf)
@@ -151,15 +152,15 @@ def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], 
     ]
 
 
-def ends_with(ids: numpy.ndarray, close: Sequence[int]) -> bool:
-    """Whether the last of `ids` are `close`."""
-    return len(ids) >= len(close) and (ids[len(ids) - len(close) :] == close).all()
+def ends_with(ids: numpy.ndarray, suffix: Sequence[int]) -> bool:
+    """Whether `ids` end with `suffix`."""
+    return len(ids) >= len(suffix) and (ids[len(ids) - len(suffix) :] == suffix).all()
 
 
-def closing(sampling: SamplingParams, output_token_ids: numpy.ndarray) -> int | None:
-    """The token that has to come next for thinking that is still open after `output_token_ids`; None within its
-    budget."""
+def forced_think_end_token(sampling: SamplingParams, output_token_ids: numpy.ndarray) -> int | None:
+    """The next token of think_end_token_ids if thinking has used up its budget; None within the budget. To be called
+    while thinking is open."""
     if sampling.thinking_budget is None or len(output_token_ids) < sampling.thinking_budget:
         return None
-    close = sampling.think_end_token_ids
-    return close[next(n for n in range(len(close) - 1, -1, -1) if ends_with(output_token_ids, close[:n]))]
+    end = sampling.think_end_token_ids
+    return end[next(n for n in range(len(end) - 1, -1, -1) if ends_with(output_token_ids, end[:n]))]

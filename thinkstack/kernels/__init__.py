@@ -1,8 +1,8 @@
-"""Hand-written CPU kernels for the model's hot operations; each has a counterpart in torch's operators.
+"""C++ kernels for the model's most expensive operations on a CPU, in fp32 and bf16.
 
-The kernels cover fp32 and bf16 on a CPU; `takes` tells whether they are there for a tensor. What a row becomes does not
-depend on the other rows, only in bf16 on whether they are few. Without a compiler, and on other devices, the
-counterparts run.
+Each operation also has an implementation in torch's operators, which runs without a compiler and on other devices;
+`takes` tells which one applies to a tensor. The result of a row does not depend on the other rows, except that in bf16
+up to SMALL_M rows use other kernels than more rows.
 """
 
 from thinkstack.kernels.cpu.calls import (

@@ -1,9 +1,9 @@
-"""Which operations the kernels compute here, and which precision is fast: decided in this file and nowhere else.
+"""Decides which operations use the C++ kernels on this machine, and which precision is fast.
 
-A committed table (table.toml, made by bench/kernels.py) has, for each instruction set, how many times as fast as
-torch's operators the kernel of an operation is; it is used from 1 on. What this machine measured itself
-(stages/measure_kernels.py) overrides the table only clearly. A run keeps what was decided, and goes on with it wherever
-it is resumed.
+A committed table (table.toml, written by bench/kernels.py) lists for each instruction set and operation the speed of
+the kernel relative to torch's operators; the kernel is used from 1 on. A measurement on this machine
+(stages/measure_kernels.py) overrides the table if it contradicts it by OVERRIDE_FACTOR. A run records the decisions and
+uses the same ones when it is resumed, on any machine.
 """
 
 import contextlib
@@ -27,84 +27,84 @@ from thinkstack.machine import BF16_PRODUCTS, instruction_set, processor_name
 
 log = logging.getLogger(__name__)
 
-CLEARLY = 1.2
-"""A measurement of this machine overrides the table where it says the opposite by this factor."""
-CAPS = ("THINKSTACK_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-"""Environment variables that change what is measured."""
+OVERRIDE_FACTOR = 1.2
+"""A measurement on this machine overrides the table if it shows the opposite by this factor."""
+CAP_VARIABLES = ("THINKSTACK_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that limit the instruction sets in use, and so change measurements."""
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
 class Choices:
-    """What this process computes with."""
+    """The decisions for this process; recorded in a run's provenance."""
 
     instruction_set: str
     auto_dtype: str
-    """What dtype="auto" means on the CPU: fp32 or bf16."""
+    """The meaning of dtype="auto" on the CPU: fp32 or bf16."""
     reason: str
-    """Why."""
+    """The reason for auto_dtype."""
     emulates_bf16: bool
     """Whether torch's products in bf16 take more than twice as long as those in fp32 (`emulates_bf16`)."""
     kernels: dict[str, bool] = field(default_factory=dict)
-    """By operation and precision, such as "attend.fp32": whether a kernel computes it."""
+    """Whether the kernel is used, by operation and precision, such as "attend.fp32"."""
     others: bool = True
-    """The same of operations that are not named."""
+    """Whether the kernel is used for operations that are not in `kernels`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What this machine was found to do."""
+class Measurements:
+    """Measurements of this machine."""
 
     gflops: dict[str, float]
-    """Of a matrix product of torch, by precision."""
+    """GFLOP/s of torch's matrix product, by precision."""
     threads: int
-    """Of torch, meanwhile."""
+    """Torch's number of threads during the measurement."""
     read_gb_per_second: float = 0.0
-    """Of the main memory; 0: not measured."""
+    """Bandwidth of reading main memory; 0: not measured."""
     factors: dict[str, float] = field(default_factory=dict)
-    """Seconds of torch's operators over those of the kernel, by operation and precision."""
+    """Time of torch's operators divided by the time of the kernel, by operation and precision."""
     fast_threads: dict[str, int] = field(default_factory=dict)
-    """Threads that are faster than fewer, by the number of usable cores."""
+    """The number of threads beyond which more are no faster, by the number of usable cores."""
 
 
 @functools.cache
 def table() -> dict[str, dict[str, float]]:
-    """Factors by instruction set, then by operation and precision."""
+    """The committed factors, by instruction set, then by operation and precision."""
     return tomllib.loads((Path(__file__).parent / "table.toml").read_text(encoding="utf-8"))
 
 
-def facts_path() -> Path:
-    """Where what was measured is kept: apart for each processor, version of torch and cap on instruction sets."""
-    parts = [processor_name(), torch.__version__, *(os.environ.get(name, "") for name in CAPS)]
+def measurements_path() -> Path:
+    """The file of the measurements, one per processor, version of torch and limit on instruction sets."""
+    parts = [processor_name(), torch.__version__, *(os.environ.get(name, "") for name in CAP_VARIABLES)]
     name = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
     return cache_folder() / f"measured-{instruction_set().name}-{name}.json"
 
 
-def measured() -> Measured:
-    """What is known of this machine; measures at least whether bf16 is fast, in milliseconds."""
+def measurements() -> Measurements:
+    """The measurements of this machine; without a file it measures at least matrix products, within milliseconds."""
     global _MEASURED
     if _MEASURED is None:
         try:
-            _MEASURED = Measured(**json.loads(facts_path().read_text(encoding="utf-8")))
+            _MEASURED = Measurements(**json.loads(measurements_path().read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            store_measured(Measured(gflops=product_speeds(), threads=torch.get_num_threads()))
+            store_measurements(Measurements(gflops=product_speeds(), threads=torch.get_num_threads()))
     assert _MEASURED is not None
     return _MEASURED
 
 
-def store_measured(found: Measured) -> None:
-    """Use what was measured, and write it down for later processes; a folder that refuses is no reason to stop."""
+def store_measurements(found: Measurements) -> None:
+    """Use new measurements and write them for later processes; a failure to write is logged."""
     global _MEASURED, _CHOICES
     _MEASURED, _CHOICES = found, None
     try:
-        write_json(facts_path(), asdict(found))
+        write_json(measurements_path(), asdict(found))
     except (OSError, ValueError):
-        log.info("cannot keep what was measured in %s; the next process measures again", facts_path())
+        log.info("cannot write the measurements to %s; the next process measures again", measurements_path())
 
 
 def product_speeds(size: int = 256, repetitions: int = 8) -> dict[str, float]:
-    """Best GFLOP/s of torch's product of square matrices, by precision. A slow one is measured once: some machines
-    take 50 ms for what others do in 50 us."""
+    """Best GFLOP/s of torch's product of square matrices, by precision. A repetition over 10 ms is the last one: times
+    vary from 50 us to 50 ms between machines."""
     speeds = {}
     for dtype, name in DTYPES.items():
         a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
@@ -120,20 +120,20 @@ def product_speeds(size: int = 256, repetitions: int = 8) -> dict[str, float]:
     return speeds
 
 
-def contradicts(name: str, factor: float) -> bool:
-    """Whether a measured factor clearly says the opposite of what the table says of an operation."""
+def contradicts_table(name: str, factor: float) -> bool:
+    """Whether a measured factor of an operation contradicts the table by OVERRIDE_FACTOR."""
     by_table = table().get(instruction_set().name, {}).get(name, 1.0) >= 1
-    return factor <= 1 / CLEARLY if by_table else factor >= CLEARLY
+    return factor <= 1 / OVERRIDE_FACTOR if by_table else factor >= OVERRIDE_FACTOR
 
 
 def decide() -> Choices:
-    """Table, instruction set and measurements, put together."""
-    isa, found = instruction_set().name, measured()
+    """Combine table, instruction set and measurements."""
+    isa, found = instruction_set().name, measurements()
     rows = table().get(isa, {})
     kernels = {}
     for name in sorted({*rows, *found.factors}):
         own = found.factors.get(name)
-        kernels[name] = (rows.get(name, 1.0) >= 1) != (own is not None and contradicts(name, own))
+        kernels[name] = (rows.get(name, 1.0) >= 1) != (own is not None and contradicts_table(name, own))
     fp32, bf16 = found.gflops["fp32"], found.gflops["bf16"]
     is_fast = isa in BF16_PRODUCTS and bf16 > fp32
     speeds = f"torch multiplies bf16 at {bf16:.4g} GFLOP/s and fp32 at {fp32:.4g}"
@@ -141,12 +141,12 @@ def decide() -> Choices:
     return Choices(isa, "bf16" if is_fast else "fp32", reason, bf16 < fp32 / 2, kernels)
 
 
-_MEASURED: Measured | None = None
+_MEASURED: Measurements | None = None
 _CHOICES: Choices | None = None
 
 
 def choices() -> Choices:
-    """What this process computes with: decided when first asked, unless a run's record was taken over."""
+    """The decisions for this process: made at the first call, unless `restore` set those of a run."""
     global _CHOICES
     if _CHOICES is None:
         _CHOICES = decide()
@@ -154,7 +154,7 @@ def choices() -> Choices:
 
 
 def record() -> dict[str, Any]:
-    """What was chosen, for a run's provenance; where THINKSTACK_KERNELS forces it, what that says."""
+    """The decisions for a run's provenance, THINKSTACK_KERNELS included."""
     found = asdict(choices())
     if switch := os.environ.get(SWITCH, ""):
         found |= {"kernels": dict.fromkeys(found["kernels"], switch != "0"), "others": switch != "0"}
@@ -162,17 +162,17 @@ def record() -> dict[str, Any]:
 
 
 def describe() -> str:
-    """What was chosen and why, in one line."""
+    """The decisions and their reasons in one line."""
     found = choices()
     off = sorted(name for name, uses_kernel in found.kernels.items() if not uses_kernel)
-    kernels = {"0": "none, as asked", "1": "all, as asked"}.get(os.environ.get(SWITCH, ""), "")
+    kernels = {"0": f"none ({SWITCH}=0)", "1": f"all ({SWITCH}=1)"}.get(os.environ.get(SWITCH, ""), "")
     if not kernels:
         kernels = "none" if binary() is None else f"all but {', '.join(off)}" if off else "all"
     return f"{found.instruction_set}, dtype auto = {found.auto_dtype} ({found.reason}), kernels: {kernels}"
 
 
 def restore(recorded: dict[str, Any] | None) -> None:
-    """Compute as a record says from now on, or, for None, as this machine is found."""
+    """Use recorded decisions from now on; None: decide for this machine again."""
     global _CHOICES
     if recorded is None:
         _CHOICES = None
@@ -181,7 +181,8 @@ def restore(recorded: dict[str, Any] | None) -> None:
     _CHOICES = Choices(**{name: recorded[name] for name in asdict(own)})
     if _CHOICES.instruction_set != own.instruction_set:
         log.warning(
-            "begun on %s and continued on %s: the same choices (dtype auto = %s), but sums may differ in the last bits",
+            "started on %s and resumed on %s: the same kernels and dtype (auto = %s), but sums may differ in the last "
+            "bits",
             _CHOICES.instruction_set,
             own.instruction_set,
             _CHOICES.auto_dtype,
@@ -189,20 +190,20 @@ def restore(recorded: dict[str, Any] | None) -> None:
 
 
 @contextlib.contextmanager
-def choosing(name: str, uses_kernel: bool) -> Iterator[None]:
-    """Meanwhile compute this operation, such as "attend.fp32", by its kernel or without."""
-    known = choices().kernels
-    before = dict(known)
-    known[name] = uses_kernel
+def using_kernel(name: str, uses_kernel: bool) -> Iterator[None]:
+    """Within the block compute this operation, such as "attend.fp32", by its kernel or by torch's operators."""
+    kernels = choices().kernels
+    before = dict(kernels)
+    kernels[name] = uses_kernel
     try:
         yield
     finally:
-        known.clear()
-        known.update(before)
+        kernels.clear()
+        kernels.update(before)
 
 
 def uses(operation: str, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes an operation in this precision; THINKSTACK_KERNELS forces it."""
+    """Whether the kernel computes an operation in this precision; THINKSTACK_KERNELS overrides the decision."""
     switch = os.environ.get(SWITCH, "")
     if switch == "0" or binary() is None:
         return False
@@ -211,10 +212,10 @@ def uses(operation: str, dtype: torch.dtype) -> bool:
 
 
 def emulates_bf16() -> bool:
-    """Whether products in bf16 go through fp32 here."""
+    """Whether products in bf16 should be computed in fp32 on this machine."""
     return choices().emulates_bf16
 
 
-# What torch.compiler.assume_constant_result sets; calling that imports the whole compiler, a second of every start.
+# The attribute that torch.compiler.assume_constant_result sets; calling it would import the compiler, which takes 1 s.
 uses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 emulates_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]

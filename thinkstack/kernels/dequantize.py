@@ -1,4 +1,4 @@
-"""Matrices in few bits back to floats: by the kernel where that is faster, else by the scheme's own arithmetic."""
+"""Dequantization: by the kernel where that is faster, else by the scheme in torch."""
 
 from torch import Tensor
 
@@ -9,8 +9,7 @@ from thinkstack.quant.scheme import Parts, QuantScheme
 
 
 def dequantize_(quantization: QuantScheme, parts: Parts, out: Tensor) -> None:
-    """`quantization.dequantize_(parts, out)`: write the matrices that `parts` stand for into out (..., N, K), rounded
-    once."""
+    """`quantization.dequantize_(parts, out)`: write the dequantized matrices into out (..., N, K), rounded once."""
     if kernels.takes(out, "dequantize") and out.is_contiguous():
         qweight, scale = parts["qweight"].contiguous(), parts["scale"]
         if isinstance(quantization, Int8):

@@ -1,9 +1,9 @@
-"""Attention of the family: multi-head latent attention (MLA) and grouped-query attention (GQA).
+"""Multi-head latent attention (MLA) and grouped-query attention (GQA) behind one interface.
 
-Both answer to one interface. New tokens attend among themselves (training), or to what a cache holds, where they put
-their own entries first (the engine, prompts included). MLA reads its latents in two ways that give the same numbers:
-expanded to keys and values per head (among themselves, where every latent is used once per query of its own row), or
-absorbed into the query (from a cache, where expanding the context for each new token would cost more than the model).
+Without a cache (training) the tokens of a row attend to each other. With a cache (the engine, prefill included) new
+tokens first write their entries to the cache and then attend to it. MLA has two equivalent forms: without a cache the
+latents are expanded to keys and values per head; with a cache the expansion is absorbed into the query, because
+expanding the whole context for each new token would cost more than the rest of the model.
 """
 
 # Shapes in this file: B rows, T new tokens, S tokens attended to, D hidden size, H heads, C kv_lora_rank,
@@ -21,61 +21,63 @@ from thinkstack import kernels
 from thinkstack.kernels import triton as cuda
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig
-from thinkstack.models.layers import ROW_TILE, Projection, RMSNorm, rotate
+from thinkstack.models.layers import ROW_TILE, Linear, RMSNorm, rotate
 
 
 class LayerCache(Protocol):
-    """What the attention of one layer needs of a cache; every row of the pass is one new token."""
+    """The cache interface that an attention layer uses; every row of the pass is one new token."""
 
     def extend(self, layer: int, entries: Tensor) -> Pages:
-        """Keep the entries (N, 1, W) of the new tokens; returns where their context lies, these included."""
+        """Write the entries (N, 1, W) of the new tokens; returns the pages of their context, including these."""
 
 
 @dataclass(kw_only=True)
 class AttentionContext:
-    """What every attention layer of one forward pass shares."""
+    """The inputs that all attention layers of one forward pass share."""
 
     rope: Tensor
-    """Rotations of the new tokens, (B or 1, T, R / 2) complex64."""
+    """RopeCache of the new tokens, (B or 1, T, R / 2) complex64."""
     kv_range: Tensor
-    """What each new token sees of the tokens before it, (B or 1, T, 3) int32, as `kv_range_of` gives it."""
+    """The earlier tokens that each new token attends to, (B or 1, T, 3) int32, from `kv_range_of`."""
     last: Tensor
-    """The last token that it sees, itself, (B or 1, T) int64; all count from the start of the row or of the cached
-    context."""
+    """The last token that it attends to, which is itself, (B or 1, T) int64. Positions count from the start of the row
+    or of the cached context."""
     cache: LayerCache | None = None
-    """Where the context of a generation lives; None in training."""
-    known_mask: Tensor | None = None
-    """What `mask` returned before."""
-    blocks: BlockMask | None = None
-    """Which blocks of tokens see each other, where FlexAttention is to be used."""
+    """The KV cache of the engine; None in training."""
+    cached_mask: Tensor | None = None
+    """The result of the first call of `mask`."""
+    block_mask: BlockMask | None = None
+    """The mask of FlexAttention; None where FlexAttention is not used."""
 
     def mask(self, span: int, dtype: torch.dtype) -> Tensor:
-        """Added to the scores over `span` tokens, (B or 1, 1, T, span): 0 = open, -inf = closed."""
-        if self.known_mask is None:
-            self.known_mask = additive_mask(self.kv_range, self.last, span, dtype)
-        return self.known_mask
+        """The additive mask over `span` tokens, (B or 1, 1, T, span): 0 = attended, -inf = masked."""
+        if self.cached_mask is None:
+            self.cached_mask = additive_mask(self.kv_range, self.last, span, dtype)
+        return self.cached_mask
 
 
 def additive_mask(kv_range: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """0 where a token is seen and -inf elsewhere, (B or 1, 1, T, span); sight (B or 1, T, 3), last (B or 1, T)."""
+    """0 where a token is attended to and -inf elsewhere, (B or 1, 1, T, span). kv_range: (B or 1, T, 3). last: (B or 1,
+    T)."""
     tokens = torch.arange(span, device=last.device)
     first, hidden_from, hidden_to = kv_range.unsqueeze(-2).unbind(-1)  # (B or 1, T, 1) each
-    closed = (tokens < first) | (tokens > last.unsqueeze(-1)) | ((tokens >= hidden_from) & (tokens < hidden_to))
-    return torch.zeros(closed.shape, dtype=dtype, device=last.device).masked_fill_(closed, -torch.inf).unsqueeze(1)
+    masked = (tokens < first) | (tokens > last.unsqueeze(-1)) | ((tokens >= hidden_from) & (tokens < hidden_to))
+    return torch.zeros(masked.shape, dtype=dtype, device=last.device).masked_fill_(masked, -torch.inf).unsqueeze(1)
 
 
 def run_starts(*ids: Tensor) -> Tensor:
-    """Index of the first token of each token's run in which all `ids`, (B, T) each, stay equal: (B, T)."""
+    """The first index of the run that each token belongs to, (B, T). A run ends where any of `ids`, (B, T) each,
+    changes."""
     changes = torch.stack([each[:, 1:] != each[:, :-1] for each in ids]).any(0)
     return torch.where(F.pad(changes, (1, 0)), torch.arange(ids[0].shape[1], device=ids[0].device), 0).cummax(1).values
 
 
 def kv_range_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
-    """What each token sees of the earlier tokens of its row, (B, T, 3) int32: the first of them, and an interval
-    (from, to) that is hidden, empty where both are equal.
+    """The earlier tokens of its row that each token attends to, (B, T, 3) int32: the first one, and a hidden interval
+    (from, to), which is empty where both are equal.
 
-    document_ids: (B, T), a document is a run of equal ids. branches: (B, T), within a document a run of 0 that all
-    others follow on, then 1, 2, ... which do not see each other; None: documents have no branches.
+    document_ids: (B, T); a document is a run of equal ids. branches: (B, T); within a document a run of 0, which all
+    branches continue, then 1, 2, ..., which do not attend to each other. None: documents have no branches.
     """
     first = run_starts(document_ids)
     if branches is None:
@@ -87,10 +89,10 @@ def kv_range_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
     return torch.cat((first.unsqueeze(-1), hidden), -1).int()
 
 
-def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax attention of query (B, T, G, Q, K), key (B, S, G, K), value (B, S, G, V) to (B, T, G, Q, V).
 
-    Plain matrix products: for the short rows of this package they beat torch's fused CPU attention in the backward
+    Matrix products: on rows of a few hundred tokens they are faster than torch's fused CPU attention in the backward
     pass, and key and value heads may differ in width.
     """
     T, Q = query.shape[1], query.shape[3]
@@ -101,27 +103,27 @@ def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     return out.unflatten(2, (T, Q)).permute(0, 2, 1, 3, 4)
 
 
-def document_blocks(kv_range: Tensor) -> BlockMask:
-    """What FlexAttention skips: keys after a query, and those it does not see. sight: (B or 1, T, 3)."""
+def document_block_mask(kv_range: Tensor) -> BlockMask:
+    """FlexAttention's mask: causal, and restricted to kv_range (B or 1, T, 3)."""
     rows, T, _ = kv_range.shape
     first, hidden_from, hidden_to = kv_range.unbind(-1)
 
-    def is_open(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_attended(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_hidden = (key >= hidden_from[row, query]) & (key < hidden_to[row, query])
         return (key <= query) & (key >= first[row, query]) & ~is_hidden
 
-    return create_block_mask(is_open, rows if rows > 1 else None, None, T, T, device=kv_range.device)
+    return create_block_mask(is_attended, rows if rows > 1 else None, None, T, T, device=kv_range.device)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
-    """`weighted_values` by torch's fused attention: FlexAttention where the pass has block masks, else SDPA.
+    """`eager_attention` by torch's fused attention: FlexAttention where the pass has a block mask, else SDPA.
 
-    Values are widened to the width of the keys for SDPA, whose fast kernels know one width.
+    For SDPA values are padded to the width of the keys, because its fast kernels take one width.
     """
     T, Q = query.shape[1], query.shape[3]
     q, k, v = query.flatten(2, 3).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, T, ...)
-    if ctx.blocks is not None:
-        out = flex_attention(q, k, v, block_mask=ctx.blocks, scale=scale, enable_gqa=Q > 1)
+    if ctx.block_mask is not None:
+        out = flex_attention(q, k, v, block_mask=ctx.block_mask, scale=scale, enable_gqa=Q > 1)
         assert isinstance(out, Tensor)
     else:
         k, v = k.repeat_interleave(Q, 1), F.pad(v, (0, k.shape[-1] - v.shape[-1])).repeat_interleave(Q, 1)
@@ -130,75 +132,78 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionCon
 
 
 def paged_attention_torch(
-    query: Tensor, pages: Pages, last: Tensor, heads: kernels.KVLayout, scale: float, limit: int = 1 << 26
+    query: Tensor, pages: Pages, last: Tensor, layout: kernels.KVLayout, scale: float, max_elements: int = 1 << 26
 ) -> Tensor:
     """`kernels.paged_attention` in torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
 
-    Batch-invariant: each product has ROW_TILE new tokens of one sequence and one block, padding included, and the
-    whole blocks up to that one, in contiguous operands (the order of sums depends on strides too). So it depends on a
-    token's own position only. Tiles with equally many blocks are computed together, `limit` elements of context at
-    most at once.
+    Batch-invariant: a matrix product has ROW_TILE new tokens of one sequence and one block (padded), all blocks up to
+    that one, and contiguous operands (the order of sums depends on strides too), so its shape depends on a token's own
+    position only. Tiles with the same number of blocks are computed together, at most `max_elements` elements of
+    context at a time.
     """
     size = pages.entries.shape[1]
     blocks = last // size
     first = run_starts(pages.seq_index.unsqueeze(0), blocks.unsqueeze(0)).squeeze(0)
     lane = (torch.arange(len(last), device=last.device) - first) % ROW_TILE
-    heads_of_tiles = (lane == 0).nonzero().squeeze(1)  # the first token of each tile
+    tile_starts = (lane == 0).nonzero().squeeze(1)  # the first token of each tile
     tile = (lane == 0).cumsum(0) - 1
-    tiles = query.new_zeros(len(heads_of_tiles), ROW_TILE, *query.shape[1:])
+    tiles = query.new_zeros(len(tile_starts), ROW_TILE, *query.shape[1:])
     tiles[tile, lane] = query
-    seen = last.new_zeros(len(heads_of_tiles), ROW_TILE)
+    seen = last.new_zeros(len(tile_starts), ROW_TILE)
     seen[tile, lane] = last
-    out = query.new_empty(*tiles.shape[:-1], heads.value_width)
-    for count in blocks[heads_of_tiles].unique().tolist():
+    out = query.new_empty(*tiles.shape[:-1], layout.value_width)
+    for count in blocks[tile_starts].unique().tolist():
         span = (count + 1) * size
         places = torch.arange(span, device=last.device)
-        alike = (blocks[heads_of_tiles] == count).nonzero().squeeze(1)
-        for some in alike.split(max(limit // (span * pages.entries.shape[2]), 1)):
-            context = pages.of(pages.seq_index[heads_of_tiles[some]], span)
-            unused = places > seen[some].amax(1, keepdim=True)  # entries of earlier sequences, finite or not
+        same_span = (blocks[tile_starts] == count).nonzero().squeeze(1)
+        for some in same_span.split(max(max_elements // (span * pages.entries.shape[2]), 1)):
+            context = pages.of(pages.seq_index[tile_starts[some]], span)
+            unused = places > seen[some].amax(1, keepdim=True)  # may hold anything, NaN included, from freed sequences
             k, v = (
                 part.transpose(1, 2).flatten(0, 1).contiguous()  # (tiles * G, span, K or V)
-                for part in heads.split(context.masked_fill_(unused.unsqueeze(2), 0.0))
+                for part in layout.split(context.masked_fill_(unused.unsqueeze(2), 0.0))
             )
             rows = (tiles[some] * scale).transpose(1, 2).reshape(len(k), -1, k.shape[-1])  # (tiles * G, -1, K)
             scores = torch.bmm(rows, k.mT).view(len(some), -1, ROW_TILE, query.shape[2], span)
-            closed = (places > seen[some].unsqueeze(2))[:, None, :, None]  # (tiles, 1, ROW_TILE, 1, span)
-            weights = torch.softmax(scores.masked_fill_(closed, -torch.inf), -1).view(len(k), -1, span)
+            masked = (places > seen[some].unsqueeze(2))[:, None, :, None]  # (tiles, 1, ROW_TILE, 1, span)
+            weights = torch.softmax(scores.masked_fill_(masked, -torch.inf), -1).view(len(k), -1, span)
             out[some] = torch.bmm(weights, v).view(len(some), -1, ROW_TILE, *out.shape[3:]).transpose(1, 2)
     return out[tile, lane]
 
 
 class Attention(nn.Module):
-    """What MLA and GQA do alike, once they have made queries and entries."""
+    """The part that MLA and GQA share: attention of projected queries."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.interleaved, self.scale = layer, cfg.rope.interleaved, cfg.softmax_scale
 
-    def among_themselves(
-        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, heads: kernels.KVLayout, ctx: AttentionContext
+    def attend_packed(
+        self, q: Tensor, kv: Tensor, k_shared: Tensor | None, layout: kernels.KVLayout, ctx: AttentionContext
     ) -> Tensor:
-        """q (B, T, H, K) and entries kv (B, T, ...), laid out as `heads` says, neither rotated; k_shared (B, T, R): the
-        last part of every key, or None. Returns (B, T, H, V)."""
-        if kernels.takes(q, "attend") and ctx.blocks is None:
-            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.kv_range, heads, self.scale, self.interleaved)
-        k, v = heads.split(kv)  # (B, T, G, ...)
+        """Attention of the tokens of packed rows to each other.
+
+        q: (B, T, H, K), not rotated. kv: (B, T, ...) entries in `layout`, not rotated. k_shared: (B, T, R), the last
+        part of every key, or None. Returns (B, T, H, V).
+        """
+        if kernels.takes(q, "attend") and ctx.block_mask is None:
+            return kernels.attend(q, kv, k_shared, ctx.rope, ctx.kv_range, layout, self.scale, self.interleaved)
+        k, v = layout.split(kv)  # (B, T, G, ...)
         if k_shared is None:
             k = rotate(k, ctx.rope, self.interleaved)
         else:
             shared = rotate(k_shared.unsqueeze(2), ctx.rope, self.interleaved)
-            k = torch.cat((k, shared.expand(-1, -1, heads.groups, -1)), -1)
+            k = torch.cat((k, shared.expand(-1, -1, layout.groups, -1)), -1)
         own = q.shape[-1] - 2 * ctx.rope.shape[-1]
         q = torch.cat((q[..., :own], rotate(q[..., own:], ctx.rope, self.interleaved)), -1)
-        grouped = q.unflatten(2, (heads.groups, -1))
-        if cuda.is_device(q) or ctx.blocks is not None:
+        grouped = q.unflatten(2, (layout.groups, -1))
+        if cuda.is_device(q) or ctx.block_mask is not None:
             return fused_attention(grouped, k, v, ctx, self.scale).flatten(2, 3)
-        return weighted_values(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
+        return eager_attention(grouped, k, v, ctx.mask(q.shape[1], q.dtype), self.scale).flatten(2, 3)
 
-    def read(self, q: Tensor, pages: Pages, heads: kernels.KVLayout, ctx: AttentionContext) -> Tensor:
-        """q (N, 1, H, K), rotated, over the context of each token. Returns (N, 1, H, V)."""
-        grouped, last = q.squeeze(1).unflatten(1, (heads.groups, -1)), ctx.last.squeeze(1)
+    def attend_paged(self, q: Tensor, pages: Pages, layout: kernels.KVLayout, ctx: AttentionContext) -> Tensor:
+        """Attention of new tokens q (N, 1, H, K), rotated, to their cached contexts. Returns (N, 1, H, V)."""
+        grouped, last = q.squeeze(1).unflatten(1, (layout.groups, -1)), ctx.last.squeeze(1)
         attend = (
             kernels.paged_attention
             if kernels.takes(q, "paged_attend")
@@ -206,7 +211,7 @@ class Attention(nn.Module):
             if cuda.takes(q)
             else paged_attention_torch
         )
-        return attend(grouped, pages, last, heads, self.scale).flatten(1, 2).unsqueeze(1)
+        return attend(grouped, pages, last, layout, self.scale).flatten(1, 2).unsqueeze(1)
 
 
 class MLA(Attention):
@@ -219,18 +224,18 @@ class MLA(Attention):
         self.shape = a
         per_head = a.qk_nope_head_dim + a.v_head_dim
         nope = a.qk_nope_head_dim
-        self.expanded = kernels.KVLayout(a.num_heads, nope, per_head, nope, per_head, a.v_head_dim)
-        self.absorbed = kernels.KVLayout(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
+        self.expanded_layout = kernels.KVLayout(a.num_heads, nope, per_head, nope, per_head, a.v_head_dim)
+        self.absorbed_layout = kernels.KVLayout(1, a.cache_width, 0, 0, 0, a.kv_lora_rank)
         if a.q_lora_rank:
-            self.wq_a = Projection(cfg.hidden_size, a.q_lora_rank, bias=False)
+            self.wq_a = Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, cfg.norm_eps)
-            self.wq_b = Projection(a.q_lora_rank, a.num_heads * a.qk_head_dim, bias=False)
+            self.wq_b = Linear(a.q_lora_rank, a.num_heads * a.qk_head_dim, bias=False)
         else:
-            self.wq = Projection(cfg.hidden_size, a.num_heads * a.qk_head_dim, bias=False)
-        self.wkv_a = Projection(cfg.hidden_size, a.cache_width, bias=False)
+            self.wq = Linear(cfg.hidden_size, a.num_heads * a.qk_head_dim, bias=False)
+        self.wkv_a = Linear(cfg.hidden_size, a.cache_width, bias=False)
         self.kv_norm = RMSNorm(a.kv_lora_rank, cfg.norm_eps)
-        self.wkv_b = Projection(a.kv_lora_rank, a.num_heads * per_head, bias=False)
-        self.wo = Projection(a.num_heads * a.v_head_dim, cfg.hidden_size, bias=False)
+        self.wkv_b = Linear(a.kv_lora_rank, a.num_heads * per_head, bias=False)
+        self.wo = Linear(a.num_heads * a.v_head_dim, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
@@ -240,18 +245,18 @@ class MLA(Attention):
         latent, k_rope = self.wkv_a(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
         latent, context = self.kv_norm(latent), None
         if ctx.cache is not None:
-            turned = rotate(k_rope.unsqueeze(2), ctx.rope, self.interleaved).squeeze(2)
-            context = ctx.cache.extend(self.layer, torch.cat((latent, turned), -1))
+            rotated = rotate(k_rope.unsqueeze(2), ctx.rope, self.interleaved).squeeze(2)
+            context = ctx.cache.extend(self.layer, torch.cat((latent, rotated), -1))
         if context is None:
-            heads = self.among_themselves(q, self.wkv_b(latent), k_rope, self.expanded, ctx)
+            heads = self.attend_packed(q, self.wkv_b(latent), k_rope, self.expanded_layout, ctx)
         else:
-            heads = self.read_absorbed(q, context, ctx)
+            heads = self.attend_absorbed(q, context, ctx)
         return self.wo(heads.flatten(2))
 
-    def read_absorbed(self, q: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
-        """Attention of q (B, 1, H, N + R) over cached latents, without ever making keys or values.
+    def attend_absorbed(self, q: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
+        """Attention of q (B, 1, H, N + R) over cached latents, without expanding them to keys or values.
 
-        The halves of wkv_b move to the query and to the output. Returns (B, 1, H, V).
+        The key half of wkv_b multiplies the query, the value half the output. Returns (B, 1, H, V).
         """
         a = self.shape
         w_uk, w_uv = self.wkv_b.weight.unflatten(0, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], 1)
@@ -259,12 +264,12 @@ class MLA(Attention):
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk)  # (H, B*T, C)
         q_latent = q_latent.transpose(0, 1).unflatten(0, q.shape[:2])
         q = torch.cat((q_latent, rotate(q_rope, ctx.rope, self.interleaved)), -1)  # (B, T, H, W)
-        out = self.read(q, pages, self.absorbed, ctx).flatten(0, 1).transpose(0, 1)  # (H, B*T, C)
+        out = self.attend_paged(q, pages, self.absorbed_layout, ctx).flatten(0, 1).transpose(0, 1)  # (H, B*T, C)
         return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).unflatten(0, q.shape[:2])
 
 
 class GQA(Attention):
-    """Grouped-query attention (arXiv:2305.13245) as in Llama; with biases Qwen2's, with normed heads Qwen3's."""
+    """Grouped-query attention (arXiv:2305.13245) as in Llama; with biases as in Qwen2, with head norms as in Qwen3."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -272,30 +277,30 @@ class GQA(Attention):
         assert isinstance(a, GQAConfig)
         self.shape = a
         width = a.num_kv_heads * a.head_dim
-        self.heads = kernels.KVLayout(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
-        self.wq = Projection(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
-        self.wk = Projection(cfg.hidden_size, width, bias=a.qkv_bias)
-        self.wv = Projection(cfg.hidden_size, width, bias=a.qkv_bias)
-        self.wo = Projection(a.num_heads * a.head_dim, cfg.hidden_size, bias=a.out_bias)
+        self.layout = kernels.KVLayout(a.num_kv_heads, a.head_dim, a.head_dim, width, a.head_dim, a.head_dim)
+        self.wq = Linear(cfg.hidden_size, a.num_heads * a.head_dim, bias=a.qkv_bias)
+        self.wk = Linear(cfg.hidden_size, width, bias=a.qkv_bias)
+        self.wv = Linear(cfg.hidden_size, width, bias=a.qkv_bias)
+        self.wo = Linear(a.num_heads * a.head_dim, cfg.hidden_size, bias=a.out_bias)
         self.q_norm = RMSNorm(a.head_dim, cfg.norm_eps) if a.qk_norm else None
         self.k_norm = RMSNorm(a.head_dim, cfg.norm_eps) if a.qk_norm else None
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """x: (B, T, D), normed. Returns (B, T, D)."""
-        q = heads_of(x, self.wq, self.q_norm, self.shape.num_heads)
-        k, v = heads_of(x, self.wk, self.k_norm, self.shape.num_kv_heads), self.wv(x)
+        q = project_heads(x, self.wq, self.q_norm, self.shape.num_heads)
+        k, v = project_heads(x, self.wk, self.k_norm, self.shape.num_kv_heads), self.wv(x)
         context = None
         if ctx.cache is not None:
-            turned = rotate(k, ctx.rope, self.interleaved).flatten(2)
-            context = ctx.cache.extend(self.layer, torch.cat((turned, v), -1))
+            rotated = rotate(k, ctx.rope, self.interleaved).flatten(2)
+            context = ctx.cache.extend(self.layer, torch.cat((rotated, v), -1))
         if context is None:
-            heads = self.among_themselves(q, torch.cat((k.flatten(2), v), -1), None, self.heads, ctx)
+            heads = self.attend_packed(q, torch.cat((k.flatten(2), v), -1), None, self.layout, ctx)
         else:
-            heads = self.read(rotate(q, ctx.rope, self.interleaved), context, self.heads, ctx)
+            heads = self.attend_paged(rotate(q, ctx.rope, self.interleaved), context, self.layout, ctx)
         return self.wo(heads.flatten(2))
 
 
-def heads_of(x: Tensor, linear: nn.Linear, norm: RMSNorm | None, num_heads: int) -> Tensor:
-    """Project x (B, T, D) and cut it into heads (B, T, num_heads, head_dim), each normed if there is a norm."""
+def project_heads(x: Tensor, linear: nn.Linear, norm: RMSNorm | None, num_heads: int) -> Tensor:
+    """Project x (B, T, D), split it into heads (B, T, num_heads, head_dim), and norm each if `norm` is given."""
     heads = linear(x).unflatten(-1, (num_heads, -1))
     return heads if norm is None else norm(heads)

@@ -1,4 +1,4 @@
-"""Attention in numbers: heads, latents and biases; rotary embedding and the ways to extend a trained context."""
+"""Configurations of attention (heads, latents, biases) and of rotary embedding with its context extensions."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class MLAConfig:
     q_lora_rank: int
     """Width of the query latent; 0 projects queries directly (V2-Lite)."""
     kv_lora_rank: int
-    """Width of the key/value latent, which is what the cache holds."""
+    """Width of the key/value latent, which the cache stores."""
     qk_nope_head_dim: int
-    """Width of a query/key head without position."""
+    """Width of the part of a query/key head that is not rotated."""
     qk_rope_head_dim: int
-    """Width of the rotated part of a query head, and of the one rotated key that all heads share."""
+    """Width of the rotated part of a query head, and of the rotated key that all heads share."""
     v_head_dim: int
     """Width of a value head."""
 
@@ -33,7 +33,7 @@ class MLAConfig:
 
     @property
     def cache_width(self) -> int:
-        """Cached elements per token and layer, whatever the number of heads."""
+        """Cached elements per token and layer; it does not depend on the number of heads."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -50,7 +50,7 @@ class GQAConfig:
     qkv_bias: bool = False
     """Whether queries, keys and values have biases (Qwen2)."""
     out_bias: bool = False
-    """Whether the output projection has one."""
+    """Whether the output projection has a bias."""
     qk_norm: bool = False
     """Whether each query and key head is normed before it is rotated (Qwen3)."""
 
@@ -80,13 +80,13 @@ class YarnConfig:
     original_max_positions: int = 4096
     """Tokens of context before the extension."""
     beta_fast: float = 32.0
-    """Dimensions that turn more often than this within the original context keep their frequency."""
+    """Dimensions with more rotations than this within the original context have their frequency unchanged."""
     beta_slow: float = 1.0
-    """Dimensions that turn less often than this are divided by `factor`."""
+    """Dimensions with fewer rotations than this have their frequency divided by `factor`."""
     mscale: float = 1.0
     """Numerator of the cos/sin amplitude; equal to mscale_all_dim in the V3 family, so the amplitude is 1."""
     mscale_all_dim: float = 1.0
-    """Enters the softmax scale as (0.1 * mscale_all_dim * ln(factor) + 1) ** 2; 0 leaves the scale alone."""
+    """The softmax scale is multiplied by (0.1 * mscale_all_dim * ln(factor) + 1) ** 2; 0 leaves it unchanged."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -95,16 +95,17 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeConfig:
-    """Context extension of Llama 3.1 and later (arXiv:2407.21783, section 3.4.2 tells of it; numbers are the released
-    config.json's).
+    """Context extension of Llama 3.1 and later (arXiv:2407.21783, section 3.4.2; defaults as in the released
+    config.json).
     """
 
     factor: float = 8.0
-    """What slow frequencies are divided by."""
+    """Divisor of the low frequencies."""
     low_freq_factor: float = 1.0
-    """Pairs that turn less often than this within the original context are divided by `factor`."""
+    """Pairs with fewer rotations than this within the original context have their frequency divided by `factor`."""
     high_freq_factor: float = 4.0
-    """Pairs that turn more often than this within the original context keep their frequency; between, a blend."""
+    """Pairs with more rotations than this within the original context have their frequency unchanged; pairs between
+    the two bounds are interpolated."""
     original_max_positions: int = 8192
     """Tokens of context before the extension."""
 
@@ -131,7 +132,7 @@ class RopeConfig:
     llama3: Llama3RopeConfig | None = None
     """Context extension of Llama 3.1 and later, or None."""
     linear_factor: float = 1.0
-    """All frequencies are divided by this (arXiv:2306.15595; 4 in DeepSeek-Coder); 1 leaves them alone."""
+    """All frequencies are divided by this (arXiv:2306.15595; 4 in DeepSeek-Coder); 1 leaves them unchanged."""
 
     def __post_init__(self) -> None:
         if not self.theta > 1:
@@ -141,7 +142,7 @@ class RopeConfig:
         used = [name for name in ("yarn", "llama3") if getattr(self, name) is not None]
         used += ["linear_factor"] if self.linear_factor != 1 else []
         if len(used) > 1:
-            raise ConfigError(f"rope.{used[0]} and rope.{used[1]} are two extensions of one context; keep one of them")
+            raise ConfigError(f"rope.{used[0]} and rope.{used[1]} are both set; use one context extension")
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

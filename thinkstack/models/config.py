@@ -1,6 +1,6 @@
-"""What a model is, in numbers. Families are values of ModelConfig, never copies of code.
+"""The model configuration. Families are values of ModelConfig, never copies of code.
 
-Named sizes stand at the end. Field names follow the DeepSeek papers; checkpoint/hf/config.py maps them to and from the
+Named sizes are at the end. Field names follow the DeepSeek papers; checkpoint/hf/config.py maps them to and from the
 Hugging Face config.json of each family.
 """
 
@@ -29,7 +29,7 @@ class MoEConfig:
     num_experts_per_tok: int
     """Routed experts per token."""
     num_shared_experts: int = 1
-    """Experts every token uses; they form one SwiGLU of width num_shared_experts * moe_intermediate_size."""
+    """Experts that every token uses; they form one SwiGLU of width num_shared_experts * moe_intermediate_size."""
     moe_intermediate_size: int
     """Intermediate width of one expert."""
     num_groups: int = 1
@@ -39,13 +39,13 @@ class MoEConfig:
     scoring: Literal["sigmoid", "softmax"] = "sigmoid"
     """Affinity function; V3 uses sigmoid, V2 softmax."""
     group_score: Literal["top2", "max"] = "top2"
-    """What ranks a group: the sum of its two best affinities (V3) or its best one (V2)."""
+    """Score of a group: the sum of its two highest affinities (V3) or its highest one (V2)."""
     norm_topk_prob: bool = True
-    """Whether the chosen weights are divided by their sum (V3) or used as they are (V2)."""
+    """Whether the weights of the chosen experts are divided by their sum (V3) or not (V2)."""
     route_scale: float = 1.0
     """Factor on the routed output."""
     first_dense_layers: int = 1
-    """Layers at the bottom that keep a dense feed-forward."""
+    """The first layers, which have a dense feed-forward."""
 
     def __post_init__(self) -> None:
         if self.num_experts % self.num_groups:
@@ -78,21 +78,21 @@ class ModelConfig:
     """One decoder-only model of the family."""
 
     family: Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "qwen3_moe"]
-    """Which Hugging Face architecture the checkpoint belongs to; the model itself never looks at it."""
+    """The Hugging Face architecture of the checkpoint; the model itself does not read it."""
     vocab_size: int
     """Rows of the embedding; may exceed the tokenizer's size (V3 pads to 129,280)."""
     hidden_size: int
     """Width of the residual stream."""
     num_layers: int
-    """Transformer blocks, without multi-token-prediction modules."""
+    """Transformer blocks, not counting multi-token-prediction modules."""
     attention: MLAConfig | GQAConfig
     """Latent or grouped-query attention."""
     intermediate_size: int
     """Intermediate width of a dense feed-forward."""
     moe: MoEConfig | None = None
-    """Experts of the layers from moe.first_dense_layers on; None keeps all layers dense."""
+    """Experts of the layers from moe.first_dense_layers on; None: all layers are dense."""
     mtp_layers: int = 0
-    """Multi-token-prediction modules kept beside the main model (D in the V3 report)."""
+    """Multi-token-prediction modules in addition to the main model (D in the V3 report)."""
     rope: RopeConfig = RopeConfig()
     """Rotary embedding."""
     norm_eps: float = 1e-6
@@ -102,14 +102,14 @@ class ModelConfig:
     max_positions: int = 4096
     """Longest context in tokens."""
     bos_id: int | None = 0
-    """Token that begins every sequence, as its configuration says; None where it names none, as Qwen's. What texts
-    begin with is the tokenizer's to say (Tokenizer.begin_ids)."""
+    """The first token of a sequence according to config.json; None if it names none, as in Qwen's. The tokens that the
+    tokenizer actually prepends are Tokenizer.begin_ids."""
     eos_ids: tuple[int, ...] = (1,)
-    """Tokens that end an answer; empty where the configuration names none."""
+    """Tokens that end a completion; empty if config.json names none."""
     init_std: float = 0.006
     """Standard deviation of the initial weights (V3 report, section 4.2)."""
     embed_init_std: float = 0.0
-    """Standard deviation of the initial embedding; 0 takes init_std."""
+    """Standard deviation of the initial embedding; 0 uses init_std."""
 
     def __post_init__(self) -> None:
         if self.attention.rope_dim % 2:
@@ -120,12 +120,12 @@ class ModelConfig:
             )
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (from 0; MTP blocks count on from num_layers) has experts."""
+        """Whether block `layer` has experts. Layers count from 0; MTP blocks start at num_layers."""
         return self.moe is not None and layer >= self.moe.first_dense_layers
 
     @property
     def softmax_scale(self) -> float:
-        """Factor on attention scores; with YaRN it carries the squared mscale (V3 report, section 4.3)."""
+        """Factor of attention scores; with YaRN it includes the squared mscale (V3 report, section 4.3)."""
         width = self.attention.qk_head_dim if isinstance(self.attention, MLAConfig) else self.attention.head_dim
         yarn = self.rope.yarn
         if yarn is None or yarn.mscale_all_dim == 0:
@@ -187,11 +187,11 @@ def v2_lite() -> ModelConfig:
 
 
 def v3_tiny() -> ModelConfig:
-    """The V3 architecture at the size that learns the demo suite on two CPU cores in minutes.
+    """The V3 architecture at a size that learns the demo suite on two CPU cores in minutes.
 
-    Half of each head is rotated: with a quarter, as in V3, looking up "the next operation" is learnt several times more
-    slowly. Heads are 32 + 32 = 64 wide, the narrowest that vLLM's CPU attention takes. Initial weights are as large
-    relative to the width as small models need: 0.1, the embedding 0.3 (docs/log.md has the comparisons).
+    Half of each head is rotated: with a quarter, as in V3, the model takes several times longer to learn to look up
+    "the next operation". Heads are 32 + 32 = 64 wide, the smallest width that vLLM's CPU attention supports. Small
+    models need larger initial weights: standard deviation 0.1, and 0.3 for the embedding (compared in docs/log.md).
     """
     return ModelConfig(
         family="deepseek_v3",
@@ -267,7 +267,7 @@ def v2_236b() -> ModelConfig:
 
 
 def llama3(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> ModelConfig:
-    """Llama 3.1 and 3.3 as R1's students of that family (config.json of the released models)."""
+    """Llama 3.1 and 3.3, the Llama models that R1 was distilled into (config.json of the released models)."""
     return ModelConfig(
         family="llama",
         vocab_size=128256,
@@ -293,7 +293,8 @@ def qwen2(
     vocab_size: int = 152064,
     theta: float = 1e6,
 ) -> ModelConfig:
-    """Qwen2.5 as R1's students of that family: heads of 128, untied (config.json of the released models)."""
+    """Qwen2.5, the Qwen models that R1 was distilled into: heads of 128, untied embeddings (config.json of the released
+    models)."""
     return ModelConfig(
         family="qwen2",
         vocab_size=vocab_size,
@@ -310,7 +311,7 @@ def qwen2(
 
 
 def qwen3_8b() -> ModelConfig:
-    """Qwen3-8B, the student of R1-0528."""
+    """Qwen3-8B, which R1-0528 was distilled into."""
     return replace(
         qwen2(4096, 36, 32, 8, 12288, vocab_size=151936),
         family="qwen3",
@@ -321,7 +322,7 @@ def qwen3_8b() -> ModelConfig:
 
 
 def qwen3_30b_a3b() -> ModelConfig:
-    """Qwen3-30B-A3B: heads wider together than the residual stream, experts in every layer, none shared."""
+    """Qwen3-30B-A3B: num_heads * head_dim exceeds the hidden size, every layer has experts, none are shared."""
     return replace(
         qwen3_8b(),
         family="qwen3_moe",

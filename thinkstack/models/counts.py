@@ -1,11 +1,11 @@
-"""What a model costs, from its ModelConfig alone: parameters, operations, cache. Nothing is allocated."""
+"""Parameters, operations and cache size of a model, computed from its ModelConfig. Nothing is allocated."""
 
 from thinkstack.models.config import MLAConfig, ModelConfig
 
 
 def count_parameters(cfg: ModelConfig) -> int:
-    """Trained numbers of the main model: embedding and head included (once if tied), MTP modules and the router's
-    balance bias (which no gradient reaches) not. This is the published convention: 671.03B for V3, 15.71B for V2-Lite.
+    """Trained parameters of the main model: with embedding and head (once if tied), without MTP modules and the
+    router's balance bias (which has no gradient). This is the published convention: 671.03B for V3, 15.71B for V2-Lite.
     """
     blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
@@ -13,19 +13,19 @@ def count_parameters(cfg: ModelConfig) -> int:
 
 
 def count_active_parameters(cfg: ModelConfig) -> int:
-    """Parameters of the main model that one token is multiplied with: num_experts_per_tok of the routed experts, the
-    head, and not the embedding, of which a token only looks up a row. The V3 report's 37B and the V2 report's 2.4B for
-    V2-Lite.
+    """Parameters of the main model that one token is multiplied with: num_experts_per_tok of the routed experts and the
+    head, but not the embedding, of which a token only looks up a row. These are the V3 report's 37B and the V2 report's
+    2.4B for V2-Lite.
     """
     blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
-    return cfg.vocab_size * cfg.hidden_size + blocks + cfg.hidden_size - _idle(cfg)
+    return cfg.vocab_size * cfg.hidden_size + blocks + cfg.hidden_size - _inactive_parameters(cfg)
 
 
 def mtp_parameters(cfg: ModelConfig) -> int:
     """Parameters of the multi-token-prediction modules beyond the shared embedding and head (11.6B in V3)."""
-    beside = sum(mtp_merge(cfg))
+    merge = sum(mtp_merge(cfg))
     return sum(
-        block_parameters(cfg, cfg.is_moe_layer(cfg.num_layers + depth)) + beside for depth in range(cfg.mtp_layers)
+        block_parameters(cfg, cfg.is_moe_layer(cfg.num_layers + depth)) + merge for depth in range(cfg.mtp_layers)
     )
 
 
@@ -33,8 +33,8 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
     """Floating-point operations of the forward pass for one token that attends to `context` tokens, itself included.
 
     2 per active matrix element, plus 2 * context * num_heads * (query/key width + value width) per layer for scores
-    and weighted values (MLA expanded, as in training). Norms, activations and the router's choice are left out. A
-    causal sequence of T tokens has a mean context of T / 2; forward and backward together take three times this.
+    and weighted values (MLA expanded, as in training). Norms, activations and the top-k of the router are not counted.
+    A causal sequence of T tokens has a mean context of T / 2; forward and backward together take three times this.
     """
     a = cfg.attention
     widths = a.qk_head_dim + a.v_head_dim if isinstance(a, MLAConfig) else 2 * a.head_dim
@@ -49,7 +49,7 @@ def weight_bytes(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
 
 
 def fp8_bytes(cfg: ModelConfig) -> int:
-    """Bytes of all weights where matrices of blocks are e4m3 with a scale for 128 x 128, and the rest bf16."""
+    """Bytes of all weights with the matrices of blocks in e4m3, one scale per 128 x 128 block, and the rest in bf16."""
     blocks = [cfg.is_moe_layer(layer) for layer in range(cfg.num_layers + cfg.mtp_layers)]
     routers = sum(blocks) * cfg.hidden_size * cfg.moe.num_experts if cfg.moe else 0
     inside = sum(block_parameters(cfg, kind) - block_vectors(cfg) for kind in blocks) - routers
@@ -57,19 +57,19 @@ def fp8_bytes(cfg: ModelConfig) -> int:
 
 
 def training_bytes(cfg: ModelConfig) -> int:
-    """Bytes that training holds in fp32 whatever the batch: weights, gradients and AdamW's two moments. Activations and
-    copies in a lower precision come on top: train/memory.py.
+    """Bytes of the fp32 training state, independent of the batch: weights, gradients and AdamW's two moments.
+    Activations and low-precision copies come on top: train/memory.py.
     """
     return weight_bytes(cfg, bytes_per_element=4 * 4)
 
 
 def mtp_merge(cfg: ModelConfig) -> tuple[int, int]:
-    """Parameters of one multi-token-prediction module beside its block: of the projection, and of its three norms."""
+    """Parameters of one multi-token-prediction module outside its block: (projection, three norms)."""
     return 2 * cfg.hidden_size**2, 3 * cfg.hidden_size
 
 
 def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
-    """Bytes the engine's cache holds per token of context, all layers together: 70,272 for V3 in bf16."""
+    """Bytes of the engine's cache per token of context, over all layers: 70,272 for V3 in bf16."""
     return cfg.num_layers * cfg.attention.cache_width * bytes_per_element
 
 
@@ -95,7 +95,7 @@ def attention_matrices(cfg: ModelConfig) -> int:
 
 
 def block_vectors(cfg: ModelConfig) -> int:
-    """Norm weights and biases of one block: two norms of the residual stream, and the attention's own."""
+    """Norm weights and biases of one block: two norms of the residual stream, and those of attention."""
     a, D = cfg.attention, cfg.hidden_size
     if isinstance(a, MLAConfig):
         return 2 * D + a.q_lora_rank + a.kv_lora_rank
@@ -103,8 +103,8 @@ def block_vectors(cfg: ModelConfig) -> int:
     return 2 * D + biases + a.qk_norm * 2 * a.head_dim
 
 
-def _idle(cfg: ModelConfig) -> int:
-    """Routed-expert parameters of the main model that a token does not touch."""
+def _inactive_parameters(cfg: ModelConfig) -> int:
+    """Routed-expert parameters of the main model that a token does not use."""
     if cfg.moe is None:
         return 0
     layers = sum(cfg.is_moe_layer(layer) for layer in range(cfg.num_layers))

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): a frozen model learns through small matrices beside its own.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): the base model is frozen and two small matrices per layer are trained.
 
-y = W x + scale * B (A x). B begins at zero, so that an adapted model begins as the model it adapts. `weight` of an
-adapted layer is always the merged matrix: code that reads it, such as the kernels of inference, needs to know nothing.
+y = W x + scale * B (A x). B starts at zero, so that an adapted model initially equals its base. `weight` of an adapted
+layer is always the merged matrix, so code that reads it, such as inference kernels, works unchanged.
 """
 
 # Shapes in this file: O outputs, I inputs, r rank, E experts, P matrices stacked in a parameter (gate and up: 2).
@@ -34,26 +34,26 @@ from thinkstack.quant.scheme import QuantScheme
 from thinkstack.types import ConfigError
 
 M = TypeVar("M", bound=Transformer)
-BASES: dict[str, QuantScheme] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
-"""Storages of a frozen base."""
+BASE_SCHEMES: dict[str, QuantScheme] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
+"""Quantization schemes of a frozen base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What is adapted, and how much. The names of the fields are those of PEFT where it has them."""
+    """Settings of the adapters. Fields have PEFT's names where PEFT has them."""
 
     rank: CountOrZero = 0
-    """Columns of A and B (r); 0 trains the whole model instead."""
+    """Rank r of A and B; 0 trains the whole model instead."""
     alpha: Positive = 16.0
-    """The product of B and A counts alpha / rank times."""
+    """The product of B and A is scaled by alpha / rank."""
     rslora: bool = False
-    """Divide by the root of the rank, which keeps the step size of large ranks (arXiv:2312.03732)."""
+    """Divide by the root of the rank instead, which preserves the step size at large ranks (arXiv:2312.03732)."""
     targets: tuple[Literal["attention", "feed_forward", "experts"], ...] = ("attention", "feed_forward")
-    """Which matrices: the projections of attention, dense and shared feed-forwards, routed experts one by one."""
+    """Adapted matrices: the projections of attention, dense and shared feed-forwards, each routed expert."""
     base: Literal["float", "fp8", "nf4"] = "float"
-    """How the frozen matrices are kept: as floats, in 8 bits (quant/fp8.py) or in 4 (QLoRA: quant/nf4.py)."""
+    """Format of the frozen matrices: float, 8 bits (quant/fp8.py) or 4 bits (QLoRA: quant/nf4.py)."""
     seed: Seed = 0
-    """Fixes the drawn A."""
+    """Seed of the initial A."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not self.alpha > 0:
@@ -68,10 +68,10 @@ class LoRAConfig:
 
 
 class Adapter(nn.Module):
-    """A (..., r, I) and B (..., O, r), with leading dimensions where matrices are stacked; switched off it is 0."""
+    """A (..., r, I) and B (..., O, r), with leading dimensions for stacked matrices; no effect while disabled."""
 
     def __init__(self, like: Tensor, stacked: tuple[int, ...], rank: int, scale: float):
-        """like: the matrix or stack (..., O, I) to adapt; stacked: leading dimensions that it is cut into."""
+        """like: the matrix or stack (..., O, I) to adapt. stacked: the leading dimensions to split it into."""
         super().__init__()
         O, I = like.shape[-2] * like.shape[:-2].numel() // math.prod(stacked), like.shape[-1]  # noqa: E741
         self.scale, self.enabled = scale, True
@@ -80,20 +80,20 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw A as PEFT does, uniformly up to 1 / sqrt(I); B stays 0."""
+        """Initialize A as PEFT does, uniformly in +-1 / sqrt(I); B stays 0."""
         bound = self.lora_a.shape[-1] ** -0.5
-        drawn = torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator)
-        self.lora_a.copy_(drawn)
+        values = torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator)
+        self.lora_a.copy_(values)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The merged matrix, of weight's shape and dtype; weight itself while switched off."""
+        """The merged matrix, in weight's shape and dtype; weight itself while disabled."""
         if not self.enabled:
             return weight
         return weight + (self.scale * (self.lora_b @ self.lora_a)).view_as(weight).to(weight.dtype)
 
 
 class LoRALinear(nn.Module):
-    """A linear layer and its adapter; `weight` is the merged matrix, for code that reads it."""
+    """A linear layer with an adapter; `weight` is the merged matrix."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float):
         super().__init__()
@@ -112,10 +112,10 @@ class LoRALinear(nn.Module):
         return out + self.adapter.scale * F.linear(F.linear(x, self.adapter.lora_a), self.adapter.lora_b)
 
 
-def adaptable(model: Transformer, targets: Collection[str]) -> list[str]:
-    """Parameters of the main layers that belong to `targets`, by their names in a model without adapters.
+def adapter_targets(model: Transformer, targets: Collection[str]) -> list[str]:
+    """Names of the parameters that `targets` select, as in a model without adapters.
 
-    Multi-token-prediction modules are not among them: an adapter is for the model that answers.
+    Multi-token-prediction modules are never adapted.
     """
     found = []
     for name, module in model.layers.named_modules(prefix="layers"):
@@ -128,7 +128,7 @@ def adaptable(model: Transformer, targets: Collection[str]) -> list[str]:
 
 
 def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: float) -> None:
-    """Freeze `model` and give the named parameters adapters of zeros, in place."""
+    """Freeze `model` and add zero adapters to the named parameters, in place."""
     model.requires_grad_(False)
     for name in names:
         owner, _, leaf = name.rpartition(".")
@@ -150,15 +150,15 @@ def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: f
 
 
 def adapt(model: Transformer, cfg: LoRAConfig) -> None:
-    """Freeze `model` and give it the adapters of `cfg`, drawn, in place; its matrices are packed as cfg.base says.
+    """Freeze `model`, quantize it as cfg.base says, and add initialized adapters as `cfg` says, in place.
 
-    Raises ConfigError if nothing matches.
+    Raises ConfigError if no parameter matches.
     """
-    names = adaptable(model, cfg.targets)
+    names = adapter_targets(model, cfg.targets)
     if not names:
-        raise ConfigError(f"lora.targets={list(cfg.targets)} names nothing that this model has; add attention")
+        raise ConfigError(f"lora.targets={list(cfg.targets)} matches no parameter of this model; add attention")
     if cfg.base != "float":
-        quantize_model(model, BASES[cfg.base], quantizable_matrices(model))
+        quantize_model(model, BASE_SCHEMES[cfg.base], quantizable_matrices(model))
     add_adapters(model, names, cfg.rank, cfg.scale)
     generator = torch.Generator().manual_seed(cfg.seed)
     for adapter in adapters(model).values():
@@ -166,7 +166,7 @@ def adapt(model: Transformer, cfg: LoRAConfig) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model, by the name that the adapted parameter has without them."""
+    """The adapters of a model, by the name of the adapted parameter in a model without adapters."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -179,27 +179,27 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by the names of a plain model: adapters merged into what they adapt, packed ones wide."""
-    known, quantized = adapters(model), quantized_weights(model)
-    held = {id(part) for module in quantized.values() for part in module.buffers()}
-    wide = ((name, module.whole()) for name, module in quantized.items())
-    for name, value in chain(wide, model.named_parameters(), model.named_buffers()):
-        if id(value) in held:
+    """Parameters and buffers as a plain model has them: adapters merged, quantized matrices dequantized."""
+    adapted, quantized = adapters(model), quantized_weights(model)
+    part_ids = {id(part) for module in quantized.values() for part in module.buffers()}
+    dequantized = ((name, module.dequantize_parameter()) for name, module in quantized.items())
+    for name, value in chain(dequantized, model.named_parameters(), model.named_buffers()):
+        if id(value) in part_ids:
             continue
         plain = name.replace(".base.", ".")
-        if plain in known:
-            yield plain, known[plain](value)
+        if plain in adapted:
+            yield plain, adapted[plain](value)
         elif not name.endswith((".lora_a", ".lora_b")):
             yield plain, value
 
 
 @torch.no_grad()
 def merged(model: M) -> M:
-    """A model without adapters that computes the same; the model itself if it has none. The adapted one is kept."""
+    """A copy with the adapters merged into the weights; the model itself if it has none. `model` is not changed."""
     if not adapters(model):
         return model
-    twin = dequantize_model(copy.deepcopy(model))
-    for module in list(twin.modules()):
+    copied = dequantize_model(copy.deepcopy(model))
+    for module in list(copied.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):
                 child.base.weight.copy_(child.weight)
@@ -208,17 +208,17 @@ def merged(model: M) -> M:
             for name, adapter in module.adapters.items():
                 getattr(module, name).copy_(adapter(getattr(module, name)))
             module.adapters.clear()
-    return twin.requires_grad_(True)
+    return copied.requires_grad_(True)
 
 
 @contextmanager
 def adapters_off(model: M) -> Iterator[M]:
-    """The model as it was before it was adapted, for as long as the block runs."""
-    switched = [adapter for adapter in adapters(model).values() if adapter.enabled]
-    for adapter in switched:
+    """Disable all adapters for the duration of the block: the model computes as its base."""
+    disabled = [adapter for adapter in adapters(model).values() if adapter.enabled]
+    for adapter in disabled:
         adapter.enabled = False
     try:
         yield model
     finally:
-        for adapter in switched:
+        for adapter in disabled:
             adapter.enabled = True

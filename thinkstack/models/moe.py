@@ -1,11 +1,11 @@
 """DeepSeekMoE: routing, and experts as two batched matrix products.
 
-`route` chooses, `ExpertMLP` computes, `MoE` puts them beside the shared experts. What training needs of the choice
-(load counts, balance loss) is computed from the returned Routing by train/balance.py, not here.
+`route` chooses experts, `ExpertMLP` computes them, `MoE` adds the shared experts. Load counts and balance loss are
+computed from the returned Routing by train/balance.py.
 """
 
 # Shapes in this file: B rows, T tokens, N = B*T, D hidden size, E experts, G groups, K experts per token,
-# I intermediate size, C capacity: rows kept per expert, a multiple of ROW_TILE.
+# I intermediate size, C capacity: rows per expert, a multiple of ROW_TILE.
 
 import math
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from thinkstack.models.layers import ROW_TILE, SwiGLU, swiglu, swiglu_backward
 
 
 class Routing(NamedTuple):
-    """What a router decided for a batch of tokens."""
+    """A router's output for a batch of tokens."""
 
     scores: Tensor
     """(B, T, E) fp32 affinities, without bias; carries the gradient of the balance loss."""
@@ -32,46 +32,46 @@ class Routing(NamedTuple):
 def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]:
     """Choose experts for each token by group-limited top-k.
 
-    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; it decides who is chosen and never enters the
-    weight. Returns (weights (N, K) fp32, experts (N, K) int64).
+    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; it affects the choice of experts and never their
+    weights. Returns (weights (N, K) fp32, experts (N, K) int64).
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
     """
-    best = 2 if cfg.group_score == "top2" else 1
+    scores_per_group = 2 if cfg.group_score == "top2" else 1
     if kernels.takes_steps(scores, 0, "route"):
-        groups = (cfg.num_groups, cfg.top_groups, best)
+        groups = (cfg.num_groups, cfg.top_groups, scores_per_group)
         return kernels.route(scores, bias.float(), cfg.num_experts_per_tok, groups, cfg.norm_topk_prob, cfg.route_scale)
     choice = scores.detach() + bias
     if cfg.top_groups < cfg.num_groups:
         grouped = choice.unflatten(-1, (cfg.num_groups, -1))  # (N, G, E/G)
-        group_score = grouped.topk(best, dim=-1).values.sum(-1)  # (N, G)
-        kept = group_score.topk(cfg.top_groups, dim=-1).indices
-        closed = torch.ones_like(group_score, dtype=torch.bool).scatter(1, kept, False)
-        choice = grouped.masked_fill(closed[..., None], -math.inf).flatten(1)
+        group_score = grouped.topk(scores_per_group, dim=-1).values.sum(-1)  # (N, G)
+        group_idx = group_score.topk(cfg.top_groups, dim=-1).indices
+        masked = torch.ones_like(group_score, dtype=torch.bool).scatter(1, group_idx, False)
+        choice = grouped.masked_fill(masked[..., None], -math.inf).flatten(1)
     experts = choice.topk(cfg.num_experts_per_tok, dim=-1).indices  # (N, K)
-    return weigh(scores, experts, cfg), experts
+    return expert_weights(scores, experts, cfg), experts
 
 
-def weigh(scores: Tensor, experts: Tensor, cfg: MoEConfig) -> Tensor:
-    """Weights (N, K) fp32 of chosen experts (N, K) int64 by their scores (N, E)."""
+def expert_weights(scores: Tensor, experts: Tensor, cfg: MoEConfig) -> Tensor:
+    """Weights (N, K) fp32 of the chosen experts (N, K) int64, from the scores (N, E)."""
     weights = scores.gather(1, experts)
     if cfg.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # 1e-20: as transformers, all scores may be 0
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # as in transformers: all scores may be 0
     return weights * cfg.route_scale
 
 
-class Dispatch(NamedTuple):
-    """Where each (token, choice) pair sits in the experts' input."""
+class TokenDispatch(NamedTuple):
+    """The row of each (token, choice) pair in the experts' padded input."""
 
     slot: Tensor
     """(N*K,) row of the pair in the (E*C) rows of expert input."""
     source: Tensor
-    """(E*C,) token of each row; unused rows name token 0."""
+    """(E*C,) token of each row; 0 for unused rows."""
     capacity: int
     """C."""
 
 
-def dispatch(experts: Tensor, num_experts: int) -> Dispatch:
-    """Sort pairs by expert into equally many rows each. experts: (N, K) int64."""
+def dispatch(experts: Tensor, num_experts: int) -> TokenDispatch:
+    """Sort pairs by expert, with the same number of rows for each expert. experts: (N, K) int64."""
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts)
@@ -80,27 +80,27 @@ def dispatch(experts: Tensor, num_experts: int) -> Dispatch:
     rows = torch.arange(flat.numel(), device=flat.device) + shift.repeat_interleave(counts)
     slot = torch.empty_like(flat).index_copy_(0, order, rows)
     source = flat.new_zeros(num_experts * capacity).index_copy_(0, rows, order // experts.shape[1])
-    return Dispatch(slot, source, capacity)
+    return TokenDispatch(slot, source, capacity)
 
 
 class ExpertMLP(torch.autograd.Function):
-    """Sum over a token's experts of weight * SwiGLU_expert(token), all experts in one batched product per matrix.
+    """Sum over a token's experts of weight * SwiGLU_expert(token), with one batched product per matrix.
 
-    Every expert gets as many rows as the busiest one needs, so nothing is dropped; moving tokens there and back is a
-    gather in both directions of the pass, never a scatter-add, so the result does not depend on the order of threads.
+    Every expert gets as many rows as the one with the most tokens, so no token is dropped. Tokens are moved by gathers
+    in the forward and the backward pass, never by scatter-add, so the result does not depend on the order of threads.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, D); weights (N, K) fp32; experts (N, K); w_in (E, 2I, D): gate rows, then up rows; w_out (E, D, I)."""
         E, K = w_in.shape[0], experts.shape[1]
-        plan = dispatch(experts, E)
-        rows = x.index_select(0, plan.source).view(E, plan.capacity, -1)  # (E, C, D)
+        dispatched = dispatch(experts, E)
+        rows = x.index_select(0, dispatched.source).view(E, dispatched.capacity, -1)  # (E, C, D)
         gate, up = torch.bmm(rows, w_in.transpose(1, 2)).chunk(2, -1)  # (E, C, I) each
         inner = F.silu(gate) * up
         out = torch.bmm(inner, w_out.transpose(1, 2)).flatten(0, 1)  # (E*C, D)
-        picked = out.index_select(0, plan.slot).unflatten(0, (-1, K))  # (N, K, D)
-        ctx.save_for_backward(rows, weights, plan.slot, plan.source, gate, up, inner, picked, w_in, w_out)
+        picked = out.index_select(0, dispatched.slot).unflatten(0, (-1, K))  # (N, K, D)
+        ctx.save_for_backward(rows, weights, dispatched.slot, dispatched.source, gate, up, inner, picked, w_in, w_out)
         return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
 
     @staticmethod
@@ -118,8 +118,8 @@ class ExpertMLP(torch.autograd.Function):
         return grad_x, grad_weights.to(weights.dtype), None, grad_w_in, grad_w_out
 
 
-def grouped_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`ExpertMLP` by torch's grouped products: no padding, and the device is never waited for."""
+def grouped_mm_experts(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """`ExpertMLP` by torch's grouped matrix products: no padding, and no synchronization with the device."""
     E, K = w_in.shape[0], experts.shape[1]
     flat = experts.flatten()
     order = flat.argsort(stable=True)
@@ -134,18 +134,19 @@ def grouped_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out
 
 
 def takes_grouped(w_in: Tensor, w_out: Tensor) -> bool:
-    """Whether torch's grouped products take experts w_in (E, 2I, D), w_out (E, D, I): in bf16, on a device."""
+    """Whether torch's grouped products support experts w_in (E, 2I, D), w_out (E, D, I): bf16, on CUDA, widths that are
+    multiples of 8."""
     widths = w_in.shape[2], w_out.shape[2]
     return cuda.is_device(w_in) and w_in.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """The experts of x (N, D) by the fastest means for its device; arguments as of `ExpertMLP`."""
+    """The experts of x (N, D) by the fastest implementation for its device; arguments as in `ExpertMLP`."""
     D, I = x.shape[1], w_out.shape[2]  # noqa: E741
     if kernels.takes(x, "experts") and D % kernels.LANES == 0 and I % kernels.LANES == 0:
         return kernels.expert_mlp(x, weights, experts, w_in, w_out)
     if takes_grouped(w_in, w_out):
-        return grouped_mlp(x, weights, experts, w_in, w_out)
+        return grouped_mm_experts(x, weights, experts, w_in, w_out)
     return ExpertMLP.apply(x, weights, experts, w_in, w_out)
 
 
@@ -159,26 +160,26 @@ class MoE(nn.Module):
         assert cfg.moe is not None
         self.cfg = moe = cfg.moe
         self.router = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size))
-        # fp32 whatever the model's dtype: near 1, bf16 would round a bias step of 1e-3 away
+        # fp32 in every dtype of the model: near 1, bf16 would round a bias step of 1e-3 away
         self.register_buffer("bias", torch.zeros(moe.num_experts))
         self.w_in = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.moe_intermediate_size, cfg.hidden_size))
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.moe_intermediate_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
-        self.adapters = nn.ModuleDict()  # by parameter: what models/lora.py adds to w_in or w_out
-        self.products: nn.Module | None = None  # computes the experts in place of `compute`: train/fp8.py
+        self.adapters = nn.ModuleDict()  # models/lora.py: the adapters of w_in and w_out, by parameter name
+        self.products: nn.Module | None = None  # replaces `expert_mlp`: train/fp8.py, QuantizedExperts
 
-    def forward(self, x: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x: (B, T, D), normed. replayed: (B, T, K) integers, experts to use in place of the router's choice, -1 where
-        it stands; their weights are still those of the current scores. Returns (output (B, T, D), routing).
+    def forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x: (B, T, D), normed. routed_experts: (B, T, K) integers, experts to use in place of the router's choice; -1
+        uses the router. Weights always come from the current scores. Returns (output (B, T, D), routing).
         """
         flat = x.flatten(0, 1)  # (N, D)
         logits = F.linear(flat.float(), self.router.float())  # fp32, so that ties and ranks are stable
         scores = logits.sigmoid() if self.cfg.scoring == "sigmoid" else logits.softmax(-1)
         weights, experts = route(scores, self.bias, self.cfg)
-        if replayed is not None:
-            given = replayed.flatten(0, 1).long()
+        if routed_experts is not None:
+            given = routed_experts.flatten(0, 1).long()
             experts = torch.where(given < 0, experts, given)
-            weights = weigh(scores, experts, self.cfg)
+            weights = expert_weights(scores, experts, self.cfg)
         w_in, w_out = (
             self.adapters[name](weight) if name in self.adapters else weight
             for name, weight in (("w_in", self.w_in), ("w_out", self.w_out))

@@ -1,6 +1,6 @@
-"""Multi-token prediction: one more block, which sees a hidden state and the next token, and predicts the one after.
+"""Multi-token prediction: an additional block that predicts token i+2 from the hidden state at i and token i+1.
 
-Embedding and head are the main model's (DeepSeek-V3 report, arXiv:2412.19437, section 2.2).
+Embedding and head are shared with the main model (DeepSeek-V3 report, arXiv:2412.19437, section 2.2).
 """
 
 import torch
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from thinkstack.models.attention import AttentionContext
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import Projection, RMSNorm
+from thinkstack.models.layers import Linear, RMSNorm
 from thinkstack.models.moe import Routing
 
 
 class MTPModule(nn.Module):
-    """h'_i = Block(M [norm(embedding of token i+1) ; norm(h_i)]); released weights put the embedding first."""
+    """h'_i = Block(M [norm(embedding of token i+1) ; norm(h_i)]); the embedding comes first, as in released weights."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.embedding_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.hidden_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.merge = Projection(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.merge = Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
         self.block = Block(cfg, layer)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
 
     def forward(self, hidden: Tensor, next_embedding: Tensor, ctx: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """hidden (B, T, D): the main model's, after its final norm. next_embedding (B, T, D): of the following token.
+        """hidden: (B, T, D), of the main model after its final norm. next_embedding: (B, T, D), of the next token.
 
         Returns (normed hidden (B, T, D), ready for the head; routing).
         """
@@ -33,6 +33,6 @@ class MTPModule(nn.Module):
         return self.norm(out), routing
 
     def merged(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
-        """What the block is given, (..., D)."""
+        """The input of the block, (..., D)."""
         merged: Tensor = self.merge(torch.cat((self.embedding_norm(next_embedding), self.hidden_norm(hidden)), -1))
         return merged

@@ -1,8 +1,8 @@
-"""Matrices kept in few bits and widened where they are used: a model to serve or adapt, not to train as a whole.
+"""Modules with quantized weights, which are dequantized at each use: for inference and as the base of adapters.
 
-A storage is a value with two functions, `quantize_model` and `dequantize_model`. Linear layers and stacks of routed
-experts hold packed matrices of any storage; of a stack only the experts that tokens chose are widened. A few rows in
-bf16 are multiplied with int8 as it is. Gradients pass through to the input; the packed numbers get none.
+`quantize_model` replaces the linear layers and the stacks of routed experts of a model by quantized ones in any
+QuantScheme; `dequantize_model` reverts it. Of a stack only the experts that tokens are routed to are dequantized. A few
+rows in bf16 are multiplied with 8-bit weights directly. Gradients pass through to the input; the weights get none.
 """
 
 # Shapes in this file: N outputs, K inputs, leading dimensions (...) are independent matrices, E experts, P matrices
@@ -31,47 +31,48 @@ Index = tuple[int | Tensor, ...]
 
 
 class QuantizedWeight(nn.Module):
-    """Matrices (..., N, K) in their storage. The parts are buffers that move with the model and are never cast."""
+    """Quantized matrices (..., N, K). The parts are buffers that move with the model and are never cast."""
 
     def __init__(self, quantization: QuantScheme, weight: Tensor, dtype: torch.dtype):
-        """Packs weight (..., N, K). dtype: of the matrices that come out where no other is asked for."""
+        """Quantizes weight (..., N, K). dtype: the default dtype of `dequantize`."""
         super().__init__()
         self.quantization, self.shape, self.dtype = quantization, tuple(weight.shape), dtype
         for name, part in quantization.quantize(weight).items():
             self.register_buffer(name, part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
-        """Move without casting: a function that casts floats sees bytes."""
+        """Move without casting: `fn` gets the parts as bytes, so a cast of floats does not apply."""
         for name, part in self._buffers.items():
             assert part is not None
             self._buffers[name] = fn(part.view(torch.uint8)).view(part.dtype)
         return self
 
     def parts(self, index: Index = ()) -> Parts:
-        """Views of the parts of the matrices at `index` into the leading dimensions; copies where it is a tensor."""
+        """The parts of the matrices at `index` of the leading dimensions: views, or copies where `index` has a
+        tensor."""
         return {name: part[index] for name, part in self.named_buffers()}
 
     def put(self, index: Index, parts: Parts) -> None:
-        """Replace the matrices at `index`."""
+        """Overwrite the parts of the matrices at `index`."""
         for name, part in self.parts(index).items():
             part.copy_(parts[name])
 
     def dequantize(self, index: Index = (), dtype: torch.dtype | None = None) -> Tensor:
-        """The matrices at `index`, in `dtype` or else the module's."""
+        """The matrices at `index`, in `dtype` or by default the module's."""
         parts = self.parts(index)
-        some = next(iter(parts.values()))
-        out = torch.empty(*some.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=some.device)
+        first = next(iter(parts.values()))
+        out = torch.empty(*first.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=first.device)
         dequantize_(self.quantization, parts, out)
         return out
 
-    def whole(self) -> Tensor:
-        """All matrices, widened, in the shape of the parameter that a plain model has."""
-        wide = self.dequantize()
-        return wide.flatten(1, 2) if wide.dim() > 2 else wide
+    def dequantize_parameter(self) -> Tensor:
+        """All matrices, dequantized, in the shape of the parameter of a plain model."""
+        weight = self.dequantize()
+        return weight.flatten(1, 2) if weight.dim() > 2 else weight
 
 
-class _Product(torch.autograd.Function):
-    """x (..., K) times packed (N, K) transposed, plus bias (N,) or None; the matrix is widened again going back."""
+class _DequantizedLinear(torch.autograd.Function):
+    """x (..., K) times a quantized (N, K) transposed, plus bias (N,) or None; the backward pass dequantizes again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -86,7 +87,7 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer on a packed matrix; `weight` is the matrix widened, for code that reads it."""
+    """A linear layer with a quantized matrix; `weight` dequantizes it."""
 
     def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter | None):
         nn.Module.__init__(self)
@@ -99,48 +100,48 @@ class QuantizedLinear(nn.Linear):
         return self.quantized.dequantize()
 
     def parts_8bit(self) -> Parts | None:
-        """Codes (N, K) and their blocks' scales; None for another storage."""
+        """qweight (N, K) and scale of an 8-bit scheme; None for other schemes."""
         return self.quantized.parts() if isinstance(self.quantized.quantization, Int8 | FP8Blocks) else None
 
     def int8_parts(self) -> Parts | None:
-        """Codes (N, K) and scale (N, 1), which kernels read as they are; None for another storage."""
+        """qweight (N, K) and scale (N, 1) of int8, which kernels read directly; None for other schemes."""
         return self.quantized.parts() if isinstance(self.quantized.quantization, Int8) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K); returns (..., N). For a few rows codes of 8 bits are multiplied as they are read."""
+        """x: (..., K). Returns (..., N). A few rows use kernels that read 8-bit weights directly."""
         parts, bias = self.parts_8bit(), None if self.bias is None else self.bias.to(x.dtype)
         if parts is not None and triton.takes_quantized(x, parts["qweight"]):
             out = triton.quantized_linear(x, parts["qweight"], parts["scale"].float())
             return out if bias is None else out + bias
         if parts is not None and bias is None and kernels.takes_small_m(x, parts["qweight"]):
             return kernels.small_m_linear(x, parts["qweight"], parts["scale"])
-        return _Product.apply(x, self.quantized, bias)
+        return _DequantizedLinear.apply(x, self.quantized, bias)
 
 
 class QuantizedExperts(nn.Module):
-    """Computes routed experts whose stacks are packed: w_in (E, 2, I, D), w_out (E, 1, D, I)."""
+    """Computes routed experts from quantized stacks w_in (E, 2, I, D) and w_out (E, 1, D, I)."""
 
     def forward(
         self, x: Tensor, weights: Tensor, experts: Tensor, w_in: QuantizedWeight, w_out: QuantizedWeight
     ) -> Tensor:
-        """Arguments and result as of ExpertMLP in models/moe.py, but for the stacks."""
+        """Arguments and result as in ExpertMLP of models/moe.py, except for the stacks."""
         used, place = experts.unique(return_inverse=True)  # (U,), (N, K)
 
         def compute(x: Tensor, weights: Tensor) -> Tensor:
-            wide = (stack.dequantize((used,), x.dtype).flatten(1, 2) for stack in (w_in, w_out))
-            return expert_mlp(x, weights, place, *wide)
+            dequantized = (stack.dequantize((used,), x.dtype).flatten(1, 2) for stack in (w_in, w_out))
+            return expert_mlp(x, weights, place, *dequantized)
 
-        if torch.is_grad_enabled():  # the widened experts are made again for the backward pass, not kept
+        if torch.is_grad_enabled():  # the backward pass dequantizes the experts again instead of saving them
             return checkpoint(compute, x, weights, use_reentrant=False, preserve_rng_state=False)
         return compute(x, weights)
 
 
 EXPERT_STACKS = {"w_in": 2, "w_out": 1}
-"""Matrices of an expert in each parameter of a MoE."""
+"""Number of matrices per expert in each parameter of a MoE."""
 
 
 def quantizable_matrices(model: Transformer) -> list[str]:
-    """Parameters that are worth packing, by name: the matrices of all blocks, routers aside."""
+    """Names of the parameters to quantize: the matrices of all blocks except routers."""
     found = []
     for name, module in model.named_modules():
         if ".attention." in name or ".ffn" in name:
@@ -152,10 +153,10 @@ def quantizable_matrices(model: Transformer) -> list[str]:
 def quantize_model(
     model: Transformer, quantization: QuantScheme, names: Collection[str], dtype: torch.dtype | None = None
 ) -> None:
-    """Keep the named parameters packed, in place; a model on the meta device gets empty ones.
+    """Quantize the named parameters in place; works on the meta device too.
 
-    names: as in state_dict, of linear layers and of stacks of experts, of which a layer needs both. dtype: of widened
-    matrices where none is asked for; by default the parameter's.
+    names: as in state_dict, of linear layers and stacks of experts (both stacks of a layer or none). dtype: the default
+    dtype of dequantized matrices; None for the parameter's.
     """
     for name in names:
         owner, _, leaf = name.rpartition(".")
@@ -174,26 +175,26 @@ def quantize_model(
 
 
 def dequantize_model(model: M) -> M:
-    """Widen everything that is packed, in place, to parameters; returns the model."""
+    """Turn all quantized weights into parameters, in place; returns the model."""
     for name, quantized in quantized_weights(model).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, MoE):
-            wide = nn.Parameter(quantized.whole())
+            weight = nn.Parameter(quantized.dequantize_parameter())
             delattr(module, leaf)
-            setattr(module, leaf, wide)
+            setattr(module, leaf, weight)
             module.products = None
         else:
             assert isinstance(module, QuantizedLinear)
             parent, _, place = owner.rpartition(".")
             layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            layer.weight, layer.bias = nn.Parameter(quantized.whole()), module.bias
+            layer.weight, layer.bias = nn.Parameter(quantized.dequantize_parameter()), module.bias
             setattr(model.get_submodule(parent), place, layer)
     return model
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """What is packed, by the name that the parameter has in a plain model."""
+    """The quantized weights of a model, by the name of the parameter in a plain model."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):

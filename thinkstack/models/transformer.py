@@ -1,4 +1,4 @@
-"""The one model of the package: it trains, generates, evaluates and serves every family.
+"""The model of the package: one class that trains, generates, evaluates and serves every family.
 
 Single-device code; parallelism, compilation and casts are applied to a built model from outside.
 """
@@ -11,24 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.attention import AttentionContext, LayerCache, document_blocks, kv_range_of
+from thinkstack.models.attention import AttentionContext, LayerCache, document_block_mask, kv_range_of
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import Embedding, Projection, RMSNorm, rope_table
+from thinkstack.models.layers import Embedding, Linear, RMSNorm, rope_table
 from thinkstack.models.moe import Routing
 from thinkstack.models.mtp import MTPModule
 from thinkstack.types import RequestError
 
 
 class Trunk(NamedTuple):
-    """What the main model computed for a batch, before the head."""
+    """The output of the main model before the head."""
 
     hidden: Tensor
     """(B, T, D) after the final norm."""
     routing: list[Routing]
-    """One per mixture-of-experts layer, bottom up."""
+    """One per mixture-of-experts layer, in layer order."""
     context: AttentionContext
-    """Mask and rotary tables, for modules that go on from here."""
+    """Mask and rotary tables, for the multi-token-prediction modules."""
 
 
 class Transformer(nn.Module):
@@ -40,20 +40,20 @@ class Transformer(nn.Module):
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.head = Projection(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.uses_flex = False
-        """Attend by FlexAttention, which is fast only where the blocks are compiled; set from outside."""
+        """Whether to use FlexAttention, which is fast only in compiled blocks; set from outside."""
         self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
 
     def blocks(self) -> list[Block]:
-        """All blocks, bottom up, those of the multi-token-prediction modules last."""
+        """All blocks in layer order, those of the multi-token-prediction modules last."""
         return [*self.layers, *(module.block for module in self.mtp)]  # type: ignore[list-item, union-attr]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> "Transformer":
-        """Draw all matrices from N(0, cfg.init_std), set norms to 1 and biases to 0; returns self."""
+        """Initialize matrices from N(0, cfg.init_std), norms to 1 and biases to 0; returns self."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
@@ -87,11 +87,11 @@ class Transformer(nn.Module):
         """Run all blocks and the final norm.
 
         ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
-        ids is a document, tokens attend only within theirs; by default a row is one document. cache: from the engine;
-        ids are then (N, 1), positions places in the context of each token's sequence, both checked before. experts:
-        (B, T, L, K) integers, the experts of each of the L layers that have them, in place of the routers' choice; -1
-        leaves it to the router.
-        branches: (B, T) int64, which continuation of its document each token belongs to, as in types.Batch.
+        ids is a document, and tokens attend only within their document; by default a row is one document. cache: of the
+        engine; ids are then (N, 1), positions count from the start of each token's sequence, and the caller has
+        validated both. experts: (B, T, L, K) integers, the experts to use in each of the L mixture-of-experts layers in
+        place of the routers' choice; -1 uses the router. branches: (B, T) int64, the branch of its document that each
+        token belongs to, as in types.Batch.
         Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
         """
         if cache is None:
@@ -99,41 +99,43 @@ class Transformer(nn.Module):
         hidden = self.embed(ids)  # (B, T, D)
         rows = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         if cache is not None:
-            assert positions is not None, "only the engine knows the places in its cache"
+            assert positions is not None, "a cache needs positions"
             context = self.cached_context(positions, cache)
         else:
             kv_range = kv_range_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
             rope = rope_table(rows if positions is None else positions, self.cfg.attention.rope_dim, self.cfg.rope)
-            blocks = document_blocks(kv_range) if self.uses_flex else None
-            context = AttentionContext(rope=rope, kv_range=kv_range, last=rows, blocks=blocks)
+            block_mask = document_block_mask(kv_range) if self.uses_flex else None
+            context = AttentionContext(rope=rope, kv_range=kv_range, last=rows, block_mask=block_mask)
         routing: list[Routing] = []
         for block in self.layers:
-            replayed = None if experts is None else experts[:, :, len(routing)]
-            hidden, chosen = block(hidden, context, replayed)
+            routed_experts = None if experts is None else experts[:, :, len(routing)]
+            hidden, chosen = block(hidden, context, routed_experts)
             if chosen is not None:
                 routing.append(chosen)
         return Trunk(self.norm(hidden), routing, context)
 
     def cached_context(self, positions: Tensor, cache: LayerCache) -> AttentionContext:
-        """What attention needs to know of new tokens at positions (N, 1) of their sequences' cached contexts."""
-        kv_range = positions.new_zeros(1, 1, 3, dtype=torch.int32)  # the whole context, told by `last`
+        """The attention context of new tokens at positions (N, 1) of their cached sequences."""
+        kv_range = positions.new_zeros(1, 1, 3, dtype=torch.int32)  # from the first token to `last`, nothing hidden
         rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
         return AttentionContext(rope=rope, kv_range=kv_range, last=positions, cache=cache)
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
-        """States (N, 1, D) of the first multi-token-prediction module: at position i it predicts token i+2.
+        """Hidden states (N, 1, D) of the first multi-token-prediction module: at position i it predicts token i+2.
 
         hidden: (N, 1, D), normed, of the tokens at positions (N, 1). following: (N, 1) int64, the tokens after them.
         cache: as in `trunk`, with a layer for the module.
         """
         return self.mtp[0](hidden, self.embed(following), self.cached_context(positions, cache))[0]
 
-    def look_ahead(self, trunk: Trunk, ids: Tensor, detached: bool = False) -> tuple[list[Tensor], list[Routing]]:
+    def mtp_hidden_states(
+        self, trunk: Trunk, ids: Tensor, detached: bool = False
+    ) -> tuple[list[Tensor], list[Routing]]:
         """Hidden states of the multi-token-prediction modules: the k-th, from 0, predicts token i+2+k at position i.
 
-        detached: let no gradient reach the trunk or the embedding. Returns (one (B, T, D) per module, one Routing per
-        module with experts). The last k + 1 positions of a document see a token of the next one or padding; the loss
-        leaves them out.
+        detached: stop gradients to the trunk and the embedding. Returns (one (B, T, D) per module, one Routing per
+        module with experts). The last k + 1 positions of a document get a token of the next one, or padding, as input;
+        the loss masks them.
         """
         hidden, states, routing = trunk.hidden.detach() if detached else trunk.hidden, [], []
         for depth, module in enumerate(self.mtp):
@@ -146,7 +148,7 @@ class Transformer(nn.Module):
         return states, routing
 
     def check(self, ids: Tensor, positions: Tensor | None = None) -> None:
-        """Raise RequestError for ids that this model cannot read, or positions beyond its context."""
+        """Raise RequestError for ids outside the vocabulary, an empty batch, or positions beyond max_positions."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise RequestError(
                 f"token ids have shape {tuple(ids.shape)}; expected (rows, tokens) with at least one token"

@@ -1,4 +1,4 @@
-"""A head that says a number instead of a token: the critic of PPO."""
+"""The value model (critic) of PPO: a transformer with a scalar head."""
 
 # Shapes in this file: B rows, T tokens, D hidden size.
 
@@ -13,13 +13,13 @@ from thinkstack.models.transformer import Transformer
 
 
 class ValueModel(Transformer):
-    """A transformer that predicts at each position the return that is still to come, in place of the next token."""
+    """A transformer that predicts the remaining return at each position in place of the next token."""
 
     def __init__(self, cfg: ModelConfig):
-        """cfg: of a policy; its MTP modules and its head are left out."""
+        """cfg: of the policy; the critic has neither its MTP modules nor its head."""
         super().__init__(replace(cfg, mtp_layers=0, tie_embeddings=False))
         del self.head
-        # vectors stay fp32 in a bf16 working copy, which would round a return near 1 to 3 digits; nor do they decay
+        # vectors, because these stay fp32 in a bf16 copy (bf16 rounds a return near 1 to 3 digits) and have no decay
         self.value_weight = nn.Parameter(torch.zeros(cfg.hidden_size))
         self.value_bias = nn.Parameter(torch.zeros(1))
 
@@ -27,8 +27,8 @@ class ValueModel(Transformer):
     def from_policy(cls, policy: Transformer) -> "ValueModel":
         """A critic that starts from the policy's trunk and predicts 0 everywhere."""
         critic = cls(policy.cfg)
-        known = {k: v for k, v in policy.state_dict().items() if not k.startswith(("head.", "mtp."))}
-        missing, unexpected = critic.load_state_dict(known, strict=False)
+        trunk = {k: v for k, v in policy.state_dict().items() if not k.startswith(("head.", "mtp."))}
+        missing, unexpected = critic.load_state_dict(trunk, strict=False)
         assert set(missing) == {"value_weight", "value_bias"} and not unexpected
         return critic
 

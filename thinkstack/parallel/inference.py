@@ -19,7 +19,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from thinkstack.models.config import MLAConfig, ModelConfig
-from thinkstack.models.layers import Projection
+from thinkstack.models.layers import Linear
 from thinkstack.models.moe import MoE, expert_mlp
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
@@ -103,8 +103,8 @@ def shard_experts(moe: MoE, ranks: Ranks) -> None:
     if moe.shared is not None:
         size = moe.cfg.shared_size // ranks.count
         for name in ("w1", "w3"):
-            setattr(moe.shared, name, Projection(moe.shared.w1.in_features, size, bias=False))
-        moe.shared.w2 = Projection(size, moe.shared.w2.out_features, bias=False)
+            setattr(moe.shared, name, Linear(moe.shared.w1.in_features, size, bias=False))
+        moe.shared.w2 = Linear(size, moe.shared.w2.out_features, bias=False)
 
 
 class LocalExperts(nn.Module):

@@ -1,7 +1,7 @@
-"""Numbers in 8-bit floats (e4m3) with one scale a block, as DeepSeek-V3 trains and stores (V3 report, arXiv:2412.19437,
+"""fp8 (e4m3) with one scale per block, as DeepSeek-V3 uses it in training and checkpoints (V3 report, arXiv:2412.19437,
 section 3.3)."""
 
-# Shapes in this file: M rows, K summed over, N outputs, leading dimensions (...) are independent matrices.
+# Shapes in this file: M rows, K inputs, leading dimensions (...) are independent matrices.
 
 from dataclasses import dataclass
 
@@ -16,16 +16,17 @@ BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 
 LARGEST = 448.0
-"""The largest number of e4m3; it has 3 bits of fraction, so rounding is within 2**-4 of a normal number."""
+"""The largest number of e4m3. It has 3 fraction bits, so the relative rounding error of normal numbers is at most
+2**-4."""
 
 SMALLEST_PEAK = 1e-30
-"""A block's peak counts at least this. DeepSeek's inference code has 1e-4, below which gradients live."""
+"""Lower bound of a block's largest magnitude. DeepSeek's inference code has 1e-4, but gradients are smaller."""
 
 
 def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """x (..., M, K) in blocks of `rows` x 128, ragged at the edges.
+    """Quantize x (..., M, K) in blocks of `rows` x 128; blocks at the edges may be smaller.
 
-    power_of_two: scales of the form 2**n, rounded up (ue8m0), which lose no bit where they are taken out again.
+    power_of_two: scales of the form 2**n, rounded up (ue8m0), so that multiplying by them is exact.
     Returns (e4m3 (..., M, K), scales (..., ceil(M / rows), ceil(K / 128)) fp32); x is about their product.
     """
     M, K = x.shape[-2:]
@@ -34,25 +35,26 @@ def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, 
     scale = peak / LARGEST
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    small = blocks / scale[..., :, None, :, None]
-    return small.flatten(-2).flatten(-3, -2)[..., :M, :K].clamp(-LARGEST, LARGEST).to(E4M3), scale
+    scaled = blocks / scale[..., :, None, :, None]
+    return scaled.flatten(-2).flatten(-3, -2)[..., :M, :K].clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
 def dequantize(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """fp32 (..., M, K) of what `quantize` returned."""
+    """The fp32 matrices (..., M, K) of the results of `quantize`."""
     M, K = q.shape[-2:]
-    wide = scale.repeat_interleave(rows, -2)[..., :M, :].repeat_interleave(BLOCK, -1)[..., :K]
-    return q.float() * wide
+    factors = scale.repeat_interleave(rows, -2)[..., :M, :].repeat_interleave(BLOCK, -1)[..., :K]
+    return q.float() * factors
 
 
 @dataclass(frozen=True)
 class FP8Blocks:
-    """DeepSeek's files: e4m3 numbers, one scale for 128 x 128 (V3 report, arXiv:2412.19437, section 3.3.1)."""
+    """The format of DeepSeek's checkpoints: e4m3, one scale per 128 x 128 block (V3 report, arXiv:2412.19437, section
+    3.3.1)."""
 
     power_of_two: bool = False
     """Scales of the form 2**n (scale_fmt ue8m0)."""
     scale_dtype: torch.dtype = torch.float32
-    """What scales are kept as: fp32, or float8_e8m0fnu, the exponents alone."""
+    """Dtype of the scales: fp32, or float8_e8m0fnu, which has the exponent only."""
 
     @property
     def name(self) -> str:

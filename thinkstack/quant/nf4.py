@@ -1,4 +1,4 @@
-"""Matrices in 4 bits: the frozen base of QLoRA (arXiv:2305.14314, section 3)."""
+"""4-bit NormalFloat (NF4), the format of the frozen base in QLoRA (arXiv:2305.14314, section 3)."""
 
 # Shapes in this file: N outputs, K inputs, leading dimensions (...) are independent matrices.
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from thinkstack.quant.scheme import Parts
 
 BLOCK = 64
-"""Neighbors along the inputs that share a scale."""
+"""Consecutive inputs that share a scale."""
 # Quantiles of a normal distribution, scaled to [-1, 1], one of them 0 (appendix E).
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -22,10 +22,10 @@ LEVELS = (
 
 @dataclass(frozen=True)
 class NF4Blocks:
-    """One of 16 levels a number, two numbers a byte, and a bf16 scale for 64 of them: 4.25 bits a number.
+    """16 levels, two numbers per byte, and a bf16 scale per 64 numbers: 4.25 bits per number.
 
-    The scale is the block's largest magnitude, rounded up to bf16; the paper keeps it in 8 bits with scales of its own,
-    which saves 0.12 bits more.
+    The scale is the block's largest magnitude, rounded up to bf16. The paper quantizes the scales to 8 bits as well
+    (double quantization), which saves another 0.12 bits per number.
     """
 
     @property

@@ -1,7 +1,7 @@
-"""How fast this machine computes: each operation by its kernel and by torch's operators, products, memory.
+"""Measures the speed of this machine: each operation by its kernel and by torch's operators, matrix products, memory.
 
-`settle` does it once for a machine, in under three seconds, and keeps the figures beside the compiled kernels;
-bench/kernels.py makes the committed table from the same cases with more repetitions.
+`measure_machine` runs once per machine, for less than three seconds, and stores the results beside the compiled
+kernels; bench/kernels.py makes the committed table from the same cases with more repetitions.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, N tokens.
@@ -31,7 +31,7 @@ from thinkstack.machine import (
 )
 from thinkstack.models.attention import MLA, AttentionContext, kv_range_of
 from thinkstack.models.config import MLAConfig, named
-from thinkstack.models.layers import Projection, RMSNorm, rope_table, rotate, swiglu
+from thinkstack.models.layers import Linear, RMSNorm, rope_table, rotate, swiglu
 from thinkstack.models.moe import expert_mlp, route
 from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.quant.int8 import Int8
@@ -41,66 +41,66 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
 SHAPE = named("v3-tiny")
-"""Whose widths the operations have."""
+"""The model whose widths the operations have."""
 SECONDS = 2.0
-"""Most that `settle` spends on operations."""
-WARM_UP_SECONDS, AGAIN_SECONDS = 0.2, 0.3
+"""Time limit of `measure_machine` for the operations."""
+WARM_UP_SECONDS, RETRY_SECONDS = 0.2, 0.3
 READ_BYTES = 64 << 20
-"""More than the caches hold."""
+"""More than the size of the caches."""
 
 
 def prepare(threads: int = 0) -> None:
-    """`prepare_machine`, then `settle`: what every command does before it computes. threads: 0 for as many as are
-    fastest, a core each or, where two "cores" are threads of one, half of them."""
+    """`prepare_machine`, then `measure_machine`: every command calls this before it computes. threads: 0 for the
+    fastest number: one per core or, if two "cores" are threads of one, half of them."""
     prepare_machine(threads)
-    settle()
+    measure_machine()
     if not threads and (fewer := fast_threads()) < torch.get_num_threads():
-        log.info("using %d threads on %d cores: more were measured to be no faster", fewer, torch.get_num_threads())
+        log.info("using %d threads on %d cores: more are not faster (measured)", fewer, torch.get_num_threads())
         torch.set_num_threads(fewer)
 
 
 def fast_threads() -> int:
-    """Threads for the cores that there are, measured once for each number of them."""
-    cores, known = usable_cores(), choice.measured()
-    if str(cores) not in known.fast_threads and (found := measure_threads(cores)):
-        known = replace(known, fast_threads=known.fast_threads | {str(cores): found})
-        choice.store_measured(known)
-    return known.fast_threads.get(str(cores), cores)
+    """The fastest number of threads for the usable cores, measured once per number of cores."""
+    cores, measured = usable_cores(), choice.measurements()
+    if str(cores) not in measured.fast_threads and (found := measure_threads(cores)):
+        measured = replace(measured, fast_threads=measured.fast_threads | {str(cores): found})
+        choice.store_measurements(measured)
+    return measured.fast_threads.get(str(cores), cores)
 
 
-def settle() -> None:
-    """Measure this machine, unless that was done before with as many threads, and keep what was found."""
-    known = choice.measured()
-    if known.factors or not kernels.available():
+def measure_machine() -> None:
+    """Measure this machine and store the results, unless there are results already."""
+    measured = choice.measurements()
+    if measured.factors or not kernels.available():
         return
     started = time.monotonic()
     factors = {}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # other work on the machine then disturbs least
+    torch.set_num_threads(1)  # least affected by other work on the machine
     try:
         warm_up()
         for number, (name, case) in enumerate(CASES.items()):
             left = SECONDS - (time.monotonic() - started)
-            factors[name] = factor(name, case(), left / (len(CASES) - number))
-        for name in [name for name, found in factors.items() if choice.contradicts(name, found)]:
-            again = factor(name, CASES[name](), AGAIN_SECONDS)
-            if not choice.contradicts(name, again):  # other work came between
+            factors[name] = speedup(name, case(), left / (len(CASES) - number))
+        for name in [name for name, found in factors.items() if choice.contradicts_table(name, found)]:
+            again = speedup(name, CASES[name](), RETRY_SECONDS)
+            if not choice.contradicts_table(name, again):  # other work disturbed the first measurement
                 factors[name] = again
     finally:
         torch.set_num_threads(threads)
-    found = replace(known, factors=factors, read_gb_per_second=read_speed())
-    choice.store_measured(found)
+    choice.store_measurements(replace(measured, factors=factors, read_gb_per_second=read_speed()))
     log.info("measured this machine in %.1f s; `thinkstack inspect --machine` shows it", time.monotonic() - started)
 
 
 def warm_up() -> None:
-    """The first tenth of a second of a process is slower, for one side more than for the other."""
+    """Compute for 0.2 s: the first tenth of a second of a process is slower, and not equally for both sides."""
     name, case = next(iter(CASES.items()))
-    factor(name, case(), WARM_UP_SECONDS)
+    speedup(name, case(), WARM_UP_SECONDS)
 
 
-def factor(name: str, work: Work, budget_seconds: float) -> float:
-    """Seconds of torch's operators over those of the kernel, the least of each, in turn for about so long."""
+def speedup(name: str, work: Work, budget_seconds: float) -> float:
+    """Time of torch's operators divided by the time of the kernel: the minimum of each over alternating calls within
+    the budget."""
     best = {True: float("inf"), False: float("inf")}
     started = time.perf_counter()
     while best[False] == float("inf") or time.perf_counter() - started < budget_seconds:
@@ -110,8 +110,8 @@ def factor(name: str, work: Work, budget_seconds: float) -> float:
 
 
 def seconds(name: str, work: Work, uses_kernel: bool) -> float:
-    """Of an operation by its kernel or without, after a call that does not count."""
-    with choice.choosing(name, uses_kernel):
+    """Time of an operation by its kernel or by torch's operators, after one warm-up call."""
+    with choice.using_kernel(name, uses_kernel):
         work()
         started = time.perf_counter()
         work()
@@ -119,8 +119,8 @@ def seconds(name: str, work: Work, uses_kernel: bool) -> float:
 
 
 def describe_speed() -> str:
-    """What this machine computes with, in a table for people."""
-    found, chosen, table = choice.measured(), choice.choices(), choice.table().get(instruction_set().name, {})
+    """A text table of the measurements and decisions for this machine."""
+    found, chosen, table = choice.measurements(), choice.choices(), choice.table().get(instruction_set().name, {})
     others = ", ".join(one.name for one in instruction_sets() if one != instruction_set())
     rows = [
         ("machine", describe_machine()),
@@ -145,7 +145,7 @@ def describe_speed() -> str:
 
 
 def read_speed() -> float:
-    """GB/s at which torch's threads read the main memory, the best of five."""
+    """Bandwidth of torch's threads reading main memory, in GB/s, the best of five."""
     numbers = torch.ones(READ_BYTES // 4)
     best = float("inf")
     for _ in range(5):
@@ -160,7 +160,7 @@ def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def _with_gradients(work: Callable[..., Tensor], *inputs: Tensor) -> Work:
-    """Forward and backward pass with regard to all inputs that are not integers."""
+    """Forward and backward pass with gradients of all floating-point inputs."""
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     grad = torch.ones_like(work(*leaves))
 
@@ -171,7 +171,7 @@ def _with_gradients(work: Callable[..., Tensor], *inputs: Tensor) -> Work:
     return run
 
 
-def _without(work: Work) -> Work:
+def _without_gradients(work: Work) -> Work:
     return torch.no_grad()(work)
 
 
@@ -187,7 +187,7 @@ def _attend(dtype: torch.dtype) -> Work:
     width = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
     q, kv = _random(B, T, a.num_heads, a.qk_head_dim, dtype=dtype), _random(B, T, width, dtype=dtype)
     shared = _random(B, T, a.qk_rope_head_dim, dtype=dtype)
-    return _with_gradients(lambda q, kv, k: layer.among_themselves(q, kv, k, layer.expanded, ctx), q, kv, shared)
+    return _with_gradients(lambda q, kv, k: layer.attend_packed(q, kv, k, layer.expanded_layout, ctx), q, kv, shared)
 
 
 def _experts(dtype: torch.dtype) -> Work:
@@ -226,17 +226,17 @@ def _linear(dtype: torch.dtype) -> Work:
 
 
 def _dequantize(dtype: torch.dtype) -> Work:
-    stored = Int8()
-    packed = stored.quantize(_random(576, 1536, dtype=torch.float32))
+    scheme = Int8()
+    parts = scheme.quantize(_random(576, 1536, dtype=torch.float32))
     out = torch.empty(576, 1536, dtype=dtype)
-    return _without(lambda: dequantize_(stored, packed, out))
+    return _without_gradients(lambda: dequantize_(scheme, parts, out))
 
 
 def _route(dtype: torch.dtype) -> Work:
     moe = SHAPE.moe
     assert moe is not None
     scores, bias = _random(64, moe.num_experts, dtype=dtype).sigmoid(), torch.zeros(moe.num_experts)
-    return _without(lambda: route(scores, bias, moe))
+    return _without_gradients(lambda: route(scores, bias, moe))
 
 
 def _paged_attend(dtype: torch.dtype) -> Work:
@@ -249,18 +249,18 @@ def _paged_attend(dtype: torch.dtype) -> Work:
     last = torch.full((sequences, 1), 200)
     ctx = AttentionContext(rope=torch.empty(0), kv_range=torch.empty(0), last=last)
     q = _random(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)
-    return _without(lambda: layer.read(q, pages, layer.absorbed, ctx))
+    return _without_gradients(lambda: layer.attend_paged(q, pages, layer.absorbed_layout, ctx))
 
 
 def _small_m(dtype: torch.dtype) -> Work:
-    layer, x = Projection(576, 1536, bias=False).to(dtype), _random(1, 576, dtype=dtype)
-    return _without(lambda: layer(x))
+    layer, x = Linear(576, 1536, bias=False).to(dtype), _random(1, 576, dtype=dtype)
+    return _without_gradients(lambda: layer(x))
 
 
 def _small_m_int8(dtype: torch.dtype) -> Work:
     layer = QuantizedLinear(QuantizedWeight(Int8(), _random(1536, 576, dtype=torch.float32), dtype), None)
     x = _random(1, 576, dtype=dtype)
-    return _without(lambda: layer(x))
+    return _without_gradients(lambda: layer(x))
 
 
 def _logprobs(dtype: torch.dtype) -> Work:
@@ -275,7 +275,7 @@ def _logprobs(dtype: torch.dtype) -> Work:
 def _sample(dtype: torch.dtype) -> Work:
     logits, ones = _random(64, 4096, dtype=dtype), torch.ones(64)
     uniform = torch.linspace(0, 0.99, 64, dtype=torch.float64)
-    return _without(lambda: sample(logits, ones, uniform))
+    return _without_gradients(lambda: sample(logits, ones, uniform))
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -298,4 +298,4 @@ CASES: dict[str, Callable[[], Work]] = {
     )
     for dtype in dtypes
 }
-"""Operations by name and precision, as choice.uses knows them."""
+"""Operations by name and precision, as in choice.uses."""

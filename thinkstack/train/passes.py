@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from thinkstack.models.moe import Routing
-from thinkstack.models.precision import DTYPES, resolve_precision, working_copy
+from thinkstack.models.precision import DTYPES, cast_copy, resolve_precision
 from thinkstack.models.transformer import Transformer, Trunk
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss
@@ -52,7 +52,7 @@ def working_model(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> 
     """The model that the passes run on: `model` itself, or a copy in the working precision."""
     requested = cfg.dtype if cfg.fp8 == "off" else "bf16"
     dtype = DTYPES[resolve_precision(requested, next(model.parameters()).device)]
-    copy = working_copy(model, dtype, always_copy or cfg.compile)
+    copy = cast_copy(model, dtype, always_copy or cfg.compile)
     if cfg.fp8 != "off":
         use_fp8(copy, power_of_two=cfg.fp8 == "ue8m0")
     for block in copy.blocks():
@@ -178,7 +178,7 @@ def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type:
     The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
     the same sequence. detached: no gradient reaches the trunk, the embedding or the head.
     """
-    states, routings = model.look_ahead(trunk, batch.ids, detached)
+    states, routings = model.mtp_hidden_states(trunk, batch.ids, detached)
     head = model.head.weight.detach() if detached else model.head.weight
     total = trunk.hidden.new_zeros((), dtype=torch.float32)
     for depth, hidden in enumerate(states, start=1):

@@ -132,7 +132,7 @@ def test_a_model_in_fp8_computes_what_the_dequantized_one_does(tmp_path: Path):
     folder, ids = fp8_by_hand(tmp_path / "model"), torch.arange(20).view(1, 20)
     kept, wide = load_model(folder, E4M3), load_model(folder, torch.bfloat16)
     assert torch.equal(kept(ids), wide(ids))
-    states = [model.look_ahead(model.trunk(ids), ids)[0][0] for model in (kept, wide)]
+    states = [model.mtp_hidden_states(model.trunk(ids), ids)[0][0] for model in (kept, wide)]
     assert torch.equal(*states)
 
 

@@ -11,7 +11,7 @@ from thinkstack.checkpoint.hf.files import WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine
 from thinkstack.models.config import named
-from thinkstack.models.precision import working_copy
+from thinkstack.models.precision import cast_copy
 from thinkstack.text.tokenizer import BOS
 from thinkstack.types import Message, SamplingParams
 
@@ -122,7 +122,7 @@ def test_every_family_generates_the_same_text_in_transformers(name: str, tmp_pat
 def test_a_bf16_working_copy_keeps_its_biases_in_fp32():
     """Vectors stay fp32 with matrices in bf16; a plain linear layer does not support that pair."""
     model, ids = random_model(FAMILIES["qwen 2"]), random_ids(96)
-    twin = working_copy(model, torch.bfloat16)
+    twin = cast_copy(model, torch.bfloat16)
     assert twin.layers[0].attention.wq.bias.dtype == torch.float32
     assert logit_error(twin(ids).float(), model(ids)).relative < 0.05
 
@@ -166,7 +166,7 @@ def test_mtp_modules_equal_those_of_transformers(tmp_path: Path, monkeypatch):
     )
     main = opened(tmp_path / "model")
     theirs = layers.MtpModel.from_pretrained(main)
-    states, _ = model.look_ahead(model.trunk(ids), ids)
+    states, _ = model.mtp_hidden_states(model.trunk(ids), ids)
     hidden, positions = main.model(ids).last_hidden_state, torch.arange(length).unsqueeze(0)
     mask = torch.full((1, 1, length, length), -torch.inf).triu(1)
     for depth, layer in enumerate(theirs.layers):

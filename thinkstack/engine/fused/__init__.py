@@ -1,8 +1,9 @@
-"""Forward passes over a cache that are written for a kind of model, where calling a module's operators one by one would
-take longer than their work: dense models (dense.py), and small ones with latent attention (latent.py).
+"""Fused forward passes over a cache, for models where the overhead of single operators exceeds their work: dense models
+with grouped-query attention (gqa.py) and small models with latent attention (mla.py).
 """
 
-# Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
+# Shapes in this file: N tokens, D hidden size, L layers, M layers with experts, K experts per token, P tokens per cache
+# block, W entry width.
 
 import copy
 from typing import Protocol
@@ -11,61 +12,64 @@ import torch
 from torch import Tensor, nn
 
 from thinkstack import kernels
-from thinkstack.engine.fused.gqa import FusedGQA, is_dense
-from thinkstack.engine.fused.mla import FusedMLA, is_latent
+from thinkstack.engine.fused.gqa import FusedGQA, supports_fused_gqa
+from thinkstack.engine.fused.mla import FusedMLA, supports_fused_mla
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.block import Block
 from thinkstack.models.transformer import Transformer
 
 
 class FusedPass(Protocol):
-    """The trunk of a model over a cache, with the weights that it had when this was made."""
+    """The trunk of a model over a cache; it has the model's weights at the time of construction."""
 
-    max_tokens: int
-    """Tokens of a call."""
-    head: Tensor | None
-    """The head's matrix, blocked, where its products are exact in any company."""
+    max_num_tokens: int
+    """The largest number of tokens per call."""
+    prepacked_head: Tensor | None
+    """The prepacked matrix of the head, if its products are batch-invariant."""
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `Transformer.trunk` makes of tokens ids (N,) at positions (N,) of their sequences.
+        """`Transformer.trunk` of tokens ids (N,) at positions (N,) of their sequences.
 
         pages: of the N tokens, in the first layer. cache: (L, blocks, P, W), of all layers; written to. Returns (hidden
         states (N, D), normed; experts (M, N, K) int64 or None).
         """
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
-        """What `Transformer.draft` makes of (N, D), (N,) and (N,): states (N, D), or None where none can."""
+        """`Transformer.draft` of (N, D), (N,) and (N,): hidden states (N, D), or None if the pass does not support
+        it."""
 
 
 @torch.no_grad()
 def fused_pass(model: Transformer) -> FusedPass | None:
-    """A kernel for the whole of `model`; None where there is none for it."""
+    """The fused pass of `model`; None if no pass supports it."""
     blocks = [block for block in model.layers if isinstance(block, Block)]
-    if any(has_hooks(module) for module in blocks):  # shares of ranks
+    if any(has_hooks(module) for module in blocks):  # sharded over ranks
         return None
-    if is_dense(blocks):
+    if supports_fused_gqa(blocks):
         return FusedGQA(model, blocks)
-    return FusedMLA(model, blocks) if _is_small_latent(model, model.embed.weight) else None
+    return FusedMLA(model, blocks) if _uses_fused_mla(model, model.embed.weight) else None
 
 
 @torch.no_grad()
-def widened(model: Transformer) -> Transformer:
-    """A model in bf16, or, where one kernel then takes the whole of it, a copy with the same numbers in fp32: at such
-    sizes the calls are what takes the time, not the bytes of the weights. More exact than bf16, less so than fp32."""
+def upcast_small_model(model: Transformer) -> Transformer:
+    """The model, or, for a bf16 model that FusedMLA supports in fp32, a copy with the same weights in fp32: at such
+    sizes the overhead of calls dominates, not the bytes of the weights. The results are more exact than in bf16, and
+    less than with fp32 weights."""
     weight = model.embed.weight
-    if weight.dtype != torch.bfloat16 or not _is_small_latent(model, weight.new_empty(0, dtype=torch.float32)):
+    if weight.dtype != torch.bfloat16 or not _uses_fused_mla(model, weight.new_empty(0, dtype=torch.float32)):
         return model
     return copy.deepcopy(model).float()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is done around a module's own work: ranks share it."""
+    """Whether a module has forward hooks: it is sharded over ranks."""
     return any(part._forward_hooks for part in module.modules())
 
 
-def _is_small_latent(model: Transformer, like: Tensor) -> bool:
-    """Whether FusedMLA takes a model of numbers like `like`, drafting modules too; shares of ranks it does not."""
+def _uses_fused_mla(model: Transformer, like: Tensor) -> bool:
+    """Whether to use FusedMLA for a model, MTP modules included, with weights of the dtype and device of `like`; not
+    for models that are sharded over ranks."""
     blocks = model.blocks()
-    if any(has_hooks(block) for block in blocks) or not all(is_latent(block) for block in blocks):
+    if any(has_hooks(block) for block in blocks) or not all(supports_fused_mla(block) for block in blocks):
         return False
-    return kernels.takes_steps(like, model.cfg.hidden_size, "fused_latent")
+    return kernels.takes_steps(like, model.cfg.hidden_size, "fused_mla")

@@ -1,7 +1,8 @@
-"""Calls of the fused C++ passes: grouped-query attention of new tokens, and whole models over a paged cache."""
+"""Calls of the fused C++ passes over a paged cache: grouped-query attention of new tokens, and all layers of a
+model."""
 
-# Shapes in this file: N or B new tokens, D hidden size, H heads, G key/value heads, W head width, L layers, P tokens of
-# a block. Other sizes of the structures are in their C++ files.
+# Shapes in this file: N or B new tokens, D hidden size, H heads, G key/value heads, W head width, L layers, P tokens
+# per block. Other sizes of the structures are in their C++ files.
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -25,20 +26,20 @@ GQALayer = structure(
     "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo sq sk sv so s1 s2 s3",
     "",
 )
-"""Addresses of a block's weights: matrices in bf16 or int8; vectors in fp32, of which biases and norms of heads may be
-None; scales of the matrices' rows, None for bf16."""
+"""Addresses of a layer's weights: matrices in bf16 or int8; vectors in fp32, of which biases and head norms may be
+None; scales of the rows of int8 matrices, None for bf16."""
 
 MLALayer = structure(
     "MLALayer",
     "attention_norm wq_a q_norm wq_b wkv_a kv_norm wkv_b wo ffn_norm w1 w2 w3 router bias w_in w_out",
     "I",
 )
-"""Addresses of a layer's weights in fp32, None for what it lacks, and the width of w1."""
+"""Addresses of a layer's weights in fp32, None for those it does not have, and the intermediate size of w1."""
 
 _MLAPass = structure(
     "MLAPass",
     "layers rope last block_tables seq_index x cache experts",
-    "L B D H N R V C Q E J K groups top_groups best normalize softmax "
+    "L B D H N R V C Q E J K groups top_groups scores_per_group normalize softmax "
     "shift table_width layer_stride interleaved threads",
     "scale eps factor",
 )
@@ -60,11 +61,11 @@ def attend_gqa(
     pages: Pages,
     scales: Mapping[str, float],
 ) -> Tensor:
-    """Grouped-query attention of new tokens whose keys and values go to the cache first.
+    """Grouped-query attention of new tokens; their keys and values are written to the cache first.
 
-    qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: of the heads of queries and
-    keys, (W,) fp32, or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the places of
-    the tokens in their sequences. pages: of N tokens. scales: as in gqa_pass. Returns (N, H W).
+    qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: of query and key heads,
+    (W,) fp32 or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the positions of the
+    tokens in their sequences. pages: of N tokens. scales: as in gqa_pass. Returns (N, H W).
     """
     N, width = len(qkv), sizes["H"] * sizes["W"]
     query, out = qkv.new_empty(2, N, width)
@@ -89,18 +90,18 @@ def gqa_pass(
     pages: Pages,
     cache: Tensor,
     scales: dict[str, float],
-    packed: bool,
+    is_int8: bool,
 ) -> None:
-    """At most SMALL_M new tokens through blocks of grouped-query attention and SwiGLU, in bf16.
+    """Run at most SMALL_M new tokens through layers of grouped-query attention and SwiGLU, in bf16.
 
-    x: (B, D), contiguous; changed in place. layers: a GQALayer for each of L. sizes: H, G, W, I, interleaved.
-    packed: whether matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, where the new entries go. pages: of
-    B tokens, in the first layer. cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
+    x: (B, D), contiguous; changed in place. layers: L GQALayers. sizes: H, G, W, I, interleaved. is_int8: whether
+    matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, the positions of the new entries. pages: of B
+    tokens, in the first layer. cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache}
     run(
-        "gqa_pass_int8" if packed else "gqa_pass_bf16",
-        _over_cache(_GQAPass, layers, tensors, pages, sizes | scales),
+        "gqa_pass_int8" if is_int8 else "gqa_pass_bf16",
+        _pass_arguments(_GQAPass, layers, tensors, pages, sizes | scales),
     )
 
 
@@ -115,25 +116,25 @@ def mla_pass(
     scales: dict[str, float],
     experts: Tensor,
 ) -> None:
-    """New tokens through a small model with latent attention, in fp32 over a cache in fp32 or bf16.
+    """Run new tokens through a small model with latent attention, in fp32 over a cache in fp32 or bf16.
 
-    Arguments as of gqa_pass, for any number of tokens; layers: a MLALayer each. sizes, as steps.cpp names them:
-    H, N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, best, normalize, softmax. cache:
-    (L, blocks, P, C + R). scales: also factor of the routed output. experts: (layers that have some, B, K) int64;
-    written.
+    Arguments as in gqa_pass, for any number of tokens; layers: L MLALayers. sizes, named as in mla_model.cpp: H, N, R,
+    V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, scores_per_group, normalize, softmax. cache:
+    (L, blocks, P, C + R). scales: also the factor of the routed output. experts: (layers with experts, B, K) int64;
+    written to.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache, "experts": experts}
-    run("mla_pass", _over_cache(_MLAPass, layers, tensors, pages, sizes | scales), cache.dtype == torch.bfloat16)
+    run("mla_pass", _pass_arguments(_MLAPass, layers, tensors, pages, sizes | scales), cache.dtype == torch.bfloat16)
 
 
-def _over_cache(
+def _pass_arguments(
     kind: type[ctypes.Structure],
     layers: ctypes.Array[ctypes.Structure],
     tensors: dict[str, Tensor],
     pages: Pages,
     numbers: Mapping[str, float],
 ) -> ctypes.Structure:
-    """The structure of a kernel that takes new tokens through all layers over a cache."""
+    """The arguments of a pass of new tokens through all layers over a cache."""
     shift, table_width = block_layout(pages)
     (B, D), cache = tensors["x"].shape, tensors["cache"]
     addresses = {
@@ -149,12 +150,12 @@ def _over_cache(
     )
 
 
-def rows_of(
+def layer_array(
     kind: type[ctypes.Structure],
     weights: Sequence[Mapping[str, Tensor | None]],
     sizes: Sequence[Mapping[str, int]] = (),
 ) -> ctypes.Array[ctypes.Structure]:
-    """A structure for each of `weights`, which must stay alive as long, and of sizes."""
+    """An array with a structure per layer, from its weights (which must stay alive) and sizes."""
     numbers = sizes or [{}] * len(weights)
     rows = [
         kind(**{name: address(x) for name, x in held.items()}, **own)

@@ -1,5 +1,7 @@
-"""Models of dense blocks with grouped queries: in bf16 a few tokens in one call of a kernel, many, and any number in
-fp32, by oneDNN's products and one call for all that lies between two of them.
+"""The fused pass of dense models with grouped-query attention.
+
+In bf16 up to SMALL_M tokens run through all layers in one kernel call. More tokens, and any number in fp32, use
+oneDNN's matrix products, with one kernel call for the operations between two products.
 """
 
 # Shapes in this file: N tokens, D hidden size, L blocks, H heads, G key/value heads, W head width, I intermediate size.
@@ -11,22 +13,28 @@ from torch import Tensor
 
 from thinkstack import kernels
 from thinkstack.engine.fused import calls
-from thinkstack.kernels.cpu.prepacked import exact, fits_prepacked, is_batch_invariant, multiply, prepacked
+from thinkstack.kernels.cpu.prepacked import (
+    fits_prepacked,
+    is_batch_invariant,
+    prepack,
+    prepack_batch_invariant,
+    prepacked_linear,
+)
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import GQA
-from thinkstack.models.block import PLAIN, Block, consists_of
-from thinkstack.models.layers import Projection, RMSNorm, Rotations, SwiGLU
+from thinkstack.models.block import BLOCK_MODULES, Block, has_only_modules
+from thinkstack.models.layers import Linear, RMSNorm, RopeCache, SwiGLU
 from thinkstack.models.moe import MoE
 from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.models.transformer import Transformer
 
-PACKED = PLAIN - {Projection, MoE} | {QuantizedLinear, QuantizedWeight}
-"""What a block consists of whose matrices are packed."""
-Weights = dict[str, Tensor | None]
+QUANTIZED_BLOCK_MODULES = BLOCK_MODULES - {Linear, MoE} | {QuantizedLinear, QuantizedWeight}
+"""The module types of a block with quantized matrices."""
+SmallMWeights = dict[str, Tensor | None]
 
 
-class Parts(NamedTuple):
-    """One block's matrices as oneDNN multiplies them, those of one input in one, biases, and norms in fp32."""
+class GemmWeights(NamedTuple):
+    """A block's prepacked matrices, those with the same input concatenated, its biases, and its norms in fp32."""
 
     qkv: Tensor
     """(D, (H + 2 G) W)."""
@@ -45,82 +53,82 @@ class Parts(NamedTuple):
 
 
 class FusedGQA:
-    """The trunk of such a model; made anew when weights have changed."""
+    """The trunk of a dense model with grouped-query attention; it must be rebuilt after a change of weights."""
 
     def __init__(self, model: Transformer, blocks: list[Block]):
-        """blocks: the model's, of which `is_dense` holds."""
+        """blocks: of the model; `supports_fused_gqa` must hold."""
         self.model, self.blocks = model, blocks
         attention, ffn = blocks[0].attention, blocks[0].ffn
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
         shape = attention.shape
-        self.heads = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
-        self.heads["interleaved"] = int(attention.interleaved)
+        self.attention_sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
+        self.attention_sizes["interleaved"] = int(attention.interleaved)
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
-        self.kept = [_weights(block) for block in blocks] if _takes_few(blocks) else []
-        self.few = calls.rows_of(calls.GQALayer, self.kept) if self.kept else None
-        self.sizes = self.heads | {"I": ffn.w1.out_features}
-        self.is_packed = bool(self.kept) and "sq" in self.kept[0]
-        self.parts: list[Parts] = []
-        """Of all blocks, once many tokens have come."""
-        self.max_tokens = 1 << 40 if _takes_many(blocks) else kernels.SMALL_M
-        self.head = exact(model.head.weight)
-        self.rotations = Rotations(model.cfg.attention.rope_dim, model.cfg.rope)
+        self.weights = [_small_m_weights(block) for block in blocks] if _supports_small_m(blocks) else []
+        self.small_m_layers = calls.layer_array(calls.GQALayer, self.weights) if self.weights else None
+        self.sizes = self.attention_sizes | {"I": ffn.w1.out_features}
+        self.is_int8 = bool(self.weights) and "sq" in self.weights[0]
+        self.gemm_weights: list[GemmWeights] = []
+        """One per block, made at the first call with more than SMALL_M tokens."""
+        self.max_num_tokens = 1 << 40 if _supports_gemm(blocks) else kernels.SMALL_M
+        self.prepacked_head = prepack_batch_invariant(model.head.weight)
+        self.rope = RopeCache(model.cfg.attention.rope_dim, model.cfg.rope)
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As FusedPass says."""
-        x, rope = self.model.embed(ids), self.rotations.at(positions)
-        if self.few is None or len(ids) > kernels.SMALL_M:
-            return self._many(x, positions, pages, cache, rope), None
-        calls.gqa_pass(x, self.few, self.sizes, rope, positions, pages, cache, self.scales, self.is_packed)
+        """As in FusedPass."""
+        x, rope = self.model.embed(ids), self.rope.lookup(positions)
+        if self.small_m_layers is None or len(ids) > kernels.SMALL_M:
+            return self._forward_gemm(x, positions, pages, cache, rope), None
+        calls.gqa_pass(x, self.small_m_layers, self.sizes, rope, positions, pages, cache, self.scales, self.is_int8)
         return self.model.norm(x), None
 
-    def _many(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
-        """Take x (N, D) through all blocks, in place. Returns the norm of what it becomes."""
-        self.parts = self.parts or [_parts(block) for block in self.blocks]
+    def _forward_gemm(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
+        """Run x (N, D) through all blocks, in place. Returns its final norm."""
+        self.gemm_weights = self.gemm_weights or [_gemm_weights(block) for block in self.blocks]
         eps = self.scales["eps"]
-        following = [part.norms[0] for part in self.parts[1:]] + [self.model.norm.weight.detach().float()]
-        normed, _ = kernels.rms_norm(x, self.parts[0].norms[0], eps, keep=False)
-        for layer, (part, last_norm) in enumerate(zip(self.parts, following, strict=True)):
-            qkv, own = multiply(normed, part.qkv, part.qkv_bias), pages._replace(entries=cache[layer])
-            read = calls.attend_gqa(qkv, part.head_norms, self.heads, rope, positions, own, self.scales)
-            normed = kernels.add_norm(x, multiply(read, part.out, part.out_bias), part.norms[1], eps)
-            wide = kernels.swiglu_halves(multiply(normed, part.gate_up))
-            normed = kernels.add_norm(x, multiply(wide, part.down), last_norm, eps)
+        following = [part.norms[0] for part in self.gemm_weights[1:]] + [self.model.norm.weight.detach().float()]
+        normed, _ = kernels.rms_norm(x, self.gemm_weights[0].norms[0], eps, return_inverse=False)
+        for layer, (w, last_norm) in enumerate(zip(self.gemm_weights, following, strict=True)):
+            qkv, own = prepacked_linear(normed, w.qkv, w.qkv_bias), pages._replace(entries=cache[layer])
+            heads = calls.attend_gqa(qkv, w.head_norms, self.attention_sizes, rope, positions, own, self.scales)
+            normed = kernels.add_norm(x, prepacked_linear(heads, w.out, w.out_bias), w.norms[1], eps)
+            inner = kernels.swiglu_halves(prepacked_linear(normed, w.gate_up))
+            normed = kernels.add_norm(x, prepacked_linear(inner, w.down), last_norm, eps)
         return normed
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
-        """As FusedPass says."""
+        """As in FusedPass."""
         return None
 
 
-def is_dense(blocks: list[Block]) -> bool:
-    """Whether FusedGQA takes them, a few tokens at least."""
+def supports_fused_gqa(blocks: list[Block]) -> bool:
+    """Whether FusedGQA supports these blocks, at least for up to SMALL_M tokens."""
     if any(not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU) for block in blocks):
         return False
-    return _takes_few(blocks) or _takes_many(blocks)
+    return _supports_small_m(blocks) or _supports_gemm(blocks)
 
 
-def _takes_few(blocks: list[Block]) -> bool:
-    """Whether a kernel reads all matrices as they are stored, in bf16 or int8, of widths that it takes."""
+def _supports_small_m(blocks: list[Block]) -> bool:
+    """Whether the small-M kernel supports all matrices: bf16 or int8, and their widths."""
     weights: list[Tensor] = []
     for block in blocks:
-        if consists_of(block, PLAIN):
-            weights += [part.weight for part in block.modules() if isinstance(part, Projection)]
+        if has_only_modules(block, BLOCK_MODULES):
+            weights += [part.weight for part in block.modules() if isinstance(part, Linear)]
             continue
         layers = [part for part in block.modules() if isinstance(part, QuantizedLinear)]
-        packed = [layer.int8_parts() for layer in layers if layer.quantized.dtype == torch.bfloat16]
-        if not consists_of(block, PACKED) or len(packed) < len(layers) or None in packed:
+        int8 = [layer.int8_parts() for layer in layers if layer.quantized.dtype == torch.bfloat16]
+        if not has_only_modules(block, QUANTIZED_BLOCK_MODULES) or len(int8) < len(layers) or None in int8:
             return False
-        weights += [parts["qweight"] for parts in packed if parts is not None]
+        weights += [parts["qweight"] for parts in int8 if parts is not None]
     return kernels.takes_small_m(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
 
 
-def _takes_many(blocks: list[Block]) -> bool:
-    """Whether their matrices may be kept as oneDNN multiplies them; in fp32, where a row's company does not matter."""
-    if not all(consists_of(block, PLAIN) for block in blocks):
+def _supports_gemm(blocks: list[Block]) -> bool:
+    """Whether all matrices can be prepacked; in fp32, whether their products are batch-invariant as well."""
+    if not all(has_only_modules(block, BLOCK_MODULES) for block in blocks):
         return False
-    weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Projection)]
-    if not kernels.takes(weights[0], "fused_dense") or len({weight.dtype for weight in weights}) > 1:
+    weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Linear)]
+    if not kernels.takes(weights[0], "fused_gqa") or len({weight.dtype for weight in weights}) > 1:
         return False
     if not fits_prepacked(*weights):
         return False
@@ -130,21 +138,21 @@ def _takes_many(blocks: list[Block]) -> bool:
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
-    """Of the matrices of Parts, outputs first."""
+    """(outputs, inputs) of the matrices of GemmWeights."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
     groups = ((a.wq, a.wk, a.wv), (a.wo,), (ffn.w1, ffn.w3), (ffn.w2,))
     return [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
 
 
-def _weights(block: Block) -> Weights:
-    """What GQALayer points to; vectors that are fp32 already are the model's own."""
+def _small_m_weights(block: Block) -> SmallMWeights:
+    """The weights of a GQALayer, by field; fp32 vectors are shared with the model."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
-    found: Weights = {}
-    for seq_index, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
+    found: SmallMWeights = {}
+    for module, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
-            layer = getattr(seq_index, name)
+            layer = getattr(module, name)
             parts = layer.int8_parts() if isinstance(layer, QuantizedLinear) else None
             if parts is None:
                 found[name] = layer.weight
@@ -160,19 +168,19 @@ def _weights(block: Block) -> Weights:
     return found | {name: None if vector is None else vector.detach().float() for name, vector in vectors.items()}
 
 
-def _parts(block: Block) -> Parts:
-    """What many tokens are multiplied with."""
+def _gemm_weights(block: Block) -> GemmWeights:
+    """The weights of a block for more than SMALL_M tokens."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
 
-    def together(*layers: Projection) -> tuple[Tensor, Tensor | None]:
+    def concatenated(*layers: Linear) -> tuple[Tensor, Tensor | None]:
         biases = [layer.bias.to(layer.weight.dtype) for layer in layers if layer.bias is not None]
-        return prepacked(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
+        return prepack(torch.cat([layer.weight for layer in layers])), torch.cat(biases) if biases else None
 
     def fp32(norm: RMSNorm | None) -> Tensor | None:
         return None if norm is None else norm.weight.detach().float()
 
-    (qkv, qkv_bias), (out, out_bias) = together(a.wq, a.wk, a.wv), together(a.wo)
-    gate_up, down = together(ffn.w1, ffn.w3)[0], together(ffn.w2)[0]
+    (qkv, qkv_bias), (out, out_bias) = concatenated(a.wq, a.wk, a.wv), concatenated(a.wo)
+    gate_up, down = concatenated(ffn.w1, ffn.w3)[0], concatenated(ffn.w2)[0]
     norms = block.attention_norm.weight.detach().float(), block.ffn_norm.weight.detach().float()
-    return Parts(qkv, out, gate_up, down, qkv_bias, out_bias, norms, (fp32(a.q_norm), fp32(a.k_norm)))
+    return GemmWeights(qkv, out, gate_up, down, qkv_bias, out_bias, norms, (fp32(a.q_norm), fp32(a.k_norm)))

@@ -1,6 +1,6 @@
-// A few new tokens through all blocks of a dense model with grouped-query attention, in one call: what decoding for one
-// or a few users takes. Then every weight is read once, from memory, and that is all that matters; a call for each
-// product, and products made for many rows, would take longer than the reading.
+// All blocks of a dense model with grouped-query attention for a few new tokens in one call, for decoding with one or a few
+// users. Reading every weight once from memory bounds the time; a call per product, or products optimized for many rows,
+// would take longer.
 #pragma once
 #include <memory>
 #ifdef _OPENMP
@@ -21,9 +21,9 @@ struct GQALayer {
 
 // B tokens, L layers.
 struct GQAPass {
-  const void* layers;     // GQALayer of the type that the called kernel is for
+  const void* layers;     // (L,) GQALayer, of the matrix type of the kernel
   const float* rope;      // (B, W / 2) pairs
-  const int64_t* last;    // (B,): the new token's place in its sequence
+  const int64_t* last;    // (B,): the new token's position in its sequence
   const int32_t* block_tables;  // (sequences, table_width): the cache's blocks of each, in order
   const int32_t* seq_index;   // (B,): the sequence of each token
   bf16 *x, *cache;        // (B, D), changed in place; (L, cache blocks, 2^shift, 2 G W): keys, then values
@@ -33,27 +33,27 @@ struct GQAPass {
 
 namespace {
 
-constexpr int SMALL_M = 8;  // tokens at most
+constexpr int SMALL_M = 8;  // most tokens
 
 #ifdef _OPENMP
-int64_t thread() { return omp_get_thread_num(); }
-int64_t team() { return omp_get_num_threads(); }
+int64_t thread_id() { return omp_get_thread_num(); }
+int64_t num_threads() { return omp_get_num_threads(); }
 #else
-int64_t thread() { return 0; }
-int64_t team() { return 1; }
+int64_t thread_id() { return 0; }
+int64_t num_threads() { return 1; }
 #endif
 
 template <int N, typename M>
-struct Step {
+struct GQAForward {
   const GQAPass& a;
   const int64_t queries, keys;  // widths of all heads
-  std::vector<bf16> query, mixed, wide;
+  std::vector<bf16> query, attended, activated;
   std::vector<float> qkv, middle, gate, up;
-  Attend<bf16, bf16> attend;
+  PagedAttentionJob<bf16, bf16> attend;
 
-  explicit Step(const GQAPass& a)
-      : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), mixed(N * queries), wide(N * a.I),
-        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(grouped(a, N, query.data(), a.cache, mixed.data())) {}
+  explicit GQAForward(const GQAPass& a)
+      : a(a), queries(a.H * a.W), keys(a.G * a.W), query(N * queries), attended(N * queries), activated(N * a.I),
+        qkv(N * (queries + 2 * keys)), middle(N * a.D), gate(N * a.I), up(N * a.I), attend(paged_gqa(a, N, query.data(), a.cache, attended.data())) {}
 
   Pages<bf16> pages(int64_t layer, int64_t n, int64_t at) const {
     return {a.cache + layer * a.layer_stride + at, a.block_tables + a.seq_index[n] * a.table_width, a.shift, 2 * keys};
@@ -63,7 +63,7 @@ struct Step {
   struct Share {
     int64_t from, to;
   };
-  static Share share(int64_t count) { return {count * thread() / team(), count * (thread() + 1) / team()}; }
+  static Share share(int64_t count) { return {count * thread_id() / num_threads(), count * (thread_id() + 1) / num_threads()}; }
 
   void project(Matrix<M> weights, const float* bias, const Input<N, M>& normed, int64_t count, int64_t at) {
     const Share own = share(count);
@@ -72,17 +72,17 @@ struct Step {
     });
   }
 
-  // Head h of token n, of the keys from head H on.
-  void place(const GQALayer<M>& w, int64_t layer, int64_t n, int64_t h) {
+  // Norm and rotate head h of token n, and write it to the queries, or from head H on with its value to the cache.
+  void write_head(const GQALayer<M>& w, int64_t layer, int64_t n, int64_t h) {
     float* head = qkv.data() + n * (queries + 2 * keys) + h * a.W;
     const bool is_key = h >= a.H;
     bf16* to = is_key ? pages(layer, n, (h - a.H) * a.W).at(a.last[n]) : query.data() + (n * a.H + h) * a.W;
-    place_head(head, is_key ? w.k_norm : w.q_norm, a.eps, a.rope + n * a.W, a.interleaved, to, a.W, head);
+    norm_and_rotate_head(head, is_key ? w.k_norm : w.q_norm, a.eps, a.rope + n * a.W, a.interleaved, to, a.W, head);
     if (is_key) copy_row(head + keys, to + keys, a.W);
   }
 
-  // What one thread does of a block; all of them meet after each part.
-  void block(const GQALayer<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, Reader<bf16, bf16>& reader) {
+  // The share of one thread in a block; barriers separate its parts.
+  void block(const GQALayer<M>& w, int64_t layer, bf16* normed, Input<N, M>& input, ThreadAttention<bf16, bf16>& attention) {
     const Share out = share(a.D), inner = share(a.I);
     for (int n = 0; n < N; n++) norm_row(a.x + n * a.D, w.attention_norm, normed + n * a.D, a.D, a.eps);
     input.take(normed, a.D);
@@ -91,9 +91,9 @@ struct Step {
     project({w.wv, w.sv}, w.bv, input, keys, queries + keys);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < N * (a.H + a.G); i++) place(w, layer, i / (a.H + a.G), i % (a.H + a.G));
-    attend.work(reader, a.cache + layer * a.layer_stride);
-    input.take(mixed.data(), queries);
+    for (int64_t i = 0; i < N * (a.H + a.G); i++) write_head(w, layer, i / (a.H + a.G), i % (a.H + a.G));
+    attend.work(attention, a.cache + layer * a.layer_stride);
+    input.take(attended.data(), queries);
     rows(Matrix<M>{w.wo, w.so}, input, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) middle[n * a.D + m] = to_float(a.x[n * a.D + m]) + found[n] + (w.bo ? w.bo[m] : 0);
     });
@@ -109,10 +109,10 @@ struct Step {
     for (int n = 0; n < N; n++)
       for (int64_t m = inner.from, left; left = inner.to - m, left > 0; m += LANES) {
         const vf g = load_some(gate.data() + n * a.I + m, left);
-        store_some(wide.data() + n * a.I + m, g * sigmoid(g) * load_some(up.data() + n * a.I + m, left), left);
+        store_some(activated.data() + n * a.I + m, g * sigmoid(g) * load_some(up.data() + n * a.I + m, left), left);
       }
 #pragma omp barrier
-    input.take(wide.data(), a.I);
+    input.take(activated.data(), a.I);
     rows(Matrix<M>{w.w2, w.s2}, input, out.from, out.to, [&](int64_t m, const float* found) {
       for (int n = 0; n < N; n++) put(a.x + n * a.D + m, middle[n * a.D + m] + found[n]);
     });
@@ -122,11 +122,11 @@ struct Step {
   void run() {
 #pragma omp parallel num_threads(a.threads)
     {
-      Reader<bf16, bf16> reader = attend.reader();
+      ThreadAttention<bf16, bf16> attention = attend.attention();
       std::vector<bf16> normed(N * a.D);
       Input<N, M> input(std::max({a.D, queries, a.I}));
       const auto layers = static_cast<const GQALayer<M>*>(a.layers);
-      for (int64_t layer = 0; layer < a.L; layer++) block(layers[layer], layer, normed.data(), input, reader);
+      for (int64_t layer = 0; layer < a.L; layer++) block(layers[layer], layer, normed.data(), input, attention);
     }
   }
 };
@@ -140,25 +140,25 @@ void for_count(int64_t count, Work work) {
 }
 
 template <typename M>
-void take_steps(const GQAPass& a) {
-  for_count<1>(a.B, [&](auto n) { Step<n.value, M>(a).run(); });
+void run_gqa_pass(const GQAPass& a) {
+  for_count<1>(a.B, [&](auto n) { GQAForward<n.value, M>(a).run(); });
 }
 
 // out (N, width) = x (N, K) weights (width, K) transposed.
 template <int N, typename M>
-void multiply_rows(Matrix<M> weights, const bf16* x, bf16* out, int64_t width, int64_t K, int64_t threads) {
+void small_m_linear_rows(Matrix<M> weights, const bf16* x, bf16* out, int64_t width, int64_t K, int64_t threads) {
   Input<N, M> input(K);
   input.take(x, K);
 #pragma omp parallel num_threads(threads)
-  rows(weights, input, width * thread() / team(), width * (thread() + 1) / team(), [&](int64_t m, const float* found) {
+  rows(weights, input, width * thread_id() / num_threads(), width * (thread_id() + 1) / num_threads(), [&](int64_t m, const float* found) {
     for (int i = 0; i < N; i++) put(out + i * width + m, found[i]);
   });
 }
 
-// The same for a few rows, N of them. Clang compiles no parallel region within the lambda itself.
+// The same for N rows, known at run time. A separate function, because Clang compiles no parallel region within a lambda.
 template <typename M>
-void multiply_few(Matrix<M> weights, const bf16* x, bf16* out, int64_t N, int64_t width, int64_t K, int64_t threads) {
-  for_count<1>(N, [&](auto n) { multiply_rows<n.value>(weights, x, out, width, K, threads); });
+void small_m_linear(Matrix<M> weights, const bf16* x, bf16* out, int64_t N, int64_t width, int64_t K, int64_t threads) {
+  for_count<1>(N, [&](auto n) { small_m_linear_rows<n.value>(weights, x, out, width, K, threads); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-"""A small model with latent attention in one call of a kernel, in fp32."""
+"""The fused pass of small models with latent attention: one kernel call for all layers, in fp32."""
 
-# Shapes in this file: N tokens, D hidden size, L blocks, M blocks with experts, K experts per token, W entry width.
+# Shapes in this file: N tokens, D hidden size, K experts per token.
 
 import ctypes
 
@@ -9,63 +9,63 @@ from torch import Tensor
 
 from thinkstack import kernels
 from thinkstack.engine.fused import calls
-from thinkstack.kernels.cpu.prepacked import exact
+from thinkstack.kernels.cpu.prepacked import prepack_batch_invariant
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import MLA
-from thinkstack.models.block import PLAIN, Block, consists_of
+from thinkstack.models.block import BLOCK_MODULES, Block, has_only_modules
 from thinkstack.models.config import MLAConfig
-from thinkstack.models.layers import Rotations
+from thinkstack.models.layers import RopeCache
 from thinkstack.models.moe import MoE
 from thinkstack.models.mtp import MTPModule
 from thinkstack.models.transformer import Transformer
 
 
 class FusedMLA:
-    """Latent attention, experts or not, in fp32: what becomes of a token does not depend on how many there are."""
+    """The trunk of a small model with latent attention, dense or with experts, in fp32; batch-invariant."""
 
-    max_tokens = 1 << 40
+    max_num_tokens = 1 << 40
 
     def __init__(self, model: Transformer, blocks: list[Block]):
         self.module = next((module for module in model.mtp if isinstance(module, MTPModule)), None)
         own = [] if self.module is None else [self.module.block]
-        self.model, self.kept = model, [_latent_weights(block) for block in (*blocks, *own)]
-        widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.kept]
+        self.model, self.weights = model, [_mla_weights(block) for block in (*blocks, *own)]
+        widths = [{"I": 0 if held["w1"] is None else held["w1"].shape[0]} for held in self.weights]
         count = len(blocks)
-        self.layers = calls.rows_of(calls.MLALayer, self.kept[:count], widths[:count])
-        self.ahead = calls.rows_of(calls.MLALayer, self.kept[count:], widths[count:])
+        self.layers = calls.layer_array(calls.MLALayer, self.weights[:count], widths[:count])
+        self.mtp_layers = calls.layer_array(calls.MLALayer, self.weights[count:], widths[count:])
         a, moe = model.cfg.attention, model.cfg.moe
         attention = blocks[0].attention
         assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
         self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
         self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
-        self.head = exact(model.head.weight)
-        self.rotations = Rotations(a.qk_rope_head_dim, model.cfg.rope)
+        self.prepacked_head = prepack_batch_invariant(model.head.weight)
+        self.rope = RopeCache(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:
             self.sizes |= dict(
                 E=moe.num_experts, J=moe.moe_intermediate_size, K=moe.num_experts_per_tok, groups=moe.num_groups
             )
-            self.sizes |= dict(top_groups=moe.top_groups, best=2 if moe.group_score == "top2" else 1)
+            self.sizes |= dict(top_groups=moe.top_groups, scores_per_group=2 if moe.group_score == "top2" else 1)
             self.sizes |= dict(normalize=int(moe.norm_topk_prob), softmax=int(moe.scoring == "softmax"))
             self.scales["factor"] = moe.route_scale
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As FusedPass says."""
+        """As in FusedPass."""
         x = self.model.embed(ids)
-        chosen = self._through(self.layers, self.num_routed, x, positions, pages, cache)
+        chosen = self._forward(self.layers, self.num_routed, x, positions, pages, cache)
         return self.model.norm(x), chosen if self.num_routed else None
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
-        """As FusedPass says."""
+        """As in FusedPass."""
         if self.module is None:
             return None
         x = self.module.merged(hidden, self.model.embed(following))
-        self._through(self.ahead, 1, x, positions, pages, cache[len(self.layers) :])
+        self._forward(self.mtp_layers, 1, x, positions, pages, cache[len(self.layers) :])
         states: Tensor = self.module.norm(x)
         return states
 
-    def _through(
+    def _forward(
         self,
         layers: ctypes.Array[ctypes.Structure],
         num_routed: int,
@@ -74,17 +74,17 @@ class FusedMLA:
         pages: Pages,
         cache: Tensor,
     ) -> Tensor:
-        """Take x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
-        rope = self.rotations.at(positions)
+        """Run x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
+        rope = self.rope.lookup(positions)
         chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
         calls.mla_pass(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
         return chosen
 
 
-def is_latent(block: Block) -> bool:
-    """Whether a block is one of FusedMLA's."""
+def supports_fused_mla(block: Block) -> bool:
+    """Whether FusedMLA supports a block."""
     ffn = block.ffn
-    if not consists_of(block, PLAIN) or not isinstance(block.attention, MLA):
+    if not has_only_modules(block, BLOCK_MODULES) or not isinstance(block.attention, MLA):
         return False
     if not isinstance(ffn, MoE):
         return True
@@ -92,16 +92,16 @@ def is_latent(block: Block) -> bool:
     return ffn.products is None and not ffn.adapters and all(size % kernels.LANES == 0 for size in sizes)
 
 
-def _latent_weights(block: Block) -> dict[str, Tensor | None]:
-    """What MLALayer points to."""
+def _mla_weights(block: Block) -> dict[str, Tensor | None]:
+    """The weights of an MLALayer, by field."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, MLA)
-    direct = not a.shape.q_lora_rank
+    has_query_latent = a.shape.q_lora_rank > 0
     found: dict[str, Tensor | None] = {
         "attention_norm": block.attention_norm.weight,
-        "wq_a": None if direct else a.wq_a.weight,
-        "q_norm": None if direct else a.q_norm.weight,
-        "wq_b": a.wq.weight if direct else a.wq_b.weight,
+        "wq_a": a.wq_a.weight if has_query_latent else None,
+        "q_norm": a.q_norm.weight if has_query_latent else None,
+        "wq_b": a.wq_b.weight if has_query_latent else a.wq.weight,
         "wkv_a": a.wkv_a.weight,
         "kv_norm": a.kv_norm.weight,
         "wkv_b": a.wkv_b.weight,

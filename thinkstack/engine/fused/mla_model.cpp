@@ -1,5 +1,5 @@
-// Inference on a small model, where calls would cost more than arithmetic: all of it in one call, in fp32.
-// A thread takes up to 64 tokens and holds them feature by feature, so that weights are read as they are stored and
+// Inference on small models with latent attention in one call, in fp32: single calls would take longer than the arithmetic.
+// A thread computes up to 64 tokens at a time, stored as (features, tokens), so that weights are read in their layout and
 // norms, rotations and activations work on LANES tokens at once.
 #include "paged_attention.h"
 #include "experts.h"
@@ -7,23 +7,23 @@
 #include <limits>
 
 // B tokens, D hidden size, H heads, N unrotated and R rotated head width, V value width, C latent width, Q query latent.
-struct LatentStep {
+struct MLAAttention {
   const float *x, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo;  // wq_a, q_norm: null without a query latent
   const float* rope;      // (B, R / 2) pairs
-  const int64_t* last;    // (B,): where the new token's entry goes in its sequence
+  const int64_t* last;    // (B,): the new token's position in its sequence
   const int32_t* block_tables;  // (sequences, table_width): the blocks of each, in order
   const int32_t* seq_index;   // (B,): the sequence of each token
   void* cache;            // (blocks, 2^shift, C + R), in bf16 or float
-  float *out, *queries, *mixed;  // (B, D); room for the queries over entries, (B, H, C + R), and for what they read, (B, H, C)
+  float *out, *queries, *attended;  // (B, D); scratch for absorbed queries, (B, H, C + R), and attended latents, (B, H, C)
   int64_t B, D, H, N, R, V, C, Q, shift, table_width, interleaved, threads;
   double scale, eps;
 };
 
 namespace {
 
-constexpr int64_t BLOCK_SIZE = 64;  // tokens of a thread at a time
+constexpr int64_t BLOCK_SIZE = 64;  // tokens per thread at a time
 
-// count rows of `width` to features x n, zero beyond; and back.
+// Transpose `count` rows of `width` to (width, n), zeros beyond `count`; and back.
 void to_features(const float* rows, int64_t stride, int64_t count, int64_t width, float* out, int64_t n) {
   for (int64_t r = 0; r < n; r += LANES)
     for (int64_t c = 0; c < width; c += LANES) {
@@ -71,26 +71,26 @@ void rotate(float* x, const float* table, int64_t R, int64_t n, bool interleaved
 }
 
 template <typename T>  // of the cache
-struct LatentBlock {
-  const LatentStep& a;
+struct TokenBlock {
+  const MLAAttention& a;
   const int64_t W, K;
   Scratch scratch;
-  float *x, *latent, *q, *table, *entry, *absorbed, *wide;
-  static int64_t bytes(const LatentStep& a) {
+  float *x, *latent, *q, *table, *entry, *absorbed, *values_scratch;
+  static int64_t bytes(const MLAAttention& a) {
     const int64_t W = a.C + a.R, K = a.N + a.R;
     return 4 * BLOCK_SIZE * (2 * a.D + a.Q + a.H * K + a.R + W + a.H * (W + a.C + a.V)) + 8 * Scratch::SLACK;
   }
-  explicit LatentBlock(const LatentStep& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
+  explicit TokenBlock(const MLAAttention& a) : a(a), W(a.C + a.R), K(a.N + a.R), scratch(bytes(a)) {
     x = scratch.take<float>(BLOCK_SIZE * a.D);
     latent = scratch.take<float>(BLOCK_SIZE * a.Q);
     q = scratch.take<float>(BLOCK_SIZE * a.H * K);
     table = scratch.take<float>(BLOCK_SIZE * a.R);
     entry = scratch.take<float>(BLOCK_SIZE * W);
-    absorbed = scratch.take<float>(BLOCK_SIZE * a.H * W);  // queries over entries, (H * W, n)
-    wide = scratch.take<float>(BLOCK_SIZE * (a.H * (a.C + a.V) + a.D));  // latents read, (H * C, n), and values
+    absorbed = scratch.take<float>(BLOCK_SIZE * a.H * W);  // absorbed queries, (H * W, n)
+    values_scratch = scratch.take<float>(BLOCK_SIZE * (a.H * (a.C + a.V) + a.D));  // attended latents, (H * C, n), and values
   }
 
-  // Queries and entries of some tokens; the entries go to the cache, where later tokens of their sequences read them.
+  // Compute queries and cache entries of some tokens, and write the entries to the cache.
   void prepare(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
     to_features(a.x + start * a.D, a.D, count, a.D, x, n);
@@ -118,29 +118,29 @@ struct LatentBlock {
 
   void finish(int64_t start, int64_t count) {
     const int64_t n = round_up(count);
-    to_features(a.mixed + start * a.H * a.C, a.H * a.C, count, a.H * a.C, wide, n);
-    float* values = wide + a.H * a.C * n;
+    to_features(a.attended + start * a.H * a.C, a.H * a.C, count, a.H * a.C, values_scratch, n);
+    float* values = values_scratch + a.H * a.C * n;
     for (int64_t h = 0; h < a.H; h++)
-      linear(a.wkv_b + (h * (a.N + a.V) + a.N) * a.C, wide + h * a.C * n, values + h * a.V * n, a.V, a.C, n);
+      linear(a.wkv_b + (h * (a.N + a.V) + a.N) * a.C, values_scratch + h * a.C * n, values + h * a.V * n, a.V, a.C, n);
     linear(a.wo, values, x, a.D, a.H * a.V, n);
     to_rows(x, n, count, a.D, a.out + start * a.D, a.D);
   }
 };
 
-// Tokens per thread and turn: all threads get some, in whole vectors.
+// Tokens per thread at a time: a multiple of LANES, so that all threads get some.
 int64_t share(int64_t tokens, int64_t threads) { return std::min(BLOCK_SIZE, round_up((tokens + threads - 1) / threads)); }
 
 template <typename T>
-void latent_step(const LatentStep* a, Attend<float, T>& attend) {
+void mla_attention(const MLAAttention* a, PagedAttentionJob<float, T>& attend) {
   const int64_t size = share(a->B, a->threads);
 #pragma omp parallel num_threads(a->threads)
   {
-    LatentBlock<T> block(*a);
-    Reader<float, T> reader = attend.reader();
+    TokenBlock<T> block(*a);
+    ThreadAttention<float, T> attention = attend.attention();
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a->B; start += size) block.prepare(start, std::min(size, a->B - start));
-    // all entries are there before the first is read: several tokens may be of one sequence, later ones see more
-    attend.work(reader, static_cast<const T*>(a->cache));
+    // after all entries are written: several tokens may be of one sequence, and later ones attend to earlier ones
+    attend.work(attention, static_cast<const T*>(a->cache));
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a->B; start += size) block.finish(start, std::min(size, a->B - start));
   }
@@ -168,38 +168,38 @@ void feed_forward(const float* rows, const float* w1, const float* w2, const flo
   }
 }
 
-// How experts are chosen: `top_groups` of `groups`, by their `best` highest affinities, then K of E.
-struct Choice {
-  int64_t E, K, groups, top_groups, best, normalize;
+// Group-limited top-k: `top_groups` of `groups`, by the sum of their `scores_per_group` highest affinities, then K of E.
+struct RouterConfig {
+  int64_t E, K, groups, top_groups, scores_per_group, normalize;
   double factor;
 };
 
-// Of one token. own: affinities (E,); room: E + groups floats. Ties go to the lower index.
-void choose(const Choice& a, const float* own, const float* bias, float* weights, int64_t* experts, float* room) {
-  const float closed = -std::numeric_limits<float>::infinity();
+// Choose the experts of one token. own: affinities (E,). buffer: E + groups floats. Ties go to the lower index.
+void choose_experts(const RouterConfig& a, const float* own, const float* bias, float* weights, int64_t* experts, float* buffer) {
+  const float NEG_INF = -std::numeric_limits<float>::infinity();
   const int64_t size = a.E / a.groups;
-  float* group_score = room + a.E;
-  for (int64_t e = 0; e < a.E; e++) room[e] = own[e] + bias[e];
+  float* group_score = buffer + a.E;
+  for (int64_t e = 0; e < a.E; e++) buffer[e] = own[e] + bias[e];
   for (int64_t g = 0; g < a.groups && a.top_groups < a.groups; g++) {
-    float first = closed, second = closed;
+    float first = NEG_INF, second = NEG_INF;
     for (int64_t e = g * size; e < (g + 1) * size; e++)
-      if (room[e] > first) second = first, first = room[e];
-      else second = std::max(second, room[e]);
-    group_score[g] = a.best == 2 ? first + second : first;
+      if (buffer[e] > first) second = first, first = buffer[e];
+      else second = std::max(second, buffer[e]);
+    group_score[g] = a.scores_per_group == 2 ? first + second : first;
   }
-  for (int64_t dropped = a.top_groups; dropped < a.groups; dropped++) {  // the worst group, the last of equals
+  for (int64_t dropped = a.top_groups; dropped < a.groups; dropped++) {  // drop the lowest group; of equals the last one
     int64_t worst = -1;
     for (int64_t g = 0; g < a.groups; g++)
       if (group_score[g] != INFINITY && (worst < 0 || group_score[g] <= group_score[worst])) worst = g;
     group_score[worst] = INFINITY;
-    std::fill(room + worst * size, room + (worst + 1) * size, closed);
+    std::fill(buffer + worst * size, buffer + (worst + 1) * size, NEG_INF);
   }
   float total = 0;
   for (int64_t k = 0; k < a.K; k++) {
-    const int64_t top = std::max_element(room, room + a.E) - room;
+    const int64_t top = std::max_element(buffer, buffer + a.E) - buffer;
     experts[k] = top;
     total += weights[k] = own[top];
-    room[top] = closed;
+    buffer[top] = NEG_INF;
   }
   const float scale = a.normalize ? float(a.factor) / (total + 1e-20f) : float(a.factor);
   for (int64_t k = 0; k < a.K; k++) weights[k] *= scale;
@@ -209,25 +209,25 @@ void choose(const Choice& a, const float* own, const float* bias, float* weights
 
 // Group-limited top-k of each token. scores: (B, E); bias: (E,). Returns weights (B, K) and experts (B, K).
 extern "C" void route(const float* scores, const float* bias, float* weights, int64_t* experts, int64_t B, int64_t E, int64_t K, int64_t groups,
-                      int64_t top_groups, int64_t best, int64_t normalize, double factor, int64_t threads) {
-  const Choice choice{E, K, groups, top_groups, best, normalize, factor};
+                      int64_t top_groups, int64_t scores_per_group, int64_t normalize, double factor, int64_t threads) {
+  const RouterConfig router{E, K, groups, top_groups, scores_per_group, normalize, factor};
 #pragma omp parallel num_threads(threads)
   {
-    const Room<float> room = room_for<float>(E + groups);
+    const Buffer<float> buffer = make_buffer<float>(E + groups);
 #pragma omp for
-    for (int64_t b = 0; b < B; b++) choose(choice, scores + b * E, bias, weights + b * K, experts + b * K, room.get());
+    for (int64_t b = 0; b < B; b++) choose_experts(router, scores + b * E, bias, weights + b * K, experts + b * K, buffer.get());
   }
 }
 
-// Layers of a small model with latent attention. Every token's path is that of the sublayers above.
+// A layer of a small model with latent attention.
 struct MLALayer {
-  const float *attention_norm, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo, *ffn_norm;  // as in LatentStep
-  const float *w1, *w2, *w3;                  // feed-forward, or the shared experts; null without
+  const float *attention_norm, *wq_a, *q_norm, *wq_b, *wkv_a, *kv_norm, *wkv_b, *wo, *ffn_norm;  // as in MLAAttention
+  const float *w1, *w2, *w3;                  // dense feed-forward, or shared experts; null if there are none
   const float *router, *bias, *w_in, *w_out;  // (E, D), (E,), as in Experts; null in a dense layer
   int64_t I;                                  // intermediate size of w1
 };
 
-// B tokens, L layers, E experts of size J, K per token; other sizes as in LatentStep and `route`.
+// B tokens, L layers, E experts of size J, K per token; other sizes as in MLAAttention and `route`.
 struct MLAPass {
   const MLALayer* layers;
   const float* rope;
@@ -236,7 +236,7 @@ struct MLAPass {
   float* x;          // (B, D), changed in place
   void* cache;       // (L, cache blocks, 2^shift, C + R), in bf16 or float
   int64_t* experts;  // (layers with experts, B, K): the chosen ones
-  int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, best, normalize, softmax;
+  int64_t L, B, D, H, N, R, V, C, Q, E, J, K, groups, top_groups, scores_per_group, normalize, softmax;
   int64_t shift, table_width, layer_stride, interleaved, threads;
   double scale, eps, factor;
 };
@@ -249,15 +249,15 @@ extern "C" void add_norm_fp32(void* x, const void* first, const void* second, co
 
 namespace {
 
-// Experts and their weights, (B, K), of normed rows (B, D).
+// Chosen experts and their weights, (B, K), of normed rows (B, D).
 void route_rows(const MLAPass& a, const MLALayer& w, const float* rows, float* weights, int64_t* experts) {
   const int64_t size = share(a.B, a.threads);
-  const Choice choice{a.E, a.K, a.groups, a.top_groups, a.best, a.normalize, a.factor};
+  const RouterConfig router{a.E, a.K, a.groups, a.top_groups, a.scores_per_group, a.normalize, a.factor};
 #pragma omp parallel num_threads(a.threads)
   {
     Scratch scratch(4 * (BLOCK_SIZE * (a.D + 2 * a.E) + a.E + a.groups) + 4 * Scratch::SLACK);
     float *x = scratch.take<float>(BLOCK_SIZE * a.D), *y = scratch.take<float>(BLOCK_SIZE * a.E), *scores = scratch.take<float>(BLOCK_SIZE * a.E);
-    float* room = scratch.take<float>(a.E + a.groups);
+    float* buffer = scratch.take<float>(a.E + a.groups);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < a.B; start += size) {
       const int64_t count = std::min(size, a.B - start), n = round_up(count);
@@ -275,20 +275,20 @@ void route_rows(const MLAPass& a, const MLALayer& w, const float* rows, float* w
       }
       to_rows(y, n, count, a.E, scores, a.E);
       for (int64_t i = 0; i < count; i++)
-        choose(choice, scores + i * a.E, w.bias, weights + (start + i) * a.K, experts + (start + i) * a.K, room);
+        choose_experts(router, scores + i * a.E, w.bias, weights + (start + i) * a.K, experts + (start + i) * a.K, buffer);
     }
   }
 }
 
 template <typename T>  // of the cache
 void run(const MLAPass& a) {
-  const auto normed = room_for<float>(a.B * a.D), change = room_for<float>(a.B * a.D), shared = room_for<float>(a.B * a.D);
+  const auto normed = make_buffer<float>(a.B * a.D), change = make_buffer<float>(a.B * a.D), shared = make_buffer<float>(a.B * a.D);
   const int64_t W = a.C + a.R;
-  const auto queries = room_for<float>(a.B * a.H * W), mixed = room_for<float>(a.B * a.H * a.C);
-  PagedAttention read{queries.get(), a.cache, a.block_tables, a.seq_index, a.last, mixed.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
+  const auto queries = make_buffer<float>(a.B * a.H * W), attended = make_buffer<float>(a.B * a.H * a.C);
+  PagedAttention read{queries.get(), a.cache, a.block_tables, a.seq_index, a.last, attended.get(), a.B, 1, a.H, W, a.C, a.shift, a.table_width, W};
   read.threads = a.threads, read.scale = a.scale;
-  Attend<float, T> attend(read);
-  const auto weights = room_for<float>(a.B * a.K), picked = room_for<float>(a.B * a.K * a.D);
+  PagedAttentionJob<float, T> attend(read);
+  const auto weights = make_buffer<float>(a.B * a.K), picked = make_buffer<float>(a.B * a.K * a.D);
   int64_t* chosen = a.experts;
   const auto add = [&](const float* first, const float* second, const float* weight) {
     add_norm_fp32(a.x, first, second, weight, normed.get(), a.B, a.D, a.eps, a.threads);
@@ -297,10 +297,10 @@ void run(const MLAPass& a) {
   for (int64_t l = 0; l < a.L; l++) {
     const MLALayer& w = a.layers[l];
     const float* following = l + 1 < a.L ? a.layers[l + 1].attention_norm : nullptr;
-    const LatentStep step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.block_tables, a.seq_index,
-                          static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), mixed.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C,
+    const MLAAttention step{normed.get(), w.wq_a, w.q_norm, w.wq_b, w.wkv_a, w.kv_norm, w.wkv_b, w.wo, a.rope, a.last, a.block_tables, a.seq_index,
+                          static_cast<T*>(a.cache) + l * a.layer_stride, change.get(), queries.get(), attended.get(), a.B, a.D, a.H, a.N, a.R, a.V, a.C,
                           a.Q, a.shift, a.table_width, a.interleaved, a.threads, a.scale, a.eps};
-    latent_step<T>(&step, attend);
+    mla_attention<T>(&step, attend);
     add(change.get(), nullptr, w.ffn_norm);
     if (w.w1) feed_forward(normed.get(), w.w1, w.w2, w.w3, shared.get(), a.B, a.D, w.I, a.threads);
     if (w.router) {

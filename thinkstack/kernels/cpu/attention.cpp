@@ -1,6 +1,6 @@
-// Causal self-attention of packed rows, forward and backward, after FlashAttention (arXiv:2205.14135): no score leaves
-// the cache, keys outside a document are skipped, rotary embedding is applied on the way in and undone on the way out.
-// A key may have a part of its own head and a rotated part that all heads share (multi-head latent attention).
+// Causal self-attention of packed rows, forward and backward, after FlashAttention (arXiv:2205.14135): scores stay in the
+// cache, keys outside a document are skipped, rotary embedding is applied to the inputs and reverted in their gradients.
+// A key may have a part per head and a rotated part that all heads share (multi-head latent attention).
 #include "matmul.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 struct Attention {
   const void *q, *k, *k_shared, *v;  // k_shared: (B, T, R) or null; then k holds all D
   const float* rope;                 // (rope_rows, T, R / 2) pairs of cos and sin times amplitude
-  const int32_t* kv_range;              // (kv_range_rows, T, 3): the first token that each token sees, and the interval hidden from it
+  const int32_t* kv_range;              // (kv_range_rows, T, 3): the first token that each token attends to, and a hidden interval
   void* out;                         // (B, T, H, V)
   float* log_sum;                    // (B, H, T): log of the sum of exponentiated scores
   const void* grad;                  // (B, T, H, V)
@@ -24,15 +24,15 @@ struct Attention {
 
 namespace {
 
-constexpr int64_t BLOCK = 24;  // queries at a time: few, so that little is computed that they do not see
+constexpr int64_t BLOCK = 24;  // queries at a time; few, so that few masked scores are computed
 
 const float* rope_at(const Attention& a, int64_t b, int64_t t) {
   return a.rope + ((a.rope_rows == 1 ? 0 : b) * a.T + t) * a.R;
 }
 
-constexpr int64_t AHEAD = 12;  // tokens: heads lie apart from token to token, which the hardware does not foresee
+constexpr int64_t PREFETCH_TOKENS = 12;  // the hardware does not prefetch heads, which have a stride between tokens
 
-// One head of one token as the product needs it: own part, shared part, rotated, zeros up to a multiple of LANES.
+// One head of one token as input of the product: own part, shared part, rotated, zeros up to a multiple of LANES.
 template <typename T>
 void gather_head(const Attention& a, const T* own, const T* shared, const float* table, T* out) {
   float row[4096];
@@ -40,7 +40,7 @@ void gather_head(const Attention& a, const T* own, const T* shared, const float*
   for (int64_t c = 0; c < width; c += LANES) store(row + c, load_some(own + c, width - c));
   if (shared)
     for (int64_t c = 0; c < a.R; c += LANES) store_some(row + width + c, load_some(shared + c, a.R - c), a.R - c);
-  turn(row + a.D - a.R, table, a.R, a.interleaved, 1);
+  rotate_pairs(row + a.D - a.R, table, a.R, a.interleaved, 1);
   for (int64_t c = a.D; c < round_up(a.D); c++) row[c] = 0;
   for (int64_t c = 0; c < a.D; c += LANES) store(out + c, load(row + c));
 }
@@ -54,9 +54,9 @@ struct Task {  // one key/value head of one row of the batch
   Scratch scratch;
   T *keys, *queries, *grads;     // (T_, D_), (BLOCK, D_), (BLOCK, V_)
   U *keys_by_width, *values, *keys_by_token, *values_by_width, *query_steps, *grad_steps;
-  float *scores, *changes, *result;  // (BLOCK, T_), (BLOCK, T_), (BLOCK, max(D_, V_))
+  float *scores, *grad_scores, *result;  // (BLOCK, T_), (BLOCK, T_), (BLOCK, max(D_, V_))
   T *probs;                          // (BLOCK, T_): probabilities, or gradients of scores
-  U *prob_steps, *change_steps;      // the same, steps along the queries
+  U *prob_steps, *grad_score_steps;      // the same, steps along the queries
   float *grad_keys, *grad_values;    // (T_, D_), (T_, V_)
 
   static int64_t bytes(int64_t T_, int64_t D_, int64_t V_) {
@@ -75,11 +75,11 @@ struct Task {  // one key/value head of one row of the batch
     query_steps = scratch.take<U>(BLOCK * D_ / F::STEP);
     grad_steps = scratch.take<U>(BLOCK * V_ / F::STEP);
     scores = scratch.take<float>(BLOCK * T_);
-    changes = scratch.take<float>(BLOCK * T_);
+    grad_scores = scratch.take<float>(BLOCK * T_);
     result = scratch.take<float>(BLOCK * std::max(D_, V_));
     probs = scratch.take<T>(BLOCK * T_);
     prob_steps = scratch.take<U>(BLOCK * T_ / F::STEP);
-    change_steps = scratch.take<U>(BLOCK * T_ / F::STEP);
+    grad_score_steps = scratch.take<U>(BLOCK * T_ / F::STEP);
     grad_keys = scratch.take<float>(T_ * D_);
     grad_values = scratch.take<float>(T_ * V_);
   }
@@ -90,10 +90,10 @@ struct Task {  // one key/value head of one row of the batch
   const T* output(const void* of, int64_t b, int64_t t, int64_t h) const {
     return static_cast<const T*>(of) + ((b * a.T + t) * a.H + h) * a.V;
   }
-  struct Sight {  // a token sees tokens [first, itself] without [from, to)
+  struct KVRange {  // a token attends to tokens [first, itself] without [from, to)
     int64_t first, from, to;
   };
-  Sight kv_range_of(int64_t b, int64_t t) const {
+  KVRange kv_range_of(int64_t b, int64_t t) const {
     const int32_t* at = a.kv_range + 3 * ((a.kv_range_rows == 1 ? 0 : b) * a.T + t);
     return {at[0], at[1], at[2]};
   }
@@ -104,10 +104,10 @@ struct Task {  // one key/value head of one row of the batch
       const int64_t at = b * a.T + t;
       const T* shared = a.k_shared ? static_cast<const T*>(a.k_shared) + at * a.shared_t : nullptr;
       const T *own = static_cast<const T*>(a.k) + at * a.k_t + g * a.k_h, *value = static_cast<const T*>(a.v) + at * a.v_t + g * a.v_h;
-      if (t + AHEAD < a.T) {
-        prefetch(own + AHEAD * a.k_t, a.k_shared ? a.D - a.R : a.D);
-        prefetch(value + AHEAD * a.v_t, a.V);
-        if (shared) prefetch(shared + AHEAD * a.shared_t, a.R);
+      if (t + PREFETCH_TOKENS < a.T) {
+        prefetch(own + PREFETCH_TOKENS * a.k_t, a.k_shared ? a.D - a.R : a.D);
+        prefetch(value + PREFETCH_TOKENS * a.v_t, a.V);
+        if (shared) prefetch(shared + PREFETCH_TOKENS * a.shared_t, a.R);
       }
       gather_head(a, own, shared, rope_at(a, b, t), keys + t * D_);
     }
@@ -118,7 +118,7 @@ struct Task {  // one key/value head of one row of the batch
     return {static_cast<const T*>(a.v) + b * a.T * a.v_t + g * a.v_h, a.v_t, a.T, a.V};
   }
 
-  // What block [start, start + count) sees lies in tokens [low, hole) and [back, high), all multiples of LANES.
+  // Block [start, start + count) attends to tokens in [low, hole) and [back, high), all multiples of LANES.
   struct Span {
     int64_t b, h, start, count, low, hole, back, high;
     // Calls use(columns before, columns) for the two parts, columns counted from low.
@@ -134,7 +134,7 @@ struct Task {  // one key/value head of one row of the batch
     const int64_t count = std::min(BLOCK, a.T - start), high = round_up(start + count);
     int64_t low = start, hole = 0, back = high;
     for (int64_t i = 0; i < count; i++) {
-      const Sight kv_range = kv_range_of(b, start + i);
+      const KVRange kv_range = kv_range_of(b, start + i);
       low = std::min(low, kv_range.first);
       hole = std::max(hole, kv_range.from);
       back = std::min(back, kv_range.to);
@@ -147,7 +147,7 @@ struct Task {  // one key/value head of one row of the batch
   }
   void score(const Span& s, bool backward) {
     for (int64_t i = 0; i < s.count; i++) {
-      if (s.start + i + AHEAD < a.T) prefetch(query(a.q, s.b, s.start + i + AHEAD, s.h), a.D);
+      if (s.start + i + PREFETCH_TOKENS < a.T) prefetch(query(a.q, s.b, s.start + i + PREFETCH_TOKENS, s.h), a.D);
       if (backward) {  // read right after
         prefetch(output(a.grad, s.b, s.start + i, s.h), a.V);
         prefetch(output(a.out, s.b, s.start + i, s.h), a.V);
@@ -156,48 +156,48 @@ struct Task {  // one key/value head of one row of the batch
     }
     by_columns({units(queries), D_ / F::STEP, 1}, keys_by_width, scores, s, D_ / F::STEP);
   }
-  // Products of the block's rows with the tokens it sees: out (BLOCK, columns), tokens (steps, T_).
+  // Products of the block's rows with the tokens of its span: out (BLOCK, columns), tokens (steps, T_).
   void by_columns(Operand<U> rows, const U* tokens, float* out, const Span& s, int64_t steps) {
     s.parts([&](int64_t c, int64_t n) { multiply<U>(rows, tokens + s.low + c, T_, out + c, T_, s.count, n, steps, false); });
   }
-  // Sums over the tokens the block sees, into result: probs times tokens (T_, width).
+  // Sums over the tokens of the block's span, into result: probs times tokens (T_, width).
   void over_columns(const U* tokens, int64_t width, const Span& s) {
     s.parts([&](int64_t c, int64_t n) {
       multiply<U>({units(probs) + c / F::STEP, T_ / F::STEP, 1}, tokens + (s.low + c) / F::STEP * width, width, result, width, s.count, width, n / F::STEP, c > 0);
     });
   }
-  // x where query `i` of the block sees the tokens of the vector at column c, else `other`.
-  static vf seen(const Span& s, int64_t i, const Sight& kv_range, int64_t c, vf x, float other) {
+  // x where query `i` of the block attends to the tokens of the vector at column c, else `other`.
+  static vf masked(const Span& s, int64_t i, const KVRange& kv_range, int64_t c, vf x, float other) {
     const int64_t token = s.low + c, last = s.start + i;
-    const bool is_apart = token + LANES <= kv_range.from || token >= kv_range.to;
-    if (token >= kv_range.first && token + LANES <= last + 1 && is_apart) return x;
+    const bool is_not_hidden = token + LANES <= kv_range.from || token >= kv_range.to;
+    if (token >= kv_range.first && token + LANES <= last + 1 && is_not_hidden) return x;
     const vi tokens = iota() + int32_t(token);
-    const vi open = (tokens >= int32_t(kv_range.first)) & (tokens <= int32_t(last));
-    return open & ((tokens < int32_t(kv_range.from)) | (tokens >= int32_t(kv_range.to))) ? x : splat(other);
+    const vi attended = (tokens >= int32_t(kv_range.first)) & (tokens <= int32_t(last));
+    return attended & ((tokens < int32_t(kv_range.from)) | (tokens >= int32_t(kv_range.to))) ? x : splat(other);
   }
-  // Columns that query `i` sees, rounded outwards.
+  // Columns that query `i` attends to, rounded outwards to multiples of LANES.
   static int64_t from(const Span& s, int64_t first) { return s.over_hole(first / LANES * LANES - s.low); }
   static int64_t to(const Span& s, int64_t i) { return round_up(s.start + i + 1) - s.low; }
 
   // Exponentiated scores of row i; returns the inverse of their sum.
   float softmax(const Span& s, int64_t i) {
     const float* row = scores + i * T_;
-    const Sight kv_range = kv_range_of(s.b, s.start + i);
+    const KVRange kv_range = kv_range_of(s.b, s.start + i);
     const int64_t begin = from(s, kv_range.first), end = to(s, i);
     vf top = splat(-INFINITY), total{};
-    for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) top = larger(seen(s, i, kv_range, c, load(row + c), -INFINITY), top);
+    for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) top = larger(masked(s, i, kv_range, c, load(row + c), -INFINITY), top);
     const float scale = float(a.scale), best = largest(top) * scale;
     T* out = probs + i * T_;
     for (int64_t c = 0; c < begin; c += LANES) store(out + c, vf{});
     for (int64_t c = begin; c < end; c = s.over_hole(c + LANES)) {
-      const vf p = seen(s, i, kv_range, c, exp_of(load(row + c) * scale - best), 0);
+      const vf p = masked(s, i, kv_range, c, exp_of(load(row + c) * scale - best), 0);
       total += p;
       store(out + c, p);
     }
     for (int64_t c = end; c < s.high - s.low; c += LANES) store(out + c, vf{});
-    const float mass = sum(total);
-    a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i] = best + std::log(mass);
-    return 1 / mass;
+    const float sum_exp = sum(total);
+    a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i] = best + std::log(sum_exp);
+    return 1 / sum_exp;
   }
 
   void forward(int64_t b, int64_t g) {
@@ -217,10 +217,10 @@ struct Task {  // one key/value head of one row of the batch
       }
   }
 
-  // What the gradients of row i's scores need besides the products.
+  // The values per row that the gradients of its scores need besides the products.
   struct Row {
     int64_t i;
-    Sight kv_range;
+    KVRange kv_range;
     int64_t begin, end;
     float shift, mean;
   };
@@ -229,28 +229,28 @@ struct Task {  // one key/value head of one row of the batch
     const T* out = output(a.out, s.b, s.start + i, s.h);
     vf inner{};
     for (int64_t c = 0; c < a.V; c += LANES) inner += load_some(out + c, a.V - c) * load(grads + i * V_ + c);
-    const Sight kv_range = kv_range_of(s.b, s.start + i);
+    const KVRange kv_range = kv_range_of(s.b, s.start + i);
     return {i, kv_range, from(s, kv_range.first), to(s, i), a.log_sum[(s.b * a.H + s.h) * a.T + s.start + i], sum(inner)};
   }
   // Probability and gradient of the score, for the vector at column c of a row.
-  void score_gradient(const Span& s, const Row& r, int64_t c, vf& p, vf& change) const {
-    p = change = vf{};
+  void score_gradient(const Span& s, const Row& r, int64_t c, vf& p, vf& grad_score) const {
+    p = grad_score = vf{};
     if (c < r.begin || c >= r.end) return;
     const float scale = float(a.scale);
-    p = seen(s, r.i, r.kv_range, c, exp_of(load(scores + r.i * T_ + c) * scale - r.shift), 0);
-    change = seen(s, r.i, r.kv_range, c, p * (load(changes + r.i * T_ + c) - r.mean) * scale, 0);
+    p = masked(s, r.i, r.kv_range, c, exp_of(load(scores + r.i * T_ + c) * scale - r.shift), 0);
+    grad_score = masked(s, r.i, r.kv_range, c, p * (load(grad_scores + r.i * T_ + c) - r.mean) * scale, 0);
   }
-  // Rows i and i + 1: gradients of the scores by row, and they and the probabilities as units along the queries.
+  // Rows i and i + 1: gradients of the scores by row; these and the probabilities also as units along the queries.
   void two_rows(const Span& s, int64_t i) {
     const Row even = row_of(s, i), odd = row_of(s, i + 1);
     for (int64_t c = s.over_hole(0); c < s.high - s.low; c = s.over_hole(c + LANES)) {
-      vf p[2], change[2];
-      score_gradient(s, even, c, p[0], change[0]);
-      score_gradient(s, odd, c, p[1], change[1]);
-      store(probs + i * T_ + c, change[0]);
-      store(probs + (i + 1) * T_ + c, change[1]);
+      vf p[2], grad_score[2];
+      score_gradient(s, even, c, p[0], grad_score[0]);
+      score_gradient(s, odd, c, p[1], grad_score[1]);
+      store(probs + i * T_ + c, grad_score[0]);
+      store(probs + (i + 1) * T_ + c, grad_score[1]);
       put_steps(prob_steps + c, i, p);
-      put_steps(change_steps + c, i, change);
+      put_steps(grad_score_steps + c, i, grad_score);
     }
   }
   void put_steps(float* steps, int64_t i, const vf x[2]) const {
@@ -268,16 +268,16 @@ struct Task {  // one key/value head of one row of the batch
     const int64_t steps = (s.count + F::STEP - 1) / F::STEP;
     pack_rows(Rows<T>{queries, D_, s.count, D_}, query_steps, s.count, D_);
     pack_rows(Rows<T>{grads, V_, s.count, V_}, grad_steps, s.count, V_);
-    by_columns({units(grads), V_ / F::STEP, 1}, values_by_width, changes, s, V_ / F::STEP);
+    by_columns({units(grads), V_ / F::STEP, 1}, values_by_width, grad_scores, s, V_ / F::STEP);
     for (int64_t i = 0; i < s.count; i += 2) two_rows(s, i);
     s.parts([&](int64_t c, int64_t n) {
       multiply<U>({prob_steps + c, 1, T_}, grad_steps, V_, grad_values + (s.low + c) * V_, V_, n, V_, steps, true);
-      multiply<U>({change_steps + c, 1, T_}, query_steps, D_, grad_keys + (s.low + c) * D_, D_, n, D_, steps, true);
+      multiply<U>({grad_score_steps + c, 1, T_}, query_steps, D_, grad_keys + (s.low + c) * D_, D_, n, D_, steps, true);
     });
     over_columns(keys_by_token, D_, s);
     for (int64_t i = 0; i < s.count; i++) {
       float* row = result + i * D_;
-      turn(row + a.D - a.R, rope_at(a, s.b, s.start + i), a.R, a.interleaved, -1);
+      rotate_pairs(row + a.D - a.R, rope_at(a, s.b, s.start + i), a.R, a.interleaved, -1);
       T* out = const_cast<T*>(query(a.grad_q, s.b, s.start + i, s.h));
       for (int64_t c = 0; c < a.D; c += LANES) store_some(out + c, load(row + c), a.D - c);
     }
@@ -298,7 +298,7 @@ struct Task {  // one key/value head of one row of the batch
     for (int64_t t = 0; t < a.T; t++) {
       const int64_t at = b * a.T + t;
       float *key = grad_keys + t * D_, *value = grad_values + t * V_;
-      turn(key + a.D - a.R, rope_at(a, b, t), a.R, a.interleaved, -1);
+      rotate_pairs(key + a.D - a.R, rope_at(a, b, t), a.R, a.interleaved, -1);
       T* out = static_cast<T*>(a.grad_k) + at * a.k_t + g * a.k_h;
       for (int64_t c = 0; c < own; c += LANES) store_some(out + c, load(key + c), own - c);
       if (a.k_shared) std::copy(key + own, key + a.D, a.grad_k_shared + ((b * a.G + g) * a.T + t) * a.R);

@@ -1,4 +1,4 @@
-"""Compile the kernels once per instruction set and load them; without a compiler torch's operators do all work."""
+"""Compiles the kernels once per instruction set and loads them; without a compiler torch's operators are used."""
 
 import atexit
 import contextlib
@@ -34,7 +34,7 @@ SOURCES = (
     "kernels/cpu/rows.cpp",
     "kernels/cpu/linear.cpp",
 )
-"""Relative to PACKAGE, the longest first."""
+"""Relative to PACKAGE, in order of decreasing compile time."""
 HEADERS = (
     *(
         f"kernels/cpu/{name}.h"
@@ -46,10 +46,10 @@ PACKAGE = Path(__file__).parents[2]
 """The folder of thinkstack."""
 INCLUDE = ("-I", str(PACKAGE / "kernels" / "cpu"))
 FLAGS = ("-O2", "-fpeel-loops", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
-"""-O2 with tiles unrolled is as fast as -O3 and takes two thirds of the time to compile."""
+"""-O2 with unrolled tiles is as fast as -O3 and takes two thirds of the time to compile."""
 LOCK = "building.lock"
 SWITCH = "THINKSTACK_KERNELS"
-"""Environment variable; "0" runs on torch's operators alone, "1" uses the kernels for all that they can do."""
+"""Environment variable: "0" uses torch's operators only, "1" uses the kernels wherever they can compute."""
 
 
 _BUILDING = threading.Lock()
@@ -57,14 +57,14 @@ _BUILDING = threading.Lock()
 
 @functools.cache
 def binary() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are switched off or cannot be built. Threads that ask at once wait."""
+    """The compiled kernels; None if they are switched off or cannot be built. Concurrent callers wait for the first."""
     with _BUILDING:
         return load()
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """What `binary` returns; why there is none is logged once."""
+    """`binary` without the lock; logs once why there are no kernels."""
     if os.environ.get(SWITCH) == "0":
         log.info("%s=0: running on torch's operators", SWITCH)
         return None
@@ -75,16 +75,16 @@ def load() -> ctypes.CDLL | None:
     found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
     compiler = shlex.split(os.environ.get("CXX", "")) or [found]
     if not compiler[0]:
-        log.warning("no C++ compiler found: running on torch's operators, which is slower; install g++ to change it")
+        log.warning("no C++ compiler found: running on torch's operators, which are slower; install g++")
         return None
     try:
         path = cache_folder() / f"kernels-{isa.name}-{fingerprint(compiler, isa)}.so"
-        with only_builder(path):
+        with build_lock(path):
             if not path.exists():
                 compile_to(path, compiler, isa)
             try:
                 return ctypes.CDLL(str(path))
-            except OSError:  # damaged, or made for another system: once more
+            except OSError:  # damaged, or compiled for another system: compile again
                 path.unlink()
                 compile_to(path, compiler, isa)
                 return ctypes.CDLL(str(path))
@@ -95,10 +95,10 @@ def load() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and what was measured of this machine are kept: in XDG_CACHE_HOME or ~/.cache.
+    """The folder of compiled kernels and measurements: in XDG_CACHE_HOME or ~/.cache.
 
-    Where that cannot be written, or where others can write, a new folder of this process alone: others could put code
-    into a shared one.
+    If that folder cannot be written, or other users can write to it (and could place code there), a new private folder
+    of this process.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkstack"
     reason = "cannot be written"
@@ -110,21 +110,21 @@ def cache_folder() -> Path:
         elif os.access(home, os.W_OK):
             return home
     except OSError:
-        pass  # not ours to write: as said above
+        pass  # cannot be written: use a private folder
     return private_folder(f"{home} {reason}")
 
 
 @functools.cache
 def private_folder(reason: str) -> Path:
-    """A folder of this process alone; why is said once."""
-    log.warning("%s: kernels are compiled for this process alone; set XDG_CACHE_HOME to a folder of yours", reason)
+    """A folder of this process; the reason is logged once."""
+    log.warning("%s: kernels are compiled for this process only; set XDG_CACHE_HOME to a private folder", reason)
     private = tempfile.mkdtemp(prefix="thinkstack-")
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     return Path(private)
 
 
 def fingerprint(compiler: list[str], isa: InstructionSet) -> str:
-    """Changes with the sources, the compiler, torch and the instruction set."""
+    """A hash of the sources, the compiler, torch's version and the instruction set."""
     parts = [(PACKAGE / name).read_bytes() for name in (*HEADERS, *SOURCES)]
     parts.append(subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout)
     parts += [torch.__version__.encode(), " ".join((*compiler, *FLAGS, *isa.flags)).encode()]
@@ -132,8 +132,8 @@ def fingerprint(compiler: list[str], isa: InstructionSet) -> str:
 
 
 @contextlib.contextmanager
-def only_builder(path: Path) -> Iterator[None]:
-    """Other processes that would build the same wait here; where files cannot be locked they build it as well."""
+def build_lock(path: Path) -> Iterator[None]:
+    """Let other processes that build the same library wait; where files cannot be locked, they build it too."""
     try:
         import fcntl
 
@@ -145,7 +145,7 @@ def only_builder(path: Path) -> Iterator[None]:
 
 
 def compile_to(path: Path, compiler: list[str], isa: InstructionSet) -> None:
-    """Build the library beside `path` and move it there, so that no process ever loads half of one."""
+    """Build the library beside `path` and move it there, so that no process loads an incomplete one."""
     cores = usable_cores()
     log.info("compiling the CPU kernels for %s, once: %d files on %d cores ...", isa.name, len(SOURCES), cores)
     started = time.monotonic()
@@ -166,12 +166,12 @@ def compile_to(path: Path, compiler: list[str], isa: InstructionSet) -> None:
         try:
             compile_all("-fopenmp")
         except subprocess.CalledProcessError as error:
-            compile_all()  # if this fails too, it says why
-            log.warning("the compiler knows no OpenMP, so the kernels run on one core: %s", error.stderr.strip()[-200:])
+            compile_all()  # raises if the cause is not OpenMP
+            log.warning("the compiler has no OpenMP, so the kernels run on one core: %s", error.stderr.strip()[-200:])
         os.replace(built, path)
     log.info("compiled in %.0f s: %s", time.monotonic() - started, path)
 
 
 def call(command: list[str]) -> None:
-    """Run a compiler; raises CalledProcessError with what it wrote."""
+    """Run a compiler; raises CalledProcessError with its output."""
     subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""How Python calls a kernel: when it may, and how tensors become its arguments."""
+"""Calls of the C++ kernels: predicates that tell when one applies, and the conversion of arguments."""
 
 import ctypes
 
@@ -11,80 +11,80 @@ from thinkstack.kernels.cpu.build import binary
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 LANES = 16
-"""Expert sizes must be multiples of this; everything else may have any width."""
+"""The sizes of experts must be multiples of this; other widths are arbitrary."""
 SMALL_M = 8
-"""Rows that are few: their products take as long as reading the weights."""
-WIDE = 32
-"""Widths that `takes_small_m` needs are multiples of this."""
+"""The largest number of rows for the small-M kernels, whose time is that of reading the weights."""
+SMALL_M_ALIGNMENT = 32
+"""`takes_small_m` requires widths that are multiples of this."""
 MAX_FUSED_HIDDEN = 1024
 """Models up to this hidden size run as one fused pass in fp32."""
 
 
 def takes(x: Tensor, operation: str) -> bool:
-    """Whether a kernel computes this operation (choice.py) on tensors like x: it can, and is faster."""
+    """Whether to use the kernel of this operation (choice.py) for tensors like x: it supports them and is faster."""
     return x.device.type == "cpu" and x.dtype in DTYPES and available() and uses(operation, x.dtype)
 
 
 def available() -> bool:
-    """Whether the kernels could be built here."""
+    """Whether the kernels are built on this machine."""
     return binary() is not None
 
 
-# What torch.compiler.assume_constant_result sets; calling that imports the whole compiler, a second of every start.
+# The attribute that torch.compiler.assume_constant_result sets; calling it would import the compiler, which takes 1 s.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes_rows(x: Tensor, operation: str) -> bool:
-    """Whether the kernels for norms, activations and rotations should: as `takes`, but not while compiling."""
+    """`takes` for norms, activations and rotations, which torch.compile handles itself."""
     return not torch.compiler.is_compiling() and takes(x, operation)
 
 
 def takes_steps(x: Tensor, hidden_size: int, operation: str) -> bool:
-    """Whether the kernels for small models should compute this: inference in fp32 on a model of few features.
+    """`takes` for the kernels of small models: inference in fp32 up to hidden size MAX_FUSED_HIDDEN.
 
-    Beyond MAX_FUSED_HIDDEN features the products outweigh the calls, and torch's are as good.
+    Beyond that the matrix products take longer than the overhead of calls, and torch's products are as fast.
     """
     small = hidden_size <= MAX_FUSED_HIDDEN and x.dtype == torch.float32 and not torch.is_grad_enabled()
     return small and takes_rows(x, operation)
 
 
 def takes_linear(x: Tensor, *widths: int) -> bool:
-    """Whether the kernel multiplies x by a matrix of these widths: in fp32, of whole vectors."""
+    """`takes` for the product of x with a matrix of these widths: fp32, widths that are multiples of LANES."""
     if x.dtype != torch.float32 or x.numel() == 0:
         return False
     return all(width % LANES == 0 for width in widths) and takes_rows(x, "linear")
 
 
 def takes_small_m(x: Tensor, *weights: Tensor) -> bool:
-    """Whether weights (M, K) should be read by the kernels for a few rows: inference on SMALL_M rows at most, x in
-    bf16, weights in bf16 or int8.
+    """Whether to use the small-M kernels for weights (M, K): inference, x in bf16 with at most SMALL_M rows, weights in
+    bf16 or int8.
 
-    What comes of a row then depends on whether there are few, as it does among torch's own kernels.
+    The result of a row then depends on whether there are at most SMALL_M rows; torch's own kernels differ likewise.
     """
     if x.dtype != torch.bfloat16 or x.numel() > SMALL_M * x.shape[-1] or torch.is_grad_enabled():
         return False
     if not takes_rows(x, "small_m_int8" if weights[0].dtype == torch.int8 else "small_m"):
         return False
     return x.is_contiguous() and all(
-        weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() and weight.shape[1] % WIDE == 0
+        weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() and weight.shape[1] % SMALL_M_ALIGNMENT == 0
         for weight in weights
     )
 
 
 def structure(name: str, pointers: str, integers: str, reals: str = "") -> type[ctypes.Structure]:
-    """The C structure with these fields, in this order."""
+    """A ctypes structure with these fields in this order: pointers, 64-bit integers, doubles."""
     kinds = ((pointers, POINTER), (integers, INTEGER), (reals, REAL))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})  # slots: an unknown field is an error
 
 
 def run(name: str, arguments: ctypes.Structure, *flags: int) -> None:
-    """Call kernel `name` with a structure and flags."""
+    """Call kernel `name` with a structure and integer flags."""
     getattr(binary(), name)(ctypes.byref(arguments), *map(INTEGER, flags))
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call kernel `name` with tensors, numbers and None; the number of threads comes last."""
+    """Call kernel `name` with tensors, numbers or None, and the number of threads as the last argument."""
     getattr(binary(), name)(*map(_plain, arguments), INTEGER(torch.get_num_threads()))
 
 
@@ -94,12 +94,12 @@ def call_for(dtype: torch.dtype, name: str, *arguments: object) -> None:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Where the elements of x lie."""
+    """The address of the elements of x; None for None."""
     return None if x is None else x.data_ptr()
 
 
-def place(x: numpy.ndarray) -> int:
-    """`address` of an array, whose elements lie together."""
+def array_address(x: numpy.ndarray) -> int:
+    """The address of the elements of a contiguous array."""
     assert x.flags.c_contiguous
     return x.__array_interface__["data"][0]
 

@@ -1,4 +1,4 @@
-// Routed experts: what the kernel is given.
+// The arguments of the kernel of routed experts.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ struct Experts {
   const int64_t* experts;   // (N, K)
   const void *w_in, *w_out; // (E, 2I, D): gate rows, then up rows; (E, D, I)
   void* out;                // (N, D)
-  void* hidden;             // (blocks, 2I, BLOCK): gate and up of each block; null where no gradient is wanted
+  void* hidden;             // (blocks, 2I, BLOCK): gate and up of each block; null without gradients
   void* picked;             // (N * K, D): output of each pair
   const void* grad;         // (N, D)
   void *grad_x, *grad_pairs, *grad_w_in, *grad_w_out;  // (N, D), (N * K, D) scratch, as the weights

@@ -1,4 +1,4 @@
-"""Inference on new tokens: reading a cache, whole models, routing and drawing. No gradients."""
+"""Kernels for inference, without gradients: paged attention, small-M products, routing and sampling."""
 
 # Shapes in this file: N or B new tokens, G key/value heads, Q query heads per group, W key width, V value width,
 # D hidden size, R rotated width, E experts, K experts per token. Other structures' sizes are in their C++ files.
@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.kernels.cpu.calls import address, call, place, run, structure
+from thinkstack.kernels.cpu.calls import address, array_address, call, run, structure
 from thinkstack.kernels.cpu.operators import KVLayout
 from thinkstack.kernels.paging import Pages
 
@@ -26,26 +26,26 @@ _Sample = structure(
 )
 
 
-def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
+def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout, scale: float) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
-    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token sees. scale:
+    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token attends to. scale:
     factor of the scores. Returns (N, G, Q, V).
     """
     N, G, Q, W = query.shape
     query = query.contiguous()
-    out = query.new_empty(N, G, Q, heads.value_width)
+    out = query.new_empty(N, G, Q, layout.value_width)
     arguments = _PagedAttention(
         *map(address, (query, pages.entries, pages.block_tables, pages.seq_index, last, out)),
-        *(N, G, Q, W, heads.value_width, *block_layout(pages), pages.entries.shape[2]),
-        *(heads.key_step, heads.value_step, heads.value_at, torch.get_num_threads(), scale),
+        *(N, G, Q, W, layout.value_width, *block_layout(pages), pages.entries.shape[2]),
+        *(layout.key_step, layout.value_step, layout.value_at, torch.get_num_threads(), scale),
     )
     run("paged_attention", arguments, query.dtype == torch.bfloat16)
     return out
 
 
 def block_layout(pages: Pages) -> tuple[int, int]:
-    """Power of 2 of a block's tokens, and width of the block_tables."""
+    """log2 of the tokens per block, and the width of the block tables."""
     assert pages.entries.is_contiguous() and pages.block_tables.is_contiguous()
     return pages.entries.shape[1].bit_length() - 1, pages.block_tables.shape[1]
 
@@ -69,7 +69,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Group-limited top-k; arguments as in models/moe.py.
 
-    scores: (B, E) fp32. groups: how many there are, how many may be used, affinities of a group that count (1 or 2).
+    scores: (B, E) fp32. groups: number of groups, number of groups to use, affinities summed per group (1 or 2).
     Returns (weights (B, K) fp32, experts (B, K) int64); of equal affinities the lower expert is chosen.
     """
     weights = torch.empty(scores.shape[0], top_k)
@@ -79,43 +79,47 @@ def route(
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None
+    logits: Tensor, temperature: Tensor, uniform: Tensor, filters: tuple[Tensor, Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """A token per row of logits (B, V); arguments and results as in engine/sampler.py."""
+    """Sample a token per row of logits (B, V); arguments and results as in engine/sampler.py."""
     B = len(logits)
     tokens, logprobs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
     given = dict(logits=logits, temperature=temperature, uniform=uniform, tokens=tokens, logprobs=logprobs)
-    if kept is not None:
-        given |= dict(zip(("top_k", "top_p", "min_p"), kept, strict=True))
+    if filters is not None:
+        given |= dict(zip(("top_k", "top_p", "min_p"), filters, strict=True))
     _run_sample(_Sample(**{name: address(x) for name, x in given.items()}), logits)
     return tokens, logprobs
 
 
 class RowSampler:
-    """`sample` for rows whose settings lie in columns, each row with its own numbers (`uniforms` in engine/sampler.py).
+    """`sample` for rows of a table of sampling settings; random numbers per row as by `uniforms` in engine/sampler.py.
 
-    The columns may change their contents, not their places.
+    The contents of the columns may change; the arrays must stay the same.
     """
 
     def __init__(self, **columns: numpy.ndarray):
-        """columns: temperature, top_p, min_p fp32; top_k, num_tokens, prompt int64; seed uint64."""
+        """columns: temperature, top_p, min_p fp32; top_k, num_tokens, num_prompt_tokens int64; seed uint64."""
         self._columns = columns
-        self._settings = {name: place(column) for name, column in columns.items()}
+        self._settings = {name: array_address(column) for name, column in columns.items()}
 
     def sample(
         self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, is_unfiltered: bool
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """From logits (B, V) of rows (B,), the offsets-th token, (B,) from 0, after a row's num_tokens ones.
+        """Sample from logits (B, V) of table rows (B,). offsets: (B,), 0 for the token after a row's num_tokens tokens.
 
-        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns what `sample` does.
+        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns as `sample`.
         """
         logits = logits.contiguous()
         tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
         arguments = _Sample(**self._settings)
         if is_unfiltered:
             arguments.top_k = None
-        arguments.logits, arguments.rows, arguments.offsets = logits.data_ptr(), place(rows), place(offsets)
-        arguments.tokens, arguments.logprobs = place(tokens), place(logprobs)
+        arguments.logits, arguments.rows, arguments.offsets = (
+            logits.data_ptr(),
+            array_address(rows),
+            array_address(offsets),
+        )
+        arguments.tokens, arguments.logprobs = array_address(tokens), array_address(logprobs)
         _run_sample(arguments, logits)
         return tokens, logprobs
 

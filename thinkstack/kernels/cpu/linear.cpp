@@ -1,15 +1,15 @@
-// Products of rows with a matrix in float, and their gradients. Every element is summed in one order, so it depends neither
-// on the other rows nor on the threads.
+// Products of rows with a matrix in float, and their gradients. The order of sums is fixed, so that an element depends
+// neither on the other rows nor on the number of threads.
 #include "matmul.h"
 
 namespace {
 
-constexpr int64_t STEPS = 256;  // of a sum that are taken at a time: a panel of B stays in the nearest cache
-constexpr int64_t ROWS = 96;    // of A that meet a panel
-constexpr int64_t WIDTH = MOST_VECTORS * LANES;  // of a panel
+constexpr int64_t STEPS = 256;  // steps of a sum per panel of B, which stays in the L1 cache
+constexpr int64_t ROWS = 96;    // rows of A per panel
+constexpr int64_t WIDTH = MOST_VECTORS * LANES;  // columns of a panel
 
 // C (m, n) = A (m, steps) B (steps, n). fill(k, count, c, width, out): rows [k, k + count) of B, columns [c, c + width), to
-// out (count, width). bias: (n,), added to each row, or null. A thread takes some of the rows.
+// out (count, width). bias: (n,), added to each row, or null. Rows are divided among threads.
 template <typename Fill>
 void product(Operand<float> a, Fill fill, const float* bias, float* c, int64_t m, int64_t n, int64_t steps, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -33,15 +33,15 @@ void product(Operand<float> a, Fill fill, const float* bias, float* c, int64_t m
   }
 }
 
-// Rows of B as they lie, `stride` apart.
+// Rows of B, `stride` apart.
 auto as_stored(const float* b, int64_t stride) {
   return [=](int64_t k, int64_t count, int64_t c, int64_t width, float* out) {
     for (int64_t r = 0; r < count; r++)
       for (int64_t j = 0; j < width; j += LANES) store(out + r * width + j, load(b + (k + r) * stride + c + j));
   };
 }
-// Rows of B that are columns of what lies there.
-auto turned(const float* b, int64_t stride) {
+// Rows of B from the columns of a matrix with rows `stride` apart.
+auto transposed(const float* b, int64_t stride) {
   return [=](int64_t k, int64_t count, int64_t c, int64_t width, float* out) { pack_transposed(b + c * stride + k, stride, out, width, count); };
 }
 
@@ -49,7 +49,7 @@ auto turned(const float* b, int64_t stride) {
 
 // y (N, M) = x (N, K) weight (M, K) transposed + bias (M,) or null. M and K are multiples of 16.
 extern "C" void linear(const float* x, const float* weight, const float* bias, float* y, int64_t N, int64_t M, int64_t K, int64_t threads) {
-  product({x, K, 1}, turned(weight, K), bias, y, N, M, K, threads);
+  product({x, K, 1}, transposed(weight, K), bias, y, N, M, K, threads);
 }
 
 // grad_x (N, K) = grad (N, M) weight (M, K).

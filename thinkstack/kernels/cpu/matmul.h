@@ -36,8 +36,8 @@ inline void tile(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_r
     UNROLLED for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES, sum[i][j]);
 }
 
-constexpr int SUMS = REGISTERS * 3 / 4;                // vectors of sums at a time; the others hold operands
-constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;  // columns of a tile
+constexpr int SUMS = REGISTERS * 3 / 4;                // vectors of sums; the other registers hold operands
+constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;  // of columns per tile
 
 template <int VECTORS, typename U>
 inline void column_of_tiles(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t steps, bool add) {
@@ -49,7 +49,7 @@ inline void column_of_tiles(Operand<U> a, const U* b, int64_t b_step, float* c, 
   if (i < m) tile<1, VECTORS>({a.data + i * a.row, a.row, a.step}, b, b_step, c + i * c_row, c_row, steps, add);
 }
 
-// The last columns, fewer vectors than a tile's.
+// The last columns, fewer than a tile has.
 template <int VECTORS, typename U>
 inline void last_columns(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row, int64_t m, int64_t rest, int64_t steps, bool add) {
   if constexpr (VECTORS > 0) {
@@ -67,7 +67,7 @@ void multiply(Operand<U> a, const U* b, int64_t b_step, float* c, int64_t c_row,
   last_columns<MOST_VECTORS - 1>(a, b + j, b_step, c + j, c_row, m, (n - j) / LANES, steps, add);
 }
 
-// Row r of a matrix of which `width` columns are given; rows beyond `rows` read as zero.
+// A matrix of `rows` x `width`; elements beyond read as zero.
 template <typename T>
 struct Rows {
   const T* data;
@@ -89,7 +89,7 @@ inline void pack_rows(Rows<S> from, uint32_t* out, int64_t count, int64_t column
       store_units(out + r / 2 * columns + c, pair_up(from.at(r, c), from.at(r + 1, c)));
 }
 
-// Rows i and i + S of a block exchange the parts that lie S lanes apart: what the first of them, or the second, becomes.
+// A step of a transposition: rows i and i + S of a block exchange the lanes that are S apart. FIRST: the new row i.
 template <int S, bool FIRST>
 struct Exchanged {
   static constexpr int at(int i) { return FIRST ? (i & S ? int(LANES) + i - S : i) : (i & S ? int(LANES) + i : i + S); }
@@ -107,9 +107,8 @@ inline void transpose(vu x[LANES]) {
   if constexpr (S > 1) transpose<S / 2>(x);
 }
 
-// B whose steps run along the columns of `from` (so B = from transposed), itself held as units of the same type:
-// out[step * count + r]. from: units, `count` rows (a multiple of LANES) of `steps` units. between(): called for every
-// LANES x LANES of them.
+// B whose steps run along the columns of `from` (so B = from transposed), in units of the same type: out[step * count + r].
+// from: `count` rows (a multiple of LANES) of `steps` units. between(): called after every LANES x LANES units.
 template <typename U, typename Between>
 void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64_t steps, Between between) {
   for (int64_t r = 0; r < count; r += LANES)
@@ -126,7 +125,7 @@ void pack_transposed(const U* from, int64_t stride, U* out, int64_t count, int64
   pack_transposed(from, stride, out, count, steps, [] {});
 }
 
-// Scratch memory that is handed out in pieces. A read of one vector beyond a piece is allowed.
+// Scratch memory that is allocated in pieces. Reading one vector beyond a piece is allowed.
 class Scratch {
  public:
   static constexpr int64_t SLACK = 128;  // of each piece, alignment included

@@ -1,6 +1,6 @@
 """Attention of packed rows and routed experts, with gradients.
 
-They are also operators of torch, with shapes for its compiler, so that a compiled model keeps them.
+Both are registered as torch operators with shape functions, so that compiled models use them too.
 """
 
 # Shapes in this file: B rows, T tokens, S cached tokens, H heads, G key/value heads, D key width, R rotated width,
@@ -29,17 +29,17 @@ _Experts = structure(
 
 
 class KVLayout(NamedTuple):
-    """Where the heads of a token's keys and values lie in its entry."""
+    """The positions of a token's keys and values in its cache entry."""
 
     groups: int
-    """G."""
+    """G, the number of key/value heads."""
     key_width: int
-    """Width of a key here; a shared part may lie elsewhere."""
+    """Width of a key in the entry; a part that all heads share may be elsewhere."""
     key_step: int
-    """Group g's key starts at g * key_step, ..."""
+    """The key of head g starts at g * key_step."""
     value_at: int
     value_step: int
-    """... its value at value_at + g * value_step."""
+    """The value of head g starts at value_at + g * value_step."""
     value_width: int
     """V."""
 
@@ -47,14 +47,14 @@ class KVLayout(NamedTuple):
         """Keys (B, S, G, key_width) and values (B, S, G, V) in entries (B, S, W), as views."""
         if self.groups == 1:
             return entries[..., None, : self.key_width], entries[..., None, self.value_at :][..., : self.value_width]
-        if self.value_at < self.key_step:  # a head's key and value side by side
-            heads = entries.unflatten(-1, (self.groups, -1))
-            return heads[..., : self.key_width], heads[..., self.value_at :]
+        if self.value_at < self.key_step:  # a head's key is followed by its value
+            layout = entries.unflatten(-1, (self.groups, -1))
+            return layout[..., : self.key_width], layout[..., self.value_at :]
         keys, values = entries.split([self.value_at, entries.shape[-1] - self.value_at], -1)
         return keys.unflatten(-1, (self.groups, -1)), values.unflatten(-1, (self.groups, -1))
 
 
-def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_range: Tensor, heads: KVLayout,
+def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_range: Tensor, layout: KVLayout,
                scale: float, interleaved: bool, grad_kv: Tensor | None = None, **more: Tensor) -> None:  # fmt: skip
     B, T, H, D = q.shape
     assert q.is_contiguous() and kv.is_contiguous() and (k_shared is None or is_rows(k_shared))
@@ -63,40 +63,40 @@ def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_
             name: address(x)
             for name, x in dict(q=q, k=kv, k_shared=k_shared, rope=rope, kv_range=kv_range, **more).items()
         },
-        v=kv.data_ptr() + heads.value_at * kv.itemsize,
-        **dict(B=B, T=T, H=H, G=heads.groups, D=D, R=2 * rope.shape[-1], V=heads.value_width),
-        **dict(q_t=q.stride(1), q_h=q.stride(2), k_t=kv.stride(1), k_h=heads.key_step),
-        **dict(v_t=kv.stride(1), v_h=heads.value_step, shared_t=0 if k_shared is None else k_shared.stride(1)),
+        v=kv.data_ptr() + layout.value_at * kv.itemsize,
+        **dict(B=B, T=T, H=H, G=layout.groups, D=D, R=2 * rope.shape[-1], V=layout.value_width),
+        **dict(q_t=q.stride(1), q_h=q.stride(2), k_t=kv.stride(1), k_h=layout.key_step),
+        **dict(v_t=kv.stride(1), v_h=layout.value_step, shared_t=0 if k_shared is None else k_shared.stride(1)),
         **dict(rope_rows=rope.shape[0], kv_range_rows=kv_range.shape[0], interleaved=interleaved),
         threads=torch.get_num_threads(),
         scale=scale,
     )
     if grad_kv is not None:
-        arguments.grad_k, arguments.grad_v = grad_kv.data_ptr(), grad_kv.data_ptr() + heads.value_at * kv.itemsize
+        arguments.grad_k, arguments.grad_v = grad_kv.data_ptr(), grad_kv.data_ptr() + layout.value_at * kv.itemsize
     run("attention", arguments, q.dtype == torch.bfloat16, grad_kv is not None)
 
 
-def _attend(q, kv, k_shared, rope, kv_range, heads, scale, interleaved):  # type: ignore[no-untyped-def]
-    out, log_sum = _attend_shapes(q, kv, k_shared, rope, kv_range, heads, scale, interleaved)
-    _attention(q, kv, k_shared, rope, kv_range, KVLayout(*heads), scale, interleaved, out=out, log_sum=log_sum)
+def _attend(q, kv, k_shared, rope, kv_range, layout, scale, interleaved):  # type: ignore[no-untyped-def]
+    out, log_sum = _attend_shapes(q, kv, k_shared, rope, kv_range, layout, scale, interleaved)
+    _attention(q, kv, k_shared, rope, kv_range, KVLayout(*layout), scale, interleaved, out=out, log_sum=log_sum)
     return out, log_sum
 
 
-def _attend_shapes(q, kv, k_shared, rope, kv_range, heads, scale, interleaved):  # type: ignore[no-untyped-def]
+def _attend_shapes(q, kv, k_shared, rope, kv_range, layout, scale, interleaved):  # type: ignore[no-untyped-def]
     B, T, H, _ = q.shape
-    return q.new_empty(B, T, H, KVLayout(*heads).value_width), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(B, T, H, KVLayout(*layout).value_width), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-def _attend_backward(grad, q, kv, k_shared, rope, kv_range, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
-    grads = _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, heads, scale, interleaved, out, log_sum)
-    known = dict(out=out, log_sum=log_sum, grad=grad.contiguous(), grad_q=grads[0], grad_k_shared=grads[2])
-    _attention(q, kv, k_shared, rope, kv_range, KVLayout(*heads), scale, interleaved, grad_kv=grads[1], **known)
+def _attend_backward(grad, q, kv, k_shared, rope, kv_range, layout, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
+    grads = _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, layout, scale, interleaved, out, log_sum)
+    tensors = dict(out=out, log_sum=log_sum, grad=grad.contiguous(), grad_q=grads[0], grad_k_shared=grads[2])
+    _attention(q, kv, k_shared, rope, kv_range, KVLayout(*layout), scale, interleaved, grad_kv=grads[1], **tensors)
     return grads
 
 
-def _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, heads, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
+def _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, layout, scale, interleaved, out, log_sum):  # type: ignore[no-untyped-def]
     B, T, _, _ = q.shape
-    parts = 0 if k_shared is None else heads[0]
+    parts = 0 if k_shared is None else layout[0]
     return (
         q.new_empty(q.shape),
         kv.new_empty(kv.shape),
@@ -104,24 +104,24 @@ def _attend_backward_shapes(grad, q, kv, k_shared, rope, kv_range, heads, scale,
     )
 
 
-def _experts(x, weights, experts, w_in, w_out, keep):  # type: ignore[no-untyped-def]
-    out, hidden, picked = _experts_shapes(x, weights, experts, w_in, w_out, keep)
-    known = dict(x=x, weights=weights, experts=experts, w_in=w_in, w_out=w_out, out=out, picked=picked)
-    _run_experts(False, **known, hidden=hidden if keep else None)
+def _experts(x, weights, experts, w_in, w_out, save_hidden):  # type: ignore[no-untyped-def]
+    out, hidden, picked = _experts_shapes(x, weights, experts, w_in, w_out, save_hidden)
+    tensors = dict(x=x, weights=weights, experts=experts, w_in=w_in, w_out=w_out, out=out, picked=picked)
+    _run_experts(False, **tensors, hidden=hidden if save_hidden else None)
     return out, hidden, picked
 
 
-def _experts_shapes(x, weights, experts, w_in, w_out, keep):  # type: ignore[no-untyped-def]
+def _experts_shapes(x, weights, experts, w_in, w_out, save_hidden):  # type: ignore[no-untyped-def]
     (N, D), K, (E, _, I) = x.shape, experts.shape[1], w_out.shape  # noqa: E741
-    blocks = N * K // EXPERT_BLOCK + E if keep else 0
+    blocks = N * K // EXPERT_BLOCK + E if save_hidden else 0
     return x.new_empty(N, D), x.new_empty(blocks, 2 * I, EXPERT_BLOCK), x.new_empty(N * K, D)
 
 
 def _experts_backward(grad, x, weights, experts, w_in, w_out, hidden, picked):  # type: ignore[no-untyped-def]
     grads = _experts_backward_shapes(grad, x, weights, experts, w_in, w_out, hidden, picked)
-    known = dict(x=x, weights=weights, experts=experts, w_in=w_in, w_out=w_out, hidden=hidden, picked=picked, grad=grad)
-    names = ("grad_x", "grad_weights", "grad_w_in", "grad_w_out")
-    _run_experts(True, **known, **dict(zip(names, grads, strict=True)), grad_pairs=torch.empty_like(picked))
+    forward = dict(x=x, weights=weights, experts=experts, w_in=w_in, w_out=w_out, hidden=hidden, picked=picked)
+    backward = dict(zip(("grad_x", "grad_weights", "grad_w_in", "grad_w_out"), grads, strict=True))
+    _run_experts(True, **forward, **backward, grad=grad, grad_pairs=torch.empty_like(picked))
     return grads
 
 
@@ -139,10 +139,10 @@ def _run_experts(backward: bool, **tensors: Tensor | None) -> None:
 
 
 EXPERT_BLOCK = 64
-"""Pairs of a token and an expert that are computed at a time; as in experts.cpp."""
+"""(token, expert) pairs per block; the same as BLOCK in experts.cpp."""
 
 _SHARED = (
-    "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor kv_range, int[] heads, float scale, bool interleaved"
+    "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor kv_range, int[] layout, float scale, bool interleaved"
 )
 _ROUTED = "Tensor x, Tensor weights, Tensor experts, Tensor w_in, Tensor w_out"
 _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
@@ -152,7 +152,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _attend_backward,
         _attend_backward_shapes,
     ),
-    "experts": (f"({_ROUTED}, bool keep) -> (Tensor, Tensor, Tensor)", _experts, _experts_shapes),
+    "experts": (f"({_ROUTED}, bool save_hidden) -> (Tensor, Tensor, Tensor)", _experts, _experts_shapes),
     "experts_backward": (
         f"(Tensor grad, {_ROUTED}, Tensor hidden, Tensor picked) -> (Tensor, Tensor, Tensor, Tensor)",
         _experts_backward,
@@ -168,11 +168,11 @@ for _name, (_signature, _compute, _shapes) in _OPERATORS.items():
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, k_shared, rope, kv_range, heads, scale, interleaved):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, q, kv, k_shared, rope, kv_range, layout, scale, interleaved):  # type: ignore[no-untyped-def,override]
         q, kv = q.contiguous(), kv.contiguous()
-        out, log_sum = torch.ops.thinkstack.attend(q, kv, k_shared, rope, kv_range, heads, scale, interleaved)
+        out, log_sum = torch.ops.thinkstack.attend(q, kv, k_shared, rope, kv_range, layout, scale, interleaved)
         ctx.save_for_backward(q, kv, k_shared, rope, kv_range, out, log_sum)
-        ctx.settings = heads, scale, interleaved
+        ctx.settings = layout, scale, interleaved
         return out
 
     @staticmethod
@@ -189,18 +189,18 @@ def attend(
     k_shared: Tensor | None,
     rope: Tensor,
     kv_range: Tensor,
-    heads: KVLayout,
+    layout: KVLayout,
     scale: float,
     interleaved: bool,
 ) -> Tensor:
-    """Causal attention of the tokens of each row among themselves, (B, T, H, V).
+    """Causal attention of the tokens of each row to each other, (B, T, H, V).
 
-    q: (B, T, H, D). kv: (B, T, W) entries as `heads` tells. k_shared: (B, T, R), the rotated last part of every key, or
-    None. rope: (B or 1, T, R / 2) complex64; the last R of queries and keys are turned by it here. kv_range: (B or 1,
-    T, 3) int32: the first token that each token sees, and the interval of earlier ones that are hidden from it (from,
-    to), empty where both are equal. scale: factor of the scores.
+    q: (B, T, H, D). kv: (B, T, W) entries in `layout`. k_shared: (B, T, R), the last part of every key, or None. rope:
+    (B or 1, T, R / 2) complex64; the kernel rotates the last R elements of queries and keys by it. kv_range: (B or 1,
+    T, 3) int32: the first token that each token attends to, and a hidden interval of earlier tokens (from, to), empty
+    where both are equal. scale: factor of the scores.
     """
-    return _Attend.apply(q, kv, k_shared, rope, kv_range, list(heads), scale, interleaved)
+    return _Attend.apply(q, kv, k_shared, rope, kv_range, list(layout), scale, interleaved)
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -219,7 +219,7 @@ class _ExpertMLP(torch.autograd.Function):
 def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Sum over a token's experts of weight * SwiGLU_expert(token).
 
-    Arguments as of ExpertMLP in models/moe.py; D and I must be multiples of LANES.
+    Arguments as in ExpertMLP of models/moe.py; D and I must be multiples of LANES.
     """
     if torch.is_grad_enabled():
         return _ExpertMLP.apply(x, weights, experts, w_in, w_out)

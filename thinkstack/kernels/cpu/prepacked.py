@@ -1,7 +1,7 @@
-"""Matrices in the layout that oneDNN multiplies in, for inference on a CPU.
+"""Prepacked matrices, in the blocked layout of oneDNN, for inference on a CPU.
 
-In bf16 F.linear brings the matrix into that layout on every call. For a few hundred rows or fewer that takes as long as
-the product, or longer. In fp32 F.linear is MKL's, which on processors of other makers than its own is half as fast.
+In bf16 F.linear reorders the matrix into that layout on every call; up to a few hundred rows the reorder takes as long
+as the product, or longer. In fp32 F.linear uses MKL, which is half as fast on processors that are not Intel's.
 """
 
 import functools
@@ -15,20 +15,20 @@ from torch import Tensor
 from thinkstack import kernels
 from thinkstack.kernels import choice
 
-SHARE = 1 / 8
-"""Of the memory, for matrices that are kept a second time."""
-MOST_ROWS = 512
-"""Beyond it the product outweighs the layout."""
-USUAL_ROWS = 64
-"""What the layout is made for; it serves any number of rows."""
-ROWS_TRIED = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
-"""Numbers of rows that are multiplied to see whether their company matters."""
-OUTPUTS_TRIED = 2048
-"""Outputs of the matrix that they are multiplied with, at most."""
+MAX_MEMORY_SHARE = 1 / 8
+"""Largest share of the memory for prepacked copies of a model's matrices."""
+MAX_ROWS = 512
+"""With more rows the product takes much longer than the reorder."""
+REORDER_ROWS = 64
+"""The number of rows that the layout is optimized for; it works for any number."""
+TESTED_ROWS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
+"""Numbers of rows that `is_batch_invariant` multiplies."""
+MAX_TESTED_OUTPUTS = 2048
+"""Most outputs of the matrix that `is_batch_invariant` multiplies with."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, by the kernel where that is faster."""
+    """F.linear, by the C++ kernel where that is faster."""
     if weight.dtype == x.dtype and kernels.takes_linear(x, *weight.shape):
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else kernels.linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -43,18 +43,18 @@ def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of x (N, K), given that (N, M) of its product with weight (M, K)."""
+    """Gradient of x (N, K), given the gradient (N, M) of its product with weight (M, K)."""
     return kernels.linear_grad_x(grad, weight) if kernels.takes_linear(grad, *weight.shape) else grad @ weight
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of a weight (M, K), given that (N, M) of its product with x (N, K)."""
+    """Gradient of a weight (M, K), given the gradient (N, M) of its product with x (N, K)."""
     takes = kernels.takes_linear(grad, grad.shape[1], x.shape[1])
     return kernels.linear_grad_weight(grad, x) if takes else grad.T @ x
 
 
 class _Linear(torch.autograd.Function):
-    """x (..., K) times weight (M, K) transposed, plus bias (M,) or None, by the kernel."""
+    """x (..., K) times weight (M, K) transposed, plus bias (M,) or None, by the C++ kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,41 +73,43 @@ class _Linear(torch.autograd.Function):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What products of x without gradients are computed in: fp32 for bf16 on a processor that only emulates these,
-    where torch's own way takes up to 40 times as long; otherwise the dtype of x."""
+    """The dtype for products of x: fp32 for bf16 without gradients on a processor that emulates bf16, where torch's
+    products take up to 40 times as long; otherwise the dtype of x."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
         return x.dtype
     return torch.float32 if choice.emulates_bf16() else x.dtype
 
 
-def prepacked(weight: Tensor) -> Tensor:
-    """A matrix (N, K) in that layout, for `multiply` alone; as much memory once more."""
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
+def prepack(weight: Tensor) -> Tensor:
+    """A copy of a matrix (N, K) in oneDNN's layout, for `prepacked_linear`."""
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), REORDER_ROWS)
     return found
 
 
-def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of x (B, K) with a matrix that is blocked; bias (N,); all of one dtype. A single row in fp32 is made
-    two, because alone its products may be summed in another order."""
+def prepacked_linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x (B, K) with a prepacked matrix and bias (N,), all of one dtype. A single row in fp32 is duplicated,
+    because its products alone may be summed in another order."""
     if x.dtype == torch.float32 and len(x) == 1:
-        return multiply(x.repeat(2, 1), matrix, bias)[:1]
+        return prepacked_linear(x.repeat(2, 1), matrix, bias)[:1]
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return found
 
 
 @functools.cache
 def is_batch_invariant(outputs: int, inputs: int) -> bool:
-    """Whether a row of a product in fp32 with a matrix (outputs, inputs) is the same, bit for bit, in any company.
-    Nobody promises it, so it is tried."""
+    """Whether fp32 products with a prepacked matrix (outputs, inputs) are batch-invariant: bit for bit the same for a
+    row, whatever the number of rows. oneDNN does not guarantee it, so it is tested."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(ROWS_TRIED[-1], inputs, generator=generator)
-    matrix = prepacked(torch.randn(min(outputs, OUTPUTS_TRIED + outputs % USUAL_ROWS), inputs, generator=generator))
-    together = multiply(rows, matrix)
-    return all(torch.equal(multiply(rows[-count:], matrix), together[-count:]) for count in ROWS_TRIED)
+    rows = torch.randn(TESTED_ROWS[-1], inputs, generator=generator)
+    matrix = prepack(
+        torch.randn(min(outputs, MAX_TESTED_OUTPUTS + outputs % REORDER_ROWS), inputs, generator=generator)
+    )
+    together = prepacked_linear(rows, matrix)
+    return all(torch.equal(prepacked_linear(rows[-count:], matrix), together[-count:]) for count in TESTED_ROWS)
 
 
 class PrepackedMatrix:
-    """One matrix in that layout: made when a product first asks, made again after the matrix has changed."""
+    """A lazily prepacked copy of a matrix, which is updated after the matrix has changed."""
 
     def __init__(self) -> None:
         self._of: tuple[int, int] | None = None
@@ -117,19 +119,19 @@ class PrepackedMatrix:
         return PrepackedMatrix()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether to multiply rows x (..., K) by it: few of them, in bf16, without gradients."""
-        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+        """Whether to use the prepacked copy for x (..., K): at most MAX_ROWS rows, bf16, no gradients."""
+        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, weight, bias), all in bf16; weight (N, K) is the matrix as it is now."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear(x, weight, bias), all in bf16; weight (N, K) is the current matrix."""
         now = (weight.data_ptr(), weight._version)
         if self._matrix is None or self._of != now:
-            self._of, self._matrix = now, prepacked(weight)
-        return multiply(x, self._matrix, bias)
+            self._of, self._matrix = now, prepack(weight)
+        return prepacked_linear(x, self._matrix, bias)
 
 
 def can_prepack(weight: Tensor) -> bool:
-    """Whether this machine multiplies matrices like `weight` in that layout."""
+    """Whether this machine supports prepacked matrices of the dtype and device of `weight`."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
@@ -138,12 +140,14 @@ def can_prepack(weight: Tensor) -> bool:
 
 
 def fits_prepacked(*weights: Tensor) -> bool:
-    """Whether matrices may be kept a second time: blocked, in no more than SHARE of the memory."""
+    """Whether prepacked copies of these matrices are supported and take at most MAX_MEMORY_SHARE of the memory."""
     size = sum(weight.nbytes for weight in weights)
-    return size <= SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(map(can_prepack, weights))
+    return size <= MAX_MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(
+        map(can_prepack, weights)
+    )
 
 
-def exact(weight: Tensor) -> Tensor | None:
-    """A matrix in fp32, blocked, where products with it do not depend on a row's company."""
+def prepack_batch_invariant(weight: Tensor) -> Tensor | None:
+    """A prepacked copy of an fp32 matrix if its products are batch-invariant, else None."""
     takes = weight.dtype == torch.float32 and fits_prepacked(weight) and is_batch_invariant(*weight.shape)
-    return prepacked(weight) if takes else None
+    return prepack(weight) if takes else None

@@ -1,4 +1,4 @@
-// Operations on rows that memory bounds: each reads its operands once. Sums and exponentials are in float.
+// Memory-bound operations on rows: each reads its operands once. Sums and exponentials are in float.
 #include "simd.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@ void norm(const T* x, const float* weight, T* y, float* inverse, int64_t N, int6
   }
 }
 
-// x += first + second, the latter null where there is none; y: its norm, unless weight is null.
+// x += first + second; second may be null. y: the norm of x, unless weight is null.
 template <typename T>
 void add_norm(T* x, const T* first, const T* second, const float* weight, T* y, int64_t N, int64_t D, double eps, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
@@ -30,21 +30,21 @@ void add_norm(T* x, const T* first, const T* second, const float* weight, T* y, 
   }
 }
 
-// grad_weight: (threads, D), one part each, zero where a thread had no rows.
+// grad_weight: (threads, D), a partial sum per thread, zero for a thread without rows.
 template <typename T>
 void norm_backward(const T* grad, const T* x, const float* weight, const float* inverse, T* grad_x, float* grad_weight, int64_t N,
                    int64_t D, int64_t stride, int64_t threads) {
   std::fill(grad_weight, grad_weight + threads * D, 0.0f);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t part = 0; part < threads; part++) {
-    float* mine = grad_weight + part * D;
+    float* partial = grad_weight + part * D;
     for (int64_t n = N * part / threads; n < N * (part + 1) / threads; n++) {
       const T *row = x + n * stride, *g = grad + n * D;
       vf total{};
       for (int64_t c = 0; c < D; c += LANES) {
         const vf change = load_some(g + c, D - c) * (load_some(row + c, D - c) * inverse[n]);
         total += change * load_some(weight + c, D - c);
-        store_some(mine + c, load_some(mine + c, D - c) + change, D - c);
+        store_some(partial + c, load_some(partial + c, D - c) + change, D - c);
       }
       const float inner = sum(total) / D;
       for (int64_t c = 0; c < D; c += LANES) {
@@ -56,9 +56,9 @@ void norm_backward(const T* grad, const T* x, const float* weight, const float* 
   }
 }
 
-// Codes times the scale of their block of `rows` x `columns`. N rows of each of M matrices.
+// qweight times the scale of its block of `rows` x `columns`, for M matrices of N rows.
 template <typename C, typename T>
-void dequantize_block(const C* codes, const float* scale, T* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads) {
+void dequantize_block(const C* qweight, const float* scale, T* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads) {
   const int64_t blocks = (D + columns - 1) / columns;
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < M * N; row++) {
@@ -66,13 +66,13 @@ void dequantize_block(const C* codes, const float* scale, T* out, int64_t M, int
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t from = row * D + b * columns, width = std::min(columns, D - b * columns);
       int64_t c = 0;
-      for (; c + LANES <= width; c += LANES) store(out + from + c, load(codes + from + c) * scales[b]);
-      if (c < width) store_some(out + from + c, load_some(codes + from + c, width - c) * scales[b], width - c);
+      for (; c + LANES <= width; c += LANES) store(out + from + c, load(qweight + from + c) * scales[b]);
+      if (c < width) store_some(out + from + c, load_some(qweight + from + c, width - c) * scales[b], width - c);
     }
   }
 }
 
-// N rows of width I; gates and ups, `stride` from row to row.
+// N rows of width I; rows of gate and of up are `stride` apart.
 template <typename T>
 void swiglu(const T* gate, const T* up, T* out, int64_t N, int64_t I, int64_t stride, int64_t threads) {
 #pragma omp parallel for num_threads(threads) collapse(2)
@@ -102,17 +102,17 @@ void rotate(const T* x, const float* table, T* out, int64_t N, int64_t H, int64_
     float row[4096];
     for (int64_t h = 0; h < H; h++) {
       for (int64_t c = 0; c < R; c += LANES) store_some(row + c, load_some(x + n * x_n + h * x_h + c, R - c), R - c);
-      turn(row, table + n % table_rows * R, R, interleaved, sign);
+      rotate_pairs(row, table + n % table_rows * R, R, interleaved, sign);
       for (int64_t c = 0; c < R; c += LANES) store_some(out + (n * H + h) * R + c, load(row + c), R - c);
     }
   }
 }
 
-// Log of the sum of exponentials of logits / temperature, the target's log-probability, and the entropy if asked for.
+// Log of the sum of exponentials of logits / temperature, the target's log-probability, and the entropy unless null.
 template <typename T>
 void logprobs(const T* logits, const int64_t* targets, float* normalizer, float* logprob, float* entropy, int64_t N, int64_t V,
                double temperature, int64_t threads) {
-  const float cold = float(1 / temperature);
+  const float inverse_temperature = float(1 / temperature);
 #pragma omp parallel for num_threads(threads)
   for (int64_t n = 0; n < N; n++) {
     const T* row = logits + n * V;
@@ -122,33 +122,33 @@ void logprobs(const T* logits, const int64_t* targets, float* normalizer, float*
     float best = largest(top);
     for (int64_t rest = c; rest < V; rest++) best = std::max(best, to_float(row[rest]));
     for (c = 0; c + LANES <= V; c += LANES) {
-      const vf x = (load(row + c) - best) * cold, p = exp_of(x);
+      const vf x = (load(row + c) - best) * inverse_temperature, p = exp_of(x);
       total += p;
       weighted += p * x;
     }
     float mass = sum(total), mean = sum(weighted);
     for (; c < V; c++) {
-      const float x = (to_float(row[c]) - best) * cold, p = std::exp(x);
+      const float x = (to_float(row[c]) - best) * inverse_temperature, p = std::exp(x);
       mass += p;
       mean += p * x;
     }
-    normalizer[n] = best * cold + std::log(mass);
-    logprob[n] = to_float(row[targets[n]]) * cold - normalizer[n];
+    normalizer[n] = best * inverse_temperature + std::log(mass);
+    logprob[n] = to_float(row[targets[n]]) * inverse_temperature - normalizer[n];
     if (entropy) entropy[n] = std::log(mass) - mean / mass;
   }
 }
 
-// Logits become their gradients, given that of the target's log-probability.
+// Replaces logits by their gradients, given the gradient of the target's log-probability.
 template <typename T>
 void logprobs_backward(T* logits, const int64_t* targets, const float* normalizer, const float* grad, int64_t N, int64_t V,
                         double temperature, int64_t threads) {
-  const float cold = float(1 / temperature);
+  const float inverse_temperature = float(1 / temperature);
 #pragma omp parallel for num_threads(threads)
   for (int64_t n = 0; n < N; n++) {
     T* row = logits + n * V;
-    const float scale = grad[n] * cold;
-    const float target = std::exp(to_float(row[targets[n]]) * cold - normalizer[n]);
-    for (int64_t c = 0; c < V; c += LANES) store_some(row + c, exp_of(load_some(row + c, V - c) * cold - normalizer[n]) * -scale, V - c);
+    const float scale = grad[n] * inverse_temperature;
+    const float target = std::exp(to_float(row[targets[n]]) * inverse_temperature - normalizer[n]);
+    for (int64_t c = 0; c < V; c += LANES) store_some(row + c, exp_of(load_some(row + c, V - c) * inverse_temperature - normalizer[n]) * -scale, V - c);
     put(row + targets[n], scale * (1 - target));
   }
 }
@@ -175,11 +175,11 @@ BOTH(rms_norm_backward,
       int64_t stride, int64_t threads),
      norm_backward<T>((const T*)grad, (const T*)x, weight, inverse, (T*)grad_x, grad_weight, N, D, stride, threads))
 BOTH(dequantize_e4m3,
-     (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
-     dequantize_block((const e4m3*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
+     (const void* qweight, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
+     dequantize_block((const e4m3*)qweight, scale, (T*)out, M, N, D, rows, columns, threads))
 BOTH(dequantize_int8,
-     (const void* codes, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
-     dequantize_block((const int8_t*)codes, scale, (T*)out, M, N, D, rows, columns, threads))
+     (const void* qweight, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
+     dequantize_block((const int8_t*)qweight, scale, (T*)out, M, N, D, rows, columns, threads))
 BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t I, int64_t stride, int64_t threads),
      swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, I, stride, threads))
 BOTH(swiglu_backward, (const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t N, int64_t threads),

@@ -1,4 +1,4 @@
-"""Norms, activations, rotations and log-probabilities, operations on rows that memory bounds, and products in fp32."""
+"""Memory-bound operations on rows (norms, activations, rotations, log-probabilities), and products in fp32."""
 
 # Shapes in this file: B rows, T tokens, H heads, D width, R rotated width, N tokens, V vocabulary size.
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from thinkstack.kernels.cpu.calls import call, call_for
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """x (..., D), rows contiguous, weight (D,) fp32. Returns (normed x, 1 / rms of each row (...,) fp32 if `keep`)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, return_inverse: bool) -> tuple[Tensor, Tensor | None]:
+    """x (..., D), rows contiguous, weight (D,) fp32. Returns (normed x, 1 / rms of each row (...,) fp32 or None)."""
     rows, stride = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
-    inverse = torch.empty(x.shape[:-1], dtype=torch.float32) if keep else None
+    inverse = torch.empty(x.shape[:-1], dtype=torch.float32) if return_inverse else None
     call_for(x.dtype, "rms_norm", x, weight, out, inverse, rows, x.shape[-1], stride, float(eps))
     return out, inverse
 
 
-def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add change to x, (N, D) both, contiguous; returns the norm of the sum, as rms_norm."""
-    out = torch.empty_like(x)
-    call_for(x.dtype, "add_norm", x, change, None, weight, out, *x.shape, float(eps))
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add x to `residual` in place, both (N, D) and contiguous; returns the norm of the sum, as rms_norm."""
+    out = torch.empty_like(residual)
+    call_for(residual.dtype, "add_norm", residual, x, None, weight, out, *residual.shape, float(eps))
     return out
 
 
@@ -34,12 +34,12 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
-    """Number of rows and the one stride between them."""
+    """The number of rows and the stride between them."""
     return x.numel() // x.shape[-1], next((x.stride(i) for i in range(x.dim() - 2, -1, -1) if x.shape[i] > 1), 0)
 
 
 def is_rows(x: Tensor) -> bool:
-    """Whether x (..., D) is rows at one distance from each other."""
+    """Whether the rows of x (..., D) are contiguous and have one stride between them."""
     strides, shape = x.stride(), x.shape
     if strides[-1] != 1:
         return False
@@ -47,8 +47,8 @@ def is_rows(x: Tensor) -> bool:
 
 
 def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
-    """out (..., N, D) = codes, e4m3 or int8, times scale (..., ceil(N / rows), ceil(D / columns)) fp32 of their block;
-    all contiguous."""
+    """out (..., N, D) = qweight, e4m3 or int8, times the scale (..., ceil(N / rows), ceil(D / columns)) fp32 of its
+    block; all contiguous."""
     N, D = qweight.shape[-2:]
     kind = "int8" if qweight.dtype == torch.int8 else "e4m3"
     call_for(out.dtype, f"dequantize_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
@@ -62,7 +62,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_halves(both: Tensor) -> Tensor:
-    """silu(gate) * up of rows (N, 2 I) that hold gates, then ups: (N, I)."""
+    """silu(gate) * up of rows (N, 2 I), each gate followed by up: (N, I)."""
     N, width = both.shape
     out = both.new_empty(N, width // 2)
     call_for(both.dtype, "swiglu", both, both[:, width // 2 :], out, N, width // 2, width)
@@ -76,12 +76,13 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return grad_gate, grad_up
 
 
-def rotate(x: Tensor, table: Tensor, interleaved: bool, back: bool = False) -> Tensor:
-    """x (B, T, H, R) with any distance between tokens and between heads, table (B or 1, T, R / 2) complex64."""
+def rotate(x: Tensor, table: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
+    """Rotate x (B, T, H, R), any strides of tokens and heads, by table (B or 1, T, R / 2) complex64; inverse: by the
+    negative angles."""
     B, T, H, R = x.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     steps = _rows(x[:, :, 0])[1], x.stride(2), table.shape[0] * T
-    call_for(x.dtype, "rotate", x, table, out, B * T, H, R, *steps, int(interleaved), -1.0 if back else 1.0)
+    call_for(x.dtype, "rotate", x, table, out, B * T, H, R, *steps, int(interleaved), -1.0 if inverse else 1.0)
     return out
 
 
@@ -94,7 +95,7 @@ def logprobs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tenso
 
 
 def logprobs_backward(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> None:
-    """Turn logits into their gradients, in place; grad (N,) fp32 is that of the log-probabilities."""
+    """Replace logits by their gradients in place; grad (N,) fp32 is the gradient of the log-probabilities."""
     rows = logits, targets, normalizer, grad.contiguous()
     call_for(logits.dtype, "logprobs_backward", *rows, *logits.shape, float(temperature))
 

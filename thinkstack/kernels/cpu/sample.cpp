@@ -1,5 +1,5 @@
-// Drawing tokens. A row of logits becomes masses relative to its likeliest token, those that are not kept become 0, and
-// the cumulative distribution is inverted, in the order of the tokens.
+// Sampling of tokens. The logits of a row become probabilities relative to the most likely token (masses), filtered ones
+// become 0, and the cumulative distribution is inverted, in the order of the tokens.
 #include "simd.h"
 
 #include <algorithm>
@@ -8,22 +8,22 @@
 // B rows, V tokens.
 struct Sample {
   const void* logits;          // (B, V)
-  const int64_t* rows;         // (B,): where the columns below have a row's settings; null: in order
-  const float* temperature;    // 0 takes the likeliest token, at temperature 1
-  const int64_t* top_k;        // 0 for all; null, like the next two, where every token is kept
+  const int64_t* rows;         // (B,): a row's index in the columns below; null: its own index
+  const float* temperature;    // 0: the most likely token, with its log-probability at temperature 1
+  const int64_t* top_k;        // 0 for all; null, with the next two, for no filters
   const float *top_p, *min_p;
-  const double* uniform;       // (B,), in [0, 1); null: numbers that belong to
-  const uint64_t* seed;        // a row's seed and
-  const int64_t *num_tokens, *prompt, *offsets;  // its tokens: num_tokens - prompt + offsets (B,) are drawn already
-  int64_t* tokens;             // (B,): drawn
-  float* logprobs;            // (B,): theirs under the distribution drawn from; NaN where that is not finite
+  const double* uniform;       // (B,), in [0, 1); null: numbers that depend on
+  const uint64_t* seed;        // the row's seed and
+  const int64_t *num_tokens, *num_prompt_tokens, *offsets;  // the tokens sampled so far: num_tokens - num_prompt_tokens + offsets (B,)
+  int64_t* tokens;             // (B,): sampled
+  float* logprobs;            // (B,): under the sampling distribution; NaN if it is not finite
   int64_t B, V, threads;
 };
 
 namespace {
 
-constexpr int64_t CHUNK = 256;      // masses that are summed in float; sums of chunks are double
-constexpr float LIKELY = 0x1p-12f;  // least mass of the tokens among which the end of the kept ones is sought first
+constexpr int64_t CHUNK = 256;      // masses that are summed in float; sums over chunks are double
+constexpr float LIKELY = 0x1p-12f;  // the end of the filtered set is first searched among tokens of at least this mass
 
 template <typename T>
 float largest_of(const T* row, int64_t V) {
@@ -35,18 +35,18 @@ float largest_of(const T* row, int64_t V) {
   return best;
 }
 
-// Of one row, each a part of the largest's; whole vectors, 0 beyond V.
+// The masses of one row, relative to the largest; padded with 0 to whole vectors.
 class Masses {
  public:
-  explicit Masses(int64_t V) : V_(V), held_(room_for<float>(V)), chunks_((V + CHUNK - 1) / CHUNK) {}
+  explicit Masses(int64_t V) : V_(V), held_(make_buffer<float>(V)), chunks_((V + CHUNK - 1) / CHUNK) {}
 
   template <typename T>
-  void take(const T* row, float top, float cold) {
-    for (int64_t c = 0; c < V_; c += LANES) store(held_.get() + c, exp_of((load_some(row + c, V_ - c) - top) * cold));
+  void take(const T* row, float top, float inverse_temperature) {
+    for (int64_t c = 0; c < V_; c += LANES) store(held_.get() + c, exp_of((load_some(row + c, V_ - c) - top) * inverse_temperature));
     std::fill(held_.get() + V_, held_.get() + round_up(V_), 0.0f);
   }
 
-  // Their sum, by chunks.
+  // The sum of the masses; also stores the sums of chunks.
   double total() {
     double found = 0;
     for (int64_t n = 0; n < int64_t(chunks_.size()); n++) {
@@ -57,7 +57,7 @@ class Masses {
     return found;
   }
 
-  // The first token up to which they are more than `target`, which is less than their sum; total() comes before.
+  // The first token whose cumulative mass exceeds `target`, which is less than the sum. Requires total().
   int64_t find(double target) const {
     double before = 0;
     const int64_t chunk = part(0, int64_t(chunks_.size()), target, before, [&](int64_t n) { return chunks_[n]; });
@@ -66,9 +66,9 @@ class Masses {
     return part(vector * LANES, (vector + 1) * LANES, target, before, [&](int64_t i) { return held_[i]; });
   }
 
-  // Drop those below min_p; keep the top_k largest of the rest, 0 for all, and of these the fewest that make up the
-  // share top_p. Of equals the lower tokens come first.
-  void keep(int64_t top_k, float top_p, float min_p) {
+  // Remove tokens below min_p, then all but the top_k most likely (0: none), then all but the smallest set with the share
+  // top_p of the rest. Of equals the lower tokens come first.
+  void filter(int64_t top_k, float top_p, float min_p) {
     if (min_p > 0) drop([&](Token token) { return token.mass < min_p; });
     if (top_k > 0 && top_k < V_) cut([&](int64_t count, double) { return count >= top_k; });
     if (top_p < 1) {
@@ -87,23 +87,23 @@ class Masses {
     int64_t count;
     double mass;
   };
-  static constexpr int SHIFT = 19;  // of a float's bits: sixteen bins between powers of 2
+  static constexpr int SHIFT = 19;  // of a float's bits: sixteen bins per power of 2
   static int64_t bin(float mass) {
     uint32_t bits;
     std::memcpy(&bits, &mass, 4);
     return bits >> SHIFT;
   }
 
-  // each(token) of mass `least` or more.
+  // each(token) with a mass of at least `least`.
   template <typename Each>
-  void through(float least, Each each) const {
+  void for_each(float least, Each each) const {
     for (int64_t c = 0; c < V_; c += LANES)
       if (any(load(held_.get() + c) >= least))
         for (int64_t i = c; i < std::min(c + LANES, V_); i++)
           if (held_[i] >= least) each(Token{held_[i], i});
   }
-  // The part that holds it, of masses mass_of(begin..end): one with any mass, even where rounding has made `target` the
-  // whole. `before` grows by the parts before.
+  // The first of the parts begin..end whose cumulative mass exceeds `target`; a part with mass even if rounding has made
+  // `target` the total. Adds the mass of the parts before to `before`.
   template <typename MassOf>
   static int64_t part(int64_t begin, int64_t end, double target, double& before, MassOf mass_of) {
     int64_t found = begin;
@@ -116,29 +116,29 @@ class Masses {
     }
     return found;
   }
-  template <typename Falls>
-  void drop(Falls falls) {
+  template <typename Predicate>
+  void drop(Predicate predicate) {
     for (int64_t i = 0; i < V_; i++)
-      if (falls(Token{held_[i], i})) held_[i] = 0;
+      if (predicate(Token{held_[i], i})) held_[i] = 0;
   }
 
-  // From the largest on, keep those until suffices(how many, their mass), at least one.
+  // Remove all tokens but the largest ones up to suffices(count, mass), at least one.
   template <typename Suffices>
   void cut(Suffices suffices) {
     for (const float least : {LIKELY, 0x1p-126f}) {
       bins_.assign(bin(1) + 1, {});
-      through(least, [&](Token token) { bins_[bin(token.mass)].count++, bins_[bin(token.mass)].mass += token.mass; });
+      for_each(least, [&](Token token) { bins_[bin(token.mass)].count++, bins_[bin(token.mass)].mass += token.mass; });
       int64_t count = 0;
       double mass = 0;
       for (int64_t b = bin(1); b >= bin(least); count += bins_[b].count, mass += bins_[b].mass, b--)
         if (bins_[b].count && suffices(count + bins_[b].count, mass + bins_[b].mass)) return cut_within(b, least, count, mass, suffices);
     }
   }
-  // The last one kept is of bin b; `count` of `mass` come before that.
+  // `cut` if the last token is in bin b, after `count` tokens of `mass` in higher bins.
   template <typename Suffices>
   void cut_within(int64_t b, float least, int64_t count, double mass, Suffices suffices) {
     own_.clear();
-    through(least, [&](Token token) {
+    for_each(least, [&](Token token) {
       if (bin(token.mass) == b) own_.push_back(token);
     });
     std::sort(own_.begin(), own_.end());
@@ -149,7 +149,7 @@ class Masses {
   }
 
   const int64_t V_;
-  Room<float> held_;
+  Buffer<float> held_;
   std::vector<float> chunks_;
   std::vector<Bin> bins_;
   std::vector<Token> own_;
@@ -168,28 +168,28 @@ void sample_row(const Sample& a, int64_t b, Masses& masses) {
   const T* row = static_cast<const T*>(a.logits) + b * a.V;
   const int64_t at = a.rows ? a.rows[b] : b;
   const bool is_greedy = a.temperature[at] == 0;
-  const float top = largest_of(row, a.V), cold = is_greedy ? 1 : 1 / a.temperature[at];
-  masses.take(row, top, cold);
+  const float top = largest_of(row, a.V), inverse_temperature = is_greedy ? 1 : 1 / a.temperature[at];
+  masses.take(row, top, inverse_temperature);
   double total = masses.total();
   a.tokens[b] = 0;
   a.logprobs[b] = NAN;
   if (!std::isfinite(total)) return;
   if (a.top_k) {
-    masses.keep(a.top_k[at], a.top_p[at], a.min_p[at]);
+    masses.filter(a.top_k[at], a.top_p[at], a.min_p[at]);
     total = masses.total();
   }
   int64_t token = 0;
   if (is_greedy)
     while (to_float(row[token]) != top) token++;
   else
-    token = masses.find((a.uniform ? a.uniform[b] : uniform_of(a.seed[at], a.num_tokens[at] - a.prompt[at] + a.offsets[b])) * total);
+    token = masses.find((a.uniform ? a.uniform[b] : uniform_of(a.seed[at], a.num_tokens[at] - a.num_prompt_tokens[at] + a.offsets[b])) * total);
   a.tokens[b] = token;
-  a.logprobs[b] = (to_float(row[token]) - top) * cold - float(std::log(total));
+  a.logprobs[b] = (to_float(row[token]) - top) * inverse_temperature - float(std::log(total));
 }
 
 template <typename T>
 void run(const Sample& a) {
-  const int64_t chunk = 1 + 4096 / a.V;  // rows of few tokens take less time than fetching one
+  const int64_t chunk = 1 + 4096 / a.V;  // rows of few tokens take less time than scheduling them
 #pragma omp parallel num_threads(a.threads)
   {
     Masses masses(a.V);

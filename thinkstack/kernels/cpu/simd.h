@@ -1,7 +1,7 @@
 // LANES numbers at a time, in GCC's portable vectors: 16 with AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE).
 //
-// Numbers are read as float, bf16, e4m3 or int8 and computed in float. A "unit" is what one step of a matrix product consumes
-// of a row: a float, or a pair of bf16.
+// Numbers are loaded from float, bf16, e4m3 or int8 and computed in float. A "unit" is the part of a row that one step of a
+// matrix product uses: a float, or a pair of bf16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -32,11 +32,11 @@ typedef float vf_any __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t vu_any __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-// A loop of few turns whose results must stay in registers.
+// A loop of few iterations whose results must stay in registers.
 #define UNROLLED _Pragma("GCC unroll 16")
 #define INLINED __attribute__((always_inline))
 
-// Lane i becomes lane P::at(i) of a and b, one behind the other.
+// Lane i becomes lane P::at(i) of the concatenation of a and b.
 template <typename P, typename V, int... I>
 inline V shuffled(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, P::at(I)...);
@@ -64,7 +64,7 @@ struct Alternating {
   static constexpr int at(int i) { return i + i % 2 * int(LANES); }
 };
 template <int FROM, int APART>
-struct Zipped {  // one of each in turn
+struct Zipped {  // alternately one of each
   static constexpr int at(int i) { return FROM + i / 2 + i % 2 * APART; }
 };
 
@@ -75,15 +75,15 @@ struct e4m3 {
   int8_t bits;
 };
 
-// Room for `count` numbers, from the beginning of a line of the processor's cache; whole vectors of them.
+// Memory for `count` numbers, aligned to a cache line and padded to whole vectors.
 struct Free {
   void operator()(void* held) const { std::free(held); }
 };
 template <typename T>
-using Room = std::unique_ptr<T[], Free>;
+using Buffer = std::unique_ptr<T[], Free>;
 template <typename T>
-Room<T> room_for(int64_t count) {
-  return Room<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)));
+Buffer<T> make_buffer(int64_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)));
 }
 
 inline int64_t round_up(int64_t value) { return (value + LANES - 1) / LANES * LANES; }
@@ -116,7 +116,7 @@ inline vi load_bytes(const int8_t* p) {
 #endif
 }
 inline vf load(const int8_t* p) { return __builtin_convertvector(load_bytes(p), vf); }
-inline vf load(const e4m3* p) {  // the bits in their new places and another bias; below 2^-6 whole multiples of 2^-9
+inline vf load(const e4m3* p) {  // shifts the bits and changes the bias; below 2^-6, multiples of 2^-9
   const vu x = (vu)load_bytes(&p->bits), magnitude = x & 0x7f;
   const vf small = __builtin_convertvector((vi)magnitude, vf) * 0x1p-9f;
   const vu bits = magnitude < 8 ? (vu)small : (magnitude << 20) + (120u << 23);
@@ -135,7 +135,7 @@ inline vh round_to_bf16(vf x) {  // to nearest, ties to even
 }
 inline void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = round_to_bf16(x); }
 
-// bf16 of `even` in the low halves, of `odd` in the high ones.
+// `even` as bf16 in the low halves, `odd` in the high halves.
 inline vu pair_up(vf even, vf odd) {
 #ifdef __AVX512BF16__
   const vhh both = (vhh)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
@@ -148,7 +148,7 @@ inline vu pair_up(vf even, vf odd) {
 inline vf load_units(const float* p) { return load(p); }
 inline vu load_units(const uint32_t* p) { return *reinterpret_cast<const vu_any*>(p); }
 
-// sum + a * b, of bf16 both of each pair.
+// sum + a * b; for bf16, of both numbers of each pair.
 inline vf multiply_add(vf sum, vf a, vf b) { return sum + a * b; }
 inline vf multiply_add(vf sum, vu a, vu b) {
 #ifdef __AVX512BF16__
@@ -184,7 +184,7 @@ inline float to_float(bf16 x) {
 inline void put(float* p, float x) { *p = x; }
 inline void put(bf16* p, float x) { p->bits = round_to_bf16(splat(x))[0]; }
 
-// Ask for a row before it is needed.
+// Prefetch a row.
 template <typename T>
 inline void prefetch(const T* row, int64_t width) {
   for (int64_t c = 0; c < width; c += int64_t(64 / sizeof(T))) __builtin_prefetch(row + c);
@@ -227,7 +227,7 @@ inline v8 high(vf x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13
 inline float sum(vf x) { return sum(low(x) + high(x)); }
 inline float largest(vf x) { return largest(low(x) < high(x) ? high(x) : low(x)); }
 #endif
-inline bool any(vi held) {  // of a comparison
+inline bool any(vi held) {  // `held`: the result of a comparison
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)held, (__m512i)held);
 #elif defined(__AVX2__)
@@ -238,8 +238,8 @@ inline bool any(vi held) {  // of a comparison
 }
 inline vf larger(vf a, vf b) { return a < b ? b : a; }  // a where unordered: NaN in a stays
 
-// e^x within 2 ulp; what would be below 1e-38 may come out as 0, and that of -inf does. NaN stays NaN. Cody and Waite's reduction,
-// Cephes' polynomial.
+// e^x within 2 ulp. Results below 1e-38 may be 0, and e^-inf is 0. NaN stays NaN. Cody and Waite's reduction, Cephes'
+// polynomial.
 inline vf exp_of(vf x) {
 #ifdef __AVX512F__
   x = x < splat(-104.0f) ? splat(-104.0f) : x;
@@ -282,7 +282,7 @@ inline float norm_row(const From* x, const float* weight, To* out, int64_t width
 
 // Pairs of x[0..R) as complex numbers times the table's (cos, sin), or times its conjugate for sign = -1. Pairs are
 // neighbors, or R / 2 apart.
-inline void turn(float* x, const float* table, int64_t R, bool interleaved, float sign) {
+inline void rotate_pairs(float* x, const float* table, int64_t R, bool interleaved, float sign) {
   const vf signs = shuffle<Alternating>(splat(-sign), splat(sign));
   int64_t i = 0;
   if (interleaved) {

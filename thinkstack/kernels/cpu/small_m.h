@@ -1,4 +1,4 @@
-// Products of a few rows of x with a matrix: each row of the matrix is read once, as it is stored, and meets them all.
+// Products of a few rows of x with a matrix: each row of the matrix is read once and multiplied with all rows of x.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -12,57 +12,57 @@ struct Matrix {
   const float* scale;  // null: 1
 };
 
-// 2 * LANES numbers in float, in the order in which weights of type M come apart: bf16 by shifting, evens before odds.
-struct Halves {
+// 2 * LANES numbers in float, in the order in which weights of type M are unpacked: bf16 by shifts, evens before odds.
+struct FloatPair {
   vf first, second;
 };
-inline Halves halves(const bf16* p, bf16) {
+inline FloatPair unpack(const bf16* p, bf16) {
   const vu pairs = load_units(reinterpret_cast<const uint32_t*>(p));
   return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
 }
 template <typename T>
-inline Halves halves(const T* p, int8_t) {
+inline FloatPair unpack(const T* p, int8_t) {
   return {load(p), load(p + LANES)};
 }
 
-// N rows of bf16 to be multiplied with matrices of M, in float.
+// N rows of bf16 for products with matrices of M, in float.
 template <int N, typename M>
 class Input {
  public:
-  // most: the greatest K.
-  explicit Input(int64_t most) : wide_(N * most) {}
+  // max_k: the largest K.
+  explicit Input(int64_t max_k) : floats_(N * max_k) {}
 
-  // Take rows x (N, K); K a multiple of 32.
+  // Load rows x (N, K); K a multiple of 32.
   void take(const bf16* x, int64_t K) {
     K_ = K;
     for (int64_t c = 0; c < N * K; c += 2 * LANES) {
-      const Halves both = halves(x + c, M());
-      store(wide_.data() + c, both.first);
-      store(wide_.data() + c + LANES, both.second);
+      const FloatPair both = unpack(x + c, M());
+      store(floats_.data() + c, both.first);
+      store(floats_.data() + c + LANES, both.second);
     }
   }
 
-  // Sums of row m of weights with each of them.
+  // Dot products of row m of weights with each row.
   void dots(Matrix<M> weights, int64_t m, float* out) const {
     const M* weight = weights.data + m * K_;
     vf sum[N] = {}, second[N] = {};
     for (int64_t c = 0; c < K_; c += 2 * LANES) {
-      const Halves w = halves(weight + c, M());
+      const FloatPair w = unpack(weight + c, M());
       UNROLLED for (int n = 0; n < N; n++) {
-        sum[n] += load(wide_.data() + n * K_ + c) * w.first;
-        (N > 4 ? sum : second)[n] += load(wide_.data() + n * K_ + c + LANES) * w.second;  // few sums would wait for each other
+        sum[n] += load(floats_.data() + n * K_ + c) * w.first;
+        (N > 4 ? sum : second)[n] += load(floats_.data() + n * K_ + c + LANES) * w.second;  // for small N, two chains of additions hide their latency
       }
     }
     UNROLLED for (int n = 0; n < N; n++) out[n] = ::sum(sum[n] + second[n]) * (weights.scale ? weights.scale[m] : 1);
   }
 
  private:
-  std::vector<float> wide_;
+  std::vector<float> floats_;
   int64_t K_;
 };
 
 #ifdef __AVX512BF16__
-// In pairs of bf16. The rows must stay.
+// In pairs of bf16. The rows are referenced, not copied.
 template <int N>
 class Input<N, bf16> {
  public:
@@ -71,7 +71,7 @@ class Input<N, bf16> {
   void take(const bf16* x, int64_t K) { x_ = x, K_ = K; }
 
   void dots(Matrix<bf16> weights, int64_t m, float* out) const {
-    constexpr int CHAINS = N >= 4 ? 1 : 4 / N;  // additions that do not wait for each other
+    constexpr int CHAINS = N >= 4 ? 1 : 4 / N;  // independent chains of additions
     constexpr int64_t WIDE = Format<bf16>::WIDE;
     const bf16* weight = weights.data + m * K_;
     vf sum[N][CHAINS] = {};
@@ -98,58 +98,58 @@ class Input<N, bf16> {
 #endif
 
 #ifdef __AVX2__
-// Products with int8 in whole numbers: widening it to float first would take longer than reading it. A row of x is written
-// in whole numbers of 22 bits and sign, times a power of two, and those in pieces that the processor multiplies: three of
-// 8 bits where it multiplies bytes by fours, else two of 11 bits. Sums of their products are exact. bf16 has 8 bits: nothing
-// is lost of numbers down to 2^-14 of the row's largest, and of smaller ones what a sum in float would lose beside it.
+// Products with int8 weights in integers: converting them to float first would take longer than reading them. A row of x is
+// converted to integers of 22 bits and sign times a power of two, and these are split into pieces that the processor
+// multiplies: three of 8 bits with VNNI (products of four bytes), else two of 11 bits. Sums of their products are exact. bf16
+// has 8 bits: numbers down to 2^-14 of the row's largest are exact, and smaller ones lose what a float sum would lose.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Pieces {
   typedef int8_t Piece;
   static constexpr int COUNT = 3, BITS = 8;
-  static constexpr int64_t WIDE = 64, SPAN = 1 << 16;  // numbers of a step; numbers whose sums fit 32 bits
-  typedef __m512i Codes;
-  static Codes load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }  // + 128: one factor must be unsigned
-  static vi add(vi sum, Codes codes, const Piece* x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, codes, _mm512_loadu_si512(x)); }
-  static constexpr int32_t RAISED = 128;  // of every code
-  static Codes raised() { return _mm512_set1_epi8(char(RAISED)); }
+  static constexpr int64_t WIDE = 64, SPAN = 1 << 16;  // numbers per step; numbers whose sums fit into 32 bits
+  typedef __m512i QWeights;
+  static QWeights load(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }  // + 128: one factor must be unsigned
+  static vi add(vi sum, QWeights qweights, const Piece* x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, qweights, _mm512_loadu_si512(x)); }
+  static constexpr int32_t OFFSET = 128;  // added to every weight
+  static QWeights offset() { return _mm512_set1_epi8(char(OFFSET)); }
 };
 #else
 struct Pieces {
   typedef int16_t Piece;
   static constexpr int COUNT = 2, BITS = 11;
   static constexpr int64_t WIDE = 2 * LANES, SPAN = 1 << 14;
-  static constexpr int32_t RAISED = 0;
+  static constexpr int32_t OFFSET = 0;
 #ifdef __AVX512BW__
-  typedef __m512i Codes;
-  static Codes load(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-  static vi add(vi sum, Codes codes, const Piece* x) { return sum + (vi)_mm512_madd_epi16(codes, _mm512_loadu_si512(x)); }
+  typedef __m512i QWeights;
+  static QWeights load(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  static vi add(vi sum, QWeights qweights, const Piece* x) { return sum + (vi)_mm512_madd_epi16(qweights, _mm512_loadu_si512(x)); }
 #else
-  typedef __m256i Codes;
-  static Codes load(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-  static vi add(vi sum, Codes codes, const Piece* x) { return sum + (vi)_mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i*)x)); }
+  typedef __m256i QWeights;
+  static QWeights load(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  static vi add(vi sum, QWeights qweights, const Piece* x) { return sum + (vi)_mm256_madd_epi16(qweights, _mm256_loadu_si256((const __m256i*)x)); }
 #endif
-  static Codes raised() { return Codes{}; }
+  static QWeights offset() { return QWeights{}; }
 };
 #endif
 
 template <int N>
 class Input<N, int8_t> : Pieces {
  public:
-  explicit Input(int64_t most) : stride_((most + WIDE - 1) / WIDE * WIDE), pieces_(N * COUNT * stride_) {}
+  explicit Input(int64_t max_k) : stride_((max_k + WIDE - 1) / WIDE * WIDE), pieces_(N * COUNT * stride_) {}
 
   void take(const bf16* x, int64_t K) {
     K_ = K;
     UNROLLED for (int n = 0; n < N; n++) {
       vu top{};
       for (int64_t c = 0; c < K; c += LANES) {
-        const vu magnitude = (vu)::load(x + n * K + c) & 0x7fffffff;  // NaN counts most
+        const vu magnitude = (vu)::load(x + n * K + c) & 0x7fffffff;  // NaN is the largest
         top = magnitude > top ? magnitude : top;
       }
       uint32_t peak = 64u << 23;  // 2^-63
       for (int i = 0; i < LANES; i++) peak = std::max(peak, top[i]);
       const float power = float_of(peak & 0x7f800000);
       factor_[n] = peak < 0x7f800000 ? power * 0x1p-21f : NAN;
-      cut(x + n * K, 0x1p21f / power, n);
+      split(x + n * K, 0x1p21f / power, n);
     }
   }
 
@@ -162,24 +162,24 @@ class Input<N, int8_t> : Pieces {
 
  private:
   typedef Piece Narrow __attribute__((vector_size(sizeof(Piece) * LANES)));
-  static constexpr int TOGETHER = std::min<int>(N, REGISTERS / 2 / COUNT);  // rows whose sums stay in registers
+  static constexpr int ROWS_AT_ONCE = std::min<int>(N, REGISTERS / 2 / COUNT);  // rows whose sums stay in registers
 
   const Piece* piece(int n, int p) const { return pieces_.data() + (n * COUNT + p) * stride_; }
-  static vf wide(vi x) { return __builtin_convertvector(x, vf); }
+  static vf as_float(vi x) { return __builtin_convertvector(x, vf); }
   static float float_of(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
   }
 
-  // Sums over numbers [from, to) for the rows from FIRST on.
+  // Dot products over numbers [from, to) for the rows from FIRST on.
   template <int FIRST>
   void span(const int8_t* weight, int64_t from, int64_t to, float* out) const {
-    constexpr int ROWS = std::min(TOGETHER, N - FIRST);
+    constexpr int ROWS = std::min(ROWS_AT_ONCE, N - FIRST);
     vi sum[ROWS][COUNT] = {};
-    const auto add = [&](int64_t c, Codes codes) INLINED {
+    const auto add = [&](int64_t c, QWeights qweights) INLINED {
       UNROLLED for (int n = 0; n < ROWS; n++)
-        UNROLLED for (int p = 0; p < COUNT; p++) sum[n][p] = Pieces::add(sum[n][p], codes, piece(FIRST + n, p) + c);
+        UNROLLED for (int p = 0; p < COUNT; p++) sum[n][p] = Pieces::add(sum[n][p], qweights, piece(FIRST + n, p) + c);
     };
     int64_t c = from;
     for (; c + WIDE <= to; c += WIDE) add(c, Pieces::load(weight + c));
@@ -190,14 +190,14 @@ class Input<N, int8_t> : Pieces {
     }
     UNROLLED for (int n = 0; n < ROWS; n++) {
       vf total{};
-      for (int p = COUNT; p-- > 0;) total = total * float(1 << BITS) + wide(sum[n][p] - (from ? vi{} : raised_[FIRST + n][p]));
+      for (int p = COUNT; p-- > 0;) total = total * float(1 << BITS) + as_float(sum[n][p] - (from ? vi{} : offset_sums_[FIRST + n][p]));
       out[FIRST + n] += ::sum(total);
     }
     if constexpr (FIRST + ROWS < N) span<FIRST + ROWS>(weight, from, to, out);
   }
 
-  // Row n in its pieces, the lowest first, and what RAISED codes add to its sums.
-  void cut(const bf16* x, float scale, int n) {
+  // Split row n into its pieces, the lowest first, and compute what OFFSET adds to its sums.
+  void split(const bf16* x, float scale, int n) {
     for (int64_t c = 0; c < (K_ + WIDE - 1) / WIDE * WIDE; c += LANES) {
       vi rest{};
       if (c < K_) rest = nearest(::load(x + c) * scale);
@@ -210,9 +210,9 @@ class Input<N, int8_t> : Pieces {
       }
     }
     UNROLLED for (int p = 0; p < COUNT; p++) {
-      raised_[n][p] = vi{};
-      if constexpr (RAISED != 0) {
-        for (int64_t c = 0; c < K_; c += WIDE) raised_[n][p] = Pieces::add(raised_[n][p], Pieces::raised(), piece(n, p) + c);
+      offset_sums_[n][p] = vi{};
+      if constexpr (OFFSET != 0) {
+        for (int64_t c = 0; c < K_; c += WIDE) offset_sums_[n][p] = Pieces::add(offset_sums_[n][p], Pieces::offset(), piece(n, p) + c);
       }
     }
   }
@@ -226,7 +226,7 @@ class Input<N, int8_t> : Pieces {
 
   int64_t stride_, K_;
   std::vector<Piece> pieces_;  // (N, COUNT, stride)
-  vi raised_[N][COUNT];
+  vi offset_sums_[N][COUNT];
   float factor_[N];
 };
 #endif

@@ -1,6 +1,6 @@
-"""Triton kernels for CUDA devices; each has a counterpart in torch's operators, which runs where Triton is missing.
+"""Triton kernels for CUDA devices; each operation also has an implementation in torch, used without Triton.
 
-They are operators of torch too, with shapes, so that a model can be traced without a device.
+They are registered as torch operators with shape functions, so that a model can be traced without a device.
 """
 
 import functools
@@ -13,47 +13,47 @@ from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 
 SMALL_M = 64
-"""Rows that are few: their products with matrices in 8 bits take as long as reading the codes."""
+"""The largest number of rows for products with 8-bit matrices, whose time is that of reading the weights."""
 
 
 @functools.cache
 def available() -> bool:
-    """Whether Triton is installed; torch's packages for CUDA bring it."""
+    """Whether Triton is installed; torch's CUDA packages depend on it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def is_device(x: Tensor) -> bool:
-    """Whether x lies on a CUDA device, or on none and only its shape counts: there the same is computed, for tests."""
+    """Whether x is on a CUDA device, or on the meta device, where tests trace the CUDA implementation."""
     return x.is_cuda or x.is_meta
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels can work on tensors like x."""
+    """Whether the kernels support tensors like x."""
     return is_device(x) and available()
 
 
-def paged_attention(query: Tensor, pages: Pages, last: Tensor, heads: KVLayout, scale: float) -> Tensor:
-    """Attention of new tokens over the cached entries of their sequences, as `paged_attention` of models/kernels.
+def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout, scale: float) -> Tensor:
+    """Attention of new tokens over the cached entries of their sequences, as `kernels.paged_attention`.
 
-    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, counting up within a sequence. Returns (N, G, Q,
+    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, increasing within a sequence. Returns (N, G, Q,
     V).
     """
-    return torch.ops.thinkstack.paged_attention(query, *pages, last, list(heads), scale)
+    return torch.ops.thinkstack.paged_attention(query, *pages, last, list(layout), scale)
 
 
-def _read_cache(query, entries, block_tables, seq_index, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
+def _paged_attention(query, entries, block_tables, seq_index, longest_run, last, layout, scale):  # type: ignore[no-untyped-def]
     from thinkstack.kernels.triton.attention import paged_attention
 
-    return paged_attention(query, Pages(entries, block_tables, seq_index, longest_run), last, KVLayout(*heads), scale)
+    return paged_attention(query, Pages(entries, block_tables, seq_index, longest_run), last, KVLayout(*layout), scale)
 
 
-def _read_cache_shapes(query, entries, block_tables, seq_index, longest_run, last, heads, scale):  # type: ignore[no-untyped-def]
-    return query.new_empty(*query.shape[:3], KVLayout(*heads).value_width)
+def _paged_attention_shapes(query, entries, block_tables, seq_index, longest_run, last, layout, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], KVLayout(*layout).value_width)
 
 
 def takes_quantized(x: Tensor, qweight: Tensor) -> bool:
-    """Whether x (..., K) should be multiplied with codes (N, K) as they are read: inference on SMALL_M rows at most, in
-    bf16, int8 anywhere and e4m3 from Ada on."""
+    """Whether to use `quantized_linear` for x (..., K) and qweight (N, K): inference, bf16, at most SMALL_M rows; int8
+    on all devices, e4m3 from Ada (compute capability 8.9) on."""
     if not takes(x) or x.dtype != torch.bfloat16 or x.numel() > SMALL_M * x.shape[-1] or torch.is_grad_enabled():
         return False
     if qweight.dtype == torch.float8_e4m3fn:
@@ -62,29 +62,29 @@ def takes_quantized(x: Tensor, qweight: Tensor) -> bool:
 
 
 def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times the transpose of codes (N, K), each times its block's scale: (..., N). Blocks are rows for int8,
-    128 x 128 for e4m3."""
+    """x (..., K) times the transpose of the dequantized qweight (N, K): (..., N). The blocks that share a scale are
+    rows for int8, 128 x 128 for e4m3."""
     return torch.ops.thinkstack.quantized_linear(x.flatten(0, -2), qweight, scale).unflatten(0, x.shape[:-1])
 
 
-def _packed_product(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-    from thinkstack.kernels.triton.linear import product
+def _quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+    from thinkstack.kernels.triton.linear import quantized_linear
 
     block = (1, qweight.shape[1]) if qweight.dtype == torch.int8 else (128, 128)
-    return product(x, qweight, scale, block)
+    return quantized_linear(x, qweight, scale, block)
 
 
-def _packed_product_shapes(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+def _quantized_linear_shapes(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(len(x), len(qweight))
 
 
 _operators = library.Library("thinkstack", "FRAGMENT")
 _operators.define(
     "paged_attention(Tensor query, Tensor entries, Tensor block_tables, Tensor seq_index, int longest_run, "
-    "Tensor last, int[] heads, float scale) -> Tensor"
+    "Tensor last, int[] layout, float scale) -> Tensor"
 )
-_operators.impl("paged_attention", _read_cache, "CUDA")
-_operators.impl("paged_attention", _read_cache_shapes, "Meta")
-_operators.define("quantized_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
-_operators.impl("quantized_linear", _packed_product, "CUDA")
-_operators.impl("quantized_linear", _packed_product_shapes, "Meta")
+_operators.impl("paged_attention", _paged_attention, "CUDA")
+_operators.impl("paged_attention", _paged_attention_shapes, "Meta")
+_operators.define("quantized_linear(Tensor x, Tensor qweight, Tensor scale) -> Tensor")
+_operators.impl("quantized_linear", _quantized_linear, "CUDA")
+_operators.impl("quantized_linear", _quantized_linear_shapes, "Meta")

@@ -1,9 +1,9 @@
-"""Products of a few rows with matrices in 8 bits as one Triton kernel: codes are widened on their way, never stored.
+"""Products of a few rows with 8-bit matrices as one Triton kernel: weights are dequantized in registers.
 
-`QuantizedLinear` in models/quantized.py says what it computes. Importing this module needs Triton.
+The reference is `QuantizedLinear` in models/quantized.py. Importing this module requires Triton.
 """
 
-# Shapes in this file: B rows, K inputs, N outputs, S parts that the inputs are cut into.
+# Shapes in this file: B rows, K inputs, N outputs, S parts of the inputs (split K).
 
 import torch
 import triton
@@ -11,26 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 STEP, OUTPUTS = 128, 32
-"""Inputs and outputs that a program multiplies at a time; both divide the blocks that share a scale in fp8."""
-MOST_PARTS = 16
+"""Inputs and outputs that a program multiplies at a time; both divide the fp8 block size of 128."""
+MAX_PARTS = 16
 
 
-@triton.jit(do_not_specialize=["B"])  # it differs from step to step
-def multiply(
+@triton.jit(do_not_specialize=["B"])  # B differs from step to step
+def quantized_linear_kernel(
     x, qweight, scale, out,
     B, N, K, SCALES,
     SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip  # type: ignore[no-untyped-def]
-    """A program makes OUTPUTS outputs of all rows, from one part of the inputs."""
+    """A program computes OUTPUTS outputs of all rows from one part of the inputs."""
     outputs, part = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.program_id(1)
     rows = tl.arange(0, ROWS)
     length = tl.cdiv(tl.cdiv(K, STEP), S) * STEP
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for begin in range(part * length, tl.minimum(part * length + length, K), STEP):
         inputs = begin + tl.arange(0, STEP)
-        is_there = (outputs < N)[:, None] & (inputs < K)[None, :]
-        weight = tl.load(qweight + outputs.to(tl.int64)[:, None] * K + inputs[None, :], mask=is_there, other=0.0)
+        is_valid = (outputs < N)[:, None] & (inputs < K)[None, :]
+        weight = tl.load(qweight + outputs.to(tl.int64)[:, None] * K + inputs[None, :], mask=is_valid, other=0.0)
         is_given = (rows < B)[:, None] & (inputs < K)[None, :]
         given = tl.load(x + rows[:, None] * K + inputs[None, :], mask=is_given, other=0.0)
         factor = tl.load(scale + outputs // SCALE_ROWS * SCALES + begin // SCALE_COLUMNS, mask=outputs < N, other=0.0)
@@ -39,17 +39,17 @@ def multiply(
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=(rows < B)[:, None] & (outputs < N)[None, :])
 
 
-def product(x: Tensor, qweight: Tensor, scale: Tensor, block: tuple[int, int], parts: int = 0) -> Tensor:
-    """x (B, K) bf16 times the transpose of codes (N, K), int8 or e4m3, each times its block's scale: (B, N).
+def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor, block: tuple[int, int], parts: int = 0) -> Tensor:
+    """x (B, K) bf16 times the transpose of the dequantized qweight (N, K), int8 or e4m3: (B, N).
 
-    scale: (ceil(N / rows), ceil(K / columns)) fp32, block = rows, columns. parts: pieces of the inputs that are summed
-    side by side; 0 for as many as the device has room for.
+    scale: (ceil(N / rows), ceil(K / columns)) fp32; block: (rows, columns). parts: the number of parts of the inputs
+    that are summed in parallel; 0: as many as the device has room for.
     """
     (B, K), N = x.shape, len(qweight)
     programs = triton.cdiv(N, OUTPUTS)
     S = parts or _parts(programs, K, x.device)
     out = x.new_empty(S, B, N, dtype=x.dtype if S == 1 else torch.float32)
-    multiply[(programs, S)](
+    quantized_linear_kernel[(programs, S)](
         x.contiguous(), qweight, scale, out, B, N, K, scale.shape[1], *block,
         ROWS=max(16, triton.next_power_of_2(B)), OUTPUTS=OUTPUTS, STEP=STEP, S=S,
     )  # fmt: skip
@@ -57,6 +57,6 @@ def product(x: Tensor, qweight: Tensor, scale: Tensor, block: tuple[int, int], p
 
 
 def _parts(programs: int, K: int, device: torch.device) -> int:
-    """Pieces of the inputs that give every multiprocessor two programs."""
+    """The number of parts that gives every multiprocessor two programs."""
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs
-    return max(1, min(wanted, triton.cdiv(K, STEP), MOST_PARTS))
+    return max(1, min(wanted, triton.cdiv(K, STEP), MAX_PARTS))
