@@ -121,9 +121,9 @@ def single(tries: int) -> tuple[list[Comparison], list[Row]]:
     """One user: what a token takes beyond reading every weight once, and against llama.cpp on 8-bit weights too."""
     model = load_model(SMOLLM2)
     prompt = random_prompts(1, 16, model.cfg.vocab_size)
-    kinds: dict[str, Quantization] = {"bf16": "plain", "int8": "int8"}
+    kinds: dict[str, Quantization] = {"bf16": "none", "int8": "int8"}
     size = EngineConfig(max_num_seqs=1, max_model_len=1024, dtype="bf16", enable_prefix_caching=False)
-    engines = {kind: Engine(model, replace(size, weights=quantization)) for kind, quantization in kinds.items()}
+    engines = {kind: Engine(model, replace(size, quantization=quantization)) for kind, quantization in kinds.items()}
     copies = (inference_copy(model, torch.bfloat16, quantization) for quantization in kinds.values())
     read = {kind: torch.ones(bytes_a_token(copy) // 4) for kind, copy in zip(kinds, copies, strict=True)}
     with gguf_peer(SMOLLM2, "Q8_0", prompt[0], ANSWER) as peer:

@@ -48,11 +48,11 @@ def functions_of(work: Callable[[], Any]) -> set[CodeType]:
     return found
 
 
-def lines_of(codes: set[CodeType]) -> set[tuple[str, int]]:
+def lines_of(functions: set[CodeType]) -> set[tuple[str, int]]:
     """(file, line) of all lines of these functions."""
     return {
         (code.co_filename, line)
-        for code in codes
+        for code in functions
         for line in range(code.co_firstlineno, max(end or 0 for *_, end in code.co_lines()) + 1)
     }
 
@@ -91,9 +91,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, work in works(Path(folder)).items():
-            codes = functions_of(work)
-            files = sorted({str(Path(code.co_filename).relative_to(PACKAGE)) for code in codes})
-            print(f"{name}: {len(files)} files, {len(lines_of(codes))} lines of functions")
+            functions = functions_of(work)
+            files = sorted({str(Path(code.co_filename).relative_to(PACKAGE)) for code in functions})
+            print(f"{name}: {len(files)} files, {len(lines_of(functions))} lines of functions")
             if args.files:
                 print(*(f"  {file}" for file in files), sep="\n")
 

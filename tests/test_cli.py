@@ -27,7 +27,7 @@ RUDE = {
     "run demo": "--out",
     "convert {model}": "OUT",
     "demo --scale": "--scale",
-    "generate {model} --weights int4 --prompt x": "'int4' for argument '--weights'",
+    "generate {model} --quantization int4 --prompt x": "'int4' for argument '--quantization'",
     # models
     "inspect v3-tinny": "v3-tiny",
     "inspect v3-671B": "did you mean v3-671b?",

@@ -47,8 +47,10 @@ def sampled(found: list[list[Completion]]) -> list[list[Sampled]]:
     return [[Sampled(c.token_ids, c.logprobs) for c in group] for group in found]
 
 
-def alone(model: Transformer, prompt_ids: list[list[int]], samplings: list[SamplingParams]) -> list[list[Sampled]]:
+def alone(
+    model: Transformer, prompt_token_ids: list[list[int]], samplings: list[SamplingParams]
+) -> list[list[Sampled]]:
     """Each request in an engine of its own, without cached prefixes, the prompt in one piece."""
     plain = replace(SMALL, enable_prefix_caching=False, max_prefill_tokens=4096)
-    pairs = zip(prompt_ids, samplings, strict=True)
+    pairs = zip(prompt_token_ids, samplings, strict=True)
     return [sampled(Engine(model, plain).generate([one], [sampling]))[0] for one, sampling in pairs]

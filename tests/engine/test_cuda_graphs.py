@@ -41,11 +41,11 @@ def test_recorded_steps_sample_the_tokens_of_plain_ones(cfg, with_experts):
     """One to six rows, which end one after the other; steps with a chunk of a prompt are not recorded."""
     if with_experts and cfg.moe is None:
         pytest.skip("no experts to return")
-    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (5, 90, 64, 63, 1, 30)], how(6)
+    model, prompt_token_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (5, 90, 64, 63, 1, 30)], how(6)
     settings = replace(SMALL, return_routed_experts=with_experts, max_prefill_tokens=50)
-    expected = Engine(model, settings).generate(prompt_ids, samplings)
+    expected = Engine(model, settings).generate(prompt_token_ids, samplings)
     engine = recording(Engine(model, settings), 8)
-    found = engine.generate(prompt_ids, samplings)
+    found = engine.generate(prompt_token_ids, samplings)
     assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in group] for group in expected]
     if with_experts:
         assert all(torch.equal(a.experts, b.experts) for [a], [b] in zip(found, expected, strict=True))
@@ -82,9 +82,9 @@ class Operators(TorchDispatchMode):
         return found
 
 
-def traced(cfg, dtype: torch.dtype, weights: Quantization = "plain") -> list[str]:
+def traced(cfg, dtype: torch.dtype, weights: Quantization = "none") -> list[str]:
     """Operators of a decoding step of 4 rows on the meta device, which has no values to synchronize for."""
-    runner = Runner(meta_model(cfg, dtype), 4, "bf16" if dtype == torch.bfloat16 else "fp32", weights=weights)
+    runner = Runner(meta_model(cfg, dtype), 4, "bf16" if dtype == torch.bfloat16 else "fp32", quantization=weights)
     numbers = (torch.empty(4, dtype=torch.int64, device="meta") for _ in range(3))
     given = Inputs(*numbers, *(torch.empty(n, dtype=torch.int32, device="meta") for n in ((4,), (5, 2))))
     with torch.no_grad():

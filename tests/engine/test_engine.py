@@ -38,9 +38,9 @@ def alone(model: Transformer, prompt: list[int], sampling: SamplingParams) -> li
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_completions_are_batch_invariant(cfg, temperature):
     """In fp32, exactly; 20 requests with max_num_seqs=16, so rows are also reused."""
-    model, prompt_ids, how = tiny_model(cfg), prompts(20), samplings(20, temperature=temperature)
-    together = Engine(model, SMALL).generate(prompt_ids, how)
-    for prompt, sampling, found in zip(prompt_ids, how, together, strict=True):
+    model, prompt_token_ids, how = tiny_model(cfg), prompts(20), samplings(20, temperature=temperature)
+    together = Engine(model, SMALL).generate(prompt_token_ids, how)
+    for prompt, sampling, found in zip(prompt_token_ids, how, together, strict=True):
         (expected,) = alone(model, prompt, sampling)
         assert found[0].token_ids == expected.token_ids
         assert found[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
@@ -49,9 +49,9 @@ def test_completions_are_batch_invariant(cfg, temperature):
 def test_completions_of_v3_tiny_are_batch_invariant():
     """The shape of the demo; products of other widths use other kernels."""
     model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
-    prompt_ids, how = prompts(12), samplings(12, max_tokens=12)
-    together = Engine(model, SMALL).generate(prompt_ids, how)
-    for prompt, sampling, found in zip(prompt_ids, how, together, strict=True):
+    prompt_token_ids, how = prompts(12), samplings(12, max_tokens=12)
+    together = Engine(model, SMALL).generate(prompt_token_ids, how)
+    for prompt, sampling, found in zip(prompt_token_ids, how, together, strict=True):
         assert found[0].token_ids == alone(model, prompt, sampling)[0].token_ids
 
 
@@ -111,12 +111,12 @@ def test_greedy_completions_are_the_models_own(cfg):
 def test_engine_logprobs_are_the_trainers(cfg, temperature):
     """Absorbed and cached decoding against the packed training pass: within 1e-5 in fp32, at logits of standard
     deviation 1, for a bound on log-probabilities grows with the logits."""
-    model, prompt_ids = tiny_model(cfg), prompts(10)
+    model, prompt_token_ids = tiny_model(cfg), prompts(10)
     with torch.no_grad():
-        model.head.weight /= model(torch.tensor([prompt_ids[0]])).std()
-    found = Engine(model, SMALL).generate(prompt_ids, samplings(10, temperature=temperature, n=2, max_tokens=20))
+        model.head.weight /= model(torch.tensor([prompt_token_ids[0]])).std()
+    found = Engine(model, SMALL).generate(prompt_token_ids, samplings(10, temperature=temperature, n=2, max_tokens=20))
     samples, logprobs = [], []
-    for prompt, group in zip(prompt_ids, found, strict=True):
+    for prompt, group in zip(prompt_token_ids, found, strict=True):
         for completion in group:
             samples.append(Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 20))
             logprobs.append([0.0] * (len(prompt) - 1) + list(completion.logprobs))
@@ -246,11 +246,11 @@ def test_weights_cannot_change_while_a_request_runs():
 
 
 def test_aborting_frees_the_slots_and_leaves_the_others_alone():
-    model, prompt_ids = tiny_model(), prompts(3)
+    model, prompt_token_ids = tiny_model(), prompts(3)
     engine = Engine(model, SMALL)
     how = SamplingParams(max_tokens=20, seed=1)
     first, doomed, last = (
-        engine.submit(prompt, replace(how, n=n)) for prompt, n in zip(prompt_ids, (1, 14, 1), strict=True)
+        engine.submit(prompt, replace(how, n=n)) for prompt, n in zip(prompt_token_ids, (1, 14, 1), strict=True)
     )
     for _ in range(3):
         engine.step()
@@ -261,7 +261,7 @@ def test_aborting_frees_the_slots_and_leaves_the_others_alone():
     assert len(engine.scheduler.running) == 2
     while not (first.is_finished and last.is_finished):
         engine.step()
-    for request, prompt in ((first, prompt_ids[0]), (last, prompt_ids[2])):
+    for request, prompt in ((first, prompt_token_ids[0]), (last, prompt_token_ids[2])):
         assert request.completions[0].token_ids == alone(model, prompt, how)[0].token_ids
     assert not engine.scheduler.running
 
@@ -306,10 +306,10 @@ def test_leaving_a_stream_frees_its_slot():
 
 
 def test_long_and_short_prompts_prefill_in_any_grouping():
-    model, prompt_ids, how = tiny_model(), prompts(8), samplings(8, max_tokens=4)
-    expected = Engine(model, SMALL).generate(prompt_ids, how)
+    model, prompt_token_ids, how = tiny_model(), prompts(8), samplings(8, max_tokens=4)
+    expected = Engine(model, SMALL).generate(prompt_token_ids, how)
     for limit in (1, 40):
-        found = Engine(model, replace(SMALL, max_prefill_tokens=limit)).generate(prompt_ids, how)
+        found = Engine(model, replace(SMALL, max_prefill_tokens=limit)).generate(prompt_token_ids, how)
         assert [c[0].token_ids for c in found] == [c[0].token_ids for c in expected]
 
 
@@ -321,11 +321,11 @@ def test_every_prompt_is_reported_once_with_its_completions():
 
 def test_bf16_engine_stays_near_the_fp32_trainer():
     """The bound of a trained model is 2e-3 nats on average; random weights are far less smooth."""
-    model, prompt_ids = tiny_model(init_std=0.05), prompts(6)
+    model, prompt_token_ids = tiny_model(init_std=0.05), prompts(6)
     cfg = replace(SMALL, dtype="bf16")
-    found = Engine(model, cfg).generate(prompt_ids, samplings(6, max_tokens=10))
+    found = Engine(model, cfg).generate(prompt_token_ids, samplings(6, max_tokens=10))
     gaps = []
-    for prompt, (completion,) in zip(prompt_ids, found, strict=True):
+    for prompt, (completion,) in zip(prompt_token_ids, found, strict=True):
         sample = Example((*prompt, *completion.token_ids), (0,) * len(prompt) + (1,) * 10)
         trainer = batch_logprobs(model, collate([sample], [[0]], 64), 1.0, 64)[0, len(prompt) - 1 : sample.width]
         gaps.append((trainer - torch.tensor(completion.logprobs)).abs().mean())

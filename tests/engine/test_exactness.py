@@ -18,9 +18,9 @@ ALL_MODELS = all_models()
 @ALL_MODELS
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_chunked_prefill_gives_the_tokens_of_unchunked_prefill(cfg, chunk, path):
-    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (130, 3, 64, 65)], how(4)
-    found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(prompt_ids, samplings)
-    assert sampled(found) == alone(model, prompt_ids, samplings)
+    model, prompt_token_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (130, 3, 64, 65)], how(4)
+    found = Engine(model, replace(SMALL, max_prefill_tokens=chunk)).generate(prompt_token_ids, samplings)
+    assert sampled(found) == alone(model, prompt_token_ids, samplings)
 
 
 @ALL_MODELS
@@ -28,11 +28,11 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
     """Prompts with common prefixes, submitted together and again: full blocks, a full prompt, one token more or
     less."""
     model, base = tiny_model(cfg, **LONG), prompt(200)
-    prompt_ids = [base[:n] for n in (200, 128, 129, 127, 64, 65)] + [base[:70] + prompt(60, 1), base[:128]]
+    prompt_token_ids = [base[:n] for n in (200, 128, 129, 127, 64, 65)] + [base[:70] + prompt(60, 1), base[:128]]
     samplings = how(8)
-    engine, expected = Engine(model, SMALL), alone(model, prompt_ids, samplings)
-    assert sampled(engine.generate(prompt_ids, samplings)) == expected
-    assert sampled(engine.generate(prompt_ids, samplings)) == expected
+    engine, expected = Engine(model, SMALL), alone(model, prompt_token_ids, samplings)
+    assert sampled(engine.generate(prompt_token_ids, samplings)) == expected
+    assert sampled(engine.generate(prompt_token_ids, samplings)) == expected
     engine.scheduler.check_invariants()
 
 
@@ -40,7 +40,7 @@ def test_cached_prefixes_give_the_tokens_of_computed_ones(cfg, path):
 def test_other_requests_change_no_bit_whatever_their_length_and_filters(cfg, path):
     """Log-probabilities depended on the longest context present, where torch's operators padded all to it, and on
     whether another request kept a top-k or top-p set, because then all were normalized twice."""
-    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (2, 250, 63, 5, 64, 129)]
+    model, prompt_token_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (2, 250, 63, 5, 64, 129)]
     keeps: list[dict[str, float]] = [
         {},
         {},
@@ -51,39 +51,43 @@ def test_other_requests_change_no_bit_whatever_their_length_and_filters(cfg, pat
     ]
     samplings = [replace(one, **keep) for one, keep in zip(how(6, n=2, top_logprobs=2), keeps, strict=True)]
     engine = Engine(model, replace(SMALL, max_num_seqs=12, max_prefill_tokens=90))
-    assert sampled(engine.generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
+    assert sampled(engine.generate(prompt_token_ids, samplings)) == alone(model, prompt_token_ids, samplings)
 
 
 @ALL_MODELS
 def test_preempted_requests_give_the_same_completions(cfg, path):
     """A cache of 6 blocks for 6 requests of up to 4 blocks: they preempt each other, and all complete as alone."""
-    model, prompt_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
+    model, prompt_token_ids = tiny_model(cfg, **LONG), [prompt(n, n) for n in (100, 30, 64, 90, 63, 5)]
     samplings = how(6, max_tokens=120)
     engine = Engine(model, replace(SMALL, cache_tokens=6 * BLOCK_SIZE))
-    assert sampled(engine.generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
+    assert sampled(engine.generate(prompt_token_ids, samplings)) == alone(model, prompt_token_ids, samplings)
     assert engine.scheduler.num_preemptions > 0
     engine.scheduler.check_invariants()
 
 
 @ALL_MODELS
 def test_groups_share_a_prompt_and_can_be_preempted(cfg, path):
-    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(100), prompt(70, 1)], how(2, n=4, max_tokens=90)
-    expected = alone(model, prompt_ids, samplings)
+    model, prompt_token_ids, samplings = (
+        tiny_model(cfg, **LONG),
+        [prompt(100), prompt(70, 1)],
+        how(2, n=4, max_tokens=90),
+    )
+    expected = alone(model, prompt_token_ids, samplings)
     for tokens in (0, 5 * BLOCK_SIZE):
         engine = Engine(model, replace(SMALL, cache_tokens=tokens, max_prefill_tokens=64))
-        assert sampled(engine.generate(prompt_ids, samplings)) == expected
+        assert sampled(engine.generate(prompt_token_ids, samplings)) == expected
         engine.scheduler.check_invariants()
     assert engine.scheduler.num_preemptions > 0
 
 
 def test_preempted_requests_have_the_same_experts_alternatives_and_logprobs():
     """The other fields of a completion are correct after recomputation too."""
-    model, prompt_ids = tiny_model(**LONG), [prompt(n, n) for n in (100, 30, 64)]
+    model, prompt_token_ids = tiny_model(**LONG), [prompt(n, n) for n in (100, 30, 64)]
     samplings = how(3, max_tokens=100, top_logprobs=2)
     cfg = replace(SMALL, return_routed_experts=True)
-    expected = Engine(model, cfg).generate(prompt_ids, samplings)
+    expected = Engine(model, cfg).generate(prompt_token_ids, samplings)
     engine = Engine(model, replace(cfg, cache_tokens=4 * BLOCK_SIZE))
-    for mine, theirs in zip(engine.generate(prompt_ids, samplings), expected, strict=True):
+    for mine, theirs in zip(engine.generate(prompt_token_ids, samplings), expected, strict=True):
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
         assert torch.equal(mine[0].experts, theirs[0].experts)
@@ -97,11 +101,11 @@ def test_one_token_completions_carry_their_experts():
     assert torch.equal(found[0].experts, found[1].experts) and torch.equal(found[0].experts, found[2].experts)
 
 
-def computed_tokens(engine: Engine, prompt_ids: list[list[int]], samplings: list[SamplingParams]) -> int:
+def computed_tokens(engine: Engine, prompt_token_ids: list[list[int]], samplings: list[SamplingParams]) -> int:
     """The number of tokens that the model computed."""
     counts, run = [], engine.runner.run
     engine.runner.run = lambda plan, table: (counts.append(int(plan.counts.sum())), run(plan, table))[1]
-    engine.generate(prompt_ids, samplings)
+    engine.generate(prompt_token_ids, samplings)
     engine.runner.run = run
     return sum(counts)
 
@@ -129,30 +133,32 @@ def test_hits_are_counted_in_whole_blocks():
 def test_versions_and_salts_share_no_blocks():
     """A prefix computed with old weights, or with another salt, is never reused."""
     model, other = tiny_model(**LONG), tiny_model(seed=1, **LONG)
-    engine, prompt_ids = Engine(model, SMALL), [prompt(150)]
+    engine, prompt_token_ids = Engine(model, SMALL), [prompt(150)]
     greedy = how(1, temperature=0.0)
-    engine.generate(prompt_ids, greedy)
-    tenant = engine.submit(prompt_ids[0], greedy[0], cache_salt="other")
+    engine.generate(prompt_token_ids, greedy)
+    tenant = engine.submit(prompt_token_ids[0], greedy[0], cache_salt="other")
     engine.step()
     assert tenant.num_cached_tokens == 0
     engine.abort(tenant)
     engine.load_weights(other, version=1)
-    assert sampled(engine.generate(prompt_ids, greedy)) == alone(other, prompt_ids, greedy)
+    assert sampled(engine.generate(prompt_token_ids, greedy)) == alone(other, prompt_token_ids, greedy)
 
 
 def test_block_hashes_are_compared_token_by_token(monkeypatch):
     """Even if two prefixes have the same hash; here all have."""
     monkeypatch.setattr("thinkstack.engine.block_pool.BlockTokens.block_hash", b"the same for all")
-    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
-    assert sampled(Engine(model, SMALL).generate(prompt_ids, samplings)) == alone(model, prompt_ids, samplings)
+    model, prompt_token_ids, samplings = tiny_model(**LONG), [prompt(150, seed) for seed in range(4)], how(4)
+    assert sampled(Engine(model, SMALL).generate(prompt_token_ids, samplings)) == alone(
+        model, prompt_token_ids, samplings
+    )
 
 
 @pytest.mark.parametrize("running", ["drain", "abort", "keep"])
 def test_weights_change_under_running_requests_as_requested(running):
     old, new = tiny_model(**LONG), tiny_model(seed=1, **LONG)
-    prompt_ids, samplings = [prompt(80), prompt(30, 1)], how(2, max_tokens=40, temperature=0.0)
+    prompt_token_ids, samplings = [prompt(80), prompt(30, 1)], how(2, max_tokens=40, temperature=0.0)
     engine = Engine(old, SMALL)
-    requests = [engine.submit(one, sampling) for one, sampling in zip(prompt_ids, samplings, strict=True)]
+    requests = [engine.submit(one, sampling) for one, sampling in zip(prompt_token_ids, samplings, strict=True)]
     for _ in range(10):
         engine.step()
     begun = [engine.output_token_ids(request) for request in requests]
@@ -162,11 +168,11 @@ def test_weights_change_under_running_requests_as_requested(running):
         engine.step()
     found = [request.completions[0] for request in requests]
     if running == "drain":
-        assert sampled([[c] for c in found]) == alone(old, prompt_ids, samplings)
+        assert sampled([[c] for c in found]) == alone(old, prompt_token_ids, samplings)
     elif running == "abort":
         assert [(c.token_ids, c.finish_reason) for c in found] == [(tokens, "abort") for tokens in begun]
     else:
-        rest = [one + list(tokens) for one, tokens in zip(prompt_ids, begun, strict=True)]
+        rest = [one + list(tokens) for one, tokens in zip(prompt_token_ids, begun, strict=True)]
         expected = alone(new, rest, [replace(s, max_tokens=30) for s in samplings])
         assert [c.token_ids[10:] for c in found] == [group[0].token_ids for group in expected]
     assert {c.weights_version for c in found} == {0}
@@ -174,21 +180,21 @@ def test_weights_change_under_running_requests_as_requested(running):
 
 
 def test_a_sleeping_engine_resumes():
-    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(80)], how(1)
+    model, prompt_token_ids, samplings = tiny_model(**LONG), [prompt(80)], how(1)
     engine = Engine(model, SMALL)
-    request = engine.submit(prompt_ids[0], samplings[0])
+    request = engine.submit(prompt_token_ids[0], samplings[0])
     engine.step()
     engine.sleep()
     while not request.is_finished:
         engine.step()
-    assert sampled([request.completions]) == alone(model, prompt_ids, samplings)
+    assert sampled([request.completions]) == alone(model, prompt_token_ids, samplings)
 
 
 def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
     """Blocks are registered before they are computed; after a failure no request may find them."""
-    model, prompt_ids, samplings = tiny_model(**LONG), [prompt(150)] * 3, how(3)
+    model, prompt_token_ids, samplings = tiny_model(**LONG), [prompt(150)] * 3, how(3)
     engine = Engine(model, SMALL)
-    requests = [engine.submit(one, sampling) for one, sampling in zip(prompt_ids, samplings, strict=True)]
+    requests = [engine.submit(one, sampling) for one, sampling in zip(prompt_token_ids, samplings, strict=True)]
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -196,7 +202,7 @@ def test_a_pass_that_fails_leaves_nothing_half_computed(monkeypatch):
     engine.scheduler.check_invariants()
     while not all(request.is_finished for request in requests):
         engine.step()
-    assert sampled([request.completions for request in requests]) == alone(model, prompt_ids, samplings)
+    assert sampled([request.completions for request in requests]) == alone(model, prompt_token_ids, samplings)
 
 
 def test_completions_whose_logits_are_not_finite_end_with_an_error():
@@ -244,10 +250,10 @@ def test_contexts_of_several_segments_are_batch_invariant(dtype):
     if dtype == "bf16" and not calls.available():
         pytest.skip("torch's own products in bf16 depend on their rows")
     model = tiny_model(FUSED, max_positions=1200)
-    prompt_ids = [prompt(n, n) for n in (1100, 1020, 1023, *[5] * 9)]
+    prompt_token_ids = [prompt(n, n) for n in (1100, 1020, 1023, *[5] * 9)]
     samplings, settings = how(12, max_tokens=10), EngineConfig(max_num_seqs=12, dtype=dtype)
-    together = Engine(model, settings).generate(prompt_ids, samplings)
-    for one, sampling, found in zip(prompt_ids[:3], samplings, together, strict=False):
+    together = Engine(model, settings).generate(prompt_token_ids, samplings)
+    for one, sampling, found in zip(prompt_token_ids[:3], samplings, together, strict=False):
         [[expected]] = Engine(model, replace(settings, max_prefill_tokens=300)).generate([one], [sampling])
         assert (expected.token_ids, expected.logprobs) == (found[0].token_ids, found[0].logprobs)
 
@@ -256,14 +262,14 @@ def test_contexts_of_several_segments_are_batch_invariant(dtype):
 @pytest.mark.parametrize("cfg", [FUSED, GQA_TINY], ids=["whole", "gqa"])
 def test_the_number_of_threads_changes_no_bit(cfg):
     """If this holds, an engine may use fewer threads while other work uses the cores."""
-    model, prompt_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 200)], how(4)
+    model, prompt_token_ids, samplings = tiny_model(cfg, **LONG), [prompt(n, n) for n in (150, 3, 64, 200)], how(4)
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             engine = Engine(model, SMALL)
             assert engine.runner.ignores_threads
-            completions = engine.generate(prompt_ids, samplings)
+            completions = engine.generate(prompt_token_ids, samplings)
             found.append([(one.token_ids, one.logprobs) for group in completions for one in group])
     finally:
         torch.set_num_threads(before)

@@ -65,7 +65,7 @@ def test_small_m_products(count, width):
 
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", ["plain", "int8"])
+@pytest.mark.parametrize("weights", ["none", "int8"])
 @torch.no_grad()
 def test_the_fused_gqa_pass_equals_torchs_operators(weights, kind, count, on_torch, monkeypatch):
     """Hidden states and cache entries; three of the tokens are consecutive in one sequence."""
@@ -230,16 +230,15 @@ def test_only_plain_weights_use_a_fused_pass(monkeypatch):
     assert fused_pass(tiny_model(WIDE)) is None  # products in fp32 are not batch-invariant
 
 
-@pytest.mark.parametrize("weights", ["plain", "int8"])
+@pytest.mark.parametrize("weights", ["none", "int8"])
 def test_an_engine_for_one_user_generates_as_on_torch(weights, on_torch):
     model = tiny_model(WIDE)
-    prompt_ids = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(3)).tolist()]
+    prompt_token_ids = [torch.randint(48, (70,), generator=torch.Generator().manual_seed(3)).tolist()]
 
     def generate():
         how = SamplingParams(max_tokens=40, temperature=0.0)
-        return Engine(model, EngineConfig(dtype="bf16", weights=weights, max_num_seqs=2)).generate(prompt_ids, [how])[
-            0
-        ][0]
+        engine = Engine(model, EngineConfig(dtype="bf16", quantization=weights, max_num_seqs=2))
+        return engine.generate(prompt_token_ids, [how])[0][0]
 
     mine, theirs = generate(), on_torch(generate)
     agreed = next((n for n, (a, b) in enumerate(zip(mine.token_ids, theirs.token_ids, strict=True)) if a != b), 40)

@@ -19,7 +19,7 @@ KINDS = {
     "grouped": replace(GQA_TINY, **LONG),
     "tied": replace(GQA_TINY, tie_embeddings=True, **LONG),
 }
-INT8 = EngineConfig(max_num_seqs=16, weights="int8")
+INT8 = EngineConfig(max_num_seqs=16, quantization="int8")
 
 
 def dequantized_model(model: Transformer, weights: str = "int8") -> Transformer:
@@ -35,24 +35,26 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(48, (5 + 37 * index,), generator=generator).tolist() for index in range(count)]
 
 
-def completions(engine: Engine, prompt_ids: list[list[int]]) -> list[tuple[int, ...]]:
-    how = [SamplingParams(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(prompt_ids))]
-    return [group[0].token_ids for group in engine.generate(prompt_ids, how)]
+def completions(engine: Engine, prompt_token_ids: list[list[int]]) -> list[tuple[int, ...]]:
+    how = [SamplingParams(max_tokens=20, seed=seed, temperature=seed % 2) for seed in range(len(prompt_token_ids))]
+    return [group[0].token_ids for group in engine.generate(prompt_token_ids, how)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", QUANT_SCHEMES)
 def test_completions_are_those_of_the_dequantized_weights(kind, weights, path):
-    model, prompt_ids = tiny_model(KINDS[kind]), prompts(4)
-    found = completions(Engine(model, replace(INT8, weights=weights)), prompt_ids)
-    assert found == completions(Engine(dequantized_model(model, weights), EngineConfig(max_num_seqs=16)), prompt_ids)
+    model, prompt_token_ids = tiny_model(KINDS[kind]), prompts(4)
+    found = completions(Engine(model, replace(INT8, quantization=weights)), prompt_token_ids)
+    assert found == completions(
+        Engine(dequantized_model(model, weights), EngineConfig(max_num_seqs=16)), prompt_token_ids
+    )
 
 
 def test_completions_on_quantized_weights_are_batch_invariant(path):
-    model, prompt_ids = tiny_model(**LONG), prompts(3)
+    model, prompt_token_ids = tiny_model(**LONG), prompts(3)
     how = [SamplingParams(max_tokens=20, seed=seed) for seed in range(3)]
-    together = Engine(model, INT8).generate(prompt_ids, how)
-    for prompt, sampling, found in zip(prompt_ids, how, together, strict=True):
+    together = Engine(model, INT8).generate(prompt_token_ids, how)
+    for prompt, sampling, found in zip(prompt_token_ids, how, together, strict=True):
         assert Engine(model, INT8).generate([prompt], [sampling])[0][0].token_ids == found[0].token_ids
 
 
@@ -60,24 +62,24 @@ def test_completions_on_quantized_weights_are_batch_invariant(path):
 def test_new_weights_are_quantized_and_the_prefix_cache_is_reset(dtype):
     """Both for another model and for the same one after training; neither is changed."""
     model, other = tiny_model(**LONG), tiny_model(seed=1, **LONG)
-    prompt_ids, cfg = prompts(5)[-1:], replace(INT8, dtype=dtype)
+    prompt_token_ids, cfg = prompts(5)[-1:], replace(INT8, dtype=dtype)
     engine = Engine(model, cfg)
-    first, expected = completions(engine, prompt_ids), completions(Engine(other, cfg), prompt_ids)
+    first, expected = completions(engine, prompt_token_ids), completions(Engine(other, cfg), prompt_token_ids)
     assert first != expected
     engine.load_weights(other, version=1)
-    assert completions(engine, prompt_ids) == expected
+    assert completions(engine, prompt_token_ids) == expected
     engine.load_weights(model, version=2)
-    assert completions(engine, prompt_ids) == first
+    assert completions(engine, prompt_token_ids) == first
     model.load_state_dict(other.state_dict())
     engine.load_weights(model, version=3)
-    request = engine.submit(prompt_ids[0], SamplingParams(max_tokens=1))
+    request = engine.submit(prompt_token_ids[0], SamplingParams(max_tokens=1))
     engine.step()
     assert request.num_cached_tokens == 0 and request.is_finished
-    assert completions(engine, prompt_ids) == expected
+    assert completions(engine, prompt_token_ids) == expected
     same = zip(model.state_dict().items(), tiny_model(seed=1, **LONG).state_dict().items(), strict=True)
     assert all(name == known and torch.equal(value, wanted) for (name, value), (known, wanted) in same)
 
 
 def test_an_unknown_quantization_is_refused_by_name():
-    with pytest.raises(ConfigError, match="weights='int4' is not known; use plain, int8, fp8, nf4"):
-        EngineConfig(weights="int4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="quantization='int4' is not known; use none, int8, fp8, nf4"):
+        EngineConfig(quantization="int4")  # type: ignore[arg-type]

@@ -285,7 +285,7 @@ def test_invalid_settings_are_refused():
     with pytest.raises(ConfigError, match="router_replay"):
         RemoteEngine(tiny_model(GQA_TINY), EngineConfig(return_routed_experts=True), ONE, transport=pool)
     with pytest.raises(ConfigError, match="--quantization"):
-        RemoteEngine(tiny_model(GQA_TINY), EngineConfig(weights="int8"), ONE, transport=pool)
+        RemoteEngine(tiny_model(GQA_TINY), EngineConfig(quantization="int8"), ONE, transport=pool)
     with pytest.raises(ConfigError, match="http://host:port"):
         RemoteEngine(tiny_model(GQA_TINY), EngineConfig(), ServersConfig(addresses=("a:1",)), transport=pool)
     with pytest.raises(ConfigError, match="twice"):

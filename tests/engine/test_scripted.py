@@ -18,9 +18,9 @@ def echo(prompt: tuple[int, ...], answer: int) -> list[int]:
 
 def test_completions_follow_the_script():
     engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_prefill_tokens=3, max_num_seqs=2)
-    prompt_ids = [[1, 2, 3, 4, 5], [7], [2, 2]]
+    prompt_token_ids = [[1, 2, 3, 4, 5], [7], [2, 2]]
     found = engine.generate(
-        prompt_ids, [SamplingParams(max_tokens=20, stop_token_ids=(END,), seed=s) for s in range(3)]
+        prompt_token_ids, [SamplingParams(max_tokens=20, stop_token_ids=(END,), seed=s) for s in range(3)]
     )
     assert [group[0].token_ids for group in found] == [(2, 3, 4, 5, 6, END), (8, END), (3, 3, END)]
     assert all(group[0].finish_reason == "stop" and set(group[0].logprobs) == {0.0} for group in found)
@@ -28,10 +28,10 @@ def test_completions_follow_the_script():
 
 def test_a_script_continues_after_preemption():
     engine = ScriptedEngine(echo, vocab_size=12, end_id=END, max_num_seqs=4, cache_tokens=5 * BLOCK_SIZE)
-    prompt_ids = [[1 + n % 5] * 90 for n in range(4)]
-    found = engine.generate(prompt_ids, [SamplingParams(max_tokens=100)] * 4)
+    prompt_token_ids = [[1 + n % 5] * 90 for n in range(4)]
+    found = engine.generate(prompt_token_ids, [SamplingParams(max_tokens=100)] * 4)
     assert engine.scheduler.num_preemptions > 0
-    assert [group[0].token_ids[:90] for group in found] == [tuple(t + 1 for t in one) for one in prompt_ids]
+    assert [group[0].token_ids[:90] for group in found] == [tuple(t + 1 for t in one) for one in prompt_token_ids]
 
 
 @pytest.mark.slow

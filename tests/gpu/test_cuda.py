@@ -50,7 +50,7 @@ def test_the_model_gives_the_cpus_logprobs_in_fp32(cfg):
     torch.testing.assert_close(logprobs(model.cuda()), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpoint_layers": True}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("changes", [{}, {"checkpoint_layers": True}], ids=["none", "checkpointed"])
 def test_training_steps_in_fp32_are_those_of_the_cpu(changes):
     there, here = trained("cuda", **changes), trained("cpu")
     assert next(there.model.parameters()).is_cuda
@@ -69,7 +69,7 @@ def test_a_run_resumes_on_the_device():
 
 @BOTH
 @pytest.mark.parametrize("with_experts", [False, True])
-def test_the_engine_draws_what_the_model_says(cfg, with_experts):
+def test_the_engine_samples_from_the_models_distribution(cfg, with_experts):
     if with_experts and cfg.moe is None:
         pytest.skip("no experts to return")
     model, prompt = tiny_model(cfg).cuda(), [3, 1, 4, 1, 5]
@@ -114,7 +114,7 @@ def test_recorded_steps_say_what_plain_ones_say(cfg, dtype):
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
-def test_packed_matrices_draw_what_widened_ones_draw(weights):
+def test_quantized_weights_sample_what_dequantized_ones_sample(weights):
     model = tiny_model(GQA_TINY).cuda()
     engine = Engine(model, EngineConfig(max_num_seqs=4, dtype="bf16", weights=weights))
     wide = dequantize_model(copy.deepcopy(engine.runner._model))

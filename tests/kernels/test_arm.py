@@ -271,7 +271,7 @@ for _kind in LATENT:
     case(at_once, _kind, 19, "fp32", 1e-5, FP32)
     case(at_once, _kind, 5, "fp32", 1e-2, BF16)
 for _kind, _count in itertools.product(KINDS, (1, 3, 8)):
-    case(at_once, _kind, _count, "plain", 5e-2, BF16)
+    case(at_once, _kind, _count, "none", 5e-2, BF16)
     case(at_once, _kind, _count, "int8", 5e-2, BF16)
 
 

@@ -112,7 +112,7 @@ def test_an_engine_with_the_kernel_samples_the_same_tokens(cfg, monkeypatch):
     """Chunked prompts together with decoding, padding, groups of completions."""
     if DEVICE == "cuda":
         pytest.skip("tests/gpu has engines")
-    prompt_ids, samplings = (
+    prompt_token_ids, samplings = (
         [[7] * 19, [3, 1, 4], [5] * 8],
         [SamplingParams(max_tokens=3, seed=n, n=1 + n % 2) for n in range(3)],
     )
@@ -121,7 +121,7 @@ def test_an_engine_with_the_kernel_samples_the_same_tokens(cfg, monkeypatch):
     def completions():
         model = tiny_model(cfg, num_layers=1)
         engine = Engine(model, EngineConfig(max_num_seqs=8, max_prefill_tokens=9, graphs=False))
-        return [[c.token_ids for c in group] for group in engine.generate(prompt_ids, samplings)]
+        return [[c.token_ids for c in group] for group in engine.generate(prompt_token_ids, samplings)]
 
     expected, seen = completions(), []
     monkeypatch.setattr(cuda, "takes", lambda x: True)

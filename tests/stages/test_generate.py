@@ -135,12 +135,12 @@ def test_weights_are_quantized_as_configured_in_every_generator(folder: Path):
     quantized = Generator(str(folder), sampling, Ranks(), "fp32", cpu, "int8")
     ids = quantized.chat.prompt([Message(role="user", content="1+2?")])
     how = [replace(sampling, stop_token_ids=quantized.chat.stop_token_ids)]
-    engine = Engine(load_model(folder), EngineConfig(weights="int8"))
+    engine = Engine(load_model(folder), EngineConfig(quantization="int8"))
     assert quantized.answers(["1+2?"]) == [quantized.chat.text_of(engine.generate([ids], how)[0][0].token_ids)]
-    assert ChatSession(str(folder), sampling, weights="int8").engine.cfg.weights == "int8"
-    assert build(EvaluateConfig, {"start": "base", "weights": "int8"}).weights == "int8"
+    assert ChatSession(str(folder), sampling, quantization="int8").engine.cfg.quantization == "int8"
+    assert build(EvaluateConfig, {"start": "base", "quantization": "int8"}).quantization == "int8"
 
 
 def test_processes_that_share_a_model_cannot_pack_it(folder: Path):
-    with pytest.raises(ConfigError, match="weights='int8' does not work in several processes"):
+    with pytest.raises(ConfigError, match="quantization='int8' does not work in several processes"):
         Generator(str(folder), SamplingParams(), Ranks(0, 2), "fp32", torch.device("cpu"), "int8")

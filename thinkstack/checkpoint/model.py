@@ -126,7 +126,10 @@ def load_model(
 
 
 def pick_precision(
-    source: str | Path, requested: AskedPrecision, weights: Quantization = "plain", device: torch.device | str = "cpu"
+    source: str | Path,
+    requested: AskedPrecision,
+    quantization: Quantization = "none",
+    device: torch.device | str = "cpu",
 ) -> Precision:
     """Choose the precision for inference.
 
@@ -136,7 +139,7 @@ def pick_precision(
     """
     if requested == "auto" and count_parameters(open_source(source).cfg) < AUTO_BF16_PARAMETERS:
         return "fp32"
-    if requested == "auto" and weights != "plain":
+    if requested == "auto" and quantization != "none":
         return "bf16"
     return resolve_precision(requested, device)
 

@@ -16,4 +16,4 @@ Number = Annotated[float, arg(metavar="X")]
 Settings = Annotated[tuple[tuple[str, ...], ...], UseAppendAction, arg(metavar="KEY=VALUE ...")]
 """May be repeated; each use takes one or several settings."""
 Precision = Literal["auto", "fp32", "bf16"]
-Quantization = Literal["plain", "int8", "fp8", "nf4"]
+Quantization = Literal["none", "int8", "fp8", "nf4"]

@@ -59,7 +59,7 @@ def chat(
     max_new_tokens: N = 256,
     seed: N = 0,
     dtype: Precision = "auto",
-    weights: Quantization = "plain",
+    quantization: Quantization = "none",
 ) -> None:
     """Chat with a model; thinking and answer are streamed. /help lists the commands.
 
@@ -70,7 +70,7 @@ def chat(
         max_new_tokens: Maximum tokens per answer.
         seed: Seed of sampling.
         dtype: Precision of weights and KV cache; auto: bf16 for 50 million parameters or more, where that is faster.
-        weights: Quantization of the weights: none (plain), 8 bits (int8, fp8) or 4 bits (nf4).
+        quantization: Quantization of the weights: none, 8 bits (int8, fp8) or 4 bits (nf4).
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.stages.chat import ChatSession
@@ -80,7 +80,7 @@ def chat(
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
-    session = ChatSession(model, sampling, pick_precision(model, dtype, weights), weights)
+    session = ChatSession(model, sampling, pick_precision(model, dtype, quantization), quantization)
     write(f"{model}: type a question; {COMMANDS}\n", "note")
     session.converse()
 
@@ -97,7 +97,7 @@ def generate(
     max_new_tokens: N = 200,
     seed: N = 965,
     dtype: Precision = "auto",
-    weights: Quantization = "plain",
+    quantization: Quantization = "none",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Generate text: answer a prompt or a file of prompts, chat, or continue plain text.
@@ -116,7 +116,7 @@ def generate(
         max_new_tokens: Maximum tokens per answer.
         seed: Seed of sampling.
         dtype: Precision of weights and KV cache; auto: bf16 for 50 million parameters or more, where that is faster.
-        weights: Quantization of the weights: none (plain), 8 bits (int8, fp8) or 4 bits (nf4).
+        quantization: Quantization of the weights: none, 8 bits (int8, fp8) or 4 bits (nf4).
         device: Where the model runs.
     """
     from thinkstack.checkpoint.model import pick_precision
@@ -136,7 +136,8 @@ def generate(
     prepare()
     target = pick_device(device)
     ranks = init_ranks(target.type)
-    generator = Generator(model, sampling, ranks, pick_precision(model, dtype, weights, target), target, weights)
+    precision = pick_precision(model, dtype, quantization, target)
+    generator = Generator(model, sampling, ranks, precision, target, quantization)
     out = write if ranks.rank == 0 else discard
     if interactive:
         generator.converse(functools.partial(read_question, ">>> "), out)

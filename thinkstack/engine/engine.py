@@ -46,7 +46,7 @@ class EngineConfig:
     dtype: AskedPrecision = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch, auto is bf16 where that is
     faster. Small models in bf16 may compute in fp32 where that is faster."""
-    weights: Quantization = "plain"
+    quantization: Quantization = "none"
     """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
     stay in `dtype`."""
     return_routed_experts: bool = False
@@ -63,8 +63,8 @@ class EngineConfig:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens} is too small; use at least 1")
         if self.num_speculative_tokens < 0:
             raise ConfigError(f"num_speculative_tokens={self.num_speculative_tokens} is negative; use 0 for no drafts")
-        if self.weights != "plain" and self.weights not in QUANT_SCHEMES:
-            raise ConfigError(f"weights={self.weights!r} is not known; use plain, {', '.join(QUANT_SCHEMES)}")
+        if self.quantization != "none" and self.quantization not in QUANT_SCHEMES:
+            raise ConfigError(f"quantization={self.quantization!r} is not known; use none, {', '.join(QUANT_SCHEMES)}")
 
 
 class RowsToSample(NamedTuple):
@@ -107,7 +107,7 @@ class Engine:
         cfg = self.cfg
         drafts, max_graph_rows = bool(cfg.num_speculative_tokens), cfg.max_num_seqs if cfg.graphs else 0
         experts = cfg.return_routed_experts
-        return Runner(model, num_blocks, cfg.dtype, experts, drafts, cfg.weights, max_graph_rows)
+        return Runner(model, num_blocks, cfg.dtype, experts, drafts, cfg.quantization, max_graph_rows)
 
     @property
     def version(self) -> int:

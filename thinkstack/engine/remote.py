@@ -110,10 +110,10 @@ class RemoteEngine:
                 "router_replay (return_routed_experts of an engine) is set, but servers do not return routed experts; "
                 "remove it, or sample in this process (no servers.addresses)"
             )
-        if cfg.weights != "plain":
+        if cfg.quantization != "none":
             raise ConfigError(
-                f"weights={cfg.weights!r}: servers quantize by their own setting (--quantization) and need plain "
-                "weights; use weights='plain'"
+                f"quantization={cfg.quantization!r}: servers quantize by their own --quantization; "
+                "use quantization='none'"
             )
         self.cfg, self.servers = cfg, servers
         shared = Path(servers.weights_folder or tempfile.gettempdir()).absolute()

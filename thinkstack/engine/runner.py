@@ -49,7 +49,7 @@ class Runner:
         dtype: AskedPrecision,
         return_routed_experts: bool = False,
         drafts: bool = False,
-        weights: Quantization = "plain",
+        quantization: Quantization = "none",
         max_graph_rows: int = 0,
     ):
         """num_blocks: usable cache blocks, not counting the null block. drafts: whether `draft` will be called.
@@ -65,7 +65,7 @@ class Runner:
         self._expert_shape = _routed_expert_shape(model.cfg) if return_routed_experts else None
         self._num_blocks, self._drafts = num_blocks, drafts
         self._cache: KVCache | None = None
-        self._weights = weights
+        self._quantization = quantization
         self._max_graph_rows = max_graph_rows
         self.graphs: Graphs | None = None
         """CUDA graphs of decoding steps, on a device that supports them."""
@@ -97,9 +97,9 @@ class Runner:
     def _load_copy(self, model: Transformer) -> None:
         """Make the copy to run. A quantized or upcast copy is rebuilt for new weights, because it cannot be refreshed
         in place; then no reference to `model` is stored."""
-        rounded = inference_copy(model, self._dtype, self._weights)
+        rounded = inference_copy(model, self._dtype, self._quantization)
         self._model = upcast_small_model(rounded)
-        self._source = model if self._model is rounded and self._weights == "plain" else None
+        self._source = model if self._model is rounded and self._quantization == "none" else None
         self._prepare()
         self.dtype = self._model.embed.weight.dtype
         """Dtype of products; fp32 for a small bf16 model that is upcast, whose cache stays bf16."""

@@ -22,8 +22,8 @@ Precision = Literal["fp32", "bf16"]
 AskedPrecision = Literal["auto", "fp32", "bf16"]
 """auto: bf16 where the device multiplies it faster than fp32 (`resolve_precision`)."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Quantization = Literal["plain", "int8", "fp8", "nf4"]
-"""Format of the matrices in inference: "plain" is the model's precision, the others are quantized."""
+Quantization = Literal["none", "int8", "fp8", "nf4"]
+"""Format of the matrices in inference: "none" is the model's precision, the others are quantized."""
 QUANT_SCHEMES: dict[str, QuantScheme] = {"int8": Int8(), **BASE_SCHEMES}
 
 
@@ -63,14 +63,16 @@ def _cast_matrices(model: Transformer, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def inference_copy(model: Transformer, dtype: torch.dtype, weights: Quantization = "plain") -> Transformer:
+def inference_copy(model: Transformer, dtype: torch.dtype, quantization: Quantization = "none") -> Transformer:
     """`cast_copy` with adapters merged, at the model's precision, before the cast.
 
-    weights: unless "plain", matrices and output head are quantized from the model's own precision; the result is then
-    always a copy, and its products run in `dtype`.
+    quantization: unless "none", matrices and output head are quantized from the model's own precision; the result is
+    then always a copy, and its products run in `dtype`.
     """
     plain = merged(model)
-    return cast_copy(plain, dtype) if weights == "plain" else _quantized_copy(plain, dtype, QUANT_SCHEMES[weights])
+    if quantization == "none":
+        return cast_copy(plain, dtype)
+    return _quantized_copy(plain, dtype, QUANT_SCHEMES[quantization])
 
 
 @torch.no_grad()

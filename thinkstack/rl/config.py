@@ -114,7 +114,7 @@ class RLConfig:
     beside max_tokens."""
     rollout_dtype: AskedPrecision = "fp32"
     """Precision of sampling; auto: bf16 where that is faster. The loss corrects for a trainer of another precision."""
-    rollout_quantization: Quantization = "plain"
+    rollout_quantization: Quantization = "none"
     """Quantization of the weights for sampling: plain (none), int8, fp8 or nf4; the loss corrects for it."""
     servers: ServersConfig = ServersConfig()
     """vLLM servers that sample the completions instead of this process; rollout_dtype is then the precision of the

@@ -66,7 +66,7 @@ class RLTrainer:
             max_num_seqs=cfg.prompts_per_step * cfg.group_size,
             max_model_len=max_prompt_tokens + cfg.max_tokens,
             dtype=cfg.rollout_dtype,
-            weights=cfg.rollout_quantization,
+            quantization=cfg.rollout_quantization,
             return_routed_experts=cfg.router_replay,
         )
         self.engine = open_engine(model, engine_config, cfg.servers)

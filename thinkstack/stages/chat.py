@@ -16,7 +16,7 @@ class ChatSession:
     """A model, its chat format, and one conversation."""
 
     def __init__(
-        self, source: str, sampling: SamplingParams, precision: Precision = "fp32", weights: Quantization = "plain"
+        self, source: str, sampling: SamplingParams, precision: Precision = "fp32", quantization: Quantization = "none"
     ):
         """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: its stop_token_ids are replaced by those of
         the chat format.
@@ -25,7 +25,7 @@ class ChatSession:
         """
         self.chat = load_chat(source)
         self.model = load_model(source, DTYPES[precision])
-        self.engine = Engine(self.model, EngineConfig(max_num_seqs=1, dtype=precision, weights=weights))
+        self.engine = Engine(self.model, EngineConfig(max_num_seqs=1, dtype=precision, quantization=quantization))
         self.sampling = replace(sampling, stop_token_ids=self.chat.stop_token_ids)
         self.messages: list[Message] = []
         self.last = LastToken(self.chat)

@@ -56,8 +56,8 @@ class EvaluateConfig:
     """Maximum number of sequences sampled at once."""
     dtype: AskedPrecision = "fp32"
     """Precision of sampling; auto: bf16 where that is faster."""
-    weights: Quantization = "plain"
-    """Quantization of the weights: plain (none), int8, fp8 or nf4."""
+    quantization: Quantization = "none"
+    """Quantization of the weights: none, int8, fp8 or nf4."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; "auto": on CUDA if available."""
     servers: ServersConfig = ServersConfig()
@@ -92,7 +92,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     all_problems = [problem for chosen in problems.values() for problem in chosen]
     max_model_len = max(len(encode_prompt(chat, problem)) for problem in all_problems) + cfg.max_tokens
     size = EngineConfig(
-        max_num_seqs=cfg.max_num_seqs, max_model_len=max_model_len, dtype=cfg.dtype, weights=cfg.weights
+        max_num_seqs=cfg.max_num_seqs, max_model_len=max_model_len, dtype=cfg.dtype, quantization=cfg.quantization
     )
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
     saved = SavedCompletions(engine, run, len(all_problems))

@@ -34,20 +34,22 @@ class Generator:
         ranks: Ranks,
         precision: Precision,
         device: torch.device,
-        weights: Quantization = "plain",
+        quantization: Quantization = "none",
     ):
         """source: as for load_model. sampling: its stop_token_ids are replaced by those of the chat format. weights:
         quantization of the weights. Raises ConfigError for quantization in several processes.
         """
-        if ranks.count > 1 and weights != "plain":
+        if ranks.count > 1 and quantization != "none":
             raise ConfigError(
-                f"weights={weights!r} does not work in several processes; start one process, or use plain"
+                f"quantization={quantization!r} does not work in several processes; start one process, or use none"
             )
         self.ranks, self.chat = ranks, load_chat(source)
         dtype = DTYPES[precision]
         model = load_shard(source, ranks, dtype) if ranks.count > 1 else load_model(source, dtype)
         context = min(model.cfg.max_positions, 4096 + sampling.max_tokens)
-        size = EngineConfig(max_num_seqs=MAX_NUM_SEQS, max_model_len=context, dtype=precision, weights=weights)
+        size = EngineConfig(
+            max_num_seqs=MAX_NUM_SEQS, max_model_len=context, dtype=precision, quantization=quantization
+        )
         self.engine = Engine(model.to(device), size)
         self.sampling = replace(sampling, stop_token_ids=self.chat.stop_token_ids)
         self.last = LastToken(self.chat)
