@@ -133,7 +133,7 @@ def test_an_evaluation_without_readable_answers_warns(caplog):
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
     warn_if_unread(found, cfg.thinking_format)
     assert "none of the 2 answers could be read in the format 'think_answer_tags'" in caplog.text
-    assert 'form = "flexible_extract"' in caplog.text
+    assert 'thinking_format = "flexible_extract"' in caplog.text
     caplog.clear()
     stock = partial(reward, cfg=RewardConfig(thinking_format="flexible_extract"))
     found = evaluate(answers, CharacterChat(), [problem()], replace(cfg, thinking_format="flexible_extract"), stock)
