@@ -23,7 +23,7 @@ from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache
 from thinkstack.evals.plots import COLORS
-from thinkstack.evals.runner import EvalConfig, held_out
+from thinkstack.evals.runner import EvalConfig, held_out_problems
 from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token
@@ -50,7 +50,7 @@ class Answered:
 
 def answers(model: Transformer, chat: ChatFormat, temperature: float, problems: int) -> list[Answered]:
     """What the model says to held-out problems, by family and language."""
-    test_problems = held_out(EvalConfig(num_problems=problems, tasks=PUZZLES))
+    test_problems = held_out_problems(EvalConfig(num_problems=problems, tasks=PUZZLES))
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
     samplings = [
         SamplingParams(

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from thinkstack.checkpoint.hf.tensors import part_of, tensor_entries
+from thinkstack.checkpoint.hf.tensors import tensor_entries, view_of_entry
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import (
@@ -206,7 +206,7 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
         if item.source in named and not item.is_copy and not item.source.startswith("mtp."):
             grad = named[item.source].grad
             assert grad is not None, item.source
-            found[item.name] = part_of(grad, item)
+            found[item.name] = view_of_entry(grad, item)
     return found
 
 

@@ -4,7 +4,14 @@ from functools import partial
 import pytest
 
 from thinkstack.evals.results import compute_metrics, curve_point, read_samples, summarize, write_samples
-from thinkstack.evals.runner import EvalConfig, Evaluation, evaluate, held_out, is_worked, warn_if_unread
+from thinkstack.evals.runner import (
+    EvalConfig,
+    Evaluation,
+    evaluate,
+    held_out_problems,
+    is_worked,
+    warn_if_no_answer_read,
+)
 from thinkstack.tasks.puzzles.puzzle import split_of
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.reward import score as reward
@@ -131,13 +138,13 @@ def test_an_evaluation_without_readable_answers_warns(caplog):
     answers, cfg = scripted_engine(("4+1=5. #### 5", "I pass.")), replace(CFG, samples=2)
     found = evaluate(answers, CharacterChat(), [problem()], cfg, SCORE)
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
-    warn_if_unread(found, cfg.thinking_format)
+    warn_if_no_answer_read(found, cfg.thinking_format)
     assert "none of the 2 answers could be read in the format 'think_answer_tags'" in caplog.text
     assert 'thinking_format = "flexible_extract"' in caplog.text
     caplog.clear()
     stock = partial(reward, cfg=RewardConfig(thinking_format="flexible_extract"))
     found = evaluate(answers, CharacterChat(), [problem()], replace(cfg, thinking_format="flexible_extract"), stock)
-    warn_if_unread(found, "flexible_extract")
+    warn_if_no_answer_read(found, "flexible_extract")
     assert (found.answer_rate, found.pass_at_1, caplog.text) == (0.5, 0.5, "")
     assert [(answer.answer, answer.rule) for answer in found.records[0].answers] == [(5, "hashes"), (None, None)]
 
@@ -191,13 +198,13 @@ def test_metrics_can_be_recomputed_from_the_samples_file(tmp_path):
 
 def test_held_out_problems_are_test_problems_of_the_configured_levels_and_tasks():
     cfg = EvalConfig(num_problems=30, tasks=("chain", "cups"), levels=(3,), seed=1)
-    problems = held_out(cfg)
+    problems = held_out_problems(cfg)
     assert len(problems) == 30
     assert {p.task for p in problems} == {"chain", "cups"}
     assert {p.level for p in problems} == {3}
     assert {split_of(p.key) for p in problems} == {"test"}
-    assert problems == held_out(cfg)
-    assert {p.wording for p in held_out(replace(cfg, unseen_wordings=True))} == {4, 5}
+    assert problems == held_out_problems(cfg)
+    assert {p.wording for p in held_out_problems(replace(cfg, unseen_wordings=True))} == {4, 5}
 
 
 def test_several_greedy_samples_are_refused():
@@ -207,7 +214,7 @@ def test_several_greedy_samples_are_refused():
 
 def test_a_curve_point_contains_what_the_plots_need():
     found = two_problems()
-    point = curve_point(20, found, held_out=found)
+    point = curve_point(20, found, held_out_problems=found)
     assert point["step"] == 20
     assert point["by_task"] == {"chain": 0.75, "cups": 0.25}
     assert point["held_out_level"] == {"pass_at_1": 0.5, "stderr": pytest.approx(0.25)}

@@ -147,7 +147,7 @@ def test_compiled_blocks_with_flex_attention_take_the_step_of_eager_ones():
         model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
         cfg = TrainerConfig(device="cuda", compile=compiled, micro_batch_tokens=1024)
         trainer = Trainer(model, cfg, 4)
-        assert trainer.workers.compute_model.uses_flex == compiled
+        assert trainer.workers.compute_model.uses_flex_attention == compiled
         stats = [
             trainer.step(random_batch([200, 56, 100, 156, 256], 256, vocab_size=640, seed=s), next_token_loss)
             for s in range(4)

@@ -56,7 +56,7 @@ def test_flex_attention_gives_the_models_logits(cfg):
     """Uncompiled, forward only: torch has no backward pass of it on a CPU."""
     model, batch = tiny_model(cfg), random_batch([9, 5, 12, 3], 16)
     plain = model(batch.ids, batch.positions, batch.document_ids)
-    model.uses_flex = True
+    model.uses_flex_attention = True
     found = model(batch.ids, batch.positions, batch.document_ids)
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
     assert not torch.equal(found, plain), "another path computed it"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models.lora import LoRAConfig, adapt, adapters, adapters_off, merged, plain_tensors
+from thinkstack.models.lora import LoRAConfig, adapt, adapters, adapters_off, merge_adapters, merged_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
@@ -47,7 +47,7 @@ def test_zero_adapters_change_no_bit_so_the_first_ratio_is_one(cfg):
     plain, model = tiny_model(cfg), tiny_model(cfg)
     before = logprobs(plain)
     adapt(model, ALL)
-    assert torch.equal(logprobs(model), before) and torch.equal(logprobs(merged(model)), before)
+    assert torch.equal(logprobs(model), before) and torch.equal(logprobs(merge_adapters(model)), before)
 
 
 @EVERY
@@ -74,11 +74,11 @@ def test_merging_again_and_again_never_touches_the_base(cfg):
     for step in range(4):
         trainer.step(random_batch(LENGTHS, 16, seed=step), next_token_loss)
         engine.load_weights(trainer.weights(), version=step + 1)
-        now = merged(trainer.model).state_dict()
+        now = merge_adapters(trainer.model).state_dict()
         assert all(torch.equal(value, now[name]) for name, value in engine.runner._model.state_dict().items())
     with adapters_off(trainer.model) as base:
         assert torch.equal(logprobs(base), logprobs(start))
-        assert all(torch.equal(value, start.state_dict()[name]) for name, value in plain_tensors(base))
+        assert all(torch.equal(value, start.state_dict()[name]) for name, value in merged_tensors(base))
     with torch.no_grad():
         for adapter in adapters(trainer.model).values():
             adapter.lora_b.zero_()
@@ -105,14 +105,14 @@ def test_only_adapters_change_and_only_they_have_optimizer_state(cfg, settings):
     assert {id(p) for p in trainer.model.parameters() if p.requires_grad} == {id(p) for p in mine}
     assert all(bool(adapter.lora_b.any()) for adapter in adapters(trainer.model).values())
     with adapters_off(trainer.model) as base:
-        assert all(torch.equal(value, start.state_dict()[name]) for name, value in plain_tensors(base))
+        assert all(torch.equal(value, start.state_dict()[name]) for name, value in merged_tensors(base))
 
 
 def test_gradients_are_those_of_the_merged_matrix():
     """dW of the whole matrix, projected: dB = s dW A^T, dA = s B^T dW; also for experts, with gate and up separate."""
     settings = replace(PLAIN, optim=OptimConfig(learning_rate=1e-2, clip_norm=1e9))
     model = trained(settings=settings).model
-    copied, batch = merged(model), random_batch(LENGTHS, 16)
+    copied, batch = merge_adapters(model), random_batch(LENGTHS, 16)
     for found in (model, copied):
         logits = found(batch.ids, batch.positions, batch.document_ids)
         F.cross_entropy(logits[batch.loss_mask > 0], batch.targets[batch.loss_mask > 0]).backward()
@@ -177,9 +177,9 @@ def test_adapters_learn():
 
 def test_a_merged_model_is_a_plain_one():
     model = trained().model
-    plain, copied = tiny_model(), merged(model)
+    plain, copied = tiny_model(), merge_adapters(model)
     assert [name for name, _ in copied.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert merged(plain) is plain
+    assert merge_adapters(plain) is plain
     torch.testing.assert_close(logprobs(copied), logprobs(model), atol=1e-5, rtol=1e-5)
     assert copy.deepcopy(copied).state_dict().keys() == plain.state_dict().keys()
 

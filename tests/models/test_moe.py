@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.tiny import MLA_TINY
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.layers import ROW_TILE
-from thinkstack.models.moe import ExpertMLP, MoE, dispatch, route
+from thinkstack.models.moe import ExpertMLP, MoE, dispatch_tokens, route
 from thinkstack.types import ConfigError
 
 GROUPED = MoEConfig(
@@ -87,7 +87,7 @@ def test_router_gradients_come_through_the_weights_not_the_choice():
 
 def test_dispatch_gives_every_pair_a_row_of_its_expert():
     experts = torch.tensor([[0, 2], [2, 1], [2, 0]])
-    plan = dispatch(experts, 4)
+    plan = dispatch_tokens(experts, 4)
     assert plan.capacity == ROW_TILE
     assert len(set(plan.slot.tolist())) == 6
     assert (plan.slot // plan.capacity).tolist() == experts.flatten().tolist()
@@ -95,7 +95,7 @@ def test_dispatch_gives_every_pair_a_row_of_its_expert():
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():
-    plan = dispatch(torch.full((40, 1), 3), 4)
+    plan = dispatch_tokens(torch.full((40, 1), 3), 4)
     assert plan.capacity == 48
     assert sorted(plan.slot.tolist()) == list(range(3 * 48, 3 * 48 + 40))
 

@@ -12,7 +12,7 @@ from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.attention import additive_mask, kv_range_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
-from thinkstack.models.precision import cast_copy, refresh
+from thinkstack.models.precision import cast_copy, update_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError, RequestError
 
@@ -158,7 +158,7 @@ def test_refreshing_a_copy_brings_weights_and_biases():
     with torch.no_grad():
         model.head.weight.add_(1.0)
         model.layers[1].ffn.bias.add_(1.0)
-    refresh(copied, model)
+    update_copy(copied, model)
     assert torch.equal(copied.head.weight, model.head.weight)
     assert torch.equal(copied.layers[1].ffn.bias, model.layers[1].ffn.bias)
 

@@ -3,7 +3,7 @@
 import torch
 
 from tests.tiny import MLA_TINY, tiny_model
-from thinkstack.models.precision import cast_copy, refresh
+from thinkstack.models.precision import cast_copy, update_copy
 from thinkstack.models.value_head import ValueModel
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -65,5 +65,5 @@ def test_the_head_of_a_bf16_copy_stays_fp32():
     assert copied.embed.weight.dtype == torch.bfloat16
     with torch.no_grad():
         model.value_bias.fill_(3.0)
-    refresh(copied, model)
+    update_copy(copied, model)
     assert copied.value_bias.tolist() == [3.0]

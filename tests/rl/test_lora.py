@@ -7,7 +7,7 @@ import torch
 
 from tests.rl.test_router_replay import BANDIT
 from thinkstack.checkpoint.state import load_state
-from thinkstack.models.lora import LoRAConfig, adapters, adapters_off, plain_tensors
+from thinkstack.models.lora import LoRAConfig, adapters, adapters_off, merged_tensors
 from thinkstack.rl.config import RLConfig
 from thinkstack.rl.critic import CriticConfig
 from thinkstack.train.optim import OptimConfig
@@ -90,7 +90,7 @@ def test_a_critic_is_a_whole_model_beside_adapters(make_bandit):
     rl = make_bandit(
         trainer=trainer(), advantage="gae", dynamic_sampling=False, critic=CriticConfig(learning_rate=1e-3)
     )
-    start = dict(plain_tensors(rl.trainer.model))
+    start = dict(merged_tensors(rl.trainer.model))
     critic = rl.critic.trainer.model
     assert not adapters(critic) and torch.equal(critic.embed.weight, start["embed.weight"])
     rl.step()

@@ -10,7 +10,7 @@ from thinkstack.checkpoint.peft.adapter import load_adapter
 from thinkstack.checkpoint.state import ADAPTER, AVERAGE, MODEL
 from thinkstack.config import build
 from thinkstack.log import Run
-from thinkstack.models.lora import merged
+from thinkstack.models.lora import merge_adapters
 from thinkstack.rl.config import RLConfig
 from thinkstack.stages.pretrain import pretrain
 from thinkstack.stages.pretrain_config import PretrainConfig
@@ -34,7 +34,7 @@ def assert_folders_agree(base, folder, name=MODEL):
     model = load_model(base)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     load_adapter(model, folder / ADAPTER)
-    expected, found = merged(model).state_dict(), load_model(folder / name).state_dict()
+    expected, found = merge_adapters(model).state_dict(), load_model(folder / name).state_dict()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-6, msg=key)
     assert any(not torch.equal(found[key], value) for key, value in start.items())

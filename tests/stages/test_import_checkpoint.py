@@ -11,7 +11,7 @@ from thinkstack.checkpoint.model import load_chat, save_model
 from thinkstack.log import Run
 from thinkstack.stages.import_checkpoint import ImportCheckpointConfig, import_checkpoint
 from thinkstack.text.chat import TemplateFormat
-from thinkstack.text.shots import asked_with
+from thinkstack.text.shots import with_few_shots
 from thinkstack.text.tokenizer import BOS, EOS
 from thinkstack.types import ConfigError, Message
 
@@ -82,6 +82,6 @@ def test_a_format_of_ours_takes_no_additions(tmp_path: Path):
 
 def test_text_that_spells_template_code_stays_text():
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    asked = asked_with(template, "{{ 7 * 7 }}", [("{% if %}", "'\"}}\n")], "{# no #}")
+    asked = with_few_shots(template, "{{ 7 * 7 }}", [("{% if %}", "'\"}}\n")], "{# no #}")
     rendered = jinja2.Environment().from_string(asked).render(messages=[], add_generation_prompt=True)
     assert rendered == "{{ 7 * 7 }}{% if %}'\"}}\n{# no #}"

@@ -67,7 +67,7 @@ def test_only_the_input_of_a_block_is_saved(path: str):
     shallow, deep = tiny_model(GQA_TINY, num_layers=2), tiny_model(GQA_TINY, num_layers=6)
     plain = saved_between_passes(deep) - saved_between_passes(shallow)
     for block in (*shallow.blocks(), *deep.blocks()):
-        block.keeps_input_only = True
+        block.checkpoints_activations = True
     saving = saved_between_passes(deep) - saved_between_passes(shallow)
     inputs = 4 * batch().ids.numel() * GQA_TINY.hidden_size * 4  # 4 more layers, 4 bytes
     assert inputs <= saving <= 1.1 * inputs

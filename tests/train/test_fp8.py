@@ -147,7 +147,7 @@ def test_blocks_multiply_in_8_bits_and_nothing_else_does(cfg):
         if isinstance(module, torch.nn.Linear):
             assert isinstance(module, FP8Linear) == (".attention." in name or ".ffn." in name), name
         if isinstance(module, MoE):
-            assert isinstance(module.products, FP8Experts)
+            assert isinstance(module.expert_module, FP8Experts)
     assert [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()]
     batch = random_batch([9, 5, 12], 16)
     with torch.no_grad():

@@ -35,7 +35,7 @@ from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.checkpoint.unreadable import unreadable_file
 from thinkstack.files import read_text
 from thinkstack.models.counts import count_parameters
-from thinkstack.models.precision import AskedPrecision, Precision, Quantization, resolve_precision
+from thinkstack.models.precision import Precision, Quantization, RequestedPrecision, resolve_precision
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import E4M3, FP8Blocks
 from thinkstack.quant.scheme import QuantScheme
@@ -127,7 +127,7 @@ def load_model(
 
 def pick_precision(
     source: str | Path,
-    requested: AskedPrecision,
+    requested: RequestedPrecision,
     quantization: Quantization = "none",
     device: torch.device | str = "cpu",
 ) -> Precision:

@@ -57,7 +57,7 @@ def can_record(model: Transformer) -> bool:
     if not cuda.takes(model.embed.weight) or any(map(has_hooks, model.layers)):
         return False
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    return all(layer.products is None and takes_grouped(layer.w_in, layer.w_out) for layer in layers)
+    return all(layer.expert_module is None and takes_grouped(layer.w_in, layer.w_out) for layer in layers)
 
 
 class Graphs:

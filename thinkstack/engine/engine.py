@@ -22,7 +22,7 @@ from thinkstack.engine.scheduler import Scheduler, SchedulerOutput
 from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, Constraint, Request, SequenceTable
 from thinkstack.engine.speculative import Speculator
 from thinkstack.machine import SharedCores
-from thinkstack.models.precision import QUANT_SCHEMES, AskedPrecision, Quantization
+from thinkstack.models.precision import QUANT_SCHEMES, Quantization, RequestedPrecision
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, SamplingParams
 
@@ -43,7 +43,7 @@ class EngineConfig:
     """Keep blocks of finished completions until memory is needed, for prompts with the same prefix."""
     max_waiting: int = 0
     """Maximum queued requests; 0 sets no limit."""
-    dtype: AskedPrecision = "fp32"
+    dtype: RequestedPrecision = "fp32"
     """Precision of weights and cache; fp32 is exact alone or in a batch, auto is bf16 where that is
     faster. Small models in bf16 may compute in fp32 where that is faster."""
     quantization: Quantization = "none"

@@ -25,7 +25,7 @@ from thinkstack.checkpoint.model import save_model
 from thinkstack.config import Count, CountOrZero, Positive
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.interface import AnyEngine, Health, OnFinish, WhileRunning, check_request
-from thinkstack.engine.sampler import is_plain
+from thinkstack.engine.sampler import needs_no_processing
 from thinkstack.engine.vllm import Server, ServerError, WrongWeights, check_sampling, new_id
 from thinkstack.models.precision import DTYPES, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
@@ -376,7 +376,7 @@ class RemoteEngine:
 def _raw_equals_processed(sampling: SamplingParams) -> bool:
     """Whether raw log-probabilities equal those of the sampling distribution."""
     is_unfiltered = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p
-    return is_plain(sampling) and is_unfiltered and sampling.temperature in (0, 1)
+    return needs_no_processing(sampling) and is_unfiltered and sampling.temperature in (0, 1)
 
 
 def _logprobs_mode_message(state: ServerState) -> str:

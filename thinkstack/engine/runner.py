@@ -19,7 +19,14 @@ from thinkstack.kernels.cpu.prepacked import prepacked_linear
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import ROW_TILE, prepack_weights
-from thinkstack.models.precision import DTYPES, AskedPrecision, Quantization, inference_copy, refresh, resolve_precision
+from thinkstack.models.precision import (
+    DTYPES,
+    Quantization,
+    RequestedPrecision,
+    inference_copy,
+    resolve_precision,
+    update_copy,
+)
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
@@ -46,7 +53,7 @@ class Runner:
         self,
         model: Transformer,
         num_blocks: int,
-        dtype: AskedPrecision,
+        dtype: RequestedPrecision,
         return_routed_experts: bool = False,
         drafts: bool = False,
         quantization: Quantization = "none",
@@ -87,7 +94,7 @@ class Runner:
     def load(self, model: Transformer) -> None:
         """Load the weights of another model, or of the same model after a change."""
         if model is self._source:
-            refresh(self._model, model)
+            update_copy(self._model, model)
             self._prepare()
             if self.graphs is not None and self._addresses() != self._recorded:
                 self._reset_graphs()

@@ -25,18 +25,18 @@ def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
     seeds: (B,) uint64, one per sequence. counters: (B,) uint64, tokens sampled so far. Source:
     doi:10.1145/2660193.2660195.
     """
-    mixed = mix(seeds + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))  # modulo 2^64
+    mixed = splitmix64(seeds + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))  # modulo 2^64
     return (mixed >> numpy.uint64(11)).astype(numpy.float64) * 2.0**-53
 
 
-def mix(value: numpy.ndarray) -> numpy.ndarray:
+def splitmix64(value: numpy.ndarray) -> numpy.ndarray:
     """The splitmix64 finalizer of each uint64 (doi:10.1145/2660193.2660195)."""
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))
 
 
-def is_plain(sampling: SamplingParams) -> bool:
+def needs_no_processing(sampling: SamplingParams) -> bool:
     """Whether the request needs no logits processing: it uses temperature, top_k, top_p and min_p only."""
     neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
     return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens

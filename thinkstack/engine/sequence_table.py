@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
-from thinkstack.engine.sampler import is_plain, mix
+from thinkstack.engine.sampler import needs_no_processing, splitmix64
 from thinkstack.types import Completion, FinishReason, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 8
@@ -151,7 +151,9 @@ class SequenceTable:
         self.top_k[row], self.min_p[row] = sampling.top_k, sampling.min_p
         self.is_unfiltered[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
         has_budget = sampling.thinking_budget is not None
-        self.needs_logits_processing[row] = not is_plain(sampling) or has_budget or request.constraint is not None
+        self.needs_logits_processing[row] = (
+            not needs_no_processing(sampling) or has_budget or request.constraint is not None
+        )
         self.needs_logits_processing[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs)
         close = sampling.think_end_token_ids
         self.is_thinking_closed[row] = not has_budget or any(
@@ -224,4 +226,4 @@ class SequenceTable:
 def completion_seed(seed: int, index: int) -> int:
     """Seed of completion `index` of a request, an unsigned 64-bit integer, for `uniforms`."""
     start = (seed * 0x2545F4914F6CDD1D + index * 0x9E3779B97F4A7C15 + 1) % 2**64
-    return int(mix(numpy.array([start], dtype=numpy.uint64))[0])
+    return int(splitmix64(numpy.array([start], dtype=numpy.uint64))[0])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import httpx2
 import numpy
 
-from thinkstack.engine.sampler import mix
+from thinkstack.engine.sampler import splitmix64
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, SamplingParams
 
 GENERATE_PATH, RPC_PATH = "/inference/v1/generate", "/collective_rpc"
@@ -210,7 +210,7 @@ def server_seed(seed: int) -> int:
     would share completions."""
     value = numpy.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=numpy.uint64)
     with numpy.errstate(over="ignore"):
-        return int(mix(value)[0] >> numpy.uint64(2))
+        return int(splitmix64(value)[0] >> numpy.uint64(2))
 
 
 def check_sampling(sampling: SamplingParams) -> None:

@@ -102,7 +102,7 @@ def accuracy(part: EvalMetrics | None) -> str:
     return percent(part.pass_at_1) + error
 
 
-def each(samples: int) -> str:
+def describe_samples(samples: int) -> str:
     """Describe the number of answers per problem."""
     return f"{samples} answer{'s' if samples > 1 else ''} each"
 
@@ -111,7 +111,7 @@ def setting_line(columns: Mapping[str, Evaluation]) -> str:
     """Describe the problems and samples behind the metrics, once per distinct setting."""
     settings: dict[str, list[str]] = {}
     for name, part in columns.items():
-        settings.setdefault(f"{part.problems:,} held-out problems, {each(part.samples)}", []).append(name)
+        settings.setdefault(f"{part.problems:,} held-out problems, {describe_samples(part.samples)}", []).append(name)
     text = "; ".join(
         setting if len(settings) == 1 else f"{', '.join(names)}: {setting}" for setting, names in settings.items()
     )

@@ -75,7 +75,7 @@ UNREAD_ADVICE: dict[ThinkingFormat, str] = {
 """Advice if no answer could be read, by form."""
 
 
-def held_out(cfg: EvalConfig) -> list[Problem]:
+def held_out_problems(cfg: EvalConfig) -> list[Problem]:
     """Return the test problems of cfg, deterministically; the training split contains none of them."""
     found: list[Problem] = []
     if cfg.tasks:
@@ -95,7 +95,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample cfg.samples answers to each problem and compute all metrics.
 
-    problems: from `held_out`, or any others; cfg has the sampling parameters. score: the reward function of training.
+    problems: from `held_out_problems`, or any others; cfg has the sampling parameters. score: the reward function of
+    training.
     """
     started = time.perf_counter()
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in problems]
@@ -119,7 +120,7 @@ def evaluate(
     return summarize(records, time.perf_counter() - started, chance)
 
 
-def warn_if_unread(found: Evaluation, thinking_format: ThinkingFormat) -> None:
+def warn_if_no_answer_read(found: Evaluation, thinking_format: ThinkingFormat) -> None:
     """Log a warning with advice if no answer of an evaluation could be read."""
     if found.answer_rate == 0:
         log.warning(

@@ -13,13 +13,13 @@ from thinkstack.models.moe import MoE, Routing
 class Block(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    With `keeps_input_only` (activation checkpointing, arXiv:1604.06174) training saves only x for the backward pass,
-    which recomputes the rest: the same numbers for a third more operations.
+    With `checkpoints_activations` (activation checkpointing, arXiv:1604.06174) training saves only x for the backward
+    pass, which recomputes the rest: the same numbers for a third more operations.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.keeps_input_only = False
+        self.checkpoints_activations = False
         self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.attention = MLA(cfg, layer) if isinstance(cfg.attention, MLAConfig) else GQA(cfg, layer)
         self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self, x: Tensor, ctx: AttentionContext, routed_experts: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """x: (B, T, D). routed_experts: as in MoE. Returns (x (B, T, D), the routing or None in a dense block)."""
-        if self.keeps_input_only and torch.is_grad_enabled():
+        if self.checkpoints_activations and torch.is_grad_enabled():
             # no operation of a block uses random numbers, so no generator state is saved
             return checkpoint(self.compute, x, ctx, routed_experts, use_reentrant=False, preserve_rng_state=False)
         return self.compute(x, ctx, routed_experts)

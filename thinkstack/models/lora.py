@@ -178,7 +178,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers as a plain model has them: adapters merged, quantized matrices dequantized."""
     adapted, quantized = adapters(model), quantized_weights(model)
     part_ids = {id(part) for module in quantized.values() for part in module.buffers()}
@@ -194,7 +194,7 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def merged(model: M) -> M:
+def merge_adapters(model: M) -> M:
     """A copy with the adapters merged into the weights; the model itself if it has none. `model` is not changed."""
     if not adapters(model):
         return model

@@ -70,7 +70,7 @@ class TokenDispatch(NamedTuple):
     """C."""
 
 
-def dispatch(experts: Tensor, num_experts: int) -> TokenDispatch:
+def dispatch_tokens(experts: Tensor, num_experts: int) -> TokenDispatch:
     """Sort pairs by expert, with the same number of rows for each expert. experts: (N, K) int64."""
     flat = experts.flatten()
     order = flat.argsort(stable=True)
@@ -94,7 +94,7 @@ class ExpertMLP(torch.autograd.Function):
     def forward(ctx, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, D); weights (N, K) fp32; experts (N, K); w_in (E, 2I, D): gate rows, then up rows; w_out (E, D, I)."""
         E, K = w_in.shape[0], experts.shape[1]
-        dispatched = dispatch(experts, E)
+        dispatched = dispatch_tokens(experts, E)
         rows = x.index_select(0, dispatched.source).view(E, dispatched.capacity, -1)  # (E, C, D)
         gate, up = torch.bmm(rows, w_in.transpose(1, 2)).chunk(2, -1)  # (E, C, I) each
         inner = F.silu(gate) * up
@@ -166,7 +166,7 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.moe_intermediate_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
         self.adapters = nn.ModuleDict()  # models/lora.py: the adapters of w_in and w_out, by parameter name
-        self.products: nn.Module | None = None  # replaces `expert_mlp`: train/fp8.py, QuantizedExperts
+        self.expert_module: nn.Module | None = None  # replaces `expert_mlp`: train/fp8.py, QuantizedExperts
 
     def forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, T, D), normed. routed_experts: (B, T, K) integers, experts to use in place of the router's choice; -1
@@ -184,7 +184,7 @@ class MoE(nn.Module):
             self.adapters[name](weight) if name in self.adapters else weight
             for name, weight in (("w_in", self.w_in), ("w_out", self.w_out))
         )
-        compute = expert_mlp if self.products is None else self.products
+        compute = expert_mlp if self.expert_module is None else self.expert_module
         out = compute(flat, weights, experts, w_in, w_out)
         if self.shared is not None:
             out = out + self.shared(flat)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from thinkstack.kernels import choice
-from thinkstack.models.lora import BASE_SCHEMES, adapters, merged, plain_tensors
+from thinkstack.models.lora import BASE_SCHEMES, adapters, merge_adapters, merged_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model, quantized_weights
 from thinkstack.models.transformer import Transformer
@@ -19,7 +19,7 @@ from thinkstack.quant.scheme import QuantScheme
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
-AskedPrecision = Literal["auto", "fp32", "bf16"]
+RequestedPrecision = Literal["auto", "fp32", "bf16"]
 """auto: bf16 where the device multiplies it faster than fp32 (`resolve_precision`)."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Quantization = Literal["none", "int8", "fp8", "nf4"]
@@ -27,7 +27,7 @@ Quantization = Literal["none", "int8", "fp8", "nf4"]
 QUANT_SCHEMES: dict[str, QuantScheme] = {"int8": Int8(), **BASE_SCHEMES}
 
 
-def resolve_precision(requested: AskedPrecision, device: torch.device | str = "cpu") -> Precision:
+def resolve_precision(requested: RequestedPrecision, device: torch.device | str = "cpu") -> Precision:
     """The precision to compute in. "auto" is bf16 on CUDA; on a CPU it depends on the instruction set and a
     measurement. Requesting bf16 on a CPU that emulates it logs a warning once."""
     if torch.device(device).type != "cpu":
@@ -69,7 +69,7 @@ def inference_copy(model: Transformer, dtype: torch.dtype, quantization: Quantiz
     quantization: unless "none", matrices and output head are quantized from the model's own precision; the result is
     then always a copy, and its products run in `dtype`.
     """
-    plain = merged(model)
+    plain = merge_adapters(model)
     if quantization == "none":
         return cast_copy(plain, dtype)
     return _quantized_copy(plain, dtype, QUANT_SCHEMES[quantization])
@@ -89,13 +89,13 @@ def _quantized_copy(model: Transformer, dtype: torch.dtype, quantization: QuantS
 
 
 @torch.no_grad()
-def refresh(copied: nn.Module, model: nn.Module) -> None:
+def update_copy(copied: nn.Module, model: nn.Module) -> None:
     """Update a copy, made by `cast_copy` or `inference_copy`, from its model."""
     if copied is model:
         return
     if adapters(model) and not adapters(copied):
         targets = dict((*copied.named_parameters(), *copied.named_buffers()))
-        for name, value in plain_tensors(model):
+        for name, value in merged_tensors(model):
             targets[name].copy_(value)
         return
     pairs = zip((*copied.parameters(), *copied.buffers()), (*model.parameters(), *model.buffers()), strict=True)

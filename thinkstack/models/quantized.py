@@ -52,7 +52,7 @@ class QuantizedWeight(nn.Module):
         tensor."""
         return {name: part[index] for name, part in self.named_buffers()}
 
-    def put(self, index: Index, parts: Parts) -> None:
+    def set_parts(self, index: Index, parts: Parts) -> None:
         """Overwrite the parts of the matrices at `index`."""
         for name, part in self.parts(index).items():
             part.copy_(parts[name])
@@ -166,7 +166,7 @@ def quantize_model(
             stack = weight.unflatten(1, (EXPERT_STACKS[leaf], -1))
             delattr(module, leaf)
             setattr(module, leaf, QuantizedWeight(quantization, stack, dtype or weight.dtype))
-            module.products = QuantizedExperts()
+            module.expert_module = QuantizedExperts()
         else:
             assert isinstance(module, nn.Linear), name
             parent, _, place = owner.rpartition(".")
@@ -183,7 +183,7 @@ def dequantize_model(model: M) -> M:
             weight = nn.Parameter(quantized.dequantize_parameter())
             delattr(module, leaf)
             setattr(module, leaf, weight)
-            module.products = None
+            module.expert_module = None
         else:
             assert isinstance(module, QuantizedLinear)
             parent, _, place = owner.rpartition(".")

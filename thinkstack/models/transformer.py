@@ -43,7 +43,7 @@ class Transformer(nn.Module):
         self.head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.uses_flex = False
+        self.uses_flex_attention = False
         """Whether to use FlexAttention, which is fast only in compiled blocks; set from outside."""
         self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
 
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         else:
             kv_range = kv_range_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
             rope = rope_table(rows if positions is None else positions, self.cfg.attention.rope_dim, self.cfg.rope)
-            block_mask = document_block_mask(kv_range) if self.uses_flex else None
+            block_mask = document_block_mask(kv_range) if self.uses_flex_attention else None
             context = AttentionContext(rope=rope, kv_range=kv_range, last=rows, block_mask=block_mask)
         routing: list[Routing] = []
         for block in self.layers:

@@ -99,7 +99,7 @@ def shard_experts(moe: MoE, ranks: Ranks) -> None:
     local = ranks.share(moe.cfg.num_experts)
     for name in ("w_in", "w_out"):
         setattr(moe, name, nn.Parameter(getattr(moe, name)[local].clone()))
-    moe.products = LocalExperts(local.start)
+    moe.expert_module = LocalExperts(local.start)
     if moe.shared is not None:
         size = moe.cfg.shared_size // ranks.count
         for name in ("w1", "w3"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from thinkstack.config import Count, CountOrZero, Seed, Share, Weight
 from thinkstack.engine.remote import ServersConfig
-from thinkstack.models.precision import AskedPrecision, Quantization
+from thinkstack.models.precision import Quantization, RequestedPrecision
 from thinkstack.rl.critic import CriticConfig
 from thinkstack.rl.groups import GROUP_KINDS, AdvantageKind
 from thinkstack.tasks.mixture import PhaseConfig, check_phases
@@ -112,7 +112,7 @@ class RLConfig:
     max_prompt_tokens: CountOrZero = 0
     """Maximum tokens of a prompt; problems with longer prompts are skipped and counted. 0: what the context leaves
     beside max_tokens."""
-    rollout_dtype: AskedPrecision = "fp32"
+    rollout_dtype: RequestedPrecision = "fp32"
     """Precision of sampling; auto: bf16 where that is faster. The loss corrects for a trainer of another precision."""
     rollout_quantization: Quantization = "none"
     """Quantization of the weights for sampling: plain (none), int8, fp8 or nf4; the loss corrects for it."""

@@ -19,9 +19,9 @@ from thinkstack.checkpoint.state import STATE, save_state
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import open_engine
 from thinkstack.evals.results import Evaluation, curve_point
-from thinkstack.evals.runner import EvalConfig, evaluate, held_out
+from thinkstack.evals.runner import EvalConfig, evaluate, held_out_problems
 from thinkstack.log import CURVE, Run, timed
-from thinkstack.models.lora import adapters_off, merged
+from thinkstack.models.lora import adapters_off, merge_adapters
 from thinkstack.models.transformer import Transformer
 from thinkstack.rl.advantages import RolloutAdvantages, compute_advantages, select_rollouts
 from thinkstack.rl.config import RLConfig
@@ -31,7 +31,7 @@ from thinkstack.rl.health import rollout_metrics
 from thinkstack.rl.rollout import GroupIds, RolloutConfig, RolloutStep, ScoreFunction, collect_rollouts
 from thinkstack.rl.rollout_log import write_rollouts
 from thinkstack.rl.saved_rollouts import delete_saved_rollouts, load_rollouts, save_rollouts
-from thinkstack.tasks.mixture import ProblemMixture, make_mixture, one_phase
+from thinkstack.tasks.mixture import ProblemMixture, make_mixture, single_phase
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, puzzle_tasks
 from thinkstack.text.chat import ChatFormat
@@ -77,7 +77,7 @@ class RLTrainer:
         """Optimizer steps of the policy that the reference is a copy of."""
         self.critic: Critic | None = None
         if cfg.advantage == "gae":
-            self.critic = Critic(merged(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
+            self.critic = Critic(merge_adapters(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
         self.score: ScoreFunction = partial(score, cfg=cfg.reward)
         self.rollout_config = RolloutConfig(
             sampling=SamplingParams(
@@ -238,7 +238,9 @@ class RLTrainer:
             languages=self.cfg.languages,
         )
         with self.interruptible():
-            result = evaluate(self.engine.generate, self.chat, held_out(cfg), cfg, partial(score, cfg=RewardConfig()))
+            result = evaluate(
+                self.engine.generate, self.chat, held_out_problems(cfg), cfg, partial(score, cfg=RewardConfig())
+            )
         self.run.append(CURVE, curve_point(self.trainer.step_count, result, _held_out_level(result, self.cfg)))
 
     def should_evaluate(self) -> bool:
@@ -300,7 +302,7 @@ def training_problems(cfg: RLConfig) -> ProblemMixture:
         return make_mixture(cfg.phases, cfg.files, cfg.seed, cfg.languages)
     tasks = puzzle_tasks(cfg.tasks)
     levels = sorted({level for task in tasks for level in task.levels} - set(cfg.held_out_levels))
-    return one_phase(ProblemStream(tasks, "train", cfg.seed, levels, languages=cfg.languages))
+    return single_phase(ProblemStream(tasks, "train", cfg.seed, levels, languages=cfg.languages))
 
 
 def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -> list[tuple[list[Rollout], list[T]]]:

@@ -39,7 +39,7 @@ class ChatSession:
         free_tokens = self.engine.max_model_len - len(prompt)
         sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, free_tokens), 1))
         answer = ""
-        tokens = self.last.of(self.engine.stream(prompt, sampling))
+        tokens = self.last.track(self.engine.stream(prompt, sampling))
         for event in parse_stream(stream_text(self.chat.text_of, tokens)):
             answer += event.text if event.kind != "thinking" else ""
             yield event

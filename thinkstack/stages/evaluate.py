@@ -11,11 +11,11 @@ from thinkstack.config import Count, Seed, Share, Temperature
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.results import Evaluation, write_samples
-from thinkstack.evals.runner import EvalConfig, evaluate, held_out, warn_if_unread
+from thinkstack.evals.runner import EvalConfig, evaluate, held_out_problems, warn_if_no_answer_read
 from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
-from thinkstack.models.precision import AskedPrecision, Quantization
+from thinkstack.models.precision import Quantization, RequestedPrecision
 from thinkstack.rl.rollout import encode_prompt
 from thinkstack.stages.saved_completions import SavedCompletions
 from thinkstack.tasks.reward import RewardConfig, score
@@ -54,7 +54,7 @@ class EvaluateConfig:
     """Maximum tokens of a completion."""
     max_num_seqs: Count = 384
     """Maximum number of sequences sampled at once."""
-    dtype: AskedPrecision = "fp32"
+    dtype: RequestedPrecision = "fp32"
     """Precision of sampling; auto: bf16 where that is faster."""
     quantization: Quantization = "none"
     """Quantization of the weights: none, int8, fp8 or nf4."""
@@ -88,7 +88,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
         configs[GREEDY] = greedy
     if cfg.greedy and cfg.tasks:
         configs[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
-    problems = {file: held_out(config) for file, config in configs.items()}
+    problems = {file: held_out_problems(config) for file, config in configs.items()}
     all_problems = [problem for chosen in problems.values() for problem in chosen]
     max_model_len = max(len(encode_prompt(chat, problem)) for problem in all_problems) + cfg.max_tokens
     size = EngineConfig(
@@ -102,7 +102,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
             result = evaluate(saved.generate, chat, problems[file], config, reward)
             write_json(run.folder / file, result.to_dict())
             if file == SAMPLED:
-                warn_if_unread(result, cfg.thinking_format)
+                warn_if_no_answer_read(result, cfg.thinking_format)
                 write_samples(run.folder / SAMPLES, result.records)
     saved.delete()
 

@@ -80,7 +80,7 @@ class Generator:
         return self.chat.tokenizer.decode([token for token in token_ids if token not in self.chat.stop_token_ids])
 
     def _stream(self, ids: list[int], text_of: TextOf) -> Iterator[str]:
-        return stream_text(text_of, self.last.of(self.engine.stream(ids, self._fitting(ids))))
+        return stream_text(text_of, self.last.track(self.engine.stream(ids, self._fitting(ids))))
 
     def _fitting(self, ids: Sequence[int]) -> SamplingParams:
         """The sampling parameters with max_tokens limited to what the context leaves."""

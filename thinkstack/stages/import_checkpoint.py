@@ -6,7 +6,7 @@ from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.state import MODEL
 from thinkstack.log import Run
 from thinkstack.text.chat import TemplateFormat
-from thinkstack.text.shots import asked_with, without_thinking
+from thinkstack.text.shots import strip_thinking_history, with_few_shots
 from thinkstack.types import ConfigError
 
 
@@ -36,6 +36,6 @@ def import_checkpoint(cfg: ImportCheckpointConfig, run: Run) -> None:
             "checkpoint with a chat template"
         )
     if isinstance(chat, TemplateFormat):
-        template = without_thinking(chat.template) if cfg.drop_thinking else chat.template
-        chat = replace(chat, template=asked_with(template, cfg.preamble, cfg.shots, cfg.prefill))
+        template = strip_thinking_history(chat.template) if cfg.drop_thinking else chat.template
+        chat = replace(chat, template=with_few_shots(template, cfg.preamble, cfg.shots, cfg.prefill))
     save_model(run.folder / MODEL, model, chat.tokenizer, chat, like=cfg.start)

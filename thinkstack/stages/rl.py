@@ -7,7 +7,7 @@ from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.peft.adapter import save_adapter
 from thinkstack.checkpoint.state import ADAPTER, MODEL, STATE, load_state
 from thinkstack.log import Progress, Run
-from thinkstack.models.lora import merged
+from thinkstack.models.lora import merge_adapters
 from thinkstack.rl.config import RLConfig
 from thinkstack.rl.health import early_warnings, health_line
 from thinkstack.rl.trainer import MAX_STEPS_WITHOUT_SIGNAL, RLTrainer
@@ -51,7 +51,7 @@ def train_rl(cfg: RLConfig, run: Run) -> None:
                 raise Interrupted
     if cfg.trainer.lora.rank:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
-    save_model(run.folder / MODEL, merged(model), chat.tokenizer, chat, like=cfg.start)
+    save_model(run.folder / MODEL, merge_adapters(model), chat.tokenizer, chat, like=cfg.start)
 
 
 def warn(history: Sequence[dict[str, float]], active: set[str]) -> set[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinkstack.checkpoint.state import MODEL
-from thinkstack.evals.report import accuracy, each
+from thinkstack.evals.report import accuracy, describe_samples
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.evaluate import SAMPLED, read_evaluation
 
@@ -23,7 +23,7 @@ def _describe(run: Run, kind: str) -> str:
     if kind == "evaluate" and (run.folder / SAMPLED).is_file():
         result = read_evaluation(run, SAMPLED)
         figure = f"pass@1 {accuracy(result)} %" if result.answer_rate else accuracy(result)
-        return f"{figure} of {result.problems:,} problems, {each(result.samples)} ({run.folder})"
+        return f"{figure} of {result.problems:,} problems, {describe_samples(result.samples)} ({run.folder})"
     model = run.folder / MODEL
     return "  ".join(filter(None, (str(model if model.is_dir() else run.folder), _progress(run))))
 

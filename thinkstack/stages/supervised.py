@@ -10,7 +10,7 @@ from thinkstack.checkpoint.peft.adapter import save_adapter
 from thinkstack.checkpoint.state import ADAPTER, AVERAGE, MODEL, STATE, load_state, save_state
 from thinkstack.data import PackedStream
 from thinkstack.log import Progress, Run, timed
-from thinkstack.models.lora import merged
+from thinkstack.models.lora import merge_adapters
 from thinkstack.models.transformer import Transformer
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.ema import MovingAverage
@@ -120,4 +120,4 @@ class SupervisedRun:
             save_adapter(self.run.folder / ADAPTER, self.model, self.cfg.trainer.lora, self.cfg.start)
         for name, model in models.items():
             folder = self.run.folder / name
-            save_model(folder, merged(model), self.chat.tokenizer, self.chat, like=self.cfg.start or None)
+            save_model(folder, merge_adapters(model), self.chat.tokenizer, self.chat, like=self.cfg.start or None)

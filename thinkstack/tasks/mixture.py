@@ -46,7 +46,7 @@ class ProblemMixture:
     def __init__(self, phases: Sequence[PhaseConfig], streams: Sequence[Mapping[str, Stream]], seed: int):
         """streams: for each phase, the stream of each task."""
         self.phases, self.streams, self.seed = list(phases), list(streams), seed
-        self.taken, self.progress = 0, 0.0
+        self.num_taken, self.progress = 0, 0.0
         """Number of problems returned so far; completed share of the run, set by the trainer."""
 
     def take(self, count: int) -> list[Problem]:
@@ -54,18 +54,18 @@ class ProblemMixture:
         place = next((i for i, phase in enumerate(self.phases) if self.progress < phase.until), len(self.phases) - 1)
         phase, streams = self.phases[place], self.streams[place]
         found = []
-        for number in range(self.taken, self.taken + count):
+        for number in range(self.num_taken, self.num_taken + count):
             found += streams[_task_at(phase.tasks, digest("curriculum", self.seed, number) / 2**64)].take(1)
-        self.taken += count
+        self.num_taken += count
         return found
 
     def state(self) -> dict[str, Any]:
         """Return the state that `restore` takes."""
-        return {"taken": self.taken, "streams": [{k: v.state() for k, v in part.items()} for part in self.streams]}
+        return {"taken": self.num_taken, "streams": [{k: v.state() for k, v in part.items()} for part in self.streams]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state` returned."""
-        self.taken = state["taken"]
+        self.num_taken = state["taken"]
         for part, states in zip(self.streams, state["streams"], strict=True):
             for name, stream in part.items():
                 stream.restore(states[name])
@@ -81,7 +81,7 @@ def _task_at(weights: Mapping[str, float], place: float) -> str:
     return next(reversed(list(weights)))
 
 
-def one_phase(stream: Stream) -> ProblemMixture:
+def single_phase(stream: Stream) -> ProblemMixture:
     """Return a mixture of one phase that always uses `stream`."""
     return ProblemMixture([PhaseConfig(tasks={"all": 1.0})], [{"all": stream}], seed=0)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from thinkstack.text.tokenizer import THINK_CLOSE
 
 
-def asked_with(template: str, preamble: str, shots: Sequence[tuple[str, str]], prefill: str) -> str:
+def with_few_shots(template: str, preamble: str, shots: Sequence[tuple[str, str]], prefill: str) -> str:
     """Return `template` with a system message and few-shot examples before every conversation, and with a prefill.
 
     preamble: the system message; empty leaves it out. shots: questions and their answers. prefill: the start of every
@@ -26,7 +26,7 @@ def asked_with(template: str, preamble: str, shots: Sequence[tuple[str, str]], p
     return template
 
 
-def without_thinking(template: str) -> str:
+def strip_thinking_history(template: str) -> str:
     """Return `template` with the thinking of earlier answers removed, as in DeepSeek-R1's template."""
     return (
         "{% set kept = namespace(messages=[]) %}{% for message in messages %}"

@@ -24,7 +24,7 @@ class LastToken:
         self.chat = chat
         self.token: int | None = None
 
-    def of(self, ids: Iterator[int]) -> Iterator[int]:
+    def track(self, ids: Iterator[int]) -> Iterator[int]:
         """Yield the same ids and record the last one."""
         self.token = None
         for self.token in ids:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkstack.models.layers import swiglu
-from thinkstack.models.moe import MoE, dispatch
+from thinkstack.models.moe import MoE, dispatch_tokens
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
 
@@ -99,7 +99,7 @@ class FP8Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         """Arguments and result as in ExpertMLP of models/moe.py."""
         E, K = w_in.shape[0], experts.shape[1]
-        plan = dispatch(experts, E)
+        plan = dispatch_tokens(experts, E)
         used = x.new_zeros(E * plan.capacity, 1).index_fill_(0, plan.slot, 1.0)
         rows = (x.index_select(0, plan.source) * used).unflatten(0, (E, -1))  # (E, C, D)
         gate, up = linear(rows, w_in, self.power_of_two).chunk(2, -1)
@@ -116,4 +116,4 @@ def use_fp8(model: Transformer, power_of_two: bool) -> None:
                 if type(child) is not FP8Linear and isinstance(child, nn.Linear):
                     setattr(parent, name, FP8Linear(child, power_of_two))
             if isinstance(parent, MoE):
-                parent.products = FP8Experts(power_of_two)
+                parent.expert_module = FP8Experts(power_of_two)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinkstack.config import CountOrZero, Positive, Share, Weight
-from thinkstack.models.precision import DTYPES, AskedPrecision, resolve_precision
+from thinkstack.models.precision import DTYPES, RequestedPrecision, resolve_precision
 from thinkstack.train.low_moments import LowMomentAdamW
 from thinkstack.train.muon import Muon, hidden_matrices
 from thinkstack.types import ConfigError
@@ -51,7 +51,7 @@ class OptimConfig:
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Scale of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which works with AdamW's rate and decay,
     or sqrt(max(1, rows / columns)) as in the original version."""
-    muon_dtype: AskedPrecision = "auto"
+    muon_dtype: RequestedPrecision = "auto"
     """Precision of Muon's products; auto: fp32 on processors without bf16 products."""
     clip_norm: Positive = 1.0
     """Maximum gradient norm of a step; larger gradients are scaled down."""

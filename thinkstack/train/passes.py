@@ -56,10 +56,10 @@ def working_model(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> 
     if cfg.fp8 != "off":
         use_fp8(copy, power_of_two=cfg.fp8 == "ue8m0")
     for block in copy.blocks():
-        block.keeps_input_only = cfg.checkpoint_layers
+        block.checkpoints_activations = cfg.checkpoint_layers
         if cfg.compile:
             block.compile()
-    copy.uses_flex = cfg.compile and next(copy.parameters()).is_cuda
+    copy.uses_flex_attention = cfg.compile and next(copy.parameters()).is_cuda
     return copy
 
 

@@ -45,5 +45,5 @@ def restore_trainer(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[
             trainer.optimizer.state[parameter] = {
                 slot: tensors[f"optimizer.{slot}.{name}"].to(parameter.device, copy=True) for slot in sorted(slots)
             }
-    trainer.workers.refresh()
+    trainer.workers.update_copies()
     trainer.step_count, trainer.bad_steps = numbers["step_count"], numbers["bad_steps"]

@@ -105,7 +105,7 @@ class Trainer:
             for layer, count in zip(moe_layers(self.model), counts, strict=True):
                 if self.cfg.bias_speed:
                     update_bias(layer, count, self.cfg.bias_speed)
-            self.workers.refresh()
+            self.workers.update_copies()
             self.step_count += 1
             self.bad_steps = 0
         else:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from thinkstack.config import Count, Weight
 from thinkstack.models.lora import LoRAConfig
-from thinkstack.models.precision import AskedPrecision
+from thinkstack.models.precision import RequestedPrecision
 from thinkstack.train.optim import OptimConfig
 from thinkstack.types import ConfigError
 
@@ -15,7 +15,7 @@ class TrainerConfig:
     """Precision, optimizer and auxiliary losses of a training run."""
 
     optim: OptimConfig = OptimConfig()
-    dtype: AskedPrecision = "auto"
+    dtype: RequestedPrecision = "auto"
     """Precision of matrix products and activations; weights, gradients and the optimizer are always fp32. "auto": bf16
     where that is faster on the device, and with `fp8`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

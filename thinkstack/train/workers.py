@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from thinkstack.models.precision import refresh
+from thinkstack.models.precision import update_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.passes import StepContext, WorkerResult, gradient_buffers, run_worker, working_model
 from thinkstack.train.trainer_config import TrainerConfig
@@ -42,7 +42,7 @@ class Workers:
         tasks = [self.pool.submit(run_worker, *job) for job in jobs]
         return [task.result() for task in tasks]
 
-    def refresh(self) -> None:
+    def update_copies(self) -> None:
         """Copy the weights of the model into the copies."""
         for copy in self.copies:
-            refresh(copy, self.model)
+            update_copy(copy, self.model)

@@ -16,8 +16,8 @@ from thinkstack.checkpoint.hf.files import CONFIG, INDEX, WEIGHTS, config_json, 
 from thinkstack.checkpoint.model import load_model, open_source, save_model
 from thinkstack.checkpoint.source import OutputFormat
 from thinkstack.models.config import MLAConfig, ModelConfig, MoEConfig
-from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
-from thinkstack.models.precision import refresh
+from thinkstack.models.lora import LoRAConfig, adapt, adapters, merge_adapters
+from thinkstack.models.precision import update_copy
 from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model, quantized_weights
 from thinkstack.quant.fp8 import E4M3, FP8Blocks
 from thinkstack.types import ConfigError
@@ -274,11 +274,11 @@ def test_adapters_on_a_quantized_base_merge_into_floats(tmp_path: Path):
         adapt(adapted, cfg)
         for adapter in adapters(adapted).values():
             adapter.lora_b.data.fill_(0.25)
-    twin, expected = merged(model), merged(wide).state_dict()
+    twin, expected = merge_adapters(model), merge_adapters(wide).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
     for parameter in twin.parameters():
         parameter.data.zero_()
-    refresh(twin, model)
+    update_copy(twin, model)
     assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
     with pytest.raises(ConfigError, match="leave experts out"):
         adapt(load_model(tmp_path / "model", E4M3), LoRAConfig(rank=2, targets=("experts",)))

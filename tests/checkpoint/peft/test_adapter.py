@@ -12,7 +12,7 @@ from thinkstack import cli
 from thinkstack.checkpoint.hf.files import WEIGHTS as MODEL_WEIGHTS
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.peft.adapter import CONFIG, WEIGHTS, load_adapter, merge_adapter, save_adapter
-from thinkstack.models.lora import LoRAConfig, adapt, adapters, merged
+from thinkstack.models.lora import LoRAConfig, adapt, adapters, merge_adapters
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
@@ -154,7 +154,7 @@ def test_an_adapter_of_two_projections_as_peft_users_train_it_loads(tmp_path):
     key = "base_model.model.model.layers.1.self_attn.v_proj"
     delta = 2.0 * tensors[f"{key}.lora_B.default.weight"] @ tensors[f"{key}.lora_A.default.weight"]
     expected = tiny_model(GQA_TINY).layers[1].attention.wv.weight + delta
-    torch.testing.assert_close(merged(model).layers[1].attention.wv.weight, expected)
+    torch.testing.assert_close(merge_adapters(model).layers[1].attention.wv.weight, expected)
 
 
 def test_the_command_merges_a_folder_with_its_tokenizer(tmp_path, monkeypatch):

@@ -240,7 +240,7 @@ def source_of(model: Transformer, path: Path = Path("the model")) -> TensorSourc
             parts[entry.name] = partial(owner.parts, entry.part)
             dtypes[entry.name] = owner.dtype
         elif entry.is_written:
-            tensors[entry.name] = partial(part_of, state[entry.source], entry)
+            tensors[entry.name] = partial(view_of_entry, state[entry.source], entry)
             dtypes[entry.name] = state[entry.source].dtype
     quantizations = {owner.quantization for owner in quantized.values()}
     assert len(quantizations) < 2, quantizations
@@ -264,7 +264,7 @@ def _quantized_together(name: str) -> list[str]:
     return [f"{owner}.{stack}" for stack in EXPERT_STACKS] if leaf in EXPERT_STACKS else [name]
 
 
-def part_of(tensor: Tensor, entry: TensorEntry) -> Tensor:
+def view_of_entry(tensor: Tensor, entry: TensorEntry) -> Tensor:
     """Return the view of a model tensor that corresponds to a tensor on disk."""
     return (
         tensor.unflatten(1, (EXPERT_STACKS[entry.source.rpartition(".")[2]], -1))[entry.part] if entry.part else tensor
@@ -286,7 +286,7 @@ def fill(model: Transformer, source: TensorSource) -> None:
         if owner is not None:
             _fill_quantized(owner, entry, source)
         else:
-            _fill_dense(part_of(state[entry.source], entry), entry, source)
+            _fill_dense(view_of_entry(state[entry.source], entry), entry, source)
 
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for _ in pool.map(load_entry, [entry for entry in items if not entry.is_copy]):
@@ -304,9 +304,9 @@ def _fill_quantized(owner: QuantizedWeight, entry: TensorEntry, source: TensorSo
             for part, target in parts.items():
                 source.direct_readers[entry.name, part](target)
         else:
-            owner.put(entry.part, source.quantized[entry.name]())
+            owner.set_parts(entry.part, source.quantized[entry.name]())
     else:
-        owner.put(entry.part, owner.quantization.quantize(source.tensors[entry.name]()))
+        owner.set_parts(entry.part, owner.quantization.quantize(source.tensors[entry.name]()))
 
 
 def _fill_dense(target: Tensor, entry: TensorEntry, source: TensorSource) -> None:

@@ -25,7 +25,7 @@ from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.model import ADAPTER_CONFIG as CONFIG
 from thinkstack.checkpoint.model import load_model, locate
 from thinkstack.checkpoint.state import write_folder
-from thinkstack.models.lora import Adapter, LoRAConfig, adapters, add_adapters, merged
+from thinkstack.models.lora import Adapter, LoRAConfig, adapters, add_adapters, merge_adapters
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
@@ -195,7 +195,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     model = load_model(source)
     load_adapter(model, adapter)
-    plain = merged(model)
+    plain = merge_adapters(model)
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(dtype)
 

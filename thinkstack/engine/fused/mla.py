@@ -89,7 +89,7 @@ def supports_fused_mla(block: Block) -> bool:
     if not isinstance(ffn, MoE):
         return True
     sizes = (ffn.w_in.shape[2], ffn.w_out.shape[2])
-    return ffn.products is None and not ffn.adapters and all(size % kernels.LANES == 0 for size in sizes)
+    return ffn.expert_module is None and not ffn.adapters and all(size % kernels.LANES == 0 for size in sizes)
 
 
 def _mla_weights(block: Block) -> dict[str, Tensor | None]:
