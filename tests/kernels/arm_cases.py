@@ -198,7 +198,7 @@ def routing(group_score: str, normalize: bool) -> Case:
     return alike(run, BOUND[FP32])
 
 
-def expert_module(count: int, wide: int, narrow: int) -> Case:
+def products(count: int, wide: int, narrow: int) -> Case:
     """With and without a bias, and the gradients; sums longer than a panel."""
     x, weight, bias, grad = (
         random_tensor(count, wide),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
-from thinkstack.models.lora import LoRAConfig, adapters, merged
+from thinkstack.models.lora import LoRAConfig, adapters, merge_adapters
 from thinkstack.models.quantized import quantized_weights
 from thinkstack.quant.nf4 import LEVELS, NF4Blocks
 from thinkstack.train.loss import next_token_loss
@@ -52,7 +52,7 @@ def test_ragged_rows_zeros_and_stacks():
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 def test_adapters_learn_beside_a_4_bit_base(cfg):
-    """QLoRA: only the adapters change, the loss falls, and the merged model computes what the adapted one does."""
+    """QLoRA: only the adapters change, the loss falls, and the merge_adapters model computes what the adapted one does."""
     settings = TrainerConfig(
         dtype="fp32", bias_speed=0.0, balance_weight=0.0, mtp_weight=0.0, optim=OptimConfig(learning_rate=3e-2),
         lora=LoRAConfig(rank=4, base="nf4"),
@@ -65,7 +65,7 @@ def test_adapters_learn_beside_a_4_bit_base(cfg):
     after = {name: part for name, p in quantized_weights(model).items() for part in p.buffers()}
     assert before and all(torch.equal(before[name], after[name]) for name in before)
     assert all(bool(adapter.lora_b.any()) for adapter in adapters(model).values())
-    plain = merged(model)
+    plain = merge_adapters(model)
     assert not quantized_weights(plain)
     torch.testing.assert_close(plain(batch.ids), model(batch.ids), atol=2e-4, rtol=2e-4)
 
