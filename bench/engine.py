@@ -4,9 +4,9 @@ throughput  64 requests of 128 tokens + 128 new against transformers: v3-tiny in
             bf16 is not fast, both in fp32
 single      SmolLM2 for one user, matrices in bf16 and int8: a token against reading the weights once, and against
             llama.cpp on Q8_0 where THINKSTACK_LLAMA_CPP names a Python that has it; a prompt of 512 tokens
-drafts      --model with a multi-token-prediction module: guesses against none, at 1 to 64 requests overhead    time
-outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens context     a token
-behind 1,024 tokens and more, v3-tiny in fp32, SmolLM2 in bf16, drawn in docs/images/engine-context.png
+drafts      --model with a multi-token-prediction module: with draft tokens against none, at 1 to 64 requests
+overhead    time outside the model at 64 requests; planning with 10,000 waiting; prompts that share 1,024 tokens
+context     a token after 1,024 tokens and more, v3-tiny in fp32, SmolLM2 in bf16; plot: docs/images/engine-context.png
 """
 
 import statistics

@@ -52,7 +52,7 @@ def test_ragged_rows_zeros_and_stacks():
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
 def test_adapters_learn_beside_a_4_bit_base(cfg):
-    """QLoRA: only the adapters change, the loss falls, and the merge_adapters model computes what the adapted one does."""
+    """QLoRA: only the adapters change, the loss falls, and the merged model computes what the adapted one does."""
     settings = TrainerConfig(
         dtype="fp32", bias_speed=0.0, balance_weight=0.0, mtp_weight=0.0, optim=OptimConfig(learning_rate=3e-2),
         lora=LoRAConfig(rank=4, base="nf4"),

