@@ -17,7 +17,7 @@ from thinkstack.text.tokenizer import (
 from thinkstack.types import Message, ToolCall
 
 ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract"]
-"""The expected format of a turn and the position of its answer: `parse_turn`."""
+"""The expected format of a turn and the position of its answer; see `parse_turn`."""
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _THINK_ANSWER_TAGS = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -39,7 +39,7 @@ class Turn:
     is_well_formed: bool
     """Whether the turn has the expected format."""
     rule: str | None = None
-    """The rule that found the answer, for the form "flexible_extract": text/final_answer.py."""
+    """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
 
 
 def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> Turn:
