@@ -106,7 +106,7 @@ def format_of(out: Path, to: str | None) -> str:
     if out.is_file() and not is_gguf(out):
         raise ConfigError(f"{out} is a file, but the {to} format is a folder; give another name")
     if out.is_dir() and is_gguf(out):
-        raise ConfigError(f"{out} is a folder, but its name is that of a GGUF file; give another name")
+        raise ConfigError(f"{out} is a folder, but its name ends in .gguf like a file; give another name")
     return to
 
 

@@ -64,8 +64,8 @@ def save_model(
 ) -> None:
     """Write a complete checkpoint that transformers and this package can open; an existing folder is replaced.
 
-    chat_format: a format of text.chat, or its name; a checkpoint's template is kept. It requires a tokenizer. like: the
-    checkpoint that the model was trained from; its other side files are copied. Matrices in FP8 stay in FP8.
+    chat_format: a format of text.chat, or its name; a TemplateFormat keeps its template. It requires a tokenizer. like:
+    the checkpoint that the model was trained from; its other side files are copied. Matrices in FP8 stay in FP8.
     Raises ConfigError for a mismatch of model, tokenizer and format, and for a disk error; the new folder is then
     removed.
     """

@@ -17,7 +17,7 @@ from thinkstack.log import write_text
 from thinkstack.types import ConfigError
 
 CONS_SAMPLES = 16
-"""Number of samples that vote in cons@16; all of them if there are fewer."""
+"""Number of samples that vote in cons@16; all samples if there are fewer."""
 SHOWN_ANSWERS = 3
 """Number of completions per task that an Evaluation stores as text."""
 CURVE = (

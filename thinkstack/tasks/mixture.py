@@ -127,7 +127,7 @@ def check_phases(phases: Sequence[PhaseConfig], files: Mapping[str, str]) -> Non
             raise ConfigError(f"files.{name} is not a known benchmark{did_you_mean(name, BENCHMARKS)}")
     for phase in phases:
         if not phase.tasks or min(phase.tasks.values()) < 0 or not sum(phase.tasks.values()):
-            raise ConfigError(f"tasks={phase.tasks} of a phase must have weights >= 0, at least one of them above 0")
+            raise ConfigError(f"tasks={phase.tasks} of a phase must have weights >= 0, at least one weight above 0")
         for name in phase.tasks:
             if name in BENCHMARKS and name not in files:
                 raise ConfigError(

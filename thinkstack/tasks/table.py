@@ -1,4 +1,4 @@
-"""The tasks by name, and problems sampled from several of them.
+"""The tasks by name, and sampling of problems from several tasks.
 
 A problem is a function of (tasks, split, seed, index): the only state of a stream is its position, and two runs that
 use the same indices get the same questions.

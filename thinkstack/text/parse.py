@@ -96,8 +96,8 @@ def _parse_flexible(text: str) -> Turn:
 def split_thinking(text: str) -> tuple[str | None, str]:
     """Split a turn into (content of its leading think block, the rest), both unchanged.
 
-    An unclosed block extends to the end. The first part is None if there is no block; a lone closing tag, which prompts
-    without thinking write, is dropped.
+    An unclosed block extends to the end. The first part is None if there is no block; a lone closing tag, with which
+    prompts without thinking start the turn, is dropped.
     """
     head = text.lstrip()
     if head.startswith(THINK_CLOSE):

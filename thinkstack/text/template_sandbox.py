@@ -103,8 +103,10 @@ def _too_large() -> jinja2.TemplateError:
 
 
 def _check_growth(name: str, arguments: list[Any]) -> None:
-    """Raise TemplateError if the result of a call would be too large. arguments: those of the call; for a method, its
-    string comes first."""
+    """Raise TemplateError if the result of a call would be too large.
+
+    arguments: the arguments of the call; for a method of a string, the string comes first.
+    """
     size: float = max((value for value in arguments if isinstance(value, int)), default=0)
     texts = [value for value in arguments if isinstance(value, str)]
     if name in ("format", "format_map") and texts and _WIDE_FIELD.search(texts[0]):

@@ -141,7 +141,7 @@ def _check_expressed(cfg: ModelConfig, values: Mapping[str, Any]) -> None:
 
 
 def _missing_there(cfg: ModelConfig) -> list[tuple[bool, str]]:
-    """Return (whether the model has the feature, its name) for features that llama.cpp lacks in its architecture."""
+    """Return (whether the model has the feature, its name) for each feature that llama.cpp lacks."""
     attention, moe, yarn = cfg.attention, cfg.moe, cfg.rope.yarn
     if moe is not None and moe.group_score == "max" and moe.top_groups < moe.num_groups:
         _log.warning("llama.cpp ranks groups by their two best experts, %s by the best expert", cfg.family)

@@ -184,7 +184,7 @@ def _read_qwen_experts(reader: JsonReader) -> MoEConfig | None:
         return None
     dense = reader.values.get("mlp_only_layers") or []
     if dense != list(range(len(dense))):
-        raise ConfigError(f"mlp_only_layers={dense!r} is not supported; dense layers must be the first ones: 0, 1, ...")
+        raise ConfigError(f"mlp_only_layers={dense!r} is not supported; dense layers must come first: 0, 1, ...")
     return MoEConfig(
         num_experts=reader.integer(key),
         num_experts_per_tok=reader.integer("num_experts_per_tok"),

@@ -39,7 +39,7 @@ def make_side_files(
     """Return the text files of a checkpoint folder, by name.
 
     like: the checkpoint folder that the model was trained from; its other settings (pad token, added tokens, sampling)
-    are kept. Raises ConfigError for a mismatch of model, tokenizer and format.
+    are copied. Raises ConfigError for a mismatch of model, tokenizer and format.
     """
     if tokenizer is None:
         if chat is not None:

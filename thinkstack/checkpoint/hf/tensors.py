@@ -146,7 +146,7 @@ def _shape(shape: tuple[int, ...], entry: TensorEntry) -> tuple[int, ...]:
 def check_tensors(
     where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]], file_of: Callable[[str], Path]
 ) -> None:
-    """Raise ConfigError unless the tensors `found` (shapes by name) are those of a model of `cfg`.
+    """Raise ConfigError unless the tensors `found` (shapes by name) match a model of `cfg`.
 
     where: the checkpoint; file_of: returns the file of a tensor; both for messages.
     """

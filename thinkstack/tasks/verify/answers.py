@@ -76,8 +76,8 @@ def is_correct(reference: str, answer: str | None) -> bool:
 def parse_number(answer: str) -> Fraction | None:
     """Return the value of an integer, a decimal, a fraction of two integers or a mixed number; None for anything else.
 
-    Values are exact: 0.5 is 1/2, 0.333 is not 1/3. Thousands separators may be commas or those of TeX; fractions may be
-    TeX. Mixed numbers are read: 2\\frac{1}{2} and 2 1/2 are 5/2. With an improper fraction, as in 2\\frac{3}{2}, the
+    Values are exact: 0.5 is 1/2, 0.333 is not 1/3. Thousands separators may be commas or TeX separators; fractions may
+    be TeX. Mixed numbers are read: 2\\frac{1}{2} and 2 1/2 are 5/2. With an improper fraction, as in 2\\frac{3}{2}, the
     text is a product, and the result is None.
     """
     # blanks around a TeX fraction: 2\frac12 and 2 1/2 become one spelling, and 21/2 stays different

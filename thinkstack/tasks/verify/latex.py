@@ -76,7 +76,7 @@ def unbox(answer: str) -> str | None:
 def normalize_latex(text: str) -> str:
     """Return LaTeX in one spelling: no blanks, one kind of fraction, no unit, percent, degree or dollar sign.
 
-    Ignored are the differences of the published comparison of MATH (arXiv:2103.03874, appendix) and common notation:
+    Differences are ignored as in the published comparison of MATH (arXiv:2103.03874, appendix) and in common notation:
     "x=5" and "5 cm" become "5"; 1/2, .5 and \\frac12 are numbers and become "1/2"; x/2 becomes \\frac{x}{2}, and
     3\\cdot\\sqrt{13} becomes 3\\sqrt{13}. Nothing is computed. Two numbers stay separate: a blank between digits
     is kept, and a comma followed by a blank is a separator.
