@@ -1,8 +1,8 @@
 """Read the user's files: text, JSON lines and parquet.
 
 Text is UTF-8, with or without a byte-order mark. Lines end only at a line feed or CR LF: U+2028, U+0085 and form feeds
-are part of a line, as in JSON. gzip is detected by its first bytes, not by the file name. Errors are ConfigErrors of
-one line that contains the file name.
+are part of a line, as in JSON. gzip is detected by its magic bytes, not by the file name. Errors are ConfigErrors with
+one-line messages that contain the file name.
 """
 
 import codecs
@@ -25,23 +25,24 @@ ROW_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the placeholder of a file that Git LFS did not fetch."""
-IS_LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+IS_LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
 FOREIGN = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
     codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
     LFS_POINTER: IS_LFS_POINTER,
-    PARQUET: "is a parquet file; give it the ending .parquet",
+    PARQUET: "is a parquet file; give it the extension .parquet",
     b"PK\x03\x04": "is a zip archive; unpack it first",
     b"BZh91AY": "is compressed by bzip2; unpack it, or use gzip",
     b"\xfd7zXZ": "is compressed by xz; unpack it, or use gzip",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it, or use gzip",
     b"GGUF": "is a GGUF checkpoint, not text",
 }
-"""First bytes of files that are not UTF-8 text, with the end of the error message."""
+"""Magic bytes of file types that are not UTF-8 text, each mapped to the text that follows the path in the error
+message."""
 
 
 def lines(path: Path, what: str = "file") -> Iterator[str]:
-    """The lines of a text file with their "\\n" (CR LF is converted); the last one may have none.
+    """Yield the lines of a text file, each with its "\\n" (CR LF becomes "\\n"); the last line may have none.
 
     what: a noun for messages. Raises ConfigError for a file that cannot be read, is damaged or is not UTF-8 text.
     """
@@ -59,7 +60,10 @@ def lines(path: Path, what: str = "file") -> Iterator[str]:
 
 
 def matching_files(path: Path) -> list[Path]:
-    """The files that `path` matches, sorted; its last part may contain *. Raises ConfigError if there are none."""
+    """Return the files that `path` matches, sorted; the last part of `path` may contain *.
+
+    Raises ConfigError if there are none.
+    """
     if "*" not in path.name:
         if not path.exists():
             raise ConfigError(f"{path} does not exist; correct the path")
@@ -71,19 +75,19 @@ def matching_files(path: Path) -> list[Path]:
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """The text of a file, with CR LF converted to line feeds. Raises ConfigError like `lines`."""
+    """Return the text of a file, with CR LF converted to line feeds. Raises ConfigError like `lines`."""
     return "".join(lines(path, what))
 
 
 def has_rows(path: Path) -> bool:
-    """Whether the extension of a file is that of a row format, in upper or lower case."""
+    """Whether a file has the extension of a row format, in upper or lower case."""
     return path.name.lower().removesuffix(".gz").endswith(ROW_ENDINGS)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSON-lines, JSON-list or parquet file, each with its address for messages; blank lines are skipped.
+    """Yield the rows of a JSON-lines, JSON-list or parquet file, each with its location for messages.
 
-    In parquet, a null inside a column counts as a missing key. Raises ConfigError.
+    Blank lines are skipped. In parquet, a null inside a column counts as a missing key. Raises ConfigError.
     """
     rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
     for where, row in rows:
@@ -93,7 +97,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_object(path: Path) -> Row:
-    """The JSON object in a file. Raises ConfigError."""
+    """Return the JSON object in a file. Raises ConfigError."""
     value = parse_json(read_text(path), str(path), "fetch or write it again", has_unique_keys=False)
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is {kind_of(value)}, not a JSON object; fetch or write it again")
@@ -101,9 +105,10 @@ def read_object(path: Path) -> Row:
 
 
 def parse_json(text: str, where: str, fix: str, has_unique_keys: bool = True) -> Any:
-    """The value of JSON text. has_unique_keys: refuse duplicate keys of an object; otherwise the last value counts.
+    """Return the value of JSON text.
 
-    Raises ConfigError, whose message starts with `where` and ends with `fix`; also for unpaired surrogates.
+    has_unique_keys: refuse duplicate keys in an object; otherwise the last value counts.
+    Raises ConfigError, also for unpaired surrogates; its message starts with `where` and ends with `fix`.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object if has_unique_keys else None)
@@ -119,7 +124,9 @@ def parse_json(text: str, where: str, fix: str, has_unique_keys: bool = True) ->
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             surrogate = f"\\u{ord(error.object[error.start]):04x}"
-            raise ConfigError(f"{where} has {surrogate}, half of a character that was cut in two; remove it") from error
+            raise ConfigError(
+                f"{where} has {surrogate}, half of a character (an unpaired surrogate); remove it"
+            ) from error
     return value
 
 
@@ -130,14 +137,14 @@ def log_unused_keys(path: Path, counts: Counter[str]) -> None:
 
 
 def kind_of(value: object) -> str:
-    """The JSON type of a value for messages; parquet has other types too."""
+    """Return the JSON type of a value for messages; the Python type for other values, which parquet files can have."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     kinds |= dict.fromkeys((int, float), "a number")
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"of type {type(value).__name__}")
 
 
 def as_json(value: object) -> str:
-    """A value of a row as JSON for messages; bytes and dates of parquet as Python's repr."""
+    """Return a row value as JSON for messages; bytes and dates, which parquet files can have, as Python's repr."""
     return json.dumps(value, default=repr)
 
 
@@ -150,7 +157,7 @@ def _opened(path: Path, what: str) -> Iterator[BinaryIO]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"{path} is cut off or damaged ({str(error).lower()}); fetch it again") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"cannot read the {what} {path}: it is a folder; name a file") from error
+        raise ConfigError(f"cannot read the {what} {path}: it is a folder; give a file") from error
     except OSError as error:
         raise ConfigError(f"cannot read the {what} {path}: {error.strerror or error}") from error
 
@@ -158,7 +165,7 @@ def _opened(path: Path, what: str) -> Iterator[BinaryIO]:
 def _refuse_foreign(path: Path, start: bytes) -> None:
     problem = next((message for magic, message in FOREIGN.items() if start.startswith(magic)), None)
     if problem is None and b"\0" in start:
-        problem = "has bytes of value 0, as UTF-16 text and binary files do; save it as UTF-8 text"
+        problem = "contains zero bytes, as UTF-16 text and binary files do; save it as UTF-8 text"
     if problem is not None:
         raise ConfigError(f"{path} {problem}")
 
@@ -177,7 +184,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """An object with unique keys. Python would drop all values of a duplicate key but the last."""
+    """Build an object and refuse duplicate keys: Python would drop all values of a duplicate key except the last."""
     value = dict(pairs)
     if len(value) != len(pairs):
         duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -194,7 +201,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         _refuse_foreign(path, start)
         raise ConfigError(f"{path} is not a parquet file; known: {ROW_FORMATS}")
     if end != PARQUET:
-        raise ConfigError(f"{path} is cut off: it does not end as a parquet file does; fetch it again")
+        raise ConfigError(f"{path} is cut off: it does not end with parquet's magic bytes; fetch it again")
     try:
         import pyarrow
         import pyarrow.parquet as parquet

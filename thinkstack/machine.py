@@ -29,8 +29,8 @@ NEGLIGIBLE_CORES = 0.25
 ADAPT_SECONDS = 0.3
 """Seconds between two measurements of the load of other processes."""
 MEASURE_SECONDS, RECHECK_SECONDS = 0.04, 0.3
-"""Duration of the measurement of thread counts, and its duration if more threads seem slower: other processes may be
-the cause."""
+"""Seconds for which thread counts are measured, and the longer limit if more threads seem slower, since other processes
+may be the cause."""
 
 
 def prepare_machine(threads: int = 0) -> None:
@@ -53,18 +53,18 @@ def prepare_machine(threads: int = 0) -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-        # larger blocks, such as those of a large vocabulary, are returned: glibc's heap does not reuse their holes
+        # larger blocks, such as the tensors of a large vocabulary, are returned: glibc's heap does not reuse their gaps
         libc.mallopt(mmap_threshold, 8 << 20)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
         libc.mallopt(top_pad, 64 << 20)
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Number of cores that this process can use: those of its affinity mask, limited by its CPU quota rounded down, at
-    least 1.
+    """Number of cores that this process can use: the cores of its affinity mask, limited by its CPU quota rounded down,
+    at least 1.
 
-    With more threads than the quota the system suspends threads, and the others wait for them. root: root of the file
-    system with the quota files.
+    With more threads than the quota, the system suspends some threads, and the other threads wait for them. root: root
+    of the file system with the quota files.
     """
     quota = cpu_quota(root)
     return bound_cores() if quota is None else max(1, min(bound_cores(), math.floor(quota)))
@@ -113,7 +113,7 @@ def _groups(root: Path) -> list[Path]:
         inside = path if mounted == "/" else path.removeprefix(mounted) if path.startswith(mounted) else "/"
         parts = PurePosixPath(inside.lstrip("/")).parts
         if ".." in parts or not mount.joinpath(*parts).is_dir():
-            parts = ()  # in a container the mount is its own group and the path is that of the host
+            parts = ()  # in a container the mount is the container's own group, and the path is the host's
         folders += [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
     return folders
 
@@ -158,10 +158,12 @@ def _words(path: Path) -> list[str]:
 
 
 def measure_threads(cores: int) -> int:
-    """Threads to use on `cores` usable cores: all, or half if two "cores" are hardware threads of one.
+    """Number of threads to use on `cores` usable cores: all, or half if pairs of "cores" are hardware threads of one
+    core.
 
-    0: other processes make the measurement unreliable; use all cores, and measure again another time. Takes the minimum
-    time of many short matrix products over MEASURE_SECONDS; if more threads seem slower, over RECHECK_SECONDS.
+    Returns 0 if other processes make the measurement unreliable; then use all cores, and measure again later. The time
+    per thread count is the minimum of many short matrix multiplications over MEASURE_SECONDS; if more threads seem
+    slower, over RECHECK_SECONDS.
     """
     import torch
 
@@ -190,7 +192,7 @@ def measure_threads(cores: int) -> int:
 
 
 def fastest_threads(seconds: Mapping[int, float]) -> int:
-    """Threads to use, given the seconds of the same work by number of threads: more only if CLEARLY_FASTER."""
+    """Number of threads to use, given the seconds of the same work by thread count: more only if CLEARLY_FASTER."""
     chosen, *more = sorted(seconds)
     for threads in more:
         if seconds[threads] * CLEARLY_FASTER < seconds[chosen]:
@@ -199,22 +201,22 @@ def fastest_threads(seconds: Mapping[int, float]) -> int:
 
 
 def free_threads(cores: int, others: float) -> int:
-    """Threads to use on `cores` usable cores while other processes have a load of `others` cores.
+    """Number of threads to use on `cores` usable cores while other processes have a load of `others` cores.
 
-    A thread that shares its core delays all others at the next barrier.
+    A thread that shares its core with another process delays all other threads at the next barrier.
     """
     return max(1, math.floor(cores - others + NEGLIGIBLE_CORES))
 
 
 class OtherWork:
-    """CPU load of other processes (child processes included) on the cores of this process."""
+    """CPU load of other processes, which include child processes, on the cores of this process."""
 
     def __init__(self) -> None:
         self._last = self._read()
 
     def cores(self) -> float:
-        """Their load in cores (CPU seconds per second) since the last call or the start; 0 if the system does not
-        report it.
+        """CPU load of the other processes, in cores (CPU seconds per second), since the last call or since this object
+        was created; 0 if the system does not report it.
 
         The system counts in units of 10 ms, so calls should be some 100 ms apart.
         """
@@ -257,19 +259,22 @@ class SharedCores:
 
 
 def pick_device(name: str) -> "torch.device":
-    """The device "auto" (CUDA if available, else the CPU), "cpu" or "cuda".
+    """Return the torch device for `name`: "auto" (CUDA if available, else the CPU), "cpu" or "cuda".
 
-    Raises ConfigError for "cuda" without a CUDA device.
+    Raises ConfigError for name="cuda" without a CUDA device.
     """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('device="cuda", but torch finds no CUDA device; use "auto" or "cpu", or its CUDA build')
+        raise ConfigError(
+            'device="cuda", but torch finds no CUDA device; use device="auto" or device="cpu", or install a CUDA build '
+            "of torch"
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def free_memory() -> dict[str, int]:
-    """Free bytes by device; of main memory only if the system reports it."""
+    """Free memory in bytes by device; main memory is included only if the system reports it."""
     import torch
 
     free = {}
@@ -315,9 +320,9 @@ class InstructionSet:
     needs: frozenset[str]
     """Required features, by their names in /proc/cpuinfo."""
     flags: tuple[str, ...]
-    """Compiler flags; they enable no feature beyond `needs`, so that a compiled library runs on every such machine."""
+    """Compiler flags; they enable no feature beyond `needs`, which every processor with this instruction set has."""
     has_kernels: bool = True
-    """Whether the kernels are compiled for it."""
+    """Whether the kernels are compiled for this instruction set."""
 
 
 _V3 = "avx2 fma f16c bmi1 bmi2"
@@ -344,17 +349,17 @@ INSTRUCTION_SETS = {
         InstructionSet(name="armv8", needs=frozenset(), flags=()),
     ),
 }
-"""By architecture, best first. "amx" and "armv8-bf16" compile the same kernels as the next entry: their matrix products
-are oneDNN's."""
+"""Instruction sets by architecture, best first. "amx" and "armv8-bf16" compile the same kernels as the next entry:
+oneDNN computes their matrix multiplications."""
 BF16_PRODUCTS = ("amx", "avx512-bf16", "armv8-bf16")
-"""Instruction sets with bf16 products."""
+"""Instruction sets with instructions for bf16 dot products or bf16 matrix multiplications."""
 
 
 @functools.cache
 def instruction_set() -> InstructionSet:
     """The best instruction set of this processor, or the one that THINKSTACK_ISA names.
 
-    Raises ConfigError for an unknown one, or one that the processor lacks.
+    Raises ConfigError for an unknown instruction set, or one that the processor lacks.
     """
     available = instruction_sets()
     requested = os.environ.get(ISA, "")
@@ -376,7 +381,7 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
 
 
 def cpu_features() -> frozenset[str]:
-    """Features of the processor by their Linux names; on other systems those that torch reports."""
+    """Features of the processor by their Linux names; on other systems, the features that torch reports."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
         lines = path.read_text().splitlines()

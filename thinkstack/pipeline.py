@@ -259,7 +259,7 @@ def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | N
     try:
         run_stage("evaluate", values, (), out)
     except ConfigError as error:
-        hint = " with --data" if "give the folder that holds" in str(error) else ""
+        hint = " with --data" if "give the folder that contains" in str(error) else ""
         message = re.sub(r"^stages\.evaluate(: |\.)", "", str(error)).replace("num_problems=", "--limit ", 1)
         raise ConfigError(message + hint) from error
     results = {task: read_evaluation(Run(out / "evaluate"), SAMPLED)}

@@ -116,7 +116,8 @@ def test_eos_is_none_one_or_several(value: object, ends: tuple[int, ...]):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(48, "48, beyond the 48 rows"), ([1, 99], "99, beyond"), (-2, "-2, which is no"), ("a", "'a'")]
+    ("value", "words"),
+    [(48, "48, but the embedding has only 48 rows"), ([1, 99], "99, but"), (-2, "-2, which is no"), ("a", "'a'")],
 )
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
 def test_an_impossible_token_id_is_refused(key: str, value: object, words: str):
@@ -132,7 +133,7 @@ def test_texts_begin_with_the_bos_of_the_tokenizer_and_it_is_logged_once(tmp_pat
         assert load_tokenizer(folder).begin_ids == [0]
         load_chat(folder)
         convert(str(folder), tmp_path / "a.gguf")
-    assert caplog.text.count("texts begin with token 0") == 1
+    assert caplog.text.count("prepends the token 0") == 1
     assert load_model(tmp_path / "a.gguf").cfg.bos_id == 0
 
 

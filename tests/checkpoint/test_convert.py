@@ -176,7 +176,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
     save_model(tmp_path / "small", tiny_model(GQA_TINY))
     (tmp_path / "small" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     for work in (load_tokenizer, lambda place: convert(str(place), tmp_path / "out")):
-        with pytest.raises(ConfigError, match=r"tokenizer.json has 360 tokens, the model 48"):
+        with pytest.raises(ConfigError, match=r"tokenizer.json has 360 tokens, but the model has only 48"):
             work(tmp_path / "small")
     assert not (tmp_path / "out").exists()
 

@@ -135,7 +135,7 @@ def test_a_format_needs_its_tokenizer(tmp_path: Path):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"tokenizer has 360 tokens, the model 48"):
+    with pytest.raises(ConfigError, match=r"tokenizer has 360 tokens, but the model has only 48"):
         save_model(tmp_path / "model", tiny_model(), tiny_tokenizer(), "v3")
     assert not (tmp_path / "model").exists()
 

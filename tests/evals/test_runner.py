@@ -139,7 +139,7 @@ def test_an_evaluation_without_readable_answers_warns(caplog):
     found = evaluate(answers, CharacterChat(), [problem()], cfg, SCORE)
     assert (found.answer_rate, found.pass_at_1) == (0.0, 0.0)
     warn_if_no_answer_read(found, cfg.thinking_format)
-    assert "none of the 2 answers could be read in the format 'think_answer_tags'" in caplog.text
+    assert "no answer could be read from 2 completions with thinking_format='think_answer_tags'" in caplog.text
     assert 'thinking_format = "flexible_extract"' in caplog.text
     caplog.clear()
     stock = partial(reward, cfg=RewardConfig(thinking_format="flexible_extract"))
@@ -192,7 +192,7 @@ def test_metrics_can_be_recomputed_from_the_samples_file(tmp_path):
     assert summarize(records, found.seconds, found.chance) == found
     assert compute_metrics(records[:1]) == found.by_task["chain"]
     (tmp_path / "bad.jsonl").write_text('{"key": 1}\n')
-    with pytest.raises(ConfigError, match=r"bad\.jsonl:1"):
+    with pytest.raises(ConfigError, match=r"bad\.jsonl line 1"):
         read_samples(tmp_path / "bad.jsonl")
 
 
@@ -208,13 +208,13 @@ def test_held_out_problems_are_test_problems_of_the_configured_levels_and_tasks(
 
 
 def test_several_greedy_samples_are_refused():
-    with pytest.raises(ConfigError, match="samples=16 at temperature 0"):
+    with pytest.raises(ConfigError, match="samples=16 with temperature=0"):
         EvalConfig(tasks=("chain",), temperature=0.0)
 
 
 def test_a_curve_point_contains_what_the_plots_need():
     found = two_problems()
-    point = curve_point(20, found, held_out_problems=found)
+    point = curve_point(20, found, held_out=found)
     assert point["step"] == 20
     assert point["by_task"] == {"chain": 0.75, "cups": 0.25}
     assert point["held_out_level"] == {"pass_at_1": 0.5, "stderr": pytest.approx(0.25)}

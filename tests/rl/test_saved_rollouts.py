@@ -23,7 +23,7 @@ class SlowOnce:
     def __call__(self, problem: Problem, text: str) -> Score:
         self.calls += 1
         if self.calls <= self.slow and self.calls % 20 == 0:
-            return Score(total=0.0, unscorable="ran over 1 s")
+            return Score(total=0.0, unscorable="ran longer than 1 s")
         return arm_score(problem, text)
 
 

@@ -61,7 +61,7 @@ def test_a_resumed_curriculum_continues_with_the_same_problems(folder: Path):
         ([{"until": 0.5, "tasks": {"sums": 1.0}}], {}, "must increase from above 0 to exactly 1.0"),
         ([{"tasks": {"summs": 1.0}}], {}, "unknown task 'summs'; did you mean sums"),
         ([{"tasks": {"gsm8k": 1.0}}], {}, "the task gsm8k needs its data: set files.gsm8k=FOLDER"),
-        ([{"tasks": {"sums": 0.0}}], {}, "must have weights >= 0, at least one of them above 0"),
+        ([{"tasks": {"sums": 0.0}}], {}, "must have weights >= 0, at least one weight above 0"),
         ([{"tasks": {"sums": 1.0}, "levels": {"times": [1]}}], {}, "levels.times is not a task"),
         ([{"tasks": {"sums": 1.0}}], {"gsm": "x"}, "files.gsm is not a known benchmark; did you mean gsm8k"),
         ([{"tusks": {"sums": 1.0}}], {}, r"unknown key zero.phases\[0\].tusks; did you mean"),

@@ -64,7 +64,7 @@ def test_the_share_applies_to_joined_tokens():
 
 
 def test_a_vocabulary_without_joined_tokens_is_refused():
-    with pytest.raises(ConfigError, match=r"joins no punctuation with line breaks; set it to 0"):
+    with pytest.raises(ConfigError, match=r"joins punctuation with line breaks; set boundary_split_share=0"):
         BoundarySplitter(tiny_tokenizer())
 
 

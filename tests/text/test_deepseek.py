@@ -217,5 +217,5 @@ def test_a_conversation_without_an_answer_is_refused(name):
 def test_only_assistant_messages_have_reasoning_and_calls():
     with pytest.raises(RequestError, match="role='user'"):
         Message(role="user", content="", tool_calls=(CALL,))
-    with pytest.raises(RequestError, match="'r1_zero' has no tools"):
+    with pytest.raises(RequestError, match="'r1_zero' does not support tools"):
         chat("r1_zero").prompt([QUESTION], [Tool(name="t", description="")])

@@ -23,7 +23,7 @@ FOLDERS = sorted(path.parent for path in FOLDER.glob("*/tokenizer.json"))
 CONVERSATIONS = {conversation["key"]: conversation for conversation in conversations()}
 WITHOUT_CONTROL_SPELLINGS = [key for key, conversation in CONVERSATIONS.items() if not conversation.get("spells")]
 WITH_CONTROL_SPELLINGS = [key for key, conversation in CONVERSATIONS.items() if conversation.get("spells")]
-EXPECTED_REFUSALS = ("does not support tools", "writes no tool calls", "drops the content before")
+EXPECTED_REFUSALS = ("does not support tools", "does not support tool calls", "drops the content before")
 """Messages for conversations that transformers renders with something missing."""
 DEPARTURES = {("r1", "two rounds of calls")}
 """R1's own template never begins a second round of calls."""

@@ -158,8 +158,8 @@ def test_the_tool_template_is_used_if_there_are_tools():
     ("messages", "tools", "reason"),
     [
         ([QUESTION], [Tool(name="add", description="")], "does not support tools"),
-        ([QUESTION, assistant("", tool_calls=(CALL,))], [], "writes no tool calls"),
-        ([], [], "does not take this conversation"),
+        ([QUESTION, assistant("", tool_calls=(CALL,))], [], "does not support tool calls"),
+        ([], [], "cannot render this conversation"),
     ],
     ids=["tools", "calls", "no message"],
 )
@@ -335,7 +335,7 @@ def test_no_template_hangs_or_exhausts_memory(template):
     ],
 )
 def test_any_error_in_a_template_is_a_request_error(template):
-    with pytest.raises(RequestError, match="does not take this conversation"):
+    with pytest.raises(RequestError, match="cannot render this conversation"):
         render(template, b=[])
 
 

@@ -27,7 +27,7 @@ EXACT = TrainerConfig(dtype="fp32", micro_batch_tokens=64)
 def test_auto_is_the_cpu_where_there_is_no_other_device_and_cuda_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto").type == pick_device("cpu").type == "cpu"
-    with pytest.raises(ConfigError, match='use "auto" or "cpu"'):
+    with pytest.raises(ConfigError, match='use device="auto" or device="cpu"'):
         pick_device("cuda")
     with pytest.raises(ConfigError, match="no CUDA device"):
         Trainer(tiny_model(), replace(EXACT, device="cuda"), 1)

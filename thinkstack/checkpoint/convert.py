@@ -31,7 +31,8 @@ OUTPUT_FORMATS = {
     "fp8": OutputFormat(torch.bfloat16, FP8Blocks()),
     "fp8-ue8m0": OutputFormat(torch.bfloat16, FP8Blocks(power_of_two=True)),
 }
-"""Output formats by --dtype. fp8: the matrices of all blocks in FP8, everything else in bf16; others: all tensors."""
+"""Output formats by --dtype. fp8, fp8-ue8m0: the matrices of all transformer blocks in FP8, everything else in bf16;
+the other formats: all tensors in that dtype."""
 DTYPES = {
     "hf": tuple(OUTPUT_FORMATS),
     "deepseek": ("bf16", "fp8", "fp8-ue8m0"),
@@ -53,7 +54,7 @@ def convert(
     to: hf, deepseek (folders) or gguf (a file OUT.gguf, or a folder that also has a Modelfile); None chooses by the
     name of `out`: gguf for OUT.gguf, else hf. dtype: one of DTYPES; empty keeps the stored types. model_parallel:
     ranks of the deepseek layout. max_shard_gb: largest file of hf, in GB.
-    Raises ConfigError for an unreadable checkpoint, a format that cannot represent it, a name that contradicts the
+    Raises ConfigError for an unreadable checkpoint, a format that cannot represent it, a file name that contradicts the
     format, and a full disk.
     """
     to = format_of(out, to)
@@ -62,7 +63,7 @@ def convert(
     if not max_shard_gb > 0:
         raise ConfigError(f"max-shard-gb={max_shard_gb} must be above 0")
     if model_parallel != 1 and to != "deepseek":
-        raise ConfigError(f"model-parallel={model_parallel} applies only to the deepseek layout; remove it for {to}")
+        raise ConfigError(f"model-parallel={model_parallel} applies only to the deepseek layout; remove it for to={to}")
     path = locate(model)
     source = open_source(path)
     if to == "gguf":
@@ -96,14 +97,16 @@ def format_of(out: Path, to: str | None) -> str:
         raise ConfigError(f"format {to!r} is not known; known: {', '.join(DTYPES)}")
     if is_gguf(out) and to != "gguf":
         raise ConfigError(
-            f"{out} is the name of a GGUF file, but {to} writes a folder; give another name, or remove --to {to}"
+            f"{out} is the name of a GGUF file, but --to {to} writes a folder; give another name, or remove --to {to}"
         )
     if out.suffix.lower() in (".safetensors", *PICKLES):
-        raise ConfigError(f"{out} is the name of one file, but {to} writes a folder of files; remove {out.suffix}")
+        raise ConfigError(
+            f"{out} is the name of one file, but the {to} format is a folder; remove the extension {out.suffix}"
+        )
     if out.is_file() and not is_gguf(out):
-        raise ConfigError(f"{out} is a file, but {to} writes a folder; give another name")
+        raise ConfigError(f"{out} is a file, but the {to} format is a folder; give another name")
     if out.is_dir() and is_gguf(out):
-        raise ConfigError(f"{out} is a folder, but gguf would write a file of that name; give another name")
+        raise ConfigError(f"{out} is a folder, but its name ends in .gguf like a file; give another name")
     return to
 
 
@@ -135,8 +138,8 @@ def _check_disk_space(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise ConfigError(
-            f"{out} needs {num_bytes / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB free; free space, choose "
-            "another folder or a smaller dtype"
+            f"{out} needs {num_bytes / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB free; free some space, "
+            "choose another folder, or use a smaller dtype"
         )
 
 

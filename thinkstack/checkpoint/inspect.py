@@ -15,7 +15,7 @@ from thinkstack.models.counts import (
 from thinkstack.types import ConfigError
 
 CONTEXT = 4096
-"""Context length, in tokens, for numbers that depend on it; at most the maximum of the model."""
+"""Context length, in tokens, for numbers that depend on it; limited to the maximum of the model."""
 MAX_SHOWN_TOKENS = 12
 """Maximum number of control tokens to list."""
 Rows = list[tuple[str, str]]

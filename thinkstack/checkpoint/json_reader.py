@@ -28,7 +28,7 @@ class JsonReader:
         return value
 
     def integer(self, key: str, default: Any = REQUIRED, least: int = 1) -> int:
-        value = self._get(key, default, (int,), "a whole number")
+        value = self._get(key, default, (int,), "an integer")
         if value < least:
             raise ConfigError(f"{self.where}: {key}={value} is below {least}; correct it")
         return value

@@ -45,7 +45,7 @@ from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
 AUTO_BF16_PARAMETERS = 50_000_000
-"""Number of parameters from which precision "auto" may choose bf16."""
+"""Number of parameters from which precision="auto" may choose bf16."""
 ADAPTER_CONFIG = "adapter_config.json"
 STAGE_MODEL = "model"
 """Subfolder of a stage's folder that contains its model."""
@@ -64,8 +64,8 @@ def save_model(
 ) -> None:
     """Write a complete checkpoint that transformers and this package can open; an existing folder is replaced.
 
-    chat_format: a format of text.chat, or its name; a checkpoint's template is kept. It requires a tokenizer. like: the
-    checkpoint that the model was trained from; its other side files are copied. Matrices in FP8 stay in FP8.
+    chat_format: a format of text.chat, or its name; a TemplateFormat keeps its template. It requires a tokenizer. like:
+    the checkpoint that the model was trained from; its other side files are copied. Matrices in FP8 stay in FP8.
     Raises ConfigError for a mismatch of model, tokenizer and format, and for a disk error; the new folder is then
     removed.
     """
@@ -110,7 +110,7 @@ def load_model(
 
     dtype: float8_e4m3fn keeps FP8 matrices of the checkpoint, or quantizes the matrices of all blocks if it has none;
     the other parameters keep the stored dtype. quantization: quantize the matrices of all blocks with this scheme; the
-    others are in `dtype`.
+    other parameters are in `dtype`.
     Raises ConfigError for an unusable checkpoint.
     """
     opened = open_source(source)
@@ -133,9 +133,9 @@ def pick_precision(
 ) -> Precision:
     """Choose the precision for inference.
 
-    "auto" is fp32 (exact) for models with fewer than AUTO_BF16_PARAMETERS parameters. Larger models are bound by
-    reading the weights: "auto" is bf16 if the device multiplies it faster, or if the weights are quantized, since the
-    kernels for quantized weights take bf16 everywhere.
+    requested="auto" chooses fp32 (exact) for models with fewer than AUTO_BF16_PARAMETERS parameters. Larger models are
+    bound by reading the weights: "auto" chooses bf16 if the device multiplies bf16 faster, or if the weights are
+    quantized, since the kernels for quantized weights support bf16 on every device.
     """
     if requested == "auto" and count_parameters(open_source(source).cfg) < AUTO_BF16_PARAMETERS:
         return "fp32"
@@ -170,11 +170,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def _log_bos_mismatch(path: Path, bos: int, begin: tuple[int, ...]) -> None:
     """Log once per checkpoint that its BOS tokens differ, as in R1's distilled Qwen models."""
     first_ids = ", ".join(map(str, begin))
-    _log.info("%s: texts begin with token %s of %s; bos_token_id of %s is %d", path, first_ids, TOKENIZER, CONFIG, bos)
+    _log.info("%s: %s prepends the token %s; bos_token_id of %s is %d", path, TOKENIZER, first_ids, CONFIG, bos)
 
 
 def load_chat(source: str | Path) -> ChatFormat:
-    """Load the chat format at `source`: ours by its key, else the template of the checkpoint.
+    """Load the chat format at `source`: our format under CHAT_FORMAT, else the template of the checkpoint.
 
     A base model has neither: the result continues plain text (`has_template` is False) and raises ConfigError for
     conversations. Raises ConfigError for an unusable tokenizer or unusable settings.
@@ -193,7 +193,7 @@ def load_chat(source: str | Path) -> ChatFormat:
     bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     if eos and eos not in tokenizer.control:
         raise ConfigError(
-            f"{where}: eos_token={eos!r} is not a control token of tokenizer.json; set it to the one that ends a turn"
+            f"{where}: eos_token={eos!r} is not a control token of tokenizer.json; set it to the token that ends a turn"
         )
     end_token_ids = _generation_end_token_ids(path, tokenizer)
     if template is None:
@@ -205,12 +205,12 @@ def load_chat(source: str | Path) -> ChatFormat:
 def _no_template(where: Path) -> str:
     return (
         f"{where} has neither {CHAT_FORMAT} nor a chat_template: this is a base model, which continues plain text; for "
-        f"conversations add {CHAT_FORMAT} ({', '.join(FORMATS)}) there, or a {TEMPLATE} beside it"
+        f"conversations add {CHAT_FORMAT} ({', '.join(FORMATS)}) there, or a {TEMPLATE} next to it"
     )
 
 
 def _shipped_templates(path: Path, config: dict[str, Any]) -> tuple[str | None, str]:
-    """Return the Jinja source of the chat template and that of the tool template.
+    """Return the Jinja sources of the chat template and of the tool template.
 
     The template is chat_template.jinja, or the key chat_template (text or a list of named templates); None for a base
     model. The tool template is empty if there is no separate one.

@@ -1,7 +1,7 @@
 """TensorSource: a checkpoint as tensors that are read one at a time; the common representation of all formats.
 
-Names and shapes are those of the Hugging Face layout (hf.tensors.tensor_entries), independent of the file format. Each
-format needs one reader and one writer, and every conversion is a pair of the two.
+Names and shapes follow the Hugging Face layout (hf.tensors.tensor_entries), independent of the file format. Each
+format needs one reader and one writer, and every conversion combines a reader with a writer.
 """
 
 from collections.abc import Callable, Mapping

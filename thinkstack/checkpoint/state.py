@@ -19,7 +19,7 @@ from thinkstack.types import ConfigError
 MODEL, AVERAGE, STATE = "model", "model-ema", "state"
 
 ADAPTER = "adapter"
-"""Folder of the trained adapter, beside the merged model."""
+"""Folder of the trained adapter, next to the merged model."""
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 
 

@@ -1,10 +1,10 @@
 """Safetensors files: reading with bounded memory, and writing one tensor at a time.
 
 Format (huggingface.co/docs/safetensors): the length of the header (8 bytes, little-endian), a JSON header with type,
-shape and offsets of each tensor, padded with blanks to a multiple of 8, then the tensors. The library validates a file
+shape and offsets of each tensor, padded with spaces to a multiple of 8, then the tensors. The library validates a file
 when it opens it. But it reads by mapping files, whose pages then count as process memory, and it writes all tensors of
-a file at once. This module therefore reads each tensor into its own memory, and writes the header first. Order and
-padding are those of the library, so equal tensors give equal files.
+a file at once. This module therefore reads each tensor into its own memory, and writes the header first. It uses the
+order and padding of the library, so equal tensors give equal files.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Error messages for weight files with unexpected content; files.py has those for text and JSON."""
+"""Error messages for weight files with unexpected content; the messages for text and JSON are in files.py."""
 
 from pathlib import Path
 
@@ -18,5 +18,7 @@ def unreadable_file(path: Path, kind: str, error: object) -> ConfigError:
     if not begin:
         return ConfigError(f"{path} is empty; fetch it again")
     if begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return ConfigError(f"{path} is a web page, not {kind}; fetch the file itself (hub: /resolve/)")
+        return ConfigError(
+            f"{path} is a web page, not {kind}; fetch the file itself (on the hub, its URL has /resolve/)"
+        )
     return ConfigError(f"{path} is truncated or not {kind} ({error}); fetch it again")

@@ -6,9 +6,10 @@ from collections.abc import Hashable, Sequence
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the probability that k of n answers, sampled without replacement, include one of the c correct ones.
+    """Return the probability that k of n completions, sampled without replacement, include a correct completion.
 
-    1 - C(n - c, k) / C(n, k), the unbiased estimate of pass@k, computed as a product to avoid large binomials.
+    c: number of correct completions. The result is 1 - C(n - c, k) / C(n, k), the unbiased estimate of pass@k, computed
+    as a product to avoid large binomials.
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n. Source: Chen et al., arXiv:2107.03374, section 2.1.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
@@ -22,7 +23,7 @@ def cons_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: in
     """Return 1 if the most frequent answer of the first k samples is correct, else 0.
 
     answers: one normalized answer per sample; None (no answer could be read) does not vote. correct: whether each
-    sample is correct; the result is that of the first sample with the winning answer. Ties go to the answer that occurs
+    sample is correct; the flag of the first sample with the winning answer decides. Ties go to the answer that occurs
     first; without votes the result is 0. If there are fewer than k samples, all vote. Source: majority voting,
     arXiv:2203.11171; cons@k in the R1 paper, arXiv:2501.12948.
     """

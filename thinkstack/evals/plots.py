@@ -240,7 +240,7 @@ def _percent(panel: Axes) -> None:
 
 
 def _legend_on_top(canvas: Canvas, panel: Axes) -> None:
-    """Add one legend for all panels, beside the title."""
+    """Add one legend for all panels, next to the title."""
     handles, labels = panel.get_legend_handles_labels()
     canvas.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK)
 

@@ -15,7 +15,7 @@ Rows = list[tuple[str, list[str]]]
 
 MISSING = "-"
 NO_ANSWER_READ = "no answer read"
-"""Replaces an accuracy of 0 if no answer could be read in the configured form."""
+"""Replaces an accuracy of 0 if no answer could be read in the configured thinking_format."""
 
 
 def write_report(
@@ -108,7 +108,7 @@ def describe_samples(samples: int) -> str:
 
 
 def setting_line(columns: Mapping[str, Evaluation]) -> str:
-    """Describe the problems and samples behind the metrics, once per distinct setting."""
+    """Describe the number of problems and samples, once per distinct setting."""
     settings: dict[str, list[str]] = {}
     for name, part in columns.items():
         settings.setdefault(f"{part.problems:,} held-out problems, {describe_samples(part.samples)}", []).append(name)

@@ -1,6 +1,6 @@
-"""Metrics of one evaluation, for all problems and by task, level and language, computed from recorded answers.
+"""Metrics of one evaluation, for all problems and by task, level and language, computed from recorded completions.
 
-Records contain every answer, so `summarize` can recompute all metrics from samples.jsonl.
+Records contain every completion, so `summarize` can recompute all metrics from samples.jsonl.
 """
 
 import json
@@ -17,9 +17,9 @@ from thinkstack.log import write_text
 from thinkstack.types import ConfigError
 
 CONS_SAMPLES = 16
-"""Number of samples that vote in cons@16; all of them if there are fewer."""
+"""Number of samples that vote in cons@16; all samples if there are fewer."""
 SHOWN_ANSWERS = 3
-"""Answers per task stored as text in an Evaluation."""
+"""Number of completions per task that an Evaluation stores as text."""
 CURVE = (
     "pass_at_1",
     "stderr",
@@ -36,7 +36,7 @@ CURVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRecord:
-    """One sampled answer and its evaluation."""
+    """One sampled completion and its evaluation."""
 
     text: str
     """The complete turn: prefill and completion."""
@@ -45,20 +45,20 @@ class AnswerRecord:
     correct: bool | None
     """Whether the reward function found the answer correct; None if it is unscorable."""
     well_formed: bool
-    """Whether the turn has the expected format: text/parse.py."""
+    """Whether the turn has the expected format (text/parse.py)."""
     worked: bool
-    """Whether the thinking contains worked steps: runner.is_worked."""
+    """Whether the thinking contains worked steps (runner.is_worked)."""
     truncated: bool
     """Whether the engine stopped the completion at max_tokens."""
     num_tokens: int
     """Sampled tokens, including the end token."""
     rule: str | None = None
-    """The rule that found the answer, for the form "flexible_extract": text/final_answer.py."""
+    """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemRecord:
-    """One problem and its answers, in sampling order."""
+    """One problem and its completions, in sampling order."""
 
     key: str
     task: str
@@ -72,7 +72,7 @@ class ProblemRecord:
 
     @property
     def scored(self) -> tuple[AnswerRecord, ...]:
-        """The answers that could be scored."""
+        """The completions that could be scored."""
         return tuple(answer for answer in self.answers if answer.correct is not None)
 
     @property
@@ -85,38 +85,39 @@ class EvalMetrics:
     """Metrics over a set of problems. A metric is None if it is undefined (no problem could be scored)."""
 
     problems: int
-    """Number of problems with at least one scored answer; means over problems use these."""
+    """Number of problems with at least one scored completion; means over problems use these problems."""
     samples: int
-    """Number of sampled answers per problem."""
+    """Number of sampled completions per problem."""
     pass_at_1: float | None
-    """Mean over problems of the share of correct answers."""
+    """Mean over problems of the share of correct completions."""
     stderr: float | None
     """Standard error of pass_at_1 over problems; None for a single problem."""
     pass_at_k: dict[int, float]
-    """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k scored answers."""
+    """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k scored completions."""
     cons_at_16: float | None
-    """Majority vote of the first 16 scored answers (of all, if fewer)."""
+    """Majority vote of the first 16 scored completions (of all, if fewer)."""
     answer_rate: float
-    """Share of answers that could be read in the configured form; if it is 0, the accuracy is meaningless."""
+    """Share of completions with an answer in the configured thinking_format; if it is 0, the accuracy is
+    meaningless."""
     format_rate: float
-    """Share of well-formed answers."""
+    """Share of well-formed completions."""
     truncation_rate: float
-    """Share of answers truncated at max_tokens."""
+    """Share of completions truncated at max_tokens."""
     mean_tokens: float
-    """Mean tokens per answer, including the end token."""
+    """Mean tokens per completion, including the end token."""
     unscorable: int
-    """Number of answers that could not be scored; they are excluded from every metric of correctness."""
+    """Number of completions that could not be scored; they are excluded from every metric of correctness."""
     worked_share: float
-    """Share of answers whose thinking contains worked steps."""
+    """Share of completions whose thinking contains worked steps."""
     worked_accuracy: float | None
-    """Share of correct answers among worked answers."""
+    """Share of correct completions among the completions with worked steps."""
     direct_accuracy: float | None
-    """Share of correct answers among all other answers."""
+    """Share of correct completions among the completions without worked steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownAnswer:
-    """An answer shown as text in the report."""
+    """A completion that the report shows as text."""
 
     question: str
     reference: str
@@ -126,7 +127,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(EvalMetrics):
-    """Metrics over all problems and over their parts, and example answers."""
+    """Metrics over all problems and over subsets of them, and example completions."""
 
     by_task: dict[str, EvalMetrics]
     by_level: dict[int, EvalMetrics]
@@ -137,9 +138,9 @@ class Evaluation(EvalMetrics):
     seconds: float
     """Wall time of sampling and scoring."""
     shown: dict[str, tuple[ShownAnswer, ...]]
-    """First answers to the first problems of each task."""
+    """First completions for the first problems of each task."""
     records: tuple[ProblemRecord, ...] = field(default=(), repr=False, compare=False)
-    """The records behind the metrics; stored in samples.jsonl, not in `to_dict`."""
+    """The records from which the metrics are computed; they are stored in samples.jsonl, not in `to_dict`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the records as plain JSON values."""
@@ -163,7 +164,7 @@ def summarize(
 ) -> Evaluation:
     """Compute all metrics of `records`. Raises ConfigError if there are none."""
     if not records:
-        raise ConfigError("there are no answers to evaluate; give at least one problem")
+        raise ConfigError("there are no completions to evaluate; give at least one problem")
     tasks = _group_by(records, lambda record: record.task)
     return Evaluation(
         **vars(compute_metrics(records)),
@@ -212,7 +213,7 @@ def compute_metrics(records: Sequence[ProblemRecord]) -> EvalMetrics:
 
 
 def _pass_at_powers_of_two(scored_records: Sequence[ProblemRecord], samples: int) -> dict[int, float]:
-    """Return pass@k for k = 1, 2, 4, ... <= samples, as long as some problem has k scored answers."""
+    """Return pass@k for k = 1, 2, 4, ... <= samples, as long as some problem has k scored completions."""
     out, k = {}, 1
     while k <= samples:
         values = [pass_at_k(len(r.scored), r.num_correct, k) for r in scored_records if len(r.scored) >= k]
@@ -239,7 +240,7 @@ def _shown_answers(records: Sequence[ProblemRecord]) -> tuple[ShownAnswer, ...]:
 
 
 def write_samples(path: Path, records: Iterable[ProblemRecord]) -> None:
-    """Write one problem with all its answers per line, atomically."""
+    """Write one problem with all its completions per line, atomically."""
     lines = (json.dumps(_RECORD_ADAPTER.dump_python(record, mode="json"), ensure_ascii=False) for record in records)
     write_text(path, "".join(f"{line}\n" for line in lines))
 
@@ -251,12 +252,14 @@ def read_samples(path: Path) -> list[ProblemRecord]:
         try:
             records.append(_RECORD_ADAPTER.validate_json(line))
         except ValidationError as error:
-            raise ConfigError(f"{path}:{number} is not a recorded problem: {error}") from error
+            raise ConfigError(
+                f"{path} line {number} is not a problem in the format of samples.jsonl: {error}"
+            ) from error
     return records
 
 
 def curve_point(step: int, evaluation: Evaluation, held_out: EvalMetrics | None = None) -> dict[str, Any]:
-    """Return one point of the learning curve, as plots.py reads it.
+    """Return one point of the learning curve, in the format that plots.py expects.
 
     held_out: metrics of a level excluded from training, or None.
     """

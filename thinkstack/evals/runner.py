@@ -1,4 +1,4 @@
-"""Evaluation: sample answers to held-out problems and score them with the reward function of training.
+"""Evaluation: sample completions for held-out problems and score them with the reward function of training.
 
 All metrics come from one set of samples; greedy evaluation is samples=1 at temperature 0. Prompts use the chat format
 of the rollouts, so training and evaluation differ only in the problems.
@@ -34,13 +34,13 @@ class EvalConfig:
     num_problems: int = 200
     """Number of held-out problems of the puzzle tasks together, and of each benchmark."""
     samples: int = 16
-    """Number of sampled answers per problem."""
+    """Number of sampled completions per problem."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy decoding and requires samples=1."""
     top_p: float = 1.0
     """Nucleus sampling: sample from the smallest set of tokens with at least this probability; 1 turns it off."""
     max_tokens: int = 128
-    """Maximum tokens per answer; longer answers count as truncated."""
+    """Maximum tokens per completion; completions that reach it count as truncated."""
     seed: int = 0
     """Seed of the problems and of sampling."""
     tasks: tuple[str, ...]
@@ -48,11 +48,11 @@ class EvalConfig:
     levels: tuple[int, ...] | None = None
     """Allowed levels; None uses all levels of each task."""
     thinking_format: ThinkingFormat = "think_answer_tags"
-    """The expected format of a turn: text/parse.py."""
+    """The expected format of a turn (text/parse.py)."""
     unseen_wordings: bool = False
     """Use the wordings that training never uses."""
     languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty uses all of them."""
+    """Languages of generated questions; empty uses all languages."""
     files: dict[str, str] = field(default_factory=dict)
     """Folders of benchmarks by name (tasks/table.py); num_problems problems of each are added."""
 
@@ -63,16 +63,16 @@ class EvalConfig:
             raise ConfigError("an evaluation needs at least one task or benchmark; set tasks or files")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(
-                f"samples={self.samples} at temperature 0 gives the same answer every time; use samples=1"
+                f"samples={self.samples} with temperature=0 gives the same completion every time; use samples=1"
             )
 
 
 UNREAD_ADVICE: dict[ThinkingFormat, str] = {
     "think_answer_tags": 'set thinking_format = "flexible_extract" for stock models, or "think_then_answer" for R1',
     "think_then_answer": 'set thinking_format = "flexible_extract" to read models that open no think block',
-    "flexible_extract": "look at the answers in samples.jsonl: none of them contains a box, an answer mark or a number",
+    "flexible_extract": "look at the completions in samples.jsonl: none contains a box, an answer phrase or a number",
 }
-"""Advice if no answer could be read, by form."""
+"""Advice if no answer could be read, by thinking_format."""
 
 
 def held_out_problems(cfg: EvalConfig) -> list[Problem]:
@@ -93,10 +93,10 @@ def evaluate(
     cfg: EvalConfig,
     score: ScoreFunction,
 ) -> Evaluation:
-    """Sample cfg.samples answers to each problem and compute all metrics.
+    """Sample cfg.samples completions for each problem and compute all metrics.
 
-    problems: from `held_out_problems`, or any others; cfg has the sampling parameters. score: the reward function of
-    training.
+    problems: from `held_out_problems`, or any other problems; cfg has the sampling parameters. score: the reward
+    function of training.
     """
     started = time.perf_counter()
     prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in problems]
@@ -124,8 +124,8 @@ def warn_if_no_answer_read(found: Evaluation, thinking_format: ThinkingFormat) -
     """Log a warning with advice if no answer of an evaluation could be read."""
     if found.answer_rate == 0:
         log.warning(
-            "none of the %d answers could be read in the format %r, so the accuracy is meaningless: the model has "
-            "not learned this format yet, or %s",
+            "no answer could be read from %d completions with thinking_format=%r, so the accuracy is meaningless. "
+            "Either the model has not learned this format yet, or its format differs: %s",
             sum(len(record.answers) for record in found.records),
             thinking_format,
             UNREAD_ADVICE[thinking_format],
@@ -153,7 +153,8 @@ def grade_completion(
 ) -> AnswerRecord:
     """Parse and score one completion. `correct` means accuracy 1, independent of the format.
 
-    A truncated turn is not well-formed, except in "think_answer_tags", where the parser requires the closing tag.
+    A truncated turn is not well-formed, except with thinking_format="think_answer_tags", for which the parser requires
+    the closing tag.
     """
     text, is_truncated = chat.text_of(completion.token_ids), completion.finish_reason == "length"
     turn, scored, answer = (
@@ -176,8 +177,8 @@ def grade_completion(
 def is_worked(problem: Problem, thinking: str) -> bool:
     """Whether the thinking contains worked steps: at least max(1, level - 1) of its lines contain "=" or ">".
 
-    Every task writes one step per line as "... = result" or "...>result", and the level is the number of steps. One
-    step may be missing (the last one may be left to the answer); lines without a step do not count.
+    A worked solution has one step per line, "... = result" or "...>result", and the level is the number of steps. One
+    step may be missing, since the last step may be the answer itself; lines without a step do not count.
     """
     steps = sum("=" in line or ">" in line for line in thinking.split("\n"))
     return steps >= max(1, problem.level - 1)

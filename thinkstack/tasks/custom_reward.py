@@ -1,6 +1,6 @@
 """User-defined parts of a reward: functions in Python files that a recipe names.
 
-The file is trusted as the recipe is: it is imported into this process.
+The file must be as trusted as the recipe, since it is imported into this process.
 """
 
 import functools
@@ -43,7 +43,7 @@ def load_reward(name: str) -> RewardFunction:
     try:
         inspect.signature(found).bind(None, "")
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"reward {name!r} must take (problem, text): {error}") from error
+        raise ConfigError(f"reward {name!r} must accept the arguments (problem, text): {error}") from error
     return found
 
 

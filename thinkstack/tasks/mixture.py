@@ -16,7 +16,7 @@ class PhaseConfig:
     """One phase of a run and its task mixture."""
 
     until: float = 1.0
-    """Share of the run at which the phase ends; it starts where the previous one ends, and the last ends at 1."""
+    """Share of the run at which this phase ends. It starts at `until` of the previous phase; the last phase has 1."""
     tasks: dict[str, float] = field(default_factory=dict)
     """Sampling weight of each task: puzzle tasks of tasks/table.py, and benchmarks whose folder `files` gives."""
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Stream(Protocol):
         """Return the next `count` problems."""
 
     def state(self) -> dict[str, Any]:
-        """Return the state that `restore` takes."""
+        """Return the state that `restore` accepts."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state` returned."""
@@ -47,7 +47,7 @@ class ProblemMixture:
         """streams: for each phase, the stream of each task."""
         self.phases, self.streams, self.seed = list(phases), list(streams), seed
         self.num_taken, self.progress = 0, 0.0
-        """Number of problems returned so far; completed share of the run, set by the trainer."""
+        """num_taken: number of problems returned so far. progress: completed share of the run, set by the trainer."""
 
     def take(self, count: int) -> list[Problem]:
         """Return the next `count` problems of the phase at `progress`."""
@@ -60,7 +60,7 @@ class ProblemMixture:
         return found
 
     def state(self) -> dict[str, Any]:
-        """Return the state that `restore` takes."""
+        """Return the state that `restore` accepts."""
         return {"taken": self.num_taken, "streams": [{k: v.state() for k, v in part.items()} for part in self.streams]}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -121,13 +121,13 @@ def check_phases(phases: Sequence[PhaseConfig], files: Mapping[str, str]) -> Non
     """Raise ConfigError for settings that `make_mixture` rejects, without reading a file."""
     ends = [phase.until for phase in phases]
     if ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1:
-        raise ConfigError(f"phases end at {ends} of the run; the ends must increase from above 0 to exactly 1.0")
+        raise ConfigError(f"the phases have until={ends}; `until` must increase from above 0 to exactly 1.0")
     for name in files:
         if name not in BENCHMARKS:
             raise ConfigError(f"files.{name} is not a known benchmark{did_you_mean(name, BENCHMARKS)}")
     for phase in phases:
         if not phase.tasks or min(phase.tasks.values()) < 0 or not sum(phase.tasks.values()):
-            raise ConfigError(f"tasks={phase.tasks} of a phase must have weights >= 0, at least one of them above 0")
+            raise ConfigError(f"tasks={phase.tasks} of a phase must have weights >= 0, at least one weight above 0")
         for name in phase.tasks:
             if name in BENCHMARKS and name not in files:
                 raise ConfigError(

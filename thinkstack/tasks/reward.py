@@ -13,8 +13,8 @@ from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, ThinkingFormat, par
 from thinkstack.types import ConfigError, Problem, Score
 
 MAX_ANSWER_CHARACTERS = 64
-"""A longer answer counts as none, since it could hold several. If the reference is longer than this, the limit is twice
-the length of the reference."""
+"""A longer answer counts as no answer, since it could contain several answers. If the reference is longer than this,
+the limit is twice the length of the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,12 @@ class RewardConfig:
     """Parts of the reward and how they are combined."""
 
     combine: Literal["gated", "additive", "format_only", "random"] = "gated"
-    """"gated": accuracy * format. "additive": accuracy + format_weight * format (R1 paper). "format_only" and "random"
-    are controls: the format alone, or a coin flip that hashes the answer's text."""
+    """How the total is computed. "gated": accuracy * format. "additive": accuracy + format_weight * format (R1 paper).
+    "format_only" and "random" are controls: the format alone, or a coin flip by a hash of the turn's text."""
     thinking_format: ThinkingFormat = "think_answer_tags"
     """The expected format of a turn: text/parse.py."""
     format_weight: Weight = 1.0
-    """Weight of the format part if combine is "additive"."""
+    """Weight of the format part with combine="additive"."""
     language_weight: Weight = 0.0
     """Weight of the language part, added to the total (R1 paper, stage 1); 0 leaves it out."""
 
@@ -45,7 +45,7 @@ class RewardConfig:
         if self.language_weight and self.combine in ("format_only", "random"):
             raise ConfigError(
                 f"reward.combine={self.combine!r} is a control that ignores the language; remove "
-                f"language_weight={self.language_weight}, or use 'gated' or 'additive'"
+                f"language_weight={self.language_weight}, or use combine='gated' or combine='additive'"
             )
         if self.format_weight < 0:
             raise ConfigError(
@@ -69,7 +69,10 @@ def accuracy_reward(problem: Problem, text: str, thinking_format: ThinkingFormat
 
 
 def format_reward(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> float:
-    """Return 1 if the turn is well-formed (text/parse.py), else 0; for "flexible_extract", if an answer is found."""
+    """Return 1 if the turn is well-formed (text/parse.py), else 0.
+
+    With thinking_format="flexible_extract", a turn is well-formed if an answer is found.
+    """
     return float(parse_turn(text, thinking_format).is_well_formed)
 
 

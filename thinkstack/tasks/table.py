@@ -1,4 +1,4 @@
-"""The tasks by name, and problems sampled from several of them.
+"""The tasks by name, and sampling of problems from several tasks.
 
 A problem is a function of (tasks, split, seed, index): the only state of a stream is its position, and two runs that
 use the same indices get the same questions.
@@ -68,8 +68,8 @@ def _puzzle_task(name: str) -> PuzzleTask:
 def verify(problem: Problem, answer: str | None) -> bool:
     """Whether `answer` is correct for the problem's task; None is wrong.
 
-    A task that is a Verifier verifies the answer itself. For all others, also for tasks outside the tables, the answer
-    must equal the reference up to `normalize`.
+    A task that is a Verifier verifies the answer itself. For any other task, including tasks outside the tables, the
+    answer must equal the reference up to `normalize`.
     """
     if answer is None:
         return False
@@ -90,8 +90,8 @@ def generate_problem(
 ) -> Problem:
     """Generate problem `index` of the stream that the other arguments define.
 
-    Tasks alternate by index; level, language and wording are sampled. levels: allowed levels, of which each task uses
-    those it has; None allows all. unseen_wordings: use the wordings that training never uses. languages: allowed
+    Tasks alternate by index; level, language and wording are sampled. levels: allowed levels; each task uses the ones
+    that it has; None allows all. unseen_wordings: use the wordings that training never uses. languages: allowed
     languages; () allows all.
     Raises ConfigError for an unknown split, or if a task has none of the levels or languages.
     """
@@ -152,7 +152,7 @@ class ProblemStream:
         ]
 
     def state(self) -> dict[str, Any]:
-        """Return the state that `restore` takes."""
+        """Return the state that `restore` accepts."""
         return {"position": self.position}
 
     def restore(self, state: dict[str, Any]) -> None:

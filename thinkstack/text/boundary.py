@@ -1,6 +1,6 @@
 """Random splitting of tokens that join punctuation with line breaks, for training.
 
-A prompt that ends just before such a break ends in a token that never occurred there in training. DeepSeek-V3 (report,
+A prompt that ends just before such a line break ends in a token that training never has there. DeepSeek-V3 (report,
 arXiv:2412.19437, section 4.1) therefore splits a share of these tokens; the report does not give the share.
 """
 
@@ -30,7 +30,8 @@ class BoundarySplitter:
                 self.pieces_by_token[token] = tokenizer.encode(head) + tokenizer.encode(text[len(head) :])
         if not self.pieces_by_token:
             raise ConfigError(
-                "boundary_split_share is above 0, and this tokenizer joins no punctuation with line breaks; set it to 0"
+                "boundary_split_share is above 0, but no token of this tokenizer joins punctuation with line breaks; "
+                "set boundary_split_share=0"
             )
 
     def split(self, ids: Sequence[int], share: float, rng: random.Random) -> list[int]:

@@ -39,8 +39,8 @@ class ChatFormat(Protocol):
     def has_template(self) -> bool:
         """Whether the format can write conversations.
 
-        False for a base model (PlainText): `prompt`, `turn` and `example` raise ConfigError with the missing part;
-        tokenizer and stop_token_ids are used to continue plain text.
+        False for a base model (PlainText): `prompt`, `turn` and `example` raise a ConfigError that names the missing
+        part; tokenizer and stop_token_ids are used to continue plain text.
         """
 
     @property
@@ -49,7 +49,7 @@ class ChatFormat(Protocol):
 
     @property
     def prefill(self) -> str:
-        """The start of the answer that the prompt already contains; reward and parser read prefill + completion."""
+        """The start of the assistant turn, if the prompt contains it; reward and parser read prefill + completion."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -65,7 +65,8 @@ class ChatFormat(Protocol):
         """
 
     def opening(self, messages: Sequence[Message], thinking: bool | None = None) -> str:
-        """Return the start of the answer that `prompt` of these arguments contains; "" after a tool result."""
+        """Return the start of the assistant turn that `prompt` with these arguments contains; "" after a tool
+        result."""
 
     def text_of(self, token_ids: Sequence[int], opening: str | None = None) -> str:
         """Return the text of the assistant's turn: opening and decoded ids, without the end token.
@@ -81,10 +82,11 @@ class ChatFormat(Protocol):
     ) -> list[TokenizedExample]:
         """Return a conversation as training sequences: (ids, loss mask with 1 for each trained id).
 
-        Trained are the assistant's content, reasoning and calls, and its end token; never headers or any other part of
-        a prompt, and never a turn whose is_trained is False. Each turn follows exactly the ids of its `prompt`. A turn
-        extends the last sequence if its prompt continues that sequence; otherwise it starts a new one (if the history
-        leaves thinking out). thinking: None turns thinking on for turns with reasoning, if the format has a switch.
+        The loss mask is 1 for the assistant's content, reasoning and calls, and for its end token. It is 0 for headers
+        and all other parts of a prompt, and for turns whose is_trained is False. Each turn follows exactly the ids of
+        its `prompt`. A turn extends the last sequence if its prompt continues that sequence; otherwise, for example if
+        the history leaves thinking out, it starts a new sequence. thinking: None turns thinking on for turns with
+        reasoning, if the format has a switch.
         Raises RequestError like `prompt`, and for a conversation without an assistant turn.
         """
 

@@ -70,7 +70,7 @@ TOOLS_RULES = (
 
 @dataclass(frozen=True)
 class DeepSeekFormat(TurnFormat):
-    """BOS, system text without a marker, then turns with role tokens; earlier thinking is left out."""
+    """A prompt is BOS, system text without a marker, then turns with role tokens; earlier thinking is left out."""
 
     kind: str
     """One of STYLES, or "v3_1_think"."""
@@ -95,7 +95,7 @@ class DeepSeekFormat(TurnFormat):
         return "" if messages and messages[-1].role == "tool" else "".join(self._opening_pieces(thinking))
 
     def _opening_pieces(self, thinking: bool | None) -> list[str]:
-        """Return the start of an answer to a user that the prompt contains."""
+        """Return the start of an assistant turn that the prompt contains after a user turn."""
         if not self.can_switch:
             in_prompt = self.style.thinking == "begun by the prompt"
             check_thinking_switch(self.name, thinking, self.kind != "v3")

@@ -14,7 +14,7 @@ def check_fim(tokenizer: Tokenizer) -> None:
     missing = [token for token in (FIM_BEGIN, FIM_HOLE, FIM_END, EOS) if token not in tokenizer.control]
     if missing:
         raise ConfigError(
-            f"fim_rate is above 0, and this tokenizer has no control token {', '.join(missing)}; set fim_rate=0, or "
+            f"fim_rate is above 0, but this tokenizer has no control token {', '.join(missing)}; set fim_rate=0, or "
             "train a new model, whose tokenizer will have them"
         )
 
@@ -22,8 +22,8 @@ def check_fim(tokenizer: Tokenizer) -> None:
 def fill_in_middle(text: str, tokenizer: Tokenizer, rng: random.Random) -> list[int]:
     """Return the ids of `text` with a hole: begin, prefix, hole, suffix, end, middle, EOS; without BOS.
 
-    Two independent, uniform cuts between characters make the three parts; each may be empty. Text cannot spell the
-    control tokens, so prefix + middle + suffix equals `text`.
+    Two independent, uniform cuts between characters make the three parts; each may be empty. Text is never encoded as
+    a control token, so prefix + middle + suffix equals `text`.
     """
     first, second = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     control, encode = tokenizer.control_id, tokenizer.encode

@@ -22,7 +22,7 @@ _PROSE = re.compile(r"\s+[A-Za-z]+\s+\S")
 """Two words after a number: "22 eggs in 3 boxes", "22 because 3+19=22"."""
 _DENIAL = re.compile(r"(?:not|unclear|unknown)\b", re.IGNORECASE)
 MAX_ANSWER_WORDS = 3
-"""Longest verbal answer after "the answer is", in words; a longer one is a sentence and left to the other rules."""
+"""Maximum words of a verbal answer after "the answer is"; longer text is a sentence, to which the other rules apply."""
 
 
 def closing_brace(text: str, start: int) -> int | None:
@@ -100,7 +100,7 @@ def flexible_extract(text: str) -> tuple[str | None, str | None]:
     """Return (answer, name of the rule that found it); (None, None) if no rule finds one.
 
     An unfinished or empty last box means that the answer was cut off: the result is (None, None).
-    Source: the name is that of the filter in lm-evaluation-harness, which takes the last number.
+    The name comes from a filter in lm-evaluation-harness, which extracts the last number.
     """
     if boxes(text) and last_boxed(text) is None:
         return None, None

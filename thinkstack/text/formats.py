@@ -25,7 +25,7 @@ class TurnFormat:
 
     @property
     def has_template(self) -> bool:
-        """Whether conversations can be written; if not, plain text is continued."""
+        """Whether the format supports conversations; if not, the model continues plain text."""
         return True
 
     @property
@@ -54,7 +54,7 @@ class TurnFormat:
         raise NotImplementedError
 
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
-        """Return the ids of the last message as the answer to `prompt` of the earlier messages, with its end token."""
+        """Return the ids of the last message, which follow `prompt` of the earlier messages, with the end token."""
         raise NotImplementedError
 
     def text_of(self, token_ids: Sequence[int], opening: str | None = None) -> str:
@@ -149,7 +149,9 @@ class ZeroFormat(TurnFormat):
 
     def _refuse_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
         if tools or any(message.tool_calls or message.role == "tool" for message in messages):
-            raise RequestError(f"the chat format {self.name!r} has no tools; remove them")
+            raise RequestError(
+                f"the chat format {self.name!r} does not support tools; remove tools, tool calls and tool messages"
+            )
 
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
         self._refuse_tools(messages, tools)
@@ -160,12 +162,15 @@ class ZeroFormat(TurnFormat):
 
 @dataclass(frozen=True)
 class PlainText(TurnFormat):
-    """A base model: it continues plain text after the tokenizer's first tokens. Conversations raise ConfigError."""
+    """The format of a base model, which continues plain text after the tokens that the tokenizer prepends.
+
+    Conversations raise ConfigError.
+    """
 
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end a text; if empty, generation stops only at max_tokens."""
     way_out: str = ""
-    """Error message: where the chat template is missing, and how to add one."""
+    """Error message for conversations: where the chat template is missing, and how to add one."""
     name = "none"
     prefill = ""
 

@@ -17,7 +17,7 @@ from thinkstack.text.tokenizer import (
 from thinkstack.types import Message, ToolCall
 
 ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract"]
-"""The expected format of a turn and the position of its answer: `parse_turn`."""
+"""The expected format of a turn and the position of its answer; see `parse_turn`."""
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _THINK_ANSWER_TAGS = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -39,7 +39,7 @@ class Turn:
     is_well_formed: bool
     """Whether the turn has the expected format."""
     rule: str | None = None
-    """The rule that found the answer, for the form "flexible_extract": text/final_answer.py."""
+    """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
 
 
 def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> Turn:
@@ -96,8 +96,8 @@ def _parse_flexible(text: str) -> Turn:
 def split_thinking(text: str) -> tuple[str | None, str]:
     """Split a turn into (content of its leading think block, the rest), both unchanged.
 
-    An unclosed block extends to the end. The first part is None if there is no block; a lone closing tag, which prompts
-    without thinking write, is dropped.
+    An unclosed block extends to the end. The first part is None if there is no block; a lone closing tag, with which
+    prompts without thinking start the turn, is dropped.
     """
     head = text.lstrip()
     if head.startswith(THINK_CLOSE):

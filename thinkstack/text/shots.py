@@ -1,4 +1,4 @@
-"""Chat templates extended with few-shot examples, a system message, or the start of the answer.
+"""Chat templates extended with few-shot examples, a system message, or the start of the assistant turn.
 
 The additions are part of the template's text, so they stay in the checkpoint, and every program that renders the
 template sends the prompts that the model was trained with.
@@ -14,7 +14,7 @@ def with_few_shots(template: str, preamble: str, shots: Sequence[tuple[str, str]
     """Return `template` with a system message and few-shot examples before every conversation, and with a prefill.
 
     preamble: the system message; empty leaves it out. shots: questions and their answers. prefill: the start of every
-    answer, written by the prompt.
+    assistant turn; it is part of the prompt.
     """
     before = [{"role": "system", "content": preamble}] if preamble else []
     for question, answer in shots:
@@ -27,7 +27,7 @@ def with_few_shots(template: str, preamble: str, shots: Sequence[tuple[str, str]
 
 
 def strip_thinking_history(template: str) -> str:
-    """Return `template` with the thinking of earlier answers removed, as in DeepSeek-R1's template."""
+    """Return `template` with the thinking of earlier assistant turns removed, as in DeepSeek-R1's template."""
     return (
         "{% set kept = namespace(messages=[]) %}{% for message in messages %}"
         f"{{% if message['role'] == 'assistant' and '{THINK_CLOSE}' in message['content'] %}}"

@@ -86,8 +86,9 @@ class TemplateFormat(TurnFormat):
         body = full_text.removeprefix(header)
         if not full_text.startswith(header) or content not in body:
             raise RequestError(
-                "the model's chat template does not continue its own prompt with the answer, so it cannot be used for "
-                "training; use one of the chat formats of this package"
+                "with the model's chat template, the text of a conversation is not its prompt followed by the "
+                "assistant message, so the template cannot be used for training; use one of the chat formats of this "
+                "package"
             )
         reasoning = _break_controls(message.reasoning or "", self.tokenizer.control, mark)
         has_block = body.startswith(opening) and (
@@ -108,8 +109,8 @@ class TemplateFormat(TurnFormat):
     def _split_prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None, mark: str
     ) -> tuple[str, str]:
-        """Return (the text of the prompt without its opening, the opening): the start of a think block or an empty
-        one."""
+        """Return (the text of the prompt without its opening, the opening). The opening is the start of a think block,
+        an empty think block, or ""."""
         prompt_text = self._render(messages, tools, thinking, True, mark)
         history = self._render(messages, tools, thinking, False, mark)
         added = prompt_text.removeprefix(history) if prompt_text.startswith(history) else ""
@@ -169,7 +170,7 @@ class TemplateFormat(TurnFormat):
 
     def _thinking_fields(self, message: Message) -> dict[str, Any]:
         """Return `reasoning_content` if the template uses it, or content with think tags; a leading think block in the
-        content is passed to the template as it is."""
+        content is passed to the template unchanged."""
         if message.reasoning is not None and "reasoning_content" in self.template:
             return {"reasoning_content": message.reasoning}
         thinking, rest = split_thinking(message.content)
@@ -188,7 +189,7 @@ class TemplateFormat(TurnFormat):
             for as_text in (False, True):
                 if self._writes_call(as_text, empty):
                     return as_text, empty, self._writes_call(as_text, f"{_PROBE}4")
-        raise RequestError("this model's chat template writes no tool calls; leave them out of the conversation")
+        raise RequestError("this model's chat template does not support tool calls; remove them")
 
     @cached_property
     def _dropped_roles(self) -> dict[bool, frozenset[str]]:

@@ -42,7 +42,7 @@ class _Steps:
     def take(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise jinja2.TemplateError(f"it takes more than {MAX_STEPS:,} steps")
+            raise jinja2.TemplateError(f"it needs more than {MAX_STEPS:,} steps")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -103,7 +103,10 @@ def _too_large() -> jinja2.TemplateError:
 
 
 def _check_growth(name: str, arguments: list[Any]) -> None:
-    """Refuse a call that would make something huge. given: for a method, its string comes first."""
+    """Raise TemplateError if the result of a call would be too large.
+
+    arguments: the arguments of the call; for a method of a string, the string comes first.
+    """
     size: float = max((value for value in arguments if isinstance(value, int)), default=0)
     texts = [value for value in arguments if isinstance(value, str)]
     if name in ("format", "format_map") and texts and _WIDE_FIELD.search(texts[0]):
@@ -196,5 +199,5 @@ def render(template: str, **values: Any) -> str:
                 raise jinja2.TemplateError(f"it writes more than {MAX_SIZE:,} characters")
     except Exception as error:  # the boundary of the sandbox: a template can raise anything
         reason = str(error) or type(error).__name__
-        raise RequestError(f"the model's chat template does not take this conversation: {reason}") from error
+        raise RequestError(f"the model's chat template cannot render this conversation: {reason}") from error
     return "".join(pieces)

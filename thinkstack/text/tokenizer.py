@@ -1,7 +1,7 @@
 """Tokenizers: train or load a byte-level BPE; text to ids and back.
 
 Vocabularies trained here have one token per digit, so that numbers are read and written digit by digit. Control tokens
-are outside the BPE, so no text can spell one (`encode` never returns them).
+are outside the BPE, so `encode` never returns one, whatever the text.
 """
 
 import itertools
@@ -69,8 +69,8 @@ class Tokenizer:
 
     @property
     def begin_ids(self) -> list[int]:
-        """Ids that every text begins with: BOS if the vocabulary has ours, else what the tokenizer prepends. Tokens
-        that it appends (EOS, SEP) are not included; they would end a prompt.
+        """Ids that are prepended to every text: our BOS if the vocabulary has it, else the special tokens that the
+        tokenizer prepends. Tokens that it appends (EOS, SEP) are not included; they would end a prompt.
         """
         if BOS in self.control:
             return [self.control[BOS]]
@@ -143,12 +143,12 @@ def train_tokenizer(
     single_tokens: strings that are split off before merging, so that each becomes one ordinary token ("<answer>").
     control: tokens outside the BPE, in the order of their ids. join_breaks: allow merges of a punctuation mark with the
     line breaks after it, as in V3.
-    Raises ConfigError if vocab_size leaves no room for merges.
+    Raises ConfigError if vocab_size is too small for the bytes, control tokens and single_tokens.
     """
     floor = 256 + len(control) + len(single_tokens)
     if vocab_size < floor:
         raise ConfigError(
-            f"vocab_size={vocab_size} is below {floor}, the number of bytes (256), control tokens and single_tokens"
+            f"vocab_size={vocab_size} is below {floor}, the number of bytes (256) plus control tokens and single_tokens"
         )
     model = tokenizers.Tokenizer(models.BPE())
     joined = [r"[^\s\p{L}\p{N}][\r\n]+"] if join_breaks else []

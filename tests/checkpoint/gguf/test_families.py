@@ -266,7 +266,7 @@ def test_transformers_reads_what_was_written(name: str, tmp_path: Path):
         (replace(V3, rope=RopeConfig(yarn=YarnConfig(beta_fast=16.0))), "other betas"),
         (replace(V3, num_layers=27, mtp_layers=0), "query latent in a model of 27 layers"),
         (replace(V3, moe=replace(V3.moe, num_shared_experts=0)), "without a shared expert"),
-        (replace(CASES["qwen2"], attention=replace(BIASED, head_dim=32)), "differ from the width"),
+        (replace(CASES["qwen2"], attention=replace(BIASED, head_dim=32)), "total width differs from hidden_size"),
         (replace(CASES["qwen3"], attention=replace(CASES["qwen3"].attention, out_bias=True)), "bias on the output"),
         (replace(CASES["qwen3moe"], moe=replace(QWEN_EXPERTS, first_dense_layers=1)), "dense layers"),
         (
@@ -284,7 +284,7 @@ def test_models_that_llama_cpp_computes_differently_are_refused(cfg: ModelConfig
 def test_numbers_beyond_f16_are_refused(tmp_path: Path):
     model = random_model(LLAMA)
     model.layers[0].ffn.w1.weight.data[0, 0] = 1e5
-    with pytest.raises(ConfigError, match=r"blk.0.ffn_gate.weight has numbers beyond 65,504.*BF16"):
+    with pytest.raises(ConfigError, match=r"blk.0.ffn_gate.weight has values beyond 65,504.*BF16"):
         write_gguf(source_of(model), tmp_path / "model.gguf", "F16")
     assert not list(tmp_path.iterdir())
 

@@ -184,7 +184,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path):
         ({"architecture": "qwen2"}, "qwen2"),
         ({"llama__rope__scaling__type": "longrope"}, "longrope"),
         ({"llama__expert_count": 8}, "expert_count"),
-        ({"llama__rope__dimension_count": 4}, "rotated"),
+        ({"llama__rope__dimension_count": 4}, "partial rotary embeddings"),
         ({"llama__attention__head_count": 0}, "head_count=0"),
         ({"llama__block_count": None}, "llama.block_count"),
         ({"llama__block_count": 2}, "blk.2."),

@@ -88,7 +88,7 @@ def test_an_unknown_template_is_not_written(tmp_path: Path, caplog: pytest.LogCa
     chat = replace(shipped(CHATML + ASK, "<|im_end|>"), template=CHATML.replace("+ '\n'", "+ ':'") + ASK)
     write_modelfile(tmp_path / "Modelfile", "m.gguf", chat)
     assert parts(tmp_path / "Modelfile")[0] == ""
-    assert "no template of Ollama is known" in caplog.text
+    assert "no known Ollama template matches" in caplog.text
 
 
 def test_a_format_whose_text_spells_control_tokens_has_no_template(tmp_path: Path):

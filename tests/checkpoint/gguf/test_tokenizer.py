@@ -186,5 +186,5 @@ def test_our_chat_format_is_stored_by_name_and_template(tmp_path: Path):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
     big = train_tokenizer(["".join(f"{word:b} ".translate({48: "a", 49: "b"}) for word in range(2000))], 385)
-    with pytest.raises(ConfigError, match="385 tokens, the model 384"):
+    with pytest.raises(ConfigError, match="385 tokens, but the model has only 384"):
         write_gguf(source_of(random_model(CASES["llama"])), tmp_path / "model.gguf", "F32", big)

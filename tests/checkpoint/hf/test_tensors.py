@@ -248,7 +248,7 @@ def test_a_configuration_with_another_number_of_layers_is_named(tmp_path: Path):
 
 def test_a_configuration_with_other_heads_is_named_with_both_shapes(tmp_path: Path):
     message = edited(write_checkpoint(tmp_path, tiny_model(GQA_TINY)), num_attention_heads=2, num_key_value_heads=2)
-    assert "self_attn.o_proj.weight has shape (32, 32), the configuration requires (32, 16)" in message
+    assert "self_attn.o_proj.weight has shape (32, 32), but the configuration requires (32, 16)" in message
     assert WEIGHTS in message and "2 heads" in message
 
 

@@ -176,7 +176,7 @@ def test_the_command_merges_a_folder_with_its_tokenizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True is more than a plain LoRA adapter"),
+        ({"use_dora": True}, "use_dora=True is not supported, only plain LoRA is"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
@@ -186,7 +186,7 @@ def test_the_command_merges_a_folder_with_its_tokenizer(tmp_path, monkeypatch):
         ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
         ({"r": None}, "no usable r"),
         ({"r": 0}, "r=0 adapts nothing"),
-        ({"r": 5}, "lora_A of .* is \\(3, 40\\), this model and r=5 need \\(5, 40\\)"),
+        ({"r": 5}, "lora_A of .* has shape \\(3, 40\\), but this model with r=5 requires \\(5, 40\\)"),
     ],
 )
 def test_settings_beyond_plain_lora_are_refused(tmp_path, changes, message):

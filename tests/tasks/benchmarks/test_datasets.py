@@ -87,7 +87,7 @@ def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path):
         ),
         ([DUCKS, {"question": "?", "answer": "13"}], "line 2 does not end in '#### number' as GSM8K does"),
         ([{"question": "?", "answer": "#### many"}], "does not end in '#### number'"),
-        ([], "holds no rows"),
+        ([], "has no rows"),
         (["text"], "line 1 is text, not an object"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_foreign_file_is_refused_with_the_line_and_the_way_out(tmp_path, rows,
 
 def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"there is no .*nothing\.jsonl; give the path of train\.jsonl and test\.jsonl"
+        ConfigError, match=r"nothing\.jsonl does not exist; give the path of train\.jsonl and test\.jsonl"
     ):
         Gsm8k().load(tmp_path / "nothing.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
@@ -214,7 +214,7 @@ def test_equivalent_formulas_are_equal_and_a_hanging_comparison_is_killed():
     assert [found.unscorable for found in scores] == [None] * len(pairs)
     with VerifierPool(num_workers=1, timeout_seconds=1.0) as pool:
         (hanging,) = verify_formulas([(math_problem("2\\pi"), tower)], pool)
-    assert hanging.total == 0.0 and "ran over" in (hanging.unscorable or "")
+    assert hanging.total == 0.0 and "ran longer than" in (hanging.unscorable or "")
 
 
 @pytest.mark.skipif(has_math_verify(), reason="math-verify is installed")

@@ -80,13 +80,13 @@ def test_a_verifier_that_hangs_is_killed(pool, monkeypatch):
     monkeypatch.setattr("thinkstack.tasks.verify.pool.wait", Clock(pool, monkeypatch).wait_for_one_that_hangs)
     scores = pool.run(hang_on_negative, [(1.0,), (-1.0,), (2.0,)])
     assert [score.total for score in scores if score.unscorable is None] == [1.0, 2.0]
-    assert scores[1].unscorable == f"ran over {LIMIT:g} s"
+    assert scores[1].unscorable == f"ran longer than {LIMIT:g} s"
 
 
 def test_a_verifier_stuck_in_c_code_is_killed():
     """Signal-based timeouts never fire inside one long C call, such as a tower of powers."""
     with VerifierPool(num_workers=1, timeout_seconds=0.2) as pool:
-        assert pool.run(loop_in_c, [(10**8,)])[0].unscorable == "ran over 0.2 s"
+        assert pool.run(loop_in_c, [(10**8,)])[0].unscorable == "ran longer than 0.2 s"
 
 
 def test_time_in_the_queue_does_not_count(monkeypatch):

@@ -1,4 +1,4 @@
-"""ModelConfig to and from the configuration of DeepSeek's own code: inference/configs/*.json, fields of its ModelArgs.
+"""ModelConfig to and from the configuration of DeepSeek's own code: inference/configs/*.json, the fields of ModelArgs.
 
 Missing fields have the defaults of ModelArgs. Settings that DeepSeek's code does not support raise ConfigError.
 """
@@ -16,7 +16,8 @@ from thinkstack.types import ConfigError
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 NOT_IN_CONFIG = ("bos_id", "eos_ids", "init_std", "embed_init_std", "mtp_layers")
-"""Fields of ModelConfig that the format lacks: tokens are in other files, the others do not affect inference."""
+"""Fields of ModelConfig that the format lacks: token ids are in other files, and the other fields do not affect
+inference."""
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, FP8Blocks | None]:
@@ -27,7 +28,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, FP8Blocks | None]:
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(
-            f"{path} is missing; copy the file of inference/configs for these weights there, under that name"
+            f"{path} is missing; copy the file for these weights from DeepSeek's inference/configs to this path"
         )
     reader = JsonReader(read_json(path), str(path))
     bos, eos = _token_ids(folder, reader.integer("vocab_size"))
@@ -90,7 +91,7 @@ def _model(reader: JsonReader, bos: int | None, eos: tuple[int, ...]) -> ModelCo
 def _token_ids(folder: Path, rows: int) -> tuple[int | None, tuple[int, ...]]:
     """Return the BOS id and the EOS ids from generation_config.json, else from the tokenizer, if they are defined.
 
-    rows: rows of the embedding.
+    rows: number of rows of the embedding.
     """
     if (folder / GENERATION).is_file():
         reader = JsonReader(read_json(folder / GENERATION), str(folder / GENERATION))
@@ -108,7 +109,9 @@ def config_of(cfg: ModelConfig, quantization: FP8Blocks | None) -> dict[str, Any
     """Return the configuration of a model. Raises ConfigError for a model that DeepSeek's code does not support."""
     a, moe = cfg.attention, cfg.moe
     if not isinstance(a, MLAConfig) or moe is None:
-        raise ConfigError(f"DeepSeek's layout supports DeepSeek-V2 and V3, not {cfg.family}; write hf or gguf")
+        raise ConfigError(
+            f"DeepSeek's layout supports DeepSeek-V2 and V3, not {cfg.family}; write the hf or gguf format instead"
+        )
     config: dict[str, Any] = {
         "vocab_size": cfg.vocab_size,
         "dim": cfg.hidden_size,
@@ -155,9 +158,11 @@ def _rope_fields(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:
-    """Read the generated configuration back, and raise ConfigError if a setting got lost."""
+    """Read the generated configuration back, and raise ConfigError if a setting was lost."""
     again = _model(JsonReader(config, "DeepSeek's configuration"), cfg.bos_id, cfg.eos_ids)
     again = replace(again, **{name: getattr(cfg, name) for name in NOT_IN_CONFIG})
     lost = differences(cfg, again)
     if lost:
-        raise ConfigError(f"DeepSeek's configuration cannot express {'; '.join(lost)}; write hf or gguf instead")
+        raise ConfigError(
+            f"DeepSeek's configuration cannot express {'; '.join(lost)}; write the hf or gguf format instead"
+        )

@@ -120,7 +120,7 @@ def open_deepseek(folder: Path) -> TensorSource:
     paths = [folder / f"model{rank}-mp{num_ranks}.safetensors" for rank in range(num_ranks)]
     for path in paths:
         if not path.is_file():
-            raise ConfigError(f"{path} is missing, one of {num_ranks} ranks; fetch the folder again")
+            raise ConfigError(f"{path} is missing: the checkpoint has {num_ranks} ranks; fetch the folder again")
     _check_division(cfg, num_ranks, None)
     files = [TensorFiles(dict.fromkeys(read_header(path)[1], path)) for path in paths]
     names = [entry.name for entry in tensor_entries(cfg)]
@@ -160,7 +160,7 @@ def write_deepseek(
     cfg = source.cfg
     config = config_of(cfg, quantization)
     if cfg.mtp_layers:
-        _log.info("DeepSeek's layout does not store MTP modules; leaving out %d", cfg.mtp_layers)
+        _log.info("DeepSeek's layout does not store MTP modules; leaving out %d of them", cfg.mtp_layers)
     cfg = replace(cfg, mtp_layers=0)
     _check_division(cfg, num_ranks, quantization)
     plan = WritePlan(replace(source, cfg=cfg), output_format)
@@ -187,7 +187,7 @@ def write_deepseek(
 
 
 def _check_division(cfg: ModelConfig, num_ranks: int, quantization: FP8Blocks | None) -> None:
-    """Raise ConfigError unless `num_ranks` divides experts, heads and every split dimension (FP8: in whole blocks)."""
+    """Raise ConfigError unless `num_ranks` divides experts, heads and all split dimensions (FP8: in entire blocks)."""
     assert cfg.moe is not None
     if num_ranks < 1:
         raise ConfigError(f"model-parallel={num_ranks} must be at least 1")
@@ -204,7 +204,7 @@ def _check_division(cfg: ModelConfig, num_ranks: int, quantization: FP8Blocks | 
         unit = num_ranks * (BLOCK if quantization is not None and entry.is_matrix else 1)
         if shape[placement.dim] % unit:
             raise ConfigError(
-                f"{entry.name} of shape {shape} does not divide among {num_ranks} ranks in dimension {placement.dim}, "
-                f"which needs a multiple of {unit}: choose another model-parallel"
-                + (" or bf16" if quantization else "")
+                f"{entry.name} of shape {shape} does not divide among {num_ranks} ranks: dimension {placement.dim} "
+                f"must be a multiple of {unit}; choose another model-parallel"
+                + (" or dtype=bf16" if quantization else "")
             )

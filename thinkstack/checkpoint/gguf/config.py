@@ -31,11 +31,12 @@ BOS_KEY, END_KEYS = (
     "tokenizer.ggml.bos_token_id",
     tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")),
 )
-"""Metadata keys of the BOS token and of the tokens that end an answer."""
+"""Metadata keys of the BOS token and of the stop tokens."""
 NO_TOKEN = 2**32 - 1
-"""-1 as uint32, which llama.cpp uses for no token."""
+"""-1 as uint32, llama.cpp's value for a missing token."""
 LLAMA3 = "thinkstack.rope.llama3"
-"""Our own key: the settings behind rope_freqs, [factor, low_freq_factor, high_freq_factor, original_max_positions]."""
+"""Our own key: the settings that produce rope_freqs, [factor, low_freq_factor, high_freq_factor,
+original_max_positions]."""
 GATING_FUNCS = {1: "softmax", 2: "sigmoid"}
 """Values of expert_gating_func."""
 # Keys (after "{architecture}.") of which only these values are supported.
@@ -73,7 +74,7 @@ class _ArchitectureKeys:
         value = default if value is None else value
         assert value is not None
         if not math.isfinite(value):
-            raise ConfigError(f"{self.meta.path}: {name}={value} is not a number; fetch another conversion")
+            raise ConfigError(f"{self.meta.path}: {name}={value} is not a finite number; fetch another conversion")
         return float(numpy.format_float_positional(numpy.float32(value)))
 
     def text(self, key: str) -> str:
@@ -100,8 +101,7 @@ def config_of(
         value = meta.values.get(f"{keys.arch}.{key}")
         if value is not None and value not in allowed:
             raise ConfigError(
-                f"{meta.path}: {keys.arch}.{key}={value!r} is not supported; use a model without it (only "
-                f"{allowed[0]!r})"
+                f"{meta.path}: {keys.arch}.{key}={value!r} is not supported (only {allowed[0]!r}); use another model"
             )
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"]) != 2:
         raise ConfigError(f"{meta.path} lacks the matrix token_embd.weight; fetch another conversion")
@@ -113,12 +113,14 @@ def config_of(
 
 
 def _check_counts(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ConfigError for counts that the tensors contradict, before anything is allocated by these counts."""
+    """Raise ConfigError for counts that the tensors contradict, before memory is allocated for these counts."""
     path, rows = keys.meta.path, tensors["token_embd.weight"][0]
     layers = keys.size("block_count")
     last = f"blk.{layers - 1}.attn_norm.weight"
     if last not in tensors:
-        raise ConfigError(f"{path}: {keys.arch}.block_count={layers}, but it lacks the tensor {last}; fetch it again")
+        raise ConfigError(
+            f"{path}: {keys.arch}.block_count={layers}, but the file lacks the tensor {last}; fetch it again"
+        )
     if (size := keys.size("vocab_size", rows)) != rows:
         raise ConfigError(f"{path}: {keys.arch}.vocab_size={size}, but token_embd.weight has {rows} rows")
     experts = keys.size("expert_count", 0, least=0)
@@ -137,7 +139,7 @@ def _read_model(
     num_layers = keys.size("block_count") - mtp_layers
     attention = _read_mla(keys) if is_mla else _read_gqa(keys, tensors)
     if keys.size("rope.dimension_count", attention.rope_dim) != attention.rope_dim:
-        raise ConfigError("only part of each head is rotated, which is not supported; use another model")
+        raise ConfigError("partial rotary embeddings are not supported; use another model")
     rows = tensors["token_embd.weight"][0]
     for key in (BOS_KEY, *END_KEYS):
         token = token_id_of(keys.meta, key)
@@ -168,7 +170,7 @@ def token_id_of(meta: Metadata, key: str) -> int | None:
 
 
 def end_token_ids_of(meta: Metadata) -> tuple[int, ...]:
-    """Return the ids of the tokens that end an answer: none, one or several."""
+    """Return the ids of the stop tokens: none, one or several."""
     tokens = (token_id_of(meta, key) for key in END_KEYS)
     return tuple(dict.fromkeys(token for token in tokens if token is not None))
 
@@ -193,7 +195,7 @@ def _read_gqa(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -
     heads = keys.size("attention.head_count")
     head_dim = keys.size("attention.key_length", keys.size("embedding_length") // heads)
     if keys.size("attention.value_length", head_dim) != head_dim:
-        raise ConfigError("values are not as wide as keys, which is not supported; use another model")
+        raise ConfigError("heads whose keys and values differ in width are not supported; use another model")
     return GQAConfig(
         num_heads=heads,
         num_kv_heads=keys.size("attention.head_count_kv", heads),
@@ -205,8 +207,8 @@ def _read_gqa(keys: _ArchitectureKeys, tensors: Mapping[str, tuple[int, ...]]) -
 
 
 def _read_mla(keys: _ArchitectureKeys) -> MLAConfig:
-    """Read the MLA settings. Old files, which attend to full keys and values, have the head widths in the keys in which
-    new files have the latent widths."""
+    """Read the MLA settings. In new files, key_length and value_length are the widths for attention on latents, and the
+    head widths have the suffix _mla; in old files, key_length and value_length are the head widths."""
     suffix = "_mla" if keys.has("attention.key_length_mla") else ""
     rotated = keys.size("rope.dimension_count")
     width = keys.size(f"attention.key_length{suffix}", least=rotated + 1)
@@ -267,8 +269,8 @@ def _read_yarn(keys: _ArchitectureKeys) -> YarnConfig:
     mscale = round(keys.number("rope.scaling.yarn_log_multiplier", 0.0) * 10, 6)
     if (mscale != 0) != (keys.arch == "deepseek2"):
         raise ConfigError(
-            f"{keys.arch}.rope.scaling.yarn_log_multiplier={mscale / 10} is not supported: deepseek2 needs one, the "
-            "others have none; fetch another conversion"
+            f"{keys.arch}.rope.scaling.yarn_log_multiplier={mscale / 10} is not supported: deepseek2 requires the key, "
+            "and the other architectures do not have it; fetch another conversion"
         )
     yarn = YarnConfig(
         factor=keys.number("rope.scaling.factor"),
@@ -282,22 +284,22 @@ def _read_yarn(keys: _ArchitectureKeys) -> YarnConfig:
     amplitude = keys.number("rope.scaling.yarn_attn_factor", 1.0)
     if amplitude != 1 and not math.isclose(amplitude, plain, rel_tol=1e-5):
         raise ConfigError(
-            f"{keys.arch}.rope.scaling.yarn_attn_factor={amplitude} is not supported, only 1.0 or what follows from "
-            f"the factor, {plain:.7g}; use a model without it"
+            f"{keys.arch}.rope.scaling.yarn_attn_factor={amplitude} is not supported (only 1.0, or {plain:.7g} as "
+            "computed from the factor); use another model"
         )
     return yarn
 
 
 def _read_llama3(keys: _ArchitectureKeys, plain: RopeConfig, width: int, factors: Tensor) -> RopeConfig:
-    """Find the settings behind rope_freqs: from our own key, else by trying the settings of the released models with
-    their original context and with powers of two."""
+    """Find the settings that produce rope_freqs: from our own key, else by trying the settings of the released models
+    with their original context length and with powers of two."""
     published = Llama3RopeConfig()
     low, high, original = published.low_freq_factor, published.high_freq_factor, published.original_max_positions
     known = keys.meta.find(LLAMA3, list)
     if known is not None and not (
         len(known) == 4 and all(isinstance(value, float | int) and math.isfinite(value) for value in known)
     ):
-        raise ConfigError(f"{LLAMA3}={known!r} is not four numbers; fetch another conversion")
+        raise ConfigError(f"{LLAMA3}={known!r} is not a list of four numbers; fetch another conversion")
     contexts = (original, *(2**power for power in range(5, 21)))
     for numbers in [known] if known else [[float(factors.max()), low, high, context] for context in contexts]:
         factor, least, most = (float(numpy.format_float_positional(numpy.float32(value))) for value in numbers[:3])
@@ -308,7 +310,7 @@ def _read_llama3(keys: _ArchitectureKeys, plain: RopeConfig, width: int, factors
         expected = rope_factors_of(width, rope)
         if factors.shape == expected.shape and torch.allclose(factors.float(), expected, rtol=1e-4):
             return rope
-    raise ConfigError("rope_freqs.weight is not Llama 3's extension of the context; use another model")
+    raise ConfigError("rope_freqs.weight does not match Llama 3's context extension; use another model")
 
 
 def rope_factors_of(width: int, rope: RopeConfig) -> Tensor:

@@ -1,8 +1,9 @@
 """GGUF files: header, metadata, and tensors that are read one at a time and dequantized.
 
-The header is parsed here and not by the package gguf: its reader follows a damaged array length without bounds, and
-creates an object per string, which takes seconds for a vocabulary. Dequantization uses the package. Source of the
-format: llama.cpp's ggml repository, docs/formats/gguf.md (version 3; version 2 has the same layout).
+The header is parsed here and not by the package gguf: the package's reader does not check a damaged array length
+against the file size, and it creates an object per string, which takes seconds for a vocabulary. Dequantization uses
+the package. Source of the format: llama.cpp's ggml repository, docs/formats/gguf.md (version 3; version 2 has the same
+layout).
 """
 
 import math
@@ -26,7 +27,7 @@ MAX_DIMS = 4
 DEQUANTIZE_CHUNK = 2**20
 """Number of values that are dequantized at once."""
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that exist in torch."""
+"""ggml types that torch has, with their dtypes."""
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class _HeaderReader:
                 raise ValueError(f"{count} strings from offset {self.position} are past the end")
             return [bytes(self.take(self.number(10))) for _ in range(count)]
         if code not in NUMBER_FORMATS:
-            raise ValueError(f"an array of type {code} at {self.position} is unknown")
+            raise ValueError(f"array type {code} at {self.position} is unknown")
         return numpy.frombuffer(self.take(count * struct.calcsize(NUMBER_FORMATS[code])), NUMBER_FORMATS[code]).copy()
 
 
@@ -145,10 +146,10 @@ class GGUFFile:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if bytes(header.take(4)) != MAGIC:
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not begin with the magic bytes GGUF")
         version = header.number(4)
         if version not in VERSIONS:
-            raise ValueError(f"version {version}; known: 2 and 3, little-endian")
+            raise ValueError(f"version {version} is not supported; known: 2 and 3, little-endian")
         num_tensors, num_values = header.number(10), header.number(10)
         values: dict[str, Any] = {}
         for _ in range(num_values):
@@ -173,7 +174,9 @@ class GGUFFile:
             kind = GGMLQuantizationType(code)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block or offset % align:
-                raise ValueError(f"tensor {name} has shape {shape} and offset {offset}, which {kind.name} cannot have")
+                raise ValueError(
+                    f"tensor {name} has shape {shape} and offset {offset}, which the type {kind.name} does not allow"
+                )
             self.tensors[name] = GGUFTensorInfo(kind.name, shape, begin + offset, shape[-1] // block * block_bytes)
         self._check_offsets(len(header.data))
 

@@ -21,10 +21,9 @@ _log = logging.getLogger(__name__)
 
 
 def metadata_of(cfg: ModelConfig, end_token_ids: tuple[int, ...]) -> dict[str, Any]:
-    """Return the metadata of a model without those of the tokenizer; ints are written as uint32, floats as float32.
+    """Return the metadata of a model, without the tokenizer; ints are written as uint32, floats as float32.
 
-    end_token_ids: tokens that end an answer. Raises ConfigError for settings that llama.cpp computes differently or has
-    no key for.
+    end_token_ids: stop tokens. Raises ConfigError for settings that llama.cpp computes differently or has no key for.
     """
     arch = ARCHITECTURES[cfg.family]
     values: dict[str, Any] = {
@@ -49,7 +48,7 @@ def metadata_of(cfg: ModelConfig, end_token_ids: tuple[int, ...]) -> dict[str, A
         named[LLAMA3] = [float(number) for number in numbers]
     if len(end_token_ids) > len(END_KEYS):
         _log.warning(
-            "a GGUF has room for %d tokens that end an answer; %s are left out",
+            "a GGUF supports at most %d stop tokens; %s are left out",
             len(END_KEYS),
             end_token_ids[len(END_KEYS) :],
         )
@@ -127,7 +126,7 @@ def _rope_values(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _check_expressed(cfg: ModelConfig, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless llama.cpp computes this model, and the metadata say the same when they are read back."""
+    """Raise ConfigError unless llama.cpp supports this model, and reading the metadata back gives the same config."""
     arch = ARCHITECTURES[cfg.family]
     for is_other, what in _missing_there(cfg):
         if is_other:
@@ -142,15 +141,15 @@ def _check_expressed(cfg: ModelConfig, values: Mapping[str, Any]) -> None:
 
 
 def _missing_there(cfg: ModelConfig) -> list[tuple[bool, str]]:
-    """Whether the model has something that llama.cpp's code for its architecture lacks, and what."""
+    """Return (whether the model has the feature, its name) for each feature that llama.cpp lacks."""
     attention, moe, yarn = cfg.attention, cfg.moe, cfg.rope.yarn
     if moe is not None and moe.group_score == "max" and moe.top_groups < moe.num_groups:
-        _log.warning("llama.cpp ranks groups by their two best experts, not by the best one as %s does", cfg.family)
+        _log.warning("llama.cpp ranks groups by their two best experts, %s by the best expert", cfg.family)
     rows = [(yarn is not None and (yarn.beta_fast, yarn.beta_slow) != (32, 1), "YaRN with other betas than 32 and 1")]
     if isinstance(attention, GQAConfig):
         is_odd = attention.num_heads * attention.head_dim != cfg.hidden_size
         rows += [
-            (cfg.family == "qwen2" and is_odd, "heads that together differ from the width"),
+            (cfg.family == "qwen2" and is_odd, "heads whose total width differs from hidden_size"),
             (cfg.family != "llama" and attention.out_bias, "bias on the output of attention"),
             (cfg.family == "qwen3_moe" and (moe is None or moe.first_dense_layers > 0), "dense layers"),
         ]
@@ -165,7 +164,7 @@ def _missing_there(cfg: ModelConfig) -> list[tuple[bool, str]]:
 
 
 def _plain_groups(cfg: ModelConfig) -> ModelConfig:
-    """Groups that exclude no expert are no groups."""
+    """Return the config with a single group if its groups exclude no expert."""
     moe = cfg.moe
     if moe is None or moe.top_groups < moe.num_groups:
         return cfg

@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama beside a GGUF: template, system text, stop tokens, sampling parameters.
+"""A Modelfile for Ollama next to a GGUF: template, system text, stop tokens, sampling parameters.
 
 Ollama uses its own templates, in Go's syntax. A chat format is matched to a known template by its output, not by its
 name. For any other format the Modelfile has no template, and Ollama tries the Jinja template inside the GGUF.
@@ -28,7 +28,7 @@ class TurnTemplate:
     user: tuple[str, str]
     assistant: tuple[str, str]
     generation_prompt: str
-    """Text that starts the next answer."""
+    """Text that starts the next assistant turn."""
     begin: str = ""
 
     def wrapper_of(self, role: str) -> tuple[str, str]:
@@ -90,7 +90,9 @@ def write_modelfile(path: Path, gguf_name: str, chat: ChatFormat | None = None) 
         if template is not None:
             lines.append(f'TEMPLATE """{template.to_go()}"""')
         else:
-            _log.warning("no template of Ollama is known that writes %s; it will try the Jinja template", chat.name)
+            _log.warning(
+                "no known Ollama template matches the chat format %s; Ollama will try the Jinja template", chat.name
+            )
         if system:
             lines.append(f'SYSTEM """{system}"""')
         lines += [f'PARAMETER stop "{chat.tokenizer.decode([token])}"' for token in chat.stop_token_ids]
@@ -119,7 +121,7 @@ def _has_same_ids(texts: Sequence[str], chat: ChatFormat) -> bool:
 
 
 def _default_system(template: TurnTemplate, chat: ChatFormat) -> str | None:
-    """Return the default system text of `chat`; None if the prompt does not match `template` otherwise."""
+    """Return the default system text of `chat`; None if the rest of the prompt does not match `template`."""
     written, known = _prompt_text(chat, _QUESTION), template.text(_QUESTION)
     if written == known:
         return ""
@@ -130,7 +132,7 @@ def _default_system(template: TurnTemplate, chat: ChatFormat) -> str | None:
 
 
 def _prompt_text(chat: ChatFormat, messages: Sequence[Message]) -> str:
-    """Return a prompt of `chat` as text, without BOS; empty if it rejects these messages."""
+    """Return a prompt of `chat` as text, without BOS; empty if `chat` rejects these messages."""
     return chat.tokenizer.decode(_without_bos(chat, messages))
 
 

@@ -39,11 +39,11 @@ class PreTokenizer(NamedTuple):
     steps: tuple[dict[str, Any], ...]
     """Pre-tokenizers of tokenizer.json, applied in order."""
     ignore_merges: bool = False
-    """Whether a piece that is a token skips merging."""
+    """Whether a piece that is itself a token skips merging."""
     adds_bos: bool = False
-    """Whether texts begin with BOS if the file does not specify it."""
+    """Whether BOS is prepended if the file does not specify it."""
     normalizer: dict[str, Any] | None = None
-    """Normalizer of the models that use it; llama.cpp does not apply it."""
+    """Normalizer of the models that use this pre-tokenizer; llama.cpp does not apply it."""
 
 
 PRE_TOKENIZERS = {

@@ -17,7 +17,7 @@ from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
-"""Metadata keys of the Jinja template, and of the names of additional templates (key: TEMPLATE.name)."""
+"""Metadata keys of the Jinja template, and of the list of additional templates (each under the key TEMPLATE.name)."""
 CHAT_FORMAT = "thinkstack.chat_format"
 """Our own key: the chat format that the model was trained with."""
 
@@ -44,8 +44,8 @@ def open_gguf(path: Path) -> TensorSource:
             raise ConfigError(f"{path} lacks the tensor {layout.name}; fetch another conversion")
         if shapes[layout.name] != layout.shape:
             raise ConfigError(
-                f"{path}: {layout.name} has shape {shapes[layout.name]}, its metadata require {layout.shape}; fetch "
-                "another conversion"
+                f"{path}: {layout.name} has shape {shapes[layout.name]}, but the metadata require {layout.shape}; "
+                "fetch another conversion"
             )
         left -= {layout.name}
         for index, origin in enumerate(layout.origins):
@@ -72,7 +72,7 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_gguf_chat(path: Path) -> ChatFormat:
-    """Load the chat format in a GGUF: ours by its key, else the Jinja template, else plain text; see
+    """Load the chat format in a GGUF: our format under CHAT_FORMAT, else the Jinja template, else plain text; see
     model.load_chat."""
     meta = GGUFFile(path).meta
     tokenizer = tokenizer_of(meta)
@@ -96,6 +96,6 @@ def load_gguf_chat(path: Path) -> ChatFormat:
 
 def _no_template(path: Path) -> str:
     return (
-        f"{path} has no {TEMPLATE}: this is a base model, which continues plain text; for conversations make a folder "
-        f"of it (thinkstack convert {path} OUT --to hf) and put a chat_template.jinja there"
+        f"{path} has no {TEMPLATE}: this is a base model, which continues plain text; for conversations convert it "
+        f"to a folder (thinkstack convert {path} OUT --to hf) and add a chat_template.jinja there"
     )

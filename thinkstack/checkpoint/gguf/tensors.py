@@ -1,8 +1,9 @@
 """Names and layouts of tensors in GGUF files: one table for both directions.
 
-llama.cpp rotates queries and keys of a Llama in neighboring pairs, so their rows have another order than in Hugging
-Face files. Experts are one stack per layer. kv_b_proj, which computes keys and values from MLA's latents, is split into
-two stacks of heads, with the keys' transposed, as attention on latents uses them; old files have the unsplit matrix.
+llama.cpp rotates queries and keys of a Llama in neighboring pairs, so the rows of their projections have another order
+than in Hugging Face files. Experts are one stack per layer. kv_b_proj, which computes keys and values from MLA's
+latents, is split into a stack of heads for keys (transposed, as in attention on latents) and one for values; old files
+have the unsplit matrix.
 Source: llama.cpp, convert_hf_to_gguf.py (conversion/*.py) and src/llama-arch.cpp.
 """
 
@@ -90,7 +91,7 @@ class TensorLayout:
     heads: int = 0
     """Number of heads whose rows are permuted; 0 for none."""
     is_copy: bool = False
-    """Repeats another tensor: read if present, never written."""
+    """Whether it repeats another tensor; copies are read if present and never written."""
 
     @property
     def is_stack(self) -> bool:

@@ -1,10 +1,10 @@
-"""Byte-level BPE tokenizers to and from tokenizer.ggml.*.
+"""Conversion of byte-level BPE tokenizers to and from the metadata tokenizer.ggml.*.
 
 llama.cpp has a fixed set of pre-tokenizers, selected by name. If a tokenizer uses another one, the pre-tokenizer that
 gives the same ids on sample texts is chosen: merges across the boundaries of our pre-tokenizer are left out, because
 they are never used, and strings that our pre-tokenizer does not split (<answer>) become user-defined tokens, which are
 found by spelling before pre-tokenization. The tokenizer.json is stored too, under GGUF's key for it, so that reading
-gives the original tokenizer.
+restores the original tokenizer.
 """
 
 import itertools
@@ -22,7 +22,8 @@ from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
 from thinkstack.types import ConfigError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""tokenizer.ggml.token_type. Control and user-defined tokens are found by spelling; the latter also in message text."""
+"""Values of tokenizer.ggml.token_type. Control and user-defined tokens are found by spelling; user-defined tokens also
+in message text."""
 MODEL, PRE, ADD_BOS = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token"
 TOKENS, TYPES, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 TOKENIZER_JSON = "tokenizer.huggingface.json"
@@ -33,7 +34,7 @@ PROBE_TEXTS = (
     "从左到右计算,每步只保留个位。答案是什么？ 2 × 3 = 6。",
     "Straße, naïve, Ελλάδα, привет, かな, 한국어, 🙂👍🏽 €5 #tag @home x_1 <b>bold</b>",
 )
-"""Texts whose ids must be equal."""
+"""Texts whose ids must be the same in llama.cpp as in our tokenizer."""
 RARE_TEXTS = (
     "two  spaces",
     "tab\tand \n break",
@@ -46,7 +47,7 @@ RARE_TEXTS = (
 """Texts for which a difference is only logged."""
 
 MAX_SAMPLES = 20_000
-"""Maximum number of tokens that are tested within a text."""
+"""Maximum number of tokens that are each tested inside a longer text."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def tokenizer_of(meta: Metadata) -> Tokenizer:
     """
     path, kind = meta.path, meta.get(MODEL, str)
     if kind != "gpt2":
-        raise ConfigError(f"{path}: {MODEL}={kind!r} is not supported; only byte-level BPE ('gpt2') is")
+        raise ConfigError(f"{path}: {MODEL}={kind!r} is not supported; only byte-level BPE ({MODEL}='gpt2') is")
     tokens, types = meta.get(TOKENS, list), meta.get(TYPES, list)
     if len(types) != len(tokens):
         raise ConfigError(f"{path} has {len(tokens)} tokens and {len(types)} token types; fetch another conversion")
@@ -79,7 +80,9 @@ def tokenizer_of(meta: Metadata) -> Tokenizer:
     known = _vocabulary(tokenizer)
     for index, (token, type_) in enumerate(zip(tokens, types, strict=True)):
         if type_ in (NORMAL, CONTROL) and known.get(token) != index:
-            raise ConfigError(f"{path}: token {index} is {token!r} in {TOKENS} only; fetch another conversion")
+            raise ConfigError(
+                f"{path}: token {index} is {token!r} in {TOKENS}, but not in the tokenizer; fetch another conversion"
+            )
     return tokenizer
 
 
@@ -102,7 +105,7 @@ def _spec_of(meta: Metadata, tokens: list[str], types: list[int]) -> str:
     adds_bos, bos = meta.find(ADD_BOS, bool), token_id_of(meta, BOS_KEY)
     if bos is not None and (pre.adds_bos if adds_bos is None else adds_bos):
         if not 0 <= bos < len(tokens) or tokens[bos] not in used:
-            raise ConfigError(f"{meta.path}: texts begin with token {bos}, which it lacks; fetch another conversion")
+            raise ConfigError(f"{meta.path}: {BOS_KEY}={bos} is not a token of the file; fetch another conversion")
         spec["post_processor"] = _bos_post_processor(tokens[bos], bos)
     return json.dumps(spec, ensure_ascii=False)
 
@@ -154,8 +157,9 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def tokenizer_values(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """Return tokenizer.ggml.* of a tokenizer, without BOS. rows: vocabulary of the model, padded with unused tokens.
+    """Return the metadata tokenizer.ggml.* of a tokenizer, without the BOS token.
 
+    rows: vocabulary size of the model; if the tokenizer has fewer tokens, the list is padded with unused tokens.
     Raises ConfigError for a tokenizer other than byte-level BPE, and if no pre-tokenizer of llama.cpp matches.
     """
     spec = json.loads(tokenizer.spec)
@@ -250,7 +254,7 @@ def _closest_rules(tokenizer: Tokenizer, spec: dict[str, Any]) -> _TokenizerFiel
     fields, rare = min(found, key=lambda pair: (len(pair[0].user_defined), len(pair[1])))
     if rare:
         _log.warning(
-            "llama.cpp will tokenize texts such as %s differently from this tokenizer; common texts are equal",
+            "llama.cpp will tokenize texts such as %s differently from this tokenizer; common texts get equal ids",
             ", ".join(map(repr, rare)),
         )
     return fields

@@ -125,17 +125,22 @@ def _metadata(
         values[CHAT_FORMAT] = chat.name
         template = chat_template.template_of(chat.name, tokenizer)
         if template is None:
-            _log.warning("no Jinja template gives the ids of %s; the GGUF has no template", chat.name)
+            _log.warning(
+                "no Jinja template gives the token ids of the chat format %s; the GGUF has no template", chat.name
+            )
         else:
             values[TEMPLATE] = template
     return values
 
 
 def _with_tokenizer_bos(tokenizer: Tokenizer | None, cfg: ModelConfig) -> ModelConfig:
-    """Return the config with the BOS that the tokenizer prepends; llama.cpp begins texts with it."""
+    """Return the config with the BOS token that the tokenizer prepends; llama.cpp prepends it too."""
     begin = tokenizer.begin_ids if tokenizer else []
     if len(begin) > 1:
-        raise ConfigError(f"the tokenizer begins texts with tokens {begin}; a GGUF supports only one: write hf instead")
+        raise ConfigError(
+            f"the tokenizer prepends the tokens {begin} to every text, but a GGUF supports only one; write the hf "
+            "format instead"
+        )
     return replace(cfg, bos_id=begin[0]) if begin else cfg
 
 
@@ -161,7 +166,10 @@ def _items(source: TensorSource, kind: str) -> list[_OutputTensor]:
         )
     if f16_names:
         _log.warning(
-            "%d matrices stay F16: their rows are no multiple of %s's blocks (%s)", len(f16_names), kind, f16_names[0]
+            "%d matrices stay F16: their row length is not a multiple of the block size of %s (for example %s)",
+            len(f16_names),
+            kind,
+            f16_names[0],
         )
     return items
 
@@ -211,7 +219,7 @@ def _write_tensor(file: BinaryIO, item: _OutputTensor, path: Path) -> None:
         for chunk in _chunks(tensor):
             if item.kind == "F16" and bool((chunk.abs() > F16_MAX).any()):
                 raise ConfigError(
-                    f"{path}: {item.name} has numbers beyond {F16_MAX:,.0f}, the largest in F16; write BF16 instead"
+                    f"{path}: {item.name} has values beyond {F16_MAX:,.0f}, the largest F16 value; write BF16 instead"
                 )
             file.write(encode_rows(chunk, item.kind).data)
 

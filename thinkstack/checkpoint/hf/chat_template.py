@@ -1,7 +1,7 @@
 """Jinja templates with which other programs can write the prompts of our chat formats.
 
-Hugging Face renders a conversation to one string and then finds control tokens in it by their spelling. This gives our
-ids unless a format or a message contains the spelling of a control token as plain text. `template_of` compares the ids
+transformers renders a conversation to one string and then finds control tokens in it by their spelling. The ids equal
+ours unless a format or a message contains the spelling of a control token as plain text. `template_of` compares the ids
 of a probe conversation and returns no template if they differ.
 """
 

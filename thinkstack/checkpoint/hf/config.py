@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-"""Families by model_type, with the class name of each in transformers."""
+"""Class name in transformers, by family (model_type)."""
 
 DEEPSEEK = ("deepseek_v3", "deepseek_v2")
 """Families with latent attention."""
@@ -36,13 +36,13 @@ EMBED_INIT_STD = "thinkstack_embed_init_std"
 # Keys of which only one value is supported: (key, supported value, advice).
 _REQUIRED_VALUES: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "silu", "use a model with SwiGLU"),
-    ("mlp_bias", False, "use a model without biases in the feed-forward"),
+    ("mlp_bias", False, "use a model without biases in the feed-forward layers"),
     ("attention_dropout", 0, "set it to 0; this package trains without dropout"),
-    ("moe_layer_freq", 1, "use a model whose layers from first_k_dense_replace on all have experts"),
-    ("partial_rotary_factor", 1, "use a model that rotates whole heads"),
-    ("decoder_sparse_step", 1, "use a model whose layers all have experts but for the first ones"),
+    ("moe_layer_freq", 1, "use a model in which every layer from first_k_dense_replace on has experts"),
+    ("partial_rotary_factor", 1, "use a model without partial rotary embeddings"),
+    ("decoder_sparse_step", 1, "use a model in which every layer after the first dense ones has experts"),
     ("use_sliding_window", False, "use a model with full attention"),
-    ("dual_chunk_attention_config", None, "remove it; up to the trained context it changes nothing"),
+    ("dual_chunk_attention_config", None, "remove the key; it changes nothing up to the trained context length"),
 )
 
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -95,7 +95,7 @@ def quantization_keys(quantization: QuantScheme | None) -> dict[str, Any]:
     if quantization is None:
         return {}
     if not isinstance(quantization, FP8Blocks):
-        raise ConfigError(f"Hugging Face files do not support {quantization.name} matrices; write bf16 or fp8")
+        raise ConfigError(f"Hugging Face files do not support {quantization.name} quantization; write bf16 or fp8")
     scale_fmt = {"scale_fmt": "ue8m0"} if quantization.power_of_two else {}
     return {"quantization_config": dict(sorted((_FP8 | scale_fmt).items()))}
 
@@ -137,8 +137,8 @@ def _read_model(family: str, reader: JsonReader) -> ModelConfig:
 
 
 def _read_gqa(family: str, reader: JsonReader) -> GQAConfig:
-    """Read GQA settings. Keys that are optional for Llama are required for Qwen: there transformers uses fixed defaults
-    that do not depend on other keys."""
+    """Read the GQA settings. Some keys are optional for Llama and required for Qwen, for which transformers uses fixed
+    defaults that do not depend on other keys."""
     heads, width = reader.integer("num_attention_heads"), reader.integer("hidden_size")
     is_llama, is_qwen2 = family == "llama", family == "qwen2"
     if is_qwen2:
@@ -158,7 +158,7 @@ def _read_mla(reader: JsonReader) -> MLAConfig:
     heads = reader.integer("num_attention_heads")
     reader.require("attention_bias", False, "use a model without biases in latent attention")
     # transformers always uses 1e-6 for the norms of the latents, other programs use the key
-    reader.require("rms_norm_eps", 1e-6, "programs disagree on the norms of the latents with another value")
+    reader.require("rms_norm_eps", 1e-6, "with another value, programs compute the norms of the latents differently")
     reader.require("num_key_value_heads", heads, "latent attention has as many key/value heads as query heads")
     return MLAConfig(
         num_heads=heads,
@@ -184,7 +184,7 @@ def _read_qwen_experts(reader: JsonReader) -> MoEConfig | None:
         return None
     dense = reader.values.get("mlp_only_layers") or []
     if dense != list(range(len(dense))):
-        raise ConfigError(f"mlp_only_layers={dense!r} is not supported; dense layers must be the first ones: 0, 1, ...")
+        raise ConfigError(f"mlp_only_layers={dense!r} is not supported; dense layers must come first: 0, 1, ...")
     return MoEConfig(
         num_experts=reader.integer(key),
         num_experts_per_tok=reader.integer("num_experts_per_tok"),
@@ -208,7 +208,7 @@ def _read_deepseek_experts(family: str, reader: JsonReader) -> MoEConfig | None:
     else:
         reader.require("scoring_func", "softmax", "DeepseekV2 scores experts by softmax")
         # DeepSeek's code and transformers interpret true differently; no released model has it
-        reader.require("norm_topk_prob", False, "DeepseekV2 uses the weights of the experts as they are")
+        reader.require("norm_topk_prob", False, "DeepseekV2 does not normalize the expert weights")
         method = reader.text("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
             raise ConfigError(f"topk_method={method!r} is not supported; DeepseekV2 has greedy, group_limited_greedy")
@@ -235,7 +235,7 @@ def read_bos(reader: JsonReader, rows: int | None = None) -> int | None:
     ids = _token_ids(reader, "bos_token_id", rows)
     if len(ids) > 1:
         raise ConfigError(
-            f"{reader.where}: bos_token_id={list(ids)} names several tokens; set the one that texts begin with"
+            f"{reader.where}: bos_token_id={list(ids)} contains several tokens; set one token, the BOS token of texts"
         )
     return ids[0] if ids else None
 
@@ -243,7 +243,7 @@ def read_bos(reader: JsonReader, rows: int | None = None) -> int | None:
 def read_eos(reader: JsonReader, rows: int | None = None) -> tuple[int, ...]:
     """Return `eos_token_id` of a file, one or a list; empty if it is missing, null or -1.
 
-    rows: rows of the embedding; None uses the vocab_size of the file. Raises ConfigError for anything else.
+    rows: number of rows of the embedding; None uses the vocab_size of the file. Raises ConfigError for anything else.
     """
     return _token_ids(reader, "eos_token_id", rows)
 
@@ -259,7 +259,7 @@ def _token_ids(reader: JsonReader, key: str, rows: int | None) -> tuple[int, ...
             )
         if isinstance(rows, int) and token >= rows:
             raise ConfigError(
-                f"{reader.where}: {key} contains {token}, beyond the {rows:,} rows of the embedding; use the file of "
+                f"{reader.where}: {key} contains {token}, but the embedding has only {rows:,} rows; use the file of "
                 "these weights, or remove the token"
             )
     return tuple(dict.fromkeys(found))
@@ -304,7 +304,7 @@ def one_or_list(ids: Sequence[int]) -> int | list[int] | None:
 
 
 def _check_expressed(cfg: ModelConfig, config: dict[str, Any]) -> None:
-    """Read the generated config.json back, and raise ConfigError if a setting got lost."""
+    """Read the generated config.json back, and raise ConfigError if a setting was lost."""
     again = from_hf(config, f"a {cfg.family} config.json")
     lost = differences(cfg, again)
     if lost:

@@ -1,7 +1,7 @@
 """Reading a folder in Hugging Face layout as a TensorSource, and writing a TensorSource as such a folder.
 
-FP8 files (quant_method fp8) have e4m3 numbers for each matrix of a block, and `weight_scale_inv`: the factor of each
-block of 128 x 128, by which one multiplies in spite of the name.
+FP8 files (quant_method=fp8) store the matrices of transformer blocks as e4m3 values, each matrix with
+`weight_scale_inv`: one scale per block of 128 x 128. Despite the name, dequantization multiplies by the scale.
 """
 
 import json
@@ -72,7 +72,7 @@ def _direct_readers(source: TensorSource, files: TensorFiles) -> dict[tuple[str,
 
 
 def _is_derived(name: str) -> bool:
-    """Whether it is a table of rotary frequencies, which old files contain and which is not used."""
+    """Whether the tensor is a table of rotary frequencies; old files contain such tables, which are not used."""
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -91,7 +91,7 @@ class TensorTable(Protocol):
 
 
 def scaled_source(path: Path, cfg: ModelConfig, quantization: FP8Blocks | None, table: TensorTable) -> TensorSource:
-    """Build a TensorSource of tensors, some of them e4m3 with scales in the blocks of `quantization`.
+    """Build a TensorSource of tensors; e4m3 tensors have one scale per block of `quantization`.
 
     Raises ConfigError for e4m3 tensors without `quantization` or without scales, and for scales of a wrong shape.
     """
@@ -107,7 +107,7 @@ def scaled_source(path: Path, cfg: ModelConfig, quantization: FP8Blocks | None, 
         for name in fp8_names:
             raise ConfigError(
                 f"{table.path_of(name)}: {name} is {E4M3}, but the configuration has no block size; use the "
-                "config.json of these weights, with its quantization_config"
+                "config.json of these weights, which has a quantization_config"
             )
         return TensorSource(
             path=path,
@@ -141,13 +141,15 @@ def _check_scale(table: TensorTable, name: str) -> torch.dtype:
     """Return the dtype of a matrix's scales. Raises ConfigError if they are missing or do not match the matrix."""
     scale = f"{name}{SCALE}"
     if scale not in table.infos:
-        raise ConfigError(f"{table.path_of(name)}: {name} is {E4M3} and {scale} is missing; fetch it with its scales")
+        raise ConfigError(
+            f"{table.path_of(name)}: {name} is {E4M3} and {scale} is missing; fetch the matrix with its scales"
+        )
     dtype, shape = table.infos[scale]
     expected = tuple(-(-size // BLOCK) for size in table.infos[name].shape)
     if shape != expected or len(shape) != 2:
         raise ConfigError(
-            f"{table.path_of(scale)}: {scale} is {shape}, blocks of {BLOCK} x {BLOCK} of {name} need {expected}; "
-            "use the scales of these weights"
+            f"{table.path_of(scale)}: {scale} has shape {shape}, but the blocks of {BLOCK} x {BLOCK} of {name} require "
+            f"{expected}; use the scales of these weights"
         )
     if dtype == E4M3:
         raise ConfigError(f"{table.path_of(scale)}: {scale} is {E4M3}, too coarse for a scale; store it as fp32")
@@ -173,7 +175,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: weight_map is not a table of file names; fetch it again")
     for file in weight_map.values():
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ConfigError(f"{path} names {file!r}, which is not a safetensors file beside it; fetch it again")
+            raise ConfigError(f"{path} names {file!r}, which is not a safetensors file in its folder; fetch it again")
     return weight_map
 
 
@@ -190,7 +192,7 @@ def _no_weights(folder: Path) -> str:
 
 
 class WritePlan:
-    """The tensors that a TensorSource becomes in an output format: infos by name on disk, data one at a time."""
+    """The tensors of a TensorSource in an output format: infos by name on disk, data one tensor at a time."""
 
     def __init__(self, source: TensorSource, output_format: OutputFormat):
         self.source, self.output_format = source, output_format
@@ -221,7 +223,8 @@ class WritePlan:
             yield from _named_parts(entry, quantization.quantize(source.tensors[entry.name]()))
 
     def is_quantized(self, entry: TensorEntry) -> bool:
-        """Whether the entry is written quantized: matrices of blocks, or, if no types change, what the source has."""
+        """Whether the entry is written quantized: every matrix of a transformer block, or, if the output keeps the
+        types of the source, the matrices that are quantized in the source."""
         if self.output_format.quantization is None:
             return False
         is_kept = self.output_format.quantization == self.source.quantization and self.output_format.dtype is None
@@ -235,7 +238,7 @@ class WritePlan:
 
 
 def source_name_of(entry: TensorEntry, source: TensorSource) -> str:
-    """Return the source tensor to write: the entry's own, or the original of a copy that the source lacks."""
+    """Return the name of the source tensor to write: the entry, or the original of a copy that the source lacks."""
     if entry.name in source.tensors or not entry.is_copy:
         return entry.name
     return {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}[entry.source]
@@ -296,7 +299,7 @@ def _split_into_shards(plan: WritePlan, max_shard_bytes: int) -> list[list[Tenso
 
 
 def save_weights(model: Transformer, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write the weights of a model with unchanged types. Raises ConfigError for what the family cannot store."""
+    """Write the weights of a model with unchanged types. Raises ConfigError if the family cannot store the model."""
     source = source_of(model)
     write_weights(source, folder, OutputFormat(quantization=source.quantization), max_shard_bytes)
 

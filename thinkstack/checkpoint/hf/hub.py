@@ -18,9 +18,9 @@ def is_hub_name(text: str) -> bool:
 def fetch(name: str) -> Path:
     """Download OWNER/NAME if necessary and return its folder in the cache of huggingface_hub.
 
-    Broken connections are retried; an interrupted download keeps its complete files. The library uses HF_ENDPOINT,
-    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Without a network, the newest cached version is used. Raises ConfigError if
-    there is none, or if the hub denies access.
+    Broken connections are retried; the complete files of an interrupted download are reused. The library uses
+    HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Without a network, the newest cached version is used. Raises
+    ConfigError if no version is cached, or if the hub denies access.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -29,15 +29,17 @@ def fetch(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=list(DOWNLOAD_PATTERNS), ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise ConfigError(
-            f"{name} requires an agreement; accept it on its hub page and set HF_TOKEN to your token"
+            f"{name} requires an agreement; accept it on the model's hub page and set HF_TOKEN to your token"
         ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"{name} is neither a local folder nor a model of the hub; correct it, or set HF_TOKEN if it is private"
+            f"{name} is neither a local folder nor a model of the hub; correct the name, or set HF_TOKEN if the model "
+            "is private"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConfigError(
-            f"{name} is not a local folder, and the hub cannot be reached; connect, or give a checkpoint folder"
+            f"{name} is not a local folder, and the hub cannot be reached; connect to the network, or give a "
+            "checkpoint folder"
         ) from error
     except Exception as error:  # versions of the library use different HTTP clients with different errors
         reason = str(error).strip().splitlines()[0]
@@ -46,7 +48,7 @@ def fetch(name: str) -> Path:
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"{name} has no safetensors files, and pickles are never fetched; convert it with transformers "
+            f"{name} has no safetensors files, and pickles are never fetched; convert the model with transformers "
             "(save_pretrained) on a machine you trust"
         )
     return folder

@@ -17,7 +17,7 @@ def read_rope(family: str, reader: JsonReader) -> RopeConfig:
     Raises ConfigError for an extension that this package or the family does not support.
     """
     rope = reader.object("rope_parameters" if reader.values.get("rope_parameters") else "rope_scaling")
-    rope.require("partial_rotary_factor", 1, "use a model that rotates whole heads")
+    rope.require("partial_rotary_factor", 1, "use a model without partial rotary embeddings")
     is_deepseek = family.startswith("deepseek")
     kind, known = (
         rope.text("rope_type", rope.text("type", "default")),
@@ -26,7 +26,7 @@ def read_rope(family: str, reader: JsonReader) -> RopeConfig:
     if kind not in known:
         raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported in {family}; known: {', '.join(known)}")
     if family == "deepseek_v2":
-        reader.require("rope_interleave", True, "DeepseekV2 pairs neighbors")
+        reader.require("rope_interleave", True, "DeepseekV2 rotates neighboring dimensions in pairs")
     return RopeConfig(
         theta=rope.number("rope_theta", reader.number("rope_theta", 10000.0)),
         interleaved=is_deepseek and reader.flag("rope_interleave", True),
@@ -46,10 +46,10 @@ def _read_llama3(rope: JsonReader) -> Llama3RopeConfig:
 
 
 def _read_yarn(is_deepseek: bool, rope: JsonReader) -> YarnConfig:
-    rope.require("truncate", True, "use whole pair indices as the bounds of the blend")
+    rope.require("truncate", True, "use a model whose YaRN ramp has integer bounds")
     mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     if all_dim == 0 and mscale in (0, 1):
-        mscale = 1.0  # without mscale_all_dim the amplitude is that of mscale = 1
+        mscale = 1.0  # without mscale_all_dim, the amplitude is the one for mscale = 1
     elif mscale == 0 or all_dim == 0:
         raise ConfigError(
             f"{rope.where}: programs interpret mscale={mscale} with mscale_all_dim={all_dim} differently; "
@@ -57,8 +57,8 @@ def _read_yarn(is_deepseek: bool, rope: JsonReader) -> YarnConfig:
         )
     elif not is_deepseek:
         raise ConfigError(
-            f"{rope.where}: mscale_all_dim={all_dim} scales the softmax in DeepSeek models only; leave mscale and "
-            "mscale_all_dim out of this model"
+            f"{rope.where}: mscale_all_dim={all_dim} scales the softmax in DeepSeek models only; remove mscale and "
+            "mscale_all_dim"
         )
     yarn = YarnConfig(
         factor=rope.number("factor"),
@@ -71,8 +71,8 @@ def _read_yarn(is_deepseek: bool, rope: JsonReader) -> YarnConfig:
     amplitude = yarn_mscale(yarn.factor, mscale) / yarn_mscale(yarn.factor, all_dim)
     if abs(rope.number("attention_factor", amplitude) - amplitude) > 1e-6:
         raise ConfigError(
-            f"{rope.where}: attention_factor={rope.values['attention_factor']} is not supported, only what follows "
-            f"from the other keys, {amplitude:.7g}; give mscale and mscale_all_dim instead"
+            f"{rope.where}: attention_factor={rope.values['attention_factor']} is not supported (only "
+            f"{amplitude:.7g}, as computed from the other keys); set mscale and mscale_all_dim instead"
         )
     return yarn
 

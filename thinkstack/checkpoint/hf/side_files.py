@@ -1,4 +1,4 @@
-"""Side files of a checkpoint: tokenizer, chat template and generation settings; generated, or kept from the source."""
+"""Side files of a checkpoint: tokenizer, chat template, generation settings; generated, or copied from the source."""
 
 import json
 from collections.abc import Mapping
@@ -36,10 +36,10 @@ def side_files(folder: Path) -> list[Path]:
 def make_side_files(
     cfg: ModelConfig, tokenizer: Tokenizer | None, chat: str | ChatFormat | None, like: Path | None = None
 ) -> dict[str, str]:
-    """Return the text files beside the weights of a model, by name.
+    """Return the text files of a checkpoint folder, by name.
 
     like: the checkpoint folder that the model was trained from; its other settings (pad token, added tokens, sampling)
-    are kept. Raises ConfigError for a mismatch of model, tokenizer and format.
+    are copied. Raises ConfigError for a mismatch of model, tokenizer and format.
     """
     if tokenizer is None:
         if chat is not None:
@@ -64,8 +64,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str = "the to
     """Raise ConfigError if a tokenizer has more tokens than the model has embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"{where} has {tokenizer.vocab_size:,} tokens, the model {vocab_size:,}; use the tokenizer of these "
-            "weights, or train the model with at least as many"
+            f"{where} has {tokenizer.vocab_size:,} tokens, but the model has only {vocab_size:,}; use the tokenizer of "
+            f"these weights, or train a model with at least {tokenizer.vocab_size:,} tokens"
         )
 
 
@@ -83,7 +83,7 @@ def _shipped(like: Path | None, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mapping[str, Any]) -> dict[str, Any]:
-    """Return generation_config.json; end tokens are those of the model, of the chat format, and of the source file."""
+    """Return generation_config.json with the end tokens of the model, of the chat format and of the source file."""
     known = shipped.get("eos_token_id")
     ends = [*cfg.eos_ids, *(chat.stop_token_ids if chat else ()), *(known if isinstance(known, list) else [known])]
     ids = [token for token in dict.fromkeys(ends) if token is not None]
@@ -99,8 +99,8 @@ def _generation_config(cfg: ModelConfig, chat: ChatFormat | None, shipped: Mappi
 def _tokenizer_config(
     cfg: ModelConfig, tokenizer: Tokenizer, chat: ChatFormat | None, shipped: Mapping[str, Any], has_file: bool
 ) -> dict[str, Any]:
-    """Return tokenizer_config.json; without the chat template if that is in a separate file, or if a template cannot
-    give the ids of our format."""
+    """Return tokenizer_config.json, without a chat template if the template is in a separate file or cannot give the
+    ids of our format."""
     config = {key: value for key, value in shipped.items() if key not in (CHAT_FORMAT, "chat_template")}
     if not shipped:
         begin = tokenizer.begin_ids[0] if tokenizer.begin_ids else cfg.bos_id
@@ -124,7 +124,7 @@ def _tokenizer_config(
 
 
 def _template_key(chat: TemplateFormat, shipped: Any) -> str | list[dict[str, str]]:
-    """Return the value of chat_template: unchanged if it is that of the source, else a generated one."""
+    """Return the value of chat_template: the source's value if it contains this template, else a generated value."""
     known = [entry.get("template") for entry in shipped] if isinstance(shipped, list) else [shipped]
     if chat.template in known:
         return shipped
@@ -143,7 +143,7 @@ def control_token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
             return token
     raise ConfigError(
         f"the model begins or ends sequences with token {token_id}, which is not a control token of this tokenizer; "
-        "set bos_id and eos_ids of the model to its control tokens"
+        "set bos_id and eos_ids of the model to control tokens of the tokenizer"
     )
 
 

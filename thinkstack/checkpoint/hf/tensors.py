@@ -1,8 +1,8 @@
 """Names and shapes of the tensors of Hugging Face checkpoints, one table per family; loading models through the table.
 
 Rotary layout: Hugging Face Llama files pair dimension i with i + d/2, as our non-interleaved rotation does, and the
-DeepSeek files pair neighbors, as our interleaved one does, so no row is permuted. Experts are separate tensors on disk
-and stacked here.
+DeepSeek files pair neighbors, as our interleaved rotation does, so no row is permuted. Experts are separate tensors on
+disk and stacked here.
 
 MTP modules are written as in the released V3 files: block `num_layers + depth`, with its own copies of embedding and
 head (`embed_tokens.weight`, `shared_head.head.weight`). When read, copies may be missing and must equal the main
@@ -78,11 +78,11 @@ class TensorEntry(NamedTuple):
     part: tuple[int, ...] = ()
     """Expert and index in its stack (gate 0, up 1), if the source is a stack of experts; () is the complete tensor."""
     is_copy: bool = False
-    """Repeats another stored tensor; may be missing on disk, must be equal if present."""
+    """Whether it repeats another stored tensor; a copy may be missing on disk, and must be equal if present."""
     is_written: bool = True
     """Whether our files contain it."""
     is_matrix: bool = False
-    """Whether it is a matrix of a block, without the router; these are the matrices that can be quantized."""
+    """Whether it is a matrix of a transformer block, but not the router; these matrices can be quantized."""
 
 
 def tensor_entries(cfg: ModelConfig) -> list[TensorEntry]:
@@ -146,7 +146,7 @@ def _shape(shape: tuple[int, ...], entry: TensorEntry) -> tuple[int, ...]:
 def check_tensors(
     where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]], file_of: Callable[[str], Path]
 ) -> None:
-    """Raise ConfigError unless the tensors `found` (shapes by name) are those of a model of `cfg`.
+    """Raise ConfigError unless the tensors `found` (shapes by name) match a model of `cfg`.
 
     where: the checkpoint; file_of: returns the file of a tensor; both for messages.
     """
@@ -156,7 +156,7 @@ def check_tensors(
         way_out = "the download is incomplete or its configuration belongs to other weights; fetch it again"
         if missing == ["lm_head.weight"]:
             way_out = (
-                "if the head is the embedding, set tie_word_embeddings to true in config.json, else fetch it again"
+                "if the head shares the embedding, set tie_word_embeddings to true in config.json, else fetch it again"
             )
         raise ConfigError(f"{where} lacks the tensor {missing[0]}{_more(missing)}: {way_out}")
     unexpected = sorted(found.keys() - shapes.keys())
@@ -168,7 +168,7 @@ def check_tensors(
     for name, shape in found.items():
         if shape != shapes[name]:
             raise ConfigError(
-                f"{file_of(name)}: {name} has shape {shape}, the configuration requires {shapes[name]} "
+                f"{file_of(name)}: {name} has shape {shape}, but the configuration requires {shapes[name]} "
                 f"({_counts(cfg)}); use the config.json of these weights"
             )
 
@@ -192,7 +192,7 @@ def empty_model(
 ) -> Transformer:
     """Create a model with uninitialized parameters in `dtype`, on the CPU; balance biases are fp32 zeros.
 
-    quantization: scheme of the parameters named in `quantized`; None there means the matrices of all blocks.
+    quantization: scheme of the parameters named in `quantized`; quantized=None means the matrices of all blocks.
     Raises ConfigError if there is not enough memory.
     """
     with torch.device("meta"):
@@ -222,12 +222,12 @@ def check_storable(model: Transformer) -> None:
         if isinstance(module, MoE) and bool(module.bias.any()):
             raise ConfigError(
                 f"{name}.bias is not zero, and {model.cfg.family} files cannot store it; train with "
-                "bias_speed=0, or use family deepseek_v3"
+                "bias_speed=0, or use family=deepseek_v3"
             )
 
 
 def source_of(model: Transformer, path: Path = Path("the model")) -> TensorSource:
-    """Return a TensorSource of a model. Raises ConfigError for what the family cannot store."""
+    """Return a TensorSource of a model. Raises ConfigError if the family cannot store the model."""
     check_storable(model)
     state, quantized = model.state_dict(), quantized_weights(model)
     tensors: dict[str, Callable[[], Tensor]] = {}
@@ -251,7 +251,7 @@ def source_of(model: Transformer, path: Path = Path("the model")) -> TensorSourc
 
 
 def quantized_names(source: TensorSource) -> list[str]:
-    """Return the parameters of which the checkpoint has all tensors quantized."""
+    """Return the names of the parameters whose tensors are all quantized in the checkpoint."""
     items = tensor_entries(source.cfg)
     plain = {entry.source for entry in items if entry.name not in source.quantized and not entry.is_copy}
     found = dict.fromkeys(entry.source for entry in items if entry.source not in plain and not entry.is_copy)
@@ -259,7 +259,7 @@ def quantized_names(source: TensorSource) -> list[str]:
 
 
 def _quantized_together(name: str) -> list[str]:
-    """Return the parameters that are quantized together: both stacks of experts, else the parameter alone."""
+    """Return the names of the parameters that are quantized with `name`: both expert stacks, else only `name`."""
     owner, _, leaf = name.rpartition(".")
     return [f"{owner}.{stack}" for stack in EXPERT_STACKS] if leaf in EXPERT_STACKS else [name]
 
@@ -320,7 +320,7 @@ def _fill_dense(target: Tensor, entry: TensorEntry, source: TensorSource) -> Non
     tensor = source.tensors[entry.name]()
     if tensor.shape != target.shape:
         raise ConfigError(
-            f"{source.path}: {entry.name} has shape {tuple(tensor.shape)}, its configuration requires "
+            f"{source.path}: {entry.name} has shape {tuple(tensor.shape)}, but its configuration requires "
             f"{tuple(target.shape)}; use the configuration of these weights"
         )
     target.copy_(tensor)

@@ -50,7 +50,7 @@ ALLOWED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, LoftQ, ... also change the base
 }
-"""Supported values of adapter_config.json, those of a plain LoRA adapter; other values change the computation."""
+"""Supported values in adapter_config.json: the values of a plain LoRA adapter. Other values change the computation."""
 QUANTIZED = re.compile(
     r"(?:^|[-_./])(?:bnb|[2-8]-?bits?|gptq|awq|nf4|w?int[48]|w[48]a\d+|hqq|aqlm|exl[23]|mlx|gguf)(?:$|[-_./])",
     re.IGNORECASE,
@@ -113,14 +113,15 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
     for name, allowed in ALLOWED_SETTINGS.items():
         if name in config and config[name] not in allowed:
             raise ConfigError(
-                f"{path / CONFIG}: {name}={config[name]!r} is more than a plain LoRA adapter; merge it with PEFT "
-                "(merge_and_unload) and load the merged checkpoint"
+                f"{path / CONFIG}: {name}={config[name]!r} is not supported, only plain LoRA is; merge the adapter "
+                "with PEFT (merge_and_unload) and load the merged checkpoint"
             )
     base = config.get("base_model_name_or_path") or ""
     if QUANTIZED.search(str(base)):
         raise ConfigError(
-            f"{path / CONFIG}: the adapter was trained on {base}, whose weights are quantized; merge it there, or set "
-            "base_model_name_or_path to the unquantized weights, which gives a different model"
+            f"{path / CONFIG}: the adapter was trained on {base}, whose weights are quantized; merge the adapter "
+            "into that model with PEFT, or set base_model_name_or_path to the unquantized weights, which gives a "
+            "different model"
         )
     try:
         cfg = LoRAConfig(
@@ -144,10 +145,10 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
         for module, given in found.items():
             for target, matrix in zip(_matrices(known[stored[module].source], stored[module]), "AB", strict=True):
                 if matrix not in given or given[matrix].shape != target.shape:
-                    shape = tuple(given[matrix].shape) if matrix in given else "missing"
+                    problem = f"has shape {tuple(given[matrix].shape)}" if matrix in given else "is missing"
                     raise ConfigError(
-                        f"{path / WEIGHTS}: lora_{matrix} of {module} is {shape}, this model and r={cfg.rank} need "
-                        f"{tuple(target.shape)}; use the base that the adapter was trained on{named}"
+                        f"{path / WEIGHTS}: lora_{matrix} of {module} {problem}, but this model with r={cfg.rank} "
+                        f"requires {tuple(target.shape)}; use the base that the adapter was trained on{named}"
                     )
                 target.copy_(given[matrix])
     return cfg

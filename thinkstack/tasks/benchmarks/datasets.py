@@ -65,7 +65,8 @@ class Gsm8k:
         return benchmark_problem(self.name, str(row["question"]), answer, level=solution.strip().count("\n") + 1)
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Compare values: tasks/verify/quantities.py lists the accepted spellings; #### or a box may surround it.
+        """Compare values; tasks/verify/quantities.py lists the accepted spellings. The answer may be after #### or in
+        a box.
 
         A percent sign counts as a unit if the question asks for percent.
         """
@@ -85,7 +86,8 @@ class Math:
     SOURCE = "the folder or the JSON lines of github.com/hendrycks/math, or MATH-500"
 
     def load(self, path: str | Path) -> list[Problem]:
-        """Skip rows without an answer with a warning; some circulating copies have a few."""
+        """Return all problems; rows without an answer, which some circulating copies have, are skipped with a
+        warning."""
         found, unanswered = [], []
         for where, row in load_rows(path, ("problem", "level"), self.SOURCE):
             answer = last_boxed(str(row.get("solution") or "")) or row.get("answer")
@@ -105,7 +107,7 @@ class Math:
         return found
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether both are the same number, or the same LaTeX up to spelling.
+        """Whether `answer` and the reference are the same number, or the same LaTeX up to spelling.
 
         `verify_formulas` (tasks/verify/latex.py) also accepts equivalent formulas.
         """
@@ -117,7 +119,7 @@ def split_file(folder: str | Path, split: str, source: str) -> Path:
     found = [path for ending in FILE_SUFFIXES if (path := Path(folder) / f"{split}{ending}").is_file()]
     if not found:
         names = " or ".join(f"{split}{ending}" for ending in FILE_SUFFIXES)
-        raise ConfigError(f"{folder} has no {names}; give the folder that holds {source}")
+        raise ConfigError(f"{folder} has no {names}; give the folder that contains {source}")
     return found[0]
 
 
@@ -134,13 +136,13 @@ def load_rows(path: str | Path, fields: Sequence[str], source: str) -> list[tupl
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(f"there is no {path}; give the path of {source}")
+        raise ConfigError(f"{path} does not exist; give the path of {source}")
     if path.is_dir():
         found = [(str(file), read_object(file)) for file in sorted(path.rglob("*.json"))]
     else:
         found = list(read_rows(path))
     if not found:
-        raise ConfigError(f"{path} holds no rows; give the path of {source}")
+        raise ConfigError(f"{path} has no rows; give the path of {source}")
     for where, row in found:
         missing = [name for name in fields if name not in row]
         if missing:
@@ -174,7 +176,7 @@ class DatasetStream:
         return self.problems[self._order[place]]
 
     def state(self) -> dict[str, Any]:
-        """Return the state that `restore` takes."""
+        """Return the state that `restore` accepts."""
         return {"position": self.position}
 
     def restore(self, state: dict[str, Any]) -> None:

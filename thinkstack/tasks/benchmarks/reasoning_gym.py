@@ -4,8 +4,8 @@ Three properties of the package are worked around:
 
 - It generates item i of a data set from seed + i, so neighboring seeds share nearly all items. Here each problem is a
   data set of one item, whose seed comes from `digest`.
-- Its scorers give partial credit for substrings. Here only exactly 1.0 counts, and an answer longer than one answer
-  is rejected first.
+- Its scorers give partial credit for substrings. Here only a score of exactly 1.0 counts, and text that is too long
+  for a single answer is rejected before scoring.
 - Some scorers evaluate the model's output as code. They are never called; the answer is compared with the reference.
 """
 
@@ -97,7 +97,7 @@ class ReasoningGymTask:
 
     @cached_property
     def chance(self) -> float:
-        """Mean over levels of the share of the most common answer; measured, since the package states none."""
+        """Mean over levels of the share of the most common answer; measured, since the package does not state it."""
         answers = {level: Counter[str]() for level in self.levels}
         for seed in range(CHANCE_SAMPLES):
             level = self.levels[seed % len(self.levels)]
@@ -123,7 +123,7 @@ class ReasoningGymTask:
         dataset, item = _remake_item(self, problem.level, int(problem.key[:8], 16))
         if item["question"] != problem.question:
             raise ConfigError(
-                f"{self.name} generates a different question for {problem.key}; use the package version that made it"
+                f"{self.name} generates another question for {problem.key}; use the package version that generated it"
             )
         try:
             return bool(dataset.score_answer(strip_answer(answer), item) == 1.0)

@@ -1,6 +1,7 @@
 """Last-digit arithmetic: operations on a digit, written as a chain or as nested brackets.
 
-Factors are 3, 7 and 9 only: they permute the ten digits, so no operation loses the state and every operation matters.
+Factors are only 3, 7 and 9. They permute the ten digits, so no operation loses information about the state, and the
+result depends on every operation.
 """
 
 import random

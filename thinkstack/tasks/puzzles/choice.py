@@ -59,7 +59,7 @@ class Choice:
         return Puzzle(start, (*ops, ("pick", tuple(options))))
 
     def key(self, puzzle: Puzzle) -> str:
-        """Hash of the calculation alone: other options make the same problem."""
+        """Return the hash of the calculation alone: the options do not change the problem."""
         return f"{digest(self.name, puzzle.start, *puzzle.ops[:-1]):016x}"
 
     def verify(self, problem: Problem, answer: str) -> bool:

@@ -31,7 +31,7 @@ class CorpusConfig:
     drill_share: Share = 0.1
     """Share of documents that are lists of correct steps out of context, like a times table."""
     worked_share: Share = 0.4
-    """Share of answers with a worked solution; the others are guesses."""
+    """Share of answers with a worked solution; the other answers are guesses."""
     wrong_working_share: Share = 0.45
     """Share of worked solutions with one wrong step, whose error propagates to the answer."""
     right_guess_share: Share = 0.5

@@ -56,7 +56,7 @@ TERMS = {hop: (hop, word) for hop, word in HOPS.items()} | {
     "son's son's son": ("great-grandson", "曾孙"),
     "son's son's daughter": ("great-granddaughter", "曾孙女"),
 }
-"""A relation and its names in English and in Chinese."""
+"""Names of each relation in English and in Chinese."""
 
 
 def _siblings(brother: str, sister: str) -> dict[str, str]:
@@ -97,14 +97,14 @@ NEXT: dict[str, dict[str, str]] = {
     "grandfather's sister": _GREAT,
     **{f"son's son's {child}": _siblings("son's son's son", "son's son's daughter") for child in ("son", "daughter")},
 }
-"""NEXT[relation][hop]: the relation that the hop from that relative leads to. Missing pairs have no unique answer."""
+"""NEXT[relation][hop]: the relation after one hop from that relative. Missing pairs have no unique answer."""
 
 
 @cache
 def _walks(level: int) -> dict[str, list[tuple[str, ...]]]:
     """Return all walks of level + 1 hops, grouped by the English term they end at.
 
-    Excluded are two consecutive sibling hops, and walks that end at a single hop (a brother's father).
+    Walks with two consecutive sibling hops, and walks that end at a single hop (a brother's father), are excluded.
     """
     found: list[tuple[tuple[str, ...], str]] = [((hop,), hop) for hop in HOPS]
     for _ in range(level):
@@ -156,7 +156,7 @@ class Kin:
         return puzzle.start
 
     def advance(self, state: str, op: str) -> str:
-        """A hop missing from the table keeps the state; only a wrong step can lead there."""
+        """A hop that is missing from the table leaves the state unchanged; this happens only after a wrong step."""
         return NEXT.get(state, {}).get(op, state)
 
     def other_states(self, state: str) -> Sequence[str]:

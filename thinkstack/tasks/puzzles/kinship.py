@@ -1,6 +1,6 @@
 """Family relations: A is the father of B, B is the mother of C; what is A to C?
 
-English only: Chinese kin terms depend on lineage and age, which these puzzles do not carry.
+English only: Chinese kin terms depend on lineage and age, which these puzzles do not specify.
 """
 
 import random
@@ -85,7 +85,7 @@ class Kinship:
         return puzzle.start
 
     def advance(self, state: str, op: str) -> str:
-        """A pair missing from the table keeps the state; only a wrong step can lead there."""
+        """A pair that is missing from the table leaves the state unchanged; this happens only after a wrong step."""
         relation = RELATION[state]
         return TERMS[COMPOSE.get(relation, {}).get(RELATION[op], relation)][IS_WOMAN[state]]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from thinkstack.tasks.puzzles.puzzle import Puzzle
 
 MODULI = (7, 11, 13)
-"""Primes, so that no factor loses part of the state."""
+"""Primes, so that no multiplication loses information about the residue."""
 
 
 class Modular:

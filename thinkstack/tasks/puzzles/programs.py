@@ -12,7 +12,7 @@ VARIABLES = ("a", "b")
 
 
 class Program:
-    """The state holds the variables; an operation is one statement on variable `target` (0 or 1).
+    """The state contains the variables; an operation is one statement on variable `target` (0 or 1).
 
     ("set", target, source, sign, number or variable); ("if", target, limit, sign, number): only if target > limit;
     ("for", target, times, number): add the number `times` times.

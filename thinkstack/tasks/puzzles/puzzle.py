@@ -2,8 +2,8 @@
 
 A puzzle task is a small state machine: a start state, a sequence of operations, and a transition function. Each line of
 a worked solution repeats all it needs, so a single step is a local look-up, while the complete puzzle is too hard to
-answer directly. A task's file holds only its transitions and its wordings; sampling, splitting, wording and mistakes
-are here.
+answer directly. A task's file contains only its transitions and its wordings; sampling, splitting, wording and
+mistakes are in this file.
 
 The key of a problem is the hash of its operands, independent of wording and language. The key alone decides whether the
 problem belongs to the train or the test split, so no generator, seed or index can mix them.
@@ -31,7 +31,7 @@ class Puzzle:
     start: Any
     ops: tuple[Any, ...]
     names: tuple[str, ...] = ()
-    """Names in the question. Other names make the same problem, so the key leaves them out."""
+    """Names in the question. They do not change the problem, so the key leaves them out."""
 
 
 class PuzzleTask(Protocol):
@@ -79,7 +79,7 @@ class Verifier(Protocol):
     """Optional method of a task whose correct answers can differ in spelling from the reference."""
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` is correct. It never raises, evaluates nothing, and rejects more than one answer."""
+        """Whether `answer` is correct. It never raises, evaluates nothing, and rejects several answers."""
 
 
 @runtime_checkable

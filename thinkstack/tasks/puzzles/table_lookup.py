@@ -15,7 +15,7 @@ THINGS = {
     "zh": ("苹果", "梨", "李子", "书", "笔", "鸡蛋"),
 }
 COLUMNS = 3
-"""Number columns of a table."""
+"""Columns of a table that contain numbers."""
 
 
 class Table:
@@ -55,7 +55,7 @@ class Table:
         return Puzzle((people, things, rows), ops)
 
     def key(self, puzzle: Puzzle) -> str:
-        """Hash of numbers and cell positions: other people, other things or another order make the same problem."""
+        """Return the hash of numbers and cell positions: people, things and the order do not change the problem."""
         people, things, rows = puzzle.start
         places = sorted((people.index(person), things.index(thing)) for person, thing, _ in puzzle.ops)
         return f"{digest(self.name, rows, places):016x}"

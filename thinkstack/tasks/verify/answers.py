@@ -41,7 +41,7 @@ def strip_answer(answer: str) -> str:
 
 
 def strip_wrappers(answer: str) -> str:
-    """Return the answer without wrappers around all of it: math delimiters, bold, text macros, braces, style
+    """Return the answer without wrappers around the entire answer: math delimiters, bold, text macros, braces, style
     declarations."""
     text, before = strip_answer(_BOLD.sub(r"\1", answer)), ""
     while text != before:
@@ -58,7 +58,7 @@ def strip_wrappers(answer: str) -> str:
 
 
 def normalize(answer: str) -> str | int:
-    """Return an int if the complete answer is one, else its casefolded text without outer space and final full stop.
+    """Return an int if the answer is an integer, else its casefolded text without outer space and final full stop.
 
     Nothing is computed: "2+2" stays the text "2+2", and "50%" is not 50.
     """
@@ -76,9 +76,9 @@ def is_correct(reference: str, answer: str | None) -> bool:
 def parse_number(answer: str) -> Fraction | None:
     """Return the value of an integer, a decimal, a fraction of two integers or a mixed number; None for anything else.
 
-    Values are exact: 0.5 is 1/2, 0.333 is not 1/3. Thousands separators may be commas or those of TeX; fractions may be
-    TeX. Mixed numbers count: 2\\frac{1}{2} and 2 1/2 are 5/2. With an improper fraction, as in 2\\frac{3}{2}, the text
-    is a product and returns None.
+    Values are exact: 0.5 is 1/2, 0.333 is not 1/3. Thousands separators may be commas or TeX separators; fractions may
+    be TeX. Mixed numbers are read: 2\\frac{1}{2} and 2 1/2 are 5/2. With an improper fraction, as in 2\\frac{3}{2}, the
+    text is a product, and the result is None.
     """
     # blanks around a TeX fraction: 2\frac12 and 2 1/2 become one spelling, and 21/2 stays different
     text = _TEX_FRACTION.sub(

@@ -1,6 +1,6 @@
 """Language consistency: the share of the reasoning in the target language (R1 paper, arXiv:2501.12948).
 
-Chinese is counted by characters, English and everything else by words. Text that belongs to no language is removed
+Chinese is counted in characters, all other languages in words. Text that belongs to no language is removed
 first: code, math, identifiers, names and acronyms, and foreign words that the question itself uses. Languages that
 share the Latin alphabet are not distinguished.
 """
@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 MIN_WORDS = 4
-"""Fewest words from which the language of a text is measured."""
+"""Minimum number of words for which the language of a text is measured."""
 MAX_NAME = 3
 """Longest run of capitalized words that counts as a name; a longer run counts as a sentence."""
 MATHS = re.compile(
@@ -25,10 +25,10 @@ IDENTIFIER = re.compile(
     re.ASCII,
 )
 LATIN_RUN = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['\u2019-][A-Za-z\u00c0-\u024f]+)*")
-OPERATORS = frozenset(
+MATH_FUNCTIONS = frozenset(
     ("sin", "cos", "tan", "log", "ln", "exp", "lim", "max", "min", "mod", "gcd", "lcm", "sqrt", "abs")
 )
-"""Names of mathematical functions; they are not English words."""
+"""Names of mathematical functions, which are not counted as English words."""
 
 
 def language_share(text: str, language: str, quoted: str = "") -> float | None:
@@ -72,7 +72,7 @@ def _split_run(run: str) -> list[str]:
 
 def _is_symbol(word: str) -> bool:
     """Whether a word is a variable, an acronym or a function name; one-letter English words count as variables."""
-    return len(word) == 1 or word.isupper() or word.lower() in OPERATORS
+    return len(word) == 1 or word.isupper() or word.lower() in MATH_FUNCTIONS
 
 
 def _split_script(part: str) -> list[str]:

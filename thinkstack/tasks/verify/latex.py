@@ -58,7 +58,7 @@ _SLASH = re.compile(
 _SIGNED_FRACTION = re.compile(rf"(?<![\w)}}\]])\\frac\{{-([0-9]*{_ATOM}*)\}}")
 _SUM_OVER = re.compile(r"(-?)\(([^()/]+)\)/([0-9]+)")
 _PRODUCT = re.compile(r"\s*(?:\\(?:cdot|times)(?![a-z])|(?<![*])\*(?![*]))\s*(?=[A-Za-z(\\])(?!\\frac)")
-"""A redundant product sign: not one before a digit, and not one before a fraction, which would become a mixed
+"""A redundant multiplication sign, except before a digit, and before a fraction, which would become part of a mixed
 number."""
 
 
@@ -76,10 +76,10 @@ def unbox(answer: str) -> str | None:
 def normalize_latex(text: str) -> str:
     """Return LaTeX in one spelling: no blanks, one kind of fraction, no unit, percent, degree or dollar sign.
 
-    Ignored differences are those of the published comparison of MATH (arXiv:2103.03874, appendix) and common notation:
+    Differences are ignored as in the published comparison of MATH (arXiv:2103.03874, appendix) and in common notation:
     "x=5" and "5 cm" become "5"; 1/2, .5 and \\frac12 are numbers and become "1/2"; x/2 becomes \\frac{x}{2}, and
-    3\\cdot\\sqrt{13} becomes 3\\sqrt{13}. Nothing is computed. Two numbers stay two: a blank between digits is kept,
-    and a comma followed by a blank separates.
+    3\\cdot\\sqrt{13} becomes 3\\sqrt{13}. Nothing is computed. Two numbers stay separate: a blank between digits
+    is kept, and a comma followed by a blank is a separator.
     """
     value = parse_quantity(text, may_be_percent=True)
     if value is not None:
@@ -162,7 +162,7 @@ def _brace_arguments(text: str, macro: str, count: int) -> str:
 
 
 def same_spelling(reference: str, answer: str) -> bool:
-    """Whether both are the same number, or the same LaTeX up to spelling; words are compared without case.
+    """Whether both are the same number, or the same LaTeX up to spelling; words are compared ignoring case.
 
     A unit or a leading "x=" may be missing on one side but must not differ: 5 cm is not 5 m, x=3 is not y=3.
     """
@@ -207,7 +207,7 @@ def are_equivalent(reference: str, answer: str) -> Score:
 
 
 def verify_formulas(pairs: Sequence[tuple[Problem, str]], pool: VerifierPool) -> list[Score]:
-    """Verify answers to MATH problems: first by spelling, then the remaining ones with math-verify in `pool`.
+    """Verify answers to MATH problems: first by spelling, then the remaining answers with math-verify in `pool`.
 
     An answer that times out is unscorable. Raises ConfigError if math-verify is not installed.
     """

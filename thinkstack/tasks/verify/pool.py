@@ -21,7 +21,7 @@ START_SECONDS = 60.0
 """A worker that has not started its call after this time is replaced; generous, since imports are slow on a busy
 machine."""
 MAX_STARTS = 3
-"""Attempts to start a call; if all workers die on import or never start, the set-up is at fault and `run` raises."""
+"""Maximum attempts to start a call; if none succeeds, the set-up is at fault, and `run` raises RuntimeError."""
 
 VerifierFunction = Callable[..., Score]
 """A picklable function that a new process can import by name."""
@@ -78,7 +78,7 @@ class VerifierPool:
                     self._handle_worker(worker, scores, queue, starts)
         finally:
             for worker in [worker for worker in self._workers if worker.call_index >= 0]:
-                self._discard(worker)  # only after an exception: its result would be read as that of a later call
+                self._discard(worker)  # only after an exception: its result would be read as the result of a later call
         done = [score for score in scores if score is not None]
         assert len(done) == len(arguments), "every call has a score"
         return done
@@ -124,7 +124,7 @@ class VerifierPool:
             return
         self._discard(worker)
         if worker.has_started:
-            reason = f"ran over {self.timeout_seconds:g} s" if kind == "timeout" else "its process died"
+            reason = f"ran longer than {self.timeout_seconds:g} s" if kind == "timeout" else "its process died"
             scores[call_index] = unscorable(reason)
         elif starts[call_index] < MAX_STARTS:
             queue.appendleft(call_index)

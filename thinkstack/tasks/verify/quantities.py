@@ -83,7 +83,7 @@ def parse_units(answer: str) -> frozenset[str]:
 
 
 def units_agree(first: str, second: str) -> bool:
-    """Whether the units of two answers are compatible: those of one are a subset (maybe empty) of the other's."""
+    """Whether the units of two answers are compatible: one set of units is a subset (maybe empty) of the other."""
     one, other = parse_units(first), parse_units(second)
     return one <= other or other <= one
 
