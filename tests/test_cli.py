@@ -32,7 +32,7 @@ RUDE = {
     "inspect v3-tinny": "v3-tiny",
     "inspect v3-671B": "did you mean v3-671b?",
     "inspect v3": "v3-671b",
-    "inspect {empty_word}": "give a size",
+    "inspect {empty_word}": "use a size",
     "inspect nothing/here/at/all": "does not exist",
     "chat no/such/folder": "no/such/folder",
     "chat {empty}": "config.json",

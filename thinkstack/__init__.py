@@ -1,4 +1,5 @@
-"""thinkstack: build, train, evaluate and serve the DeepSeek family. torch is imported on first use of a name below."""
+"""thinkstack: build, train, evaluate and serve models of the DeepSeek family. torch is imported on first use of a name
+below."""
 
 import os
 import sys

@@ -289,7 +289,10 @@ def test_roles_of_published_files_are_known(tmp_path, role, wanted):
         ({}, "is not a conversation"),
         ({"prompt": "q", "canonical_solution": "a"}, "is not a conversation"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is not a conversation"),
-        (chat_row({"role": "robot", "content": "q"}), 'line 1, turn 1: role "robot" is not supported; use one of user, human'),
+        (
+            chat_row({"role": "robot", "content": "q"}),
+            'line 1, turn 1: role "robot" is not supported; use one of user, human',
+        ),
         (chat_row(user(), {"from": "narrator", "value": "q"}), 'turn 2: role "narrator" is not supported'),
         (chat_row({"role": 3, "content": "q"}), "turn 1: role 3 is not supported"),
         (chat_row({"content": "q"}), "turn 1 has no role"),
@@ -372,7 +375,9 @@ def test_a_result_that_follows_no_turn_of_the_assistant_is_refused(tmp_path, rol
     """Some ShareGPT files give a call the role "function", elsewhere that of results: the call was not trained on."""
     result = {"from": role, "value": '{"name": "weather", "arguments": {}}'}
     for before in ([], [user()], [{"role": "system", "content": "s"}]):
-        with pytest.raises(ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a tool call"):
+        with pytest.raises(
+            ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a tool call"
+        ):
             read(tmp_path, chat_row(*before, result, {"from": "observation", "value": "mild"}, assistant()))
 
 

@@ -1,4 +1,4 @@
-"""Dequantization: by the kernel where that is faster, else by the scheme in torch."""
+"""Dequantization with the kernel if that is faster, otherwise with the scheme's implementation in torch."""
 
 from torch import Tensor
 
@@ -9,7 +9,8 @@ from thinkstack.quant.scheme import Parts, QuantScheme
 
 
 def dequantize_(quantization: QuantScheme, parts: Parts, out: Tensor) -> None:
-    """`quantization.dequantize_(parts, out)`: write the dequantized matrices into out (..., N, K), rounded once."""
+    """`quantization.dequantize_(parts, out)`: write the dequantized matrices into out (..., N, K), with one
+    rounding."""
     if kernels.takes(out, "dequantize") and out.is_contiguous():
         qweight, scale = parts["qweight"].contiguous(), parts["scale"]
         if isinstance(quantization, Int8):
