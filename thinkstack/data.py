@@ -44,8 +44,7 @@ class Document(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one document and the loss mask, 1 = trained; the first token is never trained, as nothing predicts
-    it."""
+    """Token ids and loss mask (1 = trained) of one document; the first token is not predicted and never trained."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[int, ...]

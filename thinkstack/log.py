@@ -147,8 +147,7 @@ def is_timing(name: str) -> bool:
 
 
 def commit_of(folder: Path) -> str:
-    """The short hash of the git commit checked out in `folder`, with "+" if files have changed; "unknown" without
-    git."""
+    """The short hash of the git commit in `folder`, with "+" if files have changed; "unknown" without git."""
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

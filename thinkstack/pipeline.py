@@ -116,8 +116,7 @@ def recipe_path(name: str) -> Path:
 
 
 def plan_stages(tree: Tree, out: Path) -> list[StageRun]:
-    """The stages of a recipe, with validated settings; names of earlier stages are replaced by the paths of
-    artifacts."""
+    """The stages of a recipe, with validated settings; names of earlier stages are replaced by paths."""
     for key in tree.keys() - {"shared", "stages"}:
         raise ConfigError(f"unknown key {key}{did_you_mean(key, ('shared', 'stages'))}")
     check_shared(tree)
@@ -217,7 +216,7 @@ def run_recipe(tree: Tree, out: Path) -> None:
             if stop.is_requested:
                 raise Interrupted
             log.info("[%d/%d] %s", index, len(stages), stage.name)
-            write_manifest(out, records)  # before the first state, so that a killed stage keeps its fingerprint
+            write_manifest(out, records)  # before the first state, so that the fingerprint of a killed stage is on disk
             run = Run(out / stage.name, stop)
             choice.restore(run.provenance().get("config", {}).get("computed_with"))
             config = dump(stage.config) | {"stage": stage.kind, "computed_with": choice.record()}
@@ -241,8 +240,7 @@ def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> No
 
 
 def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
-    """Evaluate a checkpoint on one task and print the results. out: None derives a folder from checkpoint and
-    settings."""
+    """Evaluate a checkpoint on one task and print the results. out: None derives it from checkpoint and settings."""
     if task not in BENCHMARKS and not task.startswith(gym.PREFIX):
         if task not in TASKS:
             raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")

@@ -140,7 +140,7 @@ class SamplingParams:
     top_logprobs: int = 0
     """Number of most likely alternatives reported per token, under the distribution that the token was sampled from."""
     raw_logprobs: bool = False
-    """Report log-probabilities of the model at temperature 1 instead of those of the sampling distribution."""
+    """Report log-probabilities of the model at temperature 1 instead of the sampling distribution."""
     seed: int = 0
     """Seed of this request; the result does not depend on the other requests of a batch (batch-invariant)."""
     n: int = 1
@@ -254,7 +254,7 @@ class Batch:
     positions: Tensor
     """int64, from 0 within each document."""
     document_ids: Tensor
-    """int64, 1, 2, ... across the whole batch; 0 marks padding. Attention stays within a document."""
+    """int64, 1, 2, ... across the entire batch; 0 marks padding. Attention stays within a document."""
     targets: Tensor
     """int64 next token; meaningless where loss_mask is 0."""
     loss_mask: Tensor

@@ -64,8 +64,7 @@ class BlockPool:
         return len(self.free_blocks) + len(self.cached_blocks)
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` empty blocks with one reference each; evicts the least recently used cached blocks if
-        needed."""
+        """Return `count` empty blocks with one reference each; evicts least recently used cached blocks if needed."""
         assert count <= self.num_free_blocks, "the scheduler requests only available blocks"
         found = []
         for _ in range(count):
@@ -86,8 +85,7 @@ class BlockPool:
             self.ref_count[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Drop a reference to each block of a sequence, given in order; later blocks are evicted before earlier
-        blocks."""
+        """Drop a reference to each block of a sequence, given in order; later blocks are evicted first."""
         for block in reversed(blocks):
             self.ref_count[block] -= 1
             assert self.ref_count[block] >= 0, f"block {block} freed more often than it was referenced"
@@ -98,8 +96,7 @@ class BlockPool:
                     self.free_blocks.append(block)
 
     def cache_block(self, block: int, content: BlockTokens) -> bytes:
-        """Register a full block under its hash, unless another block is registered under this hash; returns the
-        hash."""
+        """Register a full block under its hash, unless this hash is already registered; returns the hash."""
         block_hash = content.block_hash
         if self.enable_caching and block_hash not in self.block_of_hash and block not in self.block_tokens:
             self.block_of_hash[block_hash] = block

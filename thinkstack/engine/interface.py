@@ -27,8 +27,7 @@ class Health:
     waiting: int
     """Number of queue entries that wait for memory or a row."""
     failed: int
-    """Number of completions so far that ended in an error; for servers, of requests that a server failed to
-    complete."""
+    """Number of completions that ended in an error so far; for servers, number of failed requests."""
     last_error: str | None
     """The last error message."""
     version: int

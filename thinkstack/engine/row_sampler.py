@@ -129,7 +129,7 @@ def _process_logits(table: SequenceTable, row: int, offset: int, logits: Tensor)
 def _finish_token(
     table: SequenceTable, row: int, offset: int, place: int, sampled: SampledTokens, raw: Tensor, processed: Tensor
 ) -> None:
-    """Force the tokens that end thinking, and set the log-probabilities that the request asks for. raw, processed:
+    """Force the tokens that end thinking, and set the requested log-probabilities. raw, processed:
     logits (V,) of the model, and after `_process_logits`."""
     sampling = table.request_at(row)[0].sampling
     is_closed = table.is_thinking_closed[row] or _closes_thinking(table, row, 0, offset)

@@ -198,8 +198,7 @@ class SequenceTable:
     def append(
         self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray, logprobs: numpy.ndarray
     ) -> None:
-        """Append sampled tokens at `offsets` after num_tokens (from 0, in order); discards the draft tokens of the
-        rows."""
+        """Append sampled tokens at `offsets` after num_tokens (from 0, in order); discards draft tokens."""
         places = self.num_tokens[rows] + offsets
         self.ids[rows, places] = tokens
         self.logprobs[rows, places] = logprobs

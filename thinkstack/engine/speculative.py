@@ -30,8 +30,7 @@ class Speculator:
         """Number of draft tokens so far by distance ahead, and number of accepted draft tokens, (K,) each."""
 
     def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Which sampled tokens are accepted, (N,) bool: the first token of each row, and tokens after accepted draft
-        tokens.
+        """Which sampled tokens are accepted, (N,) bool: the first of each row, and those after accepted draft tokens.
 
         rows: (N,), the tokens of a row are adjacent. offsets: (N,), ascending from 0 in each row. Tokens after a stop
         token are not accepted."""

@@ -63,8 +63,7 @@ class Server:
         )
 
     def connect(self) -> int:
-        """Check the health of the server and get the name of its model. Returns the maximum context length in
-        tokens."""
+        """Check the server's health and get the name of its model. Returns the maximum context length in tokens."""
         self._call("GET", "/health", timeout=CONNECT_SECONDS)
         reply = self._call("GET", "/v1/models", timeout=CONNECT_SECONDS)
         with as_server_error():
@@ -257,8 +256,7 @@ def completion(choice: dict[str, Any], sampling: SamplingParams, weights: str, v
 
 
 def _alternatives(entries: Sequence[dict[str, Any]], count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` most likely tokens; vLLM also lists the sampled token, which may not be among the `count` most
-    likely."""
+    """The `count` most likely tokens; vLLM also lists the sampled token, which may not be among them."""
     likely = sorted((entry for entry in entries if entry["logprob"] > MIN_LOGPROB), key=lambda entry: entry["rank"])
     return tuple((entry["token_id"], float(entry["logprob"])) for entry in likely if entry["rank"] <= count)
 

@@ -9,8 +9,7 @@ from thinkstack.quant.scheme import Parts, QuantScheme
 
 
 def dequantize_(quantization: QuantScheme, parts: Parts, out: Tensor) -> None:
-    """`quantization.dequantize_(parts, out)`: write the dequantized matrices into out (..., N, K), with one
-    rounding."""
+    """`quantization.dequantize_(parts, out)`: write the dequantized matrices into out (..., N, K), rounded once."""
     if kernels.takes(out, "dequantize") and out.is_contiguous():
         qweight, scale = parts["qweight"].contiguous(), parts["scale"]
         if isinstance(quantization, Int8):

@@ -1,5 +1,4 @@
-"""Multi-token prediction: an additional block that predicts token i+2 from the hidden state at position i and token
-i+1.
+"""Multi-token prediction: an additional block that predicts token i+2 from hidden state i and token i+1.
 
 The module shares embedding and head with the main model (DeepSeek-V3 report, arXiv:2412.19437, section 2.2).
 """

@@ -30,8 +30,7 @@ Index = tuple[int | Tensor, ...]
 
 
 class QuantizedWeight(nn.Module):
-    """Quantized matrices (..., N, K). The parts are buffers that move with the model between devices and are never
-    cast."""
+    """Quantized matrices (..., N, K). The parts are buffers that move with the model to devices and are never cast."""
 
     def __init__(self, quantization: QuantScheme, weight: Tensor, dtype: torch.dtype):
         """Quantize weight (..., N, K). dtype: the default dtype of `dequantize`."""

@@ -56,8 +56,7 @@ def init_ranks(device: str = "cpu") -> Ranks:
 
 
 def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
-    """The configuration of the shard of each of `count` ranks: a part of heads and feed-forward columns, no MTP
-    modules.
+    """The configuration of each rank's shard for `count` ranks: a part of heads and feed-forward columns, no MTP.
 
     Raises ConfigError for a size that is not divisible by `count`.
     """

@@ -28,8 +28,7 @@ def path_of(folder: Path, step: int) -> Path:
 def write_rollouts(
     folder: Path, step: int, rollouts: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat
 ) -> None:
-    """Write the rollouts of a step. advantages: by id() of the rollout; rollouts without an entry were not trained
-    on."""
+    """Write the rollouts of a step. advantages: by id() of the rollout, without an entry if it was not trained on."""
     path = path_of(folder, step)
     write_lines(path, [group_to_dict(group, advantages, chat) for group in by_group(rollouts)])
 

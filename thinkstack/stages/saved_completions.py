@@ -51,7 +51,7 @@ def request_key(prompt: Sequence[int], sampling: SamplingParams) -> str:
 
 
 def completion_to_dict(completion: Completion) -> dict[str, object]:
-    """A completion as JSON values; log-probabilities keep all digits."""
+    """A completion as JSON values; log-probabilities are written with all digits."""
     return {
         "token_ids": completion.token_ids,
         "logprobs": completion.logprobs,

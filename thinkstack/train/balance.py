@@ -42,7 +42,7 @@ def moe_layers(model: Transformer) -> list[MoE]:
 
 @torch.no_grad()
 def update_bias(layer: MoE, counts: Tensor, speed: float) -> None:
-    """Raise the bias of underloaded experts by `speed` and lower that of overloaded ones; the sum stays constant.
+    """Raise the bias of underloaded experts by `speed` and lower the bias of overloaded experts; the sum is constant.
 
     counts: (E,) tokens per expert over the entire step. Source: arXiv:2408.15664, algorithm 1. The update is centered,
     so that the mean of the bias, which does not affect the choice of experts, cannot drift.
