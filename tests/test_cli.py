@@ -32,7 +32,7 @@ RUDE = {
     "inspect v3-tinny": "v3-tiny",
     "inspect v3-671B": "did you mean v3-671b?",
     "inspect v3": "v3-671b",
-    "inspect {empty_word}": "give a size",
+    "inspect {empty_word}": "use a size",
     "inspect nothing/here/at/all": "does not exist",
     "chat no/such/folder": "no/such/folder",
     "chat {empty}": "config.json",
@@ -87,7 +87,7 @@ RUDE = {
     "eval {model} --task chain --limit 0": "--limit 0",
     "eval {model} --task chain --thinking-format loose": "thinking_format='loose'",
     # what training left
-    "rollouts {tmp} --step 3": "has no rollouts of step 3; logged: none",
+    "rollouts {tmp} --step 3": "has no rollouts of step 3; logged steps: none",
     "replay {tmp} {model} --step 3": "has no rollouts of step 3",
     "replay {run} {model} --step 1 --temperature 0": "--temperature 0",
     # conversion

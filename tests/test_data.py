@@ -34,7 +34,7 @@ def test_a_sample_fills_the_fullest_row_that_takes_it():
 
 
 def test_a_sample_wider_than_a_row_is_refused():
-    with pytest.raises(ConfigError, match="a document of 9 tokens does not fit a row of 7"):
+    with pytest.raises(ConfigError, match="a document of 9 tokens exceeds row_tokens=7"):
         pack(random_examples([9]), 7)
 
 

@@ -33,7 +33,7 @@ def test_rows_that_are_gone_are_named(tmp_path: Path):
     run.log(1, {"loss": 1.0})
     mark = run.mark()
     (run.folder / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"metrics.jsonl has 0 bytes; it had 25 .* put it back"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl has 0 bytes; it had 25 .* restore the file"):
         run.rewind(mark)
 
 

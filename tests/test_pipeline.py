@@ -117,7 +117,9 @@ def test_a_run_folder_of_another_format_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigError) as error:
         run_recipe(tree, tmp_path)
     message = str(error.value)
-    assert f"{tmp_path} is a run folder of format {format_number or 1}, this version continues format 2" in message
+    assert (
+        f"{tmp_path} is a run folder of format version {format_number or 1}; this version resumes format 2" in message
+    )
     assert ("finish it with commit 60e1456 of thinkstack" in message) == (format_number != 3)
     assert message.endswith("use another --out") and script.ran == []
 

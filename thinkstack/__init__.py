@@ -1,4 +1,4 @@
-"""thinkstack: build, train, evaluate and serve the DeepSeek family. torch is imported on first use of a name below."""
+"""thinkstack: build, train, evaluate and serve DeepSeek-style models. torch is imported on first use of a name."""
 
 import os
 import sys

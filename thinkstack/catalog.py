@@ -19,7 +19,7 @@ REQUIRED = "(required)"
 
 
 def list_recipes() -> str:
-    """Each recipe of the package with the leading comment of its file, and the kinds of stages."""
+    """Text that lists each recipe of the package with the leading comment of the file, and the kinds of stages."""
     lines = ["Recipes, for `thinkstack run NAME --out FOLDER`:"]
     for name in recipe_names():
         path = recipe_path(name)
@@ -36,9 +36,9 @@ def _leading_comment(path: Path) -> list[str]:
 
 
 def describe_recipe(name: str, settings: bool = True) -> str:
-    """The stages of a recipe and the settings of their kinds, or the settings of one kind of stage.
+    """Text that describes the stages of a recipe and their settings, or the settings of one kind of stage.
 
-    Raises ConfigError for a name that is neither.
+    Raises ConfigError for a name that is neither a recipe nor a kind of stage.
     """
     if name in STAGES:
         return "\n".join(_settings(name))

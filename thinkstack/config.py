@@ -19,9 +19,9 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 Count = Annotated[int, Ge(1), Le(10**9)]
-"""A number of things, at least 1. `build` checks these types; the dataclass checks combinations of its fields."""
+"""A count of at least 1. `build` checks these types; each dataclass checks combinations of its own fields."""
 CountOrZero = Annotated[int, Ge(0), Le(10**9)]
-"""A number of things; the field documents the meaning of 0."""
+"""A count that may be 0; the docstring of the field documents the meaning of 0."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """Seed of a random generator."""
 Share = Annotated[float, Ge(0), Le(1)]
@@ -44,7 +44,7 @@ def read_toml(path: Path) -> Tree:
 
 
 def merge(base: Tree, overlay: Tree) -> Tree:
-    """`base` with the entries of `overlay` on top; tables are merged key by key, everything else is replaced."""
+    """`base` with the entries of `overlay` on top; tables are merged key by key, other values are replaced."""
     merged = dict(base)
     for key, value in overlay.items():
         old = merged.get(key)
@@ -53,8 +53,8 @@ def merge(base: Tree, overlay: Tree) -> Tree:
 
 
 def override(tree: Tree, assignment: str) -> Tree:
-    """`tree` with one dotted assignment such as stages.zero.steps=20; the value is parsed as TOML, otherwise it is
-    text."""
+    """`tree` with one dotted assignment such as stages.zero.steps=20. The value is parsed as TOML; if that fails, it is
+    a string."""
     path, separator, text = assignment.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"cannot read the override {assignment!r}; write it as key.key=value")
@@ -70,7 +70,7 @@ def build(kind: type[T], values: Tree, where: str = "") -> T:
     """Build the dataclass `kind` from a table; `where` is the address of the table in messages.
 
     A table for a dataclass field overrides entries of the default of that field. Raises ConfigError for an unknown key,
-    a wrong type or a value that the dataclass refuses.
+    a wrong type or a value that the dataclass rejects.
     """
     import pydantic
 
@@ -93,7 +93,7 @@ def build(kind: type[T], values: Tree, where: str = "") -> T:
 def _check_finite(value: Any, address: str) -> None:
     """Raise ConfigError for a number that is NaN or infinite, at any depth; range checks do not catch all of them."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{address}={value} is not a finite number; give one, or leave the setting out")
+        raise ConfigError(f"{address}={value} is not a finite number; use a finite number, or leave the setting out")
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, entry in entries:
         _check_finite(entry, f"{address}.{key}" if address else str(key))
@@ -122,7 +122,7 @@ def check_keys(kind: Any, values: Tree, where: str) -> None:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The possible types of a value; for a tuple, those of its entries."""
+    """The possible types of a value; for a tuple, the possible types of an entry."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple) else (hint,)
 
 

@@ -1,8 +1,8 @@
 """Pack documents into batches: text, conversations and rollouts.
 
-A row holds several documents one after another. Targets never cross document boundaries; attention and positions do
-only if `isolated` is False. The stream of batches is a pure function of its source and position, so that a resumed run
-gets the same rows.
+A row contains several documents one after another. Targets never cross document boundaries; attention and positions
+cross them only if `isolated` is False. The stream of batches is a pure function of source and position, so that a
+resumed run gets the same rows.
 """
 
 # Shapes in this file: R rows, T tokens per row.
@@ -20,7 +20,7 @@ from thinkstack.types import Batch, ConfigError
 
 
 class Columns(NamedTuple):
-    """A document in a row, with one entry per column (one prediction)."""
+    """The entries of a document in a row: one per column, that is, one per prediction."""
 
     ids: list[int]
     targets: list[int]
@@ -28,7 +28,7 @@ class Columns(NamedTuple):
     """1 = the target is trained."""
     positions: list[int]
     branches: list[int]
-    """As in types.Batch."""
+    """Same meaning as types.Batch.branches."""
 
 
 class Document(Protocol):
@@ -44,7 +44,7 @@ class Document(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one document and its loss mask: 1 = trained (never the first token, which nothing predicts)."""
+    """Token ids and loss mask (1 = trained) of one document; the first token is not predicted and never trained."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
@@ -63,8 +63,8 @@ class Example:
 
 @dataclass(frozen=True)
 class SharedPromptGroup:
-    """A prompt and its completions, all of whose tokens are trained. The prompt is in the row once, without its last
-    token, which starts each completion. Each completion is computed as if it were alone."""
+    """A prompt and several completions; all completion tokens are trained. The row contains the prompt once, without
+    its last token; each completion starts with that token. A completion does not attend to the other completions."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -93,12 +93,12 @@ class SharedPromptGroup:
 
 
 DocumentSource = Callable[[int], Example]
-"""A function from each index 0, 1, 2, ... to its document; deterministic."""
+"""A deterministic function from an index 0, 1, 2, ... to a document."""
 
 
 def pack(examples: Sequence[Document], row_tokens: int) -> list[list[int]]:
-    """Assign examples to rows: longest first, each to the fullest row with enough space. Returns example indices per
-    row.
+    """Assign examples to rows: longest first, each to the fullest row with enough space. Returns the indices of the
+    examples in each row.
 
     Raises ConfigError for an example wider than a row.
     """
@@ -107,7 +107,7 @@ def pack(examples: Sequence[Document], row_tokens: int) -> list[list[int]]:
     for index in sorted(range(len(examples)), key=lambda i: -examples[i].width):
         width = examples[index].width
         if width > row_tokens:
-            raise ConfigError(f"a document of {width + 1} tokens does not fit a row of {row_tokens}; raise row_tokens")
+            raise ConfigError(f"a document of {width + 1} tokens exceeds row_tokens={row_tokens}; raise row_tokens")
         row = min((r for r, space in enumerate(free) if space >= width), key=free.__getitem__, default=None)
         if row is None:
             row = len(rows)
@@ -176,16 +176,16 @@ class PackedStream:
         world_size: int = 1,
         isolated: bool = True,
     ):
-        """With world_size > 1 this rank reads documents rank, rank + world_size, ... isolated: as in `collate`."""
+        """With world_size > 1 this rank reads documents rank, rank + world_size, ... For isolated see `collate`."""
         self.source, self.num_rows, self.row_tokens, self.isolated = source, rows, row_tokens, isolated
         self.rank, self.world_size = rank, world_size
         self.position = 0
-        """Documents read so far by this rank."""
+        """Number of documents that this rank has read."""
         self.waiting: list[int] = []
         """Indices of documents that were read and did not fit the last batch."""
 
     def take(self, num_rows: int | None = None) -> Batch:
-        """The next batch. num_rows: its rows, by default those of the stream."""
+        """The next batch. num_rows: number of rows of the batch; None: the `rows` of the stream."""
         num_rows = self.num_rows if num_rows is None else num_rows
         indices, examples = list(self.waiting), [self.source(index) for index in self.waiting]
         while sum(example.width for example in examples) < num_rows * self.row_tokens:
@@ -198,7 +198,7 @@ class PackedStream:
         return collate(examples, chosen, self.row_tokens, self.isolated)
 
     def state(self) -> dict[str, Any]:
-        """The state that `restore` takes."""
+        """The state for `restore`."""
         return {"position": self.position, "waiting": list(self.waiting)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ class PackedStream:
 def text_source(
     paths: Sequence[Path], encode: Callable[[str], list[int]], bos_id: int, row_tokens: int
 ) -> list[Example]:
-    """The user's texts as examples of at most one row. Raises ConfigError like `read_texts`."""
+    """The user's texts as examples that fit a row. Raises ConfigError like `read_texts`."""
     examples = []
     for text in (text for path in paths for text in read_texts(path)):
         ids = encode(text)
@@ -230,14 +230,12 @@ def read_texts(path: Path) -> list[str]:
             if "text" not in row:
                 raise ConfigError(f'{where} has no key "text" (it has {", ".join(row)}); rename the key')
             if not isinstance(row["text"], str):
-                raise ConfigError(
-                    f'{where}: "text" is {kind_of(row["text"])}, not text; correct it or leave the row out'
-                )
+                raise ConfigError(f'{where}: "text" is {kind_of(row["text"])}, not text; correct or remove the row')
             texts.append(row["text"])
             unused.update(key for key in row if key != "text")
         log_unused_keys(path, unused)
     else:
         texts = [read_text(path, "text file")]
     if not any(texts):
-        raise ConfigError(f"{path} has no text; leave it out")
+        raise ConfigError(f"{path} has no text; remove it from the list of files")
     return texts

@@ -77,7 +77,7 @@ class Run:
             ) from error
 
     def start(self, config: dict[str, Any], seed: int, machine: str) -> None:
-        """Write the provenance of this run, and log it in one line."""
+        """Write provenance.json, and log the provenance in one line."""
         commit = commit_of(Path(__file__).parent)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         facts = {"commit": commit, "date": now, "machine": machine, "seed": seed, "command": sys.argv, "config": config}
@@ -134,7 +134,7 @@ class Run:
             size, target = path.stat().st_size if path.exists() else 0, marks.get(path.name, 0)
             if size < target:
                 raise ConfigError(
-                    f"{path} has {size} bytes; it had {target} when the state beside it was saved: put it back, or "
+                    f"{path} has {size} bytes; it had {target} when the training state was saved: restore the file, or "
                     f"delete {self.folder} to start the stage again"
                 )
             if size > target:
@@ -147,7 +147,7 @@ def is_timing(name: str) -> bool:
 
 
 def commit_of(folder: Path) -> str:
-    """The short git commit that `folder` is checked out from, "+" if changed; "unknown" without git."""
+    """The short hash of the git commit in `folder`, with "+" if files have changed; "unknown" without git."""
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -184,7 +184,7 @@ class Progress:
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add `count` to the number done and show `note`."""
+        """Add `count` to the number of completed items and show `note`."""
         self.done += count
         self.note = note or self.note
         if self.bar is not None:

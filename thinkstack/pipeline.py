@@ -1,7 +1,8 @@
-"""Run a recipe: its stages in order, each on the artifacts of earlier ones. Completed stages are skipped, interrupted
-ones resume.
+"""Run the stages of a recipe in order, each on the artifacts of earlier stages. Completed stages are skipped,
+interrupted stages resume.
 
-A recipe is a TOML file: `shared` settings for all stages that have them, then one table per stage, in order.
+A recipe is a TOML file: `shared` settings that apply to every stage with these keys, then one table per stage, in
+order.
 """
 
 import dataclasses
@@ -50,11 +51,11 @@ STAGES: dict[str, tuple[type, Callable[[Any, Run], None]]] = {
 }
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Format of run folders, written into the manifest. A folder of another format cannot be resumed."""
+"""Format version of run folders, written into the manifest. A folder with a different version cannot be resumed."""
 LAST_COMMITS = {1: "60e1456"}
-"""The last commit of thinkstack that resumes each earlier format; manifests of format 1 have no number."""
+"""The last commit of thinkstack that resumes each earlier format version; manifests of version 1 have no number."""
 MAX_TOKENS = 512
-"""Default of `thinkstack eval` for the maximum tokens of a completion."""
+"""Default maximum number of tokens of a completion in `thinkstack eval`."""
 RECIPES = Path(str(resources.files("thinkstack") / "recipes"))
 """Folder of the recipes in the package."""
 
@@ -78,7 +79,7 @@ def read_recipe(name: str, scale: str = "", overrides: tuple[str, ...] = ()) -> 
         overlay = path.with_name(f"{path.stem}_{scale}.toml")
         if not overlay.is_file():
             scales = scales_of(path)
-            hint = did_you_mean(scale, scales) if scales else f"; write {overlay}, or leave --scale out"
+            hint = did_you_mean(scale, scales) if scales else f"; create {overlay}, or leave --scale out"
             raise ConfigError(f"the recipe {name} has no scale {scale!r}{hint}")
         tree = merge(tree, read_toml(overlay))
     for assignment in overrides:
@@ -115,7 +116,7 @@ def recipe_path(name: str) -> Path:
 
 
 def plan_stages(tree: Tree, out: Path) -> list[StageRun]:
-    """The stages of a recipe, with checked settings and with names of earlier stages replaced by their paths."""
+    """The stages of a recipe, with validated settings; names of earlier stages are replaced by paths."""
     for key in tree.keys() - {"shared", "stages"}:
         raise ConfigError(f"unknown key {key}{did_you_mean(key, ('shared', 'stages'))}")
     check_shared(tree)
@@ -172,7 +173,7 @@ def check_shared(tree: Tree) -> None:
 def check_inputs(stages: Sequence[StageRun], out: Path) -> None:
     """Raise ConfigError for the first missing file or checkpoint outside of `out` that a stage needs.
 
-    Names on the hub are not checked, because that would download them.
+    Names on the hub are not checked, because the check would download the files.
     """
     for stage in stages:
         start = getattr(stage.config, "start", "")
@@ -191,7 +192,8 @@ def check_inputs(stages: Sequence[StageRun], out: Path) -> None:
 def run_recipe(tree: Tree, out: Path) -> None:
     """Run all stages that are not done yet, then print a summary.
 
-    Raises Interrupted on Ctrl-C or SIGTERM, after saving the state, and ConfigError for a folder of another format.
+    Raises Interrupted on Ctrl-C or SIGTERM, after saving the state, and ConfigError if the run folder has a different
+    format version.
     """
     stages = plan_stages(tree, out)
     records = read_manifest(out)
@@ -214,7 +216,7 @@ def run_recipe(tree: Tree, out: Path) -> None:
             if stop.is_requested:
                 raise Interrupted
             log.info("[%d/%d] %s", index, len(stages), stage.name)
-            write_manifest(out, records)  # before the first state, so that a killed stage keeps its fingerprint
+            write_manifest(out, records)  # before the first state, so that the fingerprint of a killed stage is on disk
             run = Run(out / stage.name, stop)
             choice.restore(run.provenance().get("config", {}).get("computed_with"))
             config = dump(stage.config) | {"stage": stage.kind, "computed_with": choice.record()}
@@ -230,7 +232,7 @@ def run_recipe(tree: Tree, out: Path) -> None:
 
 
 def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> None:
-    """Run a recipe of one stage, named after its kind. settings: dotted overrides of its values."""
+    """Run a recipe of one stage, named after its kind. settings: dotted overrides of `values`."""
     tree: Tree = {"stages": {kind: {"stage": kind} | values}}
     for setting in settings:
         tree = override(tree, f"stages.{kind}.{setting}")
@@ -238,7 +240,7 @@ def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> No
 
 
 def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
-    """Evaluate a checkpoint on one task and print its table. out: None chooses a folder by checkpoint and settings."""
+    """Evaluate a checkpoint on one task and print the results. out: None derives it from checkpoint and settings."""
     if task not in BENCHMARKS and not task.startswith(gym.PREFIX):
         if task not in TASKS:
             raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
@@ -252,7 +254,7 @@ def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | N
         name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
         path = locate(model)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        # sizes and times: the checkpoint may be trained again under the same name
+        # file sizes and times: a new training run may write a checkpoint with the same name
         versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         digest = hashlib.sha256(json.dumps([values, versions], sort_keys=True).encode()).hexdigest()[:8]
         out = Path("runs") / "eval" / f"{name}-{digest}"
@@ -274,7 +276,7 @@ def has_output(folder: Path) -> bool:
 def read_manifest(out: Path) -> dict[str, Any]:
     """The records of the stages run in `out`, by name: fingerprint, seconds, done.
 
-    Raises ConfigError for a run folder of another format.
+    Raises ConfigError if the run folder has a different format version.
     """
     path = out / MANIFEST
     if not path.exists():
@@ -285,7 +287,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
         commit = LAST_COMMITS.get(number)
         fix = f"finish it with commit {commit} of thinkstack, or " if commit else ""
         raise ConfigError(
-            f"{out} is a run folder of format {number}, this version continues format {FORMAT}; {fix}use another --out"
+            f"{out} is a run folder of format version {number}; this version resumes format {FORMAT}; "
+            f"{fix}use another --out"
         )
     stages: dict[str, Any] = manifest["stages"]
     return stages
@@ -297,5 +300,5 @@ def new_record(stage: StageRun) -> dict[str, Any]:
 
 
 def write_manifest(out: Path, records: dict[str, Any]) -> None:
-    """Write the records of the stages in `out`, with the format of the folder."""
+    """Write the records of the stages in `out`, with the format version of the folder."""
     write_json(out / MANIFEST, {"format": FORMAT, "stages": records})

@@ -1,4 +1,4 @@
-"""Stopping on request: on Ctrl-C or SIGTERM the running stage saves its state first."""
+"""Graceful stop: on Ctrl-C or SIGTERM the running stage saves its state before it ends."""
 
 import logging
 import signal
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A request to stop. A stage checks it after each step, or lets it interrupt a block."""
+    """A flag that requests a stop. A stage checks it after each step, or allows an interruption within a block."""
 
     def __init__(self) -> None:
         self._is_requested = self._may_interrupt = False
@@ -24,7 +24,7 @@ class StopRequest:
         return self._is_requested
 
     def request(self, number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-        """Request a stop; a signal handler. Raises KeyboardInterrupt on the second request."""
+        """Request a stop; used as a signal handler. Raises KeyboardInterrupt on the second request."""
         if self._is_requested:
             raise KeyboardInterrupt
         self._is_requested = True

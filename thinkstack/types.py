@@ -1,4 +1,4 @@
-"""Types shared between folders, and the error classes.
+"""Data types that several subpackages use, and the error classes.
 
 All dataclasses are frozen. torch is imported for annotations only, so that the command line starts without it.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """A setting, file or checkpoint cannot be used; the message names the value and a fix."""
+    """A setting, file or checkpoint is invalid; the message names the value and a fix."""
 
 
 class RequestError(ValueError):
@@ -37,26 +37,26 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """A function that the model may call; given with the request."""
+    """A function that the model may call; part of the request."""
 
     name: str
     """Name used in a call."""
     description: str
     """Description for the model."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """JSON schema of its arguments."""
+    """JSON schema of the arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A tool call of the assistant; made by text/parse.py."""
+    """A tool call in an assistant message; created by text/parse.py."""
 
     name: str
     """Name of the function."""
     arguments: str
-    """Its arguments as JSON text, exactly as the model wrote them."""
+    """Arguments as JSON text, exactly as the model wrote them."""
     id: str | None = None
-    """Id that the result refers to, if the format has ids."""
+    """Id of the call, to which the result refers; None if the format has no ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +64,20 @@ class Message:
     """One turn of a conversation."""
 
     role: Role
-    """Author of the turn; "tool" is the result of a call."""
+    """Author of the message; role="tool" is the result of a tool call."""
     content: str
-    """Text of the turn; for an assistant the answer without thinking, for a tool its result."""
+    """Text of the message; role="assistant": the answer without thinking; role="tool": the result."""
     reasoning: str | None = None
-    """The assistant's thinking, without tags; set by text/parse.py, removed from the history by text/chat.py."""
+    """Thinking of an assistant message, without tags; set by text/parse.py, removed from the history by
+    text/chat.py."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Tool calls of the assistant after `content`."""
+    """Tool calls of an assistant message, after `content`."""
     tool_call_id: str | None = None
-    """Of a tool: id of the call that this is the result of, if the format has ids."""
+    """For role="tool": id of the call that produced this result; None if the format has no ids."""
     name: str | None = None
-    """Of a tool: name of the called function, if the format has it."""
+    """For role="tool": name of the called function; None if the format does not include it."""
     is_trained: bool = True
-    """Of the assistant: whether this turn is trained on, or context only; set by stages/turns.py."""
+    """For role="assistant": whether the message is trained on; False: context only. Set by stages/turns.py."""
 
     def __post_init__(self) -> None:
         if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
@@ -87,7 +88,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One task instance with a verifiable answer; made by tasks/."""
+    """One task instance with a verifiable answer; created by tasks/."""
 
     question: str
     """The user's question."""
@@ -96,11 +97,11 @@ class Problem:
     task: str
     """Name of the task in tasks/table.py."""
     language: str
-    """Language of the wording: "en" or "zh"."""
+    """Language of the question: "en" or "zh"."""
     level: int
     """Difficulty level, defined by the task."""
     key: str
-    """Hash of the canonical problem: its operands, without wording and language."""
+    """Hash of the operands of the problem; independent of wording and language."""
     wording: int
     """Index of the wording within the task and language."""
 
@@ -112,7 +113,7 @@ class SamplingParams:
     temperature: float = 1.0
     """Divides the logits; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with at least this total probability; 1 is off."""
+    """Nucleus sampling: sample from the smallest set of tokens with at least this total probability; 1 is off."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0 is off."""
     min_p: float = 0.0
@@ -128,21 +129,22 @@ class SamplingParams:
     min_tokens: int = 0
     """Minimum tokens before a stop token may be sampled."""
     max_tokens: int = 256
-    """Maximum tokens of the completion, end token included."""
+    """Maximum number of tokens of the completion, end token included."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the completion; the stop token is its last token."""
     thinking_budget: int | None = None
-    """Thinking tokens after which `think_end_token_ids` are injected, unless thinking has ended; None: no limit."""
+    """Number of thinking tokens after which `think_end_token_ids` are injected if thinking has not ended; None: no
+    limit."""
     think_end_token_ids: tuple[int, ...] = ()
-    """Tokens that end thinking; injected ones count like sampled ones, with log-probability 0."""
+    """Tokens that end thinking; injected tokens count like sampled tokens and have log-probability 0."""
     top_logprobs: int = 0
-    """Number of most likely alternatives reported per token, under the distribution it was sampled from."""
+    """Number of most likely alternatives reported per token, under the distribution that the token was sampled from."""
     raw_logprobs: bool = False
-    """Report log-probabilities of the model at temperature 1 instead of those of the sampling distribution."""
+    """Report log-probabilities of the model at temperature 1 instead of the sampling distribution."""
     seed: int = 0
-    """Seed of this request; the result is the same alone and in a batch."""
+    """Seed of this request; the result does not depend on the other requests of a batch (batch-invariant)."""
     n: int = 1
-    """Completions sampled per prompt, which is prefilled once."""
+    """Number of completions sampled per prompt; the prompt is prefilled once."""
 
     def __post_init__(self) -> None:
         for name, (low, high, meaning) in SAMPLING_RANGES.items():
@@ -152,13 +154,13 @@ class SamplingParams:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 noun = "an integer" if kind is numbers.Integral else "a number"
-                raise RequestError(f"{name}={value!r} is not {noun}; {meaning}")
+                raise RequestError(f"{name}={value!r} is not {noun} ({meaning})")
             if not low <= float(value) <= high and not (name == "temperature" and value == 0):
-                raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}]; {meaning}")
+                raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}] ({meaning})")
         for token, bias in self.logit_bias.items():
             if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not abs(float(bias)) <= LARGEST_BIAS:
                 raise RequestError(
-                    f"logit_bias={bias!r} of token {token} must be a number in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
+                    f"logit_bias of token {token} is {bias!r}; it must be a number in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
                 )
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}")
@@ -187,7 +189,7 @@ SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
     "seed": (-(2**64), 2**64, "equal seeds give equal completions"),
 }
 """Minimum and maximum of each field of `SamplingParams`, inclusive, and the meaning of its neutral value. An int
-minimum means that the field is an integer. Values outside exceed the precision of fp32 or have no meaning."""
+minimum means that the field is an integer. Values outside the range exceed the precision of fp32 or have no meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,18 +199,19 @@ class Completion:
     token_ids: tuple[int, ...]
     """The sampled tokens, the end token included if one was sampled."""
     logprobs: tuple[float, ...]
-    """Natural log-probability of each token under the distribution it was sampled from; as long as token_ids."""
+    """Natural log-probability of each token under the distribution that it was sampled from; one per token id."""
     finish_reason: FinishReason
-    """"stop": ended by a stop token; "length": truncated at max_tokens or the context; "abort": cancelled; "error": the
-    request has the reason."""
+    """"stop": ended by a stop token; "length": truncated at max_tokens or the maximum context length; "abort":
+    cancelled; "error": failed, with the reason in the request."""
     weights_version: int
-    """Version of the weights that sampled it, as given to Engine.load_weights."""
+    """Version of the weights that sampled the completion, as passed to Engine.load_weights."""
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
-    """For each token its most likely alternatives, (id, log-probability), best first; only with
+    """For each token the most likely alternatives as (id, log-probability), best first; None without
     SamplingParams.top_logprobs."""
     experts: Tensor | None = field(default=None, compare=False, repr=False)
-    """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the experts of each input token, P of the
-    prompt and all N sampled ones but the last, in each of L layers. Only with EngineConfig.return_routed_experts."""
+    """(P + N - 1, L, K) uint8, or int16 for more than 256 experts: the K experts of each input token in each of L
+    layers. The input tokens are the P prompt tokens and all N sampled tokens but the last. None without
+    EngineConfig.return_routed_experts."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logprobs), "one log-probability per token"
@@ -216,23 +219,23 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The result of a reward function for one completion; made by tasks/reward.py."""
+    """The result of a reward function for one completion; created by tasks/reward.py."""
 
     total: float
-    """The reward; meaningless if unscorable."""
+    """The reward; meaningless if `unscorable` is set."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Its named parts, before they are combined."""
+    """Parts of the reward by name, before they are combined."""
     unscorable: str | None = None
-    """Why there is no score (a verifier that failed or timed out); None if scored."""
+    """Reason why there is no score, such as a verifier that failed or timed out; None if the completion is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion for one problem, with its group; made by rl/rollout.py."""
+    """One completion for one problem, with its group id; created by rl/rollout.py."""
 
     problem: Problem
     group_id: int
-    """Equal for the completions of one group; from a counter, never from the text of the prompt."""
+    """Equal for all completions of a group; taken from a counter, never derived from the text of the prompt."""
     prompt_token_ids: tuple[int, ...]
     completion: Completion
     score: Score | None = None
@@ -243,7 +246,7 @@ class Rollout:
 class Batch:
     """Packed sequences for one optimizer step. All tensors but `experts` are (R, T): R rows of T positions.
 
-    Position t has all values for the prediction of targets[t] from ids[..t]; nothing is shifted later.
+    All values at position t belong to the prediction of targets[t] from ids[..t]; no later code shifts them.
     """
 
     ids: Tensor
@@ -251,32 +254,32 @@ class Batch:
     positions: Tensor
     """int64, from 0 within each document."""
     document_ids: Tensor
-    """int64, 1, 2, ... across the whole batch; 0 marks padding. Attention stays within a document."""
+    """int64, 1, 2, ... across the entire batch; 0 marks padding. Attention stays within a document."""
     targets: Tensor
     """int64 next token; meaningless where loss_mask is 0."""
     loss_mask: Tensor
     """fp32, 1 = this target is trained."""
     weights: Tensor | None = None
-    """fp32 weight of each target in the loss of the step, 0 where masked; from train/loss.token_weights."""
+    """fp32 weight of each target in the loss of the step, 0 where masked; set by train/loss.token_weights."""
     advantages: Tensor | None = None
     """fp32 advantage of each trained token; set by rl/groups.py."""
     rollout_logprobs: Tensor | None = None
-    """fp32 log-probabilities of the targets in the engine; set by rl/groups.py."""
+    """fp32 log-probabilities of the targets that the engine returned; set by rl/groups.py."""
     old_logprobs: Tensor | None = None
-    """fp32 log-probabilities under the policy before the step; None means the current ones, detached."""
+    """fp32 log-probabilities under the policy before the step; None: the current log-probabilities, detached."""
     reference_logprobs: Tensor | None = None
     """fp32 log-probabilities under the reference model; None without a KL term in the loss."""
     experts: Tensor | None = None
     """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None: the
-    model chooses. Set by rl/groups.py."""
+    router of the model chooses them. Set by rl/groups.py."""
     branches: Tensor | None = None
-    """int64: 0 for the shared prompt of a document, 1, 2, ... for its continuations, which attend to the shared tokens
-    and themselves; None if no document has branches. Set by data.collate."""
+    """int64: 0 for the shared prompt of a document, 1, 2, ... for its continuations. A continuation attends to the
+    shared prompt and to itself. None if no document has branches. Set by data.collate."""
 
     @property
     def sequence_ids(self) -> Tensor:
-        """int64 (R, T), equal for the tokens of one sequence, ascending in reading order. A sequence is a document, one
-        of its branches, or the tokens that its branches share."""
+        """int64 (R, T), equal for the tokens of one sequence, ascending in reading order. A sequence is a document
+        without branches, one branch of a document, or the shared prompt of the branches."""
         if self.branches is None:
             return self.document_ids
         return self.document_ids * (int(self.branches.max()) + 1) + self.branches

@@ -181,11 +181,11 @@ def test_the_context_counts_from_the_model_or_the_setting():
     ("prompt", "sampling", "part"),
     [
         ([], SamplingParams(max_tokens=1), "empty"),
-        ([1, 48], SamplingParams(max_tokens=1), "the prompt names token 48"),
+        ([1, 48], SamplingParams(max_tokens=1), "the prompt contains token id 48"),
         ([1] * 90, SamplingParams(max_tokens=10), "by 4"),
-        ([1, -1], SamplingParams(max_tokens=1), "the prompt names token -1"),
-        ([1], SamplingParams(max_tokens=1, logit_bias={48: 1.0}), "logit_bias names token 48"),
-        ([1], SamplingParams(max_tokens=1, stop_token_ids=(3, 50)), "stop_token_ids names token 50"),
+        ([1, -1], SamplingParams(max_tokens=1), "the prompt contains token id -1"),
+        ([1], SamplingParams(max_tokens=1, logit_bias={48: 1.0}), "logit_bias contains token id 48"),
+        ([1], SamplingParams(max_tokens=1, stop_token_ids=(3, 50)), "stop_token_ids contains token id 50"),
         ([1], SamplingParams(max_tokens=1, n=17), "max_num_seqs=16"),
         ([1], SamplingParams(max_tokens=1, stop_token_ids=tuple(range(9))), "at most 8"),
     ],
@@ -292,7 +292,7 @@ def test_a_stream_yields_the_tokens_of_the_completion():
     model, sampling = tiny_model(), SamplingParams(max_tokens=12, seed=4)
     engine = Engine(model, SMALL)
     assert tuple(engine.stream([1, 2], sampling)) == alone(model, [1, 2], sampling)[0].token_ids
-    with pytest.raises(RequestError, match="a stream has one completion"):
+    with pytest.raises(RequestError, match="streaming supports one completion"):
         next(engine.stream([1], replace(sampling, n=2)))
 
 

@@ -237,9 +237,9 @@ def test_a_full_queue_and_a_small_cache_refuse_by_number():
     engine = Engine(tiny_model(**LONG), replace(SMALL, max_waiting=2, cache_tokens=2 * BLOCK_SIZE))
     for _ in range(2):
         engine.submit([1], SamplingParams(max_tokens=1))
-    with pytest.raises(RequestError, match="2 requests wait already"):
+    with pytest.raises(RequestError, match="2 requests are waiting"):
         engine.submit([1], SamplingParams(max_tokens=1))
-    with pytest.raises(RequestError, match="the cache holds 128"):
+    with pytest.raises(RequestError, match="the KV cache has 128"):
         engine.submit([1] * 100, SamplingParams(max_tokens=29))
 
 

@@ -81,5 +81,5 @@ def test_new_weights_are_quantized_and_the_prefix_cache_is_reset(dtype):
 
 
 def test_an_unknown_quantization_is_refused_by_name():
-    with pytest.raises(ConfigError, match="quantization='int4' is not known; use none, int8, fp8, nf4"):
+    with pytest.raises(ConfigError, match="quantization='int4' is not supported; use one of none, int8, fp8, nf4"):
         EngineConfig(quantization="int4")  # type: ignore[arg-type]

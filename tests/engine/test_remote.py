@@ -110,7 +110,7 @@ def test_a_real_server_with_raw_log_probabilities_is_recognized():
 
 def test_the_context_is_the_shorter_of_model_and_server():
     assert RECORDS["version"] == "0.32.0" and replayed().max_model_len == CONTEXT < SERVED.max_positions
-    with pytest.raises(ConfigError, match=r"max_model_len=300 exceeds the 256.*--max-model-len 300"):
+    with pytest.raises(ConfigError, match=r"max_model_len=300 exceeds the context length 256.*--max-model-len 300"):
         RemoteEngine(tiny_model(SERVED), EngineConfig(max_model_len=300), ONE, transport=Replay(RECORDS["processed"]))
 
 
@@ -211,7 +211,7 @@ def test_weights_that_were_not_loaded_are_detected():
     engine = pooled(pool, patience_seconds=0.0)
     pool["a"].keeps_weights = True
     engine.load_weights(tiny_model(GQA_TINY, seed=1), 1)
-    assert not engine.health().alive and "samples from other weights than those loaded" in engine.health().last_error
+    assert not engine.health().alive and "does not sample from the loaded weights" in engine.health().last_error
     with pytest.raises(RequestError, match="no server is available"):
         generate(engine)
 
@@ -219,7 +219,7 @@ def test_weights_that_were_not_loaded_are_detected():
 def test_no_available_server_raises_with_the_reason_of_each():
     pool = FakePool("a", "b")
     pool["a"].failing, pool["b"].failing = httpx2.ConnectError("refused"), 500
-    with pytest.raises(ConfigError, match=r"http://a:1: ConnectError.*http://b:1: /health answered 500"):
+    with pytest.raises(ConfigError, match=r"http://a:1: ConnectError.*http://b:1: /health returned status 500"):
         pooled(pool)
 
 
@@ -229,7 +229,7 @@ def test_a_request_that_every_server_fails_at_raises():
     engine = pooled(pool, retries=1)
     for server in pool.servers.values():
         server.complete = lambda body: httpx2.Response(500, json={"error": {"message": "EngineCore died"}})
-    with pytest.raises(RequestError, match=r"tried 2 times: .*EngineCore died"):
+    with pytest.raises(RequestError, match=r"in 2 attempts: .*EngineCore died"):
         engine.generate([[1]], [SHORT])
 
 
@@ -268,7 +268,7 @@ def test_logits_that_are_not_finite_fail_the_request():
         ({"thinking_budget": 2, "think_end_token_ids": (3,)}, "thinking_budget=2"),
         ({"temperature": 0.001}, r"temperature=0\.001"),
         ({"max_tokens": 96}, "shorten"),
-        ({"stop_token_ids": (48,)}, "stop_token_ids names token 48"),
+        ({"stop_token_ids": (48,)}, "stop_token_ids contains token id 48"),
     ],
 )
 def test_unsupported_requests_are_refused_before_they_are_sent(changes, part):

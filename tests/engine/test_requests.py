@@ -93,14 +93,14 @@ def test_a_prompt_is_any_sequence_of_token_ids(prompt):
         (5, "the prompt is 5"),
         (None, "the prompt is None"),
         (torch.tensor(5), "the prompt is tensor"),
-        ([1.0, 2.0], "the prompt holds 1.0"),
-        (torch.tensor([1.5]), "the prompt holds 1.5"),
-        ([[1, 2]], "the prompt holds"),
-        (torch.tensor([[1, 2]]), "the prompt holds"),
-        ([1, True], "the prompt holds True"),
-        ([1, None], "the prompt holds None"),
+        ([1.0, 2.0], "the prompt contains 1.0"),
+        (torch.tensor([1.5]), "the prompt contains 1.5"),
+        ([[1, 2]], "the prompt contains"),
+        (torch.tensor([[1, 2]]), "the prompt contains"),
+        ([1, True], "the prompt contains True"),
+        ([1, None], "the prompt contains None"),
         (numpy.array([], dtype=int), "the prompt is empty"),
-        (torch.tensor([1, 48]), "the prompt names token 48"),
+        (torch.tensor([1, 48]), "the prompt contains token id 48"),
     ],
     ids=lambda one: str(one)[:20],
 )
@@ -111,5 +111,5 @@ def test_a_prompt_of_anything_else_is_refused_with_our_message(prompt, said):
 
 @pytest.mark.parametrize("given", [{"logit_bias": {"3": 1.0}}, {"stop_token_ids": ("a",)}, {"stop_token_ids": (1.5,)}])
 def test_token_ids_of_a_field_are_whole_numbers(given):
-    with pytest.raises(RequestError, match=f"{next(iter(given))} holds"):
+    with pytest.raises(RequestError, match=f"{next(iter(given))} contains"):
         Engine(tiny_model(), SMALL).submit([1], SamplingParams(max_tokens=2, **given))

@@ -166,10 +166,10 @@ def test_refreshing_a_copy_brings_weights_and_biases():
 @pytest.mark.parametrize(
     ("ids", "part"),
     [
-        (torch.tensor([[48]]), "token id 48 lies outside 0..47"),
+        (torch.tensor([[48]]), "token id 48 is outside the vocabulary, 0..47"),
         (torch.tensor([[-1]]), "token id -1"),
         (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
-        (torch.zeros(1, 97, dtype=torch.int64), "97 tokens exceed this model's 96"),
+        (torch.zeros(1, 97, dtype=torch.int64), "97 tokens exceed this model's maximum context length of 96 tokens"),
     ],
 )
 def test_invalid_ids_are_refused(ids, part):

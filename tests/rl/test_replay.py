@@ -50,7 +50,7 @@ def test_a_completions_logprobs_by_hand():
 def test_another_models_checkpoint_is_refused(make_bandit):
     rl = make_bandit(rollout_steps=1)
     rl.step()
-    with pytest.raises(ConfigError, match="give a checkpoint of that run"):
+    with pytest.raises(ConfigError, match="use a checkpoint of that run"):
         replay(rl.run.folder, 1, tiny_model(GQA_TINY, vocab_size=5))
 
 

@@ -101,10 +101,10 @@ def test_saved_rollouts_are_deleted_with_a_saved_state_and_after_an_earlier_step
 
 
 def test_a_rollout_step_that_failed_the_run_is_scored_again(make_bandit):
-    """The run says: repair the verifier, then resume. The scores of the broken one must not come back."""
+    """The run says: fix the verifier, then resume. The scores of the broken one must not come back."""
     rl = make_bandit()
     rl.score = lambda problem, text: Score(total=0.0, unscorable="verifier died")
-    with pytest.raises(TrainingError, match="repair the verifier, then resume"):
+    with pytest.raises(TrainingError, match="fix the verifier, then resume"):
         rl.step()
     repaired = resumed(make_bandit, "run")
     assert repaired.step()["rollout/unscorable"] == 0

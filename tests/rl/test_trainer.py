@@ -210,7 +210,7 @@ def test_rollouts_can_be_browsed_and_a_missing_step_is_named(make_bandit):
     assert "reference answer: " in text and "advantage" in text and "accuracy" in text
     assert len(groups[0]["completions"]) == rl.cfg.group_size
     assert all(len(a["token_ids"]) == len(a["logprobs"]) for g in groups for a in g["completions"])
-    with pytest.raises(ConfigError, match="no rollouts of step 9; logged: 1 to 1"):
+    with pytest.raises(ConfigError, match="no rollouts of step 9; logged steps: 1 to 1"):
         read_rollouts(rl.run.folder, 9)
 
 

@@ -61,5 +61,5 @@ def test_reinforcement_learning_of_adapters_leaves_both_folders(base, tmp_path, 
 
 
 def test_adapters_of_fresh_weights_are_refused():
-    with pytest.raises(ConfigError, match="untrained weights"):
+    with pytest.raises(ConfigError, match="randomly initialized weights"):
         build(PretrainConfig, {"trainer": LORA})

@@ -90,7 +90,10 @@ def test_thoughts_are_read_under_each_of_their_keys(tmp_path, key):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (chat_row(user(), assistant(reasoning="t", thinking="u")), "turn 2 has reasoning and thinking, which differ"),
+        (
+            chat_row(user(), assistant(reasoning="t", thinking="u")),
+            "turn 2 has reasoning and thinking with different values",
+        ),
         ({"prompt": "q", "response": "a", "reasoning_content": "t", "thinking": "u"}, "reasoning_content and thinking"),
         (chat_row(user(), assistant("<think>u</think>a", reasoning="t")), "reasoning twice"),
         ({"question": "q", "answer": "\n<think>u</think>a", "reasoning": "u"}, "reasoning twice"),
@@ -152,13 +155,16 @@ def test_calls_keep_their_words_their_order_and_their_ids(tmp_path):
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "turn 2, call 1: arguments is not JSON"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments are not a JSON object"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": 0}}]}, "arguments are not a JSON object"),
-        ({"tool_calls": [OPENAI, {"function": {"arguments": "{}"}}]}, "call 2 has no name"),
+        ({"tool_calls": [OPENAI, {"function": {"arguments": "{}"}}]}, "call 2 has no function name"),
         ({"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, "not of type function"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}, "arguments has the key 'a' twice"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}, r"arguments has \\ud83d, half of a char"),
         ({"tool_calls": [OPENAI | {"output": "mild"}]}, "call 1 has the key 'output'"),
         ({"tool_calls": "weather"}, "call 1 is text, not an object"),
-        ({"tool_calls": [OPENAI], "function_call": {"name": "f"}}, "tool_calls and function_call, which differ"),
+        (
+            {"tool_calls": [OPENAI], "function_call": {"name": "f"}},
+            "tool_calls and function_call with different values",
+        ),
         ({"role": "function_call", "content": "weather(Paris)"}, "content of a call is not JSON"),
         ({"role": "user", "tool_calls": [OPENAI]}, "turn 2 has the key 'tool_calls'"),
     ],
@@ -214,7 +220,7 @@ def test_a_system_text_beside_the_turns_stands_before_them(tmp_path, key):
     rows = [row | {key: "s"} for row in (chat_row(user(), assistant()), sharegpt, pair, alpaca, trl)]
     rows.append(chat_row({"role": "system", "content": "s"}, user(), assistant(), **{key: "s"}))
     assert read_conversations([write_rows(tmp_path, rows)]) == [[SYSTEM, ASKED, PLAIN]] * len(rows)
-    with pytest.raises(ConfigError, match="line 1 has a system text beside its turns and another among them"):
+    with pytest.raises(ConfigError, match="line 1 has one system prompt under a key and another as a turn"):
         read(tmp_path, chat_row({"role": "system", "content": "other"}, user(), assistant(), **{key: "s"}))
 
 
@@ -222,7 +228,7 @@ def test_a_system_text_beside_the_turns_stands_before_them(tmp_path, key):
 def test_masks_of_turns_are_read_and_refused_by_callers_without_masks(tmp_path, key):
     row = chat_row(user(), assistant("bad", **{key: 0}), user("no"), assistant("good", **{key: True}))
     assert [message.is_trained for message in read(tmp_path, row)] == [True, False, True, True]
-    with pytest.raises(ConfigError, match="line 1 has turns that are not trained on"):
+    with pytest.raises(ConfigError, match="line 1 has turns that are masked from training"):
         read_conversations([str(tmp_path / "talks.jsonl")])
     all_on = chat_row(user(**{key: False}), assistant(**{key: 1.0}))
     assert read_conversations([write_rows(tmp_path, [all_on])]) == [[ASKED, PLAIN]]
@@ -241,8 +247,8 @@ def test_answers_within_a_prompt_of_turns_are_context(tmp_path):
         (chat_row(user(), assistant(weight=-1)), "weight=-1 is not supported"),
         (chat_row(user(), assistant(train="false")), 'train="false" is not supported'),
         (chat_row(user(), assistant(weight=float("nan"))), "weight=NaN is not supported"),
-        (chat_row(user(), assistant(weight=0, train=True)), "weight and train, which differ"),
-        (chat_row(user(weight=1), assistant()), "asks to train on a turn of the user"),
+        (chat_row(user(), assistant(weight=0, train=True)), "weight and train with different values"),
+        (chat_row(user(weight=1), assistant()), "would train on a user turn"),
         (chat_row(user(), assistant(loss_scale=0.3)), "turn 2 has the key 'loss_scale'"),
         (chat_row(user(), assistant(mask=1)), "turn 2 has the key 'mask'"),
         (
@@ -253,7 +259,7 @@ def test_answers_within_a_prompt_of_turns_are_context(tmp_path):
         (chat_row(user(), assistant(), weight=0.5), "line 1 has the key 'weight'"),
         (
             chat_row(user(), assistant("x", train=False), {"role": "tool_call", "content": '{"name": "f"}'}),
-            "are one turn",
+            "are merged into one assistant turn",
         ),
     ],
 )
@@ -279,40 +285,43 @@ def test_roles_of_published_files_are_known(tmp_path, role, wanted):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "hello"}, r"talks\.jsonl line 1 is no conversation \(it has text\); known: a list of turns"),
-        ({}, "is no conversation"),
-        ({"prompt": "q", "canonical_solution": "a"}, "is no conversation"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is no conversation"),
-        (chat_row({"role": "robot", "content": "q"}), 'line 1, turn 1: role "robot" is not known; known: user, human'),
-        (chat_row(user(), {"from": "narrator", "value": "q"}), 'turn 2: role "narrator" is not known'),
-        (chat_row({"role": 3, "content": "q"}), "turn 1: role 3 is not known"),
+        ({"text": "hello"}, r"talks\.jsonl line 1 is not a conversation \(it has the keys text\); use a list of turns"),
+        ({}, "is not a conversation"),
+        ({"prompt": "q", "canonical_solution": "a"}, "is not a conversation"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is not a conversation"),
+        (
+            chat_row({"role": "robot", "content": "q"}),
+            'line 1, turn 1: role "robot" is not supported; use one of user, human',
+        ),
+        (chat_row(user(), {"from": "narrator", "value": "q"}), 'turn 2: role "narrator" is not supported'),
+        (chat_row({"role": 3, "content": "q"}), "turn 1: role 3 is not supported"),
         (chat_row({"content": "q"}), "turn 1 has no role"),
         (chat_row({"role": None, "content": "q"}), "turn 1 has no role"),
-        (chat_row({"role": "user", "from": "gpt", "content": "q"}), "role and from, which differ"),
+        (chat_row({"role": "user", "from": "gpt", "content": "q"}), "role and from with different values"),
         (chat_row({"role": "user"}), "turn 1 has no content"),
         (chat_row(user(None), assistant()), "turn 1 has no content"),
-        (chat_row(user(), {"role": "assistant"}), "turn 2 has neither content nor calls"),
+        (chat_row(user(), {"role": "assistant"}), "turn 2 has neither content nor tool calls"),
         (chat_row(user({"text": "q"}), assistant()), "content or value is an object, not text"),
         (
             chat_row(user([{"type": "image_url", "image_url": {"url": "u"}}]), assistant()),
-            "is of type image_url; only text",
+            "has type=image_url; only type=text",
         ),
         (chat_row(user(["q"]), assistant()), "part 1 is text, not an object"),
         (chat_row("hello", assistant()), "turn 1 is text, not an object"),
         ({"messages": "hello"}, "its turns are text, not a list"),
         ({"messages": {"0": user()}}, "its turns are an object"),
-        ({"messages": []}, "is no conversation"),
-        (chat_row(user(), assistant(""), assistant("")), "turn 2: the assistant's turn is empty"),
-        ({"question": "q", "answer": " \n"}, "the assistant's turn is empty"),
-        (chat_row(user()), "does not end with an answer of the assistant"),
-        (chat_row(user(), assistant(), user()), "does not end with an answer of the assistant"),
+        ({"messages": []}, "is not a conversation"),
+        (chat_row(user(), assistant(""), assistant("")), "turn 2: the assistant turn is empty"),
+        ({"question": "q", "answer": " \n"}, "the assistant turn is empty"),
+        (chat_row(user()), "does not end with an assistant message"),
+        (chat_row(user(), assistant(), user()), "does not end with an assistant message"),
         ({"prompt": "q", "response": None}, "response is empty"),
         ({"prompt": None, "response": "a"}, "prompt is empty"),
         ({"prompt": 7, "response": "a"}, "the question is a number, not text"),
         ({"question": "q", "answer": {"text": "a"}}, "the answer is an object"),
-        ({"question": "q", "answer": "4", "response": "four"}, "response and answer, which differ"),
-        ({"prompt": "q", "question": "r", "answer": "4"}, "prompt and question, which differ"),
-        ({"messages": [user(), assistant()], "conversations": [user(), assistant("b")]}, "which differ"),
+        ({"question": "q", "answer": "4", "response": "four"}, "response and answer with different values"),
+        ({"prompt": "q", "question": "r", "answer": "4"}, "prompt and question with different values"),
+        ({"messages": [user(), assistant()], "conversations": [user(), assistant("b")]}, "with different values"),
         ({"instruction": "q", "output": "a", "history": ["q", "a"]}, r"round 1 of history is not \[question, answer\]"),
         ({"instruction": "q", "output": "a", "history": "q"}, "history is text"),
     ],
@@ -332,7 +341,9 @@ def test_a_refusal_is_named_even_where_nothing_else_is_said(tmp_path, content):
 
 @pytest.mark.parametrize("key", ["images", "audio", "refusal", "name", "reasoning_details", "cot", "tool_calls_text"])
 def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key):
-    with pytest.raises(ConfigError, match=f"line 1, turn 2 has the key '{key}', which is not read and would be lost"):
+    with pytest.raises(
+        ConfigError, match=f"line 1, turn 2 has the key '{key}', which is not supported and would be lost"
+    ):
         read(tmp_path, chat_row(user(), assistant(**{key: "x"})))
 
 
@@ -344,7 +355,7 @@ def test_a_key_of_a_turn_that_may_carry_content_is_refused_by_name(tmp_path, key
     ],
 )
 def test_a_key_of_a_row_that_would_change_what_is_trained_on_is_refused_by_name(tmp_path, key):
-    with pytest.raises(ConfigError, match=f"line 1 has the key '{key}', which is not read and would be lost"):
+    with pytest.raises(ConfigError, match=f"line 1 has the key '{key}', which is not supported and would be lost"):
         read(tmp_path, chat_row(user(), assistant(), **{key: ["x"]}))
 
 
@@ -364,7 +375,9 @@ def test_a_result_that_follows_no_turn_of_the_assistant_is_refused(tmp_path, rol
     """Some ShareGPT files give a call the role "function", elsewhere that of results: the call was not trained on."""
     result = {"from": role, "value": '{"name": "weather", "arguments": {}}'}
     for before in ([], [user()], [{"role": "system", "content": "s"}]):
-        with pytest.raises(ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a call"):
+        with pytest.raises(
+            ConfigError, match=rf"turn {len(before) + 1} \(role \"{role}\"\) is the result of a tool call"
+        ):
             read(tmp_path, chat_row(*before, result, {"from": "observation", "value": "mild"}, assistant()))
 
 
@@ -384,7 +397,7 @@ def test_every_other_key_is_listed_once_for_its_file_with_a_count(tmp_path, capl
 
 def test_a_pattern_without_files_and_a_file_without_rows_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"empty\.jsonl holds no rows"):
+    with pytest.raises(ConfigError, match=r"empty\.jsonl has no rows"):
         read_conversations([str(tmp_path / "empty.jsonl")])
     with pytest.raises(ConfigError, match=r"no file matches .*\*\.parquet"):
         read_conversations([str(tmp_path / "*.parquet")])

@@ -87,8 +87,8 @@ def test_the_parts_of_all_ranks_are_the_whole(folder: Path):
 @pytest.mark.parametrize(
     ("cfg", "count", "message"),
     [
-        (MLA_TINY, 4, "2 attention heads do not divide among 4 processes"),
-        (GQA_TINY, 4, "2 key/value heads do not divide among 4 processes"),
+        (MLA_TINY, 4, "attention heads: 2 is not divisible by 4 processes"),
+        (GQA_TINY, 4, "key/value heads: 2 is not divisible by 4 processes"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(cfg, count: int, message: str):

@@ -64,5 +64,5 @@ def test_the_message_names_the_address_the_value_and_the_bound():
         "stages.pretrain.steps=-1: input should be greater than or equal to 1"
     )
     assert refusal("sft", ("trainer", "optim", "eps"), math.nan) == (
-        "stages.sft.trainer.optim.eps=nan is not a finite number; give one, or leave the setting out"
+        "stages.sft.trainer.optim.eps=nan is not a finite number; use a finite number, or leave the setting out"
     )

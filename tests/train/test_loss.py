@@ -60,7 +60,7 @@ def test_fixed_weights_depend_on_no_length():
 
 def test_fixed_weights_need_the_constant():
     """Without it the batch's own maximum would creep back in."""
-    with pytest.raises(ConfigError, match="fixed_length of at least 1"):
+    with pytest.raises(ConfigError, match="needs fixed_length >= 1"):
         token_weights(uneven_batch(), "fixed")
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     """Entry point of the command `thinkstack`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end a conversation
+        sys.stdin.reconfigure(errors="replace")  # input that is not UTF-8 must not end a conversation
     try:
         _parse(sys.argv[1:])()
     except (ConfigError, RequestError) as error:
@@ -55,9 +55,9 @@ def main() -> None:
 
 
 def _parse(words: list[str]) -> Callable[[], None]:
-    """The command with its arguments, not called yet. Raises ConfigError for arguments that cannot be parsed.
+    """Parse the arguments and return the command as a function. Raises ConfigError for arguments that cannot be parsed.
 
-    tyro prints errors in a box; the ConfigError has them on one line.
+    tyro prints errors in a box; the ConfigError has the message on one line.
     """
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word):

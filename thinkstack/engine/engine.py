@@ -1,8 +1,8 @@
-"""The engine: token ids in, completions out. Rollouts, evaluation, chat and serving all go through it.
+"""The engine: token ids in, completions out; used by rollouts, evaluation, chat and serving.
 
-A step schedules tokens, runs the model over all of them, samples, and updates the sequence table. In fp32 on a CPU a
-request gets the same tokens alone or in a batch, with cached prefixes or not, prefilled at once or in chunks, preempted
-or not: the model's output for a token depends on its sequence alone, and random numbers depend on the request.
+A step schedules tokens, runs the model over them, samples, and updates the sequence table. In fp32 on a CPU the engine
+is batch-invariant: a request gets the same tokens alone or in a batch, with or without cached prefixes, chunked prefill
+or preemption, because model outputs depend only on the sequence and random numbers only on the request.
 """
 
 import contextlib
@@ -32,27 +32,28 @@ class EngineConfig:
     """Size and precision of an engine."""
 
     max_num_seqs: int = 64
-    """Maximum sequences that run at once."""
+    """Maximum number of sequences that run at once."""
     max_model_len: int = 0
-    """Maximum tokens of prompt and completion together; 0 takes the model's max_positions."""
+    """Maximum number of tokens of prompt and completion together; 0: the model's max_positions."""
     max_prefill_tokens: int = 2048
-    """Prompt tokens computed in one step, beside one token of every decoding sequence."""
+    """Maximum number of prompt tokens computed in one step, in addition to one token of every decoding sequence."""
     cache_tokens: int = 0
-    """Size of the KV cache in tokens, in whole blocks of 64; 0 fits max_num_seqs sequences of max_model_len."""
+    """Size of the KV cache in tokens, in blocks of 64; 0: enough for max_num_seqs sequences of max_model_len."""
     enable_prefix_caching: bool = True
-    """Keep blocks of finished completions until memory is needed, for prompts with the same prefix."""
+    """Cache blocks of finished completions, for prompts with the same prefix, until the memory is needed."""
     max_waiting: int = 0
-    """Maximum queued requests; 0 sets no limit."""
+    """Maximum number of queued requests; 0: no limit."""
     dtype: RequestedPrecision = "fp32"
-    """Precision of weights and cache; fp32 is exact alone or in a batch, auto is bf16 where that is
-    faster. Small models in bf16 may compute in fp32 where that is faster."""
+    """Precision of weights and cache. "fp32" is batch-invariant on a CPU; "auto" is bf16 if it is faster. Small bf16
+    models compute in fp32 if that is faster."""
     quantization: Quantization = "none"
-    """How the matrices of blocks and head are kept: as they are, or packed in 8 bits (int8, fp8) or 4 (nf4). Products
-    stay in `dtype`."""
+    """Quantization of the matrices of blocks and head: "none", 8 bits ("int8", "fp8") or 4 bits ("nf4"). Matmuls run in
+    `dtype`."""
     return_routed_experts: bool = False
     """Return the routed experts of every token with each completion, for router replay in training."""
     num_speculative_tokens: int = 0
-    """Draft tokens per step from the model's multi-token-prediction module; 0 for none. Slower for small models."""
+    """Number of draft tokens per step from the model's MTP module; 0: no speculative decoding. Slower for small
+    models."""
     graphs: bool = True
     """On a CUDA device, run decoding steps as CUDA graphs."""
 
@@ -64,12 +65,14 @@ class EngineConfig:
         if self.num_speculative_tokens < 0:
             raise ConfigError(f"num_speculative_tokens={self.num_speculative_tokens} is negative; use 0 for no drafts")
         if self.quantization != "none" and self.quantization not in QUANT_SCHEMES:
-            raise ConfigError(f"quantization={self.quantization!r} is not known; use none, {', '.join(QUANT_SCHEMES)}")
+            raise ConfigError(
+                f"quantization={self.quantization!r} is not supported; use one of none, {', '.join(QUANT_SCHEMES)}"
+            )
 
 
 class RowsToSample(NamedTuple):
-    """Tokens to sample, (N,) int64 each: the row, the offset behind its num_tokens, and the computed token whose hidden
-    state is used; sources None: all of them in order."""
+    """Tokens to sample, (N,) int64 each: the row, the offset after num_tokens of the row, and the index of the computed
+    token whose hidden state is used; sources=None: all computed tokens in order."""
 
     rows: numpy.ndarray
     offsets: numpy.ndarray
@@ -96,10 +99,10 @@ class Engine:
         self.next_id = 0
         self.version = version
         self.num_finished = 0
-        """Completions that finished in a step, for any reason."""
+        """Number of completions that finished in a step, for any reason."""
         self.num_failed = 0
         self.last_error: str | None = None
-        """The last error of a completion."""
+        """Message of the last error of a completion."""
         self.cores = SharedCores()
 
     def make_runner(self, model: Transformer, num_blocks: int) -> Runner:
@@ -119,10 +122,10 @@ class Engine:
         self.scheduler.version = version
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
-        """Use the weights of `model`: shared if the precision is the same and nothing is adapted or quantized; adapters
-        are merged into a copy. Resets the prefix cache. running: what happens to running requests.
+        """Use the weights of `model`. They are shared if the precision is the same and nothing is adapted or quantized;
+        otherwise they are copied, with adapters merged. Resets the prefix cache. running: see WhileRunning.
 
-        Raises RequestError if that is "refuse" and requests are running or queued.
+        Raises RequestError if running="refuse" and requests are running or queued.
         """
         if running == "refuse" and (self.scheduler.running or self.scheduler.num_waiting):
             raise RequestError("weights cannot change while requests are running; finish or abort them first")
@@ -132,7 +135,7 @@ class Engine:
         self.version = version
 
     def pause(self, running: WhileRunning = "keep") -> None:
-        """Stop all running sequences; queued ones stay queued."""
+        """Stop all running sequences; queued requests stay queued."""
         if running == "drain":
             self.scheduler.is_draining = True
             try:
@@ -174,14 +177,14 @@ class Engine:
     ) -> Request:
         """Queue a prompt. priority: lower values first. cache_salt: only requests with the same salt share prefixes.
 
-        Raises RequestError if it can never be served, or if the queue is full.
+        Raises RequestError if the request can never be served, or if the queue is full.
         """
-        # here, not in step, where it would fail all requests
+        # checked here and not in step, where an error would fail all requests
         prompt_token_ids = check_request(prompt_token_ids, sampling, self.max_model_len, self.vocab_size)
         total = len(prompt_token_ids) + sampling.max_tokens
         if -(-total // BLOCK_SIZE) > self.scheduler.pool.num_blocks:
             raise RequestError(
-                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, but the cache holds "
+                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, but the KV cache has "
                 f"{self.scheduler.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens"
             )
         if sampling.n > self.cfg.max_num_seqs:
@@ -189,7 +192,7 @@ class Engine:
                 f"n={sampling.n} exceeds max_num_seqs={self.cfg.max_num_seqs}; lower n or raise max_num_seqs"
             )
         if (count := len(sampling.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(f"{count} stop_token_ids are given; at most {MAX_STOP_TOKEN_IDS} are supported")
+            raise RequestError(f"the request has {count} stop_token_ids; at most {MAX_STOP_TOKEN_IDS} are supported")
         request = Request(
             self.next_id,
             prompt_token_ids,
@@ -206,8 +209,8 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Run one step: at least a token for every running sequence, and prompts as far as they fit. Uses fewer threads
-        while other processes keep cores busy, where the results do not depend on the number of threads."""
+        """Run one step: at least one token of every running sequence, and prompt tokens within the limits. Uses fewer
+        threads while other processes use cores, if results do not depend on the number of threads."""
         with self.cores if self.runner.ignores_threads else contextlib.nullcontext():
             self._step()
 
@@ -232,22 +235,21 @@ class Engine:
             self._sample_rows(rows_to_sample, hidden)
         if self.speculator is not None:
             self.speculator.follow(scheduled, hidden)
-            for copy in copies:  # again, for the entries of the MTP module
+            for copy in copies:  # repeated for the entries of the MTP module
                 self.runner.cache.copy(*copy)
 
     def _rows_to_sample(
         self, scheduled: SchedulerOutput, done: numpy.ndarray
     ) -> tuple[RowsToSample, list[tuple[int, int, int]]]:
-        """Rows that have computed all their tokens (one entry per draft token too), and siblings that start from them.
+        """Rows that have computed all their tokens (with an entry per draft token), and siblings that start from them.
 
-        done: indices of the former in scheduled.rows. Returns them, and the partly filled blocks to copy for siblings:
-        (source block, target block, number of tokens).
-        """
+        done: indices of these rows in scheduled.rows. Returns (rows to sample; partly filled blocks to copy for
+        siblings, each as (source block, target block, number of tokens))."""
         table, ends = self.table, scheduled.counts.cumsum()
         offsets = numpy.zeros(len(done), dtype=numpy.int64)
         if (
             len(done) == ends[-1] and not table.awaits_prompt.any()
-        ):  # plain decoding: every row has one token and samples
+        ):  # decoding without draft tokens: every row has one token and samples
             return RowsToSample(scheduled.rows, offsets, None), []
         rows, sources, copies = scheduled.rows[done], ends[done] - 1, []
         if self.speculator is not None and table.num_draft_tokens[rows].any():
@@ -301,7 +303,7 @@ class Engine:
     ) -> list[list[Completion]]:
         """Generate sampling.n completions for each prompt. on_finish is called for each prompt when it is finished.
 
-        Raises RequestError for what `submit` refuses and for failed completions.
+        Raises RequestError like `submit`, and for failed completions.
         """
         requests: list[Request] = []
         try:
@@ -330,7 +332,7 @@ class Engine:
     def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Yield the tokens of one completion as they are sampled; leaving the loop early aborts it."""
         if sampling.n != 1:
-            raise RequestError(f"n={sampling.n}: a stream has one completion; use n=1")
+            raise RequestError(f"n={sampling.n}: streaming supports one completion; use n=1")
         request = self.submit(prompt_token_ids, sampling)
         seen = 0
         try:
@@ -346,7 +348,7 @@ class Engine:
                 self.abort(request)
 
     def abort(self, request: Request) -> None:
-        """Stop `request`: its unfinished completions end with reason "abort", and their blocks are freed at once."""
+        """Stop `request`: unfinished completions get finish_reason="abort", and their blocks are freed at once."""
         for index, row in list(request.rows.items()):
             request.completions[index] = self._completion(row, "abort")
         for row in list(request.rows.values()):

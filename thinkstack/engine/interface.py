@@ -1,4 +1,4 @@
-"""The interface of all engines, ours and a pool of servers, and the request checks they share."""
+"""The common interface of all engines (in this process, and a pool of servers), and the validation of requests."""
 
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,10 +9,11 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, RequestError, SamplingParams
 
 OnFinish = Callable[[int, list[Completion]], None]
-"""Called with the index of a prompt and its completions."""
+"""Function that is called with the index of a prompt and the completions of that prompt."""
 WhileRunning = Literal["refuse", "drain", "abort", "keep"]
-"""What happens to running requests when the weights change: "refuse" the change; "drain" them first with the old
-weights; "abort" them; "keep" them running with the new weights, after recomputing their context."""
+"""What happens to running requests when the weights change. "refuse": raise RequestError instead of changing the
+weights. "drain": finish the requests with the old weights first. "abort": abort the requests. "keep": continue the
+requests with the new weights, after recomputing their context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,11 @@ class Health:
     alive: bool
     """Whether the engine accepts requests."""
     running: int
-    """Running sequences; for servers, requests in flight."""
+    """Number of running sequences; for servers, of requests in flight."""
     waiting: int
-    """Queue entries that wait for memory or a row."""
+    """Number of queue entries that wait for memory or a row."""
     failed: int
-    """Completions that ended in an error so far; for servers, requests that a server failed to answer."""
+    """Number of completions that ended in an error so far; for servers, number of failed requests."""
     last_error: str | None
     """The last error message."""
     version: int
@@ -37,9 +38,9 @@ class AnyEngine(Protocol):
     """The interface of `Engine` and `RemoteEngine`; recipes work with either."""
 
     max_model_len: int
-    """Maximum tokens of prompt and completion together."""
+    """Maximum number of tokens of prompt and completion together."""
     version: int
-    """Version of the weights in use; a completion carries the version of its first token."""
+    """Version of the weights in use; a completion has the version that sampled its first token."""
 
     def generate(
         self,
@@ -47,13 +48,13 @@ class AnyEngine(Protocol):
         samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Generate sampling.n completions for each prompt. on_finish is called for each prompt when it is finished."""
+        """Generate sampling.n completions for each prompt. on_finish is called for each prompt that is finished."""
 
     def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Yield the tokens of one completion as they are sampled; leaving the loop early aborts it."""
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
-        """Use these weights from now on; completions carry their version."""
+        """Use the weights of `model` from now on; `version` is recorded in completions."""
 
     def health(self) -> Health:
         """The state of the engine."""
@@ -62,17 +63,18 @@ class AnyEngine(Protocol):
 def check_request(
     prompt: Sequence[int], sampling: SamplingParams, max_model_len: int, vocab_size: int
 ) -> tuple[int, ...]:
-    """The ids of a prompt: whole numbers in a sequence, an array of numpy or a tensor of one dimension.
+    """Validate a request and return the token ids of the prompt: a sequence of integers, or a one-dimensional numpy
+    array or tensor.
 
-    Raises RequestError for a request that no engine of this context and vocabulary can serve.
+    Raises RequestError for a request that exceeds this context length or vocabulary.
     """
     prompt_token_ids = _token_ids("the prompt", prompt, vocab_size)
     total = len(prompt_token_ids) + sampling.max_tokens
     if not prompt_token_ids:
-        raise RequestError("the prompt is empty; it needs at least a BOS token")
+        raise RequestError("the prompt is empty; it needs at least one token, such as BOS")
     if total > max_model_len:
         raise RequestError(
-            f"prompt is {len(prompt_token_ids):,} tokens; this model takes {max_model_len:,} including "
+            f"prompt is {len(prompt_token_ids):,} tokens; this model supports {max_model_len:,} including "
             f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_model_len:,}"
         )
     for name in ("stop_token_ids", "think_end_token_ids", "logit_bias"):
@@ -81,17 +83,19 @@ def check_request(
 
 
 def _token_ids(name: str, given: Any, vocab_size: int) -> tuple[int, ...]:
-    """Token ids from a sequence, an array or a tensor of one dimension. Raises RequestError where they are no such."""
+    """Token ids from a sequence, or from a one-dimensional array or tensor. Raises RequestError for other values."""
     found = given.tolist() if hasattr(given, "tolist") else given  # of any library
     if isinstance(found, str) or not isinstance(found, Iterable):
-        raise RequestError(f"{name} is {_short(given)}; give a sequence of token ids")
+        raise RequestError(f"{name} is {_short(given)}; use a sequence of token ids")
     ids = tuple(found)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, numbers.Integral):
-            raise RequestError(f"{name} holds {_short(token)}; token ids are whole numbers, one prompt a sequence")
+            raise RequestError(
+                f"{name} contains {_short(token)}; token ids are integers, and each prompt is one sequence"
+            )
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise RequestError(f"{name} names token {wrong}; this vocabulary has 0..{vocab_size - 1}")
+        raise RequestError(f"{name} contains token id {wrong}; the vocabulary has ids 0..{vocab_size - 1}")
     return tuple(map(int, ids))
 
 

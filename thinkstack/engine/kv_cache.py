@@ -1,6 +1,6 @@
-"""The paged KV cache: blocks of entries of a fixed width.
+"""The paged KV cache: blocks of fixed-width entries.
 
-An entry is what attention caches per token: a latent and a rotated key for MLA, keys and values for GQA.
+An entry is the cached data of a token in a layer: a latent and a rotated key for MLA, keys and values for GQA.
 """
 
 # Shapes in this file: L layers, N new tokens, P = BLOCK_SIZE tokens of a block, W width of an entry, K experts per
@@ -18,7 +18,7 @@ from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
 
 LINE = 64
-"""Bytes of a cache line of the processor."""
+"""Size of a cache line of the processor, in bytes."""
 
 
 class KVCache:
@@ -33,9 +33,9 @@ class KVCache:
         experts: tuple[int, int, str] | None = None,
         drafts: bool = False,
     ):
-        """num_blocks: including NULL_BLOCK. experts: number of MoE layers, experts per token and their integer type, to
-        store routed experts. drafts: add a layer for the first multi-token-prediction module.
-        """
+        """num_blocks: number of blocks, including NULL_BLOCK. experts: (number of MoE layers, experts per token,
+        integer type), to store routed experts. drafts: whether to add a layer for the first multi-token-prediction
+        module."""
         shape = (cfg.num_layers + drafts, num_blocks, BLOCK_SIZE, cfg.attention.cache_width)
         if device is not None and device.type != "cpu":
             self.data = torch.zeros(shape, dtype=dtype, device=device)
@@ -65,8 +65,8 @@ class KVCache:
 
 
 def _zeros(size: int) -> Tensor:
-    """`size` zero bytes, aligned to a cache line. numpy's zeros take no memory until they are written. Zeros, because a
-    masked NaN would still be NaN."""
+    """`size` zero bytes, aligned to a cache line. numpy's zeros use no memory until they are written. The bytes are
+    zero because a masked NaN would still be NaN."""
     held = numpy.zeros(size + LINE, dtype=numpy.uint8)
     start = -held.ctypes.data % LINE
     return torch.from_numpy(held[start : start + size])
@@ -76,7 +76,7 @@ class KVCacheView:
     """The cache during one forward pass: where the entries of N new tokens are written, and what the tokens read."""
 
     def __init__(self, cache: KVCache, pages: Pages, slots: Tensor):
-        """pages: those of the first layer. slots: (N,) int64, block * P + offset in the block."""
+        """pages: pages of the first layer. slots: (N,) int64, block * P + offset in the block."""
         self.cache, self.first, self.slots = cache, pages, slots
 
     def extend(self, layer: int, entries: Tensor) -> Pages:

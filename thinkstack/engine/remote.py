@@ -1,9 +1,8 @@
-"""The engine's interface over a pool of vLLM servers, so that one setting moves sampling to servers.
+"""The engine interface over a pool of vLLM servers, so that one setting moves sampling to servers.
 
-Weights are sent as a checkpoint in a folder that both sides can read. Every completion carries the version of its
-weights; a completion of other weights is discarded, and the server gets the weights again. A server that fails gets no
-requests until it responds again; its requests go to the others.
-"""
+Weights are sent as a checkpoint in a folder that this process and the servers can read. Every completion has the
+version of the weights; a completion with a different version is discarded, and the server gets the weights again. A
+failed server gets no requests until it responds again; its requests are sent to the other servers."""
 
 import logging
 import os
@@ -36,10 +35,10 @@ log = logging.getLogger(__name__)
 KEY = "VLLM_API_KEY"
 """Environment variable with the servers' API key."""
 RETRY_SECONDS, POLL_SECONDS = 5.0, 0.2
-"""Seconds between two checks of a failed server, and between two searches for a free one."""
+"""Seconds between two checks of a failed server, and between two searches for a free server."""
 PROBE_PARAMS = SamplingParams(temperature=2.0, max_tokens=16)
-"""Parameters of the request that verifies new weights: at this temperature, raw log-probabilities differ from those of
-the sampling distribution."""
+"""Parameters of the request that verifies new weights: at this temperature, raw log-probabilities differ from
+log-probabilities under the sampling distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +55,20 @@ class ServersConfig:
     timeout_seconds: Positive = 600.0
     """Maximum time for the completions of one request."""
     retries: CountOrZero = 2
-    """Further attempts for a request after a server has failed."""
+    """Number of further attempts for a request after a server has failed."""
     patience_seconds: Positive = 180.0
-    """Maximum time to wait for a server while none is available."""
+    """Maximum time to wait for a server while no server is available."""
     tolerance_nats: Positive = 0.1
-    """Largest mean difference of log-probabilities between a server and this process that counts as rounding; servers
-    that quantize need more."""
+    """Maximum mean difference of log-probabilities between a server and this process that counts as rounding; servers
+    with quantization need a larger value."""
 
     def __post_init__(self) -> None:
         if self.in_flight < 1 or self.retries < 0:
             raise ConfigError(f"in_flight={self.in_flight} must be at least 1 and retries={self.retries} at least 0")
         if len(set(self.addresses)) < len(self.addresses):
-            raise ConfigError(f"servers.addresses={list(self.addresses)} names a server twice; name each once")
+            raise ConfigError(
+                f"servers.addresses={list(self.addresses)} contains an address twice; list each address once"
+            )
 
 
 class ServerState:
@@ -76,22 +77,22 @@ class ServerState:
     def __init__(self, server: Server):
         self.server = server
         self.outstanding = 0
-        """Number of its running requests."""
+        """Number of running requests of the server."""
         self.failure: str | None = "not connected yet"
-        """Why it is unavailable; None while it is available."""
+        """Why the server is unavailable; None while it is available."""
         self.next_check = 0.0
         """Time of the next check of a failed server, on the monotonic clock."""
         self.reports_raw_logprobs = False
-        """Whether it reports raw log-probabilities (--logprobs-mode raw_logprobs)."""
+        """Whether the server reports raw log-probabilities (--logprobs-mode raw_logprobs)."""
 
 
 def open_engine(model: Transformer, cfg: EngineConfig, servers: ServersConfig) -> AnyEngine:
-    """The engine that samples from `model`: the servers if there are any, else this process."""
+    """The engine that samples from `model`: a pool of servers if servers.addresses is set, otherwise this process."""
     return RemoteEngine(model, cfg, servers) if servers.addresses else Engine(model, cfg)
 
 
 class RemoteEngine:
-    """A pool of servers with the weights of one model."""
+    """An engine that samples on a pool of servers with the weights of one model."""
 
     def __init__(
         self,
@@ -101,24 +102,24 @@ class RemoteEngine:
         version: int = 0,
         transport: httpx2.BaseTransport | None = None,
     ):
-        """Loads the weights of `model` into the servers. transport: of httpx2, for tests.
+        """Loads the weights of `model` into the servers. transport: an httpx2 transport, for tests.
 
-        Raises ConfigError if no server accepts them, or if servers do not support a setting in cfg.
+        Raises ConfigError if no server accepts the weights, or if servers do not support a setting in cfg.
         """
         if cfg.return_routed_experts:
             raise ConfigError(
-                "router_replay (return_routed_experts of an engine) is set, but servers do not return routed experts; "
-                "remove it, or sample in this process (no servers.addresses)"
+                "router_replay (return_routed_experts of the engine) is set, but servers do not return routed experts; "
+                "remove the setting, or sample in this process (no servers.addresses)"
             )
         if cfg.quantization != "none":
             raise ConfigError(
-                f"quantization={cfg.quantization!r}: servers quantize by their own --quantization; "
+                f"quantization={cfg.quantization!r}: quantization of servers is set by their option --quantization; "
                 "use quantization='none'"
             )
         self.cfg, self.servers = cfg, servers
         shared = Path(servers.weights_folder or tempfile.gettempdir()).absolute()
         shared.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="thinkstack-", dir=shared)  # removed with the engine
+        self._folder = tempfile.TemporaryDirectory(prefix="thinkstack-", dir=shared)  # deleted with the engine
         os.chmod(self._folder.name, 0o755)  # servers may run as another user
         key = os.environ.get(KEY, "")
         self.server_states = [
@@ -136,14 +137,14 @@ class RemoteEngine:
     # -- weights
 
     def load_weights(self, model: Transformer, version: int, running: WhileRunning = "refuse") -> None:
-        """Load the weights of `model`, with adapters merged, into all servers. Servers that fail get them when they
-        respond again. running: what happens to running requests; servers do not support "keep".
+        """Load the weights of `model`, with adapters merged, into all servers. Failed servers get the weights when they
+        respond again. running: what happens to running requests; servers do not support running="keep".
 
-        Raises RequestError if that is "refuse" and requests are running.
+        Raises RequestError if running="refuse" and requests are running.
         """
         if running == "keep":
             raise RequestError(
-                'running="keep" would combine a cache of old weights with new weights; use "drain" or "abort"'
+                'running="keep" would combine a cache of old weights with new weights; use running="drain" or "abort"'
             )
         if running == "refuse" and self._in_flight:
             raise RequestError("weights cannot change while requests are running; finish or abort them first")
@@ -151,7 +152,7 @@ class RemoteEngine:
         folder = Path(self._folder.name) / name.replace(":", "-")
         save_model(
             folder, inference_copy(model, DTYPES[resolve_precision(self.cfg.dtype)])
-        )  # on an error the old weights stay in use
+        )  # after an error the old weights stay in use
         self._model, self.version, self._name, self._weights = model, version, name, folder
         with ThreadPoolExecutor(len(self.server_states)) as threads:
             list(threads.map(lambda state: self._connect(state, running == "abort"), self.server_states))
@@ -166,7 +167,8 @@ class RemoteEngine:
             context = server.connect()
             if self.cfg.max_model_len > context:
                 raise ConfigError(
-                    f"max_model_len={self.cfg.max_model_len:,} exceeds the {context:,} of {server.address}; "
+                    f"max_model_len={self.cfg.max_model_len:,} exceeds the context length {context:,} of "
+                    f"{server.address}; "
                     f"start it with --max-model-len {self.cfg.max_model_len}"
                 )
             if server.weights() != self._name:
@@ -185,8 +187,8 @@ class RemoteEngine:
 
     @torch.no_grad()
     def _verify_weights(self, server: Server) -> bool:
-        """Raise ConfigError unless a server samples from the weights that were loaded. Returns whether it reports raw
-        log-probabilities instead of those of the sampling distribution."""
+        """Raise ConfigError unless a server samples from the loaded weights. Returns whether the server reports raw
+        log-probabilities instead of log-probabilities under the sampling distribution."""
         size, device = self._model.cfg.vocab_size, next(self._model.parameters()).device
         prompt = [(37 * place + 11) % size for place in range(8)]
         (found,) = server.generate(prompt, PROBE_PARAMS, self._name, self.version, new_id())
@@ -199,9 +201,9 @@ class RemoteEngine:
         )
         if not min(processed, raw) <= self.servers.tolerance_nats:
             raise ConfigError(
-                f"{server.address} samples from other weights than those loaded: log-probabilities differ by "
-                f"{min(processed, raw):.2f} nats on average (tolerance_nats={self.servers.tolerance_nats}); start it "
-                "with a checkpoint of this model, or raise tolerance_nats if it quantizes"
+                f"{server.address} does not sample from the loaded weights: log-probabilities differ by "
+                f"{min(processed, raw):.2f} nats on average (tolerance_nats={self.servers.tolerance_nats}); start the "
+                "server with a checkpoint of this model, or raise tolerance_nats if it uses quantization"
             )
         return raw < processed
 
@@ -213,9 +215,9 @@ class RemoteEngine:
         samplings: Sequence[SamplingParams],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """Generate sampling.n completions for each prompt. on_finish is called for each prompt as soon as it is done.
+        """Generate sampling.n completions for each prompt. on_finish is called for each prompt that is finished.
 
-        Raises RequestError for a request that is refused or that all attempts fail at.
+        Raises RequestError for a request that is rejected, or that fails in all attempts.
         """
         pairs = [(self._check(*pair), pair[1]) for pair in zip(prompts, samplings, strict=True)]
         num_threads = min(len(pairs), self.servers.in_flight * len(self.server_states))
@@ -238,9 +240,9 @@ class RemoteEngine:
 
     def stream(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Generate one completion and yield its tokens as they arrive; leaving the loop early aborts it. If a server
-        fails before the first token, another one is used."""
+        fails before the first token, another server is used."""
         if sampling.n != 1:
-            raise RequestError(f"a stream carries one completion, not n={sampling.n}; use n=1")
+            raise RequestError(f"n={sampling.n}: streaming supports one completion; use n=1")
         prompt_token_ids = self._check(prompt_token_ids, sampling)
         failures: list[str] = []
         while True:
@@ -254,7 +256,7 @@ class RemoteEngine:
                 raise RequestError(f"the stream was interrupted: {failures[-1]}; send the request again")
 
     def health(self) -> Health:
-        """The state of the pool; alive while any server is available."""
+        """The state of the pool; `alive` if any server is available."""
         with self._changed:
             return Health(
                 alive=any(state.failure is None for state in self.server_states),
@@ -272,7 +274,7 @@ class RemoteEngine:
             state.server.close()
 
     def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
-        """The prompt's token ids, after validation: a request that cannot be served may crash a server's engine."""
+        """The token ids of the prompt, after validation: an invalid request may crash the engine of a server."""
         check_sampling(sampling)
         return check_request(prompt, sampling, self.max_model_len, self._model.cfg.vocab_size)
 
@@ -289,8 +291,7 @@ class RemoteEngine:
         self, sampling: SamplingParams, failures: list[str], cancelled: threading.Event
     ) -> Iterator[tuple[ServerState, str]]:
         """A server for a request, and a request id. A failure of the server ends the block without an exception and is
-        appended to `failures`; after too many failures it raises RequestError. cancelled: set when the caller stops
-        waiting."""
+        appended to `failures`; too many failures raise RequestError. cancelled: set when the caller stops waiting."""
         state, request_id = self._acquire(cancelled), new_id()
         try:
             if sampling.raw_logprobs != state.reports_raw_logprobs and not _raw_equals_processed(sampling):
@@ -305,7 +306,7 @@ class RemoteEngine:
             self._exclude(state, str(error), retry_now=isinstance(error, WrongWeights))
             if len(failures) > self.servers.retries:
                 raise RequestError(
-                    f"no server completed a request, tried {len(failures)} times: {failures[-1]}; check the servers"
+                    f"no server completed a request in {len(failures)} attempts: {failures[-1]}; check the servers"
                 ) from error
         finally:
             with self._changed:
@@ -313,8 +314,8 @@ class RemoteEngine:
                 state.outstanding -= 1
 
     def _acquire(self, cancelled: threading.Event) -> ServerState:
-        """Wait for an available server below its request limit, and return the one with the fewest requests; a failed
-        server that responds again is available."""
+        """Wait for an available server below its request limit, and return the available server with the fewest
+        requests; a failed server that responds again is available."""
         since, has_checked = time.monotonic(), False
         while True:
             state = self._try_acquire(has_checked)
@@ -328,12 +329,12 @@ class RemoteEngine:
             if cancelled.is_set():
                 raise RequestError("the request was cancelled")
             if time.monotonic() - since > self.servers.patience_seconds:
-                raise RequestError(f"no server is available: {self._failures()}; restart one and resume")
+                raise RequestError(f"no server is available: {self._failures()}; restart a server and resume")
             time.sleep(POLL_SECONDS if state is None else 0.0)
 
     def _try_acquire(self, has_checked: bool) -> ServerState | None:
-        """An available server, or a failed one to check again; None if all are busy. has_checked: whether the request
-        has already checked a failed server; it then prefers available ones."""
+        """An available server, or a failed server to check again; None if all are busy. has_checked: whether the
+        request has already checked a failed server; such a request prefers available servers."""
         with self._changed:
             now = time.monotonic()
             due = [state for state in self.server_states if state.failure is not None and state.next_check <= now]
@@ -350,7 +351,7 @@ class RemoteEngine:
             return state
 
     def _exclude(self, state: ServerState, reason: str, retry_now: bool = False) -> None:
-        """Send no requests to a server until a check succeeds. retry_now: the next request may check it."""
+        """Send no requests to a server until a check succeeds. retry_now: whether the next request may check it."""
         with self._changed:
             self._last_error = f"{state.server.address}: {reason}"
             if state.failure is None:
@@ -374,7 +375,7 @@ class RemoteEngine:
 
 
 def _raw_equals_processed(sampling: SamplingParams) -> bool:
-    """Whether raw log-probabilities equal those of the sampling distribution."""
+    """Whether raw log-probabilities equal log-probabilities under the sampling distribution."""
     is_unfiltered = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p
     return needs_no_processing(sampling) and is_unfiltered and sampling.temperature in (0, 1)
 
@@ -382,7 +383,7 @@ def _raw_equals_processed(sampling: SamplingParams) -> bool:
 def _logprobs_mode_message(state: ServerState) -> str:
     wanted, other = ("processed", "raw") if state.reports_raw_logprobs else ("raw", "processed")
     return (
-        f"{state.server.address} reports {other} log-probabilities, but this request "
-        f"(raw_logprobs={not state.reports_raw_logprobs}) needs {wanted} ones; start it with --logprobs-mode "
+        f"{state.server.address} reports {other} log-probabilities, but this request (raw_logprobs="
+        f"{not state.reports_raw_logprobs}) needs {wanted} log-probabilities; start it with --logprobs-mode "
         f"{wanted}_logprobs"
     )

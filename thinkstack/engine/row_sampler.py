@@ -1,7 +1,7 @@
-"""Samples the next tokens of all rows in one call, after processing the logits of rows with penalties, thinking budgets
-or grammars one by one.
+"""Sample the next tokens of all rows in one call. Logits of rows with penalties, thinking budgets or grammars are
+processed one row at a time before.
 
-A row may sample several tokens at once: one after each draft token, as if the draft tokens were accepted.
+A row can sample several tokens at once: one after each draft token, as if all draft tokens were accepted.
 """
 
 # Shapes in this file: B tokens to sample, V vocabulary size.
@@ -28,18 +28,18 @@ from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
 
 
 class SampledTokens(NamedTuple):
-    """Sampled tokens, not yet appended to the table."""
+    """Sampled tokens that have not been appended to the table."""
 
     tokens: numpy.ndarray
-    """(B,) int64."""
+    """Token ids, (B,) int64."""
     logprobs: numpy.ndarray
-    """(B,) fp32; NaN where the logits were not finite."""
+    """Log-probabilities, (B,) fp32; NaN if the logits were not finite."""
     top_logprobs: dict[int, TopLogprobs]
-    """By index in the batch, for the rows that request them."""
+    """Most likely alternatives by index in the batch, for rows that request them."""
 
 
 def sample_rows(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> SampledTokens:
-    """Sample a token from each row of logits (B, V): for table row rows[b], offsets[b] positions after num_tokens."""
+    """Sample a token from each row b of logits (B, V), for table row rows[b], offsets[b] positions after num_tokens."""
     processed_rows = (
         numpy.flatnonzero(table.needs_logits_processing[rows]).tolist() if table.needs_logits_processing.any() else []
     )
@@ -70,7 +70,7 @@ def sample_plain_rows(
 def _sampling_columns(
     table: SequenceTable, rows: numpy.ndarray, device: torch.device
 ) -> tuple[Tensor, SamplingFilters | None]:
-    """Temperatures of rows, and their top_k, top_p and min_p, None if all are neutral."""
+    """The temperatures of `rows`, and the filters top_k, top_p and min_p, or None if all filters are neutral."""
 
     def on_device(values: numpy.ndarray) -> Tensor:
         return torch.from_numpy(values[rows]).to(device)
@@ -88,7 +88,7 @@ def append_sampled(
     sampled: SampledTokens,
     accepted: numpy.ndarray | None,
 ) -> None:
-    """Append sampled tokens to the table. accepted: (B,) bool, true for the first ones of each row; None: all."""
+    """Append sampled tokens to the table. accepted: (B,) bool, true for a prefix of each row's tokens; None: all."""
     tokens, logprobs = sampled.tokens, sampled.logprobs
     if accepted is not None:
         rows, offsets, tokens, logprobs = rows[accepted], offsets[accepted], tokens[accepted], logprobs[accepted]
@@ -105,7 +105,7 @@ def append_sampled(
 
 
 def _closes_thinking(table: SequenceTable, row: int, start: int, end: int) -> bool:
-    """Whether one of the tokens start..end, relative to num_tokens, closes the thinking."""
+    """Whether one of the tokens start..end, relative to num_tokens, ends thinking."""
     think_end, prompt, num_tokens = (
         table.request_at(row)[0].sampling.think_end_token_ids,
         table.num_prompt_tokens[row],
@@ -129,7 +129,7 @@ def _process_logits(table: SequenceTable, row: int, offset: int, logits: Tensor)
 def _finish_token(
     table: SequenceTable, row: int, offset: int, place: int, sampled: SampledTokens, raw: Tensor, processed: Tensor
 ) -> None:
-    """Force the tokens that close thinking, and report the log-probabilities that the request wants. raw, processed:
+    """Force the tokens that end thinking, and set the requested log-probabilities. raw, processed:
     logits (V,) of the model, and after `_process_logits`."""
     sampling = table.request_at(row)[0].sampling
     is_closed = table.is_thinking_closed[row] or _closes_thinking(table, row, 0, offset)

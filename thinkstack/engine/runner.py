@@ -1,4 +1,4 @@
-"""One forward pass over all tokens of a step: prefill and decoding of all sequences together."""
+"""The forward pass over all tokens of a step: prefill and decoding of all sequences together."""
 
 # Shapes in this file: N tokens of the step, B rows, D hidden size, V vocabulary size.
 
@@ -32,7 +32,7 @@ from thinkstack.types import ConfigError
 
 
 class TokenSlots(NamedTuple):
-    """Rows, positions and cache slots of the tokens of a pass; padding at the end belongs to the row after the last."""
+    """Rows, positions and cache slots of the tokens of a pass; padding tokens at the end have the padding row."""
 
     seq_index: numpy.ndarray
     """Row of each token, (N,)."""
@@ -45,9 +45,8 @@ class TokenSlots(NamedTuple):
 class Runner:
     """A model in the engine's precision, and its KV cache.
 
-    Tokens are rows of every matrix product, padded to whole tiles, so that a token's result does not depend on how many
-    there are.
-    """
+    Tokens are the rows of every matmul, padded to full tiles, so that the result of a token does not depend on the
+    number of tokens."""
 
     def __init__(
         self,
@@ -59,12 +58,13 @@ class Runner:
         quantization: Quantization = "none",
         max_graph_rows: int = 0,
     ):
-        """num_blocks: usable cache blocks, not counting the null block. drafts: whether `draft` will be called.
-        weights: quantization of the matrices. max_graph_rows: the largest number of rows of a decoding step to record
-        as a CUDA graph; 0 records none."""
+        """num_blocks: number of usable cache blocks, without the null block. drafts: whether `draft` will be called.
+        weights: quantization of the matrices. max_graph_rows: maximum number of rows of a decoding step for CUDA graph
+        capture; 0: no CUDA graphs."""
         if drafts and not model.cfg.mtp_layers:
             raise ConfigError(
-                "num_speculative_tokens needs a multi-token-prediction module, which this model does not have; use 0"
+                "num_speculative_tokens needs a multi-token-prediction module, which this model does not have; "
+                "set num_speculative_tokens=0"
             )
         self.device = next(model.parameters()).device
         """The model's device; only sampled tokens and routed experts are copied back from it."""
@@ -75,7 +75,7 @@ class Runner:
         self._quantization = quantization
         self._max_graph_rows = max_graph_rows
         self.graphs: Graphs | None = None
-        """CUDA graphs of decoding steps, on a device that supports them."""
+        """CUDA graphs of decoding steps; None if the device does not support CUDA graphs."""
         self._load_copy(model)
 
     @property
@@ -102,14 +102,14 @@ class Runner:
             self._load_copy(model)
 
     def _load_copy(self, model: Transformer) -> None:
-        """Make the copy to run. A quantized or upcast copy is rebuilt for new weights, because it cannot be refreshed
-        in place; then no reference to `model` is stored."""
+        """Create the copy of the model to run. A quantized or upcast copy is rebuilt for new weights, because it cannot
+        be updated in place; in this case no reference to `model` is stored."""
         rounded = inference_copy(model, self._dtype, self._quantization)
         self._model = upcast_small_model(rounded)
         self._source = model if self._model is rounded and self._quantization == "none" else None
         self._prepare()
         self.dtype = self._model.embed.weight.dtype
-        """Dtype of products; fp32 for a small bf16 model that is upcast, whose cache stays bf16."""
+        """Dtype of matmuls; fp32 for a small bf16 model that is upcast, with a cache in bf16."""
         self._reset_graphs()
 
     def _addresses(self) -> list[int]:
@@ -117,7 +117,7 @@ class Runner:
         return [weight.data_ptr() for weight in self._model.parameters()]
 
     def _reset_graphs(self) -> None:
-        """Discard the recorded graphs, which hold the old addresses of weights and cache."""
+        """Discard the captured graphs, which contain the old addresses of weights and cache."""
         self.graphs = (
             Graphs(self.compute, self._max_graph_rows) if self._max_graph_rows and can_record(self._model) else None
         )
@@ -129,7 +129,7 @@ class Runner:
         self._fused = fused_pass(self._model)
 
     def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
-        """Compute the scheduled tokens. Returns their hidden states (N, D), in the order of `scheduled`."""
+        """Compute the scheduled tokens. Returns hidden states (N, D), in the order of `scheduled`."""
         total, longest = int(scheduled.counts.sum()), int(scheduled.counts.max())
         graphs = self.graphs if longest == 1 else None
         size = self._size(total) if graphs is None else graphs.size_for(total)
@@ -145,7 +145,7 @@ class Runner:
         return hidden[:total]
 
     def compute(self, inputs: Inputs, longest: int = 1) -> Outputs:
-        """The forward pass over tokens on the device. longest: the largest number of tokens of a row."""
+        """The forward pass over tokens on the device. longest: maximum number of tokens of a row."""
         view = self._view(inputs, longest)
         if self._fused is not None and self._is_fused(len(inputs.ids)):
             return Outputs(*self._fused.hidden(inputs.ids, inputs.positions, view.first, self.cache.data))
@@ -156,10 +156,10 @@ class Runner:
     def draft(
         self, table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, hidden: Tensor
     ) -> Tensor:
-        """Run the multi-token-prediction module over computed tokens: counts per row, from starts, with their hidden
-        states (N, D).
+        """Run the multi-token-prediction module over computed tokens with hidden states (N, D); each row has `counts`
+        tokens from position `starts`.
 
-        Returns its hidden states (rows, D) at the last token of each row, where it predicts the token after the next.
+        Returns the module's hidden states (rows, D) at the last token of each row, which predict the token after next.
         """
         total = int(counts.sum())
         places = _places(table, rows, starts, counts, self._size(total))
@@ -176,12 +176,12 @@ class Runner:
         return states[self._to_device(torch.from_numpy(counts.cumsum() - 1))]
 
     def _inputs(self, table: SequenceTable, places: TokenSlots, ids: numpy.ndarray) -> Inputs:
-        """The inputs of a pass over tokens `ids` (N,) at these places, on the CPU."""
+        """The inputs, on the CPU, of a pass over tokens `ids` (N,) at `places`."""
         inputs = (ids, places.positions, places.slots, places.seq_index.astype(numpy.int32), table.block_tables)
         return Inputs(*map(torch.from_numpy, inputs))
 
     def _view(self, inputs: Inputs, longest: int) -> KVCacheView:
-        """The cache view of these tokens; longest: the largest number of tokens of a row."""
+        """The cache view of these tokens. longest: maximum number of tokens of a row."""
         return KVCacheView(
             self.cache, Pages(self.cache.data[0], inputs.block_tables, inputs.seq_index, longest), inputs.slots
         )
@@ -197,13 +197,13 @@ class Runner:
 
     @property
     def ignores_threads(self) -> bool:
-        """Whether completions are bit for bit independent of torch's number of threads: the fused pass computes every
-        step."""
+        """Whether completions are bit for bit independent of torch's number of threads, because the fused pass computes
+        every step."""
         fused = self._fused
         return fused is not None and fused.prepacked_head is not None and fused.max_num_tokens > kernels.SMALL_M
 
     def _is_fused(self, count: int) -> bool:
-        """Whether the fused pass, which needs no padding, takes this number of tokens."""
+        """Whether the fused pass, which needs no padding, supports this number of tokens."""
         return self._fused is not None and count <= self._fused.max_num_tokens
 
     def _size(self, count: int) -> int:
@@ -211,8 +211,8 @@ class Runner:
         return count if self._is_fused(count) else count + self._padding(count)
 
     def _padding(self, count: int) -> int:
-        """Padding rows that make `count` a multiple of ROW_TILE in fp32, which makes the pass batch-invariant; bf16 is
-        not batch-invariant in any case."""
+        """Number of padding rows that make `count` a multiple of ROW_TILE in fp32, so that the pass is batch-invariant;
+        0 in bf16, which is not batch-invariant."""
         return -count % ROW_TILE if self.dtype == torch.float32 else 0
 
     def _to_device(self, values: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class Runner:
 def _places(
     table: SequenceTable, rows: numpy.ndarray, starts: numpy.ndarray, counts: numpy.ndarray, size: int
 ) -> TokenSlots:
-    """The slots of `counts` tokens per row from `starts` on, padded to `size` with tokens of the padding row."""
+    """The slots of `counts` tokens per row from position `starts`, padded to `size` with tokens of the padding row."""
     ends = counts.cumsum()
     total = int(ends[-1])
     seq_index = numpy.full(size, len(table.requests), dtype=numpy.int64)
@@ -236,10 +236,11 @@ def _places(
 
 
 def _routed_expert_shape(cfg: ModelConfig) -> tuple[int, int, str]:
-    """The cache's storage of routed experts: (layers with experts, experts per token, integer type)."""
+    """Format of the routed experts in the cache: (layers with experts, experts per token, integer type)."""
     if cfg.moe is None:
         raise ConfigError(
-            "router_replay (return_routed_experts of an engine) is set, but the model has no experts; remove it"
+            "router_replay (return_routed_experts of the engine) is set, but the model has no experts; "
+            "remove the setting"
         )
     layers = sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
     return layers, cfg.moe.num_experts_per_tok, "uint8" if cfg.moe.num_experts <= 256 else "int16"

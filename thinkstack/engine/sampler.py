@@ -1,6 +1,6 @@
 """Sampling from logits, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, sampling.
 
-The random number of a token depends on its request's seed and its position only, never on the batch.
+The random number of a token depends only on the seed of the request and the position of the token, never on the batch.
 """
 
 # Shapes in this file: B rows, V vocabulary size.
@@ -20,9 +20,9 @@ set."""
 
 
 def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
-    """Numbers in [0, 1), (B,) float64, that depend on (seed, counter) alone: the splitmix64 finalizer of both.
+    """Uniform random numbers in [0, 1), (B,) float64, from a counter-based generator: SplitMix64 of seed and counter.
 
-    seeds: (B,) uint64, one per sequence. counters: (B,) uint64, tokens sampled so far. Source:
+    seeds: (B,) uint64, one per sequence. counters: (B,) uint64, number of tokens sampled so far. Source:
     doi:10.1145/2660193.2660195.
     """
     mixed = splitmix64(seeds + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))  # modulo 2^64
@@ -30,23 +30,23 @@ def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
 
 
 def splitmix64(value: numpy.ndarray) -> numpy.ndarray:
-    """The splitmix64 finalizer of each uint64 (doi:10.1145/2660193.2660195)."""
+    """The SplitMix64 finalizer of each uint64 (doi:10.1145/2660193.2660195)."""
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))
 
 
 def needs_no_processing(sampling: SamplingParams) -> bool:
-    """Whether the request needs no logits processing: it uses temperature, top_k, top_p and min_p only."""
+    """Whether the request needs no logits processing besides temperature, top_k, top_p and min_p."""
     neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
     return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
 
 
 def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, output_token_ids: numpy.ndarray) -> None:
-    """Apply bias, the ban of early stop tokens and penalties to one row of logits (V,), in place.
+    """Apply logit bias, the ban of stop tokens before min_tokens, and penalties to one row of logits (V,), in place.
 
-    prompt, output_token_ids: token ids so far. Penalties as in arXiv:1909.05858 (repetition) and the OpenAI API (the
-    others).
+    prompt, output_token_ids: token ids so far. The repetition penalty follows arXiv:1909.05858; presence and frequency
+    penalties follow the OpenAI API.
     """
     for token, value in sampling.logit_bias.items():
         logits[token] += value
@@ -65,7 +65,7 @@ def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, outp
 
 
 SamplingFilters = tuple[Tensor, Tensor, Tensor]
-"""Filters of each row: top_k (B,) int64, 0 for all; top_p (B,) and min_p (B,) fp32."""
+"""Filters of each row: top_k (B,) int64, 0: off; top_p (B,) and min_p (B,) fp32."""
 
 
 def sample(
@@ -73,9 +73,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Sample one token per row by inverting the cumulative distribution.
 
-    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). filters: None for none.
-    Returns (tokens (B,) int64, their log-probabilities (B,) fp32 under the sampling distribution). Temperature 0 takes
-    the most likely token and reports its log-probability at temperature 1.
+    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). filters: None: no filters.
+    Returns (tokens (B,) int64, log-probabilities (B,) fp32 of the tokens under the sampling distribution). Temperature
+    0 selects the most likely token and returns its log-probability at temperature 1.
     """
     if kernels.takes(logits, "sample"):
         return kernels.sample(logits, temperature, uniform, filters)
@@ -99,11 +99,11 @@ def distribution(logits: Tensor, temperature: Tensor, filters: SamplingFilters |
 
 
 def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Renormalized log-probabilities (B, V) after filtering, -inf for tokens that are removed: first by min-p
-    (arXiv:2407.01082), then the top_k most likely, then of what is left the smallest set with mass >= top_p
-    (arXiv:1904.09751).
+    """Renormalized log-probabilities (B, V) after filtering, -inf for removed tokens. The filters are applied in this
+    order: min-p (arXiv:2407.01082), top-k, top-p (the smallest set of the remaining tokens with mass >= top_p,
+    arXiv:1904.09751).
 
-    top_k: (B,) int64, 0 for all. top_p, min_p: (B,). The most likely token always remains; of equals the lower id.
+    top_k: (B,) int64, 0: off. top_p, min_p: (B,). The most likely token always remains; ties prefer the lower id.
     Batch-invariant: a row without filters is returned unchanged, and no sum depends on the filters of other rows.
     """
     V, given = logprobs.shape[1], logprobs
@@ -117,7 +117,7 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
         places = torch.arange(count, device=logprobs.device)
         mass = torch.where(places < limit, ordered.exp(), 0.0)
         upto = mass.cumsum(-1)
-        # the mass after top-k; the order of the sum depends neither on the `count` of other rows nor on their number
+        # the mass after top-k; the order of summation depends neither on the `count` of other rows nor on their number
         remaining = torch.where(limit.squeeze(1) < V, upto[:, -1], logprobs.exp().cumsum(-1)[:, -1])
         before = upto - mass
         outside = (places >= limit) | (before >= (top_p * remaining).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
@@ -131,20 +131,20 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row with their indices, sorted; of equals the lower index first."""
+    """The `count` largest values of each row and their indices, sorted; among equal values the lower index first."""
     if count == values.shape[1]:
         found, index = values.sort(dim=-1, descending=True, stable=True)
         return found, index
     found, index = values.topk(count, dim=-1)
-    by_index = index.argsort(-1)  # topk promises no order among equals
+    by_index = index.argsort(-1)  # topk guarantees no order among equal values
     found, index = found.gather(1, by_index), index.gather(1, by_index)
     found, order = found.sort(dim=-1, descending=True, stable=True)
     return found, index.gather(1, order)
 
 
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """The `count` most likely tokens of each row of (B, V), (id, log-probability), most likely first; fewer if fewer
-    have a nonzero probability."""
+    """The `count` most likely tokens of each row of (B, V) as (id, log-probability), most likely first; fewer if fewer
+    tokens have a nonzero probability."""
     values, index = _largest(logprobs, min(count, logprobs.shape[1]))
     return [
         tuple((token, value) for token, value in zip(tokens, row, strict=True) if value != -numpy.inf)
@@ -158,8 +158,8 @@ def ends_with(ids: numpy.ndarray, suffix: Sequence[int]) -> bool:
 
 
 def forced_think_end_token(sampling: SamplingParams, output_token_ids: numpy.ndarray) -> int | None:
-    """The next token of think_end_token_ids if thinking has used up its budget; None within the budget. To be called
-    while thinking is open."""
+    """The next token of think_end_token_ids if thinking has exceeded its budget, otherwise None. Must be called only
+    before thinking has ended."""
     if sampling.thinking_budget is None or len(output_token_ids) < sampling.thinking_budget:
         return None
     end = sampling.think_end_token_ids

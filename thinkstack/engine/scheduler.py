@@ -1,8 +1,8 @@
-"""Chooses the tokens of the next step: admission by free memory, chunked prefill beside decoding, preemption.
+"""Choose the tokens of the next step: admission by free memory, chunked prefill with decoding, preemption.
 
-Sequences are ordered by priority, then arrival. A sequence that needs a block when none is free preempts the last one
-in that order, which is recomputed later; so the first one always finishes. Prefixes are shared: a block that any
-sequence has computed, or computes in the same step, is not computed again.
+Sequences are ordered by priority, then arrival. A sequence that needs a block when no block is free preempts the last
+sequence in that order, which is recomputed later; therefore the first sequence always finishes. Prefixes are shared: a
+block that any sequence has computed, or computes in the same step, is not computed again.
 """
 
 import bisect
@@ -16,7 +16,8 @@ from thinkstack.engine.sequence_table import QueueEntry, Request, SequenceTable
 from thinkstack.types import RequestError
 
 ROWS_PER_SPARE_BLOCK = 8
-"""A sequence is admitted only if one block per this many running rows stays free: they will need it soon."""
+"""Number of running rows per spare block: a sequence is admitted only if the spare blocks stay free, because running
+rows will need them soon."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,23 @@ class SchedulerOutput:
     """The tokens to compute in one step."""
 
     rows: numpy.ndarray
-    """Rows of the sequence table that compute tokens, those with a single token first."""
+    """Rows of the sequence table that compute tokens; rows with a single token come first."""
     counts: numpy.ndarray
-    """Tokens of each row, draft tokens included."""
+    """Number of tokens of each row, draft tokens included."""
     starts: numpy.ndarray
-    """Position of each row's first token: the first one that is not in the cache."""
+    """Position of the first token of each row: the first token that is not in the cache."""
 
 
 class Scheduler:
-    """The queue, the running rows and their blocks."""
+    """The queue, the running rows and the blocks of the rows."""
 
     def __init__(self, table: SequenceTable, pool: BlockPool, max_prefill_tokens: int, max_waiting: int = 0):
-        """max_waiting: requests that may wait; 0 for any number."""
+        """max_waiting: maximum number of waiting requests; 0: no limit."""
         self.table, self.pool = table, pool
         self.max_prefill_tokens, self.max_waiting = max_prefill_tokens, max_waiting
         self.queue: list[tuple[tuple[int, int, int], QueueEntry]] = []  # a heap
         self.num_waiting = 0
-        """Queue entries whose request is not aborted."""
+        """Number of queue entries whose request is not aborted."""
         self.running: list[int] = []
         """Rows in use, in scheduling order."""
         self.version = 0
@@ -48,12 +49,12 @@ class Scheduler:
         self.has_preempted = False
         """Whether the last call of `schedule` preempted a row."""
         self.is_draining = False
-        """Admit no new sequences: the engine finishes the running ones."""
+        """Whether to admit no new sequences, because the engine finishes the running sequences."""
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises RequestError if too many wait."""
+        """Queue a new request. Raises RequestError if too many requests are waiting."""
         if self.max_waiting and self.num_waiting >= self.max_waiting:
-            raise RequestError(f"{self.num_waiting:,} requests wait already; ask again later, or raise max_waiting")
+            raise RequestError(f"{self.num_waiting:,} requests are waiting; retry later, or raise max_waiting")
         self._push(QueueEntry(request, tuple(range(request.sampling.n))))
 
     def schedule(self) -> SchedulerOutput:
@@ -91,8 +92,8 @@ class Scheduler:
         return SchedulerOutput(chosen, counts_of + table.num_draft_tokens[chosen], table.num_computed_tokens[chosen])
 
     def _chunk(self, row: int, budget: int) -> int:
-        """Allocate the blocks of a row's next tokens, at most `budget` of a prompt; returns how many, 0 if it must
-        wait."""
+        """Allocate blocks for the next tokens of a row, at most `budget` prompt tokens; returns the number of tokens, 0
+        if the row must wait."""
         table = self.table
         self._take_cached_blocks(row)
         start, pending = (
@@ -117,7 +118,7 @@ class Scheduler:
         return count
 
     def _take_cached_blocks(self, row: int) -> None:
-        """Reference cached blocks that hold the row's next tokens; the last token is always computed."""
+        """Reference cached blocks that contain the next tokens of a row; the last token is always computed."""
         table = self.table
         while (
             table.num_computed_tokens[row] == len(table.blocks[row]) * BLOCK_SIZE
@@ -134,7 +135,7 @@ class Scheduler:
             table.num_computed_tokens[row] = min(start + BLOCK_SIZE, int(table.num_tokens[row]) - 1)
 
     def cache_full_blocks(self, row: int, end: int) -> None:
-        """Register the hashes of the row's blocks that are full once `end` tokens are computed."""
+        """Register the hashes of the row's blocks that are full after `end` tokens are computed."""
         table = self.table
         for place in range(len(table.block_hashes[row]) - 1, end // BLOCK_SIZE):
             tokens = table.ids[row, place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE].tobytes()
@@ -173,8 +174,9 @@ class Scheduler:
         return first
 
     def fork(self, row: int) -> list[int]:
-        """Start the siblings of a row whose prompt is computed, and return them. Each references the shared full blocks
-        and gets one block of its own for a copy of a partly filled last one; without a free block it is requeued."""
+        """Start the siblings of a row whose prompt is computed, and return the siblings. Each sibling references the
+        shared full blocks and gets a new block for a copy of a partly filled last block; if no block is free, the
+        sibling is requeued."""
         table, started = self.table, []
         prompt = int(table.num_prompt_tokens[row])
         shared, rest = divmod(prompt, BLOCK_SIZE)
@@ -193,8 +195,8 @@ class Scheduler:
         return started
 
     def _preempt_after(self, row: int) -> bool:
-        """Preempt the last row in order that has blocks, unless that is `row` or one before it; returns whether it
-        did."""
+        """Preempt the last row in scheduling order that has blocks, unless that is `row` or a row before it; returns
+        whether a row was preempted."""
         table = self.table
         for last in reversed(self.running):
             if last == row:
@@ -228,7 +230,7 @@ class Scheduler:
         waiting.request.queue_entries.append(waiting)
 
     def forget_waiting(self, request: Request) -> list[QueueEntry]:
-        """Remove an aborted request's entries and return them; the heap drops them lazily."""
+        """Remove the entries of an aborted request and return them; they are removed from the heap lazily."""
         found, request.queue_entries = request.queue_entries, []
         self.num_waiting -= len(found)
         if len(self.queue) > 2 * self.num_waiting + 64:
@@ -240,7 +242,7 @@ class Scheduler:
         """Requeue all running rows."""
         for row in reversed(list(self.running)):
             if self.table.requests[row] is not None and not self.table.awaits_prompt[row]:
-                self._preempt(row)  # and its siblings
+                self._preempt(row)  # and the siblings of the row
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the blocks of all rows and the pool disagree."""

@@ -1,6 +1,6 @@
-"""An engine without a model: completions come from a script, everything else is the real engine.
+"""An engine without a model: completions are given by a script; all other parts are the real engine.
 
-For tests of code that uses an engine (servers, chats, recipes), and to measure the cost of scheduling alone.
+Used in tests of code that needs an engine (servers, chats, recipes), and to measure the cost of scheduling.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from thinkstack.models.config import GQAConfig, ModelConfig
 from thinkstack.models.transformer import Transformer
 
 Script = Callable[[tuple[int, ...], int], Sequence[int]]
-"""(prompt token ids, index of the completion) -> token ids of the completion."""
+"""Function (prompt token ids, index of the completion) -> token ids of the completion."""
 CERTAIN = 1e4
-"""Logit of the scripted token; all others have 0."""
+"""Logit of the scripted token; other tokens have logit 0."""
 
 
 class ScriptedRunner(Runner):
-    """Computes nothing: the scripted token has probability 1; behind the script's end, the end token has."""
+    """Runs no model: the scripted token has probability 1; after the end of the script, the end token has."""
 
     script: Script
     end_id: int
 
     def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
-        """The token that follows each scheduled one, (N, 1) int64."""
+        """The token after each scheduled token, (N, 1) int64."""
         found: list[int] = []
         for row, start, count in zip(
             scheduled.rows.tolist(), scheduled.starts.tolist(), scheduled.counts.tolist(), strict=True
@@ -44,11 +44,11 @@ class ScriptedRunner(Runner):
 
 
 class ScriptedEngine(Engine):
-    """An `Engine` that follows a script. The completions of one request (n > 1) all start with the first one's first
-    token, because they share the prompt's logits."""
+    """An `Engine` that follows a script. All completions of a request (n > 1) start with the first token of the first
+    completion, because they share the logits of the prompt."""
 
     def __init__(self, script: Script, vocab_size: int, end_id: int, max_model_len: int = 4096, **settings: object):
-        """max_model_len: tokens of prompt and completion. settings: fields of EngineConfig."""
+        """max_model_len: maximum tokens of prompt and completion together. settings: fields of EngineConfig."""
         cfg = ModelConfig(
             family="llama",
             vocab_size=vocab_size,

@@ -1,6 +1,6 @@
 """The state of all running sequences as columns: one row per sequence."""
 
-# Shapes in this file: R rows, T tokens of the longest context, M blocks of it.
+# Shapes in this file: R rows, T maximum context length in tokens, M blocks for T tokens.
 
 import heapq
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ TopLogprobs = tuple[tuple[int, float], ...]
 
 
 class Constraint(Protocol):
-    """A grammar, or anything else that restricts the next token."""
+    """A grammar or another constraint on the next token."""
 
     def allowed(self, index: int, output_token_ids: Sequence[int]) -> Tensor:
-        """Tokens that may follow `output_token_ids` in completion `index`, (V,) bool; includes the end token where the
+        """Tokens that may follow `output_token_ids` in completion `index`, (V,) bool; includes the end token if the
         completion may end."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and its completions so far."""
+    """One prompt and its completions."""
 
     id: int
     prompt_token_ids: tuple[int, ...]
@@ -39,24 +39,24 @@ class Request:
     completions: list[Completion | None] = field(default_factory=list)
     """One entry per completion; None until it is finished."""
     priority: int = 0
-    """Lower values are served first."""
+    """Requests with lower values are scheduled first."""
     constraint: Constraint | None = None
-    """Restricts the tokens of every completion."""
+    """Constraint on the tokens of every completion."""
     cache_salt: str = ""
     """Only requests with the same salt share cached prefixes."""
     weights_version: int = 0
     num_draft_tokens: int = 0
-    """Draft tokens proposed for it."""
+    """Number of draft tokens proposed for this request."""
     num_accepted_tokens: int = 0
-    """Draft tokens that the model accepted."""
+    """Number of draft tokens that the model accepted."""
     num_cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache when it was first admitted, in whole blocks."""
+    """Number of prompt tokens found in the prefix cache when the request was first admitted, in full blocks."""
     error: str | None = None
-    """What went wrong, for completions with finish_reason "error"."""
+    """Error message for completions with finish_reason="error"."""
     rows: dict[int, int] = field(default_factory=dict)
-    """Row of each running completion, by its index."""
+    """Row of each running completion, by index of the completion."""
     queue_entries: list["QueueEntry"] = field(default_factory=list)
-    """Its entries in the scheduler's queue."""
+    """Entries of this request in the scheduler's queue."""
 
     @property
     def is_finished(self) -> bool:
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class QueueEntry:
-    """Completions that wait for rows: all of a new request together; a preempted one alone, with its output so far."""
+    """Completions that wait for rows: all completions of a new request, or one preempted completion with its output."""
 
     request: Request
     indices: tuple[int, ...]
@@ -80,12 +80,12 @@ class QueueEntry:
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
-        """Sort key: lower ones are served first."""
+        """Sort key: entries with lower keys are scheduled first."""
         return self.request.priority, self.request.id, self.indices[0]
 
 
 class SequenceTable:
-    """Rows 0..num_rows-1 hold sequences; one more row is for padding and points to NULL_BLOCK only."""
+    """Rows 0..num_rows-1 are for sequences; an additional row is for padding and refers to NULL_BLOCK only."""
 
     def __init__(self, num_rows: int, max_tokens: int):
         self.free_rows = list(range(num_rows))  # a heap: low rows first
@@ -96,10 +96,10 @@ class SequenceTable:
         self.block_hashes: list[list[bytes]] = [[] for _ in range(num_rows)]
         """root_hash, then the hashes of the row's full computed blocks."""
         self.sibling_rows: list[list[int]] = [[] for _ in range(num_rows)]
-        """Rows of the same request that start once this row has computed their common prompt."""
+        """Rows of the same request that start after this row has computed the common prompt."""
         width = -(-max_tokens // BLOCK_SIZE)
         self.block_tables = numpy.full((num_rows + 1, width), NULL_BLOCK, dtype=numpy.int32)
-        """`blocks` as the kernels read them, (R + 1, M)."""
+        """`blocks` in the format of the kernels, (R + 1, M)."""
         self.ids = numpy.zeros((num_rows + 1, max_tokens + 1), dtype=numpy.int64)
         """Prompt and output tokens, (R + 1, T + 1)."""
         self.logprobs = numpy.zeros((num_rows, max_tokens + 1), dtype=numpy.float32)
@@ -107,12 +107,12 @@ class SequenceTable:
         self.num_prompt_tokens, self.num_tokens, self.num_computed_tokens, self.max_num_tokens = numpy.zeros(
             (4, num_rows + 1), dtype=numpy.int64
         )
-        """Per row: prompt tokens; prompt and output tokens; tokens in the cache; maximum of prompt and output
-        tokens."""
+        """Per row, the number of prompt tokens; of prompt and output tokens; of tokens in the cache; and the maximum
+        number of prompt and output tokens."""
         self.num_draft_tokens = numpy.zeros(num_rows + 1, dtype=numpy.int64)
-        """Draft tokens in `ids` behind the first num_tokens."""
+        """Per row: number of draft tokens, stored in `ids` after the first num_tokens."""
         self.awaits_prompt = numpy.zeros(num_rows + 1, dtype=bool)
-        """Whether the row waits for a sibling to compute their prompt."""
+        """Whether the row waits for a sibling row to compute the common prompt."""
         self.seed = numpy.zeros(num_rows, dtype=numpy.uint64)
         self.temperature, self.top_p, self.min_p = numpy.zeros((3, num_rows), dtype=numpy.float32)
         self.top_k = numpy.zeros(num_rows, dtype=numpy.int64)
@@ -123,12 +123,12 @@ class SequenceTable:
             **columns, seed=self.seed, num_tokens=self.num_tokens, num_prompt_tokens=self.num_prompt_tokens
         )
         self.needs_logits_processing = numpy.zeros(num_rows, dtype=bool)
-        """Whether the row needs more than temperature, top_k, top_p and min_p: penalties, a thinking budget, a grammar
-        ..."""
+        """Whether the row needs processing besides temperature, top_k, top_p and min_p, such as penalties, a thinking
+        budget or a grammar."""
         self.is_thinking_closed = numpy.zeros(num_rows, dtype=bool)
         """Whether `think_end_token_ids` are in the output, or no thinking budget is set."""
         self.top_logprobs: list[list[TopLogprobs]] = [[] for _ in range(num_rows)]
-        """Most likely alternatives of each output token, where they are requested."""
+        """Most likely alternatives of each output token, if requested."""
         self.stop_token_ids = numpy.full((MAX_STOP_TOKEN_IDS, num_rows), -1, dtype=numpy.int64)
 
     def assign_row(self, waiting: QueueEntry, index: int, root: bytes) -> int:
@@ -166,7 +166,7 @@ class SequenceTable:
         return row
 
     def priority_key(self, row: int) -> tuple[int, int, int]:
-        """Who comes first, as `QueueEntry.key`."""
+        """Sort key of a running row, as `QueueEntry.priority_key`."""
         request, index = self.request_at(row)
         return request.priority, request.id, index
 
@@ -177,7 +177,7 @@ class SequenceTable:
         return found
 
     def output_of(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...], tuple[TopLogprobs, ...]]:
-        """Output tokens so far, their log-probabilities and, where requested, their alternatives."""
+        """Output tokens so far, with log-probabilities and, if requested, most likely alternatives."""
         place = slice(self.num_prompt_tokens[row], self.num_tokens[row])
         return (
             tuple(self.ids[row, place].tolist()),
@@ -198,15 +198,16 @@ class SequenceTable:
     def append(
         self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray, logprobs: numpy.ndarray
     ) -> None:
-        """Append sampled tokens, `offsets` behind num_tokens (from 0, in order); discards the rows' draft tokens."""
+        """Append sampled tokens at `offsets` after num_tokens (from 0, in order); discards draft tokens."""
         places = self.num_tokens[rows] + offsets
         self.ids[rows, places] = tokens
         self.logprobs[rows, places] = logprobs
-        self.num_tokens[rows] = places + 1  # several tokens of one row: the last assignment stands
+        self.num_tokens[rows] = places + 1  # for several tokens of one row, the last assignment is the final value
         self.num_draft_tokens[rows] = 0
 
     def finished(self, rows: numpy.ndarray) -> list[tuple[int, FinishReason]]:
-        """Those of `rows` that are finished, with the reason; a stop token at the length limit counts as "stop"."""
+        """The finished rows among `rows`, each with its finish reason; a stop token at the length limit counts as
+        "stop"."""
         num_tokens = self.num_tokens[rows]
         stopped = self.is_stop(rows, self.ids[rows, num_tokens - 1])
         ended = (stopped | (num_tokens >= self.max_num_tokens[rows])).nonzero()[0]
@@ -224,6 +225,6 @@ class SequenceTable:
 
 
 def completion_seed(seed: int, index: int) -> int:
-    """Seed of completion `index` of a request, an unsigned 64-bit integer, for `uniforms`."""
+    """Seed for `uniforms` of completion `index` of a request, an unsigned 64-bit integer."""
     start = (seed * 0x2545F4914F6CDD1D + index * 0x9E3779B97F4A7C15 + 1) % 2**64
     return int(splitmix64(numpy.array([start], dtype=numpy.uint64))[0])

@@ -1,9 +1,10 @@
-"""Speculative decoding with the model's multi-token-prediction module: a step verifies several draft tokens at once.
+"""Speculative decoding with the model's multi-token-prediction (MTP) module: a step verifies several draft tokens.
 
-A draft token is sampled from the module's distribution with the random number that the model will use at that position,
-and is accepted only if the model samples the same token. So completions equal those without drafts, token for token, at
-every temperature; the acceptance rate is at most the overlap of the two distributions.
-Source: DeepSeek-V3 report, arXiv:2412.19437, sections 2.2 and 5.4.3; one module is applied to its own states.
+A draft token is sampled from the MTP module's distribution with the random number that the model will use at that
+position, and is accepted only if the model samples the same token. Completions are therefore identical, token for
+token, with and without draft tokens, at every temperature; the acceptance rate is at most the overlap of the two
+distributions. Source: DeepSeek-V3 report, arXiv:2412.19437, sections 2.2 and 5.4.3; further draft tokens apply one
+module to its own hidden states.
 """
 
 # Shapes in this file: N tokens, R rows, K draft tokens of a row.
@@ -20,21 +21,23 @@ from thinkstack.engine.sequence_table import SequenceTable
 
 
 class Speculator:
-    """Proposes draft tokens for the rows of an engine and counts which are accepted."""
+    """Proposes draft tokens for the rows of an engine and counts accepted draft tokens."""
 
     def __init__(self, runner: Runner, table: SequenceTable, num_speculative_tokens: int):
-        """num_speculative_tokens: K, draft tokens per row and step."""
+        """num_speculative_tokens: K, number of draft tokens per row and step."""
         self.runner, self.table, self.num_speculative_tokens = runner, table, num_speculative_tokens
         self.num_drafted, self.num_accepted = numpy.zeros((2, num_speculative_tokens), dtype=numpy.int64)
-        """Draft tokens so far by distance ahead, and those accepted, (K,) each."""
+        """Number of draft tokens so far by distance ahead, and number of accepted draft tokens, (K,) each."""
 
     def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Which sampled tokens are accepted, (N,) bool: each row's first, and each behind an accepted draft token.
+        """Which sampled tokens are accepted, (N,) bool: the first of each row, and those after accepted draft tokens.
 
-        rows: (N,), a row's tokens together; offsets: (N,), from 0 up in each row. Nothing behind a stop token counts.
-        """
+        rows: (N,), the tokens of a row are adjacent. offsets: (N,), ascending from 0 in each row. Tokens after a stop
+        token are not accepted."""
         table = self.table
-        is_right = tokens == table.ids[rows, table.num_tokens[rows] + offsets]  # meaningless for the last of each row
+        is_right = (
+            tokens == table.ids[rows, table.num_tokens[rows] + offsets]
+        )  # meaningless for the last token of each row
         stops = table.is_stop(rows, tokens)
         counts = numpy.ones(len(rows), dtype=bool)
         for place in numpy.flatnonzero(offsets).tolist():  # in order
@@ -48,7 +51,7 @@ class Speculator:
         return counts
 
     def follow(self, scheduled: SchedulerOutput, hidden: Tensor) -> None:
-        """Feed the hidden states (N, D) of a step to the module, then propose draft tokens for rows that sampled."""
+        """Run the MTP module on the hidden states (N, D) of a step, then propose draft tokens for rows that sampled."""
         table, ends = self.table, scheduled.counts.cumsum()
         valid = numpy.minimum(scheduled.counts, table.num_tokens[scheduled.rows] - 1 - scheduled.starts)
         is_open = numpy.array(
@@ -65,7 +68,7 @@ class Speculator:
         self._draft(rows, states)
 
     def _draft(self, rows: numpy.ndarray, states: Tensor) -> None:
-        """Write draft tokens behind num_tokens for rows that have computed all their tokens but the last."""
+        """Write draft tokens after num_tokens for rows that have computed all tokens but the last."""
         table = self.table
         for ahead in range(self.num_speculative_tokens):
             left = table.max_num_tokens[rows] - table.num_tokens[rows]

@@ -1,6 +1,6 @@
 """The HTTP client of one vLLM server: token ids in, token ids and log-probabilities out, and updates of weights.
 
-All of vLLM's protocol (0.32, its token-in-token-out and reinforcement-learning endpoints) is in this file.
+Only this file depends on the protocol of vLLM (0.32, endpoints for token-in-token-out and reinforcement learning).
 """
 
 import json
@@ -20,9 +20,9 @@ from thinkstack.types import Completion, ConfigError, FinishReason, RequestError
 
 GENERATE_PATH, RPC_PATH = "/inference/v1/generate", "/collective_rpc"
 MIN_LOGPROB = -9000.0
-"""Log-probabilities up to this are invalid: vLLM writes -9999 for NaN and minus infinity."""
+"""Log-probabilities at or below this are invalid: vLLM returns -9999 for NaN and minus infinity."""
 MIN_TEMPERATURE = 0.01
-"""vLLM silently raises lower temperatures to this."""
+"""Minimum temperature of vLLM, which silently raises lower temperatures to this."""
 CONNECT_SECONDS = 10.0
 """Timeout of connections and health checks."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -30,28 +30,28 @@ START_HINT = "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out (docs/
 
 
 class ServerError(RuntimeError):
-    """The server failed; another one, or the same one later, may succeed."""
+    """The server failed; another server, or the same server later, may succeed."""
 
 
 class WrongWeights(ServerError):
-    """The server used other weights than those loaded: it was restarted, or another client loaded weights."""
+    """The server did not use the loaded weights, because it was restarted or another client loaded weights."""
 
 
 class Server:
-    """The calls to one server. All raise ServerError, RequestError for a request that it rejects, and ConfigError if it
-    was started with the wrong options."""
+    """The calls to one server. All calls raise ServerError, RequestError if the server rejects a request, and
+    ConfigError if the server was started with the wrong options."""
 
     def __init__(
         self, address: str, timeout_seconds: float, key: str = "", transport: httpx2.BaseTransport | None = None
     ):
-        """address: as http://host:port. timeout_seconds: of a request. key: the server's --api-key. transport: of
-        httpx2, for tests."""
+        """address: http://host:port. timeout_seconds: timeout of a request. key: the server's --api-key. transport: an
+        httpx2 transport, for tests."""
         self.address = address.rstrip("/")
         if not self.address.startswith(("http://", "https://")):
-            raise ConfigError(f"servers.addresses names {address!r}; write it as http://host:port")
+            raise ConfigError(f"servers.addresses contains {address!r}; write it as http://host:port")
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
         self.model = ""
-        """The server's name of its model."""
+        """The name of the model on the server."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.Client(
             base_url=self.address,
@@ -59,11 +59,11 @@ class Server:
             timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS)),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
             transport=transport,
-            trust_env=False,  # proxies of the environment do not apply to these servers
+            trust_env=False,  # proxy settings of the environment are ignored
         )
 
     def connect(self) -> int:
-        """Check its health and get the name of its model. Returns its maximum context in tokens."""
+        """Check the server's health and get the name of its model. Returns the maximum context length in tokens."""
         self._call("GET", "/health", timeout=CONNECT_SECONDS)
         reply = self._call("GET", "/v1/models", timeout=CONNECT_SECONDS)
         with as_server_error():
@@ -72,7 +72,7 @@ class Server:
             return int(model["max_model_len"])
 
     def weights(self) -> str:
-        """The version name of the weights in use."""
+        """The version name of the weights that the server uses."""
         reply = self._call("GET", "/weight_info")
         with as_server_error():
             return str(reply["weight_version"])
@@ -81,8 +81,8 @@ class Server:
         """Load the weights in `folder`, a checkpoint in Hugging Face layout at the same path on the server, and reset
         the prefix cache.
 
-        name: the version name of the weights in completions. pause: what happens to running requests: "wait" is "drain"
-        of `WhileRunning`.
+        name: the version name of the weights in completions. pause: what happens to running requests; pause="wait" is
+        `WhileRunning` "drain".
         """
         self._call("POST", "/pause", params={"mode": pause})
         try:
@@ -96,15 +96,15 @@ class Server:
     def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, weights: str, version: int, request_id: str
     ) -> list[Completion]:
-        """Generate sampling.n completions of a prompt. weights: the version name that the server must report; version:
-        our version of these weights. Raises WrongWeights if the server used others."""
+        """Generate sampling.n completions of a prompt. weights: the version name that the server must report. version:
+        our version of these weights. Raises WrongWeights if the server used other weights."""
         body = request_body(prompt_token_ids, sampling, self.model, weights, request_id)
         reply = self._call("POST", GENERATE_PATH, json=body)
         with as_server_error():
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
             found = [completion(choice, sampling, weights, version) for choice in choices]
         if len(found) != sampling.n:
-            raise ServerError(f"{len(found)} completions returned for n={sampling.n}")
+            raise ServerError(f"the server returned {len(found)} completions for n={sampling.n}")
         return found
 
     def stream(
@@ -125,7 +125,7 @@ class Server:
                     yield completion(choice, sampling, weights, version).token_ids
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Abort these requests; their calls return the tokens so far. Finished ones are ignored."""
+        """Abort these requests; their calls return the tokens so far. Finished requests are ignored."""
         self._call("POST", "/abort_requests", json={"request_ids": [f"generate-tokens-{name}" for name in request_ids]})
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class Server:
             return reply.json() if reply.content else None
 
     def _raise_for_status(self, reply: httpx2.Response) -> None:
-        """Raise the error that a reply stands for, if any."""
+        """Raise an error if the status of a reply is an error."""
         status = reply.status_code
         if status < 400:
             return
@@ -150,17 +150,19 @@ class Server:
             message = reply.text[:200]
         path = reply.request.url.path
         if status in (401, 403) and "scale-out" not in message.lower():
-            raise ConfigError(f"{self.address} rejects the key ({message}); set VLLM_API_KEY to its --api-key")
+            raise ConfigError(
+                f"{self.address} rejects the API key ({message}); set VLLM_API_KEY to the server's --api-key"
+            )
         if status == 403 or (status == 404 and "does not exist" not in message):
             raise ConfigError(f"{self.address} has no {path}; {START_HINT}")
         if status in (400, 404, 422):
             raise RequestError(f"{self.address} rejects the request: {message}")
-        raise ServerError(f"{path} answered {status}: {message}")
+        raise ServerError(f"{path} returned status {status}: {message}")
 
 
 @contextmanager
 def as_server_error() -> Iterator[None]:
-    """Turn errors of the transport and of the protocol into ServerError."""
+    """Convert errors of the transport and of the protocol to ServerError."""
     try:
         yield
     except httpx2.TimeoutException as error:
@@ -174,7 +176,7 @@ def as_server_error() -> Iterator[None]:
 def request_body(
     prompt_token_ids: Sequence[int], sampling: SamplingParams, model: str, weights: str, request_id: str
 ) -> dict[str, Any]:
-    """The body of a request to generate. cache_salt is the weights' version name, so that cached blocks of other
+    """The body of a generate request. cache_salt is the version name of the weights, so that cached blocks of other
     weights are never used."""
     check_sampling(sampling)
     count = sampling.top_logprobs
@@ -194,7 +196,7 @@ def request_body(
         "ignore_eos": True,
         "detokenize": False,
         "seed": server_seed(sampling.seed),
-        "logprobs": count + 1 if count else 0,  # vLLM counts the sampled token among them
+        "logprobs": count + 1 if count else 0,  # vLLM includes the sampled token in the count
     }
     return {
         "request_id": request_id,
@@ -206,8 +208,8 @@ def request_body(
 
 
 def server_seed(seed: int) -> int:
-    """A hash of the seed: vLLM samples completion k of a request with seed + k, so with consecutive seeds requests
-    would share completions."""
+    """A hash of the seed. vLLM samples completion k of a request with seed + k, so that requests with consecutive seeds
+    would otherwise share completions."""
     value = numpy.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=numpy.uint64)
     with numpy.errstate(over="ignore"):
         return int(splitmix64(value)[0] >> numpy.uint64(2))
@@ -235,7 +237,7 @@ def completion(choice: dict[str, Any], sampling: SamplingParams, weights: str, v
     tokens, content = tuple(choice["token_ids"]), choice["logprobs"]["content"] or ()
     logprobs = tuple(float(entry["logprob"]) for entry in content)
     if tuple(entry["token_id"] for entry in content) != tokens:
-        raise ServerError("log-probabilities are for other tokens than the sampled ones")
+        raise ServerError("log-probabilities do not belong to the sampled tokens")
     if any(value <= MIN_LOGPROB or math.isnan(value) for value in logprobs):
         raise RequestError("the model's logits are not finite; check the weights")
     reason = choice["finish_reason"]
@@ -254,7 +256,7 @@ def completion(choice: dict[str, Any], sampling: SamplingParams, weights: str, v
 
 
 def _alternatives(entries: Sequence[dict[str, Any]], count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` most likely tokens; vLLM also lists the sampled token, which may not be one of them."""
+    """The `count` most likely tokens; vLLM also lists the sampled token, which may not be among them."""
     likely = sorted((entry for entry in entries if entry["logprob"] > MIN_LOGPROB), key=lambda entry: entry["rank"])
     return tuple((entry["token_id"], float(entry["logprob"])) for entry in likely if entry["rank"] <= count)
 

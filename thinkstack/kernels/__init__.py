@@ -1,8 +1,8 @@
 """C++ kernels for the model's most expensive operations on a CPU, in fp32 and bf16.
 
-Each operation also has an implementation in torch's operators, which runs without a compiler and on other devices;
-`takes` tells which one applies to a tensor. The result of a row does not depend on the other rows, except that in bf16
-up to SMALL_M rows use other kernels than more rows.
+Each operation also has an implementation with torch's operators, which needs no compiler and runs on other devices;
+`takes` decides which implementation is used for a tensor. Kernels are batch-invariant, except that in bf16 different
+kernels are used for up to SMALL_M rows and for more rows.
 """
 
 from thinkstack.kernels.cpu.calls import (

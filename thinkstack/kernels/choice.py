@@ -1,9 +1,9 @@
-"""Decides which operations use the C++ kernels on this machine, and which precision is fast.
+"""Decide which operations use the C++ kernels on this machine, and which precision is fast.
 
-A committed table (table.toml, written by bench/kernels.py) lists for each instruction set and operation the speed of
-the kernel relative to torch's operators; the kernel is used from 1 on. A measurement on this machine
-(stages/measure_kernels.py) overrides the table if it contradicts it by OVERRIDE_FACTOR. A run records the decisions and
-uses the same ones when it is resumed, on any machine.
+A committed table (table.toml, written by bench/kernels.py) has the speed of the kernel relative to torch's operators
+for each instruction set and operation; the kernel is used if this factor is at least 1. A measurement on this machine
+(stages/measure_kernels.py) overrides the table if it contradicts the table by OVERRIDE_FACTOR. A run records the
+decisions, and a resumed run uses the same decisions on any machine.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from thinkstack.machine import BF16_PRODUCTS, instruction_set, processor_name
 log = logging.getLogger(__name__)
 
 OVERRIDE_FACTOR = 1.2
-"""A measurement on this machine overrides the table if it shows the opposite by this factor."""
+"""Minimum factor by which a measurement on this machine must contradict the table to override it."""
 CAP_VARIABLES = ("THINKSTACK_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-"""Environment variables that limit the instruction sets in use, and so change measurements."""
+"""Environment variables that limit the instruction sets in use and therefore change measurements."""
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
 class Choices:
-    """The decisions for this process; recorded in a run's provenance."""
+    """The decisions for this process; recorded in the provenance of a run."""
 
     instruction_set: str
     auto_dtype: str
@@ -44,7 +44,7 @@ class Choices:
     reason: str
     """The reason for auto_dtype."""
     emulates_bf16: bool
-    """Whether torch's products in bf16 take more than twice as long as those in fp32 (`emulates_bf16`)."""
+    """Whether torch's matmuls in bf16 are more than twice as slow as in fp32 (`emulates_bf16`)."""
     kernels: dict[str, bool] = field(default_factory=dict)
     """Whether the kernel is used, by operation and precision, such as "attend.fp32"."""
     others: bool = True
@@ -56,7 +56,7 @@ class Measurements:
     """Measurements of this machine."""
 
     gflops: dict[str, float]
-    """GFLOP/s of torch's matrix product, by precision."""
+    """GFLOP/s of torch's matmul, by precision."""
     threads: int
     """Torch's number of threads during the measurement."""
     read_gb_per_second: float = 0.0
@@ -64,24 +64,24 @@ class Measurements:
     factors: dict[str, float] = field(default_factory=dict)
     """Time of torch's operators divided by the time of the kernel, by operation and precision."""
     fast_threads: dict[str, int] = field(default_factory=dict)
-    """The number of threads beyond which more are no faster, by the number of usable cores."""
+    """Number of threads above which more threads are not faster, by number of usable cores."""
 
 
 @functools.cache
 def table() -> dict[str, dict[str, float]]:
-    """The committed factors, by instruction set, then by operation and precision."""
+    """The factors of the committed table, by instruction set, then by operation and precision."""
     return tomllib.loads((Path(__file__).parent / "table.toml").read_text(encoding="utf-8"))
 
 
 def measurements_path() -> Path:
-    """The file of the measurements, one per processor, version of torch and limit on instruction sets."""
+    """The file of the measurements; there is one file per processor, version of torch and limit of instruction sets."""
     parts = [processor_name(), torch.__version__, *(os.environ.get(name, "") for name in CAP_VARIABLES)]
     name = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
     return cache_folder() / f"measured-{instruction_set().name}-{name}.json"
 
 
 def measurements() -> Measurements:
-    """The measurements of this machine; without a file it measures at least matrix products, within milliseconds."""
+    """The measurements of this machine; if there is no file, matmuls are measured, which takes milliseconds."""
     global _MEASURED
     if _MEASURED is None:
         try:
@@ -93,7 +93,7 @@ def measurements() -> Measurements:
 
 
 def store_measurements(found: Measurements) -> None:
-    """Use new measurements and write them for later processes; a failure to write is logged."""
+    """Use new measurements and write them to disk for later processes; a failed write is logged."""
     global _MEASURED, _CHOICES
     _MEASURED, _CHOICES = found, None
     try:
@@ -103,8 +103,8 @@ def store_measurements(found: Measurements) -> None:
 
 
 def product_speeds(size: int = 256, repetitions: int = 8) -> dict[str, float]:
-    """Best GFLOP/s of torch's product of square matrices, by precision. A repetition over 10 ms is the last one: times
-    vary from 50 us to 50 ms between machines."""
+    """Best GFLOP/s of torch's matmul of square matrices, by precision. A repetition that takes more than 10 ms is the
+    last: times range from 50 us to 50 ms between machines."""
     speeds = {}
     for dtype, name in DTYPES.items():
         a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
@@ -137,7 +137,7 @@ def decide() -> Choices:
     fp32, bf16 = found.gflops["fp32"], found.gflops["bf16"]
     is_fast = isa in BF16_PRODUCTS and bf16 > fp32
     speeds = f"torch multiplies bf16 at {bf16:.4g} GFLOP/s and fp32 at {fp32:.4g}"
-    reason = speeds if isa in BF16_PRODUCTS else f"{isa} has no products in bf16; {speeds}"
+    reason = speeds if isa in BF16_PRODUCTS else f"{isa} has no bf16 matmuls; {speeds}"
     return Choices(isa, "bf16" if is_fast else "fp32", reason, bf16 < fp32 / 2, kernels)
 
 
@@ -146,7 +146,7 @@ _CHOICES: Choices | None = None
 
 
 def choices() -> Choices:
-    """The decisions for this process: made at the first call, unless `restore` set those of a run."""
+    """The decisions for this process, made at the first call unless `restore` set the decisions of a run."""
     global _CHOICES
     if _CHOICES is None:
         _CHOICES = decide()
@@ -154,7 +154,7 @@ def choices() -> Choices:
 
 
 def record() -> dict[str, Any]:
-    """The decisions for a run's provenance, THINKSTACK_KERNELS included."""
+    """The decisions for the provenance of a run, THINKSTACK_KERNELS included."""
     found = asdict(choices())
     if switch := os.environ.get(SWITCH, ""):
         found |= {"kernels": dict.fromkeys(found["kernels"], switch != "0"), "others": switch != "0"}
@@ -172,7 +172,7 @@ def describe() -> str:
 
 
 def restore(recorded: dict[str, Any] | None) -> None:
-    """Use recorded decisions from now on; None: decide for this machine again."""
+    """Use recorded decisions from now on; None: decide again for this machine."""
     global _CHOICES
     if recorded is None:
         _CHOICES = None
@@ -191,7 +191,7 @@ def restore(recorded: dict[str, Any] | None) -> None:
 
 @contextlib.contextmanager
 def using_kernel(name: str, uses_kernel: bool) -> Iterator[None]:
-    """Within the block compute this operation, such as "attend.fp32", by its kernel or by torch's operators."""
+    """Within the block, compute this operation, such as "attend.fp32", with its kernel or with torch's operators."""
     kernels = choices().kernels
     before = dict(kernels)
     kernels[name] = uses_kernel
@@ -212,7 +212,7 @@ def uses(operation: str, dtype: torch.dtype) -> bool:
 
 
 def emulates_bf16() -> bool:
-    """Whether products in bf16 should be computed in fp32 on this machine."""
+    """Whether matmuls in bf16 should be computed in fp32 on this machine."""
     return choices().emulates_bf16
 
 

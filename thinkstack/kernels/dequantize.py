@@ -1,4 +1,4 @@
-"""Dequantization: by the kernel where that is faster, else by the scheme in torch."""
+"""Dequantization with the kernel if that is faster, otherwise with the scheme's implementation in torch."""
 
 from torch import Tensor
 

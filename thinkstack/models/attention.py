@@ -1,9 +1,9 @@
-"""Multi-head latent attention (MLA) and grouped-query attention (GQA) behind one interface.
+"""Multi-head latent attention (MLA) and grouped-query attention (GQA) with a common interface.
 
-Without a cache (training) the tokens of a row attend to each other. With a cache (the engine, prefill included) new
-tokens first write their entries to the cache and then attend to it. MLA has two equivalent forms: without a cache the
-latents are expanded to keys and values per head; with a cache the expansion is absorbed into the query, because
-expanding the whole context for each new token would cost more than the rest of the model.
+Without a cache (training), the tokens of a row attend to each other. With a cache (the engine, prefill included),
+entries of new tokens are first written to the cache; then the tokens attend to the cache. MLA has two equivalent
+forms: without a cache, latents are expanded to keys and values per head; with a cache, the expansion is absorbed into
+the query, because expanding the entire context for each new token would cost more than the rest of the model.
 """
 
 # Shapes in this file: B rows, T new tokens, S tokens attended to, D hidden size, H heads, C kv_lora_rank,
@@ -25,29 +25,29 @@ from thinkstack.models.layers import ROW_TILE, Linear, RMSNorm, rotate
 
 
 class LayerCache(Protocol):
-    """The cache interface that an attention layer uses; every row of the pass is one new token."""
+    """The interface of the KV cache for an attention layer; every row of the pass is one new token."""
 
     def extend(self, layer: int, entries: Tensor) -> Pages:
-        """Write the entries (N, 1, W) of the new tokens; returns the pages of their context, including these."""
+        """Write the entries (N, 1, W) of the new tokens; returns the pages of their context, new entries included."""
 
 
 @dataclass(kw_only=True)
 class AttentionContext:
-    """The inputs that all attention layers of one forward pass share."""
+    """The common inputs of all attention layers in a forward pass."""
 
     rope: Tensor
     """RopeCache of the new tokens, (B or 1, T, R / 2) complex64."""
     kv_range: Tensor
     """The earlier tokens that each new token attends to, (B or 1, T, 3) int32, from `kv_range_of`."""
     last: Tensor
-    """The last token that it attends to, which is itself, (B or 1, T) int64. Positions count from the start of the row
-    or of the cached context."""
+    """The last token that each new token attends to, which is the token itself, (B or 1, T) int64, counted from the
+    start of the row or of the cached context."""
     cache: LayerCache | None = None
     """The KV cache of the engine; None in training."""
     cached_mask: Tensor | None = None
     """The result of the first call of `mask`."""
     block_mask: BlockMask | None = None
-    """The mask of FlexAttention; None where FlexAttention is not used."""
+    """The mask of FlexAttention; None if FlexAttention is not used."""
 
     def mask(self, span: int, dtype: torch.dtype) -> Tensor:
         """The additive mask over `span` tokens, (B or 1, 1, T, span): 0 = attended, -inf = masked."""
@@ -57,8 +57,7 @@ class AttentionContext:
 
 
 def additive_mask(kv_range: Tensor, last: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """0 where a token is attended to and -inf elsewhere, (B or 1, 1, T, span). kv_range: (B or 1, T, 3). last: (B or 1,
-    T)."""
+    """Additive mask (B or 1, 1, T, span): 0 = attended, -inf = masked. kv_range: (B or 1, T, 3). last: (B or 1, T)."""
     tokens = torch.arange(span, device=last.device)
     first, hidden_from, hidden_to = kv_range.unsqueeze(-2).unbind(-1)  # (B or 1, T, 1) each
     masked = (tokens < first) | (tokens > last.unsqueeze(-1)) | ((tokens >= hidden_from) & (tokens < hidden_to))
@@ -66,19 +65,17 @@ def additive_mask(kv_range: Tensor, last: Tensor, span: int, dtype: torch.dtype)
 
 
 def run_starts(*ids: Tensor) -> Tensor:
-    """The first index of the run that each token belongs to, (B, T). A run ends where any of `ids`, (B, T) each,
-    changes."""
+    """The first index of the run of each token, (B, T). A run ends where any of `ids`, (B, T) each, changes."""
     changes = torch.stack([each[:, 1:] != each[:, :-1] for each in ids]).any(0)
     return torch.where(F.pad(changes, (1, 0)), torch.arange(ids[0].shape[1], device=ids[0].device), 0).cummax(1).values
 
 
 def kv_range_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
-    """The earlier tokens of its row that each token attends to, (B, T, 3) int32: the first one, and a hidden interval
-    (from, to), which is empty where both are equal.
+    """The earlier tokens in the row that each token attends to, (B, T, 3) int32: the index of the first token, and a
+    hidden interval (from, to), which is empty if both are equal.
 
-    document_ids: (B, T); a document is a run of equal ids. branches: (B, T); within a document a run of 0, which all
-    branches continue, then 1, 2, ..., which do not attend to each other. None: documents have no branches.
-    """
+    document_ids: (B, T); a document is a run of equal ids. branches: (B, T); within a document, 0 for the shared
+    prompt, then 1, 2, ... for branches, which do not attend to each other. None: documents have no branches."""
     first = run_starts(document_ids)
     if branches is None:
         return torch.stack((first, first, first), -1).int()
@@ -92,8 +89,8 @@ def kv_range_of(document_ids: Tensor, branches: Tensor | None = None) -> Tensor:
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax attention of query (B, T, G, Q, K), key (B, S, G, K), value (B, S, G, V) to (B, T, G, Q, V).
 
-    Matrix products: on rows of a few hundred tokens they are faster than torch's fused CPU attention in the backward
-    pass, and key and value heads may differ in width.
+    Uses matmuls: for rows of a few hundred tokens the backward pass is faster than torch's fused CPU attention, and key
+    and value heads may differ in width.
     """
     T, Q = query.shape[1], query.shape[3]
     rows = (query * scale).permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, G, T * Q, K)
@@ -104,7 +101,7 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 
 
 def document_block_mask(kv_range: Tensor) -> BlockMask:
-    """FlexAttention's mask: causal, and restricted to kv_range (B or 1, T, 3)."""
+    """The block mask for FlexAttention: causal, and restricted to kv_range (B or 1, T, 3)."""
     rows, T, _ = kv_range.shape
     first, hidden_from, hidden_to = kv_range.unbind(-1)
 
@@ -116,9 +113,9 @@ def document_block_mask(kv_range: Tensor) -> BlockMask:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
-    """`eager_attention` by torch's fused attention: FlexAttention where the pass has a block mask, else SDPA.
+    """`eager_attention` with torch's fused attention: FlexAttention if the pass has a block mask, otherwise SDPA.
 
-    For SDPA values are padded to the width of the keys, because its fast kernels take one width.
+    For SDPA, values are padded to the width of the keys, because its fast kernels require equal widths.
     """
     T, Q = query.shape[1], query.shape[3]
     q, k, v = query.flatten(2, 3).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, T, ...)
@@ -134,12 +131,12 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, ctx: AttentionCon
 def paged_attention_torch(
     query: Tensor, pages: Pages, last: Tensor, layout: kernels.KVLayout, scale: float, max_elements: int = 1 << 26
 ) -> Tensor:
-    """`kernels.paged_attention` in torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
+    """`kernels.paged_attention` with torch's operators. query: (N, G, Q, key_width); last: (N,). Returns (N, G, Q, V).
 
-    Batch-invariant: a matrix product has ROW_TILE new tokens of one sequence and one block (padded), all blocks up to
-    that one, and contiguous operands (the order of sums depends on strides too), so its shape depends on a token's own
-    position only. Tiles with the same number of blocks are computed together, at most `max_elements` elements of
-    context at a time.
+    Batch-invariant: the shape of a matmul depends only on the positions of its tokens. Each matmul has ROW_TILE new
+    tokens of one sequence and one block (padded), all blocks up to that block, and contiguous operands (the order of
+    summation also depends on strides). Tiles with the same number of blocks are computed together, with at most
+    `max_elements` elements of context at a time.
     """
     size = pages.entries.shape[1]
     blocks = last // size
@@ -158,7 +155,9 @@ def paged_attention_torch(
         same_span = (blocks[tile_starts] == count).nonzero().squeeze(1)
         for some in same_span.split(max(max_elements // (span * pages.entries.shape[2]), 1)):
             context = pages.of(pages.seq_index[tile_starts[some]], span)
-            unused = places > seen[some].amax(1, keepdim=True)  # may hold anything, NaN included, from freed sequences
+            unused = places > seen[some].amax(
+                1, keepdim=True
+            )  # may contain any values of freed sequences, NaN included
             k, v = (
                 part.transpose(1, 2).flatten(0, 1).contiguous()  # (tiles * G, span, K or V)
                 for part in layout.split(context.masked_fill_(unused.unsqueeze(2), 0.0))
@@ -172,7 +171,7 @@ def paged_attention_torch(
 
 
 class Attention(nn.Module):
-    """The part that MLA and GQA share: attention of projected queries."""
+    """The common part of MLA and GQA: attention of projected queries."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -183,8 +182,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attention of the tokens of packed rows to each other.
 
-        q: (B, T, H, K), not rotated. kv: (B, T, ...) entries in `layout`, not rotated. k_shared: (B, T, R), the last
-        part of every key, or None. Returns (B, T, H, V).
+        q: (B, T, H, K), not rotated. kv: (B, T, ...) entries in `layout`, not rotated. k_shared: (B, T, R), the part at
+        the end of every key that heads share, or None. Returns (B, T, H, V).
         """
         if kernels.takes(q, "attend") and ctx.block_mask is None:
             return kernels.attend(q, kv, k_shared, ctx.rope, ctx.kv_range, layout, self.scale, self.interleaved)
@@ -215,7 +214,7 @@ class Attention(nn.Module):
 
 
 class MLA(Attention):
-    """Multi-head latent attention (V2 report, section 2.1; names as in DeepSeek-V3 inference/model.py)."""
+    """Multi-head latent attention (V2 report, section 2.1); names as in DeepSeek-V3 inference/model.py."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -256,7 +255,7 @@ class MLA(Attention):
     def attend_absorbed(self, q: Tensor, pages: Pages, ctx: AttentionContext) -> Tensor:
         """Attention of q (B, 1, H, N + R) over cached latents, without expanding them to keys or values.
 
-        The key half of wkv_b multiplies the query, the value half the output. Returns (B, 1, H, V).
+        The query is multiplied with the key half of wkv_b, the output with the value half. Returns (B, 1, H, V).
         """
         a = self.shape
         w_uk, w_uv = self.wkv_b.weight.unflatten(0, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], 1)
@@ -269,7 +268,7 @@ class MLA(Attention):
 
 
 class GQA(Attention):
-    """Grouped-query attention (arXiv:2305.13245) as in Llama; with biases as in Qwen2, with head norms as in Qwen3."""
+    """Grouped-query attention (arXiv:2305.13245) of Llama; optionally biases as in Qwen2, head norms as in Qwen3."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -301,6 +300,6 @@ class GQA(Attention):
 
 
 def project_heads(x: Tensor, linear: nn.Linear, norm: RMSNorm | None, num_heads: int) -> Tensor:
-    """Project x (B, T, D), split it into heads (B, T, num_heads, head_dim), and norm each if `norm` is given."""
+    """Project x (B, T, D), split it into heads (B, T, num_heads, head_dim), and apply `norm` to each head if given."""
     heads = linear(x).unflatten(-1, (num_heads, -1))
     return heads if norm is None else norm(heads)

@@ -1,4 +1,4 @@
-"""Configurations of attention (heads, latents, biases) and of rotary embedding with its context extensions."""
+"""Configurations of attention (heads, latents, biases) and of rotary embeddings with context extensions."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2 report, arXiv:2405.04434, section 2.1)."""
 
     num_heads: int
-    """Attention heads."""
+    """Number of attention heads."""
     q_lora_rank: int
-    """Width of the query latent; 0 projects queries directly (V2-Lite)."""
+    """Width of the query latent; 0: queries are projected directly (V2-Lite)."""
     kv_lora_rank: int
-    """Width of the key/value latent, which the cache stores."""
+    """Width of the key/value latent, which is stored in the cache."""
     qk_nope_head_dim: int
-    """Width of the part of a query/key head that is not rotated."""
+    """Width of the part of a query/key head without rotary embedding."""
     qk_rope_head_dim: int
-    """Width of the rotated part of a query head, and of the rotated key that all heads share."""
+    """Width of the part of a query head with rotary embedding, and of the rotated key that is shared by all heads."""
     v_head_dim: int
     """Width of a value head."""
 
@@ -33,7 +33,7 @@ class MLAConfig:
 
     @property
     def cache_width(self) -> int:
-        """Cached elements per token and layer; it does not depend on the number of heads."""
+        """Number of cached elements per token and layer; independent of the number of heads."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -42,9 +42,9 @@ class GQAConfig:
     """Grouped-query attention (Llama, Qwen)."""
 
     num_heads: int
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: int
-    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+    """Number of key/value heads; each is shared by num_heads / num_kv_heads query heads."""
     head_dim: int
     """Width of every head; num_heads * head_dim may differ from the hidden size (Qwen3)."""
     qkv_bias: bool = False
@@ -58,7 +58,7 @@ class GQAConfig:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
-                "every key/value head must serve the same number of query heads"
+                "the query heads must divide evenly among the key/value heads"
             )
 
     @property
@@ -67,26 +67,26 @@ class GQAConfig:
 
     @property
     def cache_width(self) -> int:
-        """Cached elements per token and layer: one key and one value per key/value head."""
+        """Number of cached elements per token and layer: one key and one value per key/value head."""
         return 2 * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """Context extension of the rotary part (YaRN, arXiv:2309.00071; DeepSeek-V3 report, section 4.3)."""
+    """Context extension of rotary embeddings by YaRN (arXiv:2309.00071; DeepSeek-V3 report, section 4.3)."""
 
     factor: float = 40.0
-    """New context length over the original one."""
+    """New context length divided by the original context length."""
     original_max_positions: int = 4096
-    """Tokens of context before the extension."""
+    """Context length in tokens before the extension."""
     beta_fast: float = 32.0
-    """Dimensions with more rotations than this within the original context have their frequency unchanged."""
+    """Frequencies with more rotations than this within the original context are unchanged."""
     beta_slow: float = 1.0
-    """Dimensions with fewer rotations than this have their frequency divided by `factor`."""
+    """Frequencies with fewer rotations than this within the original context are divided by `factor`."""
     mscale: float = 1.0
-    """Numerator of the cos/sin amplitude; equal to mscale_all_dim in the V3 family, so the amplitude is 1."""
+    """Numerator of the cos/sin amplitude; equal to mscale_all_dim in the V3 family, so that the amplitude is 1."""
     mscale_all_dim: float = 1.0
-    """The softmax scale is multiplied by (0.1 * mscale_all_dim * ln(factor) + 1) ** 2; 0 leaves it unchanged."""
+    """The softmax scale is multiplied by (0.1 * mscale_all_dim * ln(factor) + 1) ** 2; 0: no change."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -100,14 +100,14 @@ class Llama3RopeConfig:
     """
 
     factor: float = 8.0
-    """Divisor of the low frequencies."""
+    """Divisor of low frequencies."""
     low_freq_factor: float = 1.0
-    """Pairs with fewer rotations than this within the original context have their frequency divided by `factor`."""
+    """Frequencies with fewer rotations than this within the original context are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """Pairs with more rotations than this within the original context have their frequency unchanged; pairs between
-    the two bounds are interpolated."""
+    """Frequencies with more rotations than this within the original context are unchanged; frequencies between the two
+    bounds are interpolated."""
     original_max_positions: int = 8192
-    """Tokens of context before the extension."""
+    """Context length in tokens before the extension."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -121,18 +121,18 @@ class Llama3RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding (arXiv:2104.09864) and at most one extension of its context."""
+    """Rotary position embedding (arXiv:2104.09864) with at most one context extension."""
 
     theta: float = 10000.0
     """Base of the frequencies theta ** (-2i / d)."""
     interleaved: bool = True
     """True: pairs are (x0, x1), (x2, x3), ... (DeepSeek). False: pairs are (x_i, x_{i + d/2}) (Llama, Qwen)."""
     yarn: YarnConfig | None = None
-    """Context extension of DeepSeek, and of Qwen beyond 32,768 tokens; or None."""
+    """Context extension of DeepSeek, and of Qwen beyond 32,768 tokens; None: not used."""
     llama3: Llama3RopeConfig | None = None
-    """Context extension of Llama 3.1 and later, or None."""
+    """Context extension of Llama 3.1 and later; None: not used."""
     linear_factor: float = 1.0
-    """All frequencies are divided by this (arXiv:2306.15595; 4 in DeepSeek-Coder); 1 leaves them unchanged."""
+    """Divisor of all frequencies (arXiv:2306.15595; 4 in DeepSeek-Coder); 1: no change."""
 
     def __post_init__(self) -> None:
         if not self.theta > 1:
@@ -146,5 +146,5 @@ class RopeConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Attention temperature of YaRN: 0.1 * mscale * ln(factor) + 1, and 1 without extension."""
+    """Attention temperature of YaRN: 0.1 * mscale * ln(factor) + 1; 1 without extension."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

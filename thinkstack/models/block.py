@@ -13,8 +13,8 @@ from thinkstack.models.moe import MoE, Routing
 class Block(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    With `checkpoints_activations` (activation checkpointing, arXiv:1604.06174) training saves only x for the backward
-    pass, which recomputes the rest: the same numbers for a third more operations.
+    With `checkpoints_activations` (activation checkpointing, arXiv:1604.06174), training saves only x for the backward
+    pass, which recomputes other activations: identical results with a third more operations.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int):
@@ -28,7 +28,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ctx: AttentionContext, routed_experts: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """x: (B, T, D). routed_experts: as in MoE. Returns (x (B, T, D), the routing or None in a dense block)."""
+        """x: (B, T, D). routed_experts: as in MoE. Returns (x (B, T, D); the routing, or None in a dense block)."""
         if self.checkpoints_activations and torch.is_grad_enabled():
             # no operation of a block uses random numbers, so no generator state is saved
             return checkpoint(self.compute, x, ctx, routed_experts, use_reentrant=False, preserve_rng_state=False)
@@ -45,9 +45,9 @@ class Block(nn.Module):
 
 
 BLOCK_MODULES: set[type[nn.Module]] = {Block, GQA, MLA, SwiGLU, MoE, RMSNorm, Linear, nn.ModuleDict}
-"""The module types of a block as it is built."""
+"""The module types of an unmodified block."""
 
 
 def has_only_modules(block: Block, kinds: set[type[nn.Module]]) -> bool:
-    """Whether all modules of a block are of these types: no adapters, no sharded layers."""
+    """Whether all modules of a block have these types, which excludes adapters and sharded layers."""
     return all(type(part) in kinds for part in block.modules())

@@ -1,4 +1,4 @@
-"""The model configuration. Families are values of ModelConfig, never copies of code.
+"""The model configuration. Model families differ in ModelConfig only, not in code.
 
 Named sizes are at the end. Field names follow the DeepSeek papers; checkpoint/hf/config.py maps them to and from the
 Hugging Face config.json of each family.
@@ -25,27 +25,28 @@ class MoEConfig:
     """DeepSeekMoE: shared and fine-grained routed experts (V3 report, arXiv:2412.19437, section 2.1.2)."""
 
     num_experts: int
-    """Routed experts per layer."""
+    """Number of routed experts per layer."""
     num_experts_per_tok: int
-    """Routed experts per token."""
+    """Number of routed experts per token."""
     num_shared_experts: int = 1
-    """Experts that every token uses; they form one SwiGLU of width num_shared_experts * moe_intermediate_size."""
+    """Number of shared experts, used by every token, in one SwiGLU of width num_shared_experts *
+    moe_intermediate_size."""
     moe_intermediate_size: int
     """Intermediate width of one expert."""
     num_groups: int = 1
-    """Groups of neighboring experts (nodes in the published training)."""
+    """Number of groups of consecutive experts (nodes in DeepSeek's training)."""
     top_groups: int = 1
-    """A token may use experts from at most this many groups."""
+    """Maximum number of groups from which a token may use experts."""
     scoring: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Affinity function; V3 uses sigmoid, V2 softmax."""
+    """Affinity function; "sigmoid" in V3, "softmax" in V2."""
     group_score: Literal["top2", "max"] = "top2"
-    """Score of a group: the sum of its two highest affinities (V3) or its highest one (V2)."""
+    """Score of a group: "top2" is the sum of the two highest affinities (V3), "max" the highest affinity (V2)."""
     norm_topk_prob: bool = True
     """Whether the weights of the chosen experts are divided by their sum (V3) or not (V2)."""
     route_scale: float = 1.0
-    """Factor on the routed output."""
+    """Factor of the routed output."""
     first_dense_layers: int = 1
-    """The first layers, which have a dense feed-forward."""
+    """Number of layers, at the beginning, with a dense feed-forward."""
 
     def __post_init__(self) -> None:
         if self.num_experts % self.num_groups:
@@ -63,57 +64,59 @@ class MoEConfig:
             )
         if self.num_groups > 1 and self.group_score == "top2" and group_size < 2:
             raise ConfigError(
-                f"moe.group_score='top2' needs two experts a group, but moe.num_groups={self.num_groups} leaves "
+                f"moe.group_score='top2' needs two experts per group, but moe.num_groups={self.num_groups} gives "
                 f"{group_size}; use fewer groups"
             )
 
     @property
     def shared_size(self) -> int:
-        """Intermediate width of the shared experts together."""
+        """Total intermediate width of the shared experts."""
         return self.num_shared_experts * self.moe_intermediate_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One decoder-only model of the family."""
+    """Configuration of a decoder-only model."""
 
     family: Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3", "qwen3_moe"]
-    """The Hugging Face architecture of the checkpoint; the model itself does not read it."""
+    """Hugging Face architecture of the checkpoint; the model code does not depend on it."""
     vocab_size: int
-    """Rows of the embedding; may exceed the tokenizer's size (V3 pads to 129,280)."""
+    """Number of rows of the embedding; may exceed the size of the tokenizer (V3 pads to 129,280)."""
     hidden_size: int
     """Width of the residual stream."""
     num_layers: int
-    """Transformer blocks, not counting multi-token-prediction modules."""
+    """Number of transformer blocks, without multi-token-prediction modules."""
     attention: MLAConfig | GQAConfig
-    """Latent or grouped-query attention."""
+    """Multi-head latent attention or grouped-query attention."""
     intermediate_size: int
     """Intermediate width of a dense feed-forward."""
     moe: MoEConfig | None = None
-    """Experts of the layers from moe.first_dense_layers on; None: all layers are dense."""
+    """Experts of the layers from index moe.first_dense_layers; None: all layers are dense."""
     mtp_layers: int = 0
-    """Multi-token-prediction modules in addition to the main model (D in the V3 report)."""
+    """Number of multi-token-prediction modules in addition to the main model (D in the V3 report)."""
     rope: RopeConfig = RopeConfig()
-    """Rotary embedding."""
+    """Rotary position embedding."""
     norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm."""
+    """Epsilon added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
-    """Whether the head reuses the embedding matrix."""
+    """Whether the head uses the embedding matrix."""
     max_positions: int = 4096
-    """Longest context in tokens."""
+    """Maximum context length in tokens."""
     bos_id: int | None = 0
-    """The first token of a sequence according to config.json; None if it names none, as in Qwen's. The tokens that the
-    tokenizer actually prepends are Tokenizer.begin_ids."""
+    """BOS token id in config.json; None if config.json has none, as in Qwen models. Tokenizer.begin_ids has the tokens
+    that the tokenizer actually prepends."""
     eos_ids: tuple[int, ...] = (1,)
-    """Tokens that end a completion; empty if config.json names none."""
+    """Tokens that end a completion; empty if config.json has none."""
     init_std: float = 0.006
     """Standard deviation of the initial weights (V3 report, section 4.2)."""
     embed_init_std: float = 0.0
-    """Standard deviation of the initial embedding; 0 uses init_std."""
+    """Standard deviation of the initial embedding; 0: use init_std."""
 
     def __post_init__(self) -> None:
         if self.attention.rope_dim % 2:
-            raise ConfigError(f"the rotated head width {self.attention.rope_dim} is odd; rotation needs pairs")
+            raise ConfigError(
+                f"the rotated head width {self.attention.rope_dim} is odd; rotary embeddings need an even width"
+            )
         if self.moe is not None and self.moe.first_dense_layers > self.num_layers:
             raise ConfigError(
                 f"moe.first_dense_layers={self.moe.first_dense_layers} exceeds num_layers={self.num_layers}"
@@ -187,12 +190,12 @@ def v2_lite() -> ModelConfig:
 
 
 def v3_tiny() -> ModelConfig:
-    """The V3 architecture at a size that learns the demo suite on two CPU cores in minutes.
+    """The V3 architecture at a size that learns the tasks of the demo on two CPU cores in minutes.
 
-    Half of each head is rotated: with a quarter, as in V3, the model takes several times longer to learn to look up
-    "the next operation". Heads are 32 + 32 = 64 wide, the smallest width that vLLM's CPU attention supports. Small
-    models need larger initial weights: standard deviation 0.1, and 0.3 for the embedding (compared in docs/log.md).
-    """
+    Rotary embeddings apply to half of each head: with a quarter, as in V3, the model needs several times longer to
+    learn to look up "the next operation". Heads are 32 + 32 = 64 wide, the smallest width that vLLM's CPU attention
+    supports. Small models need larger initial weights: standard deviation 0.1, and 0.3 for the embedding (compared in
+    docs/log.md)."""
     return ModelConfig(
         family="deepseek_v3",
         vocab_size=640,
@@ -267,7 +270,7 @@ def v2_236b() -> ModelConfig:
 
 
 def llama3(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> ModelConfig:
-    """Llama 3.1 and 3.3, the Llama models that R1 was distilled into (config.json of the released models)."""
+    """Llama 3.1 and 3.3, the base models of the R1-Distill-Llama models (config.json of the released models)."""
     return ModelConfig(
         family="llama",
         vocab_size=128256,
@@ -293,8 +296,8 @@ def qwen2(
     vocab_size: int = 152064,
     theta: float = 1e6,
 ) -> ModelConfig:
-    """Qwen2.5, the Qwen models that R1 was distilled into: heads of 128, untied embeddings (config.json of the released
-    models)."""
+    """Qwen2.5, the base models of the R1-Distill-Qwen models: head width 128, untied embeddings (config.json of the
+    released models)."""
     return ModelConfig(
         family="qwen2",
         vocab_size=vocab_size,
@@ -311,7 +314,7 @@ def qwen2(
 
 
 def qwen3_8b() -> ModelConfig:
-    """Qwen3-8B, which R1-0528 was distilled into."""
+    """Qwen3-8B, the base model of DeepSeek-R1-0528-Qwen3-8B."""
     return replace(
         qwen2(4096, 36, 32, 8, 12288, vocab_size=151936),
         family="qwen3",
@@ -322,7 +325,7 @@ def qwen3_8b() -> ModelConfig:
 
 
 def qwen3_30b_a3b() -> ModelConfig:
-    """Qwen3-30B-A3B: num_heads * head_dim exceeds the hidden size, every layer has experts, none are shared."""
+    """Qwen3-30B-A3B: num_heads * head_dim exceeds the hidden size; every layer has experts, without shared experts."""
     return replace(
         qwen3_8b(),
         family="qwen3_moe",
@@ -361,7 +364,7 @@ NAMED: dict[str, Callable[[], ModelConfig]] = {
 
 
 def named(name: str, **changes: object) -> ModelConfig:
-    """The configuration called `name`, with top-level fields replaced by `changes`."""
+    """The configuration of a named size, with top-level fields replaced by `changes`."""
     if name not in NAMED:
-        raise ConfigError(f"unknown model size {name!r}; known: {', '.join(NAMED)}")
+        raise ConfigError(f"unknown model size {name!r}; use one of {', '.join(NAMED)}")
     return replace(NAMED[name](), **changes)  # type: ignore[arg-type]

@@ -1,28 +1,27 @@
-"""Parameters, operations and cache size of a model, computed from its ModelConfig. Nothing is allocated."""
+"""Parameters, operations and cache size of a model, computed from its ModelConfig without allocating memory."""
 
 from thinkstack.models.config import MLAConfig, ModelConfig
 
 
 def count_parameters(cfg: ModelConfig) -> int:
-    """Trained parameters of the main model: with embedding and head (once if tied), without MTP modules and the
-    router's balance bias (which has no gradient). This is the published convention: 671.03B for V3, 15.71B for V2-Lite.
-    """
+    """Number of trained parameters of the main model: with embedding and head (once if tied), without MTP modules and
+    the router's balance bias (which has no gradient). This is the published convention: 671.03B for V3, 15.71B for
+    V2-Lite."""
     blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
     return tables + blocks + cfg.hidden_size
 
 
 def count_active_parameters(cfg: ModelConfig) -> int:
-    """Parameters of the main model that one token is multiplied with: num_experts_per_tok of the routed experts and the
-    head, but not the embedding, of which a token only looks up a row. These are the V3 report's 37B and the V2 report's
-    2.4B for V2-Lite.
-    """
+    """Number of active parameters of the main model per token: includes num_experts_per_tok routed experts and the
+    head, but not the embedding, which is only a lookup. This is the convention of the V3 report (37B) and the V2 report
+    (2.4B for V2-Lite)."""
     blocks = sum(block_parameters(cfg, cfg.is_moe_layer(layer)) for layer in range(cfg.num_layers))
     return cfg.vocab_size * cfg.hidden_size + blocks + cfg.hidden_size - _inactive_parameters(cfg)
 
 
 def mtp_parameters(cfg: ModelConfig) -> int:
-    """Parameters of the multi-token-prediction modules beyond the shared embedding and head (11.6B in V3)."""
+    """Number of parameters of the multi-token-prediction modules, without shared embedding and head (11.6B in V3)."""
     merge = sum(mtp_merge(cfg))
     return sum(
         block_parameters(cfg, cfg.is_moe_layer(cfg.num_layers + depth)) + merge for depth in range(cfg.mtp_layers)
@@ -34,7 +33,8 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
 
     2 per active matrix element, plus 2 * context * num_heads * (query/key width + value width) per layer for scores
     and weighted values (MLA expanded, as in training). Norms, activations and the top-k of the router are not counted.
-    A causal sequence of T tokens has a mean context of T / 2; forward and backward together take three times this.
+    A causal sequence of T tokens has a mean context of T / 2; forward and backward pass together need three times as
+    many operations.
     """
     a = cfg.attention
     widths = a.qk_head_dim + a.v_head_dim if isinstance(a, MLAConfig) else 2 * a.head_dim
@@ -44,12 +44,12 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
 
 
 def weight_bytes(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
-    """Bytes of all weights, MTP modules included; by default in bf16."""
+    """Bytes of all weights, MTP modules included; 2 bytes per element (bf16) by default."""
     return (count_parameters(cfg) + mtp_parameters(cfg)) * bytes_per_element
 
 
 def fp8_bytes(cfg: ModelConfig) -> int:
-    """Bytes of all weights with the matrices of blocks in e4m3, one scale per 128 x 128 block, and the rest in bf16."""
+    """Bytes of all weights with the matrices of blocks in e4m3, one scale per 128 x 128 block, and others in bf16."""
     blocks = [cfg.is_moe_layer(layer) for layer in range(cfg.num_layers + cfg.mtp_layers)]
     routers = sum(blocks) * cfg.hidden_size * cfg.moe.num_experts if cfg.moe else 0
     inside = sum(block_parameters(cfg, kind) - block_vectors(cfg) for kind in blocks) - routers
@@ -58,23 +58,23 @@ def fp8_bytes(cfg: ModelConfig) -> int:
 
 def training_bytes(cfg: ModelConfig) -> int:
     """Bytes of the fp32 training state, independent of the batch: weights, gradients and AdamW's two moments.
-    Activations and low-precision copies come on top: train/memory.py.
+    train/memory.py adds activations and low-precision copies.
     """
     return weight_bytes(cfg, bytes_per_element=4 * 4)
 
 
 def mtp_merge(cfg: ModelConfig) -> tuple[int, int]:
-    """Parameters of one multi-token-prediction module outside its block: (projection, three norms)."""
+    """Numbers of parameters of one multi-token-prediction module outside its block: (projection, three norms)."""
     return 2 * cfg.hidden_size**2, 3 * cfg.hidden_size
 
 
 def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
-    """Bytes of the engine's cache per token of context, over all layers: 70,272 for V3 in bf16."""
+    """Bytes of the KV cache per token of context, over all layers: 70,272 for V3 in bf16."""
     return cfg.num_layers * cfg.attention.cache_width * bytes_per_element
 
 
 def block_parameters(cfg: ModelConfig, has_experts: bool) -> int:
-    """Parameters of one transformer block with its norms."""
+    """Number of parameters of one transformer block, norms included."""
     D = cfg.hidden_size
     if not has_experts:
         return attention_matrices(cfg) + block_vectors(cfg) + 3 * D * cfg.intermediate_size
@@ -84,7 +84,7 @@ def block_parameters(cfg: ModelConfig, has_experts: bool) -> int:
 
 
 def attention_matrices(cfg: ModelConfig) -> int:
-    """Matrix elements of one attention layer."""
+    """Number of matrix elements of one attention layer."""
     a, D = cfg.attention, cfg.hidden_size
     if not isinstance(a, MLAConfig):
         return 2 * D * a.head_dim * (a.num_heads + a.num_kv_heads)
@@ -95,7 +95,8 @@ def attention_matrices(cfg: ModelConfig) -> int:
 
 
 def block_vectors(cfg: ModelConfig) -> int:
-    """Norm weights and biases of one block: two norms of the residual stream, and those of attention."""
+    """Number of norm weights and biases of one block: two norms of the residual stream, norms and biases of
+    attention."""
     a, D = cfg.attention, cfg.hidden_size
     if isinstance(a, MLAConfig):
         return 2 * D + a.q_lora_rank + a.kv_lora_rank
@@ -104,7 +105,7 @@ def block_vectors(cfg: ModelConfig) -> int:
 
 
 def _inactive_parameters(cfg: ModelConfig) -> int:
-    """Routed-expert parameters of the main model that a token does not use."""
+    """Number of routed-expert parameters of the main model that a token does not use."""
     if cfg.moe is None:
         return 0
     layers = sum(cfg.is_moe_layer(layer) for layer in range(cfg.num_layers))

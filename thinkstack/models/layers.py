@@ -1,8 +1,7 @@
-"""Norm, rotary embedding, linear layer and feed-forward of a block.
+"""Norm, rotary position embedding, linear layer and feed-forward of a block.
 
-RMSNorm and SwiGLU have backward passes of their own: on a CPU these operations are memory-bound, and autograd's
-composite backward moves two to three times the necessary bytes. Without gradients the forward function is called
-directly.
+RMSNorm and SwiGLU have custom backward passes: on a CPU these operations are memory-bound, and autograd's composite
+backward pass moves two to three times the necessary bytes. Without gradients the forward function is called directly.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
@@ -19,7 +18,7 @@ from thinkstack.kernels.cpu.prepacked import PrepackedMatrix, fits_prepacked, up
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
 
 ROW_TILE = 16
-"""Rows of a matrix product are padded to a multiple of this: then a row's fp32 result does not depend on the number of
+"""Rows of a matmul are padded to a multiple of this, so that the fp32 result of a row does not depend on the number of
 rows."""
 
 
@@ -115,10 +114,10 @@ class Linear(nn.Linear):
     """A linear layer whose bias may be fp32 with a bf16 matrix, as in copies made by precision.cast_copy."""
 
     prepacked: PrepackedMatrix | None = None
-    """A second copy of the matrix, for inference in bf16 (`prepack_weights`)."""
+    """A second, prepacked copy of the matrix for inference in bf16 (`prepack_weights`)."""
 
     def reset_parameters(self) -> None:
-        """As in Embedding."""
+        """See Embedding."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -133,7 +132,7 @@ class Linear(nn.Linear):
 
 
 def prepack_weights(model: nn.Module) -> None:
-    """Let the linear layers of a bf16 model use prepacked copies of their current matrices, if the memory suffices."""
+    """Make the linear layers of a bf16 model use prepacked copies of their current matrices, if memory suffices."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     fits = fits_prepacked(*(layer.weight for layer in layers if layer.weight.dtype == torch.bfloat16))
     for layer in layers:
@@ -141,7 +140,7 @@ def prepack_weights(model: nn.Module) -> None:
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward w2(silu(w1 x) * (w3 x)), in the paper's names."""
+    """Feed-forward w2(silu(w1 x) * (w3 x)), with the names of the paper."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -158,8 +157,8 @@ class SwiGLU(nn.Module):
 def rope_frequencies(width: int, cfg: RopeConfig) -> Tensor:
     """Angular frequencies in radians per token, (width / 2,) fp32, with the configured context extension applied.
 
-    Source: arXiv:2104.09864; for YaRN DeepSeek-V3 inference/model.py, precompute_freqs_cis; for Llama 3
-    arXiv:2407.21783 and the rope_scaling of its released config.json.
+    Source: arXiv:2104.09864; for YaRN, precompute_freqs_cis in DeepSeek-V3 inference/model.py; for Llama 3,
+    arXiv:2407.21783 and rope_scaling in the released config.json.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / cfg.theta**exponents
@@ -177,14 +176,14 @@ def rope_frequencies(width: int, cfg: RopeConfig) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _frequencies_on(width: int, cfg: RopeConfig, device: torch.device) -> Tensor:
-    """`rope_frequencies` on a device; computed on the CPU and copied once, so that all devices have the same
-    numbers."""
+    """`rope_frequencies` on a device; computed on the CPU and copied once, so that the values are equal on all
+    devices."""
     return rope_frequencies(width, cfg).to(device)
 
 
 def yarn_range(width: int, theta: float, yarn: YarnConfig) -> tuple[float, float]:
-    """Pair indices between which YaRN interpolates: frequencies below the first are unchanged, those above the second
-    are divided by the factor."""
+    """Indices (low, high) between which YaRN interpolates: frequencies below `low` are unchanged, frequencies above
+    `high` are divided by the factor."""
 
     def pair_with(rotations: float) -> float:
         return width * math.log(yarn.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -206,14 +205,14 @@ def rope_table(positions: Tensor, width: int, cfg: RopeConfig) -> Tensor:
 
 
 class RopeCache:
-    """`rope_table` for inference: a table of all positions up to the largest so far, which grows by powers of 2."""
+    """`rope_table` for inference: a table of all positions up to the largest position so far; grows by powers of 2."""
 
     def __init__(self, width: int, cfg: RopeConfig):
         self.width, self.cfg = width, cfg
         self.table = torch.empty(0, width // 2, dtype=torch.complex64)
 
     def lookup(self, positions: Tensor) -> Tensor:
-        """Rotations of positions (N,): (N, width / 2) complex64."""
+        """Table entries of positions (N,): (N, width / 2) complex64."""
         last = int(positions.max())
         if last >= len(self.table):
             self.table = rope_table(torch.arange(1 << last.bit_length()).unsqueeze(0), self.width, self.cfg)[0]
@@ -221,7 +220,7 @@ class RopeCache:
 
 
 class _Rotate(torch.autograd.Function):
-    """Pairs as complex numbers times the table; the gradient is rotated the other way."""
+    """Pairs as complex numbers times the table; the gradient is rotated by the negative angles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, interleaved: bool) -> Tensor:  # type: ignore[override]
@@ -241,8 +240,8 @@ def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
 
 
 def apply_rotation(x: Tensor, table: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
-    """`rotate` without autograd. inverse: rotate by the negative angles, which undoes `rotate` where the table's
-    amplitude is 1."""
+    """`rotate` without autograd. inverse: rotate by the negative angles, which undoes `rotate` if the amplitude of the
+    table is 1."""
     if kernels.takes_rows(x, "rope") and kernels.is_rows(x[:, :, 0]) and x.stride(-1) == 1:
         return kernels.rotate(x, table, interleaved, inverse)
     table = (table.conj() if inverse else table).unsqueeze(2)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): the base model is frozen and two small matrices per layer are trained.
 
 y = W x + scale * B (A x). B starts at zero, so that an adapted model initially equals its base. `weight` of an adapted
-layer is always the merged matrix, so code that reads it, such as inference kernels, works unchanged.
+layer is always the merged matrix, so that code that reads `weight`, such as inference kernels, works unchanged.
 """
 
 # Shapes in this file: O outputs, I inputs, r rank, E experts, P matrices stacked in a parameter (gate and up: 2).
@@ -40,18 +40,20 @@ BASE_SCHEMES: dict[str, QuantScheme] = {"fp8": FP8Blocks(), "nf4": NF4Blocks()}
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Settings of the adapters. Fields have PEFT's names where PEFT has them."""
+    """Settings of the adapters. Fields have the names of PEFT's settings if PEFT has the setting."""
 
     rank: CountOrZero = 0
-    """Rank r of A and B; 0 trains the whole model instead."""
+    """Rank r of A and B; 0: train the full model instead."""
     alpha: Positive = 16.0
-    """The product of B and A is scaled by alpha / rank."""
+    """B A is scaled by alpha / rank."""
     rslora: bool = False
-    """Divide by the root of the rank instead, which preserves the step size at large ranks (arXiv:2312.03732)."""
+    """Scale by alpha / sqrt(rank) instead, which preserves the step size at large ranks (arXiv:2312.03732)."""
     targets: tuple[Literal["attention", "feed_forward", "experts"], ...] = ("attention", "feed_forward")
-    """Adapted matrices: the projections of attention, dense and shared feed-forwards, each routed expert."""
+    """Adapted matrices: "attention" for the projections, "feed_forward" for dense and shared feed-forwards, "experts"
+    for routed experts."""
     base: Literal["float", "fp8", "nf4"] = "float"
-    """Format of the frozen matrices: float, 8 bits (quant/fp8.py) or 4 bits (QLoRA: quant/nf4.py)."""
+    """Format of the frozen matrices: "float", 8 bits ("fp8", quant/fp8.py) or 4 bits ("nf4" as in QLoRA,
+    quant/nf4.py)."""
     seed: Seed = 0
     """Seed of the initial A."""
 
@@ -59,19 +61,20 @@ class LoRAConfig:
         if self.rank < 0 or not self.alpha > 0:
             raise ConfigError(f"lora.rank={self.rank} cannot be negative and lora.alpha={self.alpha} must be positive")
         if not self.targets:
-            raise ConfigError("lora.targets=[] adapts nothing; name attention, feed_forward or experts, or use rank=0")
+            raise ConfigError("lora.targets=[] adapts nothing; use attention, feed_forward or experts, or lora.rank=0")
 
     @property
     def scale(self) -> float:
-        """Factor of the product of B and A."""
+        """Factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class Adapter(nn.Module):
-    """A (..., r, I) and B (..., O, r), with leading dimensions for stacked matrices; no effect while disabled."""
+    """The adapter matrices A (..., r, I) and B (..., O, r), with leading dimensions for stacked matrices; without
+    effect while disabled."""
 
     def __init__(self, like: Tensor, stacked: tuple[int, ...], rank: int, scale: float):
-        """like: the matrix or stack (..., O, I) to adapt. stacked: the leading dimensions to split it into."""
+        """like: the matrix or stack (..., O, I) to adapt. stacked: leading dimensions into which `like` is split."""
         super().__init__()
         O, I = like.shape[-2] * like.shape[:-2].numel() // math.prod(stacked), like.shape[-1]  # noqa: E741
         self.scale, self.enabled = scale, True
@@ -86,7 +89,7 @@ class Adapter(nn.Module):
         self.lora_a.copy_(values)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The merged matrix, in weight's shape and dtype; weight itself while disabled."""
+        """The merged matrix, in the shape and dtype of `weight`; `weight` itself while disabled."""
         if not self.enabled:
             return weight
         return weight + (self.scale * (self.lora_b @ self.lora_a)).view_as(weight).to(weight.dtype)
@@ -113,7 +116,7 @@ class LoRALinear(nn.Module):
 
 
 def adapter_targets(model: Transformer, targets: Collection[str]) -> list[str]:
-    """Names of the parameters that `targets` select, as in a model without adapters.
+    """Names, as in a model without adapters, of the parameters that `targets` select.
 
     Multi-token-prediction modules are never adapted.
     """
@@ -150,13 +153,15 @@ def add_adapters(model: Transformer, names: Collection[str], rank: int, scale: f
 
 
 def adapt(model: Transformer, cfg: LoRAConfig) -> None:
-    """Freeze `model`, quantize it as cfg.base says, and add initialized adapters as `cfg` says, in place.
+    """Freeze `model`, quantize it to cfg.base, and add initialized adapters, in place.
 
     Raises ConfigError if no parameter matches.
     """
     names = adapter_targets(model, cfg.targets)
     if not names:
-        raise ConfigError(f"lora.targets={list(cfg.targets)} matches no parameter of this model; add attention")
+        raise ConfigError(
+            f"lora.targets={list(cfg.targets)} matches no parameter of this model; add 'attention' to lora.targets"
+        )
     if cfg.base != "float":
         quantize_model(model, BASE_SCHEMES[cfg.base], quantizable_matrices(model))
     add_adapters(model, names, cfg.rank, cfg.scale)
@@ -179,7 +184,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers as a plain model has them: adapters merged, quantized matrices dequantized."""
+    """Parameters and buffers as in a plain model: adapters are merged, quantized matrices dequantized."""
     adapted, quantized = adapters(model), quantized_weights(model)
     part_ids = {id(part) for module in quantized.values() for part in module.buffers()}
     dequantized = ((name, module.dequantize_parameter()) for name, module in quantized.items())
@@ -213,7 +218,7 @@ def merge_adapters(model: M) -> M:
 
 @contextmanager
 def adapters_off(model: M) -> Iterator[M]:
-    """Disable all adapters for the duration of the block: the model computes as its base."""
+    """Disable all adapters within the block, so that the model computes like the base model."""
     disabled = [adapter for adapter in adapters(model).values() if adapter.enabled]
     for adapter in disabled:
         adapter.enabled = False

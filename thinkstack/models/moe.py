@@ -1,4 +1,4 @@
-"""DeepSeekMoE: routing, and experts as two batched matrix products.
+"""DeepSeekMoE: routing, and experts as two batched matmuls.
 
 `route` chooses experts, `ExpertMLP` computes them, `MoE` adds the shared experts. Load counts and balance loss are
 computed from the returned Routing by train/balance.py.
@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     """A router's output for a batch of tokens."""
 
     scores: Tensor
-    """(B, T, E) fp32 affinities, without bias; carries the gradient of the balance loss."""
+    """(B, T, E) fp32 affinities, without bias; the balance loss has a gradient through them."""
     experts: Tensor
     """(B, T, K) int64 chosen experts."""
 
@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]:
     """Choose experts for each token by group-limited top-k.
 
-    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; it affects the choice of experts and never their
+    scores: (N, E) affinities, fp32. bias: (E,) balance bias, fp32; affects the choice of experts but not the
     weights. Returns (weights (N, K) fp32, experts (N, K) int64).
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
     """
@@ -60,10 +60,10 @@ def expert_weights(scores: Tensor, experts: Tensor, cfg: MoEConfig) -> Tensor:
 
 
 class TokenDispatch(NamedTuple):
-    """The row of each (token, choice) pair in the experts' padded input."""
+    """The row of each (token, choice) pair in the padded input of the experts."""
 
     slot: Tensor
-    """(N*K,) row of the pair in the (E*C) rows of expert input."""
+    """(N*K,) row of each pair among the (E*C) rows of expert input."""
     source: Tensor
     """(E*C,) token of each row; 0 for unused rows."""
     capacity: int
@@ -84,10 +84,11 @@ def dispatch_tokens(experts: Tensor, num_experts: int) -> TokenDispatch:
 
 
 class ExpertMLP(torch.autograd.Function):
-    """Sum over a token's experts of weight * SwiGLU_expert(token), with one batched product per matrix.
+    """Sum over a token's experts of weight * SwiGLU_expert(token), with one batched matmul per matrix.
 
-    Every expert gets as many rows as the one with the most tokens, so no token is dropped. Tokens are moved by gathers
-    in the forward and the backward pass, never by scatter-add, so the result does not depend on the order of threads.
+    The rows of every expert are padded to the number of tokens of the busiest expert, so that no token is dropped.
+    Tokens are moved by gathers in forward and backward pass, never by scatter-add, so that results do not depend on the
+    order of threads.
     """
 
     @staticmethod
@@ -119,13 +120,13 @@ class ExpertMLP(torch.autograd.Function):
 
 
 def grouped_mm_experts(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`ExpertMLP` by torch's grouped matrix products: no padding, and no synchronization with the device."""
+    """`ExpertMLP` with torch's grouped matmuls: without padding and without synchronization with the device."""
     E, K = w_in.shape[0], experts.shape[1]
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
     ends = flat.new_zeros(E).scatter_add_(0, flat, torch.ones_like(flat)).cumsum(0).int()
-    pairs = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # (N*K, D); its gradient is a sum in order
+    pairs = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # (N*K, D); the gradient is summed in a fixed order
     hidden = F.grouped_mm(pairs.index_select(0, order), w_in.mT, offs=ends)
     gate, up = (part.contiguous() for part in hidden.chunk(2, -1))
     out = F.grouped_mm(swiglu(gate, up), w_out.mT, offs=ends)
@@ -134,14 +135,15 @@ def grouped_mm_experts(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor
 
 
 def takes_grouped(w_in: Tensor, w_out: Tensor) -> bool:
-    """Whether torch's grouped products support experts w_in (E, 2I, D), w_out (E, D, I): bf16, on CUDA, widths that are
+    """Whether torch's grouped matmuls support experts w_in (E, 2I, D), w_out (E, D, I): bf16, on CUDA, widths that are
     multiples of 8."""
     widths = w_in.shape[2], w_out.shape[2]
     return cuda.is_device(w_in) and w_in.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """The experts of x (N, D) by the fastest implementation for its device; arguments as in `ExpertMLP`."""
+    """The output of the experts for x (N, D), with the fastest implementation for the device; arguments as in
+    `ExpertMLP`."""
     D, I = x.shape[1], w_out.shape[2]  # noqa: E741
     if kernels.takes(x, "experts") and D % kernels.LANES == 0 and I % kernels.LANES == 0:
         return kernels.expert_mlp(x, weights, experts, w_in, w_out)
@@ -151,7 +153,7 @@ def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out:
 
 
 class MoE(nn.Module):
-    """Shared experts, plus the num_experts_per_tok routed experts of each token."""
+    """Sum of the shared experts and of the num_experts_per_tok routed experts of each token."""
 
     bias: Tensor
 
@@ -169,11 +171,11 @@ class MoE(nn.Module):
         self.expert_module: nn.Module | None = None  # replaces `expert_mlp`: train/fp8.py, QuantizedExperts
 
     def forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x: (B, T, D), normed. routed_experts: (B, T, K) integers, experts to use in place of the router's choice; -1
-        uses the router. Weights always come from the current scores. Returns (output (B, T, D), routing).
-        """
+        """x: (B, T, D), normed. routed_experts: (B, T, K) integers, experts to use instead of the router's choice; -1
+        uses the router. Expert weights are always computed from the current scores. Returns (output (B, T, D),
+        routing)."""
         flat = x.flatten(0, 1)  # (N, D)
-        logits = F.linear(flat.float(), self.router.float())  # fp32, so that ties and ranks are stable
+        logits = F.linear(flat.float(), self.router.float())  # fp32, so that ties and rankings are stable
         scores = logits.sigmoid() if self.cfg.scoring == "sigmoid" else logits.softmax(-1)
         weights, experts = route(scores, self.bias, self.cfg)
         if routed_experts is not None:

@@ -1,6 +1,6 @@
-"""Multi-token prediction: an additional block that predicts token i+2 from the hidden state at i and token i+1.
+"""Multi-token prediction: an additional block that predicts token i+2 from hidden state i and token i+1.
 
-Embedding and head are shared with the main model (DeepSeek-V3 report, arXiv:2412.19437, section 2.2).
+The module shares embedding and head with the main model (DeepSeek-V3 report, arXiv:2412.19437, section 2.2).
 """
 
 import torch
@@ -25,9 +25,10 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
 
     def forward(self, hidden: Tensor, next_embedding: Tensor, ctx: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """hidden: (B, T, D), of the main model after its final norm. next_embedding: (B, T, D), of the next token.
+        """hidden: (B, T, D), hidden states of the main model after the final norm. next_embedding: (B, T, D), embedding
+        of the next token.
 
-        Returns (normed hidden (B, T, D), ready for the head; routing).
+        Returns (normed hidden states (B, T, D) for the head; routing).
         """
         out, routing = self.block(self.merged(hidden, next_embedding), ctx)
         return self.norm(out), routing

@@ -1,4 +1,4 @@
-"""Copies of a model for computing: in a lower precision beside fp32 master weights, or quantized."""
+"""Copies of a model for computation: in a lower precision than the fp32 master weights, or quantized."""
 
 import copy
 import functools
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
 RequestedPrecision = Literal["auto", "fp32", "bf16"]
-"""auto: bf16 where the device multiplies it faster than fp32 (`resolve_precision`)."""
+""""auto": bf16 if matmuls on the device are faster in bf16 than in fp32 (`resolve_precision`)."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-"""Format of the matrices in inference: "none" is the model's precision, the others are quantized."""
+"""Quantization of the matrices in inference; "none": the precision of the model."""
 QUANT_SCHEMES: dict[str, QuantScheme] = {"int8": Int8(), **BASE_SCHEMES}
 
 
@@ -41,7 +41,7 @@ def resolve_precision(requested: RequestedPrecision, device: torch.device | str 
 
 @functools.cache
 def _warn_of_emulation(reason: str) -> None:
-    log.warning("dtype=bf16 is slow on this processor (%s); use dtype=auto or fp32", reason)
+    log.warning("dtype=bf16 is slow on this processor (%s); use dtype=auto or dtype=fp32", reason)
 
 
 def cast_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -> Transformer:
@@ -64,10 +64,10 @@ def _cast_matrices(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def inference_copy(model: Transformer, dtype: torch.dtype, quantization: Quantization = "none") -> Transformer:
-    """`cast_copy` with adapters merged, at the model's precision, before the cast.
+    """`cast_copy` of the model with merged adapters; the merge is in the precision of the model, before the cast.
 
-    quantization: unless "none", matrices and output head are quantized from the model's own precision; the result is
-    then always a copy, and its products run in `dtype`.
+    quantization: unless "none", matrices and output head are quantized from the precision of the model; in this case
+    the result is always a copy, and matmuls run in `dtype`.
     """
     plain = merge_adapters(model)
     if quantization == "none":
@@ -77,7 +77,7 @@ def inference_copy(model: Transformer, dtype: torch.dtype, quantization: Quantiz
 
 @torch.no_grad()
 def _quantized_copy(model: Transformer, dtype: torch.dtype, quantization: QuantScheme) -> Transformer:
-    """A copy with quantized matrices; a head that is tied to the embedding gets a parameter of its own."""
+    """A copy with quantized matrices; a head that is tied to the embedding gets a separate parameter."""
     if quantized_weights(model):
         model = dequantize_model(copy.deepcopy(model))
     names = quantizable_matrices(model)
@@ -90,7 +90,7 @@ def _quantized_copy(model: Transformer, dtype: torch.dtype, quantization: QuantS
 
 @torch.no_grad()
 def update_copy(copied: nn.Module, model: nn.Module) -> None:
-    """Update a copy, made by `cast_copy` or `inference_copy`, from its model."""
+    """Update a copy created by `cast_copy` or `inference_copy` from the model."""
     if copied is model:
         return
     if adapters(model) and not adapters(copied):

@@ -1,9 +1,8 @@
-"""Modules with quantized weights, which are dequantized at each use: for inference and as the base of adapters.
+"""Modules with quantized weights that are dequantized at each use, for inference and as the frozen base of adapters.
 
-`quantize_model` replaces the linear layers and the stacks of routed experts of a model by quantized ones in any
-QuantScheme; `dequantize_model` reverts it. Of a stack only the experts that tokens are routed to are dequantized. A few
-rows in bf16 are multiplied with 8-bit weights directly. Gradients pass through to the input; the weights get none.
-"""
+`quantize_model` replaces the linear layers and the stacks of routed experts of a model by quantized modules in any
+QuantScheme; `dequantize_model` reverts this. Only experts with routed tokens are dequantized. Matmuls of a few bf16
+rows use 8-bit weights directly. Gradients flow to the input; the weights have no gradient."""
 
 # Shapes in this file: N outputs, K inputs, leading dimensions (...) are independent matrices, E experts, P matrices
 # stacked in one parameter (gate and up: 2), U experts in use, D hidden size, I intermediate size of one expert.
@@ -31,24 +30,24 @@ Index = tuple[int | Tensor, ...]
 
 
 class QuantizedWeight(nn.Module):
-    """Quantized matrices (..., N, K). The parts are buffers that move with the model and are never cast."""
+    """Quantized matrices (..., N, K). The parts are buffers that move with the model to devices and are never cast."""
 
     def __init__(self, quantization: QuantScheme, weight: Tensor, dtype: torch.dtype):
-        """Quantizes weight (..., N, K). dtype: the default dtype of `dequantize`."""
+        """Quantize weight (..., N, K). dtype: the default dtype of `dequantize`."""
         super().__init__()
         self.quantization, self.shape, self.dtype = quantization, tuple(weight.shape), dtype
         for name, part in quantization.quantize(weight).items():
             self.register_buffer(name, part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
-        """Move without casting: `fn` gets the parts as bytes, so a cast of floats does not apply."""
+        """Move without casting: `fn` gets the parts as bytes, so that casts of floats do not apply."""
         for name, part in self._buffers.items():
             assert part is not None
             self._buffers[name] = fn(part.view(torch.uint8)).view(part.dtype)
         return self
 
     def parts(self, index: Index = ()) -> Parts:
-        """The parts of the matrices at `index` of the leading dimensions: views, or copies where `index` has a
+        """The parts of the matrices at `index` of the leading dimensions: views, or copies if `index` contains a
         tensor."""
         return {name: part[index] for name, part in self.named_buffers()}
 
@@ -58,7 +57,7 @@ class QuantizedWeight(nn.Module):
             part.copy_(parts[name])
 
     def dequantize(self, index: Index = (), dtype: torch.dtype | None = None) -> Tensor:
-        """The matrices at `index`, in `dtype` or by default the module's."""
+        """The matrices at `index`, dequantized to `dtype`; None: the dtype of the module."""
         parts = self.parts(index)
         first = next(iter(parts.values()))
         out = torch.empty(*first.shape[:-2], *self.shape[-2:], dtype=dtype or self.dtype, device=first.device)
@@ -72,7 +71,8 @@ class QuantizedWeight(nn.Module):
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """x (..., K) times a quantized (N, K) transposed, plus bias (N,) or None; the backward pass dequantizes again."""
+    """x (..., K) times a quantized matrix (N, K) transposed, plus bias (N,) or None; the backward pass dequantizes
+    again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with a quantized matrix; `weight` dequantizes it."""
+    """A linear layer with a quantized matrix; `weight` is the dequantized matrix."""
 
     def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter | None):
         nn.Module.__init__(self)
@@ -100,11 +100,11 @@ class QuantizedLinear(nn.Linear):
         return self.quantized.dequantize()
 
     def parts_8bit(self) -> Parts | None:
-        """qweight (N, K) and scale of an 8-bit scheme; None for other schemes."""
+        """The parts qweight (N, K) and scale of an 8-bit scheme; None for other schemes."""
         return self.quantized.parts() if isinstance(self.quantized.quantization, Int8 | FP8Blocks) else None
 
     def int8_parts(self) -> Parts | None:
-        """qweight (N, K) and scale (N, 1) of int8, which kernels read directly; None for other schemes."""
+        """The parts qweight (N, K) and scale (N, 1) of int8, which kernels read directly; None for other schemes."""
         return self.quantized.parts() if isinstance(self.quantized.quantization, Int8) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class QuantizedExperts(nn.Module):
 
 
 EXPERT_STACKS = {"w_in": 2, "w_out": 1}
-"""Number of matrices per expert in each parameter of a MoE."""
+"""Number of matrices per expert in each stacked parameter of MoE."""
 
 
 def quantizable_matrices(model: Transformer) -> list[str]:
@@ -153,10 +153,10 @@ def quantizable_matrices(model: Transformer) -> list[str]:
 def quantize_model(
     model: Transformer, quantization: QuantScheme, names: Collection[str], dtype: torch.dtype | None = None
 ) -> None:
-    """Quantize the named parameters in place; works on the meta device too.
+    """Quantize the named parameters in place; also works on the meta device.
 
-    names: as in state_dict, of linear layers and stacks of experts (both stacks of a layer or none). dtype: the default
-    dtype of dequantized matrices; None for the parameter's.
+    names: names in state_dict of linear layers and stacks of experts (both stacks of a layer or neither). dtype: the
+    default dtype of dequantized matrices; None: the dtype of the parameter.
     """
     for name in names:
         owner, _, leaf = name.rpartition(".")
@@ -175,7 +175,7 @@ def quantize_model(
 
 
 def dequantize_model(model: M) -> M:
-    """Turn all quantized weights into parameters, in place; returns the model."""
+    """Convert all quantized weights to parameters, in place; returns the model."""
     for name, quantized in quantized_weights(model).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)

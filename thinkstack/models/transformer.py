@@ -1,6 +1,6 @@
-"""The model of the package: one class that trains, generates, evaluates and serves every family.
+"""The model of the package: one class for training, generation, evaluation and serving of all model families.
 
-Single-device code; parallelism, compilation and casts are applied to a built model from outside.
+The code is for a single device; other modules apply parallelism, compilation and casts to an existing model.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, V vocabulary size.
@@ -24,11 +24,11 @@ class Trunk(NamedTuple):
     """The output of the main model before the head."""
 
     hidden: Tensor
-    """(B, T, D) after the final norm."""
+    """Hidden states (B, T, D) after the final norm."""
     routing: list[Routing]
-    """One per mixture-of-experts layer, in layer order."""
+    """Routing of each mixture-of-experts layer, in layer order."""
     context: AttentionContext
-    """Mask and rotary tables, for the multi-token-prediction modules."""
+    """Attention mask and rotary tables, for the multi-token-prediction modules."""
 
 
 class Transformer(nn.Module):
@@ -44,11 +44,11 @@ class Transformer(nn.Module):
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.uses_flex_attention = False
-        """Whether to use FlexAttention, which is fast only in compiled blocks; set from outside."""
+        """Whether to use FlexAttention, which is fast only in compiled blocks; set by the caller."""
         self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
 
     def blocks(self) -> list[Block]:
-        """All blocks in layer order, those of the multi-token-prediction modules last."""
+        """All blocks in layer order, blocks of multi-token-prediction modules last."""
         return [*self.layers, *(module.block for module in self.mtp)]  # type: ignore[list-item, union-attr]
 
     @torch.no_grad()
@@ -86,14 +86,13 @@ class Transformer(nn.Module):
     ) -> Trunk:
         """Run all blocks and the final norm.
 
-        ids: (B, T) int64. positions: (B, T) int64, by default 0, 1, 2, ... document_ids: (B, T) int64; a run of equal
-        ids is a document, and tokens attend only within their document; by default a row is one document. cache: of the
-        engine; ids are then (N, 1), positions count from the start of each token's sequence, and the caller has
-        validated both. experts: (B, T, L, K) integers, the experts to use in each of the L mixture-of-experts layers in
-        place of the routers' choice; -1 uses the router. branches: (B, T) int64, the branch of its document that each
-        token belongs to, as in types.Batch.
-        Raises RequestError for a token id outside the vocabulary or a row beyond max_positions.
-        """
+        ids: (B, T) int64. positions: (B, T) int64; None: 0, 1, 2, ... document_ids: (B, T) int64; a run of equal ids is
+        a document, and tokens attend only within their document; None: each row is one document. cache: the KV cache of
+        the engine; with a cache, ids are (N, 1), positions count from the start of each sequence, and the caller has
+        validated both. experts: (B, T, L, K) integers, the experts to use in each of the L mixture-of-experts layers
+        instead of the experts chosen by the router; -1 uses the router. branches: (B, T) int64, the branch of each
+        token within its document, as in types.Batch. Raises RequestError for a token id outside the vocabulary or a
+        position beyond max_positions."""
         if cache is None:
             self.check(ids, positions)
         hidden = self.embed(ids)  # (B, T, D)
@@ -116,26 +115,28 @@ class Transformer(nn.Module):
 
     def cached_context(self, positions: Tensor, cache: LayerCache) -> AttentionContext:
         """The attention context of new tokens at positions (N, 1) of their cached sequences."""
-        kv_range = positions.new_zeros(1, 1, 3, dtype=torch.int32)  # from the first token to `last`, nothing hidden
+        kv_range = positions.new_zeros(
+            1, 1, 3, dtype=torch.int32
+        )  # from the first token to `last`, without a hidden interval
         rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
         return AttentionContext(rope=rope, kv_range=kv_range, last=positions, cache=cache)
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
-        """Hidden states (N, 1, D) of the first multi-token-prediction module: at position i it predicts token i+2.
+        """Hidden states (N, 1, D) of the first multi-token-prediction module, which predicts token i+2 at position i.
 
-        hidden: (N, 1, D), normed, of the tokens at positions (N, 1). following: (N, 1) int64, the tokens after them.
-        cache: as in `trunk`, with a layer for the module.
+        hidden: (N, 1, D), normed hidden states of the tokens at positions (N, 1). following: (N, 1) int64, the next
+        token of each. cache: as in `trunk`, with a layer for the module.
         """
         return self.mtp[0](hidden, self.embed(following), self.cached_context(positions, cache))[0]
 
     def mtp_hidden_states(
         self, trunk: Trunk, ids: Tensor, detached: bool = False
     ) -> tuple[list[Tensor], list[Routing]]:
-        """Hidden states of the multi-token-prediction modules: the k-th, from 0, predicts token i+2+k at position i.
+        """Hidden states of the multi-token-prediction modules; module k (from 0) predicts token i+2+k at position i.
 
         detached: stop gradients to the trunk and the embedding. Returns (one (B, T, D) per module, one Routing per
-        module with experts). The last k + 1 positions of a document get a token of the next one, or padding, as input;
-        the loss masks them.
+        module with experts). The last k + 1 positions of a document have a token of the next document, or padding, as
+        input; the loss masks these positions.
         """
         hidden, states, routing = trunk.hidden.detach() if detached else trunk.hidden, [], []
         for depth, module in enumerate(self.mtp):
@@ -151,13 +152,18 @@ class Transformer(nn.Module):
         """Raise RequestError for ids outside the vocabulary, an empty batch, or positions beyond max_positions."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise RequestError(
-                f"token ids have shape {tuple(ids.shape)}; expected (rows, tokens) with at least one token"
+                f"token ids have shape {tuple(ids.shape)}; the shape must be (rows, tokens) with at least one token"
             )
         if torch.compiler.is_compiling():
             return
         length = ids.shape[1] if positions is None else int(positions.max()) + 1
         if length > self.cfg.max_positions:
-            raise RequestError(f"{length} tokens exceed this model's {self.cfg.max_positions}; shorten the prompt")
+            raise RequestError(
+                f"{length} tokens exceed this model's maximum context length of {self.cfg.max_positions} tokens; "
+                "shorten the prompt"
+            )
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= self.cfg.vocab_size:
-            raise RequestError(f"token id {high if low >= 0 else low} lies outside 0..{self.cfg.vocab_size - 1}")
+            raise RequestError(
+                f"token id {high if low >= 0 else low} is outside the vocabulary, 0..{self.cfg.vocab_size - 1}"
+            )

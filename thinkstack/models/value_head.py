@@ -13,19 +13,19 @@ from thinkstack.models.transformer import Transformer
 
 
 class ValueModel(Transformer):
-    """A transformer that predicts the remaining return at each position in place of the next token."""
+    """A transformer that predicts the remaining return at each position instead of the next token."""
 
     def __init__(self, cfg: ModelConfig):
-        """cfg: of the policy; the critic has neither its MTP modules nor its head."""
+        """cfg: configuration of the policy; the critic has no MTP modules and no language-model head."""
         super().__init__(replace(cfg, mtp_layers=0, tie_embeddings=False))
         del self.head
-        # vectors, because these stay fp32 in a bf16 copy (bf16 rounds a return near 1 to 3 digits) and have no decay
+        # vectors stay fp32 in a bf16 copy (bf16 rounds a return near 1 to 3 digits) and have no weight decay
         self.value_weight = nn.Parameter(torch.zeros(cfg.hidden_size))
         self.value_bias = nn.Parameter(torch.zeros(1))
 
     @classmethod
     def from_policy(cls, policy: Transformer) -> "ValueModel":
-        """A critic that starts from the policy's trunk and predicts 0 everywhere."""
+        """A critic that is initialized with the trunk of the policy and predicts 0 everywhere."""
         critic = cls(policy.cfg)
         trunk = {k: v for k, v in policy.state_dict().items() if not k.startswith(("head.", "mtp."))}
         missing, unexpected = critic.load_state_dict(trunk, strict=False)
@@ -33,7 +33,7 @@ class ValueModel(Transformer):
         return critic
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Predicted returns, (...) fp32, of hidden states (..., D)."""
+        """Predicted returns (...) fp32 from hidden states (..., D)."""
         return hidden.float() @ self.value_weight + self.value_bias
 
     def forward(

@@ -1,9 +1,10 @@
-"""Tensor- and expert-parallel inference: one model over several processes.
+"""Tensor- and expert-parallel inference: one model sharded across several processes.
 
-Applied to a built model from outside. Each rank has some attention heads with their part of the output projection,
-some columns of dense and shared feed-forwards, and some complete routed experts; embedding, head, latent projections,
-router and norms are replicated. Two all-reduces per block give all ranks the same hidden states, so they sample the
-same tokens without a driver. The sharding is that of DeepSeek-V3, inference/model.py, except for embedding and head.
+The sharding is applied to an existing model. Each rank has a part of the attention heads with the corresponding part of
+the output projection, a part of the columns of dense and shared feed-forwards, and a part of the routed experts;
+embedding, head, latent projections, router and norms are replicated. Two all-reduces per block give all ranks the same
+hidden states, so that all ranks sample the same tokens without a driver process. The sharding is the same as in
+DeepSeek-V3, inference/model.py, except for embedding and head.
 """
 
 # Shapes in this file: N tokens, D hidden size, K experts per token, E experts of this rank, I intermediate size.
@@ -37,23 +38,25 @@ class Ranks:
     count: int = 1
 
     def share(self, total: int) -> slice:
-        """The indices of this rank's part of `total` items."""
+        """The indices of the part of `total` items that belongs to this rank."""
         size = total // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 def init_ranks(device: str = "cpu") -> Ranks:
-    """Join the process group that torchrun started; without torchrun a single rank."""
+    """Join the process group of torchrun; without torchrun, return a single rank."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)  # otherwise its threads may abort the process at exit
+        atexit.register(
+            distributed.destroy_process_group
+        )  # otherwise threads of the process group may abort the process at exit
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
 def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
-    """The configuration of the part of each of `count` ranks: some heads and feed-forward columns, no MTP modules.
+    """The configuration of each rank's shard for `count` ranks: a part of heads and feed-forward columns, no MTP.
 
     Raises ConfigError for a size that is not divisible by `count`.
     """
@@ -62,13 +65,13 @@ def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
     if not isinstance(a, MLAConfig):
         parts["key/value heads"] = a.num_kv_heads
         if a.out_bias and count > 1:
-            raise ConfigError("a bias on the output of attention would be added by every rank; use one process")
+            raise ConfigError("every rank would add the output bias of attention; use one process for this model")
     if cfg.moe is not None:
         parts |= {"routed experts": cfg.moe.num_experts, "width of the shared experts": cfg.moe.shared_size}
     for what, total in parts.items():
         if total % count:
             raise ConfigError(
-                f"{total} {what} do not divide among {count} processes; use a number of processes that divides {total}"
+                f"{what}: {total} is not divisible by {count} processes; use a number of processes that divides {total}"
             )
     changed: dict[str, Any] = {"num_heads": a.num_heads // count}
     if not isinstance(a, MLAConfig):
@@ -78,7 +81,7 @@ def local_config(cfg: ModelConfig, count: int) -> ModelConfig:
 
 
 def local_model(cfg: ModelConfig, ranks: Ranks) -> Transformer:
-    """A model on the meta device with the shapes of this rank and all-reduces in its forward pass.
+    """A model on the meta device with the shapes of this rank and all-reduces in the forward pass.
 
     cfg: configuration of the complete model.
     """
@@ -95,7 +98,7 @@ def local_model(cfg: ModelConfig, ranks: Ranks) -> Transformer:
 
 
 def shard_experts(moe: MoE, ranks: Ranks) -> None:
-    """Reduce the parameters of `moe` to this rank's routed experts and its part of the shared ones."""
+    """Reduce the parameters of `moe` to the routed experts of this rank and its part of the shared experts."""
     local = ranks.share(moe.cfg.num_experts)
     for name in ("w_in", "w_out"):
         setattr(moe, name, nn.Parameter(getattr(moe, name)[local].clone()))
@@ -108,7 +111,7 @@ def shard_experts(moe: MoE, ranks: Ranks) -> None:
 
 
 class LocalExperts(nn.Module):
-    """The routed experts of one rank; the result lacks the contributions of the other ranks."""
+    """The routed experts of one rank; the result does not include the contributions of other ranks."""
 
     def __init__(self, first: int):
         """first: index of the first expert of this rank."""
@@ -127,7 +130,7 @@ class LocalExperts(nn.Module):
 
 
 def _all_reduced(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """A forward hook: the sum of the output of a sublayer over all ranks, in fp32."""
+    """A forward hook that sums the output of a sublayer over all ranks, in fp32."""
     if isinstance(output, tuple):
         return (_all_reduced(module, inputs, output[0]), *output[1:])
     total = output.float()
@@ -136,7 +139,7 @@ def _all_reduced(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def local_part(name: str, full: Tensor, cfg: ModelConfig, ranks: Ranks) -> Tensor:
-    """This rank's part of a parameter of the complete model, by its name; the caller selects the experts."""
+    """This rank's part of the parameter `name` of the complete model; the caller selects the experts."""
     if REPLICATED_MLA.search(name):
         return full
     if ROWS.search(name):

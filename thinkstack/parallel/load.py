@@ -1,4 +1,4 @@
-"""Load the part of a checkpoint that one of several processes needs, one tensor at a time."""
+"""Load this rank's shard of a checkpoint, one tensor at a time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,9 @@ from thinkstack.parallel.inference import Ranks, local_model, local_part
 
 @torch.no_grad()
 def load_shard(source: str | Path, ranks: Ranks, dtype: torch.dtype = torch.float32) -> Transformer:
-    """This rank's part of the model at `source`, in `dtype`, on the CPU (see parallel/inference.py).
+    """This rank's shard of the model at `source`, in `dtype`, on the CPU (see parallel/inference.py).
 
-    Raises ConfigError like load_model, and for a model that does not divide among the ranks.
+    Raises ConfigError like load_model, and for a model whose sizes are not divisible by the number of ranks.
     """
     opened = open_source(source)
     cfg = replace(opened.cfg, mtp_layers=0)

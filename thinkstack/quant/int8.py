@@ -1,4 +1,4 @@
-"""int8 quantization of matrices, one scale per output."""
+"""int8 quantization of matrices with per-row scales (one scale per output)."""
 
 # Shapes in this file: N outputs, K inputs, leading dimensions (...) are independent matrices.
 
@@ -12,7 +12,7 @@ from thinkstack.quant.scheme import Parts
 
 @dataclass(frozen=True)
 class Int8:
-    """Symmetric int8 in -127..127, one scale per output: the largest magnitude of its row / 127."""
+    """Symmetric int8 in -127..127; the per-row scale is the largest magnitude of the row divided by 127."""
 
     @property
     def name(self) -> str:

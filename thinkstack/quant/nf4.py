@@ -11,8 +11,8 @@ from torch import Tensor
 from thinkstack.quant.scheme import Parts
 
 BLOCK = 64
-"""Consecutive inputs that share a scale."""
-# Quantiles of a normal distribution, scaled to [-1, 1], one of them 0 (appendix E).
+"""Number of consecutive inputs with a common scale."""
+# Quantiles of a normal distribution, scaled to [-1, 1]; one quantile is 0 (appendix E).
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -24,9 +24,8 @@ LEVELS = (
 class NF4Blocks:
     """16 levels, two numbers per byte, and a bf16 scale per 64 numbers: 4.25 bits per number.
 
-    The scale is the block's largest magnitude, rounded up to bf16. The paper quantizes the scales to 8 bits as well
-    (double quantization), which saves another 0.12 bits per number.
-    """
+    The scale is the largest magnitude of the block, rounded up to bf16. The paper additionally quantizes the scales to
+    8 bits (double quantization), which saves another 0.12 bits per number."""
 
     @property
     def name(self) -> str:

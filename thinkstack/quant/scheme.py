@@ -7,16 +7,16 @@ from typing import Protocol
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""The tensors of quantized matrices (..., N, K), by name (`qweight`, `scale`): two dimensions each after the same
-leading ones."""
+"""The tensors of quantized matrices (..., N, K), by name (`qweight`, `scale`). Each has the leading dimensions of the
+matrices and two further dimensions."""
 
 
 class QuantScheme(Protocol):
-    """A weight format: a value with two functions."""
+    """A format of quantized weights, with functions to quantize and dequantize."""
 
     @property
     def name(self) -> str:
-        """The name in messages and commands."""
+        """Name of the scheme in messages and settings."""
 
     def quantize(self, weight: Tensor) -> Parts:
         """Quantize weight (..., N, K), a float tensor on any device, meta included."""

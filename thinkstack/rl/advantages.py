@@ -1,4 +1,4 @@
-"""Advantages of the rollouts of a step: relative to the group, to the whole step, or to a critic."""
+"""Advantages of the rollouts of a step, with the baseline of the group, the step or a critic."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,11 +18,11 @@ from thinkstack.rl.groups import (
 from thinkstack.types import Rollout
 
 KLPenalties = Sequence[Sequence[float]]
-"""For each completion the amount subtracted from the reward of each of its tokens."""
+"""For each completion, the KL penalty subtracted from the reward of each token."""
 
 
 class RolloutAdvantages(NamedTuple):
-    """The rollouts a step trains on, with their advantages."""
+    """The rollouts that a step trains on, with their advantages."""
 
     rollouts: list[Rollout]
     advantages: list[Advantage]
@@ -32,10 +32,10 @@ class RolloutAdvantages(NamedTuple):
 
 
 def select_rollouts(rollouts: Sequence[Rollout], cfg: RLConfig) -> list[Rollout]:
-    """The rollouts that enter the baseline.
+    """The rollouts that are used for the baseline.
 
-    cfg.truncated="drop" removes truncated completions. Advantages that do not use the group also need a score, so
-    unscorable rollouts are removed for them.
+    cfg.truncated="drop" removes truncated completions. If the advantage does not use the group, unscorable rollouts are
+    removed as well.
     """
     needs_score = cfg.advantage not in GROUP_KINDS
     selected = [rollout for rollout in rollouts if not (cfg.truncated == "drop" and is_truncated(rollout))]
@@ -52,7 +52,7 @@ def shaped_reward(rollout: Rollout, cfg: RLConfig) -> float | None:
 
 
 def token_rewards(reward: float | None, kl_penalties: Sequence[float]) -> list[float]:
-    """Reward of each token: minus its KL penalty, plus the reward of the completion on the last token."""
+    """Reward of each token: minus the KL penalty of the token, plus the reward of the completion at the last token."""
     assert reward is not None, "select_rollouts removes unscorable rollouts"
     return [-penalty for penalty in kl_penalties[:-1]] + [reward - kl_penalties[-1]]
 
@@ -66,7 +66,7 @@ def compute_advantages(
 ) -> RolloutAdvantages:
     """Advantages of selected rollouts.
 
-    kl_penalties: in the order of `rollouts`. gae_lambda: overrides that of the critic.
+    kl_penalties: in the order of `rollouts`. gae_lambda: overrides cfg.critic.gae_lambda.
     """
     rewards = [shaped_reward(rollout, cfg) for rollout in rollouts]
     advantages: Sequence[Advantage]

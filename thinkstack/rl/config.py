@@ -1,4 +1,4 @@
-"""Settings of reinforcement learning, presets of published algorithms, and checks for contradictory settings.
+"""Settings of reinforcement learning, presets of published algorithms, and checks for conflicting settings.
 
 A preset is a table of default settings; the user's settings override it.
 """
@@ -77,91 +77,91 @@ DEFINING: dict[str, dict[str, Any]] = {
     "reinforce++": {"advantage": "batch"},
     "ppo": {"advantage": "gae"},
 }
-"""The settings that define the algorithm of each preset; all its other settings may be overridden."""
+"""The settings that define the algorithm of each preset and cannot be overridden."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    """One run of reinforcement learning."""
+    """Settings of a reinforcement learning stage."""
 
     start: str
-    """Checkpoint or earlier stage to start from."""
+    """Checkpoint, or name of an earlier stage, to start from."""
     preset: Preset = "default"
-    """Algorithm whose defaults apply, see PRESETS; its defining settings (DEFINING) cannot be overridden."""
+    """Name of the algorithm whose defaults apply (PRESETS); the settings in DEFINING cannot be overridden."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Tasks of evaluations during training, and of training where no phases are given."""
+    """Tasks of evaluations during training, and of training if `phases` is empty."""
     phases: tuple[PhaseConfig, ...] = ()
-    """A curriculum: the tasks of each part of the run; empty trains on all tasks throughout."""
+    """Curriculum: the tasks of each part of the run; empty: train on all tasks for the entire run."""
     files: dict[str, str] = field(default_factory=dict)
-    """Published data sets for training and evaluation (tasks/table.py): the folder of each, with the files of its
-    splits."""
+    """Published data sets for training and evaluation (tasks/table.py), with the folder that contains the files of the
+    splits of each."""
     languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty uses all."""
+    """Languages of generated questions; empty: all languages."""
     held_out_levels: tuple[int, ...] = ()
     """Difficulty levels excluded from training."""
     steps: Count = 100
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     prompts_per_step: Count = 24
-    """Prompts (groups) per rollout step."""
+    """Number of prompts (groups) per rollout step."""
     group_size: Count = 16
-    """Completions sampled per prompt (G)."""
+    """Number of completions sampled per prompt (G)."""
     minibatches: Count = 1
-    """Optimizer steps per rollout step; from the second on the clipped ratio differs from 1."""
+    """Number of optimizer steps per rollout step; from the second step on, the ratio differs from 1."""
     max_tokens: Count = 128
-    """Maximum tokens of a completion; longer ones are truncated and scored as they are, mostly with 0."""
+    """Maximum number of tokens of a completion; truncated completions are scored as they are, mostly with 0."""
     max_prompt_tokens: CountOrZero = 0
-    """Maximum tokens of a prompt; problems with longer prompts are skipped and counted. 0: what the context leaves
-    beside max_tokens."""
+    """Maximum number of tokens of a prompt; problems with longer prompts are skipped and counted. 0: the context length
+    minus max_tokens."""
     rollout_dtype: RequestedPrecision = "fp32"
-    """Precision of sampling; auto: bf16 where that is faster. The loss corrects for a trainer of another precision."""
+    """Precision of sampling; "auto": bf16 if it is faster. The loss corrects for a different precision of the
+    trainer."""
     rollout_quantization: Quantization = "none"
-    """Quantization of the weights for sampling: plain (none), int8, fp8 or nf4; the loss corrects for it."""
+    """Quantization of the weights for sampling: "none", "int8", "fp8" or "nf4"; the loss corrects for it."""
     servers: ServersConfig = ServersConfig()
-    """vLLM servers that sample the completions instead of this process; rollout_dtype is then the precision of the
-    weights sent to them."""
+    """vLLM servers that sample the completions instead of this process; with servers, rollout_dtype is the precision of
+    the weights sent to them."""
     truncated: Literal["keep", "mask", "drop"] = "keep"
-    """Truncated completions: "keep" in baseline and loss, "mask" out of the loss only, "drop" from both."""
+    """Truncated completions: "keep" uses them in baseline and loss, "mask" only in the baseline, "drop" in neither."""
     overlong_penalty: Weight = 0.0
     """Subtracted from the reward of a completion of max_tokens (DAPO, arXiv:2503.14476, section 3.4); 0 is off."""
     overlong_share: Share = 0.2
-    """Share of max_tokens, at its end, over which that penalty grows from 0."""
+    """Last share of max_tokens, over which the overlong penalty grows from 0."""
     top_p: Share = 1.0
     """Must be 1: tokens outside a nucleus have probability 0 in the engine and a positive one in the trainer."""
     advantage: AdvantageKind = "centered"
-    """Baseline of the rewards: the group ("centered", "standardized"), the step ("batch") or a critic ("gae")."""
+    """Baseline of the rewards: the group ("centered", "standardized"), the entire step ("batch") or a critic
+    ("gae")."""
     critic: CriticConfig = CriticConfig()
     """The value model; only with advantage="gae"."""
     reward: RewardConfig = RewardConfig()
     """The reward function."""
     loss: PolicyLossConfig = PolicyLossConfig()
-    """The policy loss; its temperature is also that of the rollouts."""
+    """The policy loss; loss.temperature is also the sampling temperature of the rollouts."""
     trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, balance_weight=0.0, mtp_detached=True)
-    """Precision and optimizer. The balance bias is frozen, so that equal weights are the same policy throughout a
-    step."""
+    """Precision and optimizer. The balance bias is frozen, so that the policy of a step is defined by the weights."""
     row_tokens: Count = 256
-    """Tokens per packed row."""
+    """Number of tokens per packed row."""
     router_replay: bool = False
     """Train each token with the experts that the engine chose for it, so that rounding cannot change the choice
-    (arXiv:2510.11370; V3.2's "keep routing", arXiv:2512.02556). Only for models with experts."""
+    (arXiv:2510.11370; "keep routing" in V3.2, arXiv:2512.02556). Only for models with experts."""
     dynamic_sampling: bool = True
-    """Replace groups whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
+    """Replace zero-variance groups, whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
     max_rounds: Count = 3
-    """Maximum sampling rounds per rollout step."""
+    """Maximum number of sampling rounds per rollout step."""
     unscorable_limit: Share = 0.1
-    """Share of unscorable completions of a step above which the run fails: the verifier is then broken, not the
-    model."""
+    """Share of unscorable completions of a step above which the run fails, because the verifier is likely broken."""
     reference_steps: CountOrZero = 400
-    """Optimizer steps between two replacements of the reference by the policy; only with a KL term."""
+    """Optimizer steps between two updates of the reference model to the policy; only with a KL term."""
     rollout_steps: CountOrZero = 1
-    """Steps between two writes of the rollouts to disk; 0 writes none."""
+    """Steps between two writes of the rollouts to disk; 0: never write."""
     eval_steps: CountOrZero = 10
-    """Steps between two evaluations during training; 0 runs none."""
+    """Steps between two evaluations during training; 0: no evaluations."""
     eval_problems: Count = 48
-    """Held-out problems per evaluation."""
+    """Number of held-out problems per evaluation."""
     eval_samples: Count = 16
-    """Completions sampled per problem of an evaluation."""
+    """Number of completions sampled per problem of an evaluation."""
     save_steps: CountOrZero = 20
-    """Steps between two saves of the training state; 0 saves none."""
+    """Steps between two saves of the training state; 0: never save."""
     seed: Seed = 0
     """Seed of the problems and of sampling."""
 
@@ -175,10 +175,12 @@ class RLConfig:
             if self.held_out_levels:
                 raise ConfigError(
                     f"held_out_levels={list(self.held_out_levels)} has no effect with phases; set "
-                    "phases.levels for each task"
+                    "the levels in phases for each task"
                 )
         elif self.files:
-            raise ConfigError(f"files={self.files} are used in phases only; set phases, with the weight of each task")
+            raise ConfigError(
+                f"files={self.files} has no effect without phases; set phases, with the weight of each task"
+            )
         if self.top_p != 1:
             raise ConfigError(
                 f"top_p={self.top_p}: training rollouts must be sampled from the full distribution, or the engine's "
@@ -190,7 +192,7 @@ class RLConfig:
             )
         if self.minibatches > self.prompts_per_step:
             raise ConfigError(
-                f"minibatches={self.minibatches} exceeds prompts_per_step={self.prompts_per_step}; use fewer"
+                f"minibatches={self.minibatches} exceeds prompts_per_step={self.prompts_per_step}; lower minibatches"
             )
         if self.overlong_penalty < 0 or not 0 < self.overlong_share <= 1:
             raise ConfigError(
@@ -201,25 +203,26 @@ class RLConfig:
 
 
 def check_contradictions(cfg: RLConfig) -> None:
-    """Raise ConfigError for settings that cancel each other, or that differ from what defines the preset."""
+    """Raise ConfigError for settings that cancel each other, or that differ from the defining settings of the
+    preset."""
     if cfg.loss.reduction == "fixed" and cfg.advantage == "standardized":
         raise ConfigError(
             "advantage='standardized' restores the bias that loss.reduction='fixed' (Dr. GRPO) removes: easy and "
-            "hard problems get larger steps; use advantage='centered', or reduction='sequence'"
+            "hard problems get larger steps; use advantage='centered', or loss.reduction='sequence'"
         )
     if cfg.dynamic_sampling and cfg.advantage not in GROUP_KINDS:
         raise ConfigError(
-            f"dynamic_sampling=true drops groups of equal rewards, which advantage={cfg.advantage!r} trains on; "
+            f"dynamic_sampling=true drops zero-variance groups, which advantage={cfg.advantage!r} trains on; "
             "use dynamic_sampling=false"
         )
     if cfg.trainer.lora.rank and cfg.loss.kl and cfg.steps > cfg.reference_steps:
         raise ConfigError(
-            f"reference_steps={cfg.reference_steps} would replace the reference, which with lora.rank="
-            f"{cfg.trainer.lora.rank} is the frozen model itself; use reference_steps={cfg.steps} or more"
+            f"reference_steps={cfg.reference_steps} would update the reference model, which with "
+            f"trainer.lora.rank={cfg.trainer.lora.rank} is the frozen model; use reference_steps={cfg.steps} or more"
         )
     if cfg.advantage != "gae" and cfg.critic != CriticConfig():
         raise ConfigError(
-            f"critic settings have no effect with advantage={cfg.advantage!r}; use 'gae' or leave them out"
+            f"critic settings have no effect with advantage={cfg.advantage!r}; use advantage='gae' or leave them out"
         )
     for path, required in DEFINING.get(cfg.preset, {}).items():
         value: Any = cfg
@@ -227,6 +230,7 @@ def check_contradictions(cfg: RLConfig) -> None:
             value = getattr(value, name)
         if value != required:
             raise ConfigError(
-                f"{path}={value!r} is not preset {cfg.preset!r}, which has {required!r}; leave it out, or use "
+                f"{path}={value!r} conflicts with preset={cfg.preset!r}, which requires {required!r}; "
+                "leave it out, or use "
                 "preset='default' and set each value"
             )

@@ -1,4 +1,4 @@
-"""The critic of PPO, which GRPO does without (docs/algorithms/ppo.md)."""
+"""The critic of PPO (docs/algorithms/ppo.md); GRPO has no critic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,21 +27,23 @@ PREFIX = "critic."
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The value model of PPO (arXiv:1707.06347) and the advantage estimate made from it."""
+    """Settings of PPO's value model (arXiv:1707.06347) and of generalized advantage estimation."""
 
     learning_rate: Positive = 1e-3
-    """Peak learning rate of the critic; its other trainer settings are the policy's, but it never has adapters."""
+    """Peak learning rate of the critic. Other trainer settings are shared with the policy; the critic has no
+    adapters."""
     gamma: Share = 1.0
     """Discount per token; 1 makes the return independent of the length."""
     gae_lambda: Share = 1.0
-    """Lambda of the advantage estimate; 1 is unbiased, below 1 predicted values replace later rewards in part."""
+    """Lambda of the advantage estimate; 1 is unbiased; below 1, predicted values partly replace later rewards."""
     clip: Weight = 0.2
-    """Value clipping: the loss is the larger one of the prediction and of the prediction clipped to within this of the
-    old value; 0 is off."""
+    """Value clipping: the loss is the larger of two losses, of the prediction and of the prediction clipped to within
+    this distance of the old value; 0 is off."""
     whiten: bool = True
-    """Whiten the advantages of a step: mean 0, standard deviation 1."""
+    """Whiten the advantages of a step to mean 0 and standard deviation 1."""
     prefit_steps: CountOrZero = 0
-    """Rollout steps that train the critic alone before the policy's first step (arXiv:2503.01491, section 4.1)."""
+    """Number of rollout steps that train only the critic, before the first step of the policy (arXiv:2503.01491,
+    section 4.1)."""
 
     def __post_init__(self) -> None:
         if not (0 < self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
@@ -67,13 +69,13 @@ CriticBatch = tuple[list[Rollout], list[ValueTarget]]
 
 
 class Critic:
-    """A value model and the trainer that fits it to returns."""
+    """A value model and its trainer, which fits the model to returns."""
 
     def __init__(
         self, policy: Transformer, cfg: CriticConfig, trainer: TrainerConfig, steps: int, row_tokens: int, folder: Path
     ):
         """trainer: settings of the policy's trainer. steps: length of the learning-rate schedule, without prefit_steps.
-        folder: where a batch with a non-finite gradient is dumped."""
+        folder: folder for dumps of batches with non-finite gradients."""
         self.cfg, self.row_tokens = cfg, row_tokens
         optim = replace(trainer.optim, learning_rate=cfg.learning_rate)
         settings = replace(trainer, optim=optim, lora=LoRAConfig())
@@ -84,7 +86,7 @@ class Critic:
     ) -> tuple[list[list[float]], list[ValueTarget]]:
         """Per-token advantages and value targets of each completion.
 
-        rewards: per token. gae_lambda: overrides cfg.gae_lambda.
+        rewards: one per token. gae_lambda: overrides cfg.gae_lambda.
         """
         batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
         values = gather_tokens(
@@ -119,19 +121,19 @@ class Critic:
         return metrics
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and numbers that `restore` takes."""
+        """Tensors and numbers for `restore`."""
         tensors, numbers = trainer_state(self.trainer)
         return {PREFIX + name: value for name, value in tensors.items()}, {"critic": numbers}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore a state returned by `state`."""
         own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
         restore_trainer(self.trainer, own, numbers["critic"])
 
 
 @torch.no_grad()
 def batch_values(model: Transformer, batch: Batch, micro_batch_tokens: int) -> Tensor:
-    """Predicted returns (R, T) fp32 at every position, by the same arithmetic as in `Trainer.step`."""
+    """Predicted returns (R, T) fp32 at every position, with the same arithmetic as `Trainer.step`."""
     assert isinstance(model, ValueModel)
     on_device = batch.to(next(model.parameters()).device)
     rows = [

@@ -20,21 +20,24 @@ GroupKind = Literal["centered", "standardized"]
 AdvantageKind = Literal["centered", "standardized", "batch", "gae"]
 GROUP_KINDS: tuple[str, ...] = ("centered", "standardized")
 Advantage = float | Sequence[float]
-"""Of a completion, or of each of its tokens."""
+"""Advantage of a completion, or of each token of a completion."""
 REWARD_TOLERANCE = 1e-6
-"""Rewards within this of their mean count as equal."""
+"""Rewards that differ from their mean by at most this count as equal."""
 
 
 def group_advantages(rewards: Sequence[float | None], kind: GroupKind) -> list[float]:
     """Advantages of the completions of one group.
 
-    rewards: None marks an unscorable completion, which enters neither mean nor deviation and gets 0. "centered": reward
-    minus the group's mean (arXiv:2503.20783). "standardized": that over the population standard deviation
-    (arXiv:2402.03300, section 4.1.1; the paper prints no epsilon). Equal rewards, and a group of one, give 0 exactly.
+    rewards: None marks an unscorable completion, which is excluded from mean and deviation and gets 0.
+    kind="centered": reward minus the mean of the group (arXiv:2503.20783). kind="standardized": the centered reward
+    divided by the population standard deviation (arXiv:2402.03300, section 4.1.1; the paper has no epsilon).
+    Zero-variance groups and groups of one completion get exactly 0.
     """
     scored = [reward for reward in rewards if reward is not None]
     if len(scored) < 2:
-        log.warning("a group has %d scored completion(s): no baseline, its advantages are 0", len(scored))
+        log.warning(
+            "a group has %d scored completion(s), so there is no baseline and its advantages are 0", len(scored)
+        )
         return [0.0] * len(rewards)
     mean = statistics.fmean(scored)
     if max(abs(reward - mean) for reward in scored) < REWARD_TOLERANCE:
@@ -58,7 +61,7 @@ def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
 
 
 def is_mixed(group: Sequence[Rollout]) -> bool:
-    """Whether the scored completions of a group have different rewards, so that some advantage is not 0."""
+    """Whether the scored completions of a group have different rewards (not a zero-variance group)."""
     rewards = [reward for reward in map(reward_of, group) if reward is not None]
     return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE
 
@@ -66,7 +69,7 @@ def is_mixed(group: Sequence[Rollout]) -> bool:
 def advantages_within_groups(
     rollouts: Sequence[Rollout], kind: GroupKind, rewards: Sequence[float | None] | None = None
 ) -> list[float]:
-    """Advantage of each rollout within its group, in the order of `rollouts`. rewards: replace those of the scores."""
+    """Advantage of each rollout within its group, in the order of `rollouts`. rewards: used instead of the scores."""
     if rewards is None:
         rewards = [reward_of(rollout) for rollout in rollouts]
     reward_by_id = {id(rollout): reward for rollout, reward in zip(rollouts, rewards, strict=True)}
@@ -78,8 +81,7 @@ def advantages_within_groups(
 
 
 def is_truncated(rollout: Rollout) -> bool:
-    """Whether the completion reached the length limit; one whose last allowed token is a stop token is not
-    truncated."""
+    """Whether the completion reached the length limit without a stop token."""
     return rollout.completion.finish_reason == "length"
 
 
@@ -90,14 +92,14 @@ def overlong_punishment(num_tokens: int, max_tokens: int, share: float) -> float
 
 
 def returns_to_go(rewards: Sequence[float]) -> list[float]:
-    """For each token the sum of its reward and all later ones."""
+    """For each token, the sum of its reward and the rewards of all later tokens."""
     return list(itertools.accumulate(reversed(rewards)))[::-1]
 
 
 def whiten(values: Sequence[Sequence[float]]) -> list[list[float]]:
     """Subtract the mean of all tokens and divide by their population standard deviation (arXiv:2501.03262, equation 8).
 
-    Equal values give 0 exactly. Call it on the whole step, before the step is split into mini- or micro-batches.
+    Equal values give exactly 0. Call this for an entire step, before it is split into mini- or micro-batches.
     """
     flat = list(itertools.chain(*values))
     mean = statistics.fmean(flat) if flat else 0.0
@@ -108,8 +110,8 @@ def whiten(values: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def shared_prompt_groups(rollouts: Sequence[Rollout], row_tokens: int) -> list[list[Rollout]]:
-    """Consecutive completions of one group that share their prompt in a row, as many as fit row_tokens; keeps the
-    order."""
+    """Split rollouts into lists of consecutive completions of one group that share the prompt in a row, as many as fit
+    row_tokens; the order is preserved."""
     prompt_groups: list[list[Rollout]] = []
     free_tokens, last_id = 0, None
     for rollout in rollouts:
@@ -128,11 +130,11 @@ def shared_prompt_groups(rollouts: Sequence[Rollout], row_tokens: int) -> list[l
 def to_batch(
     rollouts: Sequence[Rollout], advantages: Sequence[Advantage], row_tokens: int, with_experts: bool = False
 ) -> Batch:
-    """Rollouts as packed rows with advantages and the engine's log-probabilities, without unscorable ones.
+    """Rollouts as packed rows with advantages and the engine's log-probabilities; unscorable rollouts are left out.
 
-    The rows hold the sampled ids themselves, never text encoded again; each sampled token is trained, the end token
-    included. Completions of a group that lie in one row share their prompt, which is computed once. with_experts: also
-    the experts that the engine chose.
+    The rows contain the sampled ids, never re-encoded text; each sampled token is trained, the end token included.
+    Completions of a group that are in one row share the prompt, which is computed once. with_experts: whether to
+    include the experts that the engine chose.
     """
     advantage_by_id = {id(rollout): value for rollout, value in zip(rollouts, advantages, strict=True)}
     prompt_groups = shared_prompt_groups(

@@ -11,13 +11,13 @@ MAX_LENGTH_GROWTH = 2.5
 MAX_TRUNCATED_SHARE = 0.5
 MAX_MASKED_SHARE = 0.5
 STEPS_WITHOUT_CONTRAST = 5
-"""Consecutive steps without a group of different rewards before a warning."""
+"""Number of consecutive steps with only zero-variance groups before a warning."""
 WINDOW = 5
-"""Steps over which lengths are averaged, and for which the critic must be bad before a warning."""
+"""Number of steps over which lengths are averaged, and of consecutive steps with a bad critic before a warning."""
 
 
 def rollout_metrics(rollout_step: RolloutStep) -> dict[str, float]:
-    """Metrics of the rollouts of one step (docs/metrics.md)."""
+    """Metrics of the rollouts of one step, documented in docs/metrics.md."""
     rollouts = rollout_step.rollouts
     if not rollouts:
         return {"rollout/completions": 0.0, "rollout/prompts_too_long": float(rollout_step.num_prompts_too_long)}
@@ -71,7 +71,7 @@ def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
     if last.get("policy/entropy_nats", 1.0) < ENTROPY_FLOOR_NATS:
         warnings["entropy"] = (
             f"{last['policy/entropy_nats']:.4f} nats is below {ENTROPY_FLOOR_NATS}: completions hardly differ, so most "
-            "groups have equal rewards; lower the learning rate or raise clip_high"
+            "groups have zero variance; lower the learning rate or raise loss.clip_high"
         )
     if last.get("rollout/truncated", 0.0) > MAX_TRUNCATED_SHARE:
         warnings["truncation"] = (
@@ -86,7 +86,8 @@ def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
     explained = [row.get("critic/explained_variance", 0.0) for row in history[-WINDOW:]]
     if len(explained) == WINDOW and max(explained) < 0:
         warnings["critic"] = (
-            f"for {WINDOW} steps the critic predicted worse than the mean return; raise critic.prefit_steps or lower "
+            f"for {WINDOW} steps the critic was worse than predicting the mean return; "
+            "raise critic.prefit_steps or lower "
             "critic.learning_rate"
         )
     lengths = [row["rollout/mean_tokens"] for row in history if "rollout/mean_tokens" in row]
@@ -99,7 +100,7 @@ def early_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
     tail = [row.get("group/mixed", 1.0) for row in history[-STEPS_WITHOUT_CONTRAST:]]
     if len(tail) == STEPS_WITHOUT_CONTRAST and max(tail) == 0:
         warnings["flat rewards"] = (
-            f"for {STEPS_WITHOUT_CONTRAST} steps no group had different rewards: the problems are all too hard or "
+            f"for {STEPS_WITHOUT_CONTRAST} steps all groups had zero variance: the problems are all too hard or "
             "too easy, or the reward is wrong; check the rollouts"
         )
     return warnings

@@ -1,8 +1,8 @@
-"""Replay of a logged step: the log-probabilities of its completions under a checkpoint against those of the engine.
+"""Replay of a logged step: compare the log-probabilities of completions under a checkpoint and in the engine.
 
-Each completion names the version of the weights that sampled it. Under those weights, in fp32, the two differ by
-rounding only; a larger difference means that engine and model compute different functions, or that the checkpoint is of
-another step.
+Each completion has the version of the weights that sampled it. With these weights, in fp32, the log-probabilities
+differ by rounding only; a larger difference means that engine and model compute different functions, or that the
+checkpoint is from a different step.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from thinkstack.rl.rollout_log import read_rollouts, tensor_from_dict
 from thinkstack.types import ConfigError
 
 WRONG_WEIGHTS = 1e-3
-"""Mean difference in nats above which it cannot be fp32 rounding."""
+"""Mean difference in nats that is too large for fp32 rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +32,20 @@ class Replay:
     mean_abs: float
     max_abs: float
     position: tuple[int, int, int]
-    """Of the largest difference: group, completion and token, each from 0."""
+    """Position of the largest difference: group, completion and token, each from 0."""
     logged: float
     """The logged log-probability at that position."""
     recomputed: float
-    """The recomputed one."""
+    """The recomputed log-probability at that position."""
 
 
 def replay(folder: Path, step: int, model: Transformer, temperature: float = 1.0) -> Replay:
-    """Recompute the log-probabilities of the completions of a step. temperature: that of sampling.
+    """Recompute the log-probabilities of the completions of a step. temperature: the sampling temperature of the run.
 
     Raises ConfigError if the step was not logged, has no tokens, or does not fit the model.
     """
     if not temperature > 0:
-        raise ConfigError(f"temperature={temperature} must be positive; give that of training (usually 1.0)")
+        raise ConfigError(f"temperature={temperature} must be positive; use the temperature of training (usually 1.0)")
     groups = read_rollouts(folder, step)
     completions = [completion for group in groups for completion in group["completions"]]
     if not any(completion["token_ids"] for completion in completions):
@@ -86,7 +86,7 @@ def _check_fits(groups: Sequence[dict[str, Any]], model: Transformer, folder: Pa
     if max_id >= model.cfg.vocab_size or length > model.cfg.max_positions:
         raise ConfigError(
             f"the rollouts in {folder} have token ids up to {max_id} and {length} tokens; the model has a vocabulary "
-            f"of {model.cfg.vocab_size} and a context of {model.cfg.max_positions}: give a checkpoint of that run"
+            f"of {model.cfg.vocab_size} and a context of {model.cfg.max_positions}: use a checkpoint of that run"
         )
 
 
@@ -100,7 +100,7 @@ def completion_logprobs(
 ) -> Tensor:
     """Log-probability of each token of a completion, (len(token_ids),) float64.
 
-    experts: as in Completion, where the run logged them.
+    experts: as in Completion.experts, if the run logged them.
     """
     if not token_ids:
         return torch.zeros(0, dtype=torch.float64)

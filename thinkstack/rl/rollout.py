@@ -40,11 +40,11 @@ class RolloutStep:
     rollouts: list[Rollout]
     """All rollouts, for metrics and the rollout log."""
     trainable: list[Rollout]
-    """Those to train on; with dynamic sampling only groups with different rewards."""
+    """The rollouts to train on; with dynamic sampling, without zero-variance groups."""
     num_rounds: int
-    """Sampling rounds; more than one where dynamic sampling replaced groups of equal rewards."""
+    """Number of sampling rounds; more than one if dynamic sampling replaced zero-variance groups."""
     num_prompts_too_long: int
-    """Problems skipped because their prompt does not fit the context."""
+    """Number of problems skipped because the prompt exceeds the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class RolloutConfig:
     """Settings of the rollouts of a step."""
 
     sampling: SamplingParams
-    """n is the group size; the seed is replaced for each group."""
+    """Sampling parameters; n is the group size; the seed is replaced for each group."""
     seed: int
     prompts_per_step: int
-    """Groups per step."""
+    """Number of groups per step."""
     dynamic_sampling: bool
-    """Replace groups whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
+    """Replace zero-variance groups, whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
     max_rounds: int
-    """Maximum sampling rounds; the step then trains on the groups it has."""
+    """Maximum number of sampling rounds; after them the step trains on the groups found so far."""
     max_prompt_tokens: int
 
 
@@ -71,8 +71,7 @@ def collect_rollouts(
     group_ids: GroupIds,
     cfg: RolloutConfig,
 ) -> RolloutStep:
-    """Sample and score groups until `cfg.prompts_per_step` of them are trainable, in at most `cfg.max_rounds`
-    rounds."""
+    """Sample and score groups until `cfg.prompts_per_step` groups are trainable, in at most `cfg.max_rounds` rounds."""
     trainable: list[Rollout] = []
     rollouts: list[Rollout] = []
     num_missing, num_rounds, num_prompts_too_long = cfg.prompts_per_step, 0, 0
@@ -87,7 +86,7 @@ def collect_rollouts(
         trainable += [rollout for group in groups for rollout in group]
         num_missing -= len(groups)
     if not trainable:
-        log.warning("no group of %d sampling rounds had different rewards; the step trains on nothing", num_rounds)
+        log.warning("all groups of %d sampling rounds had zero variance; the step has no training data", num_rounds)
     return RolloutStep(
         rollouts=rollouts, trainable=trainable, num_rounds=num_rounds, num_prompts_too_long=num_prompts_too_long
     )

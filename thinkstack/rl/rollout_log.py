@@ -1,4 +1,4 @@
-"""The rollout log: one gzipped JSON-lines file per step with one group per line, to browse and to replay."""
+"""The rollout log: one gzipped JSON-lines file per step with one group per line, for inspection and replay."""
 
 import base64
 import gzip
@@ -28,7 +28,7 @@ def path_of(folder: Path, step: int) -> Path:
 def write_rollouts(
     folder: Path, step: int, rollouts: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat
 ) -> None:
-    """Write the rollouts of a step. advantages: by id() of a rollout; one without an entry was not trained on."""
+    """Write the rollouts of a step. advantages: by id() of the rollout, without an entry if it was not trained on."""
     path = path_of(folder, step)
     write_lines(path, [group_to_dict(group, advantages, chat) for group in by_group(rollouts)])
 
@@ -49,7 +49,7 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_lines` wrote. Raises ConfigError for a damaged file."""
+    """Read a file written by `write_lines`. Raises ConfigError for a damaged file."""
     return [row for _, row in read_rows(path)]
 
 
@@ -112,7 +112,7 @@ def tensor_from_dict(values: dict[str, Any]) -> Tensor:
 
 
 def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The groups of one step. Raises ConfigError if that step was not logged, and names the steps that were."""
+    """The groups of one step. Raises ConfigError, with the logged steps, if that step was not logged."""
     path = path_of(folder, step)
     if not path.exists():
         steps = sorted(int(p.name[5:11]) for p in (folder / FOLDER).glob("step_*.jsonl.gz"))
@@ -121,7 +121,7 @@ def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
             {str(path.parent) for path in (*folder.glob(f"*/{FOLDER}"), *folder.parent.glob(f"*/{FOLDER}"))}
         )
         logged += f"; did you mean {' or '.join(nearby)}?" if nearby and not steps else ""
-        raise ConfigError(f"{folder} has no rollouts of step {step}; logged: {logged}")
+        raise ConfigError(f"{folder} has no rollouts of step {step}; logged steps: {logged}")
     groups = read_lines(path)
     if any("completions" not in group for group in groups):
         raise ConfigError(f"{path} has the format of an older version; read it with commit 60e1456 of thinkstack")

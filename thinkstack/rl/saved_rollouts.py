@@ -1,8 +1,8 @@
 """Scored rollouts on disk until the training state that includes them is saved; a resumed run reuses them.
 
-Weights and seeds reproduce the completions, but a score can depend on timing: a verifier may run out of time once and
-not the next time. Rollouts are therefore saved once they are scored, and deleted once a saved state includes their
-step.
+Completions are reproducible from weights and seeds, but scores can depend on timing, because a verifier may time out in
+one run and not in another. Rollouts are therefore saved after they are scored, and deleted after a training state
+that includes their step is saved.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def save_rollouts(
 ) -> None:
     """Save rollout step `number` with the states of `stream` and `group_ids` after it.
 
-    Files of later steps are deleted: they followed from an earlier version of this step.
+    Files of later steps are deleted, because they depend on an earlier version of this step.
     """
     for later in saved_numbers(folder):
         if later > number:
@@ -51,8 +51,8 @@ def save_rollouts(
 
 
 def load_rollouts(folder: Path, number: int, stream: Stream, group_ids: GroupIds) -> RolloutStep | None:
-    """Rollout step `number`, or None if it is not on disk; restores `stream` and `group_ids` to their states after
-    it."""
+    """Rollout step `number`, or None if it is not on disk; restores the states of `stream` and `group_ids` after this
+    step."""
     path = path_of(folder, number)
     if not path.exists():
         return None

@@ -1,6 +1,6 @@
-"""RL with group-relative advantages and rule-based rewards, as in R1-Zero (R1 paper, section 2.2), and its variants.
+"""RL with group-relative advantages and rule-based rewards, as in R1-Zero (R1 paper, section 2.2), and variants.
 
-`RLTrainer.step` is the algorithm; it calls each of its parts once per step.
+`RLTrainer.step` is the algorithm; it calls each part once per step.
 """
 
 import copy
@@ -46,20 +46,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_STEPS_WITHOUT_SIGNAL = 5
-"""Consecutive rollout steps without an optimizer step after which a run fails."""
+"""Number of consecutive rollout steps without an optimizer step after which a run fails."""
 
 
 class RLTrainer:
-    """Policy, engine, reference and critic of a run, and the step that trains them."""
+    """Policy, engine, reference model and critic of a run, and the training step."""
 
     def __init__(self, cfg: RLConfig, run: Run, model: Transformer, chat: ChatFormat):
         self.cfg, self.run, self.chat = cfg, run, chat
         self.stream = training_problems(cfg)
         self.group_ids = GroupIds()
         self.num_rollout_steps = 0
-        """Rollout steps done so far, those that trained the critic alone included."""
+        """Number of completed rollout steps, including the steps that trained only the critic."""
         self.steps_without_signal = 0
-        """Latest consecutive rollout steps without an optimizer step."""
+        """Number of most recent consecutive rollout steps without an optimizer step."""
         self.trainer = Trainer(model, cfg.trainer, cfg.steps, dump_folder=run.folder)
         max_prompt_tokens = cfg.max_prompt_tokens or model.cfg.max_positions - cfg.max_tokens
         engine_config = EngineConfig(
@@ -70,11 +70,11 @@ class RLTrainer:
             return_routed_experts=cfg.router_replay,
         )
         self.engine = open_engine(model, engine_config, cfg.servers)
-        # with adapters the reference is the policy without them: no second copy is needed
+        # with adapters, the policy without its adapters is the reference model: no second copy is needed
         needs_copy = cfg.loss.kl and not cfg.trainer.lora.rank
         self.reference = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         self.reference_step = 0
-        """Optimizer steps of the policy that the reference is a copy of."""
+        """Optimizer step of the policy that the reference model is a copy of."""
         self.critic: Critic | None = None
         if cfg.advantage == "gae":
             self.critic = Critic(merge_adapters(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
@@ -104,7 +104,7 @@ class RLTrainer:
         with timed(times, "train"):
             self.update_reference()
             advantages = self.compute_advantages(rollout_step, metrics)
-            # all minibatches before the first update: the old policy is the one that sampled the completions
+            # before the first update, so that the old policy is the policy that sampled the completions
             for batch in self.minibatches(advantages):
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)
@@ -118,7 +118,7 @@ class RLTrainer:
         return metrics | times | {"rollout/tokens_per_second": num_tokens / times["time/rollout_seconds"]}
 
     def collect_rollouts(self) -> tuple[RolloutStep, dict[str, float]]:
-        """Sample and score the rollouts of a step, with metrics; reuses those of an interrupted step from disk."""
+        """Sample and score the rollouts of a step, with metrics; reuses saved rollouts of an interrupted step."""
         with self.interruptible():
             saved = load_rollouts(self.run.folder, self.num_rollout_steps, self.stream, self.group_ids)
             rollout_step = saved or collect_rollouts(
@@ -132,7 +132,8 @@ class RLTrainer:
         return rollout_step, metrics
 
     def check_rollouts(self, rollout_step: RolloutStep, metrics: dict[str, float]) -> None:
-        """Raise if the completions were sampled with other weights, or TrainingError if too many are unscorable."""
+        """Raise AssertionError if the completions were sampled with other weights, TrainingError if too many are
+        unscorable."""
         versions = {rollout.completion.weights_version for rollout in rollout_step.rollouts}
         assert versions <= {self.trainer.step_count}, (
             f"completions of weights {versions} in step {self.trainer.step_count}"
@@ -142,12 +143,11 @@ class RLTrainer:
             raise TrainingError(
                 f"{metrics['rollout/unscorable']:.0%} of the completions of step {self.trainer.step_count} could not "
                 f"be scored (limit {self.cfg.unscorable_limit:.0%}): {'; '.join(sorted(reasons)[:3])}; "
-                "repair the verifier, then resume"
+                "fix the verifier, then resume"
             )
 
     def prefit_critic(self) -> None:
-        """Train the critic alone on rollouts of the initial policy, with lambda = 1; runs before the first step
-        only."""
+        """Train only the critic on rollouts of the initial policy, with lambda = 1; runs only before the first step."""
         if self.critic is None:
             return
         for _ in range(self.critic.trainer.step_count, self.cfg.critic.prefit_steps):
@@ -160,12 +160,12 @@ class RLTrainer:
     def compute_advantages(
         self, rollout_step: RolloutStep, metrics: dict[str, float], gae_lambda: float | None = None
     ) -> RolloutAdvantages:
-        """Advantages of the trainable rollouts; adds the KL of a KL penalty to `metrics`."""
+        """Advantages of the trainable rollouts; adds the mean KL to `metrics` if KL is part of the reward."""
         selected = select_rollouts(rollout_step.trainable, self.cfg)
         return compute_advantages(selected, self.kl_penalties(selected, metrics), self.cfg, self.critic, gae_lambda)
 
     def kl_penalties(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[list[float]]:
-        """KL penalty of the reward of each token, 0 where KL is part of the loss; adds the mean KL to `metrics`."""
+        """KL penalty in the reward of each token, 0 if KL is part of the loss; adds the mean KL to `metrics`."""
         loss = self.cfg.loss
         token_penalties = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
         scored = [index for index, rollout in enumerate(rollouts) if reward_of(rollout) is not None]
@@ -188,7 +188,7 @@ class RLTrainer:
         return [batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens)) for batch in batches]
 
     def add_logprobs(self, batch: Batch) -> Batch:
-        """Add log-probabilities of the policy before the step and of the reference, where the loss needs them."""
+        """Add log-probabilities of the policy before the step and of the reference model, if the loss uses them."""
         if self.cfg.minibatches > 1:
             batch = replace(batch, old_logprobs=self.logprobs(self.trainer.workers.compute_model, batch))
         if self.cfg.loss.kl and self.cfg.loss.kl_placement == "loss":
@@ -200,7 +200,7 @@ class RLTrainer:
         return batch_logprobs(model, batch, self.cfg.loss.temperature, self.cfg.trainer.micro_batch_tokens)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """`logprobs` of the reference (a copy, or the policy without its adapters), which chooses its own experts."""
+        """`logprobs` of the reference model (a copy, or the policy without its adapters), without router replay."""
         batch = replace(batch, experts=None)
         if self.reference is not None:
             return self.logprobs(self.reference, batch)
@@ -208,15 +208,15 @@ class RLTrainer:
             return self.logprobs(start, batch)
 
     def update_reference(self) -> None:
-        """Replace the reference by the policy after every cfg.reference_steps optimizer steps."""
+        """Update the reference model to the policy after every cfg.reference_steps optimizer steps."""
         step, every = self.trainer.step_count, self.cfg.reference_steps
         if self.reference is not None and step // every > self.reference_step // every:
             self.reference.load_state_dict(self.trainer.model.state_dict())
             self.reference_step = step
-            log.info("step %d: the reference is now the policy", step)
+            log.info("step %d: updated the reference model to the policy", step)
 
     def log_rollouts(self, rollout_step: RolloutStep, advantages: RolloutAdvantages, step: int) -> None:
-        """Write the rollouts of `step` to disk, with the mean of per-token advantages.
+        """Write the rollouts of `step` to disk; per-token advantages are averaged.
 
         A rollout step without an optimizer step is overwritten by the next one.
         """
@@ -250,7 +250,7 @@ class RLTrainer:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let a request to stop interrupt this block at once; the saved state is that before the block."""
+        """Allow a request to stop to interrupt this block at once; the state before the block is saved."""
         stream, next_id = self.stream.state(), self.group_ids.next_id
         try:
             with self.run.stop.may_interrupt():
@@ -281,7 +281,7 @@ class RLTrainer:
         delete_saved_rollouts(self.run.folder, before=self.num_rollout_steps)
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Restore the training state that `save` wrote."""
+        """Restore the training state written by `save`."""
         restore_trainer(self.trainer, tensors, numbers)
         self.stream.restore(numbers["stream"])
         self.group_ids.next_id, self.reference_step = numbers["next_group_id"], numbers["reference_step"]
@@ -297,7 +297,7 @@ class RLTrainer:
 
 
 def training_problems(cfg: RLConfig) -> ProblemMixture:
-    """The problems of a run: those of its phases, or all tasks without the held-out levels."""
+    """The training problems of a run: of its phases, or of all tasks without the held-out levels."""
     if cfg.phases:
         return make_mixture(cfg.phases, cfg.files, cfg.seed, cfg.languages)
     tasks = puzzle_tasks(cfg.tasks)
@@ -306,7 +306,7 @@ def training_problems(cfg: RLConfig) -> ProblemMixture:
 
 
 def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -> list[tuple[list[Rollout], list[T]]]:
-    """Split into at most `parts` parts of whole groups of about equal size, each rollout with its value.
+    """Split rollouts and their values into at most `parts` parts of complete groups, of about equal size.
 
     Empty parts are left out.
     """
@@ -317,5 +317,5 @@ def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -
 
 
 def _held_out_level(result: Evaluation, cfg: RLConfig) -> Any:
-    """The figures of the first held-out level, or None."""
+    """The results of the first held-out level, or None."""
     return next((result.by_level[level] for level in cfg.held_out_levels if level in result.by_level), None)

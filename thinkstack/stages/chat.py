@@ -1,4 +1,4 @@
-"""A chat with a checkpoint that streams thinking and answer."""
+"""Chat with a checkpoint; thinking and answer are streamed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +18,8 @@ class ChatSession:
     def __init__(
         self, source: str, sampling: SamplingParams, precision: Precision = "fp32", quantization: Quantization = "none"
     ):
-        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: its stop_token_ids are replaced by those of
-        the chat format.
+        """source: a checkpoint folder, a GGUF file or pip:NAME. sampling: sampling parameters; the stop tokens of the
+        chat format replace its stop_token_ids.
 
         weights: quantization of the weights.
         """
@@ -31,7 +31,7 @@ class ChatSession:
         self.last = LastToken(self.chat)
 
     def ask(self, question: str) -> Iterator[StreamEvent]:
-        """Stream the answer to the next message and add both to the conversation."""
+        """Stream the answer to a question, and append question and answer to the conversation."""
         if isinstance(self.chat, ZeroFormat):
             self.reset()  # R1-Zero is trained on single questions; earlier turns lower its accuracy
         self.messages.append(Message(role="user", content=question))

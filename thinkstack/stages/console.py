@@ -8,9 +8,9 @@ EXIT = ("/exit", "/quit")
 HELP = "/help"
 COMMANDS = "/new starts a new conversation, /exit or an empty line quits, Ctrl-C stops an answer"
 STYLES = {"thinking": "2", "answer": "1", "note": "2", "warning": "33"}
-"""Terminal codes: dim, bold, dim, yellow."""
+"""ANSI codes of dim, bold, dim and yellow text."""
 Write = Callable[[str, str], None]
-"""Writes a text in a style: a key of `STYLES`, or "" for none."""
+"""Function (text, style) that prints a text; style: a key of `STYLES`, or "" for none."""
 
 
 def write(text: str, style: str = "") -> None:
@@ -24,7 +24,7 @@ def discard(text: str, style: str = "") -> None:
 
 
 def write_answer(parts: Iterable[tuple[str, str]], end_token: Callable[[], str], write: Write = write) -> str:
-    """Print an answer as it is sampled and return its text; for an empty one, print the token that ended it.
+    """Print an answer as it is sampled and return the text; for an empty answer, print the token that ended it.
 
     parts: pairs (style, text).
     """
@@ -39,7 +39,8 @@ def write_answer(parts: Iterable[tuple[str, str]], end_token: Callable[[], str],
 
 
 def read_question(prompt: str = "> ") -> str | None:
-    """The next question, or NEW; None if the user quits. Other commands are handled here."""
+    """Read the next question; returns NEW for a new conversation, None if the user quits. Handles other input
+    itself."""
     while True:
         try:
             line = input(prompt).strip()
@@ -55,6 +56,6 @@ def read_question(prompt: str = "> ") -> str | None:
         elif line.startswith("/") and line[1:].isalpha():
             write(f"{line} is not a command: {COMMANDS}\n", "warning")
         elif "\ufffd" in line or any("\ud800" <= character <= "\udfff" for character in line):
-            write("the line is not UTF-8 text and was ignored; type it again\n", "warning")
+            write("the input is not UTF-8 text and was ignored; type it again\n", "warning")
         else:
             return line

@@ -1,7 +1,7 @@
 """Read conversations for supervised fine-tuning from files in the formats of published data sets.
 
-Nothing is dropped silently: an unread key that may carry content raises ConfigError, other unused keys are logged once
-per file. docs/guides/sft.md has the table.
+Nothing is dropped silently: an unread key that may have content raises ConfigError; other unused keys are logged once
+per file. docs/guides/sft.md has the table of keys.
 """
 
 from collections import Counter
@@ -26,12 +26,12 @@ CONTENT = (
     *("thought", "thoughts", "cot", "chain_of_thought", "reasoning_details"),
     *("loss_scale", "kto_tag", "chat_template_kwargs"),
 )
-"""Keys of a row that would change the training target and are not read."""
+"""Keys of a row that would change the training target but are not supported; a row with one raises ConfigError."""
 ROW_FORMATS = f"a list of turns ({', '.join(TURNS)}), or one of {', '.join(QUESTIONS)} with one of {', '.join(ANSWERS)}"
 
 
 class Conversation(list[Message]):
-    """The turns of a row, with its tools and its address (file and line)."""
+    """The turns of a row, with the tools and the address (file and line) of the row."""
 
     def __init__(self, messages: Iterable[Message], tools: Sequence[Tool] = (), where: str = "the conversation"):
         super().__init__(messages)
@@ -39,27 +39,28 @@ class Conversation(list[Message]):
 
 
 def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[Conversation]:
-    """All conversations of `paths`, in order; a path may have * in its last part. File formats: files.read_rows.
+    """All conversations of `paths`, in order; the last part of a path may contain *. File formats: files.read_rows.
 
-    with_masks: the caller uses Message.is_trained; without it a row with an untrained turn is refused. Raises
-    ConfigError with file, row and key for rows that are no conversations or have content that is not read.
+    with_masks: whether the caller uses Message.is_trained; False rejects rows with untrained turns. Raises ConfigError
+    with file, row and key for rows that are not conversations or have unsupported content.
     """
     conversations = [c for path in paths for file in matching_files(Path(path)) for c in _read_file(file)]
     for conversation in conversations:
         if not with_masks and not all(message.is_trained for message in conversation):
             raise ConfigError(
-                f"{conversation.where} has turns that are not trained on, which is not supported here; remove the row"
+                f"{conversation.where} has turns that are masked from training, which is not supported here; "
+                "remove the row"
             )
     return conversations
 
 
 def worked_conversations(tasks: Sequence[str], count: int, seed: int, languages: tuple[str, ...]) -> list[Conversation]:
-    """`count` problems of generated tasks, with their worked solutions as thinking."""
+    """Conversations of `count` problems of generated tasks; the worked solution of each problem is the thinking."""
     puzzles = puzzle_tasks(tasks)
     for task in puzzles:
         if languages and not set(languages) & set(task.wordings):
             raise ConfigError(
-                f"{task.name} has none of the languages {list(languages)}; use some of {list(task.wordings)}"
+                f"task {task.name} supports none of languages={list(languages)}; use some of {list(task.wordings)}"
             )
     conversations = []
     for index in range(count):
@@ -77,7 +78,7 @@ def _read_file(path: Path) -> list[Conversation]:
         conversations.append(_conversation(row, where, unused))
         counts.update(sorted(unused))
     if not conversations:
-        raise ConfigError(f"{path} holds no rows; give files of conversations")
+        raise ConfigError(f"{path} has no rows; use files of conversations")
     log_unused_keys(path, counts)
     return conversations
 
@@ -89,7 +90,7 @@ def _conversation(row: Row, where: str, unused: set[str]) -> Conversation:
     messages = read_turns(fields.take(TURNS), where, unused) if has_turns else _pair(fields, unused)
     if system is not None and Message(role="system", content=system) not in messages:
         if any(message.role == "system" for message in messages):
-            raise ConfigError(f"{where} has a system text beside its turns and another among them; keep one of them")
+            raise ConfigError(f"{where} has one system prompt under a key and another as a turn; keep one of them")
         messages.insert(0, Message(role="system", content=system))
     fields.refuse(key for key in fields.left if key in (*CONTENT, *REASONING, *TRAINED))
     if isinstance(
@@ -98,17 +99,17 @@ def _conversation(row: Row, where: str, unused: set[str]) -> Conversation:
         fields.refuse(["label"])
     unused.update(fields.left)
     if not messages or messages[-1].role != "assistant":
-        raise ConfigError(f"{where} does not end with an answer of the assistant; leave the row out")
+        raise ConfigError(f"{where} does not end with an assistant message; remove the row")
     if not any(message.is_trained for message in messages if message.role == "assistant"):
-        raise ConfigError(f"{where} has no turn to train on: all are masked; leave the row out")
+        raise ConfigError(f"{where} has no turn to train on: all assistant turns are masked; remove the row")
     return Conversation(messages, tools, where)
 
 
 def _pair(fields: Fields, unused: set[str]) -> list[Message]:
-    """A question and its answer, after earlier rounds. A prompt that is a list of turns (TRL) is context only."""
+    """A question and its answer, after the history. A prompt that is a list of turns (TRL) is context only."""
     row, where = fields.values, fields.where
     if not any(name in row for name in ANSWERS) or not any(name in row for name in QUESTIONS):
-        raise ConfigError(f"{where} is no conversation (it has {', '.join(row)}); known: {ROW_FORMATS}")
+        raise ConfigError(f"{where} is not a conversation (it has the keys {', '.join(row)}); use {ROW_FORMATS}")
     messages = _history(fields)
     extra_input = fields.take(("input",)) if isinstance(fields.left.get("instruction"), str) else None
     question, reply = _value(fields, QUESTIONS), _value(fields, ANSWERS)
@@ -126,13 +127,13 @@ def _value(fields: Fields, names: Sequence[str]) -> Any:
     value = fields.take(names)
     if value is None and "" not in (fields.values.get(name) for name in names):
         raise ConfigError(
-            f"{fields.where}: {next(name for name in names if name in fields.values)} is empty; leave the row out"
+            f"{fields.where}: {next(name for name in names if name in fields.values)} is empty; remove the row"
         )
     return "" if value is None else value
 
 
 def _history(fields: Fields) -> list[Message]:
-    """Earlier rounds: a list of pairs [question, answer] under "history"."""
+    """Earlier turns: a list of pairs [question, answer] under the key "history"."""
     rounds = fields.take(("history",)) or []
     if not isinstance(rounds, list):
         raise ConfigError(f"{fields.where}: history is {kind_of(rounds)}, not a list of [question, answer]; correct it")

@@ -1,5 +1,4 @@
-"""The training documents of pre-training by index: the generated corpus and the user's texts, as examples of token
-ids."""
+"""Pre-training documents by index, from the generated corpus and the user's texts, as examples of token ids."""
 
 import random
 from pathlib import Path
@@ -18,8 +17,8 @@ from thinkstack.types import Message
 def make_source(cfg: PretrainConfig, tasks: list[PuzzleTask], chat: ChatFormat) -> DocumentSource:
     """A function from an index to a document of the generated corpus or of the user's texts.
 
-    Raises ConfigError for text files that cannot be read, and for a tokenizer without the tokens that a setting needs.
-    """
+    Raises ConfigError for text files that cannot be read, and for a tokenizer without the tokens that a setting
+    requires."""
     bos = chat.tokenizer.control_id(BOS)
     transform = DocumentTransform(cfg, chat)
     margin = (
@@ -39,8 +38,7 @@ def make_source(cfg: PretrainConfig, tasks: list[PuzzleTask], chat: ChatFormat) 
 
 
 def document_example(doc: Document, chat: ChatFormat, bos: int) -> Example:
-    """A document as an example; all tokens but BOS are trained, the question included, as in any pre-training
-    corpus."""
+    """A document as an example; all tokens but BOS are trained, tokens of the question included."""
     prompt = chat.prompt([Message(role="user", content=doc.question)]) if doc.question else [bos]
     return make_example([*prompt, *chat.answer(doc.text)])
 
@@ -51,10 +49,10 @@ def make_example(ids: list[int]) -> Example:
 
 
 class DocumentTransform:
-    """V3's transforms of documents before packing: fill-in-the-middle of plain text, split boundary tokens.
+    """V3's transforms of documents before packing: fill-in-the-middle of plain text, and split boundary tokens.
 
-    Both are random functions of (seed, index). A document that would then no longer fit a row stays unchanged, and so
-    does a part of a text file that starts or ends within a character.
+    Both are random functions of (seed, index). A document stays unchanged if its transformed version would not fit a
+    row, or if it is a part of a text file that starts or ends within a character.
     """
 
     def __init__(self, cfg: PretrainConfig, chat: ChatFormat):
@@ -65,7 +63,8 @@ class DocumentTransform:
         self.splitter = BoundarySplitter(chat.tokenizer) if cfg.boundary_split_share else None
 
     def __call__(self, example: Example, index: int, is_text: bool) -> Example:
-        """The transformed example. is_text: plain text or code rather than a question with its answer."""
+        """The transformed example. is_text: whether the document is plain text or code, not a question with an
+        answer."""
         cfg = self.cfg
         if is_text and cfg.fim_rate:
             rng = random.Random(digest("fim", cfg.seed, index))

@@ -30,45 +30,46 @@ class EvaluateConfig:
     """Settings of an evaluation stage."""
 
     start: str
-    """Checkpoint or earlier stage to evaluate."""
+    """Checkpoint, or name of an earlier stage, to evaluate."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Generated tasks to evaluate on."""
     files: dict[str, str] = field(default_factory=dict)
-    """Published data sets to evaluate on: the folder of each; their test split is used."""
+    """Published data sets to evaluate on, with the folder of each; the test split is used."""
     languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty uses all."""
+    """Languages of generated questions; empty: all languages."""
     num_problems: Count = 200
-    """Held-out problems: of all generated tasks together, and of each data set."""
+    """Number of held-out problems: in total for the generated tasks, and for each data set."""
     samples: Count = 16
-    """Completions sampled per problem."""
+    """Number of completions sampled per problem."""
     thinking_format: ThinkingFormat = "think_answer_tags"
-    """Format of the final answer: "think_answer_tags" as R1-Zero's, "think_then_answer" as R1's, "flexible_extract" for
-    models that were not trained on a format (text/parse.py)."""
+    """Format of thinking and final answer: "think_answer_tags" of R1-Zero, "think_then_answer" of R1, or
+    "flexible_extract" for models that were not trained on a format (text/parse.py)."""
     temperature: Temperature = 1.0
     """Temperature of the sampled completions."""
     top_p: Share = 1.0
-    """Nucleus sampling of the sampled completions: the smallest set of tokens with at least this probability."""
+    """Nucleus sampling: sample from the smallest set of tokens with at least this total probability; 1 is off."""
     greedy: bool = True
-    """Also evaluate greedy decoding: on the same problems, and on generated ones in wordings excluded from training."""
+    """Also evaluate greedy decoding, on the same problems and on generated problems in wordings excluded from
+    training."""
     max_tokens: Count = 128
-    """Maximum tokens of a completion."""
+    """Maximum number of tokens of a completion."""
     max_num_seqs: Count = 384
     """Maximum number of sequences sampled at once."""
     dtype: RequestedPrecision = "fp32"
-    """Precision of sampling; auto: bf16 where that is faster."""
+    """Precision of sampling; "auto": bf16 if it is faster on this machine."""
     quantization: Quantization = "none"
-    """Quantization of the weights: none, int8, fp8 or nf4."""
+    """Quantization of the weights; "none" is off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; "auto": on CUDA if available."""
+    """Device of the model; "auto": CUDA if available."""
     servers: ServersConfig = ServersConfig()
-    """vLLM servers that sample the completions instead of this process; dtype is then the precision of the weights sent
-    to them."""
+    """vLLM servers that sample the completions instead of this process; with servers, dtype is the precision of the
+    weights sent to them."""
     seed: Seed = 0
     """Seed of the problems and of sampling."""
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
-    """Write the evaluations of cfg.start into run.folder."""
+    """Evaluate cfg.start and write the results into run.folder."""
     chat = load_chat(cfg.start)
     sampled = EvalConfig(
         tasks=cfg.tasks,
@@ -108,7 +109,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
 
 
 def read_evaluations(out: Path, columns: Mapping[str, str], file: str) -> dict[str, Evaluation]:
-    """The evaluation `file` of each stage in `out` that has it, by column."""
+    """The evaluation in `file` of each stage in `out` that has this file, by column."""
     runs = {name: Run(out / stage) for name, stage in columns.items() if (out / stage / file).exists()}
     return {name: read_evaluation(run, file) for name, run in runs.items()}
 

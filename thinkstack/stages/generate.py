@@ -1,6 +1,6 @@
-"""Generate text with a checkpoint in one or several processes: chat, a file of prompts, or plain continuation.
+"""Generate text with a checkpoint in one or several processes: chat, a file of prompts, or continuation of raw text.
 
-Under torchrun every process holds a part of the model and samples the same tokens; rank 0 reads and prints.
+Under torchrun the model is sharded across ranks; every rank samples the same tokens, rank 0 reads and prints.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from thinkstack.types import ConfigError, Message, RequestError, SamplingParams
 
 TextOf = Callable[[Sequence[int]], str]
 MAX_NUM_SEQS = 64
-"""Prompts of a file that are sampled at once."""
+"""Number of prompts of a file that are sampled at once."""
 
 
 class Generator:
@@ -36,12 +36,13 @@ class Generator:
         device: torch.device,
         quantization: Quantization = "none",
     ):
-        """source: as for load_model. sampling: its stop_token_ids are replaced by those of the chat format. weights:
+        """source: as for load_model. sampling: the stop tokens of the chat format replace its stop_token_ids. weights:
         quantization of the weights. Raises ConfigError for quantization in several processes.
         """
         if ranks.count > 1 and quantization != "none":
             raise ConfigError(
-                f"quantization={quantization!r} does not work in several processes; start one process, or use none"
+                f"quantization={quantization!r} does not work in several processes; start one process, or use "
+                "quantization='none'"
             )
         self.ranks, self.chat = ranks, load_chat(source)
         dtype = DTYPES[precision]
@@ -55,16 +56,16 @@ class Generator:
         self.last = LastToken(self.chat)
 
     def respond(self, prompt: str, raw: bool = False) -> Iterator[str]:
-        """Stream the answer to a prompt through the chat template; with raw, or without a template, the continuation of
-        the text after one BOS, if the model has one."""
+        """Stream the completion of a prompt. The prompt is formatted by the chat template; with raw, or without a
+        template, BOS is prepended to the text if the model has BOS, and the text is continued."""
         return self._stream(*self._encode(prompt, raw))
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
-        """Stream the next turn of the assistant, the prefill of the prompt included."""
+        """Stream the next assistant message, including the prefill that the prompt ends with."""
         return self._stream(self.chat.prompt(messages), self.chat.text_of)
 
     def answers(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
-        """The text of `respond` for each prompt, sampled as one batch; prompt number i is sampled with seed + i."""
+        """The text of `respond` for each prompt, sampled as one batch; prompt i is sampled with seed + i."""
         encoded = [self._encode(prompt, raw) for prompt in prompts]
         params = [replace(self._fitting(ids), seed=self.sampling.seed + n) for n, (ids, _) in enumerate(encoded)]
         groups = self.engine.generate([ids for ids, _ in encoded], params)
@@ -83,18 +84,19 @@ class Generator:
         return stream_text(text_of, self.last.track(self.engine.stream(ids, self._fitting(ids))))
 
     def _fitting(self, ids: Sequence[int]) -> SamplingParams:
-        """The sampling parameters with max_tokens limited to what the context leaves."""
+        """The sampling parameters, with max_tokens limited to the context length minus the prompt."""
         free_tokens = self.engine.max_model_len - len(ids)
         if free_tokens < 1:
             raise RequestError(
-                f"the prompt is {len(ids):,} tokens, the context {self.engine.max_model_len:,}; shorten the prompt"
+                f"the prompt has {len(ids):,} tokens, the maximum context length is {self.engine.max_model_len:,}; "
+                "shorten the prompt"
             )
         return replace(self.sampling, max_tokens=min(self.sampling.max_tokens, free_tokens))
 
     def converse(self, read: Callable[[], str | None], write: Write) -> None:
-        """Answer the questions that `read` returns on rank 0 until it returns None; NEW starts a new conversation.
+        """Answer the questions that `read` returns on rank 0, until `read` returns None; NEW starts a new conversation.
 
-        Ctrl-C stops an answer; with several processes it ends them.
+        Ctrl-C stops an answer; with several processes it ends the processes.
         """
         messages: list[Message] = []
         while True:

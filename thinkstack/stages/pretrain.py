@@ -1,7 +1,7 @@
 """Pre-training: train a tokenizer, initialize a model, and train it on the generated corpus and the user's texts.
 
 Writes `model/` in Hugging Face layout, and `model-ema/` with the moving average of the weights if `ema_decay` is set.
-With `start` it continues from that checkpoint instead, with a longer context if `model` sets one.
+With `start`, training continues from that checkpoint instead, with a longer context if `model` sets one.
 """
 
 from functools import partial
@@ -29,11 +29,11 @@ from thinkstack.train.passes import batch_logprobs
 from thinkstack.types import Batch
 
 TOKENIZER_DOCUMENTS = 4000
-"""Documents the tokenizer is trained on."""
+"""Number of documents that the tokenizer is trained on."""
 HELD_OUT = 1 << 40
-"""Index of the first held-out document; the loss by position is evaluated from here on."""
+"""Index of the first held-out document; the loss by position is evaluated on documents from this index on."""
 HELD_OUT_TOKENS = 1 << 14
-"""Tokens of that evaluation, rounded up to whole rows."""
+"""Number of tokens for the loss by position, rounded up to full rows."""
 
 
 def pretrain(cfg: PretrainConfig, run: Run) -> None:
@@ -62,7 +62,7 @@ def evaluate_by_position(cfg: PretrainConfig, training: SupervisedRun) -> None:
 
 
 def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
-    """The model to train and its chat format: new ones, or those of cfg.start.
+    """The model to train and its chat format: newly initialized, or loaded from cfg.start.
 
     Raises ConfigError for a model that cannot be saved after training.
     """
@@ -81,7 +81,7 @@ def open_model(cfg: PretrainConfig) -> tuple[Transformer, ChatFormat]:
 
 
 def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
-    """The model with the rotary settings and max_positions of the stage and unchanged weights."""
+    """The model with unchanged weights and with the rotary settings and max_positions of the stage."""
     changed = cfg.extended(model.cfg)
     to_hf(changed)
     if changed == model.cfg:
@@ -95,9 +95,10 @@ def with_context(model: Transformer, cfg: PretrainConfig) -> Transformer:
 def loss_by_position(
     model: Transformer, batch: Batch, edges: tuple[int, ...], micro_batch_tokens: int
 ) -> list[dict[str, Any]]:
-    """Mean cross-entropy in nats of the trained targets in each interval between 0, the edges and the end of the row.
+    """Mean cross-entropy in nats of the trained targets in each position interval; the boundaries of the intervals are
+    0, the edges and the end of the row.
 
-    One entry per interval with targets: "from" and "to" (positions, "to" excluded), "nats", "tokens".
+    Returns one entry per interval with targets: "from" and "to" (positions, "to" excluded), "nats", "tokens".
     """
     losses = -batch_logprobs(model, batch, 1.0, micro_batch_tokens)
     bounds = (0, *edges, int(batch.positions.max()) + 1)

@@ -20,13 +20,13 @@ class ReportConfig:
     title: str
     """Headline."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of the table: name -> evaluation stage of the same recipe."""
+    """Columns of the table: column name -> name of an evaluation stage of the same recipe."""
     training: str = ""
-    """RL stage whose curve is shown; empty shows none."""
+    """Name of the RL stage whose training curve is shown; empty: no curve."""
 
 
 def report(cfg: ReportConfig, run: Run) -> None:
-    """Write report.md, .html, .json and plots into run.folder and summary.json beside it; print the table."""
+    """Write report.md, .html, .json and plots into run.folder, and summary.json next to run.folder; print the table."""
     started = time.monotonic()
     out = run.folder.parent
     columns = {name: read_evaluation(Run(out / stage), SAMPLED) for name, stage in cfg.columns.items()}
@@ -63,7 +63,7 @@ def summary(columns: dict[str, Evaluation], greedy: dict[str, Evaluation]) -> di
 
 
 def describe_run(run: Run, seconds: dict[str, float]) -> dict[str, str]:
-    """Provenance of the report and the time of each stage."""
+    """Provenance of the run and the time of each stage."""
     provenance = read_object(run.folder / PROVENANCE)
     facts = {name: str(provenance[name]) for name in ("commit", "date", "machine")}
     return facts | {f"time of {name}": clock(value) for name, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""The reinforcement learning stage: trains a checkpoint, resumable at every saved step."""
+"""The reinforcement learning stage: train a checkpoint; a run resumes from the last saved step."""
 
 import logging
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ def train_rl(cfg: RLConfig, run: Run) -> None:
             step = rl.trainer.step_count
             if rl.steps_without_signal >= MAX_STEPS_WITHOUT_SIGNAL:
                 raise TrainingError(
-                    f"{rl.steps_without_signal} rollout steps in a row at step {step} had no group with different "
-                    "rewards: the problems are too hard or too easy for this model, or the reward is wrong; check "
+                    f"{rl.steps_without_signal} consecutive rollout steps at step {step} had only zero-variance "
+                    "groups: the problems are too hard or too easy for this model, or the reward is wrong; check "
                     f"{run.folder}/metrics.jsonl"
                 )
             run.log(step, metrics)
@@ -55,7 +55,7 @@ def train_rl(cfg: RLConfig, run: Run) -> None:
 
 
 def warn(history: Sequence[dict[str, float]], active: set[str]) -> set[str]:
-    """Log early warnings that are not active yet; returns the names of those active now."""
+    """Log early warnings that are not in `active`; returns the names of all warnings that apply now."""
     warnings = early_warnings(history)
     for name in warnings.keys() - active:
         log.warning("%s: %s", name, warnings[name])

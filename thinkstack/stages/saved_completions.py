@@ -1,4 +1,4 @@
-"""Save the completions of each prompt as it finishes, so that an interrupted evaluation resumes where it stopped."""
+"""Save the completions of each finished prompt, so that an interrupted evaluation resumes where it stopped."""
 
 import hashlib
 import json
@@ -9,11 +9,12 @@ from thinkstack.log import Progress, Run, write_text
 from thinkstack.types import Completion, SamplingParams
 
 FILE = "completions.jsonl"
-"""In the folder of the stage, while it runs."""
+"""Name of the file in the stage's folder; exists only while the stage runs."""
 
 
 class SavedCompletions:
-    """Engine.generate with a file: prompts in the file are not sampled again, new completions are appended to it."""
+    """Engine.generate with a file of results: prompts in the file are not sampled again; new completions are
+    appended."""
 
     def __init__(self, engine: AnyEngine, run: Run, total: int):
         """total: number of prompts of the evaluation, for the progress line."""
@@ -25,7 +26,7 @@ class SavedCompletions:
         self.progress = Progress("evaluation", total, len(self.completions))
 
     def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> list[list[Completion]]:
-        """sampling.n completions for each prompt. Raises Interrupted on a request to stop."""
+        """Return sampling.n completions for each prompt. Raises Interrupted on a request to stop."""
         keys = [request_key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
         missing = [index for index, key in enumerate(keys) if key not in self.completions]
 
@@ -40,17 +41,17 @@ class SavedCompletions:
         return [self.completions[key] for key in keys]
 
     def delete(self) -> None:
-        """Delete the file, once the results are written."""
+        """Delete the file; called after the results are written."""
         (self.run.folder / FILE).unlink(missing_ok=True)
 
 
 def request_key(prompt: Sequence[int], sampling: SamplingParams) -> str:
-    """A hash of everything that determines the completions of a request, except the weights."""
+    """A hash of all inputs that determine the completions of a request, except the weights."""
     return hashlib.sha256(repr((tuple(prompt), sampling)).encode()).hexdigest()[:24]
 
 
 def completion_to_dict(completion: Completion) -> dict[str, object]:
-    """A completion as JSON values; log-probabilities keep all digits."""
+    """A completion as JSON values; log-probabilities are written with all digits."""
     return {
         "token_ids": completion.token_ids,
         "logprobs": completion.logprobs,

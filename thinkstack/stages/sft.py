@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on conversations packed into rows, with the loss on the assistant's turns only.
+"""Supervised fine-tuning on conversations packed into rows, with the loss on assistant turns only.
 
 Writes `model/` in Hugging Face layout, and `adapter/` in PEFT's layout if an adapter is trained.
 """
@@ -25,64 +25,65 @@ from thinkstack.types import Batch, ConfigError, RequestError
 log = logging.getLogger(__name__)
 
 SHORT_RUN_STEPS = 10
-"""A run of fewer steps logs which settings give more: short files fit into a row or two."""
+"""Number of steps below which a run logs which settings give more steps; a short file fits into a few rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """One run of supervised fine-tuning."""
+    """Settings of a supervised fine-tuning stage."""
 
     start: str
-    """Checkpoint or earlier stage to start from."""
+    """Checkpoint, or name of an earlier stage, to start from."""
     data: tuple[str, ...] = ()
     """Files of conversations, in the formats of docs/guides/sft.md."""
     tasks: tuple[str, ...] = ()
     """Generated tasks whose worked solutions are added to the data as thinking."""
     num_examples: Count = 2000
-    """Total number of worked solutions, from `tasks` in turn."""
+    """Total number of worked solutions; the tasks alternate."""
     languages: tuple[str, ...] = ()
-    """Languages of worked solutions; empty uses all that a task has."""
+    """Languages of worked solutions; empty: all languages of each task."""
     epochs: Positive = 2.0
-    """Passes over the conversations."""
+    """Number of passes over the conversations."""
     max_steps: CountOrZero = 0
-    """Maximum optimizer steps, also the length of the learning-rate schedule; 0: no limit beside epochs."""
+    """Maximum number of optimizer steps, also the length of the learning-rate schedule; 0: `epochs` is the only
+    limit."""
     rows: Count = 8
-    """Packed rows per step."""
+    """Number of packed rows per step."""
     row_tokens: Count = 1024
     """Tokens per row; longer conversations are skipped and counted, never truncated."""
     held_out: Share = 0.05
-    """Share of the conversations held out from training and evaluated before and after it; chosen by prompt, so that no
-    prompt is in both parts."""
+    """Share of the conversations that are held out from training and evaluated before and after it. The split is by
+    prompt, so that no prompt is in both parts."""
     trainer: TrainerConfig = TrainerConfig(bias_speed=0.0, mtp_detached=True)
     """Precision and optimizer."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the weights, saved as model-ema; 0: no average."""
     save_steps: CountOrZero = 100
-    """Steps between two saves of the training state; 0 saves none."""
+    """Steps between two saves of the training state; 0: never save."""
     seed: Seed = 0
-    """Seed of the order and of the held-out share."""
+    """Seed of the order of the examples and of the held-out split."""
 
     def __post_init__(self) -> None:
         if not self.data and not self.tasks:
             raise ConfigError(
-                "data=[] and tasks=[]: there is nothing to train on; give files of conversations or generated tasks"
+                "data=[] and tasks=[]: there is nothing to train on; set data to files of conversations, or set tasks"
             )
         if self.epochs <= 0 or self.rows < 1 or self.row_tokens < 2:
             raise ConfigError(
                 f"epochs={self.epochs}, rows={self.rows} and row_tokens={self.row_tokens} must be positive"
             )
         if not 0 <= self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out} must lie in 0..1, below 1; 0 holds nothing out")
+            raise ConfigError(f"held_out={self.held_out} must be at least 0 and below 1; 0 holds nothing out")
 
 
 @dataclass(frozen=True)
 class SftDataset:
-    """The conversations of a run as examples."""
+    """The conversations of a run as training and held-out examples."""
 
     trained: list[Example]
     held_out: list[Example]
     num_too_long: int
-    """Examples skipped because they are longer than a row."""
+    """Number of examples skipped because they are longer than a row."""
 
     def document(self, index: int, seed: int) -> Example:
         """Example `index` of the infinite training order, which is reshuffled each epoch."""
@@ -93,8 +94,8 @@ class SftDataset:
 
 
 def make_sft_dataset(conversations: Sequence[Conversation], chat: ChatFormat, cfg: SftConfig) -> SftDataset:
-    """The examples of all conversations. Raises ConfigError if no example is left to train on, and for a conversation
-    that the chat format cannot render."""
+    """The examples of all conversations. Raises ConfigError if no training example is left, and for a conversation that
+    the chat format cannot render."""
     trained: list[Example] = []
     held_out: list[Example] = []
     num_too_long = 0
@@ -111,8 +112,8 @@ def make_sft_dataset(conversations: Sequence[Conversation], chat: ChatFormat, cf
             target += [example] if example.width <= cfg.row_tokens else []
     if not trained:
         raise ConfigError(
-            f"none of {len(conversations)} conversations is left to train on ({num_too_long} examples are longer than "
-            f"row_tokens={cfg.row_tokens}); raise row_tokens or lower held_out={cfg.held_out}"
+            f"no training example is left of {len(conversations)} conversations ({num_too_long} examples are longer "
+            f"than row_tokens={cfg.row_tokens}); raise row_tokens or lower held_out={cfg.held_out}"
         )
     return SftDataset(trained, held_out, num_too_long)
 
@@ -127,11 +128,13 @@ def sft(cfg: SftConfig, run: Run) -> None:
     steps = max(round(cfg.epochs * len(pack(dataset.trained, cfg.row_tokens)) / cfg.rows), 1)
     steps = min(steps, cfg.max_steps or steps)
     log.info(
-        "%d training examples in %d step(s), %d held out, %d skipped as longer than a row",
+        "%d training examples in %d step(s), %d held out, %d skipped because they are longer than a row",
         *(len(dataset.trained), steps, len(dataset.held_out), dataset.num_too_long),
     )
     if steps < SHORT_RUN_STEPS and steps != cfg.max_steps:
-        log.info("few steps: lower rows=%d or row_tokens=%d, or raise epochs=%g", cfg.rows, cfg.row_tokens, cfg.epochs)
+        log.info(
+            "for more steps, lower rows=%d or row_tokens=%d, or raise epochs=%g", cfg.rows, cfg.row_tokens, cfg.epochs
+        )
     stream = PackedStream(partial(dataset.document, seed=cfg.seed), cfg.rows, cfg.row_tokens)
     training = SupervisedRun("fine-tuning", cfg, run, model, chat, stream, BatchSchedule(steps, cfg.rows))
     training.train(partial(evaluate_held_out, dataset, cfg))

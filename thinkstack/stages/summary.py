@@ -1,4 +1,4 @@
-"""A summary of a run: one line per stage with its artifact and main result."""
+"""Summary of a run: one line per stage with the artifact and the main result."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ LOSS_METRIC = "loss/next_token_nats"
 
 
 def summarize(out: Path, stages: Sequence[tuple[str, str]]) -> str:
-    """One line per completed stage (name, kind): the path of its artifact and its main result."""
+    """One line per completed stage, with the path of the artifact and the main result. stages: pairs (name, kind)."""
     width = max(len(name) for name, _ in stages)
     return "\n".join(f"  {name:<{width}}  {_describe(Run(out / name), kind)}" for name, kind in stages)
 
@@ -29,7 +29,7 @@ def _describe(run: Run, kind: str) -> str:
 
 
 def _progress(run: Run) -> str:
-    """The main metric at the start and at the end of training."""
+    """Text with the main metric at the start and at the end of training."""
     curve = run.rows(CURVE)
     for key, label, factor, unit in (
         ("pass_at_1", "pass@1 during training", 100, " %"),

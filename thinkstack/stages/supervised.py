@@ -1,5 +1,4 @@
-"""The training loop that pre-training and supervised fine-tuning share: next-token prediction on a stream of
-documents."""
+"""The training loop of pre-training and supervised fine-tuning: next-token prediction on a stream of documents."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from thinkstack.types import Interrupted
 
 
 class SupervisedConfig(Protocol):
-    """The settings that the loop reads."""
+    """The settings that the training loop uses."""
 
     @property
     def start(self) -> str: ...
@@ -36,7 +35,7 @@ class SupervisedConfig(Protocol):
 
 
 class SupervisedRun:
-    """A training run over a stream of documents; its saved state holds everything that changes from step to step."""
+    """A training run over a stream of documents; the saved state contains everything that changes from step to step."""
 
     def __init__(
         self,
@@ -48,7 +47,7 @@ class SupervisedRun:
         stream: PackedStream,
         plan: BatchSchedule,
     ):
-        """Restores the state in run.folder if there is one. title: of the progress line."""
+        """Restores the state in run.folder if there is one. title: label of the progress line."""
         self.title, self.cfg, self.run, self.plan = title, cfg, run, plan
         self.model, self.chat, self.stream = model, chat, stream
         self.trainer = Trainer(model, cfg.trainer, len(plan.rows), dump_folder=run.folder)
@@ -80,7 +79,7 @@ class SupervisedRun:
         return metrics | times | {"train/tokens_per_second": rate, "train/rows": float(self.plan.rows[step])}
 
     def train(self, evaluate: Callable[["SupervisedRun"], None]) -> None:
-        """Run the remaining steps; evaluate before the first and after the last one.
+        """Run the remaining steps; evaluate before the first and after the last step.
 
         Raises Interrupted on a request to stop, after saving the state.
         """
@@ -100,7 +99,7 @@ class SupervisedRun:
         self.evaluate(evaluate)
 
     def evaluate(self, evaluate: Callable[["SupervisedRun"], None]) -> None:
-        """Run an evaluation; a request to stop interrupts it, and a resumed run repeats it."""
+        """Run an evaluation; a request to stop interrupts the evaluation, and a resumed run repeats it."""
         marks = self.run.mark()
         try:
             with self.run.stop.may_interrupt():
@@ -111,7 +110,7 @@ class SupervisedRun:
             raise
 
     def write_models(self) -> None:
-        """Write the model, and its moving average and adapter if there are any."""
+        """Write the model, and if they exist the moving average and the adapter."""
         models = {MODEL: self.model}
         if self.average:
             models[AVERAGE] = copy.deepcopy(self.model)

@@ -1,6 +1,6 @@
 """Parse the turns of published conversations into Messages: roles, reasoning, tool calls, tools and loss masks.
 
-docs/guides/sft.md lists the accepted keys. An unknown key of a turn raises ConfigError, because it may carry content.
+docs/guides/sft.md lists the supported keys. An unknown key of a turn raises ConfigError, because it may have content.
 """
 
 import json
@@ -19,20 +19,20 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
-"""Roles of published files, in lower case."""
+"""Role of a Message for each role name in published files, in lower case."""
 CALL_ROLES = ("function_call", "tool_call")
-"""Roles whose content is a call or a list of calls in JSON (LLaMA-Factory's ShareGPT format, ms-swift)."""
+"""Roles whose content is a tool call or a list of tool calls in JSON (LLaMA-Factory's ShareGPT format, ms-swift)."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "step_loss_mask")
-"""Keys of a turn that mask its loss: OpenAI's and Mistral's weight, axolotl's train and training,
-ms-swift's loss, slime's step_loss_mask."""
+"""Keys of a turn with its loss mask: `weight` of OpenAI and Mistral, `train` and `training` of axolotl, `loss` of
+ms-swift, `step_loss_mask` of slime."""
 UNUSED_TURN_KEYS = ("id", "index", "message_id", "timestamp", "language", "model")
-"""Metadata keys of a turn; they are logged as unused, not refused."""
+"""Metadata keys of a turn; they are logged as unused and do not raise ConfigError."""
 CORRECT = "correct it"
 
 
 class Fields:
-    """The non-empty keys of a JSON object. `take` removes a key; `left` holds those not taken yet."""
+    """The non-empty keys of a JSON object. `take` removes a key from `left`."""
 
     def __init__(self, values: Any, where: str):
         """where: address of the object in error messages. Raises ConfigError if it is not an object."""
@@ -50,7 +50,7 @@ class Fields:
         first = next(iter(taken))
         other = next((name for name in taken if taken[name] != taken[first]), None)
         if other is not None:
-            raise ConfigError(f"{self.where} has {first} and {other}, which differ; keep one of them")
+            raise ConfigError(f"{self.where} has {first} and {other} with different values; keep one of them")
         return taken[first]
 
     def take_text(self, names: Sequence[str]) -> str | None:
@@ -59,7 +59,7 @@ class Fields:
         return None if value is None else self.as_text(value, " or ".join(names))
 
     def as_text(self, value: Any, name: str) -> str:
-        """Text, or the text of a list of parts. Raises ConfigError for anything else."""
+        """Return text, or the joined text of a list of parts. Raises ConfigError for other values."""
         if isinstance(value, str):
             return value
         if not isinstance(value, list):
@@ -67,7 +67,7 @@ class Fields:
         parts = [Fields(part, f"{self.where}: {name}, part {number}") for number, part in enumerate(value, start=1)]
         for part in parts:
             if part.take(("type",)) != "text":
-                raise ConfigError(f"{part.where} is of type {part.values.get('type')}; only text is read")
+                raise ConfigError(f"{part.where} has type={part.values.get('type')}; only type=text is supported")
         texts = [part.take_text(("text",)) or "" for part in parts]
         for part in parts:
             part.refuse(part.left)
@@ -76,14 +76,16 @@ class Fields:
     def refuse(self, keys: Iterable[str]) -> None:
         """Raise ConfigError for the first of `keys`, if there is one."""
         for key in keys:
-            raise ConfigError(f"{self.where} has the key {key!r}, which is not read and would be lost; remove it")
+            raise ConfigError(
+                f"{self.where} has the key {key!r}, which is not supported and would be lost; remove the key"
+            )
 
 
 def read_turns(values: Any, where: str, unused: set[str], trains: bool = True) -> list[Message]:
     """The turns of a list of objects with role and content, or from and value.
 
-    unused: unused keys are added to it. trains: whether assistant turns without a mask are trained on. Raises
-    ConfigError with the address of the turn.
+    unused: names of unused keys are added to this set. trains: whether assistant turns without a mask are trained on.
+    Raises ConfigError with the address of the turn.
     """
     if not isinstance(values, list):
         raise ConfigError(f"{where}: its turns are {kind_of(values)}, not a list of objects; correct it")
@@ -97,21 +99,21 @@ def read_turns(values: Any, where: str, unused: set[str], trains: bool = True) -
             message = _merge(messages.pop(), message, fields.where)
         if message.role == "tool" and (not messages or messages[-1].role not in ("assistant", "tool")):
             raise ConfigError(
-                f"{fields.where} (role {as_json(value.get('role', value.get('from')))}) is the result of a call and "
-                "follows no turn of the assistant; give the call the role function_call"
+                f"{fields.where} (role {as_json(value.get('role', value.get('from')))}) is the result of a tool call, "
+                "but no assistant turn precedes it; use role function_call for the call"
             )
         messages.append(message)
     return messages
 
 
 def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
-    """Returns (the turn; whether its role is that of a call)."""
+    """Returns (the turn; whether its role is one of CALL_ROLES)."""
     spelled = fields.take(("role", "from"))
     if spelled is None:
-        raise ConfigError(f"{fields.where} has no role (keys role or from); known: {', '.join(ROLES)}")
+        raise ConfigError(f"{fields.where} has no role (key role or from); use one of {', '.join(ROLES)}")
     role = ROLES.get(str(spelled).lower())
     if role is None:
-        raise ConfigError(f"{fields.where}: role {as_json(spelled)} is not known; known: {', '.join(ROLES)}")
+        raise ConfigError(f"{fields.where}: role {as_json(spelled)} is not supported; use one of {', '.join(ROLES)}")
     has_content = any(fields.values.get(key) is not None for key in ("content", "value"))
     content = fields.take_text(("content", "value")) or ""
     if str(spelled).lower() in CALL_ROLES:
@@ -119,60 +121,64 @@ def _turn(fields: Fields, trains: bool) -> tuple[Message, bool]:
         return Message(role=role, content="", tool_calls=calls, is_trained=_is_trained(fields, role, trains)), True
     if role == "assistant":
         calls = _calls(fields.take(("tool_calls", "function_call")), fields.where)
-        if not content.strip() and not calls:  # the content may stand under a key that is not read, such as refusal
+        if not content.strip() and not calls:  # the content may be under an unsupported key, such as refusal
             fields.refuse(key for key in fields.left if key not in (*UNUSED_TURN_KEYS, *REASONING, *TRAINED))
         if not has_content and not calls:
-            raise ConfigError(f"{fields.where} has neither content nor calls; leave the row out")
+            raise ConfigError(f"{fields.where} has neither content nor tool calls; remove the row")
         return answer(content, fields, calls, _is_trained(fields, role, trains)), False
     if not has_content:
-        raise ConfigError(f"{fields.where} has no content (keys content or value); leave the row out")
+        raise ConfigError(f"{fields.where} has no content (key content or value); remove the row")
     _is_trained(fields, role, trains)
     call_id, name = (fields.take_text((key,)) if role == "tool" else None for key in ("tool_call_id", "name"))
     return Message(role=role, content=content, tool_call_id=call_id, name=name), False
 
 
 def answer(content: str, fields: Fields, calls: tuple[ToolCall, ...] = (), is_trained: bool = True) -> Message:
-    """An assistant turn, with the reasoning in `fields`. Raises ConfigError for two reasonings, and for an empty turn
-    that would be trained on.
+    """An assistant turn, with the reasoning from `fields`. Raises ConfigError if reasoning is in both `fields` and
+    `content`, and for an empty turn that would be trained on.
     """
     reasoning = fields.take_text(REASONING)
     if reasoning in ("on", "off"):
-        raise ConfigError(f"{fields.where}: reasoning={reasoning!r} is a switch, not reasoning; remove it")
+        raise ConfigError(
+            f"{fields.where}: reasoning={reasoning!r} is a switch, not the text of the reasoning; remove it"
+        )
     if reasoning is not None and content.lstrip().startswith(THINK_OPEN):
         raise ConfigError(f"{fields.where} has reasoning twice: under a key and as {THINK_OPEN} in the text; keep one")
     if is_trained and not (content.strip() or calls or reasoning):
-        raise ConfigError(f"{fields.where}: the assistant's turn is empty and would be trained on; leave the row out")
+        raise ConfigError(f"{fields.where}: the assistant turn is empty and would be trained on; remove the row")
     return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=calls, is_trained=is_trained)
 
 
 def _merge(text: Message, call: Message, where: str) -> Message:
     if text.is_trained != call.is_trained:
-        raise ConfigError(f"{where} and the one before are one turn with different masks; use one mask")
+        raise ConfigError(
+            f"{where} and the previous turn are merged into one assistant turn but have different masks; use one mask"
+        )
     return replace(text, tool_calls=text.tool_calls + call.tool_calls)
 
 
 def _is_trained(fields: Fields, role: Role, trains: bool) -> bool:
-    """Whether a turn is trained on, by its masks. Raises ConfigError for values other than 0 and 1."""
+    """Whether a turn is trained on, according to its loss masks. Raises ConfigError for values other than 0 and 1."""
     masks = {name: fields.left[name] for name in TRAINED if name in fields.left}
     fields.left = {name: value for name, value in fields.left.items() if name not in masks}
     for name, value in masks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise ConfigError(
-                f"{fields.where}: {name}={as_json(value)} is not supported; a turn is trained on (1, true) or not "
-                "(0, false)"
+                f"{fields.where}: {name}={as_json(value)} is not supported; use 1 or true to train on the turn, "
+                "0 or false to mask it"
             )
         if value and role != "assistant":
             raise ConfigError(
-                f"{fields.where}: {name}={as_json(value)} asks to train on a turn of the {role}; only "
+                f"{fields.where}: {name}={as_json(value)} would train on a {role} turn, but only "
                 "assistant turns are trained on; remove the key"
             )
     if len({bool(value) for value in masks.values()}) > 1:
-        raise ConfigError(f"{fields.where} has {' and '.join(masks)}, which differ; keep one of them")
+        raise ConfigError(f"{fields.where} has {' and '.join(masks)} with different values; keep one of them")
     return all(masks.values()) if masks else trains
 
 
 def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
-    """Calls in OpenAI's format, {"function": {"name", "arguments"}}, or only the inner object."""
+    """Tool calls in OpenAI's format, {"function": {"name", "arguments"}}, or only the inner object of each."""
     calls = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(_call(call, f"{where}, call {number}") for number, call in enumerate(calls, start=1))
 
@@ -181,12 +187,12 @@ def _call(value: Any, where: str) -> ToolCall:
     outer = Fields(value, where)
     inner = Fields(outer.take(("function",)), where) if "function" in outer.left else outer
     call_id = outer.take_text(("id",))
-    outer.left.pop("index", None)  # the position in the list, which is kept
+    outer.left.pop("index", None)  # the position in the list; the order of the list is preserved
     if outer.take(("type",)) not in (None, "function"):
-        raise ConfigError(f"{where} is not of type function; only calls of functions are read")
+        raise ConfigError(f"{where} is not of type function; only function calls are supported")
     name, arguments = inner.take_text(("name",)), inner.take(("arguments", "parameters"))
     if name is None:
-        raise ConfigError(f"{where} has no name of a function; correct it")
+        raise ConfigError(f"{where} has no function name; correct it")
     text = arguments if isinstance(arguments, str) else _to_json({} if arguments is None else arguments, where)
     if not isinstance(parse_json(text, f"{where}: arguments", CORRECT), dict):
         raise ConfigError(f"{where}: arguments are not a JSON object; correct them")

@@ -1,7 +1,7 @@
 """Expert load balancing: the auxiliary-loss-free bias and the sequence-wise balance loss.
 
-Both use the Routing that the model returns. The bias is updated once per optimizer step, after the step, from counts
-over all micro-batches and ranks.
+Both use the Routing that the model returns. The bias is updated once after each optimizer step, from token counts over
+all micro-batches and ranks.
 """
 
 # Shapes in this file: R rows, T tokens per row, E experts, K experts per token, L layers with experts.
@@ -14,16 +14,16 @@ from thinkstack.models.transformer import Transformer
 
 
 def expert_counts(routing: Routing, real: Tensor) -> Tensor:
-    """Tokens sent to each expert, (E,) fp32. real: (R, T) bool, False for padding."""
+    """Number of tokens routed to each expert, (E,) fp32. real: (R, T) bool, False for padding."""
     chosen = routing.experts[real].flatten()
     return torch.bincount(chosen, minlength=routing.scores.shape[-1]).float()
 
 
 def sequence_balance_loss(routing: Routing, real: Tensor) -> Tensor:
-    """Sum over rows of real tokens * sum_i f_i P_i; 1 per token for a uniform load.
+    """Sum over rows of (number of real tokens) * sum_i f_i P_i; 1 per token for a uniform load.
 
     f_i: load of expert i in the row relative to a uniform load, without gradient. P_i: mean normalized affinity. The
-    caller divides by the real tokens of the whole step. Source: DeepSeek-V3 report, section 2.1.2, equations 17-20.
+    caller divides by the number of real tokens of the step. Source: DeepSeek-V3 report, section 2.1.2, equations 17-20.
     """
     E, K = routing.scores.shape[-1], routing.experts.shape[-1]
     real = real.unsqueeze(-1).float()  # (R, T, 1)
@@ -42,10 +42,10 @@ def moe_layers(model: Transformer) -> list[MoE]:
 
 @torch.no_grad()
 def update_bias(layer: MoE, counts: Tensor, speed: float) -> None:
-    """Raise the bias of underloaded experts by `speed` and lower that of overloaded ones; the sum stays constant.
+    """Raise the bias of underloaded experts by `speed` and lower the bias of overloaded experts; the sum is constant.
 
-    counts: (E,) tokens of the whole step. Source: arXiv:2408.15664, algorithm 1; the update is centered, so that the
-    common offset, which does not change the choice, cannot drift.
+    counts: (E,) tokens per expert over the entire step. Source: arXiv:2408.15664, algorithm 1. The update is centered,
+    so that the mean of the bias, which does not affect the choice of experts, cannot drift.
     """
     delta = speed * torch.sign(counts.mean() - counts)
     layer.bias += delta - delta.mean()

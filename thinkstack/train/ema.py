@@ -1,4 +1,4 @@
-"""A moving average of the weights, which estimates the model after learning-rate decay without decaying."""
+"""A moving average of the weights: an early estimate of the model after learning-rate decay."""
 
 from itertools import chain
 
@@ -11,15 +11,17 @@ from thinkstack.types import ConfigError
 class MovingAverage:
     """Exponential moving average of a model's parameters and balance biases, fp32 on the CPU.
 
-    After n updates the weights of step i <= n have a share proportional to decay ** (n - i): the first update sets the
-    average, so the initial weights never enter it. DeepSeek-V3 has one in CPU memory (V3 report, section 3.2.3) and
-    does not state its decay.
+    After n updates the weights of step i <= n have a share proportional to decay ** (n - i). The first update sets the
+    average, so that the initial weights are excluded. DeepSeek-V3 uses a moving average in CPU memory (V3 report,
+    section 3.2.3); the report does not state the decay.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         """decay: between 0 and 1; averages about 1 / (1 - decay) steps."""
         if not 0 < decay < 1:
-            raise ConfigError(f"ema_decay={decay} must lie between 0 and 1, such as 0.999; 0 means no average")
+            raise ConfigError(
+                f"ema_decay={decay} must lie between 0 and 1, such as 0.999; ema_decay=0 disables the average"
+            )
         self.decay = decay
         self.values = {
             name: torch.zeros_like(value, dtype=torch.float32, device="cpu") for name, value in _named_tensors(model)
@@ -43,11 +45,11 @@ class MovingAverage:
         return {f"average.{name}": value for name, value in self.values.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` returned; other tensors are ignored."""
+        """Restore the tensors returned by `state`; other tensors are ignored."""
         for name, value in self.values.items():
             value.copy_(tensors[f"average.{name}"])
 
 
 def _named_tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:
-    """Parameters and buffers by name, tied ones once."""
+    """Parameters and buffers by name; tied parameters are listed once."""
     return chain(model.named_parameters(), model.named_buffers())

@@ -1,12 +1,12 @@
-"""Block-scaled fp8 matrix products, as in DeepSeek-V3's training (V3 report, arXiv:2412.19437, section 3.3).
+"""Block-scaled fp8 matmuls, as in DeepSeek-V3's training (V3 report, arXiv:2412.19437, section 3.3).
 
-All three products of a linear layer take e4m3 operands: activations and gradients in blocks of 1 x 128 along the
-dimension that is summed over, weights in blocks of 128 x 128. Sums are fp32. Embedding, head, routers, norms and
-attention scores are not quantized. The plain arithmetic here runs anywhere; a GPU with block-scaled products (Hopper)
-uses them where the shapes fit.
+All three matmuls of a linear layer have e4m3 operands: activations and gradients in blocks of 1 x 128 along the
+reduction dimension, weights in blocks of 128 x 128. Accumulation is in fp32. Embedding, head, routers, norms and
+attention scores are not quantized. The plain arithmetic in this file runs on any device; a GPU with block-scaled
+matmuls (Hopper) uses these if the shapes are supported.
 """
 
-# Shapes in this file: M rows, K inputs (summed over), N outputs, leading dimensions (...) are independent products.
+# Shapes in this file: M rows, K inputs (reduction dimension), N outputs, leading dimensions (...) are batch dimensions.
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +26,15 @@ def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dty
 
 
 def _has_block_products(a: Tensor, b: Tensor) -> bool:
-    """Whether the device has block-scaled products for these shapes: Hopper, no partial blocks."""
+    """Whether the device supports block-scaled matmuls of these shapes: Hopper, no partial blocks."""
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) != (9, 0):
         return False
     return a.shape[0] % 16 == 0 and b.shape[0] % BLOCK == 0 and a.shape[1] % BLOCK == 0
 
 
 def _device_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
-    """`product` by torch's scaled_mm, which takes 1 x 128 scales in column-major order and 128 x 128 scales padded to a
-    multiple of four."""
+    """`product` with torch's scaled_mm, which requires 1 x 128 scales in column-major order and 128 x 128 scales padded
+    to a multiple of four."""
     row_block = F.ScalingType.BlockWise1x128
     scale_a, scale_b = a[1].t().contiguous().t(), b[1]
     if b_rows == 1:
@@ -70,14 +70,14 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
-    """x (..., K) times weight (N, K) transposed, or stacks (E, M, K) and (E, N, K); all three products are in fp8."""
+    """x (..., K) times weight (N, K) transposed, or stacks (E, M, K) and (E, N, K); all three matmuls are in fp8."""
     if weight.dim() > 2:
         return _Linear.apply(x, weight, power_of_two)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, power_of_two).unflatten(0, x.shape[:-1])
 
 
 class FP8Linear(nn.Linear):
-    """A linear layer with fp8 products; it shares weight and bias with the layer it replaces."""
+    """A linear layer with fp8 matmuls; weight and bias are shared with the layer that it replaces."""
 
     def __init__(self, base: nn.Linear, power_of_two: bool):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -89,8 +89,8 @@ class FP8Linear(nn.Linear):
 
 
 class FP8Experts(nn.Module):
-    """The routed experts of a layer with fp8 products: each expert has as many rows as the busiest one, padded with
-    0."""
+    """The routed experts of a layer with fp8 matmuls; the rows of each expert are padded with zeros to the number of
+    rows of the busiest expert."""
 
     def __init__(self, power_of_two: bool):
         super().__init__()
@@ -109,7 +109,7 @@ class FP8Experts(nn.Module):
 
 
 def use_fp8(model: Transformer, power_of_two: bool) -> None:
-    """Replace the linear layers and experts of the blocks of `model` by fp8 ones, in place."""
+    """Replace the linear layers and experts in the blocks of `model` by fp8 layers, in place."""
     for block in model.blocks():
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):

@@ -1,8 +1,8 @@
 """Losses as pure functions of flat vectors with one entry per trained token.
 
 Every loss is a weighted sum. The weights are computed once per optimizer step (`token_weights`) from global counts, so
-that micro-batches and ranks add up; there is no other denominator. Statistics add up the same way; those whose names
-end in "_max" are combined by maximum.
+that the losses of micro-batches and ranks add up; there is no other denominator. Statistics add up in the same way,
+except that statistics with names ending in "_max" are combined by maximum.
 """
 
 # Shapes in this file: R rows, T tokens per row, N = R*T, M trained tokens, D hidden size, V vocabulary size.
@@ -28,11 +28,11 @@ class TrainedTokens:
     """Inputs of a loss for one micro-batch. All tensors are (M,) fp32 unless stated otherwise."""
 
     logprobs: Tensor
-    """Log-probabilities of the targets under the current weights; the only entry with a gradient."""
+    """Log-probabilities of the targets under the current weights; the only field with a gradient."""
     weights: Tensor
-    """Share of each token in the loss of the whole step."""
+    """Weight of each token in the loss of the entire step."""
     share: float
-    """1 / trained tokens of the whole step: the weight of a token in a mean statistic."""
+    """1 / number of trained tokens of the entire step: the weight of a token in a mean statistic."""
     entropy: Tensor | None = None
     """Entropy of the prediction in nats; None if not computed."""
     advantages: Tensor | None = None
@@ -40,17 +40,16 @@ class TrainedTokens:
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     sequences: Tensor | None = None
-    """int64, equal for the tokens of one sequence; needed by sequence-level objectives."""
+    """int64, equal for the tokens of one sequence; required by sequence-level objectives."""
 
 
 def token_weights(batch: Batch, reduction: Reduction, fixed_length: int = 0) -> Tensor:
     """Weight of each target in the loss of one optimizer step, (R, T) fp32, 0 for untrained targets.
 
-    "token": equal weight per trained token, 1 / all trained tokens. "sequence": equal weight per sequence, divided
-    among its tokens, 1 / (sequences * its trained tokens); sequences without trained tokens are not counted. "fixed":
-    1 / (sequences * fixed_length), independent of the lengths (Dr. GRPO, arXiv:2503.20783). batch: the whole step on
-    this rank; counts are summed over ranks.
-    """
+    reduction="token": equal weight per trained token, 1 / (number of trained tokens). reduction="sequence": equal
+    weight per sequence, 1 / (number of sequences * trained tokens of the sequence); sequences without trained tokens
+    are not counted. reduction="fixed": 1 / (number of sequences * fixed_length), independent of the lengths (Dr. GRPO,
+    arXiv:2503.20783). batch: all rows of the step on this rank; counts are summed over ranks."""
     mask, sequences = batch.loss_mask, batch.sequence_ids
     lengths = mask.new_zeros(int(sequences.max()) + 1)
     lengths.index_add_(0, sequences.flatten(), mask.flatten())
@@ -60,12 +59,12 @@ def token_weights(batch: Batch, reduction: Reduction, fixed_length: int = 0) -> 
     if reduction == "sequence":
         return mask / (lengths.clamp(min=1)[sequences] * num_sequences)
     if fixed_length < 1:
-        raise ConfigError(f"reduction='fixed' needs a fixed_length of at least 1, not {fixed_length}; use max_tokens")
+        raise ConfigError(f"reduction='fixed' needs fixed_length >= 1, not {fixed_length}; use max_tokens")
     return mask / (fixed_length * num_sequences)
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
-    """The sum over the ranks of a distributed run; otherwise the same tensor."""
+    """The sum over all ranks of a distributed run; the same tensor without one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
     return counts
@@ -74,7 +73,7 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
 def token_logprobs(
     hidden: Tensor, index: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `targets` under the head, without all logits in memory at once.
+    """Log-probabilities of `targets` under the head, without storing all logits at once.
 
     hidden: (N, D). index: (M,) int64, distinct rows of hidden to predict from. weight: (V, D) head. targets: (M,).
     temperature divides the logits. Returns (logprobs (M,) fp32, entropy (M,) fp32 without gradient, or None).
@@ -84,7 +83,7 @@ def token_logprobs(
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Computes logits in chunks and recomputes them in the backward pass; fp32 from the logits on."""
+    """Computes logits in chunks and recomputes them in the backward pass; arithmetic after the matmul is in fp32."""
 
     @staticmethod
     def forward(ctx, hidden, index, weight, targets, temperature, with_entropy):  # type: ignore[no-untyped-def,override]
@@ -134,6 +133,6 @@ def _chunks(count: int, vocab_size: int) -> Iterator[slice]:
 
 
 def next_token_loss(tokens: TrainedTokens) -> tuple[Tensor, Stats]:
-    """Cross-entropy in nats."""
+    """Cross-entropy of the targets in nats."""
     loss = -(tokens.weights * tokens.logprobs).sum()
     return loss, {"loss/next_token_nats": loss.detach()}

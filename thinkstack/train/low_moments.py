@@ -1,4 +1,4 @@
-"""AdamW with both moments in bf16, as DeepSeek-V3 was trained (V3 report, arXiv:2412.19437, section 3.3)."""
+"""AdamW with both moments in bf16, as in DeepSeek-V3's training (V3 report, arXiv:2412.19437, section 3.3)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor
 from thinkstack.types import ConfigError
 
 CHUNK = 2**20
-"""Elements converted to fp32 at a time."""
+"""Number of elements converted to fp32 at a time."""
 
 
 class LowMomentAdamW(torch.optim.Optimizer):
-    """Weights, gradients and arithmetic are fp32, both moments are rounded to bf16 between steps: 8 bytes per parameter
-    instead of 12, without the gradient."""
+    """Weights, gradients and arithmetic are fp32; both moments are rounded to bf16 between steps. This needs 8 bytes
+    per parameter instead of 12, not counting the gradient."""
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float):
         """params: parameter groups with weight_decay. Raises ConfigError for a beta too close to 1 for bf16."""

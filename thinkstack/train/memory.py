@@ -1,10 +1,10 @@
-"""Estimate of the peak memory of a training step from shapes: weights, copies, gradients, moments, activations, logits.
+"""Estimate the peak memory of a training step from shapes: weights, copies, gradients, moments, activations, logits.
 
-Activations are counted as autograd saves them: each tensor that a backward pass reads, once. The backward pass frees
-them block by block from the top and allocates gradients, so the peak is the maximum over that sequence.
+Activations are counted as autograd saves them: each tensor that a backward pass reads is counted once. The backward
+pass frees activations block by block from the top and allocates gradients; the peak is the maximum over that sequence.
 """
 
-# Letters in this file: N tokens and B rows of a micro-batch, T tokens per row, D hidden size, H heads, V vocabulary
+# Shapes in this file: N tokens and B rows of a micro-batch, T tokens per row, D hidden size, H heads, V vocabulary
 # size, E experts, K experts per token, I intermediate size; s bytes per number in the working precision.
 
 from dataclasses import dataclass
@@ -25,34 +25,34 @@ from thinkstack.models.layers import ROW_TILE
 from thinkstack.types import ConfigError
 
 HEAD_TOKENS, HEAD_TILE, HEAD_LOGITS = 1024, 16, 2**25
-"""Of a chunk of logits: maximum tokens (small vocabularies stay in cache), the multiple that the tokens are rounded to,
-and maximum logits (134 MB in fp32 for any vocabulary)."""
+"""Size of a chunk of logits: maximum number of tokens (small vocabularies stay in cache), the multiple that the number
+of tokens is rounded to, and maximum number of logits (134 MB in fp32 for any vocabulary)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingShape:
-    """Everything but the model that determines the memory of a step."""
+    """All parameters besides the model that determine the memory of a step."""
 
     rows: int
-    """Rows of a micro-batch."""
+    """Number of rows of a micro-batch."""
     row_tokens: int
-    """Tokens per row."""
+    """Number of tokens per row."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of matrix products and activations."""
+    """Precision of matmuls and activations."""
     workers: int = 1
-    """Threads that run micro-batches, each on a copy of the weights."""
+    """Number of threads that run micro-batches, each on a copy of the weights."""
     passes: int = 1
-    """Micro-batches per worker and step."""
+    """Number of micro-batches per worker and step."""
     checkpoint_layers: bool = False
     """Activation checkpointing: save only the input of each block."""
     with_kernels: bool = True
-    """Whether the C++ kernels are used; torch's operators save more."""
+    """Whether the C++ kernels are used; torch's operators save more activations."""
     moments: int = 2
-    """fp32 numbers per weight beside the weight itself: 2 for AdamW, 1 more for a moving average."""
+    """Number of fp32 values per weight besides the weight itself: 2 for AdamW, 1 more for a moving average."""
     threads: int = 1
-    """Threads of one worker."""
+    """Number of threads of one worker."""
     imbalance: float = 0.25
-    """Load of the busiest expert over the mean, minus 1: torch's operators pad every expert to it."""
+    """Load of the busiest expert divided by the mean load, minus 1; torch's operators pad all experts to this load."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "row_tokens", "workers", "passes", "threads"):
@@ -79,26 +79,27 @@ class Segment(NamedTuple):
     """A part of the forward pass, in bytes."""
 
     saved: int
-    """Saved for the backward pass."""
+    """Bytes saved for the backward pass."""
     forward: int
-    """Allocated during the forward pass beside what is saved."""
+    """Bytes allocated during the forward pass, besides the saved bytes."""
     backward: int
-    """Allocated during the backward pass beside what is saved, without weight gradients."""
+    """Bytes allocated during the backward pass, besides the saved bytes and weight gradients."""
     gradients: int
-    """Gradients of its weights."""
+    """Bytes of the gradients of the weights."""
 
 
 def training_memory(cfg: ModelConfig, shape: TrainingShape) -> dict[str, int]:
-    """Peak bytes of a step by part; "peak" is their sum. Raises ConfigError for rows too long for the model.
+    """Peak bytes of a step by part; "peak" is the sum. Raises ConfigError for rows too long for the model.
 
-    Parts: weights (fp32), copies (one per worker) and the sums of their gradients (fp32), moments (of the optimizer);
-    and of all workers, at the time of their maximum: gradients, activations (saved for the backward pass) and transient
-    (of the operation that runs then: logits, gradients of activations, scratch). Not counted: the program itself, the
-    integer tensors of the batch, buffers of torch's libraries (some megabytes), and fragmentation of the C library's
-    heap (docs/internals/memory.md).
-    """
+    Parts: weights (fp32), copies (one per worker) and the fp32 sums of the gradients of the copies, moments of the
+    optimizer. Parts of all workers at the time of the maximum: gradients, activations (saved for the backward pass) and
+    transient (memory of the running operation: logits, gradients of activations, scratch). Not counted: the program,
+    the integer tensors of the batch, buffers of torch's libraries (some megabytes), and fragmentation of the C
+    library's heap (docs/internals/memory.md)."""
     if shape.row_tokens > cfg.max_positions:
-        raise ConfigError(f"row_tokens={shape.row_tokens} exceeds the model's {cfg.max_positions} positions; use fewer")
+        raise ConfigError(
+            f"row_tokens={shape.row_tokens} exceeds the model's max_positions={cfg.max_positions}; lower row_tokens"
+        )
     weights = 4 * _num_parameters(cfg)
     copies = shape.workers * _copy_bytes(cfg, shape) if shape.has_copies else 0
     moments = 4 * shape.moments * _num_parameters(cfg)
@@ -110,17 +111,17 @@ def training_memory(cfg: ModelConfig, shape: TrainingShape) -> dict[str, int]:
 
 
 def _num_parameters(cfg: ModelConfig) -> int:
-    """Trained parameters, MTP modules included."""
+    """Number of trained parameters, MTP modules included."""
     return count_parameters(cfg) + mtp_parameters(cfg)
 
 
 def _weights_in(cfg: ModelConfig, num_parameters: int, num_fp32: int, shape: TrainingShape) -> int:
-    """Bytes of `num_parameters` weights of a worker, of which `num_fp32` are fp32 in any precision."""
+    """Bytes of `num_parameters` weights of a worker; `num_fp32` of the weights are fp32 in any working precision."""
     return shape.bytes_each * (num_parameters - num_fp32) + 4 * num_fp32
 
 
 def _num_fp32(cfg: ModelConfig, has_experts: bool) -> int:
-    """Parameters of a block that are fp32 in any precision: norms, biases, the router."""
+    """Number of parameters of a block that are fp32 in any working precision: norms, biases, the router."""
     return block_vectors(cfg) + (cfg.hidden_size * cfg.moe.num_experts if has_experts and cfg.moe else 0)
 
 
@@ -157,7 +158,7 @@ def training_segments(cfg: ModelConfig, shape: TrainingShape) -> list[Segment]:
     N, D, s = shape.tokens, cfg.hidden_size, shape.bytes_each
     table = cfg.vocab_size * D * s
     rope = N * (8 * (cfg.attention.rope_dim // 2) + 4)  # rotations, and the start of each document
-    # ids, and the dense gradient of the table, which is added to that of its other use
+    # ids, and the dense gradient of the table, which is added to the gradient of a tied head or MTP module
     segments = [Segment(8 * N + rope, 0, N * D * s + (table if cfg.mtp_layers or cfg.tie_embeddings else 0),
                     0 if cfg.mtp_layers or cfg.tie_embeddings else table)]  # fmt: skip
     for layer in range(cfg.num_layers):
@@ -165,7 +166,7 @@ def training_segments(cfg: ModelConfig, shape: TrainingShape) -> list[Segment]:
     segments += [_final_norm(cfg, shape), _head(cfg, shape, is_first=not cfg.mtp_layers)]
     for depth in range(cfg.mtp_layers):
         merge, norms = mtp_merge(cfg)
-        own = _norm(N, D, shape) + 2 * N * D * s  # of the embedding and the merged pair
+        own = _norm(N, D, shape) + 2 * N * D * s  # norm of the embedding, and the merged pair
         own += _norm(N, D, shape) - (N * D * s if shape.with_kernels else 0)  # the hidden state is saved by the head
         is_last = depth == cfg.mtp_layers - 1
         segments.append(Segment(8 * N + own, 0, 3 * N * D * s, s * merge + 4 * norms + (table if is_last else 0)))
@@ -197,8 +198,8 @@ def block_segments(cfg: ModelConfig, has_experts: bool, shape: TrainingShape) ->
 
 
 def _norm(count: int, width: int, shape: TrainingShape) -> int:
-    """Bytes saved by a norm of `count` rows, without its output: its input (torch: fp32 normed rows), one scale per
-    row."""
+    """Bytes saved by a norm of `count` rows, without the output: the input (with torch's operators, fp32 normed rows)
+    and one scale per row."""
     return count * width * (shape.bytes_each if shape.with_kernels else 4) + 4 * count
 
 
@@ -232,12 +233,12 @@ def _attention(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
 
 
 def _scores(cfg: ModelConfig, shape: TrainingShape) -> int:
-    """Bytes of the scores that torch's operators allocate before and after the mask; the kernels allocate none."""
+    """Bytes of the scores that torch's operators allocate before and after the mask; kernels allocate no scores."""
     return 0 if shape.with_kernels else 2 * cfg.attention.num_heads * shape.tokens * shape.row_tokens * shape.bytes_each
 
 
 def _dense(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
-    """(saved, transient in the backward pass) bytes of a dense feed-forward: gate, up, and their product."""
+    """(saved, transient in the backward pass) bytes of a dense feed-forward: gate, up, and gate * up."""
     N, s, width = shape.tokens, shape.bytes_each, cfg.intermediate_size
     return 3 * N * width * s, N * cfg.hidden_size * s + 2 * N * width * s
 
@@ -264,7 +265,7 @@ def _experts(cfg: ModelConfig, shape: TrainingShape) -> tuple[int, int]:
 
 
 def head_chunk(vocab_size: int) -> int:
-    """Tokens of a chunk of logits."""
+    """Number of tokens of a chunk of logits."""
     return max(min(HEAD_TOKENS, HEAD_LOGITS // vocab_size // HEAD_TILE * HEAD_TILE), HEAD_TILE)
 
 
@@ -279,15 +280,18 @@ def _head(cfg: ModelConfig, shape: TrainingShape, is_first: bool) -> Segment:
     gradient of the table."""
     N, D, s, V = shape.tokens, cfg.hidden_size, shape.bytes_each, cfg.vocab_size
     chunk = min(head_chunk(V), N)
-    logits, again = chunk * V * s, min(max(N - chunk, 0), chunk) * V * s  # of a chunk, and of the previous one
+    logits, again = (
+        chunk * V * s,
+        min(max(N - chunk, 0), chunk) * V * s,
+    )  # logits of this chunk, and of the previous chunk
     forward = logits + again
     if not shape.with_kernels:  # fp32 logits and their exponentials; backward the fp32 gradients, rounded at the end
         forward += 8 * chunk * V
         logits += logits + 4 * chunk * V if s < 4 else 0
     table = V * D * s
-    product = table + (4 * V * D if s < 4 else 0)  # of one chunk, and converted to fp32 for the sum of all
+    product = table + (4 * V * D if s < 4 else 0)  # matmul of one chunk, and a copy in fp32 for the sum over chunks
     summing = 4 * V * D + logits + max(product, again, chunk * D * s)
-    # minus the gradient that stays, which is counted apart: it is made from the sum after the products are freed
+    # minus the final gradient, which is counted separately: it is created from the sum after the matmuls are freed
     backward = N * D * s + chunk * D * s + summing - (table if is_first else 0)
     return Segment(24 * N, forward + chunk * D * s, backward, table if is_first else 0)
 

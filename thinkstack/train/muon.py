@@ -1,7 +1,7 @@
-"""Muon: momentum updates that are orthogonalized per matrix (Keller Jordan, 2024,
-kellerjordan.github.io/posts/muon), with the scale and decay of Moonlight (arXiv:2502.16982); AdamW for the rest.
+"""Muon: momentum updates that are orthogonalized per matrix (Keller Jordan, 2024, kellerjordan.github.io/posts/muon),
+with the scale and decay of Moonlight (arXiv:2502.16982); AdamW for all other parameters.
 
-Matrices are those of a released checkpoint: one per expert of a stack, gate and up projection separate.
+Matrices are split as in a released checkpoint: one matrix per expert of a stack, gate and up projection separate.
 """
 
 # Shapes in this file: N matrices of R rows and C columns each.
@@ -17,23 +17,24 @@ from torch import Tensor, nn
 from thinkstack.models.moe import MoE
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic a s + b s^3 + c s^5: steep at 0; five iterations bring singular values of 0.01 to 1 near 1."""
+"""Coefficients of the quintic a s + b s^3 + c s^5, which is steep at 0; five iterations bring singular values of 0.01
+to 1 near 1."""
 STEPS = 5
-"""Newton-Schulz iterations."""
+"""Number of Newton-Schulz iterations."""
 BATCH_ELEMENTS = 1 << 24
-"""Maximum elements of a batched call (unless one parameter has more): bounds the memory of a step."""
+"""Maximum number of elements of a batched call (unless one parameter has more), which bounds the memory of a step."""
 
 
 @dataclass(frozen=True)
 class MatrixStack:
-    """A parameter as a stack of matrices: over its leading dimensions, with its rows split into `pieces` equal
+    """A parameter as a stack of matrices: leading dimensions are stacked, and rows are split into `pieces` equal
     blocks."""
 
     parameter: Tensor
     pieces: int
 
     def view(self, values: Tensor) -> Tensor:
-        """A view of `values`, which has the shape of the parameter, as (N, R, C)."""
+        """A view of `values` as (N, R, C); `values` has the shape of the parameter."""
         return values.unflatten(-2, (self.pieces, -1)).flatten(0, -3)
 
 
@@ -56,7 +57,7 @@ def hidden_matrices(model: nn.Module) -> list[MatrixStack]:
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Approximately U V^T of each U S V^T in `matrices` (N, R, C): singular values between about 0.7 and 1.2.
 
-    dtype: of the products. Returns (N, R, C) in `dtype`; a zero matrix stays zero.
+    dtype: precision of the matmuls. Returns (N, R, C) in `dtype`; a zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
@@ -69,17 +70,18 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 
 def match_adamw(rows: int, columns: int) -> float:
-    """Moonlight's scale: the root mean square of the update is 0.2, about AdamW's, so AdamW's rate and decay apply."""
+    """Moonlight's scale: the root mean square of the update is 0.2, as is typical of AdamW, so that AdamW's learning
+    rate and weight decay apply."""
     return 0.2 * math.sqrt(max(rows, columns))
 
 
 def original(rows: int, columns: int) -> float:
-    """Keller Jordan's scale: the update of a tall matrix changes its outputs as much as that of a square one."""
+    """Keller Jordan's scale: updates of tall and square matrices change the outputs by the same amount."""
     return math.sqrt(max(1.0, rows / columns))
 
 
 SCALES: dict[str, Callable[[int, int], float]] = {"match_rms_adamw": match_adamw, "original": original}
-"""Factor on the orthogonalized update, by torch's names."""
+"""Factor of the orthogonalized update, by the names that torch uses."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -97,14 +99,14 @@ class Muon(torch.optim.Optimizer):
         scale: str = "match_rms_adamw",
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """adamw: the optimizer of the other parameters. scale: a key of SCALES. dtype: of the products of
+        """adamw: the optimizer of the other parameters. scale: a key of SCALES. dtype: precision of the matmuls of
         `orthogonalize`."""
         rate = adamw.param_groups[0]["lr"]
         defaults = {"lr": rate, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         super().__init__([stack.parameter for stack in stacks], defaults)
         self.stacks, self.adamw, self.dtype = stacks, adamw, dtype
         self.hidden = self.param_groups[0]
-        self.param_groups += adamw.param_groups  # shared: a rate set here applies to both
+        self.param_groups += adamw.param_groups  # shared: a learning rate set here applies to both
         self.state = adamw.state
 
     @torch.no_grad()

@@ -20,28 +20,28 @@ class OptimConfig:
     """AdamW (arXiv:1711.05101) as in the V3 report, section 4.2, unless stated otherwise."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """The optimizer; muon trains the hidden matrices with Muon and the rest with AdamW (train/muon.py)."""
+    """"muon" trains hidden matrices with Muon and other parameters with AdamW (train/muon.py)."""
     learning_rate: Positive = 3e-3
     """Peak learning rate."""
     warmup_steps: CountOrZero = 0
-    """Steps of linear warm-up from 0."""
+    """Number of steps of linear warm-up from 0."""
     schedule: Literal["constant", "linear", "cosine", "v3"] = "constant"
-    """Decay of the rate over the last decay_share of the run; "v3" has the phases of DeepSeek-V3 instead."""
+    """Decay of the learning rate over the last decay_share of the run; "v3" uses the phases of DeepSeek-V3 instead."""
     phases: tuple[float, float, float, float] = (10.0, 4.3, 0.333, 0.167)
-    """Schedule "v3": relative lengths of its phases: constant rate (warm-up included), cosine decay to final_share,
-    constant, constant at last_share. The defaults are trillions of tokens (V3 report, section 4.2)."""
+    """With schedule="v3", relative lengths of the phases: constant rate (warm-up included), cosine decay to
+    final_share, constant, constant at last_share. The defaults are trillions of tokens (V3 report, section 4.2)."""
     last_share: Share = 7.3 / 220
-    """Schedule "v3": rate of its last phase, relative to the peak (7.3e-6 of 2.2e-4)."""
+    """With schedule="v3", learning rate of the last phase, relative to the peak (7.3e-6 of 2.2e-4)."""
     decay_share: Share = 1.0
-    """Share of the run, at its end, over which the rate decays."""
+    """Last share of the run, over which the learning rate decays."""
     final_share: Share = 0.1
-    """Rate at the end, relative to the peak."""
+    """Learning rate at the end, relative to the peak."""
     beta1: Share = 0.9
     """Decay of AdamW's first moment."""
     beta2: Share = 0.95
     """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the root of the second moment."""
     weight_decay: Weight = 0.1
     """Decoupled weight decay of matrices; vectors and biases have none."""
     moments: Literal["fp32", "bf16"] = "fp32"
@@ -49,10 +49,10 @@ class OptimConfig:
     momentum: Share = 0.95
     """Nesterov momentum of Muon."""
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Scale of Muon's update: 0.2 sqrt(max(rows, columns)) as in Moonlight, which works with AdamW's rate and decay,
-    or sqrt(max(1, rows / columns)) as in the original version."""
+    """Scale of Muon's update. "match_rms_adamw": 0.2 sqrt(max(rows, columns)) as in Moonlight, for use with AdamW's
+    learning rate and weight decay. "original": sqrt(max(1, rows / columns))."""
     muon_dtype: RequestedPrecision = "auto"
-    """Precision of Muon's products; auto: fp32 on processors without bf16 products."""
+    """Precision of Muon's matmuls; "auto": fp32 on processors without bf16 matmuls."""
     clip_norm: Positive = 1.0
     """Maximum gradient norm of a step; larger gradients are scaled down."""
 
@@ -62,9 +62,9 @@ class OptimConfig:
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"decay_share={self.decay_share} must lie in 0..1")
         if min(self.phases) < 0 or not sum(self.phases) > 0:
-            raise ConfigError(f"phases={self.phases} are relative lengths; use non-negative numbers, not all of them 0")
+            raise ConfigError(f"phases={self.phases} are relative lengths; use non-negative numbers that are not all 0")
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum={self.momentum} must lie in 0..1, below 1 (usually 0.95)")
+            raise ConfigError(f"momentum={self.momentum} must be at least 0 and below 1 (usually 0.95)")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm={self.clip_norm} must be positive (usually 1.0)")
 
@@ -89,7 +89,7 @@ def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of cfg for the parameters of the model; weight decay applies to matrices only."""
+    """Create the optimizer for the parameters of the model; weight decay applies to matrices only."""
     if cfg.optimizer == "adamw":
         return _adamw(list(model.parameters()), cfg)
     stacks = hidden_matrices(model)

@@ -1,6 +1,6 @@
-"""Forward and backward passes over micro-batches: the share of one worker in an optimizer step.
+"""Forward and backward passes over micro-batches: the work of one worker in an optimizer step.
 
-Functions of a model and its batches; workers.py runs them.
+workers.py runs these functions.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from thinkstack.train.value_loss import ValueTokens, value_tokens
 from thinkstack.types import Batch
 
 LossFunction = Callable[[Any], tuple[Tensor, Stats]]
-"""Takes TrainedTokens, or ValueTokens for a ValueModel; returns the loss and its statistics."""
+"""Function of TrainedTokens, or ValueTokens for a ValueModel; returns the loss and statistics."""
 
 
 class StepContext(NamedTuple):
@@ -32,9 +32,9 @@ class StepContext(NamedTuple):
     temperature: float
     with_entropy: bool
     trained_share: float
-    """1 / trained tokens of the step."""
+    """1 / number of trained tokens of the step."""
     real_share: float
-    """1 / tokens of the step, without padding."""
+    """1 / number of tokens of the step, without padding."""
 
 
 @dataclass
@@ -43,9 +43,9 @@ class WorkerResult:
 
     stats: Stats
     counts: list[Tensor]
-    """(E,) tokens per expert, for each layer with experts."""
+    """(E,) number of tokens per expert, for each layer with experts."""
     gradients: list[Tensor | None]
-    """fp32, in the order of the parameters; None for parameters without gradient."""
+    """fp32 gradients in the order of the parameters; None for parameters without gradient."""
 
 
 def working_model(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> Transformer:
@@ -115,14 +115,15 @@ def run_trunk(model: Transformer, batch: Batch) -> Trunk:
 
 
 def split_micro_batches(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
-    """Split a batch into micro-batches of whole rows with at most micro_batch_tokens each, but at least one row."""
+    """Split a batch into micro-batches of complete rows with at most micro_batch_tokens each, but at least one row."""
     rows = max(micro_batch_tokens // batch.ids.shape[1], 1)
     return [batch.rows(slice(start, start + rows)) for start in range(0, batch.ids.shape[0], rows)]
 
 
 @torch.no_grad()
 def add_gradients(gradients: list[Tensor | None], parameters: list[nn.Parameter], sums: list[Tensor]) -> None:
-    """Move the gradients of `parameters` into the fp32 buffers `sums`; `gradients` lists the buffers in use."""
+    """Add the gradients of `parameters` to the fp32 buffers `sums` and clear them; `gradients` lists the buffers in
+    use."""
     for index, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
         if parameter.grad is not None:
             is_first = gradients[index] is None
@@ -131,12 +132,12 @@ def add_gradients(gradients: list[Tensor | None], parameters: list[nn.Parameter]
 
 
 def gradient_buffers(model: Transformer) -> list[Tensor]:
-    """An fp32 buffer for the gradient of each parameter; empty for frozen ones."""
+    """An fp32 buffer for the gradient of each parameter; empty for frozen parameters."""
     return [torch.empty(p.shape if p.requires_grad else 0, device=p.device) for p in model.parameters()]
 
 
 def combine_stats(name: str, first: Tensor | None, second: Tensor) -> Tensor:
-    """Combine a statistic of two micro-batches: names that end in _max by maximum, all others by sum."""
+    """Combine a statistic of two micro-batches: by maximum if its name ends in "_max", otherwise by sum."""
     if first is None:
         return second
     return torch.maximum(first, second) if name.endswith("_max") else first + second
@@ -145,7 +146,7 @@ def combine_stats(name: str, first: Tensor | None, second: Tensor) -> Tensor:
 def trained_tokens(
     model: Transformer, hidden: Tensor, batch: Batch, share: float, temperature: float, with_entropy: bool = False
 ) -> TrainedTokens | ValueTokens:
-    """The trained targets of `batch` with their log-probabilities (or values) under `model`. hidden: (R, T, D)."""
+    """The trained targets of `batch`, with log-probabilities (or values) under `model`. hidden: (R, T, D)."""
     if isinstance(model, ValueModel):
         return value_tokens(model, hidden, batch, share)
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
@@ -173,10 +174,10 @@ def trained_tokens(
 
 
 def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type: ignore[no-untyped-def]
-    """Cross-entropy of the multi-token-prediction modules, mean over modules; returns (loss, routings of the modules).
+    """Mean cross-entropy of the multi-token-prediction modules; returns (loss, routings of the modules).
 
-    The module of depth k predicts at position i the target of position i + k; that target must be trained and lie in
-    the same sequence. detached: no gradient reaches the trunk, the embedding or the head.
+    At position i, the module of depth k predicts the target of position i + k; that target must be trained and in the
+    same sequence. detached: no gradient reaches the trunk, the embedding or the head.
     """
     states, routings = model.mtp_hidden_states(trunk, batch.ids, detached)
     head = model.head.weight.detach() if detached else model.head.weight
@@ -193,7 +194,7 @@ def mtp_loss(model, trunk, batch: Batch, share: float, detached: bool):  # type:
 
 @torch.no_grad()
 def batch_logprobs(model: Transformer, batch: Batch, temperature: float, micro_batch_tokens: int) -> Tensor:
-    """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere, by the same arithmetic as in `Trainer.step`.
+    """Log-probabilities of all trained targets, (R, T) fp32, 0 elsewhere, with the same arithmetic as `Trainer.step`.
 
     The model may be on another device than the batch; the result is on the device of the batch.
     """

@@ -1,7 +1,7 @@
 """The policy-gradient objective as one pure function with independent choices (docs/algorithms/grpo.md).
 
-The choices: token or sequence ratios, PPO's clip or CISPO's cap, KL estimator and placement, importance weights for the
-engine's probabilities. Named algorithms are values of the configuration.
+The choices are token or sequence ratios, PPO's clip or CISPO's cap, KL estimator and placement, and importance weights
+for the engine's probabilities. A named algorithm is a combination of settings.
 """
 
 # Shapes in this file: all tensors are (M,), one entry per trained token.
@@ -19,14 +19,14 @@ from thinkstack.types import ConfigError
 KLEstimator = Literal["k1", "k2", "k3"]
 
 LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to +-this before exp; policy/ratio_clamped and correction/kl_clamped report the share of
-clamped tokens."""
+"""Maximum absolute log-ratio; log-ratios are clamped to it before exp. policy/ratio_clamped and correction/kl_clamped
+report the share of clamped tokens."""
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """The clipped policy gradient of GRPO and its relatives (arXiv:2402.03300, section 4.1)."""
+    """Settings of the clipped policy gradient of GRPO and its variants (arXiv:2402.03300, section 4.1)."""
 
     clip_low: Share = CLIP_LOW
     """Lower clip: below a ratio of 1 - clip_low a negative advantage has no gradient."""
@@ -34,33 +34,38 @@ class PolicyLossConfig:
     """Upper clip: above a ratio of 1 + clip_high a positive advantage has no gradient (DAPO's clip-higher,
     arXiv:2503.14476)."""
     clip_kind: Literal["clip", "cap"] = "clip"
-    """"clip": PPO's minimum of plain and clipped gain. "cap": CISPO, the detached ratio, at most cispo_cap, weighs
-    log-probabilities, so that no token loses its gradient (arXiv:2506.13585)."""
+    """"clip": PPO's minimum of the unclipped and the clipped objective. "cap": CISPO; the detached ratio, capped at
+    cispo_cap, weights the log-probabilities, so that every token has a gradient (arXiv:2506.13585)."""
     cispo_cap: Weight = 0.0
-    """Maximum ratio with clip_kind="cap": the cap itself, not 1 + cap; there is no lower bound. 0 with "clip"."""
+    """Maximum ratio with clip_kind="cap" (the cap itself, not 1 + cap; no lower bound). Must be 0 with
+    clip_kind="clip"."""
     dual_clip: Weight = 0.0
     """With a negative advantage A the loss is at most dual_clip * |A| (arXiv:1912.09729); 0 is off."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """"sequence": one ratio per completion, exp of the mean log-ratio of its tokens (GSPO, arXiv:2507.18071)."""
+    """"token": one ratio per token. "sequence": one ratio per completion, exp of the mean log-ratio of the tokens
+    (GSPO, arXiv:2507.18071)."""
     reduction: Reduction = "token"
-    """Weights of the tokens, see token_weights."""
+    """Weights of the tokens in the loss; see train/loss.token_weights."""
     kl: Weight = 0.0
-    """Weight (beta) of the per-token KL term against the reference model; 0: no reference is needed."""
+    """Weight (beta) of the per-token KL term against the reference model; 0: no KL term and no reference model."""
     kl_estimator: KLEstimator = "k3"
-    """k3 has an unbiased value and a biased gradient (GRPO's choice); k2 has the correct gradient on policy; k1 is for
-    the reward."""
+    """"k3": unbiased value, biased gradient (used by GRPO); "k2": correct gradient on policy; "k1": only for
+    kl_placement="reward"."""
     kl_placement: Literal["loss", "reward"] = "loss"
-    """"reward": kl * estimate under the sampling policy is subtracted from each token's reward before advantages."""
+    """"loss": the KL term is part of the loss. "reward": kl * estimate under the sampling policy is subtracted from the
+    reward of each token before advantages are computed."""
     kl_ratio: bool = False
     """Multiply k3 by the ratio, which makes its gradient unbiased off policy too (V3.2, arXiv:2512.02556)."""
     importance_cap: Weight = 2.0
-    """Maximum importance weight pi_old / pi_engine, which corrects for the engine's probabilities; 0: no weights."""
+    """Maximum importance weight pi_old / pi_engine, which corrects for the engine's probabilities; 0: no importance
+    weights."""
     importance_kind: Literal["truncate", "mask"] = "truncate"
-    """Above the cap the weight becomes the cap ("truncate") or 0 ("mask"), which removes the token or completion."""
+    """Weights above importance_cap: "truncate" sets them to the cap, "mask" to 0, which removes the token or
+    completion."""
     importance_level: Literal["token", "sequence"] = "token"
-    """"sequence": one weight per completion, the product of its tokens' ratios."""
+    """"token": one weight per token. "sequence": one weight per completion, the product of the ratios of its tokens."""
     temperature: Positive = 1.0
-    """Temperature of the rollouts, applied to the logits of policy, old policy and reference."""
+    """Sampling temperature of the rollouts, also applied to the logits of policy, old policy and reference model."""
 
     def __post_init__(self) -> None:
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
@@ -79,40 +84,43 @@ def _check_contradictions(cfg: PolicyLossConfig) -> None:
     if cfg.clip_kind == "cap":
         if not cfg.cispo_cap > 0:
             raise ConfigError(
-                f"loss.cispo_cap={cfg.cispo_cap} with clip_kind='cap' is no bound; set it, for example to 4"
+                f"loss.clip_kind='cap' has no cap with loss.cispo_cap={cfg.cispo_cap}; "
+                "set loss.cispo_cap, for example to 4"
             )
         if (cfg.clip_low, cfg.clip_high) != (CLIP_LOW, CLIP_HIGH) or cfg.dual_clip:
             raise ConfigError(
-                f"loss.clip_kind='cap' does not use clip_low={cfg.clip_low}, clip_high={cfg.clip_high} or "
-                f"dual_clip={cfg.dual_clip}; leave them out and set cispo_cap"
+                f"loss.clip_kind='cap' does not use clip_low={cfg.clip_low}, clip_high={cfg.clip_high} "
+                f"or dual_clip={cfg.dual_clip}; leave these three settings out"
             )
     elif cfg.cispo_cap:
-        raise ConfigError(f"loss.cispo_cap={cfg.cispo_cap} has no effect with clip_kind='clip'; set 'cap'")
+        raise ConfigError(f"loss.cispo_cap={cfg.cispo_cap} has no effect with loss.clip_kind='clip'; use 'cap'")
     if cfg.dual_clip and not cfg.dual_clip > 1:
         raise ConfigError(
-            f"loss.dual_clip={cfg.dual_clip} would bound the loss on policy too; use more than 1 (3), or 0"
+            f"loss.dual_clip={cfg.dual_clip} would also bound the loss on policy; use a value above 1, such as 3, or 0"
         )
     if cfg.ratio_level == "sequence" and cfg.reduction != "sequence":
         raise ConfigError(
-            f"loss.reduction={cfg.reduction!r} multiplies the one ratio of a sequence by its length, so that long "
-            "completions have more weight; ratio_level='sequence' (GSPO) needs reduction='sequence'"
+            f"loss.reduction={cfg.reduction!r} gives long completions more weight, because all tokens of a completion "
+            "share one ratio; use loss.reduction='sequence' with loss.ratio_level='sequence' (GSPO)"
         )
     if cfg.kl_placement == "loss" and cfg.kl_estimator == "k1":
         raise ConfigError(
-            "loss.kl_estimator='k1' in the loss has a gradient that does not depend on the reference; use kl_placement="
-            "'reward', or kl_estimator='k2' or 'k3'"
+            "the gradient of loss.kl_estimator='k1' in the loss does not depend on the reference model; use "
+            "loss.kl_placement='reward', or loss.kl_estimator='k2' or 'k3'"
         )
     if cfg.kl_placement == "reward" and not cfg.kl:
-        raise ConfigError(f"loss.kl={cfg.kl} adds nothing to the reward; set kl, or leave kl_placement='loss'")
+        raise ConfigError(
+            "loss.kl_placement='reward' has no effect with loss.kl=0; set loss.kl, or use kl_placement='loss'"
+        )
     if cfg.kl_ratio and (cfg.kl_placement, cfg.kl_estimator) != ("loss", "k3"):
         raise ConfigError(
-            f"loss.kl_ratio applies to k3 in the loss, not to {cfg.kl_estimator} in the {cfg.kl_placement}; use "
-            "kl_estimator='k3' and kl_placement='loss', or kl_ratio=false"
+            "loss.kl_ratio=true needs loss.kl_estimator='k3' and loss.kl_placement='loss', not "
+            f"{cfg.kl_estimator!r} and {cfg.kl_placement!r}; use these values, or loss.kl_ratio=false"
         )
     if not cfg.importance_cap and (cfg.importance_kind, cfg.importance_level) != ("truncate", "token"):
         raise ConfigError(
-            f"loss.importance_cap=0 turns the importance weights off, so importance_kind={cfg.importance_kind!r} and "
-            f"importance_level={cfg.importance_level!r} have no effect; set a cap, for example 2"
+            f"loss.importance_cap=0 disables importance weights, so importance_kind={cfg.importance_kind!r} and "
+            f"importance_level={cfg.importance_level!r} have no effect; set loss.importance_cap, for example to 2"
         )
 
 
@@ -154,11 +162,10 @@ def policy_loss(tokens: TrainedTokens, cfg: PolicyLossConfig) -> tuple[Tensor, S
 
 
 def clipped_surrogate(ratio: Tensor, tokens: TrainedTokens, cfg: PolicyLossConfig) -> tuple[Tensor, Stats]:
-    """The surrogate objective per token, and the shares of tokens at each bound.
+    """The surrogate objective per token, and the share of tokens at each bound.
 
-    "clip": min(r A, clip(r) A), for A < 0 not below dual_clip * A. "cap": min(r, cispo_cap) A log pi; its first factor
-    has no gradient; on policy its value is the mean of A log pi, not of A.
-    """
+    clip_kind="clip": min(r A, clip(r) A), for A < 0 not below dual_clip * A. clip_kind="cap": min(r, cispo_cap) A log
+    pi, where the first factor has no gradient; on policy the value is the mean of A log pi, not of A."""
     advantages = tokens.advantages
     assert advantages is not None
     if cfg.clip_kind == "cap":
@@ -178,10 +185,10 @@ def clipped_surrogate(ratio: Tensor, tokens: TrainedTokens, cfg: PolicyLossConfi
 
 
 def importance_weight(old: Tensor, tokens: TrainedTokens, cfg: PolicyLossConfig) -> Tensor:
-    """pi_old / pi_engine of each token or its completion, truncated at the cap or 0 above it, without gradient.
+    """pi_old / pi_engine of each token or completion, detached; above the cap, truncated to the cap or set to 0.
 
-    Source: truncated importance sampling, fengyao.notion.site/off-policy-rl; the masked form as in arXiv:2510.18855
-    (which also has a lower bound; there is none here).
+    Source: truncated importance sampling, fengyao.notion.site/off-policy-rl; the masked form follows
+    arXiv:2510.18855 without its lower bound.
     """
     assert tokens.rollout_logprobs is not None
     log_ratio = (old - tokens.rollout_logprobs).detach()
@@ -196,7 +203,7 @@ def importance_weight(old: Tensor, tokens: TrainedTokens, cfg: PolicyLossConfig)
 
 
 def reduce_over_sequences(values: Tensor, sequences: Tensor | None, reduction: Literal["sum", "mean"]) -> Tensor:
-    """Sum or mean of `values` over the trained tokens of each sequence, broadcast to these tokens."""
+    """Sum or mean of `values` over the trained tokens of each sequence, broadcast to the tokens."""
     assert sequences is not None, "sequence-level ratios need sequence ids"
     if not values.numel():
         return values
@@ -224,9 +231,9 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> 
 
 
 def mismatch_stats(trainer: Tensor, engine: Tensor, share: float) -> Stats:
-    """Differences between the log-probabilities of trainer and engine, before any cap.
+    """Statistics of the differences between log-probabilities of trainer and engine, before any cap.
 
-    exp of correction/mean_nats is the engine's perplexity over the trainer's.
+    exp(correction/mean_nats) is the engine's perplexity divided by the trainer's.
     """
     difference = (trainer - engine).detach()
     ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

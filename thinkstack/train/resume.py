@@ -1,4 +1,4 @@
-"""Convert the state of a trainer to named tensors and numbers, and back.
+"""Convert the state of a trainer to and from named tensors and numbers.
 
 No code of the package uses a global random generator, so weights, optimizer, step count and the stream positions that
 the stages save are the complete state.
@@ -13,9 +13,9 @@ from thinkstack.train.trainer import Trainer
 
 
 def trainer_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Trained weights, balance biases and optimizer moments as tensors (not copied), counters as numbers.
+    """Trained weights, balance biases and optimizer moments as tensors (not copied), and counters as numbers.
 
-    Frozen weights are left out; they come from the checkpoint that the run starts from.
+    Frozen weights are left out; they are loaded from the checkpoint that the run starts from.
     """
     frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items() if name not in frozen}

@@ -1,7 +1,7 @@
 """One optimizer step on a batch of packed rows: micro-batches, working precision, clipping, expert balance.
 
-The batch says which targets are trained with which weights, the loss function passed to `step` gives the objective;
-pre-training and reinforcement learning differ in nothing else.
+The batch defines the trained targets and their weights; the loss function passed to `step` defines the objective.
+Pre-training and reinforcement learning differ only in these two.
 """
 
 import logging
@@ -26,16 +26,16 @@ from thinkstack.types import Batch, TrainingError
 log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 3
-"""Consecutive steps without finite gradients after which training fails."""
+"""Number of consecutive steps with non-finite gradients after which training fails."""
 
 
 class Trainer:
-    """A model, its optimizer and the number of steps done."""
+    """A model, its optimizer and the number of completed steps."""
 
     def __init__(self, model: Transformer, cfg: TrainerConfig, total_steps: int, dump_folder: Path | None = None):
-        """model: fp32 weights, trained in place; with cfg.lora.rank it gets adapters and its weights are frozen.
-        total_steps: length of the learning-rate schedule. dump_folder: where batches without finite gradients are
-        written for inspection."""
+        """model: fp32 weights, trained in place; with cfg.lora.rank adapters are added and the weights are frozen.
+        total_steps: length of the learning-rate schedule. dump_folder: folder for dumps of batches with non-finite
+        gradients."""
         self.model, self.cfg, self.total_steps, self.dump_folder = model, cfg, total_steps, dump_folder
         if cfg.lora.rank and not adapters(model):
             adapt(model, cfg.lora)
@@ -55,10 +55,9 @@ class Trainer:
     ) -> dict[str, float]:
         """Run one optimizer step on `batch`; returns its statistics as means over the trained tokens of the step.
 
-        progress: share of the run before this step, for the schedule; by default that of the steps. batch.weights: by
-        default token_weights(batch, "token"). A step without finite gradients is skipped and counted; MAX_BAD_STEPS in
-        a row raise TrainingError.
-        """
+        progress: share of the run before this step, for the learning-rate schedule; None: computed from the step count.
+        batch.weights: None means token_weights(batch, "token"). A step with non-finite gradients is skipped and
+        counted; MAX_BAD_STEPS consecutive such steps raise TrainingError."""
         if batch.weights is None:
             batch = batch.with_weights(token_weights(batch, "token"))
         totals = sum_over_ranks(torch.stack((batch.loss_mask.sum(), (batch.document_ids > 0).sum().float())))
@@ -67,7 +66,10 @@ class Trainer:
         started = time.monotonic()
         results = self.workers.run(split_micro_batches(batch, self.cfg.micro_batch_tokens), context)
         if self.cfg.compile and self.step_count == 0:
-            log.info("the passes of the first step took %.0f s, compilation included", time.monotonic() - started)
+            log.info(
+                "forward and backward passes of the first step took %.0f s, compilation included",
+                time.monotonic() - started,
+            )
         stats: Stats = {}
         for name, value in (item for result in results for item in result.stats.items()):
             stats[name] = combine_stats(name, stats.get(name), value)
@@ -121,8 +123,8 @@ class Trainer:
         }
 
     def _skip(self, batch: Batch) -> None:
-        """Count a step without finite gradients and dump its batch; raise TrainingError after MAX_BAD_STEPS in a
-        row."""
+        """Count a step with non-finite gradients and dump the batch; raise TrainingError after MAX_BAD_STEPS
+        consecutive such steps."""
         self.bad_steps += 1
         where = ""
         if self.dump_folder is not None:
@@ -132,17 +134,17 @@ class Trainer:
         log.warning("step %d has non-finite gradients and is skipped%s", self.step_count, where)
         if self.bad_steps >= MAX_BAD_STEPS:
             raise TrainingError(
-                f"{MAX_BAD_STEPS} steps in a row at step {self.step_count} had non-finite losses or gradients{where}; "
-                f"lower learning_rate={self.cfg.optim.learning_rate} or use dtype=fp32, then resume"
+                f"{MAX_BAD_STEPS} consecutive steps at step {self.step_count} had non-finite losses or gradients{where}"
+                f"; lower learning_rate={self.cfg.optim.learning_rate} or use dtype='fp32', then resume"
             )
 
     def weights(self) -> Transformer:
-        """The trained model; its tensors are shared, not copied."""
+        """The trained model; tensors are shared, not copied."""
         return self.model
 
 
 def reduce_stats(stats: Stats) -> Stats:
-    """Statistics of a step combined over all ranks, as over micro-batches."""
+    """Combine the statistics of a step over all ranks, with the same rules as over micro-batches."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return stats
     reduced = {name: value.clone() for name, value in sorted(stats.items())}

@@ -18,7 +18,7 @@ class ValueBatch(Batch):
     """A batch with the training targets of the critic."""
 
     returns: Tensor
-    """(R, T) fp32 return from each trained token on."""
+    """(R, T) fp32 return at each trained token."""
     old_values: Tensor
     """(R, T) fp32 values predicted before the step."""
 
@@ -28,17 +28,17 @@ class ValueTokens:
     """Inputs of a value loss for one micro-batch. All tensors are (M,) fp32."""
 
     values: Tensor
-    """Predictions of the current weights; the only entry with a gradient."""
+    """Values predicted with the current weights; the only field with a gradient."""
     weights: Tensor
-    """Share of each token in the loss of the whole step."""
+    """Weight of each token in the loss of the entire step."""
     share: float
-    """1 / trained tokens of the whole step."""
+    """1 / number of trained tokens of the entire step."""
     returns: Tensor
     old_values: Tensor
 
 
 def value_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float) -> ValueTokens:
-    """The trained tokens of `batch` with the critic's predictions. hidden: (R, T, D)."""
+    """The trained tokens of `batch` with the predictions of the critic. hidden: (R, T, D)."""
     assert isinstance(batch, ValueBatch) and batch.weights is not None
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
     return ValueTokens(
@@ -53,10 +53,10 @@ def value_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float) 
 def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, gae_lambda: float) -> list[float]:
     """Generalized advantage estimates of the tokens of one completion (arXiv:1506.02438, equation 16).
 
-    rewards[t]: for sampling token t. values[t]: predicted before token t was sampled; the value after the last token is
-    0, truncated or not. With delta_t = r_t + gamma V_t+1 - V_t the estimate is sum_l (gamma lambda)^l delta_t+l.
-    lambda=1: the return minus the prediction, unbiased. lambda=0: the one-step estimate delta_t.
-    """
+    rewards[t]: reward for token t. values[t]: value predicted before token t was sampled; the value after the last
+    token is 0, for truncated completions as well. With delta_t = r_t + gamma V_t+1 - V_t the estimate is sum_l (gamma
+    lambda)^l delta_t+l. gae_lambda=1: the return minus the prediction, unbiased. gae_lambda=0: the one-step estimate
+    delta_t."""
     advantages, advantage, next_value = [0.0] * len(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):
         advantage = rewards[t] + gamma * next_value - values[t] + gamma * gae_lambda * advantage
@@ -67,8 +67,8 @@ def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, gae_lam
 def value_loss(tokens: ValueTokens, clip: float) -> tuple[Tensor, Stats]:
     """Half the squared error to the returns, weighted per token.
 
-    clip: the error is the larger one of the prediction and of the prediction clipped to within this of the old value
-    (PPO's reference implementation, arXiv:2005.12729, section 3); 0 is off.
+    clip: the error is the larger of two errors, of the prediction and of the prediction clipped to within this distance
+    of the old value (PPO's reference implementation, arXiv:2005.12729, section 3); 0 is off.
     """
     error = (tokens.values - tokens.returns).square()
     stats: Stats = {}
@@ -93,8 +93,8 @@ def value_loss(tokens: ValueTokens, clip: float) -> tuple[Tensor, Stats]:
 def explained_variance(metrics: Mapping[str, float]) -> float:
     """1 - Var(return - value) / Var(return) over the tokens of a step, from the statistics of `value_loss`.
 
-    1: all returns are predicted; 0: no better than their mean; below 0: worse. 0 if all returns are equal.
-    """
+    1: all returns are predicted exactly; 0: no better than predicting the mean; below 0: worse. 0 if all returns are
+    equal."""
     variance = metrics["critic/return_square_mean"] - metrics["critic/return_mean"] ** 2
     residual = metrics["critic/error_square_mean"] - metrics["critic/error_mean"] ** 2
     return 1 - residual / variance if variance > 1e-8 else 0.0

@@ -1,4 +1,5 @@
-"""Run the passes of a step: one model on all cores, or one thread per core, each with a copy of the weights."""
+"""Run the forward and backward passes of a step: one model on all cores, or one thread and copy of the weights per
+core."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +13,9 @@ from thinkstack.types import Batch
 
 
 class Workers:
-    """Distributes micro-batches over the workers: for small matrices two independent passes are faster than one pass
-    with two threads. Sums are taken in the order of the workers, so a result depends on their number but not on timing.
-    """
+    """Distributes micro-batches over workers: for small matrices, two independent passes are faster than one pass with
+    two threads. Gradients are summed in the order of the workers, so that results depend on their number, not on
+    timing."""
 
     def __init__(self, model: Transformer, cfg: TrainerConfig):
         """model: the fp32 weights."""
@@ -31,7 +32,7 @@ class Workers:
         return self.copies[0]
 
     def run(self, micro_batches: list[Batch], context: StepContext) -> list[WorkerResult]:
-        """Worker w runs micro-batches w, w + workers, ...; returns one result per worker with micro-batches."""
+        """Worker w runs micro-batches w, w + workers, ...; returns one result per worker that has micro-batches."""
         jobs = [
             (copy, micro_batches[index :: len(self.copies)], context, self.cfg, sums)
             for index, (copy, sums) in enumerate(zip(self.copies, self.sums, strict=True))

@@ -1,8 +1,8 @@
-"""Calls of the fused C++ passes over a paged cache: grouped-query attention of new tokens, and all layers of a
+"""Calls of the fused C++ kernels over a paged cache: grouped-query attention of new tokens, and all layers of a
 model."""
 
 # Shapes in this file: N or B new tokens, D hidden size, H heads, G key/value heads, W head width, L layers, P tokens
-# per block. Other sizes of the structures are in their C++ files.
+# per block. The C++ files document the other sizes.
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ GQALayer = structure(
     "wq wk wv wo w1 w2 w3 attention_norm ffn_norm q_norm k_norm bq bk bv bo sq sk sv so s1 s2 s3",
     "",
 )
-"""Addresses of a layer's weights: matrices in bf16 or int8; vectors in fp32, of which biases and head norms may be
-None; scales of the rows of int8 matrices, None for bf16."""
+"""Addresses of a layer's weights: matrices in bf16 or int8; vectors in fp32 (biases and head norms may be None);
+per-row scales of int8 matrices, None for bf16."""
 
 MLALayer = structure(
     "MLALayer",
     "attention_norm wq_a q_norm wq_b wkv_a kv_norm wkv_b wo ffn_norm w1 w2 w3 router bias w_in w_out",
     "I",
 )
-"""Addresses of a layer's weights in fp32, None for those it does not have, and the intermediate size of w1."""
+"""Addresses of a layer's fp32 weights, None for missing weights, and the intermediate size of w1."""
 
 _MLAPass = structure(
     "MLAPass",
@@ -61,11 +61,11 @@ def attend_gqa(
     pages: Pages,
     scales: Mapping[str, float],
 ) -> Tensor:
-    """Grouped-query attention of new tokens; their keys and values are written to the cache first.
+    """Grouped-query attention of new tokens; the keys and values of these tokens are written to the cache first.
 
-    qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: of query and key heads,
-    (W,) fp32 or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the positions of the
-    tokens in their sequences. pages: of N tokens. scales: as in gqa_pass. Returns (N, H W).
+    qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: norms of query and key
+    heads, (W,) fp32 or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the position
+    of each token in its sequence. pages: pages of the N tokens. scales: as in gqa_pass. Returns (N, H W).
     """
     N, width = len(qkv), sizes["H"] * sizes["W"]
     query, out = qkv.new_empty(2, N, width)
@@ -92,11 +92,12 @@ def gqa_pass(
     scales: dict[str, float],
     is_int8: bool,
 ) -> None:
-    """Run at most SMALL_M new tokens through layers of grouped-query attention and SwiGLU, in bf16.
+    """Run up to SMALL_M new tokens through layers of grouped-query attention and SwiGLU, in bf16.
 
     x: (B, D), contiguous; changed in place. layers: L GQALayers. sizes: H, G, W, I, interleaved. is_int8: whether
-    matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, the positions of the new entries. pages: of B
-    tokens, in the first layer. cache: (L, blocks, P, 2 G W); written to. scales: scale of the scores, eps of norms.
+    matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, the positions of the new entries. pages: pages of
+    the B tokens in the first layer. cache: (L, blocks, P, 2 G W); new entries are written to it. scales: scale of the
+    attention scores, eps of the norms.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache}
     run(
@@ -116,12 +117,12 @@ def mla_pass(
     scales: dict[str, float],
     experts: Tensor,
 ) -> None:
-    """Run new tokens through a small model with latent attention, in fp32 over a cache in fp32 or bf16.
+    """Run new tokens through a small model with latent attention; arithmetic in fp32, cache in fp32 or bf16.
 
-    Arguments as in gqa_pass, for any number of tokens; layers: L MLALayers. sizes, named as in mla_model.cpp: H, N, R,
-    V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, scores_per_group, normalize, softmax. cache:
-    (L, blocks, P, C + R). scales: also the factor of the routed output. experts: (layers with experts, B, K) int64;
-    written to.
+    Arguments as in gqa_pass, for any number of tokens; layers: L MLALayers. sizes, with the names of mla_model.cpp: H,
+    N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, scores_per_group, normalize, softmax.
+    cache: (L, blocks, P, C + R). scales: additionally the factor of the routed output. experts: (layers with experts,
+    B, K) int64, an output.
     """
     tensors = {"x": x, "rope": rope, "last": last, "cache": cache, "experts": experts}
     run("mla_pass", _pass_arguments(_MLAPass, layers, tensors, pages, sizes | scales), cache.dtype == torch.bfloat16)
@@ -134,7 +135,7 @@ def _pass_arguments(
     pages: Pages,
     numbers: Mapping[str, float],
 ) -> ctypes.Structure:
-    """The arguments of a pass of new tokens through all layers over a cache."""
+    """The arguments of a fused pass of new tokens through all layers over a cache."""
     shift, table_width = block_layout(pages)
     (B, D), cache = tensors["x"].shape, tensors["cache"]
     addresses = {
@@ -155,7 +156,7 @@ def layer_array(
     weights: Sequence[Mapping[str, Tensor | None]],
     sizes: Sequence[Mapping[str, int]] = (),
 ) -> ctypes.Array[ctypes.Structure]:
-    """An array with a structure per layer, from its weights (which must stay alive) and sizes."""
+    """An array with one structure per layer, from weights (which must stay alive) and sizes."""
     numbers = sizes or [{}] * len(weights)
     rows = [
         kind(**{name: address(x) for name, x in held.items()}, **own)

@@ -1,7 +1,7 @@
 """The fused pass of dense models with grouped-query attention.
 
-In bf16 up to SMALL_M tokens run through all layers in one kernel call. More tokens, and any number in fp32, use
-oneDNN's matrix products, with one kernel call for the operations between two products.
+In bf16, one kernel call runs up to SMALL_M tokens through all layers. More tokens, and any number of tokens in fp32,
+use oneDNN's matmuls, with one kernel call for the operations between two matmuls.
 """
 
 # Shapes in this file: N tokens, D hidden size, L blocks, H heads, G key/value heads, W head width, I intermediate size.
@@ -34,29 +34,29 @@ SmallMWeights = dict[str, Tensor | None]
 
 
 class GemmWeights(NamedTuple):
-    """A block's prepacked matrices, those with the same input concatenated, its biases, and its norms in fp32."""
+    """Prepacked matrices of a block (matrices with the same input are concatenated), biases, and norms in fp32."""
 
     qkv: Tensor
-    """(D, (H + 2 G) W)."""
+    """Queries, keys and values, (D, (H + 2 G) W)."""
     out: Tensor
-    """(H W, D)."""
+    """Output projection, (H W, D)."""
     gate_up: Tensor
-    """(D, 2 I)."""
+    """Gate and up projection, (D, 2 I)."""
     down: Tensor
-    """(I, D)."""
+    """Down projection, (I, D)."""
     qkv_bias: Tensor | None
     out_bias: Tensor | None
     norms: tuple[Tensor, Tensor]
-    """Before attention and before the feed-forward, (D,)."""
+    """Norms before attention and before the feed-forward, (D,) each."""
     head_norms: tuple[Tensor | None, Tensor | None]
-    """Of queries and keys, (W,)."""
+    """Norms of query heads and of key heads, (W,) each."""
 
 
 class FusedGQA:
-    """The trunk of a dense model with grouped-query attention; it must be rebuilt after a change of weights."""
+    """The trunk of a dense model with grouped-query attention; must be rebuilt after a change of weights."""
 
     def __init__(self, model: Transformer, blocks: list[Block]):
-        """blocks: of the model; `supports_fused_gqa` must hold."""
+        """blocks: the blocks of the model; `supports_fused_gqa(blocks)` must be true."""
         self.model, self.blocks = model, blocks
         attention, ffn = blocks[0].attention, blocks[0].ffn
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
@@ -69,7 +69,7 @@ class FusedGQA:
         self.sizes = self.attention_sizes | {"I": ffn.w1.out_features}
         self.is_int8 = bool(self.weights) and "sq" in self.weights[0]
         self.gemm_weights: list[GemmWeights] = []
-        """One per block, made at the first call with more than SMALL_M tokens."""
+        """Weights of each block, prepacked at the first call with more than SMALL_M tokens."""
         self.max_num_tokens = 1 << 40 if _supports_gemm(blocks) else kernels.SMALL_M
         self.prepacked_head = prepack_batch_invariant(model.head.weight)
         self.rope = RopeCache(model.cfg.attention.rope_dim, model.cfg.rope)
@@ -83,7 +83,7 @@ class FusedGQA:
         return self.model.norm(x), None
 
     def _forward_gemm(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
-        """Run x (N, D) through all blocks, in place. Returns its final norm."""
+        """Run x (N, D) through all blocks, in place. Returns the result of the final norm."""
         self.gemm_weights = self.gemm_weights or [_gemm_weights(block) for block in self.blocks]
         eps = self.scales["eps"]
         following = [part.norms[0] for part in self.gemm_weights[1:]] + [self.model.norm.weight.detach().float()]
@@ -109,7 +109,7 @@ def supports_fused_gqa(blocks: list[Block]) -> bool:
 
 
 def _supports_small_m(blocks: list[Block]) -> bool:
-    """Whether the small-M kernel supports all matrices: bf16 or int8, and their widths."""
+    """Whether the small-M kernel supports dtype (bf16 or int8) and widths of all matrices."""
     weights: list[Tensor] = []
     for block in blocks:
         if has_only_modules(block, BLOCK_MODULES):
@@ -124,7 +124,7 @@ def _supports_small_m(blocks: list[Block]) -> bool:
 
 
 def _supports_gemm(blocks: list[Block]) -> bool:
-    """Whether all matrices can be prepacked; in fp32, whether their products are batch-invariant as well."""
+    """Whether all matrices can be prepacked and, in fp32, whether their matmuls are batch-invariant."""
     if not all(has_only_modules(block, BLOCK_MODULES) for block in blocks):
         return False
     weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Linear)]
@@ -138,7 +138,7 @@ def _supports_gemm(blocks: list[Block]) -> bool:
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the matrices of GemmWeights."""
+    """(outputs, inputs) of each matrix of GemmWeights."""
     a, ffn = block.attention, block.ffn
     assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
     groups = ((a.wq, a.wk, a.wv), (a.wo,), (ffn.w1, ffn.w3), (ffn.w2,))

@@ -1,4 +1,4 @@
-"""Compiles the kernels once per instruction set and loads them; without a compiler torch's operators are used."""
+"""Compile the kernels once per instruction set and load them; without a compiler, torch's operators are used."""
 
 import atexit
 import contextlib
@@ -34,7 +34,7 @@ SOURCES = (
     "kernels/cpu/rows.cpp",
     "kernels/cpu/linear.cpp",
 )
-"""Relative to PACKAGE, in order of decreasing compile time."""
+"""Source files, relative to PACKAGE, in order of decreasing compile time."""
 HEADERS = (
     *(
         f"kernels/cpu/{name}.h"
@@ -43,13 +43,13 @@ HEADERS = (
     "engine/fused/gqa_blocks.h",
 )
 PACKAGE = Path(__file__).parents[2]
-"""The folder of thinkstack."""
+"""Folder of the package thinkstack."""
 INCLUDE = ("-I", str(PACKAGE / "kernels" / "cpu"))
 FLAGS = ("-O2", "-fpeel-loops", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
-"""-O2 with unrolled tiles is as fast as -O3 and takes two thirds of the time to compile."""
+"""Compiler flags. -O2 with unrolled tiles is as fast as -O3, and compilation takes two thirds of the time."""
 LOCK = "building.lock"
 SWITCH = "THINKSTACK_KERNELS"
-"""Environment variable: "0" uses torch's operators only, "1" uses the kernels wherever they can compute."""
+"""Environment variable: "0" uses torch's operators only, "1" uses the kernels wherever they are supported."""
 
 
 _BUILDING = threading.Lock()
@@ -66,16 +66,16 @@ def binary() -> ctypes.CDLL | None:
 def load() -> ctypes.CDLL | None:
     """`binary` without the lock; logs once why there are no kernels."""
     if os.environ.get(SWITCH) == "0":
-        log.info("%s=0: running on torch's operators", SWITCH)
+        log.info("%s=0: using torch's operators", SWITCH)
         return None
     isa = instruction_set()
     if not isa.has_kernels:
-        log.info("a processor without AVX2: running on torch's operators")
+        log.info("this processor has no AVX2: using torch's operators")
         return None
     found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
     compiler = shlex.split(os.environ.get("CXX", "")) or [found]
     if not compiler[0]:
-        log.warning("no C++ compiler found: running on torch's operators, which are slower; install g++")
+        log.warning("no C++ compiler found: using torch's operators, which are slower; install g++")
         return None
     try:
         path = cache_folder() / f"kernels-{isa.name}-{fingerprint(compiler, isa)}.so"
@@ -90,15 +90,15 @@ def load() -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        log.warning("the C++ kernels cannot be built, running on torch's operators: %s", detail.strip()[-400:])
+        log.warning("the C++ kernels cannot be built; using torch's operators: %s", detail.strip()[-400:])
         return None
 
 
 def cache_folder() -> Path:
-    """The folder of compiled kernels and measurements: in XDG_CACHE_HOME or ~/.cache.
+    """The folder of compiled kernels and measurements, in XDG_CACHE_HOME or ~/.cache.
 
     If that folder cannot be written, or other users can write to it (and could place code there), a new private folder
-    of this process.
+    of this process is used.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkstack"
     reason = "cannot be written"
@@ -116,7 +116,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def private_folder(reason: str) -> Path:
-    """A folder of this process; the reason is logged once."""
+    """A private folder of this process; the reason is logged once."""
     log.warning("%s: kernels are compiled for this process only; set XDG_CACHE_HOME to a private folder", reason)
     private = tempfile.mkdtemp(prefix="thinkstack-")
     atexit.register(shutil.rmtree, private, ignore_errors=True)
@@ -133,7 +133,7 @@ def fingerprint(compiler: list[str], isa: InstructionSet) -> str:
 
 @contextlib.contextmanager
 def build_lock(path: Path) -> Iterator[None]:
-    """Let other processes that build the same library wait; where files cannot be locked, they build it too."""
+    """Make other processes that build the same library wait; if files cannot be locked, each process builds it."""
     try:
         import fcntl
 
@@ -145,7 +145,7 @@ def build_lock(path: Path) -> Iterator[None]:
 
 
 def compile_to(path: Path, compiler: list[str], isa: InstructionSet) -> None:
-    """Build the library beside `path` and move it there, so that no process loads an incomplete one."""
+    """Build the library next to `path` and move it to `path`, so that no process loads an incomplete file."""
     cores = usable_cores()
     log.info("compiling the CPU kernels for %s, once: %d files on %d cores ...", isa.name, len(SOURCES), cores)
     started = time.monotonic()
@@ -167,7 +167,9 @@ def compile_to(path: Path, compiler: list[str], isa: InstructionSet) -> None:
             compile_all("-fopenmp")
         except subprocess.CalledProcessError as error:
             compile_all()  # raises if the cause is not OpenMP
-            log.warning("the compiler has no OpenMP, so the kernels run on one core: %s", error.stderr.strip()[-200:])
+            log.warning(
+                "the compiler does not support OpenMP, so the kernels run on one core: %s", error.stderr.strip()[-200:]
+            )
         os.replace(built, path)
     log.info("compiled in %.0f s: %s", time.monotonic() - started, path)
 

@@ -1,7 +1,7 @@
-"""Kernels for inference, without gradients: paged attention, small-M products, routing and sampling."""
+"""Kernels for inference, without gradients: paged attention, small-M matmuls, routing and sampling."""
 
 # Shapes in this file: N or B new tokens, G key/value heads, Q query heads per group, W key width, V value width,
-# D hidden size, R rotated width, E experts, K experts per token. Other structures' sizes are in their C++ files.
+# D hidden size, R rotated width, E experts, K experts per token. The C++ files document sizes of other structures.
 
 import ctypes
 
@@ -29,8 +29,8 @@ _Sample = structure(
 def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout, scale: float) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
-    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token attends to. scale:
-    factor of the scores. Returns (N, G, Q, V).
+    query: (N, G, Q, key_width). pages: pages of the N tokens. last: (N,) int64, the last entry that each token attends
+    to. scale: factor of the scores. Returns (N, G, Q, V).
     """
     N, G, Q, W = query.shape
     query = query.contiguous()
@@ -45,15 +45,15 @@ def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout,
 
 
 def block_layout(pages: Pages) -> tuple[int, int]:
-    """log2 of the tokens per block, and the width of the block tables."""
+    """(log2 of the number of tokens per block, width of the block tables)."""
     assert pages.entries.is_contiguous() and pages.block_tables.is_contiguous()
     return pages.entries.shape[1].bit_length() - 1, pages.block_tables.shape[1]
 
 
 def small_m_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (M, K) transposed: (..., M), for at most SMALL_M rows, in bf16.
+    """Multiply x (..., K) by weight (M, K) transposed: (..., M), for at most SMALL_M rows, in bf16.
 
-    scale: (M,) fp32 factors of the rows of a weight in int8.
+    scale: (M,) fp32 per-row scales of an int8 weight.
     """
     M, K = weight.shape
     out = x.new_empty(*x.shape[:-1], M)
@@ -70,7 +70,7 @@ def route(
     """Group-limited top-k; arguments as in models/moe.py.
 
     scores: (B, E) fp32. groups: number of groups, number of groups to use, affinities summed per group (1 or 2).
-    Returns (weights (B, K) fp32, experts (B, K) int64); of equal affinities the lower expert is chosen.
+    Returns (weights (B, K) fp32, experts (B, K) int64); ties prefer the expert with the lower index.
     """
     weights = torch.empty(scores.shape[0], top_k)
     experts = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
@@ -92,7 +92,7 @@ def sample(
 
 
 class RowSampler:
-    """`sample` for rows of a table of sampling settings; random numbers per row as by `uniforms` in engine/sampler.py.
+    """`sample` for rows of a table of sampling settings; random numbers are as in `uniforms` of engine/sampler.py.
 
     The contents of the columns may change; the arrays must stay the same.
     """
@@ -107,7 +107,7 @@ class RowSampler:
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Sample from logits (B, V) of table rows (B,). offsets: (B,), 0 for the token after a row's num_tokens tokens.
 
-        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns as `sample`.
+        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns the same as `sample`.
         """
         logits = logits.contiguous()
         tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)

@@ -1,6 +1,6 @@
 """Attention of packed rows and routed experts, with gradients.
 
-Both are registered as torch operators with shape functions, so that compiled models use them too.
+Both are registered as torch operators with shape functions, so that compiled models use the kernels as well.
 """
 
 # Shapes in this file: B rows, T tokens, S cached tokens, H heads, G key/value heads, D key width, R rotated width,
@@ -34,7 +34,7 @@ class KVLayout(NamedTuple):
     groups: int
     """G, the number of key/value heads."""
     key_width: int
-    """Width of a key in the entry; a part that all heads share may be elsewhere."""
+    """Width of a key in the entry, without a part that all heads share."""
     key_step: int
     """The key of head g starts at g * key_step."""
     value_at: int
@@ -47,7 +47,7 @@ class KVLayout(NamedTuple):
         """Keys (B, S, G, key_width) and values (B, S, G, V) in entries (B, S, W), as views."""
         if self.groups == 1:
             return entries[..., None, : self.key_width], entries[..., None, self.value_at :][..., : self.value_width]
-        if self.value_at < self.key_step:  # a head's key is followed by its value
+        if self.value_at < self.key_step:  # each head's key is followed by its value
             layout = entries.unflatten(-1, (self.groups, -1))
             return layout[..., : self.key_width], layout[..., self.value_at :]
         keys, values = entries.split([self.value_at, entries.shape[-1] - self.value_at], -1)
@@ -139,7 +139,7 @@ def _run_experts(backward: bool, **tensors: Tensor | None) -> None:
 
 
 EXPERT_BLOCK = 64
-"""(token, expert) pairs per block; the same as BLOCK in experts.cpp."""
+"""Number of (token, expert) pairs per block; equal to BLOCK in experts.cpp."""
 
 _SHARED = (
     "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor kv_range, int[] layout, float scale, bool interleaved"
@@ -195,11 +195,10 @@ def attend(
 ) -> Tensor:
     """Causal attention of the tokens of each row to each other, (B, T, H, V).
 
-    q: (B, T, H, D). kv: (B, T, W) entries in `layout`. k_shared: (B, T, R), the last part of every key, or None. rope:
-    (B or 1, T, R / 2) complex64; the kernel rotates the last R elements of queries and keys by it. kv_range: (B or 1,
-    T, 3) int32: the first token that each token attends to, and a hidden interval of earlier tokens (from, to), empty
-    where both are equal. scale: factor of the scores.
-    """
+    q: (B, T, H, D). kv: (B, T, W) entries in `layout`. k_shared: (B, T, R), the part at the end of every key that heads
+    share, or None. rope: (B or 1, T, R / 2) complex64; the kernel rotates the last R elements of queries and keys by
+    it. kv_range: (B or 1, T, 3) int32: the first token that each token attends to, and a hidden interval (from, to) of
+    earlier tokens, which is empty if both are equal. scale: factor of the scores."""
     return _Attend.apply(q, kv, k_shared, rope, kv_range, list(layout), scale, interleaved)
 
 

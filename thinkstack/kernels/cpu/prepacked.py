@@ -1,8 +1,8 @@
 """Prepacked matrices, in the blocked layout of oneDNN, for inference on a CPU.
 
-In bf16 F.linear reorders the matrix into that layout on every call; up to a few hundred rows the reorder takes as long
-as the product, or longer. In fp32 F.linear uses MKL, which is half as fast on processors that are not Intel's.
-"""
+In bf16, F.linear reorders the matrix into this layout on every call; for up to a few hundred rows the reorder takes at
+least as long as the matmul. In fp32, F.linear uses MKL, which is half as fast on processors of other vendors than
+Intel."""
 
 import functools
 import os
@@ -16,19 +16,19 @@ from thinkstack import kernels
 from thinkstack.kernels import choice
 
 MAX_MEMORY_SHARE = 1 / 8
-"""Largest share of the memory for prepacked copies of a model's matrices."""
+"""Maximum share of the memory for prepacked copies of the matrices of a model."""
 MAX_ROWS = 512
-"""With more rows the product takes much longer than the reorder."""
+"""Maximum number of rows for prepacked copies; with more rows the matmul takes much longer than the reorder."""
 REORDER_ROWS = 64
-"""The number of rows that the layout is optimized for; it works for any number."""
+"""Number of rows that the layout is optimized for; the layout works for any number of rows."""
 TESTED_ROWS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
-"""Numbers of rows that `is_batch_invariant` multiplies."""
+"""Numbers of rows that `is_batch_invariant` tests."""
 MAX_TESTED_OUTPUTS = 2048
-"""Most outputs of the matrix that `is_batch_invariant` multiplies with."""
+"""Maximum number of outputs of the matrix in the test of `is_batch_invariant`."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, by the C++ kernel where that is faster."""
+    """F.linear, with the C++ kernel if that is faster."""
     if weight.dtype == x.dtype and kernels.takes_linear(x, *weight.shape):
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else kernels.linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -43,18 +43,18 @@ def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of x (N, K), given the gradient (N, M) of its product with weight (M, K)."""
+    """Gradient of x (N, K), given the gradient (N, M) of the output x W^T; weight: W (M, K)."""
     return kernels.linear_grad_x(grad, weight) if kernels.takes_linear(grad, *weight.shape) else grad @ weight
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of a weight (M, K), given the gradient (N, M) of its product with x (N, K)."""
+    """Gradient of a weight W (M, K), given the gradient (N, M) of the output x W^T; x: (N, K)."""
     takes = kernels.takes_linear(grad, grad.shape[1], x.shape[1])
     return kernels.linear_grad_weight(grad, x) if takes else grad.T @ x
 
 
 class _Linear(torch.autograd.Function):
-    """x (..., K) times weight (M, K) transposed, plus bias (M,) or None, by the C++ kernel."""
+    """x (..., K) times weight (M, K) transposed, plus bias (M,) or None, with the C++ kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,8 +73,8 @@ class _Linear(torch.autograd.Function):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for products of x: fp32 for bf16 without gradients on a processor that emulates bf16, where torch's
-    products take up to 40 times as long; otherwise the dtype of x."""
+    """The dtype for matmuls of x: fp32 if x is bf16 without gradients and the processor emulates bf16, where torch's
+    bf16 matmuls take up to 40 times as long; otherwise the dtype of x."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
         return x.dtype
     return torch.float32 if choice.emulates_bf16() else x.dtype
@@ -88,7 +88,7 @@ def prepack(weight: Tensor) -> Tensor:
 
 def prepacked_linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of x (B, K) with a prepacked matrix and bias (N,), all of one dtype. A single row in fp32 is duplicated,
-    because its products alone may be summed in another order."""
+    because the order of summation of a matmul with one row may differ."""
     if x.dtype == torch.float32 and len(x) == 1:
         return prepacked_linear(x.repeat(2, 1), matrix, bias)[:1]
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
@@ -97,8 +97,8 @@ def prepacked_linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> T
 
 @functools.cache
 def is_batch_invariant(outputs: int, inputs: int) -> bool:
-    """Whether fp32 products with a prepacked matrix (outputs, inputs) are batch-invariant: bit for bit the same for a
-    row, whatever the number of rows. oneDNN does not guarantee it, so it is tested."""
+    """Whether fp32 matmuls with a prepacked matrix (outputs, inputs) are batch-invariant: the result of a row is bit
+    for bit independent of the number of rows. oneDNN does not guarantee this, so it is tested."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(TESTED_ROWS[-1], inputs, generator=generator)
     matrix = prepack(
@@ -109,7 +109,7 @@ def is_batch_invariant(outputs: int, inputs: int) -> bool:
 
 
 class PrepackedMatrix:
-    """A lazily prepacked copy of a matrix, which is updated after the matrix has changed."""
+    """A lazily prepacked copy of a matrix; the copy is updated after the matrix has changed."""
 
     def __init__(self) -> None:
         self._of: tuple[int, int] | None = None
@@ -140,7 +140,7 @@ def can_prepack(weight: Tensor) -> bool:
 
 
 def fits_prepacked(*weights: Tensor) -> bool:
-    """Whether prepacked copies of these matrices are supported and take at most MAX_MEMORY_SHARE of the memory."""
+    """Whether prepacked copies of these matrices are supported and need at most MAX_MEMORY_SHARE of the memory."""
     size = sum(weight.nbytes for weight in weights)
     return size <= MAX_MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(
         map(can_prepack, weights)
@@ -148,6 +148,6 @@ def fits_prepacked(*weights: Tensor) -> bool:
 
 
 def prepack_batch_invariant(weight: Tensor) -> Tensor | None:
-    """A prepacked copy of an fp32 matrix if its products are batch-invariant, else None."""
+    """A prepacked copy of an fp32 matrix if its matmuls are batch-invariant, otherwise None."""
     takes = weight.dtype == torch.float32 and fits_prepacked(weight) and is_batch_invariant(*weight.shape)
     return prepack(weight) if takes else None

@@ -1,4 +1,4 @@
-"""Memory-bound operations on rows (norms, activations, rotations, log-probabilities), and products in fp32."""
+"""Memory-bound operations on rows (norms, activations, rotations, log-probabilities), and matmuls in fp32."""
 
 # Shapes in this file: B rows, T tokens, H heads, D width, R rotated width, N tokens, V vocabulary size.
 
@@ -9,7 +9,8 @@ from thinkstack.kernels.cpu.calls import call, call_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, return_inverse: bool) -> tuple[Tensor, Tensor | None]:
-    """x (..., D), rows contiguous, weight (D,) fp32. Returns (normed x, 1 / rms of each row (...,) fp32 or None)."""
+    """RMSNorm of x (..., D), rows contiguous; weight (D,) fp32. Returns (normed x, 1 / rms per row (...,) fp32 or
+    None)."""
     rows, stride = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32) if return_inverse else None
@@ -18,14 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, return_inverse: bool) -> tup
 
 
 def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add x to `residual` in place, both (N, D) and contiguous; returns the norm of the sum, as rms_norm."""
+    """Add x to `residual` in place, both (N, D) and contiguous; returns the RMSNorm of the sum."""
     out = torch.empty_like(residual)
     call_for(residual.dtype, "add_norm", residual, x, None, weight, out, *residual.shape, float(eps))
     return out
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of weight, fp32."""
+    """Gradients of x, in the dtype of x, and of weight, in fp32."""
     rows, stride = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     parts = torch.empty(torch.get_num_threads(), x.shape[-1])
@@ -47,8 +48,8 @@ def is_rows(x: Tensor) -> bool:
 
 
 def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
-    """out (..., N, D) = qweight, e4m3 or int8, times the scale (..., ceil(N / rows), ceil(D / columns)) fp32 of its
-    block; all contiguous."""
+    """Write qweight, e4m3 or int8, times the fp32 scale of each block into out (..., N, D). scale: (..., ceil(N /
+    rows), ceil(D / columns)). All tensors are contiguous."""
     N, D = qweight.shape[-2:]
     kind = "int8" if qweight.dtype == torch.int8 else "e4m3"
     call_for(out.dtype, f"dequantize_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
@@ -62,7 +63,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_halves(both: Tensor) -> Tensor:
-    """silu(gate) * up of rows (N, 2 I), each gate followed by up: (N, I)."""
+    """silu(gate) * up of rows (N, 2 I), each row gate followed by up: (N, I)."""
     N, width = both.shape
     out = both.new_empty(N, width // 2)
     call_for(both.dtype, "swiglu", both, both[:, width // 2 :], out, N, width // 2, width)
@@ -77,8 +78,8 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, table: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
-    """Rotate x (B, T, H, R), any strides of tokens and heads, by table (B or 1, T, R / 2) complex64; inverse: by the
-    negative angles."""
+    """Rotate x (B, T, H, R), with any strides of tokens and heads, by table (B or 1, T, R / 2) complex64. inverse:
+    rotate by the negative angles."""
     B, T, H, R = x.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     steps = _rows(x[:, :, 0])[1], x.stride(2), table.shape[0] * T
@@ -87,7 +88,8 @@ def rotate(x: Tensor, table: Tensor, interleaved: bool, inverse: bool = False) -
 
 
 def logprobs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits (N, V) contiguous, targets (N,). Returns fp32 (log-probabilities, log normalizers); fills entropy (N,)."""
+    """Log-probabilities of targets (N,) under logits (N, V), contiguous. Returns fp32 (log-probabilities, log
+    normalizers); writes entropy (N,)."""
     normalizer = torch.empty(logits.shape[0], dtype=torch.float32)
     logprob = torch.empty_like(normalizer)
     call_for(logits.dtype, "logprobs", logits, targets, normalizer, logprob, entropy, *logits.shape, float(temperature))
@@ -95,13 +97,14 @@ def logprobs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tenso
 
 
 def logprobs_backward(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> None:
-    """Replace logits by their gradients in place; grad (N,) fp32 is the gradient of the log-probabilities."""
+    """Replace logits by the gradients of logits, in place; grad (N,) fp32 is the gradient of the log-probabilities."""
     rows = logits, targets, normalizer, grad.contiguous()
     call_for(logits.dtype, "logprobs_backward", *rows, *logits.shape, float(temperature))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) times weight (M, K) transposed, plus bias (M,): (..., M), all fp32; M and K multiples of LANES."""
+    """Multiply x (..., K) by weight (M, K) transposed and add bias (M,): (..., M). All are fp32; M and K are multiples
+    of LANES."""
     x, (M, K) = x.contiguous(), weight.shape
     out = torch.empty(*x.shape[:-1], M)
     call("linear", x, weight.contiguous(), bias, out, x.numel() // K, M, K)
@@ -109,7 +112,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad (..., M) times weight (M, K): (..., K), as `linear`."""
+    """Multiply grad (..., M) by weight (M, K): (..., K); requirements as in `linear`."""
     grad, (M, K) = grad.contiguous(), weight.shape
     out = torch.empty(*grad.shape[:-1], K)
     call("linear_grad_x", grad, weight.contiguous(), out, grad.numel() // M, M, K)
@@ -117,7 +120,7 @@ def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """grad (..., M) transposed times x (..., K): (M, K), as `linear`."""
+    """Multiply grad (..., M) transposed by x (..., K): (M, K); requirements as in `linear`."""
     M, K = grad.shape[-1], x.shape[-1]
     out = torch.empty(M, K)
     call("linear_grad_weight", grad.contiguous(), x.contiguous(), out, x.numel() // K, M, K)

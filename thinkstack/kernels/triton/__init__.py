@@ -1,6 +1,6 @@
-"""Triton kernels for CUDA devices; each operation also has an implementation in torch, used without Triton.
+"""Triton kernels for CUDA devices; each operation also has an implementation in torch for use without Triton.
 
-They are registered as torch operators with shape functions, so that a model can be traced without a device.
+The kernels are registered as torch operators with shape functions, so that a model can be traced without a device.
 """
 
 import functools
@@ -13,7 +13,7 @@ from thinkstack.kernels import KVLayout
 from thinkstack.kernels.paging import Pages
 
 SMALL_M = 64
-"""The largest number of rows for products with 8-bit matrices, whose time is that of reading the weights."""
+"""Maximum number of rows for matmuls with 8-bit matrices, which are bound by the time to read the weights."""
 
 
 @functools.cache
@@ -33,10 +33,10 @@ def takes(x: Tensor) -> bool:
 
 
 def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout, scale: float) -> Tensor:
-    """Attention of new tokens over the cached entries of their sequences, as `kernels.paged_attention`.
+    """Attention of new tokens over the cached entries of their sequences; same interface as `kernels.paged_attention`.
 
-    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, increasing within a sequence. Returns (N, G, Q,
-    V).
+    query: (N, G, Q, key_width). pages: pages of the N tokens. last: (N,) int64, increasing within a sequence. Returns
+    (N, G, Q, V).
     """
     return torch.ops.thinkstack.paged_attention(query, *pages, last, list(layout), scale)
 
@@ -62,8 +62,8 @@ def takes_quantized(x: Tensor, qweight: Tensor) -> bool:
 
 
 def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times the transpose of the dequantized qweight (N, K): (..., N). The blocks that share a scale are
-    rows for int8, 128 x 128 for e4m3."""
+    """Multiply x (..., K) by the transpose of the dequantized qweight (N, K): (..., N). Scales are per row for int8,
+    per 128 x 128 block for e4m3."""
     return torch.ops.thinkstack.quantized_linear(x.flatten(0, -2), qweight, scale).unflatten(0, x.shape[:-1])
 
 

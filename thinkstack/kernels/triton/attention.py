@@ -1,4 +1,4 @@
-"""Paged attention as one Triton kernel for prefill and decoding, MLA latents and GQA heads.
+"""Paged attention as one Triton kernel, for prefill and decoding, with MLA latents or GQA heads.
 
 The reference is `paged_attention_torch` in models/attention.py. Importing this module requires Triton.
 """
@@ -18,12 +18,12 @@ from thinkstack.kernels.paging import Pages
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_PART_KEYS, MAX_PARTS = 256, 32
-"""The smallest number of keys for a program of its own; the largest number of parts of a context."""
+"""Minimum number of keys of a part of the context; maximum number of parts of a context."""
 
 
 @triton.jit
 def starts_tile(first, seq_index, last, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether a program's token is the first of a tile: the first new one of its sequence, or at a multiple of
+    """Whether a program's token is the first of a tile: the first new token of its sequence, or at a multiple of
     TOKENS."""
     before = tl.maximum(first - 1, 0)
     at = tl.load(last + first)
@@ -35,7 +35,7 @@ def starts_tile(first, seq_index, last, TOKENS: tl.constexpr):  # type: ignore[n
 def tile_rows(
     first, head, seq_index, last, N, Q: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr
 ):  # type: ignore[no-untyped-def]
-    """Tokens and heads of a program's rows, their last keys, and whether the row is used, (ROWS,) each."""
+    """Token, head, last key and validity of each row of a program, (ROWS,) each."""
     rows, at = tl.arange(0, ROWS), tl.load(last + first)
     ahead, heads = rows // HEADS, head + rows % HEADS
     tokens = first + ahead
@@ -54,8 +54,8 @@ def load_columns(rows, begin: tl.constexpr, width: tl.constexpr, PAD: tl.constex
 
 @triton.jit
 def update_softmax(scores, v, row_max, row_sum, sums, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The online softmax update (arXiv:2205.14135) for keys with these scores (base 2) and values: the rows' largest
-    score, the sum of weights relative to it, and the weighted sum of values."""
+    """The online softmax update (arXiv:2205.14135) for keys with these scores (base 2) and values. Per row, updates the
+    largest score, the sum of weights relative to it, and the weighted sum of values."""
     top = tl.maximum(row_max, tl.max(scores, 1))
     level = tl.where(top == -float("inf"), 0.0, top)  # rows without a key so far
     weights, rescale = tl.exp2(scores - level[:, None]), tl.exp2(row_max - level)
@@ -121,9 +121,9 @@ def paged_attention(
 ) -> Tensor:
     """Attention of new tokens over the cached entries of their sequences.
 
-    query: (N, G, Q, key_width). pages: of N tokens. last: (N,) int64, the last entry that each token attends to; the
-    tokens of a sequence are adjacent and in order. scale: factor of the scores. parts: the number of parts of a context
-    that are read in parallel; 0: as many as the device has room for. Returns (N, G, Q, V).
+    query: (N, G, Q, key_width). pages: pages of the N tokens. last: (N,) int64, the last entry that each token attends
+    to; the tokens of a sequence are adjacent and in order. scale: factor of the scores. parts: number of parts of a
+    context that are read in parallel; 0: enough to fill the device. Returns (N, G, Q, V).
     """
     (N, G, Q, _), V = query.shape, layout.value_width
     shape = shape_of(query, pages, layout)
@@ -141,7 +141,7 @@ def paged_attention(
 
 
 def shape_of(query: Tensor, pages: Pages, layout: KVLayout) -> dict[str, Any]:
-    """The kernel's compile-time sizes: those of the heads, and tiles of queries and keys that fit into the shared
+    """Compile-time sizes of the kernel: sizes of heads, and of tiles of queries and keys that fit into the shared
     memory of a multiprocessor."""
     (_, G, Q, W), (_, P, entry), V = query.shape, pages.entries.shape, layout.value_width
     tail = W - V if G == 1 and layout.value_at == 0 else 0
@@ -160,7 +160,7 @@ def shape_of(query: Tensor, pages: Pages, layout: KVLayout) -> dict[str, Any]:
 
 
 def options_of(shape: dict[str, Any]) -> dict[str, int]:
-    """Warps per program, and stages of the key pipeline."""
+    """Number of warps per program, and number of stages of the key pipeline."""
     return dict(num_warps=8 if shape["ROWS"] * shape["V"] > 4096 else 4, num_stages=1 if shape["KEYS"] == 16 else 2)
 
 

@@ -1,4 +1,4 @@
-"""Products of a few rows with 8-bit matrices as one Triton kernel: weights are dequantized in registers.
+"""Matmuls of a few rows with 8-bit matrices as one Triton kernel: weights are dequantized in registers.
 
 The reference is `QuantizedLinear` in models/quantized.py. Importing this module requires Triton.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 STEP, OUTPUTS = 128, 32
-"""Inputs and outputs that a program multiplies at a time; both divide the fp8 block size of 128."""
+"""Number of inputs and outputs that a program multiplies at a time; both divide the fp8 block size of 128."""
 MAX_PARTS = 16
 
 
@@ -40,10 +40,10 @@ def quantized_linear_kernel(
 
 
 def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor, block: tuple[int, int], parts: int = 0) -> Tensor:
-    """x (B, K) bf16 times the transpose of the dequantized qweight (N, K), int8 or e4m3: (B, N).
+    """Multiply x (B, K) bf16 by the transpose of the dequantized qweight (N, K), int8 or e4m3: (B, N).
 
-    scale: (ceil(N / rows), ceil(K / columns)) fp32; block: (rows, columns). parts: the number of parts of the inputs
-    that are summed in parallel; 0: as many as the device has room for.
+    scale: (ceil(N / rows), ceil(K / columns)) fp32; block: (rows, columns). parts: number of parts of the inputs
+    that are summed in parallel; 0: enough to fill the device.
     """
     (B, K), N = x.shape, len(qweight)
     programs = triton.cdiv(N, OUTPUTS)
