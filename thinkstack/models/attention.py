@@ -36,7 +36,7 @@ class AttentionContext:
     """The common inputs of all attention layers in a forward pass."""
 
     rope: Tensor
-    """RopeCache of the new tokens, (B or 1, T, R / 2) complex64."""
+    """Rotations of the new tokens, (B or 1, T, R / 2) complex64."""
     kv_range: Tensor
     """The earlier tokens that each new token attends to, (B or 1, T, 3) int32, from `kv_range_of`."""
     last: Tensor
