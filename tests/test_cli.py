@@ -59,7 +59,7 @@ RUDE = {
     "run dmo --out {out}": "did you mean demo?",
     "run {tmp} --out {out}": "no recipe",
     "run {bad_toml} --out {out}": "bad.toml is not TOML",
-    "run {own} --scale smoke --out {out}": "own_smoke.toml",
+    "run {own} --scale smoke --out {out}": "add a table scales.smoke",
     "run demo --scale smok --out {out}": "did you mean smoke?",
     "demo --out {text}/o": "choose another folder with --out",
     "demo --out {out} --set stages.zero.group_sise=3": "did you mean stages.zero.group_size?",
@@ -158,8 +158,10 @@ def test_a_mistake_ends_in_one_line_with_the_way_out(monkeypatch, capsys, tmp_pa
 def test_settings_may_be_given_together_or_one_by_one(monkeypatch, tmp_path):
     """Of several --set only the last one counted."""
     given: list[tuple[str, ...]] = []
-    monkeypatch.setattr("thinkstack.pipeline.read_recipe", lambda recipe, scale, settings: given.append(settings))
-    monkeypatch.setattr("thinkstack.pipeline.run_recipe", lambda recipe, out: None)
+    monkeypatch.setattr(
+        "thinkstack.pipeline.recipe.read_recipe", lambda recipe, scale, settings: given.append(settings)
+    )
+    monkeypatch.setattr("thinkstack.pipeline.run.run_recipe", lambda recipe, out, scale, until: None)
     words = ["run", "demo", "--out", str(tmp_path), "--set", "a.b=1", "c=[2]", "--seed", "3", "--set", "d=4"]
     monkeypatch.setattr("sys.argv", ["thinkstack", *words])
     cli.main()

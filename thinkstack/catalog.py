@@ -12,7 +12,8 @@ from typing import Any
 
 from thinkstack.config import did_you_mean
 from thinkstack.files import read_text
-from thinkstack.pipeline import STAGES, read_recipe, recipe_names, recipe_path, scales_of
+from thinkstack.pipeline.graph import STAGES
+from thinkstack.pipeline.recipe import read_recipe, recipe_names, recipe_path, scales_of
 
 WIDTH = 100
 REQUIRED = "(required)"
@@ -22,9 +23,8 @@ def list_recipes() -> str:
     """Text that lists each recipe of the package with the leading comment of the file, and the kinds of stages."""
     lines = ["Recipes, for `thinkstack run NAME --out FOLDER`:"]
     for name in recipe_names():
-        path = recipe_path(name)
-        scales = "|".join(scales_of(path))
-        lines += ["", f"{name}{f'  (--scale {scales})' if scales else ''}", *_leading_comment(path)]
+        scales = "|".join(scales_of(name))
+        lines += ["", f"{name}{f'  (--scale {scales})' if scales else ''}", *_leading_comment(recipe_path(name))]
     lines += ["", f"`thinkstack recipes NAME` lists the settings of a recipe or a kind of stage: {', '.join(STAGES)}."]
     return "\n".join(lines)
 

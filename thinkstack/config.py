@@ -34,6 +34,20 @@ Temperature = Annotated[float, Ge(0), Le(100)]
 """Sampling temperature; 0 is greedy decoding."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Annotation of a setting whose values name inputs of a stage: a stage, STAGE/OUTPUT, RECIPE:STAGE or a path."""
+
+    output: str
+    """The output that the name of a stage means: a file or folder in the folder of the stage, or "" for this folder."""
+
+
+ModelInput = Annotated[str, Input("model")]
+"""A checkpoint, or the stage that writes it."""
+DataInput = Annotated[tuple[str, ...], Input("data.jsonl")]
+"""Files of data, or the stages that write them; * in a file name matches several files."""
+
+
 def read_toml(path: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigError if it is missing, damaged or malformed."""
     text = read_text(path, "settings")
@@ -124,6 +138,33 @@ def check_keys(kind: Any, values: Tree, where: str) -> None:
 def _members(hint: Any) -> tuple[Any, ...]:
     """The possible types of a value; for a tuple, the possible types of an entry."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple) else (hint,)
+
+
+def map_inputs(config: Any, change: typing.Callable[[str, str, Input], str], where: str = "") -> Any:
+    """A copy of a dataclass in which `change(address, value, input)` replaces each value of its inputs, at any depth.
+
+    Empty values are not inputs. where: address of `config`, for the addresses.
+    """
+    hints, changed = typing.get_type_hints(type(config), include_extras=True), {}
+    for name in (field.name for field in dataclasses.fields(config)):
+        value, address = getattr(config, name), f"{where}.{name}" if where else name
+        mark = next((mark for mark in getattr(hints[name], "__metadata__", ()) if isinstance(mark, Input)), None)
+        if mark is not None:
+            changed[name] = _map_strings(value, change, mark, address)
+        elif dataclasses.is_dataclass(value):
+            changed[name] = map_inputs(value, change, address)
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            changed[name] = {key: map_inputs(entry, change, f"{address}.{key}") for key, entry in value.items()}
+    return dataclasses.replace(config, **changed) if changed else config
+
+
+def _map_strings(value: Any, change: typing.Callable[[str, str, Input], str], mark: Input, address: str) -> Any:
+    """A string, a tuple of strings or a dict of strings with every string that is not empty changed."""
+    if isinstance(value, str):
+        return change(address, value, mark) if value else value
+    if isinstance(value, dict):
+        return {key: _map_strings(entry, change, mark, f"{address}.{key}") for key, entry in value.items()}
+    return tuple(_map_strings(entry, change, mark, f"{address}[{index}]") for index, entry in enumerate(value))
 
 
 def did_you_mean(name: str, known: typing.Iterable[str], where: str = "") -> str:

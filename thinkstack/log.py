@@ -19,6 +19,8 @@ from thinkstack.types import ConfigError
 METRICS, TIMINGS, CURVE = "metrics.jsonl", "timings.jsonl", "curve.jsonl"
 """JSON-lines files: metrics determined by settings and seed, timings, and evaluations during training."""
 PROVENANCE = "provenance.json"
+RECORD = "stage.json"
+"""Fingerprint of the settings and inputs of a stage, seconds so far, and whether the stage is done."""
 PLAIN_SECONDS = 15.0
 """Minimum seconds between two progress lines without a terminal."""
 
@@ -92,6 +94,19 @@ class Run:
         except ValueError:
             provenance = {}
         return provenance if isinstance(provenance, dict) else {}
+
+    @staticmethod
+    def record_of(folder: Path) -> dict[str, Any]:
+        """The record of the stage in a folder; {} if the folder has none."""
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def write_record(self, fingerprint: str, seconds: float, done: bool) -> None:
+        """Write the record of the stage."""
+        write_json(self.folder / RECORD, {"fingerprint": fingerprint, "seconds": seconds, "done": done})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to the metrics; timings go to a separate file."""

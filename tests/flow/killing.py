@@ -53,7 +53,7 @@ max_tokens = 12
 """
 """The coin as reward lets every group differ, so that every step of this short run moves the weights."""
 POLL_SECONDS = 5e-4
-CLOCK = ("timings.jsonl", "provenance.json", "manifest.json")
+CLOCK = ("timings.jsonl", "provenance.json", "stage.json")
 """Files that say when and how long."""
 
 
@@ -138,7 +138,9 @@ def forked(recipe: Path, out: Path, moment: Moment | None = None) -> multiproces
     """The same command line in a process forked from one that has imported everything and done nothing; it is killed
     at a moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["thinkstack.pipeline", "thinkstack.rl.trainer", "thinkstack.cli", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["thinkstack.pipeline.run", "thinkstack.rl.trainer", "thinkstack.cli", "torch._dynamo"]
+    )
     process = context.Process(target=_main, args=(recipe, out, moment))
     process.start()
     return process
@@ -160,7 +162,7 @@ def run_through(launch: Launch, recipe: Path, out: Path) -> None:
     """Run a recipe to its end."""
     process = launch(recipe, out)
     process.join()
-    assert json.loads((out / "manifest.json").read_text())["stages"]["zero-eval"]["done"]
+    assert json.loads((out / "zero-eval" / "stage.json").read_text())["done"]
 
 
 def drive(launch: Launch, recipe: Path, out: Path, stage: str, kills: int, steps: int, seed: int) -> Kills:

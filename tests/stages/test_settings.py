@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from thinkstack.config import build, merge
-from thinkstack.pipeline import STAGES
+from thinkstack.pipeline.graph import STAGES
 from thinkstack.types import ConfigError
 
 NEEDED: dict[str, dict[str, Any]] = {

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: what is trained on, what is left out, resume."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from tests.stopping import StopWhen
 from tests.tiny import GQA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.config import build
-from thinkstack.data import collate
+from thinkstack.data import Example, collate
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import Conversation, read_conversations
-from thinkstack.stages.sft import SftConfig, make_sft_dataset, sft
+from thinkstack.stages.sft import SftConfig, SftDataset, make_sft_dataset, sft
 from thinkstack.text.chat import chat_format
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
 from thinkstack.types import ConfigError, Interrupted, Message
@@ -148,3 +149,20 @@ def test_adapters_of_a_4_bit_base_are_trained_and_merged(start: str, tmp_path: P
     sft(config(start, tmp_path, trainer=trainer), run)
     assert (run.folder / "adapter" / "adapter_config.json").is_file()
     load_model(run.folder / "model")
+
+
+def test_an_epoch_is_shuffled_once_and_not_for_each_document(monkeypatch):
+    """All examples were shuffled again for each document: 0.6 s a document with 800,000 examples."""
+    shuffles = []
+
+    class Counting(random.Random):
+        def shuffle(self, x):
+            shuffles.append(len(x))
+            super().shuffle(x)
+
+    monkeypatch.setattr(random, "Random", Counting)
+    examples = [Example((index,), (1,)) for index in range(50)]
+    dataset = SftDataset(examples, [], 0)
+    order = [dataset.document(index, seed=123_456).ids[0] for index in range(100)]
+    assert shuffles == [50, 50]
+    assert sorted(order[:50]) == sorted(order[50:]) == list(range(50)) and order[:50] != order[50:]

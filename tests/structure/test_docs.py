@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from thinkstack import cli
-from thinkstack.pipeline import plan_stages, read_recipe
+from thinkstack.pipeline.graph import plan_stages
+from thinkstack.pipeline.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from thinkstack.config import build
-from thinkstack.pipeline import plan_stages, read_recipe
+from thinkstack.pipeline.graph import plan_stages
+from thinkstack.pipeline.recipe import read_recipe
 from thinkstack.tasks.custom_reward import load_reward
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.types import ConfigError, Problem, TrainingError

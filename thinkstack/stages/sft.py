@@ -3,6 +3,7 @@
 Writes `model/` in Hugging Face layout, and `adapter/` in PEFT's layout if an adapter is trained.
 """
 
+import functools
 import logging
 import random
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.config import Count, CountOrZero, Positive, Seed, Share
+from thinkstack.config import Count, CountOrZero, DataInput, ModelInput, Positive, Seed, Share
 from thinkstack.data import Example, PackedStream, collate, pack
 from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import Conversation, read_conversations, worked_conversations
@@ -32,9 +33,9 @@ SHORT_RUN_STEPS = 10
 class SftConfig:
     """Settings of a supervised fine-tuning stage."""
 
-    start: str
-    """Checkpoint, or name of an earlier stage, to start from."""
-    data: tuple[str, ...] = ()
+    start: ModelInput
+    """Checkpoint, or the stage that writes it, to start from."""
+    data: DataInput = ()
     """Files of conversations, in the formats of docs/guides/sft.md."""
     tasks: tuple[str, ...] = ()
     """Generated tasks whose worked solutions are added to the data as thinking."""
@@ -76,6 +77,14 @@ class SftConfig:
             raise ConfigError(f"held_out={self.held_out} must be at least 0 and below 1; 0 holds nothing out")
 
 
+@functools.lru_cache(maxsize=2)  # packing looks ahead into the next epoch
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` examples in an epoch."""
+    order = list(range(count))
+    random.Random(digest("sft", seed, epoch)).shuffle(order)
+    return order
+
+
 @dataclass(frozen=True)
 class SftDataset:
     """The conversations of a run as training and held-out examples."""
@@ -88,9 +97,7 @@ class SftDataset:
     def document(self, index: int, seed: int) -> Example:
         """Example `index` of the infinite training order, which is reshuffled each epoch."""
         epoch, position = divmod(index, len(self.trained))
-        order = list(range(len(self.trained)))
-        random.Random(digest("sft", seed, epoch)).shuffle(order)
-        return self.trained[order[position]]
+        return self.trained[epoch_order(len(self.trained), seed, epoch)[position]]
 
 
 def make_sft_dataset(conversations: Sequence[Conversation], chat: ChatFormat, cfg: SftConfig) -> SftDataset:

@@ -1,6 +1,6 @@
 """Summary of a run: one line per stage with the artifact and the main result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from thinkstack.checkpoint.state import MODEL
@@ -11,17 +11,18 @@ from thinkstack.stages.evaluate import SAMPLED, read_evaluation
 LOSS_METRIC = "loss/next_token_nats"
 
 
-def summarize(out: Path, stages: Sequence[tuple[str, str]]) -> str:
-    """One line per completed stage, with the path of the artifact and the main result. stages: pairs (name, kind)."""
-    width = max(len(name) for name, _ in stages)
-    return "\n".join(f"  {name:<{width}}  {_describe(Run(out / name), kind)}" for name, kind in stages)
+def summarize(folders: Mapping[str, tuple[Path, str]]) -> str:
+    """One line per finished stage, with the path of the artifact and the main result. folders: (folder, kind) of each
+    stage, by name."""
+    width = max(map(len, folders))
+    return "\n".join(f"  {name:<{width}}  {_describe(Run(folder), kind)}" for name, (folder, kind) in folders.items())
 
 
 def _describe(run: Run, kind: str) -> str:
     if kind == "report":
         return str(run.folder / "report.html")
     if kind == "evaluate" and (run.folder / SAMPLED).is_file():
-        result = read_evaluation(run, SAMPLED)
+        result = read_evaluation(run.folder, SAMPLED)
         figure = f"pass@1 {accuracy(result)} %" if result.answer_rate else accuracy(result)
         return f"{figure} of {result.problems:,} problems, {describe_samples(result.samples)} ({run.folder})"
     model = run.folder / MODEL
