@@ -161,7 +161,7 @@ def test_an_epoch_is_shuffled_once_and_not_for_each_document(monkeypatch):
             super().shuffle(x)
 
     monkeypatch.setattr(random, "Random", Counting)
-    examples = [Example((index,), (1,)) for index in range(50)]
+    examples = [Example((index, 0), (0, 1)) for index in range(50)]
     dataset = SftDataset(examples, [], 0)
     order = [dataset.document(index, seed=123_456).ids[0] for index in range(100)]
     assert shuffles == [50, 50]

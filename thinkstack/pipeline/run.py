@@ -162,15 +162,13 @@ def check_inputs(stages: Sequence[StageRun], folders: Sequence[Path]) -> None:
 def list_stages(tree: Tree, out: Path, scale: str = "") -> str:
     """One line per stage: name, kind, state in `out`, and the stages that it needs."""
     check_format(out)
-    rows = [
-        (stage.name, stage.kind, _state(stage, out), ", ".join(stage.needs)) for stage in plan_stages(tree, out, scale)
-    ]
+    rows = [(stage.name, stage.kind, _state(stage, out), stage.needs) for stage in plan_stages(tree, out, scale)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
-        + (f"  needs {row[3]}" if row[3] else "")
-        for row in rows
-    )
+    lines = []
+    for *cells, needs in rows:
+        aligned = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{aligned}  {'needs ' + ', '.join(needs) if needs else ''}".rstrip())
+    return "\n".join(lines)
 
 
 def _state(stage: StageRun, out: Path) -> str:
