@@ -35,11 +35,12 @@ from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import flops_per_token
 from thinkstack.models.transformer import Transformer
-from thinkstack.rl.groups import advantages_within_groups, to_batch
+from thinkstack.rl.advantages import with_advantages
+from thinkstack.rl.batches import minibatches
+from thinkstack.rl.config import RLConfig
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
 from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.text.tokenizer import EOS, Tokenizer, train_tokenizer
-from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
 from thinkstack.train.trainer import Trainer
@@ -90,6 +91,14 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     )
     trainer = Trainer(model, cfg, total_steps=1000)
     loss = PolicyLossConfig(reduction="token")
+    rl = RLConfig(
+        start="",
+        advantage="standardized",
+        dynamic_sampling=False,
+        loss=loss,
+        row_tokens=shape.row_tokens,
+        max_tokens=shape.new_tokens,
+    )
     nothing = Problem(question="", answer="", task="", language="en", level=0, key="", wording=0)
 
     def step() -> Times:
@@ -105,14 +114,13 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
                 problem=nothing,
                 group_id=group,
                 prompt_token_ids=tuple(prompt),
-                completion=answer,
+                segments=(answer,),
                 score=Score(total=reward(tokenizer.decode(answer.token_ids))),
             )
             for group, (prompt, answers) in enumerate(zip(prompts, groups, strict=True))
             for answer in answers
         ]
-        batch = to_batch(rollouts, advantages_within_groups(rollouts, "standardized"), shape.row_tokens)
-        batch = batch.with_weights(token_weights(batch, loss.reduction, shape.new_tokens))
+        (batch,) = with_advantages(minibatches(rollouts, rl), rollouts, rl)
         trainer.step(batch, partial(policy_loss, cfg=loss), loss.temperature, with_entropy=True)
         engine.load_weights(trainer.weights(), version=trainer.step_count)
         done = time.perf_counter()

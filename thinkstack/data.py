@@ -63,11 +63,13 @@ class Example:
 
 @dataclass(frozen=True)
 class SharedPromptGroup:
-    """A prompt and several completions; all completion tokens are trained. The row contains the prompt once, without
-    its last token; each completion starts with that token. A completion does not attend to the other completions."""
+    """A prompt and several completions. The row contains the prompt once, without its last token; each completion
+    starts with that token. A completion does not attend to the other completions."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    loss_masks: tuple[tuple[int, ...], ...]
+    """1 = trained, for each token of each completion."""
 
     def __post_init__(self) -> None:
         assert self.prompt and self.completions and all(self.completions), (
@@ -83,10 +85,10 @@ class SharedPromptGroup:
         columns = Columns(
             list(self.prompt[:-1]), list(self.prompt[1:]), [0] * shared, list(range(shared)), [0] * shared
         )
-        for branch, completion in enumerate(self.completions, start=1):
+        for branch, (completion, mask) in enumerate(zip(self.completions, self.loss_masks, strict=True), start=1):
             columns.ids.extend((self.prompt[-1], *completion[:-1]))
             columns.targets.extend(completion)
-            columns.loss_mask.extend([1] * len(completion))
+            columns.loss_mask.extend(mask)
             columns.positions.extend(range(shared, shared + len(completion)))
             columns.branches.extend([branch] * len(completion))
         return columns

@@ -229,17 +229,68 @@ class Score:
     """Reason why there is no score, such as a verifier that failed or timed out; None if the completion is scored."""
 
 
+@dataclass(frozen=True)
+class GivenTokens:
+    """Tokens of a rollout that the model did not sample, such as the result of a tool call: context, never trained."""
+
+    token_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion for one problem, with its group id; created by rl/rollout.py."""
+    """What the model wrote for one problem: sampled segments, and given segments between them; created by
+    rl/rollout.py."""
 
     problem: Problem
     group_id: int
-    """Equal for all completions of a group; taken from a counter, never derived from the text of the prompt."""
+    """Equal for all rollouts of a group; taken from a counter, never derived from the text of the prompt."""
     prompt_token_ids: tuple[int, ...]
-    completion: Completion
+    segments: tuple[Completion | GivenTokens, ...]
+    """The tokens after the prompt, in order; the last segment is sampled. A single turn has one segment."""
     score: Score | None = None
     """None until scored."""
+    is_trainable: bool = True
+    """Whether to train on the rollout; False in a zero-variance group that dynamic sampling replaced."""
+
+    @property
+    def completion(self) -> Completion:
+        """The last sampled segment; its `experts`, if any, are those of all tokens of the rollout."""
+        last = self.segments[-1]
+        assert isinstance(last, Completion), "a rollout ends with a sampled segment"
+        return last
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens after the prompt."""
+        return tuple(token for segment in self.segments for token in segment.token_ids)
+
+    @property
+    def loss_mask(self) -> tuple[int, ...]:
+        """1 for each sampled and 0 for each given token of `token_ids`."""
+        return tuple(int(isinstance(part, Completion)) for part in self.segments for _ in part.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """The engine's log-probability of each token of `token_ids`, 0 for given tokens."""
+        parts = (
+            part.logprobs if isinstance(part, Completion) else (0.0,) * len(part.token_ids) for part in self.segments
+        )
+        return tuple(value for part in parts for value in part)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(self.loss_mask)
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the last completion reached the length limit without a stop token."""
+        return self.completion.finish_reason == "length"
+
+    @property
+    def reward(self) -> float | None:
+        """The reward; None if the rollout is unscorable."""
+        assert self.score is not None, "rollouts are scored before advantages are computed"
+        return None if self.score.unscorable else self.score.total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,17 +312,26 @@ class Batch:
     """fp32, 1 = this target is trained."""
     weights: Tensor | None = None
     """fp32 weight of each target in the loss of the step, 0 where masked; set by train/loss.token_weights."""
+    rollout_ids: Tensor | None = None
+    """int64 index of the rollout of each sampled token among the rollouts of the step, -1 elsewhere; set by
+    rl/batches.py."""
     advantages: Tensor | None = None
-    """fp32 advantage of each trained token; set by rl/groups.py."""
+    """fp32 advantage of each trained token; set by rl/advantages.py."""
     rollout_logprobs: Tensor | None = None
-    """fp32 log-probabilities of the targets that the engine returned; set by rl/groups.py."""
+    """fp32 log-probabilities of the targets that the engine returned; set by rl/batches.py."""
     old_logprobs: Tensor | None = None
     """fp32 log-probabilities under the policy before the step; None: the current log-probabilities, detached."""
     reference_logprobs: Tensor | None = None
     """fp32 log-probabilities under the reference model; None without a KL term in the loss."""
+    kl: Tensor | None = None
+    """fp32 KL estimate against the reference model; None unless it is part of the reward."""
+    values: Tensor | None = None
+    """fp32 returns that the critic predicted before the step; None without a critic."""
+    returns: Tensor | None = None
+    """fp32 training targets of the critic; None without a critic."""
     experts: Tensor | None = None
     """int16 (R, T, L, K): the experts to use for each token in each layer with experts, -1 in padding; None: the
-    router of the model chooses them. Set by rl/groups.py."""
+    router of the model chooses them. Set by rl/batches.py."""
     branches: Tensor | None = None
     """int64: 0 for the shared prompt of a document, 1, 2, ... for its continuations. A continuation attends to the
     shared prompt and to itself. None if no document has branches. Set by data.collate."""

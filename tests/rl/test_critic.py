@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rl.test_groups import rollout
+from tests.rl.test_batches import rollout
 from thinkstack.checkpoint.state import load_state
+from thinkstack.rl import trainer as train_rl
+from thinkstack.rl.advantages import with_advantages
+from thinkstack.rl.batches import gather_tokens, minibatches
 from thinkstack.rl.critic import Critic, CriticConfig
 from thinkstack.rl.health import early_warnings
 from thinkstack.train.optim import OptimConfig
@@ -40,10 +43,11 @@ def test_the_first_advantages_are_the_whitened_returns(make_bandit):
     Rewards 1 (2 tokens), 0 (2 tokens): mean 1/2, deviation 1/2.
     """
     rl = make_bandit(**PPO)
-    advantages, targets = rl.critic.estimate_advantages([rollout(0, 1.0), rollout(0, 0.0)], [[0.0, 1.0], [0.0, 0.0]])
-    assert advantages == [[1.0, 1.0], [-1.0, -1.0]]
-    assert [target.returns for target in targets] == [[1.0, 1.0], [0.0, 0.0]]
-    assert [target.values for target in targets] == [[0.0, 0.0], [0.0, 0.0]]
+    group = [rollout(0, 1.0), rollout(0, 0.0)]
+    (batch,) = with_advantages([rl.with_logprobs(b) for b in minibatches(group, rl.cfg)], group, rl.cfg)
+    assert gather_tokens(batch.advantages, batch) == [[1.0, 1.0], [-1.0, -1.0]]
+    assert gather_tokens(batch.returns, batch) == [[1.0, 1.0], [0.0, 0.0]]
+    assert gather_tokens(batch.values, batch) == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_every_setting_of_the_critic_changes_the_run(make_bandit):
@@ -79,14 +83,16 @@ def test_the_critic_is_prefitted_with_lambda_1_for_any_gae_lambda(make_bandit, m
     """With lambda 0 a new critic, which predicts 0, would learn 0 for every token but the last. Reward 1, two tokens:
     returns 0 and 1 with lambda 0, 1 and 1 with lambda 1."""
     rl = make_bandit(critic=CriticConfig(gae_lambda=0.0, prefit_steps=1), **PPO)
-    estimate, used = rl.critic.estimate_advantages, []
-    answers, rewards = [rollout(0, 1.0)], [[0.0, 1.0]]
-    assert estimate(answers, rewards)[1][0].returns == [0.0, 1.0]
-    assert estimate(answers, rewards, gae_lambda=1.0)[1][0].returns == [1.0, 1.0]
+    group = [rollout(0, 1.0)]
+    batches = [rl.with_logprobs(batch) for batch in minibatches(group, rl.cfg)]
+    for gae_lambda, returns in ((None, [0.0, 1.0]), (1.0, [1.0, 1.0])):
+        (batch,) = with_advantages(batches, group, rl.cfg, gae_lambda)
+        assert gather_tokens(batch.returns, batch) == [returns]
+    used = []
     monkeypatch.setattr(
-        rl.critic,
-        "estimate_advantages",
-        lambda r, w, gae_lambda=None: (used.append(gae_lambda), estimate(r, w, gae_lambda))[1],
+        train_rl,
+        "with_advantages",
+        lambda *given, gae_lambda=None: (used.append(gae_lambda), with_advantages(*given, gae_lambda=gae_lambda))[1],
     )
     rl.step()
     assert used == [1.0, None]

@@ -48,17 +48,17 @@ def test_the_reference_is_the_policy_without_its_adapters(make_bandit):
     for _ in range(3):
         kl = rl.step()["policy/kl_nats"]
     assert kl > 0
-    batch = rl.add_logprobs(_batch(rl))
+    batch = rl.with_logprobs(_batch(rl))
     with adapters_off(rl.trainer.model) as start:
         assert torch.equal(batch.reference_logprobs, rl.logprobs(start, batch))
     assert not torch.equal(batch.reference_logprobs, rl.logprobs(rl.trainer.model, batch))
 
 
 def _batch(rl):
-    from thinkstack.rl.groups import to_batch
+    from thinkstack.rl.batches import pack_rollouts
 
-    selected = rl.collect_rollouts()[0].rollouts
-    return to_batch(selected, [0.0] * len(selected), 16)
+    selected = rl.collect_rollouts()[0]
+    return pack_rollouts(selected, range(len(selected)), 16)
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])

@@ -1,29 +1,25 @@
 """Drawing groups: refill, caps and counts."""
 
-from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_score
-from thinkstack.rl.rollout import GroupIds, RolloutConfig, collect_rollouts
-from thinkstack.types import Completion, SamplingParams, Score
+from dataclasses import replace
+
+from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_config, arm_score
+from thinkstack.rl.rollout import GroupIds, RolloutStep, collect_rollouts
+from thinkstack.types import Completion, Score
 
 
-def rollout_config(**changes: object) -> RolloutConfig:
-    settings: dict[str, object] = {
-        "sampling": SamplingParams(n=2, max_tokens=2),
-        "seed": 0,
-        "prompts_per_step": 2,
-        "dynamic_sampling": True,
-        "max_rounds": 3,
-        "max_prompt_tokens": 8,
-    }
-    return RolloutConfig(**(settings | changes))  # type: ignore[arg-type]
+def collect(script: "Script", score=arm_score, group_ids: GroupIds | None = None, **changes: object) -> RolloutStep:
+    """The rollouts of a step of two groups of two."""
+    cfg = arm_config(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_rounds=3, max_tokens=2)
+    return collect_rollouts(script, ArmChat(), score, ArmStream(0), group_ids or GroupIds(), replace(cfg, **changes))
 
 
 class Script:
     """Answers round by round: "mixed" gives each prompt one right and one wrong answer, "wrong" two wrong ones."""
 
-    def __init__(self, *rounds: str):
-        self.rounds, self.batch_sizes = list(rounds), []
+    def __init__(self, *rounds: str, max_model_len: int = 10):
+        self.rounds, self.batch_sizes, self.max_model_len = list(rounds), [], max_model_len
 
-    def __call__(self, prompts, samplings):
+    def generate(self, prompts, samplings):
         kind = self.rounds.pop(0)
         self.batch_sizes.append(len(prompts))
         right = ArmStream(0).right
@@ -43,36 +39,26 @@ class Script:
 def test_groups_without_contrast_are_replaced_up_to_prompts_per_step():
     """Filtering without refilling let the batch shrink as the model got better."""
     script, group_ids = Script("wrong", "mixed"), GroupIds()
-    found = collect_rollouts(script, ArmChat(), arm_score, ArmStream(0), group_ids, rollout_config())
+    found = collect(script, group_ids=group_ids)
     assert found.num_rounds == 2 and script.batch_sizes == [2, 2]
-    assert len(found.trainable) == 4 and len(found.rollouts) == 8
+    assert sum(r.is_trainable for r in found.rollouts) == 4 and len(found.rollouts) == 8
     assert len({r.group_id for r in found.rollouts}) == 4 == group_ids.next_id
 
 
 def test_refilling_gives_up_after_max_rounds():
     """A solved task once made the loop sample for ever."""
-    found = collect_rollouts(
-        Script("wrong", "wrong"), ArmChat(), arm_score, ArmStream(0), GroupIds(), rollout_config(max_rounds=2)
-    )
-    assert found.num_rounds == 2 and found.trainable == [] and len(found.rollouts) == 8
+    found = collect(Script("wrong", "wrong"), max_rounds=2)
+    assert found.num_rounds == 2 and len(found.rollouts) == 8
+    assert not any(r.is_trainable for r in found.rollouts)
 
 
 def test_without_refill_every_group_is_kept():
-    found = collect_rollouts(
-        Script("wrong"), ArmChat(), arm_score, ArmStream(0), GroupIds(), rollout_config(dynamic_sampling=False)
-    )
-    assert found.num_rounds == 1 and len(found.trainable) == 4
+    found = collect(Script("wrong"), dynamic_sampling=False)
+    assert found.num_rounds == 1 and [r.is_trainable for r in found.rollouts] == [True] * 4
 
 
 def test_a_prompt_too_long_for_the_context_is_left_out_and_counted():
-    found = collect_rollouts(
-        Script("mixed"),
-        ArmChat(),
-        arm_score,
-        ArmStream(0),
-        GroupIds(),
-        rollout_config(dynamic_sampling=False, max_prompt_tokens=1),
-    )
+    found = collect(Script("mixed", max_model_len=3), dynamic_sampling=False)
     assert found.num_prompts_too_long == 2 and found.rollouts == []
 
 
@@ -80,5 +66,5 @@ def test_unscorable_completions_do_not_make_a_group_worth_training():
     def broken(problem, text):
         return arm_score(problem, text) if text == problem.answer else Score(total=0.0, unscorable="time-out")
 
-    found = collect_rollouts(Script("mixed"), ArmChat(), broken, ArmStream(0), GroupIds(), rollout_config(max_rounds=1))
-    assert found.trainable == [] and len(found.rollouts) == 4
+    found = collect(Script("mixed"), broken, max_rounds=1)
+    assert [r.is_trainable for r in found.rollouts] == [False] * 4

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.rl.bandit import ARMS
-from tests.rl.test_groups import rollout
+from tests.rl.test_batches import rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.checkpoint.state import load_state
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.config import MoEConfig
 from thinkstack.models.transformer import Transformer
-from thinkstack.rl.groups import to_batch
+from thinkstack.rl.batches import pack_rollouts, scatter_tokens
 from thinkstack.rl.replay import replay
 from thinkstack.rl.rollout_log import tensor_from_dict, tensor_to_dict
 from thinkstack.train.balance import moe_layers
@@ -40,12 +40,14 @@ def sampled_completions(model: Transformer, max_num_seqs: int = 16) -> list:
     made = []
     for group, (prompt, completions) in enumerate(zip(prompts, answers, strict=True)):
         given = rollout(group, 1.0, (1,), prompt_token_ids=tuple(prompt))
-        made += [replace(given, completion=completion) for completion in completions]
+        made += [replace(given, segments=(completion,)) for completion in completions]
     return made
 
 
 def batch_of(rollouts: list, with_experts: bool = True) -> Batch:
-    return to_batch(rollouts, [0.5 - index % 2 for index in range(len(rollouts))], 24, with_experts)
+    batch = pack_rollouts(rollouts, range(len(rollouts)), 24, with_experts)
+    rows = [[0.5 - index % 2] * len(rollout.token_ids) for index, rollout in enumerate(rollouts)]
+    return replace(batch, advantages=scatter_tokens(rows, batch))
 
 
 def mismatch(model: Transformer, batch: Batch) -> torch.Tensor:
@@ -151,19 +153,20 @@ def test_a_run_with_replay_learns_from_the_engines_experts(make_bandit, changes)
     rl = make_bandit(shape=BANDIT, router_replay=True, **changes)
     rl.trainer.workers.copies[0] = rl.trainer.model = perturbed(rl.trainer.model, bias=1.0)
     sampled, _ = rl.collect_rollouts()
-    batch = rl.add_logprobs(to_batch(sampled.trainable, [1.0] * len(sampled.trainable), 16, with_experts=True))
+    trained = [index for index, rollout in enumerate(sampled) if rollout.is_trainable]
+    batch = rl.with_logprobs(pack_rollouts(sampled, trained, 16, with_experts=True))
     assert mismatch(rl.trainer.model, batch).max() < 1e-5
     if batch.old_logprobs is not None:
         assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-5
-    assert mismatch(rl.trainer.model, to_batch(sampled.trainable, [1.0] * len(sampled.trainable), 16)).max() > 1e-4
+    assert mismatch(rl.trainer.model, pack_rollouts(sampled, trained, 16)).max() > 1e-4
 
 
 def test_the_reference_chooses_its_own_experts(make_bandit):
     """It is another model: the engine's choice would make it one that nobody trained."""
     rl = make_bandit(shape=BANDIT, router_replay=True, loss=PolicyLossConfig(kl=0.05))
     rl.reference = perturbed(rl.reference, bias=1.0)
-    sampled = rl.collect_rollouts()[0].rollouts
-    batch = rl.add_logprobs(to_batch(sampled, [1.0] * len(sampled), 16, with_experts=True))
+    sampled = rl.collect_rollouts()[0]
+    batch = rl.with_logprobs(pack_rollouts(sampled, range(len(sampled)), 16, with_experts=True))
     own = rl.logprobs(rl.reference, replace(batch, experts=None))
     assert torch.equal(batch.reference_logprobs, own)
     assert not torch.equal(own, rl.logprobs(rl.reference, batch))
@@ -173,12 +176,10 @@ def test_a_run_with_replay_resumes_bit_for_bit_from_a_rollout_step_on_disk(make_
     straight = make_bandit(name="straight", shape=BANDIT, router_replay=True)
     halves = make_bandit(name="halves", shape=BANDIT, router_replay=True)
     halves.save()
-    sampled = [answer.completion.experts for answer in halves.collect_rollouts()[0].rollouts]
+    sampled = [answer.completion.experts for answer in halves.collect_rollouts()[0]]
     again = make_bandit(name="halves", shape=BANDIT, router_replay=True)
     again.restore(*load_state(again.run.folder / "state"))
-    assert all(
-        map(torch.equal, sampled, [answer.completion.experts for answer in again.collect_rollouts()[0].rollouts])
-    )
+    assert all(map(torch.equal, sampled, [answer.completion.experts for answer in again.collect_rollouts()[0]]))
     again.restore(*load_state(again.run.folder / "state"))
     for rl in (straight, again):
         rl.step()

@@ -1,17 +1,19 @@
 """A step that was cut off is taken again with the completions and scores that are on the disk."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.rl.bandit import arm_score
+from tests.rl.bandit import ArmChat, arm_score
+from tests.rl.test_batches import rollout
 from thinkstack.checkpoint.state import load_state
 from thinkstack.rl.rollout import GroupIds
-from thinkstack.rl.rollout_log import read_rollouts
+from thinkstack.rl.rollout_log import group_from_dict, groups_to_dicts, read_rollouts
 from thinkstack.rl.saved_rollouts import load_rollouts, path_of, saved_numbers
 from thinkstack.rl.trainer import RLTrainer
-from thinkstack.types import Problem, Score, TrainingError
+from thinkstack.types import Completion, GivenTokens, Problem, Score, TrainingError
 
 
 class SlowOnce:
@@ -76,10 +78,10 @@ def test_without_saved_rollouts_that_score_changes_the_weights(make_bandit):
 def test_a_saved_rollout_step_loads_unchanged(make_bandit):
     rl = make_bandit(dynamic_sampling=True)
     rl.score = SlowOnce(1000)
-    sampled, _ = rl.collect_rollouts()
-    assert len(sampled.trainable) < len(sampled.rollouts), "some groups taught nothing and were replaced"
+    rollouts, _ = rl.collect_rollouts()
+    assert {r.is_trainable for r in rollouts} == {True, False}, "some groups were replaced"
     stream, group_ids = make_bandit(name="other").stream, GroupIds()
-    assert load_rollouts(rl.run.folder, 0, stream, group_ids) == sampled
+    assert load_rollouts(rl.run.folder, 0, stream, group_ids).rollouts == rollouts
     assert group_ids.next_id == rl.group_ids.next_id and stream.state() == rl.stream.state()
     assert load_rollouts(rl.run.folder, 1, stream, group_ids) is None
 
@@ -136,3 +138,11 @@ def test_the_number_of_steps_without_signal_survives_a_resume(make_bandit, tmp_p
     rl.step()
     rl.save()
     assert resumed(make_bandit, "flat").steps_without_signal == 2
+
+
+def test_a_rollout_of_several_segments_comes_back(make_bandit):
+    turn = Completion(token_ids=(5, 1), logprobs=(-1.0, -2.0), finish_reason="stop", weights_version=3)
+    made = rollout(4, 1.0, segments=(turn, GivenTokens((7, 8)), turn), is_trainable=False)
+    (row,) = json.loads(json.dumps(groups_to_dicts([made], {0: 0.5}, ArmChat())))
+    assert row["completions"][0]["advantage"] == 0.5 and len(row["completions"][0]["earlier"]) == 2
+    assert group_from_dict(row) == [made]

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from tests.rl.test_groups import rollout
+from tests.rl.test_batches import packed, rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack.rl.groups import gather_tokens, to_batch
+from thinkstack.rl.batches import gather_tokens
 from thinkstack.train.loss import token_weights
 from thinkstack.train.passes import StepContext, batch_logprobs, compute_loss
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
@@ -24,7 +24,7 @@ def group(separate: bool):
 
 
 def batch_of(separate: bool, row_tokens: int = 40):
-    return to_batch(group(separate), [0.5, -0.25, 1.0, -1.25], row_tokens)
+    return packed(group(separate), row_tokens, [0.5, -0.25, 1.0, -1.25])
 
 
 def test_the_prompt_is_in_the_row_once():

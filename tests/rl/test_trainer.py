@@ -2,7 +2,6 @@
 
 import logging
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from tests.rl.bandit import arm_config, arm_score
 from thinkstack.rl.config import PRESETS, RLConfig
 from thinkstack.rl.health import early_warnings, health_line
 from thinkstack.rl.rollout_log import read_rollouts, show_group
-from thinkstack.rl.trainer import split_groups
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
@@ -56,25 +54,6 @@ def test_minibatches_after_the_first_are_off_policy(make_bandit):
     assert rl.trainer.step_count == 4
     assert metrics["policy/clipped_low"] + metrics["policy/clipped_high"] > 0
     assert rl.engine.version == 4
-
-
-def test_splitting_keeps_groups_whole_and_loses_nothing(make_bandit):
-    rl = make_bandit()
-    from thinkstack.rl.rollout import collect_rollouts
-
-    sampled = collect_rollouts(
-        rl.engine.generate,
-        rl.chat,
-        rl.score,
-        rl.stream,
-        rl.group_ids,
-        replace(rl.rollout_config, dynamic_sampling=False),
-    ).trainable
-    pieces = split_groups(sampled, list(map(float, range(len(sampled)))), 3)
-    assert sum(len(piece) for piece, _ in pieces) == len(sampled)
-    owners = [{r.group_id for r in piece} for piece, _ in pieces]
-    assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
-    assert sorted(value for _, values in pieces for value in values) == list(map(float, range(len(sampled))))
 
 
 def test_a_nucleus_in_training_rollouts_is_refused():
@@ -218,3 +197,17 @@ def test_a_group_of_one_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         arm_config(group_size=1)
     assert "group_size=1" in caplog.text
+
+
+def test_a_run_is_evaluated_in_its_own_format(make_bandit, monkeypatch):
+    """A run with another format was judged with the default one, and its curve would have read about 0."""
+    from thinkstack.rl import trainer as train_rl
+    from thinkstack.tasks.reward import RewardConfig
+
+    used = []
+    monkeypatch.setattr(train_rl, "evaluate", lambda generate, chat, problems, cfg, reward: used.append((cfg, reward)))
+    monkeypatch.setattr(train_rl, "curve_point", lambda *_: {})
+    monkeypatch.setattr(train_rl, "_held_out_level", lambda *_: None)
+    make_bandit(reward=RewardConfig(thinking_format="think_then_answer")).evaluate()
+    ((cfg, reward),) = used
+    assert cfg.thinking_format == reward.keywords["cfg"].thinking_format == "think_then_answer"

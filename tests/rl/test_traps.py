@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rl.test_groups import rollout
+from tests.rl.test_batches import packed, rollout
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model, tiny_tokenizer
 from thinkstack.checkpoint.state import load_state
 from thinkstack.data import Example, collate
-from thinkstack.rl.groups import to_batch
 from thinkstack.rl.health import rollout_metrics
 from thinkstack.rl.rollout import RolloutStep
 from thinkstack.text.chat import chat_format
@@ -40,7 +39,7 @@ def test_the_page_lists_every_known_mistake_once_with_its_tests():
 def test_groups_all_right_and_all_wrong_are_counted_apart():
     """One number for both hides whether the problems are too easy or too hard."""
     rollouts = [rollout(0, 1.0), rollout(0, 1.0), rollout(1, 0.0), rollout(1, 0.0), rollout(2, 0.0), rollout(2, 0.0)]
-    metrics = rollout_metrics(RolloutStep(rollouts=rollouts, trainable=[], num_rounds=1, num_prompts_too_long=0))
+    metrics = rollout_metrics(RolloutStep(rollouts=rollouts, num_rounds=1, num_prompts_too_long=0))
     assert metrics["group/all_high"] == pytest.approx(1 / 3) and metrics["group/all_zero"] == pytest.approx(2 / 3)
 
 
@@ -78,8 +77,8 @@ def test_a_completion_beside_padding_and_others_has_the_logprobs_it_has_alone(cf
     """Left padding without position ids shifted every rotation. Rows here are padded on the right, positions given."""
     model = tiny_model(cfg)
     made = [rollout(0, 1.0, (5, 9, 1)), rollout(0, 0.0, (6, 7, 8, 9, 10, 1))]
-    alone = batch_logprobs(model, to_batch(made[:1], [0.0], 1), 1.0, 64)
-    together = to_batch(made, [0.0, 0.0], 24)
+    alone = batch_logprobs(model, packed(made[:1], 1), 1.0, 64)
+    together = packed(made, 24)
     found = batch_logprobs(model, together, 1.0, 64)
     assert found.shape == (1, 24)
     mine = found[(together.branches == 1) & (together.loss_mask > 0)]
@@ -98,7 +97,7 @@ def test_a_second_turn_is_trained_on_its_sampled_ids():
     prompt, sampled = tuple(chat.prompt(messages)), tuple(chat.answer("<think>\n2+2=4\n</think>4"))
     again = chat.prompt([*messages, Message(role="assistant", content="4", reasoning="2+2=4"), messages[-1]])
     assert tuple(again[: len(prompt) + len(sampled)]) != prompt + sampled, "encoding again gives other ids"
-    batch = to_batch([rollout(0, 1.0, sampled, prompt_token_ids=prompt)], [1.0], 8)
+    batch = packed([rollout(0, 1.0, sampled, prompt_token_ids=prompt)], 8)
     assert batch.targets[batch.loss_mask > 0].tolist() == list(sampled)
     assert batch.ids[0].tolist() == [*prompt, *sampled][:-1]
 

@@ -56,6 +56,20 @@ def unpickling(source):
     return found
 
 
+SCREENS = {"RLTrainer.step": ("rl/trainer.py", 20)}
+"""Functions that read as a table of contents: file, and lines of the body without the docstring."""
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_a_main_loop_reads_on_one_screen(name):
+    file, budget = SCREENS[name]
+    body = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        node = next(node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part)
+        body = node.body
+    assert body[-1].end_lineno - body[1].lineno + 1 <= budget
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_source_file_fits_its_budget(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES

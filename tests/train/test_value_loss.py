@@ -11,7 +11,8 @@ from thinkstack.train.loss import token_weights
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.train.value_loss import ValueBatch, ValueTokens, explained_variance, gae, value_loss
+from thinkstack.train.value_loss import ValueTokens, explained_variance, gae, value_loss
+from thinkstack.types import Batch
 
 
 def valued(values: list[float], returns: list[float], old: list[float] | None = None) -> ValueTokens:
@@ -89,15 +90,11 @@ def test_equal_returns_have_no_variance_to_explain():
     assert explained_variance({name: float(value) for name, value in stats.items()}) == 0.0
 
 
-def value_batch(seed: int = 0) -> ValueBatch:
+def value_batch(seed: int = 0) -> Batch:
     """Returns that depend on the token just read: something a critic can learn."""
     batch = random_batch([9, 5, 12, 3], 16, seed=seed)
     returns = (batch.ids % 2).float() * batch.loss_mask
-    return ValueBatch(
-        **vars(batch) | {"weights": token_weights(batch, "token")},
-        returns=returns,
-        old_values=torch.zeros_like(returns),
-    )
+    return replace(batch, weights=token_weights(batch, "token"), returns=returns, values=torch.zeros_like(returns))
 
 
 PLAIN = TrainerConfig(

@@ -11,7 +11,6 @@ from thinkstack.config import Count, CountOrZero, ModelInput, Seed, Share, Weigh
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.models.precision import Quantization, RequestedPrecision
 from thinkstack.rl.critic import CriticConfig
-from thinkstack.rl.groups import GROUP_KINDS, AdvantageKind
 from thinkstack.tasks.mixture import PhaseConfig, check_phases
 from thinkstack.tasks.reward import RewardConfig
 from thinkstack.tasks.table import puzzle_tasks
@@ -20,6 +19,10 @@ from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
+
+GroupKind = Literal["centered", "standardized"]
+AdvantageKind = Literal["centered", "standardized", "batch", "gae"]
+GROUP_KINDS: tuple[str, ...] = ("centered", "standardized")
 
 Preset = Literal["default", "paper", "dr_grpo", "dapo", "gspo", "cispo", "reinforce++", "ppo"]
 PPO_CLIP = {"clip_low": 0.2, "clip_high": 0.2}

@@ -1,10 +1,9 @@
 """The critic of PPO (docs/algorithms/ppo.md); GRPO has no critic."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +12,13 @@ from thinkstack.config import CountOrZero, Positive, Share, Weight
 from thinkstack.models.lora import LoRAConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.models.value_head import ValueModel
-from thinkstack.rl.groups import gather_tokens, scatter_tokens, to_batch, whiten
 from thinkstack.train.loss import token_weights
 from thinkstack.train.passes import run_trunk, split_micro_batches
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.train.value_loss import ValueBatch, explained_variance, gae, value_loss
-from thinkstack.types import Batch, ConfigError, Rollout
+from thinkstack.train.value_loss import explained_variance, value_loss
+from thinkstack.types import Batch, ConfigError
 
 PREFIX = "critic."
 
@@ -57,68 +55,30 @@ class CriticConfig:
             )
 
 
-class ValueTarget(NamedTuple):
-    """Per-token training target of the critic for one completion."""
-
-    returns: list[float]
-    values: list[float]
-    """Values predicted before the step."""
-
-
-CriticBatch = tuple[list[Rollout], list[ValueTarget]]
-
-
 class Critic:
     """A value model and its trainer, which fits the model to returns."""
 
-    def __init__(
-        self, policy: Transformer, cfg: CriticConfig, trainer: TrainerConfig, steps: int, row_tokens: int, folder: Path
-    ):
+    def __init__(self, policy: Transformer, cfg: CriticConfig, trainer: TrainerConfig, steps: int, folder: Path):
         """trainer: settings of the policy's trainer. steps: length of the learning-rate schedule, without prefit_steps.
         folder: folder for dumps of batches with non-finite gradients."""
-        self.cfg, self.row_tokens = cfg, row_tokens
+        self.cfg = cfg
         optim = replace(trainer.optim, learning_rate=cfg.learning_rate)
         settings = replace(trainer, optim=optim, lora=LoRAConfig())
         self.trainer = Trainer(ValueModel.from_policy(policy), settings, steps + cfg.prefit_steps, folder)
 
-    def estimate_advantages(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float]], gae_lambda: float | None = None
-    ) -> tuple[list[list[float]], list[ValueTarget]]:
-        """Per-token advantages and value targets of each completion.
+    def values(self, batch: Batch) -> Tensor:
+        """Predicted returns (R, T) fp32 at every position of a batch."""
+        return batch_values(self.trainer.workers.compute_model, batch, self.trainer.cfg.micro_batch_tokens)
 
-        rewards: one per token. gae_lambda: overrides cfg.gae_lambda.
-        """
-        batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
-        values = gather_tokens(
-            batch_values(self.trainer.workers.compute_model, batch, self.trainer.cfg.micro_batch_tokens), batch
-        )
-        gae_lambda = self.cfg.gae_lambda if gae_lambda is None else gae_lambda
-        advantages = [gae(r, v, self.cfg.gamma, gae_lambda) for r, v in zip(rewards, values, strict=True)]
-        value_targets = [
-            ValueTarget([advantage + value for advantage, value in zip(a, v, strict=True)], v)
-            for a, v in zip(advantages, values, strict=True)
-        ]
-        return (whiten(advantages) if self.cfg.whiten else advantages), value_targets
-
-    def update(self, batches: Sequence[CriticBatch]) -> dict[str, float]:
-        """One optimizer step per batch; returns the metrics of the last one, under critic/."""
-        metrics: dict[str, float] = {}
-        for rollouts, value_targets in batches:
-            batch = to_batch(rollouts, [0.0] * len(rollouts), self.row_tokens)
-            returns, values = (
-                scatter_tokens([t.returns for t in value_targets], batch),
-                scatter_tokens([t.values for t in value_targets], batch),
-            )
-            columns = vars(batch) | {"weights": token_weights(batch, "token")}
-            step_metrics = self.trainer.step(
-                ValueBatch(**columns, returns=returns, old_values=values), partial(value_loss, clip=self.cfg.clip)
-            )
-            metrics = {name: value for name, value in step_metrics.items() if name.startswith("critic/")}
-            metrics |= {
-                "critic/explained_variance": explained_variance(step_metrics),
-                "critic/grad_norm": step_metrics["train/grad_norm"],
-            }
-        return metrics
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step towards the returns of a batch; returns its metrics, under critic/."""
+        loss = partial(value_loss, clip=self.cfg.clip)
+        stats = self.trainer.step(batch.with_weights(token_weights(batch, "token")), loss)
+        metrics = {name: value for name, value in stats.items() if name.startswith("critic/")}
+        return metrics | {
+            "critic/explained_variance": explained_variance(stats),
+            "critic/grad_norm": stats["train/grad_norm"],
+        }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers for `restore`."""

@@ -3,8 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from thinkstack.rl.groups import by_group, is_mixed, reward_of
-from thinkstack.rl.rollout import RolloutStep
+from thinkstack.rl.rollout import RolloutStep, by_group, is_mixed
 
 ENTROPY_FLOOR_NATS = 0.02
 MAX_LENGTH_GROWTH = 2.5
@@ -21,23 +20,23 @@ def rollout_metrics(rollout_step: RolloutStep) -> dict[str, float]:
     rollouts = rollout_step.rollouts
     if not rollouts:
         return {"rollout/completions": 0.0, "rollout/prompts_too_long": float(rollout_step.num_prompts_too_long)}
-    scored = [rollout for rollout in rollouts if reward_of(rollout) is not None]
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
     rewards = [rollout.score.total for rollout in scored if rollout.score]
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    lengths = [rollout.num_sampled_tokens for rollout in rollouts]
     groups = by_group(rollouts)
-    equal = [[r for r in map(reward_of, group) if r is not None] for group in groups if not is_mixed(group)]
+    equal = [[r.reward for r in group if r.reward is not None] for group in groups if not is_mixed(group)]
     metrics = {
         "reward/mean": statistics.fmean(rewards or [0.0]),
         "reward/std": statistics.pstdev(rewards or [0.0]),
         "group/mixed": sum(map(is_mixed, groups)) / len(groups),
         "group/all_high": sum(bool(rewards) and rewards[0] > 0 for rewards in equal) / len(groups),
         "group/all_zero": sum(bool(rewards) and rewards[0] <= 0 for rewards in equal) / len(groups),
-        "group/trained": float(len(by_group(rollout_step.trainable))),
+        "group/trained": float(sum(group[0].is_trainable for group in groups)),
         "rollout/completions": float(len(rollouts)),
         "rollout/rounds": float(rollout_step.num_rounds),
         "rollout/mean_tokens": statistics.fmean(lengths),
         "rollout/max_tokens": float(max(lengths)),
-        "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "rollout/truncated": sum(r.is_truncated for r in rollouts) / len(rollouts),
         "rollout/unscorable": 1 - len(scored) / len(rollouts),
         "rollout/prompts_too_long": float(rollout_step.num_prompts_too_long),
     }

@@ -1,17 +1,22 @@
 """Sampling and scoring of the rollouts of one step."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from thinkstack.evals.runner import Generate, ScoreFunction
-from thinkstack.rl.groups import by_group, is_mixed
+from thinkstack.engine.interface import AnyEngine
+from thinkstack.evals.runner import ScoreFunction
+from thinkstack.rl.config import RLConfig
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.types import Message, Problem, Rollout, SamplingParams
 
 log = logging.getLogger(__name__)
+
+REWARD_TOLERANCE = 1e-6
+"""Rewards that differ from their mean by at most this count as equal."""
 
 
 class Problems(Protocol):
@@ -38,58 +43,42 @@ class RolloutStep:
     """The rollouts of one step."""
 
     rollouts: list[Rollout]
-    """All rollouts, for metrics and the rollout log."""
-    trainable: list[Rollout]
-    """The rollouts to train on; with dynamic sampling, without zero-variance groups."""
     num_rounds: int
     """Number of sampling rounds; more than one if dynamic sampling replaced zero-variance groups."""
     num_prompts_too_long: int
     """Number of problems skipped because the prompt exceeds the context."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """Settings of the rollouts of a step."""
-
-    sampling: SamplingParams
-    """Sampling parameters; n is the group size; the seed is replaced for each group."""
-    seed: int
-    prompts_per_step: int
-    """Number of groups per step."""
-    dynamic_sampling: bool
-    """Replace zero-variance groups, whose completions all have the same reward (arXiv:2503.14476, section 3.2)."""
-    max_rounds: int
-    """Maximum number of sampling rounds; after them the step trains on the groups found so far."""
-    max_prompt_tokens: int
-
-
 def collect_rollouts(
-    generate: Generate,
+    engine: AnyEngine,
     chat: ChatFormat,
     score: ScoreFunction,
     problems: Problems,
     group_ids: GroupIds,
-    cfg: RolloutConfig,
+    cfg: RLConfig,
 ) -> RolloutStep:
-    """Sample and score groups until `cfg.prompts_per_step` groups are trainable, in at most `cfg.max_rounds` rounds."""
-    trainable: list[Rollout] = []
+    """Sample and score groups of cfg.group_size rollouts until cfg.prompts_per_step groups are trainable.
+
+    With cfg.dynamic_sampling, zero-variance groups are replaced in at most cfg.max_rounds rounds (arXiv:2503.14476,
+    section 3.2); after them the step has the groups found so far.
+    """
     rollouts: list[Rollout] = []
     num_missing, num_rounds, num_prompts_too_long = cfg.prompts_per_step, 0, 0
     while num_missing and num_rounds < (cfg.max_rounds if cfg.dynamic_sampling else 1):
         num_rounds += 1
         prompts = [(problem, encode_prompt(chat, problem)) for problem in problems.take(num_missing)]
-        fitting = [(problem, prompt) for problem, prompt in prompts if len(prompt) <= cfg.max_prompt_tokens]
+        fitting = [
+            (problem, prompt) for problem, prompt in prompts if len(prompt) + cfg.max_tokens <= engine.max_model_len
+        ]
         num_prompts_too_long += len(prompts) - len(fitting)
-        sampled = [score_rollout(r, chat, score) for r in sample_groups(generate, fitting, group_ids, cfg)]
-        rollouts += sampled
-        groups = [group for group in by_group(sampled) if not cfg.dynamic_sampling or is_mixed(group)]
-        trainable += [rollout for group in groups for rollout in group]
-        num_missing -= len(groups)
-    if not trainable:
+        sampled = [score_rollout(r, chat, score) for r in sample_groups(engine, chat, fitting, group_ids, cfg)]
+        for group in by_group(sampled):
+            is_trainable = not cfg.dynamic_sampling or is_mixed(group)
+            rollouts += [replace(rollout, is_trainable=is_trainable) for rollout in group]
+            num_missing -= is_trainable
+    if not any(rollout.is_trainable for rollout in rollouts):
         log.warning("all groups of %d sampling rounds had zero variance; the step has no training data", num_rounds)
-    return RolloutStep(
-        rollouts=rollouts, trainable=trainable, num_rounds=num_rounds, num_prompts_too_long=num_prompts_too_long
-    )
+    return RolloutStep(rollouts=rollouts, num_rounds=num_rounds, num_prompts_too_long=num_prompts_too_long)
 
 
 def encode_prompt(chat: ChatFormat, problem: Problem) -> tuple[int, ...]:
@@ -98,14 +87,24 @@ def encode_prompt(chat: ChatFormat, problem: Problem) -> tuple[int, ...]:
 
 
 def sample_groups(
-    generate: Generate, prompts: Sequence[tuple[Problem, tuple[int, ...]]], group_ids: GroupIds, cfg: RolloutConfig
+    engine: AnyEngine,
+    chat: ChatFormat,
+    prompts: Sequence[tuple[Problem, tuple[int, ...]]],
+    group_ids: GroupIds,
+    cfg: RLConfig,
 ) -> list[Rollout]:
     """One group of unscored rollouts for each problem and its prompt token ids."""
+    sampling = SamplingParams(
+        temperature=cfg.loss.temperature,
+        max_tokens=cfg.max_tokens,
+        stop_token_ids=chat.stop_token_ids,
+        n=cfg.group_size,
+    )
     ids = [group_ids.next() for _ in prompts]
-    params = [replace(cfg.sampling, seed=digest("rollout", cfg.seed, group_id) % 2**63) for group_id in ids]
-    outputs = generate([prompt for _, prompt in prompts], params)
+    params = [replace(sampling, seed=digest("rollout", cfg.seed, group_id) % 2**63) for group_id in ids]
+    outputs = engine.generate([prompt for _, prompt in prompts], params)
     return [
-        Rollout(problem=problem, group_id=group_id, prompt_token_ids=prompt, completion=completion)
+        Rollout(problem=problem, group_id=group_id, prompt_token_ids=prompt, segments=(completion,))
         for (problem, prompt), group_id, completions in zip(prompts, ids, outputs, strict=True)
         for completion in completions
     ]
@@ -114,3 +113,17 @@ def sample_groups(
 def score_rollout(rollout: Rollout, chat: ChatFormat, score: ScoreFunction) -> Rollout:
     """The rollout with the score of its text."""
     return replace(rollout, score=score(rollout.problem, chat.text_of(rollout.completion.token_ids)))
+
+
+def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The rollouts of each group id, in the order in which the ids first appear."""
+    groups: dict[int, list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.group_id].append(rollout)
+    return list(groups.values())
+
+
+def is_mixed(group: Sequence[Rollout]) -> bool:
+    """Whether the scored rollouts of a group have different rewards (not a zero-variance group)."""
+    rewards = [rollout.reward for rollout in group if rollout.reward is not None]
+    return bool(rewards) and max(rewards) - min(rewards) > REWARD_TOLERANCE

@@ -4,7 +4,7 @@ import base64
 import gzip
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from thinkstack.files import read_rows
-from thinkstack.rl.groups import by_group
 from thinkstack.text.chat import ChatFormat
-from thinkstack.types import Completion, ConfigError, Problem, Rollout, Score
+from thinkstack.types import Completion, ConfigError, GivenTokens, Problem, Rollout, Score
 
 FOLDER = "rollouts"
 
@@ -26,11 +25,10 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def write_rollouts(
-    folder: Path, step: int, rollouts: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat
+    folder: Path, step: int, rollouts: Sequence[Rollout], advantages: Mapping[int, float], chat: ChatFormat
 ) -> None:
-    """Write the rollouts of a step. advantages: by id() of the rollout, without an entry if it was not trained on."""
-    path = path_of(folder, step)
-    write_lines(path, [group_to_dict(group, advantages, chat) for group in by_group(rollouts)])
+    """Write the rollouts of a step. advantages: by index in `rollouts`, without an entry if it was not trained on."""
+    write_lines(path_of(folder, step), groups_to_dicts(rollouts, advantages, chat))
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -53,47 +51,76 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(path)]
 
 
-def group_to_dict(group: Sequence[Rollout], advantages: dict[int, float], chat: ChatFormat) -> dict[str, Any]:
-    """One group as JSON values. advantages: as in `write_rollouts`."""
-    completions = [
-        {
-            "text": chat.text_of(rollout.completion.token_ids),
-            "reward": rollout.score.total if rollout.score and not rollout.score.unscorable else None,
-            "parts": rollout.score.parts if rollout.score else {},
-            "unscorable": rollout.score.unscorable if rollout.score else None,
-            "advantage": advantages.get(id(rollout)),
-            "finish_reason": rollout.completion.finish_reason,
-            "weights_version": rollout.completion.weights_version,
-            "token_ids": rollout.completion.token_ids,
-            "logprobs": rollout.completion.logprobs,
-            **({} if rollout.completion.experts is None else {"experts": tensor_to_dict(rollout.completion.experts)}),
+def groups_to_dicts(
+    rollouts: Sequence[Rollout], advantages: Mapping[int, float], chat: ChatFormat
+) -> list[dict[str, Any]]:
+    """The groups of the rollouts as JSON values. advantages: as in `write_rollouts`."""
+    groups: dict[int, dict[str, Any]] = {}
+    for index, rollout in enumerate(rollouts):
+        head = {
+            "group_id": rollout.group_id,
+            "problem": vars(rollout.problem),
+            "prompt_token_ids": rollout.prompt_token_ids,
+            "is_trainable": rollout.is_trainable,
+            "completions": [],
         }
-        for rollout in group
-    ]
+        group = groups.setdefault(rollout.group_id, head)
+        group["completions"].append(rollout_to_dict(rollout, chat) | {"advantage": advantages.get(index)})
+    return list(groups.values())
+
+
+def rollout_to_dict(rollout: Rollout, chat: ChatFormat) -> dict[str, Any]:
+    """A rollout without its problem and prompt as JSON values. Segments before the last completion, if any, are in
+    "earlier"."""
+    score, completion = rollout.score or Score(total=0.0), rollout.completion
+    earlier = [segment_to_dict(segment) for segment in rollout.segments[:-1]]
     return {
-        "group_id": group[0].group_id,
-        "problem": vars(group[0].problem),
-        "prompt_token_ids": group[0].prompt_token_ids,
-        "completions": completions,
+        "text": chat.text_of(completion.token_ids),
+        "reward": None if score.unscorable or rollout.score is None else score.total,
+        "parts": score.parts,
+        "unscorable": score.unscorable,
+        **({"earlier": earlier} if earlier else {}),
+        **segment_to_dict(completion),
     }
 
 
+def segment_to_dict(segment: Completion | GivenTokens) -> dict[str, Any]:
+    """A segment of a rollout as JSON values."""
+    if isinstance(segment, GivenTokens):
+        return {"token_ids": segment.token_ids}
+    return {
+        "finish_reason": segment.finish_reason,
+        "weights_version": segment.weights_version,
+        "token_ids": segment.token_ids,
+        "logprobs": segment.logprobs,
+        **({} if segment.experts is None else {"experts": tensor_to_dict(segment.experts)}),
+    }
+
+
+def segment_from_dict(row: dict[str, Any]) -> Completion | GivenTokens:
+    """The inverse of `segment_to_dict`."""
+    if "logprobs" not in row:
+        return GivenTokens(tuple(row["token_ids"]))
+    return Completion(
+        token_ids=tuple(row["token_ids"]),
+        logprobs=tuple(row["logprobs"]),
+        finish_reason=row["finish_reason"],
+        weights_version=row["weights_version"],
+        experts=tensor_from_dict(row["experts"]) if "experts" in row else None,
+    )
+
+
 def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
-    """The rollouts of a group; the inverse of `group_to_dict`."""
+    """The rollouts of a group; the inverse of `groups_to_dicts`."""
     problem = Problem(**group["problem"])
     return [
         Rollout(
             problem=problem,
             group_id=group["group_id"],
             prompt_token_ids=tuple(group["prompt_token_ids"]),
-            completion=Completion(
-                token_ids=tuple(row["token_ids"]),
-                logprobs=tuple(row["logprobs"]),
-                finish_reason=row["finish_reason"],
-                weights_version=row["weights_version"],
-                experts=tensor_from_dict(row["experts"]) if "experts" in row else None,
-            ),
+            segments=tuple(map(segment_from_dict, (*row.get("earlier", ()), row))),
             score=Score(total=row["reward"] or 0.0, parts=row["parts"], unscorable=row["unscorable"]),
+            is_trainable=group["is_trainable"],
         )
         for row in group["completions"]
     ]

@@ -8,12 +8,10 @@ that includes their step is saved.
 from pathlib import Path
 from typing import Any
 
-from thinkstack.rl.groups import by_group
 from thinkstack.rl.rollout import GroupIds, RolloutStep
-from thinkstack.rl.rollout_log import group_from_dict, group_to_dict, read_lines, write_lines
+from thinkstack.rl.rollout_log import group_from_dict, groups_to_dicts, read_lines, write_lines
 from thinkstack.tasks.mixture import Stream
 from thinkstack.text.chat import ChatFormat
-from thinkstack.types import Rollout
 
 FOLDER = "saved_rollouts"
 
@@ -41,13 +39,10 @@ def save_rollouts(
     head: dict[str, Any] = {
         "num_rounds": rollout_step.num_rounds,
         "num_prompts_too_long": rollout_step.num_prompts_too_long,
-        "trainable": [group[0].group_id for group in by_group(rollout_step.trainable)],
         "stream": stream.state(),
         "next_group_id": group_ids.next_id,
     }
-    write_lines(
-        path_of(folder, number), [head, *(group_to_dict(group, {}, chat) for group in by_group(rollout_step.rollouts))]
-    )
+    write_lines(path_of(folder, number), [head, *groups_to_dicts(rollout_step.rollouts, {}, chat)])
 
 
 def load_rollouts(folder: Path, number: int, stream: Stream, group_ids: GroupIds) -> RolloutStep | None:
@@ -57,12 +52,10 @@ def load_rollouts(folder: Path, number: int, stream: Stream, group_ids: GroupIds
     if not path.exists():
         return None
     head, *rows = read_lines(path)
-    groups: dict[int, list[Rollout]] = {row["group_id"]: group_from_dict(row) for row in rows}
     stream.restore(head["stream"])
     group_ids.next_id = head["next_group_id"]
     return RolloutStep(
-        rollouts=[rollout for group in groups.values() for rollout in group],
-        trainable=[rollout for group_id in head["trainable"] for rollout in groups[group_id]],
+        rollouts=[rollout for row in rows for rollout in group_from_dict(row)],
         num_rounds=head["num_rounds"],
         num_prompts_too_long=head["num_prompts_too_long"],
     )

@@ -4,14 +4,12 @@
 """
 
 import copy
-import itertools
 import logging
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -23,27 +21,25 @@ from thinkstack.evals.runner import EvalConfig, evaluate, held_out_problems
 from thinkstack.log import CURVE, Run, timed
 from thinkstack.models.lora import adapters_off, merge_adapters
 from thinkstack.models.transformer import Transformer
-from thinkstack.rl.advantages import RolloutAdvantages, compute_advantages, select_rollouts
+from thinkstack.rl.advantages import with_advantages
+from thinkstack.rl.batches import mean_advantages, minibatches
 from thinkstack.rl.config import RLConfig
 from thinkstack.rl.critic import Critic
-from thinkstack.rl.groups import by_group, gather_tokens, reward_of, to_batch
 from thinkstack.rl.health import rollout_metrics
-from thinkstack.rl.rollout import GroupIds, RolloutConfig, RolloutStep, ScoreFunction, collect_rollouts
+from thinkstack.rl.rollout import GroupIds, ScoreFunction, collect_rollouts
 from thinkstack.rl.rollout_log import write_rollouts
 from thinkstack.rl.saved_rollouts import delete_saved_rollouts, load_rollouts, save_rollouts
 from thinkstack.tasks.mixture import ProblemMixture, make_mixture, single_phase
 from thinkstack.tasks.reward import RewardConfig, score
 from thinkstack.tasks.table import ProblemStream, puzzle_tasks
 from thinkstack.text.chat import ChatFormat
-from thinkstack.train.loss import token_weights
 from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.policy_loss import kl_estimate, policy_loss
 from thinkstack.train.resume import restore_trainer, trainer_state
 from thinkstack.train.trainer import Trainer
-from thinkstack.types import Batch, Interrupted, Rollout, SamplingParams, TrainingError
+from thinkstack.types import Batch, Interrupted, Rollout, TrainingError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MAX_STEPS_WITHOUT_SIGNAL = 5
 """Number of consecutive rollout steps without an optimizer step after which a run fails."""
@@ -77,69 +73,53 @@ class RLTrainer:
         """Optimizer step of the policy that the reference model is a copy of."""
         self.critic: Critic | None = None
         if cfg.advantage == "gae":
-            self.critic = Critic(merge_adapters(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
+            self.critic = Critic(merge_adapters(model), cfg.critic, cfg.trainer, cfg.steps, run.folder)
         self.score: ScoreFunction = partial(score, cfg=cfg.reward)
-        self.rollout_config = RolloutConfig(
-            sampling=SamplingParams(
-                temperature=cfg.loss.temperature,
-                max_tokens=cfg.max_tokens,
-                stop_token_ids=chat.stop_token_ids,
-                n=cfg.group_size,
-            ),
-            seed=cfg.seed,
-            prompts_per_step=cfg.prompts_per_step,
-            dynamic_sampling=cfg.dynamic_sampling,
-            max_rounds=cfg.max_rounds,
-            max_prompt_tokens=max_prompt_tokens,
-        )
 
     def step(self) -> dict[str, float]:
         """One RL step: rollouts, advantages, cfg.minibatches optimizer steps, new weights for the engine."""
-        cfg, before = self.cfg, self.trainer.step_count
-        times: dict[str, float] = {}
-        self.stream.progress = before / cfg.steps
+        cfg, before, times = self.cfg, self.trainer.step_count, dict[str, float]()
         self.prefit_critic()
         with timed(times, "rollout"):
-            rollout_step, metrics = self.collect_rollouts()
+            rollouts, metrics = self.collect_rollouts()
         with timed(times, "train"):
             self.update_reference()
-            advantages = self.compute_advantages(rollout_step, metrics)
-            # before the first update, so that the old policy is the policy that sampled the completions
-            for batch in self.minibatches(advantages):
+            # all before the first update: the old policy is the policy that sampled the rollouts
+            batches = [self.with_logprobs(batch) for batch in minibatches(rollouts, cfg)]
+            batches = with_advantages(batches, rollouts, cfg)
+            for batch in batches:
                 loss = partial(policy_loss, cfg=cfg.loss)
                 metrics |= self.trainer.step(batch, loss, cfg.loss.temperature, with_entropy=True)
-            if self.critic is not None:
-                value_targets = split_groups(advantages.rollouts, advantages.value_targets, cfg.minibatches)
-                metrics |= self.critic.update(value_targets)
+                metrics |= self.critic.update(batch) if self.critic is not None else {}
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
         self.steps_without_signal = 0 if self.trainer.step_count > before else self.steps_without_signal + 1
-        self.log_rollouts(rollout_step, advantages, max(self.trainer.step_count, before + 1))
-        num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollout_step.rollouts)
-        return metrics | times | {"rollout/tokens_per_second": num_tokens / times["time/rollout_seconds"]}
+        self.log_rollouts(rollouts, batches, max(self.trainer.step_count, before + 1))
+        return metrics | batch_metrics(batches) | times | token_rate(rollouts, times)
 
-    def collect_rollouts(self) -> tuple[RolloutStep, dict[str, float]]:
+    def collect_rollouts(self) -> tuple[list[Rollout], dict[str, float]]:
         """Sample and score the rollouts of a step, with metrics; reuses saved rollouts of an interrupted step."""
+        self.stream.progress = self.trainer.step_count / self.cfg.steps
         with self.interruptible():
             saved = load_rollouts(self.run.folder, self.num_rollout_steps, self.stream, self.group_ids)
             rollout_step = saved or collect_rollouts(
-                self.engine.generate, self.chat, self.score, self.stream, self.group_ids, self.rollout_config
+                self.engine, self.chat, self.score, self.stream, self.group_ids, self.cfg
             )
         metrics = rollout_metrics(rollout_step)
-        self.check_rollouts(rollout_step, metrics)
+        self.check_rollouts(rollout_step.rollouts, metrics)
         if saved is None and self.cfg.save_steps:
             save_rollouts(self.run.folder, self.num_rollout_steps, rollout_step, self.stream, self.group_ids, self.chat)
         self.num_rollout_steps += 1
-        return rollout_step, metrics
+        return rollout_step.rollouts, metrics
 
-    def check_rollouts(self, rollout_step: RolloutStep, metrics: dict[str, float]) -> None:
-        """Raise AssertionError if the completions were sampled with other weights, TrainingError if too many are
+    def check_rollouts(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> None:
+        """Raise AssertionError if the rollouts were sampled with other weights, TrainingError if too many are
         unscorable."""
-        versions = {rollout.completion.weights_version for rollout in rollout_step.rollouts}
+        versions = {rollout.completion.weights_version for rollout in rollouts}
         assert versions <= {self.trainer.step_count}, (
             f"completions of weights {versions} in step {self.trainer.step_count}"
         )
         if metrics.get("rollout/unscorable", 0.0) > self.cfg.unscorable_limit:
-            reasons = {r.score.unscorable for r in rollout_step.rollouts if r.score and r.score.unscorable}
+            reasons = {r.score.unscorable for r in rollouts if r.score and r.score.unscorable}
             raise TrainingError(
                 f"{metrics['rollout/unscorable']:.0%} of the completions of step {self.trainer.step_count} could not "
                 f"be scored (limit {self.cfg.unscorable_limit:.0%}): {'; '.join(sorted(reasons)[:3])}; "
@@ -151,49 +131,27 @@ class RLTrainer:
         if self.critic is None:
             return
         for _ in range(self.critic.trainer.step_count, self.cfg.critic.prefit_steps):
-            rollout_step, _ = self.collect_rollouts()
-            advantages = self.compute_advantages(rollout_step, {}, gae_lambda=1.0)
-            if advantages.rollouts:
-                metrics = self.critic.update([(advantages.rollouts, advantages.value_targets)])
+            rollouts, _ = self.collect_rollouts()
+            batches = [self.with_logprobs(batch) for batch in minibatches(rollouts, replace(self.cfg, minibatches=1))]
+            for batch in with_advantages(batches, rollouts, self.cfg, gae_lambda=1.0):
+                metrics = self.critic.update(batch)
                 log.info("critic pre-training: explained variance %.2f", metrics["critic/explained_variance"])
 
-    def compute_advantages(
-        self, rollout_step: RolloutStep, metrics: dict[str, float], gae_lambda: float | None = None
-    ) -> RolloutAdvantages:
-        """Advantages of the trainable rollouts; adds the mean KL to `metrics` if KL is part of the reward."""
-        selected = select_rollouts(rollout_step.trainable, self.cfg)
-        return compute_advantages(selected, self.kl_penalties(selected, metrics), self.cfg, self.critic, gae_lambda)
-
-    def kl_penalties(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[list[float]]:
-        """KL penalty in the reward of each token, 0 if KL is part of the loss; adds the mean KL to `metrics`."""
-        loss = self.cfg.loss
-        token_penalties = [[0.0] * len(rollout.completion.token_ids) for rollout in rollouts]
-        scored = [index for index, rollout in enumerate(rollouts) if reward_of(rollout) is not None]
-        if not loss.kl or loss.kl_placement == "loss" or not scored:
-            return token_penalties
-        zeros = [0.0] * len(scored)
-        batch = to_batch([rollouts[i] for i in scored], zeros, self.cfg.row_tokens, self.cfg.router_replay)
-        policy, reference = self.logprobs(self.trainer.workers.compute_model, batch), self.reference_logprobs(batch)
-        kl = kl_estimate(policy, reference, loss.kl_estimator)
-        metrics["policy/kl_nats"] = float((kl * batch.loss_mask).sum() / batch.loss_mask.sum())
-        for index, values in zip(scored, gather_tokens(loss.kl * kl, batch), strict=True):
-            token_penalties[index] = values
-        return token_penalties
-
-    def minibatches(self, advantages: RolloutAdvantages) -> list[Batch]:
-        """The batches of the optimizer steps, with log-probabilities before the first update and token weights."""
-        cfg = self.cfg
-        parts = split_groups(advantages.rollouts, advantages.advantages, cfg.minibatches)
-        batches = [self.add_logprobs(to_batch(*part, cfg.row_tokens, cfg.router_replay)) for part in parts]
-        return [batch.with_weights(token_weights(batch, cfg.loss.reduction, cfg.max_tokens)) for batch in batches]
-
-    def add_logprobs(self, batch: Batch) -> Batch:
-        """Add log-probabilities of the policy before the step and of the reference model, if the loss uses them."""
-        if self.cfg.minibatches > 1:
-            batch = replace(batch, old_logprobs=self.logprobs(self.trainer.workers.compute_model, batch))
-        if self.cfg.loss.kl and self.cfg.loss.kl_placement == "loss":
-            batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
-        return batch
+    def with_logprobs(self, batch: Batch) -> Batch:
+        """Add what advantages and loss use of the models before the step: log-probabilities of the policy and of the
+        reference model, the KL estimate if it is part of the reward, and the predictions of the critic."""
+        loss, columns = self.cfg.loss, dict[str, Tensor]()
+        if self.cfg.minibatches > 1 or (loss.kl and loss.kl_placement == "reward"):
+            policy = self.logprobs(self.trainer.workers.compute_model, batch)
+            columns |= {"old_logprobs": policy} if self.cfg.minibatches > 1 else {}
+        if loss.kl:
+            reference = self.reference_logprobs(batch)
+            is_loss = loss.kl_placement == "loss"
+            kl = reference if is_loss else kl_estimate(policy, reference, loss.kl_estimator)
+            columns["reference_logprobs" if is_loss else "kl"] = kl
+        if self.critic is not None:
+            columns["values"] = self.critic.values(batch)
+        return replace(batch, **columns)
 
     def logprobs(self, model: Transformer, batch: Batch) -> Tensor:
         """Log-probabilities of all trained tokens under `model`, at the sampling temperature."""
@@ -215,17 +173,13 @@ class RLTrainer:
             self.reference_step = step
             log.info("step %d: updated the reference model to the policy", step)
 
-    def log_rollouts(self, rollout_step: RolloutStep, advantages: RolloutAdvantages, step: int) -> None:
-        """Write the rollouts of `step` to disk; per-token advantages are averaged.
+    def log_rollouts(self, rollouts: Sequence[Rollout], batches: Sequence[Batch], step: int) -> None:
+        """Write the rollouts of `step` with their advantages to disk.
 
         A rollout step without an optimizer step is overwritten by the next one.
         """
         if self.cfg.rollout_steps and step % self.cfg.rollout_steps == 0:
-            advantage_by_id = {
-                id(rollout): value if isinstance(value, float) else statistics.fmean(value)
-                for rollout, value in zip(advantages.rollouts, advantages.advantages, strict=True)
-            }
-            write_rollouts(self.run.folder, step, rollout_step.rollouts, advantage_by_id, self.chat)
+            write_rollouts(self.run.folder, step, rollouts, mean_advantages(batches), self.chat)
 
     def evaluate(self) -> None:
         """Evaluate the policy and append the result to the curve."""
@@ -236,11 +190,11 @@ class RLTrainer:
             tasks=self.cfg.tasks,
             files=self.cfg.files,
             languages=self.cfg.languages,
+            thinking_format=self.cfg.reward.thinking_format,
         )
+        reward = partial(score, cfg=RewardConfig(thinking_format=self.cfg.reward.thinking_format))
         with self.interruptible():
-            result = evaluate(
-                self.engine.generate, self.chat, held_out_problems(cfg), cfg, partial(score, cfg=RewardConfig())
-            )
+            result = evaluate(self.engine.generate, self.chat, held_out_problems(cfg), cfg, reward)
         self.run.append(CURVE, curve_point(self.trainer.step_count, result, _held_out_level(result, self.cfg)))
 
     def should_evaluate(self) -> bool:
@@ -305,15 +259,19 @@ def training_problems(cfg: RLConfig) -> ProblemMixture:
     return single_phase(ProblemStream(tasks, "train", cfg.seed, levels, languages=cfg.languages))
 
 
-def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -> list[tuple[list[Rollout], list[T]]]:
-    """Split rollouts and their values into at most `parts` parts of complete groups, of about equal size.
+def batch_metrics(batches: Sequence[Batch]) -> dict[str, float]:
+    """The mean KL over the tokens of a step, if it is part of the reward."""
+    parts = [(batch.kl * batch.loss_mask, batch.loss_mask) for batch in batches if batch.kl is not None]
+    if not parts:
+        return {}
+    kl, count = (float(sum(part[index].sum() for part in parts)) for index in (0, 1))
+    return {"policy/kl_nats": kl / count}
 
-    Empty parts are left out.
-    """
-    value_of = {id(rollout): value for rollout, value in zip(rollouts, values, strict=True)}
-    groups = by_group(rollouts)
-    split = [list(itertools.chain(*groups[part::parts])) for part in range(parts)]
-    return [(part, [value_of[id(rollout)] for rollout in part]) for part in split if part]
+
+def token_rate(rollouts: Sequence[Rollout], times: dict[str, float]) -> dict[str, float]:
+    """Sampled tokens per second of the rollouts."""
+    num_tokens = sum(rollout.num_sampled_tokens for rollout in rollouts)
+    return {"rollout/tokens_per_second": num_tokens / times["time/rollout_seconds"]}
 
 
 def _held_out_level(result: Evaluation, cfg: RLConfig) -> Any:

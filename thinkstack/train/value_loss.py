@@ -14,16 +14,6 @@ from thinkstack.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValueBatch(Batch):
-    """A batch with the training targets of the critic."""
-
-    returns: Tensor
-    """(R, T) fp32 return at each trained token."""
-    old_values: Tensor
-    """(R, T) fp32 values predicted before the step."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ValueTokens:
     """Inputs of a value loss for one micro-batch. All tensors are (M,) fp32."""
 
@@ -39,14 +29,14 @@ class ValueTokens:
 
 def value_tokens(model: ValueModel, hidden: Tensor, batch: Batch, share: float) -> ValueTokens:
     """The trained tokens of `batch` with the predictions of the critic. hidden: (R, T, D)."""
-    assert isinstance(batch, ValueBatch) and batch.weights is not None
+    assert batch.weights is not None and batch.returns is not None and batch.values is not None
     index = batch.loss_mask.flatten().nonzero().squeeze(1)
     return ValueTokens(
         values=model.values(hidden.flatten(0, 1)[index]),
         weights=batch.weights.flatten()[index],
         share=share,
         returns=batch.returns.flatten()[index],
-        old_values=batch.old_values.flatten()[index],
+        old_values=batch.values.flatten()[index],
     )
 
 
