@@ -10,6 +10,7 @@ from tests.rl.bandit import arm_config, arm_score
 from thinkstack.rl.config import PRESETS, RLConfig
 from thinkstack.rl.health import early_warnings, health_line
 from thinkstack.rl.rollout_log import read_rollouts, show_group
+from thinkstack.rl.trainer import RLTrainer
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
@@ -100,6 +101,30 @@ def test_the_reference_is_replaced_after_reference_steps(make_bandit):
     policy = rl.trainer.model.embed.weight.clone()
     rl.step()
     assert torch.equal(rl.reference.embed.weight, policy) and not torch.equal(policy, first)
+
+
+def test_with_reference_steps_0_the_reference_stays(make_bandit):
+    """0 was documented as a count and divided by."""
+    rl = make_bandit(loss=PolicyLossConfig(kl=0.01), reference_steps=0)
+    first = rl.reference.embed.weight.clone()
+    for _ in range(3):
+        rl.step()
+    assert torch.equal(rl.reference.embed.weight, first)
+
+
+def test_the_reference_can_be_another_model(make_bandit):
+    """R1's second stage of RL is held to another checkpoint than the one that it starts from."""
+    rl = make_bandit(loss=PolicyLossConfig(kl=0.01))
+    other = make_bandit(seed=3, name="other").trainer.model
+    held = RLTrainer(rl.cfg, rl.run, rl.trainer.model, rl.chat, reference=other)
+    held.stream, held.score = rl.stream, rl.score
+    assert held.step()["policy/kl_nats"] > 0.01
+    assert make_bandit(name="own", loss=PolicyLossConfig(kl=0.01)).step()["policy/kl_nats"] < 1e-6
+
+
+def test_a_reference_without_a_kl_term_is_refused():
+    with pytest.raises(ConfigError, match=r"reference='base' has no effect with loss\.kl=0"):
+        RLConfig(start="", reference="base")
 
 
 def test_the_kl_term_holds_the_policy_back(make_bandit):

@@ -89,6 +89,8 @@ class RLConfig:
 
     start: ModelInput
     """Checkpoint, or the stage that writes it, to start from."""
+    reference: ModelInput = ""
+    """Checkpoint of the reference model, or the stage that writes it; empty: start. Only with a KL term."""
     preset: Preset = "default"
     """Name of the algorithm whose defaults apply (PRESETS); the settings in DEFINING cannot be overridden."""
     tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
@@ -154,7 +156,7 @@ class RLConfig:
     unscorable_limit: Share = 0.1
     """Share of unscorable completions of a step above which the run fails, because the verifier is likely broken."""
     reference_steps: CountOrZero = 400
-    """Optimizer steps between two updates of the reference model to the policy; only with a KL term."""
+    """Optimizer steps between two updates of the reference model to the policy; 0: never. Only with a KL term."""
     rollout_steps: CountOrZero = 1
     """Steps between two writes of the rollouts to disk; 0: never write."""
     eval_steps: CountOrZero = 10
@@ -218,10 +220,14 @@ def check_contradictions(cfg: RLConfig) -> None:
             f"dynamic_sampling=true drops zero-variance groups, which advantage={cfg.advantage!r} trains on; "
             "use dynamic_sampling=false"
         )
-    if cfg.trainer.lora.rank and cfg.loss.kl and cfg.steps > cfg.reference_steps:
+    if cfg.trainer.lora.rank and cfg.loss.kl and 0 < cfg.reference_steps < cfg.steps:
         raise ConfigError(
             f"reference_steps={cfg.reference_steps} would update the reference model, which with "
-            f"trainer.lora.rank={cfg.trainer.lora.rank} is the frozen model; use reference_steps={cfg.steps} or more"
+            f"trainer.lora.rank={cfg.trainer.lora.rank} stays as it is; use reference_steps=0"
+        )
+    if cfg.reference and not cfg.loss.kl:
+        raise ConfigError(
+            f"reference={cfg.reference!r} has no effect with loss.kl=0; set loss.kl, or leave reference out"
         )
     if cfg.advantage != "gae" and cfg.critic != CriticConfig():
         raise ConfigError(

@@ -48,7 +48,10 @@ MAX_STEPS_WITHOUT_SIGNAL = 5
 class RLTrainer:
     """Policy, engine, reference model and critic of a run, and the training step."""
 
-    def __init__(self, cfg: RLConfig, run: Run, model: Transformer, chat: ChatFormat):
+    def __init__(
+        self, cfg: RLConfig, run: Run, model: Transformer, chat: ChatFormat, reference: Transformer | None = None
+    ):
+        """reference: the reference model of the KL term; None: `model` as it is now."""
         self.cfg, self.run, self.chat = cfg, run, chat
         self.stream = training_problems(cfg)
         self.group_ids = GroupIds()
@@ -66,9 +69,10 @@ class RLTrainer:
             return_routed_experts=cfg.router_replay,
         )
         self.engine = open_engine(model, engine_config, cfg.servers)
-        # with adapters, the policy without its adapters is the reference model: no second copy is needed
-        needs_copy = cfg.loss.kl and not cfg.trainer.lora.rank
-        self.reference = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
+        if reference is None and cfg.loss.kl and not cfg.trainer.lora.rank:
+            reference = copy.deepcopy(model)
+        self.reference = None if reference is None else reference.requires_grad_(False)
+        """None without a KL term, and with adapters if the reference model is the policy without its adapters."""
         self.reference_step = 0
         """Optimizer step of the policy that the reference model is a copy of."""
         self.critic: Critic | None = None
@@ -168,7 +172,7 @@ class RLTrainer:
     def update_reference(self) -> None:
         """Update the reference model to the policy after every cfg.reference_steps optimizer steps."""
         step, every = self.trainer.step_count, self.cfg.reference_steps
-        if self.reference is not None and step // every > self.reference_step // every:
+        if self.reference is not None and every and step // every > self.reference_step // every:
             self.reference.load_state_dict(self.trainer.model.state_dict())
             self.reference_step = step
             log.info("step %d: updated the reference model to the policy", step)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def train_rl(cfg: RLConfig, run: Run) -> None:
     """Train cfg.start and write run.folder/model; resumes from run.folder/state if it exists."""
     model, chat = load_model(cfg.start), load_chat(cfg.start)
-    rl = RLTrainer(cfg, run, model, chat)
+    rl = RLTrainer(cfg, run, model, chat, load_model(cfg.reference) if cfg.reference else None)
     state = load_state(run.folder / STATE)
     if state is not None:
         rl.restore(*state)
