@@ -34,9 +34,9 @@ from thinkstack.stages.rl import train_rl
 from thinkstack.stages.sft import SftConfig, sft
 from thinkstack.stages.summary import summarize
 from thinkstack.stopping import stopping_on_signals
-from thinkstack.tasks.benchmarks import reasoning_gym as gym
-from thinkstack.tasks.benchmarks.datasets import split_file
-from thinkstack.tasks.table import BENCHMARKS, TASKS
+from thinkstack.tasks.reward import PARTS, RewardConfig
+from thinkstack.tasks.table import BENCHMARKS, make_task
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def plan_stages(tree: Tree, out: Path) -> list[StageRun]:
         if kind == "rl" and preset in PRESETS:
             values = merge(PRESETS[preset], values)
         if isinstance(values.get("reward"), str):
-            values["reward"] = {"parts": {values["reward"]: 1.0}}
+            values["reward"] = {"parts": RewardConfig().parts | {values["reward"]: 1.0}}
         if values.get("start") in {stage.name for stage in stages}:
             values["start"] = str(out / values["start"] / MODEL)
         config: Any = build(config_type, values, f"stages.{name}")
@@ -152,7 +152,8 @@ def input_files(config: Any) -> list[Path]:
     files = [
         file for path in map(Path, paths) for file in (path.parent.glob(path.name) if "*" in path.name else [path])
     ]
-    return sorted(file for file in files if file.is_file()) + [Path(part.rpartition(":")[0]) for part in parts]
+    own_parts = [Path(part.rpartition(":")[0]) for part in parts if part not in PARTS]
+    return sorted(file for file in files if file.is_file()) + own_parts
 
 
 def content_hash(path: Path) -> str:
@@ -180,9 +181,10 @@ def check_inputs(stages: Sequence[StageRun], out: Path) -> None:
         try:
             if start and not Path(start).is_relative_to(out) and not is_hub_name(start):
                 locate(start)
-            for name, folder in getattr(stage.config, "files", {}).items():
+            for name, row in getattr(stage.config, "tasks", {}).items():
+                task = make_task(name, row)
                 for split in ("test",) if stage.kind == "evaluate" else ("train", "test"):
-                    split_file(folder, split, BENCHMARKS[name].SOURCE)
+                    task.check_files(split)
             for path in (*getattr(stage.config, "data", ()), *getattr(stage.config, "text_files", ())):
                 matching_files(Path(path))
         except ConfigError as error:
@@ -239,17 +241,17 @@ def run_stage(kind: str, values: Tree, settings: Sequence[str], out: Path) -> No
     run_recipe(tree, out)
 
 
-def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
-    """Evaluate a checkpoint on one task and print the results. out: None derives it from checkpoint and settings."""
-    if task not in BENCHMARKS and not task.startswith(gym.PREFIX):
-        if task not in TASKS:
-            raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
-        if data:
-            raise ConfigError(f"--data {data}: the task {task} is generated and reads no files; leave it out")
-    tasks: Tree = {"files": {task: data or f"data/{task}"}, "tasks": []} if task in BENCHMARKS else {"tasks": [task]}
+def run_evaluation(model: str, task: str, row: Tree, values: Tree, out: Path | None) -> None:
+    """Evaluate a checkpoint on one task and print the results.
+
+    row: settings of the task (TaskConfig); without `data`, a benchmark's folder is data/TASK. out: None derives it from
+    checkpoint and settings."""
+    if task in BENCHMARKS and not row["data"]:
+        row = row | {"data": f"data/{task}"}
+    make_task(task, build(TaskConfig, row, f"tasks.{task}"))  # refuse its settings before the checkpoint is opened
     if values["max_tokens"] is None:
         values = values | {"max_tokens": min(MAX_TOKENS, open_source(model).cfg.max_positions // 2)}
-    values = {"start": model} | tasks | values
+    values = {"start": model, "tasks": {task: row}} | values
     if out is None:
         name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
         path = locate(model)
