@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.problems import make_problem
 from thinkstack.rl.groups import advantages_within_groups, group_advantages, is_mixed, to_batch
-from thinkstack.types import Completion, Problem, Rollout, Score
+from thinkstack.types import Completion, Rollout, Score
 
-PROBLEM = Problem(question="q", answer="1", task="t", language="en", level=1, key="k", wording=0)
+PROBLEM = make_problem()
 
 
 def rollout(group: int, reward: float | None, ids: tuple[int, ...] = (5, 1), **changes: object) -> Rollout:

@@ -28,12 +28,13 @@ from thinkstack.rl.config import RLConfig
 from thinkstack.rl.critic import Critic
 from thinkstack.rl.groups import by_group, gather_tokens, reward_of, to_batch
 from thinkstack.rl.health import rollout_metrics
-from thinkstack.rl.rollout import GroupIds, RolloutConfig, RolloutStep, ScoreFunction, collect_rollouts
+from thinkstack.rl.rollout import GroupIds, RolloutConfig, RolloutStep, collect_rollouts
 from thinkstack.rl.rollout_log import write_rollouts
 from thinkstack.rl.saved_rollouts import delete_saved_rollouts, load_rollouts, save_rollouts
-from thinkstack.tasks.mixture import ProblemMixture, make_mixture, single_phase
-from thinkstack.tasks.reward import RewardConfig, score
-from thinkstack.tasks.table import ProblemStream, puzzle_tasks
+from thinkstack.tasks.mixture import make_mixture
+from thinkstack.tasks.reward import Reward
+from thinkstack.tasks.table import make_tasks
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.loss import token_weights
 from thinkstack.train.passes import batch_logprobs
@@ -54,7 +55,8 @@ class RLTrainer:
 
     def __init__(self, cfg: RLConfig, run: Run, model: Transformer, chat: ChatFormat):
         self.cfg, self.run, self.chat = cfg, run, chat
-        self.stream = training_problems(cfg)
+        self.stream = make_mixture(cfg.tasks, cfg.phases, cfg.seed, cfg.held_out_levels)
+        self.reward, self.pool = Reward(cfg.reward, make_tasks(cfg.tasks)), VerifierPool()
         self.group_ids = GroupIds()
         self.num_rollout_steps = 0
         """Number of completed rollout steps, including the steps that trained only the critic."""
@@ -78,7 +80,6 @@ class RLTrainer:
         self.critic: Critic | None = None
         if cfg.advantage == "gae":
             self.critic = Critic(merge_adapters(model), cfg.critic, cfg.trainer, cfg.steps, cfg.row_tokens, run.folder)
-        self.score: ScoreFunction = partial(score, cfg=cfg.reward)
         self.rollout_config = RolloutConfig(
             sampling=SamplingParams(
                 temperature=cfg.loss.temperature,
@@ -122,7 +123,8 @@ class RLTrainer:
         with self.interruptible():
             saved = load_rollouts(self.run.folder, self.num_rollout_steps, self.stream, self.group_ids)
             rollout_step = saved or collect_rollouts(
-                self.engine.generate, self.chat, self.score, self.stream, self.group_ids, self.rollout_config
+                *(self.engine.generate, self.chat, self.reward, self.pool, self.stream, self.group_ids),
+                self.rollout_config,
             )
         metrics = rollout_metrics(rollout_step)
         self.check_rollouts(rollout_step, metrics)
@@ -234,13 +236,9 @@ class RLTrainer:
             samples=self.cfg.eval_samples,
             max_tokens=self.cfg.max_tokens,
             tasks=self.cfg.tasks,
-            files=self.cfg.files,
-            languages=self.cfg.languages,
         )
         with self.interruptible():
-            result = evaluate(
-                self.engine.generate, self.chat, held_out_problems(cfg), cfg, partial(score, cfg=RewardConfig())
-            )
+            result = evaluate(self.engine.generate, self.chat, held_out_problems(cfg), cfg, self.reward, self.pool)
         self.run.append(CURVE, curve_point(self.trainer.step_count, result, _held_out_level(result, self.cfg)))
 
     def should_evaluate(self) -> bool:
@@ -294,15 +292,6 @@ class RLTrainer:
             state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             self.reference.load_state_dict(state, strict=False)
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
-
-
-def training_problems(cfg: RLConfig) -> ProblemMixture:
-    """The training problems of a run: of its phases, or of all tasks without the held-out levels."""
-    if cfg.phases:
-        return make_mixture(cfg.phases, cfg.files, cfg.seed, cfg.languages)
-    tasks = puzzle_tasks(cfg.tasks)
-    levels = sorted({level for task in tasks for level in task.levels} - set(cfg.held_out_levels))
-    return single_phase(ProblemStream(tasks, "train", cfg.seed, levels, languages=cfg.languages))
 
 
 def split_groups(rollouts: Sequence[Rollout], values: Sequence[T], parts: int) -> list[tuple[list[Rollout], list[T]]]:
