@@ -63,7 +63,7 @@ class ReasoningGymTask:
 
     def __init__(self, name: str):
         self.name, self.data_set = name, name.removeprefix(PREFIX)
-        available = sorted(set(import_reasoning_gym().factory.BENCHMARKS) - set(EXCLUDED))
+        available = sorted(set(import_reasoning_gym().factory.DATASETS) - set(EXCLUDED))
         if self.data_set in EXCLUDED:
             raise ConfigError(f"{name} is excluded: {EXCLUDED[self.data_set]}")
         if self.data_set not in available:
@@ -92,7 +92,7 @@ class ReasoningGymTask:
     @cached_property
     def evaluates_answers(self) -> bool:
         """Whether the module of the data set evaluates text as code or as a formula."""
-        source = inspect.getsource(sys.modules[import_reasoning_gym().factory.BENCHMARKS[self.data_set][0].__module__])
+        source = inspect.getsource(sys.modules[import_reasoning_gym().factory.DATASETS[self.data_set][0].__module__])
         return any(word in source for word in EVALUATION_CALLS)
 
     @cached_property
