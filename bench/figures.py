@@ -31,11 +31,10 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.balance import expert_counts
-from thinkstack.types import Batch, Message, SamplingParams
+from thinkstack.types import Batch, SamplingParams
 
 ROW_TOKENS = 256
 IMAGES = Path("docs/images")
-PUZZLES = ("chain", "nested", "cups", "kinship")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Answered:
 
 def answers(model: Transformer, chat: ChatFormat, temperature: float, problems: int) -> list[Answered]:
     """What the model says to held-out problems, by family and language."""
-    test_problems = held_out_problems(EvalConfig(num_problems=problems, tasks=PUZZLES))
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in test_problems]
+    test_problems = held_out_problems(EvalConfig(num_problems=problems))
+    prompts = [chat.prompt(problem.messages) for problem in test_problems]
     samplings = [
         SamplingParams(
             temperature=temperature,

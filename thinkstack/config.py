@@ -83,15 +83,19 @@ def override(tree: Tree, assignment: str) -> Tree:
 def build(kind: type[T], values: Tree, where: str = "") -> T:
     """Build the dataclass `kind` from a table; `where` is the address of the table in messages.
 
-    A table for a dataclass field overrides entries of the default of that field. Raises ConfigError for an unknown key,
-    a wrong type or a value that the dataclass rejects.
+    A table for a dataclass field overrides fields of the default of that field. A list of names for a field that is a
+    table of dataclasses gives each name the defaults. Raises ConfigError for an unknown key, a wrong type or a value
+    that the dataclass rejects.
     """
     import pydantic
 
+    hints = typing.get_type_hints(kind)
+    lists = {key: value for key, value in values.items() if row_of(hints.get(key)) and isinstance(value, list | tuple)}
+    values = values | {key: {str(name): {} for name in value} for key, value in lists.items()}
     check_keys(kind, values, where)
     for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
         if dataclasses.is_dataclass(entry.default) and isinstance(values.get(entry.name), dict):
-            values = values | {entry.name: merge(dump(entry.default), values[entry.name])}
+            values = values | {entry.name: _over_default(entry.default, values[entry.name])}
     _check_finite(values, where)
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
@@ -102,6 +106,13 @@ def build(kind: type[T], values: Tree, where: str = "") -> T:
             raise ConfigError(str(cause)) from error
         address = ".".join(filter(None, (where, *(str(part) for part in first["loc"] if not _is_type_name(part)))))
         raise ConfigError(f"{address}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def _over_default(default: Any, values: Tree) -> Tree:
+    """The fields of `default` with those of `values` on top; only dataclasses are merged field by field."""
+    nested = {name: old for name, old in vars(default).items() if dataclasses.is_dataclass(old)}
+    merged = {name: _over_default(nested[name], values[name]) for name in nested if isinstance(values.get(name), dict)}
+    return dump(default) | values | merged
 
 
 def _check_finite(value: Any, address: str) -> None:
@@ -133,6 +144,16 @@ def check_keys(kind: Any, values: Tree, where: str) -> None:
         if nested and isinstance(value, dict):
             best = min(nested, key=lambda member: len(set(value) - {f.name for f in dataclasses.fields(member)}))
             check_keys(best, value, address)
+        if (row := row_of(hints[key])) and isinstance(value, dict):
+            for name, entry in value.items():
+                if isinstance(entry, dict):
+                    check_keys(row, entry, f"{address}.{name}")
+
+
+def row_of(hint: Any) -> Any:
+    """The dataclass of the rows of a table dict[str, dataclass]; None for any other type."""
+    row = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return row if dataclasses.is_dataclass(row) else None
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

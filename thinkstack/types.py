@@ -90,20 +90,33 @@ class Message:
 class Problem:
     """One task instance with a verifiable answer; created by tasks/."""
 
-    question: str
-    """The user's question."""
+    messages: tuple[Message, ...]
+    """The conversation to answer; the last message is the user's."""
     answer: str
     """The reference answer in canonical form."""
     task: str
-    """Name of the task in tasks/table.py."""
+    """Name of the task; the key of its row in a recipe's `tasks`."""
     language: str
     """Language of the question: "en" or "zh"."""
-    level: int
-    """Difficulty level, defined by the task."""
     key: str
-    """Hash of the operands of the problem; independent of wording and language."""
-    wording: int
-    """Index of the wording within the task and language."""
+    """Hash of the problem; for puzzles of its operands, independent of wording and language."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further facts as JSON values, by name: level, wording, choices, tests, subject, ..."""
+
+    @property
+    def question(self) -> str:
+        """Text of the last user message."""
+        return next(message.content for message in reversed(self.messages) if message.role == "user")
+
+    @property
+    def level(self) -> int:
+        """Difficulty level, defined by the task; 1 if the task has no levels."""
+        return int(self.metadata.get("level", 1))
+
+    @property
+    def wording(self) -> int:
+        """Index of the wording within the task and language; 0 if the task has a single wording."""
+        return int(self.metadata.get("wording", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,15 +231,40 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Response:
+    """A parsed assistant turn; created by text/parse.py."""
+
+    text: str
+    """The complete turn: prefill and completion, without the end token."""
+    thinking: str = ""
+    """Content of the think block; empty if there is none."""
+    answer: str | None = None
+    """The final answer after the thinking; None if there is none."""
+    is_well_formed: bool = False
+    """Whether the turn has the expected format."""
+    rule: str | None = None
+    """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The tool calls of the turn."""
+    completion: Completion | None = None
+    """The completion that was parsed; None for text that no engine sampled."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the completion reached the length limit without a stop token."""
+        return self.completion is not None and self.completion.finish_reason == "length"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """The result of a reward function for one completion; created by tasks/reward.py."""
+    """The result of a verifier or of the reward function for one response; created by tasks/."""
 
     total: float
-    """The reward; meaningless if `unscorable` is set."""
+    """The reward, or the accuracy from a verifier; meaningless if `unscorable` is set."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Parts of the reward by name, before they are combined."""
+    """Values of the parts of the reward by name, before their weights; with `accuracy` and `format`."""
     unscorable: str | None = None
-    """Reason why there is no score, such as a verifier that failed or timed out; None if the completion is scored."""
+    """Reason why there is no score, such as a verifier that failed or timed out; None if the response is scored."""
 
 
 @dataclass(frozen=True)

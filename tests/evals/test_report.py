@@ -21,7 +21,7 @@ def record(correct, task="chain", level=2, language="en", text="x"):
             answer=int(right),
             correct=right,
             well_formed=True,
-            worked=right,
+            measures={"worked": float(right)},
             truncated=False,
             num_tokens=10,
         )

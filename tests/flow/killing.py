@@ -37,7 +37,7 @@ prompts_per_step = 2
 group_size = 4
 max_tokens = 12
 dynamic_sampling = false
-reward = {{ combine = "random" }}
+reward = {{ parts = {{ random = 1.0 }} }}
 trainer = {{ micro_batch_tokens = 512, workers = 2, bias_speed = 0.0, balance_weight = 0.0, mtp_detached = true }}
 eval_steps = 5
 eval_problems = 2

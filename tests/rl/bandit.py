@@ -1,12 +1,15 @@
 """A bandit: the smallest thing that GRPO can learn, driven through the real engine, trainer and stage."""
 
 import random
+from collections.abc import Callable, Sequence
 
 from thinkstack.rl.config import RLConfig
+from thinkstack.tasks.reward import Reward, RewardConfig
+from thinkstack.tasks.task import Task, TaskConfig
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
-from thinkstack.types import Message, Problem, Score
+from thinkstack.types import Message, Problem, Response, Score, Tool
 
 ARMS = 8
 BOS, EOS = 0, 1
@@ -17,7 +20,7 @@ class ArmChat:
 
     name, prefill, stop_token_ids = "arms", "", (EOS,)
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         return [BOS, 2 + int(messages[-1].content)]
 
     def text_of(self, token_ids: tuple[int, ...]) -> str:
@@ -37,13 +40,11 @@ class ArmStream:
 
     def problem(self, arm: int) -> Problem:
         return Problem(
-            question=str(arm),
+            messages=(Message(role="user", content=str(arm)),),
             answer=str(self.right[arm]),
             task="arm",
             language="en",
-            level=1,
             key=str(arm),
-            wording=0,
         )
 
     def state(self) -> dict[str, int]:
@@ -53,10 +54,23 @@ class ArmStream:
         self.position = state["position"]
 
 
-def arm_score(problem: Problem, text: str) -> Score:
+def verify_arm(problem: Problem, response: Response) -> Score:
     """1 for exactly the right digit."""
-    right = float(text == problem.answer)
-    return Score(total=right, parts={"accuracy": right, "format": float(len(text) == 1)})
+    return Score(total=float(response.text == problem.answer))
+
+
+class ArmTask(Task):
+    """The task of the bandit; `verify` is the given function."""
+
+    name, cfg, chance = "arm", TaskConfig(), None
+
+    def __init__(self, verify: Callable[[Problem, Response], Score]):
+        self.verify = verify  # type: ignore[method-assign]
+
+
+def arm_reward(verify: Callable[[Problem, Response], Score] = verify_arm) -> Reward:
+    """The accuracy as reward, from this verifier."""
+    return Reward(RewardConfig(parts={"accuracy": 1.0}), {"arm": ArmTask(verify)})
 
 
 def arm_config(**changes: object) -> RLConfig:

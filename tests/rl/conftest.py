@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_config, arm_score
+from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_config, arm_reward
 from thinkstack.log import Run
 from thinkstack.models.config import GQAConfig, ModelConfig
 from thinkstack.models.transformer import Transformer
@@ -31,7 +31,7 @@ def make_bandit(tmp_path: Path):
         model = Transformer(cfg).initialize(torch.Generator().manual_seed(seed))
         rl = RLTrainer(arm_config(seed=seed, **changes), Run(tmp_path / name), model, ArmChat())  # type: ignore[arg-type]
         rl.stream = ArmStream(seed)  # type: ignore[assignment]
-        rl.score = arm_score
+        rl.reward = arm_reward()
         return rl
 
     return make

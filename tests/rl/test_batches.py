@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.problems import make_problem
 from tests.rl.bandit import arm_config
 from thinkstack.rl.advantages import advantages_within_groups, group_advantages, with_advantages
 from thinkstack.rl.batches import gather_tokens, minibatches, pack_rollouts, rollouts_of, scatter_tokens
 from thinkstack.rl.rollout import is_mixed
-from thinkstack.types import Batch, Completion, GivenTokens, Problem, Rollout, Score
+from thinkstack.types import Batch, Completion, GivenTokens, Rollout, Score
 
-PROBLEM = Problem(question="q", answer="1", task="t", language="en", level=1, key="k", wording=0)
+PROBLEM = make_problem()
 
 
 def rollout(group: int, reward: float | None, ids: tuple[int, ...] = (5, 1), **changes: object) -> Rollout:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.rl.bandit import arm_reward, verify_arm
 from tests.rl.test_batches import rollout
 from thinkstack.checkpoint.state import load_state
 from thinkstack.rl import trainer as train_rl
@@ -15,6 +16,7 @@ from thinkstack.rl.health import early_warnings
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
+from thinkstack.types import Score
 
 PPO = {"advantage": "gae", "dynamic_sampling": False}
 
@@ -122,8 +124,9 @@ def test_ppo_resumed_is_ppo_uninterrupted(make_bandit):
 
 def test_the_critic_does_not_train_on_an_unscorable_completion(make_bandit):
     rl = make_bandit(**PPO)
-    score, calls = rl.score, iter(range(10**6))
-    rl.score = lambda p, t: replace(score(p, t), unscorable="slow") if next(calls) % 16 == 0 else score(p, t)
+    calls = iter(range(10**6))
+    slow = Score(total=0.0, unscorable="slow")
+    rl.reward = arm_reward(lambda p, r: slow if next(calls) % 16 == 0 else verify_arm(p, r))
     assert rl.step()["rollout/unscorable"] == pytest.approx(1 / 16)
 
 

@@ -62,4 +62,4 @@ def test_the_default_settings_are_those_of_the_measured_demo():
     assert (cfg.prompts_per_step, cfg.group_size, cfg.minibatches, cfg.max_tokens) == (24, 16, 1, 128)
     assert (cfg.advantage, cfg.dynamic_sampling, cfg.max_rounds) == ("centered", True, 3)
     assert (loss.clip_low, loss.clip_high, loss.reduction, loss.kl, loss.importance_cap) == (0.2, 0.28, "token", 0, 2)
-    assert (loss.temperature, cfg.reward.combine) == (1.0, "gated")
+    assert (loss.temperature, cfg.reward.parts) == (1.0, {"accuracy_if_formatted": 1.0})

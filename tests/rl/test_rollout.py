@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 
-from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_config, arm_score
+from tests.rl.bandit import ARMS, ArmChat, ArmStream, arm_config, arm_reward, verify_arm
 from thinkstack.rl.rollout import GroupIds, RolloutStep, collect_rollouts
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.types import Completion, Score
 
 
-def collect(script: "Script", score=arm_score, group_ids: GroupIds | None = None, **changes: object) -> RolloutStep:
+def collect(script: "Script", verify=verify_arm, group_ids: GroupIds | None = None, **changes: object) -> RolloutStep:
     """The rollouts of a step of two groups of two."""
     cfg = arm_config(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_rounds=3, max_tokens=2)
-    return collect_rollouts(script, ArmChat(), score, ArmStream(0), group_ids or GroupIds(), replace(cfg, **changes))
+    reward, pool = arm_reward(verify), VerifierPool()  # which starts no process: this verifier cannot hang
+    return collect_rollouts(
+        script, ArmChat(), reward, pool, ArmStream(0), group_ids or GroupIds(), replace(cfg, **changes)
+    )
 
 
 class Script:
@@ -63,8 +67,9 @@ def test_a_prompt_too_long_for_the_context_is_left_out_and_counted():
 
 
 def test_unscorable_completions_do_not_make_a_group_worth_training():
-    def broken(problem, text):
-        return arm_score(problem, text) if text == problem.answer else Score(total=0.0, unscorable="time-out")
+    def broken(problem, response):
+        right = verify_arm(problem, response)
+        return right if right.total else Score(total=0.0, unscorable="time-out")
 
     found = collect(Script("mixed"), broken, max_rounds=1)
     assert [r.is_trainable for r in found.rollouts] == [False] * 4

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rl.bandit import ArmChat, arm_score
+from tests.rl.bandit import ArmChat, arm_reward, verify_arm
 from tests.rl.test_batches import rollout
 from thinkstack.checkpoint.state import load_state
 from thinkstack.rl.rollout import GroupIds
 from thinkstack.rl.rollout_log import group_from_dict, groups_to_dicts, read_rollouts
 from thinkstack.rl.saved_rollouts import load_rollouts, path_of, saved_numbers
 from thinkstack.rl.trainer import RLTrainer
-from thinkstack.types import Completion, GivenTokens, Problem, Score, TrainingError
+from thinkstack.types import Completion, GivenTokens, Problem, Response, Score, TrainingError
 
 
 class SlowOnce:
@@ -22,11 +22,11 @@ class SlowOnce:
     def __init__(self, slow: int):
         self.calls, self.slow = 0, slow
 
-    def __call__(self, problem: Problem, text: str) -> Score:
+    def __call__(self, problem: Problem, response: Response) -> Score:
         self.calls += 1
         if self.calls <= self.slow and self.calls % 20 == 0:
             return Score(total=0.0, unscorable="ran longer than 1 s")
-        return arm_score(problem, text)
+        return verify_arm(problem, response)
 
 
 def weights_of(rl: RLTrainer) -> dict[str, torch.Tensor]:
@@ -45,18 +45,19 @@ def resumed(make_bandit, name: str, **changes: object) -> RLTrainer:
 def test_a_score_that_depended_on_timing_is_reused_after_a_kill(make_bandit, saved_after: int):
     """The verifier times out only the first time it is asked; a run killed after that must not ask it again."""
     straight = make_bandit(name="straight")
-    straight.score = SlowOnce(1000)
+    straight.reward = arm_reward(SlowOnce(1000))
     for _ in range(3):
         last = straight.step()
     assert last["rollout/unscorable"] > 0
     killed = make_bandit(name="killed")
-    killed.score = SlowOnce(1000)
+    killed.reward = arm_reward(SlowOnce(1000))
     for step in range(1, 4):
         killed.step()
         if step == saved_after:
             killed.save()
     again = resumed(make_bandit, "killed")
-    again.score = verifier = SlowOnce(0)
+    verifier = SlowOnce(0)
+    again.reward = arm_reward(verifier)
     while again.trainer.step_count < 3:
         metrics = again.step()
     assert verifier.calls == 0
@@ -68,7 +69,7 @@ def test_a_score_that_depended_on_timing_is_reused_after_a_kill(make_bandit, sav
 
 def test_without_saved_rollouts_that_score_changes_the_weights(make_bandit):
     straight, other = make_bandit(name="straight"), make_bandit(name="other")
-    straight.score, other.score = SlowOnce(1000), SlowOnce(0)
+    straight.reward, other.reward = arm_reward(SlowOnce(1000)), arm_reward(SlowOnce(0))
     straight.step()
     other.step()
     expected = weights_of(straight)
@@ -77,7 +78,7 @@ def test_without_saved_rollouts_that_score_changes_the_weights(make_bandit):
 
 def test_a_saved_rollout_step_loads_unchanged(make_bandit):
     rl = make_bandit(dynamic_sampling=True)
-    rl.score = SlowOnce(1000)
+    rl.reward = arm_reward(SlowOnce(1000))
     rollouts, _ = rl.collect_rollouts()
     assert {r.is_trainable for r in rollouts} == {True, False}, "some groups were replaced"
     stream, group_ids = make_bandit(name="other").stream, GroupIds()
@@ -105,7 +106,7 @@ def test_saved_rollouts_are_deleted_with_a_saved_state_and_after_an_earlier_step
 def test_a_rollout_step_that_failed_the_run_is_scored_again(make_bandit):
     """The run says: fix the verifier, then resume. The scores of the broken one must not come back."""
     rl = make_bandit()
-    rl.score = lambda problem, text: Score(total=0.0, unscorable="verifier died")
+    rl.reward = arm_reward(lambda problem, response: Score(total=0.0, unscorable="verifier died"))
     with pytest.raises(TrainingError, match="fix the verifier, then resume"):
         rl.step()
     repaired = resumed(make_bandit, "run")
@@ -123,7 +124,7 @@ def test_a_rollout_step_without_signal_does_not_overwrite_the_step_before(make_b
     rl = make_bandit(rollout_steps=1)
     rl.step()
     taught = read_rollouts(rl.run.folder, 1)
-    rl.score = lambda problem, text: Score(total=0.0, parts={"accuracy": 0.0, "format": 0.0})
+    rl.reward = arm_reward(lambda problem, response: Score(total=0.0))
     rl.step()
     assert rl.trainer.step_count == 1 and rl.steps_without_signal == 1
     assert read_rollouts(rl.run.folder, 1) == taught
@@ -133,7 +134,7 @@ def test_a_rollout_step_without_signal_does_not_overwrite_the_step_before(make_b
 def test_the_number_of_steps_without_signal_survives_a_resume(make_bandit, tmp_path: Path):
     """The count began anew, so that a run killed now and then never gave up."""
     rl = make_bandit(name="flat")
-    rl.score = lambda problem, text: Score(total=0.0, parts={"accuracy": 0.0, "format": 0.0})
+    rl.reward = arm_reward(lambda problem, response: Score(total=0.0))
     rl.step()
     rl.step()
     rl.save()

@@ -2,11 +2,12 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.rl.bandit import arm_config, arm_score
+from tests.rl.bandit import arm_config, arm_reward, verify_arm
 from thinkstack.rl.config import PRESETS, RLConfig
 from thinkstack.rl.health import early_warnings, health_line
 from thinkstack.rl.rollout_log import read_rollouts, show_group
@@ -117,7 +118,7 @@ def test_the_reference_can_be_another_model(make_bandit):
     rl = make_bandit(loss=PolicyLossConfig(kl=0.01))
     other = make_bandit(seed=3, name="other").trainer.model
     held = RLTrainer(rl.cfg, rl.run, rl.trainer.model, rl.chat, reference=other)
-    held.stream, held.score = rl.stream, rl.score
+    held.stream, held.reward = rl.stream, rl.reward
     assert held.step()["policy/kl_nats"] > 0.01
     assert make_bandit(name="own", loss=PolicyLossConfig(kl=0.01)).step()["policy/kl_nats"] < 1e-6
 
@@ -137,7 +138,7 @@ def test_the_kl_term_holds_the_policy_back(make_bandit):
 def test_a_broken_verifier_fails_the_run(make_bandit):
     """Time-outs of a dead verifier once trained the model to be wrong on purpose."""
     rl = make_bandit()
-    rl.score = lambda problem, text: Score(total=0.0, unscorable="verifier died")
+    rl.reward = arm_reward(lambda problem, response: Score(total=0.0, unscorable="verifier died"))
     with pytest.raises(TrainingError, match="verifier died"):
         rl.step()
 
@@ -145,7 +146,8 @@ def test_a_broken_verifier_fails_the_run(make_bandit):
 def test_a_few_unscorable_completions_are_counted_and_survived(make_bandit):
     rl = make_bandit()
     calls = iter(range(10**6))
-    rl.score = lambda p, t: Score(total=0.0, unscorable="slow") if next(calls) % 16 == 0 else arm_score(p, t)
+    slow = Score(total=0.0, unscorable="slow")
+    rl.reward = arm_reward(lambda p, r: slow if next(calls) % 16 == 0 else verify_arm(p, r))
     assert rl.step()["rollout/unscorable"] == pytest.approx(1 / 16)
 
 
@@ -159,11 +161,11 @@ def test_completions_of_other_weights_are_not_trained_on(make_bandit):
 
 def test_training_and_evaluation_score_by_one_function():
     """Two extractors that drift apart make the reward rise and the benchmark stand still."""
-    from thinkstack.rl import trainer as train_rl
-    from thinkstack.stages import evaluate
+    from thinkstack.evals import runner
+    from thinkstack.rl import rollout
     from thinkstack.tasks.reward import score
 
-    assert train_rl.score is evaluate.score is score
+    assert rollout.score is runner.score is score
 
 
 def test_the_health_line_has_the_most_important_metrics(make_bandit):
@@ -197,12 +199,15 @@ def test_a_healthy_run_is_not_warned_about():
     assert early_warnings([row] * 30) == {} == early_warnings([])
 
 
+R1_PAPER = {"accuracy": 1.0, "format": 1.0}
+
+
 def test_the_paper_preset_is_the_papers():
     from thinkstack.config import build, merge
 
     cfg = build(RLConfig, merge(PRESETS["paper"], {"start": "x", "preset": "paper"}))
     assert (cfg.group_size, cfg.loss.kl, cfg.loss.kl_estimator, cfg.reference_steps) == (16, 0.001, "k3", 400)
-    assert (cfg.advantage, cfg.loss.reduction, cfg.reward.combine) == ("standardized", "sequence", "additive")
+    assert (cfg.advantage, cfg.loss.reduction, cfg.reward.parts) == ("standardized", "sequence", R1_PAPER)
     assert cfg.trainer.bias_speed == 0 and cfg.trainer.mtp_detached
 
 
@@ -230,9 +235,11 @@ def test_a_run_is_evaluated_in_its_own_format(make_bandit, monkeypatch):
     from thinkstack.tasks.reward import RewardConfig
 
     used = []
-    monkeypatch.setattr(train_rl, "evaluate", lambda generate, chat, problems, cfg, reward: used.append((cfg, reward)))
+    monkeypatch.setattr(train_rl, "evaluate", lambda *given: used.append(given))
     monkeypatch.setattr(train_rl, "curve_point", lambda *_: {})
     monkeypatch.setattr(train_rl, "_held_out_level", lambda *_: None)
-    make_bandit(reward=RewardConfig(thinking_format="think_then_answer")).evaluate()
-    ((cfg, reward),) = used
-    assert cfg.thinking_format == reward.keywords["cfg"].thinking_format == "think_then_answer"
+    rl = make_bandit(reward=RewardConfig(thinking_format="think_then_answer"))
+    rl.reward = replace(rl.reward, cfg=rl.cfg.reward)
+    rl.evaluate()
+    ((*_, reward, pool),) = used
+    assert reward is rl.reward and pool is rl.pool and reward.cfg.thinking_format == "think_then_answer"

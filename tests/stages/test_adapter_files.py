@@ -54,7 +54,7 @@ def test_reinforcement_learning_of_adapters_leaves_both_folders(base, tmp_path, 
     settings = {
         "start": str(base), "tasks": ["chain"], "steps": 1, "prompts_per_step": 2, "group_size": 2, "max_tokens": 4,
         "dynamic_sampling": False, "eval_steps": 0, "trainer": LORA | {"optim": {"learning_rate": 1e-2}},
-        "loss": {"kl": 0.1}, "reward": {"combine": "random"},
+        "loss": {"kl": 0.1}, "reward": {"parts": {"random": 1.0}},
     }  # fmt: skip
     train_rl(build(RLConfig, settings), Run(tmp_path))
     assert_folders_agree(base, tmp_path)

@@ -138,7 +138,7 @@ def test_a_resumed_fine_tuning_ends_in_the_same_bytes(start: str, tmp_path: Path
 def test_nothing_left_to_learn_is_an_error_that_says_why(start: str, tmp_path: Path):
     with pytest.raises(ConfigError, match="24 examples are longer than row_tokens=2"):
         sft(config(start, tmp_path, row_tokens=2, held_out=0.0), Run(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"data=\[\] and tasks=\[\]: there is nothing to train on"):
+    with pytest.raises(ConfigError, match=r"data=\[\] and tasks={}: there is nothing to train on"):
         config(start, tmp_path, data=[])
 
 

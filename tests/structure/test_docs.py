@@ -89,6 +89,7 @@ def test_every_recipe_and_setting_that_a_command_names_exists(page, tmp_path):
     for words in commands(page):
         if words[0] not in ("run", "demo"):
             continue
+        words = [word.replace("FOLDER", str(tmp_path)) for word in words]
         settings = [word for word in words if "=" in word and not word.startswith(("-", "stages.zero.reward"))]
         scale = words[words.index("--scale") + 1] if "--scale" in words else ""
         recipe = words[1] if words[0] == "run" else "demo"

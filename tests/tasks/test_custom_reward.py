@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.problems import make_problem, scored
 from thinkstack.config import build
 from thinkstack.pipeline.graph import plan_stages
 from thinkstack.pipeline.recipe import read_recipe
 from thinkstack.tasks.custom_reward import load_reward
-from thinkstack.tasks.reward import RewardConfig, score
-from thinkstack.types import ConfigError, Problem, TrainingError
+from thinkstack.tasks.reward import RewardConfig
+from thinkstack.types import ConfigError
 
 RIGHT = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
 README = Path(__file__).parents[2] / "README.md"
 
 
-def problem() -> Problem:
-    return Problem(question="1+2?", answer="3", task="sums", language="en", level=1, key="k", wording=0)
+SUM = make_problem("1+2?", "3", "sums")
 
 
 def written(tmp_path: Path, code: str) -> str:
@@ -28,8 +28,8 @@ def written(tmp_path: Path, code: str) -> str:
 
 
 def test_a_user_part_is_added_with_its_weight_and_reported_by_name(tmp_path):
-    name = written(tmp_path, "def part(problem, text):\n    return len(problem.answer) / 4\n")
-    found = score(problem(), RIGHT, build(RewardConfig, {"parts": {name: 0.5}}))
+    name = written(tmp_path, "def part(problem, response):\n    return len(problem.answer) / 4\n")
+    found = scored(SUM, RIGHT, parts={"accuracy_if_formatted": 1.0, name: 0.5})
     assert found.total == 1.125 and found.parts[name] == 0.25
 
 
@@ -40,8 +40,8 @@ def test_the_reward_of_the_readme_can_be_named_in_a_recipe(tmp_path):
     load_reward.cache_clear()
     steps = plan_stages(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
     zero = next(step for step in steps if step.name == "zero")
-    assert zero.config.reward.parts == {f"{path}:short": 1.0}
-    assert score(problem(), RIGHT, zero.config.reward).parts[f"{path}:short"] == 1.0
+    assert zero.config.reward.parts == {"accuracy_if_formatted": 1.0, f"{path}:short": 1.0}
+    assert scored(SUM, RIGHT, parts=zero.config.reward.parts).parts[f"{path}:short"] == 1.0
     path.write_text(code + "\n# changed\n")
     again = plan_stages(read_recipe("demo", "smoke", (f"stages.zero.reward={path}:short",)), tmp_path)
     assert next(step for step in again if step.name == "zero").fingerprint != zero.fingerprint
@@ -50,7 +50,7 @@ def test_the_reward_of_the_readme_can_be_named_in_a_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("def other(problem, text):\n    return 1\n", "has no function part; it has other"),
+        ("def other(problem, response):\n    return 1\n", "has no function part; it has other"),
         ("import nothing_of_that_name\n", "importing .* failed .ModuleNotFoundError"),
         ("def part(:\n", "importing .* failed .SyntaxError"),
         ("part = 3\n", "has no function part"),
@@ -69,7 +69,9 @@ def test_a_name_that_is_not_a_function_in_a_file_is_refused(name):
 
 
 @pytest.mark.parametrize("value", ["None", "'1'", "float('nan')", "float('inf')", "1 / 0", "[1]"])
-def test_a_part_that_returns_no_number_raises_with_its_name(tmp_path, value):
-    name = written(tmp_path, f"def part(problem, text):\n    return {value}\n")
-    with pytest.raises(TrainingError, match=r"mine\.py:part"):
-        score(problem(), RIGHT, RewardConfig(parts={name: 1.0}))
+def test_a_response_without_a_number_is_unscorable_with_the_name_of_the_part(tmp_path, value):
+    name = written(tmp_path, f"def part(problem, response):\n    return {value}\n")
+    reason = scored(SUM, RIGHT, parts={name: 1.0}).unscorable or ""
+    assert reason.startswith(f"{name}: ") and (
+        "not a finite number" in reason or "ZeroDivisionError in line 2" in reason
+    )

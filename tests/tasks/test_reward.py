@@ -5,13 +5,21 @@ from dataclasses import replace
 
 import pytest
 
-from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS, RewardConfig, accuracy_reward, format_reward, score
+from tests.problems import make_problem, scored
+from thinkstack.config import build
+from thinkstack.rl.config import RLConfig
+from thinkstack.tasks.reward import RewardConfig
+from thinkstack.tasks.task import MAX_ANSWER_CHARACTERS
 from thinkstack.tasks.verify.answers import is_correct, normalize, same_choice, same_numbers
-from thinkstack.types import ConfigError, Problem
+from thinkstack.types import ConfigError
 
-FOUR = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)
+FOUR = make_problem()
 RIGHT, WRONG = "<think>2+2=4</think><answer>4</answer>", "<think>2+2=5</think><answer>5</answer>"
 BARE = "<answer>4</answer>"
+
+
+def accuracy(problem, text, thinking_format="think_answer_tags"):
+    return scored(problem, text, thinking_format=thinking_format).parts["accuracy"]
 
 
 @pytest.mark.parametrize("answer", ["4", " 4 ", "4.", "+4", "04", "４", "4。"])
@@ -81,23 +89,23 @@ def test_the_reference_comes_first():
 
 def test_accuracy_reads_the_answer_block_only():
     """A number in the thinking, or elsewhere in the text, earns no reward."""
-    assert accuracy_reward(FOUR, RIGHT) == 1.0
-    assert accuracy_reward(FOUR, BARE) == 1.0
-    assert accuracy_reward(FOUR, "<think>4</think>") == 0.0
-    assert accuracy_reward(FOUR, "<think>4</think><answer>5</answer>") == 0.0
-    assert accuracy_reward(FOUR, "4") == 0.0
+    assert accuracy(FOUR, RIGHT) == 1.0
+    assert accuracy(FOUR, BARE) == 1.0
+    assert accuracy(FOUR, "<think>4</think>") == 0.0
+    assert accuracy(FOUR, "<think>4</think><answer>5</answer>") == 0.0
+    assert accuracy(FOUR, "4") == 0.0
 
 
 def test_two_answers_count_as_none():
     """Listing every candidate earns no reward."""
-    assert accuracy_reward(FOUR, "<think>x</think><answer>4</answer><answer>5</answer>") == 0.0
-    assert accuracy_reward(FOUR, "<think>x</think><answer>4 5</answer>") == 0.0
+    assert accuracy(FOUR, "<think>x</think><answer>4</answer><answer>5</answer>") == 0.0
+    assert accuracy(FOUR, "<think>x</think><answer>4 5</answer>") == 0.0
 
 
 def test_a_long_answer_counts_as_none():
     padded = "0" * MAX_ANSWER_CHARACTERS + "4"
-    assert accuracy_reward(FOUR, f"<think>x</think><answer>{padded}</answer>") == 0.0
-    assert accuracy_reward(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
+    assert accuracy(FOUR, f"<think>x</think><answer>{padded}</answer>") == 0.0
+    assert accuracy(FOUR, f"<think>x</think><answer>{padded[1:]}</answer>") == 1.0
 
 
 def test_the_length_limit_applies_to_the_answer_and_not_to_the_text_around_it():
@@ -105,71 +113,83 @@ def test_the_length_limit_applies_to_the_answer_and_not_to_the_text_around_it():
     prose = "The ducks lay 16 eggs. She eats 3 and bakes with 4, so that 9 are left, at 2 dollars each. " * 3
     ducks = replace(FOUR, answer="18", task="gsm8k")
     for thinking_format, opening in (("think_then_answer", "<think>\n9*2=18\n</think>\n\n"), ("flexible_extract", "")):
-        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", thinking_format) == 1.0
-        assert accuracy_reward(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", thinking_format) == 0.0
-        assert accuracy_reward(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", thinking_format) == 0.0
-        assert (
-            accuracy_reward(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", thinking_format)
-            == 0.0
-        )
-    assert accuracy_reward(ducks, f"<think>x</think><answer>{prose}\\boxed{{18}}</answer>") == 0.0
+        assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{18}}", thinking_format) == 1.0
+        assert accuracy(ducks, f"{opening}{prose}**Answer:** \\boxed{{9}}", thinking_format) == 0.0
+        assert accuracy(ducks, f"{opening}{prose}\\boxed{{18}} or \\boxed{{9}}", thinking_format) == 0.0
+        assert accuracy(ducks, f"{opening}{prose}\\boxed{{{'0' * MAX_ANSWER_CHARACTERS}18}}", thinking_format) == 0.0
+    assert accuracy(ducks, f"<think>x</think><answer>{prose}\\boxed{{18}}</answer>") == 0.0
 
 
 def test_answers_of_stock_models_are_verified_by_their_task():
     ducks, kin = replace(FOUR, answer="22", task="gsm8k"), replace(FOUR, answer="uncle", task="kin")
     for text in ("#### 22", "The answer is 22", "She has $22.", "4 + 18 = 22", "**Answer:** 22 dollars"):
-        assert score(ducks, text, RewardConfig(thinking_format="flexible_extract")).total == 1.0
-        assert score(ducks, text, RewardConfig()).total == 0.0
-    assert accuracy_reward(kin, "He is the brother, so the answer is **uncle**.", "flexible_extract") == 1.0
+        assert scored(ducks, text, thinking_format="flexible_extract").total == 1.0
+        assert scored(ducks, text).total == 0.0
+    assert accuracy(kin, "He is the brother, so the answer is **uncle**.", "flexible_extract") == 1.0
 
 
 def test_a_long_reference_allows_a_long_answer():
     rows = replace(FOUR, answer="12 " * 40 + "7", task="grid")
-    assert accuracy_reward(rows, f"<think>x</think><answer>{rows.answer}</answer>") == 1.0
-    assert accuracy_reward(rows, f"<think>x</think><answer>{rows.answer} {rows.answer}</answer>") == 0.0
+    assert accuracy(rows, f"<think>x</think><answer>{rows.answer}</answer>") == 1.0
+    assert accuracy(rows, f"<think>x</think><answer>{rows.answer} {rows.answer}</answer>") == 0.0
 
 
 def test_the_tasks_verifier_decides():
     made = replace(FOUR, answer="-3, -2", task="quadratic")
-    assert accuracy_reward(made, "<think>x</think><answer>x=-2 or x=-3</answer>") == 1.0
-    assert accuracy_reward(made, "<think>x</think><answer>-3</answer>") == 0.0
-    assert accuracy_reward(replace(made, task="chain"), "<think>x</think><answer>x=-2 or x=-3</answer>") == 0.0
+    assert accuracy(made, "<think>x</think><answer>x=-2 or x=-3</answer>") == 1.0
+    assert accuracy(made, "<think>x</think><answer>-3</answer>") == 0.0
+    assert accuracy(replace(made, task="chain"), "<think>x</think><answer>x=-2 or x=-3</answer>") == 0.0
 
 
 def test_the_questions_own_text_is_not_an_answer():
     """Copying the prompt or the reference outside the tags earns no reward."""
-    assert accuracy_reward(FOUR, f"{FOUR.question} {FOUR.answer}") == 0.0
+    assert accuracy(FOUR, f"{FOUR.question} {FOUR.answer}") == 0.0
 
 
 @pytest.mark.parametrize(
-    ("combine", "right", "bare", "wrong"),
-    [("gated", 1.0, 0.0, 0.0), ("additive", 1.5, 1.0, 0.5), ("format_only", 1.0, 0.0, 1.0)],
+    ("parts", "right", "bare", "wrong"),
+    [
+        ({"accuracy_if_formatted": 1.0}, 1.0, 0.0, 0.0),
+        ({"accuracy": 1.0, "format": 0.5}, 1.5, 1.0, 0.5),
+        ({"accuracy": 1.0, "format": 1.0}, 2.0, 1.0, 1.0),
+        ({"format": 1.0}, 1.0, 0.0, 1.0),
+    ],
 )
-def test_how_accuracy_and_format_are_combined(combine, right, bare, wrong):
-    """By default the format only gates accuracy; an additive bonus rewards the format without a correct answer."""
-    cfg = RewardConfig(combine=combine, format_weight=0.5)
-    assert [score(FOUR, text, cfg).total for text in (RIGHT, BARE, WRONG)] == [right, bare, wrong]
+def test_the_reward_is_the_weighted_sum_of_its_parts(parts, right, bare, wrong):
+    assert [scored(FOUR, text, parts=parts).total for text in (RIGHT, BARE, WRONG)] == [right, bare, wrong]
 
 
-def test_the_format_is_not_additive_by_default():
-    assert RewardConfig().combine == "gated"
+def test_the_format_alone_earns_nothing_by_default():
+    """An additive format reward is paid for wrong answers."""
+    assert RewardConfig().parts == {"accuracy_if_formatted": 1.0}
 
 
-def test_parts_are_reported_whatever_the_combination():
-    for combine in ("gated", "additive", "format_only", "random"):
-        parts = score(FOUR, WRONG, RewardConfig(combine=combine)).parts
-        assert parts == {"accuracy": 0.0, "format": 1.0}
-    assert format_reward(BARE) == 0.0
+def test_the_parts_of_a_stage_replace_the_default():
+    cfg = build(RLConfig, {"start": "x", "reward": {"parts": {"format": 1.0}}})
+    assert cfg.reward == RewardConfig(parts={"format": 1.0})
+
+
+def test_accuracy_and_format_are_reported_whatever_the_parts():
+    for name in ("accuracy_if_formatted", "accuracy", "format"):
+        assert scored(FOUR, WRONG, parts={name: 1.0}).parts == {"accuracy": 0.0, "format": 1.0}
+    assert scored(FOUR, BARE).parts["format"] == 0.0
 
 
 def test_the_random_control_is_a_fair_coin_independent_of_correctness():
-    cfg = RewardConfig(combine="random")
     texts = [f"<think>{index}</think><answer>4</answer>" for index in range(1000)]
-    totals = [score(FOUR, text, cfg).total for text in texts]
+    totals = [scored(FOUR, text, parts={"random": 1.0}).total for text in texts]
     assert sum(totals) / 1000 == pytest.approx(0.5, abs=0.05)
-    assert totals == [score(FOUR, text, cfg).total for text in texts]
+    assert totals == [scored(FOUR, text, parts={"random": 1.0}).total for text in texts]
 
 
-def test_a_negative_format_weight_is_refused():
-    with pytest.raises(ConfigError, match="punish"):
-        RewardConfig(format_weight=-0.1)
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"format": -0.1}, "would punish what format rewards"),
+        ({"acuracy": 1.0}, "unknown part reward.parts.'acuracy'; did you mean accuracy"),
+        ({}, "has no part; choose from accuracy, format"),
+    ],
+)
+def test_parts_that_make_no_reward_are_refused(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        RewardConfig(parts=parts)

@@ -4,19 +4,20 @@ import pytest
 
 from thinkstack.text.chat import chat_format
 from thinkstack.text.final_answer import EXTRACTION_RULES
-from thinkstack.text.parse import Turn, parse_message, parse_tool_calls, parse_turn, split_thinking
+from thinkstack.text.parse import parse_message, parse_response, parse_tool_calls, parse_turn, split_thinking
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
-from thinkstack.types import Message, ToolCall
+from thinkstack.types import Completion, Message, Response, ToolCall
 
 GOOD = "<think>\n1+2=3\n</think>\n<answer>3</answer>"
 
 
 def test_a_well_formed_turn():
-    assert parse_turn(GOOD) == Turn("1+2=3", "3", True)
+    assert parse_turn(GOOD) == Response(text=GOOD, thinking="1+2=3", answer="3", is_well_formed=True)
 
 
 def test_outer_white_space_is_allowed():
-    assert parse_turn(f"\n {GOOD} \n") == Turn("1+2=3", "3", True)
+    found = parse_turn(f"\n {GOOD} \n")
+    assert (found.thinking, found.answer, found.is_well_formed) == ("1+2=3", "3", True)
 
 
 @pytest.mark.parametrize(
@@ -241,3 +242,35 @@ def test_trained_turns_parse_back_to_their_messages(name):
         parse_message(chat.text_of([token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]))
         == visible_text
     )
+
+
+class Echo:
+    """A chat format that reads a completion as this text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def text_of(self, token_ids):
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("thinking_format", "text", "expected"),
+    [
+        ("think_then_answer", "<think>\n1+2=3\n</think>\n\nThe answer is \\boxed{3} and", False),
+        ("flexible_extract", "The answer is 3", False),
+        ("think_answer_tags", GOOD, True),
+    ],
+)
+def test_a_truncated_turn_is_not_well_formed_unless_its_closing_tag_is_there(thinking_format, text, expected):
+    """Regression: a truncated turn earned the format reward in training and not in evaluation."""
+    parts = {"token_ids": (1,), "logprobs": (0.0,), "weights_version": 0}
+    cut_off = parse_response(Echo(text), Completion(finish_reason="length", **parts), thinking_format)
+    assert (cut_off.is_truncated, cut_off.is_well_formed, cut_off.answer) == (True, expected, "3")
+    assert parse_response(Echo(text), Completion(finish_reason="stop", **parts), thinking_format).is_well_formed
+
+
+def test_a_response_has_the_tool_calls_of_its_turn():
+    turn = f"<think>\nlook it up\n</think>\n\n{OPEN}{NEW}{SHUT}"
+    assert parse_turn(turn, "think_then_answer").tool_calls == CALLS
+    assert parse_turn(GOOD).tool_calls == ()

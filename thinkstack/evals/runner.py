@@ -9,58 +9,47 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from thinkstack.config import Count, Seed, Share, Temperature
 from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, summarize
-from thinkstack.tasks import table
-from thinkstack.tasks.benchmarks.datasets import DatasetStream
-from thinkstack.tasks.mixture import load_split
+from thinkstack.tasks.puzzles.generated import alternate
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.reward import extract_answer
+from thinkstack.tasks.reward import Reward, score
+from thinkstack.tasks.table import generated_tasks, make_tasks
+from thinkstack.tasks.task import Task, TaskConfig, default_tasks, encode_prompt, final_answer
 from thinkstack.tasks.verify.answers import normalize
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.parse import ThinkingFormat, parse_turn
-from thinkstack.types import Completion, ConfigError, Message, Problem, SamplingParams, Score
+from thinkstack.text.parse import ThinkingFormat, parse_response
+from thinkstack.types import Completion, ConfigError, Problem, Response, SamplingParams, Score
 
 log = logging.getLogger(__name__)
 Generate = Callable[[Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[Completion]]]
 """Interface of Engine.generate: (prompts, sampling parameters) -> n completions for each prompt."""
-ScoreFunction = Callable[[Problem, str], Score]
-"""Scores one turn; parts["accuracy"] is 1 for a correct answer, parts["format"] is 1 for a well-formed turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Problems and sampling parameters of an evaluation."""
 
-    num_problems: int = 200
-    """Number of held-out problems of the puzzle tasks together, and of each benchmark."""
-    samples: int = 16
-    """Number of sampled completions per problem."""
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy decoding and requires samples=1."""
-    top_p: float = 1.0
-    """Nucleus sampling: sample from the smallest set of tokens with at least this probability; 1 turns it off."""
-    max_tokens: int = 128
-    """Maximum tokens per completion; completions that reach it count as truncated."""
-    seed: int = 0
+    tasks: dict[str, TaskConfig] = field(default_factory=default_tasks)
+    """Tasks to evaluate on, by name; the problems are those of the test split."""
+    num_problems: Count = 200
+    """Number of held-out problems: of the generated tasks together, and of each data set."""
+    samples: Count = 16
+    """Number of completions sampled per problem."""
+    temperature: Temperature = 1.0
+    """Sampling temperature; 0 is greedy decoding and requires samples=1."""
+    top_p: Share = 1.0
+    """Nucleus sampling: sample from the smallest set of tokens with at least this total probability; 1 is off."""
+    max_tokens: Count = 128
+    """Maximum number of tokens of a completion; completions that reach it count as truncated."""
+    seed: Seed = 0
     """Seed of the problems and of sampling."""
-    tasks: tuple[str, ...]
-    """Names of puzzle tasks in tasks/table.py."""
-    levels: tuple[int, ...] | None = None
-    """Allowed levels; None uses all levels of each task."""
-    thinking_format: ThinkingFormat = "think_answer_tags"
-    """The expected format of a turn (text/parse.py)."""
-    unseen_wordings: bool = False
-    """Use the wordings that training never uses."""
-    languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty uses all languages."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Folders of benchmarks by name (tasks/table.py); num_problems problems of each are added."""
 
     def __post_init__(self) -> None:
+        make_tasks(self.tasks)
         if self.num_problems < 1 or self.samples < 1:
             raise ConfigError(f"num_problems={self.num_problems} and samples={self.samples} must be at least 1")
-        if not self.tasks and not self.files:
-            raise ConfigError("an evaluation needs at least one task or benchmark; set tasks or files")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(
                 f"samples={self.samples} with temperature=0 gives the same completion every time; use samples=1"
@@ -77,12 +66,12 @@ UNREAD_ADVICE: dict[ThinkingFormat, str] = {
 
 def held_out_problems(cfg: EvalConfig) -> list[Problem]:
     """Return the test problems of cfg, deterministically; the training split contains none of them."""
-    found: list[Problem] = []
-    if cfg.tasks:
-        filters = (cfg.levels, cfg.unseen_wordings, cfg.languages)
-        found = table.problems(table.puzzle_tasks(cfg.tasks), "test", cfg.seed, cfg.num_problems, *filters)
-    for name, folder in cfg.files.items():
-        found += DatasetStream(load_split(name, folder, "test"), cfg.seed).take(cfg.num_problems)
+    tasks = make_tasks(cfg.tasks)
+    generated = generated_tasks(tasks)
+    found = alternate(generated, "test", cfg.seed).take(cfg.num_problems) if generated else []
+    for task in tasks.values():
+        if task not in generated:
+            found += task.problems("test", cfg.seed).take(cfg.num_problems)
     return found
 
 
@@ -91,16 +80,24 @@ def evaluate(
     chat: ChatFormat,
     problems: Sequence[Problem],
     cfg: EvalConfig,
-    score: ScoreFunction,
+    reward: Reward,
+    pool: VerifierPool,
 ) -> Evaluation:
-    """Sample cfg.samples completions for each problem and compute all metrics.
+    """Sample completions for each problem and compute all metrics.
 
-    problems: from `held_out_problems`, or any other problems; cfg has the sampling parameters. score: the reward
-    function of training.
+    problems: from `held_out_problems`, or any other problems of the reward's tasks; cfg has the sampling parameters.
+    reward: the reward function of training. pool: runs verifiers that may hang.
     """
     started = time.perf_counter()
-    prompts = [chat.prompt([Message(role="user", content=problem.question)]) for problem in problems]
-    completions = engine_generate(prompts, [sampling_params_for(problem, chat, cfg) for problem in problems])
+    tasks = [reward.tasks[problem.task] for problem in problems]
+    prompts = [encode_prompt(chat, task, problem) for task, problem in zip(tasks, problems, strict=True)]
+    sampling = [sampling_params_for(problem, task, chat, cfg) for task, problem in zip(tasks, problems, strict=True)]
+    responses = [
+        [parse_response(chat, completion, reward.cfg.thinking_format) for completion in completions]
+        for completions in engine_generate(prompts, sampling)
+    ]
+    pairs = [(problem, one) for problem, samples in zip(problems, responses, strict=True) for one in samples]
+    scores = iter(score(pairs, reward, pool))
     records = [
         ProblemRecord(
             key=problem.key,
@@ -110,13 +107,11 @@ def evaluate(
             wording=problem.wording,
             question=problem.question,
             reference=problem.answer,
-            answers=tuple(
-                grade_completion(problem, completion, chat, score, cfg.thinking_format) for completion in samples
-            ),
+            answers=tuple(record_answer(task, problem, response, next(scores)) for response in samples),
         )
-        for problem, samples in zip(problems, completions, strict=True)
+        for task, problem, samples in zip(tasks, problems, responses, strict=True)
     ]
-    chance = {name: table.puzzle_tasks([name])[0].chance for name in cfg.tasks}
+    chance = {name: task.chance for name, task in reward.tasks.items() if task.chance is not None}
     return summarize(records, time.perf_counter() - started, chance)
 
 
@@ -132,7 +127,7 @@ def warn_if_no_answer_read(found: Evaluation, thinking_format: ThinkingFormat) -
         )
 
 
-def sampling_params_for(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> SamplingParams:
+def sampling_params_for(problem: Problem, task: Task, chat: ChatFormat, cfg: EvalConfig) -> SamplingParams:
     """Return the sampling parameters for `problem`; the seed depends on the problem, not on its list position."""
     return SamplingParams(
         temperature=cfg.temperature,
@@ -140,45 +135,22 @@ def sampling_params_for(problem: Problem, chat: ChatFormat, cfg: EvalConfig) -> 
         max_tokens=cfg.max_tokens,
         stop_token_ids=chat.stop_token_ids,
         seed=digest("evaluation", cfg.seed, problem.key, problem.language, problem.wording),
-        n=cfg.samples,
+        n=cfg.samples if cfg.temperature == 0 else task.num_samples or cfg.samples,
     )
 
 
-def grade_completion(
-    problem: Problem,
-    completion: Completion,
-    chat: ChatFormat,
-    score: ScoreFunction,
-    thinking_format: ThinkingFormat = "think_answer_tags",
-) -> AnswerRecord:
-    """Parse and score one completion. `correct` means accuracy 1, independent of the format.
-
-    A truncated turn is not well-formed, except with thinking_format="think_answer_tags", for which the parser requires
-    the closing tag.
-    """
-    text, is_truncated = chat.text_of(completion.token_ids), completion.finish_reason == "length"
-    turn, scored, answer = (
-        parse_turn(text, thinking_format),
-        score(problem, text),
-        extract_answer(problem, text, thinking_format),
-    )
+def record_answer(task: Task, problem: Problem, response: Response, found: Score) -> AnswerRecord:
+    """Return the record of one response. `correct` means accuracy 1, independent of the format."""
+    assert response.completion is not None, "an evaluation samples its responses"
+    answer = final_answer(problem, response)
     return AnswerRecord(
-        text=text,
+        text=response.text,
         answer=None if answer is None else normalize(answer),
-        rule=None if answer is None else turn.rule,
-        correct=None if scored.unscorable is not None else scored.parts["accuracy"] == 1.0,
-        well_formed=turn.is_well_formed and not (is_truncated and thinking_format != "think_answer_tags"),
-        worked=is_worked(problem, turn.thinking),
-        truncated=is_truncated,
-        num_tokens=len(completion.token_ids),
+        rule=None if answer is None else response.rule,
+        correct=None if found.unscorable is not None else found.parts["accuracy"] == 1.0,
+        unscorable=found.unscorable,
+        well_formed=response.is_well_formed,
+        measures=dict(task.measures(problem, response)),
+        truncated=response.is_truncated,
+        num_tokens=len(response.completion.token_ids),
     )
-
-
-def is_worked(problem: Problem, thinking: str) -> bool:
-    """Whether the thinking contains worked steps: at least max(1, level - 1) of its lines contain "=" or ">".
-
-    A worked solution has one step per line, "... = result" or "...>result", and the level is the number of steps. One
-    step may be missing, since the last step may be the answer itself; lines without a step do not count.
-    """
-    steps = sum("=" in line or ">" in line for line in thinking.split("\n"))
-    return steps >= max(1, problem.level - 1)

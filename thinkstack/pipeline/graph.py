@@ -25,6 +25,7 @@ from thinkstack.stages.pretrain import PretrainConfig, pretrain
 from thinkstack.stages.report import ReportConfig, report
 from thinkstack.stages.rl import train_rl
 from thinkstack.stages.sft import SftConfig, sft
+from thinkstack.tasks.reward import RewardConfig
 from thinkstack.types import ConfigError
 
 STAGES: dict[str, tuple[type, Callable[[Any, Run], None]]] = {
@@ -179,7 +180,7 @@ def build_config(tree: Tree, name: str) -> tuple[str, Any]:
     if kind == "rl" and preset in PRESETS:
         values = merge(PRESETS[preset], values)
     if isinstance(values.get("reward"), str):
-        values["reward"] = {"parts": {values["reward"]: 1.0}}
+        values["reward"] = {"parts": RewardConfig().parts | {values["reward"]: 1.0}}
     return kind, build(config_type, values, f"stages.{name}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
-from thinkstack.config import Input, Tree, did_you_mean, dump, map_inputs, override
+from thinkstack.config import Input, Tree, build, dump, map_inputs, override
 from thinkstack.evals.report import markdown_table, setting_line, table_rows
 from thinkstack.files import matching_files, read_object
 from thinkstack.kernels import choice
@@ -25,9 +25,8 @@ from thinkstack.pipeline.graph import STAGES, StageRun, ancestors, plan_stages
 from thinkstack.stages.evaluate import SAMPLED, read_evaluation
 from thinkstack.stages.summary import summarize
 from thinkstack.stopping import StopRequest, stopping_on_signals
-from thinkstack.tasks.benchmarks import reasoning_gym as gym
-from thinkstack.tasks.benchmarks.datasets import split_file
-from thinkstack.tasks.table import BENCHMARKS, TASKS
+from thinkstack.tasks.table import BENCHMARKS, make_task
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
@@ -152,9 +151,9 @@ def check_inputs(stages: Sequence[StageRun], folders: Sequence[Path]) -> None:
     for stage in stages:
         try:
             map_inputs(stage.config, check)
-            for name, folder in getattr(stage.config, "files", {}).items():
+            for name, row in getattr(stage.config, "tasks", {}).items():
                 for split in ("test",) if stage.kind == "evaluate" else ("train", "test"):
-                    split_file(folder, split, BENCHMARKS[name].SOURCE)
+                    make_task(name, row).check_files(split)
         except ConfigError as error:
             raise ConfigError(f"stages.{stage.name}: {error}") from error
 
@@ -189,17 +188,17 @@ def run_single(kind: str, values: Tree, settings: Sequence[str], out: Path) -> N
     run_recipe(tree, out)
 
 
-def run_evaluation(model: str, task: str, data: str, values: Tree, out: Path | None) -> None:
-    """Evaluate a checkpoint on one task and print the results. out: None derives it from checkpoint and settings."""
-    if task not in BENCHMARKS and not task.startswith(gym.PREFIX):
-        if task not in TASKS:
-            raise ConfigError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
-        if data:
-            raise ConfigError(f"--data {data}: the task {task} is generated and reads no files; leave it out")
-    tasks: Tree = {"files": {task: data or f"data/{task}"}, "tasks": []} if task in BENCHMARKS else {"tasks": [task]}
+def run_evaluation(model: str, task: str, row: Tree, values: Tree, out: Path | None) -> None:
+    """Evaluate a checkpoint on one task and print the results.
+
+    row: settings of the task (TaskConfig); without `data`, a benchmark's folder is data/TASK. out: None derives it from
+    checkpoint and settings."""
+    if task in BENCHMARKS and not row["data"]:
+        row = row | {"data": f"data/{task}"}
+    make_task(task, build(TaskConfig, row, f"tasks.{task}"))  # refuse its settings before the checkpoint is opened
     if values["max_tokens"] is None:
         values = values | {"max_tokens": min(MAX_TOKENS, open_source(model).cfg.max_positions // 2)}
-    values = {"start": model} | tasks | values
+    values = {"start": model, "tasks": {task: row}} | values
     if out is None:
         name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
         path = locate(model)

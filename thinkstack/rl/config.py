@@ -11,9 +11,9 @@ from thinkstack.config import Count, CountOrZero, ModelInput, Seed, Share, Weigh
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.models.precision import Quantization, RequestedPrecision
 from thinkstack.rl.critic import CriticConfig
-from thinkstack.tasks.mixture import PhaseConfig, check_phases
+from thinkstack.tasks.mixture import PhaseConfig, check_mixture
 from thinkstack.tasks.reward import RewardConfig
-from thinkstack.tasks.table import puzzle_tasks
+from thinkstack.tasks.task import TaskConfig, default_tasks
 from thinkstack.train.policy_loss import PolicyLossConfig
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "kl_estimator": "k3",
             "importance_cap": 0.0,
         },
-        "reward": {"combine": "additive"},
+        "reward": {"parts": {"accuracy": 1.0, "format": 1.0}},
         "dynamic_sampling": False,
         "reference_steps": 400,
     },
@@ -93,15 +93,10 @@ class RLConfig:
     """Checkpoint of the reference model, or the stage that writes it; empty: start. Only with a KL term."""
     preset: Preset = "default"
     """Name of the algorithm whose defaults apply (PRESETS); the settings in DEFINING cannot be overridden."""
-    tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Tasks of evaluations during training, and of training if `phases` is empty."""
+    tasks: dict[str, TaskConfig] = field(default_factory=default_tasks)
+    """Tasks of training and of evaluations during training, by name."""
     phases: tuple[PhaseConfig, ...] = ()
     """Curriculum: the tasks of each part of the run; empty: train on all tasks for the entire run."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Published data sets for training and evaluation (tasks/table.py), with the folder that contains the files of the
-    splits of each."""
-    languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty: all languages."""
     held_out_levels: tuple[int, ...] = ()
     """Difficulty levels excluded from training."""
     steps: Count = 100
@@ -174,18 +169,7 @@ class RLConfig:
         for name in ("steps", "prompts_per_step", "group_size", "minibatches", "max_tokens", "max_rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        puzzle_tasks(self.tasks)
-        if self.phases:
-            check_phases(self.phases, self.files)
-            if self.held_out_levels:
-                raise ConfigError(
-                    f"held_out_levels={list(self.held_out_levels)} has no effect with phases; set "
-                    "the levels in phases for each task"
-                )
-        elif self.files:
-            raise ConfigError(
-                f"files={self.files} has no effect without phases; set phases, with the weight of each task"
-            )
+        check_mixture(self.tasks, self.phases, self.held_out_levels)
         if self.top_p != 1:
             raise ConfigError(
                 f"top_p={self.top_p}: training rollouts must be sampled from the full distribution, or the engine's "

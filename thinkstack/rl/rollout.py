@@ -4,26 +4,22 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from thinkstack.engine.interface import AnyEngine
-from thinkstack.evals.runner import ScoreFunction
 from thinkstack.rl.config import RLConfig
+from thinkstack.tasks.mixture import Stream
 from thinkstack.tasks.puzzles.puzzle import digest
+from thinkstack.tasks.reward import Reward, score
+from thinkstack.tasks.task import encode_prompt
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.chat import ChatFormat
-from thinkstack.types import Message, Problem, Rollout, SamplingParams
+from thinkstack.text.parse import parse_response
+from thinkstack.types import Problem, Rollout, SamplingParams
 
 log = logging.getLogger(__name__)
 
 REWARD_TOLERANCE = 1e-6
 """Rewards that differ from their mean by at most this count as equal."""
-
-
-class Problems(Protocol):
-    """A source of training problems, such as tasks/table.ProblemStream."""
-
-    def take(self, count: int) -> list[Problem]:
-        """The next `count` problems."""
 
 
 @dataclass
@@ -52,8 +48,9 @@ class RolloutStep:
 def collect_rollouts(
     engine: AnyEngine,
     chat: ChatFormat,
-    score: ScoreFunction,
-    problems: Problems,
+    reward: Reward,
+    pool: VerifierPool,
+    problems: Stream,
     group_ids: GroupIds,
     cfg: RLConfig,
 ) -> RolloutStep:
@@ -66,12 +63,13 @@ def collect_rollouts(
     num_missing, num_rounds, num_prompts_too_long = cfg.prompts_per_step, 0, 0
     while num_missing and num_rounds < (cfg.max_rounds if cfg.dynamic_sampling else 1):
         num_rounds += 1
-        prompts = [(problem, encode_prompt(chat, problem)) for problem in problems.take(num_missing)]
+        taken = problems.take(num_missing)
+        prompts = [(problem, encode_prompt(chat, reward.tasks[problem.task], problem)) for problem in taken]
         fitting = [
             (problem, prompt) for problem, prompt in prompts if len(prompt) + cfg.max_tokens <= engine.max_model_len
         ]
         num_prompts_too_long += len(prompts) - len(fitting)
-        sampled = [score_rollout(r, chat, score) for r in sample_groups(engine, chat, fitting, group_ids, cfg)]
+        sampled = score_rollouts(sample_groups(engine, chat, fitting, group_ids, cfg), chat, reward, pool)
         for group in by_group(sampled):
             is_trainable = not cfg.dynamic_sampling or is_mixed(group)
             rollouts += [replace(rollout, is_trainable=is_trainable) for rollout in group]
@@ -79,11 +77,6 @@ def collect_rollouts(
     if not any(rollout.is_trainable for rollout in rollouts):
         log.warning("all groups of %d sampling rounds had zero variance; the step has no training data", num_rounds)
     return RolloutStep(rollouts=rollouts, num_rounds=num_rounds, num_prompts_too_long=num_prompts_too_long)
-
-
-def encode_prompt(chat: ChatFormat, problem: Problem) -> tuple[int, ...]:
-    """The prompt token ids of a problem."""
-    return tuple(chat.prompt([Message(role="user", content=problem.question)]))
 
 
 def sample_groups(
@@ -110,9 +103,10 @@ def sample_groups(
     ]
 
 
-def score_rollout(rollout: Rollout, chat: ChatFormat, score: ScoreFunction) -> Rollout:
-    """The rollout with the score of its text."""
-    return replace(rollout, score=score(rollout.problem, chat.text_of(rollout.completion.token_ids)))
+def score_rollouts(rollouts: Sequence[Rollout], chat: ChatFormat, reward: Reward, pool: VerifierPool) -> list[Rollout]:
+    """The rollouts with their scores."""
+    pairs = [(r.problem, parse_response(chat, r.completion, reward.cfg.thinking_format)) for r in rollouts]
+    return [replace(r, score=found) for r, found in zip(rollouts, score(pairs, reward, pool), strict=True)]
 
 
 def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from thinkstack.files import read_rows
@@ -17,6 +18,7 @@ from thinkstack.text.chat import ChatFormat
 from thinkstack.types import Completion, ConfigError, GivenTokens, Problem, Rollout, Score
 
 FOLDER = "rollouts"
+PROBLEM = TypeAdapter(Problem)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -59,7 +61,7 @@ def groups_to_dicts(
     for index, rollout in enumerate(rollouts):
         head = {
             "group_id": rollout.group_id,
-            "problem": vars(rollout.problem),
+            "problem": PROBLEM.dump_python(rollout.problem, mode="json", exclude_defaults=True),
             "prompt_token_ids": rollout.prompt_token_ids,
             "is_trainable": rollout.is_trainable,
             "completions": [],
@@ -112,7 +114,7 @@ def segment_from_dict(row: dict[str, Any]) -> Completion | GivenTokens:
 
 def group_from_dict(group: dict[str, Any]) -> list[Rollout]:
     """The rollouts of a group; the inverse of `groups_to_dicts`."""
-    problem = Problem(**group["problem"])
+    problem = PROBLEM.validate_python(group["problem"])
     return [
         Rollout(
             problem=problem,
@@ -150,19 +152,19 @@ def read_rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
         logged += f"; did you mean {' or '.join(nearby)}?" if nearby and not steps else ""
         raise ConfigError(f"{folder} has no rollouts of step {step}; logged steps: {logged}")
     groups = read_lines(path)
-    if any("completions" not in group for group in groups):
-        raise ConfigError(f"{path} has the format of an older version; read it with commit 60e1456 of thinkstack")
+    if any("messages" not in group["problem"] for group in groups):
+        raise ConfigError(f"{path} has the format of an older version; read it with commit 46a34e5 of thinkstack")
     return groups
 
 
 def show_group(group: dict[str, Any], width: int) -> str:
     """One group as text for a terminal: the problem, then each completion with its reward, reward parts and
     advantage."""
-    problem = group["problem"]
+    problem = PROBLEM.validate_python(group["problem"])
     lines = [
-        f"=== group {group['group_id']}: {problem['task']}, level {problem['level']}, {problem['language']}",
-        problem["question"],
-        f"reference answer: {problem['answer']}",
+        f"=== group {group['group_id']}: {problem.task}, level {problem.level}, {problem.language}",
+        *(message.content for message in problem.messages),
+        f"reference answer: {problem.answer}",
     ]
     for number, row in enumerate(group["completions"]):
         parts = "  ".join(f"{name} {value:.4g}" for name, value in row["parts"].items())

@@ -26,12 +26,13 @@ from thinkstack.rl.batches import mean_advantages, minibatches
 from thinkstack.rl.config import RLConfig
 from thinkstack.rl.critic import Critic
 from thinkstack.rl.health import rollout_metrics
-from thinkstack.rl.rollout import GroupIds, ScoreFunction, collect_rollouts
+from thinkstack.rl.rollout import GroupIds, collect_rollouts
 from thinkstack.rl.rollout_log import write_rollouts
 from thinkstack.rl.saved_rollouts import delete_saved_rollouts, load_rollouts, save_rollouts
-from thinkstack.tasks.mixture import ProblemMixture, make_mixture, single_phase
-from thinkstack.tasks.reward import RewardConfig, score
-from thinkstack.tasks.table import ProblemStream, puzzle_tasks
+from thinkstack.tasks.mixture import make_mixture
+from thinkstack.tasks.reward import Reward
+from thinkstack.tasks.table import make_tasks
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.policy_loss import kl_estimate, policy_loss
@@ -53,7 +54,8 @@ class RLTrainer:
     ):
         """reference: the reference model of the KL term; None: `model` as it is now."""
         self.cfg, self.run, self.chat = cfg, run, chat
-        self.stream = training_problems(cfg)
+        self.stream = make_mixture(cfg.tasks, cfg.phases, cfg.seed, cfg.held_out_levels)
+        self.reward, self.pool = Reward(cfg.reward, make_tasks(cfg.tasks)), VerifierPool()
         self.group_ids = GroupIds()
         self.num_rollout_steps = 0
         """Number of completed rollout steps, including the steps that trained only the critic."""
@@ -78,7 +80,6 @@ class RLTrainer:
         self.critic: Critic | None = None
         if cfg.advantage == "gae":
             self.critic = Critic(merge_adapters(model), cfg.critic, cfg.trainer, cfg.steps, run.folder)
-        self.score: ScoreFunction = partial(score, cfg=cfg.reward)
 
     def step(self) -> dict[str, float]:
         """One RL step: rollouts, advantages, cfg.minibatches optimizer steps, new weights for the engine."""
@@ -106,7 +107,7 @@ class RLTrainer:
         with self.interruptible():
             saved = load_rollouts(self.run.folder, self.num_rollout_steps, self.stream, self.group_ids)
             rollout_step = saved or collect_rollouts(
-                self.engine, self.chat, self.score, self.stream, self.group_ids, self.cfg
+                *(self.engine, self.chat, self.reward, self.pool, self.stream, self.group_ids), self.cfg
             )
         metrics = rollout_metrics(rollout_step)
         self.check_rollouts(rollout_step.rollouts, metrics)
@@ -192,13 +193,9 @@ class RLTrainer:
             samples=self.cfg.eval_samples,
             max_tokens=self.cfg.max_tokens,
             tasks=self.cfg.tasks,
-            files=self.cfg.files,
-            languages=self.cfg.languages,
-            thinking_format=self.cfg.reward.thinking_format,
         )
-        reward = partial(score, cfg=RewardConfig(thinking_format=self.cfg.reward.thinking_format))
         with self.interruptible():
-            result = evaluate(self.engine.generate, self.chat, held_out_problems(cfg), cfg, reward)
+            result = evaluate(self.engine.generate, self.chat, held_out_problems(cfg), cfg, self.reward, self.pool)
         self.run.append(CURVE, curve_point(self.trainer.step_count, result, _held_out_level(result, self.cfg)))
 
     def should_evaluate(self) -> bool:
@@ -252,15 +249,6 @@ class RLTrainer:
             state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             self.reference.load_state_dict(state, strict=False)
         self.engine.load_weights(self.trainer.weights(), version=self.trainer.step_count)
-
-
-def training_problems(cfg: RLConfig) -> ProblemMixture:
-    """The training problems of a run: of its phases, or of all tasks without the held-out levels."""
-    if cfg.phases:
-        return make_mixture(cfg.phases, cfg.files, cfg.seed, cfg.languages)
-    tasks = puzzle_tasks(cfg.tasks)
-    levels = sorted({level for task in tasks for level in task.levels} - set(cfg.held_out_levels))
-    return single_phase(ProblemStream(tasks, "train", cfg.seed, levels, languages=cfg.languages))
 
 
 def batch_metrics(batches: Sequence[Batch]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 from thinkstack.files import Row, kind_of, log_unused_keys, matching_files, read_rows
 from thinkstack.stages.turns import REASONING, TRAINED, Fields, answer, read_tools, read_turns
 from thinkstack.tasks.puzzles.corpus import worked_example
-from thinkstack.tasks.table import puzzle_tasks
+from thinkstack.tasks.puzzles.puzzle import PuzzleTask
 from thinkstack.types import ConfigError, Message, Tool
 
 TURNS = ("messages", "conversations", "conversation")
@@ -54,20 +54,15 @@ def read_conversations(paths: Sequence[str], with_masks: bool = False) -> list[C
     return conversations
 
 
-def worked_conversations(tasks: Sequence[str], count: int, seed: int, languages: tuple[str, ...]) -> list[Conversation]:
+def worked_conversations(tasks: Sequence[PuzzleTask], count: int, seed: int) -> list[Conversation]:
     """Conversations of `count` problems of generated tasks; the worked solution of each problem is the thinking."""
-    puzzles = puzzle_tasks(tasks)
-    for task in puzzles:
-        if languages and not set(languages) & set(task.wordings):
-            raise ConfigError(
-                f"task {task.name} supports none of languages={list(languages)}; use some of {list(task.wordings)}"
-            )
     conversations = []
     for index in range(count):
-        problem, working = worked_example(puzzles, seed, index, languages)
-        question = Message(role="user", content=problem.question)
+        problem, working = worked_example(tasks, seed, index)
         solution = Message(role="assistant", content=working.answer, reasoning="\n".join(working.lines))
-        conversations.append(Conversation((question, solution), where=f"worked example {index} of {problem.task}"))
+        conversations.append(
+            Conversation((*problem.messages, solution), where=f"worked example {index} of {problem.task}")
+        )
     return conversations
 
 

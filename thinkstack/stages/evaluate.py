@@ -1,13 +1,12 @@
 """Evaluate a checkpoint on held-out problems: with sampling, greedily, and on unseen wordings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.config import Count, ModelInput, Seed, Share, Temperature
+from thinkstack.config import Count, ModelInput
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.results import Evaluation, write_samples
@@ -16,9 +15,11 @@ from thinkstack.files import read_object
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
 from thinkstack.models.precision import Quantization, RequestedPrecision
-from thinkstack.rl.rollout import encode_prompt
 from thinkstack.stages.saved_completions import SavedCompletions
-from thinkstack.tasks.reward import RewardConfig, score
+from thinkstack.tasks.reward import Reward, RewardConfig
+from thinkstack.tasks.table import make_tasks
+from thinkstack.tasks.task import encode_prompt
+from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.parse import ThinkingFormat
 from thinkstack.types import ConfigError
 
@@ -26,33 +27,17 @@ SAMPLED, GREEDY, UNSEEN, SAMPLES = "sampled.json", "greedy.json", "unseen_wordin
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of an evaluation stage."""
+class EvaluateConfig(EvalConfig):
+    """Settings of an evaluation stage; those of `EvalConfig` apply to the sampled completions."""
 
     start: ModelInput
     """Checkpoint, or the stage that writes it, to evaluate."""
-    tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Generated tasks to evaluate on."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Published data sets to evaluate on, with the folder of each; the test split is used."""
-    languages: tuple[str, ...] = ()
-    """Languages of generated questions; empty: all languages."""
-    num_problems: Count = 200
-    """Number of held-out problems: in total for the generated tasks, and for each data set."""
-    samples: Count = 16
-    """Number of completions sampled per problem."""
     thinking_format: ThinkingFormat = "think_answer_tags"
     """Format of thinking and final answer: "think_answer_tags" of R1-Zero, "think_then_answer" of R1, or
     "flexible_extract" for models that were not trained on a format (text/parse.py)."""
-    temperature: Temperature = 1.0
-    """Temperature of the sampled completions."""
-    top_p: Share = 1.0
-    """Nucleus sampling: sample from the smallest set of tokens with at least this total probability; 1 is off."""
     greedy: bool = True
     """Also evaluate greedy decoding, on the same problems and on generated problems in wordings excluded from
     training."""
-    max_tokens: Count = 128
-    """Maximum number of tokens of a completion."""
     max_num_seqs: Count = 384
     """Maximum number of sequences sampled at once."""
     dtype: RequestedPrecision = "fp32"
@@ -64,43 +49,34 @@ class EvaluateConfig:
     servers: ServersConfig = ServersConfig()
     """vLLM servers that sample the completions instead of this process; with servers, dtype is the precision of the
     weights sent to them."""
-    seed: Seed = 0
-    """Seed of the problems and of sampling."""
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     """Evaluate cfg.start and write the results into run.folder."""
     chat = load_chat(cfg.start)
-    sampled = EvalConfig(
-        tasks=cfg.tasks,
-        files=cfg.files,
-        languages=cfg.languages,
-        thinking_format=cfg.thinking_format,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        num_problems=cfg.num_problems,
-        samples=cfg.samples,
-        max_tokens=cfg.max_tokens,
-        seed=cfg.seed,
-    )
-    greedy = replace(sampled, samples=1, temperature=0.0, top_p=1.0)
-    configs = {SAMPLED: sampled}
+    greedy = replace(cfg, samples=1, temperature=0.0, top_p=1.0)
+    unseen = {name: replace(row, unseen_wordings=True) for name, row in cfg.tasks.items() if not row.data}
+    configs = {SAMPLED: cfg}
     if cfg.greedy:
         configs[GREEDY] = greedy
-    if cfg.greedy and cfg.tasks:
-        configs[UNSEEN] = replace(greedy, unseen_wordings=True, files={})
+    if cfg.greedy and unseen:
+        configs[UNSEEN] = replace(greedy, tasks=unseen)
+    reward_config = RewardConfig(thinking_format=cfg.thinking_format)
+    rewards = {file: Reward(reward_config, make_tasks(config.tasks)) for file, config in configs.items()}
     problems = {file: held_out_problems(config) for file, config in configs.items()}
-    all_problems = [problem for chosen in problems.values() for problem in chosen]
-    max_model_len = max(len(encode_prompt(chat, problem)) for problem in all_problems) + cfg.max_tokens
+    tasks = rewards[SAMPLED].tasks
+    prompts = [encode_prompt(chat, tasks[one.task], one) for part in problems.values() for one in part]
     size = EngineConfig(
-        max_num_seqs=cfg.max_num_seqs, max_model_len=max_model_len, dtype=cfg.dtype, quantization=cfg.quantization
+        max_num_seqs=cfg.max_num_seqs,
+        max_model_len=max(map(len, prompts)) + cfg.max_tokens,
+        dtype=cfg.dtype,
+        quantization=cfg.quantization,
     )
     engine = open_engine(load_model(cfg.start).to(pick_device(cfg.device)), size, cfg.servers)
-    saved = SavedCompletions(engine, run, len(all_problems))
-    with saved.progress:
+    saved = SavedCompletions(engine, run, len(prompts))
+    with saved.progress, VerifierPool() as pool:
         for file, config in configs.items():
-            reward = partial(score, cfg=RewardConfig(thinking_format=cfg.thinking_format))
-            result = evaluate(saved.generate, chat, problems[file], config, reward)
+            result = evaluate(saved.generate, chat, problems[file], config, rewards[file], pool)
             write_json(run.folder / file, result.to_dict())
             if file == SAMPLED:
                 warn_if_no_answer_read(result, cfg.thinking_format)

@@ -7,6 +7,7 @@ from thinkstack.config import Count, CountOrZero, DataInput, ModelInput, Seed, S
 from thinkstack.models.config import ModelConfig, named
 from thinkstack.tasks.puzzles.corpus import CorpusConfig
 from thinkstack.tasks.table import puzzle_tasks
+from thinkstack.tasks.task import TaskConfig, default_tasks
 from thinkstack.train.schedule import BatchSchedule
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
@@ -25,8 +26,8 @@ class PretrainConfig:
     """ModelConfig fields that override the named size; with `start`, only rope and max_positions may be set."""
     start: ModelInput = ""
     """Checkpoint, or the stage that writes it, to continue from, tokenizer included; empty: initialize new weights."""
-    tasks: tuple[str, ...] = ("chain", "nested", "cups", "kinship")
-    """Tasks of the generated corpus."""
+    tasks: dict[str, TaskConfig] = field(default_factory=default_tasks)
+    """Tasks of the generated corpus, by name."""
     corpus: CorpusConfig = CorpusConfig()
     """Composition of the generated corpus."""
     text_files: DataInput = ()

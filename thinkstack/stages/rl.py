@@ -49,6 +49,7 @@ def train_rl(cfg: RLConfig, run: Run) -> None:
                 rl.save()
             if run.stop.is_requested:
                 raise Interrupted
+    rl.pool.close()
     if cfg.trainer.lora.rank:
         save_adapter(run.folder / ADAPTER, model, cfg.trainer.lora, cfg.start)
     save_model(run.folder / MODEL, merge_adapters(model), chat.tokenizer, chat, like=cfg.start)

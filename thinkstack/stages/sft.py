@@ -7,7 +7,7 @@ import functools
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from thinkstack.checkpoint.model import load_chat, load_model
@@ -17,6 +17,8 @@ from thinkstack.log import CURVE, Run
 from thinkstack.stages.conversations import Conversation, read_conversations, worked_conversations
 from thinkstack.stages.supervised import SupervisedRun
 from thinkstack.tasks.puzzles.puzzle import digest
+from thinkstack.tasks.table import puzzle_tasks
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.text.chat import ChatFormat
 from thinkstack.train.passes import batch_logprobs
 from thinkstack.train.schedule import BatchSchedule
@@ -37,12 +39,10 @@ class SftConfig:
     """Checkpoint, or the stage that writes it, to start from."""
     data: DataInput = ()
     """Files of conversations, in the formats of docs/guides/sft.md."""
-    tasks: tuple[str, ...] = ()
-    """Generated tasks whose worked solutions are added to the data as thinking."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Generated tasks whose worked solutions are added to the data as thinking, by name."""
     num_examples: Count = 2000
     """Total number of worked solutions; the tasks alternate."""
-    languages: tuple[str, ...] = ()
-    """Languages of worked solutions; empty: all languages of each task."""
     epochs: Positive = 2.0
     """Number of passes over the conversations."""
     max_steps: CountOrZero = 0
@@ -67,7 +67,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         if not self.data and not self.tasks:
             raise ConfigError(
-                "data=[] and tasks=[]: there is nothing to train on; set data to files of conversations, or set tasks"
+                "data=[] and tasks={}: there is nothing to train on; set data to files of conversations, or set tasks"
             )
         if self.epochs <= 0 or self.rows < 1 or self.row_tokens < 2:
             raise ConfigError(
@@ -130,7 +130,7 @@ def sft(cfg: SftConfig, run: Run) -> None:
     model, chat = load_model(cfg.start), load_chat(cfg.start)
     conversations = read_conversations(cfg.data, with_masks=True)
     if cfg.tasks:
-        conversations += worked_conversations(cfg.tasks, cfg.num_examples, cfg.seed, cfg.languages)
+        conversations += worked_conversations(puzzle_tasks(cfg.tasks), cfg.num_examples, cfg.seed)
     dataset = make_sft_dataset(conversations, chat, cfg)
     steps = max(round(cfg.epochs * len(pack(dataset.trained, cfg.row_tokens)) / cfg.rows), 1)
     steps = min(steps, cfg.max_steps or steps)

@@ -1,6 +1,7 @@
 """User-defined parts of a reward: functions in Python files that a recipe names.
 
-The file must be as trusted as the recipe, since it is imported into this process.
+The file must be as trusted as the recipe: it is imported into this process, which checks the function, and into the
+processes of the VerifierPool, which call it.
 """
 
 import functools
@@ -13,10 +14,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from thinkstack.types import ConfigError, Problem, TrainingError
+from thinkstack.tasks.verify.pool import unscorable
+from thinkstack.types import ConfigError, Problem, Response, Score
 
-RewardFunction = Callable[[Problem, str], float]
-"""(problem, text of the assistant's turn) -> a number, usually from 0 to 1."""
+RewardFunction = Callable[[Problem, Response], float]
+"""(problem, response) -> a number, usually from 0 to 1."""
 
 
 @functools.cache
@@ -41,22 +43,19 @@ def load_reward(name: str) -> RewardFunction:
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ConfigError(f"reward {name!r}: {path} has no function {function}; it has {known or 'none'}")
     try:
-        inspect.signature(found).bind(None, "")
+        inspect.signature(found).bind(None, None)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"reward {name!r} must accept the arguments (problem, text): {error}") from error
+        raise ConfigError(f"reward {name!r} must accept the arguments (problem, response): {error}") from error
     return found
 
 
-def call_reward(name: str, problem: Problem, text: str) -> float:
-    """Call the reward function `name`. Raises TrainingError if it fails or does not return a finite number."""
+def call_reward(name: str, problem: Problem, response: Response) -> Score:
+    """Call the reward function `name`; unscorable if it fails or does not return a finite number."""
     try:
-        value = load_reward(name)(problem, text)
-    except Exception as error:
+        value = load_reward(name)(problem, response)
+    except Exception as error:  # the boundary: whatever the user's function raises becomes the reason
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        what = f"{type(error).__name__} in line {line}: {error}"
-        raise TrainingError(f"reward {name!r} failed on {problem.question[:80]!r}: {what}") from error
+        return unscorable(f"{type(error).__name__} in line {line}: {error}")
     if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
-    raise TrainingError(
-        f"reward {name!r} returned {value!r} for {problem.question[:80]!r}; it must return a finite number"
-    )
+        return Score(total=float(value))
+    return unscorable(f"returned {value!r}, not a finite number")

@@ -1,13 +1,14 @@
 """The curriculum of a run: phases, each a mixture of puzzle tasks and benchmarks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from thinkstack.config import did_you_mean
-from thinkstack.tasks.benchmarks.datasets import DatasetStream, split_file
+from thinkstack.tasks.puzzles.generated import GeneratedTask, alternate
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.table import BENCHMARKS, ProblemStream, puzzle_tasks
+from thinkstack.tasks.table import generated_tasks, make_task, make_tasks
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.types import ConfigError, Problem
 
 
@@ -18,9 +19,9 @@ class PhaseConfig:
     until: float = 1.0
     """Share of the run at which this phase ends. It starts at `until` of the previous phase; the last phase has 1."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """Sampling weight of each task: puzzle tasks of tasks/table.py, and benchmarks whose folder `files` gives."""
+    """Sampling weight of each task of the stage's `tasks`."""
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Allowed levels, by task; a task without an entry uses all its levels."""
+    """Allowed levels, by task; a task without an entry has the levels of its row in `tasks`."""
 
 
 class Stream(Protocol):
@@ -81,59 +82,57 @@ def _task_at(weights: Mapping[str, float], place: float) -> str:
     return next(reversed(list(weights)))
 
 
-def single_phase(stream: Stream) -> ProblemMixture:
-    """Return a mixture of one phase that always uses `stream`."""
-    return ProblemMixture([PhaseConfig(tasks={"all": 1.0})], [{"all": stream}], seed=0)
-
-
 def make_mixture(
-    phases: Sequence[PhaseConfig], files: Mapping[str, str], seed: int, languages: Sequence[str] = ()
+    tasks: Mapping[str, TaskConfig], phases: Sequence[PhaseConfig], seed: int, held_out_levels: Sequence[int] = ()
 ) -> ProblemMixture:
-    """Build the training problems of `phases`.
+    """Build the training problems of a run from the rows of its tasks.
 
-    files: folder of each benchmark. languages: languages of generated problems; () allows all.
-    Raises ConfigError for phases that do not cover the run, unknown tasks or levels, and unreadable files.
+    phases: the curriculum; () uses all tasks for the entire run: generated tasks in turn, without held_out_levels, and
+    with data sets among them all tasks with equal weights.
+    Raises ConfigError for settings that `check_mixture` refuses, and for files that cannot be read.
     """
-    check_phases(phases, files)
-    loaded = {name: load_split(name, folder, "train") for name, folder in files.items()}
-    streams: list[dict[str, Stream]] = []
-    for place, phase in enumerate(phases):
-        part: dict[str, Stream] = {}
-        for name in phase.tasks:
-            levels, own = phase.levels.get(name), digest("phase", seed, place, name) % 2**31
-            if name in loaded:
-                part[name] = DatasetStream([p for p in loaded[name] if levels is None or p.level in levels], own)
-            else:
-                part[name] = ProblemStream(puzzle_tasks([name]), "train", own, levels, languages=languages)
-        streams.append(part)
+    check_mixture(tasks, phases, held_out_levels)
+    if not phases and not any(row.data for row in tasks.values()):
+        trained = [_without_levels(task, held_out_levels) for task in generated_tasks(make_tasks(tasks))]
+        return ProblemMixture([PhaseConfig(tasks={"all": 1.0})], [{"all": alternate(trained, "train", seed)}], seed=0)
+    phases = phases or (PhaseConfig(tasks=dict.fromkeys(tasks, 1.0)),)
+    streams = [
+        {
+            name: make_task(name, replace(tasks[name], levels=phase.levels.get(name, tasks[name].levels))).problems(
+                "train", digest("phase", seed, place, name) % 2**31
+            )
+            for name in phase.tasks
+        }
+        for place, phase in enumerate(phases)
+    ]
     return ProblemMixture(phases, streams, seed)
 
 
-def load_split(name: str, folder: str, split: str) -> list[Problem]:
-    """Return all problems of a split of a benchmark.
-
-    Raises ConfigError if the file is missing or belongs to another benchmark.
-    """
-    return BENCHMARKS[name].load(split_file(folder, split, BENCHMARKS[name].SOURCE))
-
-
-def check_phases(phases: Sequence[PhaseConfig], files: Mapping[str, str]) -> None:
+def check_mixture(
+    tasks: Mapping[str, TaskConfig], phases: Sequence[PhaseConfig], held_out_levels: Sequence[int] = ()
+) -> None:
     """Raise ConfigError for settings that `make_mixture` rejects, without reading a file."""
+    made = make_tasks(tasks)
+    if held_out_levels and (phases or len(generated_tasks(made)) < len(made)):
+        raise ConfigError(
+            f"held_out_levels={list(held_out_levels)} needs generated tasks without phases; set the levels of each "
+            "task in phases"
+        )
     ends = [phase.until for phase in phases]
-    if ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1:
+    if phases and (ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1):
         raise ConfigError(f"the phases have until={ends}; `until` must increase from above 0 to exactly 1.0")
-    for name in files:
-        if name not in BENCHMARKS:
-            raise ConfigError(f"files.{name} is not a known benchmark{did_you_mean(name, BENCHMARKS)}")
     for phase in phases:
         if not phase.tasks or min(phase.tasks.values()) < 0 or not sum(phase.tasks.values()):
             raise ConfigError(f"tasks={phase.tasks} of a phase must have weights >= 0, at least one weight above 0")
-        for name in phase.tasks:
-            if name in BENCHMARKS and name not in files:
-                raise ConfigError(
-                    f"the task {name} needs its data: set files.{name}=FOLDER, with {BENCHMARKS[name].SOURCE}"
-                )
-            if name not in files:
-                puzzle_tasks([name])
+        for name in phase.tasks.keys() - tasks.keys():
+            raise ConfigError(f"the task {name!r} of a phase is not in tasks{did_you_mean(name, tasks)}")
         for name in phase.levels.keys() - phase.tasks.keys():
             raise ConfigError(f"levels.{name} is not a task of its phase{did_you_mean(name, phase.tasks)}")
+
+
+def _without_levels(task: GeneratedTask, levels: Sequence[int]) -> GeneratedTask:
+    """The task without some of its levels. Raises ConfigError if none is left."""
+    left = tuple(level for level in task.puzzle.levels if level not in levels)
+    if not left:
+        raise ConfigError(f"held_out_levels={list(levels)} leaves {task.name} no level to train on; hold out fewer")
+    return GeneratedTask(task.puzzle, replace(task.cfg, levels=left))

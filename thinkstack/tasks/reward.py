@@ -1,107 +1,159 @@
-"""Rewards: pure functions of a problem and the text of a turn. Training and evaluation call the same functions."""
+"""The reward: a weighted sum of named parts of a batch of responses.
+
+RL, evaluation and rejection sampling call the same function, `score`. To add a part, write a function and add it to
+PARTS, or name a function of your own file as PATH.py:FUNCTION in a recipe.
+"""
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from thinkstack.config import Weight
+from thinkstack.config import did_you_mean
 from thinkstack.tasks.custom_reward import call_reward, load_reward
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.table import verify
+from thinkstack.tasks.task import Task
 from thinkstack.tasks.verify.language import language_share
-from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, ThinkingFormat, parse_turn
-from thinkstack.types import ConfigError, Problem, Score
+from thinkstack.tasks.verify.pool import VerifierPool, checked, unscorable
+from thinkstack.text.parse import ANSWER_CLOSE, ANSWER_OPEN, ThinkingFormat
+from thinkstack.types import ConfigError, Problem, Response, Score
 
-MAX_ANSWER_CHARACTERS = 64
-"""A longer answer counts as no answer, since it could contain several answers. If the reference is longer than this,
-the limit is twice the length of the reference."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """Parts of the reward and how they are combined."""
-
-    combine: Literal["gated", "additive", "format_only", "random"] = "gated"
-    """How the total is computed. "gated": accuracy * format. "additive": accuracy + format_weight * format (R1 paper).
-    "format_only" and "random" are controls: the format alone, or a coin flip by a hash of the turn's text."""
-    thinking_format: ThinkingFormat = "think_answer_tags"
-    """The expected format of a turn: text/parse.py."""
-    format_weight: Weight = 1.0
-    """Weight of the format part with combine="additive"."""
-    language_weight: Weight = 0.0
-    """Weight of the language part, added to the total (R1 paper, stage 1); 0 leaves it out."""
-
-    parts: dict[str, float] = field(default_factory=dict)
-    """Weights of user-defined parts by PATH.py:FUNCTION; each is added to the total (tasks/custom_reward.py). In a
-    recipe, reward = "PATH.py:FUNCTION" is short for one part of weight 1."""
-
-    def __post_init__(self) -> None:
-        for name in self.parts:
-            load_reward(name)
-        if self.language_weight < 0:
-            raise ConfigError(
-                f"reward.language_weight={self.language_weight} would reward mixed languages; use 0 or more"
-            )
-        if self.language_weight and self.combine in ("format_only", "random"):
-            raise ConfigError(
-                f"reward.combine={self.combine!r} is a control that ignores the language; remove "
-                f"language_weight={self.language_weight}, or use combine='gated' or combine='additive'"
-            )
-        if self.format_weight < 0:
-            raise ConfigError(
-                f"reward.format_weight={self.format_weight} would punish the correct format; use 0 or more"
-            )
+Pairs = Sequence[tuple[Problem, Response]]
 
 
-def extract_answer(problem: Problem, text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> str | None:
-    """Return the single final answer of a turn, outside its thinking; None if there is none or if it is too long.
-
-    The length limit applies to the answer, not to the text around it.
-    """
-    answer = parse_turn(text, thinking_format).answer
-    longest = MAX_ANSWER_CHARACTERS if len(problem.answer) <= MAX_ANSWER_CHARACTERS else 2 * len(problem.answer)
-    return answer if answer is not None and len(answer) <= longest else None
+def accuracy_part(problem: Problem, response: Response, accuracy: float) -> float:
+    """Return the accuracy from the task's verifier: 1 if the final answer is correct, else 0."""
+    return accuracy
 
 
-def accuracy_reward(problem: Problem, text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> float:
-    """Return 1 if the final answer of the turn is correct, else 0."""
-    return float(verify(problem, extract_answer(problem, text, thinking_format)))
+def format_part(problem: Problem, response: Response, accuracy: float) -> float:
+    """Return 1 if the turn is well-formed (text/parse.py), else 0."""
+    return float(response.is_well_formed)
 
 
-def format_reward(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> float:
-    """Return 1 if the turn is well-formed (text/parse.py), else 0.
-
-    With thinking_format="flexible_extract", a turn is well-formed if an answer is found.
-    """
-    return float(parse_turn(text, thinking_format).is_well_formed)
+def accuracy_if_formatted_part(problem: Problem, response: Response, accuracy: float) -> float:
+    """Return the accuracy of a well-formed turn, else 0: the format alone earns nothing."""
+    return accuracy * float(response.is_well_formed)
 
 
-def language_reward(problem: Problem, text: str) -> float:
-    """Return the share of the question's language in the text of the turn without its answer.
+def language_part(problem: Problem, response: Response, accuracy: float) -> float:
+    """Return the share of the question's language in the text of the turn without its answer (R1 paper, stage 1).
 
     Unclosed thinking is included. Returns 1 if the text has too few words to tell its language.
     """
-    text_outside_answer = re.sub(f"{ANSWER_OPEN}.*?{ANSWER_CLOSE}", " ", text, flags=re.DOTALL)
+    text_outside_answer = re.sub(f"{ANSWER_OPEN}.*?{ANSWER_CLOSE}", " ", response.text, flags=re.DOTALL)
     share = language_share(text_outside_answer, problem.language, quoted=problem.question)
     return 1.0 if share is None else share
 
 
-def score(problem: Problem, text: str, cfg: RewardConfig) -> Score:
-    """Compute the reward of one assistant turn (prefill and completion, without the end token)."""
-    parts = {
-        "accuracy": accuracy_reward(problem, text, cfg.thinking_format),
-        "format": format_reward(text, cfg.thinking_format),
+def random_part(problem: Problem, response: Response, accuracy: float) -> float:
+    """Return a coin flip by a hash of the turn's text: a control."""
+    return float(digest("random reward", problem.key, response.text) % 2)
+
+
+PARTS: dict[str, Callable[[Problem, Response, float], float]] = {
+    "accuracy": accuracy_part,
+    "format": format_part,
+    "accuracy_if_formatted": accuracy_if_formatted_part,
+    "language": language_part,
+    "random": random_part,
+}
+"""The parts by name: functions of (problem, response, accuracy)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Parts of the reward and the expected format of a turn."""
+
+    parts: dict[str, float] = field(default_factory=lambda: {"accuracy_if_formatted": 1.0})
+    """Weight of each part; the reward is the weighted sum. Parts: "accuracy"; "format"; "accuracy_if_formatted", their
+    product; "language", the share of the question's language; "random", a control; and functions of your own,
+    PATH.py:FUNCTION (tasks/custom_reward.py). The R1 paper uses accuracy = 1 and format = 1."""
+    thinking_format: ThinkingFormat = "think_answer_tags"
+    """The expected format of a turn: text/parse.py."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError(f"reward.parts has no part; choose from {', '.join(PARTS)}, or PATH.py:FUNCTION")
+        for name, weight in self.parts.items():
+            if name in PARTS and weight < 0:
+                raise ConfigError(f"reward.parts.{name}={weight} would punish what {name} rewards; use 0 or more")
+            if name not in PARTS and ":" not in name and not name.endswith(".py"):
+                raise ConfigError(f"unknown part reward.parts.{name!r}{did_you_mean(name, PARTS)}")
+            if name not in PARTS:
+                load_reward(name)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward function of a run: its settings, and the tasks that verify answers."""
+
+    cfg: RewardConfig
+    tasks: Mapping[str, Task]
+
+
+def score(pairs: Pairs, reward: Reward, pool: VerifierPool) -> list[Score]:
+    """Return the score of each response, in order.
+
+    A response whose verifier, or whose part of the user's, hangs, raises or returns nonsense is unscorable; the reason
+    starts with the name of the task or part. pool: runs the functions that may hang.
+    """
+    accuracies = verify(pairs, reward.tasks, pool)
+    own = {
+        name: pool.run(call_reward, [(name, *_portable(pair)) for pair in pairs], partial(load_reward, name))
+        for name in reward.cfg.parts
+        if name not in PARTS
     }
-    total = {
-        "gated": parts["accuracy"] * parts["format"],
-        "additive": parts["accuracy"] + cfg.format_weight * parts["format"],
-        "format_only": parts["format"],
-        "random": float(digest("random reward", problem.key, text) % 2),
-    }[cfg.combine]
-    if cfg.language_weight:
-        parts["language"] = language_reward(problem, text)
-        total += cfg.language_weight * parts["language"]
-    for name, weight in cfg.parts.items():
-        parts[name] = call_reward(name, problem, text)
-        total += weight * parts[name]
-    return Score(total=total, parts=parts)
+    return [
+        _combine(*pair, accuracies[index], {name: found[index] for name, found in own.items()}, reward.cfg)
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def verify(pairs: Pairs, tasks: Mapping[str, Task], pool: VerifierPool) -> list[Score]:
+    """Return the accuracy of each response by the verifier of its task, which runs in `pool` where it may hang."""
+    scores: dict[int, Score] = {}
+    waiting: dict[str, list[int]] = defaultdict(list)
+    for index, (problem, response) in enumerate(pairs):
+        found = _verify_here(tasks[problem.task], problem, response)
+        if found is None:
+            waiting[problem.task].append(index)
+        else:
+            scores[index] = found
+    for name, indices in waiting.items():
+        calls = [_portable(pairs[index]) for index in indices]
+        scores |= zip(indices, pool.run(tasks[name].verify, calls, tasks[name].prepare), strict=True)
+    return [scores[index] for index in range(len(pairs))]
+
+
+def _verify_here(task: Task, problem: Problem, response: Response) -> Score | None:
+    """Verify in process; None if the verifier may hang."""
+    try:
+        return None if task.may_hang(problem, response) else checked(task.verify(problem, response))
+    except Exception as error:  # the boundary: whatever a verifier raises becomes the reason
+        return unscorable(f"{type(error).__name__}: {error}")
+
+
+def _portable(pair: tuple[Problem, Response]) -> tuple[Problem, Response]:
+    """A pair without tensors, for another process."""
+    problem, response = pair
+    if response.completion is None or response.completion.experts is None:
+        return pair
+    return problem, replace(response, completion=replace(response.completion, experts=None))
+
+
+def _combine(
+    problem: Problem, response: Response, verdict: Score, own: Mapping[str, Score], cfg: RewardConfig
+) -> Score:
+    """Add up the parts. own: the values of the user's parts, by name."""
+    for name, found in ((problem.task, verdict), *own.items()):
+        if found.unscorable is not None:
+            return unscorable(f"{name}: {found.unscorable}")
+    values = {name: found.total for name, found in own.items()}
+    for name in dict.fromkeys(("accuracy", "format", *cfg.parts)):
+        if name in PARTS:
+            values[name] = PARTS[name](problem, response, verdict.total)
+    total = sum(weight * values[name] for name, weight in cfg.parts.items())
+    values.pop("accuracy_if_formatted", None)  # the product of two parts that are listed
+    return Score(total=total, parts=values)

@@ -1,8 +1,10 @@
 """Parsing of an assistant turn: thinking, answer, tool calls, and whether the turn is well-formed."""
 
+from __future__ import annotations
+
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from thinkstack.text.final_answer import boxes, flexible_extract, last_boxed
 from thinkstack.text.tokenizer import (
@@ -14,7 +16,10 @@ from thinkstack.text.tokenizer import (
     THINK_CLOSE,
     THINK_OPEN,
 )
-from thinkstack.types import Message, ToolCall
+from thinkstack.types import Completion, Message, Response, ToolCall
+
+if TYPE_CHECKING:
+    from thinkstack.text.chat import ChatFormat
 
 ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract"]
 """The expected format of a turn and the position of its answer; see `parse_turn`."""
@@ -28,21 +33,19 @@ _CALL = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A parsed assistant turn."""
+def parse_response(
+    chat: ChatFormat, completion: Completion, thinking_format: ThinkingFormat = "think_answer_tags"
+) -> Response:
+    """Parse a completion of a prompt of `chat`. Training and evaluation use this function.
 
-    thinking: str
-    """Content of the think block; empty if there is none."""
-    answer: str | None
-    """The final answer after the thinking; None if there is none."""
-    is_well_formed: bool
-    """Whether the turn has the expected format."""
-    rule: str | None = None
-    """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
+    A truncated turn is not well-formed; with "think_answer_tags" the closing tag decides.
+    """
+    response = parse_turn(chat.text_of(completion.token_ids), thinking_format)
+    is_cut_off = completion.finish_reason == "length" and thinking_format != "think_answer_tags"
+    return replace(response, completion=completion, is_well_formed=response.is_well_formed and not is_cut_off)
 
 
-def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> Turn:
+def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> Response:
     """Parse a complete turn. An answer inside unclosed thinking never counts.
 
     thinking_format: "think_answer_tags" (R1-Zero): one think block and one answer between tags, and nothing else;
@@ -51,46 +54,55 @@ def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags")
     "flexible_extract": any format; the first rule of text/final_answer.py that matches finds the answer, and the turn
     is well-formed if there is one.
     """
-    if thinking_format == "think_then_answer":
-        return _parse_think_then_answer(text)
-    if thinking_format == "flexible_extract":
-        return _parse_flexible(text)
+    response = _PARSERS[thinking_format](text)
+    return replace(response, tool_calls=parse_tool_calls(text)[1]) if CALLS_BEGIN in text else response
+
+
+def _parse_think_answer_tags(text: str) -> Response:
+    """Parse one think block and one answer block; an answer block after the last think block counts as an answer."""
     tagged = _THINK_ANSWER_TAGS.fullmatch(text)
     if tagged and all(text.count(tag) == 1 for tag in TAGS):
-        return Turn(tagged["thinking"].strip(), tagged["answer"].strip(), True)
+        thinking, answer = tagged["thinking"].strip(), tagged["answer"].strip()
+        return Response(text=text, thinking=thinking, answer=answer, is_well_formed=True)
     before, _, after = text.rpartition(THINK_CLOSE)
     thinking = before.rpartition(THINK_OPEN)[2].strip()
     visible = after if THINK_OPEN not in after else ""
     if visible.count(ANSWER_OPEN) == visible.count(ANSWER_CLOSE) == 1:
-        answer = visible.partition(ANSWER_OPEN)[2].partition(ANSWER_CLOSE)
-        if answer[1]:
-            return Turn(thinking, answer[0].strip(), False)
-    return Turn(thinking, None, False)
+        answer, closed, _ = visible.partition(ANSWER_OPEN)[2].partition(ANSWER_CLOSE)
+        return Response(text=text, thinking=thinking, answer=answer.strip() if closed else None)
+    return Response(text=text, thinking=thinking)
 
 
-def _parse_think_then_answer(text: str) -> Turn:
+def _parse_think_then_answer(text: str) -> Response:
     """Parse one closed think block at the start, with text in it and after it."""
     before, _, rest = text.partition(THINK_OPEN)
     thinking, closed, answer = rest.partition(THINK_CLOSE)
     is_single = not before.strip() and bool(closed) and THINK_OPEN not in rest and THINK_CLOSE not in answer
     if not is_single:
-        return Turn(thinking.strip() if closed else rest.strip(), None, False)
+        return Response(text=text, thinking=thinking.strip() if closed else rest.strip())
     visible_text, thinking = answer.strip(), thinking.strip()
     final = last_boxed(visible_text) if boxes(visible_text) else visible_text or None
-    return Turn(thinking, final, bool(thinking and visible_text))
+    return Response(text=text, thinking=thinking, answer=final, is_well_formed=bool(thinking and visible_text))
 
 
-def _parse_flexible(text: str) -> Turn:
+def _parse_flexible(text: str) -> Response:
     """Parse a turn of any format: the text before the last closing tag is thinking, the answer is searched after it.
 
     Without a closing tag, the complete text is both the thinking and the text that is searched.
     """
     before, closed, visible_text = text.rpartition(THINK_CLOSE)
     if THINK_OPEN in visible_text:
-        return Turn(visible_text.rpartition(THINK_OPEN)[2].strip(), None, False)
+        return Response(text=text, thinking=visible_text.rpartition(THINK_OPEN)[2].strip())
     answer, rule = flexible_extract(visible_text)
     thinking = before.rpartition(THINK_OPEN)[2].strip() if closed else visible_text.strip()
-    return Turn(thinking, answer, answer is not None, rule)
+    return Response(text=text, thinking=thinking, answer=answer, is_well_formed=answer is not None, rule=rule)
+
+
+_PARSERS = {
+    "think_answer_tags": _parse_think_answer_tags,
+    "think_then_answer": _parse_think_then_answer,
+    "flexible_extract": _parse_flexible,
+}
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:

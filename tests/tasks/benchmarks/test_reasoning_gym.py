@@ -5,10 +5,11 @@ import random
 
 import pytest
 
+from tests.problems import rows, sample_problems, verify
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, document
 from thinkstack.tasks.puzzles.puzzle import split_of
-from thinkstack.tasks.table import problems, puzzle_tasks, verify
+from thinkstack.tasks.table import puzzle_tasks
 from thinkstack.types import ConfigError
 
 HAS_GYM = importlib.util.find_spec("reasoning_gym") is not None
@@ -19,27 +20,27 @@ NAMES = ["gym/chain_sum", "gym/spell_backward", "gym/simple_equations"]
 @pytest.mark.skipif(HAS_GYM, reason="reasoning-gym is installed")
 def test_without_the_package_the_message_says_what_to_install():
     with pytest.raises(ConfigError, match=r"pip install 'thinkstack\[gym\]'"):
-        puzzle_tasks(["gym/chain_sum"])
+        puzzle_tasks(rows("gym/chain_sum"))
 
 
 @needs_gym
 def test_problems_are_a_function_of_seed_and_index():
-    assert problems(puzzle_tasks(NAMES), "train", 1, 9) == problems(puzzle_tasks(NAMES), "train", 1, 9)
-    assert [problem.task for problem in problems(puzzle_tasks(NAMES), "train", 1, 3)] == NAMES
+    assert sample_problems(NAMES, "train", 1, 9) == sample_problems(NAMES, "train", 1, 9)
+    assert [problem.task for problem in sample_problems(NAMES, "train", 1, 3)] == NAMES
 
 
 @needs_gym
 def test_neighboring_seeds_share_almost_no_questions():
     """The package's own seeds 42 and 43 share 99 of 100 items."""
     generated = [
-        {p.question for p in problems(puzzle_tasks(["gym/chain_sum"]), "train", s, 60, levels=[3])} for s in (42, 43)
+        {p.question for p in sample_problems(["gym/chain_sum"], "train", s, 60, levels=(3,))} for s in (42, 43)
     ]
     assert len(generated[0] & generated[1]) <= 3
 
 
 @needs_gym
 def test_the_question_decides_the_split():
-    generated = {s: problems(puzzle_tasks(["gym/chain_sum"]), s, 0, 150, levels=[1]) for s in ("train", "test")}
+    generated = {s: sample_problems(["gym/chain_sum"], s, 0, 150, levels=(1,)) for s in ("train", "test")}
     assert not {p.question for p in generated["train"]} & {p.question for p in generated["test"]}
     for split, found in generated.items():
         assert {split_of(problem.key) for problem in found} == {split}
@@ -52,7 +53,7 @@ def test_the_question_decides_the_split():
 @needs_gym
 def test_only_the_exact_answer_counts():
     """The package gives .18 for "The answer is 214" and .5 for 11 instead of 1."""
-    for problem in problems(puzzle_tasks(NAMES), "test", 0, 30):
+    for problem in sample_problems(NAMES, "test", 0, 30):
         assert verify(problem, problem.answer) and verify(problem, f" {problem.answer} ")
         for text in (
             f"The answer is {problem.answer}",
@@ -66,9 +67,9 @@ def test_only_the_exact_answer_counts():
 
 @needs_gym
 def test_the_packages_scorer_verifies_other_spellings(monkeypatch):
-    (problem,) = problems(puzzle_tasks(["gym/chain_sum"]), "test", 0, 1)
+    (problem,) = sample_problems(["gym/chain_sum"], "test", 0, 1)
     task = gym.puzzle_task("gym/chain_sum")
-    made, item = gym._remake_item(task, problem.level, int(problem.key[:8], 16))
+    made, item = gym._remake_item(task.name, problem.level, int(problem.key[:8], 16))
     assert item["question"] == problem.question
     for found, expected in ((1.0, True), (0.99, False)):
         monkeypatch.setattr(type(made), "score_answer", lambda *_, found=found: found)
@@ -86,7 +87,7 @@ def test_a_scorer_that_evaluates_model_output_is_never_called(monkeypatch):
     """countdown, spiral_matrix and others run the answer as Python."""
     task = gym.puzzle_task("gym/spiral_matrix")
     assert task.evaluates_answers and not gym.puzzle_task("gym/chain_sum").evaluates_answers
-    (problem,) = problems([task], "test", 0, 1)
+    (problem,) = sample_problems(["gym/spiral_matrix"], "test", 0, 1)
 
     def never(*_):
         raise AssertionError("called")
@@ -108,14 +109,14 @@ def test_a_scorer_that_evaluates_model_output_is_never_called(monkeypatch):
 )
 def test_unusable_data_sets_are_refused_with_the_reason(name, message):
     with pytest.raises(ConfigError, match=message):
-        puzzle_tasks([name])
+        puzzle_tasks(rows(name))
 
 
 @needs_gym
 def test_a_corpus_of_gym_problems_is_refused():
     cfg = CorpusConfig(prose_share=0.0, drill_share=0.0, worked_share=1.0)
     with pytest.raises(ConfigError, match="no worked solutions; use it for RL or evaluation"):
-        document(puzzle_tasks(["gym/chain_sum"]), cfg, 0, 0)
+        document(puzzle_tasks(rows("gym/chain_sum")), cfg, 0, 0)
 
 
 @needs_gym

@@ -4,13 +4,14 @@ from itertools import islice
 
 import pytest
 
+from tests.problems import rows, sample_problems
 from thinkstack.tasks.puzzles.corpus import GUESSES, OPENINGS, SMALL_CHAT, CorpusConfig, document, documents
 from thinkstack.tasks.puzzles.puzzle import problem_key, split_of, unseen_wordings
-from thinkstack.tasks.table import PUZZLES, problems, puzzle_tasks
+from thinkstack.tasks.table import PUZZLES, puzzle_tasks
 from thinkstack.text.parse import parse_turn
 from thinkstack.types import ConfigError
 
-ALL = puzzle_tasks(list(PUZZLES))
+ALL = puzzle_tasks(rows(*PUZZLES))
 DEFAULT = CorpusConfig()
 
 
@@ -44,7 +45,7 @@ def test_a_document_is_a_function_of_seed_and_index():
 
 
 def test_unseen_wordings_are_recognized():
-    for problem in problems(ALL, "train", 0, 200, unseen_wordings=True):
+    for problem in sample_problems(PUZZLES, "train", 0, 200, unseen_wordings=True):
         assert could_be(problem.question, PUZZLES[problem.task].wordings[problem.language][problem.wording])
 
 
@@ -98,7 +99,7 @@ def test_a_share_of_0_or_1_is_strict(share, expected):
 
 def test_a_drill_lists_correct_steps_of_one_task():
     cfg = CorpusConfig(prose_share=0.0, drill_share=1.0)
-    for item in islice(documents(puzzle_tasks(["chain", "nested", "cups"]), cfg, 0), 60):
+    for item in islice(documents(puzzle_tasks(rows("chain", "nested", "cups")), cfg, 0), 60):
         lines = item.text.splitlines()
         assert item.question == "" and len(lines) == 10
         for line in lines:

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 
+from tests.problems import verify
 from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.puzzles.puzzle import (
     Verifier,
@@ -16,8 +17,8 @@ from thinkstack.tasks.puzzles.puzzle import (
     reference_answer,
     solve,
 )
-from thinkstack.tasks.reward import MAX_ANSWER_CHARACTERS
-from thinkstack.tasks.table import PUZZLES, verify
+from thinkstack.tasks.table import PUZZLES
+from thinkstack.tasks.task import MAX_ANSWER_CHARACTERS
 
 EACH = pytest.mark.parametrize("task", PUZZLES.values(), ids=PUZZLES)
 EACH_LANGUAGE = pytest.mark.parametrize(

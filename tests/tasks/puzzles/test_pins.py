@@ -6,9 +6,10 @@ from itertools import islice
 
 import pytest
 
+from tests.problems import rows, sample_problems
 from thinkstack.tasks.puzzles.corpus import CorpusConfig, documents
 from thinkstack.tasks.puzzles.puzzle import digest, generate_puzzle, solve
-from thinkstack.tasks.table import problems, puzzle_tasks
+from thinkstack.tasks.table import puzzle_tasks
 
 DEMO = ["chain", "nested", "cups", "kinship"]
 
@@ -27,7 +28,7 @@ def hash_of(items) -> str:
     ],
 )
 def test_the_demos_problems_are_pinned(split, unseen, pin):
-    sampled = problems(puzzle_tasks(DEMO), split, 2, 400, unseen_wordings=unseen)
+    sampled = sample_problems(DEMO, split, 2, 400, unseen_wordings=unseen)
     assert hash_of((p.question, p.answer, p.task, p.language, p.level, p.key, p.wording) for p in sampled) == pin
 
 
@@ -41,14 +42,14 @@ def test_the_demos_problems_are_pinned(split, unseen, pin):
     ],
 )
 def test_each_demo_tasks_problems_are_pinned(name, pin):
-    sampled = problems(puzzle_tasks([name]), "train", 0, 300)
+    sampled = sample_problems([name], "train", 0, 300)
     assert hash_of((p.question, p.answer, p.key) for p in sampled) == pin
 
 
 def test_the_demos_corpus_is_pinned():
     """The composition of the recipe and the default one, 600 documents each."""
     recipe = CorpusConfig(drill_share=0.15, worked_share=0.45, wrong_working_share=0.5)
-    sampled = [islice(documents(puzzle_tasks(DEMO), cfg, 0), 600) for cfg in (recipe, CorpusConfig())]
+    sampled = [islice(documents(puzzle_tasks(rows(*DEMO)), cfg, 0), 600) for cfg in (recipe, CorpusConfig())]
     assert [hash_of((item.question, item.text) for item in items) for items in sampled] == [
         "3d492c73404e2ef7",
         "2c4c062f813758db",
@@ -57,7 +58,7 @@ def test_the_demos_corpus_is_pinned():
 
 def test_wrong_solutions_are_pinned():
     found = []
-    for task in puzzle_tasks(DEMO):
+    for task in puzzle_tasks(rows(*DEMO)):
         for seed in range(100):
             solution = solve(task, generate_puzzle(task, "train", 4, seed), "en", random.Random(seed))
             found.append((solution.lines, solution.answer, solution.is_correct))

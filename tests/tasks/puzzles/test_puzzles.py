@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests.problems import rows
 from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.puzzles.kinship import COMPOSE, RELATION, TERMS
 from thinkstack.tasks.puzzles.puzzle import (
@@ -21,7 +22,7 @@ from thinkstack.types import ConfigError
 
 DEMO = ("chain", "nested", "cups", "kinship")
 """The tasks of the measured demo; tests/tasks/puzzles/test_every_puzzle.py tests all tasks."""
-EACH = pytest.mark.parametrize("task", puzzle_tasks(DEMO), ids=DEMO)
+EACH = pytest.mark.parametrize("task", puzzle_tasks(rows(*DEMO)), ids=DEMO)
 
 
 def last_digit(text: str) -> int:

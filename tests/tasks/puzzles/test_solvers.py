@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import pytest
 
+from tests.problems import make_problem as problem_of
+from tests.problems import verify
 from thinkstack.tasks.puzzles.puzzle import Puzzle, generate_puzzle, make_problem, problem_key, solve
-from thinkstack.tasks.table import PUZZLES, verify
-from thinkstack.types import Problem
+from thinkstack.tasks.table import PUZZLES
 
 BOTH = pytest.mark.parametrize("language", ["en", "zh"])
 
@@ -77,7 +78,7 @@ def test_a_quadratic_equation_with_large_factors_has_a_wrong_state():
 
 def test_solutions_of_an_equation_are_accepted_in_any_order():
     """x^2 + 5x + 6 = 0."""
-    problem = Problem(question="", answer="-3, -2", task="quadratic", language="en", level=3, key="0" * 16, wording=0)
+    problem = problem_of("", "-3, -2", "quadratic")
     for answer in ("-3, -2", "-2,-3", "x=-2 or x=-3", "x1 = -2, x2 = -3", "-2 and -3", "-4/2, -3", "-2、-3", "-2或-3"):
         assert verify(problem, answer), answer
     for answer in ("-2", "-3, -2, 1", "-3, -3", "-3, -2, -2", "2, 3", "(x+2)(x+3)", "-3,", "x^2+5x+6=0", "-3 -2", ""):

@@ -1,15 +1,12 @@
 """The language of the reasoning: which words count, for which language, and which count for none."""
 
-from dataclasses import replace
-
 import pytest
 
-from thinkstack.tasks.reward import RewardConfig, language_reward, score
+from tests.problems import make_problem, scored
 from thinkstack.tasks.verify.language import MIN_WORDS, language_share, split_words
-from thinkstack.types import ConfigError, Problem
 
-ENGLISH = Problem(question="2+2?", answer="4", task="chain", language="en", level=2, key="0" * 16, wording=0)
-CHINESE = replace(ENGLISH, question="小明有2个苹果,Alice有2个,一共几个?", language="zh")
+ENGLISH = make_problem()
+CHINESE = make_problem("小明有2个苹果,Alice有2个,一共几个?", language="zh")
 
 
 @pytest.mark.parametrize(
@@ -67,25 +64,24 @@ def test_too_few_words_say_nothing():
     assert language_share("so " * MIN_WORDS, "zh") == 0.0
 
 
+def language_of(problem, text):
+    return scored(problem, text, parts={"language": 1.0}).total
+
+
 def test_language_is_measured_in_unclosed_thinking_and_not_in_the_answer():
     working = "先算二加二得四"
-    assert language_reward(ENGLISH, f"<think>{working}</think><answer>4</answer>") == 0.0
-    assert language_reward(ENGLISH, f"<think>we add and get four</think><answer>{working}</answer>") == 1.0
-    assert language_reward(ENGLISH, f"<think>{working}") == 0.0
-    assert language_reward(ENGLISH, "<think>2+2=4</think><answer>4</answer>") == 1.0
+    assert language_of(ENGLISH, f"<think>{working}</think><answer>4</answer>") == 0.0
+    assert language_of(ENGLISH, f"<think>we add and get four</think><answer>{working}</answer>") == 1.0
+    assert language_of(ENGLISH, f"<think>{working}") == 0.0
+    assert language_of(ENGLISH, "<think>2+2=4</think><answer>4</answer>") == 1.0
 
 
 def test_the_language_part_is_named_weighted_and_off_by_default():
     text = "<think>先算二加二 so we get four</think><answer>4</answer>"
-    assert score(ENGLISH, text, RewardConfig()).parts == {"accuracy": 1.0, "format": 1.0}
-    found = score(ENGLISH, text, RewardConfig(language_weight=0.5))
+    parts = {"accuracy_if_formatted": 1.0, "language": 0.5}
+    assert scored(ENGLISH, text).parts == {"accuracy": 1.0, "format": 1.0}
+    found = scored(ENGLISH, text, parts=parts)
     assert found.parts == {"accuracy": 1.0, "format": 1.0, "language": pytest.approx(4 / 9)}
     assert found.total == pytest.approx(1 + 0.5 * 4 / 9)
-    wrong = score(ENGLISH, text.replace(">4<", ">5<"), RewardConfig(language_weight=0.5))
+    wrong = scored(ENGLISH, text.replace(">4<", ">5<"), parts=parts)
     assert wrong.total == pytest.approx(0.5 * 4 / 9)
-
-
-@pytest.mark.parametrize("settings", [{"language_weight": -1.0}, {"language_weight": 0.1, "combine": "random"}])
-def test_contradictory_settings_are_refused(settings):
-    with pytest.raises(ConfigError, match="language_weight"):
-        RewardConfig(**settings)

@@ -131,7 +131,7 @@ def test_closing_leaves_no_process():
     assert not process.is_alive()
 
 
-@pytest.mark.parametrize(("workers", "seconds"), [(0, 1.0), (1, 0.0)])
+@pytest.mark.parametrize(("workers", "seconds"), [(-1, 1.0), (1, 0.0)])
 def test_an_unusable_pool_is_refused(workers, seconds):
     with pytest.raises(ConfigError):
         VerifierPool(num_workers=workers, timeout_seconds=seconds)

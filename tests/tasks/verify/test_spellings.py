@@ -4,15 +4,14 @@ import time
 
 import pytest
 
-from thinkstack.tasks.table import verify
+from tests.problems import make_problem, verify
 from thinkstack.tasks.verify.answers import parse_number, same_choice, same_numbers
 from thinkstack.tasks.verify.latex import normalize_latex
 from thinkstack.tasks.verify.quantities import parse_quantity, strip_unit
-from thinkstack.types import Problem
 
 
 def problem(answer, task="math", question="?"):
-    return Problem(question=question, answer=answer, task=task, language="en", level=1, key="0" * 16, wording=0)
+    return make_problem(question, answer, task)
 
 
 SAME_NUMBERS = {

@@ -1,4 +1,4 @@
-"""Benchmarks read from local files: GSM8K and MATH. Nothing is downloaded.
+"""Tasks whose problems are read from local files: GSM8K and MATH; jsonl.py has a user's own. Nothing is downloaded.
 
 A file has one of the formats of files.read_rows; MATH may also be the published folder with one JSON file per problem.
 """
@@ -8,15 +8,16 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from thinkstack.files import Row, read_object, read_rows
 from thinkstack.tasks.puzzles.puzzle import digest
+from thinkstack.tasks.task import Problems, Task, TaskConfig, final_answer
+from thinkstack.tasks.verify import latex
 from thinkstack.tasks.verify.answers import parse_number, strip_answer
-from thinkstack.tasks.verify.latex import same_spelling, unbox
 from thinkstack.tasks.verify.quantities import parse_quantity
 from thinkstack.text.final_answer import last_boxed
-from thinkstack.types import ConfigError, Problem
+from thinkstack.types import ConfigError, Message, Problem, Response, Score
 
 log = logging.getLogger(__name__)
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -24,37 +25,87 @@ MAX_UNANSWERED_SHARE = 0.01
 """Largest accepted share of rows without an answer."""
 
 
-class Benchmark(Protocol):
-    """A published set of problems."""
-
-    @property
-    def name(self) -> str:
-        """The name in tasks/table.py and the value of Problem.task."""
+class DatasetTask(Task):
+    """A task whose problems are in the files of a folder."""
 
     SOURCE: str
-    """Where the files come from; used in messages."""
+    """What the folder contains and where it comes from; used in messages."""
+    compares_formulas = False
+    """Whether an answer with another spelling than the reference is compared by math-verify."""
 
-    def load(self, path: str | Path) -> list[Problem]:
+    def __init__(self, name: str, cfg: TaskConfig):
+        self.name, self.cfg = name, cfg
+
+    @property
+    def chance(self) -> None:
+        return None
+
+    def file(self, split: str) -> Path:
+        """Return the file of a split. Raises ConfigError if there is none."""
+        found = [path for end in FILE_SUFFIXES if (path := Path(self.cfg.data) / f"{split}{end}").is_file()]
+        if not found:
+            names = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
+            raise ConfigError(f"{self.cfg.data} has no {names}; give the folder that contains {self.SOURCE}")
+        return found[0]
+
+    def check_files(self, split: str) -> None:
+        self.file(split)
+
+    def read(self, path: str | Path) -> list[Problem]:
         """Return all problems of a file, in file order.
 
-        Raises ConfigError if the file is missing or belongs to another benchmark.
+        Raises ConfigError if the file is missing or belongs to another data set.
         """
+        raise NotImplementedError
 
-    def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` is correct."""
+    def problems(self, split: str, seed: int) -> Problems:
+        """Return the problems of the allowed levels and languages, reshuffled every epoch."""
+        cfg = self.cfg
+        found = [
+            problem
+            for problem in self.read(self.file(split))
+            if (not cfg.levels or problem.level in cfg.levels)
+            and (not cfg.languages or problem.language in cfg.languages)
+        ]
+        if not found:
+            raise ConfigError(
+                f"tasks.{self.name} has no {split} problems of levels={list(cfg.levels)} and "
+                f"languages={list(cfg.languages)} (empty: all); correct them"
+            )
+        return Problems(Shuffled(found, seed).problem_at)
+
+    def is_correct(self, problem: Problem, answer: str) -> bool:
+        """Whether `answer` is correct, without math-verify."""
+        raise NotImplementedError
+
+    def verify(self, problem: Problem, response: Response) -> Score:
+        """Compare the answer by `is_correct`, and formulas of another spelling by math-verify."""
+        answer = final_answer(problem, response)
+        if answer is not None and self.may_hang(problem, response):
+            return latex.are_equivalent(problem.answer, answer)
+        return Score(total=float(answer is not None and self.is_correct(problem, answer)))
+
+    def may_hang(self, problem: Problem, response: Response) -> bool:
+        """Whether math-verify decides; answers with the reference's spelling are compared in process."""
+        if not self.compares_formulas or (answer := final_answer(problem, response)) is None:
+            return False
+        return not self.is_correct(problem, answer) and latex.needs_math_verify(problem.answer, answer)
+
+    def prepare(self) -> None:
+        if self.compares_formulas:
+            import math_verify  # noqa: F401
 
 
-class Gsm8k:
+class Gsm8k(DatasetTask):
     """Grade-school word problems with integer answers (arXiv:2110.14168).
 
     Fields: question, answer. The reference is the text after #### in the answer; the level is the number of lines of
     the published solution.
     """
 
-    name = "gsm8k"
     SOURCE = "train.jsonl and test.jsonl of github.com/openai/grade-school-math"
 
-    def load(self, path: str | Path) -> list[Problem]:
+    def read(self, path: str | Path) -> list[Problem]:
         return [self._problem(row, where) for where, row in load_rows(path, ("question", "answer"), self.SOURCE)]
 
     def _problem(self, row: Row, where: str) -> Problem:
@@ -62,30 +113,31 @@ class Gsm8k:
         answer = answer.strip().replace(",", "")
         if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
             raise ConfigError(f"{where} does not end in '#### number' as GSM8K does; use {self.SOURCE}")
-        return benchmark_problem(self.name, str(row["question"]), answer, level=solution.strip().count("\n") + 1)
+        return question_problem(self.name, str(row["question"]), answer, {"level": solution.strip().count("\n") + 1})
 
-    def verify(self, problem: Problem, answer: str) -> bool:
+    def is_correct(self, problem: Problem, answer: str) -> bool:
         """Compare values; tasks/verify/quantities.py lists the accepted spellings. The answer may be after #### or in
         a box.
 
         A percent sign counts as a unit if the question asks for percent.
         """
-        inside = unbox(strip_answer(answer).removeprefix("####"))
+        inside = latex.unbox(strip_answer(answer).removeprefix("####"))
         may_be_percent = "percent" in problem.question.casefold()
         return inside is not None and parse_quantity(inside, may_be_percent) == parse_number(problem.answer)
 
 
-class Math:
+class Math(DatasetTask):
     """Competition problems with LaTeX answers (arXiv:2103.03874).
 
     Fields: problem, level, and solution or answer. The reference is the content of the last \\boxed{} of the solution,
-    or the answer field if there is no solution. Level: 1 to 5 as published, 0 where the file says "Level ?".
+    or the answer field if there is no solution. Level: 1 to 5 as published, 0 where the file says "Level ?". Answers
+    are compared by spelling, then by math-verify, if it is installed.
     """
 
-    name = "math"
     SOURCE = "the folder or the JSON lines of github.com/hendrycks/math, or MATH-500"
+    compares_formulas = True
 
-    def load(self, path: str | Path) -> list[Problem]:
+    def read(self, path: str | Path) -> list[Problem]:
         """Return all problems; rows without an answer, which some circulating copies have, are skipped with a
         warning."""
         found, unanswered = [], []
@@ -95,9 +147,8 @@ class Math:
                 unanswered.append(where)
                 continue
             level = re.search(r"\d", str(row["level"]))
-            found.append(
-                benchmark_problem(self.name, str(row["problem"]), str(answer), level=int(level[0]) if level else 0)
-            )
+            metadata = {"level": int(level[0]) if level else 0}
+            found.append(question_problem(self.name, str(row["problem"]), str(answer), metadata))
         if len(unanswered) > len(found) * MAX_UNANSWERED_SHARE:
             raise ConfigError(
                 f"{unanswered[0]} has neither an answer nor a \\boxed{{}} in its solution; use {self.SOURCE}"
@@ -106,27 +157,16 @@ class Math:
             log.warning("skipped rows without an answer: %s", " ".join(unanswered))
         return found
 
-    def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` and the reference are the same number, or the same LaTeX up to spelling.
-
-        `verify_formulas` (tasks/verify/latex.py) also accepts equivalent formulas.
-        """
-        return same_spelling(problem.answer, answer)
+    def is_correct(self, problem: Problem, answer: str) -> bool:
+        """Whether both are the same number, or the same LaTeX up to spelling."""
+        return latex.same_spelling(problem.answer, answer)
 
 
-def split_file(folder: str | Path, split: str, source: str) -> Path:
-    """Return the file of a split ("train", "test") in a data set's folder. Raises ConfigError if there is none."""
-    found = [path for ending in FILE_SUFFIXES if (path := Path(folder) / f"{split}{ending}").is_file()]
-    if not found:
-        names = " or ".join(f"{split}{ending}" for ending in FILE_SUFFIXES)
-        raise ConfigError(f"{folder} has no {names}; give the folder that contains {source}")
-    return found[0]
-
-
-def benchmark_problem(task: str, question: str, answer: str, level: int) -> Problem:
-    """Build a Problem of a data set; the key is the hash of the question."""
+def question_problem(task: str, question: str, answer: str, metadata: dict[str, Any]) -> Problem:
+    """Build the Problem of a single English question; the key is the hash of the question."""
     key = f"{digest(task, ' '.join(question.split())):016x}"
-    return Problem(question=question, answer=answer, task=task, language="en", level=level, key=key, wording=0)
+    messages = (Message(role="user", content=question),)
+    return Problem(messages=messages, answer=answer, task=task, language="en", key=key, metadata=metadata)
 
 
 def load_rows(path: str | Path, fields: Sequence[str], source: str) -> list[tuple[str, Row]]:
@@ -152,33 +192,17 @@ def load_rows(path: str | Path, fields: Sequence[str], source: str) -> list[tupl
     return found
 
 
-class DatasetStream:
-    """An endless stream over a list of problems, reshuffled from `seed` every epoch. Its state is the position."""
+class Shuffled:
+    """A list of problems, reshuffled from `seed` every epoch."""
 
     def __init__(self, problems: Sequence[Problem], seed: int):
-        if not problems:
-            raise ConfigError("the data set has no problems to sample from; check the file and the requested levels")
-        self.problems, self.seed = list(problems), seed
-        self.position = 0
-        """Number of problems returned so far."""
+        self.problems, self.seed = problems, seed
         self._epoch, self._order = -1, list[int]()
 
-    def take(self, count: int) -> list[Problem]:
-        """Return the next `count` problems."""
-        start, self.position = self.position, self.position + count
-        return [self._problem_at(position) for position in range(start, self.position)]
-
-    def _problem_at(self, position: int) -> Problem:
-        epoch, place = divmod(position, len(self.problems))
+    def problem_at(self, index: int) -> Problem:
+        """Return problem `index` of the endless sequence."""
+        epoch, place = divmod(index, len(self.problems))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(len(self.problems)))
             random.Random(digest("data stream", self.seed, epoch)).shuffle(self._order)
         return self.problems[self._order[place]]
-
-    def state(self) -> dict[str, Any]:
-        """Return the state that `restore` accepts."""
-        return {"position": self.position}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `state` returned."""
-        self.position = state["position"]

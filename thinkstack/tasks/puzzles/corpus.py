@@ -5,7 +5,7 @@ A document is a function of (seed, index) and generated on demand; nothing is do
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from thinkstack.config import Share
@@ -117,17 +117,12 @@ def random_answer(task: PuzzleTask, rng: random.Random, language: str) -> str:
     return reference_answer(task, task.generate(rng, rng.choice(task.levels)), language)
 
 
-def worked_example(
-    tasks: list[PuzzleTask], seed: int, index: int, languages: tuple[str, ...]
-) -> tuple[Problem, Solution]:
-    """Return training problem `index` with its correct worked solution.
-
-    Tasks alternate by index. languages: allowed languages; () allows all.
-    """
+def worked_example(tasks: Sequence[PuzzleTask], seed: int, index: int) -> tuple[Problem, Solution]:
+    """Return training problem `index` with its correct worked solution. Tasks alternate by index."""
     task = tasks[index % len(tasks)]
     rng = random.Random(digest("worked example", seed, index))
     puzzle = generate_puzzle(task, "train", rng.choice(task.levels), ("worked example", seed, index))
-    language = rng.choice([name for name in task.wordings if not languages or name in languages])
+    language = rng.choice(list(task.wordings))
     problem = make_problem(task, puzzle, language, rng.choice(seen_wordings(task, language)))
     return problem, solve(task, puzzle, language)
 

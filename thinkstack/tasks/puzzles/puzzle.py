@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from thinkstack.types import ConfigError, Problem
+from thinkstack.types import ConfigError, Message, Problem
 
 SPLITS = ("train", "test")
 TEST_SHARE = 8
@@ -80,6 +80,17 @@ class Verifier(Protocol):
 
     def verify(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is correct. It never raises, evaluates nothing, and rejects several answers."""
+
+
+@runtime_checkable
+class ForeignVerifier(Verifier, Protocol):
+    """Optional methods of a task whose `verify` runs code of another package on the answer."""
+
+    def may_hang(self, problem: Problem, answer: str) -> bool:
+        """Whether `verify` runs that code for this answer."""
+
+    def prepare(self) -> None:
+        """Import that package."""
 
 
 @runtime_checkable
@@ -167,13 +178,12 @@ def make_problem(task: PuzzleTask, puzzle: Puzzle, language: str, wording: int) 
     if templates is None:
         raise ConfigError(f"{task.name} has no wording in {language!r}; it has {', '.join(task.wordings)}")
     return Problem(
-        question=templates[wording].format(**task.operands(puzzle, language)),
+        messages=(Message(role="user", content=templates[wording].format(**task.operands(puzzle, language))),),
         answer=reference_answer(task, puzzle, language),
         task=task.name,
         language=language,
-        level=len(puzzle.ops),
         key=problem_key(task, puzzle),
-        wording=wording,
+        metadata={"level": len(puzzle.ops), "wording": wording},
     )
 
 

@@ -1,21 +1,24 @@
 """Answers in LaTeX: boxes, normalization, and (with an extra) equivalence of formulas.
 
 `normalize_latex` removes differences of spelling and computes nothing. Equivalent formulas with different spellings,
-for example 1+\\sqrt{2} and \\sqrt{2}+1, are compared by math-verify. It may hang, so it runs in processes that can be
-killed: use `verify_formulas` with a VerifierPool. A reference that is a number is never passed to math-verify, which
-would accept 2+2 for 4, 50\\% for 50 and 18:30 for 18.
+for example 1+\\sqrt{2} and \\sqrt{2}+1, are compared by math-verify (`are_equivalent`). It may hang, so it runs in
+processes that can be killed (pool.py). A reference that is a number is never passed to math-verify, which would accept
+2+2 for 4, 50\\% for 50 and 18:30 for 18.
 """
 
+import functools
+import importlib.util
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from thinkstack.tasks.verify.answers import SEPARATOR, WORD_MACROS, strip_wrappers
-from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.tasks.verify.quantities import parse_quantity, strip_unit, units_agree
 from thinkstack.text.final_answer import boxes, closing_brace
-from thinkstack.types import ConfigError, Problem, Score
+from thinkstack.types import Score
 
+log = logging.getLogger(__name__)
 MAX_FORMULA_CHARACTERS = 200
 """Longest answer, in characters, that is passed to math-verify."""
 _UNICODE_SIGNS = str.maketrans(
@@ -182,13 +185,22 @@ def is_number(reference: str) -> bool:
     return parse_quantity(reference, may_be_percent=True) is not None
 
 
+@functools.cache
 def has_math_verify() -> bool:
-    """Whether math-verify can be imported."""
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
+    """Whether math-verify is installed. If not, a warning is logged once."""
+    if importlib.util.find_spec("math_verify") is None:
+        log.warning(
+            "math-verify is not installed, so formulas are compared by their spelling: 1+x and x+1 count as different; "
+            "pip install 'thinkstack[math]'"
+        )
         return False
     return True
+
+
+def needs_math_verify(reference: str, answer: str) -> bool:
+    """Whether math-verify can decide if two answers of different spelling are equal, and is installed."""
+    inside = unbox(answer)
+    return inside is not None and _is_comparable(unbox(reference) or reference, inside) and has_math_verify()
 
 
 def are_equivalent(reference: str, answer: str) -> Score:
@@ -199,32 +211,12 @@ def are_equivalent(reference: str, answer: str) -> Score:
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
+    texts = (unbox(reference) or reference, unbox(answer))
     parse_options: dict[str, Any] = {"extraction_config": [LatexExtractionConfig()], "parsing_timeout": None}
-    gold, found = (parse(f"${text}$", **parse_options) for text in (reference, answer))
+    gold, found = (parse(f"${text}$", **parse_options) for text in texts)
     if not gold:
         return Score(total=0.0, unscorable=f"math-verify cannot read the reference {reference!r}")
     return Score(total=float(bool(found) and verify(gold, found, timeout_seconds=None)))
-
-
-def verify_formulas(pairs: Sequence[tuple[Problem, str]], pool: VerifierPool) -> list[Score]:
-    """Verify answers to MATH problems: first by spelling, then the remaining answers with math-verify in `pool`.
-
-    An answer that times out is unscorable. Raises ConfigError if math-verify is not installed.
-    """
-    if not has_math_verify():
-        raise ConfigError(
-            "comparing formulas needs math-verify; pip install 'thinkstack[math]', or compare by spelling"
-        )
-    scores, left = [], []
-    for place, (problem, answer) in enumerate(pairs):
-        reference, inside = unbox(problem.answer) or problem.answer, unbox(answer)
-        is_same = same_spelling(problem.answer, answer)
-        scores.append(Score(total=float(is_same)))
-        if not is_same and inside is not None and _is_comparable(reference, inside):
-            left.append((place, (reference, inside)))
-    for (place, _), score in zip(left, pool.run(are_equivalent, [pair for _, pair in left]), strict=True):
-        scores[place] = score
-    return scores
 
 
 def _is_comparable(reference: str, answer: str) -> bool:

@@ -5,6 +5,7 @@ has started, so neither the queue nor the start of the process counts.
 """
 
 import contextlib
+import math
 import multiprocessing
 import signal
 import time
@@ -15,16 +16,22 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from thinkstack.machine import usable_cores
 from thinkstack.types import ConfigError, Score
 
 START_SECONDS = 60.0
 """A worker that has not started its call after this time is replaced; generous, since imports are slow on a busy
 machine."""
+MAX_WORKERS = 8
+"""Default maximum number of workers."""
 MAX_STARTS = 3
 """Maximum attempts to start a call; if none succeeds, the set-up is at fault, and `run` raises RuntimeError."""
 
+TIMEOUT_SECONDS = 10.0
+"""Default longest run time of one call."""
+
 VerifierFunction = Callable[..., Score]
-"""A picklable function that a new process can import by name."""
+"""A picklable function that a new process can import by name, or a method of a picklable object."""
 
 
 @dataclass
@@ -43,10 +50,12 @@ class _Worker:
 class VerifierPool:
     """A fixed number of workers, each idle or running exactly one call; lost workers are replaced when needed."""
 
-    def __init__(self, num_workers: int, timeout_seconds: float):
-        """timeout_seconds: longest run time of one call."""
+    def __init__(self, num_workers: int = 0, timeout_seconds: float = TIMEOUT_SECONDS):
+        """num_workers: 0 means as many as this process has cores, at most MAX_WORKERS; they start when they are needed.
+        timeout_seconds: longest run time of one call."""
+        num_workers = num_workers or min(usable_cores(), MAX_WORKERS)
         if num_workers < 1:
-            raise ConfigError(f"num_workers={num_workers} must be at least 1")
+            raise ConfigError(f"num_workers={num_workers} must not be negative; 0 uses all cores, up to {MAX_WORKERS}")
         if not timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds={timeout_seconds} must be positive")
         self.num_workers, self.timeout_seconds = num_workers, timeout_seconds
@@ -63,17 +72,24 @@ class VerifierPool:
         while self._workers:
             self._discard(self._workers[0])
 
-    def run(self, function: VerifierFunction, arguments: Sequence[tuple[Any, ...]]) -> list[Score]:
+    def run(
+        self,
+        function: VerifierFunction,
+        arguments: Sequence[tuple[Any, ...]],
+        prepare: Callable[[], object] | None = None,
+    ) -> list[Score]:
         """Return `function(*arguments[i])` for every i, in that order.
 
-        A call that raises, crashes its process or times out gives an unscorable Score with the reason; other calls are
-        not affected. Raises RuntimeError if a call cannot be started in MAX_STARTS processes.
+        A call that raises, crashes its process, times out or returns anything but a finite Score gives an unscorable
+        Score with the reason; other calls are not affected. prepare: called before the time of a call starts, for
+        imports. Raises RuntimeError if a call cannot be started in MAX_STARTS processes.
         """
+        calls = [(function, values, prepare) for values in arguments]
         scores: list[Score | None] = [None] * len(arguments)
         queue, starts = deque(range(len(arguments))), [0] * len(arguments)
         try:
             while queue or any(worker.call_index >= 0 for worker in self._workers):
-                self._assign_calls(function, arguments, queue, starts)
+                self._assign_calls(calls, queue, starts)
                 for worker in self._wait_for_workers():
                     self._handle_worker(worker, scores, queue, starts)
         finally:
@@ -83,9 +99,7 @@ class VerifierPool:
         assert len(done) == len(arguments), "every call has a score"
         return done
 
-    def _assign_calls(
-        self, function: VerifierFunction, arguments: Sequence[tuple[Any, ...]], queue: deque[int], starts: list[int]
-    ) -> None:
+    def _assign_calls(self, calls: Sequence[tuple[Any, ...]], queue: deque[int], starts: list[int]) -> None:
         """Assign queued calls to idle workers; start workers up to num_workers."""
         while queue:
             worker = next((worker for worker in self._workers if worker.call_index < 0), None)
@@ -99,7 +113,7 @@ class VerifierPool:
             worker.deadline = time.monotonic() + START_SECONDS
             # a worker that died while idle has closed its end of the pipe, which _handle_worker detects
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                worker.pipe.send((function, arguments[call_index]))
+                worker.pipe.send(calls[call_index])
 
     def _wait_for_workers(self) -> list[_Worker]:
         """Wait until a worker sends a message, dies or reaches its deadline; return all such workers."""
@@ -154,17 +168,26 @@ def unscorable(reason: str) -> Score:
     return Score(total=0.0, unscorable=reason)
 
 
+def checked(found: object) -> Score:
+    """Return what a verifier returned; unscorable unless it is a Score with a finite total."""
+    if isinstance(found, Score) and isinstance(found.total, int | float) and math.isfinite(found.total):
+        return found
+    return unscorable(f"returned {found!r:.100}, not a finite score")
+
+
 def _serve(pipe: Connection) -> None:
     """Run calls from the pipe until its other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent ends its workers
     while True:
         try:
-            function, arguments = pipe.recv()
+            function, arguments, prepare = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(("started", None))
         try:
-            score = function(*arguments)
+            if prepare is not None:
+                prepare()
+            pipe.send(("started", None))
+            score = checked(function(*arguments))
         except Exception as error:  # the boundary: whatever a verifier raises becomes the reason
             score = unscorable(f"{type(error).__name__}: {error}")
         pipe.send(("done", score))

@@ -1,0 +1,130 @@
+"""The interface of a task, its settings, and its stream of problems. Puzzles, benchmarks and a user's files alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from thinkstack.config import CountOrZero, Input
+from thinkstack.types import Message, Problem, Response, Score, Tool
+
+if TYPE_CHECKING:
+    from thinkstack.text.chat import ChatFormat
+
+VerifierName = Literal["text", "number", "latex", "choice"]
+DEFAULT_TASKS = ("chain", "nested", "cups", "kinship")
+"""Tasks of the demo."""
+MAX_ANSWER_CHARACTERS = 64
+"""A longer answer counts as no answer, since it could contain several answers. If the reference is longer than this,
+the limit is twice the length of the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Settings of one task: a row of a recipe's `tasks`."""
+
+    data: Annotated[str, Input("data")] = ""
+    """Folder with the files of the splits (train, test) of a published set or of your own task; empty for generated
+    tasks."""
+    levels: tuple[int, ...] = ()
+    """Allowed levels; empty: all levels of the task."""
+    languages: tuple[str, ...] = ()
+    """Allowed languages of generated questions; empty: all languages of the task."""
+    unseen_wordings: bool = False
+    """Use the wordings of generated questions that training never uses."""
+    num_samples: CountOrZero = 0
+    """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
+    verifier: VerifierName | None = None
+    """How answers of your own task are compared with the reference: as "text" (the default), by the value of a
+    "number", as "latex" formulas, or as the letter of a "choice"."""
+
+
+def default_tasks() -> dict[str, TaskConfig]:
+    """Return the rows of DEFAULT_TASKS without settings."""
+    return dict.fromkeys(DEFAULT_TASKS, TaskConfig())
+
+
+class Problems:
+    """An endless sequence of problems, read by index or as a stream whose only state is its position."""
+
+    def __init__(self, problem_at: Callable[[int], Problem]):
+        self.problem_at = problem_at
+        self.position = 0
+        """Index of the next problem of the stream."""
+
+    def __getitem__(self, index: int) -> Problem:
+        return self.problem_at(index)
+
+    def take(self, count: int) -> list[Problem]:
+        """Return the next `count` problems."""
+        start, self.position = self.position, self.position + count
+        return [self.problem_at(index) for index in range(start, self.position)]
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that `restore` accepts."""
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state` returned."""
+        self.position = state["position"]
+
+
+class Task(Protocol):
+    """A source of problems whose answers can be verified; made by `make_task` (tasks/table.py)."""
+
+    name: str
+    """Name of the row in a recipe's `tasks`."""
+    cfg: TaskConfig
+    """Settings of that row."""
+
+    @property
+    def chance(self) -> float | None:
+        """Probability that a blind guess is correct; None if unknown."""
+
+    @property
+    def num_samples(self) -> int:
+        """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
+        return self.cfg.num_samples
+
+    def check_files(self, split: str) -> None:
+        """Raise ConfigError if a file of the split is missing."""
+        return
+
+    def problems(self, split: str, seed: int) -> Problems:
+        """Return the problems of a split ("train", "test"). Raises ConfigError for files that cannot be read."""
+
+    def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
+        """Return the messages and tools of the prompt."""
+        return problem.messages, ()
+
+    def verify(self, problem: Problem, response: Response) -> Score:
+        """Return a Score whose total is the accuracy, 0 to 1, or which is unscorable."""
+
+    def may_hang(self, problem: Problem, response: Response) -> bool:
+        """Whether `verify` must run in a process that can be killed (verify/pool.py)."""
+        return False
+
+    def prepare(self) -> None:
+        """Import what `verify` needs; called in such a process before its time limit starts."""
+        return
+
+    def measures(self, problem: Problem, response: Response) -> Mapping[str, float]:
+        """Return measures of a response that only this task has, by name."""
+        return {}
+
+
+def final_answer(problem: Problem, response: Response) -> str | None:
+    """Return the final answer of a response; None if there is none or if it is too long (MAX_ANSWER_CHARACTERS).
+
+    The length limit applies to the answer, not to the text around it.
+    """
+    answer = response.answer
+    longest = MAX_ANSWER_CHARACTERS if len(problem.answer) <= MAX_ANSWER_CHARACTERS else 2 * len(problem.answer)
+    return answer if answer is not None and len(answer) <= longest else None
+
+
+def encode_prompt(chat: ChatFormat, task: Task, problem: Problem) -> tuple[int, ...]:
+    """Return the prompt token ids of a problem. Training and evaluation use this function."""
+    messages, tools = task.prompt(problem)
+    return tuple(chat.prompt(messages, tools))
