@@ -24,22 +24,29 @@ from thinkstack.engine.sampler import (
     top_logprobs,
     uniforms,
 )
+from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
+
+NOT_FINITE = "the model's logits are not finite; check the weights"
 
 
 class SampledTokens(NamedTuple):
     """Sampled tokens that have not been appended to the table."""
 
-    tokens: numpy.ndarray
-    """Token ids, (B,) int64."""
+    token_ids: numpy.ndarray
+    """(B,) int64."""
     logprobs: numpy.ndarray
     """Log-probabilities, (B,) fp32; NaN if the logits were not finite."""
     top_logprobs: dict[int, TopLogprobs]
     """Most likely alternatives by index in the batch, for rows that request them."""
 
 
-def sample_rows(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> SampledTokens:
-    """Sample a token from each row b of logits (B, V), for table row rows[b], offsets[b] positions after num_tokens."""
+NO_TOKENS = SampledTokens(numpy.zeros(0, numpy.int64), numpy.zeros(0, numpy.float32), {})
+
+
+def sample_rows(table: SequenceTable, to_sample: RowsToSample, logits: Tensor) -> SampledTokens:
+    """Sample a token for each entry from logits (B, V)."""
+    rows, offsets, _ = to_sample
     processed_rows = (
         numpy.flatnonzero(table.needs_logits_processing[rows]).tolist() if table.needs_logits_processing.any() else []
     )
@@ -82,19 +89,24 @@ def _sampling_columns(
 
 
 def append_sampled(
-    table: SequenceTable,
-    rows: numpy.ndarray,
-    offsets: numpy.ndarray,
-    sampled: SampledTokens,
-    accepted: numpy.ndarray | None,
-) -> None:
-    """Append sampled tokens to the table. accepted: (B,) bool, true for a prefix of each row's tokens; None: all."""
-    tokens, logprobs = sampled.tokens, sampled.logprobs
+    table: SequenceTable, to_sample: RowsToSample, sampled: SampledTokens, accepted: numpy.ndarray | None
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, dict[int, str]]:
+    """Append sampled tokens to the table. accepted: (B,) bool, true for a prefix of each row's tokens; None: all.
+
+    Returns (row, token id and log-probability of each appended token, errors by row)."""
+    rows, offsets, tokens, logprobs = to_sample.rows, to_sample.offsets, sampled.token_ids, sampled.logprobs
+    errors: dict[int, str] = {}
+    if numpy.isnan(logprobs).any():
+        accepted = numpy.ones(len(rows), dtype=bool) if accepted is None else accepted
+        for place in numpy.flatnonzero(numpy.isnan(logprobs)).tolist():
+            if accepted[place]:
+                errors[int(rows[place])] = NOT_FINITE
+                accepted &= (rows != rows[place]) | (offsets < offsets[place])
     if accepted is not None:
         rows, offsets, tokens, logprobs = rows[accepted], offsets[accepted], tokens[accepted], logprobs[accepted]
     table.append(rows, offsets, tokens, logprobs)
     if not table.needs_logits_processing.any():
-        return
+        return rows, tokens, logprobs, errors
     processed_rows = numpy.flatnonzero(table.needs_logits_processing[rows])
     places = processed_rows if accepted is None else numpy.flatnonzero(accepted)[processed_rows]
     for row, place in zip(rows[processed_rows].tolist(), places.tolist(), strict=True):
@@ -102,6 +114,7 @@ def append_sampled(
             table.top_logprobs[row].append(sampled.top_logprobs[place])
     for row, num_new in Counter(rows[processed_rows].tolist()).items():
         table.is_thinking_closed[row] |= _closes_thinking(table, row, -num_new, 0)
+    return rows, tokens, logprobs, errors
 
 
 def _closes_thinking(table: SequenceTable, row: int, start: int, end: int) -> bool:
@@ -145,8 +158,8 @@ def _finish_token(
             processed.unsqueeze(0), *_sampling_columns(table, numpy.array([row]), processed.device)
         )[0]
     if forced is not None:
-        sampled.tokens[place], sampled.logprobs[place] = forced, 0.0
+        sampled.token_ids[place], sampled.logprobs[place] = forced, 0.0
     elif sampling.raw_logprobs and reported is not None:
-        sampled.logprobs[place] = float(reported[sampled.tokens[place]])
+        sampled.logprobs[place] = float(reported[sampled.token_ids[place]])
     if sampling.top_logprobs and reported is not None:
         sampled.top_logprobs[place] = top_logprobs(reported.unsqueeze(0), sampling.top_logprobs)[0]

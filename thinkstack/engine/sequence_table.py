@@ -5,7 +5,7 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy
 from torch import Tensor
@@ -27,6 +27,15 @@ class Constraint(Protocol):
     def allowed(self, index: int, output_token_ids: Sequence[int]) -> Tensor:
         """Tokens that may follow `output_token_ids` in completion `index`, (V,) bool; includes the end token if the
         completion may end."""
+
+
+class Output(NamedTuple):
+    """The sampled tokens of a completion so far."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """Most likely alternatives of each token, if requested."""
 
 
 @dataclass(eq=False)
@@ -67,6 +76,17 @@ class Request:
         """The finished completions."""
         return [completion for completion in self.completions if completion is not None]
 
+    def completion(self, output: Output, reason: FinishReason, experts: Tensor | None = None) -> Completion:
+        """A finished completion of this request."""
+        return Completion(
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            finish_reason=reason,
+            weights_version=self.weights_version,
+            top_logprobs=output.top_logprobs if self.sampling.top_logprobs else None,
+            experts=experts,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class QueueEntry:
@@ -74,9 +94,7 @@ class QueueEntry:
 
     request: Request
     indices: tuple[int, ...]
-    output_token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    top_logprobs: tuple[TopLogprobs, ...] = ()
+    output: Output = Output()
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
@@ -133,18 +151,16 @@ class SequenceTable:
 
     def assign_row(self, waiting: QueueEntry, index: int, root: bytes) -> int:
         """Assign a free row to completion `index` of a queue entry; returns the row."""
-        request, sampling = waiting.request, waiting.request.sampling
+        request, sampling, output = waiting.request, waiting.request.sampling, waiting.output
         row = heapq.heappop(self.free_rows)
         self.requests[row] = request, index
         request.rows[index] = row
         self.block_hashes[row] = [root]
-        prompt, num_tokens = (
-            len(request.prompt_token_ids),
-            len(request.prompt_token_ids) + len(waiting.output_token_ids),
-        )
+        prompt = len(request.prompt_token_ids)
+        num_tokens = prompt + len(output.token_ids)
         self.ids[row, :prompt] = request.prompt_token_ids
-        self.ids[row, prompt:num_tokens] = waiting.output_token_ids
-        self.logprobs[row, prompt:num_tokens] = waiting.logprobs
+        self.ids[row, prompt:num_tokens] = output.token_ids
+        self.logprobs[row, prompt:num_tokens] = output.logprobs
         self.num_prompt_tokens[row], self.num_tokens[row], self.num_computed_tokens[row] = prompt, num_tokens, 0
         self.max_num_tokens[row], self.seed[row] = prompt + sampling.max_tokens, completion_seed(sampling.seed, index)
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
@@ -157,10 +173,9 @@ class SequenceTable:
         self.needs_logits_processing[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs)
         close = sampling.think_end_token_ids
         self.is_thinking_closed[row] = not has_budget or any(
-            waiting.output_token_ids[at : at + len(close)] == close
-            for at in range(len(waiting.output_token_ids) - len(close) + 1)
+            output.token_ids[at : at + len(close)] == close for at in range(len(output.token_ids) - len(close) + 1)
         )
-        self.top_logprobs[row] = list(waiting.top_logprobs)
+        self.top_logprobs[row] = list(output.top_logprobs)
         self.stop_token_ids[:, row] = -1
         self.stop_token_ids[: len(sampling.stop_token_ids), row] = sampling.stop_token_ids
         return row
@@ -176,14 +191,14 @@ class SequenceTable:
         assert found is not None, f"row {row} is free"
         return found
 
-    def output_of(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...], tuple[TopLogprobs, ...]]:
-        """Output tokens so far, with log-probabilities and, if requested, most likely alternatives."""
-        place = slice(self.num_prompt_tokens[row], self.num_tokens[row])
-        return (
-            tuple(self.ids[row, place].tolist()),
-            tuple(self.logprobs[row, place].tolist()),
-            tuple(self.top_logprobs[row]),
-        )
+    def output_ids(self, row: int) -> numpy.ndarray:
+        """Output tokens so far, a view."""
+        return self.ids[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
+
+    def output_of(self, row: int) -> Output:
+        """Output so far."""
+        logprobs = self.logprobs[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
+        return Output(tuple(self.output_ids(row).tolist()), tuple(logprobs.tolist()), tuple(self.top_logprobs[row]))
 
     def is_stop(self, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
         """Whether each row's token is one of its stop tokens, (N,) bool."""
