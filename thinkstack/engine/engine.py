@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool
+from thinkstack.engine.grammar import GrammarFactory, GrammarState
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.outputs import NO_OUTPUT, StepOutput
 from thinkstack.engine.row_sampler import NO_TOKENS, SampledTokens, append_sampled, sample_rows
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.scheduler import RowsToSample, Scheduler
-from thinkstack.engine.sequence_table import Constraint, Request, SequenceTable
+from thinkstack.engine.sequence_table import Request, SequenceTable
 from thinkstack.engine.speculative import Speculator
 from thinkstack.machine import SharedCores
 from thinkstack.models.precision import QUANT_SCHEMES, Quantization, RequestedPrecision
@@ -79,7 +80,7 @@ class Engine:
         self.vocab_size = model.cfg.vocab_size
         whole = cfg.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE)
         num_blocks = cfg.cache_tokens // BLOCK_SIZE if cfg.cache_tokens else whole
-        self.table = SequenceTable(cfg.max_num_seqs, self.max_model_len)
+        self.table = SequenceTable(cfg.max_num_seqs, self.max_model_len, self.vocab_size)
         self.scheduler = Scheduler(
             self.table, BlockPool(num_blocks, cfg.enable_prefix_caching), cfg.max_prefill_tokens, cfg.max_waiting
         )
@@ -162,9 +163,10 @@ class Engine:
         sampling: SamplingParams,
         priority: int = 0,
         cache_salt: str = "",
-        constraint: Constraint | None = None,
+        grammar: GrammarFactory | None = None,
     ) -> Request:
         """Queue a prompt. priority: lower values first. cache_salt: only requests with the same salt share prefixes.
+        grammar: returns the grammar that restricts the tokens of a completion, in its first state.
 
         Raises RequestError if the request can never be served, or if the queue is full.
         """
@@ -177,7 +179,7 @@ class Engine:
             completions=[None] * sampling.n,
             priority=priority,
             cache_salt=cache_salt,
-            constraint=constraint,
+            grammars=tuple(GrammarState(grammar()) for _ in range(sampling.n)) if grammar is not None else (),
             weights_version=self.version,
         )
         self.scheduler.add(request)

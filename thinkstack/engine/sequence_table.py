@@ -5,28 +5,22 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy
 from torch import Tensor
 
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
-from thinkstack.engine.sampler import needs_no_processing, splitmix64
+from thinkstack.engine.grammar import GrammarState
+from thinkstack.engine.logits_processor import LogitsProcessor
+from thinkstack.engine.sampler import splitmix64
 from thinkstack.types import Completion, FinishReason, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 8
 """Maximum stop_token_ids per request."""
-TopLogprobs = tuple[tuple[int, float], ...]
-"""Token ids and their log-probabilities, best first."""
-
-
-class Constraint(Protocol):
-    """A grammar or another constraint on the next token."""
-
-    def allowed(self, index: int, output_token_ids: Sequence[int]) -> Tensor:
-        """Tokens that may follow `output_token_ids` in completion `index`, (V,) bool; includes the end token if the
-        completion may end."""
+TopLogprobs = tuple[numpy.ndarray, numpy.ndarray]
+"""Token ids (K,) int64 and their log-probabilities (K,) fp32, best first; -inf for tokens without probability."""
 
 
 class Output(NamedTuple):
@@ -49,8 +43,8 @@ class Request:
     """One entry per completion; None until it is finished."""
     priority: int = 0
     """Requests with lower values are scheduled first."""
-    constraint: Constraint | None = None
-    """Constraint on the tokens of every completion."""
+    grammars: tuple[GrammarState, ...] = ()
+    """The grammar of each completion; empty: no grammar."""
     cache_salt: str = ""
     """Only requests with the same salt share cached prefixes."""
     weights_version: int = 0
@@ -83,9 +77,15 @@ class Request:
             logprobs=output.logprobs,
             finish_reason=reason,
             weights_version=self.weights_version,
-            top_logprobs=output.top_logprobs if self.sampling.top_logprobs else None,
+            top_logprobs=tuple(map(_pairs, output.top_logprobs)) if self.sampling.top_logprobs else None,
             experts=experts,
         )
+
+
+def _pairs(likely: TopLogprobs) -> tuple[tuple[int, float], ...]:
+    """(id, log-probability) of tokens that have a probability."""
+    pairs = zip(*(column.tolist() for column in likely), strict=True)
+    return tuple((token, value) for token, value in pairs if value != -numpy.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class QueueEntry:
 class SequenceTable:
     """Rows 0..num_rows-1 are for sequences; an additional row is for padding and refers to NULL_BLOCK only."""
 
-    def __init__(self, num_rows: int, max_tokens: int):
+    def __init__(self, num_rows: int, max_tokens: int, vocab_size: int):
         self.free_rows = list(range(num_rows))  # a heap: low rows first
         self.requests: list[tuple[Request, int] | None] = [None] * num_rows
         """Request and completion index of each row; None for a free row."""
@@ -140,11 +140,8 @@ class SequenceTable:
         self.row_sampler = kernels.RowSampler(
             **columns, seed=self.seed, num_tokens=self.num_tokens, num_prompt_tokens=self.num_prompt_tokens
         )
-        self.needs_logits_processing = numpy.zeros(num_rows, dtype=bool)
-        """Whether the row needs processing besides temperature, top_k, top_p and min_p, such as penalties, a thinking
-        budget or a grammar."""
-        self.is_thinking_closed = numpy.zeros(num_rows, dtype=bool)
-        """Whether `think_end_token_ids` are in the output, or no thinking budget is set."""
+        self.options = LogitsProcessor(vocab_size, self.ids, self.num_tokens, self.num_prompt_tokens)
+        """The other sampling options."""
         self.top_logprobs: list[list[TopLogprobs]] = [[] for _ in range(num_rows)]
         """Most likely alternatives of each output token, if requested."""
         self.stop_token_ids = numpy.full((MAX_STOP_TOKEN_IDS, num_rows), -1, dtype=numpy.int64)
@@ -166,15 +163,7 @@ class SequenceTable:
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
         self.top_k[row], self.min_p[row] = sampling.top_k, sampling.min_p
         self.is_unfiltered[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
-        has_budget = sampling.thinking_budget is not None
-        self.needs_logits_processing[row] = (
-            not needs_no_processing(sampling) or has_budget or request.constraint is not None
-        )
-        self.needs_logits_processing[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs)
-        close = sampling.think_end_token_ids
-        self.is_thinking_closed[row] = not has_budget or any(
-            output.token_ids[at : at + len(close)] == close for at in range(len(output.token_ids) - len(close) + 1)
-        )
+        self.options.assign(row, sampling, request.grammars[index] if request.grammars else None)
         self.top_logprobs[row] = list(output.top_logprobs)
         self.stop_token_ids[:, row] = -1
         self.stop_token_ids[: len(sampling.stop_token_ids), row] = sampling.stop_token_ids
@@ -217,6 +206,8 @@ class SequenceTable:
         places = self.num_tokens[rows] + offsets
         self.ids[rows, places] = tokens
         self.logprobs[rows, places] = logprobs
+        if self.options.is_needed[rows].any():
+            self.options.append(rows, offsets, tokens, places)
         self.num_tokens[rows] = places + 1  # for several tokens of one row, the last assignment is the final value
         self.num_draft_tokens[rows] = 0
 
@@ -234,7 +225,7 @@ class SequenceTable:
         del request.rows[index]
         self.requests[row], self.blocks[row], self.block_hashes[row], self.sibling_rows[row] = None, [], [], []
         self.block_tables[row] = NULL_BLOCK
-        self.awaits_prompt[row] = self.needs_logits_processing[row] = False
+        self.awaits_prompt[row] = False
         self.num_draft_tokens[row] = 0
         heapq.heappush(self.free_rows, row)
 
