@@ -89,11 +89,9 @@ def main() -> None:
             for _ in range(4):  # in turn, a quarter of the steps each
                 plain.append(without.seconds_a_step(args.steps // 4))
                 with_option.append(load.seconds_a_step(args.steps // 4))
-        ratios = [b / a for a, b in zip(plain, with_option, strict=True)]
-        print(
-            f"{name:26} {statistics.median(with_option) * 1e3:6.2f} ms, plain {statistics.median(plain) * 1e3:6.2f} ms, "
-            f"ratio {statistics.median(ratios):.3f}"
-        )
+        ratio = statistics.median(b / a for a, b in zip(plain, with_option, strict=True))
+        times = (f"{statistics.median(times) * 1e3:6.2f} ms" for times in (with_option, plain))
+        print(f"{name:26} {next(times)}, plain {next(times)}, ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

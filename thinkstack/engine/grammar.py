@@ -41,21 +41,21 @@ class GrammarState:
     num_tokens: int = 0
     """Number of output tokens that the grammar was advanced over."""
 
-    def fill(self, bitmask: numpy.ndarray, places: Sequence[int], output: Sequence[int], drafts: Sequence[int]) -> None:
-        """Fill the rows `places` of a bitmask for the tokens after `output`, and after each of `drafts` up to the first
-        that is not allowed: the rows after it are not used.
+    def fill(self, bitmask: numpy.ndarray, index: int, output: Sequence[int], drafts: Sequence[int]) -> None:
+        """Fill row `index` of a bitmask for the token after `output`, and the rows after it for the tokens after each
+        of `drafts` up to the first that is not allowed: the other rows are not used.
 
-        output: the output tokens that the grammar was not advanced over."""
+        output: the output tokens that the grammar was not advanced over. drafts: without stop tokens."""
         self.grammar.advance(output)
         self.num_tokens += len(output)
-        self.grammar.fill_bitmask(bitmask, places[0])
+        self.grammar.fill_bitmask(bitmask, index)
         num_advanced = 0
-        for before, place, token in zip(places, places[1:], drafts, strict=False):
-            if not bitmask[before, token // 32] >> token % 32 & 1:
+        for token in drafts:
+            if not bitmask[index + num_advanced, token // 32] >> token % 32 & 1:
                 break
             self.grammar.advance([token])
             num_advanced += 1
-            self.grammar.fill_bitmask(bitmask, place)
+            self.grammar.fill_bitmask(bitmask, index + num_advanced)
         if num_advanced:
             self.grammar.rollback(num_advanced)
 

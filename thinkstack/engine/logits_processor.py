@@ -9,7 +9,6 @@ elementwise per entry, so that the result of a row does not depend on other rows
 # longest list among the chosen rows.
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -40,37 +39,55 @@ class Lists:
         return self.padded[rows, : self.sizes[rows].max()]
 
 
-class TokenCounts(NamedTuple):
-    """The tokens of each row that penalties apply to; memory that is not written is not used."""
+class TokenCounts:
+    """The distinct tokens of each row that penalties apply to: those of the output and, with a repetition penalty, of
+    the prompt."""
 
-    num_outputs: numpy.ndarray
-    """How often a token was sampled, (R, V) int32."""
-    is_seen: numpy.ndarray
-    """Whether a token is in `distinct`, (R, V) bool."""
-    distinct: numpy.ndarray
-    """The distinct tokens of the output and, with a repetition penalty, of the prompt, (R, T)."""
-    sizes: numpy.ndarray
-    """Number of distinct tokens, (R,)."""
+    def __init__(self, num_rows: int, max_tokens: int, vocab_size: int):
+        shape = (num_rows, min(max_tokens, vocab_size))
+        self.tokens = numpy.zeros(shape, dtype=numpy.int64)
+        self.num_outputs = numpy.zeros(shape, dtype=numpy.float32)
+        """How often each of `tokens` was sampled."""
+        self.sizes = numpy.zeros(num_rows, dtype=numpy.int64)
+        """Number of distinct tokens."""
+        self.number = numpy.zeros((num_rows, vocab_size), dtype=numpy.int32)
+        """Place of each token in `tokens`, from 1; 0 for other tokens. Memory that is not written is not used."""
 
     def reset(self, row: int, prompt: numpy.ndarray, output: numpy.ndarray) -> None:
         """Count the tokens of a new sequence."""
-        before = self.distinct[row, : self.sizes[row]]
-        self.num_outputs[row, before], self.is_seen[row, before] = 0, False
-        tokens, counts = numpy.unique(output, return_counts=True)
-        self.num_outputs[row, tokens] = counts
-        seen = numpy.union1d(prompt, tokens)
-        self.is_seen[row, seen] = True
-        self.sizes[row] = len(seen)
-        self.distinct[row, : len(seen)] = seen
+        self.number[row, self.tokens[row, : self.sizes[row]]] = 0
+        sampled, counts = numpy.unique(output, return_counts=True)
+        tokens = numpy.union1d(prompt, sampled)
+        size = self.sizes[row] = len(tokens)
+        self.tokens[row, :size], self.num_outputs[row, :size] = tokens, 0
+        self.num_outputs[row, numpy.searchsorted(tokens, sampled)] = counts
+        self.number[row, tokens] = numpy.arange(1, size + 1)
 
     def add(self, rows: numpy.ndarray, tokens: numpy.ndarray) -> None:
-        """Count a token of each row; no row is there twice."""
-        self.num_outputs[rows, tokens] += 1
-        is_new = ~self.is_seen[rows, tokens]
-        rows, tokens = rows[is_new], tokens[is_new]
-        self.is_seen[rows, tokens] = True
-        self.distinct[rows, self.sizes[rows]] = tokens
-        self.sizes[rows] += 1
+        """Count a sampled token of each row; no row is there twice."""
+        places = self.number[rows, tokens] - 1
+        if (is_new := places < 0).any():
+            new_rows, new_tokens = rows[is_new], tokens[is_new]
+            places[is_new] = new_places = self.sizes[new_rows]
+            self.tokens[new_rows, new_places], self.num_outputs[new_rows, new_places] = new_tokens, 0
+            self.sizes[new_rows] += 1
+            self.number[new_rows, new_tokens] = new_places + 1
+        self.num_outputs[rows, places] += 1
+
+    def of(self, rows: numpy.ndarray, drafts: numpy.ndarray, is_before: numpy.ndarray) -> tuple[numpy.ndarray, ...]:
+        """The distinct tokens of each of `rows` (n,) and of the draft tokens before it, their counts in the output, and
+        which of these are valid, (n, W) each. drafts, is_before: (n, K) draft tokens; whether they are before it."""
+        sizes = self.sizes[rows]
+        width = int(sizes.max())
+        tokens, num_outputs = self.tokens[rows, :width], self.num_outputs[rows, :width]
+        is_valid = numpy.arange(width) < sizes[:, None]
+        if drafts.shape[1]:
+            is_new = is_before & (self.number[rows[:, None], drafts] == 0)
+            tokens, is_valid = numpy.append(tokens, drafts, axis=1), numpy.append(is_valid, is_new, axis=1)
+            num_outputs = numpy.append(num_outputs, numpy.zeros(drafts.shape, dtype=numpy.float32), axis=1)
+            for draft, before in zip(drafts.T, is_before.T, strict=True):
+                num_outputs += (tokens == draft[:, None]) & before[:, None]
+        return tokens, num_outputs, is_valid
 
 
 class LogitsProcessor:
@@ -126,31 +143,31 @@ class LogitsProcessor:
     def counts(self) -> TokenCounts:
         """Token counts for penalties, allocated at first use."""
         if self._counts is None:
-            R, V, T = len(self._ids), self.vocab_size, min(self._ids.shape[1], self.vocab_size)
-            shapes = (((R, V), numpy.int32), ((R, V), bool), ((R, T), numpy.int64), (R, numpy.int64))
-            self._counts = TokenCounts(*(numpy.zeros(shape, dtype=dtype) for shape, dtype in shapes))
+            self._counts = TokenCounts(len(self._ids), self._ids.shape[1], self.vocab_size)
         return self._counts
 
-    def apply(self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray) -> dict[int, str]:
-        """Apply logit bias, the ban of stop tokens before min_tokens, penalties and grammars to logits (B, V) fp32, in
-        place. Returns errors of grammars by entry.
+    def apply(self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """Apply logit bias, the ban of stop tokens before min_tokens, penalties and grammars to logits (B, V).
 
-        The repetition penalty follows arXiv:1909.05858; presence and frequency penalties follow the OpenAI API.
+        Returns (logits (B, V) fp32, errors of grammars by entry). The repetition penalty follows arXiv:1909.05858;
+        presence and frequency penalties follow the OpenAI API.
         """
-        flat = logits.view(-1)
+        flat = torch.empty(logits.numel() + 1, device=logits.device)  # the last place is written by padding
+        processed = flat[:-1].view(logits.shape)
+        processed.copy_(logits)
         if len(chosen := numpy.flatnonzero(self.has_bias[rows])):
             place = self._places(chosen, self.bias_token_ids.of(rows[chosen]), flat)
-            flat[place] += torch.from_numpy(self.bias.of(rows[chosen])).to(flat.device)
+            flat.put_(place, flat.take(place) + torch.from_numpy(self.bias.of(rows[chosen])).to(flat.device))
         num_outputs = self._num_tokens[rows] - self._num_prompt_tokens[rows] + offsets
         if len(chosen := numpy.flatnonzero(num_outputs < self.min_tokens[rows])):
-            has_stops = chosen[self.stop_token_ids.sizes[rows[chosen]] > 0]
-            if len(has_stops):
-                flat[self._places(has_stops, self.stop_token_ids.of(rows[has_stops]), flat)] = -torch.inf
+            chosen = chosen[self.stop_token_ids.sizes[rows[chosen]] > 0]
+            if len(chosen):
+                flat[self._places(chosen, self.stop_token_ids.of(rows[chosen]), flat)] = -torch.inf
         if len(chosen := numpy.flatnonzero(self.has_penalty[rows])):
             self._apply_penalty(flat, chosen, rows[chosen], offsets[chosen])
         if len(chosen := numpy.flatnonzero(self.has_grammar[rows])):
-            return self._apply_grammars(logits, chosen, rows[chosen], offsets[chosen])
-        return {}
+            return processed, self._apply_grammars(processed, chosen, rows[chosen], offsets[chosen])
+        return processed, {}
 
     def _places(self, chosen: numpy.ndarray, tokens: numpy.ndarray, flat: Tensor) -> Tensor:
         """Indices (n, W) of `tokens` (n, W) in flat logits (B * V)."""
@@ -158,42 +175,43 @@ class LogitsProcessor:
 
     def _apply_penalty(self, flat: Tensor, chosen: numpy.ndarray, rows: numpy.ndarray, offsets: numpy.ndarray) -> None:
         """Apply the penalties of the entries `chosen`, which are of `rows` (n,) at `offsets` (n,)."""
-        counts, num_drafts = self.counts, int(offsets.max())
-        drafts = self._ids[rows[:, None], self._num_tokens[rows, None] + numpy.arange(num_drafts)]
-        tokens = numpy.concatenate((counts.distinct[rows, : counts.sizes[rows].max()], drafts), axis=1)
-        if not tokens.size:
+        ahead = numpy.arange(offsets.max())
+        drafts = self._ids[rows[:, None], self._num_tokens[rows, None] + ahead]
+        tokens, num_outputs, is_valid = self.counts.of(rows, drafts, offsets[:, None] > ahead)
+        if not is_valid.any():
             return
-        # lists of other sizes end in any tokens: a token that was not seen is not changed, another one twice the same
-        num_outputs, is_seen = counts.num_outputs[rows[:, None], tokens], counts.is_seen[rows[:, None], tokens]
-        for ahead in range(num_drafts):
-            is_draft = (tokens == drafts[:, ahead, None]) & (offsets[:, None] > ahead)
-            num_outputs, is_seen = num_outputs + is_draft, is_seen | is_draft
-        places = self._places(chosen, tokens, flat)
-        values = flat[places]
-        if (self.repetition[rows] != 1).any():
-            factor, seen = (torch.from_numpy(part).to(flat.device) for part in (self.repetition[rows, None], is_seen))
-            values = torch.where(seen, torch.where(values > 0, values / factor, values * factor), values)
-        penalty = self.frequency[rows, None] * num_outputs.astype(numpy.float32)
+        places = numpy.where(is_valid, chosen[:, None] * self.vocab_size + tokens, len(flat) - 1)
+        values = flat.take(index := torch.from_numpy(places).to(flat.device))
+        repetition = self.repetition[rows, None]
+        if (repetition != 1).any():
+            factor = torch.from_numpy(repetition).to(flat.device)
+            values = torch.where(values > 0, values / factor, values * factor)
+        penalty = self.frequency[rows, None] * num_outputs
         penalty += self.presence[rows, None] * (num_outputs > 0)
-        flat[places] = values - torch.from_numpy(penalty).to(flat.device)
+        flat.put_(index, values - torch.from_numpy(penalty).to(flat.device))
 
     def _apply_grammars(
         self, logits: Tensor, chosen: numpy.ndarray, rows: numpy.ndarray, offsets: numpy.ndarray
     ) -> dict[int, str]:
         """Apply the grammars of the entries `chosen`, which are of `rows` (n,) at `offsets` (n,)."""
         bitmask = numpy.full((len(chosen), -(-self.vocab_size // 32)), -1, dtype=numpy.int32)
-        starts = numpy.flatnonzero(offsets == 0)
         errors: dict[int, str] = {}
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(chosen)], strict=True):
-            row, state = int(rows[start]), self._grammars[rows[start]]
+        starts = numpy.flatnonzero(offsets == 0)
+        firsts, sizes = rows[starts], numpy.diff(starts, append=len(rows))
+        prompts, ends = self._num_prompt_tokens[firsts], self._num_tokens[firsts]
+        columns = (starts, sizes, firsts, prompts, ends, self._ids[firsts, ends - 1])
+        for start, size, row, prompt, end, last in zip(*(column.tolist() for column in columns), strict=True):
+            state = self._grammars[row]
             assert state is not None
-            num_tokens = int(self._num_tokens[row])
-            output = self._ids[row, self._num_prompt_tokens[row] + state.num_tokens : num_tokens].tolist()
-            drafts = self._ids[row, num_tokens : num_tokens + end - start - 1]
-            is_stop = (drafts[:, None] == self.stop_token_ids.of(rows[start : start + 1])).any(1)
-            drafts = drafts[numpy.cumsum(is_stop) == 0].tolist()  # no token is accepted after a stop token
+            output, drafts = [last], list[int]()
+            if prompt + state.num_tokens != end - 1:
+                output = self._ids[row, prompt + state.num_tokens : end].tolist()
+            if size > 1:
+                drafts = self._ids[row, end : end + size - 1].tolist()
+                stops = self.stop_token_ids.of(numpy.array([row]))
+                drafts = drafts[: next((place for place, token in enumerate(drafts) if token in stops), size)]
             try:
-                state.fill(bitmask, range(start, end), output, drafts)
+                state.fill(bitmask, start, output, drafts)
             except RequestError as error:
                 errors[int(chosen[start])] = f"the grammar failed: {error}"
         allowed = allowed_tokens(bitmask, self.vocab_size)
@@ -211,6 +229,8 @@ class LogitsProcessor:
     def forced_tokens(self, rows: numpy.ndarray, offsets: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Entries whose thinking exceeds its budget, and the token of think_end_token_ids that is injected there."""
         chosen = numpy.flatnonzero(self.has_budget[rows])
+        if not len(chosen):
+            return chosen, chosen
         rows, offsets = rows[chosen], offsets[chosen]
         ends = self._num_tokens[rows] + offsets
         is_over = ends - self._num_prompt_tokens[rows] >= self.thinking_budget[rows]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
-from thinkstack.engine.sampler import SamplingFilters, distribution, largest, sample, uniforms
+from thinkstack.engine.sampler import SamplingFilters, distribution, sample, uniforms
 from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
 
@@ -43,22 +43,22 @@ def sample_rows(table: SequenceTable, to_sample: RowsToSample, logits: Tensor) -
     if not options.is_needed[rows].any():
         tokens, logprobs = sample_plain_rows(table, rows, offsets, logits)
         return SampledTokens(tokens, logprobs, {}, _errors(logprobs, logits))
-    processed = logits.to(torch.float32, copy=True)
-    grammar_errors = options.apply(processed, rows, offsets)
+    processed, errors = options.apply(logits, rows, offsets)
     tokens, logprobs = sample_plain_rows(table, rows, offsets, processed)
     forced, forced_tokens = options.forced_tokens(rows, offsets)
     tokens[forced], logprobs[forced] = forced_tokens, 0.0
-    errors = _errors(logprobs, logits) | {
-        place: error for place, error in grammar_errors.items() if place not in forced
-    }
+    errors = _errors(logprobs, logits) | errors
+    for place in forced.tolist():
+        errors.pop(place, None)
     is_raw, num_top = options.raw_logprobs[rows], options.top_logprobs[rows]
     chosen = numpy.flatnonzero(is_raw | (num_top > 0))
     if not len(chosen):
         return SampledTokens(tokens, logprobs, {}, errors)
     reported = _reported_logprobs(table, rows, chosen, logits, processed)
-    own = reported.gather(1, torch.from_numpy(tokens[chosen, None]).to(reported.device))[:, 0].cpu().numpy()
-    replaced = is_raw[chosen] & ~numpy.isin(chosen, forced)
-    logprobs[chosen[replaced]] = own[replaced]
+    is_raw[forced] = False
+    if is_raw.any():
+        own = reported.gather(1, torch.from_numpy(tokens[chosen, None]).to(reported.device))[:, 0].cpu().numpy()
+        logprobs[is_raw] = own[is_raw[chosen]]
     return SampledTokens(tokens, logprobs, _top_logprobs(reported, chosen, num_top[chosen]), errors)
 
 
@@ -72,10 +72,11 @@ def _reported_logprobs(
     table: SequenceTable, rows: numpy.ndarray, chosen: numpy.ndarray, logits: Tensor, processed: Tensor
 ) -> Tensor:
     """Log-probabilities (n, V) of the entries `chosen` (n,): of the model, or of the sampling distribution."""
-    is_raw = table.options.raw_logprobs[rows[chosen]]
+    is_raw, rows = table.options.raw_logprobs[rows[chosen]], rows[chosen]
     if is_raw.all():
         return torch.log_softmax(_rows_of(logits, chosen).float(), -1)
-    found = distribution(_rows_of(processed, chosen), *_sampling_columns(table, rows[chosen], processed.device))
+    temperature, filters = _sampling_columns(table, rows, processed.device)
+    found = distribution(_rows_of(processed, chosen), temperature, filters)
     if is_raw.any():
         found[torch.from_numpy(is_raw)] = torch.log_softmax(_rows_of(logits, chosen[is_raw]).float(), -1)
     return found
@@ -88,10 +89,14 @@ def _rows_of(values: Tensor, chosen: numpy.ndarray) -> Tensor:
 def _top_logprobs(reported: Tensor, chosen: numpy.ndarray, num_top: numpy.ndarray) -> dict[int, TopLogprobs]:
     """The most likely tokens of log-probabilities (n, V), by index in the batch. num_top: their number, (n,)."""
     found: dict[int, TopLogprobs] = {}
-    for count in numpy.unique(num_top[num_top > 0]).tolist():  # one call for each: ties are cut by the number
+    for count in set(num_top[num_top > 0].tolist()):  # one call for each, for topk cuts equal values anyhow
         places = numpy.flatnonzero(num_top == count)
-        values, ids = largest(_rows_of(reported, places), min(count, reported.shape[1]))
-        found |= zip(chosen[places].tolist(), zip(ids.cpu().numpy(), values.cpu().numpy(), strict=True), strict=True)
+        top = _rows_of(reported, places).topk(min(count, reported.shape[1]), -1)
+        values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
+        if (values[:, 1:] == values[:, :-1]).any():  # among equal values the lower id first
+            order = numpy.lexsort((ids, -values))
+            ids, values = (numpy.take_along_axis(part, order, 1) for part in (ids, values))
+        found |= zip(chosen[places].tolist(), zip(ids, values, strict=True), strict=True)
     return found
 
 

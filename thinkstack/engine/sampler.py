@@ -89,7 +89,7 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     is_unfiltered = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
     count = min(CANDIDATES, V)
     while True:
-        ordered, order = largest(logprobs, count)
+        ordered, order = _largest(logprobs, count)
         places = torch.arange(count, device=logprobs.device)
         mass = torch.where(places < limit, ordered.exp(), 0.0)
         upto = mass.cumsum(-1)
@@ -106,7 +106,7 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     return torch.where(is_unfiltered.unsqueeze(1), given, torch.log_softmax(filtered, -1))
 
 
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest values of each row and their indices, sorted; among equal values the lower index first."""
     if count == values.shape[1]:
         found, index = values.sort(dim=-1, descending=True, stable=True)
