@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx2
-import numpy
 import pytest
 import torch
 
 from tests import HANG_SECONDS
 from tests.engine.fake_vllm import FakePool
+from tests.engine.reference import adjust
 from tests.engine.vllm_wire import ASKED, CONTEXT, FILE, PROMPT, REFUSED, SERVED, STREAMED, Replay
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine import remote
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.remote import RemoteEngine, ServersConfig, open_engine
-from thinkstack.engine.sampler import adjust, filter_logprobs
+from thinkstack.engine.sampler import filter_logprobs
 from thinkstack.engine.vllm import server_seed
 from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 
@@ -36,15 +36,15 @@ def replayed(kind: str = "processed") -> RemoteEngine:
 
 def expected_logprobs(model, sampling: SamplingParams, found: Completion) -> list[float]:
     """Expected log-probabilities of a completion of PROMPT, from our sampler and a plain forward pass."""
-    ids, output_token_ids = [*PROMPT, *found.token_ids], numpy.array(found.token_ids)
+    ids = [*PROMPT, *found.token_ids]
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, len(PROMPT) - 1 : -1]
     values = []
     for place, row in enumerate(logits):
-        adjust(row, sampling, numpy.array(PROMPT), output_token_ids[:place])
+        adjust(row, sampling, PROMPT, found.token_ids[:place])
         row = torch.log_softmax(row / (sampling.temperature or 1.0), -1).unsqueeze(0)
         filters = (torch.tensor([value]) for value in (sampling.top_k, sampling.top_p, sampling.min_p))
-        values.append(float(filter_logprobs(row, *filters)[0, output_token_ids[place]]))
+        values.append(float(filter_logprobs(row, *filters)[0, found.token_ids[place]]))
     return values
 
 

@@ -2,47 +2,19 @@
 
 from dataclasses import replace
 
-import numpy
 import pytest
 import torch
 
+from tests.engine.drafts import draft_from
 from tests.engine.requests import FUSED, LONG, SMALL, all_models, alone, how, prompt, sampled
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine
-from thinkstack.engine.speculative import Speculator
 from thinkstack.types import ConfigError, SamplingParams
 
 GQA_AHEAD = replace(GQA_TINY, mtp_layers=1)
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_AHEAD, FUSED], ids=["mla", "gqa", "whole"])
 DRAFTING = replace(SMALL, num_speculative_tokens=3)
-
-
-class Oracle:
-    """Drafts the given completions, except for some wrong tokens, in place of the module."""
-
-    def __init__(self, expected: dict[tuple[int, ...], tuple[int, ...]], wrong: float):
-        self.expected, self.wrong, self.random = expected, wrong, numpy.random.default_rng(0)
-
-    def __call__(self, speculator: Speculator, rows: numpy.ndarray, states: torch.Tensor) -> None:
-        table = speculator.table
-        for row in rows.tolist():
-            num_tokens, prompt_end = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
-            completion = self.expected.get(tuple(table.ids[row, :prompt_end].tolist()), (0,) * 200)
-            left = int(table.max_num_tokens[row]) - num_tokens
-            if table.num_computed_tokens[row] != num_tokens - 1:
-                continue
-            drafts = list(completion[num_tokens - prompt_end :][: min(speculator.num_speculative_tokens, left - 1)])
-            for place in range(len(drafts)):
-                if self.random.random() < self.wrong:
-                    drafts[place] = (drafts[place] + 1) % 48
-            table.ids[row, num_tokens : num_tokens + len(drafts)] = drafts
-            table.num_draft_tokens[row] = len(drafts)
-
-
-def draft_from(monkeypatch: pytest.MonkeyPatch, expected: dict[tuple[int, ...], tuple[int, ...]], wrong: float) -> None:
-    oracle = Oracle(expected, wrong)
-    monkeypatch.setattr(Speculator, "_draft", lambda self, rows, states: oracle(self, rows, states))
 
 
 @all_models(GQA_AHEAD)
@@ -129,28 +101,6 @@ def test_draft_tokens_work_with_every_sampling_parameter(given, monkeypatch):
         assert mine[0].logprobs == theirs[0].logprobs
         assert mine[0].top_logprobs == theirs[0].top_logprobs
     assert engine.speculator.num_accepted.sum() > 10
-
-
-class EvenAfterOdd:
-    """A grammar: tokens alternate between even and odd."""
-
-    def allowed(self, generate, output_token_ids):
-        return torch.arange(48) % 2 == len(output_token_ids) % 2
-
-
-def test_draft_tokens_work_with_a_grammar(monkeypatch):
-    model, prompt_token_ids, sampling = tiny_model(**LONG), prompt(30), SamplingParams(max_tokens=40)
-
-    def generate(engine):
-        request = engine.submit(prompt_token_ids, sampling, constraint=EvenAfterOdd())
-        while not request.is_finished:
-            engine.step()
-        return request.completions[0].token_ids
-
-    plain = generate(Engine(model, SMALL))
-    assert all(token % 2 == place % 2 for place, token in enumerate(plain))
-    draft_from(monkeypatch, {tuple(prompt_token_ids): plain}, wrong=0.2)
-    assert generate(Engine(model, DRAFTING)) == plain
 
 
 @BOTH

@@ -39,6 +39,15 @@ def long_functions(source):
     return [(name, size) for name, size in sizes if size > FUNCTION_LINES]
 
 
+def lines_of(path, name):
+    """Lines of a method, given as Class.method, from its `def` on."""
+    kind, method = name.split(".")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind]
+    (found,) = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == method]
+    return (found.end_lineno or found.lineno) - found.lineno + 1
+
+
 def unpickling(source):
     """Names in `source` that run what a file says."""
     found = []
@@ -78,6 +87,10 @@ def test_a_source_file_fits_its_budget(path):
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_functions_fit_their_budget(path):
     assert long_functions(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_step_of_the_engine_reads_on_one_screen():
+    assert lines_of(PACKAGE / "engine" / "engine.py", "Engine.step") <= 15
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)

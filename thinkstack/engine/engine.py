@@ -8,18 +8,19 @@ or preemption, because model outputs depend only on the sequence and random numb
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
 from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool
+from thinkstack.engine.grammar import GrammarFactory, GrammarState
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
-from thinkstack.engine.row_sampler import append_sampled, sample_rows
+from thinkstack.engine.outputs import NO_OUTPUT, StepOutput
+from thinkstack.engine.row_sampler import NO_TOKENS, SampledTokens, append_sampled, sample_rows
 from thinkstack.engine.runner import Runner
-from thinkstack.engine.scheduler import Scheduler, SchedulerOutput
-from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, Constraint, Request, SequenceTable
+from thinkstack.engine.scheduler import RowsToSample, Scheduler
+from thinkstack.engine.sequence_table import Request, SequenceTable
 from thinkstack.engine.speculative import Speculator
 from thinkstack.machine import SharedCores
 from thinkstack.models.precision import QUANT_SCHEMES, Quantization, RequestedPrecision
@@ -70,15 +71,6 @@ class EngineConfig:
             )
 
 
-class RowsToSample(NamedTuple):
-    """Tokens to sample, (N,) int64 each: the row, the offset after num_tokens of the row, and the index of the computed
-    token whose hidden state is used; sources=None: all computed tokens in order."""
-
-    rows: numpy.ndarray
-    offsets: numpy.ndarray
-    sources: numpy.ndarray | None
-
-
 class Engine:
     """Continuous batching over one model."""
 
@@ -88,7 +80,7 @@ class Engine:
         self.vocab_size = model.cfg.vocab_size
         whole = cfg.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE)
         num_blocks = cfg.cache_tokens // BLOCK_SIZE if cfg.cache_tokens else whole
-        self.table = SequenceTable(cfg.max_num_seqs, self.max_model_len)
+        self.table = SequenceTable(cfg.max_num_seqs, self.max_model_len, self.vocab_size)
         self.scheduler = Scheduler(
             self.table, BlockPool(num_blocks, cfg.enable_prefix_caching), cfg.max_prefill_tokens, cfg.max_waiting
         )
@@ -98,8 +90,6 @@ class Engine:
             self.speculator = Speculator(self.runner, self.table, cfg.num_speculative_tokens)
         self.next_id = 0
         self.version = version
-        self.num_finished = 0
-        """Number of completions that finished in a step, for any reason."""
         self.num_failed = 0
         self.last_error: str | None = None
         """Message of the last error of a completion."""
@@ -173,26 +163,15 @@ class Engine:
         sampling: SamplingParams,
         priority: int = 0,
         cache_salt: str = "",
-        constraint: Constraint | None = None,
+        grammar: GrammarFactory | None = None,
     ) -> Request:
         """Queue a prompt. priority: lower values first. cache_salt: only requests with the same salt share prefixes.
+        grammar: returns the grammar that restricts the tokens of a completion, in its first state.
 
         Raises RequestError if the request can never be served, or if the queue is full.
         """
         # checked here and not in step, where an error would fail all requests
         prompt_token_ids = check_request(prompt_token_ids, sampling, self.max_model_len, self.vocab_size)
-        total = len(prompt_token_ids) + sampling.max_tokens
-        if -(-total // BLOCK_SIZE) > self.scheduler.pool.num_blocks:
-            raise RequestError(
-                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, but the KV cache has "
-                f"{self.scheduler.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens"
-            )
-        if sampling.n > self.cfg.max_num_seqs:
-            raise RequestError(
-                f"n={sampling.n} exceeds max_num_seqs={self.cfg.max_num_seqs}; lower n or raise max_num_seqs"
-            )
-        if (count := len(sampling.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(f"the request has {count} stop_token_ids; at most {MAX_STOP_TOKEN_IDS} are supported")
         request = Request(
             self.next_id,
             prompt_token_ids,
@@ -200,7 +179,7 @@ class Engine:
             completions=[None] * sampling.n,
             priority=priority,
             cache_salt=cache_salt,
-            constraint=constraint,
+            grammars=tuple(GrammarState(grammar()) for _ in range(sampling.n)) if grammar is not None else (),
             weights_version=self.version,
         )
         self.scheduler.add(request)
@@ -208,92 +187,54 @@ class Engine:
         return request
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> StepOutput:
         """Run one step: at least one token of every running sequence, and prompt tokens within the limits. Uses fewer
         threads while other processes use cores, if results do not depend on the number of threads."""
-        with self.cores if self.runner.ignores_threads else contextlib.nullcontext():
-            self._step()
+        with self._consistent(), self.cores if self.runner.ignores_threads else contextlib.nullcontext():
+            scheduled = self.scheduler.schedule()
+            if not len(scheduled.rows):
+                return NO_OUTPUT
+            hidden = self.runner.run(scheduled, self.table)
+            sampled = self._sample(scheduled.sampled, hidden)
+            output = self._settle(scheduled.sampled, sampled)
+            if self.speculator is not None:
+                self.speculator.follow(scheduled, hidden)
+            return output
 
-    def _step(self) -> None:
-        table = self.table
-        scheduled = self.scheduler.schedule()
-        if not len(scheduled.rows):
-            return
+    @contextlib.contextmanager
+    def _consistent(self) -> Iterator[None]:
+        """Requeue all sequences if a step fails: blocks were registered in the prefix cache, but not computed."""
         try:
-            hidden = self.runner.run(scheduled, table)
-        except BaseException:  # blocks registered in the prefix cache were not computed
+            yield
+        except BaseException:
             self.scheduler.preempt_all()
             self.scheduler.pool.reset_prefix_cache()
             raise
-        num_tokens = table.num_tokens[scheduled.rows]
-        reached = numpy.minimum(scheduled.starts + scheduled.counts, num_tokens)
-        table.num_computed_tokens[scheduled.rows] = reached
-        rows_to_sample, copies = self._rows_to_sample(scheduled, (reached == num_tokens).nonzero()[0])
-        for copy in copies:
-            self.runner.cache.copy(*copy)
-        if len(rows_to_sample.rows):
-            self._sample_rows(rows_to_sample, hidden)
-        if self.speculator is not None:
-            self.speculator.follow(scheduled, hidden)
-            for copy in copies:  # repeated for the entries of the MTP module
-                self.runner.cache.copy(*copy)
 
-    def _rows_to_sample(
-        self, scheduled: SchedulerOutput, done: numpy.ndarray
-    ) -> tuple[RowsToSample, list[tuple[int, int, int]]]:
-        """Rows that have computed all their tokens (with an entry per draft token), and siblings that start from them.
+    def _sample(self, to_sample: RowsToSample, hidden: Tensor) -> SampledTokens:
+        """Sample a token for each entry."""
+        if not len(to_sample.rows):
+            return NO_TOKENS
+        if to_sample.sources is not None:
+            hidden = hidden.index_select(0, torch.from_numpy(to_sample.sources).to(hidden.device))
+        return sample_rows(self.table, to_sample, self.runner.logits(hidden))
 
-        done: indices of these rows in scheduled.rows. Returns (rows to sample; partly filled blocks to copy for
-        siblings, each as (source block, target block, number of tokens))."""
-        table, ends = self.table, scheduled.counts.cumsum()
-        offsets = numpy.zeros(len(done), dtype=numpy.int64)
-        if (
-            len(done) == ends[-1] and not table.awaits_prompt.any()
-        ):  # decoding without draft tokens: every row has one token and samples
-            return RowsToSample(scheduled.rows, offsets, None), []
-        rows, sources, copies = scheduled.rows[done], ends[done] - 1, []
-        if self.speculator is not None and table.num_draft_tokens[rows].any():
-            num_samples = table.num_draft_tokens[rows] + 1
-            offsets = numpy.arange(num_samples.sum()) - (num_samples.cumsum() - num_samples).repeat(num_samples)
-            sources = (sources + 1 - num_samples).repeat(num_samples) + offsets
-            rows = rows.repeat(num_samples)
-        if table.awaits_prompt.any():
-            sibling_rows, sibling_sources = [], []
-            for row, source in zip(scheduled.rows[done].tolist(), (ends[done] - 1).tolist(), strict=True):
-                shared, rest = divmod(int(table.num_prompt_tokens[row]), BLOCK_SIZE)
-                for sibling in self.scheduler.fork(row):
-                    if rest:
-                        copies.append((table.blocks[row][shared], table.blocks[sibling][shared], rest))
-                    sibling_rows.append(sibling)
-                    sibling_sources.append(source)
-            rows = numpy.append(rows, numpy.array(sibling_rows, dtype=numpy.int64))
-            sources = numpy.append(sources, numpy.array(sibling_sources, dtype=numpy.int64))
-            offsets = numpy.append(offsets, numpy.zeros(len(sibling_rows), dtype=numpy.int64))
-        return RowsToSample(rows, offsets, sources), copies
-
-    def _sample_rows(self, rows_to_sample: RowsToSample, hidden: Tensor) -> None:
-        """Sample for these rows, append the accepted tokens, and finish completions."""
-        table, (rows, offsets, sources) = self.table, rows_to_sample
-        if sources is not None:
-            hidden = hidden.index_select(0, torch.from_numpy(sources).to(hidden.device))
-        sampled, counts = sample_rows(table, rows, offsets, self.runner.logits(hidden)), None
-        if self.speculator is not None and offsets.any():
-            counts = self.speculator.counts(rows, offsets, sampled.tokens)
-        append_sampled(table, rows, offsets, sampled, counts)
-        failed = numpy.isnan(sampled.logprobs)
-        if counts is not None:
-            failed, rows = failed & counts, numpy.unique(rows)
-            table.num_computed_tokens[rows] = table.num_tokens[rows] - 1
-            for row in rows.tolist():
-                # accepted draft tokens may have filled a block
-                self.scheduler.cache_full_blocks(row, int(table.num_computed_tokens[row]))
-        if failed.any():
-            broken = numpy.unique(rows_to_sample.rows[failed])
-            for row in broken.tolist():
-                self._fail(row, "the model's logits are not finite; check the weights")
-            rows = numpy.setdiff1d(rows, broken)
-        for row, reason in table.finished(rows):
-            self._close(row, reason)
+    def _settle(self, to_sample: RowsToSample, sampled: SampledTokens) -> StepOutput:
+        """Append the accepted tokens to the table, and finish completions."""
+        table, accepted = self.table, None
+        if to_sample.offsets.any():
+            assert self.speculator is not None, "only the speculator writes draft tokens"
+            accepted = self.speculator.accept(to_sample.rows, to_sample.offsets, sampled.token_ids)
+        rows, token_ids, logprobs, errors = append_sampled(table, to_sample, sampled, accepted)
+        completions = [table.request_at(row) for row in rows.tolist()]
+        if accepted is not None:
+            rows = numpy.unique(rows)
+            self.scheduler.discard_draft_tokens(rows)
+        ends: dict[int, FinishReason] = dict(table.finished(rows)) | dict.fromkeys(errors, "error")
+        finished = [(table.request_at(row), reason) for row, reason in ends.items()]
+        for row, reason in ends.items():
+            self._finish(row, reason, errors.get(row))
+        return StepOutput(completions, token_ids, logprobs, finished)
 
     def generate(
         self,
@@ -311,9 +252,8 @@ class Engine:
                 requests.append(self.submit(prompt, sampling))
             running = list(enumerate(requests))
             while running:
-                ended = self.num_finished
-                self.step()
-                if self.num_finished == ended:
+                output = self.step()
+                if len(output.completions) and not output.finished:
                     continue
                 finished = [pair for pair in running if pair[1].is_finished]
                 running = [pair for pair in running if not pair[1].is_finished]
@@ -334,11 +274,12 @@ class Engine:
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: streaming supports one completion; use n=1")
         request = self.submit(prompt_token_ids, sampling)
-        seen = 0
+        seen, is_finished = 0, False
         try:
-            while not request.is_finished:
+            while not is_finished:
                 self.step()
-                tokens = self.output_token_ids(request)[seen:]
+                is_finished = request.is_finished  # maybe in a step of another stream
+                tokens = self.output_token_ids(request, start=seen)
                 yield from tokens
                 seen += len(tokens)
             if request.error is not None:
@@ -349,51 +290,28 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Stop `request`: unfinished completions get finish_reason="abort", and their blocks are freed at once."""
-        for index, row in list(request.rows.items()):
-            request.completions[index] = self._completion(row, "abort")
         for row in list(request.rows.values()):
-            self.scheduler.close(row)
+            self._finish(row, "abort")
         for waiting in self.scheduler.forget_waiting(request):
             for index in waiting.indices:
-                request.completions[index] = Completion(
-                    token_ids=waiting.output_token_ids,
-                    logprobs=waiting.logprobs,
-                    finish_reason="abort",
-                    weights_version=request.weights_version,
-                )
+                request.completions[index] = request.completion(waiting.output, "abort")
 
-    def output_token_ids(self, request: Request, index: int = 0) -> tuple[int, ...]:
-        """Tokens sampled so far for completion `index`."""
+    def output_token_ids(self, request: Request, index: int = 0, start: int = 0) -> tuple[int, ...]:
+        """Tokens sampled so far for completion `index`, from number `start`."""
         done, row = request.completions[index], request.rows.get(index)
         if done is not None:
-            return done.token_ids
+            return done.token_ids[start:]
         if row is not None:
-            return self.table.output_of(row)[0]
-        return next((waiting.output_token_ids for waiting in request.queue_entries if index in waiting.indices), ())
+            return tuple(self.table.output_ids(row)[start:].tolist())
+        waiting = (entry.output.token_ids for entry in request.queue_entries if index in entry.indices)
+        return next(waiting, ())[start:]
 
-    def _fail(self, row: int, error: str) -> None:
-        """End a completion with an error; other completions continue."""
-        request, _ = self.table.request_at(row)
-        request.error = self.last_error = error
-        self.num_failed += 1
-        self._close(row, "error")
-
-    def _close(self, row: int, reason: FinishReason) -> None:
-        request, index = self.table.request_at(row)
-        request.completions[index] = self._completion(row, reason)
-        self.num_finished += 1
+    def _finish(self, row: int, reason: FinishReason, error: str | None = None) -> None:
+        """Store the completion of a row, and free the row; other completions continue after an error."""
+        table, (request, index) = self.table, self.table.request_at(row)
+        experts = self.runner.cache.routed_experts_of(table.blocks[row], int(table.num_computed_tokens[row]))
+        request.completions[index] = request.completion(table.output_of(row), reason, experts)
+        if error is not None:
+            request.error = self.last_error = error
+            self.num_failed += 1
         self.scheduler.close(row)
-
-    def _completion(self, row: int, reason: FinishReason) -> Completion:
-        request, _ = self.table.request_at(row)
-        tokens, logprobs, top_logprobs = self.table.output_of(row)
-        return Completion(
-            token_ids=tokens,
-            logprobs=logprobs,
-            finish_reason=reason,
-            weights_version=request.weights_version,
-            top_logprobs=top_logprobs if request.sampling.top_logprobs else None,
-            experts=self.runner.cache.routed_experts_of(
-                self.table.blocks[row], int(self.table.num_computed_tokens[row])
-            ),
-        )

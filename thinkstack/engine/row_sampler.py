@@ -1,12 +1,10 @@
-"""Sample the next tokens of all rows in one call. Logits of rows with penalties, thinking budgets or grammars are
-processed one row at a time before.
+"""Sample the next tokens of all rows in one call.
 
 A row can sample several tokens at once: one after each draft token, as if all draft tokens were accepted.
 """
 
 # Shapes in this file: B tokens to sample, V vocabulary size.
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy
@@ -14,44 +12,92 @@ import torch
 from torch import Tensor
 
 from thinkstack import kernels
-from thinkstack.engine.sampler import (
-    SamplingFilters,
-    adjust,
-    distribution,
-    ends_with,
-    forced_think_end_token,
-    sample,
-    top_logprobs,
-    uniforms,
-)
+from thinkstack.engine.sampler import SamplingFilters, distribution, sample, uniforms
+from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
+
+NOT_FINITE = "the model's logits are not finite; check the weights"
+ALL_BANNED = "no token is left to sample: min_tokens and the grammar exclude all of them"
 
 
 class SampledTokens(NamedTuple):
     """Sampled tokens that have not been appended to the table."""
 
-    tokens: numpy.ndarray
-    """Token ids, (B,) int64."""
+    token_ids: numpy.ndarray
+    """(B,) int64."""
     logprobs: numpy.ndarray
-    """Log-probabilities, (B,) fp32; NaN if the logits were not finite."""
+    """Log-probabilities, (B,) fp32; NaN for an error."""
     top_logprobs: dict[int, TopLogprobs]
     """Most likely alternatives by index in the batch, for rows that request them."""
+    errors: dict[int, str]
+    """Why no token could be sampled, by index in the batch."""
 
 
-def sample_rows(table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor) -> SampledTokens:
-    """Sample a token from each row b of logits (B, V), for table row rows[b], offsets[b] positions after num_tokens."""
-    processed_rows = (
-        numpy.flatnonzero(table.needs_logits_processing[rows]).tolist() if table.needs_logits_processing.any() else []
-    )
-    if not processed_rows:
-        return SampledTokens(*sample_plain_rows(table, rows, offsets, logits), {})
-    processed = logits.to(torch.float32, copy=True)
-    for place in processed_rows:
-        _process_logits(table, int(rows[place]), int(offsets[place]), processed[place])
-    sampled = SampledTokens(*sample_plain_rows(table, rows, offsets, processed), {})
-    for place in processed_rows:
-        _finish_token(table, int(rows[place]), int(offsets[place]), place, sampled, logits[place], processed[place])
-    return sampled
+NO_TOKENS = SampledTokens(numpy.zeros(0, numpy.int64), numpy.zeros(0, numpy.float32), {}, {})
+
+
+def sample_rows(table: SequenceTable, to_sample: RowsToSample, logits: Tensor) -> SampledTokens:
+    """Sample a token for each entry from logits (B, V)."""
+    rows, offsets, _ = to_sample
+    options = table.options
+    if not options.is_needed[rows].any():
+        tokens, logprobs = sample_plain_rows(table, rows, offsets, logits)
+        return SampledTokens(tokens, logprobs, {}, _errors(logprobs, logits))
+    processed, errors = options.apply(logits, rows, offsets)
+    tokens, logprobs = sample_plain_rows(table, rows, offsets, processed)
+    forced, forced_tokens = options.forced_tokens(rows, offsets)
+    tokens[forced], logprobs[forced] = forced_tokens, 0.0
+    errors = _errors(logprobs, logits) | errors
+    for place in forced.tolist():
+        errors.pop(place, None)
+    is_raw, num_top = options.raw_logprobs[rows], options.top_logprobs[rows]
+    chosen = numpy.flatnonzero(is_raw | (num_top > 0))
+    if not len(chosen):
+        return SampledTokens(tokens, logprobs, {}, errors)
+    reported = _reported_logprobs(table, rows, chosen, logits, processed)
+    is_raw[forced] = False
+    if is_raw.any():
+        own = reported.gather(1, torch.from_numpy(tokens[chosen, None]).to(reported.device))[:, 0].cpu().numpy()
+        logprobs[is_raw] = own[is_raw[chosen]]
+    return SampledTokens(tokens, logprobs, _top_logprobs(reported, chosen, num_top[chosen]), errors)
+
+
+def _errors(logprobs: numpy.ndarray, logits: Tensor) -> dict[int, str]:
+    """Why entries have no log-probability, by index in the batch. logits: (B, V) of the model."""
+    failed = numpy.isnan(logprobs).nonzero()[0].tolist()
+    return {place: ALL_BANNED if logits[place].isfinite().all() else NOT_FINITE for place in failed}
+
+
+def _reported_logprobs(
+    table: SequenceTable, rows: numpy.ndarray, chosen: numpy.ndarray, logits: Tensor, processed: Tensor
+) -> Tensor:
+    """Log-probabilities (n, V) of the entries `chosen` (n,): of the model, or of the sampling distribution."""
+    is_raw, rows = table.options.raw_logprobs[rows[chosen]], rows[chosen]
+    if is_raw.all():
+        return torch.log_softmax(_rows_of(logits, chosen).float(), -1)
+    temperature, filters = _sampling_columns(table, rows, processed.device)
+    found = distribution(_rows_of(processed, chosen), temperature, filters)
+    if is_raw.any():
+        found[torch.from_numpy(is_raw)] = torch.log_softmax(_rows_of(logits, chosen[is_raw]).float(), -1)
+    return found
+
+
+def _rows_of(values: Tensor, chosen: numpy.ndarray) -> Tensor:
+    return values if len(chosen) == len(values) else values[torch.from_numpy(chosen).to(values.device)]
+
+
+def _top_logprobs(reported: Tensor, chosen: numpy.ndarray, num_top: numpy.ndarray) -> dict[int, TopLogprobs]:
+    """The most likely tokens of log-probabilities (n, V), by index in the batch. num_top: their number, (n,)."""
+    found: dict[int, TopLogprobs] = {}
+    for count in set(num_top[num_top > 0].tolist()):  # one call for each, for topk cuts equal values anyhow
+        places = numpy.flatnonzero(num_top == count)
+        top = _rows_of(reported, places).topk(min(count, reported.shape[1]), -1)
+        values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
+        if (values[:, 1:] == values[:, :-1]).any():  # among equal values the lower id first
+            order = numpy.lexsort((ids, -values))
+            ids, values = (numpy.take_along_axis(part, order, 1) for part in (ids, values))
+        found |= zip(chosen[places].tolist(), zip(ids, values, strict=True), strict=True)
+    return found
 
 
 def sample_plain_rows(
@@ -82,71 +128,23 @@ def _sampling_columns(
 
 
 def append_sampled(
-    table: SequenceTable,
-    rows: numpy.ndarray,
-    offsets: numpy.ndarray,
-    sampled: SampledTokens,
-    accepted: numpy.ndarray | None,
-) -> None:
-    """Append sampled tokens to the table. accepted: (B,) bool, true for a prefix of each row's tokens; None: all."""
-    tokens, logprobs = sampled.tokens, sampled.logprobs
+    table: SequenceTable, to_sample: RowsToSample, sampled: SampledTokens, accepted: numpy.ndarray | None
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, dict[int, str]]:
+    """Append sampled tokens to the table, up to the first error of a row. accepted: (B,) bool, true for a prefix of
+    each row's tokens; None: all.
+
+    Returns (row, token id and log-probability of each appended token, errors by row)."""
+    rows, offsets, tokens, logprobs = to_sample.rows, to_sample.offsets, sampled.token_ids, sampled.logprobs
+    errors: dict[int, str] = {}
+    for place, error in sorted(sampled.errors.items()):
+        accepted = numpy.ones(len(rows), dtype=bool) if accepted is None else accepted
+        if accepted[place]:
+            errors[int(rows[place])] = error
+            accepted = accepted & ((rows != rows[place]) | (offsets < offsets[place]))
+    for place, likely in sampled.top_logprobs.items():
+        if accepted is None or accepted[place]:
+            table.top_logprobs[rows[place]].append(likely)
     if accepted is not None:
         rows, offsets, tokens, logprobs = rows[accepted], offsets[accepted], tokens[accepted], logprobs[accepted]
     table.append(rows, offsets, tokens, logprobs)
-    if not table.needs_logits_processing.any():
-        return
-    processed_rows = numpy.flatnonzero(table.needs_logits_processing[rows])
-    places = processed_rows if accepted is None else numpy.flatnonzero(accepted)[processed_rows]
-    for row, place in zip(rows[processed_rows].tolist(), places.tolist(), strict=True):
-        if place in sampled.top_logprobs:
-            table.top_logprobs[row].append(sampled.top_logprobs[place])
-    for row, num_new in Counter(rows[processed_rows].tolist()).items():
-        table.is_thinking_closed[row] |= _closes_thinking(table, row, -num_new, 0)
-
-
-def _closes_thinking(table: SequenceTable, row: int, start: int, end: int) -> bool:
-    """Whether one of the tokens start..end, relative to num_tokens, ends thinking."""
-    think_end, prompt, num_tokens = (
-        table.request_at(row)[0].sampling.think_end_token_ids,
-        table.num_prompt_tokens[row],
-        table.num_tokens[row],
-    )
-    return any(
-        ends_with(table.ids[row, prompt:to], think_end) for to in range(num_tokens + start + 1, num_tokens + end + 1)
-    )
-
-
-def _process_logits(table: SequenceTable, row: int, offset: int, logits: Tensor) -> None:
-    """Apply bias, bans, penalties and the grammar of one row to logits (V,), in place."""
-    request, index = table.request_at(row)
-    prompt, num_tokens = table.num_prompt_tokens[row], table.num_tokens[row] + offset
-    adjust(logits, request.sampling, table.ids[row, :prompt], table.ids[row, prompt:num_tokens])
-    if request.constraint is not None:
-        allowed = request.constraint.allowed(index, table.ids[row, prompt:num_tokens].tolist())
-        logits[~allowed.to(logits.device)] = -torch.inf
-
-
-def _finish_token(
-    table: SequenceTable, row: int, offset: int, place: int, sampled: SampledTokens, raw: Tensor, processed: Tensor
-) -> None:
-    """Force the tokens that end thinking, and set the requested log-probabilities. raw, processed:
-    logits (V,) of the model, and after `_process_logits`."""
-    sampling = table.request_at(row)[0].sampling
-    is_closed = table.is_thinking_closed[row] or _closes_thinking(table, row, 0, offset)
-    forced = reported = None
-    if not is_closed:
-        forced = forced_think_end_token(
-            sampling, table.ids[row, table.num_prompt_tokens[row] : table.num_tokens[row] + offset]
-        )
-    if sampling.raw_logprobs:
-        reported = torch.log_softmax(raw.float(), -1)
-    elif sampling.top_logprobs:
-        reported = distribution(
-            processed.unsqueeze(0), *_sampling_columns(table, numpy.array([row]), processed.device)
-        )[0]
-    if forced is not None:
-        sampled.tokens[place], sampled.logprobs[place] = forced, 0.0
-    elif sampling.raw_logprobs and reported is not None:
-        sampled.logprobs[place] = float(reported[sampled.tokens[place]])
-    if sampling.top_logprobs and reported is not None:
-        sampled.top_logprobs[place] = top_logprobs(reported.unsqueeze(0), sampling.top_logprobs)[0]
+    return rows, tokens, logprobs, errors

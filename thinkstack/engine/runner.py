@@ -129,7 +129,7 @@ class Runner:
         self._fused = fused_pass(self._model)
 
     def run(self, scheduled: SchedulerOutput, table: SequenceTable) -> Tensor:
-        """Compute the scheduled tokens. Returns hidden states (N, D), in the order of `scheduled`."""
+        """Compute the scheduled tokens and copy blocks. Returns hidden states (N, D), in the order of `scheduled`."""
         total, longest = int(scheduled.counts.sum()), int(scheduled.counts.max())
         graphs = self.graphs if longest == 1 else None
         size = self._size(total) if graphs is None else graphs.size_for(total)
@@ -142,7 +142,13 @@ class Runner:
         if self._expert_shape is not None and chosen is not None:  # (L, N, K)
             experts = chosen[:, :total].transpose(0, 1).cpu().numpy()
             self.cache.store_routed_experts(places.slots[:total], experts)
+        self.copy_blocks(scheduled)
         return hidden[:total]
+
+    def copy_blocks(self, scheduled: SchedulerOutput) -> None:
+        """Copy the blocks of siblings that start in this step."""
+        for copy in scheduled.copies:
+            self.cache.copy(*copy)
 
     def compute(self, inputs: Inputs, longest: int = 1) -> Outputs:
         """The forward pass over tokens on the device. longest: maximum number of tokens of a row."""

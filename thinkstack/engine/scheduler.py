@@ -8,11 +8,12 @@ block that any sequence has computed, or computes in the same step, is not compu
 import bisect
 import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 
 from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool, BlockTokens, root_hash
-from thinkstack.engine.sequence_table import QueueEntry, Request, SequenceTable
+from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, QueueEntry, Request, SequenceTable
 from thinkstack.types import RequestError
 
 ROWS_PER_SPARE_BLOCK = 8
@@ -20,9 +21,27 @@ ROWS_PER_SPARE_BLOCK = 8
 rows will need them soon."""
 
 
+class RowsToSample(NamedTuple):
+    """The tokens to sample, (N,) int64 each; those of one row are adjacent, with ascending offsets."""
+
+    rows: numpy.ndarray
+    offsets: numpy.ndarray
+    """Position of the sampled token after the row's num_tokens; above 0 after draft tokens."""
+    sources: numpy.ndarray | None
+    """Index of the computed token whose hidden state is used; None: all computed tokens in order."""
+
+
+class BlockCopy(NamedTuple):
+    """A copy of the first `num_tokens` tokens of block `source` to block `target`."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """The tokens to compute in one step."""
+    """The tokens to compute and to sample in one step."""
 
     rows: numpy.ndarray
     """Rows of the sequence table that compute tokens; rows with a single token come first."""
@@ -30,6 +49,11 @@ class SchedulerOutput:
     """Number of tokens of each row, draft tokens included."""
     starts: numpy.ndarray
     """Position of the first token of each row: the first token that is not in the cache."""
+    sampled: RowsToSample
+    """Rows whose tokens are all computed after this step, with an entry per draft token, and the siblings that start
+    from them."""
+    copies: list[BlockCopy]
+    """Partly filled blocks to copy for siblings after the pass."""
 
 
 class Scheduler:
@@ -52,7 +76,18 @@ class Scheduler:
         """Whether to admit no new sequences, because the engine finishes the running sequences."""
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises RequestError if too many requests are waiting."""
+        """Queue a new request. Raises RequestError if it can never be scheduled, or if too many requests wait."""
+        sampling, num_rows = request.sampling, len(self.table.requests)
+        total = len(request.prompt_token_ids) + sampling.max_tokens
+        if -(-total // BLOCK_SIZE) > self.pool.num_blocks:
+            raise RequestError(
+                f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, but the KV cache has "
+                f"{self.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens"
+            )
+        if sampling.n > num_rows:
+            raise RequestError(f"n={sampling.n} exceeds max_num_seqs={num_rows}; lower n or raise max_num_seqs")
+        if (count := len(sampling.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(f"the request has {count} stop_token_ids; at most {MAX_STOP_TOKEN_IDS} are supported")
         if self.max_waiting and self.num_waiting >= self.max_waiting:
             raise RequestError(f"{self.num_waiting:,} requests are waiting; retry later, or raise max_waiting")
         self._push(QueueEntry(request, tuple(range(request.sampling.n))))
@@ -89,7 +124,37 @@ class Scheduler:
         if chunks:
             more, counts_of_more = numpy.array(chunks, dtype=numpy.int64).T
             chosen, counts_of = numpy.append(chosen, more), numpy.append(counts_of, counts_of_more)
-        return SchedulerOutput(chosen, counts_of + table.num_draft_tokens[chosen], table.num_computed_tokens[chosen])
+        return self._plan(chosen, counts_of + table.num_draft_tokens[chosen])
+
+    def _plan(self, rows: numpy.ndarray, counts: numpy.ndarray) -> SchedulerOutput:
+        """Plan the step for rows that compute `counts` tokens: choose what is sampled, start siblings of completed
+        prompts, and advance num_computed_tokens."""
+        table = self.table
+        starts, num_tokens = table.num_computed_tokens[rows], table.num_tokens[rows]
+        reached = numpy.minimum(starts + counts, num_tokens)
+        table.num_computed_tokens[rows] = reached
+        done = (reached == num_tokens).nonzero()[0]
+        offsets = numpy.zeros(len(done), dtype=numpy.int64)
+        awaits_prompt = table.awaits_prompt.any()
+        if len(done) == counts.sum() and not awaits_prompt:  # every row has one token and samples
+            return SchedulerOutput(rows, counts, starts, RowsToSample(rows, offsets, None), [])
+        last = counts.cumsum()[done] - 1
+        done_rows, sources, copies = rows[done], last, list[BlockCopy]()
+        if table.num_draft_tokens[done_rows].any():
+            num_samples = table.num_draft_tokens[done_rows] + 1
+            offsets = numpy.arange(num_samples.sum()) - (num_samples.cumsum() - num_samples).repeat(num_samples)
+            sources = (last + 1 - num_samples).repeat(num_samples) + offsets
+        sampled = done_rows if len(offsets) == len(done) else done_rows.repeat(num_samples)
+        if awaits_prompt:
+            started = [
+                (sibling, source)
+                for row, source in zip(done_rows.tolist(), last.tolist(), strict=True)
+                for sibling in self._fork(row, copies)
+            ]
+            siblings, shared_sources = numpy.array(started, dtype=numpy.int64).reshape(-1, 2).T
+            sampled, sources = numpy.append(sampled, siblings), numpy.append(sources, shared_sources)
+            offsets = numpy.append(offsets, numpy.zeros_like(siblings))
+        return SchedulerOutput(rows, counts, starts, RowsToSample(sampled, offsets, sources), copies)
 
     def _chunk(self, row: int, budget: int) -> int:
         """Allocate blocks for the next tokens of a row, at most `budget` prompt tokens; returns the number of tokens, 0
@@ -143,6 +208,14 @@ class Scheduler:
                 self.pool.cache_block(table.blocks[row][place], BlockTokens(table.block_hashes[row][-1], tokens))
             )
 
+    def discard_draft_tokens(self, rows: numpy.ndarray) -> None:
+        """Count the rows' tokens but the last as computed, after some draft tokens were accepted; they may have filled
+        a block."""
+        num_computed_tokens = self.table.num_tokens[rows] - 1
+        self.table.num_computed_tokens[rows] = num_computed_tokens
+        for row, count in zip(rows.tolist(), num_computed_tokens.tolist(), strict=True):
+            self.cache_full_blocks(row, count)
+
     def _admit(self, budget: int) -> int | None:
         """Assign rows to the first queue entry; returns the row that computes the prompt, None if the entry must
         wait."""
@@ -153,7 +226,7 @@ class Scheduler:
             return None
         waiting = self.queue[0][1]
         request, indices = waiting.request, waiting.indices
-        chunk = min(len(request.prompt_token_ids) + len(waiting.output_token_ids), budget)
+        chunk = min(len(request.prompt_token_ids) + len(waiting.output.token_ids), budget)
         room = -(-chunk // BLOCK_SIZE) + len(self.running) // ROWS_PER_SPARE_BLOCK
         if len(indices) > len(table.free_rows) or self.pool.num_free_blocks < room:
             return None
@@ -168,15 +241,15 @@ class Scheduler:
         for row in (first, *others):
             bisect.insort(self.running, row, key=table.priority_key)
         self._take_cached_blocks(first)
-        if not waiting.output_token_ids:
+        if not waiting.output.token_ids:
             request.weights_version = self.version
             request.num_cached_tokens = int(table.num_computed_tokens[first]) // BLOCK_SIZE * BLOCK_SIZE
         return first
 
-    def fork(self, row: int) -> list[int]:
-        """Start the siblings of a row whose prompt is computed, and return the siblings. Each sibling references the
-        shared full blocks and gets a new block for a copy of a partly filled last block; if no block is free, the
-        sibling is requeued."""
+    def _fork(self, row: int, copies: list[BlockCopy]) -> list[int]:
+        """Start the siblings of a row whose prompt is computed in this step, and return the siblings. Each sibling
+        references the shared full blocks and gets a new block for a copy of a partly filled last block, which is
+        appended to `copies`; if no block is free, the sibling is requeued."""
         table, started = self.table, []
         prompt = int(table.num_prompt_tokens[row])
         shared, rest = divmod(prompt, BLOCK_SIZE)
@@ -190,6 +263,7 @@ class Scheduler:
             table.block_hashes[sibling] = list(table.block_hashes[row])
             table.num_computed_tokens[sibling] = prompt
             table.awaits_prompt[sibling] = False
+            copies += [BlockCopy(table.blocks[row][shared], block, rest) for block in own]
             started.append(sibling)
         table.sibling_rows[row] = []
         return started
@@ -212,7 +286,7 @@ class Scheduler:
         request, index = table.request_at(row)
         followers = table.sibling_rows[row]
         indices = (index, *(table.request_at(other)[1] for other in followers))
-        self._push(QueueEntry(request, indices, *table.output_of(row)))
+        self._push(QueueEntry(request, indices, table.output_of(row)))
         self.has_preempted = True
         self.num_preemptions += 1
         for each in (*followers, row):

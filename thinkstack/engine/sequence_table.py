@@ -5,28 +5,31 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy
 from torch import Tensor
 
 from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
-from thinkstack.engine.sampler import needs_no_processing, splitmix64
+from thinkstack.engine.grammar import GrammarState
+from thinkstack.engine.logits_processor import LogitsProcessor
+from thinkstack.engine.sampler import splitmix64
 from thinkstack.types import Completion, FinishReason, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 8
 """Maximum stop_token_ids per request."""
-TopLogprobs = tuple[tuple[int, float], ...]
-"""Token ids and their log-probabilities, best first."""
+TopLogprobs = tuple[numpy.ndarray, numpy.ndarray]
+"""Token ids (K,) int64 and their log-probabilities (K,) fp32, best first; -inf for tokens without probability."""
 
 
-class Constraint(Protocol):
-    """A grammar or another constraint on the next token."""
+class Output(NamedTuple):
+    """The sampled tokens of a completion so far."""
 
-    def allowed(self, index: int, output_token_ids: Sequence[int]) -> Tensor:
-        """Tokens that may follow `output_token_ids` in completion `index`, (V,) bool; includes the end token if the
-        completion may end."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """Most likely alternatives of each token, if requested."""
 
 
 @dataclass(eq=False)
@@ -40,8 +43,8 @@ class Request:
     """One entry per completion; None until it is finished."""
     priority: int = 0
     """Requests with lower values are scheduled first."""
-    constraint: Constraint | None = None
-    """Constraint on the tokens of every completion."""
+    grammars: tuple[GrammarState, ...] = ()
+    """The grammar of each completion; empty: no grammar."""
     cache_salt: str = ""
     """Only requests with the same salt share cached prefixes."""
     weights_version: int = 0
@@ -67,6 +70,23 @@ class Request:
         """The finished completions."""
         return [completion for completion in self.completions if completion is not None]
 
+    def completion(self, output: Output, reason: FinishReason, experts: Tensor | None = None) -> Completion:
+        """A finished completion of this request."""
+        return Completion(
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            finish_reason=reason,
+            weights_version=self.weights_version,
+            top_logprobs=tuple(map(_pairs, output.top_logprobs)) if self.sampling.top_logprobs else None,
+            experts=experts,
+        )
+
+
+def _pairs(likely: TopLogprobs) -> tuple[tuple[int, float], ...]:
+    """(id, log-probability) of tokens that have a probability."""
+    pairs = zip(*(column.tolist() for column in likely), strict=True)
+    return tuple((token, value) for token, value in pairs if value != -numpy.inf)
+
 
 @dataclass(frozen=True, eq=False)
 class QueueEntry:
@@ -74,9 +94,7 @@ class QueueEntry:
 
     request: Request
     indices: tuple[int, ...]
-    output_token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    top_logprobs: tuple[TopLogprobs, ...] = ()
+    output: Output = Output()
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
@@ -87,7 +105,7 @@ class QueueEntry:
 class SequenceTable:
     """Rows 0..num_rows-1 are for sequences; an additional row is for padding and refers to NULL_BLOCK only."""
 
-    def __init__(self, num_rows: int, max_tokens: int):
+    def __init__(self, num_rows: int, max_tokens: int, vocab_size: int):
         self.free_rows = list(range(num_rows))  # a heap: low rows first
         self.requests: list[tuple[Request, int] | None] = [None] * num_rows
         """Request and completion index of each row; None for a free row."""
@@ -122,45 +140,31 @@ class SequenceTable:
         self.row_sampler = kernels.RowSampler(
             **columns, seed=self.seed, num_tokens=self.num_tokens, num_prompt_tokens=self.num_prompt_tokens
         )
-        self.needs_logits_processing = numpy.zeros(num_rows, dtype=bool)
-        """Whether the row needs processing besides temperature, top_k, top_p and min_p, such as penalties, a thinking
-        budget or a grammar."""
-        self.is_thinking_closed = numpy.zeros(num_rows, dtype=bool)
-        """Whether `think_end_token_ids` are in the output, or no thinking budget is set."""
+        self.options = LogitsProcessor(vocab_size, self.ids, self.num_tokens, self.num_prompt_tokens)
+        """The other sampling options."""
         self.top_logprobs: list[list[TopLogprobs]] = [[] for _ in range(num_rows)]
         """Most likely alternatives of each output token, if requested."""
         self.stop_token_ids = numpy.full((MAX_STOP_TOKEN_IDS, num_rows), -1, dtype=numpy.int64)
 
     def assign_row(self, waiting: QueueEntry, index: int, root: bytes) -> int:
         """Assign a free row to completion `index` of a queue entry; returns the row."""
-        request, sampling = waiting.request, waiting.request.sampling
+        request, sampling, output = waiting.request, waiting.request.sampling, waiting.output
         row = heapq.heappop(self.free_rows)
         self.requests[row] = request, index
         request.rows[index] = row
         self.block_hashes[row] = [root]
-        prompt, num_tokens = (
-            len(request.prompt_token_ids),
-            len(request.prompt_token_ids) + len(waiting.output_token_ids),
-        )
+        prompt = len(request.prompt_token_ids)
+        num_tokens = prompt + len(output.token_ids)
         self.ids[row, :prompt] = request.prompt_token_ids
-        self.ids[row, prompt:num_tokens] = waiting.output_token_ids
-        self.logprobs[row, prompt:num_tokens] = waiting.logprobs
+        self.ids[row, prompt:num_tokens] = output.token_ids
+        self.logprobs[row, prompt:num_tokens] = output.logprobs
         self.num_prompt_tokens[row], self.num_tokens[row], self.num_computed_tokens[row] = prompt, num_tokens, 0
         self.max_num_tokens[row], self.seed[row] = prompt + sampling.max_tokens, completion_seed(sampling.seed, index)
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
         self.top_k[row], self.min_p[row] = sampling.top_k, sampling.min_p
         self.is_unfiltered[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
-        has_budget = sampling.thinking_budget is not None
-        self.needs_logits_processing[row] = (
-            not needs_no_processing(sampling) or has_budget or request.constraint is not None
-        )
-        self.needs_logits_processing[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs)
-        close = sampling.think_end_token_ids
-        self.is_thinking_closed[row] = not has_budget or any(
-            waiting.output_token_ids[at : at + len(close)] == close
-            for at in range(len(waiting.output_token_ids) - len(close) + 1)
-        )
-        self.top_logprobs[row] = list(waiting.top_logprobs)
+        self.options.assign(row, sampling, request.grammars[index] if request.grammars else None)
+        self.top_logprobs[row] = list(output.top_logprobs)
         self.stop_token_ids[:, row] = -1
         self.stop_token_ids[: len(sampling.stop_token_ids), row] = sampling.stop_token_ids
         return row
@@ -176,14 +180,14 @@ class SequenceTable:
         assert found is not None, f"row {row} is free"
         return found
 
-    def output_of(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...], tuple[TopLogprobs, ...]]:
-        """Output tokens so far, with log-probabilities and, if requested, most likely alternatives."""
-        place = slice(self.num_prompt_tokens[row], self.num_tokens[row])
-        return (
-            tuple(self.ids[row, place].tolist()),
-            tuple(self.logprobs[row, place].tolist()),
-            tuple(self.top_logprobs[row]),
-        )
+    def output_ids(self, row: int) -> numpy.ndarray:
+        """Output tokens so far, a view."""
+        return self.ids[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
+
+    def output_of(self, row: int) -> Output:
+        """Output so far."""
+        logprobs = self.logprobs[row, self.num_prompt_tokens[row] : self.num_tokens[row]]
+        return Output(tuple(self.output_ids(row).tolist()), tuple(logprobs.tolist()), tuple(self.top_logprobs[row]))
 
     def is_stop(self, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
         """Whether each row's token is one of its stop tokens, (N,) bool."""
@@ -202,6 +206,8 @@ class SequenceTable:
         places = self.num_tokens[rows] + offsets
         self.ids[rows, places] = tokens
         self.logprobs[rows, places] = logprobs
+        if self.options.is_needed[rows].any():
+            self.options.append(rows, offsets, tokens, places)
         self.num_tokens[rows] = places + 1  # for several tokens of one row, the last assignment is the final value
         self.num_draft_tokens[rows] = 0
 
@@ -219,7 +225,7 @@ class SequenceTable:
         del request.rows[index]
         self.requests[row], self.blocks[row], self.block_hashes[row], self.sibling_rows[row] = None, [], [], []
         self.block_tables[row] = NULL_BLOCK
-        self.awaits_prompt[row] = self.needs_logits_processing[row] = False
+        self.awaits_prompt[row] = False
         self.num_draft_tokens[row] = 0
         heapq.heappush(self.free_rows, row)
 

@@ -29,7 +29,7 @@ class Speculator:
         self.num_drafted, self.num_accepted = numpy.zeros((2, num_speculative_tokens), dtype=numpy.int64)
         """Number of draft tokens so far by distance ahead, and number of accepted draft tokens, (K,) each."""
 
-    def counts(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
+    def accept(self, rows: numpy.ndarray, offsets: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
         """Which sampled tokens are accepted, (N,) bool: the first of each row, and those after accepted draft tokens.
 
         rows: (N,), the tokens of a row are adjacent. offsets: (N,), ascending from 0 in each row. Tokens after a stop
@@ -39,16 +39,16 @@ class Speculator:
             tokens == table.ids[rows, table.num_tokens[rows] + offsets]
         )  # meaningless for the last token of each row
         stops = table.is_stop(rows, tokens)
-        counts = numpy.ones(len(rows), dtype=bool)
+        accepted = numpy.ones(len(rows), dtype=bool)
         for place in numpy.flatnonzero(offsets).tolist():  # in order
-            num_accepted = bool(counts[place - 1] and is_right[place - 1])
-            counts[place] = num_accepted and not stops[place - 1]
+            is_accepted = bool(accepted[place - 1] and is_right[place - 1])
+            accepted[place] = is_accepted and not stops[place - 1]
             ahead, (request, _) = int(offsets[place]) - 1, table.request_at(int(rows[place]))
             self.num_drafted[ahead] += 1
-            self.num_accepted[ahead] += num_accepted
+            self.num_accepted[ahead] += is_accepted
             request.num_draft_tokens += 1
-            request.num_accepted_tokens += num_accepted
-        return counts
+            request.num_accepted_tokens += is_accepted
+        return accepted
 
     def follow(self, scheduled: SchedulerOutput, hidden: Tensor) -> None:
         """Run the MTP module on the hidden states (N, D) of a step, then propose draft tokens for rows that sampled."""
@@ -66,6 +66,7 @@ class Speculator:
         )
         states = self.runner.draft(table, rows, starts, counts, hidden[torch.from_numpy(index).to(hidden.device)])
         self._draft(rows, states)
+        self.runner.copy_blocks(scheduled)  # again, for the entries of the module
 
     def _draft(self, rows: numpy.ndarray, states: Tensor) -> None:
         """Write draft tokens after num_tokens for rows that have computed all tokens but the last."""
