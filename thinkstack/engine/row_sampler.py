@@ -13,18 +13,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
-from thinkstack.engine.sampler import (
-    SamplingFilters,
-    adjust,
-    distribution,
-    ends_with,
-    forced_think_end_token,
-    sample,
-    top_logprobs,
-    uniforms,
-)
+from thinkstack.engine.sampler import adjust, ends_with, forced_think_end_token, top_logprobs
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
+from thinkstack.kernels.sampling import SamplingFilters, distribution
 
 
 class SampledTokens(NamedTuple):
@@ -58,13 +49,7 @@ def sample_plain_rows(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """`sample_rows` without logits processing; returns tokens and log-probabilities as in `SampledTokens`."""
-    if kernels.takes(logits, "sample"):
-        return table.row_sampler.sample(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
-    counters = (table.num_tokens[rows] - table.num_prompt_tokens[rows] + offsets).astype(numpy.uint64)
-    uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
-    temperature, filters = _sampling_columns(table, rows, logits.device)
-    tokens, logprobs = sample(logits, temperature, uniform, filters)
-    return tokens.cpu().numpy(), logprobs.cpu().numpy()
+    return table.row_sampler.sample(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
 
 
 def _sampling_columns(

@@ -1,7 +1,4 @@
-"""Sampling from logits, in this order: bias, bans, penalties, temperature, min-p, top-k, top-p, sampling.
-
-The random number of a token depends only on the seed of the request and the position of the token, never on the batch.
-"""
+"""Processing of logits before sampling (bias, bans, penalties) and of sampled tokens; kernels/sampling.py samples."""
 
 # Shapes in this file: B rows, V vocabulary size.
 
@@ -11,29 +8,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
+from thinkstack.kernels.sampling import largest
 from thinkstack.types import SamplingParams
-
-CANDIDATES = 256
-"""Number of most likely tokens to sort first; the full vocabulary is sorted only if these do not contain the filtered
-set."""
-
-
-def uniforms(seeds: numpy.ndarray, counters: numpy.ndarray) -> numpy.ndarray:
-    """Uniform random numbers in [0, 1), (B,) float64, from a counter-based generator: SplitMix64 of seed and counter.
-
-    seeds: (B,) uint64, one per sequence. counters: (B,) uint64, number of tokens sampled so far. Source:
-    doi:10.1145/2660193.2660195.
-    """
-    mixed = splitmix64(seeds + (counters + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15))  # modulo 2^64
-    return (mixed >> numpy.uint64(11)).astype(numpy.float64) * 2.0**-53
-
-
-def splitmix64(value: numpy.ndarray) -> numpy.ndarray:
-    """The SplitMix64 finalizer of each uint64 (doi:10.1145/2660193.2660195)."""
-    value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-    return value ^ (value >> numpy.uint64(31))
 
 
 def needs_no_processing(sampling: SamplingParams) -> bool:
@@ -64,88 +40,10 @@ def adjust(logits: Tensor, sampling: SamplingParams, prompt: numpy.ndarray, outp
         logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts.float()
 
 
-SamplingFilters = tuple[Tensor, Tensor, Tensor]
-"""Filters of each row: top_k (B,) int64, 0: off; top_p (B,) and min_p (B,) fp32."""
-
-
-def sample(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, filters: SamplingFilters | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverting the cumulative distribution.
-
-    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). filters: None: no filters.
-    Returns (tokens (B,) int64, log-probabilities (B,) fp32 of the tokens under the sampling distribution). Temperature
-    0 selects the most likely token and returns its log-probability at temperature 1.
-    """
-    if kernels.takes(logits, "sample"):
-        return kernels.sample(logits, temperature, uniform, filters)
-    logprobs = distribution(logits, temperature, filters)
-    greedy = temperature == 0
-    if bool(greedy.all()):
-        tokens = logits.argmax(-1)
-    else:
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        target = uniform.unsqueeze(1) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-        if bool(greedy.any()):
-            tokens = torch.where(greedy, logits.argmax(-1), tokens)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-
-
-def distribution(logits: Tensor, temperature: Tensor, filters: SamplingFilters | None = None) -> Tensor:
-    """The sampling distribution: log-probabilities (B, V) fp32."""
-    logprobs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1), -1)
-    return logprobs if filters is None else filter_logprobs(logprobs, *filters)
-
-
-def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Renormalized log-probabilities (B, V) after filtering, -inf for removed tokens. The filters are applied in this
-    order: min-p (arXiv:2407.01082), top-k, top-p (the smallest set of the remaining tokens with mass >= top_p,
-    arXiv:1904.09751).
-
-    top_k: (B,) int64, 0: off. top_p, min_p: (B,). The most likely token always remains; ties prefer the lower id.
-    Batch-invariant: a row without filters is returned unchanged, and no sum depends on the filters of other rows.
-    """
-    V, given = logprobs.shape[1], logprobs
-    floor = logprobs.amax(-1, keepdim=True) + min_p.clamp(min=1e-38).log().unsqueeze(1)
-    logprobs = torch.where((logprobs < floor) & (min_p > 0).unsqueeze(1), -torch.inf, logprobs)
-    limit = torch.where(top_k > 0, top_k, V).clamp(max=V).unsqueeze(1)
-    is_unfiltered = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
-    count = min(CANDIDATES, V)
-    while True:
-        ordered, order = _largest(logprobs, count)
-        places = torch.arange(count, device=logprobs.device)
-        mass = torch.where(places < limit, ordered.exp(), 0.0)
-        upto = mass.cumsum(-1)
-        # the mass after top-k; the order of summation depends neither on the `count` of other rows nor on their number
-        remaining = torch.where(limit.squeeze(1) < V, upto[:, -1], logprobs.exp().cumsum(-1)[:, -1])
-        before = upto - mass
-        outside = (places >= limit) | (before >= (top_p * remaining).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
-        complete = (ordered == -torch.inf).any(-1) | (limit.squeeze(1) <= count)
-        ended = complete | is_unfiltered | (outside.any(-1) & (limit.squeeze(1) == V))
-        if count == V or bool(ended.all()):
-            break
-        count = V
-    filtered = torch.full_like(logprobs, -torch.inf).scatter(1, order, ordered.masked_fill(outside, -torch.inf))
-    return torch.where(is_unfiltered.unsqueeze(1), given, torch.log_softmax(filtered, -1))
-
-
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of each row and their indices, sorted; among equal values the lower index first."""
-    if count == values.shape[1]:
-        found, index = values.sort(dim=-1, descending=True, stable=True)
-        return found, index
-    found, index = values.topk(count, dim=-1)
-    by_index = index.argsort(-1)  # topk guarantees no order among equal values
-    found, index = found.gather(1, by_index), index.gather(1, by_index)
-    found, order = found.sort(dim=-1, descending=True, stable=True)
-    return found, index.gather(1, order)
-
-
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
     """The `count` most likely tokens of each row of (B, V) as (id, log-probability), most likely first; fewer if fewer
     tokens have a nonzero probability."""
-    values, index = _largest(logprobs, min(count, logprobs.shape[1]))
+    values, index = largest(logprobs, min(count, logprobs.shape[1]))
     return [
         tuple((token, value) for token, value in zip(tokens, row, strict=True) if value != -numpy.inf)
         for tokens, row in zip(index.tolist(), values.tolist(), strict=True)

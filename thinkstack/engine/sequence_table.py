@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy
 from torch import Tensor
 
-from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
-from thinkstack.engine.sampler import needs_no_processing, splitmix64
+from thinkstack.engine.sampler import needs_no_processing
+from thinkstack.kernels import ops
+from thinkstack.kernels.sampling import splitmix64
 from thinkstack.types import Completion, FinishReason, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 8
@@ -119,7 +120,7 @@ class SequenceTable:
         self.is_unfiltered = numpy.ones(num_rows, dtype=bool)
         """Whether top_k, top_p and min_p are all neutral."""
         columns = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self.row_sampler = kernels.RowSampler(
+        self.row_sampler = ops.RowSampler(
             **columns, seed=self.seed, num_tokens=self.num_tokens, num_prompt_tokens=self.num_prompt_tokens
         )
         self.needs_logits_processing = numpy.zeros(num_rows, dtype=bool)
