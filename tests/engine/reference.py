@@ -6,8 +6,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.sampler import SamplingFilters, distribution, sample, uniforms
 from thinkstack.engine.sequence_table import completion_seed
+from thinkstack.kernels.ops import sample
+from thinkstack.kernels.sampling import SamplingFilters, distribution, uniforms
 from thinkstack.types import SamplingParams
 
 

@@ -7,9 +7,9 @@ import torch
 
 from tests.engine.requests import FUSED
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack import kernels
 from thinkstack.data import Example, collate, collate_values, pack
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.kernels.cpu import calls
 from thinkstack.models.config import named
 from thinkstack.models.precision import cast_copy
 from thinkstack.models.transformer import Transformer
@@ -332,7 +332,7 @@ def test_bf16_engine_stays_near_the_fp32_trainer():
     assert 0 < float(torch.stack(gaps).mean()) < 0.02
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 def test_a_small_model_in_bf16_computes_in_fp32_with_rounded_weights_and_context():
     """Its completions are batch-invariant as in fp32, and close to those of a model with these weights."""
     model, how = tiny_model(FUSED), samplings(9)

@@ -1,5 +1,7 @@
 """The fused passes and the small-M kernels against torch's operators."""
 
+import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,6 @@ import torch
 
 from tests.kernels.test_kernels import random_tensor
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.fused import fused_pass
@@ -16,9 +17,11 @@ from thinkstack.engine.fused.gqa import FusedGQA
 from thinkstack.engine.fused.mla import FusedMLA
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels import choice
-from thinkstack.kernels.cpu import calls
+from thinkstack.kernels.conditions import fits_small_m
+from thinkstack.kernels.cpu import calls, inference
 from thinkstack.kernels.cpu.prepacked import can_prepack, prepacked_linear
 from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.sizes import SMALL_M
 from thinkstack.models.config import GQAConfig
 from thinkstack.models.layers import prepack_weights
 from thinkstack.models.lora import LoRAConfig, adapt
@@ -58,9 +61,9 @@ def test_small_m_products(count, width):
     )
     exact = x.double() @ weight.double().T
     with torch.no_grad():
-        assert kernels.takes_small_m(x, weight)
-        assert relative(kernels.small_m_linear(x, weight), exact) < 3e-3  # half a unit in bf16's last place
-    assert not kernels.takes_small_m(random_tensor(9, width, dtype=torch.bfloat16), weight)
+        assert fits_small_m(x, weight)
+        assert relative(inference.small_m_linear(x, weight), exact) < 3e-3  # half a unit in bf16's last place
+    assert not fits_small_m(random_tensor(9, width, dtype=torch.bfloat16), weight)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
@@ -69,7 +72,7 @@ def test_small_m_products(count, width):
 @torch.no_grad()
 def test_the_fused_gqa_pass_equals_torchs_operators(weights, kind, count, on_torch, monkeypatch):
     """Hidden states and cache entries; three of the tokens are consecutive in one sequence."""
-    if count > kernels.SMALL_M and (weights == "int8" or not can_prepack(torch.empty(0, dtype=torch.bfloat16))):
+    if count > SMALL_M and (weights == "int8" or not can_prepack(torch.empty(0, dtype=torch.bfloat16))):
         pytest.skip("many tokens at once take matrices in oneDNN's layout")
     exact = tiny_model(KINDS[kind])
     model = inference_copy(exact, torch.bfloat16, weights)
@@ -210,24 +213,51 @@ def test_the_fused_mtp_module_of_a_small_model_equals_torchs_operators(on_torch)
     torch.testing.assert_close(cache.data, copied.data, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_only_plain_weights_use_a_fused_pass(monkeypatch):
-    model = cast_copy(tiny_model(WIDE), torch.bfloat16)
-    assert fused_pass(model) is not None
-    assert fused_pass(cast_copy(tiny_model(), torch.bfloat16)) is None  # latents and experts
+def hooked(model: Transformer) -> Transformer:
+    model.layers[0].ffn.register_forward_hook(lambda *_: None)
+    return model
+
+
+def adapted(model: Transformer) -> Transformer:
     adapt(model, LoRAConfig(rank=2))
-    assert fused_pass(model) is None
-    assert fused_pass(inference_copy(tiny_model(WIDE), torch.bfloat16, "int8")) is not None
-    assert fused_pass(inference_copy(tiny_model(WIDE), torch.float32, "int8")) is None
-    assert fused_pass(inference_copy(tiny_model(WIDE), torch.bfloat16, "fp8")) is None
-    assert fused_pass(inference_copy(tiny_model(SMALL), torch.float32, "int8")) is None  # latents and experts
-    hooked = cast_copy(tiny_model(WIDE), torch.bfloat16)
-    hooked.layers[0].ffn.register_forward_hook(lambda *_: None)
-    assert fused_pass(hooked) is None
-    for dtype in (torch.bfloat16, torch.float32):  # not on this machine's processor
-        assert fused_pass(cast_copy(tiny_model(WIDE), dtype, always=True).to("meta")) is None
+    return model
+
+
+BF16 = torch.bfloat16
+REFUSED = {
+    "latents in bf16": (lambda: cast_copy(tiny_model(SMALL), BF16), "latent|grouped", "in torch.bfloat16 on cpu"),
+    "odd experts": (lambda: tiny_model(MLA_TINY), "grouped-query", "sizes of experts that are not multiples of 16"),
+    "wide": (lambda: tiny_model(SMALL, hidden_size=1040), "grouped-query", "a hidden size above 1024"),
+    "adapters": (lambda: adapted(cast_copy(tiny_model(WIDE), BF16)), "adapters", "adapters"),
+    "adapted latents": (lambda: adapted(tiny_model(SMALL)), "grouped-query", "adapters"),
+    "int8 in fp32": (lambda: inference_copy(tiny_model(WIDE), torch.float32, "int8"), "quantized", "quantized"),
+    "fp8": (lambda: inference_copy(tiny_model(WIDE), BF16, "fp8"), "other than int8", "quantized weights"),
+    "quantized experts": (lambda: inference_copy(tiny_model(SMALL), torch.float32, "int8"), "grouped", "quantized"),
+    "ranks": (lambda: hooked(cast_copy(tiny_model(WIDE), BF16)), "forward hooks", "forward hooks"),
+    "a device": (lambda: tiny_model(WIDE).to("meta"), "no kernels for torch.float32 on meta", "latent attention"),
+    "dense latents": (lambda: tiny_model(SMALL).to("meta"), "grouped-query", "in torch.float32 on meta"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_a_fused_pass_refuses_by_name_what_it_does_not_support(name, caplog):
+    make, gqa, mla = REFUSED[name]
+    with caplog.at_level(logging.DEBUG, "thinkstack.engine.fused"):
+        assert fused_pass(make()) is None
+    first, second = caplog.messages
+    assert re.match(rf"FusedGQA: .*({gqa})", first), first
+    assert re.match(rf"FusedMLA: .*({mla})", second), second
+
+
+@torch.no_grad()
+def test_plain_and_int8_weights_use_a_fused_pass(monkeypatch):
+    model = cast_copy(tiny_model(WIDE), BF16)
+    assert fused_pass(model) is not None
+    assert fused_pass(inference_copy(tiny_model(WIDE), BF16, "int8")) is not None
     monkeypatch.setattr(dense, "is_batch_invariant", lambda *_: False)
-    assert fused_pass(tiny_model(WIDE)) is None  # products in fp32 are not batch-invariant
+    assert "are not batch-invariant" in (FusedGQA.refusal(tiny_model(WIDE)) or "")
+    assert fused_pass(tiny_model(WIDE)) is None
 
 
 @pytest.mark.parametrize("weights", ["none", "int8"])

@@ -18,8 +18,8 @@ from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine import remote
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.remote import RemoteEngine, ServersConfig, open_engine
-from thinkstack.engine.sampler import filter_logprobs
 from thinkstack.engine.vllm import server_seed
+from thinkstack.kernels.sampling import filter_logprobs
 from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 
 RECORDS = json.loads(FILE.read_text(encoding="utf-8"))

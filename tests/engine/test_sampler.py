@@ -6,8 +6,9 @@ import numpy
 import pytest
 import torch
 
-from thinkstack.engine.sampler import filter_logprobs, sample, uniforms
 from thinkstack.engine.sequence_table import completion_seed
+from thinkstack.kernels.ops import sample
+from thinkstack.kernels.sampling import filter_logprobs, uniforms
 from thinkstack.types import RequestError, SamplingParams
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2]]).log()

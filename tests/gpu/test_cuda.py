@@ -9,12 +9,13 @@ import torch
 from tests.engine.requests import FUSED
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.kernels import ops
+from thinkstack.kernels.reference import padded_experts
 from thinkstack.models.config import named
-from thinkstack.models.moe import ExpertMLP, expert_mlp
 from thinkstack.models.quantized import dequantize_model
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
-from thinkstack.train.fp8 import linear, product
+from thinkstack.train.fp8 import linear
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.optim import OptimConfig
 from thinkstack.train.passes import batch_logprobs
@@ -129,9 +130,9 @@ def test_grouped_experts_run_and_agree_with_the_reference():
     x, w_in, w_out = (torch.randn(s, generator=generator).mul_(0.3) for s in ((300, 64), (8, 256, 64), (8, 64, 128)))
     weights, experts = torch.rand(300, 2, generator=generator), torch.randint(8, (300, 2), generator=generator)
     given = [value.cuda().bfloat16().requires_grad_() for value in (x, w_in, w_out)]
-    found = expert_mlp(given[0], weights.cuda(), experts.cuda(), given[1], given[2])
+    found = ops.experts(given[0], weights.cuda(), experts.cuda(), given[1], given[2])
     exact = [value.detach().double().requires_grad_() for value in given]
-    expected = ExpertMLP.apply(exact[0], weights.cuda(), experts.cuda(), exact[1], exact[2])
+    expected = padded_experts(exact[0], weights.cuda(), experts.cuda(), exact[1], exact[2])
     assert (found - expected).norm() / expected.norm() < 0.02
     grad = torch.randn_like(expected)
     for ours, theirs in zip(
@@ -147,7 +148,7 @@ def test_compiled_blocks_with_flex_attention_take_the_step_of_eager_ones():
         model = Transformer(named("v3-tiny")).initialize(torch.Generator().manual_seed(0))
         cfg = TrainerConfig(device="cuda", compile=compiled, micro_batch_tokens=1024)
         trainer = Trainer(model, cfg, 4)
-        assert trainer.workers.compute_model.uses_flex_attention == compiled
+        assert trainer.workers.compute_model.is_compiled == compiled
         stats = [
             trainer.step(random_batch([200, 56, 100, 156, 256], 256, vocab_size=640, seed=s), next_token_loss)
             for s in range(4)
@@ -172,7 +173,7 @@ def test_the_devices_block_products_are_the_plain_ones(b_rows, K, power_of_two):
     a, b = (torch.randn(n, K, generator=generator).exp().cuda() for n in (256, 384))
     qa, qb = quantize(a, 1, power_of_two), quantize(b, b_rows, power_of_two)
     expected = dequantize(*qa, 1).double() @ dequantize(*qb, b_rows).double().T
-    found = product(qa, qb, b_rows, torch.bfloat16)
+    found = ops.scaled_matmul(qa, qb, b_rows, torch.bfloat16)
     assert (found - expected).norm() / expected.norm() < 0.01
 
 

@@ -109,7 +109,7 @@ class Library:
 @contextlib.contextmanager
 def redirected(handle: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
     """Within the block every call of a kernel goes to `handle`."""
-    memory, data_ptr, place = Memory(), Tensor.data_ptr, inference.place
+    memory, data_ptr, place = Memory(), Tensor.data_ptr, inference.array_address
 
     def noted_tensor(x: Tensor) -> int:
         memory.note_tensor(x)
@@ -119,7 +119,7 @@ def redirected(handle: Callable[[str, tuple, Memory], None]) -> Iterator[None]:
         patch.setattr(calls, "binary", lambda: Library(memory, handle))
         patch.setattr(Tensor, "data_ptr", noted_tensor)
         patch.setattr(ctypes, "addressof", lambda x: memory.note(address_of(x), ctypes.sizeof(x), x))
-        patch.setattr(inference, "place", lambda x: memory.note(place(x), x.nbytes, x))
+        patch.setattr(inference, "array_address", lambda x: memory.note(place(x), x.nbytes, x))
         yield
 
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tests.kernels.test_kernels import MLA_ALIGNED, MLA_ODD, branches_of, random_tensor, with_gradients
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack import kernels
-from thinkstack.kernels.dequantize import dequantize_
-from thinkstack.models.attention import GQA, MLA, AttentionContext, kv_range_of
+from thinkstack.kernels.cpu import operators
+from thinkstack.kernels.cpu import rows as row_kernels
+from thinkstack.kernels.masks import PackedMask, kv_range_of
+from thinkstack.kernels.ops import dequantize_, rotate, swiglu
+from thinkstack.models.attention import GQA, MLA, AttentionContext
 from thinkstack.models.config import MoEConfig
-from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
+from thinkstack.models.layers import RMSNorm, rope_table
 from thinkstack.models.moe import route
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
@@ -59,7 +61,7 @@ def among(tokens: int, branched: bool, width: int) -> AttentionContext:
     documents = torch.arange(tokens)[None] // (1000 if branched else 37)
     kv_range = kv_range_of(documents, branches_of(tokens) if branched else None)
     rope = rope_table(torch.arange(tokens)[None], width, MLA_TINY.rope)
-    return AttentionContext(rope=rope, kv_range=kv_range, last=torch.arange(tokens)[None])
+    return AttentionContext(rope=rope, mask=PackedMask(kv_range=kv_range))
 
 
 def attended(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> Case:
@@ -91,8 +93,8 @@ def experts(dtype: torch.dtype) -> Case:
     def mine() -> list[Tensor]:
         x, w_in, w_out = inputs
         with torch.no_grad():
-            alone = kernels.expert_mlp(x, weights, chosen, w_in, w_out)
-        run = lambda x, weights, w_in, w_out: kernels.expert_mlp(x, weights, chosen, w_in, w_out)  # noqa: E731
+            alone = operators.experts(x, weights, chosen, w_in, w_out)
+        run = lambda x, weights, w_in, w_out: operators.experts(x, weights, chosen, w_in, w_out)  # noqa: E731
         return [alone, *with_gradients(run, x, weights, w_in, w_out)]
 
     def theirs() -> list[Tensor]:
@@ -147,8 +149,8 @@ def halves(dtype: torch.dtype) -> Case:
 
     def mine() -> list[Tensor]:
         total = x.clone()
-        normed = kernels.add_norm(total, change, weight, 1e-6)
-        return [total, normed, kernels.swiglu_halves(both)]
+        normed = row_kernels.add_norm(total, change, weight, 1e-6)
+        return [total, normed, row_kernels.swiglu_halves(both)]
 
     def theirs() -> list[Tensor]:
         total = (x.float() + change.float()).to(dtype)
@@ -208,8 +210,8 @@ def products(count: int, wide: int, narrow: int) -> Case:
     )
 
     def mine() -> list[Tensor]:
-        found = [kernels.linear(x, weight, None), kernels.linear(x, weight, bias)]
-        return [*found, kernels.linear_grad_x(grad, weight), kernels.linear_grad_weight(grad, x)]
+        found = [row_kernels.linear(x, weight, None), row_kernels.linear(x, weight, bias)]
+        return [*found, row_kernels.linear_grad_x(grad, weight), row_kernels.linear_grad_weight(grad, x)]
 
     def theirs() -> list[Tensor]:
         found = x.double() @ weight.double().T

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from thinkstack.kernels import KVLayout
-from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.paging import KVLayout, Pages
 from thinkstack.kernels.triton import attention as paged
 from thinkstack.kernels.triton import linear as quantized
 

@@ -39,15 +39,15 @@ from tests.kernels.arm_cases import (
 )
 from tests.kernels.test_kernels import random_tensor
 from tests.tiny import MLA_TINY, tiny_model
-from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.fused import fused_pass
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
-from thinkstack.engine.sampler import sample, uniforms
-from thinkstack.kernels.cpu import build, calls
-from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import paged_attention_torch
-from thinkstack.models.layers import rope_table, rotate
+from thinkstack.kernels import ops, reference
+from thinkstack.kernels.cpu import build, calls, inference
+from thinkstack.kernels.ops import rotate, sample
+from thinkstack.kernels.paging import KVLayout, Pages
+from thinkstack.kernels.sampling import uniforms
+from thinkstack.models.layers import rope_table
 from thinkstack.models.precision import inference_copy
 from thinkstack.quant.int8 import Int8
 
@@ -61,10 +61,10 @@ pytestmark = [
 ]
 
 HEADS = {
-    "mla": kernels.KVLayout(1, 96, 0, 0, 0, 64),
-    "mla, odd": kernels.KVLayout(1, 24, 0, 0, 0, 19),
-    "gqa": kernels.KVLayout(2, 32, 32, 64, 32, 32),
-    "gqa, odd": kernels.KVLayout(2, 6, 6, 12, 6, 6),
+    "mla": KVLayout(1, 96, 0, 0, 0, 64),
+    "mla, odd": KVLayout(1, 24, 0, 0, 0, 19),
+    "gqa": KVLayout(2, 32, 32, 64, 32, 32),
+    "gqa, odd": KVLayout(2, 6, 6, 12, 6, 6),
 }
 
 
@@ -85,11 +85,11 @@ def cache_read(kind: str, per_group: int, batched: bool, dtype: torch.dtype) -> 
     query = random_tensor(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def mine() -> list[Tensor]:
-        return [kernels.paged_attention(query, Pages(entries, block_tables, seq_index), last, heads, 0.2)]
+        return [inference.paged_attention(query, Pages(entries, block_tables, seq_index), last, heads, 0.2)]
 
     def theirs() -> list[Tensor]:
         return [
-            paged_attention_torch(
+            reference.paged_attention(
                 query.double(), Pages(entries.double().nan_to_num(), block_tables, seq_index), last, heads, 0.2
             )
         ]
@@ -127,11 +127,11 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
         q, k = (rotate(x[None].contiguous(), rope[None], interleaved)[0] for x in (q, k))
         own = entries.float()
         own[block_tables[seq_index, last // 64].long(), last % 64] = torch.cat((k.flatten(1), v.flatten(1)), 1)
-        heads = kernels.KVLayout(G, width, width, G * width, width, width)
+        heads = KVLayout(G, width, width, G * width, width, width)
         return [
-            paged_attention_torch(q.unflatten(1, (G, -1)), Pages(own, block_tables, seq_index), last, heads, 0.3).view(
-                N, -1
-            ),
+            reference.paged_attention(
+                q.unflatten(1, (G, -1)), Pages(own, block_tables, seq_index), last, heads, 0.3
+            ).view(N, -1),
             own,
         ]
 
@@ -160,7 +160,7 @@ def sampling_of_rows(is_unfiltered: bool) -> Case:
     chosen, offsets, logits = random.permutation(50)[:40], random.integers(0, 4, 40), torch.zeros(40, 4000)
 
     def mine() -> list[Tensor]:
-        found = kernels.RowSampler(**columns).sample(logits, chosen, offsets, is_unfiltered)
+        found = ops.RowSampler(**columns).sample(logits, chosen, offsets, is_unfiltered)
         return [torch.from_numpy(one) for one in found]
 
     def theirs() -> list[Tensor]:
@@ -180,8 +180,8 @@ def small_m_linear(count: int, width: int) -> Case:
     @torch.no_grad()
     def mine() -> list[Tensor]:
         return [
-            kernels.small_m_linear(x, weight.bfloat16()),
-            kernels.small_m_linear(x, parts["qweight"], parts["scale"]),
+            inference.small_m_linear(x, weight.bfloat16()),
+            inference.small_m_linear(x, parts["qweight"], parts["scale"]),
         ]
 
     def theirs() -> list[Tensor]:

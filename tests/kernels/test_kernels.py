@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack import kernels
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.kernels.cpu import build, calls
-from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import MLA, AttentionContext, kv_range_of, paged_attention_torch
+from thinkstack.kernels import ops, reference
+from thinkstack.kernels.cpu import build, calls, inference, operators, rows
+from thinkstack.kernels.masks import PackedMask, kv_range_of
+from thinkstack.kernels.paging import KVLayout, Pages
+from thinkstack.models.attention import MLA, AttentionContext
 from thinkstack.models.config import MoEConfig
-from thinkstack.models.layers import RMSNorm, rope_table, rotate, swiglu
+from thinkstack.models.layers import RMSNorm, rope_table
 from thinkstack.models.moe import route
 from thinkstack.train.loss import token_logprobs
 from thinkstack.types import SamplingParams
@@ -93,11 +94,8 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
     cfg = replace(MLA_TINY.attention, num_heads=2, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
     module = MLA(replace(MLA_TINY, attention=cfg), 0).to(dtype)
     documents = torch.arange(tokens)[None] // (1000 if branched else 37)
-    context = dict(
-        rope=rope_table(torch.arange(tokens)[None], 4, MLA_TINY.rope),
-        kv_range=kv_range_of(documents, branches_of(tokens) if branched else None),
-        last=torch.arange(tokens)[None],
-    )
+    rope = rope_table(torch.arange(tokens)[None], 4, MLA_TINY.rope)
+    kv_range = kv_range_of(documents, branches_of(tokens) if branched else None)
     q, kv, shared = (
         random_tensor(2, tokens, 2, 9),
         random_tensor(2, tokens, 16, seed=1),
@@ -105,7 +103,9 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
     )
 
     def run(*inputs):
-        return module.attend_packed(*inputs, module.expanded_layout, AttentionContext(**context))
+        return module.attend_packed(
+            *inputs, module.expanded_layout, AttentionContext(rope=rope, mask=PackedMask(kv_range=kv_range))
+        )
 
     inputs = [x.to(dtype) for x in (q, kv, shared)]
     exact = on_torch(with_gradients, run, *(x.float() for x in inputs))
@@ -116,12 +116,12 @@ def test_attention_of_any_length(tokens, branched, dtype, relative, on_torch):
 
 def test_another_document_in_the_row_changes_no_bit():
     q, kv = random_tensor(1, 40, 2, 8), random_tensor(1, 40, 32, seed=1)
-    heads = kernels.KVLayout(2, 8, 16, 8, 16, 8)
+    heads = KVLayout(2, 8, 16, 8, 16, 8)
     rope = rope_table(torch.arange(40)[None], 8, MLA_TINY.rope)
-    kv_range = kv_range_of((torch.arange(40)[None] >= 20).long())
-    expected = kernels.attend(q, kv, None, rope, kv_range, heads, 0.3, True)
+    mask = PackedMask(kv_range=kv_range_of((torch.arange(40)[None] >= 20).long()))
+    expected = operators.attend(q, kv, None, rope, mask, heads, 0.3, True)
     kv[:, :20] *= 100
-    got = kernels.attend(q, kv, None, rope, kv_range, heads, 0.3, True)
+    got = operators.attend(q, kv, None, rope, mask, heads, 0.3, True)
     assert torch.equal(got[:, 20:], expected[:, 20:])
     assert not torch.equal(got[:, :20], expected[:, :20])
 
@@ -138,9 +138,9 @@ def test_norms_activations_and_rotations(width, dtype, relative, on_torch):
     for run, inputs in (
         (lambda x, w: torch.nn.functional.linear(norm(x), torch.eye(width, dtype=dtype)) * w.to(dtype), (x, y)),
         (lambda wide: norm(wide[..., :width]), (rows,)),
-        (swiglu, (x, y)),
-        (lambda p: rotate(p, table, True), (pairs,)),
-        (lambda p: rotate(p, table, False), (pairs,)),
+        (ops.swiglu, (x, y)),
+        (lambda p: ops.rotate(p, table, True), (pairs,)),
+        (lambda p: ops.rotate(p, table, False), (pairs,)),
     ):
         assert_close(with_gradients(run, *inputs), on_torch(with_gradients, run, *inputs), relative)
 
@@ -197,14 +197,14 @@ def test_the_kernels_are_batch_invariant():
     weights, w_in, w_out = torch.rand(130, 2), random_tensor(4, 32, 32, seed=6), random_tensor(4, 32, 16, seed=7)
 
     def routed(rows):
-        return kernels.expert_mlp(*(t[rows].contiguous() for t in (x, weights, experts)), w_in, w_out)
+        return operators.experts(*(t[rows].contiguous() for t in (x, weights, experts)), w_in, w_out)
 
     with torch.no_grad():
         for run in (
-            lambda s: kernels.expert_mlp(
+            lambda s: operators.experts(
                 x[s].contiguous(), weights[s].contiguous(), experts[s].contiguous(), w_in, w_out
             ),
-            lambda s: kernels.swiglu(x[s].contiguous(), y[s].contiguous()),
+            lambda s: rows.swiglu(x[s].contiguous(), y[s].contiguous()),
         ):
             together = run(slice(None))
             for part in (slice(0, 1), slice(77, 78), slice(40, 73)):
@@ -258,9 +258,7 @@ def test_a_model_cast_to_bf16_routes_by_its_own_bias(on_torch):
     assert torch.equal(mine.sort(-1).values, theirs.sort(-1).values)
 
 
-@pytest.mark.parametrize(
-    "heads", [kernels.KVLayout(1, 24, 0, 0, 0, 20), kernels.KVLayout(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"]
-)
+@pytest.mark.parametrize("heads", [KVLayout(1, 24, 0, 0, 0, 20), KVLayout(2, 6, 6, 12, 6, 6)], ids=["mla", "gqa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_paged_attention_over_scattered_blocks_equals_torchs(heads, dtype):
     """Decoding and chunks of prompts of sequences with scattered blocks; other blocks are not read."""
@@ -271,23 +269,23 @@ def test_paged_attention_over_scattered_blocks_equals_torchs(heads, dtype):
     last = torch.tensor([11, 5, 7, 8, 9])
     pages = Pages(entries, block_tables, seq_index)
     query = random_tensor(5, heads.groups, 3, heads.key_width).to(dtype)
-    mine = kernels.paged_attention(query, pages, last, heads, 0.3)
+    mine = inference.paged_attention(query, pages, last, heads, 0.3)
     entries[0] = 0  # torch's implementation masks what it gathered in excess
-    theirs = paged_attention_torch(query, pages, last, heads, 0.3)
+    theirs = reference.paged_attention(query, pages, last, heads, 0.3)
     torch.testing.assert_close(
         mine.float(), theirs.float(), **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2})
     )
-    by_parts = paged_attention_torch(query, pages, last, heads, 0.3, max_elements=1)
+    by_parts = reference.paged_attention(query, pages, last, heads, 0.3, max_elements=1)
     torch.testing.assert_close(by_parts, theirs)
 
 
 @pytest.mark.parametrize(
     "heads",
     [
-        kernels.KVLayout(1, 96, 0, 0, 0, 64),
-        kernels.KVLayout(1, 24, 0, 0, 0, 20),
-        kernels.KVLayout(3, 64, 64, 192, 64, 64),
-        kernels.KVLayout(2, 32, 32, 64, 32, 32),
+        KVLayout(1, 96, 0, 0, 0, 64),
+        KVLayout(1, 24, 0, 0, 0, 20),
+        KVLayout(3, 64, 64, 192, 64, 64),
+        KVLayout(2, 32, 32, 64, 32, 32),
     ],
     ids=["mla", "mla, odd", "gqa, 64", "gqa, 32"],
 )
@@ -309,15 +307,15 @@ def test_attention_over_long_contexts_is_batch_invariant(heads, per_group, dtype
     query = random_tensor(len(seq_index), heads.groups, per_group, heads.key_width).to(dtype)
 
     def read(rows):
-        return kernels.paged_attention(
+        return inference.paged_attention(
             query[rows], Pages(entries, block_tables, seq_index[rows]), last[rows], heads, 0.2
         )
 
     together = read(slice(None))
     assert all(torch.equal(read(slice(n, n + 1)), together[n : n + 1]) for n in (0, 27, 28, *range(46, 58)))
     assert torch.equal(read(slice(30, 50)), together[30:50])
-    reference = Pages(entries.double().nan_to_num(), block_tables, seq_index)
-    exact = paged_attention_torch(query.double(), reference, last, heads, 0.2)
+    wide = Pages(entries.double().nan_to_num(), block_tables, seq_index)
+    exact = reference.paged_attention(query.double(), wide, last, heads, 0.2)
     assert (together.double() - exact).norm() < bound * exact.norm()  # TiledAttention rounds probabilities to bf16
 
 

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.test_kernels import random_tensor
-from thinkstack import kernels
+from thinkstack.kernels import ops
 from thinkstack.kernels.cpu import prepacked as prepacked
 from thinkstack.kernels.cpu.prepacked import (
-    MAX_ROWS,
     PrepackedMatrix,
     can_prepack,
     is_batch_invariant,
     prepacked_linear,
 )
+from thinkstack.kernels.sizes import MAX_PREPACKED_ROWS
 from thinkstack.models.layers import Linear, prepack_weights
 
 pytestmark = pytest.mark.skipif(
@@ -36,15 +36,15 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("rows", [(1,), (9,), (64, 1), (2, 33), (MAX_ROWS + 1,)])
+@pytest.mark.parametrize("rows", [(1,), (9,), (64, 1), (2, 33), (MAX_PREPACKED_ROWS + 1,)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_a_product_is_that_of_the_plain_layout(monkeypatch, rows, bias):
-    monkeypatch.setattr(kernels, "takes_small_m", lambda *_: False)
+    monkeypatch.setitem(ops.TABLE, "linear", ops.TABLE["linear"][1:])  # without the small-M kernel
     made, x = layer(bias), random_tensor(*rows, 96, seed=1, dtype=torch.bfloat16)
     expected = F.linear(x, made.weight, made.bias.bfloat16() if bias else None)
     assert close(made(x), expected)
-    assert (made.prepacked._matrix is not None) == (x.numel() // 96 <= MAX_ROWS)
+    assert (made.prepacked._matrix is not None) == (x.numel() // 96 <= MAX_PREPACKED_ROWS)
     every_other = random_tensor(rows[0], 192, seed=2, dtype=torch.bfloat16)[:, ::2]
     assert close(made(every_other), F.linear(every_other, made.weight, made.bias.bfloat16() if bias else None))
 

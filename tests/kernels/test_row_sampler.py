@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import random_tensor
-from thinkstack import kernels
-from thinkstack.engine.sampler import sample, uniforms
-from thinkstack.kernels.cpu import calls
+from thinkstack.kernels import ops
+from thinkstack.kernels.cpu import calls, inference
+from thinkstack.kernels.ops import sample
+from thinkstack.kernels.sampling import uniforms
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 
@@ -50,8 +51,10 @@ def test_rows_of_columns_use_their_own_settings_and_random_numbers(is_unfiltered
     temperature, *filters = (
         torch.from_numpy(columns[name][rows]) for name in ("temperature", "top_k", "top_p", "min_p")
     )
-    expected = kernels.sample(logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(filters))
-    found = kernels.RowSampler(**columns).sample(logits, rows, offsets, is_unfiltered)
+    expected = inference.sample(
+        logits, temperature, torch.from_numpy(numbers), None if is_unfiltered else tuple(filters)
+    )
+    found = ops.RowSampler(**columns).sample(logits, rows, offsets, is_unfiltered)
     assert len(set(found[0].tolist())) > 30
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine == theirs.numpy()).all()

@@ -14,10 +14,9 @@ import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.kernels import triton as cuda
+from thinkstack.kernels import ops, reference
 from thinkstack.kernels.cpu import calls
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import paged_attention_torch
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
 from thinkstack.types import SamplingParams
@@ -84,7 +83,7 @@ def case(shape, lengths: list[int], new: list[int], dtype: torch.dtype):
 
 def exact(query, pages, last, heads, scale):
     wide = pages._replace(entries=pages.entries.double().nan_to_num())
-    return paged_attention_torch(query.double(), wide, last, heads, scale)
+    return reference.paged_attention(query.double(), wide, last, heads, scale)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "parts", "new"), readings())
@@ -124,13 +123,12 @@ def test_an_engine_with_the_kernel_samples_the_same_tokens(cfg, monkeypatch):
         return [[c.token_ids for c in group] for group in engine.generate(prompt_token_ids, samplings)]
 
     expected, seen = completions(), []
-    monkeypatch.setattr(cuda, "takes", lambda x: True)
 
     def read(query, pages, last, heads, scale):
         seen.append(pages.longest_run)
         return paged.paged_attention(query, pages, last, heads, scale, parts=2)
 
-    monkeypatch.setattr(cuda, "paged_attention", read)
+    monkeypatch.setitem(ops.TABLE, "paged_attend", ((read, lambda *_: True),))
     assert completions() == expected
     assert {1, 9} <= set(seen)
 

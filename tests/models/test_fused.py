@@ -1,28 +1,15 @@
 """The CUDA paths, tested on a CPU by the same torch operators: fused attention, block masks, grouped experts."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
-from thinkstack import kernels
-from thinkstack.models import attention, moe
-from thinkstack.models.attention import (
-    AttentionContext,
-    additive_mask,
-    document_block_mask,
-    fused_attention,
-    kv_range_of,
-)
+from thinkstack.kernels import ops
+from thinkstack.kernels.masks import PackedMask, additive_mask, document_block_mask, kv_range_of
+from thinkstack.kernels.reference import eager_attention, fused_attention, grouped_experts, padded_experts
 
 BOTH = pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])
-
-
-def context_of(kv_range: torch.Tensor) -> AttentionContext:
-    rows = torch.arange(kv_range.shape[1]).unsqueeze(0)
-    return AttentionContext(rope=torch.empty(0), kv_range=kv_range, last=rows)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -33,9 +20,8 @@ def test_fused_attention_and_its_gradients_are_those_of_plain_products(groups):
     given = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     kv_range = kv_range_of(torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [3] * 20]))
     grad = torch.randn(2, 20, groups, 4 // groups, 8, generator=generator)
-    mask = additive_mask(kv_range, torch.arange(20).unsqueeze(0), 20, torch.float32)
-    plain = attention.eager_attention(*given, mask, 0.3)
-    fused = fused_attention(*given, context_of(kv_range), 0.3)
+    mask = PackedMask(kv_range=kv_range)
+    plain, fused = eager_attention(*given, mask, 0.3), fused_attention(*given, mask, 0.3)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(out, given, grad) for out in (fused, plain)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -45,18 +31,19 @@ def test_the_block_mask_equals_the_additive_mask():
     kv_range = kv_range_of(torch.tensor([[1] * 70 + [2] * 120 + [0] * 10, [3] * 150 + [4] * 50]))
     blocks = document_block_mask(kv_range)
     dense = create_mask(blocks.mask_mod, 2, None, 200, 200, device="cpu")
-    mask = additive_mask(kv_range, torch.arange(200).unsqueeze(0), 200, torch.float32)
+    mask = additive_mask(kv_range, torch.float32)
     assert torch.equal(dense, mask == 0)
 
 
 @BOTH
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_gives_the_models_logits(cfg):
+def test_flex_attention_gives_the_models_logits(cfg, monkeypatch):
     """Uncompiled, forward only: torch has no backward pass of it on a CPU."""
     model, batch = tiny_model(cfg), random_batch([9, 5, 12, 3], 16)
     plain = model(batch.ids, batch.positions, batch.document_ids)
-    model.uses_flex_attention = True
+    (with_blocks, _), _ = ops.TABLE["packed_mask"]
+    monkeypatch.setitem(ops.TABLE, "packed_mask", ((with_blocks, lambda *_: True),))
     found = model(batch.ids, batch.positions, batch.document_ids)
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
     assert not torch.equal(found, plain), "another path computed it"
@@ -66,17 +53,10 @@ def test_flex_attention_gives_the_models_logits(cfg):
 def test_sdpa_gives_the_models_logits_and_gradients(cfg, monkeypatch):
     """The CUDA path without compilation, forced in place of plain products."""
     batch, found = random_batch([9, 5, 12, 3], 16), []
-    for fused in (False, True):
+    monkeypatch.setattr("thinkstack.kernels.cpu.calls.available", lambda: False)
+    for attention in (eager_attention, fused_attention):
         model = tiny_model(cfg)
-        monkeypatch.setattr(kernels, "takes", lambda x, operation: False)
-        if fused:
-            monkeypatch.setattr(
-                attention,
-                "eager_attention",
-                lambda q, k, v, mask, scale: fused_attention(
-                    q, k, v, replace(context_of(batch.ids), cached_mask=mask), scale
-                ),
-            )
+        monkeypatch.setitem(ops.TABLE, "softmax_attention", ((attention, lambda *_: True),))
         logits = model(batch.ids, batch.positions, batch.document_ids)
         (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
         found.append((logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -98,7 +78,7 @@ def test_grouped_experts_and_their_gradients_are_those_of_the_reference(dtype):
     given[1] = given[1].detach().float().requires_grad_()
     x, weights, w_in, w_out = given
     grad = torch.randn(40, 16, generator=generator).to(dtype)
-    outs = [run(x, weights, experts, w_in, w_out) for run in (moe.grouped_mm_experts, moe.ExpertMLP.apply)]
+    outs = [run(x, weights, experts, w_in, w_out) for run in (grouped_experts, padded_experts)]
     bounds = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2.0, "rtol": 0.1}
     torch.testing.assert_close(*outs, **bounds)
     for ours, theirs in zip(*(torch.autograd.grad(out, given, grad) for out in outs), strict=True):

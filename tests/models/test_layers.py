@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from thinkstack.kernels.ops import rotate, swiglu
 from thinkstack.models.config import RopeConfig, YarnConfig, named, yarn_mscale
-from thinkstack.models.layers import RMSNorm, SwiGLU, rope_frequencies, rope_table, rotate, swiglu, yarn_range
+from thinkstack.models.layers import RMSNorm, SwiGLU, rope_frequencies, rope_table, yarn_range
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ from tests.tiny import GQA_TINY, MLA_TINY, random_examples, tiny_model
 from thinkstack.data import collate, pack
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
+from thinkstack.kernels.masks import additive_mask, kv_range_of
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.attention import additive_mask, kv_range_of
 from thinkstack.models.config import MLAConfig, YarnConfig, named
 from thinkstack.models.precision import cast_copy, update_copy
 from thinkstack.models.transformer import Transformer
@@ -68,14 +68,14 @@ def test_a_row_beside_padding_equals_the_row_alone():
 def test_the_mask_of_two_documents():
     kv_range = kv_range_of(torch.tensor([[1, 1, 2]]))
     assert kv_range[..., 0].tolist() == [[0, 0, 2]]
-    mask = additive_mask(kv_range, torch.arange(3)[None], 3, torch.float32)
+    mask = additive_mask(kv_range, torch.float32)
     shut = -torch.inf
     assert mask[0, 0].tolist() == [[0, shut, shut], [0, 0, shut], [shut, shut, 0]]
 
 
 def test_branches_attend_to_the_shared_tokens_and_themselves():
     documents, branches = torch.tensor([[1, 1, 1, 1, 1, 2]]), torch.tensor([[0, 0, 1, 2, 2, 0]])
-    seen = additive_mask(kv_range_of(documents, branches), torch.arange(6)[None], 6, torch.float32)[0, 0] == 0
+    seen = additive_mask(kv_range_of(documents, branches), torch.float32)[0, 0] == 0
     assert [row.nonzero().flatten().tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
 
 

@@ -7,13 +7,12 @@ import torch
 
 from tests.kernels.test_kernels import random_tensor
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack import kernels
-from thinkstack.kernels.cpu import calls
-from thinkstack.kernels.cpu.prepacked import upcast_linear
+from thinkstack.kernels import ops
+from thinkstack.kernels.conditions import fits_small_m
+from thinkstack.kernels.cpu import calls, inference
+from thinkstack.models.layers import QuantizedLinear, QuantizedWeight
 from thinkstack.models.precision import inference_copy
 from thinkstack.models.quantized import (
-    QuantizedLinear,
-    QuantizedWeight,
     dequantize_model,
     quantizable_matrices,
     quantize_model,
@@ -75,8 +74,8 @@ def product(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple[torch.Tens
     """The small-M kernel's product, and the exact one."""
     qweight, scale = parts["qweight"], parts["scale"]
     with torch.no_grad():
-        assert kernels.takes_small_m(x, qweight)
-        return kernels.small_m_linear(x, qweight, scale), x.double() @ (qweight.double() * scale.double()).T
+        assert fits_small_m(x, qweight)
+        return inference.small_m_linear(x, qweight, scale), x.double() @ (qweight.double() * scale.double()).T
 
 
 @needs_kernels
@@ -86,9 +85,7 @@ def test_small_m_products_read_int8_weights(count, width):
     x = random_tensor(count, width, dtype=torch.bfloat16)
     mine, exact = product(x, Int8().quantize(random_tensor(50, width, seed=1) * torch.arange(1, 51)[:, None]))
     assert float((mine - exact).norm() / exact.norm()) < 3e-3  # half a unit in bf16's last place
-    assert not kernels.takes_small_m(
-        random_tensor(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8)
-    )
+    assert not fits_small_m(random_tensor(9, width, dtype=torch.bfloat16), torch.ones(50, width, dtype=torch.int8))
 
 
 @needs_kernels
@@ -117,9 +114,9 @@ def test_a_quantized_layer_uses_the_kernel_for_small_m_only(on_torch):
     quantized = QuantizedLinear(QuantizedWeight(Int8(), layer.weight, torch.bfloat16), None)
     x = random_tensor(9, 64, dtype=torch.bfloat16)
     small_m, gemm = quantized(x[:8]), quantized(x)
-    assert torch.equal(small_m, kernels.small_m_linear(x[:8], quantized.quantized.qweight, quantized.quantized.scale))
+    assert torch.equal(small_m, inference.small_m_linear(x[:8], quantized.quantized.qweight, quantized.quantized.scale))
     with torch.no_grad():
-        assert torch.equal(gemm, upcast_linear(x, quantized.weight))
+        assert torch.equal(gemm, ops.linear(x, quantized.weight))
     torch.testing.assert_close(small_m, on_torch(quantized, x[:8]), rtol=2e-2, atol=2e-2)
 
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from thinkstack import kernels
 from thinkstack.kernels import choice
 from thinkstack.kernels.cpu import build, calls
 from thinkstack.stages import measure_kernels as measure
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 
 
 def test_a_machine_is_measured_once_and_shown(monkeypatch, tmp_path):
@@ -34,6 +33,6 @@ def test_a_case_runs_by_its_kernel_and_without(name, monkeypatch):
     monkeypatch.delenv(build.SWITCH, raising=False)
     operations = []
     uses = choice.uses
-    monkeypatch.setattr(calls, "uses", lambda operation, dtype: operations.append(operation) or uses(operation, dtype))
+    monkeypatch.setattr(choice, "uses", lambda operation, dtype: operations.append(operation) or uses(operation, dtype))
     measure.CASES[name]()()
     assert name.partition(".")[0] in operations

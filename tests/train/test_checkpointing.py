@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
-from thinkstack import kernels
+from thinkstack.kernels.cpu import calls
 from thinkstack.models.transformer import Transformer
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.trainer import Trainer
@@ -28,7 +28,7 @@ def path(request, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute a block."""
     if request.param == "torch":
         monkeypatch.setattr("thinkstack.kernels.cpu.calls.available", lambda: False)
-    elif not kernels.available():
+    elif not calls.available():
         pytest.skip("no compiler")
     return request.param
 

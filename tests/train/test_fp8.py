@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
-from thinkstack.kernels.dequantize import dequantize_
-from thinkstack.models.moe import ExpertMLP, MoE
+from thinkstack.kernels.ops import dequantize_
+from thinkstack.kernels.reference import padded_experts
+from thinkstack.models.moe import MoE
 from thinkstack.models.precision import cast_copy
 from thinkstack.quant.fp8 import BLOCK, LARGEST, FP8Blocks, dequantize, quantize
 from thinkstack.train.fp8 import FP8Experts, FP8Linear, linear, use_fp8
@@ -118,7 +119,7 @@ def test_experts_are_those_of_the_reference_up_to_8_bits(power_of_two):
     weights, experts = torch.rand(60, 2, generator=generator), torch.randint(4, (60, 2), generator=generator)
     given = [value.requires_grad_() for value in (x, weights, w_in, w_out)]
     grad = random_tensor(60, 32, seed=4, spread=0.0)
-    expected = ExpertMLP.apply(x, weights, experts, w_in, w_out)
+    expected = padded_experts(x, weights, experts, w_in, w_out)
     found = FP8Experts(power_of_two)(x, weights, experts, w_in, w_out)
     wanted = expected, *torch.autograd.grad(expected, given, grad)
     for ours, theirs in zip((found, *torch.autograd.grad(found, given, grad)), wanted, strict=True):
@@ -133,7 +134,7 @@ def test_rows_that_an_expert_does_not_use_cannot_drown_those_it_does():
     experts = torch.cat((torch.zeros(30, 1), torch.ones(10, 1))).long()  # token 0 goes to expert 0
     weights, grad = torch.ones(40, 1), random_tensor(40, 32, seed=4, spread=0.0)
     w_in.requires_grad_()
-    outs = [run(x, weights, experts, w_in, w_out) for run in (FP8Experts(False), ExpertMLP.apply)]
+    outs = [run(x, weights, experts, w_in, w_out) for run in (FP8Experts(False), padded_experts)]
     ours, theirs = (torch.autograd.grad(out, w_in, grad)[0][1] for out in outs)
     assert (ours - theirs).norm() / theirs.norm() < 0.15
 

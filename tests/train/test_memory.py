@@ -9,7 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import GQA_TINY, MLA_TINY, tiny_model
-from thinkstack import cli, kernels
+from thinkstack import cli
+from thinkstack.kernels.cpu import calls
 from thinkstack.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, named
 from thinkstack.train.loss import next_token_loss
 from thinkstack.train.memory import TrainingShape, head_chunk, training_memory, training_segments
@@ -34,7 +35,7 @@ MODELS = {"latent, experts, MTP": LATENT, "dense": GQA_TINY, "normed heads": NOR
 def with_kernels(request, monkeypatch: pytest.MonkeyPatch) -> bool:
     if not request.param:
         monkeypatch.setattr("thinkstack.kernels.cpu.calls.available", lambda: False)
-    elif not kernels.available():
+    elif not calls.available():
         pytest.skip("no compiler")
     return request.param
 
@@ -132,7 +133,7 @@ CASES = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_of_a_step_is_predicted(name: str, case: str, tmp_path: Path):
     """Gradients, activations and what passes, against the allocator; weights, copies and moments are there before."""
-    if not kernels.available():
+    if not calls.available():
         pytest.skip("no compiler")
     cfg, shape = replace(MODELS[name], num_layers=6), CASES[case]
     parts = training_memory(cfg, shape)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from thinkstack.engine.fused import has_hooks
-from thinkstack.kernels import triton as cuda
-from thinkstack.models.moe import MoE, takes_grouped
+from thinkstack.engine.fused.blocks import has_hooks
+from thinkstack.kernels import ops
+from thinkstack.kernels.memory import staging_bytes
+from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 
 WARM_UPS = 2
@@ -52,12 +53,12 @@ Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
 
 
 def can_record(model: Transformer) -> bool:
-    """Whether decoding steps can be captured, because they never synchronize with the device: a Triton kernel reads the
-    cache, and experts need no token counts on the host. Models that are sharded across ranks are not captured."""
-    if not cuda.takes(model.embed.weight) or any(map(has_hooks, model.layers)):
-        return False
+    """Whether decoding steps can be captured, because they never synchronize with the device. Models that are sharded
+    across ranks are not captured."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    return all(layer.expert_module is None and takes_grouped(layer.w_in, layer.w_out) for layer in layers)
+    if any(map(has_hooks, model.layers)) or any(layer.expert_module is not None for layer in layers):
+        return False
+    return ops.never_synchronizes(model.embed.weight, [(layer.stack("w_in"), layer.stack("w_out")) for layer in layers])
 
 
 class Graphs:
@@ -99,7 +100,7 @@ class _Recording:
 
     def __init__(self, like: Inputs, device: torch.device):
         size = sum(value.nbytes for value in like)
-        self._here = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._here = staging_bytes(size, device)
         self._there = torch.zeros(size, dtype=torch.uint8, device=device)
         self._given, self.inputs = _inputs_in(self._here, like), _inputs_in(self._there, like)
 

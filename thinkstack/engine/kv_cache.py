@@ -6,7 +6,6 @@ An entry is the cached data of a token in a layer: a latent and a rotated key fo
 # Shapes in this file: L layers, N new tokens, P = BLOCK_SIZE tokens of a block, W width of an entry, K experts per
 # token.
 
-import math
 from collections.abc import Sequence
 
 import numpy
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.block_pool import BLOCK_SIZE
+from thinkstack.kernels.memory import zeros
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
-
-LINE = 64
-"""Size of a cache line of the processor, in bytes."""
 
 
 class KVCache:
@@ -37,10 +34,7 @@ class KVCache:
         integer type), to store routed experts. drafts: whether to add a layer for the first multi-token-prediction
         module."""
         shape = (cfg.num_layers + drafts, num_blocks, BLOCK_SIZE, cfg.attention.cache_width)
-        if device is not None and device.type != "cpu":
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
-        else:
-            self.data = _zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        self.data = zeros(shape, dtype, device)
         self.experts: numpy.ndarray | None = None
         if experts is not None:
             self.experts = numpy.zeros((num_blocks, BLOCK_SIZE, *experts[:2]), dtype=experts[2])
@@ -62,14 +56,6 @@ class KVCache:
             return None
         found = self.experts[list(blocks)]
         return torch.from_numpy(found.reshape(-1, *found.shape[2:])[:count].copy())
-
-
-def _zeros(size: int) -> Tensor:
-    """`size` zero bytes, aligned to a cache line. numpy's zeros use no memory until they are written. The bytes are
-    zero because a masked NaN would still be NaN."""
-    held = numpy.zeros(size + LINE, dtype=numpy.uint8)
-    start = -held.ctypes.data % LINE
-    return torch.from_numpy(held[start : start + size])
 
 
 class KVCacheView:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.grammar import GrammarState, allowed_tokens
-from thinkstack.engine.sampler import needs_no_processing
 from thinkstack.types import RequestError, SamplingParams
 
 
@@ -88,6 +87,12 @@ class TokenCounts:
             for draft, before in zip(drafts.T, is_before.T, strict=True):
                 num_outputs += (tokens == draft[:, None]) & before[:, None]
         return tokens, num_outputs, is_valid
+
+
+def needs_no_processing(sampling: SamplingParams) -> bool:
+    """Whether the request needs no logits processing besides temperature, top_k, top_p and min_p."""
+    neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
+    return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
 
 
 class LogitsProcessor:

@@ -24,7 +24,7 @@ from thinkstack.checkpoint.model import save_model
 from thinkstack.config import Count, CountOrZero, Positive
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.interface import AnyEngine, Health, OnFinish, WhileRunning, check_request
-from thinkstack.engine.sampler import needs_no_processing
+from thinkstack.engine.logits_processor import needs_no_processing
 from thinkstack.engine.vllm import Server, ServerError, WrongWeights, check_sampling, new_id
 from thinkstack.models.precision import DTYPES, inference_copy, resolve_precision
 from thinkstack.models.transformer import Transformer

@@ -11,10 +11,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
-from thinkstack.engine.sampler import SamplingFilters, distribution, sample, uniforms
 from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
+from thinkstack.kernels.sampling import SamplingFilters, distribution
 
 NOT_FINITE = "the model's logits are not finite; check the weights"
 ALL_BANNED = "no token is left to sample: min_tokens and the grammar exclude all of them"
@@ -104,13 +103,7 @@ def sample_plain_rows(
     table: SequenceTable, rows: numpy.ndarray, offsets: numpy.ndarray, logits: Tensor
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """`sample_rows` without logits processing; returns tokens and log-probabilities as in `SampledTokens`."""
-    if kernels.takes(logits, "sample"):
-        return table.row_sampler.sample(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
-    counters = (table.num_tokens[rows] - table.num_prompt_tokens[rows] + offsets).astype(numpy.uint64)
-    uniform = torch.from_numpy(uniforms(table.seed[rows], counters)).to(logits.device)
-    temperature, filters = _sampling_columns(table, rows, logits.device)
-    tokens, logprobs = sample(logits, temperature, uniform, filters)
-    return tokens.cpu().numpy(), logprobs.cpu().numpy()
+    return table.row_sampler.sample(logits, rows, offsets, bool(table.is_unfiltered[rows].all()))
 
 
 def _sampling_columns(

@@ -8,17 +8,16 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.cuda_graphs import Graphs, Inputs, Outputs, can_record
-from thinkstack.engine.fused import fused_pass, upcast_small_model
+from thinkstack.engine.fused import FusedPass, fused_pass, upcast_small_model
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
-from thinkstack.kernels.cpu.prepacked import prepacked_linear
+from thinkstack.kernels import ops
 from thinkstack.kernels.paging import Pages
 from thinkstack.models.config import ModelConfig
-from thinkstack.models.layers import ROW_TILE, prepack_weights
+from thinkstack.models.layers import prepack_weights
 from thinkstack.models.precision import (
     DTYPES,
     Quantization,
@@ -153,8 +152,8 @@ class Runner:
     def compute(self, inputs: Inputs, longest: int = 1) -> Outputs:
         """The forward pass over tokens on the device. longest: maximum number of tokens of a row."""
         view = self._view(inputs, longest)
-        if self._fused is not None and self._is_fused(len(inputs.ids)):
-            return Outputs(*self._fused.hidden(inputs.ids, inputs.positions, view.first, self.cache.data))
+        if (fused := self._fused_for(len(inputs.ids))) is not None:
+            return Outputs(*fused.hidden(inputs.ids, inputs.positions, view.first, self.cache.data))
         trunk = self._model.trunk(inputs.ids.unsqueeze(1), inputs.positions.unsqueeze(1), cache=view)
         chosen = torch.stack([layer.experts[:, 0] for layer in trunk.routing]) if trunk.routing else None
         return Outputs(trunk.hidden[:, 0], chosen)
@@ -174,8 +173,8 @@ class Runner:
         view = self._view(inputs, int(counts.max()))
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(places.seq_index) - total))
         states = None
-        if self._fused is not None and self._is_fused(len(hidden)):
-            states = self._fused.draft(hidden, following, positions, view.first, self.cache.data)
+        if (fused := self._fused_for(len(hidden))) is not None:
+            states = fused.draft(hidden, following, positions, view.first, self.cache.data)
         if states is None:
             following, positions = following.unsqueeze(1), positions.unsqueeze(1)
             states = self._model.draft(hidden.unsqueeze(1), following, positions, view)[:, 0]
@@ -194,8 +193,9 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of hidden states (B, D); batch-invariant in fp32."""
-        if self._fused is not None and self._fused.prepacked_head is not None:
-            return prepacked_linear(hidden, self._fused.prepacked_head)
+        logits = None if self._fused is None else self._fused.logits(hidden)
+        if logits is not None:
+            return logits
         count = len(hidden)
         if padding := self._padding(count):
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
@@ -205,21 +205,19 @@ class Runner:
     def ignores_threads(self) -> bool:
         """Whether completions are bit for bit independent of torch's number of threads, because the fused pass computes
         every step."""
-        fused = self._fused
-        return fused is not None and fused.prepacked_head is not None and fused.max_num_tokens > kernels.SMALL_M
+        return self._fused is not None and self._fused.ignores_threads
 
-    def _is_fused(self, count: int) -> bool:
-        """Whether the fused pass, which needs no padding, supports this number of tokens."""
-        return self._fused is not None and count <= self._fused.max_num_tokens
+    def _fused_for(self, count: int) -> FusedPass | None:
+        """The fused pass, which needs no padding, if there is one for this number of tokens."""
+        return self._fused if self._fused is not None and count <= self._fused.max_num_tokens else None
 
     def _size(self, count: int) -> int:
         """Number of tokens of a pass over `count` tokens, padding included."""
-        return count if self._is_fused(count) else count + self._padding(count)
+        return count if self._fused_for(count) else count + self._padding(count)
 
     def _padding(self, count: int) -> int:
-        """Number of padding rows that make `count` a multiple of ROW_TILE in fp32, so that the pass is batch-invariant;
-        0 in bf16, which is not batch-invariant."""
-        return -count % ROW_TILE if self.dtype == torch.float32 else 0
+        """Number of padding rows for a pass over `count` rows that is not fused."""
+        return ops.row_padding(count, self.dtype)
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self.device)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy
 from torch import Tensor
 
-from thinkstack import kernels
 from thinkstack.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from thinkstack.engine.grammar import GrammarState
 from thinkstack.engine.logits_processor import LogitsProcessor
-from thinkstack.engine.sampler import splitmix64
+from thinkstack.kernels import ops
+from thinkstack.kernels.sampling import splitmix64
 from thinkstack.types import Completion, FinishReason, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 8
@@ -137,7 +137,7 @@ class SequenceTable:
         self.is_unfiltered = numpy.ones(num_rows, dtype=bool)
         """Whether top_k, top_p and min_p are all neutral."""
         columns = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self.row_sampler = kernels.RowSampler(
+        self.row_sampler = ops.RowSampler(
             **columns, seed=self.seed, num_tokens=self.num_tokens, num_prompt_tokens=self.num_prompt_tokens
         )
         self.options = LogitsProcessor(vocab_size, self.ids, self.num_tokens, self.num_prompt_tokens)

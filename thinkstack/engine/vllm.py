@@ -15,7 +15,7 @@ from typing import Any, Literal
 import httpx2
 import numpy
 
-from thinkstack.engine.sampler import splitmix64
+from thinkstack.kernels.sampling import splitmix64
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, SamplingParams
 
 GENERATE_PATH, RPC_PATH = "/inference/v1/generate", "/collective_rpc"

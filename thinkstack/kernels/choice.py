@@ -211,6 +211,11 @@ def uses(operation: str, dtype: torch.dtype) -> bool:
     return switch == "1" or found.kernels.get(f"{operation}.{DTYPES[dtype]}", found.others)
 
 
+def fast_precision(device: torch.device | str) -> str:
+    """The faster precision of matmuls: bf16 on CUDA, the choice for this processor on a CPU."""
+    return choices().auto_dtype if torch.device(device).type == "cpu" else "bf16"
+
+
 def emulates_bf16() -> bool:
     """Whether matmuls in bf16 should be computed in fp32 on this machine."""
     return choices().emulates_bf16

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thinkstack.models.attention import GQA, MLA, AttentionContext
 from thinkstack.models.config import MLAConfig, ModelConfig
-from thinkstack.models.layers import Linear, RMSNorm, SwiGLU
+from thinkstack.models.layers import RMSNorm, SwiGLU
 from thinkstack.models.moe import MoE, Routing
 
 
@@ -42,12 +42,3 @@ class Block(nn.Module):
             out, routing = self.ffn(normed, routed_experts)
             return x + out, routing
         return x + self.ffn(normed), None
-
-
-BLOCK_MODULES: set[type[nn.Module]] = {Block, GQA, MLA, SwiGLU, MoE, RMSNorm, Linear, nn.ModuleDict}
-"""The module types of an unmodified block."""
-
-
-def has_only_modules(block: Block, kinds: set[type[nn.Module]]) -> bool:
-    """Whether all modules of a block have these types, which excludes adapters and sharded layers."""
-    return all(type(part) in kinds for part in block.modules())

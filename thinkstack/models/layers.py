@@ -1,55 +1,21 @@
-"""Norm, rotary position embedding, linear layer and feed-forward of a block.
+"""Norm, rotary position embedding, linear layer and feed-forward of a block."""
 
-RMSNorm and SwiGLU have custom backward passes: on a CPU these operations are memory-bound, and autograd's composite
-backward pass moves two to three times the necessary bytes. Without gradients the forward function is called directly.
-"""
-
-# Shapes in this file: B rows, T tokens, D hidden size, I intermediate size, H heads, R rotated width.
+# Shapes in this file: B rows, T tokens, D hidden size, N outputs and K inputs of quantized matrices; leading dimensions
+# (...) are independent matrices.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack import kernels
-from thinkstack.kernels.cpu.prepacked import PrepackedMatrix, fits_prepacked, upcast_linear
+from thinkstack.kernels import ops
+from thinkstack.kernels.ops import Matrix, PrepackedMatrix
 from thinkstack.models.attention_config import RopeConfig, YarnConfig, yarn_mscale
+from thinkstack.quant.scheme import Parts, QuantizedTensor, QuantScheme
 
-ROW_TILE = 16
-"""Rows of a matmul are padded to a multiple of this, so that the fp32 result of a row does not depend on the number of
-rows."""
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * weight, computed in fp32 and returned in x's dtype."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        if kernels.takes_rows(x, "rms_norm"):
-            x = x if kernels.is_rows(x) else x.contiguous()
-            out, inverse = kernels.rms_norm(x, weight.float(), eps, return_inverse=True)
-            ctx.save_for_backward(x, inverse, weight)
-            return out
-        upcast = x.float()
-        rstd = torch.rsqrt(torch.linalg.vecdot(upcast, upcast).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
-        normed = upcast * rstd  # (..., D) fp32
-        ctx.save_for_backward(normed, rstd, weight)
-        return (normed * weight.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        normed, rstd, weight = ctx.saved_tensors
-        if kernels.takes_rows(grad, "rms_norm"):
-            grad_x, grad_weight = kernels.rms_norm_backward(grad, normed, weight.float(), rstd)
-            return grad_x, grad_weight.to(weight.dtype), None
-        upcast = grad.float()
-        grad_normed = upcast * normed
-        inner = torch.linalg.vecdot(grad_normed, weight.float()).div_(normed.shape[-1]).unsqueeze(-1)
-        grad_x = torch.addcmul(upcast * weight.float(), normed, inner, value=-1).mul_(rstd)
-        grad_weight = grad_normed.reshape(-1, normed.shape[-1]).sum(0)
-        return grad_x.to(grad.dtype), grad_weight.to(weight.dtype), None
+Index = tuple[int | Tensor, ...]
 
 
 class RMSNorm(nn.Module):
@@ -62,43 +28,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width), any float dtype. Returns the same shape and dtype, computed in fp32."""
-        if torch.is_grad_enabled():
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        if kernels.takes_rows(x, "rms_norm") and kernels.is_rows(x):
-            return kernels.rms_norm(x, self.weight.float(), self.eps, return_inverse=False)[0]
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(gate, up)
-        return swiglu_forward(gate, up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return swiglu_backward(grad, *ctx.saved_tensors)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise (arXiv:2002.05202)."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else swiglu_forward(gate, up)
-
-
-def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu` without autograd."""
-    if kernels.takes_rows(gate, "swiglu") and gate.is_contiguous() and up.is_contiguous():
-        return kernels.swiglu(gate, up)
-    return F.silu(gate).mul_(up)
-
-
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `swiglu` with respect to gate and up."""
-    if kernels.takes_rows(gate, "swiglu") and gate.is_contiguous() and up.is_contiguous():
-        return kernels.swiglu_backward(grad, gate, up)
-    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -121,22 +51,84 @@ class Linear(nn.Linear):
         if not self.weight.is_meta:
             super().reset_parameters()
 
+    @property
+    def matrix(self) -> Matrix:
+        """The matrix (out_features, in_features) as it is stored: floats or quantized."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features). Returns (..., out_features). A few bf16 rows use the small-M kernel."""
-        if self.bias is None and kernels.takes_small_m(x, self.weight):
-            return kernels.small_m_linear(x, self.weight)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.prepacked is not None and self.prepacked.takes(x):
-            return self.prepacked.linear(x, self.weight, bias)
-        return upcast_linear(x, self.weight, bias)
+        """x: (..., in_features). Returns (..., out_features)."""
+        return ops.linear(x, self.matrix, self.bias, self.prepacked)
 
 
 def prepack_weights(model: nn.Module) -> None:
     """Make the linear layers of a bf16 model use prepacked copies of their current matrices, if memory suffices."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    fits = fits_prepacked(*(layer.weight for layer in layers if layer.weight.dtype == torch.bfloat16))
-    for layer in layers:
-        layer.prepacked = PrepackedMatrix() if fits and layer.weight.dtype == torch.bfloat16 else None
+    matrices = {layer: layer.matrix for layer in layers}
+    floats = {layer: matrix for layer, matrix in matrices.items() if isinstance(matrix, Tensor)}
+    for layer, copy in zip(floats, ops.prepack(floats.values()), strict=True):
+        layer.prepacked = copy
+
+
+class QuantizedWeight(nn.Module):
+    """Quantized matrices (..., N, K). The parts are buffers that move with the model to devices and are never cast."""
+
+    def __init__(self, quantization: QuantScheme, weight: Tensor, dtype: torch.dtype):
+        """Quantize weight (..., N, K). dtype: the default dtype of `dequantize`."""
+        super().__init__()
+        self.quantization, self.shape, self.dtype = quantization, tuple(weight.shape), dtype
+        for name, part in quantization.quantize(weight).items():
+            self.register_buffer(name, part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
+        """Move without casting: `fn` gets the parts as bytes, so that casts of floats do not apply."""
+        for name, part in self._buffers.items():
+            assert part is not None
+            self._buffers[name] = fn(part.view(torch.uint8)).view(part.dtype)
+        return self
+
+    @property
+    def tensor(self) -> QuantizedTensor:
+        """The matrices for ops.py."""
+        parts = {name: part for name, part in self._buffers.items() if part is not None}
+        return QuantizedTensor(self.quantization, parts, self.shape, self.dtype)
+
+    def parts(self, index: Index = ()) -> Parts:
+        """The parts of the matrices at `index` of the leading dimensions: views, or copies if `index` contains a
+        tensor."""
+        return self.tensor.at(index).parts
+
+    def set_parts(self, index: Index, parts: Parts) -> None:
+        """Overwrite the parts of the matrices at `index`."""
+        for name, part in self.parts(index).items():
+            part.copy_(parts[name])
+
+    def dequantize(self, index: Index = (), dtype: torch.dtype | None = None) -> Tensor:
+        """The matrices at `index`, dequantized to `dtype`; None: the dtype of the module."""
+        return ops.dequantize(self.tensor.at(index), dtype)
+
+    def dequantize_parameter(self) -> Tensor:
+        """All matrices, dequantized, in the shape of the parameter of a plain model."""
+        weight = self.dequantize()
+        return weight.flatten(1, 2) if weight.dim() > 2 else weight
+
+
+class QuantizedLinear(Linear):
+    """A linear layer with a quantized matrix; `weight` is the dequantized matrix."""
+
+    def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = quantized.shape
+        self.quantized = quantized
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.quantized.dequantize()
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.quantized.tensor
 
 
 class SwiGLU(nn.Module):
@@ -150,7 +142,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); returns (..., D)."""
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
 
 
 @functools.cache
@@ -217,35 +209,3 @@ class RopeCache:
         if last >= len(self.table):
             self.table = rope_table(torch.arange(1 << last.bit_length()).unsqueeze(0), self.width, self.cfg)[0]
         return self.table.index_select(0, positions)
-
-
-class _Rotate(torch.autograd.Function):
-    """Pairs as complex numbers times the table; the gradient is rotated by the negative angles."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, interleaved: bool) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(table)
-        ctx.interleaved = interleaved
-        return apply_rotation(x, table, interleaved)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return apply_rotation(grad, ctx.saved_tensors[0], ctx.interleaved, inverse=True), None, None
-
-
-def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """Rotate heads x (B, T, H, R) by the table of their positions (B, T, R / 2), in fp32. Returns x's shape and
-    dtype."""
-    return _Rotate.apply(x, table, interleaved) if torch.is_grad_enabled() else apply_rotation(x, table, interleaved)
-
-
-def apply_rotation(x: Tensor, table: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
-    """`rotate` without autograd. inverse: rotate by the negative angles, which undoes `rotate` if the amplitude of the
-    table is 1."""
-    if kernels.takes_rows(x, "rope") and kernels.is_rows(x[:, :, 0]) and x.stride(-1) == 1:
-        return kernels.rotate(x, table, interleaved, inverse)
-    table = (table.conj() if inverse else table).unsqueeze(2)
-    pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    pairs = (pairs if interleaved else pairs.transpose(-1, -2)).contiguous()
-    rotated = torch.view_as_real(torch.view_as_complex(pairs) * table)
-    return (rotated if interleaved else rotated.transpose(-1, -2)).flatten(-2).to(x.dtype)

@@ -19,14 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkstack.config import CountOrZero, Positive, Seed
+from thinkstack.models.layers import QuantizedWeight
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import (
-    QuantizedWeight,
-    dequantize_model,
-    quantizable_matrices,
-    quantize_model,
-    quantized_weights,
-)
+from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model, quantized_weights
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.nf4 import NF4Blocks

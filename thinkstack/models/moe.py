@@ -1,23 +1,22 @@
-"""DeepSeekMoE: routing, and experts as two batched matmuls.
+"""DeepSeekMoE: routed and shared experts.
 
-`route` chooses experts, `ExpertMLP` computes them, `MoE` adds the shared experts. Load counts and balance loss are
+`route` chooses experts, `MoE` adds their outputs and those of the shared experts. Load counts and balance loss are
 computed from the returned Routing by train/balance.py.
 """
 
-# Shapes in this file: B rows, T tokens, N = B*T, D hidden size, E experts, G groups, K experts per token,
-# I intermediate size, C capacity: rows per expert, a multiple of ROW_TILE.
+# Shapes in this file: B rows, T tokens, N = B*T, D hidden size, E experts, K experts per token, I intermediate size.
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack import kernels
-from thinkstack.kernels import triton as cuda
+from thinkstack.kernels import ops
+from thinkstack.kernels.ops import Matrix
+from thinkstack.kernels.reference import expert_weights
 from thinkstack.models.config import ModelConfig, MoEConfig
-from thinkstack.models.layers import ROW_TILE, SwiGLU, swiglu, swiglu_backward
+from thinkstack.models.layers import QuantizedWeight, SwiGLU
 
 
 class Routing(NamedTuple):
@@ -36,120 +35,8 @@ def route(scores: Tensor, bias: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]
     weights. Returns (weights (N, K) fp32, experts (N, K) int64).
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; V2 report, arXiv:2405.04434, section 2.2.
     """
-    scores_per_group = 2 if cfg.group_score == "top2" else 1
-    if kernels.takes_steps(scores, 0, "route"):
-        groups = (cfg.num_groups, cfg.top_groups, scores_per_group)
-        return kernels.route(scores, bias.float(), cfg.num_experts_per_tok, groups, cfg.norm_topk_prob, cfg.route_scale)
-    choice = scores.detach() + bias
-    if cfg.top_groups < cfg.num_groups:
-        grouped = choice.unflatten(-1, (cfg.num_groups, -1))  # (N, G, E/G)
-        group_score = grouped.topk(scores_per_group, dim=-1).values.sum(-1)  # (N, G)
-        group_idx = group_score.topk(cfg.top_groups, dim=-1).indices
-        masked = torch.ones_like(group_score, dtype=torch.bool).scatter(1, group_idx, False)
-        choice = grouped.masked_fill(masked[..., None], -math.inf).flatten(1)
-    experts = choice.topk(cfg.num_experts_per_tok, dim=-1).indices  # (N, K)
-    return expert_weights(scores, experts, cfg), experts
-
-
-def expert_weights(scores: Tensor, experts: Tensor, cfg: MoEConfig) -> Tensor:
-    """Weights (N, K) fp32 of the chosen experts (N, K) int64, from the scores (N, E)."""
-    weights = scores.gather(1, experts)
-    if cfg.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # as in transformers: all scores may be 0
-    return weights * cfg.route_scale
-
-
-class TokenDispatch(NamedTuple):
-    """The row of each (token, choice) pair in the padded input of the experts."""
-
-    slot: Tensor
-    """(N*K,) row of each pair among the (E*C) rows of expert input."""
-    source: Tensor
-    """(E*C,) token of each row; 0 for unused rows."""
-    capacity: int
-    """C."""
-
-
-def dispatch_tokens(experts: Tensor, num_experts: int) -> TokenDispatch:
-    """Sort pairs by expert, with the same number of rows for each expert. experts: (N, K) int64."""
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
-    capacity = -(-int(counts.max()) // ROW_TILE) * ROW_TILE
-    shift = torch.arange(num_experts, device=flat.device) * capacity - (counts.cumsum(0) - counts)
-    rows = torch.arange(flat.numel(), device=flat.device) + shift.repeat_interleave(counts)
-    slot = torch.empty_like(flat).index_copy_(0, order, rows)
-    source = flat.new_zeros(num_experts * capacity).index_copy_(0, rows, order // experts.shape[1])
-    return TokenDispatch(slot, source, capacity)
-
-
-class ExpertMLP(torch.autograd.Function):
-    """Sum over a token's experts of weight * SwiGLU_expert(token), with one batched matmul per matrix.
-
-    The rows of every expert are padded to the number of tokens of the busiest expert, so that no token is dropped.
-    Tokens are moved by gathers in forward and backward pass, never by scatter-add, so that results do not depend on the
-    order of threads.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:  # type: ignore[override]
-        """x (N, D); weights (N, K) fp32; experts (N, K); w_in (E, 2I, D): gate rows, then up rows; w_out (E, D, I)."""
-        E, K = w_in.shape[0], experts.shape[1]
-        dispatched = dispatch_tokens(experts, E)
-        rows = x.index_select(0, dispatched.source).view(E, dispatched.capacity, -1)  # (E, C, D)
-        gate, up = torch.bmm(rows, w_in.transpose(1, 2)).chunk(2, -1)  # (E, C, I) each
-        inner = F.silu(gate) * up
-        out = torch.bmm(inner, w_out.transpose(1, 2)).flatten(0, 1)  # (E*C, D)
-        picked = out.index_select(0, dispatched.slot).unflatten(0, (-1, K))  # (N, K, D)
-        ctx.save_for_backward(rows, weights, dispatched.slot, dispatched.source, gate, up, inner, picked, w_in, w_out)
-        return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        rows, weights, slot, source, gate, up, inner, picked, w_in, w_out = ctx.saved_tensors
-        E, C = rows.shape[:2]
-        grad_weights = torch.linalg.vecdot(picked, grad.unsqueeze(1))  # (N, K)
-        row_weights = grad.new_zeros(E * C).index_copy_(0, slot, weights.flatten().to(grad.dtype))  # 0 in unused rows
-        grad_out = (grad.index_select(0, source) * row_weights.unsqueeze(-1)).view(E, C, -1)
-        grad_w_out = torch.bmm(grad_out.transpose(1, 2), inner)
-        grad_hidden = torch.cat(swiglu_backward(torch.bmm(grad_out, w_out), gate, up), -1)  # (E, C, 2I)
-        grad_w_in = torch.bmm(grad_hidden.transpose(1, 2), rows)
-        grad_rows = torch.bmm(grad_hidden, w_in).flatten(0, 1)  # (E*C, D)
-        grad_x = grad_rows.index_select(0, slot).unflatten(0, weights.shape).sum(1)
-        return grad_x, grad_weights.to(weights.dtype), None, grad_w_in, grad_w_out
-
-
-def grouped_mm_experts(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`ExpertMLP` with torch's grouped matmuls: without padding and without synchronization with the device."""
-    E, K = w_in.shape[0], experts.shape[1]
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
-    ends = flat.new_zeros(E).scatter_add_(0, flat, torch.ones_like(flat)).cumsum(0).int()
-    pairs = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # (N*K, D); the gradient is summed in a fixed order
-    hidden = F.grouped_mm(pairs.index_select(0, order), w_in.mT, offs=ends)
-    gate, up = (part.contiguous() for part in hidden.chunk(2, -1))
-    out = F.grouped_mm(swiglu(gate, up), w_out.mT, offs=ends)
-    picked = out.index_select(0, place).unflatten(0, (-1, K))  # (N, K, D)
-    return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
-
-
-def takes_grouped(w_in: Tensor, w_out: Tensor) -> bool:
-    """Whether torch's grouped matmuls support experts w_in (E, 2I, D), w_out (E, D, I): bf16, on CUDA, widths that are
-    multiples of 8."""
-    widths = w_in.shape[2], w_out.shape[2]
-    return cuda.is_device(w_in) and w_in.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
-
-
-def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """The output of the experts for x (N, D), with the fastest implementation for the device; arguments as in
-    `ExpertMLP`."""
-    D, I = x.shape[1], w_out.shape[2]  # noqa: E741
-    if kernels.takes(x, "experts") and D % kernels.LANES == 0 and I % kernels.LANES == 0:
-        return kernels.expert_mlp(x, weights, experts, w_in, w_out)
-    if takes_grouped(w_in, w_out):
-        return grouped_mm_experts(x, weights, experts, w_in, w_out)
-    return ExpertMLP.apply(x, weights, experts, w_in, w_out)
+    groups = cfg.num_groups, cfg.top_groups, 2 if cfg.group_score == "top2" else 1
+    return ops.route(scores, bias, cfg.num_experts_per_tok, groups, cfg.norm_topk_prob, cfg.route_scale)
 
 
 class MoE(nn.Module):
@@ -168,7 +55,7 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, cfg.hidden_size, moe.moe_intermediate_size))
         self.shared = SwiGLU(cfg.hidden_size, moe.shared_size) if moe.num_shared_experts else None
         self.adapters = nn.ModuleDict()  # models/lora.py: the adapters of w_in and w_out, by parameter name
-        self.expert_module: nn.Module | None = None  # replaces `expert_mlp`: train/fp8.py, QuantizedExperts
+        self.expert_module: nn.Module | None = None  # replaces `ops.experts`: train/fp8.py, parallel/inference.py
 
     def forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, T, D), normed. routed_experts: (B, T, K) integers, experts to use instead of the router's choice; -1
@@ -181,13 +68,15 @@ class MoE(nn.Module):
         if routed_experts is not None:
             given = routed_experts.flatten(0, 1).long()
             experts = torch.where(given < 0, experts, given)
-            weights = expert_weights(scores, experts, self.cfg)
-        w_in, w_out = (
-            self.adapters[name](weight) if name in self.adapters else weight
-            for name, weight in (("w_in", self.w_in), ("w_out", self.w_out))
-        )
-        compute = expert_mlp if self.expert_module is None else self.expert_module
-        out = compute(flat, weights, experts, w_in, w_out)
+            weights = expert_weights(scores, experts, self.cfg.norm_topk_prob, self.cfg.route_scale)
+        compute = ops.experts if self.expert_module is None else self.expert_module
+        out = compute(flat, weights, experts, self.stack("w_in"), self.stack("w_out"))
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x), Routing(scores.unflatten(0, x.shape[:2]), experts.unflatten(0, x.shape[:2]))
+
+    def stack(self, name: str) -> Matrix:
+        """The matrices "w_in" or "w_out" of all experts, as they are stored, with the adapter merged."""
+        stored = getattr(self, name)
+        matrix: Matrix = stored.tensor if isinstance(stored, QuantizedWeight) else stored
+        return self.adapters[name](matrix) if name in self.adapters else matrix

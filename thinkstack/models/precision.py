@@ -30,11 +30,10 @@ QUANT_SCHEMES: dict[str, QuantScheme] = {"int8": Int8(), **BASE_SCHEMES}
 def resolve_precision(requested: RequestedPrecision, device: torch.device | str = "cpu") -> Precision:
     """The precision to compute in. "auto" is bf16 on CUDA; on a CPU it depends on the instruction set and a
     measurement. Requesting bf16 on a CPU that emulates it logs a warning once."""
-    if torch.device(device).type != "cpu":
-        return "bf16" if requested == "auto" else requested
+    fast: Precision = "bf16" if choice.fast_precision(device) == "bf16" else "fp32"
     if requested == "auto":
-        return "bf16" if choice.choices().auto_dtype == "bf16" else "fp32"
-    if requested == "bf16" and choice.choices().auto_dtype != "bf16":
+        return fast
+    if requested == "bf16" and fast != "bf16":
         _warn_of_emulation(choice.choices().reason)
     return requested
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.attention import AttentionContext, LayerCache, document_block_mask, kv_range_of
+from thinkstack.kernels import ops
+from thinkstack.kernels.masks import kv_range_of
+from thinkstack.models.attention import AttentionContext, LayerCache
 from thinkstack.models.block import Block
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import Embedding, Linear, RMSNorm, rope_table
@@ -43,8 +45,8 @@ class Transformer(nn.Module):
         self.head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.uses_flex_attention = False
-        """Whether to use FlexAttention, which is fast only in compiled blocks; set by the caller."""
+        self.is_compiled = False
+        """Whether the blocks are compiled; set by the caller."""
         self.mtp = nn.ModuleList(MTPModule(cfg, cfg.num_layers + depth) for depth in range(cfg.mtp_layers))
 
     def blocks(self) -> list[Block]:
@@ -103,8 +105,7 @@ class Transformer(nn.Module):
         else:
             kv_range = kv_range_of(torch.zeros_like(rows) if document_ids is None else document_ids, branches)
             rope = rope_table(rows if positions is None else positions, self.cfg.attention.rope_dim, self.cfg.rope)
-            block_mask = document_block_mask(kv_range) if self.uses_flex_attention else None
-            context = AttentionContext(rope=rope, kv_range=kv_range, last=rows, block_mask=block_mask)
+            context = AttentionContext(rope=rope, mask=ops.packed_mask(kv_range, self.is_compiled))
         routing: list[Routing] = []
         for block in self.layers:
             routed_experts = None if experts is None else experts[:, :, len(routing)]
@@ -115,11 +116,8 @@ class Transformer(nn.Module):
 
     def cached_context(self, positions: Tensor, cache: LayerCache) -> AttentionContext:
         """The attention context of new tokens at positions (N, 1) of their cached sequences."""
-        kv_range = positions.new_zeros(
-            1, 1, 3, dtype=torch.int32
-        )  # from the first token to `last`, without a hidden interval
         rope = rope_table(positions, self.cfg.attention.rope_dim, self.cfg.rope)
-        return AttentionContext(rope=rope, kv_range=kv_range, last=positions, cache=cache)
+        return AttentionContext(rope=rope, positions=positions, cache=cache)
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
         """Hidden states (N, 1, D) of the first multi-token-prediction module, which predicts token i+2 at position i.

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from thinkstack.kernels import ops
 from thinkstack.models.config import MLAConfig, ModelConfig
 from thinkstack.models.layers import Linear
-from thinkstack.models.moe import MoE, expert_mlp
+from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 
@@ -125,7 +126,7 @@ class LocalExperts(nn.Module):
         out = torch.zeros_like(x)
         if len(token):
             weight, expert = (values[token, choice].unsqueeze(1) for values in (weights, local))
-            out.index_add_(0, token, expert_mlp(x[token], weight, expert, w_in, w_out))
+            out.index_add_(0, token, ops.experts(x[token], weight, expert, w_in, w_out))
         return out
 
 

@@ -15,11 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
-from thinkstack.engine.sampler import sample
-from thinkstack.kernels import choice
-from thinkstack.kernels.cpu.prepacked import linear
-from thinkstack.kernels.dequantize import dequantize_
+from thinkstack.kernels import choice, ops
+from thinkstack.kernels.cpu import calls
+from thinkstack.kernels.masks import kv_range_of
 from thinkstack.kernels.paging import Pages
 from thinkstack.machine import (
     describe_machine,
@@ -29,11 +27,10 @@ from thinkstack.machine import (
     prepare_machine,
     usable_cores,
 )
-from thinkstack.models.attention import MLA, AttentionContext, kv_range_of
+from thinkstack.models.attention import MLA, AttentionContext
 from thinkstack.models.config import MLAConfig, named
-from thinkstack.models.layers import Linear, RMSNorm, rope_table, rotate, swiglu
-from thinkstack.models.moe import expert_mlp, route
-from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
+from thinkstack.models.layers import Linear, QuantizedLinear, QuantizedWeight, RMSNorm, rope_table
+from thinkstack.models.moe import route
 from thinkstack.quant.int8 import Int8
 from thinkstack.train.loss import token_logprobs
 
@@ -72,7 +69,7 @@ def fast_threads() -> int:
 def measure_machine() -> None:
     """Measure this machine and store the results, unless there are results already."""
     measured = choice.measurements()
-    if measured.factors or not kernels.available():
+    if measured.factors or not calls.available():
         return
     started = time.monotonic()
     factors = {}
@@ -133,7 +130,7 @@ def describe_speed() -> str:
         ),
         ("reading memory", f"{found.read_gb_per_second:.3g} GB/s"),
         ("dtype auto", f"{chosen.auto_dtype}: {chosen.reason}"),
-        ("kernels", "none" if not kernels.available() else "compiled; times as fast as torch's operators:"),
+        ("kernels", "none" if not calls.available() else "compiled; times as fast as torch's operators:"),
         ("", f"{'operation':<22}{'table':>8}{'here':>8}  computed by"),
     ]
     for name in CASES:
@@ -181,10 +178,8 @@ def _attend(dtype: torch.dtype) -> Work:
     layer, a = MLA(SHAPE, 0), SHAPE.attention
     assert isinstance(a, MLAConfig)
     positions = torch.arange(T).unsqueeze(0)
-    kv_range = kv_range_of(positions // 40)
-    ctx = AttentionContext(
-        rope=rope_table(positions, a.qk_rope_head_dim, SHAPE.rope), kv_range=kv_range, last=positions
-    )
+    mask = ops.packed_mask(kv_range_of(positions // 40))
+    ctx = AttentionContext(rope=rope_table(positions, a.qk_rope_head_dim, SHAPE.rope), mask=mask)
     width = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
     q, kv = _random(B, T, a.num_heads, a.qk_head_dim, dtype=dtype), _random(B, T, width, dtype=dtype)
     shared = _random(B, T, a.qk_rope_head_dim, dtype=dtype)
@@ -200,7 +195,7 @@ def _experts(dtype: torch.dtype) -> Work:
         for shape in ((2 * moe.moe_intermediate_size, D), (D, moe.moe_intermediate_size))
     )
     x, weights = _random(N, D, dtype=dtype), _random(N, moe.num_experts_per_tok, dtype=torch.float32)
-    return _with_gradients(lambda x, w, i, o: expert_mlp(x, w, experts, i, o), x, weights, w_in, w_out)
+    return _with_gradients(lambda x, w, i, o: ops.experts(x, w, experts, i, o), x, weights, w_in, w_out)
 
 
 def _rms_norm(dtype: torch.dtype) -> Work:
@@ -209,13 +204,13 @@ def _rms_norm(dtype: torch.dtype) -> Work:
 
 def _swiglu(dtype: torch.dtype) -> Work:
     return _with_gradients(
-        swiglu, *(_random(640, SHAPE.intermediate_size, dtype=dtype, seed=seed) for seed in range(2))
+        ops.swiglu, *(_random(640, SHAPE.intermediate_size, dtype=dtype, seed=seed) for seed in range(2))
     )
 
 
 def _rope(dtype: torch.dtype) -> Work:
     table = rope_table(torch.arange(160).unsqueeze(0), 32, SHAPE.rope)
-    return _with_gradients(lambda x: rotate(x, table, True), _random(4, 160, 4, 32, dtype=dtype))
+    return _with_gradients(lambda x: ops.rotate(x, table, True), _random(4, 160, 4, 32, dtype=dtype))
 
 
 def _linear(dtype: torch.dtype) -> Work:
@@ -223,14 +218,14 @@ def _linear(dtype: torch.dtype) -> Work:
         _random(640, SHAPE.hidden_size, dtype=dtype),
         _random(SHAPE.intermediate_size, SHAPE.hidden_size, dtype=dtype),
     )
-    return _with_gradients(linear, x, weight)
+    return _with_gradients(ops.linear, x, weight)
 
 
 def _dequantize(dtype: torch.dtype) -> Work:
     scheme = Int8()
     parts = scheme.quantize(_random(576, 1536, dtype=torch.float32))
     out = torch.empty(576, 1536, dtype=dtype)
-    return _without_gradients(lambda: dequantize_(scheme, parts, out))
+    return _without_gradients(lambda: ops.dequantize_(scheme, parts, out))
 
 
 def _route(dtype: torch.dtype) -> Work:
@@ -247,8 +242,7 @@ def _paged_attend(dtype: torch.dtype) -> Work:
     entries = _random(1 + sequences * blocks, size, a.cache_width, dtype=dtype)
     block_tables = torch.arange(1, 1 + sequences * blocks, dtype=torch.int32).view(sequences, blocks)
     pages = Pages(entries, block_tables, torch.arange(sequences, dtype=torch.int32))
-    last = torch.full((sequences, 1), 200)
-    ctx = AttentionContext(rope=torch.empty(0), kv_range=torch.empty(0), last=last)
+    ctx = AttentionContext(rope=torch.empty(0), positions=torch.full((sequences, 1), 200))
     q = _random(sequences, 1, a.num_heads, a.cache_width, dtype=dtype)
     return _without_gradients(lambda: layer.attend_paged(q, pages, layer.absorbed_layout, ctx))
 
@@ -276,7 +270,7 @@ def _logprobs(dtype: torch.dtype) -> Work:
 def _sample(dtype: torch.dtype) -> Work:
     logits, ones = _random(64, 4096, dtype=dtype), torch.ones(64)
     uniform = torch.linspace(0, 0.99, 64, dtype=torch.float64)
-    return _without_gradients(lambda: sample(logits, ones, uniform))
+    return _without_gradients(lambda: ops.sample(logits, ones, uniform))
 
 
 FP32, BF16 = torch.float32, torch.bfloat16

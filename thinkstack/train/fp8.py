@@ -2,47 +2,19 @@
 
 All three matmuls of a linear layer have e4m3 operands: activations and gradients in blocks of 1 x 128 along the
 reduction dimension, weights in blocks of 128 x 128. Accumulation is in fp32. Embedding, head, routers, norms and
-attention scores are not quantized. The plain arithmetic in this file runs on any device; a GPU with block-scaled
-matmuls (Hopper) uses these if the shapes are supported.
+attention scores are not quantized.
 """
 
 # Shapes in this file: M rows, K inputs (reduction dimension), N outputs, leading dimensions (...) are batch dimensions.
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinkstack.models.layers import swiglu
-from thinkstack.models.moe import MoE, dispatch_tokens
+from thinkstack.kernels import ops
+from thinkstack.kernels.reference import dispatch_tokens
+from thinkstack.models.moe import MoE
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import BLOCK, dequantize, quantize
-
-
-def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
-    """a (..., M, K) in 1 x 128 blocks times the transpose of b (..., N, K) in b_rows x 128 blocks: (..., M, N)."""
-    if a[0].dim() == 2 and _has_block_products(a[0], b[0]):
-        return _device_product(a, b, b_rows, dtype)
-    return (dequantize(*a, 1) @ dequantize(*b, b_rows).mT).to(dtype)
-
-
-def _has_block_products(a: Tensor, b: Tensor) -> bool:
-    """Whether the device supports block-scaled matmuls of these shapes: Hopper, no partial blocks."""
-    if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) != (9, 0):
-        return False
-    return a.shape[0] % 16 == 0 and b.shape[0] % BLOCK == 0 and a.shape[1] % BLOCK == 0
-
-
-def _device_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], b_rows: int, dtype: torch.dtype) -> Tensor:
-    """`product` with torch's scaled_mm, which requires 1 x 128 scales in column-major order and 128 x 128 scales padded
-    to a multiple of four."""
-    row_block = F.ScalingType.BlockWise1x128
-    scale_a, scale_b = a[1].t().contiguous().t(), b[1]
-    if b_rows == 1:
-        recipe, scale_b = row_block, scale_b.t().contiguous().t()
-    else:
-        recipe, scale_b = F.ScalingType.BlockWise128x128, F.pad(scale_b, (0, -scale_b.shape[1] % 4)).t()
-    out = F.scaled_mm(a[0], b[0].t(), scale_a, row_block, scale_b, recipe, output_dtype=torch.bfloat16)
-    return out.to(dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -53,7 +25,7 @@ class _Linear(torch.autograd.Function):
         a, b = quantize(x, 1, power_of_two), quantize(weight, BLOCK, power_of_two)
         ctx.save_for_backward(*a, *b)
         ctx.settings = power_of_two, x.dtype, weight.dtype
-        return product(a, b, BLOCK, x.dtype)
+        return ops.scaled_matmul(a, b, BLOCK, x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -62,10 +34,10 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # sums over N: the blocks of the weight, transposed
             transposed = weight.mT.contiguous(), weight_scale.mT.contiguous()
-            grad_x = product(quantize(grad, 1, power_of_two), transposed, BLOCK, x_dtype)
+            grad_x = ops.scaled_matmul(quantize(grad, 1, power_of_two), transposed, BLOCK, x_dtype)
         if ctx.needs_input_grad[1]:  # sums over rows: blocks of 128 rows of one column
             columns = quantize(dequantize(x, x_scale, 1).mT.contiguous(), 1, power_of_two)
-            grad_weight = product(quantize(grad.mT.contiguous(), 1, power_of_two), columns, 1, weight_dtype)
+            grad_weight = ops.scaled_matmul(quantize(grad.mT.contiguous(), 1, power_of_two), columns, 1, weight_dtype)
         return grad_x, grad_weight, None
 
 
@@ -97,13 +69,13 @@ class FP8Experts(nn.Module):
         self.power_of_two = power_of_two
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-        """Arguments and result as in ExpertMLP of models/moe.py."""
+        """Arguments and result as in `ops.experts`."""
         E, K = w_in.shape[0], experts.shape[1]
         plan = dispatch_tokens(experts, E)
         used = x.new_zeros(E * plan.capacity, 1).index_fill_(0, plan.slot, 1.0)
         rows = (x.index_select(0, plan.source) * used).unflatten(0, (E, -1))  # (E, C, D)
         gate, up = linear(rows, w_in, self.power_of_two).chunk(2, -1)
-        out = linear(swiglu(gate.contiguous(), up.contiguous()), w_out, self.power_of_two).flatten(0, 1)
+        out = linear(ops.swiglu(gate.contiguous(), up.contiguous()), w_out, self.power_of_two).flatten(0, 1)
         picked = out.index_select(0, plan.slot).unflatten(0, (-1, K))  # (N, K, D)
         return (picked * weights.to(x.dtype).unsqueeze(-1)).sum(1)
 

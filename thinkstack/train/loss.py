@@ -14,8 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
-from thinkstack.kernels.cpu.prepacked import linear, linear_grad_weight, linear_grad_x
+from thinkstack.kernels import ops
 from thinkstack.train.memory import head_chunk
 from thinkstack.types import Batch, ConfigError
 
@@ -90,17 +89,9 @@ class _TokenLogProbs(torch.autograd.Function):
         logprobs = hidden.new_empty(index.numel(), dtype=torch.float32)
         normalizer, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for part in _chunks(index.numel(), weight.shape[0]):
-            logits = linear(hidden[index[part]], weight)  # (m, V)
-            if kernels.takes_rows(logits, "logprobs"):
-                out = entropy[part] if with_entropy else None
-                logprobs[part], normalizer[part] = kernels.logprobs(logits, targets[part], temperature, out)
-                continue
-            logits = logits.float().div_(temperature)
-            normalizer[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normalizer[part]
-            if with_entropy:
-                logits.sub_(normalizer[part].unsqueeze(1))
-                entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
+            logits = ops.linear_forward(hidden[index[part]], weight)  # (m, V)
+            out = entropy[part] if with_entropy else None
+            logprobs[part], normalizer[part] = ops.logprobs(logits, targets[part], temperature, out)
         ctx.save_for_backward(hidden, index, weight, targets, normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -113,17 +104,12 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(index.numel(), weight.shape[0]):
             rows = hidden[index[part]]
-            logits = linear(rows, weight)
-            if kernels.takes_rows(logits, "logprobs"):
-                kernels.logprobs_backward(logits, targets[part], normalizer[part], grad[part], ctx.temperature)
-                grad_logits = logits
-            else:
-                scale = (grad[part] / ctx.temperature).unsqueeze(1)
-                probs = logits.float().div_(ctx.temperature).sub_(normalizer[part].unsqueeze(1)).exp_()
-                grad_logits = probs.mul_(-scale).scatter_add_(1, targets[part].unsqueeze(1), scale).to(hidden.dtype)
-            grad_hidden.index_copy_(0, index[part], linear_grad_x(grad_logits, weight))
+            logits = ops.linear_forward(rows, weight)
+            given = targets[part], normalizer[part], grad[part]
+            grad_logits = ops.logprobs_backward(logits, *given, ctx.temperature)
+            grad_hidden.index_copy_(0, index[part], ops.linear_grad_x(grad_logits, weight))
             if grad_weight is not None:
-                grad_weight += linear_grad_weight(grad_logits, rows)
+                grad_weight += ops.linear_grad_weight(grad_logits, rows)
         return grad_hidden, None, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 

@@ -10,8 +10,7 @@ pass frees activations block by block from the top and allocates gradients; the 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from thinkstack.kernels.cpu.calls import LANES
-from thinkstack.kernels.cpu.operators import EXPERT_BLOCK
+from thinkstack.kernels.sizes import EXPERT_BLOCK, LANES, ROW_TILE
 from thinkstack.models.config import MLAConfig, ModelConfig
 from thinkstack.models.counts import (
     attention_matrices,
@@ -21,7 +20,6 @@ from thinkstack.models.counts import (
     mtp_merge,
     mtp_parameters,
 )
-from thinkstack.models.layers import ROW_TILE
 from thinkstack.types import ConfigError
 
 HEAD_TOKENS, HEAD_TILE, HEAD_LOGITS = 1024, 16, 2**25

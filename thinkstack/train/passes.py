@@ -59,7 +59,7 @@ def working_model(model: Transformer, cfg: TrainerConfig, always_copy: bool) -> 
         block.checkpoints_activations = cfg.checkpoint_layers
         if cfg.compile:
             block.compile()
-    copy.uses_flex_attention = cfg.compile and next(copy.parameters()).is_cuda
+    copy.is_compiled = cfg.compile
     return copy
 
 

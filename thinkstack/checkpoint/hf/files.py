@@ -20,7 +20,7 @@ from thinkstack.checkpoint.hf.tensors import TensorEntry, check_tensors, shapes_
 from thinkstack.checkpoint.json_reader import read_json
 from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.tensor_file import TensorFiles, TensorInfo, read_header, write_file
-from thinkstack.kernels.dequantize import dequantize_
+from thinkstack.kernels.ops import dequantize_
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import BLOCK, E4M3, FP8Blocks

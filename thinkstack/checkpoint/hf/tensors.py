@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from thinkstack.checkpoint.source import TensorSource
-from thinkstack.kernels.dequantize import dequantize_
+from thinkstack.kernels.ops import dequantize_
 from thinkstack.models.config import MLAConfig, ModelConfig
+from thinkstack.models.layers import QuantizedWeight
 from thinkstack.models.moe import MoE
 from thinkstack.models.quantized import (
     EXPERT_STACKS,
-    QuantizedWeight,
     quantizable_matrices,
     quantize_model,
     quantized_weights,

@@ -3,20 +3,21 @@ models with grouped-query attention (gqa.py) and small models with latent attent
 """
 
 # Shapes in this file: N tokens, D hidden size, L layers, M layers with experts, K experts per token, P tokens per cache
-# block, W entry width.
+# block, W entry width, V vocabulary size.
 
 import copy
+import logging
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from thinkstack import kernels
-from thinkstack.engine.fused.gqa import FusedGQA, supports_fused_gqa
-from thinkstack.engine.fused.mla import FusedMLA, supports_fused_mla
+from thinkstack.engine.fused.gqa import FusedGQA
+from thinkstack.engine.fused.mla import FusedMLA
 from thinkstack.kernels.paging import Pages
-from thinkstack.models.block import Block
 from thinkstack.models.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 
 class FusedPass(Protocol):
@@ -24,8 +25,8 @@ class FusedPass(Protocol):
 
     max_num_tokens: int
     """Maximum number of tokens per call."""
-    prepacked_head: Tensor | None
-    """The prepacked matrix of the head if its matmuls are batch-invariant, otherwise None."""
+    ignores_threads: bool
+    """Whether results of every step are bit for bit independent of torch's number of threads."""
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """`Transformer.trunk` of tokens ids (N,) at positions (N,) of their sequences.
@@ -37,38 +38,29 @@ class FusedPass(Protocol):
         """`Transformer.draft` of (N, D), (N,) and (N,): hidden states (N, D), or None if the pass does not support
         it."""
 
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits (N, V) of hidden states (N, D), batch-invariant; None if the model's head computes them."""
+
+
+PASSES: tuple[type[FusedGQA] | type[FusedMLA], ...] = (FusedGQA, FusedMLA)
+
 
 @torch.no_grad()
 def fused_pass(model: Transformer) -> FusedPass | None:
-    """The fused pass of `model`; None if no pass supports it."""
-    blocks = [block for block in model.layers if isinstance(block, Block)]
-    if any(has_hooks(module) for module in blocks):  # sharded across ranks
-        return None
-    if supports_fused_gqa(blocks):
-        return FusedGQA(model, blocks)
-    return FusedMLA(model, blocks) if _uses_fused_mla(model, model.embed.weight) else None
+    """The fused pass of `model`; None if all refuse it, for reasons that are logged."""
+    for kind in PASSES:
+        reason = kind.refusal(model)
+        if reason is None:
+            return kind(model)
+        log.debug("%s: %s", kind.__name__, reason)
+    return None
 
 
 @torch.no_grad()
 def upcast_small_model(model: Transformer) -> Transformer:
-    """The model or, for a bf16 model that FusedMLA supports in fp32, a copy with the same weights in fp32. In such
-    small models the overhead of calls dominates, not the bytes of the weights. Results are more accurate than in bf16,
-    and less accurate than with fp32 weights."""
-    weight = model.embed.weight
-    if weight.dtype != torch.bfloat16 or not _uses_fused_mla(model, weight.new_empty(0, dtype=torch.float32)):
+    """The model or, for a bf16 model that FusedMLA runs in fp32, a copy with the same weights in fp32. In such small
+    models the overhead of calls dominates, not the bytes of the weights. Results are more accurate than in bf16, and
+    less accurate than with fp32 weights."""
+    if model.embed.weight.dtype != torch.bfloat16 or FusedMLA.refusal(model, torch.float32) is not None:
         return model
     return copy.deepcopy(model).float()
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward hooks, which means that it is sharded across ranks."""
-    return any(part._forward_hooks for part in module.modules())
-
-
-def _uses_fused_mla(model: Transformer, like: Tensor) -> bool:
-    """Whether to use FusedMLA for a model, MTP modules included, with weights of the dtype and device of `like`; False
-    for models that are sharded across ranks."""
-    blocks = model.blocks()
-    if any(has_hooks(block) for block in blocks) or not all(supports_fused_mla(block) for block in blocks):
-        return False
-    return kernels.takes_steps(like, model.cfg.hidden_size, "fused_mla")

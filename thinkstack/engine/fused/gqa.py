@@ -6,27 +6,31 @@ use oneDNN's matmuls, with one kernel call for the operations between two matmul
 
 # Shapes in this file: N tokens, D hidden size, L blocks, H heads, G key/value heads, W head width, I intermediate size.
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
 from thinkstack.engine.fused import calls
+from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
+from thinkstack.kernels.conditions import fits_small_m, on_cpu
+from thinkstack.kernels.cpu import rows
 from thinkstack.kernels.cpu.prepacked import (
-    fits_prepacked,
+    can_prepack_all,
     is_batch_invariant,
     prepack,
-    prepack_batch_invariant,
     prepacked_linear,
 )
+from thinkstack.kernels.ops import Matrix
 from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.sizes import LANES, SMALL_M
 from thinkstack.models.attention import GQA
-from thinkstack.models.block import BLOCK_MODULES, Block, has_only_modules
-from thinkstack.models.layers import Linear, RMSNorm, RopeCache, SwiGLU
+from thinkstack.models.block import Block
+from thinkstack.models.layers import Linear, QuantizedLinear, QuantizedWeight, RMSNorm, RopeCache, SwiGLU
 from thinkstack.models.moe import MoE
-from thinkstack.models.quantized import QuantizedLinear, QuantizedWeight
 from thinkstack.models.transformer import Transformer
+from thinkstack.quant.int8 import Int8
+from thinkstack.quant.scheme import QuantizedTensor
 
 QUANTIZED_BLOCK_MODULES = BLOCK_MODULES - {Linear, MoE} | {QuantizedLinear, QuantizedWeight}
 """The module types of a block with quantized matrices."""
@@ -52,32 +56,48 @@ class GemmWeights(NamedTuple):
     """Norms of query heads and of key heads, (W,) each."""
 
 
-class FusedGQA:
+class FusedGQA(FusedHead):
     """The trunk of a dense model with grouped-query attention; must be rebuilt after a change of weights."""
 
-    def __init__(self, model: Transformer, blocks: list[Block]):
-        """blocks: the blocks of the model; `supports_fused_gqa(blocks)` must be true."""
-        self.model, self.blocks = model, blocks
+    def __init__(self, model: Transformer):
+        """`refusal(model)` must be None."""
+        super().__init__(model.head.weight)
+        self.model, self.blocks = model, model.blocks()[: model.cfg.num_layers]
+        blocks = self.blocks
         attention, ffn = blocks[0].attention, blocks[0].ffn
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
         shape = attention.shape
         self.attention_sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
         self.attention_sizes["interleaved"] = int(attention.interleaved)
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
-        self.weights = [_small_m_weights(block) for block in blocks] if _supports_small_m(blocks) else []
+        self.weights = [] if _small_m_refusal(blocks) else [_small_m_weights(block) for block in blocks]
         self.small_m_layers = calls.layer_array(calls.GQALayer, self.weights) if self.weights else None
         self.sizes = self.attention_sizes | {"I": ffn.w1.out_features}
         self.is_int8 = bool(self.weights) and "sq" in self.weights[0]
         self.gemm_weights: list[GemmWeights] = []
         """Weights of each block, prepacked at the first call with more than SMALL_M tokens."""
-        self.max_num_tokens = 1 << 40 if _supports_gemm(blocks) else kernels.SMALL_M
-        self.prepacked_head = prepack_batch_invariant(model.head.weight)
+        has_gemm = _gemm_refusal(blocks) is None
+        self.max_num_tokens = 1 << 40 if has_gemm else SMALL_M
+        self.ignores_threads = has_gemm and self.prepacked_head is not None
         self.rope = RopeCache(model.cfg.attention.rope_dim, model.cfg.rope)
+
+    @staticmethod
+    def refusal(model: Transformer) -> str | None:
+        """Why the pass does not run this model; None if it does, at least for up to SMALL_M tokens."""
+        blocks = model.blocks()[: model.cfg.num_layers]
+        if any(not isinstance(block.attention, GQA) for block in blocks):
+            return "attention other than grouped-query attention"
+        if any(not isinstance(block.ffn, SwiGLU) for block in blocks):
+            return "experts"
+        small_m, gemm = _small_m_refusal(blocks), _gemm_refusal(blocks)
+        if small_m is None or gemm is None:
+            return None
+        return small_m if small_m == gemm else f"{small_m}; {gemm}"
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As in FusedPass."""
         x, rope = self.model.embed(ids), self.rope.lookup(positions)
-        if self.small_m_layers is None or len(ids) > kernels.SMALL_M:
+        if self.small_m_layers is None or len(ids) > SMALL_M:
             return self._forward_gemm(x, positions, pages, cache, rope), None
         calls.gqa_pass(x, self.small_m_layers, self.sizes, rope, positions, pages, cache, self.scales, self.is_int8)
         return self.model.norm(x), None
@@ -87,13 +107,13 @@ class FusedGQA:
         self.gemm_weights = self.gemm_weights or [_gemm_weights(block) for block in self.blocks]
         eps = self.scales["eps"]
         following = [part.norms[0] for part in self.gemm_weights[1:]] + [self.model.norm.weight.detach().float()]
-        normed, _ = kernels.rms_norm(x, self.gemm_weights[0].norms[0], eps, return_inverse=False)
+        normed, _ = rows.rms_norm(x, self.gemm_weights[0].norms[0], eps, return_inverse=False)
         for layer, (w, last_norm) in enumerate(zip(self.gemm_weights, following, strict=True)):
             qkv, own = prepacked_linear(normed, w.qkv, w.qkv_bias), pages._replace(entries=cache[layer])
             heads = calls.attend_gqa(qkv, w.head_norms, self.attention_sizes, rope, positions, own, self.scales)
-            normed = kernels.add_norm(x, prepacked_linear(heads, w.out, w.out_bias), w.norms[1], eps)
-            inner = kernels.swiglu_halves(prepacked_linear(normed, w.gate_up))
-            normed = kernels.add_norm(x, prepacked_linear(inner, w.down), last_norm, eps)
+            normed = rows.add_norm(x, prepacked_linear(heads, w.out, w.out_bias), w.norms[1], eps)
+            inner = rows.swiglu_halves(prepacked_linear(normed, w.gate_up))
+            normed = rows.add_norm(x, prepacked_linear(inner, w.down), last_norm, eps)
         return normed
 
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
@@ -101,40 +121,46 @@ class FusedGQA:
         return None
 
 
-def supports_fused_gqa(blocks: list[Block]) -> bool:
-    """Whether FusedGQA supports these blocks, at least for up to SMALL_M tokens."""
-    if any(not isinstance(block.attention, GQA) or not isinstance(block.ffn, SwiGLU) for block in blocks):
-        return False
-    return _supports_small_m(blocks) or _supports_gemm(blocks)
-
-
-def _supports_small_m(blocks: list[Block]) -> bool:
-    """Whether the small-M kernel supports dtype (bf16 or int8) and widths of all matrices."""
+def _small_m_refusal(blocks: list[Block]) -> str | None:
+    """Why the small-M kernel does not run these blocks; None if it does."""
     weights: list[Tensor] = []
     for block in blocks:
-        if has_only_modules(block, BLOCK_MODULES):
-            weights += [part.weight for part in block.modules() if isinstance(part, Linear)]
-            continue
-        layers = [part for part in block.modules() if isinstance(part, QuantizedLinear)]
-        int8 = [layer.int8_parts() for layer in layers if layer.quantized.dtype == torch.bfloat16]
-        if not has_only_modules(block, QUANTIZED_BLOCK_MODULES) or len(int8) < len(layers) or None in int8:
-            return False
-        weights += [parts["qweight"] for parts in int8 if parts is not None]
-    return kernels.takes_small_m(weights[0].new_empty(1, kernels.LANES, dtype=torch.bfloat16), *weights)
+        matrices = [part.matrix for part in block.modules() if isinstance(part, Linear)]
+        if any(isinstance(matrix, QuantizedTensor) for matrix in matrices):
+            reason = refused_module([block], QUANTIZED_BLOCK_MODULES)
+            int8 = [matrix.parts["qweight"] for matrix in matrices if _is_int8(matrix)]
+            if reason is not None or len(int8) < len(matrices):
+                return reason or "quantized weights other than int8 for matmuls in bf16"
+            weights += int8
+        elif reason := refused_module([block], BLOCK_MODULES):
+            return reason
+        else:
+            weights += [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+    if fits_small_m(weights[0].new_empty(1, LANES, dtype=torch.bfloat16), *weights):
+        return None
+    return f"no small-M kernel for these matrices in {weights[0].dtype}"
 
 
-def _supports_gemm(blocks: list[Block]) -> bool:
-    """Whether all matrices can be prepacked and, in fp32, whether their matmuls are batch-invariant."""
-    if not all(has_only_modules(block, BLOCK_MODULES) for block in blocks):
-        return False
+def _is_int8(matrix: Matrix) -> TypeGuard[QuantizedTensor]:
+    """Whether a matrix is int8 for matmuls in bf16."""
+    return isinstance(matrix, QuantizedTensor) and isinstance(matrix.scheme, Int8) and matrix.dtype == torch.bfloat16
+
+
+def _gemm_refusal(blocks: list[Block]) -> str | None:
+    """Why prepacked matrices do not run these blocks; None if they do."""
+    if reason := refused_module(blocks, BLOCK_MODULES):
+        return reason
     weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Linear)]
-    if not kernels.takes(weights[0], "fused_gqa") or len({weight.dtype for weight in weights}) > 1:
-        return False
-    if not fits_prepacked(*weights):
-        return False
-    return weights[0].dtype == torch.bfloat16 or all(
-        is_batch_invariant(*shape) for block in blocks for shape in _shapes(block)
-    )
+    if not on_cpu(weights[0], "fused_gqa"):
+        return f"no kernels for {weights[0].dtype} on {weights[0].device.type}"
+    if len({weight.dtype for weight in weights}) > 1:
+        return "matrices of several dtypes"
+    if not can_prepack_all(*weights):
+        return "no memory or no oneDNN for prepacked matrices"
+    shapes = [] if weights[0].dtype == torch.bfloat16 else [shape for block in blocks for shape in _shapes(block)]
+    if varying := [shape for shape in shapes if not is_batch_invariant(*shape)]:
+        return f"matmuls with a matrix {varying[0]} are not batch-invariant"
+    return None
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
@@ -153,11 +179,11 @@ def _small_m_weights(block: Block) -> SmallMWeights:
     for module, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
             layer = getattr(module, name)
-            parts = layer.int8_parts() if isinstance(layer, QuantizedLinear) else None
-            if parts is None:
-                found[name] = layer.weight
-            else:
+            if isinstance(layer, QuantizedLinear):
+                parts = layer.quantized.tensor.parts
                 found |= {name: parts["qweight"], f"s{name[1]}": parts["scale"]}
+            else:
+                found[name] = layer.weight
     vectors = {
         "attention_norm": block.attention_norm.weight,
         "ffn_norm": block.ffn_norm.weight,

@@ -7,25 +7,33 @@ import ctypes
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
 from thinkstack.engine.fused import calls
-from thinkstack.kernels.cpu.prepacked import prepack_batch_invariant
+from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
+from thinkstack.kernels.conditions import fp32_inference_on_cpu
 from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.sizes import LANES
 from thinkstack.models.attention import MLA
-from thinkstack.models.block import BLOCK_MODULES, Block, has_only_modules
+from thinkstack.models.block import Block
 from thinkstack.models.config import MLAConfig
 from thinkstack.models.layers import RopeCache
 from thinkstack.models.moe import MoE
 from thinkstack.models.mtp import MTPModule
 from thinkstack.models.transformer import Transformer
 
+MAX_HIDDEN = 1024
+"""Maximum hidden size; in larger models the matmuls take longer than the overhead of calls."""
 
-class FusedMLA:
+
+class FusedMLA(FusedHead):
     """The trunk of a small model with latent attention, dense or with experts, in fp32; batch-invariant."""
 
     max_num_tokens = 1 << 40
 
-    def __init__(self, model: Transformer, blocks: list[Block]):
+    def __init__(self, model: Transformer):
+        """`refusal(model)` must be None."""
+        super().__init__(model.head.weight)
+        self.ignores_threads = self.prepacked_head is not None
+        blocks = model.blocks()[: model.cfg.num_layers]
         self.module = next((module for module in model.mtp if isinstance(module, MTPModule)), None)
         own = [] if self.module is None else [self.module.block]
         self.model, self.weights = model, [_mla_weights(block) for block in (*blocks, *own)]
@@ -39,7 +47,6 @@ class FusedMLA:
         self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
         self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
         self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
-        self.prepacked_head = prepack_batch_invariant(model.head.weight)
         self.rope = RopeCache(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
         if moe is not None:
@@ -49,6 +56,24 @@ class FusedMLA:
             self.sizes |= dict(top_groups=moe.top_groups, scores_per_group=2 if moe.group_score == "top2" else 1)
             self.sizes |= dict(normalize=int(moe.norm_topk_prob), softmax=int(moe.scoring == "softmax"))
             self.scales["factor"] = moe.route_scale
+
+    @staticmethod
+    def refusal(model: Transformer, dtype: torch.dtype | None = None) -> str | None:
+        """Why the pass does not run this model, MTP modules included; None if it does. dtype: as if the weights had
+        this dtype."""
+        if reason := refused_module(model.blocks(), BLOCK_MODULES):
+            return reason
+        for block in model.blocks():
+            if not isinstance(block.attention, MLA):
+                return "attention other than latent attention"
+            if isinstance(block.ffn, MoE) and (reason := _experts_refusal(block.ffn)):
+                return reason
+        if model.cfg.hidden_size > MAX_HIDDEN:
+            return f"a hidden size above {MAX_HIDDEN}"
+        like = model.embed.weight.new_empty(0, dtype=dtype)
+        if not fp32_inference_on_cpu(like, "fused_mla"):
+            return f"no kernels for inference in {like.dtype} on {like.device.type}"
+        return None
 
     def hidden(self, ids: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """As in FusedPass."""
@@ -81,15 +106,12 @@ class FusedMLA:
         return chosen
 
 
-def supports_fused_mla(block: Block) -> bool:
-    """Whether FusedMLA supports a block."""
-    ffn = block.ffn
-    if not has_only_modules(block, BLOCK_MODULES) or not isinstance(block.attention, MLA):
-        return False
-    if not isinstance(ffn, MoE):
-        return True
-    sizes = (ffn.w_in.shape[2], ffn.w_out.shape[2])
-    return ffn.expert_module is None and not ffn.adapters and all(size % kernels.LANES == 0 for size in sizes)
+def _experts_refusal(ffn: MoE) -> str | None:
+    """Why the pass does not compute these experts; None if it does."""
+    if ffn.expert_module is not None:
+        return type(ffn.expert_module).__name__
+    sizes = ffn.w_in.shape[2], ffn.w_out.shape[2]
+    return None if all(size % LANES == 0 for size in sizes) else f"sizes of experts that are not multiples of {LANES}"
 
 
 def _mla_weights(block: Block) -> dict[str, Tensor | None]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.kernels.cpu.calls import address, array_address, call, run, structure
-from thinkstack.kernels.cpu.operators import KVLayout
-from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.paging import KVLayout, Pages
 
 _PagedAttention = structure(
     "PagedAttention",
@@ -27,11 +26,7 @@ _Sample = structure(
 
 
 def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout, scale: float) -> Tensor:
-    """Attention of new tokens over the cached entries of their sequences.
-
-    query: (N, G, Q, key_width). pages: pages of the N tokens. last: (N,) int64, the last entry that each token attends
-    to. scale: factor of the scores. Returns (N, G, Q, V).
-    """
+    """As `ops.paged_attend`."""
     N, G, Q, W = query.shape
     query = query.contiguous()
     out = query.new_empty(N, G, Q, layout.value_width)
@@ -67,21 +62,17 @@ def small_m_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Te
 def route(
     scores: Tensor, bias: Tensor, top_k: int, groups: tuple[int, int, int], normalize: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Group-limited top-k; arguments as in models/moe.py.
-
-    scores: (B, E) fp32. groups: number of groups, number of groups to use, affinities summed per group (1 or 2).
-    Returns (weights (B, K) fp32, experts (B, K) int64); ties prefer the expert with the lower index.
-    """
+    """As `ops.route`; ties prefer the expert with the lower index."""
     weights = torch.empty(scores.shape[0], top_k)
     experts = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
-    call("route", scores, bias, weights, experts, *scores.shape, top_k, *groups, int(normalize), factor)
+    call("route", scores, bias.float(), weights, experts, *scores.shape, top_k, *groups, int(normalize), factor)
     return weights, experts
 
 
 def sample(
     logits: Tensor, temperature: Tensor, uniform: Tensor, filters: tuple[Tensor, Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Sample a token per row of logits (B, V); arguments and results as in engine/sampler.py."""
+    """As `ops.sample`."""
     B = len(logits)
     tokens, logprobs, logits = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.contiguous()
     given = dict(logits=logits, temperature=temperature, uniform=uniform, tokens=tokens, logprobs=logprobs)
@@ -91,37 +82,25 @@ def sample(
     return tokens, logprobs
 
 
-class RowSampler:
-    """`sample` for rows of a table of sampling settings; random numbers are as in `uniforms` of engine/sampler.py.
+def column_addresses(columns: dict[str, numpy.ndarray]) -> dict[str, int]:
+    """The addresses of the columns of `ops.RowSampler`, for `sample_rows`."""
+    return {name: array_address(column) for name, column in columns.items()}
 
-    The contents of the columns may change; the arrays must stay the same.
-    """
 
-    def __init__(self, **columns: numpy.ndarray):
-        """columns: temperature, top_p, min_p fp32; top_k, num_tokens, num_prompt_tokens int64; seed uint64."""
-        self._columns = columns
-        self._settings = {name: array_address(column) for name, column in columns.items()}
-
-    def sample(
-        self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, is_unfiltered: bool
-    ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Sample from logits (B, V) of table rows (B,). offsets: (B,), 0 for the token after a row's num_tokens tokens.
-
-        is_unfiltered: whether top_k, top_p and min_p are neutral in these rows. Returns the same as `sample`.
-        """
-        logits = logits.contiguous()
-        tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
-        arguments = _Sample(**self._settings)
-        if is_unfiltered:
-            arguments.top_k = None
-        arguments.logits, arguments.rows, arguments.offsets = (
-            logits.data_ptr(),
-            array_address(rows),
-            array_address(offsets),
-        )
-        arguments.tokens, arguments.logprobs = array_address(tokens), array_address(logprobs)
-        _run_sample(arguments, logits)
-        return tokens, logprobs
+def sample_rows(
+    columns: dict[str, int], logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray, is_unfiltered: bool
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """As `ops.RowSampler.sample`; columns: from `column_addresses`."""
+    logits = logits.contiguous()
+    tokens, logprobs = numpy.empty(len(rows), dtype=numpy.int64), numpy.empty(len(rows), dtype=numpy.float32)
+    arguments = _Sample(**columns)
+    if is_unfiltered:
+        arguments.top_k = None
+    arguments.logits = logits.data_ptr()
+    arguments.rows, arguments.offsets = array_address(rows), array_address(offsets)
+    arguments.tokens, arguments.logprobs = array_address(tokens), array_address(logprobs)
+    _run_sample(arguments, logits)
+    return tokens, logprobs
 
 
 def _run_sample(arguments: ctypes.Structure, logits: Tensor) -> None:

@@ -7,13 +7,16 @@ Both are registered as torch operators with shape functions, so that compiled mo
 # V value width, W width of an entry, N tokens, K experts per token, E experts, I intermediate size.
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from thinkstack.kernels.cpu.calls import address, run, structure
 from thinkstack.kernels.cpu.rows import is_rows
+from thinkstack.kernels.masks import PackedMask
+from thinkstack.kernels.paging import KVLayout
+from thinkstack.kernels.sizes import EXPERT_BLOCK
 
 _Attention = structure(
     "Attention",
@@ -21,37 +24,11 @@ _Attention = structure(
     "B T H G D R V q_t q_h k_t k_h shared_t v_t v_h rope_rows kv_range_rows interleaved threads",
     "scale",
 )
-_Experts = structure(
+_ExpertsArguments = structure(
     "Experts",
     "x weights experts w_in w_out out hidden picked grad grad_x grad_pairs grad_w_in grad_w_out grad_weights",
     "N K E D I threads",
 )
-
-
-class KVLayout(NamedTuple):
-    """The positions of a token's keys and values in its cache entry."""
-
-    groups: int
-    """G, the number of key/value heads."""
-    key_width: int
-    """Width of a key in the entry, without a part that all heads share."""
-    key_step: int
-    """The key of head g starts at g * key_step."""
-    value_at: int
-    value_step: int
-    """The value of head g starts at value_at + g * value_step."""
-    value_width: int
-    """V."""
-
-    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (B, S, G, key_width) and values (B, S, G, V) in entries (B, S, W), as views."""
-        if self.groups == 1:
-            return entries[..., None, : self.key_width], entries[..., None, self.value_at :][..., : self.value_width]
-        if self.value_at < self.key_step:  # each head's key is followed by its value
-            layout = entries.unflatten(-1, (self.groups, -1))
-            return layout[..., : self.key_width], layout[..., self.value_at :]
-        keys, values = entries.split([self.value_at, entries.shape[-1] - self.value_at], -1)
-        return keys.unflatten(-1, (self.groups, -1)), values.unflatten(-1, (self.groups, -1))
 
 
 def _attention(q: Tensor, kv: Tensor, k_shared: Tensor | None, rope: Tensor, kv_range: Tensor, layout: KVLayout,
@@ -134,12 +111,9 @@ def _run_experts(backward: bool, **tensors: Tensor | None) -> None:
     assert x is not None and experts is not None and w_out is not None
     (N, D), K, (E, _, I) = x.shape, experts.shape[1], w_out.shape  # noqa: E741
     addresses = {name: address(tensor) for name, tensor in tensors.items()}
-    arguments = _Experts(**addresses, N=N, K=K, E=E, D=D, I=I, threads=torch.get_num_threads())
+    arguments = _ExpertsArguments(**addresses, N=N, K=K, E=E, D=D, I=I, threads=torch.get_num_threads())
     run("experts", arguments, x.dtype == torch.bfloat16, backward)
 
-
-EXPERT_BLOCK = 64
-"""Number of (token, expert) pairs per block; equal to BLOCK in experts.cpp."""
 
 _SHARED = (
     "Tensor q, Tensor kv, Tensor? k_shared, Tensor rope, Tensor kv_range, int[] layout, float scale, bool interleaved"
@@ -188,21 +162,18 @@ def attend(
     kv: Tensor,
     k_shared: Tensor | None,
     rope: Tensor,
-    kv_range: Tensor,
+    mask: PackedMask,
     layout: KVLayout,
     scale: float,
     interleaved: bool,
 ) -> Tensor:
     """Causal attention of the tokens of each row to each other, (B, T, H, V).
 
-    q: (B, T, H, D). kv: (B, T, W) entries in `layout`. k_shared: (B, T, R), the part at the end of every key that heads
-    share, or None. rope: (B or 1, T, R / 2) complex64; the kernel rotates the last R elements of queries and keys by
-    it. kv_range: (B or 1, T, 3) int32: the first token that each token attends to, and a hidden interval (from, to) of
-    earlier tokens, which is empty if both are equal. scale: factor of the scores."""
-    return _Attend.apply(q, kv, k_shared, rope, kv_range, list(layout), scale, interleaved)
+    Arguments as in `ops.attend`, which are rotated here."""
+    return _Attend.apply(q, kv, k_shared, rope, mask.kv_range, list(layout), scale, interleaved)
 
 
-class _ExpertMLP(torch.autograd.Function):
+class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, experts, w_in, w_out):  # type: ignore[no-untyped-def,override]
         out, hidden, picked = torch.ops.thinkstack.experts(x, weights, experts, w_in, w_out, True)
@@ -215,11 +186,8 @@ class _ExpertMLP(torch.autograd.Function):
         return grads[0], grads[1], None, grads[2], grads[3]
 
 
-def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """Sum over a token's experts of weight * SwiGLU_expert(token).
-
-    Arguments as in ExpertMLP of models/moe.py; D and I must be multiples of LANES.
-    """
+def experts(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """As `ops.experts`; D and I must be multiples of LANES."""
     if torch.is_grad_enabled():
-        return _ExpertMLP.apply(x, weights, experts, w_in, w_out)
+        return _Experts.apply(x, weights, experts, w_in, w_out)
     return torch.ops.thinkstack.experts(x, weights, experts, w_in, w_out, False)[0]

@@ -9,75 +9,16 @@ import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from thinkstack import kernels
-from thinkstack.kernels import choice
 
 MAX_MEMORY_SHARE = 1 / 8
 """Maximum share of the memory for prepacked copies of the matrices of a model."""
-MAX_ROWS = 512
-"""Maximum number of rows for prepacked copies; with more rows the matmul takes much longer than the reorder."""
 REORDER_ROWS = 64
 """Number of rows that the layout is optimized for; the layout works for any number of rows."""
 TESTED_ROWS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
 """Numbers of rows that `is_batch_invariant` tests."""
 MAX_TESTED_OUTPUTS = 2048
 """Maximum number of outputs of the matrix in the test of `is_batch_invariant`."""
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, with the C++ kernel if that is faster."""
-    if weight.dtype == x.dtype and kernels.takes_linear(x, *weight.shape):
-        return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else kernels.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear`, computed in `product_dtype`."""
-    dtype = product_dtype(x)
-    if dtype == x.dtype:
-        return linear(x, weight, bias)
-    return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
-
-
-def linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of x (N, K), given the gradient (N, M) of the output x W^T; weight: W (M, K)."""
-    return kernels.linear_grad_x(grad, weight) if kernels.takes_linear(grad, *weight.shape) else grad @ weight
-
-
-def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of a weight W (M, K), given the gradient (N, M) of the output x W^T; x: (N, K)."""
-    takes = kernels.takes_linear(grad, grad.shape[1], x.shape[1])
-    return kernels.linear_grad_weight(grad, x) if takes else grad.T @ x
-
-
-class _Linear(torch.autograd.Function):
-    """x (..., K) times weight (M, K) transposed, plus bias (M,) or None, with the C++ kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return kernels.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        return (
-            kernels.linear_grad_x(grad, weight) if wants_x else None,
-            kernels.linear_grad_weight(grad, x) if wants_weight else None,
-            grad.flatten(0, -2).sum(0) if wants_bias else None,
-        )
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for matmuls of x: fp32 if x is bf16 without gradients and the processor emulates bf16, where torch's
-    bf16 matmuls take up to 40 times as long; otherwise the dtype of x."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return x.dtype
-    return torch.float32 if choice.emulates_bf16() else x.dtype
 
 
 def prepack(weight: Tensor) -> Tensor:
@@ -118,10 +59,6 @@ class PrepackedMatrix:
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrepackedMatrix":
         return PrepackedMatrix()
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether to use the prepacked copy for x (..., K): at most MAX_ROWS rows, bf16, no gradients."""
-        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear(x, weight, bias), all in bf16; weight (N, K) is the current matrix."""
         now = (weight.data_ptr(), weight._version)
@@ -139,7 +76,7 @@ def can_prepack(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def fits_prepacked(*weights: Tensor) -> bool:
+def can_prepack_all(*weights: Tensor) -> bool:
     """Whether prepacked copies of these matrices are supported and need at most MAX_MEMORY_SHARE of the memory."""
     size = sum(weight.nbytes for weight in weights)
     return size <= MAX_MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and all(
@@ -149,5 +86,5 @@ def fits_prepacked(*weights: Tensor) -> bool:
 
 def prepack_batch_invariant(weight: Tensor) -> Tensor | None:
     """A prepacked copy of an fp32 matrix if its matmuls are batch-invariant, otherwise None."""
-    takes = weight.dtype == torch.float32 and fits_prepacked(weight) and is_batch_invariant(*weight.shape)
+    takes = weight.dtype == torch.float32 and can_prepack_all(weight) and is_batch_invariant(*weight.shape)
     return prepack(weight) if takes else None

@@ -47,6 +47,11 @@ def is_rows(x: Tensor) -> bool:
     return all(strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.dim() - 2))
 
 
+def is_rotatable(x: Tensor) -> bool:
+    """Whether each head of x (B, T, H, R) has contiguous rows with one stride between them."""
+    return x.stride(-1) == 1 and is_rows(x[:, :, 0])
+
+
 def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
     """Write qweight, e4m3 or int8, times the fp32 scale of each block into out (..., N, D). scale: (..., ceil(N /
     rows), ceil(D / columns)). All tensors are contiguous."""
@@ -96,10 +101,12 @@ def logprobs(logits: Tensor, targets: Tensor, temperature: float, entropy: Tenso
     return logprob, normalizer
 
 
-def logprobs_backward(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> None:
-    """Replace logits by the gradients of logits, in place; grad (N,) fp32 is the gradient of the log-probabilities."""
+def logprobs_backward(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> Tensor:
+    """Replace logits by the gradients of logits, in place, and return them; grad (N,) fp32 is the gradient of the
+    log-probabilities."""
     rows = logits, targets, normalizer, grad.contiguous()
     call_for(logits.dtype, "logprobs_backward", *rows, *logits.shape, float(temperature))
+    return logits
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -155,7 +155,7 @@ class Masses {
   std::vector<Token> own_;
 };
 
-// As `uniforms` in engine/sampler.py: the splitmix64 finalizer (doi:10.1145/2660193.2660195).
+// As `uniforms` in kernels/sampling.py: the splitmix64 finalizer (doi:10.1145/2660193.2660195).
 double uniform_of(uint64_t seed, uint64_t counter) {
   uint64_t mixed = seed + (counter + 1) * 0x9E3779B97F4A7C15u;
   mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9u;

@@ -9,11 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor, library
 
-from thinkstack.kernels import KVLayout
-from thinkstack.kernels.paging import Pages
-
-SMALL_M = 64
-"""Maximum number of rows for matmuls with 8-bit matrices, which are bound by the time to read the weights."""
+from thinkstack.kernels.paging import KVLayout, Pages
 
 
 @functools.cache
@@ -22,22 +18,8 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def is_device(x: Tensor) -> bool:
-    """Whether x is on a CUDA device, or on the meta device, where tests trace the CUDA implementation."""
-    return x.is_cuda or x.is_meta
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernels support tensors like x."""
-    return is_device(x) and available()
-
-
 def paged_attention(query: Tensor, pages: Pages, last: Tensor, layout: KVLayout, scale: float) -> Tensor:
-    """Attention of new tokens over the cached entries of their sequences; same interface as `kernels.paged_attention`.
-
-    query: (N, G, Q, key_width). pages: pages of the N tokens. last: (N,) int64, increasing within a sequence. Returns
-    (N, G, Q, V).
-    """
+    """As `ops.paged_attend`; `last` increases within a sequence."""
     return torch.ops.thinkstack.paged_attention(query, *pages, last, list(layout), scale)
 
 
@@ -49,16 +31,6 @@ def _paged_attention(query, entries, block_tables, seq_index, longest_run, last,
 
 def _paged_attention_shapes(query, entries, block_tables, seq_index, longest_run, last, layout, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:3], KVLayout(*layout).value_width)
-
-
-def takes_quantized(x: Tensor, qweight: Tensor) -> bool:
-    """Whether to use `quantized_linear` for x (..., K) and qweight (N, K): inference, bf16, at most SMALL_M rows; int8
-    on all devices, e4m3 from Ada (compute capability 8.9) on."""
-    if not takes(x) or x.dtype != torch.bfloat16 or x.numel() > SMALL_M * x.shape[-1] or torch.is_grad_enabled():
-        return False
-    if qweight.dtype == torch.float8_e4m3fn:
-        return x.is_meta or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    return qweight.dtype == torch.int8
 
 
 def quantized_linear(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:

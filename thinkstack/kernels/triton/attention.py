@@ -1,6 +1,6 @@
 """Paged attention as one Triton kernel, for prefill and decoding, with MLA latents or GQA heads.
 
-The reference is `paged_attention_torch` in models/attention.py. Importing this module requires Triton.
+The reference is `paged_attention` in kernels/reference.py. Importing this module requires Triton.
 """
 
 # Shapes in this file: N new tokens, G key/value heads, Q query heads per group, W key width, V value width,
@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinkstack.kernels import KVLayout
-from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.paging import KVLayout, Pages
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_PART_KEYS, MAX_PARTS = 256, 32

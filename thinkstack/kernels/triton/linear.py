@@ -1,6 +1,6 @@
 """Matmuls of a few rows with 8-bit matrices as one Triton kernel: weights are dequantized in registers.
 
-The reference is `QuantizedLinear` in models/quantized.py. Importing this module requires Triton.
+The reference is "quantized_linear" in kernels/ops.py, with dequantized weights. Importing this module requires Triton.
 """
 
 # Shapes in this file: B rows, K inputs, N outputs, S parts of the inputs (split K).

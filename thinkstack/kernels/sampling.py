@@ -9,9 +9,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack import kernels
-from thinkstack.types import SamplingParams
-
 CANDIDATES = 256
 """Number of most likely tokens to sort first; the full vocabulary is sorted only if these do not contain the filtered
 set."""
@@ -34,12 +31,6 @@ def splitmix64(value: numpy.ndarray) -> numpy.ndarray:
     return value ^ (value >> numpy.uint64(31))
 
 
-def needs_no_processing(sampling: SamplingParams) -> bool:
-    """Whether the request needs no logits processing besides temperature, top_k, top_p and min_p."""
-    neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
-    return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
-
-
 SamplingFilters = tuple[Tensor, Tensor, Tensor]
 """Filters of each row: top_k (B,) int64, 0: off; top_p (B,) and min_p (B,) fp32."""
 
@@ -47,14 +38,7 @@ SamplingFilters = tuple[Tensor, Tensor, Tensor]
 def sample(
     logits: Tensor, temperature: Tensor, uniform: Tensor, filters: SamplingFilters | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverting the cumulative distribution.
-
-    logits: (B, V) fp32 or bf16. temperature: (B,) fp32. uniform: (B,) float64 in [0, 1). filters: None: no filters.
-    Returns (tokens (B,) int64, log-probabilities (B,) fp32 of the tokens under the sampling distribution). Temperature
-    0 selects the most likely token and returns its log-probability at temperature 1.
-    """
-    if kernels.takes(logits, "sample"):
-        return kernels.sample(logits, temperature, uniform, filters)
+    """As in ops.py, by inverting the cumulative distribution."""
     logprobs = distribution(logits, temperature, filters)
     greedy = temperature == 0
     if bool(greedy.all()):
@@ -89,7 +73,7 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     is_unfiltered = (limit.squeeze(1) == V) & (top_p == 1) & (min_p == 0)
     count = min(CANDIDATES, V)
     while True:
-        ordered, order = _largest(logprobs, count)
+        ordered, order = largest(logprobs, count)
         places = torch.arange(count, device=logprobs.device)
         mass = torch.where(places < limit, ordered.exp(), 0.0)
         upto = mass.cumsum(-1)
@@ -106,7 +90,7 @@ def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     return torch.where(is_unfiltered.unsqueeze(1), given, torch.log_softmax(filtered, -1))
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest values of each row and their indices, sorted; among equal values the lower index first."""
     if count == values.shape[1]:
         found, index = values.sort(dim=-1, descending=True, stable=True)
@@ -116,3 +100,22 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     found, index = found.gather(1, by_index), index.gather(1, by_index)
     found, order = found.sort(dim=-1, descending=True, stable=True)
     return found, index.gather(1, order)
+
+
+def sample_rows(
+    columns: dict[str, numpy.ndarray],
+    logits: Tensor,
+    rows: numpy.ndarray,
+    offsets: numpy.ndarray,
+    is_unfiltered: bool,
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """As `ops.RowSampler.sample` for a table with these columns."""
+
+    def on_device(name: str) -> Tensor:
+        return torch.from_numpy(columns[name][rows]).to(logits.device)
+
+    counters = (columns["num_tokens"][rows] - columns["num_prompt_tokens"][rows] + offsets).astype(numpy.uint64)
+    uniform = torch.from_numpy(uniforms(columns["seed"][rows], counters)).to(logits.device)
+    filters = None if is_unfiltered else (on_device("top_k"), on_device("top_p"), on_device("min_p"))
+    tokens, logprobs = sample(logits, on_device("temperature"), uniform, filters)
+    return tokens.cpu().numpy(), logprobs.cpu().numpy()
