@@ -1,6 +1,7 @@
 // Inference on small models with latent attention in one call, in fp32: single calls would take longer than the arithmetic.
 // A thread computes up to 64 tokens at a time, stored as (features, tokens), so that weights are read in their layout and
 // norms, rotations and activations work on LANES tokens at once.
+#include "layout.h"
 #include "paged_attention.h"
 #include "experts.h"
 
@@ -321,3 +322,13 @@ void run(const MLAPass& a) {
 }  // namespace
 
 extern "C" void mla_pass(const MLAPass* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+
+LAYOUT(MLALayer, MLALayer,
+       FIELD(attention_norm) FIELD(wq_a) FIELD(q_norm) FIELD(wq_b) FIELD(wkv_a) FIELD(kv_norm) FIELD(wkv_b) FIELD(wo)
+       FIELD(ffn_norm) FIELD(w1) FIELD(w2) FIELD(w3) FIELD(router) FIELD(bias) FIELD(w_in) FIELD(w_out) FIELD(I))
+
+LAYOUT(MLAPass, MLAPass,
+       FIELD(layers) FIELD(rope) FIELD(last) FIELD(block_tables) FIELD(seq_index) FIELD(x) FIELD(cache) FIELD(experts)
+       FIELD(L) FIELD(B) FIELD(D) FIELD(H) FIELD(N) FIELD(R) FIELD(V) FIELD(C) FIELD(Q) FIELD(E) FIELD(J) FIELD(K)
+       FIELD(groups) FIELD(top_groups) FIELD(scores_per_group) FIELD(normalize) FIELD(softmax) FIELD(shift)
+       FIELD(table_width) FIELD(layer_stride) FIELD(interleaved) FIELD(threads) FIELD(scale) FIELD(eps) FIELD(factor))

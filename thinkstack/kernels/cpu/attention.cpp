@@ -1,6 +1,7 @@
 // Causal self-attention of packed rows, forward and backward, after FlashAttention (arXiv:2205.14135): scores stay in the
 // cache, keys outside a document are skipped, rotary embedding is applied to the inputs and reverted in their gradients.
 // A key may have a part per head and a rotated part that all heads share (multi-head latent attention).
+#include "layout.h"
 #include "matmul.h"
 
 #include <algorithm>
@@ -323,3 +324,9 @@ void run(const Attention& a, bool backward) {
 extern "C" void attention(const Attention* a, int64_t is_bf16, int64_t backward) {
   is_bf16 ? run<bf16>(*a, backward) : run<float>(*a, backward);
 }
+
+LAYOUT(Attention, Attention,
+       FIELD(q) FIELD(k) FIELD(k_shared) FIELD(v) FIELD(rope) FIELD(kv_range) FIELD(out) FIELD(log_sum) FIELD(grad)
+       FIELD(grad_q) FIELD(grad_k) FIELD(grad_v) FIELD(grad_k_shared) FIELD(B) FIELD(T) FIELD(H) FIELD(G) FIELD(D)
+       FIELD(R) FIELD(V) FIELD(q_t) FIELD(q_h) FIELD(k_t) FIELD(k_h) FIELD(shared_t) FIELD(v_t) FIELD(v_h)
+       FIELD(rope_rows) FIELD(kv_range_rows) FIELD(interleaved) FIELD(threads) FIELD(scale))

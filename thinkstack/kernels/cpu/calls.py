@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.kernels.choice import DTYPES
+from thinkstack.kernels.cpu import structures
 from thinkstack.kernels.cpu.build import binary
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -22,10 +23,12 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def structure(name: str, pointers: str, integers: str, reals: str = "") -> type[ctypes.Structure]:
-    """A ctypes structure with these fields in this order: pointers, 64-bit integers, doubles."""
-    kinds = ((pointers, POINTER), (integers, INTEGER), (reals, REAL))
-    fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})  # slots: an unknown field is an error
+    """`structures.define`; if the library is loaded, also `check_layout`."""
+    made = structures.define(name, pointers, integers, reals)
+    library = binary() if binary.cache_info().currsize else None
+    if library is not None:
+        structures.check_layout(library, made)
+    return made
 
 
 def run(name: str, arguments: ctypes.Structure, *flags: int) -> None:

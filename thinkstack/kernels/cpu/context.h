@@ -197,7 +197,10 @@ void weighted_sum_columns(const float* weights, const Pages<T>& values, float* c
       }
   });
   UNROLLED for (int h = 0; h < QUERIES; h++)
-    UNROLLED for (int j = 0; j < VECTORS; j++) store_some(out[h] + c + j * LANES, total[h][j], V - c - j * LANES);
+    UNROLLED for (int j = 0; j < VECTORS; j++) {
+      if constexpr (VECTORS > 1) store(out[h] + c + j * LANES, total[h][j]);
+      else store_some(out[h] + c, total[h][j], V - c);
+    }
 }
 template <typename T>
 void weighted_sum(const float* weights, const Pages<T>& values, float* const out[QUERIES], int64_t V, int64_t first, int64_t end) {

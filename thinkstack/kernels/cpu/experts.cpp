@@ -1,6 +1,7 @@
 // Routed experts: the SwiGLU of the expert of every (token, choice) pair, forward and backward. Pairs are sorted by expert
 // and computed in blocks; a block is stored as (features, pairs), so that weights are read in their layout and only
 // activations are transposed.
+#include "layout.h"
 #include "experts.h"
 #include "matmul.h"
 
@@ -220,3 +221,8 @@ void run(const Experts& a, bool backward) {
 extern "C" void experts(const Experts* a, int64_t is_bf16, int64_t backward) {
   is_bf16 ? run<bf16>(*a, backward) : run<float>(*a, backward);
 }
+
+LAYOUT(Experts, Experts,
+       FIELD(x) FIELD(weights) FIELD(experts) FIELD(w_in) FIELD(w_out) FIELD(out) FIELD(hidden) FIELD(picked)
+       FIELD(grad) FIELD(grad_x) FIELD(grad_pairs) FIELD(grad_w_in) FIELD(grad_w_out) FIELD(grad_weights) FIELD(N)
+       FIELD(K) FIELD(E) FIELD(D) FIELD(I) FIELD(threads))

@@ -1,5 +1,6 @@
 // Attention of new tokens over their sequences' cached contexts. Heads that share entries are computed together: all heads of
 // multi-head latent attention, the heads of a group in grouped-query attention. So are the tokens of a prompt.
+#include "layout.h"
 #include "paged_attention.h"
 
 // Projected queries, keys and values of N new tokens in grouped-query attention.
@@ -57,3 +58,13 @@ extern "C" void paged_attention(const PagedAttention* a, int64_t is_bf16) { is_b
 
 // Writes the entries of the new tokens to the cache, then computes their attention.
 extern "C" void attend_gqa(const AttendGQA* a, int64_t is_bf16) { is_bf16 ? run_new<bf16>(*a) : run_new<float>(*a); }
+
+LAYOUT(PagedAttention, PagedAttention,
+       FIELD(query) FIELD(entries) FIELD(block_tables) FIELD(seq_index) FIELD(last) FIELD(out) FIELD(N) FIELD(G)
+       FIELD(Q) FIELD(W) FIELD(V) FIELD(shift) FIELD(table_width) FIELD(entry_width) FIELD(key_g) FIELD(value_g)
+       FIELD(value_at) FIELD(threads) FIELD(scale))
+
+LAYOUT(AttendGQA, AttendGQA,
+       FIELD(qkv) FIELD(q_norm) FIELD(k_norm) FIELD(rope) FIELD(last) FIELD(block_tables) FIELD(seq_index) FIELD(query)
+       FIELD(entries) FIELD(out) FIELD(N) FIELD(H) FIELD(G) FIELD(W) FIELD(shift) FIELD(table_width) FIELD(interleaved)
+       FIELD(threads) FIELD(scale) FIELD(eps))

@@ -13,9 +13,9 @@ struct PagedAttention {
   const int64_t* last;    // (N,): the last token of the sequence that it attends to, from 0
   void* out;              // (N, G, Q, V)
   int64_t N, G, Q, W, V, shift, table_width, entry_width;
-  int64_t key_g, value_g, value_at;  // the key of group g starts at g * key_g, its value at value_at + g * value_g
-  int64_t threads;
-  double scale;  // of the scores
+  int64_t key_g = 0, value_g = 0, value_at = 0;  // the key of group g starts at g * key_g, its value at value_at + g * value_g
+  int64_t threads = 1;
+  double scale = 1;  // of the scores
 };
 
 // The arguments for N tokens of grouped-query attention over entries of keys, then values. A: GQAPass or AttendGQA.

@@ -1,5 +1,6 @@
 // Sampling of tokens. The logits of a row become probabilities relative to the most likely token (masses), filtered ones
 // become 0, and the cumulative distribution is inverted, in the order of the tokens.
+#include "layout.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -201,3 +202,8 @@ void run(const Sample& a) {
 }  // namespace
 
 extern "C" void sample(const Sample* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+
+LAYOUT(Sample, Sample,
+       FIELD(logits) FIELD(rows) FIELD(temperature) FIELD(top_k) FIELD(top_p) FIELD(min_p) FIELD(uniform) FIELD(seed)
+       FIELD(num_tokens) FIELD(num_prompt_tokens) FIELD(offsets) FIELD(tokens) FIELD(logprobs) FIELD(B) FIELD(V)
+       FIELD(threads))
