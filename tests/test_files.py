@@ -21,6 +21,7 @@ from thinkstack.rl.rollout_log import read_lines
 from thinkstack.stages.conversations import read_conversations
 from thinkstack.stages.generate import read_prompts
 from thinkstack.tasks.benchmarks.datasets import Gsm8k
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
 
@@ -29,7 +30,7 @@ ROWS = b"".join(b'{"question": "q%d", "answer": "a #### %d", "text": "t"}\n' % (
 READERS = {
     "rows": lambda path: list(read_rows(path)),
     "conversations": lambda path: read_conversations([str(path)]),
-    "a data set": Gsm8k().load,
+    "a data set": Gsm8k("gsm8k", TaskConfig()).read,
     "texts": read_texts,
     "prompts": read_prompts,
     "rollouts": read_lines,

@@ -6,9 +6,10 @@ from dataclasses import replace
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.models.precision import DTYPES, Precision, Quantization
-from thinkstack.stages.console import NEW, read_question, write, write_answer
+from thinkstack.stages.console import NEW, read_question, styled, write, write_answer
 from thinkstack.text.chat import ZeroFormat
-from thinkstack.text.stream import LastToken, StreamEvent, parse_stream, stream_text
+from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
+from thinkstack.text.stream import LastToken, StreamEvent, stream_turn
 from thinkstack.types import Message, RequestError, SamplingParams
 
 
@@ -27,6 +28,8 @@ class ChatSession:
         self.model = load_model(source, DTYPES[precision])
         self.engine = Engine(self.model, EngineConfig(max_num_seqs=1, dtype=precision, quantization=quantization))
         self.sampling = replace(sampling, stop_token_ids=self.chat.stop_token_ids)
+        has_answer_tags = len(self.chat.tokenizer.encode(ANSWER_OPEN)) == 1  # as our tasks train them
+        self.thinking_format: ThinkingFormat = "think_answer_tags" if has_answer_tags else "think_then_answer"
         self.messages: list[Message] = []
         self.last = LastToken(self.chat)
 
@@ -40,8 +43,9 @@ class ChatSession:
         sampling = replace(self.sampling, max_tokens=max(min(self.sampling.max_tokens, free_tokens), 1))
         answer = ""
         tokens = self.last.track(self.engine.stream(prompt, sampling))
-        for event in parse_stream(stream_text(self.chat.text_of, tokens)):
-            answer += event.text if event.kind != "thinking" else ""
+        opening = self.chat.opening(self.messages)
+        for event in stream_turn(self.chat, tokens, opening, self.thinking_format):
+            answer += event.text if event.kind == "content" else ""
             yield event
         self.messages.append(Message(role="assistant", content=answer.strip()))
 
@@ -56,7 +60,7 @@ class ChatSession:
                 self.reset()
                 continue
             try:
-                write_answer(((event.kind, event.text) for event in self.ask(question)), self.last.text)
+                write_answer(styled(self.ask(question)), self.last.text)
             except RequestError as error:
                 self.reset()
                 write(f"{error}; starting a new conversation\n", "warning")

@@ -1,13 +1,15 @@
 """Terminal input and output of a chat: questions, commands, streamed answers."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+from thinkstack.text.stream import StreamEvent
 
 NEW = "/new"
 EXIT = ("/exit", "/quit")
 HELP = "/help"
 COMMANDS = "/new starts a new conversation, /exit or an empty line quits, Ctrl-C stops an answer"
-STYLES = {"thinking": "2", "answer": "1", "note": "2", "warning": "33"}
+STYLES = {"reasoning": "2", "content": "1", "note": "2", "warning": "33"}
 """ANSI codes of dim, bold, dim and yellow text."""
 Write = Callable[[str, str], None]
 """Function (text, style) that prints a text; style: a key of `STYLES`, or "" for none."""
@@ -21,6 +23,15 @@ def write(text: str, style: str = "") -> None:
 
 def discard(text: str, style: str = "") -> None:
     """Print nothing: the output function of ranks other than 0."""
+
+
+def styled(events: Iterable[StreamEvent]) -> Iterator[tuple[str, str]]:
+    """The texts of a turn with their styles; reasoning and content are on lines of their own."""
+    before = ""
+    for event in events:
+        if event.text:
+            yield event.kind, event.text if before in ("", event.kind) else f"\n{event.text}"
+            before = event.kind
 
 
 def write_answer(parts: Iterable[tuple[str, str]], end_token: Callable[[], str], write: Write = write) -> str:

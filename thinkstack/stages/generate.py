@@ -19,7 +19,6 @@ from thinkstack.stages.console import NEW, Write, write_answer
 from thinkstack.text.stream import LastToken, stream_text
 from thinkstack.types import ConfigError, Message, RequestError, SamplingParams
 
-TextOf = Callable[[Sequence[int]], str]
 MAX_NUM_SEQS = 64
 """Number of prompts of a file that are sampled at once."""
 
@@ -62,26 +61,26 @@ class Generator:
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Stream the next assistant message, including the prefill that the prompt ends with."""
-        return self._stream(self.chat.prompt(messages), self.chat.text_of)
+        return self._stream(self.chat.prompt(messages), self.chat.opening(messages))
 
     def answers(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         """The text of `respond` for each prompt, sampled as one batch; prompt i is sampled with seed + i."""
         encoded = [self._encode(prompt, raw) for prompt in prompts]
         params = [replace(self._fitting(ids), seed=self.sampling.seed + n) for n, (ids, _) in enumerate(encoded)]
         groups = self.engine.generate([ids for ids, _ in encoded], params)
-        return [text_of(group[0].token_ids) for (_, text_of), group in zip(encoded, groups, strict=True)]
+        return [
+            self.chat.text_of(group[0].token_ids, opening) for (_, opening), group in zip(encoded, groups, strict=True)
+        ]
 
-    def _encode(self, prompt: str, raw: bool) -> tuple[list[int], TextOf]:
-        """The prompt token ids, and the function that turns sampled ids into text."""
+    def _encode(self, prompt: str, raw: bool) -> tuple[list[int], str]:
+        """The prompt token ids, and the start of the answer that they contain."""
         if raw or not self.chat.has_template:
-            return self.chat.tokenizer.begin_ids + self.chat.tokenizer.encode(prompt), self._continuation
-        return self.chat.prompt([Message(role="user", content=prompt)]), self.chat.text_of
+            return self.chat.tokenizer.begin_ids + self.chat.tokenizer.encode(prompt), ""
+        messages = [Message(role="user", content=prompt)]
+        return self.chat.prompt(messages), self.chat.opening(messages)
 
-    def _continuation(self, token_ids: Sequence[int]) -> str:
-        return self.chat.tokenizer.decode([token for token in token_ids if token not in self.chat.stop_token_ids])
-
-    def _stream(self, ids: list[int], text_of: TextOf) -> Iterator[str]:
-        return stream_text(text_of, self.last.track(self.engine.stream(ids, self._fitting(ids))))
+    def _stream(self, ids: list[int], opening: str) -> Iterator[str]:
+        return stream_text(self.chat, self.last.track(self.engine.stream(ids, self._fitting(ids))), opening)
 
     def _fitting(self, ids: Sequence[int]) -> SamplingParams:
         """The sampling parameters, with max_tokens limited to the context length minus the prompt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -137,12 +138,22 @@ def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     return visible_text, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in names)
 
 
-def parse_message(text: str) -> Message:
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string starts that is complete first, the longest if there are several; None if there is none."""
+    found = [(at + len(each), at) for each in stop if (at := text.find(each)) >= 0]
+    return min(found)[1] if found else None
+
+
+def parse_message(text: str, stop: Sequence[str] = ()) -> Message:
     """Parse an assistant turn into a Message with reasoning, content and tool calls.
 
-    text: the result of ChatFormat.text_of. Line breaks around reasoning and content are stripped.
+    text: the result of ChatFormat.text_of. Line breaks around reasoning and content are stripped. stop: strings that
+    end the turn where they occur in the content. text/stream.py gives the same while the text is sampled.
     """
     thinking, rest = split_thinking(text)
     visible_text, calls = parse_tool_calls(rest)
-    reasoning = None if thinking is None else thinking.strip("\n")
+    reasoning, visible_text = None if thinking is None else thinking.strip("\n"), visible_text.lstrip("\n")
+    end = find_stop(visible_text, stop)
+    if end is not None:
+        visible_text, calls = visible_text[:end], ()
     return Message(role="assistant", content=visible_text.strip("\n"), reasoning=reasoning, tool_calls=calls)

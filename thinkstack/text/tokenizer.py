@@ -35,6 +35,12 @@ TOOLS = (
 """Control tokens of tool calls and results, in V3's order; our vocabularies have them if tools are used."""
 
 FILE = "tokenizer.json"
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
+"""The byte of each character in the tokens of a byte-level BPE (GPT-2)."""
+_FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class Control(str):
@@ -60,6 +66,8 @@ class Tokenizer:
         self._spellings = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         data["added_tokens"] = [token for token in data["added_tokens"] if token["content"].isspace()]
         data["post_processor"] = None
+        self.is_byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
+        """Whether every token is a sequence of bytes, see `bytes_of`."""
         self._text = tokenizers.Tokenizer.from_str(json.dumps(data))
 
     @property
@@ -116,6 +124,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, including control tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._full.decode(list(ids), skip_special_tokens=False)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of a token of a byte-level tokenizer; `decode` joins them. Empty for an unknown id."""
+        token = self._full.id_to_token(token_id) or ""
+        if all(character in _BYTES for character in token):
+            return bytes(_BYTES[character] for character in token)
+        return token.encode()  # a control token
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether `decode` does not skip this id."""
+        return self._full.id_to_token(token_id) is not None
+
+    def is_fallback_byte(self, token_id: int) -> bool:
+        """Whether a token of a tokenizer that is not byte-level stands for one byte."""
+        return _FALLBACK_BYTE.fullmatch(self._full.id_to_token(token_id) or "") is not None
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into `folder`."""
