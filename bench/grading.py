@@ -11,17 +11,22 @@ import gzip
 import json
 import random
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from thinkstack.tasks.benchmarks.datasets import benchmark_problem
-from thinkstack.tasks.reward import accuracy_reward
-from thinkstack.tasks.table import BENCHMARKS, verify
-from thinkstack.tasks.verify.latex import has_math_verify, normalize_latex
-from thinkstack.types import Problem
+from thinkstack.tasks.benchmarks.datasets import Math, question_problem
+from thinkstack.tasks.reward import verify
+from thinkstack.tasks.table import make_task
+from thinkstack.tasks.task import TaskConfig
+from thinkstack.tasks.verify.latex import has_math_verify, normalize_latex, same_spelling
+from thinkstack.tasks.verify.pool import VerifierPool
+from thinkstack.text.parse import parse_turn
+from thinkstack.types import Problem, Response
 
 NUM_PAIRS = 5000
+MATH = Math("math", TaskConfig(data="unused"))
 FILES = ("gsm8k/train", "gsm8k/test", "math/train", "math/test")
 
 
@@ -32,42 +37,49 @@ def rows(path: Path) -> list[dict]:
 
 
 def as_problem(row: dict, reference: str) -> Problem:
-    return benchmark_problem("math", str(row.get("prompt") or row.get("problem")), reference, level=1)
+    return question_problem("math", str(row.get("prompt") or row.get("problem")), reference, {"level": 1})
 
 
-def graded_answers(data: Path) -> Iterator[tuple[str, str, str, bool]]:
-    """(file, reference, answer, our verdict) of each recorded answer: the answer alone, or as it was written."""
+def recorded_answers(data: Path) -> Iterator[tuple[str, Problem, Response]]:
+    """(file, problem, response) of each recorded answer: the answer alone, or as it was written."""
     for path in sorted((data / "r1_traces").glob("cs336_*.jsonl.gz")):
         for row in rows(path):
-            yield (
-                "cs336",
-                row["ground_truth"],
-                row["response"],
-                verify(as_problem(row, row["ground_truth"]), row["response"]),
-            )
+            yield "cs336", as_problem(row, row["ground_truth"]), Response(text=row["response"], answer=row["response"])
     for path in sorted((data / "r1_traces").glob("rasbt_*.jsonl.gz")):
         for row in rows(path):
             turn = f"<think>\n{row['message_thinking'] or '.'}\n</think>\n\n{row['message_content']}"
-            verdict = accuracy_reward(as_problem(row, row["gtruth_answer"]), turn, "think_then_answer") == 1.0
-            yield "rasbt", row["gtruth_answer"], row["message_content"], verdict
+            yield "rasbt", as_problem(row, row["gtruth_answer"]), parse_turn(turn, "think_then_answer")
 
 
 def report_agreement(data: Path) -> None:
-    """Our verdicts on recorded answers beside math-verify's."""
-    from math_verify import parse, verify
+    """Our verdicts on recorded answers, through the pool as in RL and evaluation, beside math-verify's."""
+    import math_verify
 
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    differences: dict[tuple[str, str, bool], int] = defaultdict(int)
-    for file, reference, answer, ours in graded_answers(data):
-        text = answer if "\\boxed" in answer or "$" in answer else f"${answer}$"
-        theirs = bool(verify(parse(f"${reference}$"), parse(text)))
-        counts[file] = [a + b for a, b in zip(counts[file], (1, ours == theirs, ours), strict=True)]
-        if ours != theirs:
-            differences[reference, answer, ours] += 1
-    for file, (total, equal, right) in counts.items():
-        print(f"{file}: {equal} of {total} verdicts equal math-verify's; {right} right by ours")
+    recorded = list(recorded_answers(data))
+    pairs = [(problem, response) for _, problem, response in recorded]
+    started = time.perf_counter()
+    with VerifierPool() as pool:
+        verdicts = verify(pairs, {"math": MATH}, pool)
+    seconds = time.perf_counter() - started
+    in_pool = sum(MATH.may_hang(*pair) for pair in pairs)
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    differences: dict[tuple[str, str, str], int] = defaultdict(int)
+    for (file, problem, response), verdict in zip(recorded, verdicts, strict=True):
+        text = response.text if "\\boxed" in response.text or "$" in response.text else f"${response.text}$"
+        theirs = bool(math_verify.verify(math_verify.parse(f"${problem.answer}$"), math_verify.parse(text)))
+        ours = verdict.total == 1.0
+        found = (1, ours == theirs and not verdict.unscorable, ours, verdict.unscorable is not None)
+        counts[file] = [a + b for a, b in zip(counts[file], found, strict=True)]
+        if ours != theirs or verdict.unscorable:
+            verdict_text = verdict.unscorable or ("right" if ours else "wrong")
+            differences[problem.answer, response.text, verdict_text] += 1
+    for file, (total, equal, right, unscorable) in counts.items():
+        print(
+            f"{file}: {equal} of {total} verdicts equal math-verify's; {right} right, {unscorable} unscorable by ours"
+        )
+    print(f"{in_pool} of {len(pairs)} answers went to math-verify in the pool; {seconds:.1f} s")
     for (reference, answer, ours), count in sorted(differences.items()):
-        print(f"  {count} x reference {reference!r}, answer {answer!r}: {'right' if ours else 'wrong'} by ours")
+        print(f"  {count} x reference {reference!r}, answer {answer!r}: {ours} by ours")
 
 
 def report_references(data: Path) -> list[str]:
@@ -75,8 +87,10 @@ def report_references(data: Path) -> list[str]:
     found: list[str] = []
     for file in FILES:
         name = file.partition("/")[0]
-        problems = BENCHMARKS[name].load(data / f"{file}.jsonl.gz")
-        print(f"{file}: {sum(verify(p, p.answer) for p in problems)} of {len(problems)} references equal themselves")
+        task = make_task(name, TaskConfig(data=str(data / name)))
+        problems = task.read(data / f"{file}.jsonl.gz")
+        equal = sum(task.is_correct(problem, problem.answer) for problem in problems)
+        print(f"{file}: {equal} of {len(problems)} references equal themselves")
         found += [problem.answer for problem in problems if name == "math"]
     return sorted(set(found))
 
@@ -87,7 +101,7 @@ def report_pairs(references: list[str]) -> None:
     near = [(text, text[:place] + text[place + 1 :]) for text in references for place in [rng.randrange(len(text))]]
     pairs = {"random": [tuple(rng.sample(references, 2)) for _ in range(NUM_PAIRS)], "a character less": near}
     for name, listed in pairs.items():
-        equal = [pair for pair in listed if verify(benchmark_problem("math", "?", pair[0], 1), pair[1])]
+        equal = [pair for pair in listed if same_spelling(*pair)]
         print(f"{name}: {len(equal)} of {len(listed)} pairs equal")
         for pair in equal:
             print(f"  {pair[0]!r} and {pair[1]!r}")

@@ -159,6 +159,20 @@ def test_completions_of_other_weights_are_not_trained_on(make_bandit):
         rl.step()
 
 
+def test_evaluations_during_training_use_the_reward_of_the_run(make_bandit, monkeypatch):
+    """Regression: a run with another thinking format was evaluated with the default one, so its curve read about 0."""
+    rl, rewards = make_bandit(), []
+
+    def evaluate(generate, chat, problems, cfg, reward, pool):
+        rewards.append(reward)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thinkstack.rl.trainer.evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        rl.evaluate()
+    assert rewards == [rl.reward]
+
+
 def test_training_and_evaluation_score_by_one_function():
     """Two extractors that drift apart make the reward rise and the benchmark stand still."""
     from thinkstack.evals import runner

@@ -95,6 +95,8 @@ class DatasetTask(Task):
         if self.compares_formulas:
             import math_verify  # noqa: F401
 
+            logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+
 
 class Gsm8k(DatasetTask):
     """Grade-school word problems with integer answers (arXiv:2110.14168).
