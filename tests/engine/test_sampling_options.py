@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.reference import sample_one
 from thinkstack.engine.grammar import GrammarState
-from thinkstack.engine.row_sampler import append_sampled, sample_rows
+from thinkstack.engine.sampler import append_sampled, sample_rows
 from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import QueueEntry, Request, SequenceTable
 from thinkstack.types import RequestError, SamplingParams
