@@ -1,4 +1,4 @@
-"""AIME: competition problems whose answers are integers from 0 to 999 (American Invitational Mathematics Examination)."""
+"""AIME: competition problems whose answers are integers from 0 to 999 (American Invitational Math. Examination)."""
 
 import re
 from pathlib import Path
