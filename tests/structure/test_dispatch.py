@@ -97,3 +97,8 @@ def test_this_test_notices_what_it_forbids(source, found):
 
 def test_every_exemption_is_needed():
     assert all(predicates((PACKAGE / name).read_text(encoding="utf-8")) for name in EXEMPT)
+
+
+def test_private_operators_are_called_in_one_module():
+    calling = [path for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text(encoding="utf-8"))]
+    assert [str(path.relative_to(PACKAGE)) for path in calling] == ["kernels/cpu/mkldnn.py"]
