@@ -42,10 +42,11 @@ from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.evals.runner import EvalConfig, held_out_problems
+from thinkstack.kernels.precision import Precision, resolve_precision
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token, flops_per_token
-from thinkstack.models.precision import Precision, Quantization, inference_copy, resolve_precision
+from thinkstack.models.precision import Quantization, inference_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import SamplingParams
 

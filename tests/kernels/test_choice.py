@@ -9,7 +9,7 @@ from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.kernels import choice
 from thinkstack.kernels.choice import Measurements
 from thinkstack.kernels.cpu import build, calls
-from thinkstack.models.precision import resolve_precision
+from thinkstack.kernels.precision import resolve_precision
 from thinkstack.train.passes import working_model
 from thinkstack.train.trainer_config import TrainerConfig
 

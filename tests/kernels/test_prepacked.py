@@ -1,6 +1,7 @@
 """Prepacked matrices against F.linear."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.kernels.test_kernels import random_tensor
 from thinkstack.kernels import ops
-from thinkstack.kernels.cpu import prepacked as prepacked
+from thinkstack.kernels.cpu import mkldnn, prepacked
 from thinkstack.kernels.cpu.prepacked import (
     PrepackedMatrix,
     can_prepack,
@@ -91,8 +92,32 @@ def test_prepacked_matrices_are_not_used_with_gradients_or_in_fp32():
 def test_prepacked_products_in_fp32_are_batch_invariant(outputs, inputs):
     """A single row of 1,536 numbers was summed in another order than one of two."""
     assert is_batch_invariant(outputs, inputs)
-    x, matrix = random_tensor(70, inputs), prepacked.prepack(random_tensor(outputs, inputs, seed=1))
+    x, matrix = random_tensor(70, inputs), mkldnn.prepack(random_tensor(outputs, inputs, seed=1))
     together = prepacked_linear(x, matrix)
     assert all(torch.equal(prepacked_linear(x[n : n + 1], matrix)[0], together[n]) for n in (0, 33, 69))
     assert torch.equal(prepacked_linear(x[5:42], matrix), together[5:42])
     torch.testing.assert_close(together, F.linear(x, random_tensor(outputs, inputs, seed=1)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(params=["a missing operator", "an operator that refuses"])
+def without_onednn(request, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("could not create a primitive")
+
+    given = SimpleNamespace(_reorder_linear_weight=refuse, _is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace() if "missing" in request.param else given)
+    mkldnn.supports.cache_clear()
+    yield
+    mkldnn.supports.cache_clear()
+
+
+@torch.no_grad()
+def test_without_private_operators_matmuls_are_torchs(without_onednn, caplog):
+    """torch.ops.mkldnn is not public: a version of torch may lack an operator or change its arguments."""
+    x, weight, bias = random_tensor(5, 96), random_tensor(40, 96, seed=1), random_tensor(40, seed=2)
+    assert not can_prepack(weight) and "cannot multiply prepacked matrices" in caplog.text
+    assert prepacked.prepack_batch_invariant(weight) is None
+    assert torch.equal(mkldnn.linear(x, mkldnn.prepack(weight), bias), F.linear(x, weight, bias))
+    made = layer(bias=True)
+    assert made.prepacked is None
+    assert torch.equal(made(x.bfloat16()), ops.linear(x.bfloat16(), made.weight, made.bias))

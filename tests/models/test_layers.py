@@ -54,6 +54,8 @@ def test_swiglu_backward_is_autograds():
 
 def test_the_feed_forward_is_the_papers_formula():
     layer, x = SwiGLU(6, 10), random_tensor(3, 6)
+    for seed, parameter in enumerate(layer.parameters()):
+        parameter.data = random_tensor(*parameter.shape, seed=seed + 1)
     expected = (F.silu(x @ layer.w1.weight.T) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T
     torch.testing.assert_close(layer(x), expected)
 

@@ -13,8 +13,8 @@ import pytest
 
 from thinkstack.config import override
 from thinkstack.kernels import choice
+from thinkstack.kernels.precision import resolve_precision
 from thinkstack.log import Run
-from thinkstack.models.precision import resolve_precision
 from thinkstack.pipeline import graph
 from thinkstack.pipeline.recipe import read_recipe
 from thinkstack.pipeline.run import list_stages, run_recipe

@@ -34,8 +34,9 @@ from thinkstack.checkpoint.source import OutputFormat, TensorSource
 from thinkstack.checkpoint.state import current, write_folder
 from thinkstack.checkpoint.unreadable import unreadable_file
 from thinkstack.files import read_text
+from thinkstack.kernels.precision import Precision, RequestedPrecision, resolve_precision
 from thinkstack.models.counts import count_parameters
-from thinkstack.models.precision import Precision, Quantization, RequestedPrecision, resolve_precision
+from thinkstack.models.precision import Quantization
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.fp8 import E4M3, FP8Blocks
 from thinkstack.quant.scheme import QuantScheme

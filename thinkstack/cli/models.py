@@ -192,7 +192,7 @@ def inspect(
 
     print(describe_model(model))
     if train:
-        from thinkstack.models.precision import resolve_precision
+        from thinkstack.kernels.precision import resolve_precision
         from thinkstack.train.memory import TrainingShape
 
         shape = TrainingShape(

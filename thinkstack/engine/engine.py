@@ -22,8 +22,9 @@ from thinkstack.engine.sampler import NO_TOKENS, SampledTokens, append_sampled, 
 from thinkstack.engine.scheduler import RowsToSample, Scheduler
 from thinkstack.engine.sequence_table import Request, SequenceTable
 from thinkstack.engine.speculative import Speculator
+from thinkstack.kernels.precision import RequestedPrecision
 from thinkstack.machine import SharedCores
-from thinkstack.models.precision import QUANT_SCHEMES, Quantization, RequestedPrecision
+from thinkstack.models.precision import QUANT_SCHEMES, Quantization
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, FinishReason, RequestError, SamplingParams
 

@@ -26,7 +26,8 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.interface import AnyEngine, Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.logits_processor import needs_no_processing
 from thinkstack.engine.vllm import Server, ServerError, WrongWeights, check_sampling, new_id
-from thinkstack.models.precision import DTYPES, inference_copy, resolve_precision
+from thinkstack.kernels.precision import DTYPES, resolve_precision
+from thinkstack.models.precision import inference_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, ConfigError, RequestError, SamplingParams
 

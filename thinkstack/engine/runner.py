@@ -16,16 +16,10 @@ from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
 from thinkstack.kernels import ops
 from thinkstack.kernels.paging import Pages
+from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
 from thinkstack.models.config import ModelConfig
 from thinkstack.models.layers import prepack_weights
-from thinkstack.models.precision import (
-    DTYPES,
-    Quantization,
-    RequestedPrecision,
-    inference_copy,
-    resolve_precision,
-    update_copy,
-)
+from thinkstack.models.precision import Quantization, inference_copy, update_copy
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import ConfigError
 

@@ -31,7 +31,7 @@ OVERRIDE_FACTOR = 1.2
 """Minimum factor by which a measurement on this machine must contradict the table to override it."""
 CAP_VARIABLES = ("THINKSTACK_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that limit the instruction sets in use and therefore change measurements."""
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -106,7 +106,7 @@ def product_speeds(size: int = 256, repetitions: int = 8) -> dict[str, float]:
     """Best GFLOP/s of torch's matmul of square matrices, by precision. A repetition that takes more than 10 ms is the
     last: times range from 50 us to 50 ms between machines."""
     speeds = {}
-    for dtype, name in DTYPES.items():
+    for dtype, name in PRECISIONS.items():
         a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
         torch.nn.functional.linear(a[:8], b)
         best = float("inf")
@@ -208,12 +208,7 @@ def uses(operation: str, dtype: torch.dtype) -> bool:
     if switch == "0" or binary() is None:
         return False
     found = choices()
-    return switch == "1" or found.kernels.get(f"{operation}.{DTYPES[dtype]}", found.others)
-
-
-def fast_precision(device: torch.device | str) -> str:
-    """The faster precision of matmuls: bf16 on CUDA, the choice for this processor on a CPU."""
-    return choices().auto_dtype if torch.device(device).type == "cpu" else "bf16"
+    return switch == "1" or found.kernels.get(f"{operation}.{PRECISIONS[dtype]}", found.others)
 
 
 def emulates_bf16() -> bool:

@@ -26,7 +26,12 @@ def always(*_: Any) -> bool:
 
 def on_cpu(x: Tensor, operation: str) -> bool:
     """Whether the C++ kernel of this operation supports tensors like x and is faster (choice.py)."""
-    return x.device.type == "cpu" and x.dtype in choice.DTYPES and calls.available() and choice.uses(operation, x.dtype)
+    return (
+        x.device.type == "cpu"
+        and x.dtype in choice.PRECISIONS
+        and calls.available()
+        and choice.uses(operation, x.dtype)
+    )
 
 
 def eager_on_cpu(x: Tensor, operation: str) -> bool:

@@ -32,24 +32,21 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without initialization on the meta device."""
+    """nn.Embedding with uninitialized memory: its values are from `Transformer.initialize` or a checkpoint."""
 
     def reset_parameters(self) -> None:
-        """Skip the meta device, where torch would import its compiler to initialize."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
+        """Leave the memory uninitialized."""
 
 
 class Linear(nn.Linear):
-    """A linear layer whose bias may be fp32 with a bf16 matrix, as in copies made by precision.cast_copy."""
+    """A linear layer with uninitialized memory, as Embedding. Its bias may be fp32 with a bf16 matrix, as in copies
+    made by precision.cast_copy."""
 
     prepacked: PrepackedMatrix | None = None
     """A second, prepacked copy of the matrix for inference in bf16 (`prepack_weights`)."""
 
     def reset_parameters(self) -> None:
-        """See Embedding."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
+        """Leave the memory uninitialized."""
 
     @property
     def matrix(self) -> Matrix:

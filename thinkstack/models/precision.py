@@ -1,14 +1,11 @@
 """Copies of a model for computation: in a lower precision than the fp32 master weights, or quantized."""
 
 import copy
-import functools
-import logging
 from typing import Literal
 
 import torch
 from torch import nn
 
-from thinkstack.kernels import choice
 from thinkstack.models.lora import BASE_SCHEMES, adapters, merge_adapters, merged_tensors
 from thinkstack.models.moe import MoE
 from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model, quantized_weights
@@ -16,31 +13,9 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
 from thinkstack.quant.scheme import QuantScheme
 
-log = logging.getLogger(__name__)
-
-Precision = Literal["fp32", "bf16"]
-RequestedPrecision = Literal["auto", "fp32", "bf16"]
-""""auto": bf16 if matmuls on the device are faster in bf16 than in fp32 (`resolve_precision`)."""
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 """Quantization of the matrices in inference; "none": the precision of the model."""
 QUANT_SCHEMES: dict[str, QuantScheme] = {"int8": Int8(), **BASE_SCHEMES}
-
-
-def resolve_precision(requested: RequestedPrecision, device: torch.device | str = "cpu") -> Precision:
-    """The precision to compute in. "auto" is bf16 on CUDA; on a CPU it depends on the instruction set and a
-    measurement. Requesting bf16 on a CPU that emulates it logs a warning once."""
-    fast: Precision = "bf16" if choice.fast_precision(device) == "bf16" else "fp32"
-    if requested == "auto":
-        return fast
-    if requested == "bf16" and fast != "bf16":
-        _warn_of_emulation(choice.choices().reason)
-    return requested
-
-
-@functools.cache
-def _warn_of_emulation(reason: str) -> None:
-    log.warning("dtype=bf16 is slow on this processor (%s); use dtype=auto or dtype=fp32", reason)
 
 
 def cast_copy(model: Transformer, dtype: torch.dtype, always: bool = False) -> Transformer:

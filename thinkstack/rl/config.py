@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from thinkstack.config import Count, CountOrZero, ModelInput, Seed, Share, Weight
 from thinkstack.engine.remote import ServersConfig
-from thinkstack.models.precision import Quantization, RequestedPrecision
+from thinkstack.kernels.precision import RequestedPrecision
+from thinkstack.models.precision import Quantization
 from thinkstack.rl.critic import CriticConfig
 from thinkstack.tasks.mixture import PhaseConfig, check_mixture
 from thinkstack.tasks.reward import RewardConfig

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.models.precision import DTYPES, Precision, Quantization
+from thinkstack.kernels.precision import DTYPES, Precision
+from thinkstack.models.precision import Quantization
 from thinkstack.stages.console import NEW, read_question, styled, write, write_answer
 from thinkstack.text.chat import ZeroFormat
 from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat

@@ -12,9 +12,10 @@ from thinkstack.engine.remote import ServersConfig, open_engine
 from thinkstack.evals.results import Evaluation, write_samples
 from thinkstack.evals.runner import EvalConfig, evaluate, held_out_problems, warn_if_no_answer_read
 from thinkstack.files import read_object
+from thinkstack.kernels.precision import RequestedPrecision
 from thinkstack.log import Run, write_json
 from thinkstack.machine import pick_device
-from thinkstack.models.precision import Quantization, RequestedPrecision
+from thinkstack.models.precision import Quantization
 from thinkstack.stages.saved_completions import SavedCompletions
 from thinkstack.tasks.reward import Reward, RewardConfig
 from thinkstack.tasks.table import make_tasks

@@ -12,7 +12,8 @@ import torch
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.files import lines
-from thinkstack.models.precision import DTYPES, Precision, Quantization
+from thinkstack.kernels.precision import DTYPES, Precision
+from thinkstack.models.precision import Quantization
 from thinkstack.parallel.inference import Ranks, broadcast_text
 from thinkstack.parallel.load import load_shard
 from thinkstack.stages.console import NEW, Write, write_answer

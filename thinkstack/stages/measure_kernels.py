@@ -136,7 +136,7 @@ def describe_speed() -> str:
     for name in CASES:
         here, listed = found.factors.get(name), table.get(name)
         operation, _, dtype = name.partition(".")
-        is_kernel = choice.uses(operation, {kind: dtype for dtype, kind in choice.DTYPES.items()}[dtype])
+        is_kernel = choice.uses(operation, {kind: dtype for dtype, kind in choice.PRECISIONS.items()}[dtype])
         figures = "".join(f"{'-' if value is None else f'{value:.2f}':>8}" for value in (listed, here))
         rows.append(("", f"{name:<22}{figures}  {'kernel' if is_kernel else 'torch'}"))
     return "\n".join(f"{name:<18}{text}" for name, text in rows)
@@ -248,7 +248,8 @@ def _paged_attend(dtype: torch.dtype) -> Work:
 
 
 def _small_m(dtype: torch.dtype) -> Work:
-    layer, x = Linear(576, 1536, bias=False).to(dtype), _random(1, 576, dtype=dtype)
+    layer, x = Linear(576, 1536, bias=False), _random(1, 576, dtype=dtype)
+    layer.weight.data = _random(1536, 576, dtype=dtype)
     return _without_gradients(lambda: layer(x))
 
 
@@ -275,7 +276,7 @@ def _sample(dtype: torch.dtype) -> Work:
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CASES: dict[str, Callable[[], Work]] = {
-    f"{name}.{choice.DTYPES[dtype]}": partial(case, dtype)
+    f"{name}.{choice.PRECISIONS[dtype]}": partial(case, dtype)
     for name, case, dtypes in (
         ("linear", _linear, (FP32,)),
         ("attend", _attend, (FP32, BF16)),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinkstack.config import CountOrZero, Positive, Share, Weight
-from thinkstack.models.precision import DTYPES, RequestedPrecision, resolve_precision
+from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
 from thinkstack.train.low_moments import LowMomentAdamW
 from thinkstack.train.muon import Muon, hidden_matrices
 from thinkstack.types import ConfigError

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from thinkstack.kernels.precision import DTYPES, resolve_precision
 from thinkstack.models.moe import Routing
-from thinkstack.models.precision import DTYPES, cast_copy, resolve_precision
+from thinkstack.models.precision import cast_copy
 from thinkstack.models.transformer import Transformer, Trunk
 from thinkstack.models.value_head import ValueModel
 from thinkstack.train.balance import expert_counts, moe_layers, sequence_balance_loss

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thinkstack.config import Count, Weight
+from thinkstack.kernels.precision import RequestedPrecision
 from thinkstack.models.lora import LoRAConfig
-from thinkstack.models.precision import RequestedPrecision
 from thinkstack.train.optim import OptimConfig
 from thinkstack.types import ConfigError
 

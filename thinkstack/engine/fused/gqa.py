@@ -15,12 +15,8 @@ from thinkstack.engine.fused import calls
 from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
 from thinkstack.kernels.conditions import fits_small_m, on_cpu
 from thinkstack.kernels.cpu import rows
-from thinkstack.kernels.cpu.prepacked import (
-    can_prepack_all,
-    is_batch_invariant,
-    prepack,
-    prepacked_linear,
-)
+from thinkstack.kernels.cpu.mkldnn import prepack
+from thinkstack.kernels.cpu.prepacked import can_prepack_all, is_batch_invariant, prepacked_linear
 from thinkstack.kernels.ops import Matrix
 from thinkstack.kernels.paging import Pages
 from thinkstack.kernels.sizes import LANES, SMALL_M

@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.kernels.choice import DTYPES
+from thinkstack.kernels.choice import PRECISIONS
 from thinkstack.kernels.cpu import structures
 from thinkstack.kernels.cpu.build import binary
 
@@ -43,7 +43,7 @@ def call(name: str, *arguments: object) -> None:
 
 def call_for(dtype: torch.dtype, name: str, *arguments: object) -> None:
     """`call` the variant of kernel `name` for fp32 or bf16."""
-    call(f"{name}_{DTYPES[dtype]}", *arguments)
+    call(f"{name}_{PRECISIONS[dtype]}", *arguments)
 
 
 def address(x: Tensor | None) -> int | None:

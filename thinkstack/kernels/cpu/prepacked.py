@@ -11,20 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinkstack.kernels.cpu import mkldnn
+
 MAX_MEMORY_SHARE = 1 / 8
 """Maximum share of the memory for prepacked copies of the matrices of a model."""
-REORDER_ROWS = 64
-"""Number of rows that the layout is optimized for; the layout works for any number of rows."""
 TESTED_ROWS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
 """Numbers of rows that `is_batch_invariant` tests."""
 MAX_TESTED_OUTPUTS = 2048
 """Maximum number of outputs of the matrix in the test of `is_batch_invariant`."""
-
-
-def prepack(weight: Tensor) -> Tensor:
-    """A copy of a matrix (N, K) in oneDNN's layout, for `prepacked_linear`."""
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), REORDER_ROWS)
-    return found
 
 
 def prepacked_linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,8 +26,7 @@ def prepacked_linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> T
     because the order of summation of a matmul with one row may differ."""
     if x.dtype == torch.float32 and len(x) == 1:
         return prepacked_linear(x.repeat(2, 1), matrix, bias)[:1]
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
-    return found
+    return mkldnn.linear(x, matrix, bias)
 
 
 @functools.cache
@@ -42,8 +35,8 @@ def is_batch_invariant(outputs: int, inputs: int) -> bool:
     for bit independent of the number of rows. oneDNN does not guarantee this, so it is tested."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(TESTED_ROWS[-1], inputs, generator=generator)
-    matrix = prepack(
-        torch.randn(min(outputs, MAX_TESTED_OUTPUTS + outputs % REORDER_ROWS), inputs, generator=generator)
+    matrix = mkldnn.prepack(
+        torch.randn(min(outputs, MAX_TESTED_OUTPUTS + outputs % mkldnn.REORDER_ROWS), inputs, generator=generator)
     )
     together = prepacked_linear(rows, matrix)
     return all(torch.equal(prepacked_linear(rows[-count:], matrix), together[-count:]) for count in TESTED_ROWS)
@@ -63,17 +56,13 @@ class PrepackedMatrix:
         """F.linear(x, weight, bias), all in bf16; weight (N, K) is the current matrix."""
         now = (weight.data_ptr(), weight._version)
         if self._matrix is None or self._of != now:
-            self._of, self._matrix = now, prepack(weight)
+            self._of, self._matrix = now, mkldnn.prepack(weight)
         return prepacked_linear(x, self._matrix, bias)
 
 
 def can_prepack(weight: Tensor) -> bool:
     """Whether this machine supports prepacked matrices of the dtype and device of `weight`."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.float32:
-        return True
-    return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.device.type == "cpu" and mkldnn.supports(weight.dtype)
 
 
 def can_prepack_all(*weights: Tensor) -> bool:
@@ -87,4 +76,4 @@ def can_prepack_all(*weights: Tensor) -> bool:
 def prepack_batch_invariant(weight: Tensor) -> Tensor | None:
     """A prepacked copy of an fp32 matrix if its matmuls are batch-invariant, otherwise None."""
     takes = weight.dtype == torch.float32 and can_prepack_all(weight) and is_batch_invariant(*weight.shape)
-    return prepack(weight) if takes else None
+    return mkldnn.prepack(weight) if takes else None
