@@ -9,6 +9,7 @@ from tests.engine.requests import FUSED, LONG, SMALL, all_models, alone, how, pr
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.interface import Overloaded
 from thinkstack.kernels.cpu import calls
 from thinkstack.types import RequestError, SamplingParams
 
@@ -237,7 +238,7 @@ def test_a_full_queue_and_a_small_cache_refuse_by_number():
     engine = Engine(tiny_model(**LONG), replace(SMALL, max_waiting=2, cache_tokens=2 * BLOCK_SIZE))
     for _ in range(2):
         engine.submit([1], SamplingParams(max_tokens=1))
-    with pytest.raises(RequestError, match="2 requests are waiting"):
+    with pytest.raises(Overloaded, match="2 requests are waiting"):
         engine.submit([1], SamplingParams(max_tokens=1))
     with pytest.raises(RequestError, match="the KV cache has 128"):
         engine.submit([1] * 100, SamplingParams(max_tokens=29))

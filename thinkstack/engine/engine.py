@@ -7,7 +7,7 @@ or preemption, because model outputs depend only on the sequence and random numb
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -165,11 +165,12 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
         grammar: GrammarFactory | None = None,
+        tenant: str = "",
     ) -> Request:
-        """Queue a prompt. priority: lower values first. cache_salt: only requests with the same salt share prefixes.
-        grammar: returns the grammar that restricts the tokens of a completion, in its first state.
+        """Queue a prompt. priority: lower values first; tenants take turns. cache_salt: only requests with the same
+        salt share prefixes. grammar: returns the grammar that restricts the tokens of a completion, in its first state.
 
-        Raises RequestError if the request can never be served, or if the queue is full.
+        Raises RequestError if the request can never be served, Overloaded if the queue is full.
         """
         # checked here and not in step, where an error would fail all requests
         prompt_token_ids = check_request(prompt_token_ids, sampling, self.max_model_len, self.vocab_size)
@@ -180,6 +181,7 @@ class Engine:
             completions=[None] * sampling.n,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
             grammars=tuple(GrammarState(grammar()) for _ in range(sampling.n)) if grammar is not None else (),
             weights_version=self.version,
         )
@@ -226,7 +228,7 @@ class Engine:
         if to_sample.offsets.any():
             assert self.speculator is not None, "only the speculator writes draft tokens"
             accepted = self.speculator.accept(to_sample.rows, to_sample.offsets, sampled.token_ids)
-        rows, token_ids, logprobs, errors = append_sampled(table, to_sample, sampled, accepted)
+        rows, token_ids, logprobs, top_logprobs, errors = append_sampled(table, to_sample, sampled, accepted)
         completions = [table.request_at(row) for row in rows.tolist()]
         if accepted is not None:
             rows = numpy.unique(rows)
@@ -235,7 +237,7 @@ class Engine:
         finished = [(table.request_at(row), reason) for row, reason in ends.items()]
         for row, reason in ends.items():
             self._finish(row, reason, errors.get(row))
-        return StepOutput(completions, token_ids, logprobs, finished)
+        return StepOutput(completions, token_ids, logprobs, top_logprobs, finished)
 
     def generate(
         self,
@@ -289,13 +291,27 @@ class Engine:
             if not request.is_finished:
                 self.abort(request)
 
-    def abort(self, request: Request) -> None:
-        """Stop `request`: unfinished completions get finish_reason="abort", and their blocks are freed at once."""
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
+        """End the unfinished completions of `request` with this reason; their blocks are freed at once."""
         for row in list(request.rows.values()):
-            self._finish(row, "abort")
+            self._finish(row, reason)
         for waiting in self.scheduler.forget_waiting(request):
             for index in waiting.indices:
-                request.completions[index] = request.completion(waiting.output, "abort")
+                request.completions[index] = request.completion(waiting.output, reason)
+
+    def end(self, request: Request, index: int) -> None:
+        """End one completion of `request` with finish_reason="stop", for example because a stop string occurred."""
+        if (row := request.rows.get(index)) is not None:
+            self._finish(row, "stop")
+        elif request.completions[index] is None:
+            request.completions[index] = request.completion(self.scheduler.forget_completion(request, index), "stop")
+
+    def end_thinking(self, request: Request) -> None:
+        """Close the thinking of unfinished completions now, by a thinking budget of 0. Raises RequestError without
+        think_end_token_ids."""
+        request.sampling = replace(request.sampling, thinking_budget=0)
+        for row in request.rows.values():
+            self.table.assign_options(row)
 
     def output_token_ids(self, request: Request, index: int = 0, start: int = 0) -> tuple[int, ...]:
         """Tokens sampled so far for completion `index`, from number `start`."""

@@ -16,6 +16,10 @@ weights. "drain": finish the requests with the old weights first. "abort": abort
 requests with the new weights, after recomputing their context."""
 
 
+class Overloaded(RuntimeError):
+    """A valid request cannot be served now; the same request may succeed later."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Health:
     """The state of an engine."""
@@ -68,14 +72,15 @@ def check_request(
 
     Raises RequestError for a request that exceeds this context length or vocabulary.
     """
-    prompt_token_ids = _token_ids("the prompt", prompt, vocab_size)
+    prompt_token_ids = _token_ids("prompt", prompt, vocab_size)
     total = len(prompt_token_ids) + sampling.max_tokens
     if not prompt_token_ids:
-        raise RequestError("the prompt is empty; it needs at least one token, such as BOS")
+        raise RequestError("the prompt is empty; it needs at least one token, such as BOS", "prompt")
     if total > max_model_len:
         raise RequestError(
             f"prompt is {len(prompt_token_ids):,} tokens; this model supports {max_model_len:,} including "
-            f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_model_len:,}"
+            f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_model_len:,}",
+            "prompt" if len(prompt_token_ids) >= max_model_len else "max_tokens",
         )
     for name in ("stop_token_ids", "think_end_token_ids", "allowed_token_ids", "logit_bias"):
         _token_ids(name, getattr(sampling, name), vocab_size)
@@ -86,16 +91,16 @@ def _token_ids(name: str, given: Any, vocab_size: int) -> tuple[int, ...]:
     """Token ids from a sequence, or from a one-dimensional array or tensor. Raises RequestError for other values."""
     found = given.tolist() if hasattr(given, "tolist") else given  # of any library
     if isinstance(found, str) or not isinstance(found, Iterable):
-        raise RequestError(f"{name} is {_short(given)}; use a sequence of token ids")
+        raise RequestError(f"{name} is {_short(given)}; use a sequence of token ids", name)
     ids = tuple(found)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, numbers.Integral):
             raise RequestError(
-                f"{name} contains {_short(token)}; token ids are integers, and each prompt is one sequence"
+                f"{name} contains {_short(token)}; token ids are integers, and each prompt is one sequence", name
             )
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise RequestError(f"{name} contains token id {wrong}; the vocabulary has ids 0..{vocab_size - 1}")
+        raise RequestError(f"{name} contains token id {wrong}; the vocabulary has ids 0..{vocab_size - 1}", name)
     return tuple(map(int, ids))
 
 

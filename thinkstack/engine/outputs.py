@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy
 
-from thinkstack.engine.sequence_table import Request
+from thinkstack.engine.sequence_table import Request, TopLogprobs, pairs
 from thinkstack.types import FinishReason
 
 
@@ -22,6 +22,8 @@ class CompletionUpdate:
     token_ids: tuple[int, ...]
     """New tokens; empty if the completion ended with an error."""
     logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
+    """Most likely alternatives of each token as (id, log-probability), best first; empty if not requested."""
     finish_reason: FinishReason | None
     """None while the completion runs; otherwise request.completions[index] is set."""
 
@@ -35,19 +37,22 @@ class StepOutput(NamedTuple):
     """(N,) int64."""
     logprobs: numpy.ndarray
     """(N,) fp32."""
+    top_logprobs: dict[int, TopLogprobs]
+    """Most likely alternatives by number of the token, for requests that ask for them."""
     finished: list[tuple[tuple[Request, int], FinishReason]]
     """The completions that ended, each with the reason."""
 
     def updates(self) -> Iterator[CompletionUpdate]:
         """The changes by completion."""
         reasons = dict(self.finished)
-        columns = zip(self.completions, self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
+        columns = zip(self.completions, self.token_ids.tolist(), self.logprobs.tolist(), count(), strict=False)
         for (request, index), tokens in groupby(columns, key=itemgetter(0)):
-            _, token_ids, logprobs = zip(*tokens, strict=True)
-            yield CompletionUpdate(request, index, token_ids, logprobs, reasons.pop((request, index), None))
+            _, token_ids, logprobs, numbers = zip(*tokens, strict=True)
+            likely = tuple(pairs(self.top_logprobs[number]) for number in numbers if number in self.top_logprobs)
+            yield CompletionUpdate(request, index, token_ids, logprobs, likely, reasons.pop((request, index), None))
         for (request, index), reason in reasons.items():
-            yield CompletionUpdate(request, index, (), (), reason)
+            yield CompletionUpdate(request, index, (), (), (), reason)
 
 
-NO_OUTPUT = StepOutput([], numpy.zeros(0, numpy.int64), numpy.zeros(0, numpy.float32), [])
+NO_OUTPUT = StepOutput([], numpy.zeros(0, numpy.int64), numpy.zeros(0, numpy.float32), {}, [])
 """The output of a step without tokens."""

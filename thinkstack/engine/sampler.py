@@ -122,11 +122,12 @@ def _sampling_columns(
 
 def append_sampled(
     table: SequenceTable, to_sample: RowsToSample, sampled: SampledTokens, accepted: numpy.ndarray | None
-) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, dict[int, str]]:
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, dict[int, TopLogprobs], dict[int, str]]:
     """Append sampled tokens to the table, up to the first error of a row. accepted: (B,) bool, true for a prefix of
     each row's tokens; None: all.
 
-    Returns (row, token id and log-probability of each appended token, errors by row)."""
+    Returns (row, token id and log-probability of each appended token, alternatives by number of the appended token,
+    errors by row)."""
     rows, offsets, tokens, logprobs = to_sample.rows, to_sample.offsets, sampled.token_ids, sampled.logprobs
     errors: dict[int, str] = {}
     for place, error in sorted(sampled.errors.items()):
@@ -134,10 +135,12 @@ def append_sampled(
         if accepted[place]:
             errors[int(rows[place])] = error
             accepted = accepted & ((rows != rows[place]) | (offsets < offsets[place]))
-    for place, likely in sampled.top_logprobs.items():
-        if accepted is None or accepted[place]:
-            table.top_logprobs[rows[place]].append(likely)
+    top_logprobs = sampled.top_logprobs
     if accepted is not None:
         rows, offsets, tokens, logprobs = rows[accepted], offsets[accepted], tokens[accepted], logprobs[accepted]
+        numbers = accepted.cumsum() - 1
+        top_logprobs = {int(numbers[place]): likely for place, likely in top_logprobs.items() if accepted[place]}
+    for number, likely in top_logprobs.items():
+        table.top_logprobs[rows[number]].append(likely)
     table.append(rows, offsets, tokens, logprobs)
-    return rows, tokens, logprobs, errors
+    return rows, tokens, logprobs, top_logprobs, errors

@@ -1,19 +1,21 @@
 """Choose the tokens of the next step: admission by free memory, chunked prefill with decoding, preemption.
 
-Sequences are ordered by priority, then arrival. A sequence that needs a block when no block is free preempts the last
-sequence in that order, which is recomputed later; therefore the first sequence always finishes. Prefixes are shared: a
-block that any sequence has computed, or computes in the same step, is not computed again.
+Sequences are ordered by priority, then by turns of their tenants, then by arrival. A sequence that needs a block when
+no block is free preempts the last sequence in that order, which is recomputed later; therefore the first sequence
+always finishes. Prefixes are shared: a block that any sequence has computed, or computes in the same step, is not
+computed again.
 """
 
 import bisect
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy
 
 from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool, BlockTokens, root_hash
-from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, QueueEntry, Request, SequenceTable
+from thinkstack.engine.interface import Overloaded
+from thinkstack.engine.sequence_table import MAX_STOP_TOKEN_IDS, Output, QueueEntry, Request, SequenceTable
 from thinkstack.types import RequestError
 
 ROWS_PER_SPARE_BLOCK = 8
@@ -63,7 +65,11 @@ class Scheduler:
         """max_waiting: maximum number of waiting requests; 0: no limit."""
         self.table, self.pool = table, pool
         self.max_prefill_tokens, self.max_waiting = max_prefill_tokens, max_waiting
-        self.queue: list[tuple[tuple[int, int, int], QueueEntry]] = []  # a heap
+        self.queue: list[tuple[tuple[int, ...], QueueEntry]] = []  # a heap
+        self.turn = 0
+        """Round of the request that was admitted last."""
+        self._last_turns: dict[str, int] = {}
+        """Round of the last request of each tenant."""
         self.num_waiting = 0
         """Number of queue entries whose request is not aborted."""
         self.running: list[int] = []
@@ -76,20 +82,26 @@ class Scheduler:
         """Whether to admit no new sequences, because the engine finishes the running sequences."""
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises RequestError if it can never be scheduled, or if too many requests wait."""
+        """Queue a new request. Raises RequestError if it can never be scheduled, Overloaded if too many requests
+        wait."""
         sampling, num_rows = request.sampling, len(self.table.requests)
         total = len(request.prompt_token_ids) + sampling.max_tokens
         if -(-total // BLOCK_SIZE) > self.pool.num_blocks:
             raise RequestError(
                 f"prompt and max_tokens={sampling.max_tokens:,} are {total:,} tokens, but the KV cache has "
-                f"{self.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens"
+                f"{self.pool.num_blocks * BLOCK_SIZE:,}; shorten them or raise cache_tokens",
+                field="max_tokens",
             )
         if sampling.n > num_rows:
-            raise RequestError(f"n={sampling.n} exceeds max_num_seqs={num_rows}; lower n or raise max_num_seqs")
+            raise RequestError(f"n={sampling.n} exceeds max_num_seqs={num_rows}; lower n or raise max_num_seqs", "n")
         if (count := len(sampling.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(f"the request has {count} stop_token_ids; at most {MAX_STOP_TOKEN_IDS} are supported")
+            raise RequestError(
+                f"the request has {count} stop_token_ids; at most {MAX_STOP_TOKEN_IDS} are supported", "stop_token_ids"
+            )
         if self.max_waiting and self.num_waiting >= self.max_waiting:
-            raise RequestError(f"{self.num_waiting:,} requests are waiting; retry later, or raise max_waiting")
+            raise Overloaded(f"{self.num_waiting:,} requests are waiting; retry later, or raise max_waiting")
+        request.turn = max(self.turn, self._last_turns.get(request.tenant, -1) + 1)
+        self._last_turns[request.tenant] = request.turn
         self._push(QueueEntry(request, tuple(range(request.sampling.n))))
 
     def schedule(self) -> SchedulerOutput:
@@ -232,6 +244,10 @@ class Scheduler:
             return None
         heapq.heappop(self.queue)
         self.num_waiting -= 1
+        request.is_started = True
+        if request.turn > self.turn:
+            self.turn = request.turn
+            self._last_turns = {tenant: turn for tenant, turn in self._last_turns.items() if turn >= self.turn}
         request.queue_entries.remove(waiting)
         first, *others = (
             table.assign_row(waiting, index, root_hash(self.version, request.cache_salt)) for index in indices
@@ -311,6 +327,18 @@ class Scheduler:
             self.queue = [each for each in self.queue if each[1] in each[1].request.queue_entries]
             heapq.heapify(self.queue)
         return found
+
+    def forget_completion(self, request: Request, index: int) -> Output:
+        """Remove a waiting completion and return its output."""
+        (entry,) = (each for each in request.queue_entries if index in each.indices)
+        others = tuple(each for each in entry.indices if each != index)
+        request.queue_entries.remove(entry)
+        self.num_waiting -= 1
+        self.queue = [each for each in self.queue if each[1] is not entry]
+        heapq.heapify(self.queue)
+        if others:
+            self._push(replace(entry, indices=others))
+        return entry.output
 
     def preempt_all(self) -> None:
         """Requeue all running rows."""

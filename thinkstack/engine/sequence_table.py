@@ -47,6 +47,13 @@ class Request:
     """The grammar of each completion; empty: no grammar."""
     cache_salt: str = ""
     """Only requests with the same salt share cached prefixes."""
+    tenant: str = ""
+    """Whom the request is for; tenants take turns."""
+    turn: int = 0
+    """Number of the round in which the request is scheduled: the first waiting request of a tenant is in the current
+    round, the next one in the round after it."""
+    is_started: bool = False
+    """Whether the request was admitted, so that it has tokens in the cache."""
     weights_version: int = 0
     num_draft_tokens: int = 0
     """Number of draft tokens proposed for this request."""
@@ -77,12 +84,12 @@ class Request:
             logprobs=output.logprobs,
             finish_reason=reason,
             weights_version=self.weights_version,
-            top_logprobs=tuple(map(_pairs, output.top_logprobs)) if self.sampling.top_logprobs else None,
+            top_logprobs=tuple(map(pairs, output.top_logprobs)) if self.sampling.top_logprobs else None,
             experts=experts,
         )
 
 
-def _pairs(likely: TopLogprobs) -> tuple[tuple[int, float], ...]:
+def pairs(likely: TopLogprobs) -> tuple[tuple[int, float], ...]:
     """(id, log-probability) of tokens that have a probability."""
     pairs = zip(*(column.tolist() for column in likely), strict=True)
     return tuple((token, value) for token, value in pairs if value != -numpy.inf)
@@ -97,9 +104,9 @@ class QueueEntry:
     output: Output = Output()
 
     @property
-    def priority_key(self) -> tuple[int, int, int]:
+    def priority_key(self) -> tuple[int, ...]:
         """Sort key: entries with lower keys are scheduled first."""
-        return self.request.priority, self.request.id, self.indices[0]
+        return self.request.priority, self.request.turn, self.request.id, self.indices[0]
 
 
 class SequenceTable:
@@ -163,16 +170,21 @@ class SequenceTable:
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
         self.top_k[row], self.min_p[row] = sampling.top_k, sampling.min_p
         self.is_unfiltered[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
-        self.options.assign(row, sampling, request.grammars[index] if request.grammars else None)
+        self.assign_options(row)
         self.top_logprobs[row] = list(output.top_logprobs)
         self.stop_token_ids[:, row] = -1
         self.stop_token_ids[: len(sampling.stop_token_ids), row] = sampling.stop_token_ids
         return row
 
-    def priority_key(self, row: int) -> tuple[int, int, int]:
+    def assign_options(self, row: int) -> None:
+        """Set the other sampling options of a row from those of its request."""
+        request, index = self.request_at(row)
+        self.options.assign(row, request.sampling, request.grammars[index] if request.grammars else None)
+
+    def priority_key(self, row: int) -> tuple[int, ...]:
         """Sort key of a running row, as `QueueEntry.priority_key`."""
         request, index = self.request_at(row)
-        return request.priority, request.id, index
+        return request.priority, request.turn, request.id, index
 
     def request_at(self, row: int) -> tuple[Request, int]:
         """Request and completion index of a row in use."""
