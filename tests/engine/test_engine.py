@@ -181,9 +181,9 @@ def test_the_context_counts_from_the_model_or_the_setting():
     ("prompt", "sampling", "part"),
     [
         ([], SamplingParams(max_tokens=1), "empty"),
-        ([1, 48], SamplingParams(max_tokens=1), "the prompt contains token id 48"),
+        ([1, 48], SamplingParams(max_tokens=1), "prompt contains token id 48"),
         ([1] * 90, SamplingParams(max_tokens=10), "by 4"),
-        ([1, -1], SamplingParams(max_tokens=1), "the prompt contains token id -1"),
+        ([1, -1], SamplingParams(max_tokens=1), "prompt contains token id -1"),
         ([1], SamplingParams(max_tokens=1, logit_bias={48: 1.0}), "logit_bias contains token id 48"),
         ([1], SamplingParams(max_tokens=1, stop_token_ids=(3, 50)), "stop_token_ids contains token id 50"),
         ([1], SamplingParams(max_tokens=1, n=17), "max_num_seqs=16"),
