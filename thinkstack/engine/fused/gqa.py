@@ -154,7 +154,7 @@ def _gemm_refusal(blocks: list[Block]) -> str | None:
     if not can_prepack_all(*weights):
         return "no memory or no oneDNN for prepacked matrices"
     shapes = [] if weights[0].dtype == torch.bfloat16 else [shape for block in blocks for shape in _shapes(block)]
-    if varying := [shape for shape in shapes if not is_batch_invariant(*shape)]:
+    if varying := [shape for shape in shapes if not is_batch_invariant(*shape, torch.get_num_threads())]:
         return f"matmuls with a matrix {varying[0]} are not batch-invariant"
     return None
 
