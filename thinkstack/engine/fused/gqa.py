@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.fused import calls
-from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
+from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_dtype, refused_module
 from thinkstack.kernels.conditions import fits_small_m, on_cpu
 from thinkstack.kernels.cpu import rows
 from thinkstack.kernels.cpu.mkldnn import prepack
@@ -85,6 +85,8 @@ class FusedGQA(FusedHead):
             return "attention other than grouped-query attention"
         if any(not isinstance(block.ffn, SwiGLU) for block in blocks):
             return "experts"
+        if reason := refused_dtype(model, blocks):
+            return reason
         small_m, gemm = _small_m_refusal(blocks), _gemm_refusal(blocks)
         if small_m is None or gemm is None:
             return None
@@ -149,8 +151,6 @@ def _gemm_refusal(blocks: list[Block]) -> str | None:
     weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Linear)]
     if not on_cpu(weights[0], "fused_gqa"):
         return f"no kernels for {weights[0].dtype} on {weights[0].device.type}"
-    if len({weight.dtype for weight in weights}) > 1:
-        return "matrices of several dtypes"
     if not can_prepack_all(*weights):
         return "no memory or no oneDNN for prepacked matrices"
     shapes = [] if weights[0].dtype == torch.bfloat16 else [shape for block in blocks for shape in _shapes(block)]

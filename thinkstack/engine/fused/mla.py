@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.fused import calls
-from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
+from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_dtype, refused_module
 from thinkstack.kernels.conditions import fp32_inference_on_cpu
 from thinkstack.kernels.paging import Pages
 from thinkstack.kernels.sizes import LANES
@@ -70,6 +70,8 @@ class FusedMLA(FusedHead):
                 return reason
         if model.cfg.hidden_size > MAX_HIDDEN:
             return f"a hidden size above {MAX_HIDDEN}"
+        if reason := refused_dtype(model, model.blocks()):
+            return reason
         like = model.embed.weight.new_empty(0, dtype=dtype)
         if not fp32_inference_on_cpu(like, "fused_mla"):
             return f"no kernels for inference in {like.dtype} on {like.device.type}"
