@@ -63,12 +63,11 @@ class FusedGQA(FusedHead):
         attention, ffn = blocks[0].attention, blocks[0].ffn
         assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
         shape = attention.shape
-        self.attention_sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
-        self.attention_sizes["interleaved"] = int(attention.interleaved)
-        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
+        self.numbers: dict[str, float] = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
+        self.numbers |= {"interleaved": attention.interleaved, "scale": attention.scale, "eps": model.cfg.norm_eps}
         self.weights = [] if _small_m_refusal(blocks) else [_small_m_weights(block) for block in blocks]
         self.small_m_layers = calls.layer_array(calls.GQALayer, self.weights) if self.weights else None
-        self.sizes = self.attention_sizes | {"I": ffn.w1.out_features}
+        self.pass_numbers = self.numbers | {"I": ffn.w1.out_features}
         self.is_int8 = bool(self.weights) and "sq" in self.weights[0]
         self.gemm_weights: list[GemmWeights] = []
         """Weights of each block, prepacked at the first call with more than SMALL_M tokens."""
@@ -97,18 +96,19 @@ class FusedGQA(FusedHead):
         x, rope = self.model.embed(ids), self.rope.lookup(positions)
         if self.small_m_layers is None or len(ids) > SMALL_M:
             return self._forward_gemm(x, positions, pages, cache, rope), None
-        calls.gqa_pass(x, self.small_m_layers, self.sizes, rope, positions, pages, cache, self.scales, self.is_int8)
+        kernel = "gqa_pass_int8" if self.is_int8 else "gqa_pass_bf16"
+        calls.run_pass(kernel, self.small_m_layers, self.pass_numbers, x, rope, positions, pages, cache)
         return self.model.norm(x), None
 
     def _forward_gemm(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
         """Run x (N, D) through all blocks, in place. Returns the result of the final norm."""
         self.gemm_weights = self.gemm_weights or [_gemm_weights(block) for block in self.blocks]
-        eps = self.scales["eps"]
+        eps = self.model.cfg.norm_eps
         following = [part.norms[0] for part in self.gemm_weights[1:]] + [self.model.norm.weight.detach().float()]
         normed, _ = rows.rms_norm(x, self.gemm_weights[0].norms[0], eps, return_inverse=False)
         for layer, (w, last_norm) in enumerate(zip(self.gemm_weights, following, strict=True)):
             qkv, own = prepacked_linear(normed, w.qkv, w.qkv_bias), pages._replace(entries=cache[layer])
-            heads = calls.attend_gqa(qkv, w.head_norms, self.attention_sizes, rope, positions, own, self.scales)
+            heads = calls.attend_gqa(qkv, w.head_norms, self.numbers, rope, positions, own)
             normed = rows.add_norm(x, prepacked_linear(heads, w.out, w.out_bias), w.norms[1], eps)
             inner = rows.swiglu_halves(prepacked_linear(normed, w.gate_up))
             normed = rows.add_norm(x, prepacked_linear(inner, w.down), last_norm, eps)
