@@ -38,8 +38,7 @@ cfg = replace(GQA_TINY, vocab_size=32768, hidden_size=16, num_layers=1, tie_embe
 trainer = Trainer(tiny_model(cfg), TrainerConfig(dtype="fp32", micro_batch_tokens=256, workers=2), 100)
 for step in range(10):
     trainer.step(random_batch([40 + 4 * step] * 16, 256, 32768, seed=step), next_token_loss)
-    if step in (0, 9):
-        print(int(open("/proc/self/statm").read().split()[1]))
+    print(int(open("/proc/self/statm").read().split()[1]))
 """
 
 
@@ -47,15 +46,15 @@ for step in range(10):
 def test_a_large_vocabulary_does_not_let_memory_grow_from_step_to_step():
     """Blocks of 113 MB left holes in the heap that nothing filled again: 190 MB a step, until the machine was full.
 
-    Here they are 33 MB, and the last step held 1.4 times what the first did.
+    Here they are 33 MB, and without the allocator's settings the largest step holds 1.26 times what the first does.
     """
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STEPS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
-    early, late = map(int, done.stdout.split())
-    assert late < 1.1 * early
+    first, *later = map(int, done.stdout.split())
+    assert max(later) < 1.18 * first
 
 
 def system(root, paths="", mounts="", **files):

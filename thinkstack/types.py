@@ -139,6 +139,8 @@ class SamplingParams:
     """Divides positive and multiplies negative logits of tokens in prompt or completion; 1 is off."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that may be sampled, end tokens included; empty: all."""
     min_tokens: int = 0
     """Minimum tokens before a stop token may be sampled."""
     max_tokens: int = 256

@@ -18,6 +18,8 @@ def adjust(logits: Tensor, sampling: SamplingParams, prompt: Sequence[int], outp
         logits[token] += value
     if len(output) < sampling.min_tokens:
         logits[list(sampling.stop_token_ids)] = -torch.inf
+    if sampling.allowed_token_ids:
+        logits[[token for token in range(len(logits)) if token not in sampling.allowed_token_ids]] = -torch.inf
     if sampling.repetition_penalty != 1:
         for token in {*prompt, *output}:
             factor = sampling.repetition_penalty

@@ -109,7 +109,15 @@ def test_a_prompt_of_anything_else_is_refused_with_our_message(prompt, said):
         Engine(tiny_model(), SMALL).submit(prompt, SamplingParams(max_tokens=2))
 
 
-@pytest.mark.parametrize("given", [{"logit_bias": {"3": 1.0}}, {"stop_token_ids": ("a",)}, {"stop_token_ids": (1.5,)}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logit_bias": {"3": 1.0}},
+        {"stop_token_ids": ("a",)},
+        {"allowed_token_ids": (10**6,)},
+        {"stop_token_ids": (1.5,)},
+    ],
+)
 def test_token_ids_of_a_field_are_whole_numbers(given):
     with pytest.raises(RequestError, match=f"{next(iter(given))} contains"):
         Engine(tiny_model(), SMALL).submit([1], SamplingParams(max_tokens=2, **given))

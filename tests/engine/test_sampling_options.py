@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.reference import sample_one
 from thinkstack.engine.grammar import GrammarState
-from thinkstack.engine.row_sampler import append_sampled, sample_rows
+from thinkstack.engine.sampler import append_sampled, sample_rows
 from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import QueueEntry, Request, SequenceTable
 from thinkstack.types import RequestError, SamplingParams
@@ -54,6 +54,7 @@ def random_sampling(rng: numpy.random.Generator) -> tuple[SamplingParams, bool]:
         "frequency_penalty": float(rng.uniform(-2, 2)),
         "repetition_penalty": float(rng.uniform(0.5, 2)),
         "logit_bias": {int(token): float(rng.normal() * 3) for token in rng.integers(0, V, rng.integers(1, 9))},
+        "allowed_token_ids": tuple(rng.permutation(V)[:20].tolist()),
         "min_tokens": int(rng.integers(1, 12)),
         "thinking_budget": int(rng.integers(0, 9)),
         "top_logprobs": int(rng.choice([1, 3, V])),

@@ -25,7 +25,7 @@ needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compile
 
 def there_and_back(weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(weight)
-    Int8().dequantize_(Int8().quantize(weight), out)
+    ops.dequantize_(Int8(), Int8().quantize(weight), out)
     return out
 
 

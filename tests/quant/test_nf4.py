@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.tiny import GQA_TINY, MLA_TINY, random_batch, tiny_model
+from thinkstack.kernels.cpu import calls
+from thinkstack.kernels.ops import dequantize_
 from thinkstack.models.lora import LoRAConfig, adapters, merge_adapters
 from thinkstack.models.quantized import quantized_weights
 from thinkstack.quant.nf4 import LEVELS, NF4Blocks
@@ -15,10 +17,12 @@ from thinkstack.train.trainer import Trainer
 from thinkstack.train.trainer_config import TrainerConfig
 from thinkstack.types import ConfigError
 
+needs_kernels = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
+
 
 def there_and_back(weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(weight)
-    NF4Blocks().dequantize_(NF4Blocks().quantize(weight), out)
+    dequantize_(NF4Blocks(), NF4Blocks().quantize(weight), out)
     return out
 
 
@@ -48,6 +52,14 @@ def test_ragged_rows_zeros_and_stacks():
     assert float((back - weight).abs().max()) < 0.16 * float(weight.abs().max())
     parts = NF4Blocks().quantize(weight)
     assert sum(part.nbytes for part in parts.values()) == 3 * 5 * (64 + 2 * 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 70), (7, 64), (1, 4, 192), (2, 1), (0, 64), (3, 127)])
+def test_the_kernel_dequantizes_as_torch_does(dtype, shape, on_torch):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert torch.equal(there_and_back(weight), on_torch(there_and_back, weight))
 
 
 @pytest.mark.parametrize("cfg", [MLA_TINY, GQA_TINY], ids=["mla", "gqa"])

@@ -169,6 +169,21 @@ def test_the_parts_of_a_stage_replace_the_default():
     assert cfg.reward == RewardConfig(parts={"format": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 1),
+        ("one two three four five", 1),  # 5 words have no run of 6
+        ("one two three four five six seven", 1),
+        ("wait no " * 50, 2 / 95),  # 100 words, 95 runs, which start with "wait" or with "no"
+        ("a b c d e f " * 2, 6 / 7),  # the first run occurs again at the end
+        ("\u5c0f\u660e\u6709\u516d\u4e2a\u676f" * 2, 6 / 7),
+    ],
+)
+def test_repetition_lowers_a_part_of_the_reward(text, share):
+    assert scored(FOUR, text, parts={"no_repetition": 1.0}).total == pytest.approx(share, abs=0)
+
+
 def test_accuracy_and_format_are_reported_whatever_the_parts():
     for name in ("accuracy_if_formatted", "accuracy", "format"):
         assert scored(FOUR, WRONG, parts={name: 1.0}).parts == {"accuracy": 0.0, "format": 1.0}

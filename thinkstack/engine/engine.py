@@ -17,8 +17,8 @@ from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool
 from thinkstack.engine.grammar import GrammarFactory, GrammarState
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.outputs import NO_OUTPUT, StepOutput
-from thinkstack.engine.row_sampler import NO_TOKENS, SampledTokens, append_sampled, sample_rows
 from thinkstack.engine.runner import Runner
+from thinkstack.engine.sampler import NO_TOKENS, SampledTokens, append_sampled, sample_rows
 from thinkstack.engine.scheduler import RowsToSample, Scheduler
 from thinkstack.engine.sequence_table import Request, SequenceTable
 from thinkstack.engine.speculative import Speculator

@@ -77,7 +77,7 @@ def check_request(
             f"prompt is {len(prompt_token_ids):,} tokens; this model supports {max_model_len:,} including "
             f"max_tokens={sampling.max_tokens:,}; shorten the prompt or max_tokens by {total - max_model_len:,}"
         )
-    for name in ("stop_token_ids", "think_end_token_ids", "logit_bias"):
+    for name in ("stop_token_ids", "think_end_token_ids", "allowed_token_ids", "logit_bias"):
         _token_ids(name, getattr(sampling, name), vocab_size)
     return prompt_token_ids
 

@@ -92,7 +92,7 @@ class TokenCounts:
 def needs_no_processing(sampling: SamplingParams) -> bool:
     """Whether the request needs no logits processing besides temperature, top_k, top_p and min_p."""
     neutral = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
-    return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens
+    return neutral and sampling.repetition_penalty == 1 and not sampling.min_tokens and not sampling.allowed_token_ids
 
 
 class LogitsProcessor:
@@ -113,6 +113,7 @@ class LogitsProcessor:
         self.repetition, self.presence, self.frequency = numpy.zeros((3, num_rows), dtype=numpy.float32)
         self.bias_token_ids, self.bias = Lists(num_rows, numpy.int64), Lists(num_rows, numpy.float32)
         self.stop_token_ids, self.think_end = Lists(num_rows, numpy.int64), Lists(num_rows, numpy.int64)
+        self.allowed_token_ids = Lists(num_rows, numpy.int64)
         self.is_thinking_closed = numpy.zeros(num_rows, dtype=bool)
         """Whether the output contains think_end_token_ids, for rows with a budget."""
         self._grammars: list[GrammarState | None] = [None] * num_rows
@@ -128,6 +129,7 @@ class LogitsProcessor:
         self.has_penalty[row] = penalty != (0, 0) or sampling.repetition_penalty != 1
         self.raw_logprobs[row], self.top_logprobs[row] = sampling.raw_logprobs, sampling.top_logprobs
         self.min_tokens[row] = sampling.min_tokens
+        self.allowed_token_ids.set(row, sampling.allowed_token_ids)
         start, end = self._num_prompt_tokens[row], self._num_tokens[row]
         if self.has_bias[row]:
             self.bias_token_ids.set(row, list(sampling.logit_bias))
@@ -152,7 +154,8 @@ class LogitsProcessor:
         return self._counts
 
     def apply(self, logits: Tensor, rows: numpy.ndarray, offsets: numpy.ndarray) -> tuple[Tensor, dict[int, str]]:
-        """Apply logit bias, the ban of stop tokens before min_tokens, penalties and grammars to logits (B, V).
+        """Apply logit bias, the ban of stop tokens before min_tokens and of tokens outside allowed_token_ids, penalties
+        and grammars to logits (B, V).
 
         Returns (logits (B, V) fp32, errors of grammars by entry). The repetition penalty follows arXiv:1909.05858;
         presence and frequency penalties follow the OpenAI API.
@@ -168,6 +171,11 @@ class LogitsProcessor:
             chosen = chosen[self.stop_token_ids.sizes[rows[chosen]] > 0]
             if len(chosen):
                 flat[self._places(chosen, self.stop_token_ids.of(rows[chosen]), flat)] = -torch.inf
+        if len(chosen := numpy.flatnonzero(self.allowed_token_ids.sizes[rows])):
+            place = self._places(chosen, self.allowed_token_ids.of(rows[chosen]), flat)
+            allowed = flat.take(place)
+            processed[torch.from_numpy(chosen).to(flat.device)] = -torch.inf
+            flat.put_(place, allowed)
         if len(chosen := numpy.flatnonzero(self.has_penalty[rows])):
             self._apply_penalty(flat, chosen, rows[chosen], offsets[chosen])
         if len(chosen := numpy.flatnonzero(self.has_grammar[rows])):

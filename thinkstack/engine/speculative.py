@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.block_pool import BLOCK_SIZE
-from thinkstack.engine.row_sampler import sample_plain_rows
 from thinkstack.engine.runner import Runner
+from thinkstack.engine.sampler import sample_plain_rows
 from thinkstack.engine.scheduler import SchedulerOutput
 from thinkstack.engine.sequence_table import SequenceTable
 

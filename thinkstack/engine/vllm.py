@@ -198,6 +198,8 @@ def request_body(
         "seed": server_seed(sampling.seed),
         "logprobs": count + 1 if count else 0,  # vLLM includes the sampled token in the count
     }
+    if sampling.allowed_token_ids:
+        params["allowed_token_ids"] = list(sampling.allowed_token_ids)
     return {
         "request_id": request_id,
         "model": model,

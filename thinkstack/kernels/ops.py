@@ -48,6 +48,7 @@ from thinkstack.kernels.paging import KVLayout, Pages
 from thinkstack.kernels.sizes import ROW_TILE
 from thinkstack.quant.fp8 import BLOCK, FP8Blocks
 from thinkstack.quant.int8 import Int8
+from thinkstack.quant.nf4 import NF4Blocks
 from thinkstack.quant.scheme import Parts, QuantizedTensor, QuantScheme
 
 Matrix = Tensor | QuantizedTensor
@@ -347,6 +348,7 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
     "dequantize_": (
         (_dequantize_int8_, partial(fits_dequantize, Int8)),
         (_dequantize_fp8_, partial(fits_dequantize, FP8Blocks)),
+        (lambda scheme, parts, out: rows.dequantize_nf4(**parts, out=out), partial(fits_dequantize, NF4Blocks)),
         (lambda scheme, parts, out: scheme.dequantize_(parts, out), always),
     ),
     "rms_norm": ((autograd.rms_norm, fits_norm), (reference.rms_norm, always)),

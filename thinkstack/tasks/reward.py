@@ -47,6 +47,17 @@ def language_part(problem: Problem, response: Response, accuracy: float) -> floa
     return 1.0 if share is None else share
 
 
+def no_repetition_part(problem: Problem, response: Response, accuracy: float) -> float:
+    """Return the share of distinct runs of 6 words (characters of Chinese) in the text of the turn.
+
+    Text in a loop tends to 0; a text of fewer than 6 words has 1. "Demystifying Long CoT" (arXiv:2502.03373) penalizes
+    repeated n-grams, because policies that are rewarded for length repeat themselves.
+    """
+    words = re.findall(r"[\u4e00-\u9fff]|\w+|[^\w\s]", response.text)
+    runs = list(zip(*(words[start:] for start in range(6)), strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
 def random_part(problem: Problem, response: Response, accuracy: float) -> float:
     """Return a coin flip by a hash of the turn's text: a control."""
     return float(digest("random reward", problem.key, response.text) % 2)
@@ -57,6 +68,7 @@ PARTS: dict[str, Callable[[Problem, Response, float], float]] = {
     "format": format_part,
     "accuracy_if_formatted": accuracy_if_formatted_part,
     "language": language_part,
+    "no_repetition": no_repetition_part,
     "random": random_part,
 }
 """The parts by name: functions of (problem, response, accuracy)."""
@@ -68,8 +80,9 @@ class RewardConfig:
 
     parts: dict[str, float] = field(default_factory=lambda: {"accuracy_if_formatted": 1.0})
     """Weight of each part; the reward is the weighted sum. Parts: "accuracy"; "format"; "accuracy_if_formatted", their
-    product; "language", the share of the question's language; "random", a control; and functions of your own,
-    PATH.py:FUNCTION (tasks/custom_reward.py). The R1 paper uses accuracy = 1 and format = 1."""
+    product; "language", the share of the question's language; "no_repetition", the share of distinct runs of words;
+    "random", a control; and functions of your own, PATH.py:FUNCTION (tasks/custom_reward.py). The R1 paper uses
+    accuracy = 1 and format = 1."""
     thinking_format: ThinkingFormat = "think_answer_tags"
     """The expected format of a turn: text/parse.py."""
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from thinkstack.config import did_you_mean
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
+from thinkstack.tasks.benchmarks.aime import Aime
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, Gsm8k, Math
 from thinkstack.tasks.benchmarks.jsonl import JsonlTask
 from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
@@ -37,7 +38,7 @@ PUZZLES: dict[str, PuzzleTask] = {
     "times": Times(),
 }
 
-BENCHMARKS: dict[str, type[DatasetTask]] = {"gsm8k": Gsm8k, "math": Math}
+BENCHMARKS: dict[str, type[DatasetTask]] = {"aime": Aime, "gsm8k": Gsm8k, "math": Math}
 """Published benchmarks, read from local files."""
 
 

@@ -245,8 +245,7 @@ def test_only_the_experts_in_use_are_dequantized(monkeypatch):
     quantize_model(model, FP8Blocks(), quantizable_matrices(model))
     dequantized = []
     monkeypatch.setattr(
-        "thinkstack.models.quantized.dequantize_",
-        lambda quantization, parts, out: dequantized.append(out.shape) or out.zero_(),
+        "thinkstack.kernels.ops.dequantize_", lambda scheme, parts, out: dequantized.append(out.shape) or out.zero_()
     )
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long))

@@ -72,6 +72,24 @@ void dequantize_block(const C* qweight, const float* scale, T* out, int64_t M, i
   }
 }
 
+// N rows of D numbers, two levels per byte, the first in the high bits, times a scale per 64 numbers. Rows of qweight fill their last block.
+template <typename T>
+void dequantize_nf4(const uint8_t* qweight, const bf16* scale, const float* levels, T* out, int64_t N, int64_t D, int64_t threads) {
+  constexpr int64_t BLOCK = 64;
+  const int64_t blocks = (D + BLOCK - 1) / BLOCK;
+  float pairs[256][2];
+  for (int64_t byte = 0; byte < 256; byte++) pairs[byte][0] = levels[byte >> 4], pairs[byte][1] = levels[byte & 15];
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t b = 0; b < blocks; b++) {
+      float block[BLOCK];
+      for (int64_t i = 0; i < BLOCK / 2; i++) std::memcpy(block + 2 * i, pairs[qweight[(n * blocks + b) * BLOCK / 2 + i]], 2 * sizeof(float));
+      const float factor = to_float(scale[n * blocks + b]);
+      const int64_t width = std::min(BLOCK, D - b * BLOCK);
+      for (int64_t c = 0; c < width; c += LANES) store_some(out + n * D + b * BLOCK + c, load(block + c) * factor, width - c);
+    }
+}
+
 // N rows of width I; rows of gate and of up are `stride` apart.
 template <typename T>
 void swiglu(const T* gate, const T* up, T* out, int64_t N, int64_t I, int64_t stride, int64_t threads) {
@@ -180,6 +198,8 @@ BOTH(dequantize_e4m3,
 BOTH(dequantize_int8,
      (const void* qweight, const float* scale, void* out, int64_t M, int64_t N, int64_t D, int64_t rows, int64_t columns, int64_t threads),
      dequantize_block((const int8_t*)qweight, scale, (T*)out, M, N, D, rows, columns, threads))
+BOTH(dequantize_nf4, (const uint8_t* qweight, const bf16* scale, const float* levels, void* out, int64_t N, int64_t D, int64_t threads),
+     dequantize_nf4(qweight, scale, levels, (T*)out, N, D, threads))
 BOTH(swiglu, (const void* gate, const void* up, void* out, int64_t N, int64_t I, int64_t stride, int64_t threads),
      swiglu<T>((const T*)gate, (const T*)up, (T*)out, N, I, stride, threads))
 BOTH(swiglu_backward, (const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t N, int64_t threads),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.kernels.cpu.calls import call, call_for
+from thinkstack.quant.nf4 import LEVELS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, return_inverse: bool) -> tuple[Tensor, Tensor | None]:
@@ -58,6 +59,14 @@ def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, col
     N, D = qweight.shape[-2:]
     kind = "int8" if qweight.dtype == torch.int8 else "e4m3"
     call_for(out.dtype, f"dequantize_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
+
+
+def dequantize_nf4(qweight: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Write levels qweight (..., N, B * 32) uint8, two per byte, times the bf16 scales (..., N, B) of blocks of 64
+    numbers into out (..., N, D), contiguous; B = ceil(D / 64)."""
+    D = out.shape[-1]
+    parts = qweight.contiguous(), scale.contiguous(), torch.tensor(LEVELS)
+    call_for(out.dtype, "dequantize_nf4", *parts, out, out.numel() // D, D)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
 from thinkstack.kernels.sampling import SamplingFilters, distribution
 
 NOT_FINITE = "the model's logits are not finite; check the weights"
-ALL_BANNED = "no token is left to sample: min_tokens and the grammar exclude all of them"
+ALL_BANNED = "no token is left to sample: min_tokens, allowed_token_ids and the grammar exclude all of them"
 
 
 class SampledTokens(NamedTuple):
