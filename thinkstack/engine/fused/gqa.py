@@ -60,8 +60,7 @@ class FusedGQA(FusedHead):
         super().__init__(model.head.weight)
         self.model, self.blocks = model, model.blocks()[: model.cfg.num_layers]
         blocks = self.blocks
-        attention, ffn = blocks[0].attention, blocks[0].ffn
-        assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
+        attention, ffn = _parts(blocks[0])
         shape = attention.shape
         self.numbers: dict[str, float] = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
         self.numbers |= {"interleaved": attention.interleaved, "scale": attention.scale, "eps": model.cfg.norm_eps}
@@ -119,6 +118,12 @@ class FusedGQA(FusedHead):
         return None
 
 
+def _parts(block: Block) -> tuple[GQA, SwiGLU]:
+    """Attention and feed-forward of a block."""
+    assert isinstance(block.attention, GQA) and isinstance(block.ffn, SwiGLU)
+    return block.attention, block.ffn
+
+
 def _small_m_refusal(blocks: list[Block]) -> str | None:
     """Why the small-M kernel does not run these blocks; None if it does."""
     weights: list[Tensor] = []
@@ -161,16 +166,14 @@ def _gemm_refusal(blocks: list[Block]) -> str | None:
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
     """(outputs, inputs) of each matrix of GemmWeights."""
-    a, ffn = block.attention, block.ffn
-    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    a, ffn = _parts(block)
     groups = ((a.wq, a.wk, a.wv), (a.wo,), (ffn.w1, ffn.w3), (ffn.w2,))
     return [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
 
 
 def _small_m_weights(block: Block) -> SmallMWeights:
     """The weights of a GQALayer, by field; fp32 vectors are shared with the model."""
-    a, ffn = block.attention, block.ffn
-    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    a, ffn = _parts(block)
     found: SmallMWeights = {}
     for module, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
@@ -192,8 +195,7 @@ def _small_m_weights(block: Block) -> SmallMWeights:
 
 def _gemm_weights(block: Block) -> GemmWeights:
     """The weights of a block for more than SMALL_M tokens."""
-    a, ffn = block.attention, block.ffn
-    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    a, ffn = _parts(block)
 
     def concatenated(*layers: Linear) -> tuple[Tensor, Tensor | None]:
         biases = [layer.bias.to(layer.weight.dtype) for layer in layers if layer.bias is not None]
