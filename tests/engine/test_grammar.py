@@ -144,4 +144,4 @@ def test_min_tokens_and_a_grammar_may_exclude_all_tokens():
     sampling = SamplingParams(max_tokens=5, min_tokens=3, stop_token_ids=(END,))
     request = engine.submit(prompt(9), sampling, grammar=OnlyTheEnd)
     engine.step()
-    assert "min_tokens and the grammar exclude all" in request.error
+    assert "min_tokens, allowed_token_ids and the grammar exclude all" in request.error
