@@ -18,7 +18,7 @@ from thinkstack.engine.fused.mla import FusedMLA
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels import choice
 from thinkstack.kernels.conditions import fits_small_m
-from thinkstack.kernels.cpu import calls, inference
+from thinkstack.kernels.cpu import calls, inference, prepacked
 from thinkstack.kernels.cpu.prepacked import can_prepack, prepacked_linear
 from thinkstack.kernels.paging import Pages
 from thinkstack.kernels.sizes import SMALL_M
@@ -29,6 +29,7 @@ from thinkstack.models.precision import cast_copy, inference_copy
 from thinkstack.models.quantized import dequantize_model, quantizable_matrices, quantize_model
 from thinkstack.models.transformer import Transformer
 from thinkstack.quant.int8 import Int8
+from thinkstack.train.fp8 import FP8Experts
 from thinkstack.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
@@ -223,6 +224,16 @@ def adapted(model: Transformer) -> Transformer:
     return model
 
 
+def with_expert_module(model: Transformer) -> Transformer:
+    model.layers[1].ffn.expert_module = FP8Experts(power_of_two=False)
+    return model
+
+
+def with_output(model: Transformer, dtype: torch.dtype) -> Transformer:
+    model.layers[1].attention.wo.to(dtype)
+    return model
+
+
 BF16 = torch.bfloat16
 REFUSED = {
     "latents in bf16": (lambda: cast_copy(tiny_model(SMALL), BF16), "latent|grouped", "in torch.bfloat16 on cpu"),
@@ -235,6 +246,14 @@ REFUSED = {
     "quantized experts": (lambda: inference_copy(tiny_model(SMALL), torch.float32, "int8"), "grouped", "quantized"),
     "ranks": (lambda: hooked(cast_copy(tiny_model(WIDE), BF16)), "forward hooks", "forward hooks"),
     "a device": (lambda: tiny_model(WIDE).to("meta"), "no kernels for torch.float32 on meta", "latent attention"),
+    "grouped queries with experts": (lambda: tiny_model(WIDE, moe=SMALL.moe), "experts", "latent attention"),
+    "fp8 experts": (lambda: with_expert_module(tiny_model(SMALL)), "grouped-query", "FP8Experts"),
+    "an fp32 matrix": (
+        lambda: with_output(cast_copy(tiny_model(WIDE), BF16), torch.float32),
+        "several dtypes: .*32",
+        "latent",
+    ),
+    "a bf16 matrix": (lambda: with_output(tiny_model(SMALL), BF16), "grouped-query", "several dtypes: .*bfloat16"),
     "dense latents": (lambda: tiny_model(SMALL).to("meta"), "grouped-query", "in torch.float32 on meta"),
 }
 
@@ -251,13 +270,31 @@ def test_a_fused_pass_refuses_by_name_what_it_does_not_support(name, caplog):
 
 
 @torch.no_grad()
-def test_plain_and_int8_weights_use_a_fused_pass(monkeypatch):
+def test_plain_and_int8_weights_use_a_fused_pass():
     model = cast_copy(tiny_model(WIDE), BF16)
     assert fused_pass(model) is not None
     assert fused_pass(inference_copy(tiny_model(WIDE), BF16, "int8")) is not None
-    monkeypatch.setattr(dense, "is_batch_invariant", lambda *_: False)
-    assert "are not batch-invariant" in (FusedGQA.refusal(tiny_model(WIDE)) or "")
-    assert fused_pass(tiny_model(WIDE)) is None
+
+
+@torch.no_grad()
+def test_a_fused_pass_in_fp32_needs_memory_and_batch_invariant_matmuls(monkeypatch):
+    model = tiny_model(WIDE)
+    assert fused_pass(model) is not None
+    with monkeypatch.context() as change:
+        change.setattr(dense, "is_batch_invariant", lambda *_: False)
+        assert "(160, 64) are not batch-invariant" in (FusedGQA.refusal(model) or "")
+        assert fused_pass(model) is None
+    monkeypatch.setattr(prepacked, "MAX_MEMORY_SHARE", 0)
+    assert "no memory or no oneDNN" in (FusedGQA.refusal(model) or "")
+
+
+@torch.no_grad()
+def test_a_narrow_model_in_bf16_has_no_small_m_kernel(monkeypatch):
+    """32 inputs at a time; it runs with prepacked matrices, or not at all."""
+    model = cast_copy(tiny_model(WIDE, hidden_size=40), BF16)
+    assert (made := fused_pass(model)) is not None and made.max_num_tokens > SMALL_M
+    monkeypatch.setattr(prepacked, "MAX_MEMORY_SHARE", 0)
+    assert "no small-M kernel for these matrices in torch.bfloat16; no memory" in (FusedGQA.refusal(model) or "")
 
 
 @pytest.mark.parametrize("weights", ["none", "int8"])

@@ -111,14 +111,11 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
     )
     last = torch.tensor([62, 63, 64, 65, 9])
     rope = rope_table(last, width, MLA_TINY.rope)
-    sizes, scales = dict(H=H, G=G, W=width, interleaved=int(interleaved)), dict(scale=0.3, eps=1e-6)
+    numbers = dict(H=H, G=G, W=width, interleaved=interleaved, scale=0.3, eps=1e-6)
 
     def mine() -> list[Tensor]:
         own = entries.clone()
-        return [
-            calls.attend_gqa(qkv, norms, sizes, rope, last, Pages(own, block_tables, seq_index), scales),
-            own,
-        ]
+        return [calls.attend_gqa(qkv, norms, numbers, rope, last, Pages(own, block_tables, seq_index)), own]
 
     def theirs() -> list[Tensor]:
         q, k, v = qkv.float().unflatten(1, (-1, width)).split([H, G, G], 1)

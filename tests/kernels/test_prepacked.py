@@ -87,16 +87,42 @@ def test_prepacked_matrices_are_not_used_with_gradients_or_in_fp32():
     assert plain.prepacked is None
 
 
+@pytest.fixture
+def one_thread_more():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (960, 576), (576, 1536)])
 @torch.no_grad()
-def test_prepacked_products_in_fp32_are_batch_invariant(outputs, inputs):
-    """A single row of 1,536 numbers was summed in another order than one of two."""
-    assert is_batch_invariant(outputs, inputs)
+def test_prepacked_products_in_fp32_are_batch_invariant(outputs, inputs, one_thread_more):
+    """A single row of 1,536 numbers was summed in another order than one of two. Every number of rows up to 70."""
+    assert is_batch_invariant(outputs, inputs, torch.get_num_threads())
     x, matrix = random_tensor(70, inputs), mkldnn.prepack(random_tensor(outputs, inputs, seed=1))
     together = prepacked_linear(x, matrix)
-    assert all(torch.equal(prepacked_linear(x[n : n + 1], matrix)[0], together[n]) for n in (0, 33, 69))
-    assert torch.equal(prepacked_linear(x[5:42], matrix), together[5:42])
+    assert all(torch.equal(prepacked_linear(x[-n:], matrix), together[-n:]) for n in range(1, 71))
     torch.testing.assert_close(together, F.linear(x, random_tensor(outputs, inputs, seed=1)), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_numbers_of_rows_with_another_order_of_summation_are_replaced(monkeypatch):
+    """13 numbers of rows were tried, and all others believed. Here the sums of 37, 38 and 90 rows differ."""
+    given = mkldnn.linear
+
+    def differing(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return given(x, matrix, bias) * (1.0 + 1e-6 * (len(x) in (37, 38, 90)))
+
+    monkeypatch.setattr(mkldnn, "linear", differing)
+    x, matrix = random_tensor(100, 160), mkldnn.prepack(random_tensor(48, 160, seed=1))
+    together = prepacked_linear(x, matrix)
+    for count, size in {36: 36, 37: 64, 38: 39, 90: 91}.items():
+        assert prepacked.rows_at_once(48, 160, count, torch.get_num_threads()) == size
+        assert torch.equal(prepacked_linear(x[:count], matrix), together[:count])
+    monkeypatch.setattr(prepacked, "equals_reference", lambda *_: False)
+    with pytest.raises(RuntimeError, match=r"\(48, 160\) depend on the number of rows \(3\).*THINKSTACK_KERNELS=0"):
+        prepacked_linear(x[:3], matrix)
 
 
 @pytest.fixture(params=["a missing operator", "an operator that refuses"])

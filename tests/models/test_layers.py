@@ -68,6 +68,12 @@ def test_interleaved_rotation_rotates_neighboring_pairs():
     torch.testing.assert_close(out, torch.tensor(expected))
 
 
+def test_heads_at_odd_offsets_are_rotated(on_torch):
+    """torch views numbers as complex at even offsets only."""
+    x, table = random_tensor(1, 1, 1, 9), rope_table(torch.tensor([[3]]), 4, RopeConfig())
+    assert torch.equal(on_torch(rotate, x[..., 5:], table, True), on_torch(rotate, x[..., 5:].clone(), table, True))
+
+
 def test_half_split_rotation_rotates_distant_pairs():
     """The Llama layout pairs x0 with x2 and x1 with x3."""
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)

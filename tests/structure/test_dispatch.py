@@ -9,8 +9,9 @@ Looked for elsewhere, by syntax:
   `get_device_capability`, `get_device_properties`, `torch.backends.*.is_available()`;
 - private operators of torch's libraries: `torch.ops.mkldnn` and the like.
 
-Not looked for: constants of `thinkstack.kernels.sizes`, a device or dtype that a user chose, and what
-`ops.never_synchronizes`, `ops.row_padding` and `resolve_precision` answer: these questions are asked inside.
+Not looked for: constants of `thinkstack.kernels.sizes`; a device or dtype that a user chose, and work on that device
+(`torch.cuda.Stream`); the questions that kernels/ answers (`ops.never_synchronizes`, `ops.row_padding`,
+`resolve_precision`).
 """
 
 import ast

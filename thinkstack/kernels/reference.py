@@ -88,6 +88,8 @@ def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     """Pairs of numbers as complex numbers times the table."""
     pairs = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
     pairs = (pairs if interleaved else pairs.transpose(-1, -2)).contiguous()
+    if pairs.storage_offset() % 2:  # complex numbers start at even offsets
+        pairs = pairs.clone()
     rotated = torch.view_as_real(torch.view_as_complex(pairs) * table.unsqueeze(2))
     return (rotated if interleaved else rotated.transpose(-1, -2)).flatten(-2).to(x.dtype)
 

@@ -12,6 +12,7 @@ from thinkstack.models.block import Block
 from thinkstack.models.layers import Linear, QuantizedLinear, QuantizedWeight, RMSNorm, SwiGLU
 from thinkstack.models.lora import Adapter, LoRALinear
 from thinkstack.models.moe import MoE
+from thinkstack.models.transformer import Transformer
 
 BLOCK_MODULES: set[type[nn.Module]] = {Block, GQA, MLA, SwiGLU, MoE, RMSNorm, Linear, nn.ModuleDict}
 """The module types of an unmodified block."""
@@ -42,6 +43,14 @@ class FusedHead:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward hooks, which means that it is sharded across ranks."""
     return any(part._forward_hooks for part in module.modules())
+
+
+def refused_dtype(model: Transformer, blocks: Iterable[nn.Module]) -> str | None:
+    """The dtypes of the matrices in words if they, routers aside, differ from the embedding's dtype; None if not."""
+    named = [named for block in blocks for named in block.named_parameters()]
+    matrices = {parameter.dtype for name, parameter in named if parameter.dim() > 1 and not name.endswith("router")}
+    dtypes = sorted(map(str, matrices | {model.embed.weight.dtype}))
+    return f"matrices of several dtypes: {', '.join(dtypes)}" if len(dtypes) > 1 else None
 
 
 def refused_module(blocks: Iterable[nn.Module], supported: set[type[nn.Module]]) -> str | None:

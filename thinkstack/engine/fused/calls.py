@@ -52,103 +52,61 @@ _GQAPass = structure(
 )
 
 
+_PASSES = {"gqa_pass_bf16": _GQAPass, "gqa_pass_int8": _GQAPass, "mla_pass": _MLAPass}
+Numbers = Mapping[str, float]
+
+
 def attend_gqa(
-    qkv: Tensor,
-    norms: tuple[Tensor | None, Tensor | None],
-    sizes: Mapping[str, int],
-    rope: Tensor,
-    last: Tensor,
-    pages: Pages,
-    scales: Mapping[str, float],
+    qkv: Tensor, norms: tuple[Tensor | None, Tensor | None], numbers: Numbers, rope: Tensor, last: Tensor, pages: Pages
 ) -> Tensor:
     """Grouped-query attention of new tokens; the keys and values of these tokens are written to the cache first.
 
     qkv: (N, (H + 2 G) W), contiguous: the projected heads of queries, keys, values. norms: norms of query and key
-    heads, (W,) fp32 or None. sizes: H, G, W, interleaved. rope: (N, W / 2) complex64. last: (N,) int64, the position
-    of each token in its sequence. pages: pages of the N tokens. scales: as in gqa_pass. Returns (N, H W).
+    heads, (W,) fp32 or None. numbers: H, G, W, interleaved, scale of the scores, eps of the norms. rope: (N, W / 2)
+    complex64. last: (N,) int64, the position of each token in its sequence. pages: pages of the N tokens. Returns
+    (N, H W).
     """
-    N, width = len(qkv), sizes["H"] * sizes["W"]
-    query, out = qkv.new_empty(2, N, width)
+    N, (shift, table_width) = len(qkv), block_layout(pages)
+    query, out = qkv.new_empty(2, N, int(numbers["H"] * numbers["W"]))
     given = (qkv, *norms, rope, last, pages.block_tables, pages.seq_index, query, pages.entries, out)
-    arguments = _AttendGQA(
-        *map(address, given),
-        **sizes,
-        **scales,
-        **dict(N=N, shift=block_layout(pages)[0], table_width=block_layout(pages)[1]),
-        threads=torch.get_num_threads(),
-    )
-    run("attend_gqa", arguments, qkv.dtype == torch.bfloat16)
+    sizes = dict(N=N, shift=shift, table_width=table_width, threads=torch.get_num_threads())
+    run("attend_gqa", _AttendGQA(*map(address, given), **sizes, **numbers), qkv.dtype == torch.bfloat16)
     return out
 
 
-def gqa_pass(
-    x: Tensor,
+def run_pass(
+    kernel: str,
     layers: ctypes.Array[ctypes.Structure],
-    sizes: dict[str, int],
+    numbers: Numbers,
+    x: Tensor,
     rope: Tensor,
     last: Tensor,
     pages: Pages,
     cache: Tensor,
-    scales: dict[str, float],
-    is_int8: bool,
+    experts: Tensor | None = None,
 ) -> None:
-    """Run up to SMALL_M new tokens through layers of grouped-query attention and SwiGLU, in bf16.
+    """Run new tokens through all layers of a model over a cache.
 
-    x: (B, D), contiguous; changed in place. layers: L GQALayers. sizes: H, G, W, I, interleaved. is_int8: whether
-    matrices are int8. rope: (B, W / 2) complex64. last: (B,) int64, the positions of the new entries. pages: pages of
-    the B tokens in the first layer. cache: (L, blocks, P, 2 G W); new entries are written to it. scales: scale of the
-    attention scores, eps of the norms.
+    kernel: "gqa_pass_bf16" or "gqa_pass_int8", by the dtype of the matrices, for up to SMALL_M tokens in bf16;
+    "mla_pass" for any number of tokens in fp32 and a cache in fp32 or bf16. layers: L GQALayers or MLALayers. numbers:
+    sizes and scales of the kernel's structure, with the names of the C++ file. x: (B, D), contiguous; changed in place.
+    rope: (B, R / 2) complex64, R the rotated width. last: (B,) int64, the positions of the new entries. pages: pages of
+    the B tokens in the first layer. cache: (L, blocks, P, width of an entry); new entries are written to it. experts:
+    for "mla_pass", (layers with experts, B, experts per token) int64, an output.
     """
-    tensors = {"x": x, "rope": rope, "last": last, "cache": cache}
-    run(
-        "gqa_pass_int8" if is_int8 else "gqa_pass_bf16",
-        _pass_arguments(_GQAPass, layers, tensors, pages, sizes | scales),
-    )
-
-
-def mla_pass(
-    x: Tensor,
-    layers: ctypes.Array[ctypes.Structure],
-    sizes: dict[str, int],
-    rope: Tensor,
-    last: Tensor,
-    pages: Pages,
-    cache: Tensor,
-    scales: dict[str, float],
-    experts: Tensor,
-) -> None:
-    """Run new tokens through a small model with latent attention; arithmetic in fp32, cache in fp32 or bf16.
-
-    Arguments as in gqa_pass, for any number of tokens; layers: L MLALayers. sizes, with the names of mla_model.cpp: H,
-    N, R, V, C, Q, interleaved, and with experts E, J, K, groups, top_groups, scores_per_group, normalize, softmax.
-    cache: (L, blocks, P, C + R). scales: additionally the factor of the routed output. experts: (layers with experts,
-    B, K) int64, an output.
-    """
-    tensors = {"x": x, "rope": rope, "last": last, "cache": cache, "experts": experts}
-    run("mla_pass", _pass_arguments(_MLAPass, layers, tensors, pages, sizes | scales), cache.dtype == torch.bfloat16)
-
-
-def _pass_arguments(
-    kind: type[ctypes.Structure],
-    layers: ctypes.Array[ctypes.Structure],
-    tensors: dict[str, Tensor],
-    pages: Pages,
-    numbers: Mapping[str, float],
-) -> ctypes.Structure:
-    """The arguments of a fused pass of new tokens through all layers over a cache."""
-    shift, table_width = block_layout(pages)
-    (B, D), cache = tensors["x"].shape, tensors["cache"]
-    addresses = {
-        name: address(x)
-        for name, x in (tensors | {"block_tables": pages.block_tables, "seq_index": pages.seq_index}).items()
-    }
-    return kind(
+    (B, D), (shift, table_width) = x.shape, block_layout(pages)
+    tensors = dict(x=x, rope=rope, last=last, cache=cache, block_tables=pages.block_tables, seq_index=pages.seq_index)
+    if experts is not None:
+        tensors["experts"] = experts
+    sizes = dict(L=len(layers), B=B, D=D, shift=shift, table_width=table_width, layer_stride=cache.stride(0))
+    arguments = _PASSES[kernel](
         layers=ctypes.addressof(layers),
-        **addresses,
+        **{name: address(tensor) for name, tensor in tensors.items()},
+        **sizes,
         **numbers,
-        **dict(L=len(layers), B=B, D=D, shift=shift, table_width=table_width, layer_stride=cache.stride(0)),
         threads=torch.get_num_threads(),
     )
+    run(kernel, arguments, *([] if experts is None else [cache.dtype == torch.bfloat16]))
 
 
 def layer_array(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.fused import calls
-from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
+from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_dtype, refused_module
 from thinkstack.kernels.conditions import fits_small_m, on_cpu
 from thinkstack.kernels.cpu import rows
 from thinkstack.kernels.cpu.mkldnn import prepack
@@ -60,15 +60,13 @@ class FusedGQA(FusedHead):
         super().__init__(model.head.weight)
         self.model, self.blocks = model, model.blocks()[: model.cfg.num_layers]
         blocks = self.blocks
-        attention, ffn = blocks[0].attention, blocks[0].ffn
-        assert isinstance(attention, GQA) and isinstance(ffn, SwiGLU)
+        attention, ffn = _parts(blocks[0])
         shape = attention.shape
-        self.attention_sizes = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
-        self.attention_sizes["interleaved"] = int(attention.interleaved)
-        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
+        self.numbers: dict[str, float] = {"H": shape.num_heads, "G": shape.num_kv_heads, "W": shape.head_dim}
+        self.numbers |= {"interleaved": attention.interleaved, "scale": attention.scale, "eps": model.cfg.norm_eps}
         self.weights = [] if _small_m_refusal(blocks) else [_small_m_weights(block) for block in blocks]
         self.small_m_layers = calls.layer_array(calls.GQALayer, self.weights) if self.weights else None
-        self.sizes = self.attention_sizes | {"I": ffn.w1.out_features}
+        self.pass_numbers = self.numbers | {"I": ffn.w1.out_features}
         self.is_int8 = bool(self.weights) and "sq" in self.weights[0]
         self.gemm_weights: list[GemmWeights] = []
         """Weights of each block, prepacked at the first call with more than SMALL_M tokens."""
@@ -85,6 +83,8 @@ class FusedGQA(FusedHead):
             return "attention other than grouped-query attention"
         if any(not isinstance(block.ffn, SwiGLU) for block in blocks):
             return "experts"
+        if reason := refused_dtype(model, blocks):
+            return reason
         small_m, gemm = _small_m_refusal(blocks), _gemm_refusal(blocks)
         if small_m is None or gemm is None:
             return None
@@ -95,18 +95,19 @@ class FusedGQA(FusedHead):
         x, rope = self.model.embed(ids), self.rope.lookup(positions)
         if self.small_m_layers is None or len(ids) > SMALL_M:
             return self._forward_gemm(x, positions, pages, cache, rope), None
-        calls.gqa_pass(x, self.small_m_layers, self.sizes, rope, positions, pages, cache, self.scales, self.is_int8)
+        kernel = "gqa_pass_int8" if self.is_int8 else "gqa_pass_bf16"
+        calls.run_pass(kernel, self.small_m_layers, self.pass_numbers, x, rope, positions, pages, cache)
         return self.model.norm(x), None
 
     def _forward_gemm(self, x: Tensor, positions: Tensor, pages: Pages, cache: Tensor, rope: Tensor) -> Tensor:
         """Run x (N, D) through all blocks, in place. Returns the result of the final norm."""
         self.gemm_weights = self.gemm_weights or [_gemm_weights(block) for block in self.blocks]
-        eps = self.scales["eps"]
+        eps = self.model.cfg.norm_eps
         following = [part.norms[0] for part in self.gemm_weights[1:]] + [self.model.norm.weight.detach().float()]
         normed, _ = rows.rms_norm(x, self.gemm_weights[0].norms[0], eps, return_inverse=False)
         for layer, (w, last_norm) in enumerate(zip(self.gemm_weights, following, strict=True)):
             qkv, own = prepacked_linear(normed, w.qkv, w.qkv_bias), pages._replace(entries=cache[layer])
-            heads = calls.attend_gqa(qkv, w.head_norms, self.attention_sizes, rope, positions, own, self.scales)
+            heads = calls.attend_gqa(qkv, w.head_norms, self.numbers, rope, positions, own)
             normed = rows.add_norm(x, prepacked_linear(heads, w.out, w.out_bias), w.norms[1], eps)
             inner = rows.swiglu_halves(prepacked_linear(normed, w.gate_up))
             normed = rows.add_norm(x, prepacked_linear(inner, w.down), last_norm, eps)
@@ -115,6 +116,12 @@ class FusedGQA(FusedHead):
     def draft(self, hidden: Tensor, following: Tensor, positions: Tensor, pages: Pages, cache: Tensor) -> Tensor | None:
         """As in FusedPass."""
         return None
+
+
+def _parts(block: Block) -> tuple[GQA, SwiGLU]:
+    """Attention and feed-forward of a block."""
+    assert isinstance(block.attention, GQA) and isinstance(block.ffn, SwiGLU)
+    return block.attention, block.ffn
 
 
 def _small_m_refusal(blocks: list[Block]) -> str | None:
@@ -149,28 +156,24 @@ def _gemm_refusal(blocks: list[Block]) -> str | None:
     weights = [part.weight for block in blocks for part in block.modules() if isinstance(part, Linear)]
     if not on_cpu(weights[0], "fused_gqa"):
         return f"no kernels for {weights[0].dtype} on {weights[0].device.type}"
-    if len({weight.dtype for weight in weights}) > 1:
-        return "matrices of several dtypes"
     if not can_prepack_all(*weights):
         return "no memory or no oneDNN for prepacked matrices"
     shapes = [] if weights[0].dtype == torch.bfloat16 else [shape for block in blocks for shape in _shapes(block)]
-    if varying := [shape for shape in shapes if not is_batch_invariant(*shape)]:
+    if varying := [shape for shape in shapes if not is_batch_invariant(*shape, torch.get_num_threads())]:
         return f"matmuls with a matrix {varying[0]} are not batch-invariant"
     return None
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
     """(outputs, inputs) of each matrix of GemmWeights."""
-    a, ffn = block.attention, block.ffn
-    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    a, ffn = _parts(block)
     groups = ((a.wq, a.wk, a.wv), (a.wo,), (ffn.w1, ffn.w3), (ffn.w2,))
     return [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
 
 
 def _small_m_weights(block: Block) -> SmallMWeights:
     """The weights of a GQALayer, by field; fp32 vectors are shared with the model."""
-    a, ffn = block.attention, block.ffn
-    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    a, ffn = _parts(block)
     found: SmallMWeights = {}
     for module, names in ((a, ("wq", "wk", "wv", "wo")), (ffn, ("w1", "w2", "w3"))):
         for name in names:
@@ -192,8 +195,7 @@ def _small_m_weights(block: Block) -> SmallMWeights:
 
 def _gemm_weights(block: Block) -> GemmWeights:
     """The weights of a block for more than SMALL_M tokens."""
-    a, ffn = block.attention, block.ffn
-    assert isinstance(a, GQA) and isinstance(ffn, SwiGLU)
+    a, ffn = _parts(block)
 
     def concatenated(*layers: Linear) -> tuple[Tensor, Tensor | None]:
         biases = [layer.bias.to(layer.weight.dtype) for layer in layers if layer.bias is not None]

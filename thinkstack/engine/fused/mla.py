@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.fused import calls
-from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_module
+from thinkstack.engine.fused.blocks import BLOCK_MODULES, FusedHead, refused_dtype, refused_module
 from thinkstack.kernels.conditions import fp32_inference_on_cpu
 from thinkstack.kernels.paging import Pages
 from thinkstack.kernels.sizes import LANES
@@ -44,18 +44,17 @@ class FusedMLA(FusedHead):
         a, moe = model.cfg.attention, model.cfg.moe
         attention = blocks[0].attention
         assert isinstance(a, MLAConfig) and isinstance(attention, MLA)
-        self.sizes = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim, C=a.kv_lora_rank)
-        self.sizes |= {"Q": a.q_lora_rank, "interleaved": int(attention.interleaved)}
-        self.scales = {"scale": attention.scale, "eps": model.cfg.norm_eps}
+        self.numbers: dict[str, float] = dict(H=a.num_heads, N=a.qk_nope_head_dim, R=a.qk_rope_head_dim, V=a.v_head_dim)
+        self.numbers |= dict(C=a.kv_lora_rank, Q=a.q_lora_rank, interleaved=attention.interleaved)
+        self.numbers |= dict(scale=attention.scale, eps=model.cfg.norm_eps)
         self.rope = RopeCache(a.qk_rope_head_dim, model.cfg.rope)
         self.num_routed = sum(isinstance(block.ffn, MoE) for block in blocks)
+        self.experts_per_token = 0 if moe is None else moe.num_experts_per_tok
         if moe is not None:
-            self.sizes |= dict(
-                E=moe.num_experts, J=moe.moe_intermediate_size, K=moe.num_experts_per_tok, groups=moe.num_groups
-            )
-            self.sizes |= dict(top_groups=moe.top_groups, scores_per_group=2 if moe.group_score == "top2" else 1)
-            self.sizes |= dict(normalize=int(moe.norm_topk_prob), softmax=int(moe.scoring == "softmax"))
-            self.scales["factor"] = moe.route_scale
+            self.numbers |= dict(E=moe.num_experts, J=moe.moe_intermediate_size, K=moe.num_experts_per_tok)
+            self.numbers |= dict(groups=moe.num_groups, top_groups=moe.top_groups, factor=moe.route_scale)
+            self.numbers |= dict(scores_per_group=2 if moe.group_score == "top2" else 1)
+            self.numbers |= dict(normalize=moe.norm_topk_prob, softmax=moe.scoring == "softmax")
 
     @staticmethod
     def refusal(model: Transformer, dtype: torch.dtype | None = None) -> str | None:
@@ -70,6 +69,8 @@ class FusedMLA(FusedHead):
                 return reason
         if model.cfg.hidden_size > MAX_HIDDEN:
             return f"a hidden size above {MAX_HIDDEN}"
+        if reason := refused_dtype(model, model.blocks()):
+            return reason
         like = model.embed.weight.new_empty(0, dtype=dtype)
         if not fp32_inference_on_cpu(like, "fused_mla"):
             return f"no kernels for inference in {like.dtype} on {like.device.type}"
@@ -101,8 +102,8 @@ class FusedMLA(FusedHead):
     ) -> Tensor:
         """Run x (N, D) through layers, in place. Returns experts (num_routed, N, K)."""
         rope = self.rope.lookup(positions)
-        chosen = torch.empty(num_routed, len(x), self.sizes.get("K", 0), dtype=torch.int64)
-        calls.mla_pass(x, layers, self.sizes, rope, positions, pages, cache, self.scales, chosen)
+        chosen = torch.empty(num_routed, len(x), self.experts_per_token, dtype=torch.int64)
+        calls.run_pass("mla_pass", layers, self.numbers, x, rope, positions, pages, cache, chosen)
         return chosen
 
 

@@ -2,44 +2,84 @@
 
 In bf16, F.linear reorders the matrix into this layout on every call; for up to a few hundred rows the reorder takes at
 least as long as the matmul. In fp32, F.linear uses MKL, which is half as fast on processors of other vendors than
-Intel."""
+Intel.
+
+oneDNN does not promise that the fp32 result of a row is independent of the number of rows and threads: it chooses
+blocks and the order of summation by shape, so one row of 1,536 inputs is summed in another order than two. Therefore
+`prepacked_linear` multiplies only numbers of rows that were tested: the first time that a number of rows is asked for,
+all its rows are compared bit for bit with the reference, which is two rows on one thread (`rows_at_once`). Values do
+not affect the order of summation, so a test with one matrix holds for all of its shape.
+"""
+
+# Shapes in this file: B rows, K inputs, N outputs.
 
 import functools
 import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from thinkstack.kernels.cpu import mkldnn
 
 MAX_MEMORY_SHARE = 1 / 8
 """Maximum share of the memory for prepacked copies of the matrices of a model."""
-TESTED_ROWS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 64, 65, 144, 300)
-"""Numbers of rows that `is_batch_invariant` tests."""
-MAX_TESTED_OUTPUTS = 2048
-"""Maximum number of outputs of the matrix in the test of `is_batch_invariant`."""
+MAX_TESTED_OUTPUTS = 4096
+"""Maximum number of outputs of a matrix in a test. Outputs are independent sums, computed in blocks of up to
+REORDER_ROWS; more outputs add more blocks, and the last one keeps its size."""
 
 
 def prepacked_linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of x (B, K) with a prepacked matrix and bias (N,), all of one dtype. A single row in fp32 is duplicated,
-    because the order of summation of a matmul with one row may differ."""
-    if x.dtype == torch.float32 and len(x) == 1:
-        return prepacked_linear(x.repeat(2, 1), matrix, bias)[:1]
-    return mkldnn.linear(x, matrix, bias)
+    """F.linear of x (B, K) with a matrix (N, K) of `mkldnn.prepack` and bias (N,), all of one dtype. Batch-invariant in
+    fp32, and independent of the number of threads."""
+    count = len(x)
+    size = rows_at_once(*matrix.shape, count, torch.get_num_threads()) if x.dtype == torch.float32 else count
+    if size == count:
+        return mkldnn.linear(x, matrix, bias)
+    pieces = F.pad(x, (0, 0, 0, -count % size)).split(size)
+    return torch.cat([mkldnn.linear(piece, matrix, bias) for piece in pieces])[:count]
 
 
 @functools.cache
-def is_batch_invariant(outputs: int, inputs: int) -> bool:
-    """Whether fp32 matmuls with a prepacked matrix (outputs, inputs) are batch-invariant: the result of a row is bit
-    for bit independent of the number of rows. oneDNN does not guarantee this, so it is tested."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(TESTED_ROWS[-1], inputs, generator=generator)
-    matrix = mkldnn.prepack(
-        torch.randn(min(outputs, MAX_TESTED_OUTPUTS + outputs % mkldnn.REORDER_ROWS), inputs, generator=generator)
+def rows_at_once(outputs: int, inputs: int, count: int, threads: int) -> int:
+    """Number of rows to multiply at once for `count` rows of fp32 and a matrix (outputs, inputs) with torch's current
+    number of threads, `threads`: count, or if its results differ from the reference, one more or REORDER_ROWS."""
+    for size in (count, count + 1, mkldnn.REORDER_ROWS):
+        if equals_reference(outputs, inputs, size):
+            return size
+    raise RuntimeError(
+        f"oneDNN's results for a matrix ({outputs}, {inputs}) depend on the number of rows ({count}) or of threads "
+        f"({threads}) on this machine; set THINKSTACK_KERNELS=0"
     )
-    together = prepacked_linear(rows, matrix)
-    return all(torch.equal(prepacked_linear(rows[-count:], matrix), together[-count:]) for count in TESTED_ROWS)
+
+
+@functools.cache
+def is_batch_invariant(outputs: int, inputs: int, threads: int) -> bool:
+    """Whether `prepacked_linear` in fp32 supports a matrix (outputs, inputs) with torch's current number of threads,
+    `threads`: two rows and REORDER_ROWS rows, which can replace others, equal the reference."""
+    return all(equals_reference(outputs, inputs, count) for count in (2, mkldnn.REORDER_ROWS))
+
+
+def equals_reference(outputs: int, inputs: int, count: int) -> bool:
+    """Whether each of `count` equal rows has the result of the reference, bit for bit, wherever it is."""
+    row, matrix, expected = _reference(min(outputs, MAX_TESTED_OUTPUTS + outputs % mkldnn.REORDER_ROWS), inputs)
+    return bool((mkldnn.linear(row.repeat(count, 1), matrix) == expected).all())
+
+
+@functools.lru_cache(maxsize=8)
+def _reference(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random row (1, K), a random prepacked matrix (N, K), and their product (N,) as one of two rows on one
+    thread."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, inputs, generator=generator)
+    matrix = mkldnn.prepack(torch.randn(outputs, inputs, generator=generator))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return row, matrix, mkldnn.linear(row.repeat(2, 1), matrix)[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 class PrepackedMatrix:
@@ -75,5 +115,6 @@ def can_prepack_all(*weights: Tensor) -> bool:
 
 def prepack_batch_invariant(weight: Tensor) -> Tensor | None:
     """A prepacked copy of an fp32 matrix if its matmuls are batch-invariant, otherwise None."""
-    takes = weight.dtype == torch.float32 and can_prepack_all(weight) and is_batch_invariant(*weight.shape)
-    return mkldnn.prepack(weight) if takes else None
+    if weight.dtype != torch.float32 or not can_prepack_all(weight):
+        return None
+    return mkldnn.prepack(weight) if is_batch_invariant(*weight.shape, torch.get_num_threads()) else None
