@@ -273,9 +273,7 @@ def _parse_url(url: str) -> URL:
     try:
         target = make_url(url)
     except ArgumentError as error:
-        raise ConfigError(
-            f"cannot read the database URL {url!r}; write postgresql+psycopg://... or sqlite:///FILE"
-        ) from error
+        raise ConfigError(f"cannot read the URL {url!r}; write postgresql+psycopg://... or sqlite:///FILE") from error
     if target.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ConfigError(f"unknown database {target.drivername!r}; known: sqlite, postgresql+psycopg")
     if target.drivername == "sqlite" and target.database in (None, "", ":memory:"):

@@ -14,11 +14,12 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sqlalchemy import (
     BigInteger,
     Connection,
+    RowMapping,
     Update,
     bindparam,
     case,
@@ -203,7 +204,7 @@ def sweep(connection: Connection, oldest_ms: int, now_ms: int) -> int:
 
     Returns how many there were.
     """
-    rows = connection.execute(_ORPHANS, {"oldest": oldest_ms}).mappings().all()
+    rows = connection.execute(_LOCK_ORPHANS, {"oldest": oldest_ms}).mappings().all()
     count = _close(connection, [(row, _noted(row, "lapsed")) for row in rows], now_ms)
     connection.execute(delete(processes).where(processes.c.heartbeat_ms < oldest_ms))
     return count
@@ -211,14 +212,14 @@ def sweep(connection: Connection, oldest_ms: int, now_ms: int) -> int:
 
 def has_orphans(connection: Connection, oldest_ms: int) -> bool:
     """Whether `sweep` would find a reservation."""
-    return connection.execute(_ORPHANS.with_for_update(None).limit(1), {"oldest": oldest_ms}).first() is not None
+    return connection.execute(_ORPHANS.limit(1), {"oldest": oldest_ms}).first() is not None
 
 
-def _noted(row: Mapping[str, Any], status: str) -> Settlement:
+def _noted(row: RowMapping, status: str) -> Settlement:
     return Settlement(request_id=row["request_id"], usage=Usage(**{name: row[name] for name in TOKENS}), status=status)
 
 
-def _close(connection: Connection, ends: Sequence[tuple[Mapping[str, Any], Settlement]], now_ms: int) -> int:
+def _close(connection: Connection, ends: Sequence[tuple[RowMapping, Settlement]], now_ms: int) -> int:
     """Move locked reservations to the ledger."""
     if not ends:
         return 0
@@ -251,12 +252,8 @@ def _close(connection: Connection, ends: Sequence[tuple[Mapping[str, Any], Settl
 _IS_NAMED = reservations.c.request_id.in_(bindparam("ids", expanding=True))
 _LIVE = select(processes.c.id).where(processes.c.heartbeat_ms >= bindparam("oldest"))
 _LOCK = select(reservations).where(_IS_NAMED).order_by(reservations.c.request_id).with_for_update()
-_ORPHANS = (
-    select(reservations)
-    .where(reservations.c.process_id.not_in(_LIVE))
-    .order_by(reservations.c.request_id)
-    .with_for_update(skip_locked=True)
-)
+_ORPHANS = select(reservations).where(reservations.c.process_id.not_in(_LIVE)).order_by(reservations.c.request_id)
+_LOCK_ORPHANS = _ORPHANS.with_for_update(skip_locked=True)
 _DELETE = delete(reservations).where(_IS_NAMED)
 _APPEND = insert(ledger)
 _OPEN = select(reservations.c.request_id).where(_IS_NAMED)

@@ -11,11 +11,9 @@ max_tokens does not take the whole minute; a bucket may exceed its limit by what
 import datetime
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from sqlalchemy import BigInteger, Table, Update, bindparam, case, literal, update
+from sqlalchemy import BigInteger, RowMapping, Table, Update, bindparam, case, literal, update
 
 from thinkstack.server.errors import RateLimited
 
@@ -43,7 +41,7 @@ BUCKETS = {"requests_per_minute": "requests_used", "tokens_per_minute": "tokens_
 UNLIMITED = Limits(requests_per_minute=0, tokens_per_minute=0, concurrency=0, deep_think_per_day=0)
 
 
-def limits_of(row: Mapping[str, Any], prefix: str, default: Limits) -> Limits:
+def limits_of(row: RowMapping, prefix: str, default: Limits) -> Limits:
     """The limits in the columns `prefix` + name of a row; NULL: the default."""
     values = {name: row[prefix + name] for name in LIMITS}
     return Limits(**{name: getattr(default, name) if value is None else value for name, value in values.items()})
@@ -80,9 +78,8 @@ def limit_update(table: Table, limited: tuple[str, ...]) -> Update:
             statement = statement.values({column: left + bindparam(f"{limit}_taken", type_=BigInteger)})
             statement = statement.where(left <= bindparam(f"{limit}_room", type_=BigInteger))
     if "deep_think_per_day" in limited:
-        used = case(
-            (columns.deep_think_day == bindparam("today"), columns.deep_think_used), else_=literal(0, BigInteger)
-        )
+        is_today = columns.deep_think_day == bindparam("today")
+        used = case((is_today, columns.deep_think_used), else_=literal(0, BigInteger))
         statement = statement.values(deep_think_day=bindparam("today"), deep_think_used=used + 1)
         statement = statement.where(used < bindparam("deep_think_per_day_limit"))
     return statement
@@ -98,7 +95,7 @@ def limit_parameters(limits: Limits, demand: Demand) -> tuple[tuple[str, ...], d
     return tuple(limited), values
 
 
-def check_limits(row: Mapping[str, Any], limits: Limits, demand: Demand, whose: str) -> None:
+def check_limits(row: RowMapping, limits: Limits, demand: Demand, whose: str) -> None:
     """Raise RateLimited for the first limit that a request does not pass, given the columns of a row as they are now."""
     elapsed = min(max(0, demand.now_ms - row["limits_ms"]), DAY_MS)
     for limit, amount in _demanded(demand)[:2]:

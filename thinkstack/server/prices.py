@@ -9,7 +9,7 @@ import datetime
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Le
 
@@ -22,9 +22,8 @@ PRICE_TO_PICO = PICO // 10**6
 """Pico units per token in a price of 1 per million tokens."""
 MAX_PICO = 2**62
 """Largest amount: 4.6 million units of the currency; sums of two fit 64 bits."""
-DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = get_args(Day)
 NonNegative = Annotated[Decimal, Ge(0), Le(100_000)]
 
 
@@ -172,14 +171,14 @@ class PriceTable:
 
 
 def _price(model: str, config: PriceConfig, hours: HoursConfig | None) -> Price:
-    prices = (config.input_hit, config.input_miss, config.output)
+    prices = [config.input_hit, config.input_miss, config.output]
     name = f"{model}@{config.valid_from.astimezone(datetime.UTC):%Y-%m-%dT%H:%MZ}"
     with localcontext(prec=100):
         if hours is not None:
             name += f" {hours.start:%H:%M}-{hours.end:%H:%M}"
             own = (hours.input_hit, hours.input_miss, hours.output)
-            prices = tuple(p if hours.factor is None else p * hours.factor for p in prices)
-            prices = tuple(mine if mine is not None else price for mine, price in zip(own, prices, strict=True))
+            factor = hours.factor if hours.factor is not None else Decimal(1)
+            prices = [new if new is not None else price * factor for new, price in zip(own, prices, strict=True)]
         hit, miss, output = (_to_integer(price * PRICE_TO_PICO, f"{name}: {price} per 1M tokens") for price in prices)
     return Price(id=name, hit_pico=hit, miss_pico=miss, output_pico=output)
 
