@@ -141,8 +141,8 @@ class Accounts:
         """
         now_ms = self._now_ms()
         with self.database.write() as connection:
-            ledger.beat(connection, self.process_id, now_ms)
             lost = ledger.note(connection, delivered)
+            ledger.beat(connection, self.process_id, now_ms)
         self._last_beat_ms = now_ms
         return lost
 
@@ -205,7 +205,7 @@ class Accounts:
     def user_id(self, name: str) -> int:
         """The id of a user. Raises ConfigError for an unknown name."""
         with self.database.read() as connection:
-            found = dict(connection.execute(select(users.c.name, users.c.id)).tuples().all())
+            found = {name: id_ for name, id_ in connection.execute(select(users.c.name, users.c.id))}
         if name not in found:
             raise ConfigError(f"no user {name!r}{did_you_mean(name, found)}")
         return found[name]

@@ -262,8 +262,8 @@ def migrate(database: Database) -> None:
         revision = MigrationContext.configure(connection).get_current_revision()
         if revision is not None and revision not in known:
             raise ConfigError(
-                f"{database.name} has revision {revision}, and this version of thinkstack knows revisions up to {head}; "
-                "update thinkstack or use another database"
+                f"{database.name} has revision {revision}, and this version of thinkstack knows revisions up "
+                f"to {head}; update thinkstack or use another database"
             )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -4,7 +4,7 @@ A request is admitted by `reserve`, which sets its largest possible cost aside; 
 far; `settle` charges what was delivered, frees the rest and writes one row of the ledger. A balance cannot become
 negative: nothing is charged that was not reserved before.
 
-Rows are locked in one order, reservations before users before keys and each by id, so that processes cannot wait for
+Rows are locked in one order (reservations, users, keys, processes; each by id), so that transactions cannot wait for
 each other in a circle.
 """
 
@@ -31,6 +31,7 @@ from sqlalchemy import (
     select,
     update,
 )  # fmt: skip
+from sqlalchemy.dialects import postgresql, sqlite
 
 from thinkstack.server.database import PRICES, TOKENS, deposits, keys, ledger, processes, reservations, users
 from thinkstack.server.errors import InsufficientBalance
@@ -94,9 +95,12 @@ def reserve(
     limited, values = limit_parameters(principal.limits, demand)
     values |= {"id_": principal.user_id, "cost": cost}
     if not connection.execute(_user_update(limited), values).rowcount:
-        row = connection.execute(select(users).where(users.c.id == principal.user_id)).mappings().one()
+        locked = select(users).where(users.c.id == principal.user_id).with_for_update()
+        row = connection.execute(locked).mappings().one()
         check_limits(row, principal.limits, demand, f"user {principal.user_name}")
         left = row["granted_pico"] + row["topped_up_pico"] - row["reserved_pico"]
+        if left >= cost:  # another process has settled a request in between; the row is locked now
+            return reserve(connection, principal, request, price, process_id, now_ms)
         raise InsufficientBalance(
             f"the request may cost {format_amount(cost)}, and {format_amount(left)} of the balance of "
             f"{principal.user_name} is free; top it up, lower max_tokens or wait for running requests"
@@ -152,12 +156,16 @@ _USER_RUNNING = _RUNNING.where(reservations.c.user_id == bindparam("new_user_id"
 _KEY_RUNNING = _RUNNING.where(reservations.c.key_id == bindparam("new_key_id")).scalar_subquery()
 _IS_USED = exists().where(ledger.c.request_id == bindparam("new_request_id"))
 _INSERTED = [column for column in reservations.c if column.name not in TOKENS]
-_INSERT = insert(reservations).from_select(
-    [*(column.name for column in _INSERTED), *TOKENS],
-    select(
-        *(bindparam(f"new_{column.name}", type_=column.type) for column in _INSERTED),
-        *(literal(0, BigInteger).label(name) for name in TOKENS),
-    ).where(~_IS_USED, bindparam("user_limit") > _USER_RUNNING, bindparam("key_limit") > _KEY_RUNNING),
+_INSERT = (
+    insert(reservations)
+    .from_select(
+        [*(column.name for column in _INSERTED), *TOKENS],
+        select(
+            *(bindparam(f"new_{column.name}", type_=column.type) for column in _INSERTED),
+            *(literal(0, BigInteger).label(name) for name in TOKENS),
+        ).where(~_IS_USED, bindparam("user_limit") > _USER_RUNNING, bindparam("key_limit") > _KEY_RUNNING),
+    )
+    .execution_options(preserve_rowcount=True)
 )
 
 
@@ -166,11 +174,10 @@ def note(connection: Connection, delivered: Mapping[str, Usage]) -> list[str]:
 
     Those were settled, or have lapsed: what they deliver from now on cannot be charged.
     """
-    if not delivered:
-        return []
-    rows = [{"id_": request_id, **asdict(usage)} for request_id, usage in sorted(delivered.items())]
-    connection.execute(_NOTE, rows)
-    open_ids = connection.scalars(_OPEN, {"ids": list(delivered)})
+    rows = connection.execute(_LOCK, {"ids": list(delivered)}).mappings().all()
+    open_ids = [row["request_id"] for row in rows]
+    if open_ids:
+        connection.execute(_NOTE, [{"id_": id_, **asdict(delivered[id_])} for id_ in open_ids])
     return sorted(set(delivered) - set(open_ids))
 
 
@@ -192,11 +199,9 @@ def release(connection: Connection, request_ids: Iterable[str], status: str, now
 
 def beat(connection: Connection, process_id: str, now_ms: int) -> None:
     """Write the heartbeat of a process."""
-    found = connection.execute(
-        update(processes).where(processes.c.id == process_id).values(heartbeat_ms=now_ms)
-    ).rowcount
-    if not found:
-        connection.execute(insert(processes).values(id=process_id, heartbeat_ms=now_ms))
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = make(processes).values(id=process_id, heartbeat_ms=now_ms)
+    connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"heartbeat_ms": now_ms}))
 
 
 def sweep(connection: Connection, oldest_ms: int, now_ms: int) -> int:
@@ -256,7 +261,6 @@ _ORPHANS = select(reservations).where(reservations.c.process_id.not_in(_LIVE)).o
 _LOCK_ORPHANS = _ORPHANS.with_for_update(skip_locked=True)
 _DELETE = delete(reservations).where(_IS_NAMED)
 _APPEND = insert(ledger)
-_OPEN = select(reservations.c.request_id).where(_IS_NAMED)
 _NOTE = (
     update(reservations)
     .where(reservations.c.request_id == bindparam("id_"))
@@ -279,7 +283,7 @@ _CHARGE = (
 )
 _COUNT = (
     update(keys)
-    .where(keys.c.id == bindparam("id_"), keys.c.tokens_per_minute.is_not(None))
+    .where(keys.c.id == bindparam("id_"), keys.c.tokens_per_minute > 0)
     .values(tokens_used=keys.c.tokens_used + bindparam("used"))
 )
 

@@ -77,6 +77,8 @@ def limit_update(table: Table, limited: tuple[str, ...]) -> Update:
             left = case((left > 0, left), else_=literal(0, BigInteger))
             statement = statement.values({column: left + bindparam(f"{limit}_taken", type_=BigInteger)})
             statement = statement.where(left <= bindparam(f"{limit}_room", type_=BigInteger))
+        else:
+            statement = statement.values({column: 0})  # no debt waits for the day on which a limit is set
     if "deep_think_per_day" in limited:
         is_today = columns.deep_think_day == bindparam("today")
         used = case((is_today, columns.deep_think_used), else_=literal(0, BigInteger))
@@ -96,7 +98,7 @@ def limit_parameters(limits: Limits, demand: Demand) -> tuple[tuple[str, ...], d
 
 
 def check_limits(row: RowMapping, limits: Limits, demand: Demand, whose: str) -> None:
-    """Raise RateLimited for the first limit that a request does not pass, given the columns of a row as they are now."""
+    """Raise RateLimited for the first limit that a request does not pass, given the columns of its row now."""
     elapsed = min(max(0, demand.now_ms - row["limits_ms"]), DAY_MS)
     for limit, amount in _demanded(demand)[:2]:
         value = getattr(limits, limit)
