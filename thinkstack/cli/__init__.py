@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from thinkstack.cli import models, training
+from thinkstack.cli import accounts, models, training
 from thinkstack.config import did_you_mean
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
 
@@ -31,7 +31,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": models.inspect,
     "convert": models.convert,
     "merge": models.merge,
+    "usage": accounts.usage,
 }
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "accounts": ("Users of a server: add, list, change, disable.", accounts.ACCOUNTS),
+    "keys": ("API keys of a server: new, list, revoke.", accounts.KEYS),
+}
+"""Commands of two words: the meaning of the first, and the functions for the second."""
 
 
 def main() -> None:
@@ -64,21 +70,40 @@ def _parse(words: list[str]) -> Callable[[], None]:
             raise ConfigError(f"the argument {word.encode(errors='backslashreplace').decode()} is not UTF-8 text")
     if words == ["--version"]:
         return _print_version
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)}")
+    commands = COMMANDS | {name: _group(meaning) for name, (meaning, _) in GROUPS.items()}
+    if words and words[0] in GROUPS:
+        return _parse_in(f"thinkstack {words[0]}", *GROUPS[words[0]], words[1:])
+    return _parse_in("thinkstack", str(__doc__), commands, words)
+
+
+def _parse_in(
+    program: str, meaning: str, commands: dict[str, Callable[..., None]], words: list[str]
+) -> Callable[[], None]:
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], commands)}")
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            delayed = {name: _delayed(command) for name, command in COMMANDS.items()}
+            delayed = {name: _delayed(command) for name, command in commands.items()}
             call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                delayed, prog="thinkstack", description=__doc__, args=words
+                delayed, prog=program, description=meaning, args=words
             )
             return call
     except SystemExit as error:
         if not error.code:
             raise
-    command = f" {words[0]}" if words and words[0] in COMMANDS else ""
-    raise ConfigError(f"{_in_one_line(stderr.getvalue())}; see thinkstack{command} --help")
+    command = f" {words[0]}" if words and words[0] in commands else ""
+    raise ConfigError(f"{_in_one_line(stderr.getvalue())}; see {program}{command} --help")
+
+
+def _group(meaning: str) -> Callable[..., None]:
+    """A command that only has a line in the help: `_parse` reads the words after it."""
+
+    def group() -> None:
+        pass
+
+    group.__doc__ = meaning
+    return group
 
 
 def _delayed(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

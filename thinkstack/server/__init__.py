@@ -1,0 +1,1 @@
+"""The API server: accounts, keys, limits, prices and the ledger."""
