@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from thinkstack.cli import accounts, models, training
+from thinkstack.cli import accounts, models, serving, training
 from thinkstack.config import did_you_mean
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
 
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": training.recipes,
     "chat": models.chat,
     "generate": models.generate,
+    "serve": serving.serve,
     "rollouts": training.rollouts,
     "replay": training.replay,
     "inspect": models.inspect,

@@ -69,22 +69,23 @@ class Generation:
         self._num_unread_ends = num_completions
         self._updates: list[CompletionUpdate] = []
         self._error: Exception | None = None
+        self._is_ticked = False
         self._waiter: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> "Generation":
         return self
 
     async def __anext__(self) -> list[CompletionUpdate]:
-        """The updates since the last call, at least one. Raises Overloaded if the request waited too long for its
-        start, EngineStopped if the engine stopped."""
-        while not self._updates:
+        """The updates since the last call; none after a call of `tick`. Raises Overloaded if the request waited too
+        long for its start, EngineStopped if the engine stopped."""
+        while not self._updates and not self._is_ticked:
             if self._error is not None:
                 raise self._error
             if not self._num_unread_ends:
                 raise StopAsyncIteration
             self._waiter = self.loop.create_future()
             await self._waiter
-        updates, self._updates = self._updates, []
+        updates, self._updates, self._is_ticked = self._updates, [], False
         self._num_unread_ends -= sum(update.finish_reason is not None for update in updates)
         return updates
 
@@ -100,12 +101,20 @@ class Generation:
         """Close the thinking of unfinished completions now. Raises RequestError without think_end_token_ids."""
         await self._service.call(lambda: self._service.end_thinking_now(self))
 
+    def tick(self) -> None:
+        """Wake the reader without an update, in the event loop, so that it can show that it is alive."""
+        self._is_ticked = True
+        self._wake()
+
     def receive(self, found: CompletionUpdate | Exception) -> None:
         """Called in the event loop for each update."""
         if isinstance(found, Exception):
             self._error = found
         else:
             self._updates.append(found)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

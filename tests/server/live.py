@@ -1,0 +1,73 @@
+"""A server on a real socket with a scripted engine: the answers are texts, everything else is the real thing."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from thinkstack.engine.scripted import ScriptedEngine
+from thinkstack.engine.service import EngineService
+from thinkstack.server.accounts import Accounts
+from thinkstack.server.app import Server, ServerSettings, create_app
+from thinkstack.server.database import Database, sqlite_url
+from thinkstack.server.served import Member, MemberConfig, ServedModels, config_of_model
+from thinkstack.text.chat import ChatFormat, chat_format
+from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
+
+WORDS = "the sum of 1 and 2 is 3, says the tool. What is the capital of France? Paris 你好 🙂 explain why"
+TOKENIZER = train_tokenizer([WORDS] * 4, 420, control=(*CONTROL, *TOOLS))
+Answer = Callable[[str, int], str]
+"""Function (text of the prompt, index of the choice) -> text of the turn after the opening, with control tokens."""
+
+
+class LiveServer:
+    """A running server."""
+
+    def __init__(self, server: Server, url: str, key: str, engine: ScriptedEngine):
+        self.server, self.url, self.key, self.engine = server, url, key, engine
+        self.headers = {"Authorization": f"Bearer {key}"}
+
+
+def written(text: str) -> list[int]:
+    """Token ids of a turn's text, in which control tokens are control tokens."""
+    return TOKENIZER.encode_pieces(TOKENIZER.split_controls(text))
+
+
+def scripted(chat: ChatFormat, answer: Answer, **settings: Any) -> ScriptedEngine:
+    """An engine that answers by a function."""
+
+    def script(prompt: tuple[int, ...], index: int) -> list[int]:
+        return written(answer(chat.tokenizer.decode(prompt), index))
+
+    settings = {"max_num_seqs": 16, "max_waiting": 64} | settings
+    end = chat.stop_token_ids[0]
+    return ScriptedEngine(script, vocab_size=chat.tokenizer.vocab_size, end_id=end, max_model_len=8192, **settings)
+
+
+@contextlib.contextmanager
+def live(
+    folder: Path, answer: Answer, format: str = "v3_1_think", settings: ServerSettings | None = None, **engine: Any
+) -> Iterator[LiveServer]:
+    """Run a server while the block runs. engine: fields of EngineConfig."""
+    chat = chat_format(format, TOKENIZER)
+    served = scripted(chat, answer, **engine)
+    config = config_of_model("scripted")
+    member = Member(MemberConfig(model="scripted"), EngineService(served), chat)
+    accounts = Accounts(Database(sqlite_url(folder)))
+    key = accounts.add_key(accounts.add_user("ada", is_admin=True), "test")
+    server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings())
+    running = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve()))
+    thread.start()
+    try:
+        while not running.started:
+            assert thread.is_alive(), "the server did not start"
+        (port,) = {socket.getsockname()[1] for each in running.servers for socket in each.sockets}
+        yield LiveServer(server, f"http://127.0.0.1:{port}", key, served)
+    finally:
+        running.should_exit = True
+        thread.join()

@@ -1,0 +1,62 @@
+"""Errors as HTTP: which status, type, field and wait each exception has; the dialects have their own shapes."""
+
+from dataclasses import dataclass
+
+from thinkstack.engine.interface import Overloaded
+from thinkstack.server.errors import (
+    AuthenticationError,
+    DatabaseUnavailable,
+    InsufficientBalance,
+    PermissionDenied,
+    RateLimited,
+)
+from thinkstack.types import RequestError
+
+RETRY_SECONDS = 2
+"""When to try again after an overload."""
+
+
+@dataclass(frozen=True)
+class ApiError:
+    """What a reply says about an error."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    """The field of the request."""
+    retry_after: int | None = None
+    """Seconds."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the reply."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+    def openai(self) -> dict[str, object]:
+        """The body in OpenAI's and DeepSeek's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def code(self) -> str:
+        """DeepSeek's code: one for all errors of the request."""
+        return "invalid_request_error" if self.status < 500 else self.type
+
+
+def api_error(error: BaseException) -> ApiError:
+    """How the API reports an exception; an unexpected one is a 500 without details."""
+    message = str(error)
+    match error:
+        case RequestError():
+            return ApiError(400, message, "invalid_request_error", error.field)
+        case AuthenticationError():
+            return ApiError(401, message, "authentication_error")
+        case InsufficientBalance():
+            return ApiError(402, message, "insufficient_balance_error")
+        case PermissionDenied():
+            return ApiError(403, message, "permission_error")
+        case RateLimited():
+            return ApiError(429, message, "rate_limit_error", None, error.retry_after_seconds)
+        case Overloaded() | DatabaseUnavailable():
+            return ApiError(503, message, "overloaded_error", None, RETRY_SECONDS)
+    return ApiError(500, "the server failed; its log says why", "server_error")

@@ -1,0 +1,337 @@
+"""The HTTP application: routes, keys, limits on requests, health and metrics."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import thinkstack
+from thinkstack.engine.interface import Overloaded
+from thinkstack.server.accounts import Accounts
+from thinkstack.server.api_errors import ApiError, api_error
+from thinkstack.server.billing import Billing
+from thinkstack.server.deepseek import ChatReply
+from thinkstack.server.errors import (
+    AuthenticationError,
+    DatabaseUnavailable,
+    InsufficientBalance,
+    PermissionDenied,
+    RateLimited,
+)
+from thinkstack.server.keys import Principal
+from thinkstack.server.prices import format_amount
+from thinkstack.server.schema import ChatRequest
+from thinkstack.server.served import ServedModels
+from thinkstack.server.turns import Turn, make_turn
+from thinkstack.types import RequestError, SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Limits of the server itself."""
+
+    max_body_bytes: int = 16 * 2**20
+    """Largest body of a request."""
+    max_wait: float = 60.0
+    """Seconds that a request may wait for its start."""
+    keep_alive_seconds: float = 10.0
+    """Seconds of silence after which a stream sends a comment."""
+    max_step_seconds: float = 120.0
+    """Duration of a step after which the engine is taken for dead."""
+    drain_seconds: float = 30.0
+    """Seconds that running requests may take after SIGTERM."""
+
+
+class Reply(Protocol):
+    """The reply to a turn in one dialect."""
+
+    turn: Turn
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole reply."""
+
+    def chunks(self) -> AsyncGenerator[bytes]:
+        """The reply as a stream."""
+
+    @staticmethod
+    def error(error: ApiError) -> bytes:
+        """An error after the start of a stream."""
+
+
+class Server:
+    """What the routes share."""
+
+    def __init__(
+        self,
+        models: ServedModels,
+        accounts: Accounts,
+        settings: ServerSettings = ServerSettings(),
+        principal: Principal | None = None,
+    ):
+        """principal: who sends all requests of a server without keys; None: requests need a key."""
+        self.models, self.accounts, self.settings = models, accounts, settings
+        self.billing = Billing(accounts)
+        self.started = int(time.time())
+        self._principal = principal
+        self.turns: dict[str, Turn] = {}
+        """Running requests by id."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Run until SIGTERM; then finish running requests, settle them, and stop the engines."""
+        async with self.billing.running():
+            keeper = asyncio.create_task(self._keep_alive())
+            yield
+            keeper.cancel()
+            services = (member.service for member in self.models.members.values())
+            await asyncio.gather(*(service.close(self.settings.drain_seconds) for service in services))
+
+    async def principal(self, request: Request) -> Principal:
+        """Who sends a request. Raises AuthenticationError."""
+        if self._principal is not None:
+            return self._principal
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not key:
+            raise AuthenticationError("the request has no API key; send the header 'Authorization: Bearer sk-...'")
+        return await self.billing.call(self.accounts.authenticate, key)
+
+    async def answer(
+        self, request: Request, reply: Reply, principal: Principal, is_stream: bool, ignored: Sequence[str]
+    ) -> Response:
+        """Start the turn of a reply and send it."""
+        turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
+        if ignored:
+            headers["X-Ignored-Fields"] = ", ".join(ignored)
+        await turn.start(principal, self.settings.max_wait)
+        self.turns[turn.id] = turn
+        if is_stream:
+            return StreamingResponse(self._stream(reply), media_type="text/event-stream", headers=headers)
+        try:
+            return JSONResponse(await _unless_disconnected(request, reply.whole()), headers=headers)
+        finally:
+            turn.abort()
+            del self.turns[turn.id]
+
+    async def _stream(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The chunks of a reply; an error after the start is the last one."""
+        chunks = reply.chunks()
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except Exception as error:
+            found = api_error(error)
+            if found.status == 500:
+                log.exception("a stream failed")
+            yield reply.error(found)
+        finally:
+            self.turns.pop(reply.turn.id, None)
+            await chunks.aclose()
+
+    async def _keep_alive(self) -> None:
+        """Make silent streams send a comment."""
+        settings = self.settings
+        while True:
+            await asyncio.sleep(settings.keep_alive_seconds / 4)
+            for turn in list(self.turns.values()):
+                turn.keep_alive(settings.keep_alive_seconds, settings.max_step_seconds)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of `work`, which is cancelled if the client leaves."""
+    task = asyncio.ensure_future(work)
+    listener = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([task, listener], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise asyncio.CancelledError
+        return task.result()
+    finally:
+        listener.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def create_app(server: Server) -> FastAPI:
+    """The application with all routes."""
+    app = FastAPI(
+        title="thinkstack", version=thinkstack.__version__, lifespan=server.lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.server = server
+    for prefix in ("", "/v1", "/beta"):
+        app.include_router(chat_routes(server), prefix=prefix)
+    app.include_router(operation_routes(server))
+    for kind in ERRORS:
+        app.add_exception_handler(kind, _error_reply)
+    app.add_middleware(LimitBody, max_bytes=server.settings.max_body_bytes)
+    return app
+
+
+def chat_routes(server: Server) -> APIRouter:
+    """Chat, models and balance in DeepSeek's dialect."""
+    routes = APIRouter()
+    caller = Annotated[Principal, Depends(server.principal)]
+
+    @routes.post("/chat/completions", responses=STREAMED)
+    async def chat_completions(body: ChatRequest, request: Request, principal: caller) -> Response:
+        """Answer a conversation."""
+        ignored, wanted = body.ignored_fields(), body.turn()
+        principal.check_scope("chat")
+        principal.check_model(body.model)
+        turn = await make_turn(server.models.get(body.model), wanted, server.billing)
+        options = body.stream_options
+        reply = ChatReply(turn, body.model, include_usage=options is not None and options.include_usage)
+        return await server.answer(request, reply, principal, bool(body.stream), ignored)
+
+    @routes.get("/models")
+    async def models(principal: caller) -> dict[str, Any]:
+        """The model names of this server."""
+        rows = [
+            {"id": model.name, "object": "model", "created": server.started, "owned_by": "thinkstack"}
+            for model in server.models
+            if not principal.models or model.name in principal.models
+        ]
+        return {"object": "list", "data": rows}
+
+    @routes.get("/user/balance")
+    async def balance(principal: caller) -> dict[str, Any]:
+        """The balance of the caller."""
+        found = await server.billing.call(server.accounts.balance, principal.user_id)
+        amounts = {
+            "total_balance": found.total_pico,
+            "granted_balance": found.granted_pico,
+            "topped_up_balance": found.topped_up_pico,
+        }
+        row = {"currency": found.currency} | {name: format_amount(amount) for name, amount in amounts.items()}
+        return {"is_available": found.is_available, "balance_infos": [row]}
+
+    @routes.post("/requests/{request_id}/answer-now")
+    async def answer_now(request_id: str, principal: caller) -> dict[str, Any]:
+        """Close the thinking of a running request, so that the answer begins."""
+        turn = server.turns.get(request_id)
+        if turn is None or turn.principal is None or turn.principal.user_id != principal.user_id:
+            raise HTTPException(404, f"no request {request_id!r} is running")
+        await turn.end_thinking()
+        return {"id": request_id, "object": "request"}
+
+    return routes
+
+
+def operation_routes(server: Server) -> APIRouter:
+    """Health for load balancers; these routes need no key."""
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        """The process runs."""
+        return {"status": "ok"}
+
+    @routes.get("/ready")
+    async def ready() -> JSONResponse:
+        """All engines are able to answer."""
+        limit, failures = server.settings.max_step_seconds, {}
+        for name, member in server.models.members.items():
+            status = member.service.status
+            if status.failure is not None or status.seconds_since_heartbeat > limit:
+                failures[name] = status.failure or "the engine does not respond"
+        return JSONResponse(
+            {"status": "failed", "members": failures} if failures else {"status": "ok"}, 503 if failures else 200
+        )
+
+    @routes.get("/health/generate")
+    async def health_generate() -> JSONResponse:
+        """Each engine samples a token."""
+        for member in server.models.members.values():
+            prompt = member.chat.tokenizer.begin_ids or [0]
+            generation = await member.service.submit(prompt, SamplingParams(max_tokens=1), priority=-1, max_wait=10.0)
+            async for _ in generation:
+                pass
+        return JSONResponse({"status": "ok"})
+
+    return routes
+
+
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The reply; with stream=true its chunks.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+ERRORS = (
+    RequestError, AuthenticationError, PermissionDenied, InsufficientBalance, RateLimited, DatabaseUnavailable,
+    Overloaded, RequestValidationError, HTTPException, Exception,
+)  # fmt: skip
+"""What becomes a reply in the dialect's shape."""
+
+
+async def _error_reply(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        found = _validation_error(error)
+    elif isinstance(error, HTTPException):
+        found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
+    else:
+        found = api_error(error)
+        if found.status == 500:
+            log.error("a request failed", exc_info=error)
+    return JSONResponse(found.openai(), found.status, headers=found.headers)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first field that does not fit; broken JSON is a 400, an invalid value a 422."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", "invalid_request_error")
+    if first["loc"] == ("body",):
+        return ApiError(
+            400, "the body is not a JSON object, or its Content-Type is not application/json", "invalid_request_error"
+        )
+    field = ".".join(str(part) for part in first["loc"] if part != "body")
+    return ApiError(422, f"{field}: {first['msg']}" if field else first["msg"], "invalid_request_error", field or None)
+
+
+class LimitBody:
+    """Refuses bodies above a size, whether announced or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self.max_bytes:
+            error = ApiError(
+                413, f"the body is above {self.max_bytes} bytes; shorten the request", "invalid_request_error"
+            )
+            await JSONResponse(error.openai(), error.status)(scope, receive, send)
+            return
+        left = self.max_bytes
+
+        async def limited() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the body is above {self.max_bytes} bytes; shorten the request")
+            return message
+
+        await self.app(scope, limited, send)

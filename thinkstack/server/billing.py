@@ -1,0 +1,118 @@
+"""The ledger beside the event loop: admission, what running requests have delivered, and their settlement."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from thinkstack.server.accounts import Accounts
+from thinkstack.server.errors import DatabaseUnavailable
+from thinkstack.server.keys import Principal
+from thinkstack.server.ledger import Admission, Settlement
+from thinkstack.server.prices import Usage
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+NOTE_SECONDS = 1.0
+"""How often delivered tokens are noted: a crash charges at most what was noted."""
+SWEEP_SECONDS = 5.0
+"""How often the reservations of dead processes are looked for."""
+NUM_THREADS = 2
+RETRY_SECONDS = 0.2
+"""Wait after a settlement that failed because the database was unavailable."""
+
+
+class Charge:
+    """The reservation of one running request."""
+
+    def __init__(self, request_id: str, end: Callable[[], None]):
+        """end: called if the reservation is lost, so that the request cannot be charged any more."""
+        self.request_id, self.end, self.usage = request_id, end, Usage()
+
+
+class Billing:
+    """Calls `Accounts` in threads. Settlements that arrive together are written in one transaction."""
+
+    def __init__(self, accounts: Accounts):
+        self.accounts = accounts
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="accounts")
+        self._charges: dict[str, Charge] = {}
+        self._ends: list[Settlement] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a method of `Accounts` in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Note deliveries and sweep while the server runs; settle everything at the end."""
+        tasks = [
+            asyncio.create_task(_repeat(self._note, NOTE_SECONDS)),
+            asyncio.create_task(_repeat(self._sweep, SWEEP_SECONDS)),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            while self._flusher is not None:
+                await self._flusher
+            self._threads.shutdown()
+
+    async def admit(self, principal: Principal, admission: Admission, end: Callable[[], None]) -> Charge:
+        """Reserve the largest cost of a request. Raises like `Accounts.reserve`."""
+        await self.call(self.accounts.reserve, principal, admission)
+        charge = self._charges[admission.request_id] = Charge(admission.request_id, end)
+        return charge
+
+    async def settle(self, charge: Charge, status: str) -> None:
+        """Charge what was delivered; `settle_soon`, then wait until it is written."""
+        self.settle_soon(charge, status)
+        await asyncio.wait([self._flusher] if self._flusher is not None else [], timeout=RETRY_SECONDS)
+
+    def settle_soon(self, charge: Charge, status: str) -> None:
+        """Charge what was delivered, once, in the background."""
+        if self._charges.pop(charge.request_id, None) is None:
+            return
+        self._ends.append(Settlement(request_id=charge.request_id, usage=charge.usage, status=status))
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        """Write the settlements, again and again until the database takes them."""
+        try:
+            while self._ends:
+                ends = list(self._ends)
+                try:
+                    await self.call(self.accounts.settle, ends)
+                except DatabaseUnavailable as error:
+                    log.warning("%d settlements wait for the database: %s", len(ends), error)
+                    await asyncio.sleep(RETRY_SECONDS)
+                else:
+                    del self._ends[: len(ends)]
+        finally:
+            self._flusher = None
+
+    async def _note(self) -> None:
+        usages = {charge.request_id: charge.usage for charge in self._charges.values()}
+        for request_id in await self.call(self.accounts.note, usages):
+            if request_id in self._charges:
+                log.error("the reservation of %s is lost; the request ends", request_id)
+                self._charges.pop(request_id).end()
+
+    async def _sweep(self) -> None:
+        if count := await self.call(self.accounts.sweep):
+            log.warning("settled %d requests of a process that died", count)
+
+
+async def _repeat(work: Callable[[], Any], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except DatabaseUnavailable as error:
+            log.warning("%s", error)

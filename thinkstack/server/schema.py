@@ -1,0 +1,280 @@
+"""Requests of DeepSeek's and OpenAI's chat API as JSON, and their meaning for the rest of the server."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from thinkstack.types import Message, RequestError, Role, Tool, ToolCall
+
+IGNORED = frozenset(
+    ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
+)
+"""Fields that are accepted without effect; a reply names them in a header."""
+MAX_TOOLS = 128
+MAX_STOP = 16
+ALIASES = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
+"""Reasoning efforts with another name."""
+ToolName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class Extensible(BaseModel):
+    """Unknown fields are kept, so that `unknown_fields` can refuse them by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TextPart(BaseModel):
+    """A part of a message; images and other kinds are not supported."""
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+Content = StrictStr | list[TextPart] | None
+
+
+class FunctionCall(BaseModel):
+    """Name and arguments of a call in the history."""
+
+    name: StrictStr
+    arguments: StrictStr = "{}"
+
+
+class CallInput(BaseModel):
+    """A call in the history."""
+
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class MessageInput(BaseModel):
+    """A message; unknown fields are ignored, because clients send replies back as they came."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
+    prefix: StrictBool = False
+    """Only with the last message, of role="assistant": the reply goes on from its content."""
+    tool_calls: list[CallInput] | None = None
+    tool_call_id: StrictStr | None = None
+
+    def message(self) -> Message:
+        """The message as the chat formats have it."""
+        role: Role = "system" if self.role == "developer" else self.role
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        if role != "assistant":
+            return Message(role=role, content=content, tool_call_id=self.tool_call_id, name=self.name)
+        calls = tuple(
+            ToolCall(name=call.function.name, arguments=call.function.arguments, id=call.id)
+            for call in self.tool_calls or ()
+        )
+        reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning
+        return Message(role=role, content=content, reasoning=reasoning, tool_calls=calls)
+
+
+class FunctionInput(BaseModel):
+    """A function that the model may call."""
+
+    name: ToolName
+    description: StrictStr = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: StrictBool = False
+
+
+class ToolInput(BaseModel):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: FunctionInput
+
+
+class NamedFunction(BaseModel):
+    """The function of `NamedToolChoice`."""
+
+    name: StrictStr
+
+
+class NamedToolChoice(BaseModel):
+    """The choice of one function."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(BaseModel):
+    """A schema of the reply."""
+
+    name: StrictStr = "reply"
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool = True
+
+
+class ResponseFormat(BaseModel):
+    """The format of the content."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Thinking(BaseModel):
+    """Whether the model thinks."""
+
+    type: Literal["enabled", "disabled"]
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed reply."""
+
+    include_usage: StrictBool = False
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+MaxTokens = Annotated[StrictInt, Field(ge=1)]
+
+
+class SamplingInput(Extensible):
+    """The fields that chat and completion requests share."""
+
+    model: StrictStr
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    max_tokens: MaxTokens | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_STOP)] | None = None
+    seed: StrictInt | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    user_id: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,512}$")] | None = None
+
+    def ignored_fields(self) -> list[str]:
+        """The given fields that have no effect. Raises RequestError for unsupported ones."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in IGNORED and value is not None:
+                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
+        return sorted(self.model_extra or {})
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings. Raises RequestError for an empty one."""
+        found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if "" in found:
+            raise RequestError("stop contains an empty string; leave it out", "stop")
+        return found
+
+
+class ChatRequest(SamplingInput):
+    """The body of POST /chat/completions."""
+
+    messages: Annotated[list[MessageInput], Field(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolInput], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
+    think: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def turn(self) -> "TurnRequest":
+        """The meaning of the request. Raises RequestError for fields that contradict each other."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", "stream_options")
+        tools = tuple(tool.function for tool in self.tools or ())
+        if len({tool.name for tool in tools}) != len(tools):
+            raise RequestError("two tools have the same name; rename one", "tools")
+        *earlier, last = self.messages
+        if any(message.prefix for message in earlier) or (last.prefix and last.role != "assistant"):
+            raise RequestError("prefix=true is for the last message only, of role='assistant'", "messages")
+        return TurnRequest(
+            model=self.model,
+            messages=tuple(message.message() for message in self.messages),
+            is_prefix=last.prefix,
+            tools=tuple(Tool(name=t.name, description=t.description, parameters=t.parameters) for t in tools),
+            strict_tools=frozenset(tool.name for tool in tools if tool.strict),
+            tool_choice=self._tool_choice(tools),
+            response_format=self.response_format,
+            thinking=self._thinking(),
+            effort=ALIASES.get(self.reasoning_effort or "", self.reasoning_effort),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            stop=self.stop_strings,
+            sampling=self.sampling_fields(),
+            logprobs=bool(self.logprobs),
+            top_logprobs=self.top_logprobs or 0,
+            user_id=self.user_id or "",
+        )
+
+    def _thinking(self) -> bool | None:
+        """Whether to think, by whichever field says so. Raises RequestError if they disagree."""
+        kwargs = self.chat_template_kwargs or {}
+        given = {
+            "thinking": None if self.thinking is None else self.thinking.type == "enabled",
+            "think": self.think,
+            "chat_template_kwargs": kwargs.get("thinking", kwargs.get("enable_thinking")),
+            "reasoning_effort": False if self.reasoning_effort == "none" else None,
+        }
+        values = {name: value for name, value in given.items() if value is not None}
+        if len(set(values.values())) > 1:
+            raise RequestError(f"{' and '.join(values)} disagree on whether to think", next(iter(values)))
+        return next(iter(values.values()), None)
+
+    def _tool_choice(self, tools: Sequence[FunctionInput]) -> str:
+        choice = self.tool_choice or ("auto" if tools else "none")
+        name = choice if isinstance(choice, str) else choice.function.name
+        if not tools and choice != "none":
+            raise RequestError(f"tool_choice={name!r} needs tools", "tool_choice")
+        if isinstance(choice, NamedToolChoice) and name not in {tool.name for tool in tools}:
+            raise RequestError(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+        return name if isinstance(choice, str) else f"function:{name}"
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """The given fields of SamplingParams."""
+        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "n")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.logit_bias:
+            try:
+                given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+            except ValueError as error:
+                raise RequestError(f"the keys of logit_bias are token ids: {error}", "logit_bias") from error
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnRequest:
+    """A request for an assistant turn in any dialect."""
+
+    model: str
+    messages: tuple[Message, ...]
+    is_prefix: bool = False
+    """Whether the turn goes on from the last message."""
+    tools: tuple[Tool, ...] = ()
+    strict_tools: frozenset[str] = frozenset()
+    """Names of the tools whose arguments must follow their schema."""
+    tool_choice: str = "none"
+    """"none", "auto", "required" or "function:NAME"."""
+    response_format: ResponseFormat | None = None
+    thinking: bool | None = None
+    """None: as the model name says."""
+    effort: str | None = None
+    """"none", "low", "high" or "max"."""
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of SamplingParams."""
+    logprobs: bool = False
+    top_logprobs: int = 0
+    user_id: str = ""
+    """Separates the prefix caches of the users of one account."""

@@ -1,0 +1,174 @@
+"""What a server serves: members, each a model with its engine, and the model names of the API."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le
+
+from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.config import Count, CountOrZero, Tree, build, did_you_mean
+from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.service import EngineService
+from thinkstack.files import read_text
+from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
+from thinkstack.models.precision import Quantization
+from thinkstack.text.chat import ChatFormat
+from thinkstack.text.tokenizer import THINK_CLOSE
+from thinkstack.types import ConfigError, RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberConfig:
+    """One model in memory. The memory of its cache is fixed at the start."""
+
+    model: str
+    """A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:NAME."""
+    dtype: RequestedPrecision = "auto"
+    """Precision of weights and cache; "fp32" gives equal results in every batch."""
+    quantization: Quantization = "none"
+    """Quantization of the matrices."""
+    max_num_seqs: Count = 64
+    """Maximum number of sequences that run at once."""
+    max_model_len: CountOrZero = 0
+    """Maximum number of tokens of prompt and completion together; 0: the model's context."""
+    cache_tokens: CountOrZero = 65_536
+    """Size of the KV cache in tokens; 0: enough for max_num_seqs sequences of the whole context."""
+    max_waiting: CountOrZero = 256
+    """Maximum number of waiting requests; more are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameConfig:
+    """What a model name of the API means."""
+
+    member: str = "default"
+    """Name of the member that answers."""
+    thinking: bool = True
+    """Whether the model thinks, if the request does not say so."""
+    max_tokens: Count = 8192
+    """Largest max_tokens of a request, with the thinking."""
+    default_max_tokens: Count = 4096
+    """max_tokens of a request that gives none."""
+    efforts: Mapping[str, int] = field(default_factory=lambda: {"low": 1024, "high": 8192, "max": 32_768})
+    """Largest number of thinking tokens by reasoning effort; the last one applies without an effort."""
+    temperature: Annotated[float, Ge(0), Le(2)] = 1.0
+    """Default of temperature."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Default of top_p."""
+    fixed_sampling: bool = False
+    """Whether temperature, top_p and penalties of a request are ignored, as DeepSeek's reasoner does."""
+    price: str = ""
+    """Name in the table of prices; empty: the name of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The members and names of a server, from a TOML file."""
+
+    members: Mapping[str, MemberConfig]
+    """Models in memory by name."""
+    models: Mapping[str, NameConfig]
+    """Model names of the API."""
+
+    def __post_init__(self) -> None:
+        for name, model in self.models.items():
+            if model.member not in self.members:
+                hint = did_you_mean(model.member, self.members)
+                raise ConfigError(f"models.{name}.member={model.member!r} is not in members{hint}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model in memory and the thread that runs it."""
+
+    config: MemberConfig
+    service: EngineService
+    chat: ChatFormat
+
+    @property
+    def think_end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that close thinking."""
+        tokenizer = self.chat.tokenizer
+        if THINK_CLOSE in tokenizer.control:
+            return (tokenizer.control_id(THINK_CLOSE),)
+        return tuple(tokenizer.encode(THINK_CLOSE))
+
+    def supports_thinking(self, thinking: bool) -> bool:
+        """Whether the chat format can start a turn with, or without, thinking."""
+        try:
+            self.chat.opening((), thinking)
+        except RequestError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model name of the API."""
+
+    name: str
+    config: NameConfig
+    member: Member
+
+    @property
+    def price_name(self) -> str:
+        """Name in the table of prices."""
+        return self.config.price or self.name
+
+
+class ServedModels:
+    """All names of a server."""
+
+    def __init__(self, members: Mapping[str, Member], models: Mapping[str, NameConfig]):
+        self.members = members
+        self._models = {name: ServedModel(name, config, members[config.member]) for name, config in models.items()}
+
+    def __iter__(self) -> Any:
+        return iter(self._models.values())
+
+    def get(self, name: str) -> ServedModel:
+        """The model with this name. Raises RequestError with the field "model"."""
+        if name not in self._models:
+            hint = did_you_mean(name, self._models) or f"; known: {', '.join(self._models)}"
+            raise RequestError(f"unknown model {name!r}{hint}", "model")
+        return self._models[name]
+
+
+def read_config(path: Path) -> ServeConfig:
+    """The configuration in a TOML file. Raises ConfigError."""
+    try:
+        tree = tomllib.loads(read_text(path, "settings of a server"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    return build(ServeConfig, tree)
+
+
+def config_of_model(model: str, **settings: Any) -> ServeConfig:
+    """One model under DeepSeek's names, those of models.toml, and its own name. settings: fields of MemberConfig."""
+    text = resources.files("thinkstack.server").joinpath("models.toml").read_text(encoding="utf-8")
+    names: Tree = {Path(model).name or model: {}} | tomllib.loads(text)["models"]
+    return build(ServeConfig, {"members": {"default": {"model": model} | settings}, "models": names})
+
+
+def load_member(config: MemberConfig) -> Member:
+    """Load a model and start its engine. Raises ConfigError."""
+    dtype = resolve_precision(config.dtype)
+    chat, model = load_chat(config.model), load_model(config.model, DTYPES[dtype])
+    if not chat.has_template:
+        raise ConfigError(f"{config.model} has no chat template, so it cannot answer messages; serve a chat model")
+    engine = Engine(
+        model,
+        EngineConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            cache_tokens=config.cache_tokens,
+            max_waiting=config.max_waiting,
+            dtype=dtype,
+            quantization=config.quantization,
+        ),
+    )
+    return Member(config, EngineService(engine), chat)

@@ -1,0 +1,199 @@
+"""One assistant turn: from a request of any dialect to a stream of events, with its charge."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from thinkstack.engine.service import EngineStopped, Generation
+from thinkstack.server.billing import Billing, Charge
+from thinkstack.server.keys import Principal
+from thinkstack.server.ledger import Admission
+from thinkstack.server.prices import Usage
+from thinkstack.server.schema import TurnRequest
+from thinkstack.server.served import ServedModel
+from thinkstack.text.stream import StreamEvent, TurnStream
+from thinkstack.types import RequestError, SamplingParams
+
+KEEP_ALIVE = (-1, StreamEvent("content"))
+"""An event without content: the turn waits or thinks, and the engine is alive."""
+LONG_PROMPT = 20_000
+"""Number of characters from which a prompt is tokenized in a thread."""
+
+
+@dataclass(frozen=True)
+class PreparedTurn:
+    """A request as the engine has it."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    opening: str
+    """The start of the turn that the prompt contains."""
+    is_thinking: bool
+
+
+def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
+    """Render the prompt and resolve all settings. Raises RequestError."""
+    config, member = model.config, model.member
+    wants_thinking = request.thinking if request.thinking is not None else config.thinking
+    switch = wants_thinking if member.supports_thinking(wants_thinking) else None
+    if switch is None and request.thinking:
+        raise RequestError(f"{model.name} cannot think; leave thinking out", "thinking")
+    can_think = switch is True or (switch is None and member.supports_thinking(True))
+    prompt = tuple(member.chat.prompt(request.messages, request.tools, switch))
+    free = member.service.max_model_len - len(prompt)
+    if request.max_tokens is not None and request.max_tokens > config.max_tokens:
+        raise RequestError(
+            f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
+        )
+    max_tokens = request.max_tokens or max(min(config.default_max_tokens, free), 1)
+    given = dict(request.sampling)
+    if config.fixed_sampling:
+        given = {name: value for name, value in given.items() if name in ("seed", "n")}
+    given.setdefault("seed", secrets.randbits(62))
+    budget = _thinking_budget(model, request, wants_thinking)
+    sampling = SamplingParams(
+        **{"temperature": config.temperature, "top_p": config.top_p} | given,
+        max_tokens=max_tokens,
+        stop_token_ids=member.chat.stop_token_ids,
+        top_logprobs=request.top_logprobs,
+        raw_logprobs=request.logprobs,
+        think_end_token_ids=member.think_end_token_ids if can_think else (),
+        thinking_budget=budget if can_think and budget < max_tokens else None,
+    )
+    return PreparedTurn(prompt, sampling, member.chat.opening(request.messages, switch), wants_thinking and can_think)
+
+
+def _thinking_budget(model: ServedModel, request: TurnRequest, wants_thinking: bool) -> int:
+    efforts = model.config.efforts
+    if not wants_thinking:
+        return 0  # of a model that always thinks: closed at once
+    if request.effort is None:
+        return max(efforts.values())
+    if request.effort not in efforts:
+        raise RequestError(
+            f"reasoning_effort={request.effort!r} is unknown to {model.name}; use {', '.join(efforts)}",
+            "reasoning_effort",
+        )
+    return efforts[request.effort]
+
+
+class Turn:
+    """A running request. Use `start`, then iterate over `events` once."""
+
+    def __init__(self, id: str, model: ServedModel, prepared: PreparedTurn, request: TurnRequest, billing: Billing):
+        self.id, self.model, self.prepared, self.request = id, model, prepared, request
+        self.principal: Principal | None = None
+        self._billing = billing
+        self._charge: Charge | None = None
+        self._generation: Generation | None = None
+        self._last_event = time.monotonic()
+        self._streams = [
+            TurnStream(model.member.chat, prepared.opening, stop=request.stop) for _ in range(prepared.sampling.n)
+        ]
+
+    @property
+    def usage(self) -> Usage:
+        """What was delivered so far."""
+        assert self._charge is not None
+        return self._charge.usage
+
+    async def start(self, principal: Principal, max_wait: float) -> None:
+        """Admit the request and queue it; after an error nothing is left behind. max_wait: seconds in the queue.
+
+        Raises RequestError, RateLimited, InsufficientBalance, Overloaded.
+        """
+        self.principal, sampling = principal, self.prepared.sampling
+        admission = Admission(
+            request_id=self.id,
+            model=self.model.price_name,
+            prompt_tokens=len(self.prepared.prompt_token_ids),
+            max_completion_tokens=sampling.max_tokens * sampling.n,
+            deep_think=self.prepared.is_thinking,
+        )
+        self._charge = await self._billing.admit(principal, admission, self.abort)
+        try:
+            self._generation = await self.model.member.service.submit(
+                self.prepared.prompt_token_ids,
+                sampling,
+                tenant=str(principal.user_id),
+                cache_salt=f"{principal.user_id}/{self.request.user_id}",
+                max_wait=max_wait,
+            )
+        except BaseException:
+            self._billing.settle_soon(self._charge, "refused")
+            raise
+
+    def keep_alive(self, silence: float, max_step: float) -> None:
+        """Send KEEP_ALIVE after `silence` seconds without an event, or end the turn if the engine's current step takes
+        more than `max_step` seconds."""
+        if self._generation is None or time.monotonic() - self._last_event < silence:
+            return
+        if self.model.member.service.status.seconds_since_heartbeat < max_step:
+            self._generation.tick()
+        else:
+            self._generation.receive(EngineStopped("the engine does not respond"))
+
+    def abort(self) -> None:
+        """End the turn early; `events` ends then too."""
+        if self._generation is not None:
+            self._generation.abort()
+
+    async def end_thinking(self) -> None:
+        """Close the thinking now."""
+        if self._generation is not None:
+            await self._generation.end_thinking()
+
+    async def events(self) -> AsyncIterator[tuple[int, StreamEvent]]:
+        """The events of all choices, each with the index of its choice; KEEP_ALIVE in silence. However the iteration
+        ends, the engine's memory is freed and what was delivered is charged.
+
+        Raises Overloaded if the request waited too long or the engine stopped.
+        """
+        assert self._generation is not None and self._charge is not None
+        status, running = "abort", set(range(len(self._streams)))
+        try:
+            async for updates in self._generation:
+                if not updates:
+                    yield KEEP_ALIVE
+                self._last_event = time.monotonic()
+                for update in updates:
+                    if update.index not in running:
+                        continue  # tokens after a stop string
+                    stream, reason = self._streams[update.index], update.finish_reason
+                    self._count(len(update.token_ids))
+                    for event in stream.feed(update.token_ids):
+                        yield update.index, event
+                    if stream.is_stopped and reason is None:
+                        self._generation.end(update.index)
+                        reason = "stop"
+                    if reason is not None:
+                        running.discard(update.index)
+                        for event in stream.finish(reason):
+                            yield update.index, event
+                        status = reason
+            await self._billing.settle(self._charge, status)
+        finally:
+            if running:
+                self._generation.abort()
+            self._billing.settle_soon(self._charge, status)
+
+    def _count(self, num_tokens: int) -> None:
+        assert self._generation is not None and self._charge is not None and self._generation.request is not None
+        cached = self._generation.request.num_cached_tokens
+        self._charge.usage = Usage(
+            prompt_cache_hit_tokens=cached,
+            prompt_cache_miss_tokens=len(self.prepared.prompt_token_ids) - cached,
+            completion_tokens=self._charge.usage.completion_tokens + num_tokens,
+            reasoning_tokens=0,
+        )
+
+
+async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing) -> Turn:
+    """Prepare a request; long prompts are tokenized beside the event loop. Raises RequestError."""
+    if sum(len(message.content) for message in request.messages) < LONG_PROMPT:
+        prepared = prepare(model, request)
+    else:
+        prepared = await asyncio.to_thread(prepare, model, request)
+    return Turn(f"chatcmpl-{secrets.token_hex(12)}", model, prepared, request, billing)
