@@ -41,6 +41,7 @@ from tests.kernels.test_kernels import random_tensor
 from tests.tiny import MLA_TINY, tiny_model
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.fused import fused_pass
+from thinkstack.engine.fused.calls import attend_gqa
 from thinkstack.engine.kv_cache import KVCache, KVCacheView
 from thinkstack.kernels import ops, reference
 from thinkstack.kernels.cpu import build, calls, inference
@@ -115,7 +116,7 @@ def new_tokens(width: int, normed: bool, interleaved: bool, dtype: torch.dtype) 
 
     def mine() -> list[Tensor]:
         own = entries.clone()
-        return [calls.attend_gqa(qkv, norms, numbers, rope, last, Pages(own, block_tables, seq_index)), own]
+        return [attend_gqa(qkv, norms, numbers, rope, last, Pages(own, block_tables, seq_index)), own]
 
     def theirs() -> list[Tensor]:
         q, k, v = qkv.float().unflatten(1, (-1, width)).split([H, G, G], 1)
