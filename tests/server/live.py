@@ -14,6 +14,7 @@ from thinkstack.engine.service import EngineService
 from thinkstack.server.accounts import Accounts
 from thinkstack.server.app import Server, ServerSettings, create_app
 from thinkstack.server.database import Database, sqlite_url
+from thinkstack.server.limits import UNLIMITED, Limits
 from thinkstack.server.served import Member, MemberConfig, ServedModels, config_of_model
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
@@ -50,14 +51,19 @@ def scripted(chat: ChatFormat, answer: Answer, **settings: Any) -> ScriptedEngin
 
 @contextlib.contextmanager
 def live(
-    folder: Path, answer: Answer, format: str = "v3_1_think", settings: ServerSettings | None = None, **engine: Any
+    folder: Path,
+    answer: Answer,
+    format: str = "v3_1_think",
+    settings: ServerSettings | None = None,
+    limits: Limits = UNLIMITED,
+    **engine: Any,
 ) -> Iterator[LiveServer]:
     """Run a server while the block runs. engine: fields of EngineConfig."""
     chat = chat_format(format, TOKENIZER)
     served = scripted(chat, answer, **engine)
     config = config_of_model("scripted")
     member = Member(MemberConfig(model="scripted"), EngineService(served), chat)
-    accounts = Accounts(Database(sqlite_url(folder)))
+    accounts = Accounts(Database(sqlite_url(folder)), limits=limits)
     key = accounts.add_key(accounts.add_user("ada", is_admin=True), "test")
     server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings())
     running = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on"))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
@@ -303,8 +304,11 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(
             400, "the body is not a JSON object, or its Content-Type is not application/json", "invalid_request_error"
         )
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    return ApiError(422, f"{field}: {first['msg']}" if field else first["msg"], "invalid_request_error", field or None)
+    same = [each for each in error.errors() if each["loc"][:2] == first["loc"][:2]]  # of all kinds the field may have
+    found = next((each for each in same if not each["type"].endswith("_type")), first)
+    field = ".".join(str(part) for part in found["loc"][1:] if isinstance(part, int) or part.isidentifier())
+    field = re.sub(r"\.(str|bool|int|list|TextPart|NamedToolChoice)\b", "", field)
+    return ApiError(422, f"{field}: {found['msg']}", "invalid_request_error", field)
 
 
 class LimitBody:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.machine import prepare_machine
 from thinkstack.server.accounts import Accounts
 from thinkstack.server.app import Server, ServerSettings, create_app
@@ -80,7 +81,7 @@ def describe(name: str, member: Member, seconds: float) -> str:
     """One line on a member: precision, cache, threads, time to load."""
     config, status = member.config, member.service.status
     return (
-        f"{name}: {config.model}, {config.dtype}, quantization {config.quantization}, context "
-        f"{member.service.max_model_len:,}, cache {status.num_blocks * 64:,} tokens, {torch.get_num_threads()} threads, "
-        f"loaded after {seconds:.1f} s"
+        f"{name}: {config.model}, {config.dtype}, quantization {config.quantization}, "
+        f"context {member.service.max_model_len:,}, cache {status.num_blocks * BLOCK_SIZE:,} tokens, "
+        f"{torch.get_num_threads()} threads, loaded after {seconds:.1f} s"
     )
