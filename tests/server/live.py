@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ def written(text: str) -> list[int]:
 def scripted(chat: ChatFormat, answer: Answer, **settings: Any) -> ScriptedEngine:
     """An engine that answers by a function."""
 
+    @functools.cache
     def script(prompt: tuple[int, ...], index: int) -> list[int]:
         return written(answer(chat.tokenizer.decode(prompt), index))
 
