@@ -38,6 +38,7 @@ from thinkstack.server.errors import InsufficientBalance
 from thinkstack.server.keys import Principal
 from thinkstack.server.limits import UNITS, Demand, check_limits, limit_parameters, limit_update, refusal
 from thinkstack.server.prices import MAX_PICO, Price, Usage, format_amount
+from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
 MAX_CONCURRENCY = 2**31 - 1
@@ -69,6 +70,7 @@ class Admission:
     """A request that asks for admission."""
 
     request_id: str
+    """Unique for ever, such as a UUID."""
     model: str
     prompt_tokens: int
     max_completion_tokens: int
@@ -95,7 +97,8 @@ def reserve(
     limited, values = limit_parameters(principal.limits, demand)
     values |= {"id_": principal.user_id, "cost": cost}
     if not connection.execute(_user_update(limited), values).rowcount:
-        locked = select(users).where(users.c.id == principal.user_id).with_for_update()
+        # key_share: rows that are inserted elsewhere and refer to this one do not wait
+        locked = select(users).where(users.c.id == principal.user_id).with_for_update(key_share=True)
         row = connection.execute(locked).mappings().one()
         check_limits(row, principal.limits, demand, f"user {principal.user_name}")
         left = row["granted_pico"] + row["topped_up_pico"] - row["reserved_pico"]
@@ -248,9 +251,9 @@ def _close(connection: Connection, ends: Sequence[tuple[RowMapping, Settlement]]
         change["used"] += used
         tokens[row["key_id"]] += used
     connection.execute(_DELETE, {"ids": [row["request_id"] for row, _ in ends]})
-    connection.execute(_APPEND, entries)
     connection.execute(_CHARGE, [{"id_": user_id, **change} for user_id, change in sorted(changes.items())])
     connection.execute(_COUNT, [{"id_": key_id, "used": used} for key_id, used in sorted(tokens.items())])
+    connection.execute(_APPEND, entries)
     return len(ends)
 
 
@@ -295,7 +298,7 @@ def deposit(connection: Connection, user_id: int, kind: str, amount_pico: int, n
     if not connection.execute(
         update(users).where(users.c.id == user_id, fits).values({column: column + amount_pico})
     ).rowcount:
-        raise ValueError(f"a balance holds at most {format_amount(MAX_PICO)}; deposit less")
+        raise ConfigError(f"a balance holds at most {format_amount(MAX_PICO)}; deposit less")
     connection.execute(insert(deposits).values(user_id=user_id, kind=kind, amount_pico=amount_pico, created_ms=now_ms))
 
 
