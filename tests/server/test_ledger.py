@@ -124,9 +124,11 @@ def test_a_request_id_is_used_once(open_accounts):
     ann = add_customer(accounts, topped_up="1")
     accounts.reserve(ann, ask("a"))
     accounts.settle([end("a", miss=1)])
-    with pytest.raises(ValueError, match="was used before"):
-        accounts.reserve(ann, ask("a"))
-    assert amounts(accounts, ann)[2] == "0.00"
+    accounts.reserve(ann, ask("b"))
+    for request_id in ("a", "b"):
+        with pytest.raises(ValueError, match="was used before"):
+            accounts.reserve(ann, ask(request_id))
+    assert amounts(accounts, ann)[2] == "0.000137"
 
 
 def test_a_request_never_pays_more_than_it_reserved(open_accounts):
@@ -191,6 +193,7 @@ def test_a_server_without_prices_costs_nothing_and_writes_the_ledger(open_accoun
     accounts.settle([end("a", miss=100, completion=7)])
     (row,) = rows(accounts)
     assert (row["cost_pico"], row["price_id"], row["completion_tokens"]) == (0, "free", 7)
+    assert accounts.balance(ann.user_id).is_available
 
 
 @pytest.mark.parametrize("table", [ledger, deposits])

@@ -28,6 +28,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     update,
 )  # fmt: skip
@@ -78,6 +79,9 @@ class Admission:
     deep_think: bool = False
     """Whether it counts as a Deep Think message."""
 
+    def __post_init__(self) -> None:
+        assert 0 <= self.prompt_tokens < 2**31 and self.max_completion_tokens >= 0, self
+
 
 def reserve(
     connection: Connection, principal: Principal, request: Admission, price: Price, process_id: str, now_ms: int
@@ -113,16 +117,15 @@ def reserve(
         if not connection.execute(limit_update(keys, limited), values | {"id_": principal.key_id}).rowcount:
             row = connection.execute(select(keys).where(keys.c.id == principal.key_id)).mappings().one()
             check_limits(row, principal.key_limits, demand, f"key {principal.key_prefix}")
+            raise AssertionError("the UPDATE and check_limits disagree")
     _insert(connection, principal, request, price, process_id, cost, now_ms)
 
 
 @functools.cache
 def _user_update(limited: tuple[str, ...]) -> Update:
     """The one statement that takes a request from limits and balance of a user, if both allow it."""
-    cost, free = (
-        bindparam("cost", type_=BigInteger),
-        users.c.granted_pico + users.c.topped_up_pico - users.c.reserved_pico,
-    )
+    cost = bindparam("cost", type_=BigInteger)
+    free = users.c.granted_pico + users.c.topped_up_pico - users.c.reserved_pico
     return limit_update(users, limited).where(free >= cost).values(reserved_pico=users.c.reserved_pico + cost)
 
 
@@ -157,7 +160,7 @@ def _insert(
 _RUNNING = select(func.count()).select_from(reservations)
 _USER_RUNNING = _RUNNING.where(reservations.c.user_id == bindparam("new_user_id")).scalar_subquery()
 _KEY_RUNNING = _RUNNING.where(reservations.c.key_id == bindparam("new_key_id")).scalar_subquery()
-_IS_USED = exists().where(ledger.c.request_id == bindparam("new_request_id"))
+_IS_USED = or_(*(exists().where(table.c.request_id == bindparam("new_request_id")) for table in (ledger, reservations)))
 _INSERTED = [column for column in reservations.c if column.name not in TOKENS]
 _INSERT = (
     insert(reservations)
