@@ -6,7 +6,6 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-import uuid
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def start_postgres(folder):
 
 @pytest.fixture(scope="session")
 def postgres():
-    """Make a new database on a PostgreSQL server and return its URL."""
+    """Empty the database of a PostgreSQL server and return its URL."""
     psycopg = pytest.importorskip("psycopg")
     if find_program("initdb") is None or find_program("pg_ctl") is None:
         pytest.skip("PostgreSQL is not installed")
@@ -47,10 +46,12 @@ def postgres():
     stop = start_postgres(folder)
 
     def make_url():
-        name = f"test_{uuid.uuid4().hex[:12]}"
         with psycopg.connect(f"host={folder} user=postgres dbname=postgres", autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
-        return f"postgresql+psycopg://postgres@/{name}?host={folder}"
+            end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres'"
+            connection.execute(f"{end} AND pid <> pg_backend_pid()")  # killed processes leave connections
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        return f"postgresql+psycopg://postgres@/postgres?host={folder}"
 
     yield make_url
     stop()

@@ -153,7 +153,7 @@ def test_the_amounts_of_a_database_have_one_currency(open_accounts):
     assert open_accounts(PRICES).currency == "USD"
     assert open_accounts().currency == "USD"
     yuan = PriceTable({"currency": "CNY", "models": {"m": [{"input_hit": 1, "input_miss": 1, "output": 1}]}})
-    with pytest.raises(ConfigError, match="in CNY and the balances of .* in USD"):
+    with pytest.raises(ConfigError, match=r"in CNY and the balances of .* in USD"):
         open_accounts(yuan)
 
 

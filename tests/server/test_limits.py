@@ -3,10 +3,25 @@
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from sqlalchemy import select, update
 
 from tests.server.billing import add_customer, ask, end
+from thinkstack.server.accounts import Accounts
+from thinkstack.server.database import Database, sqlite_url, users
 from thinkstack.server.errors import RateLimited
-from thinkstack.server.limits import UNLIMITED
+from thinkstack.server.limits import (
+    DAY_MS,
+    UNITS,
+    UNLIMITED,
+    Demand,
+    Limits,
+    check_limits,
+    limit_parameters,
+    limit_update,
+)
 
 
 def limited(**values):
@@ -157,3 +172,49 @@ def test_the_largest_limits_do_not_overflow(open_accounts, clock):
         accounts.settle([end(request_id, miss=10**9, completion=10**9)])
         clock.seconds += 10**7
     assert accounts.list_users()[0]["tokens_used"] == 2 * 10**9 * 60_000
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A database with one user, and its id."""
+    database = Database(sqlite_url(tmp_path_factory.mktemp("accounts")))
+    yield database, Accounts(database).add_user("ann")
+    database.close()
+
+
+LIMIT = st.sampled_from((0, 1, 7, 600, 2**31 - 1))
+NOW_MS = 20_000 * DAY_MS + 5
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(
+    limits=st.builds(Limits, requests_per_minute=LIMIT, tokens_per_minute=LIMIT, deep_think_per_day=LIMIT),
+    used=st.tuples(st.integers(0, 1300), st.integers(0, 1300), st.integers(0, 8)),
+    parts=st.integers(-1, 1),
+    age_ms=st.sampled_from((-5, 0, 1, 99, 100, 60_000, DAY_MS, 9 * DAY_MS)),
+    tokens=st.integers(0, 1300),
+    deep_think=st.booleans(),
+)
+def test_what_the_update_refuses_has_a_reason(user, limits, used, parts, age_ms, tokens, deep_think):
+    """The condition in SQL and the explanation in Python are the same."""
+    database, user_id = user
+    demand = Demand(now_ms=NOW_MS, prompt_tokens=tokens, deep_think=deep_think)
+    row = {
+        "requests_used": max(0, used[0] * UNITS + parts),
+        "tokens_used": max(0, used[1] * UNITS + parts),
+        "deep_think_used": used[2],
+        "deep_think_day": (NOW_MS - age_ms) // DAY_MS,
+        "limits_ms": NOW_MS - age_ms,
+    }
+    limited_names, values = limit_parameters(limits, demand)
+    with database.write() as connection:
+        connection.execute(update(users).where(users.c.id == user_id).values(row))
+        passed = connection.execute(limit_update(users, limited_names), values | {"id_": user_id}).rowcount == 1
+        found = connection.execute(select(users)).mappings().one()
+    if passed:
+        check_limits(row, limits, demand, "ann")
+        assert found["limits_ms"] == max(NOW_MS, row["limits_ms"])
+    else:
+        with pytest.raises(RateLimited) as refused:
+            check_limits(row, limits, demand, "ann")
+        assert refused.value.retry_after_seconds > 0

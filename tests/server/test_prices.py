@@ -148,7 +148,7 @@ def test_a_price_list_that_cannot_be_used_is_refused(tmp_path, old, new, message
 
 
 def test_a_model_without_a_price_is_refused(table):
-    with pytest.raises(ConfigError, match="did you mean 'deepseek-chat'|did you mean deepseek-chat"):
+    with pytest.raises(ConfigError, match=r"did you mean 'deepseek-chat'|did you mean deepseek-chat"):
         table.price("deepseek-chta", at("2025-03-01T12:00"))
 
 

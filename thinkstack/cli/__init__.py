@@ -16,6 +16,7 @@ import tyro
 
 from thinkstack.cli import accounts, models, serving, training
 from thinkstack.config import did_you_mean
+from thinkstack.server.errors import DatabaseUnavailable
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -50,7 +51,7 @@ def main() -> None:
         _parse(sys.argv[1:])()
     except (ConfigError, RequestError) as error:
         _exit(2, str(error))
-    except TrainingError as error:
+    except (TrainingError, DatabaseUnavailable) as error:
         _exit(1, str(error))
     except Interrupted:
         _exit(130, "stopped; run the same command again to resume")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, insert, or_, select, update
+from sqlalchemy import RowMapping, bindparam, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from thinkstack.config import did_you_mean
@@ -43,16 +43,13 @@ class Balance:
     topped_up_pico: int
     reserved_pico: int
     """The part that belongs to running requests."""
+    is_available: bool
+    """Whether anything is left for another request; always where requests cost nothing."""
 
     @property
     def total_pico(self) -> int:
         """Granted plus topped up."""
         return self.granted_pico + self.topped_up_pico
-
-    @property
-    def is_available(self) -> bool:
-        """Whether anything is left for another request."""
-        return self.total_pico > self.reserved_pico
 
 
 class Accounts:
@@ -76,17 +73,9 @@ class Accounts:
         self.process_id = uuid.uuid4().hex
         self._last_beat_ms = 0
         with database.read() as connection:
-            self.currency = _currency(connection)
-        if prices is not None and self.currency is None:
-            with database.write() as connection:
-                self.currency = _currency(connection) or prices.currency
-                if _currency(connection) is None:
-                    connection.execute(insert(settings).values(name="currency", value=prices.currency))
-        if prices is not None and self.currency != prices.currency:
-            raise ConfigError(
-                f"the prices are in {prices.currency} and the balances of {database.name} in {self.currency}; "
-                "use prices in that currency or another database"
-            )
+            self.currency: str | None = connection.scalar(_CURRENCY)
+        if prices is not None:
+            self.currency = _agree_on_currency(database, prices.currency)
 
     def authenticate(self, key: str) -> Principal:
         """The user of a key. Raises AuthenticationError; the message never contains the key."""
@@ -177,7 +166,8 @@ class Accounts:
         columns = (users.c.granted_pico, users.c.topped_up_pico, users.c.reserved_pico)
         with self.database.read() as connection:
             row = connection.execute(select(*columns).where(users.c.id == user_id)).mappings().one()
-        return Balance(currency=self.currency or "USD", **row)
+        left = row["granted_pico"] + row["topped_up_pico"] - row["reserved_pico"]
+        return Balance(currency=self.currency or "USD", is_available=self.prices is None or left > 0, **row)
 
     def deposit(self, user_id: int, amount_pico: int, kind: str = "topped_up") -> None:
         """Add money to a balance; kind: "granted" or "topped_up"."""
@@ -298,8 +288,18 @@ class Accounts:
         return int(self.clock() * 1000)
 
 
-def _currency(connection: Connection) -> str | None:
-    return connection.scalar(select(settings.c.value).where(settings.c.name == "currency"))
+def _agree_on_currency(database: Database, currency: str) -> str:
+    """Make a currency that of the database, or raise ConfigError if that is another one."""
+    with database.write() as connection:
+        found = connection.scalar(_CURRENCY)
+        if found is None:
+            connection.execute(insert(settings).values(name="currency", value=currency))
+    if found not in (None, currency):
+        raise ConfigError(
+            f"the prices are in {currency} and the balances of {database.name} in {found}; "
+            "use prices in that currency or another database"
+        )
+    return currency
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -312,6 +312,7 @@ def _check_names(given: Mapping[str, Any], known: Iterable[str]) -> None:
             raise ConfigError(f"unknown {name!r}{did_you_mean(name, known)}")
 
 
+_CURRENCY = select(settings.c.value).where(settings.c.name == "currency")
 _PRINCIPAL = (
     select(
         keys.c.id.label("key_id"), keys.c.user_id, keys.c.prefix, keys.c.scopes, keys.c.models, keys.c.expires_ms,

@@ -29,7 +29,7 @@ from sqlalchemy import (
     text,
 )  # fmt: skip
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from thinkstack.server.errors import DatabaseUnavailable
@@ -203,7 +203,11 @@ class Database:
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         self._readers = self.engine.execution_options(sqlite_begin="BEGIN")
-        migrate(self)
+        try:
+            migrate(self)
+        except DatabaseError as error:
+            reason = " ".join(str(error.orig).split())
+            raise ConfigError(f"cannot use {self.name}: {reason}; name another database") from error
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -230,9 +234,13 @@ class Database:
     def _translate(self) -> Iterator[None]:
         try:
             yield
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
-            reason = " ".join(str(getattr(error, "orig", None) or error).split())
-            raise DatabaseUnavailable(f"{self.name}: {reason}; nothing was written, try again later") from error
+        except PoolTimeout as error:
+            raise DatabaseUnavailable(f"{self.name}: no free connection; try again later") from error
+        except DBAPIError as error:
+            if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:
+                reason = " ".join(str(error.orig).split())
+                raise DatabaseUnavailable(f"{self.name}: {reason}; try again later") from error
+            raise
 
 
 def migrate(database: Database) -> None:

@@ -23,4 +23,8 @@ class RateLimited(Exception):
 
 
 class DatabaseUnavailable(Exception):
-    """The database is locked, full or out of reach; nothing was written, and the call may be repeated (503)."""
+    """The database is locked, full or out of reach (503).
+
+    Nothing was written, unless the connection broke during the commit: then the outcome is open. `note`, `settle` and
+    `release` may be repeated; after a `reserve` that failed, release the request as after one that succeeded.
+    """

@@ -28,6 +28,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     update,
 )  # fmt: skip
@@ -38,6 +39,7 @@ from thinkstack.server.errors import InsufficientBalance
 from thinkstack.server.keys import Principal
 from thinkstack.server.limits import UNITS, Demand, check_limits, limit_parameters, limit_update, refusal
 from thinkstack.server.prices import MAX_PICO, Price, Usage, format_amount
+from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
 MAX_CONCURRENCY = 2**31 - 1
@@ -69,12 +71,16 @@ class Admission:
     """A request that asks for admission."""
 
     request_id: str
+    """Unique for ever, such as a UUID."""
     model: str
     prompt_tokens: int
     max_completion_tokens: int
     """The most tokens that may be delivered, over all choices."""
     deep_think: bool = False
     """Whether it counts as a Deep Think message."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.prompt_tokens < 2**31 and self.max_completion_tokens >= 0, self
 
 
 def reserve(
@@ -95,7 +101,8 @@ def reserve(
     limited, values = limit_parameters(principal.limits, demand)
     values |= {"id_": principal.user_id, "cost": cost}
     if not connection.execute(_user_update(limited), values).rowcount:
-        locked = select(users).where(users.c.id == principal.user_id).with_for_update()
+        # key_share: rows that are inserted elsewhere and refer to this one do not wait
+        locked = select(users).where(users.c.id == principal.user_id).with_for_update(key_share=True)
         row = connection.execute(locked).mappings().one()
         check_limits(row, principal.limits, demand, f"user {principal.user_name}")
         left = row["granted_pico"] + row["topped_up_pico"] - row["reserved_pico"]
@@ -110,16 +117,15 @@ def reserve(
         if not connection.execute(limit_update(keys, limited), values | {"id_": principal.key_id}).rowcount:
             row = connection.execute(select(keys).where(keys.c.id == principal.key_id)).mappings().one()
             check_limits(row, principal.key_limits, demand, f"key {principal.key_prefix}")
+            raise AssertionError("the UPDATE and check_limits disagree")
     _insert(connection, principal, request, price, process_id, cost, now_ms)
 
 
 @functools.cache
 def _user_update(limited: tuple[str, ...]) -> Update:
     """The one statement that takes a request from limits and balance of a user, if both allow it."""
-    cost, free = (
-        bindparam("cost", type_=BigInteger),
-        users.c.granted_pico + users.c.topped_up_pico - users.c.reserved_pico,
-    )
+    cost = bindparam("cost", type_=BigInteger)
+    free = users.c.granted_pico + users.c.topped_up_pico - users.c.reserved_pico
     return limit_update(users, limited).where(free >= cost).values(reserved_pico=users.c.reserved_pico + cost)
 
 
@@ -154,7 +160,7 @@ def _insert(
 _RUNNING = select(func.count()).select_from(reservations)
 _USER_RUNNING = _RUNNING.where(reservations.c.user_id == bindparam("new_user_id")).scalar_subquery()
 _KEY_RUNNING = _RUNNING.where(reservations.c.key_id == bindparam("new_key_id")).scalar_subquery()
-_IS_USED = exists().where(ledger.c.request_id == bindparam("new_request_id"))
+_IS_USED = or_(*(exists().where(table.c.request_id == bindparam("new_request_id")) for table in (ledger, reservations)))
 _INSERTED = [column for column in reservations.c if column.name not in TOKENS]
 _INSERT = (
     insert(reservations)
@@ -248,9 +254,9 @@ def _close(connection: Connection, ends: Sequence[tuple[RowMapping, Settlement]]
         change["used"] += used
         tokens[row["key_id"]] += used
     connection.execute(_DELETE, {"ids": [row["request_id"] for row, _ in ends]})
-    connection.execute(_APPEND, entries)
     connection.execute(_CHARGE, [{"id_": user_id, **change} for user_id, change in sorted(changes.items())])
     connection.execute(_COUNT, [{"id_": key_id, "used": used} for key_id, used in sorted(tokens.items())])
+    connection.execute(_APPEND, entries)
     return len(ends)
 
 
@@ -295,7 +301,7 @@ def deposit(connection: Connection, user_id: int, kind: str, amount_pico: int, n
     if not connection.execute(
         update(users).where(users.c.id == user_id, fits).values({column: column + amount_pico})
     ).rowcount:
-        raise ValueError(f"a balance holds at most {format_amount(MAX_PICO)}; deposit less")
+        raise ConfigError(f"a balance holds at most {format_amount(MAX_PICO)}; deposit less")
     connection.execute(insert(deposits).values(user_id=user_id, kind=kind, amount_pico=amount_pico, created_ms=now_ms))
 
 

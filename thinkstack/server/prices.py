@@ -127,9 +127,10 @@ class PriceTable:
         for key in tree:
             if key not in ("currency", "models"):
                 raise ConfigError(f"{where}: unknown key {key}{did_you_mean(key, ('currency', 'models'))}")
-        self.currency = tree.get("currency")
-        if not isinstance(self.currency, str) or not self.currency:
-            raise ConfigError(f'{where}: currency={self.currency!r}; give a code such as currency = "USD"')
+        currency = tree.get("currency")
+        if not isinstance(currency, str) or not currency:
+            raise ConfigError(f'{where}: currency={currency!r}; give a code such as currency = "USD"')
+        self.currency: str = currency
         models = tree.get("models")
         if not isinstance(models, dict) or not models:
             raise ConfigError(f"{where} has no models; add a row [[models.NAME]]")
