@@ -1,5 +1,5 @@
-"""Grammars: one state per completion, draft tokens, preemption, and grammars that allow no token. JSON of text/grammar.py
-through the engine."""
+"""Grammars: one state per completion, draft tokens, preemption, grammars that allow no token, and JSON of
+text/grammar.py."""
 
 import json
 from collections.abc import Sequence

@@ -265,7 +265,7 @@ def test_strict_calls_may_follow_free_text():
 
 
 def test_what_tool_choice_cannot_have_is_refused_by_name():
-    with pytest.raises(RequestError, match="names 'ad'.*did you mean 'add'"):
+    with pytest.raises(RequestError, match=r"names 'ad'.*did you mean 'add'"):
         tool_calls(chat("v3_1"), [ADD], "ad")
     with pytest.raises(RequestError, match="needs tools"):
         tool_calls(chat("v3_1"), [], "required")

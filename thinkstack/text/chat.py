@@ -77,8 +77,8 @@ class ChatFormat(Protocol):
     def continue_final_message(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[int]:
-        """Return the prompt ids to go on from the last message, the assistant's: from its content, or from its reasoning
-        if it has reasoning and no content.
+        """Return the prompt ids to go on from the last message, the assistant's: from its content, or from its
+        reasoning if it has reasoning and no content.
 
         thinking: None turns thinking on for a message with reasoning, if the format has a switch.
         Raises RequestError like `prompt`, for a last message that is not the assistant's or has tool calls, and for a

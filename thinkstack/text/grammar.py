@@ -23,11 +23,11 @@ from thinkstack.text.turn_grammar import TurnGrammar, TurnTokens
 from thinkstack.types import RequestError, Tool
 
 WHITESPACE = r" |\n {0,32}"
-"""Whitespace between the tokens of JSON: a blank, or a line break with its indent. Endless whitespace is a known failure
-of JSON modes."""
+"""Whitespace between the tokens of JSON: a blank, or a line break with its indent. Endless whitespace is a known
+failure of JSON modes."""
 MAX_SCHEMA_CHARACTERS, MAX_DEPTH, MAX_COUNT = 131_072, 64, 100_000
 """Maximum size of a schema as compact JSON, of its nesting, and of minItems, minLength and minProperties."""
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 20_000,
@@ -79,8 +79,8 @@ def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str
         return None
     if not isinstance(chat, DeepSeekFormat):
         raise RequestError(
-            f"tool_choice={choice!r} and strict tools are not supported by the chat format {chat.name!r}: only the call "
-            "syntax of the DeepSeek formats is known; remove them"
+            f"tool_choice={choice!r} and strict tools are not supported by the chat format {chat.name!r}: only the "
+            "call syntax of the DeepSeek formats is known; remove them"
         )
     chat.check_tools(tools)
     if not tools:
@@ -102,7 +102,7 @@ def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str
         schema: Mapping[str, Any] = {"type": "object"}
         if tool.strict:
             field = f"tools[{index}].function.parameters"
-            schema = {"type": "object"} | _checked(tool.parameters, field)
+            schema = {"type": "object", **_checked(tool.parameters, field)}
             schemas.append((field, _schema_grammar(schema)))
         before, after = f"{_text(tool.name)} {sep}", ""
         if chat.style.fenced:
@@ -171,8 +171,8 @@ class CompiledGrammar:
     trigger: int | None
 
     def factory(self, opening_ids: Sequence[int] = ()) -> Callable[[], TurnGrammar]:
-        """The function that `Engine.submit` takes as `grammar`. opening_ids: the tokens of the assistant's turn that the
-        prompt contains (`ChatFormat.opening_pieces`), such as an opening think tag or the start of the content.
+        """The function that `Engine.submit` takes as `grammar`. opening_ids: the tokens of the assistant's turn that
+        the prompt contains (`ChatFormat.opening_pieces`), such as an opening think tag or the start of the content.
 
         Raises RequestError if the grammar does not allow a content that starts in this way.
         """
@@ -237,8 +237,8 @@ class GrammarCompiler:
 
 
 def _ll_tokenizer(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> LLTokenizer:
-    """llguidance's tokenizer, in which all control tokens are special tokens: no text contains them. For a vocabulary of
-    129,000 tokens this takes about a second."""
+    """llguidance's tokenizer, in which all control tokens are special tokens: no text contains them. For a vocabulary
+    of 129,000 tokens this takes about a second."""
     data = json.loads(tokenizer.spec)
     for token in data["added_tokens"]:
         token["special"] = token["special"] or token["content"] in tokenizer.control

@@ -19,8 +19,8 @@ from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
 from thinkstack.types import RequestError
 
 Phase = Literal["start", "thinking", "gap", "free", "grammar"]
-"""The part of the turn after a token: no part yet; thinking; line breaks after it; free content before the trigger; text
-that follows the grammar."""
+"""The part of the turn after a token: no part yet; thinking; line breaks after it; free content before the trigger;
+text that follows the grammar."""
 MAX_BREAKS = 2
 """Maximum number of tokens of line breaks before the content."""
 
