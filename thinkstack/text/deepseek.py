@@ -127,10 +127,8 @@ class DeepSeekFormat(TurnFormat):
         message = messages[-1]
         block = self._think_block(messages, thinking)
         if message.reasoning is not None and not message.content:
-            block = [
-                *block[: block.index(THINK_CLOSE) - 1],
-                f"{'' if len(block) == 3 else self.style.gap}{message.reasoning}",
-            ]
+            is_opened = len(block) == 3  # by the prompt
+            return [message.reasoning] if is_opened else [block[0], f"{self.style.gap}{message.reasoning}"]
         return [*block, message.content]
 
     def _think_block(self, messages: Sequence[Message], thinking: bool | None) -> list[str]:

@@ -72,11 +72,11 @@ class TurnFormat:
                 "only an assistant message without tool calls can be continued, after at least one other message; add "
                 "it as the last message"
             )
-        if not self.can_switch or messages[-1].reasoning is None:
+        if messages[-1].reasoning is None:
             return thinking
         if thinking is False:
             raise RequestError("the message to continue has reasoning, but thinking is off; turn it on, or remove it")
-        return True
+        return True if self.can_switch else thinking
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
