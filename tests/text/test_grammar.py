@@ -6,14 +6,15 @@ import random
 import re
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import jsonschema_rs
 import numpy
 import pytest
 
+from tests.text.test_decode import other_tokenizer
 from tests.text.test_deepseek import chat
-from tests.text.test_stream import other_tokenizer
 from thinkstack.text.chat import PlainText
 from thinkstack.text.grammar import CompiledGrammar, GrammarCompiler, json_object, json_schema, tool_calls
 from thinkstack.text.parse import parse_tool_calls
@@ -327,6 +328,15 @@ def test_a_schema_that_never_compiles_ends_at_the_time_limit():
         with pytest.raises(RequestError, match=r"tools\[1\].function.parameters.*longer than 1 s"):
             compiler().compile(source, timeout_seconds=1.0)
     assert time.monotonic() - start < 10
+
+
+def test_a_schema_that_never_compiles_does_not_block_others():
+    shared, endless = GrammarCompiler(chat("v3_1")), json_schema({"type": "integer", "multipleOf": 10**7 + 19})
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(shared.compile, endless, 4.0)
+        shared.compile(json_schema(SCHEMAS["properties"]))
+        assert not waiting.done()
+        assert isinstance(waiting.exception(), RequestError)
 
 
 def test_compiled_grammars_are_cached_and_the_oldest_dropped(monkeypatch):

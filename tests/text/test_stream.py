@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models
 
 from thinkstack.text.chat import chat_format
-from thinkstack.text.decode import TextDecoder
 from thinkstack.text.parse import find_stop, parse_message, parse_turn, split_thinking, split_tool_calls
 from thinkstack.text.stream import TurnStream, stream_text, stream_turn
 from thinkstack.text.stream_parser import StreamEvent, StreamParser
@@ -344,81 +341,3 @@ def test_the_end_token_is_no_text_but_a_stop():
     assert "".join(stream_text(chat, ids)) == chat.text_of(ids) == "<think>\none"
     assert [event.finish_reason for event in stream_turn(chat, ids)][-1] == "stop"
     assert [event.finish_reason for event in stream_turn(chat, ids[:-1])][-1] == "length"
-
-
-# -- tokenizers
-
-SPACE = "▁"
-PIECES = ["a", "b", f"{SPACE}a", SPACE, f"{SPACE}{SPACE}", "从", "\ufffd", ".", "##b", "b</w>", "n't"]
-DECODERS = {
-    "sentencepiece": decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    ),
-    "metaspace": decoders.Metaspace(),
-    "wordpiece": decoders.WordPiece(),
-    "bpe": decoders.BPEDecoder(),
-    "none": None,
-}
-
-
-def other_tokenizer(name: str) -> Tokenizer:
-    """A vocabulary with the pieces, the 256 bytes and two control tokens."""
-    vocabulary = {piece: place for place, piece in enumerate([*PIECES, *(f"<0x{byte:02X}>" for byte in range(256))])}
-    model = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    if DECODERS[name] is not None:
-        model.decoder = DECODERS[name]
-    model.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
-    return Tokenizer(model.to_str())
-
-
-def check_decoder(given: Tokenizer, ids: Sequence[int], rng: random.Random) -> None:
-    decoder, text, at = TextDecoder(given), "", 0
-    while at < len(ids):
-        size = rng.choice((1, 1, 2, 9))
-        text += decoder.feed(ids[at : at + size])
-        at += size
-    assert text + decoder.finish() == given.decode(ids)
-
-
-@pytest.mark.parametrize("name", ["byte-level", *DECODERS])
-def test_decoded_tokens_equal_the_text_of_all(name):
-    """Random tokens: invalid and cut bytes, runs of fallback bytes, control tokens, ids without a token."""
-    given, rng = tokenizer() if name == "byte-level" else other_tokenizer(name), random.Random(0)
-    size = given.vocab_size
-    for _ in range(1000):
-        frequent = rng.choices(range(size + 3), k=5)
-        ids = rng.choices([*range(size + 3), *frequent * 60, *range(min(size, 20))], k=rng.randrange(30))
-        check_decoder(given, ids, rng)
-
-
-def test_bytes_of_characters_decode_in_other_tokenizers_too():
-    given, rng = other_tokenizer("sentencepiece"), random.Random(0)
-    for text in ("从左", "😀😀", "é"):
-        ids = [len(PIECES) + byte for byte in text.encode()]
-        assert given.decode([0, *ids, 1]) == f"a{text}b"
-        for _ in range(20):
-            check_decoder(given, [0, *ids, *rng.choices(range(20), k=3), *ids[:-1], 1], rng)
-
-
-@pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
-@pytest.mark.parametrize("kind", ["words", "bytes that are no text"])
-def test_work_per_token_does_not_grow(name, kind, monkeypatch):
-    """32,768 tokens: a few tokens are decoded and a few characters searched for each. The whole text was decoded."""
-    is_byte_level, rng, num_tokens = name == "byte-level", random.Random(0), 32_768
-    given, work = tokenizer() if is_byte_level else other_tokenizer(name), list[int]()
-    decode, bytes_of = Tokenizer.decode, Tokenizer.bytes_of
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: (work.append(len(ids)), decode(self, ids))[1])
-    monkeypatch.setattr(Tokenizer, "bytes_of", lambda self, token: (work.append(1), bytes_of(self, token))[1])
-    if kind == "words":
-        ids = rng.choices(range(20, 60) if is_byte_level else range(4), k=num_tokens)
-    else:
-        ids = [(ids_of_bytes()[b"\xe4"] if is_byte_level else len(PIECES) + 0xE4)] * num_tokens
-    decoder, parser = TextDecoder(given), StreamParser(stop=("STOP",))
-    for token in ids:
-        text = decoder.feed([token])
-        work.append(len(text))
-        parser.feed(text)
-        assert len(parser._buffer) + len(parser._content) < 25
-    assert num_tokens <= sum(work) < 16 * num_tokens or (not is_byte_level and kind != "words")
-    decoder.finish()
-    assert sum(work) < 16 * num_tokens
