@@ -4,7 +4,7 @@ import codecs
 import re
 from collections.abc import Collection, Iterable
 
-from thinkstack.text.tokenizer import Control, Tokenizer
+from thinkstack.text.tokenizer import Tokenizer
 
 
 class TextDecoder:
@@ -13,7 +13,6 @@ class TextDecoder:
 
     def __init__(self, tokenizer: Tokenizer, stop_token_ids: Collection[int] = ()):
         self._tokenizer, self._stop_token_ids = tokenizer, frozenset(stop_token_ids)
-        self._controls = {token: Control(text) for text, token in tokenizer.control.items()}
         self._held_stop: list[int] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._window: list[int] = []
@@ -35,7 +34,7 @@ class TextDecoder:
 
     def feed_token(self, token: int) -> list[str]:
         """The text that is final after this token, in pieces; a control token is a piece of its own, a `Control`."""
-        text, control = self._decode(token), self._controls.get(token)
+        text, control = self._decode(token), self._tokenizer.control_of_id.get(token)
         if control is not None and text.endswith(control):
             return [text.removesuffix(control), control] if len(text) > len(control) else [control]
         return [text] if text else []
@@ -68,6 +67,7 @@ class Markers:
         self._pattern = re.compile("|".join(map(re.escape, markers)) or "(?!)")
         self._prefixes = frozenset(marker[:size] for marker in markers for size in range(1, len(marker)))
         self._longest = max(map(len, self._prefixes), default=0)
+        self._first_characters = frozenset(marker[:1] for marker in markers)
 
     def find(self, text: str) -> re.Match[str] | None:
         """The first marker."""
@@ -75,6 +75,8 @@ class Markers:
 
     def partial(self, text: str) -> int:
         """Length of the longest end of `text` that may become a marker."""
+        if self._first_characters.isdisjoint(text[-self._longest :]):
+            return 0
         for size in range(min(self._longest, len(text)), 0, -1):
             if text[len(text) - size :] in self._prefixes:
                 return size

@@ -99,7 +99,7 @@ class StreamParser:
         token_tags: control tokens of the vocabulary: of these tags, only a `Control` counts.
         """
         is_tagged = thinking_format == "think_answer_tags"
-        self._token_tags = _TAGS.intersection(token_tags)
+        self._token_tags = frozenset(tag for tag in _TAGS if tag in token_tags)
         self._next, self._markers = _NEXT_TAGGED if is_tagged else _NEXT, _spelled(is_tagged, self._token_tags)
         self.state: State = "content" if is_tagged else "start"
         """The part of the turn that the next text belongs to; "start": nothing but blanks so far."""
