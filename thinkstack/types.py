@@ -49,6 +49,8 @@ class Tool:
     """Description for the model."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """JSON schema of the arguments."""
+    strict: bool = False
+    """Whether the arguments of calls must follow the schema; text/grammar.py makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
-"""Grammars: one state per completion, draft tokens, preemption, and grammars that allow no token."""
+"""Grammars: one state per completion, draft tokens, preemption, grammars that allow no token, and JSON of
+text/grammar.py."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,9 +10,12 @@ import pytest
 
 from tests.engine.drafts import draft_from
 from tests.engine.requests import LONG, SMALL, prompt
+from tests.text.test_deepseek import chat
 from tests.tiny import tiny_model
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine
+from thinkstack.text.grammar import GrammarCompiler, json_schema
+from thinkstack.text.tokenizer import THINK_CLOSE, Control
 from thinkstack.types import RequestError, SamplingParams
 
 OPEN, CLOSE, END = 1, 2, 0
@@ -145,3 +150,57 @@ def test_min_tokens_and_a_grammar_may_exclude_all_tokens():
     request = engine.submit(prompt(9), sampling, grammar=OnlyTheEnd)
     engine.step()
     assert "min_tokens, allowed_token_ids and the grammar exclude all" in request.error
+
+
+# -- JSON
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "array", "items": {"enum": [1, 20, 333, "abc"]}, "minItems": 3, "maxItems": 6},
+        "b": {"type": "boolean"},
+    },
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def generated(engine, sampling, number, factory):
+    request = engine.submit(prompt(30, number), sampling, grammar=factory)
+    while not request.is_finished:
+        engine.step()
+    return request
+
+
+@pytest.mark.parametrize("is_thinking", [False, True], ids=["content", "thinking"])
+@pytest.mark.parametrize(
+    "settings", [{"num_speculative_tokens": 3}, {"cache_tokens": 9 * BLOCK_SIZE}], ids=["drafts", "preemption"]
+)
+def test_sampled_json_follows_its_schema_with_drafts_and_preemption(monkeypatch, settings, is_thinking):
+    """After thinking that the model ends or the budget; the same tokens as alone and without drafts."""
+    r1 = chat("r1")
+    tokenizer = r1.tokenizer
+    model = tiny_model(**LONG | {"vocab_size": tokenizer.vocab_size})
+    opening = r1.opening_pieces([]) if is_thinking else [Control(THINK_CLOSE)]
+    factory = GrammarCompiler(r1).compile(json_schema(SCHEMA)).factory(tokenizer.encode_pieces(opening))
+    sampling = SamplingParams(max_tokens=90, stop_token_ids=r1.stop_token_ids, temperature=1.5, seed=3, n=3)
+    if is_thinking:
+        think_end = tuple(tokenizer.encode_pieces(["\n", Control(THINK_CLOSE), "\n\n"]))
+        sampling = replace(sampling, thinking_budget=7, think_end_token_ids=think_end)
+    expected = [generated(Engine(model, SMALL), sampling, number, factory) for number in range(3)]
+    drafts = {tuple(prompt(30, n)): each.completions[0].token_ids for n, each in enumerate(expected)}
+    engine = Engine(model, replace(SMALL, **settings))
+    if engine.speculator:
+        draft_from(monkeypatch, drafts, wrong=0.2)
+    requests = [engine.submit(prompt(30, number), sampling, grammar=factory) for number in range(3)]
+    while not all(request.is_finished for request in requests):
+        engine.step()
+    assert [request.completions for request in requests] == [request.completions for request in expected]
+    for completion in (each for request in requests for each in request.completions):
+        content = tokenizer.decode(completion.token_ids[:-1]).rpartition(THINK_CLOSE)[2]
+        assert completion.finish_reason == "stop" and isinstance(json.loads(content)["b"], bool)
+    assert (
+        engine.scheduler.num_preemptions > 0
+        if "cache_tokens" in settings
+        else engine.speculator.num_accepted.sum() > 10
+    )

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from tests.tiny import tiny_tokenizer
-from thinkstack.text.fim import check_fim, fill_in_middle
-from thinkstack.text.tokenizer import CONTROL, EOS, FIM, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer, train_tokenizer
-from thinkstack.types import ConfigError
+from thinkstack.text.fim import check_fim, fill_in_middle, fim_prompt
+from thinkstack.text.tokenizer import BOS, CONTROL, EOS, FIM, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer, train_tokenizer
+from thinkstack.types import ConfigError, RequestError
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -66,3 +66,27 @@ def test_a_tokenizer_without_the_control_tokens_is_refused():
     check_fim(fim_tokenizer())
     with pytest.raises(ConfigError, match=r"fim▁begin.*set fim_rate=0"):
         check_fim(tiny_tokenizer())
+
+
+def test_a_prompt_is_the_start_of_a_training_document():
+    tokenizer = fim_tokenizer()
+    encode, bos = tokenizer.encode, tokenizer.control_id(BOS)
+    begin, hole, end = (tokenizer.control_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END))
+    assert fim_prompt(tokenizer, "def ", "(a)") == [bos, begin, *encode("def "), hole, *encode("(a)"), end]
+    assert fim_prompt(tokenizer, "", "") == [bos, begin, hole, end]
+    assert fim_prompt(tokenizer, "def ") == [bos, *encode("def ")]
+
+
+@pytest.mark.parametrize("token", [*CONTROL, *FIM])
+def test_prefix_and_suffix_add_no_control_token(token):
+    tokenizer = fim_tokenizer()
+    control = set(tokenizer.control.values())
+    for prefix, suffix in ((token, "x"), ("x", token), (token, None), (f"{token}{token[:-1]}", token)):
+        plain = fim_prompt(tokenizer, "x", None if suffix is None else "x")
+        found = [each for each in fim_prompt(tokenizer, prefix, suffix) if each in control]
+        assert found == [each for each in plain if each in control]
+
+
+def test_a_suffix_needs_the_control_tokens():
+    with pytest.raises(RequestError, match=r"suffix is not supported.*fim▁begin"):
+        fim_prompt(tiny_tokenizer(), "a", "b")

@@ -212,19 +212,22 @@ def test_calls_are_parsed_in_both_formats(calls):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "visible", "calls"),
     [
-        "no call",
-        f"{OPEN}{NEW}",
-        f"{OPEN}{SHUT}",
-        f"{OPEN}{NEW}x{SHUT}",
-        f"{OPEN}{NEW}{SHUT} and more",
-        f"{OPEN}{NEW[:-3]}{SHUT}",
+        ("no call", "no call", ()),
+        (f"a{OPEN}{NEW}", "a", CALLS),
+        (f"a{OPEN}{SHUT}", f"a{OPEN}{SHUT}", ()),
+        (f"a{OPEN}{NEW}x{SHUT}", f"ax{SHUT}", CALLS),
+        (f"a{OPEN}{NEW}{SHUT} and more", "a and more", CALLS),
+        (f"a{OPEN}{NEW[:-3]}{SHUT}", "a", CALLS[:1]),
+        (f"a{OPEN}{NEW[:-45]}", "a<｜tool▁call▁begin｜>sub", CALLS[:1]),
+        (f"a{OPEN}{NEW[:24]}", f"a{OPEN}{NEW[:24]}", ()),
     ],
-    ids=["none", "cut off", "empty", "text between", "text after", "call cut off"],
+    ids=["none", "cut off", "empty", "text between", "text after", "call cut off", "in the name", "in the first name"],
 )
-def test_incomplete_calls_stay_text(text):
-    assert parse_tool_calls(text) == (text, ())
+def test_only_complete_calls_are_calls(text, visible, calls):
+    """A call that is cut off after its name is left out; other malformed markup is text."""
+    assert parse_tool_calls(text) == (visible, calls)
 
 
 def test_a_turn_is_parsed_into_a_message():

@@ -6,24 +6,33 @@ from collections.abc import Sequence
 from functools import cache
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models
 
 from thinkstack.text.chat import chat_format
-from thinkstack.text.parse import find_stop, parse_message, parse_tool_calls, parse_turn, split_thinking
-from thinkstack.text.stream import StreamEvent, StreamParser, TextDecoder, TurnStream, stream_text, stream_turn
-from thinkstack.text.tokenizer import CONTROL, TOOLS, Tokenizer, train_tokenizer
+from thinkstack.text.parse import find_stop, parse_message, parse_turn, split_thinking, split_tool_calls
+from thinkstack.text.stream import TurnStream, stream_text, stream_turn
+from thinkstack.text.stream_parser import StreamEvent, StreamParser
+from thinkstack.text.tokenizer import CALLS_BEGIN, CONTROL, EOS, TOOLS, Control, Tokenizer, train_tokenizer
 from thinkstack.types import ToolCall
 
 STOPS = ("STOP", "\n\n\n", "TOP5", "再见")
 CALL = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+LINES, JSON_FENCE = "a\nb", "add\n```json"
+OLD_CALL = CALL.format("function", "{}\n```json\n{}\n```")
 CALLS = (
     f"<｜tool▁calls▁begin｜>{CALL.format('add', '{}')}<｜tool▁calls▁end｜>",
     f"<｜tool▁calls▁begin｜>{CALL.format('add', '{}')}\n{CALL.format('查', '[1]')}<｜tool▁calls▁end｜>\n ",
-    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    f"<｜tool▁calls▁begin｜>{OLD_CALL.format('f', '{}')}\n{OLD_CALL.format('g', '`` ```')}<｜tool▁calls▁end｜>",
+    f"<｜tool▁calls▁begin｜>{CALL.format('function', 'f')}{CALL.format('function', 'STOP')}<｜tool▁calls▁end｜>",
+    f"<｜tool▁calls▁begin｜>{CALL.format('function', JSON_FENCE)}{CALL.format('function', '{')[:-30]}",
     f"<｜tool▁calls▁begin｜>{CALL.format('add', '{}')}<｜tool▁calls▁end｜> and more STOP it",
     f"<｜tool▁calls▁begin｜>{CALL.format('add', 'STOP')} text <｜tool▁calls▁end｜>",
-    f"<｜tool▁calls▁begin｜>{CALL.format('cut', '{')[:-4]}",
+    f"<｜tool▁calls▁begin｜>{CALL.format(LINES, '{}')}{CALL.format(' ', '{}')}",
+    f"<｜tool▁calls▁begin｜>{CALL.format(' ', '{}')}<｜tool▁calls▁end｜>",
+    f"<｜tool▁calls▁begin｜>{CALL.format('x' * 300, '{}')}<｜tool▁calls▁end｜>",
+    f"<｜tool▁calls▁begin｜>{CALL.format('add', '{')[:-4]}",
+    f"<｜tool▁calls▁begin｜>{CALL.format('add', '<｜tool▁calls▁end｜>')}<｜tool▁call▁begin｜>fun",
+    f"<｜tool▁calls▁begin｜>{OLD_CALL.format('f', '{')[:-20]}",
+    "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>",
     "<｜tool▁calls▁begin｜>",
 )
 WORDS = (
@@ -57,26 +66,51 @@ def turns() -> list[str]:
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(turns(), 600, control=(*CONTROL, *TOOLS))
+def tokenizer(has_tags: bool = True) -> Tokenizer:
+    """has_tags: whether think tags and the markup of calls are control tokens."""
+    return train_tokenizer(turns(), 600, control=(*CONTROL, *TOOLS) if has_tags else CONTROL[:5])
 
 
 @cache
-def ids_of_bytes() -> dict[bytes, int]:
-    return {tokenizer().bytes_of(token): token for token in range(tokenizer().vocab_size)}
+def ids_of_bytes(has_tags: bool = True) -> dict[bytes, int]:
+    given = tokenizer(has_tags)
+    return {given.bytes_of(token): token for token in range(given.vocab_size)}
 
 
-def random_ids(rng: random.Random, text: str) -> list[int]:
+TAG_BYTES = re.compile("|".join((*CONTROL, *TOOLS)).encode())
+
+
+def random_ids(rng: random.Random, text: str, has_tags: bool = True) -> list[int]:
     """Tokens of a text, cut at any byte: half characters, halves of tags, and tags that are one token."""
     data, ids, at = text.encode(), [], 0
-    known = ids_of_bytes()
+    known = ids_of_bytes(has_tags)
+    is_spelling = rng.random() < 0.2
     while at < len(data):
-        size = rng.choice((1, 1, 2, 3, 4, 8, 30))
+        tag = None if is_spelling or not has_tags else TAG_BYTES.match(data, at)
+        size = len(tag[0]) if tag else rng.choice((1, 1, 2, 3, 4, 8, 30))
         while data[at : at + size] not in known:
             size -= 1
         ids.append(known[data[at : at + size]])
         at += size
     return ids
+
+
+MASK = "\ue000"
+SPELLINGS = re.compile("|".join((*CONTROL, *TOOLS)))
+
+
+def masked(opening: str, ids: Sequence[int], has_tags: bool) -> str:
+    """The text of a turn, with a mask for the "<" of control tokens that ordinary tokens spell: they are no tags."""
+    given, parts = tokenizer(has_tags), [b""]
+    for piece in (*given.split_controls(opening), *ids):
+        if isinstance(piece, Control) or piece in given.control.values():
+            parts += [piece.encode() if isinstance(piece, Control) else given.bytes_of(piece), b""]
+        else:
+            parts[-1] += piece.encode() if isinstance(piece, str) else given.bytes_of(piece)
+    texts = [part.decode(errors="replace") for part in parts]
+    if has_tags:
+        texts[::2] = [SPELLINGS.sub(lambda tag: f"{MASK}{tag[0][1:]}", text) for text in texts[::2]]
+    return "".join(texts)
 
 
 Parts = tuple[str, str, tuple[ToolCall, ...], str | None]
@@ -86,17 +120,38 @@ Parts = tuple[str, str, tuple[ToolCall, ...], str | None]
 def joined(events: Sequence[StreamEvent]) -> Parts:
     texts = ["".join(event.text for event in events if event.kind == kind) for kind in ("reasoning", "content")]
     assert [event.kind for event in events].index("finish") == len(events) - 1
-    assert all(event.text for event in events if event.kind in ("reasoning", "content"))
-    calls = tuple(event.tool_call for event in events if event.tool_call is not None)
+    assert all(event.text for event in events if event.kind in ("reasoning", "content", "tool_call_delta"))
+    calls = check_calls([event for event in events if "tool" in event.kind], events[-1].is_call_cut_off)
     return texts[0], texts[1], calls, events[-1].finish_reason
+
+
+def check_calls(events: Sequence[StreamEvent], is_cut_off: bool) -> tuple[ToolCall, ...]:
+    """Calls come one after the other, each with its name first; the parts of its arguments add up."""
+    calls, kinds = (
+        [],
+        "".join({"tool_call_start": "s", "tool_call_delta": "d", "tool_call": "c"}[e.kind] for e in events),
+    )
+    assert re.fullmatch("(sd*c)*sd*" if is_cut_off else "(sd*c)*", kinds)
+    name, arguments = "", ""
+    for event in events:
+        assert event.index == len(calls)
+        arguments += event.text
+        if event.kind == "tool_call_start":
+            name, arguments = event.tool_call.name, event.tool_call.arguments
+        elif event.kind == "tool_call":
+            assert event.tool_call == ToolCall(name=name, arguments=arguments)
+            calls.append(event.tool_call)
+    return tuple(calls)
 
 
 def parse_whole(text: str, thinking_format: str, stop: Sequence[str]) -> Parts:
     """The whole parse: `parse_message`, or with tags everywhere a split at the tags."""
     if thinking_format != "think_answer_tags":
-        message, visible = parse_message(text, stop), parse_tool_calls(split_thinking(text)[1])[0]
-        end = find_stop(visible.lstrip("\n"), stop)
-        return message.reasoning or "", message.content, message.tool_calls, "length" if end is None else "stop"
+        message = parse_message(text, stop)
+        before, calls, after = split_tool_calls(split_thinking(text)[1])
+        parts = (before, after) if calls else (before + after, "")
+        is_stopped = any(find_stop(part.lstrip("\n"), stop) is not None for part in parts)
+        return message.reasoning or "", message.content, message.tool_calls, "stop" if is_stopped else "length"
     reasoning, content = "", ""
     for part in re.findall("<think>.*?(?:</think>|$)|(?:(?!<think>).)+", text, re.DOTALL):
         if part.startswith("<think>"):
@@ -109,19 +164,25 @@ def parse_whole(text: str, thinking_format: str, stop: Sequence[str]) -> Parts:
     return reasoning.strip("\n"), content.strip("\n"), (), "length"
 
 
-def stream_in_chunks(rng: random.Random, text: str, thinking_format: str, stop: Sequence[str]) -> Parts:
-    """Through tokens, after a random part of the text that the prompt contains."""
+def stream_in_chunks(
+    rng: random.Random, text: str, thinking_format: str, stop: Sequence[str], has_tags: bool = True
+) -> tuple[Parts, Parts]:
+    """Through tokens, after a random part of the text that the prompt contains; the whole parse of the same."""
     opening = text[: rng.choice((0, 0, 0, 7, 8, 9))]
-    ids, end = random_ids(rng, text[len(opening) :]), []
+    ids, end = random_ids(rng, text[len(opening) :], has_tags), []
     if rng.random() < 0.5:
-        end = [tokenizer().control["<｜end▁of▁sentence｜>"]]
-    stream = TurnStream(chat_format("v3", tokenizer()), opening, thinking_format, stop)
+        end = [tokenizer(has_tags).control[EOS]]
+    stream = TurnStream(chat_format("v3", tokenizer(has_tags)), opening, thinking_format, stop)
+    whole = parse_whole(masked(opening, ids, has_tags), thinking_format, stop)
     events, at, ids = [], 0, [*ids, *end]
     while at < len(ids) and not stream.is_stopped:
         size = rng.choice((1, 1, 1, 2, 5, 50))
         events += stream.feed(ids[at : at + size])
         at += size
-    return joined([*events, *stream.finish("length")])
+    found = joined([*events, *stream.finish("length")])
+    assert len(stream.token_kinds) == min(at, len(ids)) or stream.is_stopped
+    calls = tuple(ToolCall(name=c.name.replace(MASK, "<"), arguments=c.arguments.replace(MASK, "<")) for c in whole[2])
+    return found, (whole[0].replace(MASK, "<"), whole[1].replace(MASK, "<"), calls, whole[3])
 
 
 def check_chunkings(count: int) -> None:
@@ -129,14 +190,14 @@ def check_chunkings(count: int) -> None:
     stops = ((), STOPS[:1], STOPS)
     for number, text in enumerate(turns()):
         cases = [(each, stop) for each in FORMATS for stop in stops]
-        expected = {case: parse_whole(text, *case) for case in cases}
         for place in range(count):
-            case = cases[(number + place) % len(cases)]
-            assert stream_in_chunks(rng, text, *case) == expected[case], (text, case)
+            case, has_tags = cases[(number + place) % len(cases)], place % 3 > 0
+            found, whole = stream_in_chunks(rng, text, *case, has_tags)
+            assert found == whole, (text, case)
 
 
-def test_ten_thousand_chunkings_of_two_hundred_turns_equal_the_whole_parse():
-    check_chunkings(50)
+def test_five_thousand_chunkings_of_two_hundred_turns_equal_the_whole_parse():
+    check_chunkings(25)
 
 
 @pytest.mark.slow
@@ -150,8 +211,8 @@ def test_the_parts_of_well_formed_turns_are_those_of_parse_turn(thinking_format)
     written = [f"<think>\n{words(rng, 9)}\n</think>\n<answer>{words(rng, 5)}</answer>" for _ in range(50)]
     for text in (*turns(), *written):
         turn = parse_turn(text, thinking_format)
-        reasoning, content, calls, _ = stream_in_chunks(rng, text, thinking_format, ())
-        if turn.is_well_formed and not calls:
+        (reasoning, content, calls, _), _ = stream_in_chunks(rng, text, thinking_format, (), has_tags=False)
+        if turn.is_well_formed and not calls and CALLS_BEGIN not in text:
             num_well_formed += 1
             assert reasoning.strip() == turn.thinking
             assert turn.answer in (content.strip(), parse_turn(f"<think>x</think>{content}", thinking_format).answer)
@@ -171,15 +232,99 @@ def test_text_is_released_as_soon_as_it_is_certain():
     assert parser.feed("more") == [] and parser.finish("length") == [StreamEvent("finish", finish_reason="stop")]
 
 
-def test_calls_wait_for_the_end_of_the_turn_and_malformed_ones_are_text():
+def feed_all(parser: StreamParser, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(kind, text or name) of the events."""
+    events = [event for text in texts for event in parser.feed(text)]
+    return [(event.kind, event.text or (event.tool_call.name if event.tool_call else "")) for event in events]
+
+
+def test_a_call_streams_its_name_and_then_its_arguments():
     parser = StreamParser()
-    assert parser.feed(f"Look.{CALLS[0]}") == [StreamEvent("content", "Look.")]
-    call, end = parser.finish("stop")
-    assert (call.kind, call.tool_call, end.kind) == ("tool_call", ToolCall(name="add", arguments="{}"), "finish")
+    start = ["Look.\n", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>ad", "d<｜tool▁sep｜>"]
+    assert feed_all(parser, start) == [("content", "Look."), ("tool_call_start", "add")]
+    assert feed_all(parser, ['{"a"', ": 1}"]) == [("tool_call_delta", '{"a"'), ("tool_call_delta", ": 1}")]
+    assert parser.feed("<｜tool▁call▁end｜>") == [
+        StreamEvent("tool_call", tool_call=ToolCall(name="add", arguments='{"a": 1}'))
+    ]
+    assert feed_all(parser, ["\n<｜tool▁call▁begin｜>b<｜tool▁sep｜>"])[0] == ("tool_call_start", "b")
+    assert parser.finish("length") == [StreamEvent("finish", finish_reason="length", is_call_cut_off=True)]
+
+
+def test_a_fenced_call_streams_without_its_fence():
     parser = StreamParser()
-    parser.feed(CALLS[0])
+    start = ["<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>", "add\n``", "`json\n{"]
+    assert feed_all(parser, start) == [("tool_call_start", "add"), ("tool_call_delta", "{")]
+    assert feed_all(parser, ["\n", "``x", "\n``", "`"]) == [("tool_call_delta", "\n``x")]
+    assert feed_all(parser, ["<｜tool▁call▁end｜>"]) == [("tool_call", "add")]
+
+
+def test_malformed_calls_are_text():
+    parser = StreamParser()
+    assert parser.feed("<｜tool▁calls▁begin｜> ") == []
+    assert parser.feed("and") == [StreamEvent("content", "<｜tool▁calls▁begin｜> and")]
+    parser = StreamParser()
+    assert [kind for kind, _ in feed_all(parser, [CALLS[0]])] == ["tool_call_start", "tool_call_delta", "tool_call"]
     assert parser.feed(" ") == []
-    assert parser.feed("and") == [StreamEvent("content", f"{CALLS[0]} and")], "nothing may follow calls"
+    assert parser.feed("and") == [StreamEvent("content", " and")]
+
+
+def test_tags_spelled_with_ordinary_tokens_are_text_where_the_vocabulary_has_them():
+    """A model that explains tool calls does not make one."""
+    chat = chat_format("v3", tokenizer())
+    text = f"<think>a</think>{CALLS[0]}"
+    spelled = [event for event in stream_turn(chat, tokenizer().encode(text))]
+    assert joined(spelled) == ("", text, (), "length")
+    tags = tokenizer().encode_pieces(tokenizer().split_controls(text))
+    assert joined([*stream_turn(chat, tags)]) == ("a", "", (ToolCall(name="add", arguments="{}"),), "length")
+
+
+def kinds_of(chat, texts: Sequence[str], stop: Sequence[str] = (), opening: str = "") -> tuple[str, int]:
+    """The first letters of the kinds of the tokens, and the number of reasoning tokens."""
+    ids = [token for text in texts for token in tokenizer().encode_pieces(tokenizer().split_controls(text))]
+    stream = TurnStream(chat, opening, stop=stop)
+    for token in ids:
+        stream.feed([token])
+    stream.finish("stop")
+    return "".join(kind[0] for kind in stream.token_kinds), stream.num_reasoning_tokens
+
+
+def test_each_token_belongs_to_one_part_of_the_turn():
+    """Reasoning tokens are counted with their tags, as they are billed."""
+    r1 = chat_format("r1", tokenizer())
+    calls = f"<｜tool▁calls▁begin｜>{CALL.format('1', '2')}<｜tool▁calls▁end｜>"
+    assert kinds_of(r1, ["12", "</think>", "34", EOS], opening="<think>\n") == ("rrmccm", 3)
+    assert kinds_of(r1, ["<think>", "12", "</think>", "34"]) == ("mrrmcc", 4)
+    assert kinds_of(r1, [" ", "<think>", "1"]) == ("mmr", 3)
+    assert kinds_of(r1, [" ", "1"]) == ("cc", 0)
+    assert kinds_of(r1, ["1", calls, EOS]) == ("ct" + "t" * 6 + "m", 0)
+    assert kinds_of(r1, ["1", "<｜tool▁calls▁begin｜>", "2"]) == ("ccc", 0)
+    assert kinds_of(r1, ["1", "2", "3", "4"], stop=("23",)) == ("cmmm", 0)
+    assert kinds_of(r1, ["1", "2", "4"], stop=("23",)) == ("ccc", 0)
+    assert kinds_of(r1, ["1", "2"], stop=("23",)) == ("cc", 0)
+
+
+@pytest.mark.parametrize(
+    ("opening", "state"),
+    [
+        ("", "start"),
+        ("<think>\n", "thinking"),
+        ("</think>", "content"),
+        ("<think>\n\n</think>\n\n", "content"),
+        ("Paris", "content"),
+        ([Control("<think>"), "I see </think>"], "thinking"),
+        (["<think>"], "content"),
+    ],
+)
+def test_the_state_at_the_start_is_that_after_the_opening(opening, state):
+    assert TurnStream(chat_format("v3", tokenizer()), opening).state == state
+
+
+def test_an_opening_can_be_left_out_of_the_events():
+    """A server gives what was sampled; stop strings count from there, and line breaks are kept."""
+    stream = TurnStream(chat_format("v3", tokenizer()), ["```python\n"], stop=("```",))
+    stream.skip_opening()
+    events = stream.feed(tokenizer().encode("\n1\n```"))
+    assert "".join(event.text for event in events) == "\n1" and stream.is_stopped
 
 
 def test_half_a_character_waits_for_its_other_half():
@@ -196,81 +341,3 @@ def test_the_end_token_is_no_text_but_a_stop():
     assert "".join(stream_text(chat, ids)) == chat.text_of(ids) == "<think>\none"
     assert [event.finish_reason for event in stream_turn(chat, ids)][-1] == "stop"
     assert [event.finish_reason for event in stream_turn(chat, ids[:-1])][-1] == "length"
-
-
-# -- tokenizers
-
-SPACE = "▁"
-PIECES = ["a", "b", f"{SPACE}a", SPACE, f"{SPACE}{SPACE}", "从", "\ufffd", ".", "##b", "b</w>", "n't"]
-DECODERS = {
-    "sentencepiece": decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    ),
-    "metaspace": decoders.Metaspace(),
-    "wordpiece": decoders.WordPiece(),
-    "bpe": decoders.BPEDecoder(),
-    "none": None,
-}
-
-
-def other_tokenizer(name: str) -> Tokenizer:
-    """A vocabulary with the pieces, the 256 bytes and two control tokens."""
-    vocabulary = {piece: place for place, piece in enumerate([*PIECES, *(f"<0x{byte:02X}>" for byte in range(256))])}
-    model = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    if DECODERS[name] is not None:
-        model.decoder = DECODERS[name]
-    model.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
-    return Tokenizer(model.to_str())
-
-
-def check_decoder(given: Tokenizer, ids: Sequence[int], rng: random.Random) -> None:
-    decoder, text, at = TextDecoder(given), "", 0
-    while at < len(ids):
-        size = rng.choice((1, 1, 2, 9))
-        text += decoder.feed(ids[at : at + size])
-        at += size
-    assert text + decoder.finish() == given.decode(ids)
-
-
-@pytest.mark.parametrize("name", ["byte-level", *DECODERS])
-def test_decoded_tokens_equal_the_text_of_all(name):
-    """Random tokens: invalid and cut bytes, runs of fallback bytes, control tokens, ids without a token."""
-    given, rng = tokenizer() if name == "byte-level" else other_tokenizer(name), random.Random(0)
-    size = given.vocab_size
-    for _ in range(1000):
-        frequent = rng.choices(range(size + 3), k=5)
-        ids = rng.choices([*range(size + 3), *frequent * 60, *range(min(size, 20))], k=rng.randrange(30))
-        check_decoder(given, ids, rng)
-
-
-def test_bytes_of_characters_decode_in_other_tokenizers_too():
-    given, rng = other_tokenizer("sentencepiece"), random.Random(0)
-    for text in ("从左", "😀😀", "é"):
-        ids = [len(PIECES) + byte for byte in text.encode()]
-        assert given.decode([0, *ids, 1]) == f"a{text}b"
-        for _ in range(20):
-            check_decoder(given, [0, *ids, *rng.choices(range(20), k=3), *ids[:-1], 1], rng)
-
-
-@pytest.mark.parametrize("name", ["byte-level", "sentencepiece"])
-@pytest.mark.parametrize("kind", ["words", "bytes that are no text"])
-def test_work_per_token_does_not_grow(name, kind, monkeypatch):
-    """32,768 tokens: a few tokens are decoded and a few characters searched for each. The whole text was decoded."""
-    is_byte_level, rng, num_tokens = name == "byte-level", random.Random(0), 32_768
-    given, work = tokenizer() if is_byte_level else other_tokenizer(name), list[int]()
-    decode, bytes_of = Tokenizer.decode, Tokenizer.bytes_of
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: (work.append(len(ids)), decode(self, ids))[1])
-    monkeypatch.setattr(Tokenizer, "bytes_of", lambda self, token: (work.append(1), bytes_of(self, token))[1])
-    if kind == "words":
-        ids = rng.choices(range(20, 60) if is_byte_level else range(4), k=num_tokens)
-    else:
-        ids = [(ids_of_bytes()[b"\xe4"] if is_byte_level else len(PIECES) + 0xE4)] * num_tokens
-    decoder, parser = TextDecoder(given), StreamParser(stop=("STOP",))
-    for token in ids:
-        text = decoder.feed([token])
-        work.append(len(text))
-        parser.feed(text)
-        assert len(parser._buffer) + len(parser._content) < 25
-    assert num_tokens <= sum(work) < 16 * num_tokens or (not is_byte_level and kind != "words")
-    decoder.finish()
-    assert sum(work) < 16 * num_tokens

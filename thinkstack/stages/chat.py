@@ -10,7 +10,8 @@ from thinkstack.models.precision import Quantization
 from thinkstack.stages.console import NEW, read_question, styled, write, write_answer
 from thinkstack.text.chat import ZeroFormat
 from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
-from thinkstack.text.stream import LastToken, StreamEvent, stream_turn
+from thinkstack.text.stream import LastToken, stream_turn
+from thinkstack.text.stream_parser import StreamEvent
 from thinkstack.types import Message, RequestError, SamplingParams
 
 

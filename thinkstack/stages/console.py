@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
-from thinkstack.text.stream import StreamEvent
+from thinkstack.text.stream_parser import StreamEvent
 
 NEW = "/new"
 EXIT = ("/exit", "/quit")

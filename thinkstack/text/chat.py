@@ -68,6 +68,23 @@ class ChatFormat(Protocol):
         """Return the start of the assistant turn that `prompt` with these arguments contains; "" after a tool
         result."""
 
+    def opening_pieces(self, messages: Sequence[Message], thinking: bool | None = None) -> list[str]:
+        """Return the start of the assistant turn that the prompt contains, as pieces of text and control tokens.
+
+        If the last message is the assistant's, the prompt is that of `continue_final_message`.
+        """
+
+    def continue_final_message(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """Return the prompt ids to go on from the last message, the assistant's: from its content, or from its
+        reasoning if it has reasoning and no content.
+
+        thinking: None turns thinking on for a message with reasoning, if the format has a switch.
+        Raises RequestError like `prompt`, for a last message that is not the assistant's or has tool calls, and for a
+        template that cannot write an unfinished message.
+        """
+
     def text_of(self, token_ids: Sequence[int], opening: str | None = None) -> str:
         """Return the text of the assistant's turn: opening and decoded ids, without the end token.
 

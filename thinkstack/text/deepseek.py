@@ -26,6 +26,7 @@ from thinkstack.text.tokenizer import (
     OUTPUTS_END,
     THINK_CLOSE,
     THINK_OPEN,
+    TOOLS,
     USER,
     Control,
 )
@@ -108,6 +109,7 @@ class DeepSeekFormat(TurnFormat):
     ) -> list[int]:
         if not messages or messages[-1].role not in ("user", "tool"):
             raise RequestError("the last message must come from the user or a tool; add a user message")
+        self.check_tools(tools, messages)
         opening = self._opening_pieces(thinking)
         pieces = [*self._system_pieces(messages, tools), *self._history_pieces(messages)]
         if messages[-1].role == "tool":
@@ -117,15 +119,36 @@ class DeepSeekFormat(TurnFormat):
         return self.tokenizer.encode_pieces(pieces)
 
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
+        message = messages[-1]
+        block = self._think_block(messages, thinking)
+        return self.close([*block, message.content, *self._call_pieces(message.tool_calls)])
+
+    def continuation(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[str]:
+        message = messages[-1]
+        block = self._think_block(messages, thinking)
+        if message.reasoning is not None and not message.content:
+            is_opened = len(block) == 3  # by the prompt
+            return [message.reasoning] if is_opened else [block[0], f"{self.style.gap}{message.reasoning}"]
+        return [*block, message.content]
+
+    def _think_block(self, messages: Sequence[Message], thinking: bool | None) -> list[str]:
+        """Return the think block of the last message, without what the prompt of the earlier messages contains."""
         *before, message = messages
         reasoning = None if thinking is False else message.reasoning
         opening = [] if before[-1].role == "tool" else self._opening_pieces(thinking)
         block = think_block(reasoning, self.style.gap)
         if opening == [Control(THINK_CLOSE)] or (reasoning is None and not opening):
-            block = []
-        elif opening:
-            block = [f"{reasoning or ''}{self.style.gap}", *block[2:]]
-        return self.close([*block, message.content, *self._call_pieces(message.tool_calls)])
+            return []
+        return [f"{reasoning or ''}{self.style.gap}", *block[2:]] if opening else block
+
+    def check_tools(self, tools: Sequence[Tool] = (), messages: Sequence[Message] = ()) -> None:
+        """Raise RequestError for tools, calls or results if the vocabulary has no tokens for them."""
+        missing = [token for token in TOOLS if token not in self.tokenizer.control]
+        if missing and (tools or any(message.tool_calls or message.role == "tool" for message in messages)):
+            raise RequestError(
+                f"this model does not support tools: its tokenizer has no token {missing[0]}; remove tools, tool calls "
+                "and tool messages"
+            )
 
     def _system_pieces(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
         texts = [message.content for message in messages if message.role == "system"]

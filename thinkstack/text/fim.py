@@ -5,8 +5,8 @@ The order is PSM (prefix, suffix, middle) as in DeepSeek-V3 (report, arXiv:2412.
 
 import random
 
-from thinkstack.text.tokenizer import EOS, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
-from thinkstack.types import ConfigError
+from thinkstack.text.tokenizer import EOS, FIM_BEGIN, FIM_END, FIM_HOLE, Control, Tokenizer
+from thinkstack.types import ConfigError, RequestError
 
 
 def check_fim(tokenizer: Tokenizer) -> None:
@@ -17,6 +17,23 @@ def check_fim(tokenizer: Tokenizer) -> None:
             f"fim_rate is above 0, but this tokenizer has no control token {', '.join(missing)}; set fim_rate=0, or "
             "train a new model, whose tokenizer will have them"
         )
+
+
+def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str | None = None) -> list[int]:
+    """Return the prompt ids whose completion is the text between prefix and suffix: BOS, begin, prefix, hole, suffix,
+    end. Without a suffix, the completion continues the prefix.
+
+    Raises RequestError if there is a suffix and the vocabulary lacks one of the control tokens.
+    """
+    if suffix is None:
+        return [*tokenizer.begin_ids, *tokenizer.encode(prefix)]
+    missing = [token for token in (FIM_BEGIN, FIM_HOLE, FIM_END) if token not in tokenizer.control]
+    if missing:
+        raise RequestError(
+            f"suffix is not supported: this model's tokenizer has no control token {', '.join(missing)}; remove suffix"
+        )
+    pieces = [Control(FIM_BEGIN), prefix, Control(FIM_HOLE), suffix, Control(FIM_END)]
+    return [*tokenizer.begin_ids, *tokenizer.encode_pieces(pieces)]
 
 
 def fill_in_middle(text: str, tokenizer: Tokenizer, rng: random.Random) -> list[int]:

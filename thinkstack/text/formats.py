@@ -48,6 +48,36 @@ class TurnFormat:
     def opening(self, messages: Sequence[Message], thinking: bool | None = None) -> str:
         return self.prefill
 
+    def opening_pieces(self, messages: Sequence[Message], thinking: bool | None = None) -> list[str]:
+        if not messages or messages[-1].role != "assistant":
+            return self.tokenizer.split_controls(self.opening(messages, thinking))
+        thinking = self._continued_thinking(messages, thinking)
+        return [*self.opening_pieces(messages[:-1], thinking), *self.continuation(messages, (), thinking)]
+
+    def continue_final_message(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
+    ) -> list[int]:
+        thinking = self._continued_thinking(messages, thinking)
+        pieces = self.continuation(messages, tools, thinking)
+        return [*self.prompt(messages[:-1], tools, thinking), *self.tokenizer.encode_pieces(pieces)]
+
+    def continuation(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[str]:
+        """Return the pieces of the unfinished last message, which follow `prompt` of the earlier messages."""
+        raise NotImplementedError
+
+    def _continued_thinking(self, messages: Sequence[Message], thinking: bool | None) -> bool | None:
+        """Check a last message to continue, and return the switch for its prompt."""
+        if len(messages) < 2 or messages[-1].role != "assistant" or messages[-1].tool_calls:
+            raise RequestError(
+                "only an assistant message without tool calls can be continued, after at least one other message; add "
+                "it as the last message"
+            )
+        if messages[-1].reasoning is None:
+            return thinking
+        if thinking is False:
+            raise RequestError("the message to continue has reasoning, but thinking is off; turn it on, or remove it")
+        return True if self.can_switch else thinking
+
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
     ) -> list[int]:
@@ -159,6 +189,13 @@ class ZeroFormat(TurnFormat):
         block = [] if message.reasoning is None else [*think_block(message.reasoning)[:-1], "\n"]
         return self.close([*self.missing_as_text(block), message.content])
 
+    def continuation(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[str]:
+        message = messages[-1]
+        block = [] if message.reasoning is None else [*think_block(message.reasoning)[:-1], "\n"]
+        if block and not message.content:
+            block = [block[0], f"\n{message.reasoning}"]
+        return [*self.missing_as_text(block), message.content]
+
 
 @dataclass(frozen=True)
 class PlainText(TurnFormat):
@@ -188,4 +225,7 @@ class PlainText(TurnFormat):
         raise ConfigError(self.way_out)
 
     def turn(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[int]:
+        raise ConfigError(self.way_out)
+
+    def continuation(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[str]:
         raise ConfigError(self.way_out)

@@ -27,9 +27,19 @@ ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_ext
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _THINK_ANSWER_TAGS = re.compile(r"\s*<think>(?P<thinking>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+MAX_NAME = 256
+"""Maximum number of characters of the name of a function."""
+FENCE = "\n```"
+"""The end of the code block with the arguments of a call in the format of V3 and R1."""
+OLD_NAME = re.compile(rf"([^\n]{{1,{MAX_NAME}}})\n```json\n")
 _CALL = re.compile(
-    rf"\s*{CALL_BEGIN}(?:function{CALL_SEP}(?P<old_name>[^\n]*?)\n```json\n(?P<old>.*?)\n```"
-    rf"|(?P<name>.*?){CALL_SEP}(?P<arguments>.*?)){CALL_END}",
+    rf"\s*{CALL_BEGIN}(?:"
+    rf"function{CALL_SEP}(?P<old_name>(?:(?!{CALL_END})[^\n]){{1,{MAX_NAME}}})\n```json\n(?P<old>.*?)(?:\n```)?"
+    rf"|(?!\s*{CALL_SEP})(?P<name>(?:(?!{CALL_SEP})[^\n]){{1,{MAX_NAME}}}){CALL_SEP}(?P<arguments>.*?)){CALL_END}",
+    re.DOTALL,
+)
+_CUT_OFF_CALL = re.compile(
+    rf"\s*{CALL_BEGIN}(?!\s*{CALL_SEP})(?P<name>(?:(?!{CALL_SEP})[^\n]){{1,{MAX_NAME}}}){CALL_SEP}(?P<arguments>.*)",
     re.DOTALL,
 )
 
@@ -122,20 +132,38 @@ def split_thinking(text: str) -> tuple[str | None, str]:
 
 
 def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """Split a turn into (text before the calls, calls), in the format of V3 and R1 or of V3.1.
+    """Split a turn into (text before and after the calls, complete calls), in the format of V3 and R1 or of V3.1.
 
-    If a call is incomplete or if there is other text between calls, the complete text is returned and no calls.
+    Malformed markup and the text after it are text. A call that is cut off after its name is neither text nor a call.
     Source: chat templates of DeepSeek-V3-0324, R1-0528 and V3.1.
     """
-    visible_text, begin, rest = text.partition(CALLS_BEGIN)
-    body, end, after = rest.partition(CALLS_END)
-    found = list(_CALL.finditer(body))
-    if not begin or not end or after.strip() or "".join(call[0] for call in found).strip() != body.strip() or not found:
-        return text, ()
-    names = (
-        (call["old_name"], call["old"]) if call["name"] is None else (call["name"], call["arguments"]) for call in found
-    )
-    return visible_text, tuple(ToolCall(name=name, arguments=arguments) for name, arguments in names)
+    before, calls, after = split_tool_calls(text)
+    return before + after, calls
+
+
+def split_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...], str]:
+    """Split a turn into (text before the calls, complete calls, text after them); see `parse_tool_calls`."""
+    before, begin, rest = text.partition(CALLS_BEGIN)
+    body, calls = rest, list[ToolCall]()
+    while (found := _CALL.match(body)) is not None:
+        is_old = found["name"] is None
+        name, arguments = (found["old_name"], found["old"]) if is_old else (found["name"], found["arguments"])
+        calls.append(ToolCall(name=name, arguments=arguments))
+        body = body[found.end() :]
+    cut_off = _CUT_OFF_CALL.match(body)
+    if cut_off and not (cut_off["name"] == "function" and may_become_fenced(cut_off["arguments"])):
+        return before, tuple(calls), ""
+    if calls:
+        body = re.sub(rf"^\s*{CALLS_END}", "", body)
+        return before, tuple(calls), body if body.strip() else ""
+    return before, (), begin + rest
+
+
+def may_become_fenced(text: str) -> bool:
+    """Whether the text after the separator of a call of "function" may become a name and a code block."""
+    name, line_break, rest = text.partition("\n")
+    is_open = not line_break or (bool(name) and "```json\n".startswith(rest) and rest != "```json\n")
+    return is_open and len(name) <= MAX_NAME
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -151,9 +179,13 @@ def parse_message(text: str, stop: Sequence[str] = ()) -> Message:
     end the turn where they occur in the content. text/stream.py gives the same while the text is sampled.
     """
     thinking, rest = split_thinking(text)
-    visible_text, calls = parse_tool_calls(rest)
-    reasoning, visible_text = None if thinking is None else thinking.strip("\n"), visible_text.lstrip("\n")
-    end = find_stop(visible_text, stop)
+    before, calls, after = split_tool_calls(rest)
+    before = before.lstrip("\n")
+    after = after if before else after.lstrip("\n")
+    end = find_stop(before, stop) if calls or not after else find_stop(before + after, stop)
     if end is not None:
-        visible_text, calls = visible_text[:end], ()
-    return Message(role="assistant", content=visible_text.strip("\n"), reasoning=reasoning, tool_calls=calls)
+        before, calls, after = (before + after)[:end], (), ""
+    elif (end := find_stop(after, stop)) is not None:
+        after = after[:end]
+    reasoning = None if thinking is None else thinking.strip("\n")
+    return Message(role="assistant", content=(before + after).strip("\n"), reasoning=reasoning, tool_calls=calls)

@@ -25,6 +25,8 @@ _PROBE_ID = "probe0001"
 """Id of a probe call; Mistral's templates reject calls without an id of at least nine characters."""
 _PROBE_QUESTION = Message(role="user", content=_PROBE)
 
+_NO_CONTINUATION = "this model's chat template cannot continue the last message"
+
 
 @dataclass(frozen=True)
 class TemplateFormat(TurnFormat):
@@ -102,6 +104,40 @@ class TemplateFormat(TurnFormat):
         if stops:
             return self.tokenizer.encode_pieces(_remove_mark(pieces[: stops[0] + 1], mark))
         return self.close([*_remove_mark(pieces, mark)])
+
+    def continue_final_message(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), thinking: bool | None = None
+    ) -> list[int]:
+        thinking, mark = self._continued_thinking(messages, thinking), _unused_character((messages, tools))
+        return self._encode(self._unfinished(messages, tools, thinking, mark), mark)
+
+    def continuation(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[str]:
+        mark = _unused_character((messages, tools))
+        header, opening = self._split_prompt(messages[:-1], tools, thinking, mark)
+        text = self._unfinished(messages, tools, thinking, mark)
+        if not text.startswith(header):
+            raise RequestError(f"{_NO_CONTINUATION}: it renders the earlier messages differently then")
+        added = text.removeprefix(header)
+        pieces = self.tokenizer.split_controls(added.removeprefix(opening))
+        return [*_remove_mark(pieces, mark)]
+
+    def _unfinished(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None, mark: str) -> str:
+        """Render a conversation up to the end of the content of its last message, or of its reasoning."""
+        *before, message = messages
+        end = f"{mark}{_PROBE}{mark}"
+        if message.reasoning is None or message.content:
+            text = self._render(
+                [*before, replace(message, content=message.content + end)], tools, thinking, False, mark
+            )
+            if end not in text:
+                raise RequestError(f"{_NO_CONTINUATION}: it changes the content of the last message")
+            return text[: text.rindex(end)]
+        header, opening = self._split_prompt(before, tools, thinking, mark)
+        if THINK_OPEN not in opening or THINK_CLOSE in opening:
+            if THINK_OPEN not in self.tokenizer.control:
+                raise RequestError(f"{_NO_CONTINUATION} from its reasoning: the model has no think tags")
+            opening = f"{THINK_OPEN}\n"
+        return header + opening + _break_controls(message.reasoning, self.tokenizer.control, mark)
 
     def _ends(self, piece: str) -> bool:
         return isinstance(piece, Control) and self.tokenizer.control[piece] in self.stop_token_ids

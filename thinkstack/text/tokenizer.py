@@ -62,12 +62,16 @@ class Tokenizer:
         self._full = tokenizers.Tokenizer.from_str(spec)
         self._added = {t["content"]: t for t in data["added_tokens"] if not t["content"].isspace()}
         self.control = {content: token["id"] for content, token in self._added.items()}
+        self.control_of_id = {token: Control(content) for content, token in self.control.items()}
+        """The control tokens by id."""
         longest_first = sorted(self.control, key=len, reverse=True)
         self._spellings = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         data["added_tokens"] = [token for token in data["added_tokens"] if token["content"].isspace()]
         data["post_processor"] = None
         self.is_byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
         """Whether every token is a sequence of bytes, see `bytes_of`."""
+        self._bytes: dict[int, bytes] = {}
+        """Results of `bytes_of`."""
         self._text = tokenizers.Tokenizer.from_str(json.dumps(data))
 
     @property
@@ -127,10 +131,13 @@ class Tokenizer:
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a token of a byte-level tokenizer; `decode` joins them. Empty for an unknown id."""
-        token = self._full.id_to_token(token_id) or ""
-        if all(character in _BYTES for character in token):
-            return bytes(_BYTES[character] for character in token)
-        return token.encode()  # a control token
+        found = self._bytes.get(token_id)
+        if found is None:
+            token = self._full.id_to_token(token_id) or ""
+            is_text = all(character in _BYTES for character in token)  # else a control token
+            found = bytes(_BYTES[character] for character in token) if is_text else token.encode()
+            self._bytes[token_id] = found
+        return found
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` does not skip this id."""
