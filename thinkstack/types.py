@@ -19,10 +19,9 @@ class ConfigError(ValueError):
 
 
 class RequestError(ValueError):
-    """A request to a model cannot be served; the message names the value and a fix."""
+    """A request to a model cannot be served; the message names the value and a fix, `field` the invalid field."""
 
     def __init__(self, message: str, field: str | None = None):
-        """field: name of the invalid field of the request, such as "max_tokens" or "prompt"."""
         super().__init__(message)
         self.field = field
 

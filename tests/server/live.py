@@ -18,6 +18,7 @@ from thinkstack.server.database import Database, sqlite_url
 from thinkstack.server.limits import UNLIMITED, Limits
 from thinkstack.server.served import Member, MemberConfig, ServedModels, config_of_model
 from thinkstack.text.chat import ChatFormat, chat_format
+from thinkstack.text.grammar import GrammarCompiler
 from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
 
 WORDS = "the sum of 1 and 2 is 3, says the tool. What is the capital of France? Paris 你好 🙂 explain why"
@@ -64,7 +65,7 @@ def live(
     chat = chat_format(format, TOKENIZER)
     served = scripted(chat, answer, **engine)
     config = config_of_model("scripted")
-    member = Member(MemberConfig(model="scripted"), EngineService(served), chat)
+    member = Member(MemberConfig(model="scripted"), EngineService(served), chat, GrammarCompiler(chat))
     accounts = Accounts(Database(sqlite_url(folder)), limits=limits)
     key = accounts.add_key(accounts.add_user("ada", is_admin=True), "test")
     server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings())

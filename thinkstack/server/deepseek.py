@@ -4,16 +4,28 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.prices import Usage
-from thinkstack.server.turns import Turn
-from thinkstack.text.stream import StreamEvent
+from thinkstack.server.turns import TokenLogprob, Turn
+from thinkstack.text.stream import TokenKind
+from thinkstack.text.stream_parser import StreamEvent
+from thinkstack.text.tokenizer import Tokenizer
 
 FINGERPRINT = "thinkstack"
+LEAST_LOGPROB = -9999.0
+"""Log-probability of tokens that have next to none."""
+LOGPROB_FIELDS: dict[str, TokenKind] = {"content": "content", "reasoning_content": "reasoning"}
+FINISH_REASONS = {
+    "stop": "stop",
+    "length": "length",
+    "abort": "insufficient_system_resource",
+    "error": "insufficient_system_resource",
+}
+"""By the engine's reason."""
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
@@ -39,21 +51,23 @@ class Choice:
     calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def delta(self, event: StreamEvent) -> dict[str, Any]:
-        """Add an event; returns it as the delta of a chunk, {} for the end."""
+    def delta(self, event: StreamEvent) -> dict[str, Any] | None:
+        """Add an event; returns it as the delta of a chunk, {} for the end, None if there is nothing new."""
         if event.kind == "finish":
-            self.finish_reason = "tool_calls" if self.calls and event.finish_reason == "stop" else event.finish_reason
+            has_calls = self.calls and event.finish_reason == "stop"
+            self.finish_reason = "tool_calls" if has_calls else FINISH_REASONS[event.finish_reason or "error"]
             return {}
-        if event.kind == "tool_call":
+        if event.kind == "tool_call_start":
             assert event.tool_call is not None
-            call = {
-                "index": len(self.calls),
-                "id": f"call_{len(self.calls):02d}_{secrets.token_hex(8)}",
-                "type": "function",
-                "function": {"name": event.tool_call.name, "arguments": event.tool_call.arguments},
-            }
+            function = {"name": event.tool_call.name, "arguments": ""}
+            call = {"id": f"call_{event.index:02d}_{secrets.token_hex(8)}", "type": "function", "function": function}
             self.calls.append(call)
-            return {"tool_calls": [call]}
+            return {"tool_calls": [{"index": event.index, **call, "function": dict(function)}]}
+        if event.kind == "tool_call_delta":
+            self.calls[event.index]["function"]["arguments"] += event.text
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        if event.kind == "tool_call":
+            return None  # its parts were events before
         self.texts[event.kind].append(event.text)
         return _text_delta(event.kind, event.text)
 
@@ -61,15 +75,31 @@ class Choice:
         """The whole message."""
         reasoning, content = ("".join(self.texts[kind]) for kind in ("reasoning", "content"))
         found: dict[str, Any] = {"role": "assistant", "content": content}
-        if "reasoning" in self.texts and reasoning:
+        if reasoning:
             found |= _text_delta("reasoning", reasoning)
         if self.calls:
-            found["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in self.calls]
+            found["tool_calls"] = self.calls
         return found
 
 
 def _text_delta(kind: str, text: str) -> dict[str, Any]:
     return {"content": text} if kind == "content" else {"reasoning_content": text, "reasoning": text}
+
+
+def logprob_fields(tokenizer: Tokenizer, found: Mapping[TokenKind, Sequence[TokenLogprob]]) -> dict[str, Any]:
+    """Log-probabilities of the content and of the thinking."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        given = list(tokenizer.bytes_of(token)) if tokenizer.is_byte_level else None
+        return {"token": tokenizer.decode([token]), "logprob": max(logprob, LEAST_LOGPROB), "bytes": given}
+
+    return {
+        name: [
+            entry(token, logprob) | {"top_logprobs": [entry(*each) for each in likely]}
+            for token, logprob, likely in found.get(kind, ())
+        ]
+        for name, kind in LOGPROB_FIELDS.items()
+    }
 
 
 class ChatReply:
@@ -93,7 +123,12 @@ class ChatReply:
         return self._head | {
             "object": "chat.completion",
             "choices": [
-                {"index": index, "message": choice.message(), "logprobs": None, "finish_reason": choice.finish_reason}
+                {
+                    "index": index,
+                    "message": choice.message(),
+                    "logprobs": self._logprobs(index),
+                    "finish_reason": choice.finish_reason,
+                }
                 for index, choice in enumerate(self._choices)
             ],
             "usage": usage_fields(self.turn.usage),
@@ -109,13 +144,20 @@ class ChatReply:
                 continue
             choice = self._choices[index]
             delta = choice.delta(event)
-            yield self._chunk(index, delta, choice.finish_reason)
+            if delta is not None:
+                yield self._chunk(index, delta, choice.finish_reason)
         if self.include_usage:
             yield self._event([], usage_fields(self.turn.usage))
         yield b"data: [DONE]\n\n"
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}], None)
+        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(index), "finish_reason": finish_reason}
+        return self._event([choice], None)
+
+    def _logprobs(self, index: int) -> dict[str, Any] | None:
+        if not self.turn.request.logprobs:
+            return None
+        return logprob_fields(self.turn.model.member.chat.tokenizer, self.turn.take_logprobs(index))
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
         body = self._head | {"object": "chat.completion.chunk", "choices": choices}

@@ -32,7 +32,7 @@ class TextPart(BaseModel):
     text: StrictStr
 
 
-Content = StrictStr | list[TextPart] | None
+MessageContent = StrictStr | list[TextPart] | None
 
 
 class FunctionCall(BaseModel):
@@ -54,7 +54,7 @@ class MessageInput(BaseModel):
     """A message; unknown fields are ignored, because clients send replies back as they came."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = None
+    content: MessageContent = None
     name: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     reasoning: StrictStr | None = None
@@ -203,10 +203,12 @@ class ChatRequest(SamplingInput):
             model=self.model,
             messages=tuple(message.message() for message in self.messages),
             is_prefix=last.prefix,
-            tools=tuple(Tool(name=t.name, description=t.description, parameters=t.parameters) for t in tools),
-            strict_tools=frozenset(tool.name for tool in tools if tool.strict),
+            tools=tuple(
+                Tool(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
+                for tool in tools
+            ),
             tool_choice=self._tool_choice(tools),
-            response_format=self.response_format,
+            schema=self._schema(),
             thinking=self._thinking(),
             effort=ALIASES.get(self.reasoning_effort or "", self.reasoning_effort),
             max_tokens=self.max_completion_tokens or self.max_tokens,
@@ -230,6 +232,18 @@ class ChatRequest(SamplingInput):
         if len(set(values.values())) > 1:
             raise RequestError(f"{' and '.join(values)} disagree on whether to think", next(iter(values)))
         return next(iter(values.values()), None)
+
+    def _schema(self) -> Mapping[str, Any] | None:
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_schema" and wanted.json_schema is None:
+            raise RequestError("response_format.json_schema is missing; give the schema", "response_format.json_schema")
+        if self.tools and self.tool_choice != "none":
+            raise RequestError(
+                "response_format and tools exclude each other; leave one out, or use strict tools", "response_format"
+            )
+        return {} if wanted.json_schema is None else wanted.json_schema.json_schema
 
     def _tool_choice(self, tools: Sequence[FunctionInput]) -> str:
         choice = self.tool_choice or ("auto" if tools else "none")
@@ -261,11 +275,10 @@ class TurnRequest:
     is_prefix: bool = False
     """Whether the turn goes on from the last message."""
     tools: tuple[Tool, ...] = ()
-    strict_tools: frozenset[str] = frozenset()
-    """Names of the tools whose arguments must follow their schema."""
     tool_choice: str = "none"
     """"none", "auto", "required" or "function:NAME"."""
-    response_format: ResponseFormat | None = None
+    schema: Mapping[str, Any] | None = None
+    """JSON schema of the content; {}: any JSON object."""
     thinking: bool | None = None
     """None: as the model name says."""
     effort: str | None = None

@@ -17,6 +17,7 @@ from thinkstack.files import read_text
 from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
 from thinkstack.models.precision import Quantization
 from thinkstack.text.chat import ChatFormat
+from thinkstack.text.grammar import GrammarCompiler
 from thinkstack.text.tokenizer import THINK_CLOSE
 from thinkstack.types import ConfigError, RequestError
 
@@ -88,6 +89,7 @@ class Member:
     config: MemberConfig
     service: EngineService
     chat: ChatFormat
+    grammars: GrammarCompiler
 
     @property
     def think_end_token_ids(self) -> tuple[int, ...]:
@@ -97,8 +99,8 @@ class Member:
             return (tokenizer.control_id(THINK_CLOSE),)
         return tuple(tokenizer.encode(THINK_CLOSE))
 
-    def supports_thinking(self, thinking: bool) -> bool:
-        """Whether the chat format can start a turn with, or without, thinking."""
+    def can_start(self, thinking: bool) -> bool:
+        """Whether the chat format can start a turn that thinks, or one that does not."""
         try:
             self.chat.opening((), thinking)
         except RequestError:
@@ -171,4 +173,4 @@ def load_member(config: MemberConfig) -> Member:
             quantization=config.quantization,
         ),
     )
-    return Member(config, EngineService(engine), chat)
+    return Member(config, EngineService(engine), chat, GrammarCompiler(chat))

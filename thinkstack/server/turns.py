@@ -3,21 +3,27 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+from thinkstack.engine.grammar import GrammarFactory
 from thinkstack.engine.service import EngineStopped, Generation
 from thinkstack.server.billing import Billing, Charge
 from thinkstack.server.keys import Principal
 from thinkstack.server.ledger import Admission
 from thinkstack.server.prices import Usage
 from thinkstack.server.schema import TurnRequest
-from thinkstack.server.served import ServedModel
-from thinkstack.text.stream import StreamEvent, TurnStream
-from thinkstack.types import RequestError, SamplingParams
+from thinkstack.server.served import Member, ServedModel
+from thinkstack.text.grammar import CompiledGrammar, json_object, json_schema, tool_calls
+from thinkstack.text.stream import TokenKind, TurnStream
+from thinkstack.text.stream_parser import StreamEvent
+from thinkstack.types import RequestError, SamplingParams, Tool
 
 KEEP_ALIVE = (-1, StreamEvent("content"))
 """An event without content: the turn waits or thinks, and the engine is alive."""
+TokenLogprob = tuple[int, float, tuple[tuple[int, float], ...]]
+"""Token id, log-probability, and the most likely alternatives."""
 LONG_PROMPT = 20_000
 """Number of characters from which a prompt is tokenized in a thread."""
 
@@ -28,25 +34,38 @@ class PreparedTurn:
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    opening: str
-    """The start of the turn that the prompt contains."""
+    opening: list[str]
+    """The start of the turn that the prompt contains, as pieces of text and control tokens."""
+    grammar: GrammarFactory | None
     is_thinking: bool
 
 
 def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
-    """Render the prompt and resolve all settings. Raises RequestError."""
+    """Render the prompt, compile the grammar and resolve all settings; takes seconds for some schemas.
+
+    Raises RequestError.
+    """
     config, member = model.config, model.member
     wants_thinking = request.thinking if request.thinking is not None else config.thinking
-    switch = wants_thinking if member.supports_thinking(wants_thinking) else None
+    switch = wants_thinking if member.can_start(wants_thinking) else None
     if switch is None and request.thinking:
         raise RequestError(f"{model.name} cannot think; leave thinking out", "thinking")
-    can_think = switch is True or (switch is None and member.supports_thinking(True))
-    prompt = tuple(member.chat.prompt(request.messages, request.tools, switch))
-    free = member.service.max_model_len - len(prompt)
+    tools = request.tools if request.tool_choice != "none" else ()
+    try:
+        if request.is_prefix:
+            prompt = tuple(member.chat.continue_final_message(request.messages, tools))
+            opening = member.chat.opening_pieces(request.messages)
+        else:
+            prompt = tuple(member.chat.prompt(request.messages, tools, switch))
+            opening = member.chat.opening_pieces(request.messages, switch)
+    except RequestError as error:
+        raise RequestError(str(error), error.field or "messages") from error
+    may_think = TurnStream(member.chat, opening).state in ("start", "thinking")
     if request.max_tokens is not None and request.max_tokens > config.max_tokens:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
         )
+    free = member.service.max_model_len - len(prompt)
     max_tokens = request.max_tokens or max(min(config.default_max_tokens, free), 1)
     given = dict(request.sampling)
     if config.fixed_sampling:
@@ -59,10 +78,21 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
         stop_token_ids=member.chat.stop_token_ids,
         top_logprobs=request.top_logprobs,
         raw_logprobs=request.logprobs,
-        think_end_token_ids=member.think_end_token_ids if can_think else (),
-        thinking_budget=budget if can_think and budget < max_tokens else None,
+        think_end_token_ids=member.think_end_token_ids if may_think else (),
+        thinking_budget=budget if may_think and budget < max_tokens else None,
     )
-    return PreparedTurn(prompt, sampling, member.chat.opening(request.messages, switch), wants_thinking and can_think)
+    grammar = _grammar(member, request, tools)
+    factory = None if grammar is None else grammar.factory(member.chat.tokenizer.encode_pieces(opening))
+    return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think)
+
+
+def _grammar(member: Member, request: TurnRequest, tools: Sequence[Tool]) -> CompiledGrammar | None:
+    source = None
+    if request.schema is not None:
+        source = json_schema(request.schema) if request.schema else json_object()
+    elif tools:
+        source = tool_calls(member.chat, tools, request.tool_choice.removeprefix("function:"))
+    return None if source is None else member.grammars.compile(source)
 
 
 def _thinking_budget(model: ServedModel, request: TurnRequest, wants_thinking: bool) -> int:
@@ -92,6 +122,12 @@ class Turn:
         self._streams = [
             TurnStream(model.member.chat, prepared.opening, stop=request.stop) for _ in range(prepared.sampling.n)
         ]
+        if request.is_prefix:
+            for stream in self._streams:
+                stream.skip_opening()
+        self._tokens: list[list[TokenLogprob]] = [[] for _ in self._streams]
+        """Sampled tokens of each choice whose log-probabilities were not taken."""
+        self._num_taken = [0] * len(self._streams)
 
     @property
     def usage(self) -> Usage:
@@ -119,6 +155,7 @@ class Turn:
                 sampling,
                 tenant=str(principal.user_id),
                 cache_salt=f"{principal.user_id}/{self.request.user_id}",
+                grammar=self.prepared.grammar,
                 max_wait=max_wait,
             )
         except BaseException:
@@ -162,6 +199,9 @@ class Turn:
                     if update.index not in running:
                         continue  # tokens after a stop string
                     stream, reason = self._streams[update.index], update.finish_reason
+                    if self.request.logprobs:
+                        likely = update.top_logprobs or ((),) * len(update.token_ids)
+                        self._tokens[update.index] += zip(update.token_ids, update.logprobs, likely, strict=True)
                     self._count(len(update.token_ids))
                     for event in stream.feed(update.token_ids):
                         yield update.index, event
@@ -179,6 +219,16 @@ class Turn:
                 self._generation.abort()
             self._billing.settle_soon(self._charge, status)
 
+    def take_logprobs(self, index: int) -> dict[TokenKind, list[TokenLogprob]]:
+        """The tokens of a choice since the last call, as far as it is known which part of the turn they belong to."""
+        kinds, tokens = self._streams[index].token_kinds[self._num_taken[index] :], self._tokens[index]
+        found: dict[TokenKind, list[TokenLogprob]] = defaultdict(list)
+        for kind, token in zip(kinds, tokens, strict=False):
+            found[kind].append(token)
+        self._num_taken[index] += len(kinds)
+        del tokens[: len(kinds)]
+        return found
+
     def _count(self, num_tokens: int) -> None:
         assert self._generation is not None and self._charge is not None and self._generation.request is not None
         cached = self._generation.request.num_cached_tokens
@@ -186,13 +236,14 @@ class Turn:
             prompt_cache_hit_tokens=cached,
             prompt_cache_miss_tokens=len(self.prepared.prompt_token_ids) - cached,
             completion_tokens=self._charge.usage.completion_tokens + num_tokens,
-            reasoning_tokens=0,
+            reasoning_tokens=sum(stream.num_reasoning_tokens for stream in self._streams),
         )
 
 
 async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing) -> Turn:
-    """Prepare a request; long prompts are tokenized beside the event loop. Raises RequestError."""
-    if sum(len(message.content) for message in request.messages) < LONG_PROMPT:
+    """Prepare a request, in a thread if it may take long. Raises RequestError."""
+    is_short = sum(len(message.content) for message in request.messages) < LONG_PROMPT
+    if is_short and request.schema is None and not request.tools:
         prepared = prepare(model, request)
     else:
         prepared = await asyncio.to_thread(prepare, model, request)
