@@ -49,7 +49,7 @@ class Tool:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """JSON schema of the arguments."""
     strict: bool = False
-    """Whether the arguments of calls must follow the schema; text/grammar.py makes them."""
+    """Whether the arguments of calls must follow the schema (text/grammar.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,5 +397,4 @@ class Batch:
 
     def rows(self, index: Sequence[int] | slice) -> Batch:
         """A copy with only the rows in `index`."""
-        columns = {name: value[index] for name, value in vars(self).items() if value is not None}
-        return replace(self, **columns)
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})
