@@ -137,6 +137,8 @@ def test_tokenizers_with_fallback_bytes_are_supported_and_others_refused():
     for _ in range(5):
         text = tokenizer.decode(sample(grammar, tokenizer, rng, ()))
         assert 2 <= len(json.loads(text)) <= 4
+    with pytest.raises(RequestError, match="no end token"):
+        GrammarCompiler(PlainText(tokenizer)).compile(json_object())
     other = PlainText(other_tokenizer("wordpiece"), (1,))
     with pytest.raises(RequestError, match="tokenizer does not support grammars"):
         GrammarCompiler(other).compile(json_object())
@@ -244,7 +246,7 @@ def test_required_calls_are_calls_of_the_tools(name):
 
 @pytest.mark.parametrize("name", ["r1_0528", "v3_1"])
 def test_a_forced_function_is_called_once(name):
-    grammar = compiler(name).compile(tool_calls(chat(name), [ADD, ADDER], 'add"er'))
+    grammar = compiler(name).compile(tool_calls(chat(name), [ADD, ADDER], name='add"er'))
     for seed in range(5):
         ids = sample(grammar, chat(name).tokenizer, random.Random(seed))
         assert [call.name for call in parsed(name, ids)[1]] == ['add"er']
@@ -266,9 +268,9 @@ def test_strict_calls_may_follow_free_text():
 
 
 def test_what_tool_choice_cannot_have_is_refused_by_name():
-    with pytest.raises(RequestError, match=r"names 'ad'.*did you mean 'add'"):
-        tool_calls(chat("v3_1"), [ADD], "ad")
-    with pytest.raises(RequestError, match="needs tools"):
+    with pytest.raises(RequestError, match=r"tool_choice='ad' is not among.*did you mean 'add'"):
+        tool_calls(chat("v3_1"), [ADD], name="ad")
+    with pytest.raises(RequestError, match="tool_choice='required' is not among the tools; add tools"):
         tool_calls(chat("v3_1"), [], "required")
     with pytest.raises(RequestError, match="chat format 'r1_zero'"):
         tool_calls(chat("r1_zero"), [ADD])

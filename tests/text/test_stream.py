@@ -321,8 +321,7 @@ def test_the_state_at_the_start_is_that_after_the_opening(opening, state):
 
 def test_an_opening_can_be_left_out_of_the_events():
     """A server gives what was sampled; stop strings count from there, and line breaks are kept."""
-    stream = TurnStream(chat_format("v3", tokenizer()), ["```python\n"], stop=("```",))
-    stream.skip_opening()
+    stream = TurnStream(chat_format("v3", tokenizer()), ["```python\n"], stop=("```",), include_opening=False)
     events = stream.feed(tokenizer().encode("\n1\n```"))
     assert "".join(event.text for event in events) == "\n1" and stream.is_stopped
 

@@ -66,35 +66,35 @@ def json_schema(schema: Any, field: str = "response_format.json_schema") -> Gram
     return GrammarSource(grammar, ((field, grammar),))
 
 
-def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str = "auto") -> GrammarSource | None:
+def tool_calls(
+    chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice = "auto", name: str | None = None
+) -> GrammarSource | None:
     """Tool calls in the format of `chat`. The arguments of strict tools follow their schemas, other arguments are any
     JSON object.
 
-    choice: "required": the content is one or more calls; the name of a tool: it is one call of this tool; "auto": the
-    model may call tools after free content, and then the calls follow the grammar; None if no tool is strict.
+    choice: "required": the content is one or more calls; "auto": the model may call tools after free content, and then
+    the calls follow the grammar; None if no tool is strict. name: the content is one call of this tool.
     Raises RequestError for an unknown name, for a schema as in `json_schema`, and for a format whose call syntax is
     unknown.
     """
-    if choice == "auto" and not any(tool.strict for tool in tools):
+    if choice == "auto" and name is None and not any(tool.strict for tool in tools):
         return None
     if not isinstance(chat, DeepSeekFormat):
         raise RequestError(
-            f"tool_choice={choice!r} and strict tools are not supported by the chat format {chat.name!r}: only the "
-            "call syntax of the DeepSeek formats is known; remove them"
+            f"tool_choice and strict tools are not supported by the chat format {chat.name!r}: only the call syntax of "
+            "the DeepSeek formats is known; remove them"
         )
     chat.check_tools(tools)
-    if not tools:
-        raise RequestError(f"tool_choice={choice!r} needs tools; add tools")
-    chosen = [(index, tool) for index, tool in enumerate(tools) if choice in ("auto", "required", tool.name)]
+    chosen = [(index, tool) for index, tool in enumerate(tools) if name in (None, tool.name)]
     if not chosen:
         names = [tool.name for tool in tools]
-        close = difflib.get_close_matches(choice, names, n=1) or names[:1]
-        raise RequestError(f"tool_choice names {choice!r}, which is not among the tools; did you mean {close[0]!r}?")
+        close = difflib.get_close_matches(name or "", names, n=1) or names[:1]
+        hint = f"did you mean {close[0]!r}?" if close else "add tools"
+        raise RequestError(f"tool_choice={name or choice!r} is not among the tools; {hint}")
     calls_begin, call_begin, sep, call_end, calls_end = (
         f"<[{chat.tokenizer.control_id(token)}]>" for token in (CALLS_BEGIN, CALL_BEGIN, CALL_SEP, CALL_END, CALLS_END)
     )
-    is_single = choice not in ("auto", "required")
-    more = "" if is_single else '("\\n" call)*' if chat.style.fenced else "call*"
+    more = "" if name is not None else '("\\n" call)*' if chat.style.fenced else "call*"
     lines = [f"start: {calls_begin} call {more} {calls_end}"]
     lines += ["call: " + " | ".join(f"call_{index}" for index, _ in chosen)]
     schemas: list[tuple[str, str]] = []
@@ -106,11 +106,11 @@ def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str
             schemas.append((field, _schema_grammar(schema)))
         before, after = f"{_text(tool.name)} {sep}", ""
         if chat.style.fenced:
-            name = _text(f"{tool.name}\n```json\n")
-            before, after = f'"function" {sep} {name}', _text("\n```")
+            fence = _text(f"{tool.name}\n```json\n")
+            before, after = f'"function" {sep} {fence}', _text("\n```")
         lines += [f"call_{index}: {call_begin} {before} arguments_{index} {after} {call_end}"]
         lines += [f"arguments_{index}: %json {_compact(_with_whitespace(schema))}"]
-    trigger = chat.tokenizer.control_id(CALLS_BEGIN) if choice == "auto" else None
+    trigger = chat.tokenizer.control_id(CALLS_BEGIN) if choice == "auto" and name is None else None
     return GrammarSource(LLMatcher.grammar_from_lark("\n".join(lines)), tuple(schemas), trigger)
 
 
@@ -239,6 +239,8 @@ class GrammarCompiler:
 def _ll_tokenizer(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> LLTokenizer:
     """llguidance's tokenizer, in which all control tokens are special tokens: no text contains them. For a vocabulary
     of 129,000 tokens this takes about a second."""
+    if not stop_token_ids:
+        raise RequestError("this model has no end token, which a grammar needs; set eos_token in tokenizer_config.json")
     data = json.loads(tokenizer.spec)
     for token in data["added_tokens"]:
         token["special"] = token["special"] or token["content"] in tokenizer.control
@@ -261,7 +263,9 @@ def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> str:
         )
     except subprocess.TimeoutExpired as error:
         return _refusal(schemas[_last_number(error.stdout)][0], f"compiling takes longer than {timeout_seconds:g} s")
-    last = done.stdout.splitlines()[-1:] or [b""]
+    if not done.stdout:
+        raise RuntimeError(f"the process that compiles grammars does not start: {done.stderr.decode()[-500:]}")
+    last = done.stdout.splitlines()[-1:]
     if last[0].startswith(b'"'):
         return _refusal(schemas[_last_number(done.stdout)][0], json.loads(last[0]))
     if done.returncode:

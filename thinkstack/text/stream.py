@@ -25,13 +25,24 @@ class TurnStream:
         opening: str | Sequence[str] | None = None,
         thinking_format: ThinkingFormat = "think_then_answer",
         stop: Sequence[str] = (),
+        include_opening: bool = True,
     ):
         """opening: the start of the turn that the prompt contains: `ChatFormat.opening`, in which tags are control
-        tokens, or `ChatFormat.opening_pieces`; None: chat.prefill. thinking_format, stop: see `StreamParser`."""
+        tokens, or `ChatFormat.opening_pieces`; None: chat.prefill. thinking_format, stop: see `StreamParser`.
+
+        include_opening: False leaves the opening out of the events: a server responds with what was sampled. Stop
+        strings in it do not count then.
+        """
         opening = chat.prefill if opening is None else opening
-        self._opening = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else list(opening)
+        pieces = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else opening
         self._decoder, self._stop_token_ids = TextDecoder(chat.tokenizer), frozenset(chat.stop_token_ids)
         self._parser = StreamParser(thinking_format, stop, chat.tokenizer.control)
+        self._events: list[StreamEvent] = []
+        """Events of the opening that are not reported yet."""
+        if include_opening:
+            self._events = [event for piece in pieces for event in self._parser.feed(piece)]
+        else:
+            self._parser.skip(pieces)
         self._held_stop: int | None = None
         """A stop token, which is text if other tokens follow."""
         self._num_undecided = 0
@@ -51,18 +62,11 @@ class TurnStream:
     def state(self) -> State:
         """The part of the turn that the next token belongs to; "start" if the prompt leaves it to the model, which may
         begin with thinking or with content."""
-        self._events_of_opening()
         return self._parser.state
-
-    def skip_opening(self) -> None:
-        """Leave the opening out of the events: a server responds with what was sampled. Stop strings in it do not
-        count."""
-        self._parser.skip(self._opening)
-        self._opening = []
 
     def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
         """The events that are final after these tokens."""
-        events = self._events_of_opening()
+        events, self._events = self._events, []
         for token in token_ids:
             if self._held_stop is not None:
                 events += self._take(self._held_stop)
@@ -73,14 +77,10 @@ class TurnStream:
 
     def finish(self, reason: FinishReason) -> list[StreamEvent]:
         """The last events."""
-        events = [*self._events_of_opening(), *self._parser.feed(self._decoder.finish()), *self._parser.finish(reason)]
+        events = [*self._events, *self._parser.feed(self._decoder.finish()), *self._parser.finish(reason)]
         self._decide(events)
         self.token_kinds += ["markup"] * (self._held_stop is not None)
         return events
-
-    def _events_of_opening(self) -> list[StreamEvent]:
-        opening, self._opening = self._opening, []
-        return [event for piece in opening for event in self._parser.feed(piece)]
 
     def _take(self, token: int) -> list[StreamEvent]:
         before, num_tags = self._parser.state, self._parser.num_tags
