@@ -182,6 +182,7 @@ def test_the_model_may_begin_its_thinking_itself():
     grammar = compiler("r1_0528").compile(json_schema({"const": 7}))
     state = grammar.factory()()
     first = allowed(state, tokenizer.vocab_size)
+    assert think_open not in allowed(compiler("v3").compile(json_schema({})).factory()(), tokenizer.vocab_size)
     assert think_open in first and tokenizer.encode("7")[0] in first and think_close not in first
     state.advance([think_open, *tokenizer.encode("1}"), think_close, *tokenizer.encode("7")])
     state.rollback(2)
@@ -270,7 +271,7 @@ def test_strict_calls_may_follow_free_text():
 def test_what_tool_choice_cannot_have_is_refused_by_name():
     with pytest.raises(RequestError, match=r"tool_choice='ad' is not among.*did you mean 'add'"):
         tool_calls(chat("v3_1"), [ADD], name="ad")
-    with pytest.raises(RequestError, match="tool_choice='required' is not among the tools; add tools"):
+    with pytest.raises(RequestError, match="tool_choice='required' needs tools; add tools"):
         tool_calls(chat("v3_1"), [], "required")
     with pytest.raises(RequestError, match="chat format 'r1_zero'"):
         tool_calls(chat("r1_zero"), [ADD])

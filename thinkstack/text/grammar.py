@@ -89,8 +89,9 @@ def tool_calls(
     if not chosen:
         names = [tool.name for tool in tools]
         close = difflib.get_close_matches(name or "", names, n=1) or names[:1]
-        hint = f"did you mean {close[0]!r}?" if close else "add tools"
-        raise RequestError(f"tool_choice={name or choice!r} is not among the tools; {hint}")
+        if not names:
+            raise RequestError(f"tool_choice={name or choice!r} needs tools; add tools")
+        raise RequestError(f"tool_choice={name!r} is not among the tools; did you mean {close[0]!r}?")
     calls_begin, call_begin, sep, call_end, calls_end = (
         f"<[{chat.tokenizer.control_id(token)}]>" for token in (CALLS_BEGIN, CALL_BEGIN, CALL_SEP, CALL_END, CALLS_END)
     )
