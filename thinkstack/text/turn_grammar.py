@@ -85,9 +85,12 @@ class TurnGrammar:
             self._ids.append(token)
 
     def rollback(self, num_tokens: int) -> None:
-        if num_tokens:
-            self._matcher.rollback(self._phases[-num_tokens:].count("grammar"))
-            del self._phases[-num_tokens:], self._ids[-num_tokens:]
+        if not num_tokens:
+            return
+        num_constrained = self._phases[-num_tokens:].count("grammar")
+        if num_constrained and not self._matcher.rollback(num_constrained):
+            raise RequestError(f"{num_constrained} tokens cannot be taken back: {self._matcher.get_error()}")
+        del self._phases[-num_tokens:], self._ids[-num_tokens:]
 
     def fill_bitmask(self, bitmask: numpy.ndarray, index: int) -> None:
         row, phase = bitmask[index].view(numpy.uint32), self._phases[-1]
