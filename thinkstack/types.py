@@ -1,7 +1,6 @@
-"""Data types that several subpackages use, and the error classes.
+"""Data types that several subpackages use, all frozen, and the error classes.
 
-All dataclasses are frozen. torch is imported for annotations only, so that the command line starts without it.
-"""
+torch is imported for annotations only, so that the command line starts without it."""
 
 from __future__ import annotations
 
@@ -20,7 +19,11 @@ class ConfigError(ValueError):
 
 
 class RequestError(ValueError):
-    """A request to a model cannot be served; the message names the value and a fix."""
+    """A request to a model cannot be served; the message names the value and a fix, `field` the invalid field."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +49,7 @@ class Tool:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """JSON schema of the arguments."""
     strict: bool = False
-    """Whether the arguments of calls must follow the schema; text/grammar.py makes them."""
+    """Whether the arguments of calls must follow the schema (text/grammar.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,20 +174,18 @@ class SamplingParams:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 noun = "an integer" if kind is numbers.Integral else "a number"
-                raise RequestError(f"{name}={value!r} is not {noun} ({meaning})")
+                raise RequestError(f"{name}={value!r} is not {noun} ({meaning})", name)
             if not low <= float(value) <= high and not (name == "temperature" and value == 0):
-                raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}] ({meaning})")
+                raise RequestError(f"{name}={value} must lie in [{low:g}, {high:g}] ({meaning})", name)
         for token, bias in self.logit_bias.items():
             if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not abs(float(bias)) <= LARGEST_BIAS:
-                raise RequestError(
-                    f"logit_bias of token {token} is {bias!r}; it must be a number in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
-                )
+                limits = f"it must be a number in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
+                raise RequestError(f"logit_bias of token {token} is {bias!r}; {limits}", "logit_bias")
         if self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}")
+            message = f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}"
+            raise RequestError(message, "min_tokens")
         if self.thinking_budget is not None and not self.think_end_token_ids:
-            raise RequestError(
-                f"thinking_budget={self.thinking_budget} needs think_end_token_ids, the tokens that close thinking"
-            )
+            raise RequestError("thinking_budget needs think_end_token_ids, which close thinking", "thinking_budget")
 
 
 LARGEST_BIAS = 100
@@ -396,5 +397,4 @@ class Batch:
 
     def rows(self, index: Sequence[int] | slice) -> Batch:
         """A copy with only the rows in `index`."""
-        columns = {name: value[index] for name, value in vars(self).items() if value is not None}
-        return replace(self, **columns)
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})

@@ -321,7 +321,8 @@ def test_the_state_at_the_start_is_that_after_the_opening(opening, state):
 
 def test_an_opening_can_be_left_out_of_the_events():
     """A server gives what was sampled; stop strings count from there, and line breaks are kept."""
-    stream = TurnStream(chat_format("v3", tokenizer()), ["```python\n"], stop=("```",), include_opening=False)
+    stream = TurnStream(chat_format("v3", tokenizer()), ["```python\n"], stop=("```",))
+    stream.skip_opening()
     events = stream.feed(tokenizer().encode("\n1\n```"))
     assert "".join(event.text for event in events) == "\n1" and stream.is_stopped
 
@@ -330,7 +331,8 @@ def test_an_opening_can_be_left_out_of_the_events():
 @pytest.mark.parametrize("opening", [" ", "<", "\n<thi", "a <｜tool▁calls", "a STO", "</think>\n"])
 def test_nothing_of_an_opening_that_is_left_out_comes_later(opening, has_tags):
     chat = chat_format("v3", tokenizer(has_tags))
-    stream = TurnStream(chat, [opening], stop=("STOP",), include_opening=False)
+    stream = TurnStream(chat, [opening], stop=("STOP",))
+    stream.skip_opening()
     events = [*stream.feed(tokenizer(has_tags).encode("P nk>b")), *stream.finish("stop")]
     assert "".join(event.text for event in events) == "P nk>b"
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -66,36 +66,36 @@ def json_schema(schema: Any, field: str = "response_format.json_schema") -> Gram
     return GrammarSource(grammar, ((field, grammar),))
 
 
-def tool_calls(
-    chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice = "auto", name: str | None = None
-) -> GrammarSource | None:
+def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str = "auto") -> GrammarSource | None:
     """Tool calls in the format of `chat`. The arguments of strict tools follow their schemas, other arguments are any
     JSON object.
 
-    choice: "required": the content is one or more calls; "auto": the model may call tools after free content, and then
-    the calls follow the grammar; None if no tool is strict. name: the content is one call of this tool.
+    choice: "required": the content is one or more calls; the name of a tool: it is one call of this tool; "auto": the
+    model may call tools after free content, and then the calls follow the grammar; None if no tool is strict.
     Raises RequestError for an unknown name, for a schema as in `json_schema`, and for a format whose call syntax is
     unknown.
     """
-    if choice == "auto" and name is None and not any(tool.strict for tool in tools):
+    if choice == "auto" and not any(tool.strict for tool in tools):
         return None
     if not isinstance(chat, DeepSeekFormat):
         raise RequestError(
-            f"tool_choice and strict tools are not supported by the chat format {chat.name!r}: only the call syntax of "
-            "the DeepSeek formats is known; remove them"
+            f"tool_choice={choice!r} and strict tools are not supported by the chat format {chat.name!r}: only the "
+            "call syntax of the DeepSeek formats is known; remove them",
+            "tools" if choice == "auto" else "tool_choice",
         )
     chat.check_tools(tools)
-    chosen = [(index, tool) for index, tool in enumerate(tools) if name in (None, tool.name)]
+    if not tools:
+        raise RequestError(f"tool_choice={choice!r} needs tools; add tools", "tools")
+    is_single = choice not in ("auto", "required")
+    chosen = [(index, tool) for index, tool in enumerate(tools) if not is_single or tool.name == choice]
     if not chosen:
         names = [tool.name for tool in tools]
-        close = difflib.get_close_matches(name or "", names, n=1) or names[:1]
-        if not names:
-            raise RequestError(f"tool_choice={name or choice!r} needs tools; add tools")
-        raise RequestError(f"tool_choice={name!r} is not among the tools; did you mean {close[0]!r}?")
+        close = difflib.get_close_matches(choice, names, n=1) or names
+        raise RequestError(f"tool_choice={choice!r} is none of the tools; did you mean {close[0]!r}?", "tool_choice")
     calls_begin, call_begin, sep, call_end, calls_end = (
         f"<[{chat.tokenizer.control_id(token)}]>" for token in (CALLS_BEGIN, CALL_BEGIN, CALL_SEP, CALL_END, CALLS_END)
     )
-    more = "" if name is not None else '("\\n" call)*' if chat.style.fenced else "call*"
+    more = "" if is_single else '("\\n" call)*' if chat.style.fenced else "call*"
     lines = [f"start: {calls_begin} call {more} {calls_end}"]
     lines += ["call: " + " | ".join(f"call_{index}" for index, _ in chosen)]
     schemas: list[tuple[str, str]] = []
@@ -111,7 +111,7 @@ def tool_calls(
             before, after = f'"function" {sep} {fence}', _text("\n```")
         lines += [f"call_{index}: {call_begin} {before} arguments_{index} {after} {call_end}"]
         lines += [f"arguments_{index}: %json {_compact(_with_whitespace(schema))}"]
-    trigger = chat.tokenizer.control_id(CALLS_BEGIN) if choice == "auto" and name is None else None
+    trigger = chat.tokenizer.control_id(CALLS_BEGIN) if choice == "auto" else None
     return GrammarSource(LLMatcher.grammar_from_lark("\n".join(lines)), tuple(schemas), trigger)
 
 
@@ -135,19 +135,21 @@ def _schema_grammar(schema: Mapping[str, Any]) -> str:
 def _checked(schema: Any, field: str) -> Mapping[str, Any]:
     """The schema. Raises RequestError if it is no JSON object, too large, too deep, or asks for too many items."""
     if not isinstance(schema, Mapping):
-        raise RequestError(f"{field} is a {type(schema).__name__}; it must be a JSON schema, an object")
+        raise RequestError(f"{field} is a {type(schema).__name__}; it must be a JSON schema, an object", field)
     for depth, key, value in _walk(schema):
         if depth > MAX_DEPTH:
-            raise RequestError(f"{field} is nested deeper than {MAX_DEPTH}; use $defs and $ref, or fewer levels")
+            raise RequestError(f"{field} is nested deeper than {MAX_DEPTH}; use $defs and $ref, or fewer levels", field)
         is_count = key in ("minItems", "minLength", "minProperties") and isinstance(value, int | float)
         if is_count and value > MAX_COUNT:
-            raise RequestError(f"{field} has {key}={value}; no completion is that long; use at most {MAX_COUNT:,}")
+            raise RequestError(
+                f"{field} has {key}={value}; no completion is that long; use at most {MAX_COUNT:,}", field
+            )
     try:
         size = len(_compact(schema))
     except (TypeError, ValueError) as error:
-        raise RequestError(f"{field} is not JSON ({error}); use objects, lists, strings and numbers") from error
+        raise RequestError(f"{field} is not JSON ({error}); use objects, lists, strings and numbers", field) from error
     if size > MAX_SCHEMA_CHARACTERS:
-        raise RequestError(f"{field} has {size:,} characters; at most {MAX_SCHEMA_CHARACTERS:,} are supported")
+        raise RequestError(f"{field} has {size:,} characters; at most {MAX_SCHEMA_CHARACTERS:,} are supported", field)
     return schema
 
 
@@ -186,8 +188,16 @@ class CompiledGrammar:
         try:
             start()
         except RequestError as error:
-            raise RequestError(f"the grammar does not allow the start of the last message ({error})") from error
+            message = f"the grammar does not allow the start of the last message ({error})"
+            raise RequestError(message, "messages") from error
         return start
+
+
+class Refusal(NamedTuple):
+    """Why a grammar is refused."""
+
+    field: str
+    message: str
 
 
 class GrammarCompiler:
@@ -200,8 +210,8 @@ class GrammarCompiler:
     def __init__(self, chat: ChatFormat, max_cached: int = 256):
         """max_cached: number of grammars in the cache, least recently used first out."""
         self._chat, self._max_cached, self._lock = chat, max_cached, Lock()
-        self._cache: OrderedDict[GrammarSource, CompiledGrammar | str] = OrderedDict()
-        """Compiled grammars, and the messages of refused ones."""
+        self._cache: OrderedDict[GrammarSource, CompiledGrammar | Refusal] = OrderedDict()
+        """Compiled and refused grammars."""
         self._tokenizer: LLTokenizer | None = None
 
     def compile(self, source: GrammarSource, timeout_seconds: float = 5.0) -> CompiledGrammar:
@@ -221,11 +231,11 @@ class GrammarCompiler:
                 self._cache[source] = found
                 while len(self._cache) > self._max_cached:
                     self._cache.popitem(last=False)
-        if isinstance(found, str):
-            raise RequestError(found)
+        if isinstance(found, Refusal):
+            raise RequestError(f"{found.field} {found.message}", found.field)
         return found
 
-    def _compile(self, source: GrammarSource) -> CompiledGrammar | str:
+    def _compile(self, source: GrammarSource) -> CompiledGrammar | Refusal:
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _ll_tokenizer(self._chat.tokenizer, self._chat.stop_token_ids)
@@ -248,15 +258,14 @@ def _ll_tokenizer(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> LLToke
     try:
         return LLTokenizer(json.dumps(data, ensure_ascii=False), eos_token=list(stop_token_ids))
     except ValueError as error:
-        raise RequestError(
-            f"this model's tokenizer does not support grammars ({error}); use response_format=text"
-        ) from (error)
+        message = f"this model's tokenizer does not support grammars ({error}); use response_format=text"
+        raise RequestError(message, "response_format") from error
 
 
-def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> str:
-    """Why one of the schemas is refused; "" if none is."""
+def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> Refusal | None:
+    """Why one of the schemas is refused; None if none is."""
     if not schemas:
-        return ""
+        return None
     work = json.dumps({"grammars": [grammar for _, grammar in schemas], "limits": LIMITS})
     try:
         done = subprocess.run(
@@ -271,7 +280,7 @@ def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> str:
         return _refusal(schemas[_last_number(done.stdout)][0], json.loads(last[0]))
     if done.returncode:
         return _refusal(schemas[_last_number(done.stdout)][0], "compiling takes too much memory")
-    return ""
+    return None
 
 
 def _last_number(stdout: bytes | None) -> int:
@@ -280,6 +289,6 @@ def _last_number(stdout: bytes | None) -> int:
     return numbers[-1] if numbers else 0
 
 
-def _refusal(field: str, reason: str) -> str:
+def _refusal(field: str, reason: str) -> Refusal:
     shown = " ".join(reason.split())
-    return f"{field} cannot be compiled to a grammar: {shown}; simplify the schema, or remove the keyword"
+    return Refusal(field, f"cannot be compiled to a grammar: {shown}; simplify the schema, or remove the keyword")

@@ -1,6 +1,7 @@
 """Streaming: an assistant turn from token ids to events, with constant work per token."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 from thinkstack.text.chat import ChatFormat
@@ -25,24 +26,17 @@ class TurnStream:
         opening: str | Sequence[str] | None = None,
         thinking_format: ThinkingFormat = "think_then_answer",
         stop: Sequence[str] = (),
-        include_opening: bool = True,
     ):
         """opening: the start of the turn that the prompt contains: `ChatFormat.opening`, in which tags are control
-        tokens, or `ChatFormat.opening_pieces`; None: chat.prefill. thinking_format, stop: see `StreamParser`.
-
-        include_opening: False leaves the opening out of the events: a server responds with what was sampled. Stop
-        strings in it do not count then.
-        """
+        tokens, or `ChatFormat.opening_pieces`; None: chat.prefill. thinking_format, stop: see `StreamParser`."""
         opening = chat.prefill if opening is None else opening
-        pieces = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else opening
+        self._opening = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else list(opening)
         self._decoder, self._stop_token_ids = TextDecoder(chat.tokenizer), frozenset(chat.stop_token_ids)
-        self._parser = StreamParser(thinking_format, stop, chat.tokenizer.control)
+        self._parse = partial(StreamParser, thinking_format, stop, chat.tokenizer.control)
+        self._parser = self._parse()
         self._events: list[StreamEvent] = []
         """Events of the opening that are not reported yet."""
-        if include_opening:
-            self._events = [event for piece in pieces for event in self._parser.feed(piece)]
-        else:
-            self._parser.skip(pieces)
+        self._events += [event for piece in self._opening for event in self._parser.feed(piece)]
         self._held_stop: int | None = None
         """A stop token, which is text if other tokens follow."""
         self._num_undecided = 0
@@ -63,6 +57,12 @@ class TurnStream:
         """The part of the turn that the next token belongs to; "start" if the prompt leaves it to the model, which may
         begin with thinking or with content."""
         return self._parser.state
+
+    def skip_opening(self) -> None:
+        """Leave the opening out of the events, before the first token: a server responds with what was sampled. Stop
+        strings in the opening do not count."""
+        self._parser, self._events = self._parse(), []
+        self._parser.skip(self._opening)
 
     def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
         """The events that are final after these tokens."""
