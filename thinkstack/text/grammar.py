@@ -241,8 +241,8 @@ class GrammarCompiler:
                 self._tokenizer = _ll_tokenizer(self._chat.tokenizer, self._chat.stop_token_ids)
         matcher = LLMatcher(self._tokenizer, source.text, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
-            fields = " and ".join(field for field, _ in source.schemas)
-            return _refusal(fields, matcher.get_error().partition("\n<state>")[0])
+            field = source.schemas[0][0] if len(source.schemas) == 1 else "tools"
+            return _refusal(field, matcher.get_error().partition("\n<state>")[0])
         tokens = TurnTokens.of(self._chat, self._tokenizer.vocab_size)
         return CompiledGrammar(matcher, tokens, source.trigger)
 
