@@ -1,5 +1,6 @@
 """What a server serves: members, each a model with its engine, and the model names of the API."""
 
+import threading
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from thinkstack.files import read_text
 from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
 from thinkstack.models.precision import Quantization
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.grammar import GrammarCompiler
+from thinkstack.text.grammar import GrammarCompiler, json_object
 from thinkstack.text.tokenizer import THINK_CLOSE
 from thinkstack.types import ConfigError, RequestError
 
@@ -173,4 +174,6 @@ def load_member(config: MemberConfig) -> Member:
             quantization=config.quantization,
         ),
     )
-    return Member(config, EngineService(engine), chat, GrammarCompiler(chat))
+    grammars = GrammarCompiler(chat)
+    threading.Thread(target=grammars.compile, args=(json_object(),), daemon=True).start()  # the first takes seconds
+    return Member(config, EngineService(engine), chat, grammars)

@@ -60,7 +60,8 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
             opening = member.chat.opening_pieces(request.messages, switch)
     except RequestError as error:
         raise RequestError(str(error), error.field or "messages") from error
-    may_think = TurnStream(member.chat, opening).state in ("start", "thinking")
+    state = TurnStream(member.chat, opening).state
+    may_think = state == "thinking" or (state == "start" and member.can_start(True))
     if request.max_tokens is not None and request.max_tokens > config.max_tokens:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
