@@ -60,8 +60,9 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
             opening = member.chat.opening_pieces(request.messages, switch)
     except RequestError as error:
         raise RequestError(str(error), error.field or "messages") from error
-    state = TurnStream(member.chat, opening).state
-    may_think = state == "thinking" or (state == "start" and member.can_start(True))
+    state = TurnStream(member.chat, opening, member.thinking_format).state
+    is_tagged = member.thinking_format == "think_answer_tags"
+    may_think = state == "thinking" or ((state == "start" or is_tagged) and member.can_start(True))
     if request.max_tokens is not None and request.max_tokens > config.max_tokens:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
@@ -120,8 +121,10 @@ class Turn:
         self._charge: Charge | None = None
         self._generation: Generation | None = None
         self._last_event = time.monotonic()
+        member = model.member
         self._streams = [
-            TurnStream(model.member.chat, prepared.opening, stop=request.stop) for _ in range(prepared.sampling.n)
+            TurnStream(member.chat, prepared.opening, member.thinking_format, request.stop)
+            for _ in range(prepared.sampling.n)
         ]
         if request.is_prefix:
             for stream in self._streams:
