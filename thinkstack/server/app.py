@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import thinkstack
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.accounts import Accounts
+from thinkstack.server.anthropic import anthropic_routes
 from thinkstack.server.api_errors import ApiError, api_error
 from thinkstack.server.billing import Billing
 from thinkstack.server.completions import completion_routes
@@ -193,6 +194,7 @@ def create_app(server: Server) -> FastAPI:
     for prefix in ("", "/v1", "/beta"):
         app.include_router(chat_routes(server), prefix=prefix)
         app.include_router(completion_routes(server), prefix=prefix)
+    app.include_router(anthropic_routes(server))
     app.include_router(operation_routes(server))
     for kind in ERRORS:
         app.add_exception_handler(kind, _error_reply)
