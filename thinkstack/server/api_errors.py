@@ -39,7 +39,9 @@ class ApiError:
 
     def body(self, path: str) -> dict[str, object]:
         """The body in the shape of the dialect that a path belongs to."""
-        return self.anthropic() if path.startswith("/anthropic/") else self.openai()
+        if path.startswith("/anthropic/"):
+            return self.anthropic()
+        return self.ollama() if path.startswith("/api/") else self.openai()
 
     def openai(self) -> dict[str, object]:
         """The body in OpenAI's and DeepSeek's shape."""
@@ -49,6 +51,10 @@ class ApiError:
         """The body in Anthropic's shape."""
         error = {"type": ANTHROPIC_TYPES.get(self.status, self.type), "message": self.message}
         return {"type": "error", "error": error, "request_id": f"req_{secrets.token_hex(12)}"}
+
+    def ollama(self) -> dict[str, object]:
+        """The body in Ollama's shape."""
+        return {"error": self.message}
 
     @property
     def code(self) -> str:

@@ -31,6 +31,7 @@ from thinkstack.server.errors import (
     RateLimited,
 )
 from thinkstack.server.keys import Principal
+from thinkstack.server.ollama import ollama_routes
 from thinkstack.server.prices import format_amount
 from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
@@ -195,6 +196,7 @@ def create_app(server: Server) -> FastAPI:
         app.include_router(chat_routes(server), prefix=prefix)
         app.include_router(completion_routes(server), prefix=prefix)
     app.include_router(anthropic_routes(server))
+    app.include_router(ollama_routes(server))
     app.include_router(operation_routes(server))
     for kind in ERRORS:
         app.add_exception_handler(kind, _error_reply)
