@@ -33,6 +33,7 @@ from thinkstack.server.errors import (
 from thinkstack.server.keys import Principal
 from thinkstack.server.ollama import ollama_routes
 from thinkstack.server.prices import format_amount
+from thinkstack.server.responses import responses_routes
 from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.turns import Turn, make_turn
@@ -68,8 +69,7 @@ class Reply(Protocol):
     def chunks(self) -> AsyncGenerator[bytes]:
         """The reply as a stream."""
 
-    @staticmethod
-    def error(error: ApiError) -> bytes:
+    def error(self, error: ApiError) -> bytes:
         """An error after the start of a stream."""
 
 
@@ -195,6 +195,7 @@ def create_app(server: Server) -> FastAPI:
     for prefix in ("", "/v1", "/beta"):
         app.include_router(chat_routes(server), prefix=prefix)
         app.include_router(completion_routes(server), prefix=prefix)
+        app.include_router(responses_routes(server), prefix=prefix)
     app.include_router(anthropic_routes(server))
     app.include_router(ollama_routes(server))
     app.include_router(operation_routes(server))
