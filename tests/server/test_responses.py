@@ -68,6 +68,7 @@ def plain(response):
     return [item.model_dump(exclude={"id", "call_id", "parsed_arguments"}) for item in response.output]
 
 
+DELTAS = [f"response.{name}.delta" for name in ("output_text", "reasoning_text", "function_call_arguments")]
 CASES = [
     {},
     {"reasoning": {"effort": "low", "summary": "auto"}},
@@ -85,9 +86,7 @@ def test_a_stream_is_the_whole_response(client, fields):
         events = list(stream)
     last = events[-1].response
     assert events[-1].type == f"response.{whole.status}"
-    assert [type(item) for item in last.output] and [item["type"] for item in plain(last)] == [
-        item["type"] for item in plain(whole)
-    ]
+    assert last.output and [item.type for item in last.output] == [item.type for item in whole.output]
     assert last.usage.output_tokens == whole.usage.output_tokens and last.incomplete_details == whole.incomplete_details
 
 
@@ -96,10 +95,7 @@ def test_events_add_up_to_the_items_of_the_whole_response(client, fields):
     whole, texts, done = ask(client, **fields), {}, []
     for number, event in enumerate(ask(client, **fields, stream=True)):
         assert event.sequence_number == number
-        if (
-            event.type in ("response.output_text.delta", "response.reasoning_text.delta")
-            or event.type == "response.function_call_arguments.delta"
-        ):
+        if event.type in DELTAS:
             texts[event.output_index] = texts.get(event.output_index, "") + event.delta
         elif event.type == "response.output_item.done":
             done.append(event.item)

@@ -98,7 +98,7 @@ class ResponsesReply:
             "reasoning": {"effort": None, "summary": None} if body.reasoning is None else body.reasoning.model_dump(),
             "store": False,
             "temperature": self.turn.prepared.sampling.temperature,
-            "tool_choice": body.model_dump()["tool_choice"] or "auto",
+            "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": self.turn.prepared.sampling.top_p,
             "usage": usage,
