@@ -9,15 +9,16 @@ from tests.server.live import live
 
 def answer(prompt: str, index: int) -> str:
     """By the last question."""
+    opening = "<think>" if prompt.endswith("Assistant: ") else ""
     if "x^2" in prompt:
-        return "the sum of 2 and 3 is 5</think>x = -2, x = -3"
+        return f"{opening}the sum of 2 and 3 is 5</think>x = -2, x = -3"
     if "explain why" in prompt:
         assert "The capital is Paris." in prompt and "the tool" not in prompt
-        return "France has one.</think>The king was there."
-    return "the tool says Paris</think>The capital is Paris."
+        return f"{opening}France has one.</think>The king was there."
+    return f"{opening}the tool says Paris</think>The capital is Paris."
 
 
-@pytest.fixture(scope="module", params=["v3_1_think", "r1"])
+@pytest.fixture(scope="module", params=["v3_1_think", "r1", "r1_zero"])
 def server(request, tmp_path_factory):
     with live(tmp_path_factory.mktemp("data"), answer, format=request.param) as running:
         yield running

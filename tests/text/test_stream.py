@@ -327,6 +327,16 @@ def test_an_opening_can_be_left_out_of_the_events():
     assert "".join(event.text for event in events) == "\n1" and stream.is_stopped
 
 
+@pytest.mark.parametrize("has_tags", [True, False])
+@pytest.mark.parametrize("opening", [" ", "<", "\n<thi", "a <｜tool▁calls", "a STO", "</think>\n"])
+def test_nothing_of_an_opening_that_is_left_out_comes_later(opening, has_tags):
+    chat = chat_format("v3", tokenizer(has_tags))
+    stream = TurnStream(chat, [opening], stop=("STOP",))
+    stream.skip_opening()
+    events = [*stream.feed(tokenizer(has_tags).encode("P nk>b")), *stream.finish("stop")]
+    assert "".join(event.text for event in events) == "P nk>b"
+
+
 def test_half_a_character_waits_for_its_other_half():
     chat = chat_format("r1_zero_short", train_tokenizer(["hello"], 300))
     ids = chat.tokenizer.encode("从a")

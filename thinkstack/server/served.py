@@ -1,5 +1,8 @@
 """What a server serves: members, each a model with its engine, and the model names of the API."""
 
+import contextlib
+import functools
+import threading
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,9 +20,10 @@ from thinkstack.files import read_text
 from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
 from thinkstack.models.precision import Quantization
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.grammar import GrammarCompiler
+from thinkstack.text.grammar import GrammarCompiler, json_object
+from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
 from thinkstack.text.tokenizer import THINK_CLOSE
-from thinkstack.types import ConfigError, RequestError
+from thinkstack.types import ConfigError, Message, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +105,22 @@ class Member:
 
     def can_start(self, thinking: bool) -> bool:
         """Whether the chat format can start a turn that thinks, or one that does not."""
-        try:
-            self.chat.opening((), thinking)
-        except RequestError:
-            return False
-        return True
+        return thinking in self._starts
+
+    @functools.cached_property
+    def _starts(self) -> frozenset[bool]:
+        found, question = set(), [Message(role="user", content="?")]
+        for thinking in (False, True):
+            with contextlib.suppress(RequestError):
+                self.chat.prompt(question, (), thinking)
+                found.add(thinking)
+        return frozenset(found)
+
+    @functools.cached_property
+    def thinking_format(self) -> ThinkingFormat:
+        """The format of turns: with answer tags if the vocabulary has a token for them, as our tasks train them."""
+        has_answer_tags = len(self.chat.tokenizer.encode(ANSWER_OPEN)) == 1
+        return "think_answer_tags" if has_answer_tags else "think_then_answer"
 
 
 @dataclass(frozen=True)
@@ -173,4 +188,6 @@ def load_member(config: MemberConfig) -> Member:
             quantization=config.quantization,
         ),
     )
-    return Member(config, EngineService(engine), chat, GrammarCompiler(chat))
+    grammars = GrammarCompiler(chat)
+    threading.Thread(target=grammars.compile, args=(json_object(),), daemon=True).start()  # the first takes seconds
+    return Member(config, EngineService(engine), chat, grammars)

@@ -54,7 +54,10 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
         raise RequestError(f"{model.name} cannot think; leave thinking out", "thinking")
     tools = request.tools if request.tool_choice != "none" else ()
     prompt, opening = _render(member.chat, request, tools, switch)
-    may_think = request.prompt is None and TurnStream(member.chat, opening).state in ("start", "thinking")
+    state = TurnStream(member.chat, opening, member.thinking_format).state
+    is_tagged = member.thinking_format == "think_answer_tags"
+    may_think = state == "thinking" or ((state == "start" or is_tagged) and member.can_start(True))
+    may_think = may_think and request.prompt is None
     if request.max_tokens is not None and request.max_tokens > config.max_tokens:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
@@ -119,10 +122,10 @@ def _thinking_budget(model: ServedModel, request: TurnRequest, wants_thinking: b
     return efforts[request.effort]
 
 
-def _stream(chat: ChatFormat, prepared: PreparedTurn, request: TurnRequest) -> TurnStream | TextStream:
+def _stream(member: Member, prepared: PreparedTurn, request: TurnRequest) -> TurnStream | TextStream:
     if request.prompt is not None:
-        return TextStream(chat, request.stop)
-    stream = TurnStream(chat, prepared.opening, stop=request.stop)
+        return TextStream(member.chat, request.stop)
+    stream = TurnStream(member.chat, prepared.opening, member.thinking_format, request.stop)
     if request.is_prefix:
         stream.skip_opening()
     return stream
@@ -138,7 +141,7 @@ class Turn:
         self._charge: Charge | None = None
         self._generation: Generation | None = None
         self._last_event = time.monotonic()
-        self._streams = [_stream(model.member.chat, prepared, request) for _ in range(prepared.sampling.n)]
+        self._streams = [_stream(model.member, prepared, request) for _ in range(prepared.sampling.n)]
         self._tokens: list[list[TokenLogprob]] = [[] for _ in self._streams]
         """Sampled tokens of each choice whose log-probabilities were not taken."""
         self._num_taken = [0] * len(self._streams)

@@ -1,6 +1,7 @@
 """Streaming: an assistant turn from token ids to events, with constant work per token."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 from thinkstack.text.chat import ChatFormat
@@ -31,7 +32,11 @@ class TurnStream:
         opening = chat.prefill if opening is None else opening
         self._opening = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else list(opening)
         self._decoder, self._stop_token_ids = TextDecoder(chat.tokenizer), frozenset(chat.stop_token_ids)
-        self._parser = StreamParser(thinking_format, stop, chat.tokenizer.control)
+        self._parse = partial(StreamParser, thinking_format, stop, chat.tokenizer.control)
+        self._parser = self._parse()
+        self._events: list[StreamEvent] = []
+        """Events of the opening that are not reported yet."""
+        self._events += [event for piece in self._opening for event in self._parser.feed(piece)]
         self._held_stop: int | None = None
         """A stop token, which is text if other tokens follow."""
         self._num_undecided = 0
@@ -56,18 +61,17 @@ class TurnStream:
     def state(self) -> State:
         """The part of the turn that the next token belongs to; "start" if the prompt leaves it to the model, which may
         begin with thinking or with content."""
-        self._events_of_opening()
         return self._parser.state
 
     def skip_opening(self) -> None:
-        """Leave the opening out of the events: a server responds with what was sampled. Stop strings in it do not
-        count."""
+        """Leave the opening out of the events, before the first token: a server responds with what was sampled. Stop
+        strings in the opening do not count."""
+        self._parser, self._events = self._parse(), []
         self._parser.skip(self._opening)
-        self._opening = []
 
     def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
         """The events that are final after these tokens."""
-        events = self._events_of_opening()
+        events, self._events = self._events, []
         for token in token_ids:
             if self._held_stop is not None:
                 events += self._take(self._held_stop)
@@ -78,14 +82,10 @@ class TurnStream:
 
     def finish(self, reason: FinishReason) -> list[StreamEvent]:
         """The last events."""
-        events = [*self._events_of_opening(), *self._parser.feed(self._decoder.finish()), *self._parser.finish(reason)]
+        events = [*self._events, *self._parser.feed(self._decoder.finish()), *self._parser.finish(reason)]
         self._decide(events)
         self.token_kinds += ["markup"] * (self._held_stop is not None)
         return events
-
-    def _events_of_opening(self) -> list[StreamEvent]:
-        opening, self._opening = self._opening, []
-        return [event for piece in opening for event in self._parser.feed(piece)]
 
     def _take(self, token: int) -> list[StreamEvent]:
         before, num_tags = self._parser.state, self._parser.num_tags

@@ -145,10 +145,16 @@ class StreamParser:
         return events
 
     def skip(self, opening: Iterable[str]) -> None:
-        """Continue after these texts and control tokens without events; stop strings in them do not count."""
+        """Continue after these texts and control tokens without events; stop strings in them, and tags that they only
+        begin, do not count."""
         stop, self._stop, self._stop_markers = self._stop, (), _NONE
         for piece in opening:
             self.feed(piece)
+        if self.state == "start" and self._buffer:
+            self.state = "content"
+        self._take(self._buffer)
+        self._buffer, self._events = "", []
+        self._held.clear()
         self._stop, self._stop_markers = stop, Markers(stop)
         for stripper in self._strippers.values():
             stripper.skip()
