@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from tests.server.live import live
+from thinkstack.server.sse import parse_arguments
 
 TOOL = {"type": "function", "function": {"name": "get_sum", "parameters": {"type": "object"}}}
 CALL = '<｜tool▁call▁begin｜>get_sum<｜tool▁sep｜>{"a": %d}<｜tool▁call▁end｜>'
@@ -57,3 +58,54 @@ def test_indices_of_calls_count_from_zero_and_every_part_has_its_own(server):
     assert heads == [(index, "get_sum") for index in range(4)]
     assert [json.loads(text) for text in arguments.values()] == [{"a": index} for index in range(4)]
     assert chunk.choices[0].finish_reason == "tool_calls"
+
+
+HALF = {"type": "object", "properties": {"x": {"description": "\ud800"}}}
+INFINITE = {"type": "object", "properties": {"x": {"default": float("inf")}}}
+QUESTION = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize("parameters", [HALF, INFINITE], ids=["half a surrogate pair", "infinity"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/responses", "/anthropic/v1/messages", "/api/chat"])
+def test_an_object_that_is_no_json_is_a_422(server, path, parameters):
+    """Half a surrogate pair in a tool's schema reached the tokenizer and was a 500."""
+    tool = {"type": "function", "name": "a", "parameters": parameters}
+    if path == "/v1/responses":
+        body = {"input": "x", "tools": [tool]}
+    elif path == "/anthropic/v1/messages":
+        body = {"messages": QUESTION, "max_tokens": 9, "tools": [{"name": "a", "input_schema": parameters}]}
+    else:
+        body = {"messages": QUESTION, "tools": [{"type": "function", "function": tool}]}
+    content = json.dumps({"model": "deepseek-chat"} | body).encode()
+    headers = server.headers | {"Content-Type": "application/json"}
+    response = httpx.post(server.url + path, content=content, headers=headers)
+    assert response.status_code == 422 and "surrogate" in response.text
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/responses", "/anthropic/v1/messages", "/api/chat"])
+@pytest.mark.parametrize("name", ["a\r\nSet-Cookie: b", "\ud800", "é"])
+@pytest.mark.parametrize("value", [1, None])
+def test_odd_names_of_fields_break_no_header(server, path, name, value):
+    """Names of ignored fields are in a header of the reply."""
+    body = {"model": "deepseek-chat", "input": "x", "messages": QUESTION, "max_tokens": 9, name: value}
+    del body["input" if path != "/v1/responses" else "messages"]
+    if path in ("/v1/responses", "/api/chat"):
+        del body["max_tokens"]
+    headers = server.headers | {"Content-Type": "application/json"}
+    response = httpx.post(server.url + path, content=json.dumps(body).encode(), headers=headers)
+    assert response.status_code in ((200, 400) if value is None else (400,)), response.text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"a": [1, 2', {"a": [1, 2]}),
+        ("", {}),
+        ("[1]", {"INVALID_JSON": "[1]"}),
+        ('{"a": NaN}', {"INVALID_JSON": '{"a": NaN}'}),
+        ('{"a": 1e999}', {"INVALID_JSON": '{"a": 1e999}'}),
+        ("x", {"INVALID_JSON": "x"}),
+    ],
+)
+def test_arguments_are_an_object_whatever_the_model_writes(text, found):
+    assert parse_arguments(text) == found

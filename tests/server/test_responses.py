@@ -166,7 +166,7 @@ def test_what_is_stored_elsewhere_is_ignored_and_named(server):
     body = {"model": "deepseek-flash", "input": QUESTION, "store": True, "include": [], "background": False}
     response = httpx.post(f"{server.url}/v1/responses", json=body, headers=server.headers)
     assert response.status_code == 200 and response.json()["store"] is False
-    assert response.headers["x-ignored-fields"] == "background, include, store"
+    assert response.headers["x-ignored-fields"] == "include, store"
 
 
 def test_a_failure_after_the_start_is_the_last_event(tmp_path):

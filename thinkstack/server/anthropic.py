@@ -17,9 +17,11 @@ from thinkstack.server.schema import (
     MAX_TOOLS,
     STREAMED,
     Extensible,
+    JsonObject,
     MaxTokens,
     ToolName,
     TurnRequest,
+    ignored_fields,
 )
 from thinkstack.server.sse import parse_arguments, sse, to_json
 from thinkstack.server.turns import Turn
@@ -55,7 +57,7 @@ class ToolUseBlock(BaseModel):
     type: Literal["tool_use"]
     id: StrictStr
     name: StrictStr
-    input: dict[str, Any]
+    input: JsonObject
 
 
 class ToolResultBlock(BaseModel):
@@ -113,7 +115,7 @@ class ToolBody(BaseModel):
     type: Literal["custom"] | None = None
     name: ToolName
     description: StrictStr = ""
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     strict: StrictBool = False
 
 
@@ -134,7 +136,7 @@ class OutputFormat(BaseModel):
     """A schema of the reply."""
 
     type: Literal["json_schema"]
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: JsonObject = Field(alias="schema")
 
 
 class OutputConfig(BaseModel):
@@ -163,10 +165,7 @@ class CountRequest(Extensible):
 
     def ignored_fields(self) -> list[str]:
         """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in IGNORED and value is not None:
-                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
-        return sorted(self.model_extra or {})
+        return ignored_fields(self, IGNORED)
 
     def turn(self, **fields: Any) -> TurnRequest:
         """The meaning of the request. A last message of the assistant is continued. Raises RequestError."""

@@ -12,7 +12,16 @@ import thinkstack
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.keys import Principal
-from thinkstack.server.schema import MAX_STOP, MAX_TOOLS, Extensible, Penalty, ToolInput, TurnRequest
+from thinkstack.server.schema import (
+    MAX_STOP,
+    MAX_TOOLS,
+    Extensible,
+    JsonObject,
+    Penalty,
+    ToolInput,
+    TurnRequest,
+    ignored_fields,
+)
 from thinkstack.server.sse import parse_arguments, to_json
 from thinkstack.server.turns import Turn
 from thinkstack.text.stream_parser import StreamEvent
@@ -41,7 +50,7 @@ class FunctionBody(BaseModel):
     """A call in the history, its arguments as an object."""
 
     name: StrictStr
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: JsonObject = Field(default_factory=dict)
 
 
 class CallBody(BaseModel):
@@ -104,18 +113,14 @@ class OllamaRequest(Extensible):
     messages: Annotated[list[OllamaMessage], Field(min_length=1)]
     tools: Annotated[list[ToolInput], Field(max_length=MAX_TOOLS)] | None = None
     think: StrictBool | Literal["low", "medium", "high", "max"] | None = None
-    format: Literal["", "json"] | dict[str, Any] | None = None
+    format: Literal["", "json"] | JsonObject | None = None
     options: Options | None = None
     stream: StrictBool = True
 
     def ignored_fields(self) -> list[str]:
         """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        options = {} if self.options is None else self.options.model_extra or {}
-        for prefix, given, ignored in (("", self.model_extra or {}, IGNORED), ("options.", options, IGNORED_OPTIONS)):
-            for name, value in given.items():
-                if name not in ignored and value is not None:
-                    raise RequestError(f"the field {prefix + name!r} is not supported; leave it out", prefix + name)
-        return sorted([*(self.model_extra or {}), *(f"options.{name}" for name in options)])
+        options = ignored_fields(self.options or Options(), IGNORED_OPTIONS, "options.")
+        return ignored_fields(self, IGNORED) + options
 
     def turn(self) -> TurnRequest:
         """The meaning of the request. Raises RequestError."""

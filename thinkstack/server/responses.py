@@ -44,7 +44,9 @@ class ResponsesReply:
     """The reply to a Responses request: items of reasoning, messages and calls, one after the other."""
 
     def __init__(self, turn: Turn, body: ResponsesRequest):
-        self.turn, self._body, self._created = turn, body, int(time.time())
+        self.turn, self._created = turn, int(time.time())
+        echoed = {"instructions", "max_output_tokens", "model", "reasoning", "tool_choice", "tools"}
+        self._echo = {"tools": [], "tool_choice": "auto"} | body.model_dump(include=echoed, exclude_none=True)
         self._has_summary = body.reasoning is not None and body.reasoning.summary is not None
         self._output: list[Fields] = []
         self._texts: list[str] = []
@@ -79,27 +81,20 @@ class ResponsesReply:
         return sse(fields | {"sequence_number": self._num_events - 1}, fields["type"])
 
     def _response(self, usage: Fields | None, error: Fields | None = None) -> Fields:
-        body = self._body
         is_incomplete = self._status == "incomplete"
-        return {
+        return self._echo | {
             "id": self.turn.id,
             "object": "response",
             "created_at": self._created,
             "status": self._status,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if is_incomplete else None,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
             "metadata": {},
-            "model": body.model,
             "output": list(self._output),
             "parallel_tool_calls": True,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None} if body.reasoning is None else body.reasoning.model_dump(),
             "store": False,
             "temperature": self.turn.prepared.sampling.temperature,
-            "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
-            "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": self.turn.prepared.sampling.top_p,
             "usage": usage,
         }

@@ -5,7 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StrictBool, StrictStr, Tag
 
-from thinkstack.server.schema import ALIASES, MAX_TOOLS, Extensible, MaxTokens, ToolName, TurnRequest
+from thinkstack.server.schema import (
+    ALIASES,
+    MAX_TOOLS,
+    Extensible,
+    JsonObject,
+    MaxTokens,
+    ToolName,
+    TurnRequest,
+    ignored_fields,
+)
 from thinkstack.types import Message, RequestError, Role, Tool, ToolCall
 
 IGNORED = frozenset(
@@ -79,7 +88,7 @@ class FlatTool(BaseModel):
     type: Literal["function"]
     name: ToolName
     description: StrictStr | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: StrictBool | None = None
 
     def tool(self) -> Tool:
@@ -104,7 +113,7 @@ class TextFormat(BaseModel):
     """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    json_schema: JsonObject | None = Field(None, alias="schema")
 
 
 class TextConfig(BaseModel):
@@ -137,12 +146,10 @@ class ResponsesRequest(Extensible):
 
     def ignored_fields(self) -> list[str]:
         """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        for name, value in (self.model_extra or {}).items():
-            if name in ("previous_response_id", "conversation") and value:
+        for name in ("previous_response_id", "conversation"):
+            if (self.model_extra or {}).get(name) is not None:
                 raise RequestError(f"{name} is not supported, because no response is stored; send all items", name)
-            if name not in IGNORED and value:
-                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
-        return sorted(self.model_extra or {})
+        return ignored_fields(self, IGNORED)
 
     def turn(self) -> TurnRequest:
         """The meaning of the request. Raises RequestError for fields that contradict each other."""

@@ -1,10 +1,11 @@
 """Requests of DeepSeek's and OpenAI's chat API as JSON, and their meaning for the rest of the server."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from thinkstack.types import Message, RequestError, Role, Tool, ToolCall
 
@@ -26,10 +27,34 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 ToolName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError("contains half a surrogate pair, a number that is not finite, or too many levels") from error
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""An object that can be written as JSON in UTF-8."""
+
+
 class Extensible(BaseModel):
     """Unknown fields are kept, so that `unknown_fields` can refuse them by name."""
 
     model_config = ConfigDict(extra="allow")
+
+
+def ignored_fields(body: BaseModel, known: Collection[str], prefix: str = "") -> list[str]:
+    """The given fields that have no effect, with `prefix`; null and false are not given.
+
+    known: fields without an effect. Raises RequestError for others.
+    """
+    given = {name for name, value in (body.model_extra or {}).items() if value not in (None, False)}
+    for name in given.difference(known):
+        field = f"{prefix}{name}" if name.isprintable() else None
+        raise RequestError(f"the field {prefix + name!r} is not supported; leave it out", field)
+    return sorted(prefix + name for name in given)
 
 
 class TextPart(BaseModel):
@@ -91,7 +116,7 @@ class FunctionInput(BaseModel):
 
     name: ToolName
     description: StrictStr = ""
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: JsonObject = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: StrictBool = False
 
 
@@ -119,7 +144,7 @@ class JsonSchema(BaseModel):
     """A schema of the reply."""
 
     name: StrictStr = "reply"
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: JsonObject = Field(alias="schema")
     strict: StrictBool = True
 
 
@@ -165,10 +190,7 @@ class SamplingInput(Extensible):
 
     def ignored_fields(self) -> list[str]:
         """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in IGNORED and value is not None:
-                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
-        return sorted(self.model_extra or {})
+        return ignored_fields(self, IGNORED)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

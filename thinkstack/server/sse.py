@@ -24,6 +24,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     """The arguments of a call as an object; of a call that is cut off, what is complete. Other text is wrapped."""
     try:
         found = from_json(text or "{}", allow_partial=True)
+        json.dumps(found, allow_nan=False)
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {"INVALID_JSON": text}
