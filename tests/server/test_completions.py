@@ -5,7 +5,8 @@ import openai
 import pytest
 
 from tests import HANG_SECONDS
-from tests.server.live import live
+from tests.server.live import TOKENIZER, live
+from thinkstack.text.tokenizer import FIM_HOLE
 
 STORY = "  once <think> 你好 🙂 Paris\n\nthe sum"
 
@@ -86,3 +87,10 @@ def test_a_bad_request_names_its_field(server, fields, status, param):
     body = {"model": "deepseek-chat", "prompt": "x"} | fields
     response = httpx.post(f"{server.url}/completions", json=body, headers=server.headers, timeout=HANG_SECONDS)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+def test_a_suffix_needs_a_vocabulary_with_holes(server, monkeypatch):
+    monkeypatch.delitem(TOKENIZER.control, FIM_HOLE)
+    body = {"model": "deepseek-chat", "prompt": "x", "suffix": "y"}
+    response = httpx.post(f"{server.url}/completions", json=body, headers=server.headers, timeout=HANG_SECONDS)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "suffix")
