@@ -1,6 +1,5 @@
 """DeepSeek's dialect, which is OpenAI's with reasoning: replies of /chat/completions, whole or as a stream."""
 
-import json
 import secrets
 import time
 from collections import defaultdict
@@ -10,6 +9,7 @@ from typing import Any
 
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.prices import Usage
+from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse
 from thinkstack.server.turns import TokenLogprob, Turn
 from thinkstack.text.stream import TokenKind
 from thinkstack.text.stream_parser import StreamEvent
@@ -140,7 +140,7 @@ class ChatReply:
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, event in self.turn.events():
             if index < 0:
-                yield b": keep-alive\n\n"
+                yield KEEP_ALIVE_COMMENT
                 continue
             choice = self._choices[index]
             delta = choice.delta(event)
@@ -163,9 +163,9 @@ class ChatReply:
         body = self._head | {"object": "chat.completion.chunk", "choices": choices}
         if self.include_usage:
             body["usage"] = usage
-        return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        return sse(body)
 
     @staticmethod
     def error(error: ApiError) -> bytes:
         """An error after the start of the stream."""
-        return b"data: " + json.dumps(error.openai(), ensure_ascii=False).encode() + b"\n\n"
+        return sse(error.openai())

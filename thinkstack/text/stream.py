@@ -5,8 +5,8 @@ from functools import partial
 from typing import Literal
 
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.decode import TextDecoder
-from thinkstack.text.parse import ThinkingFormat
+from thinkstack.text.decode import Markers, TextDecoder
+from thinkstack.text.parse import ThinkingFormat, find_stop
 from thinkstack.text.stream_parser import State, StreamEvent, StreamParser
 from thinkstack.types import FinishReason
 
@@ -51,6 +51,11 @@ class TurnStream:
     def is_stopped(self) -> bool:
         """Whether a stop string was found, so that the request can be aborted."""
         return self._parser.is_stopped
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
+        return self._parser.stop_string
 
     @property
     def state(self) -> State:
@@ -104,6 +109,57 @@ class TurnStream:
         elif self._parser.is_stopped:
             kind = "markup"
         self.token_kinds += [kind or _TOKEN_KINDS.get(self._parser.state, "tool_call")] * self._num_undecided
+        self._num_undecided = 0
+
+
+class TextStream:
+    """A completion of plain text from token ids to events of kind "content": `TurnStream` without parts of a turn."""
+
+    num_reasoning_tokens = 0
+
+    def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()):
+        """stop: strings that end the text and are not part of it."""
+        self._decoder = TextDecoder(chat.tokenizer, chat.stop_token_ids)
+        self._stop, self._markers, self._held = tuple(stop), Markers(stop), ""
+        self._num_undecided = 0
+        self.is_stopped = False
+        """Whether a stop string was found."""
+        self.token_kinds: list[TokenKind] = []
+        """"content" or "markup" (a stop string) of each token whose text is decided."""
+
+    def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
+        """The events that are final after these tokens."""
+        events = []
+        for token in token_ids:
+            self._num_undecided += 1
+            events += self._take(self._decoder.feed([token]))
+        return events
+
+    def finish(self, reason: FinishReason) -> list[StreamEvent]:
+        """The last events."""
+        events = self._take(self._decoder.finish())
+        events += [] if self.is_stopped else self._emit(self._held)
+        self._decide("markup")
+        return [*events, StreamEvent("finish", finish_reason="stop" if self.is_stopped else reason)]
+
+    def _take(self, text: str) -> list[StreamEvent]:
+        if self.is_stopped:
+            return []
+        text = self._held + text
+        end = find_stop(text, self._stop)
+        self.is_stopped = end is not None
+        if end is None:
+            end = len(text) - self._markers.partial(text)
+        self._held = text[end:]
+        return self._emit(text[:end])
+
+    def _emit(self, text: str) -> list[StreamEvent]:
+        if text:
+            self._decide("content")
+        return [StreamEvent("content", text)] if text else []
+
+    def _decide(self, kind: TokenKind) -> None:
+        self.token_kinds += [kind] * self._num_undecided
         self._num_undecided = 0
 
 

@@ -21,6 +21,7 @@ from thinkstack.text.parse import (
     ThinkingFormat,
     find_stop,
     may_become_fenced,
+    stop_at,
 )
 from thinkstack.text.tokenizer import (
     CALL_BEGIN,
@@ -112,6 +113,8 @@ class StreamParser:
         name is known, and blanks between calls: content if it is malformed."""
         self._stop, self._stop_markers, self._content = tuple(stop), Markers(stop), ""
         """_content: text that may become a stop string."""
+        self.stop_string: str | None = None
+        """The stop string that was found."""
         self._strippers: dict[Kind, Stripper] = {"reasoning": Stripper(), "content": Stripper()}
         self._has_content = False
         self._num_calls = 0
@@ -307,6 +310,7 @@ class StreamParser:
         end = find_stop(text, self._stop)
         if end is not None:
             self.state = "stopped"
+            self.stop_string = stop_at(text, end, self._stop)
         else:
             end = len(text) - self._stop_markers.partial(text)
         self._content = text[end:]
