@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from json import JSONEncoder
 from typing import Any
 
 from thinkstack.server.api_errors import ApiError
@@ -16,6 +17,7 @@ from thinkstack.text.stream_parser import StreamEvent
 from thinkstack.text.tokenizer import Tokenizer
 
 FINGERPRINT = "thinkstack"
+encode_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 LEAST_LOGPROB = -9999.0
 """Log-probability of tokens that have next to none."""
 LOGPROB_FIELDS: dict[str, TokenKind] = {"content": "content", "reasoning_content": "reasoning"}
@@ -113,6 +115,9 @@ class ChatReply:
             "model": model,
             "system_fingerprint": FINGERPRINT,
         }
+        # all chunks with a choice are equal around it
+        start, _, end = self._event([], None).rpartition(b"[]")
+        self._start, self._end = start + b"[", b"]" + end
         self._choices = [Choice() for _ in range(turn.prepared.sampling.n)]
 
     async def whole(self) -> dict[str, Any]:
@@ -152,7 +157,7 @@ class ChatReply:
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": self._logprobs(index), "finish_reason": finish_reason}
-        return self._event([choice], None)
+        return self._start + encode_json(choice).encode() + self._end
 
     def _logprobs(self, index: int) -> dict[str, Any] | None:
         if not self.turn.request.logprobs:
