@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from json import JSONEncoder
+from json.encoder import encode_basestring
 from typing import Any
 
 from thinkstack.server.api_errors import ApiError
@@ -17,7 +17,6 @@ from thinkstack.text.stream_parser import StreamEvent
 from thinkstack.text.tokenizer import Tokenizer
 
 FINGERPRINT = "thinkstack"
-encode_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 LEAST_LOGPROB = -9999.0
 """Log-probability of tokens that have next to none."""
 LOGPROB_FIELDS: dict[str, TokenKind] = {"content": "content", "reasoning_content": "reasoning"}
@@ -147,6 +146,9 @@ class ChatReply:
             if index < 0:
                 yield b": keep-alive\n\n"
                 continue
+            if event.kind in ("content", "reasoning") and not self.turn.request.logprobs:
+                yield self._text_chunk(index, event)
+                continue
             choice = self._choices[index]
             delta = choice.delta(event)
             if delta is not None:
@@ -157,7 +159,14 @@ class ChatReply:
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": self._logprobs(index), "finish_reason": finish_reason}
-        return self._start + encode_json(choice).encode() + self._end
+        return self._start + json.dumps(choice, ensure_ascii=False, separators=(",", ":")).encode() + self._end
+
+    def _text_chunk(self, index: int, event: StreamEvent) -> bytes:
+        """`_chunk` of new text: one per token, so its constant parts are not encoded again."""
+        text = encode_basestring(event.text)
+        delta = f'"content":{text}' if event.kind == "content" else f'"reasoning_content":{text},"reasoning":{text}'
+        choice = f'{{"index":{index},"delta":{{{delta}}},"logprobs":null,"finish_reason":null}}'
+        return self._start + choice.encode() + self._end
 
     def _logprobs(self, index: int) -> dict[str, Any] | None:
         if not self.turn.request.logprobs:
