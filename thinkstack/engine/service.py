@@ -227,6 +227,8 @@ class EngineService:
         done: Future[None] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # the caller does not wait any more
             try:
                 command()
             except Exception as error:

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, keys, limits on requests, health and metrics."""
+"""The HTTP application: keys, turns, and the routes of DeepSeek's dialect."""
 
 import asyncio
 import contextlib
@@ -6,14 +6,12 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import thinkstack
 from thinkstack.engine.interface import Overloaded
@@ -31,31 +29,19 @@ from thinkstack.server.errors import (
     RateLimited,
 )
 from thinkstack.server.keys import Principal
+from thinkstack.server.metrics import Metrics
+from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
+from thinkstack.server.operations import admin_routes, operation_routes
 from thinkstack.server.prices import format_amount
 from thinkstack.server.responses import responses_routes
 from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
+from thinkstack.server.settings import ServerSettings
 from thinkstack.server.turns import Turn, make_turn
-from thinkstack.types import RequestError, SamplingParams
+from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """Limits of the server itself."""
-
-    max_body_bytes: int = 16 * 2**20
-    """Largest body of a request."""
-    max_wait: float = 60.0
-    """Seconds that a request may wait for its start."""
-    keep_alive_seconds: float = 10.0
-    """Seconds of silence after which a stream sends a comment."""
-    max_step_seconds: float = 120.0
-    """Duration of a step after which the engine is taken for dead."""
-    drain_seconds: float = 30.0
-    """Seconds that running requests may take after SIGTERM."""
 
 
 class Reply(Protocol):
@@ -86,8 +72,9 @@ class Server:
         """principal: who sends all requests of a server without keys; None: requests need a key."""
         self.models, self.accounts, self.settings = models, accounts, settings
         self.billing = Billing(accounts)
+        self.metrics = Metrics(models.members)
         self.started = int(time.time())
-        self._principal = principal
+        self._principal, self.needs_keys = principal, principal is None
         self.turns: dict[str, Turn] = {}
         """Running requests by id."""
 
@@ -98,13 +85,27 @@ class Server:
             keeper = asyncio.create_task(self._keep_alive())
             yield
             keeper.cancel()
-            services = (member.service for member in self.models.members.values())
-            await asyncio.gather(*(service.close(self.settings.drain_seconds) for service in services))
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Finish running requests within drain_seconds and stop the engines; new requests are refused."""
+        services = (member.service for member in self.models.members.values())
+        await asyncio.gather(*(service.close(self.settings.drain_seconds) for service in services))
 
     async def principal(self, request: Request) -> Principal:
         """Who sends a request. Raises AuthenticationError."""
-        if self._principal is not None:
-            return self._principal
+        found = self._principal or await self._principal_of_key(request)
+        request.state.principal = found
+        return found
+
+    async def admin(self, request: Request) -> Principal:
+        """Who sends a request to an admin route, which needs a key on every server. Raises AuthenticationError,
+        PermissionDenied."""
+        found = request.state.principal = await self._principal_of_key(request)
+        found.check_scope("admin")
+        return found
+
+    async def _principal_of_key(self, request: Request) -> Principal:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         if not key:
@@ -128,6 +129,7 @@ class Server:
     ) -> Response:
         """Start the turn of a reply and send it. media_type: that of a stream."""
         turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
+        request.state.turn = turn
         if ignored:
             headers["X-Ignored-Fields"] = ", ".join(ignored)
         await turn.start(principal, self.settings.max_wait)
@@ -199,9 +201,14 @@ def create_app(server: Server) -> FastAPI:
     app.include_router(anthropic_routes(server))
     app.include_router(ollama_routes(server))
     app.include_router(operation_routes(server))
+    app.include_router(admin_routes(server))
     for kind in ERRORS:
         app.add_exception_handler(kind, _error_reply)
-    app.add_middleware(LimitBody, max_bytes=server.settings.max_body_bytes)
+    settings = server.settings
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+    if not server.needs_keys:
+        app.add_middleware(CheckHost)
+    app.add_middleware(ObserveRequests, count=server.metrics.count_request)
     return app
 
 
@@ -253,40 +260,6 @@ def chat_routes(server: Server) -> APIRouter:
     return routes
 
 
-def operation_routes(server: Server) -> APIRouter:
-    """Health for load balancers; these routes need no key."""
-    routes = APIRouter()
-
-    @routes.get("/health")
-    async def health() -> dict[str, str]:
-        """The process runs."""
-        return {"status": "ok"}
-
-    @routes.get("/ready")
-    async def ready() -> JSONResponse:
-        """All engines are able to answer."""
-        limit, failures = server.settings.max_step_seconds, {}
-        for name, member in server.models.members.items():
-            status = member.service.status
-            if status.failure is not None or status.seconds_since_heartbeat > limit:
-                failures[name] = status.failure or "the engine does not respond"
-        return JSONResponse(
-            {"status": "failed", "members": failures} if failures else {"status": "ok"}, 503 if failures else 200
-        )
-
-    @routes.get("/health/generate")
-    async def health_generate() -> JSONResponse:
-        """Each engine samples a token."""
-        for member in server.models.members.values():
-            prompt = member.chat.tokenizer.begin_ids or [0]
-            generation = await member.service.submit(prompt, SamplingParams(max_tokens=1), priority=-1, max_wait=10.0)
-            async for _ in generation:
-                pass
-        return JSONResponse({"status": "ok"})
-
-    return routes
-
-
 ERRORS = (
     RequestError, AuthenticationError, PermissionDenied, InsufficientBalance, RateLimited, DatabaseUnavailable,
     Overloaded, RequestValidationError, HTTPException, Exception,
@@ -299,6 +272,7 @@ async def _error_reply(request: Request, error: Exception) -> Response:
         found = _validation_error(error)
     elif isinstance(error, HTTPException):
         found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
+        return JSONResponse(found.openai(), found.status, headers=error.headers)
     else:
         found = api_error(error)
         if found.status == 500:
@@ -320,33 +294,3 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     field = ".".join(str(part) for part in found["loc"][1:] if isinstance(part, int) or part.isidentifier())
     field = re.sub(r"\.(str|bool|int|list|[A-Z]\w*)\b", "", field)
     return ApiError(422, f"{field}: {found['msg']}", "invalid_request_error", field)
-
-
-class LimitBody:
-    """Refuses bodies above a size, whether announced or not."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self.max_bytes:
-            error = ApiError(
-                413, f"the body is above {self.max_bytes} bytes; shorten the request", "invalid_request_error"
-            )
-            await JSONResponse(error.body(scope["path"]), error.status)(scope, receive, send)
-            return
-        left = self.max_bytes
-
-        async def limited() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise HTTPException(413, f"the body is above {self.max_bytes} bytes; shorten the request")
-            return message
-
-        await self.app(scope, limited, send)

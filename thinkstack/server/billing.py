@@ -27,9 +27,10 @@ RETRY_SECONDS = 0.2
 class Charge:
     """The reservation of one running request."""
 
-    def __init__(self, request_id: str, end: Callable[[], None]):
-        """end: called if the reservation is lost, so that the request cannot be charged any more."""
-        self.request_id, self.end, self.usage = request_id, end, Usage()
+    def __init__(self, request_id: str, usage: Callable[[], Usage], end: Callable[[], None]):
+        """usage: what was delivered so far. end: called if the reservation is lost, so that the request cannot be
+        charged any more."""
+        self.request_id, self.usage, self.end = request_id, usage, end
 
 
 class Billing:
@@ -59,14 +60,19 @@ class Billing:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for charge in list(self._charges.values()):
+                self.settle_soon(charge, "abort")
             while self._flusher is not None:
                 await self._flusher
             self._threads.shutdown()
 
-    async def admit(self, principal: Principal, admission: Admission, end: Callable[[], None]) -> Charge:
-        """Reserve the largest cost of a request. Raises like `Accounts.reserve`."""
+    async def admit(
+        self, principal: Principal, admission: Admission, usage: Callable[[], Usage], end: Callable[[], None]
+    ) -> Charge:
+        """Reserve the largest cost of a request; the functions are those of `Charge`. Raises like
+        `Accounts.reserve`."""
         await self.call(self.accounts.reserve, principal, admission)
-        charge = self._charges[admission.request_id] = Charge(admission.request_id, end)
+        charge = self._charges[admission.request_id] = Charge(admission.request_id, usage, end)
         return charge
 
     async def settle(self, charge: Charge, status: str) -> None:
@@ -78,7 +84,7 @@ class Billing:
         """Charge what was delivered, once, in the background."""
         if self._charges.pop(charge.request_id, None) is None:
             return
-        self._ends.append(Settlement(request_id=charge.request_id, usage=charge.usage, status=status))
+        self._ends.append(Settlement(request_id=charge.request_id, usage=charge.usage(), status=status))
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush())
 
@@ -98,7 +104,7 @@ class Billing:
             self._flusher = None
 
     async def _note(self) -> None:
-        usages = {charge.request_id: charge.usage for charge in self._charges.values()}
+        usages = {charge.request_id: charge.usage() for charge in self._charges.values()}
         for request_id in await self.call(self.accounts.note, usages):
             if request_id in self._charges:
                 log.error("the reservation of %s is lost; the request ends", request_id)

@@ -5,11 +5,12 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.prices import Usage
-from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse
+from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse, to_json
 from thinkstack.server.turns import TokenLogprob, Turn
 from thinkstack.text.stream import TokenKind
 from thinkstack.text.stream_parser import StreamEvent
@@ -113,6 +114,9 @@ class ChatReply:
             "model": model,
             "system_fingerprint": FINGERPRINT,
         }
+        # all chunks with a choice are equal around it
+        start, _, end = self._event([], None).rpartition(b"[]")
+        self._start, self._end = start + b"[", b"]" + end
         self._choices = [Choice() for _ in range(turn.prepared.sampling.n)]
 
     async def whole(self) -> dict[str, Any]:
@@ -142,6 +146,9 @@ class ChatReply:
             if index < 0:
                 yield KEEP_ALIVE_COMMENT
                 continue
+            if event.kind in ("content", "reasoning") and not self.turn.request.logprobs:
+                yield self._text_chunk(index, event)
+                continue
             choice = self._choices[index]
             delta = choice.delta(event)
             if delta is not None:
@@ -152,7 +159,14 @@ class ChatReply:
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": self._logprobs(index), "finish_reason": finish_reason}
-        return self._event([choice], None)
+        return self._start + to_json(choice) + self._end
+
+    def _text_chunk(self, index: int, event: StreamEvent) -> bytes:
+        """`_chunk` of new text: one per token, so its constant parts are not encoded again."""
+        text = encode_basestring(event.text)
+        delta = f'"content":{text}' if event.kind == "content" else f'"reasoning_content":{text},"reasoning":{text}'
+        choice = f'{{"index":{index},"delta":{{{delta}}},"logprobs":null,"finish_reason":null}}'
+        return self._start + choice.encode() + self._end
 
     def _logprobs(self, index: int) -> dict[str, Any] | None:
         if not self.turn.request.logprobs:

@@ -1,29 +1,41 @@
 """What a server serves: members, each a model with its engine, and the model names of the API."""
 
+import asyncio
 import contextlib
 import functools
+import logging
 import threading
+import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from thinkstack.checkpoint.model import load_chat, load_model
+from thinkstack.checkpoint.model import load_chat, load_model, open_source
 from thinkstack.config import Count, CountOrZero, Tree, build, did_you_mean
+from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
+from thinkstack.engine.interface import WhileRunning
 from thinkstack.engine.service import EngineService
 from thinkstack.files import read_text
-from thinkstack.kernels.precision import DTYPES, RequestedPrecision, resolve_precision
+from thinkstack.kernels.precision import DTYPES, Precision, RequestedPrecision, resolve_precision
+from thinkstack.machine import pick_device
+from thinkstack.models.config import ModelConfig
 from thinkstack.models.precision import Quantization
+from thinkstack.models.transformer import Transformer
+from thinkstack.server.metrics import Latencies
+from thinkstack.server.settings import ServerSettings
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.grammar import GrammarCompiler, json_object
 from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
 from thinkstack.text.tokenizer import THINK_CLOSE
 from thinkstack.types import ConfigError, Message, RequestError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,8 @@ class ServeConfig:
     """Models in memory by name."""
     models: Mapping[str, NameConfig]
     """Model names of the API."""
+    server: ServerSettings = ServerSettings()
+    """Limits of the server itself."""
 
     def __post_init__(self) -> None:
         for name, model in self.models.items():
@@ -86,7 +100,7 @@ class ServeConfig:
                 raise ConfigError(f"models.{name}.member={model.member!r} is not in members{hint}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Member:
     """A model in memory and the thread that runs it."""
 
@@ -94,6 +108,17 @@ class Member:
     service: EngineService
     chat: ChatFormat
     grammars: GrammarCompiler
+    model_config: ModelConfig | None = None
+    """None for an engine without weights, such as a scripted one."""
+    latencies: Latencies = field(default_factory=Latencies)
+    source: str = ""
+    """Where the weights are from, if not config.model."""
+    weights_version: int = 0
+    """How often the weights have changed."""
+    _loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.source = self.source or self.config.model
 
     @property
     def think_end_token_ids(self) -> tuple[int, ...]:
@@ -102,6 +127,34 @@ class Member:
         if THINK_CLOSE in tokenizer.control:
             return (tokenizer.control_id(THINK_CLOSE),)
         return tuple(tokenizer.encode(THINK_CLOSE))
+
+    async def load_weights(self, source: str, running: WhileRunning = "drain") -> None:
+        """Use the weights of another checkpoint with the same configuration and tokenizer. running: see WhileRunning.
+
+        Both models are in memory for a moment. Raises RequestError with the field "model" for a checkpoint that does
+        not fit or cannot be read; the weights are unchanged then.
+        """
+        async with self._loading:
+            try:
+                model = await asyncio.to_thread(self._read_weights, source)
+            except ConfigError as error:
+                raise RequestError(str(error), "model") from error
+            await self.service.load_weights(model, self.weights_version + 1, running)
+            self.source, self.weights_version = source, self.weights_version + 1
+
+    def _read_weights(self, source: str) -> Transformer:
+        opened, current = open_source(source), self.model_config
+        if current is None:
+            raise ConfigError("this member has no weights")
+        names = [each.name for each in fields(current) if getattr(opened.cfg, each.name) != getattr(current, each.name)]
+        if names:
+            name, other, own = names[0], getattr(opened.cfg, names[0]), getattr(current, names[0])
+            raise ConfigError(
+                f"{source} has {name}={other} and the model of this member {own}; start another server for it"
+            )
+        if load_chat(source).tokenizer.spec != self.chat.tokenizer.spec:
+            raise ConfigError(f"{source} has another tokenizer than this member; start another server for it")
+        return _read_model(source, resolve_precision(self.config.dtype, pick_device("auto")))
 
     def can_start(self, thinking: bool) -> bool:
         """Whether the chat format can start a turn that thinks, or one that does not."""
@@ -171,12 +224,14 @@ def config_of_model(model: str, **settings: Any) -> ServeConfig:
     return build(ServeConfig, {"members": {"default": {"model": model} | settings}, "models": names})
 
 
-def load_member(config: MemberConfig) -> Member:
-    """Load a model and start its engine. Raises ConfigError."""
-    dtype = resolve_precision(config.dtype)
-    chat, model = load_chat(config.model), load_model(config.model, DTYPES[dtype])
+def load_member(name: str, config: MemberConfig) -> Member:
+    """Load a model and start its engine; logs the precision, the cache and how long it took. Raises ConfigError."""
+    began, dtype = time.monotonic(), resolve_precision(config.dtype, pick_device("auto"))
+    chat = load_chat(config.model)
     if not chat.has_template:
         raise ConfigError(f"{config.model} has no chat template, so it cannot answer messages; serve a chat model")
+    model = _read_model(config.model, dtype)
+    loaded = time.monotonic()
     engine = Engine(
         model,
         EngineConfig(
@@ -188,6 +243,17 @@ def load_member(config: MemberConfig) -> Member:
             quantization=config.quantization,
         ),
     )
+    cache, tokens = engine.runner.cache, engine.scheduler.pool.num_blocks * BLOCK_SIZE
+    log.info(
+        "%s: %s on %s, %s, quantization %s, context %s, KV cache %s tokens = %.0f MiB; "
+        "read in %.1f s, engine in %.1f s",
+        name, config.model, engine.runner.device, dtype, config.quantization, f"{engine.max_model_len:,}",
+        f"{tokens:,}", cache.data.nbytes / 2**20, loaded - began, time.monotonic() - loaded,
+    )  # fmt: skip
     grammars = GrammarCompiler(chat)
     threading.Thread(target=grammars.compile, args=(json_object(),), daemon=True).start()  # the first takes seconds
-    return Member(config, EngineService(engine), chat, grammars)
+    return Member(config, EngineService(engine), chat, grammars, model.cfg)
+
+
+def _read_model(source: str, dtype: Precision) -> Transformer:
+    return load_model(source, DTYPES[dtype]).to(pick_device("auto"))

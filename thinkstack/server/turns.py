@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from thinkstack.engine.grammar import GrammarFactory
+from thinkstack.engine.outputs import CompletionUpdate
 from thinkstack.engine.service import EngineStopped, Generation
 from thinkstack.server.billing import Billing, Charge
 from thinkstack.server.keys import Principal
@@ -140,17 +141,30 @@ class Turn:
         self._billing = billing
         self._charge: Charge | None = None
         self._generation: Generation | None = None
-        self._last_event = time.monotonic()
+        self.status = "refused"
+        """How the turn ended: a finish reason, "refused", or "abort" while it runs."""
+        self.first_token_seconds: float | None = None
+        """Seconds from the admission to the first token."""
+        self._started = self._last_event = self._last_update = time.monotonic()
         self._streams = [_stream(model.member, prepared, request) for _ in range(prepared.sampling.n)]
         self._tokens: list[list[TokenLogprob]] = [[] for _ in self._streams]
         """Sampled tokens of each choice whose log-probabilities were not taken."""
+        self._num_delivered = 0
+        """Tokens of all choices."""
         self._num_taken = [0] * len(self._streams)
 
     @property
     def usage(self) -> Usage:
         """What was delivered so far."""
-        assert self._charge is not None
-        return self._charge.usage
+        if not self._num_delivered or self._generation is None or self._generation.request is None:
+            return Usage()
+        cached = self._generation.request.num_cached_tokens
+        return Usage(
+            prompt_cache_hit_tokens=cached,
+            prompt_cache_miss_tokens=len(self.prepared.prompt_token_ids) - cached,
+            completion_tokens=self._num_delivered,
+            reasoning_tokens=sum(stream.num_reasoning_tokens for stream in self._streams),
+        )
 
     def stop_string(self, index: int) -> str | None:
         """The stop string that ended the content of a choice."""
@@ -170,7 +184,7 @@ class Turn:
             max_completion_tokens=sampling.max_tokens * sampling.n,
             deep_think=self.prepared.is_thinking,
         )
-        self._charge = await self._billing.admit(principal, admission, self.abort)
+        self._charge = await self._billing.admit(principal, admission, lambda: self.usage, self.abort)
         try:
             self._generation = await self.model.member.service.submit(
                 self.prepared.prompt_token_ids,
@@ -211,12 +225,13 @@ class Turn:
         Raises Overloaded if the request waited too long or the engine stopped.
         """
         assert self._generation is not None and self._charge is not None
-        status, running = "abort", set(range(len(self._streams)))
+        self.status, running = "abort", set(range(len(self._streams)))
         try:
             async for updates in self._generation:
                 if not updates:
                     yield KEEP_ALIVE
                 self._last_event = time.monotonic()
+                self._observe(updates, len(running))
                 for update in updates:
                     if update.index not in running:
                         continue  # tokens after a stop string
@@ -224,7 +239,7 @@ class Turn:
                     if self.request.logprobs:
                         likely = update.top_logprobs or ((),) * len(update.token_ids)
                         self._tokens[update.index] += zip(update.token_ids, update.logprobs, likely, strict=True)
-                    self._count(len(update.token_ids))
+                    self._num_delivered += len(update.token_ids)
                     for event in stream.feed(update.token_ids):
                         yield update.index, event
                     if stream.is_stopped and reason is None:
@@ -234,12 +249,12 @@ class Turn:
                         running.discard(update.index)
                         for event in stream.finish(reason):
                             yield update.index, event
-                        status = reason
-            await self._billing.settle(self._charge, status)
+                        self.status = reason
+            await self._billing.settle(self._charge, self.status)
         finally:
             if running:
                 self._generation.abort()
-            self._billing.settle_soon(self._charge, status)
+            self._billing.settle_soon(self._charge, self.status)
 
     def take_logprobs(self, index: int) -> dict[TokenKind, list[TokenLogprob]]:
         """The tokens of a choice since the last call, as far as it is known which part of the turn they belong to."""
@@ -251,15 +266,20 @@ class Turn:
         del tokens[: len(kinds)]
         return found
 
-    def _count(self, num_tokens: int) -> None:
-        assert self._generation is not None and self._charge is not None and self._generation.request is not None
-        cached = self._generation.request.num_cached_tokens
-        self._charge.usage = Usage(
-            prompt_cache_hit_tokens=cached,
-            prompt_cache_miss_tokens=len(self.prepared.prompt_token_ids) - cached,
-            completion_tokens=self._charge.usage.completion_tokens + num_tokens,
-            reasoning_tokens=sum(stream.num_reasoning_tokens for stream in self._streams),
-        )
+    def _observe(self, updates: Sequence[CompletionUpdate], num_running: int) -> None:
+        """Measure the latency of new tokens, in one step for all of them."""
+        num_tokens = sum([len(update.token_ids) for update in updates])
+        if not num_tokens:
+            return
+        latencies, now = self.model.member.latencies, self._last_event
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now - self._started
+            latencies.first_token.observe(self.first_token_seconds)
+            if num_tokens > num_running:
+                latencies.between_tokens.observe(0.0, num_tokens - num_running)  # they came together
+        else:
+            latencies.between_tokens.observe((now - self._last_update) * num_running / num_tokens, num_tokens)
+        self._last_update = now
 
 
 async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing, id_prefix: str = "chatcmpl-") -> Turn:

@@ -1,0 +1,23 @@
+"""Settings of the server process, apart from its models and accounts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Limits of the server itself."""
+
+    max_body_bytes: int = 16 * 2**20
+    """Largest body of a request."""
+    body_seconds: float = 30.0
+    """Seconds in which a body must arrive."""
+    max_wait: float = 60.0
+    """Seconds that a request may wait for its start."""
+    keep_alive_seconds: float = 10.0
+    """Seconds of silence after which a stream sends a comment."""
+    max_step_seconds: float = 120.0
+    """Duration of a step after which the engine is taken for dead."""
+    health_seconds: float = 10.0
+    """Seconds in which each engine must answer /health/generate."""
+    drain_seconds: float = 30.0
+    """Seconds that running requests may take after SIGTERM."""
