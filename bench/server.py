@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from common import Row, machine, print_table, write_json
 from server_clients import ServerProcess, Stream, curl, make_tiny, no_end, percentiles, serving, stream
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 import thinkstack  # noqa: F401  # before torch: it says how threads wait
 from thinkstack.checkpoint.model import load_chat, load_model
@@ -53,6 +53,12 @@ def rich_key(accounts: Accounts) -> str:
 def accounts_of(server: ServerProcess, **values: Any) -> Accounts:
     """The accounts of a server, as another process sees them."""
     return Accounts(Database(server.database or sqlite_url(server.folder)), **values)
+
+
+def charged_tokens(connection: Connection) -> dict[str, int]:
+    """Completion tokens in the ledger by request."""
+    rows = connection.execute(select(ledger.c.request_id, ledger.c.completion_tokens))
+    return {request_id: tokens for request_id, tokens in rows}
 
 
 def bare(engine: Engine, prompt: list[int], sampling: SamplingParams, given: argparse.Namespace) -> tuple[float, float]:
@@ -140,7 +146,7 @@ def load(given: argparse.Namespace, folder: Path, model: str) -> list[Row]:
     with serving(folder, model) as server:
         found = asyncio.run(_load(server, rich_key(accounts_of(server)), body, given))
         with accounts_of(server).database.read() as connection:
-            charged = dict(connection.execute(select(ledger.c.request_id, ledger.c.completion_tokens)).tuples().all())
+            charged = charged_tokens(connection)
     lost = sum(not each.is_done for each in found)
     wrong = sum(each.usage is None or charged.get(each.id) != each.usage["completion_tokens"] for each in found)
     name = f"load, {given.streams} streams, {given.seconds:g} s"
@@ -200,7 +206,7 @@ def crash(given: argparse.Namespace, folder: Path, model: str) -> list[Row]:
         time.sleep(0.01)
         accounts.sweep()  # what the next process does after 15 seconds
         with accounts.database.read() as connection:
-            charged = dict(connection.execute(select(ledger.c.request_id, ledger.c.completion_tokens)).tuples().all())
+            charged = charged_tokens(connection)
             assert connection.execute(select(reservations)).first() is None, "a reservation is left"
             assert connection.execute(select(users).where(users.c.reserved_pico != 0)).first() is None, "money is held"
             balances_below += len(connection.execute(select(users).where(users.c.topped_up_pico < 0)).all())

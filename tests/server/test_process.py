@@ -1,5 +1,6 @@
 """`thinkstack serve` as a process: first start, second start, without keys, a port in use, SIGTERM."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -98,6 +99,33 @@ def test_sigterm_ends_what_takes_too_long_and_a_client_that_does_not_read_and_se
     accounts = Accounts(Database(sqlite_url(tmp_path / "data")))
     (row,) = accounts.usage("user")
     assert row.requests == 2 and accounts.balance(1).reserved_pico == 0 and row.usage.completion_tokens > 0
+
+
+def test_a_killed_server_charges_at_most_what_arrived_and_leaves_no_reservation(tmp_path, model):
+    (tmp_path / "prices.toml").write_text('currency = "USD"\n[[models.deepseek-chat]]\ninput_hit = 0.07\n'
+                                          'input_miss = 0.27\noutput = 1.10\n')  # fmt: skip
+    database = sqlite_url(tmp_path / "data")
+    arguments = ("--config", settings_file(tmp_path, model, 30), "--data", str(tmp_path / "data"))
+    with serve(*arguments, "--prices", str(tmp_path / "prices.toml")) as server:
+        Accounts(Database(database)).deposit(1, 10**15)
+        headers, body = {"Authorization": f"Bearer {server.key}"}, LONG | {"logprobs": True, "max_tokens": 3900}
+        text, began = "", time.monotonic()
+        with (
+            contextlib.suppress(httpx.HTTPError),
+            httpx.stream("POST", f"{server.url}/chat/completions", json=body, headers=headers) as response,
+        ):
+            for piece in response.iter_text():
+                text += piece
+                if time.monotonic() > began + 1.3:
+                    server.process.kill()
+    accounts = Accounts(Database(database), lapse_seconds=0.0)
+    accounts.sweep()
+    (row,) = accounts.usage("user")
+    chunks = chunks_of(text[: text.rindex("\n\n")])
+    arrived = sum(len((choice["logprobs"] or {}).get("content", ())) for each in chunks for choice in each["choices"])
+    assert 0 < row.usage.completion_tokens <= arrived
+    balance = accounts.balance(1)
+    assert (balance.reserved_pico, balance.total_pico) == (0, 10**15 - row.cost_pico)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])

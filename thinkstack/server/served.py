@@ -19,7 +19,7 @@ from thinkstack.checkpoint.model import load_chat, load_model, open_source
 from thinkstack.config import Count, CountOrZero, Tree, build, did_you_mean
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.interface import WhileRunning
+from thinkstack.engine.interface import Overloaded, WhileRunning
 from thinkstack.engine.service import EngineService
 from thinkstack.files import read_text
 from thinkstack.kernels.precision import DTYPES, Precision, RequestedPrecision, resolve_precision
@@ -127,6 +127,12 @@ class Member:
         if THINK_CLOSE in tokenizer.control:
             return (tokenizer.control_id(THINK_CLOSE),)
         return tuple(tokenizer.encode(THINK_CLOSE))
+
+    def check_queue(self) -> None:
+        """Raise Overloaded if the queue is full, before a request costs anything; the engine checks again."""
+        waiting, limit = self.service.status.waiting, self.config.max_waiting
+        if limit and waiting >= limit:
+            raise Overloaded(f"{waiting:,} requests are waiting; retry later")
 
     async def load_weights(self, source: str, running: WhileRunning = "drain") -> None:
         """Use the weights of another checkpoint with the same configuration and tokenizer. running: see WhileRunning.

@@ -177,6 +177,7 @@ class Turn:
         Raises RequestError, RateLimited, InsufficientBalance, Overloaded.
         """
         self.principal, sampling = principal, self.prepared.sampling
+        self.model.member.check_queue()
         admission = Admission(
             request_id=self.id,
             model=self.model.price_name,
