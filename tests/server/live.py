@@ -20,10 +20,10 @@ from thinkstack.server.served import Member, MemberConfig, ServedModels, config_
 from thinkstack.server.settings import ServerSettings
 from thinkstack.text.chat import ChatFormat, chat_format
 from thinkstack.text.grammar import GrammarCompiler
-from thinkstack.text.tokenizer import CONTROL, TOOLS, train_tokenizer
+from thinkstack.text.tokenizer import CONTROL, FIM, TOOLS, train_tokenizer
 
 WORDS = "the sum of 1 and 2 is 3, says the tool. What is the capital of France? Paris 你好 🙂 explain why"
-TOKENIZER = train_tokenizer([WORDS] * 4, 420, control=(*CONTROL, *TOOLS))
+TOKENIZER = train_tokenizer([WORDS] * 4, 420, control=(*CONTROL, *TOOLS, *FIM))
 Answer = Callable[[str, int], str]
 """Function (text of the prompt, index of the choice) -> text of the turn after the opening, with control tokens."""
 

@@ -142,6 +142,8 @@ def test_a_template_goes_on_from_reasoning_where_the_model_has_think_tags():
     assert TurnStream(careful, careful.opening_pieces(reasoning)).state == "thinking"
     assert continued(with_template(template_text("v3_1_think")), *reasoning) == f"{HEAD}<think>1+2"
     assert continued(careful, QUESTION, assistant("3", reasoning="1+2")) == f"{head}<think>\n1+2\n</think>\n\n3"
+    without = with_template(template_text("r1_0528"))  # writes no reasoning
+    assert continued(without, QUESTION, assistant("3", reasoning="1+2")) == f"{HEAD}<think>\n1+2\n</think>\n\n3"
     assert careful.opening_pieces([QUESTION, assistant("3")]) == ["3"]
     untagged = train_tokenizer(["1+2"] * 4, 300, control=CONTROL[:5])
     with pytest.raises(RequestError, match="no think tags"):

@@ -103,6 +103,32 @@ def test_a_shipped_template_gives_the_ids_of_transformers(folder, thinking):
 
 
 @each_folder
+def test_a_continued_prompt_of_a_shipped_template_has_the_ids_of_transformers(folder):
+    chat, tokenizer, compared = ours(folder), theirs(folder), 0
+    for key in WITHOUT_CONTROL_SPELLINGS:
+        messages = read_messages(CONVERSATIONS[key])
+        while messages and (messages[-1].role != "assistant" or messages[-1].tool_calls or messages[-1].reasoning):
+            messages.pop()
+        if (
+            len(messages) < 2
+            or any(message.tool_calls for message in messages)
+            or not messages[-1].content.strip()
+            or "</think>" in messages[-1].content
+        ):
+            continue
+        request = as_request(CONVERSATIONS[key])[: len(messages)]
+        try:
+            expected = tokenizer.apply_chat_template(request, continue_final_message=True, return_dict=False)
+            assert chat.continue_final_message(messages) == expected, key
+        except RequestError as error:
+            assert any(reason in str(error) for reason in (*EXPECTED_REFUSALS, "cannot continue")), error
+            continue
+        compared += 1
+    print(folder.name, compared, "continued conversations equal")
+    assert compared >= 5
+
+
+@each_folder
 @pytest.mark.parametrize("key", WITH_CONTROL_SPELLINGS)
 def test_text_that_spells_control_tokens_encodes_like_sanitized_input(folder, key):
     """transformers splits the text around each spelling, so ids may differ; text and control tokens must be equal."""

@@ -9,7 +9,7 @@ import pytest
 
 from thinkstack.text.chat import chat_format
 from thinkstack.text.parse import find_stop, parse_message, parse_turn, split_thinking, split_tool_calls
-from thinkstack.text.stream import TurnStream, stream_text, stream_turn
+from thinkstack.text.stream import TextStream, TurnStream, stream_text, stream_turn
 from thinkstack.text.stream_parser import StreamEvent, StreamParser
 from thinkstack.text.tokenizer import CALLS_BEGIN, CONTROL, EOS, TOOLS, Control, Tokenizer, train_tokenizer
 from thinkstack.types import ToolCall
@@ -327,6 +327,16 @@ def test_an_opening_can_be_left_out_of_the_events():
     assert "".join(event.text for event in events) == "\n1" and stream.is_stopped
 
 
+@pytest.mark.parametrize("has_tags", [True, False])
+@pytest.mark.parametrize("opening", [" ", "<", "\n<thi", "a <｜tool▁calls", "a STO", "</think>\n"])
+def test_nothing_of_an_opening_that_is_left_out_comes_later(opening, has_tags):
+    chat = chat_format("v3", tokenizer(has_tags))
+    stream = TurnStream(chat, [opening], stop=("STOP",))
+    stream.skip_opening()
+    events = [*stream.feed(tokenizer(has_tags).encode("P nk>b")), *stream.finish("stop")]
+    assert "".join(event.text for event in events) == "P nk>b"
+
+
 def test_half_a_character_waits_for_its_other_half():
     chat = chat_format("r1_zero_short", train_tokenizer(["hello"], 300))
     ids = chat.tokenizer.encode("从a")
@@ -341,3 +351,28 @@ def test_the_end_token_is_no_text_but_a_stop():
     assert "".join(stream_text(chat, ids)) == chat.text_of(ids) == "<think>\none"
     assert [event.finish_reason for event in stream_turn(chat, ids)][-1] == "stop"
     assert [event.finish_reason for event in stream_turn(chat, ids[:-1])][-1] == "length"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_plain_text_ends_at_the_first_stop_string_and_keeps_blanks_and_tags(seed):
+    rng, chat = random.Random(seed), chat_format("r1", tokenizer())
+    text, stream = words(rng, 30, (*STOPS, *TAGS)), TextStream(chat, STOPS)
+    ids = chat.tokenizer.encode(text)
+    events = [event for token in [*ids, chat.stop_token_ids[0]] for event in stream.feed([token])]
+    *rest, last = stream.finish("stop")
+    end = find_stop(text, STOPS)
+    assert "".join(event.text for event in (*events, *rest)) == text[:end]
+    assert (last.kind, stream.is_stopped) == ("finish", end is not None)
+    assert len(stream.token_kinds) == len(ids) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("a STOP", "STOP"), ("TOP5", "TOP5"), ("STO P", None), ("再见STOP", "再见")]
+)
+def test_the_stop_string_that_was_found_is_named(text, found):
+    parser = StreamParser(stop=STOPS)
+    parser.feed("<think>STOP</think>")
+    for character in text:
+        parser.feed(character)
+    parser.finish("stop")
+    assert parser.stop_string == found

@@ -107,6 +107,8 @@ class LogitsProcessor:
         self._ids, self._num_tokens, self._num_prompt_tokens = ids, num_tokens, num_prompt_tokens
         self.is_needed = numpy.zeros(num_rows, dtype=bool)
         """Whether the row has any of these options."""
+        self.changes_logits = numpy.zeros(num_rows, dtype=bool)
+        """Whether `apply` changes the row's logits."""
         self.has_bias, self.has_penalty, self.has_budget = numpy.zeros((3, num_rows), dtype=bool)
         self.raw_logprobs, self.has_grammar = numpy.zeros((2, num_rows), dtype=bool)
         self.top_logprobs, self.min_tokens, self.thinking_budget = numpy.zeros((3, num_rows), dtype=numpy.int64)
@@ -122,8 +124,9 @@ class LogitsProcessor:
     def assign(self, row: int, sampling: SamplingParams, grammar: GrammarState | None) -> None:
         """Set the options of a row, whose prompt and output are in the table."""
         self._grammars[row], self.has_grammar[row] = grammar, grammar is not None
-        self.is_needed[row] = not needs_no_processing(sampling) or sampling.thinking_budget is not None
-        self.is_needed[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs) or grammar is not None
+        self.changes_logits[row] = not needs_no_processing(sampling) or grammar is not None
+        self.is_needed[row] = self.changes_logits[row] or sampling.thinking_budget is not None
+        self.is_needed[row] |= sampling.raw_logprobs or bool(sampling.top_logprobs)
         penalty = (sampling.presence_penalty, sampling.frequency_penalty)
         self.has_bias[row], self.has_budget[row] = bool(sampling.logit_bias), sampling.thinking_budget is not None
         self.has_penalty[row] = penalty != (0, 0) or sampling.repetition_penalty != 1

@@ -42,7 +42,9 @@ def sample_rows(table: SequenceTable, to_sample: RowsToSample, logits: Tensor) -
     if not options.is_needed[rows].any():
         tokens, logprobs = sample_plain_rows(table, rows, offsets, logits)
         return SampledTokens(tokens, logprobs, {}, _errors(logprobs, logits))
-    processed, errors = options.apply(logits, rows, offsets)
+    processed, errors = logits.float(), dict[int, str]()
+    if options.changes_logits[rows].any():
+        processed, errors = options.apply(logits, rows, offsets)
     tokens, logprobs = sample_plain_rows(table, rows, offsets, processed)
     forced, forced_tokens = options.forced_tokens(rows, offsets)
     tokens[forced], logprobs[forced] = forced_tokens, 0.0

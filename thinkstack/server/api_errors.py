@@ -1,5 +1,6 @@
 """Errors as HTTP: which status, type, field and wait each exception has; the dialects have their own shapes."""
 
+import secrets
 from dataclasses import dataclass
 
 from thinkstack.engine.interface import Overloaded
@@ -14,6 +15,9 @@ from thinkstack.types import RequestError
 
 RETRY_SECONDS = 2
 """When to try again after an overload."""
+
+ANTHROPIC_TYPES = {402: "billing_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error"}
+"""Types of errors by status that Anthropic has and DeepSeek has not."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,24 @@ class ApiError:
         """The headers of the reply."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
+    def body(self, path: str) -> dict[str, object]:
+        """The body in the shape of the dialect that a path belongs to."""
+        if path.startswith("/anthropic/"):
+            return self.anthropic()
+        return self.ollama() if path.startswith("/api/") else self.openai()
+
     def openai(self) -> dict[str, object]:
         """The body in OpenAI's and DeepSeek's shape."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def anthropic(self) -> dict[str, object]:
+        """The body in Anthropic's shape."""
+        error = {"type": ANTHROPIC_TYPES.get(self.status, self.type), "message": self.message}
+        return {"type": "error", "error": error, "request_id": f"req_{secrets.token_hex(12)}"}
+
+    def ollama(self) -> dict[str, object]:
+        """The body in Ollama's shape."""
+        return {"error": self.message}
 
     @property
     def code(self) -> str:

@@ -16,8 +16,10 @@ from starlette.exceptions import HTTPException
 import thinkstack
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.accounts import Accounts
+from thinkstack.server.anthropic import anthropic_routes
 from thinkstack.server.api_errors import ApiError, api_error
 from thinkstack.server.billing import Billing
+from thinkstack.server.completions import completion_routes
 from thinkstack.server.deepseek import ChatReply
 from thinkstack.server.errors import (
     AuthenticationError,
@@ -29,9 +31,11 @@ from thinkstack.server.errors import (
 from thinkstack.server.keys import Principal
 from thinkstack.server.metrics import Metrics
 from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
+from thinkstack.server.ollama import ollama_routes
 from thinkstack.server.operations import admin_routes, operation_routes
 from thinkstack.server.prices import format_amount
-from thinkstack.server.schema import ChatRequest
+from thinkstack.server.responses import responses_routes
+from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.settings import ServerSettings
 from thinkstack.server.turns import Turn, make_turn
@@ -51,8 +55,7 @@ class Reply(Protocol):
     def chunks(self) -> AsyncGenerator[bytes]:
         """The reply as a stream."""
 
-    @staticmethod
-    def error(error: ApiError) -> bytes:
+    def error(self, error: ApiError) -> bytes:
         """An error after the start of a stream."""
 
 
@@ -109,10 +112,22 @@ class Server:
             raise AuthenticationError("the request has no API key; send the header 'Authorization: Bearer sk-...'")
         return await self.billing.call(self.accounts.authenticate, key)
 
+    async def make_turn(self, principal: Principal, wanted: TurnRequest, id_prefix: str = "chatcmpl-") -> Turn:
+        """Prepare a request. Raises RequestError, PermissionDenied."""
+        principal.check_scope("chat")
+        principal.check_model(wanted.model)
+        return await make_turn(self.models.get(wanted.model), wanted, self.billing, id_prefix)
+
     async def answer(
-        self, request: Request, reply: Reply, principal: Principal, is_stream: bool, ignored: Sequence[str]
+        self,
+        request: Request,
+        reply: Reply,
+        principal: Principal,
+        is_stream: bool,
+        ignored: Sequence[str] = (),
+        media_type: str = "text/event-stream",
     ) -> Response:
-        """Start the turn of a reply and send it."""
+        """Start the turn of a reply and send it. media_type: that of a stream."""
         turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
         request.state.turn = turn
         if ignored:
@@ -120,7 +135,7 @@ class Server:
         await turn.start(principal, self.settings.max_wait)
         self.turns[turn.id] = turn
         if is_stream:
-            return StreamingResponse(self._stream(reply), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(self._stream(reply), media_type=media_type, headers=headers)
         try:
             return JSONResponse(await _unless_disconnected(request, reply.whole()), headers=headers)
         finally:
@@ -181,6 +196,10 @@ def create_app(server: Server) -> FastAPI:
     app.state.server = server
     for prefix in ("", "/v1", "/beta"):
         app.include_router(chat_routes(server), prefix=prefix)
+        app.include_router(completion_routes(server), prefix=prefix)
+        app.include_router(responses_routes(server), prefix=prefix)
+    app.include_router(anthropic_routes(server))
+    app.include_router(ollama_routes(server))
     app.include_router(operation_routes(server))
     app.include_router(admin_routes(server))
     for kind in ERRORS:
@@ -202,9 +221,7 @@ def chat_routes(server: Server) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored, wanted = body.ignored_fields(), body.turn()
-        principal.check_scope("chat")
-        principal.check_model(body.model)
-        turn = await make_turn(server.models.get(body.model), wanted, server.billing)
+        turn = await server.make_turn(principal, wanted)
         options = body.stream_options
         reply = ChatReply(turn, body.model, include_usage=options is not None and options.include_usage)
         return await server.answer(request, reply, principal, bool(body.stream), ignored)
@@ -243,12 +260,6 @@ def chat_routes(server: Server) -> APIRouter:
     return routes
 
 
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The reply; with stream=true its chunks.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    }
-}
 ERRORS = (
     RequestError, AuthenticationError, PermissionDenied, InsufficientBalance, RateLimited, DatabaseUnavailable,
     Overloaded, RequestValidationError, HTTPException, Exception,
@@ -261,12 +272,12 @@ async def _error_reply(request: Request, error: Exception) -> Response:
         found = _validation_error(error)
     elif isinstance(error, HTTPException):
         found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
-        return JSONResponse(found.openai(), found.status, headers=error.headers)
+        return JSONResponse(found.body(request.url.path), found.status, headers=error.headers)
     else:
         found = api_error(error)
         if found.status == 500:
             log.error("a request failed", exc_info=error)
-    return JSONResponse(found.openai(), found.status, headers=found.headers)
+    return JSONResponse(found.body(request.url.path), found.status, headers=found.headers)
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -281,5 +292,5 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     same = [each for each in error.errors() if each["loc"][:2] == first["loc"][:2]]  # of all kinds the field may have
     found = next((each for each in same if not each["type"].endswith("_type")), first)
     field = ".".join(str(part) for part in found["loc"][1:] if isinstance(part, int) or part.isidentifier())
-    field = re.sub(r"\.(str|bool|int|list|TextPart|NamedToolChoice)\b", "", field)
+    field = re.sub(r"\.(str|bool|int|list|[A-Z]\w*)\b", "", field)
     return ApiError(422, f"{field}: {found['msg']}", "invalid_request_error", field)

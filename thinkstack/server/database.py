@@ -6,6 +6,7 @@ Times are milliseconds since 1970 (UTC), amounts are integers of 1e-12 of a curr
 """
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -248,6 +249,7 @@ def migrate(database: Database) -> None:
 
     Raises ConfigError for a database that a newer version of the package has migrated.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     from alembic import command
     from alembic.config import Config
     from alembic.runtime.migration import MigrationContext

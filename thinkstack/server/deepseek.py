@@ -1,6 +1,5 @@
 """DeepSeek's dialect, which is OpenAI's with reasoning: replies of /chat/completions, whole or as a stream."""
 
-import json
 import secrets
 import time
 from collections import defaultdict
@@ -11,6 +10,7 @@ from typing import Any
 
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.prices import Usage
+from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse, to_json
 from thinkstack.server.turns import TokenLogprob, Turn
 from thinkstack.text.stream import TokenKind
 from thinkstack.text.stream_parser import StreamEvent
@@ -144,7 +144,7 @@ class ChatReply:
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, event in self.turn.events():
             if index < 0:
-                yield b": keep-alive\n\n"
+                yield KEEP_ALIVE_COMMENT
                 continue
             if event.kind in ("content", "reasoning") and not self.turn.request.logprobs:
                 yield self._text_chunk(index, event)
@@ -159,7 +159,7 @@ class ChatReply:
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": self._logprobs(index), "finish_reason": finish_reason}
-        return self._start + json.dumps(choice, ensure_ascii=False, separators=(",", ":")).encode() + self._end
+        return self._start + to_json(choice) + self._end
 
     def _text_chunk(self, index: int, event: StreamEvent) -> bytes:
         """`_chunk` of new text: one per token, so its constant parts are not encoded again."""
@@ -177,9 +177,9 @@ class ChatReply:
         body = self._head | {"object": "chat.completion.chunk", "choices": choices}
         if self.include_usage:
             body["usage"] = usage
-        return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        return sse(body)
 
     @staticmethod
     def error(error: ApiError) -> bytes:
         """An error after the start of the stream."""
-        return b"data: " + json.dumps(error.openai(), ensure_ascii=False).encode() + b"\n\n"
+        return sse(error.openai())

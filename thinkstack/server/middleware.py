@@ -34,7 +34,7 @@ class LimitBody:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self.max_bytes:
             error = ApiError(413, too_large, "invalid_request_error")
-            await JSONResponse(error.openai(), error.status, CLOSE)(scope, receive, send)
+            await JSONResponse(error.body(scope["path"]), error.status, CLOSE)(scope, receive, send)
             return
         left, is_read, deadline = self.max_bytes, False, asyncio.get_running_loop().time() + self.seconds
 
@@ -72,7 +72,7 @@ class CheckHost:
             await self.app(scope, receive, send)
             return
         words = "this server has no keys and answers to names of this machine alone, such as localhost"
-        await JSONResponse(ApiError(421, words, "invalid_request_error").openai(), 421)(scope, receive, send)
+        await JSONResponse(ApiError(421, words, "invalid_request_error").body(scope["path"]), 421)(scope, receive, send)
 
 
 def has_local_host(scope: Scope) -> bool:

@@ -1,10 +1,11 @@
 """Requests of DeepSeek's and OpenAI's chat API as JSON, and their meaning for the rest of the server."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from thinkstack.types import Message, RequestError, Role, Tool, ToolCall
 
@@ -16,13 +17,44 @@ MAX_TOOLS = 128
 MAX_STOP = 16
 ALIASES = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
 """Reasoning efforts with another name."""
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The reply; with stream=true its chunks.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+"""What OpenAPI says of a reply that may be a stream."""
 ToolName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError("contains half a surrogate pair, a number that is not finite, or too many levels") from error
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""An object that can be written as JSON in UTF-8."""
 
 
 class Extensible(BaseModel):
     """Unknown fields are kept, so that `unknown_fields` can refuse them by name."""
 
     model_config = ConfigDict(extra="allow")
+
+
+def ignored_fields(body: BaseModel, known: Collection[str], prefix: str = "") -> list[str]:
+    """The given fields that have no effect, with `prefix`; null and false are not given.
+
+    known: fields without an effect. Raises RequestError for others.
+    """
+    given = {name for name, value in (body.model_extra or {}).items() if value not in (None, False)}
+    for name in given.difference(known):
+        field = f"{prefix}{name}" if name.isprintable() else None
+        raise RequestError(f"the field {prefix + name!r} is not supported; leave it out", field)
+    return sorted(prefix + name for name in given)
 
 
 class TextPart(BaseModel):
@@ -84,7 +116,7 @@ class FunctionInput(BaseModel):
 
     name: ToolName
     description: StrictStr = ""
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: JsonObject = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: StrictBool = False
 
 
@@ -112,7 +144,7 @@ class JsonSchema(BaseModel):
     """A schema of the reply."""
 
     name: StrictStr = "reply"
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: JsonObject = Field(alias="schema")
     strict: StrictBool = True
 
 
@@ -158,10 +190,7 @@ class SamplingInput(Extensible):
 
     def ignored_fields(self) -> list[str]:
         """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in IGNORED and value is not None:
-                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
-        return sorted(self.model_extra or {})
+        return ignored_fields(self, IGNORED)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -170,6 +199,17 @@ class SamplingInput(Extensible):
         if "" in found:
             raise RequestError("stop contains an empty string; leave it out", "stop")
         return found
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """The given fields of SamplingParams."""
+        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "n")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.logit_bias:
+            try:
+                given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+            except ValueError as error:
+                raise RequestError(f"the keys of logit_bias are token ids: {error}", "logit_bias") from error
+        return given
 
 
 class ChatRequest(SamplingInput):
@@ -193,9 +233,7 @@ class ChatRequest(SamplingInput):
             raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true", "stream_options")
-        tools = tuple(tool.function for tool in self.tools or ())
-        if len({tool.name for tool in tools}) != len(tools):
-            raise RequestError("two tools have the same name; rename one", "tools")
+        tools = [tool.function for tool in self.tools or ()]
         *earlier, last = self.messages
         if any(message.prefix for message in earlier) or (last.prefix and last.role != "assistant"):
             raise RequestError("prefix=true is for the last message only, of role='assistant'", "messages")
@@ -207,7 +245,7 @@ class ChatRequest(SamplingInput):
                 Tool(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
                 for tool in tools
             ),
-            tool_choice=self._tool_choice(tools),
+            tool_choice=self._tool_choice(),
             schema=self._schema(),
             thinking=self._thinking(),
             effort=ALIASES.get(self.reasoning_effort or "", self.reasoning_effort),
@@ -239,31 +277,11 @@ class ChatRequest(SamplingInput):
             return None
         if wanted.type == "json_schema" and wanted.json_schema is None:
             raise RequestError("response_format.json_schema is missing; give the schema", "response_format.json_schema")
-        if self.tools and self.tool_choice != "none":
-            raise RequestError(
-                "response_format and tools exclude each other; leave one out, or use strict tools", "response_format"
-            )
         return {} if wanted.json_schema is None else wanted.json_schema.json_schema
 
-    def _tool_choice(self, tools: Sequence[FunctionInput]) -> str:
-        choice = self.tool_choice or ("auto" if tools else "none")
-        name = choice if isinstance(choice, str) else choice.function.name
-        if not tools and choice != "none":
-            raise RequestError(f"tool_choice={name!r} needs tools", "tool_choice")
-        if isinstance(choice, NamedToolChoice) and name not in {tool.name for tool in tools}:
-            raise RequestError(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
-        return name if isinstance(choice, str) else f"function:{name}"
-
-    def sampling_fields(self) -> dict[str, Any]:
-        """The given fields of SamplingParams."""
-        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "n")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.logit_bias:
-            try:
-                given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-            except ValueError as error:
-                raise RequestError(f"the keys of logit_bias are token ids: {error}", "logit_bias") from error
-        return given
+    def _tool_choice(self) -> str:
+        choice = self.tool_choice or ("auto" if self.tools else "none")
+        return choice if isinstance(choice, str) else f"function:{choice.function.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +289,11 @@ class TurnRequest:
     """A request for an assistant turn in any dialect."""
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    """Text to complete, instead of a conversation."""
+    suffix: str | None = None
+    """With `prompt`: the text after the completion."""
     is_prefix: bool = False
     """Whether the turn goes on from the last message."""
     tools: tuple[Tool, ...] = ()
@@ -291,3 +313,17 @@ class TurnRequest:
     top_logprobs: int = 0
     user_id: str = ""
     """Separates the prefix caches of the users of one account."""
+
+    def __post_init__(self) -> None:
+        names = {tool.name for tool in self.tools}
+        chosen = self.tool_choice.removeprefix("function:")
+        if len(names) < len(self.tools):
+            raise RequestError("two tools have the same name; rename one", "tools")
+        if not names and self.tool_choice != "none":
+            raise RequestError(f"tool_choice={chosen!r} needs tools", "tool_choice")
+        if chosen != self.tool_choice and chosen not in names:
+            raise RequestError(f"tool_choice names {chosen!r}, which is not among the tools", "tool_choice")
+        if self.schema is not None and self.tool_choice != "none":
+            raise RequestError(
+                "a JSON format of the reply and tools exclude each other; leave one out, or use strict tools", "tools"
+            )

@@ -1,7 +1,10 @@
 """What a server serves: members, each a model with its engine, and the model names of the API."""
 
 import asyncio
+import contextlib
+import functools
 import logging
+import threading
 import time
 import tomllib
 from collections.abc import Mapping
@@ -27,9 +30,10 @@ from thinkstack.models.transformer import Transformer
 from thinkstack.server.metrics import Latencies
 from thinkstack.server.settings import ServerSettings
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.grammar import GrammarCompiler
+from thinkstack.text.grammar import GrammarCompiler, json_object
+from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
 from thinkstack.text.tokenizer import THINK_CLOSE
-from thinkstack.types import ConfigError, RequestError
+from thinkstack.types import ConfigError, Message, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +100,7 @@ class ServeConfig:
                 raise ConfigError(f"models.{name}.member={model.member!r} is not in members{hint}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A model in memory and the thread that runs it."""
 
@@ -160,11 +164,22 @@ class Member:
 
     def can_start(self, thinking: bool) -> bool:
         """Whether the chat format can start a turn that thinks, or one that does not."""
-        try:
-            self.chat.opening((), thinking)
-        except RequestError:
-            return False
-        return True
+        return thinking in self._starts
+
+    @functools.cached_property
+    def _starts(self) -> frozenset[bool]:
+        found, question = set(), [Message(role="user", content="?")]
+        for thinking in (False, True):
+            with contextlib.suppress(RequestError):
+                self.chat.prompt(question, (), thinking)
+                found.add(thinking)
+        return frozenset(found)
+
+    @functools.cached_property
+    def thinking_format(self) -> ThinkingFormat:
+        """The format of turns: with answer tags if the vocabulary has a token for them, as our tasks train them."""
+        has_answer_tags = len(self.chat.tokenizer.encode(ANSWER_OPEN)) == 1
+        return "think_answer_tags" if has_answer_tags else "think_then_answer"
 
 
 @dataclass(frozen=True)
@@ -241,7 +256,9 @@ def load_member(name: str, config: MemberConfig) -> Member:
         name, config.model, engine.runner.device, dtype, config.quantization, f"{engine.max_model_len:,}",
         f"{tokens:,}", cache.data.nbytes / 2**20, loaded - began, time.monotonic() - loaded,
     )  # fmt: skip
-    return Member(config, EngineService(engine), chat, GrammarCompiler(chat), model.cfg)
+    grammars = GrammarCompiler(chat)
+    threading.Thread(target=grammars.compile, args=(json_object(),), daemon=True).start()  # the first takes seconds
+    return Member(config, EngineService(engine), chat, grammars, model.cfg)
 
 
 def _read_model(source: str, dtype: Precision) -> Transformer:

@@ -16,8 +16,10 @@ from thinkstack.server.ledger import Admission
 from thinkstack.server.prices import Usage
 from thinkstack.server.schema import TurnRequest
 from thinkstack.server.served import Member, ServedModel
+from thinkstack.text.chat import ChatFormat
+from thinkstack.text.fim import fim_prompt
 from thinkstack.text.grammar import CompiledGrammar, json_object, json_schema, tool_calls
-from thinkstack.text.stream import TokenKind, TurnStream
+from thinkstack.text.stream import TextStream, TokenKind, TurnStream
 from thinkstack.text.stream_parser import StreamEvent
 from thinkstack.types import RequestError, SamplingParams, Tool
 
@@ -52,16 +54,11 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     if switch is None and request.thinking:
         raise RequestError(f"{model.name} cannot think; leave thinking out", "thinking")
     tools = request.tools if request.tool_choice != "none" else ()
-    try:
-        if request.is_prefix:
-            prompt = tuple(member.chat.continue_final_message(request.messages, tools))
-            opening = member.chat.opening_pieces(request.messages)
-        else:
-            prompt = tuple(member.chat.prompt(request.messages, tools, switch))
-            opening = member.chat.opening_pieces(request.messages, switch)
-    except RequestError as error:
-        raise RequestError(str(error), error.field or "messages") from error
-    may_think = TurnStream(member.chat, opening).state in ("start", "thinking")
+    prompt, opening = _render(member.chat, request, tools, switch)
+    state = TurnStream(member.chat, opening, member.thinking_format).state
+    is_tagged = member.thinking_format == "think_answer_tags"
+    may_think = state == "thinking" or ((state == "start" or is_tagged) and member.can_start(True))
+    may_think = may_think and request.prompt is None
     if request.max_tokens is not None and request.max_tokens > config.max_tokens:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
@@ -87,6 +84,22 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think)
 
 
+def _render(
+    chat: ChatFormat, request: TurnRequest, tools: Sequence[Tool], switch: bool | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """Prompt token ids, and the start of the turn that they contain."""
+    try:
+        if request.prompt is not None:
+            return tuple(fim_prompt(chat.tokenizer, request.prompt, request.suffix)), []
+        if request.is_prefix:
+            prompt = chat.continue_final_message(request.messages, tools)
+            return tuple(prompt), chat.opening_pieces(request.messages)
+        return tuple(chat.prompt(request.messages, tools, switch)), chat.opening_pieces(request.messages, switch)
+    except RequestError as error:
+        field = error.field or ("messages" if request.prompt is None else "suffix")
+        raise RequestError(str(error), field) from error
+
+
 def _grammar(member: Member, request: TurnRequest, tools: Sequence[Tool]) -> CompiledGrammar | None:
     source = None
     if request.schema is not None:
@@ -110,6 +123,15 @@ def _thinking_budget(model: ServedModel, request: TurnRequest, wants_thinking: b
     return efforts[request.effort]
 
 
+def _stream(member: Member, prepared: PreparedTurn, request: TurnRequest) -> TurnStream | TextStream:
+    if request.prompt is not None:
+        return TextStream(member.chat, request.stop)
+    stream = TurnStream(member.chat, prepared.opening, member.thinking_format, request.stop)
+    if request.is_prefix:
+        stream.skip_opening()
+    return stream
+
+
 class Turn:
     """A running request. Use `start`, then iterate over `events` once."""
 
@@ -124,12 +146,7 @@ class Turn:
         self.first_token_seconds: float | None = None
         """Seconds from the admission to the first token."""
         self._started = self._last_event = self._last_update = time.monotonic()
-        self._streams = [
-            TurnStream(model.member.chat, prepared.opening, stop=request.stop) for _ in range(prepared.sampling.n)
-        ]
-        if request.is_prefix:
-            for stream in self._streams:
-                stream.skip_opening()
+        self._streams = [_stream(model.member, prepared, request) for _ in range(prepared.sampling.n)]
         self._tokens: list[list[TokenLogprob]] = [[] for _ in self._streams]
         """Sampled tokens of each choice whose log-probabilities were not taken."""
         self._num_delivered = 0
@@ -148,6 +165,11 @@ class Turn:
             completion_tokens=self._num_delivered,
             reasoning_tokens=sum(stream.num_reasoning_tokens for stream in self._streams),
         )
+
+    def stop_string(self, index: int) -> str | None:
+        """The stop string that ended the content of a choice."""
+        stream = self._streams[index]
+        return stream.stop_string if isinstance(stream, TurnStream) else None
 
     async def start(self, principal: Principal, max_wait: float) -> None:
         """Admit the request and queue it; after an error nothing is left behind. max_wait: seconds in the queue.
@@ -261,11 +283,16 @@ class Turn:
         self._last_update = now
 
 
-async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing) -> Turn:
-    """Prepare a request, in a thread if it may take long. Raises RequestError."""
-    is_short = sum(len(message.content) for message in request.messages) < LONG_PROMPT
+async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing, id_prefix: str = "chatcmpl-") -> Turn:
+    """Prepare a request, in a thread if it may take long. id_prefix: start of its id. Raises RequestError."""
+    length = (
+        sum(len(message.content) for message in request.messages)
+        + len(request.prompt or "")
+        + len(request.suffix or "")
+    )
+    is_short = length < LONG_PROMPT
     if is_short and request.schema is None and not request.tools:
         prepared = prepare(model, request)
     else:
         prepared = await asyncio.to_thread(prepare, model, request)
-    return Turn(f"chatcmpl-{secrets.token_hex(12)}", model, prepared, request, billing)
+    return Turn(f"{id_prefix}{secrets.token_hex(12)}", model, prepared, request, billing)

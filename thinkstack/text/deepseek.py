@@ -147,7 +147,8 @@ class DeepSeekFormat(TurnFormat):
         if missing and (tools or any(message.tool_calls or message.role == "tool" for message in messages)):
             raise RequestError(
                 f"this model does not support tools: its tokenizer has no token {missing[0]}; remove tools, tool calls "
-                "and tool messages"
+                "and tool messages",
+                "tools",
             )
 
     def _system_pieces(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:

@@ -30,7 +30,8 @@ def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str | None = None) -> 
     missing = [token for token in (FIM_BEGIN, FIM_HOLE, FIM_END) if token not in tokenizer.control]
     if missing:
         raise RequestError(
-            f"suffix is not supported: this model's tokenizer has no control token {', '.join(missing)}; remove suffix"
+            f"suffix is not supported: this model's tokenizer has no control token {', '.join(missing)}; remove suffix",
+            "suffix",
         )
     pieces = [Control(FIM_BEGIN), prefix, Control(FIM_HOLE), suffix, Control(FIM_END)]
     return [*tokenizer.begin_ids, *tokenizer.encode_pieces(pieces)]

@@ -70,12 +70,15 @@ class TurnFormat:
         if len(messages) < 2 or messages[-1].role != "assistant" or messages[-1].tool_calls:
             raise RequestError(
                 "only an assistant message without tool calls can be continued, after at least one other message; add "
-                "it as the last message"
+                "it as the last message",
+                "messages",
             )
         if messages[-1].reasoning is None:
             return thinking
         if thinking is False:
-            raise RequestError("the message to continue has reasoning, but thinking is off; turn it on, or remove it")
+            raise RequestError(
+                "the message to continue has reasoning, but thinking is off; turn it on, or remove it", "messages"
+            )
         return True if self.can_switch else thinking
 
     def prompt(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -80,20 +80,21 @@ def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str
     if not isinstance(chat, DeepSeekFormat):
         raise RequestError(
             f"tool_choice={choice!r} and strict tools are not supported by the chat format {chat.name!r}: only the "
-            "call syntax of the DeepSeek formats is known; remove them"
+            "call syntax of the DeepSeek formats is known; remove them",
+            "tools" if choice == "auto" else "tool_choice",
         )
     chat.check_tools(tools)
     if not tools:
-        raise RequestError(f"tool_choice={choice!r} needs tools; add tools")
-    chosen = [(index, tool) for index, tool in enumerate(tools) if choice in ("auto", "required", tool.name)]
+        raise RequestError(f"tool_choice={choice!r} needs tools; add tools", "tools")
+    is_single = choice not in ("auto", "required")
+    chosen = [(index, tool) for index, tool in enumerate(tools) if not is_single or tool.name == choice]
     if not chosen:
         names = [tool.name for tool in tools]
-        close = difflib.get_close_matches(choice, names, n=1) or names[:1]
-        raise RequestError(f"tool_choice names {choice!r}, which is not among the tools; did you mean {close[0]!r}?")
+        close = difflib.get_close_matches(choice, names, n=1) or names
+        raise RequestError(f"tool_choice={choice!r} is none of the tools; did you mean {close[0]!r}?", "tool_choice")
     calls_begin, call_begin, sep, call_end, calls_end = (
         f"<[{chat.tokenizer.control_id(token)}]>" for token in (CALLS_BEGIN, CALL_BEGIN, CALL_SEP, CALL_END, CALLS_END)
     )
-    is_single = choice not in ("auto", "required")
     more = "" if is_single else '("\\n" call)*' if chat.style.fenced else "call*"
     lines = [f"start: {calls_begin} call {more} {calls_end}"]
     lines += ["call: " + " | ".join(f"call_{index}" for index, _ in chosen)]
@@ -106,8 +107,8 @@ def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str
             schemas.append((field, _schema_grammar(schema)))
         before, after = f"{_text(tool.name)} {sep}", ""
         if chat.style.fenced:
-            name = _text(f"{tool.name}\n```json\n")
-            before, after = f'"function" {sep} {name}', _text("\n```")
+            fence = _text(f"{tool.name}\n```json\n")
+            before, after = f'"function" {sep} {fence}', _text("\n```")
         lines += [f"call_{index}: {call_begin} {before} arguments_{index} {after} {call_end}"]
         lines += [f"arguments_{index}: %json {_compact(_with_whitespace(schema))}"]
     trigger = chat.tokenizer.control_id(CALLS_BEGIN) if choice == "auto" else None
@@ -134,19 +135,21 @@ def _schema_grammar(schema: Mapping[str, Any]) -> str:
 def _checked(schema: Any, field: str) -> Mapping[str, Any]:
     """The schema. Raises RequestError if it is no JSON object, too large, too deep, or asks for too many items."""
     if not isinstance(schema, Mapping):
-        raise RequestError(f"{field} is a {type(schema).__name__}; it must be a JSON schema, an object")
+        raise RequestError(f"{field} is a {type(schema).__name__}; it must be a JSON schema, an object", field)
     for depth, key, value in _walk(schema):
         if depth > MAX_DEPTH:
-            raise RequestError(f"{field} is nested deeper than {MAX_DEPTH}; use $defs and $ref, or fewer levels")
+            raise RequestError(f"{field} is nested deeper than {MAX_DEPTH}; use $defs and $ref, or fewer levels", field)
         is_count = key in ("minItems", "minLength", "minProperties") and isinstance(value, int | float)
         if is_count and value > MAX_COUNT:
-            raise RequestError(f"{field} has {key}={value}; no completion is that long; use at most {MAX_COUNT:,}")
+            raise RequestError(
+                f"{field} has {key}={value}; no completion is that long; use at most {MAX_COUNT:,}", field
+            )
     try:
         size = len(_compact(schema))
     except (TypeError, ValueError) as error:
-        raise RequestError(f"{field} is not JSON ({error}); use objects, lists, strings and numbers") from error
+        raise RequestError(f"{field} is not JSON ({error}); use objects, lists, strings and numbers", field) from error
     if size > MAX_SCHEMA_CHARACTERS:
-        raise RequestError(f"{field} has {size:,} characters; at most {MAX_SCHEMA_CHARACTERS:,} are supported")
+        raise RequestError(f"{field} has {size:,} characters; at most {MAX_SCHEMA_CHARACTERS:,} are supported", field)
     return schema
 
 
@@ -185,8 +188,16 @@ class CompiledGrammar:
         try:
             start()
         except RequestError as error:
-            raise RequestError(f"the grammar does not allow the start of the last message ({error})") from error
+            message = f"the grammar does not allow the start of the last message ({error})"
+            raise RequestError(message, "messages") from error
         return start
+
+
+class Refusal(NamedTuple):
+    """Why a grammar is refused."""
+
+    field: str
+    message: str
 
 
 class GrammarCompiler:
@@ -199,8 +210,8 @@ class GrammarCompiler:
     def __init__(self, chat: ChatFormat, max_cached: int = 256):
         """max_cached: number of grammars in the cache, least recently used first out."""
         self._chat, self._max_cached, self._lock = chat, max_cached, Lock()
-        self._cache: OrderedDict[GrammarSource, CompiledGrammar | str] = OrderedDict()
-        """Compiled grammars, and the messages of refused ones."""
+        self._cache: OrderedDict[GrammarSource, CompiledGrammar | Refusal] = OrderedDict()
+        """Compiled and refused grammars."""
         self._tokenizer: LLTokenizer | None = None
 
     def compile(self, source: GrammarSource, timeout_seconds: float = 5.0) -> CompiledGrammar:
@@ -220,18 +231,18 @@ class GrammarCompiler:
                 self._cache[source] = found
                 while len(self._cache) > self._max_cached:
                     self._cache.popitem(last=False)
-        if isinstance(found, str):
-            raise RequestError(found)
+        if isinstance(found, Refusal):
+            raise RequestError(f"{found.field} {found.message}", found.field)
         return found
 
-    def _compile(self, source: GrammarSource) -> CompiledGrammar | str:
+    def _compile(self, source: GrammarSource) -> CompiledGrammar | Refusal:
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _ll_tokenizer(self._chat.tokenizer, self._chat.stop_token_ids)
         matcher = LLMatcher(self._tokenizer, source.text, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
-            fields = " and ".join(field for field, _ in source.schemas)
-            return _refusal(fields, matcher.get_error().partition("\n<state>")[0])
+            field = source.schemas[0][0] if len(source.schemas) == 1 else "tools"
+            return _refusal(field, matcher.get_error().partition("\n<state>")[0])
         tokens = TurnTokens.of(self._chat, self._tokenizer.vocab_size)
         return CompiledGrammar(matcher, tokens, source.trigger)
 
@@ -239,21 +250,22 @@ class GrammarCompiler:
 def _ll_tokenizer(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> LLTokenizer:
     """llguidance's tokenizer, in which all control tokens are special tokens: no text contains them. For a vocabulary
     of 129,000 tokens this takes about a second."""
+    if not stop_token_ids:
+        raise RequestError("this model has no end token, which a grammar needs; set eos_token in tokenizer_config.json")
     data = json.loads(tokenizer.spec)
     for token in data["added_tokens"]:
         token["special"] = token["special"] or token["content"] in tokenizer.control
     try:
         return LLTokenizer(json.dumps(data, ensure_ascii=False), eos_token=list(stop_token_ids))
     except ValueError as error:
-        raise RequestError(
-            f"this model's tokenizer does not support grammars ({error}); use response_format=text"
-        ) from (error)
+        message = f"this model's tokenizer does not support grammars ({error}); use response_format=text"
+        raise RequestError(message, "response_format") from error
 
 
-def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> str:
-    """Why one of the schemas is refused; "" if none is."""
+def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> Refusal | None:
+    """Why one of the schemas is refused; None if none is."""
     if not schemas:
-        return ""
+        return None
     work = json.dumps({"grammars": [grammar for _, grammar in schemas], "limits": LIMITS})
     try:
         done = subprocess.run(
@@ -261,12 +273,14 @@ def _try_out(schemas: Sequence[tuple[str, str]], timeout_seconds: float) -> str:
         )
     except subprocess.TimeoutExpired as error:
         return _refusal(schemas[_last_number(error.stdout)][0], f"compiling takes longer than {timeout_seconds:g} s")
-    last = done.stdout.splitlines()[-1:] or [b""]
+    if not done.stdout:
+        raise RuntimeError(f"the process that compiles grammars does not start: {done.stderr.decode()[-500:]}")
+    last = done.stdout.splitlines()[-1:]
     if last[0].startswith(b'"'):
         return _refusal(schemas[_last_number(done.stdout)][0], json.loads(last[0]))
     if done.returncode:
         return _refusal(schemas[_last_number(done.stdout)][0], "compiling takes too much memory")
-    return ""
+    return None
 
 
 def _last_number(stdout: bytes | None) -> int:
@@ -275,6 +289,6 @@ def _last_number(stdout: bytes | None) -> int:
     return numbers[-1] if numbers else 0
 
 
-def _refusal(field: str, reason: str) -> str:
+def _refusal(field: str, reason: str) -> Refusal:
     shown = " ".join(reason.split())
-    return f"{field} cannot be compiled to a grammar: {shown}; simplify the schema, or remove the keyword"
+    return Refusal(field, f"cannot be compiled to a grammar: {shown}; simplify the schema, or remove the keyword")

@@ -172,6 +172,11 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
     return min(found)[1] if found else None
 
 
+def stop_at(text: str, start: int, stop: Sequence[str]) -> str:
+    """The stop string that `find_stop` found."""
+    return min((each for each in stop if text.startswith(each, start)), key=len)
+
+
 def parse_message(text: str, stop: Sequence[str] = ()) -> Message:
     """Parse an assistant turn into a Message with reasoning, content and tool calls.
 

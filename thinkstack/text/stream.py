@@ -1,11 +1,12 @@
 """Streaming: an assistant turn from token ids to events, with constant work per token."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.decode import TextDecoder
-from thinkstack.text.parse import ThinkingFormat
+from thinkstack.text.decode import Markers, TextDecoder
+from thinkstack.text.parse import ThinkingFormat, find_stop
 from thinkstack.text.stream_parser import State, StreamEvent, StreamParser
 from thinkstack.types import FinishReason
 
@@ -31,7 +32,11 @@ class TurnStream:
         opening = chat.prefill if opening is None else opening
         self._opening = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else list(opening)
         self._decoder, self._stop_token_ids = TextDecoder(chat.tokenizer), frozenset(chat.stop_token_ids)
-        self._parser = StreamParser(thinking_format, stop, chat.tokenizer.control)
+        self._parse = partial(StreamParser, thinking_format, stop, chat.tokenizer.control)
+        self._parser = self._parse()
+        self._events: list[StreamEvent] = []
+        """Events of the opening that are not reported yet."""
+        self._events += [event for piece in self._opening for event in self._parser.feed(piece)]
         self._held_stop: int | None = None
         """A stop token, which is text if other tokens follow."""
         self._num_undecided = 0
@@ -48,21 +53,25 @@ class TurnStream:
         return self._parser.is_stopped
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
+        return self._parser.stop_string
+
+    @property
     def state(self) -> State:
         """The part of the turn that the next token belongs to; "start" if the prompt leaves it to the model, which may
         begin with thinking or with content."""
-        self._events_of_opening()
         return self._parser.state
 
     def skip_opening(self) -> None:
-        """Leave the opening out of the events: a server responds with what was sampled. Stop strings in it do not
-        count."""
+        """Leave the opening out of the events, before the first token: a server responds with what was sampled. Stop
+        strings in the opening do not count."""
+        self._parser, self._events = self._parse(), []
         self._parser.skip(self._opening)
-        self._opening = []
 
     def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
         """The events that are final after these tokens."""
-        events = self._events_of_opening()
+        events, self._events = self._events, []
         for token in token_ids:
             if self._held_stop is not None:
                 events += self._take(self._held_stop)
@@ -73,14 +82,10 @@ class TurnStream:
 
     def finish(self, reason: FinishReason) -> list[StreamEvent]:
         """The last events."""
-        events = [*self._events_of_opening(), *self._parser.feed(self._decoder.finish()), *self._parser.finish(reason)]
+        events = [*self._events, *self._parser.feed(self._decoder.finish()), *self._parser.finish(reason)]
         self._decide(events)
         self.token_kinds += ["markup"] * (self._held_stop is not None)
         return events
-
-    def _events_of_opening(self) -> list[StreamEvent]:
-        opening, self._opening = self._opening, []
-        return [event for piece in opening for event in self._parser.feed(piece)]
 
     def _take(self, token: int) -> list[StreamEvent]:
         before, num_tags = self._parser.state, self._parser.num_tags
@@ -104,6 +109,57 @@ class TurnStream:
         elif self._parser.is_stopped:
             kind = "markup"
         self.token_kinds += [kind or _TOKEN_KINDS.get(self._parser.state, "tool_call")] * self._num_undecided
+        self._num_undecided = 0
+
+
+class TextStream:
+    """A completion of plain text from token ids to events of kind "content": `TurnStream` without parts of a turn."""
+
+    num_reasoning_tokens = 0
+
+    def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()):
+        """stop: strings that end the text and are not part of it."""
+        self._decoder = TextDecoder(chat.tokenizer, chat.stop_token_ids)
+        self._stop, self._markers, self._held = tuple(stop), Markers(stop), ""
+        self._num_undecided = 0
+        self.is_stopped = False
+        """Whether a stop string was found."""
+        self.token_kinds: list[TokenKind] = []
+        """"content" or "markup" (a stop string) of each token whose text is decided."""
+
+    def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
+        """The events that are final after these tokens."""
+        events = []
+        for token in token_ids:
+            self._num_undecided += 1
+            events += self._take(self._decoder.feed([token]))
+        return events
+
+    def finish(self, reason: FinishReason) -> list[StreamEvent]:
+        """The last events."""
+        events = self._take(self._decoder.finish())
+        events += [] if self.is_stopped else self._emit(self._held)
+        self._decide("markup")
+        return [*events, StreamEvent("finish", finish_reason="stop" if self.is_stopped else reason)]
+
+    def _take(self, text: str) -> list[StreamEvent]:
+        if self.is_stopped:
+            return []
+        text = self._held + text
+        end = find_stop(text, self._stop)
+        self.is_stopped = end is not None
+        if end is None:
+            end = len(text) - self._markers.partial(text)
+        self._held = text[end:]
+        return self._emit(text[:end])
+
+    def _emit(self, text: str) -> list[StreamEvent]:
+        if text:
+            self._decide("content")
+        return [StreamEvent("content", text)] if text else []
+
+    def _decide(self, kind: TokenKind) -> None:
+        self.token_kinds += [kind] * self._num_undecided
         self._num_undecided = 0
 
 

@@ -21,6 +21,7 @@ from thinkstack.text.parse import (
     ThinkingFormat,
     find_stop,
     may_become_fenced,
+    stop_at,
 )
 from thinkstack.text.tokenizer import (
     CALL_BEGIN,
@@ -112,6 +113,8 @@ class StreamParser:
         name is known, and blanks between calls: content if it is malformed."""
         self._stop, self._stop_markers, self._content = tuple(stop), Markers(stop), ""
         """_content: text that may become a stop string."""
+        self.stop_string: str | None = None
+        """The stop string that was found."""
         self._strippers: dict[Kind, Stripper] = {"reasoning": Stripper(), "content": Stripper()}
         self._has_content = False
         self._num_calls = 0
@@ -142,10 +145,16 @@ class StreamParser:
         return events
 
     def skip(self, opening: Iterable[str]) -> None:
-        """Continue after these texts and control tokens without events; stop strings in them do not count."""
+        """Continue after these texts and control tokens without events; stop strings in them, and tags that they only
+        begin, do not count."""
         stop, self._stop, self._stop_markers = self._stop, (), _NONE
         for piece in opening:
             self.feed(piece)
+        if self.state == "start" and self._buffer:
+            self.state = "content"
+        self._take(self._buffer)
+        self._buffer, self._events = "", []
+        self._held.clear()
         self._stop, self._stop_markers = stop, Markers(stop)
         for stripper in self._strippers.values():
             stripper.skip()
@@ -301,6 +310,7 @@ class StreamParser:
         end = find_stop(text, self._stop)
         if end is not None:
             self.state = "stopped"
+            self.stop_string = stop_at(text, end, self._stop)
         else:
             end = len(text) - self._stop_markers.partial(text)
         self._content = text[end:]

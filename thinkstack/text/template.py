@@ -114,30 +114,36 @@ class TemplateFormat(TurnFormat):
     def continuation(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None) -> list[str]:
         mark = _unused_character((messages, tools))
         header, opening = self._split_prompt(messages[:-1], tools, thinking, mark)
-        text = self._unfinished(messages, tools, thinking, mark)
-        if not text.startswith(header):
-            raise RequestError(f"{_NO_CONTINUATION}: it renders the earlier messages differently then")
-        added = text.removeprefix(header)
+        added = self._unfinished(messages, tools, thinking, mark).removeprefix(header)
         pieces = self.tokenizer.split_controls(added.removeprefix(opening))
         return [*_remove_mark(pieces, mark)]
 
     def _unfinished(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool | None, mark: str) -> str:
         """Render a conversation up to the end of the content of its last message, or of its reasoning."""
         *before, message = messages
-        end = f"{mark}{_PROBE}{mark}"
-        if message.reasoning is None or message.content:
-            text = self._render(
-                [*before, replace(message, content=message.content + end)], tools, thinking, False, mark
-            )
-            if end not in text:
-                raise RequestError(f"{_NO_CONTINUATION}: it changes the content of the last message")
-            return text[: text.rindex(end)]
         header, opening = self._split_prompt(before, tools, thinking, mark)
-        if THINK_OPEN not in opening or THINK_CLOSE in opening:
-            if THINK_OPEN not in self.tokenizer.control:
-                raise RequestError(f"{_NO_CONTINUATION} from its reasoning: the model has no think tags")
-            opening = f"{THINK_OPEN}\n"
-        return header + opening + _break_controls(message.reasoning, self.tokenizer.control, mark)
+        reasoning = _break_controls(message.reasoning or "", self.tokenizer.control, mark)
+        if message.reasoning is not None and not message.content:
+            if THINK_OPEN not in opening or THINK_CLOSE in opening:
+                if THINK_OPEN not in self.tokenizer.control:
+                    raise RequestError(f"{_NO_CONTINUATION} from its reasoning: the model has no think tags")
+                opening = f"{THINK_OPEN}\n"
+            return header + opening + reasoning
+        end, end_of_reasoning = f"{mark}{_PROBE}{mark}", f"{mark}{_PROBE}7{mark}"
+        message = replace(message, content=message.content + end)
+        if message.reasoning is not None:
+            message = replace(message, reasoning=message.reasoning + end_of_reasoning)
+        text = self._render([*before, message], tools, thinking, False, mark)
+        if end not in text:
+            raise RequestError(f"{_NO_CONTINUATION}: it changes the content of the last message")
+        text = text[: text.rindex(end)]
+        if not text.startswith(header):
+            raise RequestError(f"{_NO_CONTINUATION}: it renders the earlier messages differently then")
+        body = text.removeprefix(header)
+        if message.reasoning is not None and end_of_reasoning not in body:  # the template leaves it out
+            gap = "" if body.startswith(THINK_CLOSE) else "\n"
+            body = "".join(think_block(reasoning, gap)) + body.removeprefix(THINK_CLOSE)
+        return header + body.replace(end_of_reasoning, "")
 
     def _ends(self, piece: str) -> bool:
         return isinstance(piece, Control) and self.tokenizer.control[piece] in self.stop_token_ids

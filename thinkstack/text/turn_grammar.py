@@ -35,18 +35,18 @@ class TurnTokens:
     breaks: tuple[int, ...]
     """Tokens of one and of two line breaks; before the content they are not part of it."""
     think_open: int | None
-    """None: the model does not begin thinking itself."""
     think_close: int | None
     """None: the vocabulary has no think tags, and their spelling counts."""
+    may_think: bool
+    """Whether the model may begin thinking itself; False for V3."""
 
     @classmethod
     def of(cls, chat: ChatFormat, vocab_size: int) -> TurnTokens:
         """The tokens of a chat format. vocab_size: that of llguidance's tokenizer."""
         tokenizer = chat.tokenizer
         breaks = [ids[0] for ids in map(tokenizer.encode, ("\n", "\n\n")) if len(ids) == 1]
-        think_open = None if chat.name == "v3" else tokenizer.control.get(THINK_OPEN)  # V3 does not think
-        think_close = tokenizer.control.get(THINK_CLOSE)
-        return cls(tokenizer, vocab_size, chat.stop_token_ids, tuple(breaks), think_open, think_close)
+        tags = (tokenizer.control.get(THINK_OPEN), tokenizer.control.get(THINK_CLOSE))
+        return cls(tokenizer, vocab_size, chat.stop_token_ids, tuple(breaks), *tags, may_think=chat.name != "v3")
 
 
 class TurnGrammar:
@@ -85,9 +85,12 @@ class TurnGrammar:
             self._ids.append(token)
 
     def rollback(self, num_tokens: int) -> None:
-        if num_tokens:
-            self._matcher.rollback(self._phases[-num_tokens:].count("grammar"))
-            del self._phases[-num_tokens:], self._ids[-num_tokens:]
+        if not num_tokens:
+            return
+        num_constrained = self._phases[-num_tokens:].count("grammar")
+        if num_constrained and not self._matcher.rollback(num_constrained):
+            raise RequestError(f"{num_constrained} tokens cannot be taken back: {self._matcher.get_error()}")
+        del self._phases[-num_tokens:], self._ids[-num_tokens:]
 
     def fill_bitmask(self, bitmask: numpy.ndarray, index: int) -> None:
         row, phase = bitmask[index].view(numpy.uint32), self._phases[-1]
@@ -106,7 +109,7 @@ class TurnGrammar:
             return
         if self._phases[-MAX_BREAKS - 1 :].count(phase) <= MAX_BREAKS:
             _set(row, self._tokens.breaks, True)
-        if phase == "start" and self._tokens.think_open is not None:
+        if phase == "start" and self._tokens.may_think and self._tokens.think_open is not None:
             _set(row, (self._tokens.think_open,), True)
 
     def _next_phase(self, phase: Phase, token: int) -> Phase:
