@@ -130,6 +130,12 @@ def test_no_answer_without_a_key(server):
     assert raised.value.status_code == 401
 
 
+def test_a_server_without_keys_answers_clients_as_they_are(tmp_path, monkeypatch):
+    with live(tmp_path, answer) as server:
+        monkeypatch.setattr(server.server, "_principal", server.server.accounts.authenticate(server.key))
+        assert ask(ollama.Client(host=server.url)).message.content == "It is 你好 🙂 Paris."
+
+
 def test_silence_is_filled_and_a_failure_ends_the_stream(tmp_path):
     settings = ServerSettings(max_wait=0.3, keep_alive_seconds=0.05)
     with live(tmp_path, answer, settings=settings, max_num_seqs=1) as server:
