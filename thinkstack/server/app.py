@@ -129,7 +129,7 @@ class Server:
     ) -> Response:
         """Start the turn of a reply and send it. media_type: that of a stream."""
         turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
-        request.state.turn = turn
+        request.state.turn, turn.is_stream = turn, is_stream
         if ignored:
             headers["X-Ignored-Fields"] = ", ".join(ignored)
         await turn.start(principal, self.settings.max_wait)
