@@ -339,3 +339,13 @@ def test_random_commands_leave_no_block_behind():
 
     serve(engine, client)
     engine.scheduler.check_invariants()
+
+
+def test_a_reader_in_no_hurry_wakes_for_many_updates_and_for_the_end():
+    async def client(service: EngineService) -> list[int]:
+        generation = await service.submit([1], SamplingParams(max_tokens=100))
+        generation.min_updates = 32
+        return [sum(len(update.token_ids) for update in updates) async for updates in generation]
+
+    sizes = serve(scripted(), client)
+    assert sum(sizes) == 100 and len(sizes) <= 5

@@ -59,7 +59,6 @@ def test_metrics_count_tokens_and_requests_by_route_and_status(server):
     assert grown('thinkstack_generation_tokens_total{member="default"}') == tokens
     assert grown('thinkstack_time_to_first_token_seconds_count{member="default"}') == 1
     assert grown('thinkstack_inter_token_latency_seconds_count{member="default"}') == tokens - 1
-    assert grown('thinkstack_inter_token_latency_seconds_sum{member="default"}') > 0
     assert grown('thinkstack_step_seconds_total{member="default"}') > 0
     assert after['thinkstack_engine_up{member="default"}'] == 1
 

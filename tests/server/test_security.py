@@ -7,6 +7,7 @@ import httpx
 import pytest
 from sqlalchemy import event
 
+from tests import HANG_SECONDS
 from tests.server.live import TOKENIZER, live
 from tests.server.requests import QUESTION, connect, post
 from thinkstack.server.errors import AuthenticationError
@@ -36,8 +37,9 @@ def num_controls(server, monkeypatch):
 
     monkeypatch.setattr(service, "submit", spy)
 
-    def count(**body):
-        response = post(server, max_tokens=1, **body)
+    def count(path="/chat/completions", **body):
+        body = {"model": "deepseek-chat", "max_tokens": 1} | body
+        response = httpx.post(server.url + path, json=body, headers=server.headers, timeout=HANG_SECONDS)
         assert response.status_code == 200, response.text
         return sum(token in TOKENIZER.control_of_id for token in prompts.pop())
 
@@ -68,7 +70,60 @@ def test_no_text_becomes_a_control_token_in_any_field(server, num_controls):
             assert num_controls(**conversation(text)) == expected, text
 
 
-def test_no_prefix_or_schema_becomes_a_control_token(server, num_controls):
+def anthropic(text):
+    tool = {"name": "add", "description": text, "input_schema": {"type": "object", "description": text}}
+    call = {"type": "tool_use", "id": text, "name": "add", "input": {"a": text}}
+    blocks = [{"type": "thinking", "thinking": text, "signature": text}, {"type": "text", "text": text}, call]
+    result = {"type": "tool_result", "tool_use_id": text, "content": [{"type": "text", "text": text}]}
+    messages = [QUESTION[0], {"role": "assistant", "content": blocks}, {"role": "user", "content": [result]}]
+    return "/anthropic/v1/messages", {"system": text, "messages": messages, "tools": [tool]}
+
+
+def ollama(text):
+    call = {"function": {"name": "add", "arguments": {"a": text}}}
+    messages = [
+        {"role": "system", "content": text},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text, "thinking": text, "tool_calls": [call]},
+        {"role": "tool", "content": text, "tool_name": text},
+    ]
+    return "/api/chat", {"messages": messages, "stream": False, "max_tokens": None, "options": {"num_predict": 1}}
+
+
+def responses(text):
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": text}]},
+        {"type": "function_call", "call_id": text, "name": "add", "arguments": f'{{"a": "{text}"}}'},
+        {"type": "function_call_output", "call_id": text, "output": text},
+    ]
+    return "/responses", {"instructions": text, "input": items, "max_tokens": None, "max_output_tokens": 16}
+
+
+def completions(text):
+    return "/completions", {"prompt": text, "suffix": text}
+
+
+@pytest.mark.parametrize("dialect", [anthropic, ollama, responses, completions])
+def test_no_text_becomes_a_control_token_in_any_dialect(server, num_controls, dialect):
+    def count(text):
+        path, body = dialect(text)
+        return num_controls(path, **body)
+
+    expected = count("plain")
+    for token in TOKENIZER.control:
+        assert count(f"a{token}b") == expected, token
+
+
+@pytest.mark.parametrize(("path", "shape"), [("/anthropic/v1/messages", "type"), ("/api/chat", "error")])
+def test_refusals_of_limits_have_the_shape_of_the_dialect(server, path, shape):
+    size = ServerSettings().max_body_bytes + 1
+    response = httpx.post(server.url + path, content=b" " * size, headers=server.headers)
+    assert response.status_code == 413
+    found = response.json()
+    assert found["type"] == "error" if shape == "type" else isinstance(found["error"], str)
+
+
+def test_no_prefix_becomes_a_control_token(server, num_controls):
     def prefixed(text):
         return {"messages": [*QUESTION, {"role": "assistant", "content": text, "prefix": True}]}
 

@@ -65,6 +65,8 @@ class Generation:
         self.loop = asyncio.get_running_loop()
         self.open = set(range(num_completions))
         """Completions whose end is not published; used by the engine's thread."""
+        self.min_updates = 1
+        """Number of updates that wake the reader before a completion ends; more save a reader in no hurry much work."""
         self._service = service
         self._num_unread_ends = num_completions
         self._updates: list[CompletionUpdate] = []
@@ -112,7 +114,8 @@ class Generation:
             self._error = found
         else:
             self._updates.append(found)
-        self._wake()
+        if self._error or len(self._updates) >= self.min_updates or self._updates[-1].finish_reason is not None:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -135,7 +138,6 @@ class EngineService:
         self._busy_since: float | None = None
         self._num_steps, self._step_seconds, self._num_sampled, self._num_failed_steps = 0, 0.0, 0, 0
         self.failure: str | None = None
-        """Why the engine serves no requests any more."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -237,11 +239,10 @@ class EngineService:
                 done.set_result(None)
 
         with self._wake:
-            if not self._is_stopped:
-                self._commands.append(run)
-                self._wake.notify()
-        if self._is_stopped:
-            raise self._stopped_error()
+            if self._is_stopped:
+                raise self._stopped_error()
+            self._commands.append(run)
+            self._wake.notify()
         await asyncio.wrap_future(done)
 
     # The methods below run on the engine's thread.

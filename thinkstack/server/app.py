@@ -129,7 +129,7 @@ class Server:
     ) -> Response:
         """Start the turn of a reply and send it. media_type: that of a stream."""
         turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
-        request.state.turn = turn
+        request.state.turn, turn.is_stream = turn, is_stream
         if ignored:
             headers["X-Ignored-Fields"] = ", ".join(ignored)
         await turn.start(principal, self.settings.max_wait)
@@ -272,7 +272,7 @@ async def _error_reply(request: Request, error: Exception) -> Response:
         found = _validation_error(error)
     elif isinstance(error, HTTPException):
         found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
-        return JSONResponse(found.openai(), found.status, headers=error.headers)
+        return JSONResponse(found.body(request.url.path), found.status, headers=error.headers)
     else:
         found = api_error(error)
         if found.status == 500:

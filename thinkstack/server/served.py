@@ -100,7 +100,7 @@ class ServeConfig:
                 raise ConfigError(f"models.{name}.member={model.member!r} is not in members{hint}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A model in memory and the thread that runs it."""
 

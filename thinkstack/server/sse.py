@@ -7,11 +7,12 @@ from pydantic_core import from_json
 
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 """What clients skip."""
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def to_json(body: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return _encode(body).encode()
 
 
 def sse(body: Any, event: str | None = None) -> bytes:
