@@ -33,7 +33,8 @@ def answer(prompt: str, index: int) -> str:
         return "The sum is 3."
     thinking = "" if prompt.endswith("</think>") else "the tool.</think>"
     if "sum" in prompt:
-        return f"{thinking}I ask.{CALLS}<｜tool▁calls▁end｜>"
+        words = "" if "call now" in prompt else "I ask."  # a forced call is not introduced
+        return f"{thinking}{words}{CALLS}<｜tool▁calls▁end｜>"
     return f"{thinking}It is 你好 🙂 Paris."
 
 
@@ -111,7 +112,8 @@ def test_events_have_the_protocols_order(server):
 
 @pytest.mark.parametrize("choice", [{"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "get_sum"}])
 def test_tools_are_called_and_answered(client, choice):
-    user = {"role": "user", "content": [{"type": "text", "text": "the sum", "cache_control": {"type": "ephemeral"}}]}
+    text = "the sum" if choice["type"] == "auto" else "the sum, call now"
+    user = {"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}
     called = ask(client, messages=[user], tools=TOOLS, tool_choice=choice, thinking={"type": "disabled"})
     calls = [block for block in called.content if block.type == "tool_use"]
     assert called.stop_reason == "tool_use" and calls[0].name == "get_sum"

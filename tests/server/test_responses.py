@@ -27,7 +27,8 @@ def answer(prompt: str, index: int) -> str:
     if "as JSON" in prompt:
         return f'{thinking}{{"a":1}}'
     if "sum" in prompt:
-        return f"{thinking}I ask.<｜tool▁calls▁begin｜>{CALL * 2}<｜tool▁calls▁end｜>"
+        words = "" if "call now" in prompt else "I ask."  # a forced call is not introduced
+        return f"{thinking}{words}<｜tool▁calls▁begin｜>{CALL * 2}<｜tool▁calls▁end｜>"
     return f"{thinking}It is 你好 🙂 Paris."
 
 
@@ -118,7 +119,8 @@ def test_a_summary_is_streamed_for_clients_that_show_nothing_else(client):
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "name": "get_sum"}])
 def test_tools_are_called_and_answered(client, choice):
-    items = [{"role": "user", "content": [{"type": "input_text", "text": "the sum"}]}]
+    text = "the sum" if choice == "auto" else "the sum, call now"
+    items = [{"role": "user", "content": [{"type": "input_text", "text": text}]}]
     found = ask(client, input=items, tools=[TOOL], tool_choice=choice)
     calls = [item for item in found.output if item.type == "function_call"]
     assert calls[0].name == "get_sum" and isinstance(json.loads(calls[0].arguments), dict)
