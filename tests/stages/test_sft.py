@@ -91,7 +91,7 @@ def test_tools_and_calls_of_a_row_are_trained_on_or_refused_with_its_place(start
     assert ("Adds." in tokenizer.decode(example.ids)) == bool(tools)
     for name, message in (
         ("r1_zero", "'r1_zero' does not support tools"),
-        ("v3", "no control token '<｜tool▁calls▁begin｜>'"),
+        ("v3", "no (control )?token '?<｜tool▁calls▁begin｜>"),
     ):
         with pytest.raises(ConfigError, match=rf"calls\.jsonl line 3: .*{message}"):
             make_sft_dataset(conversations, chat_format(name, tiny_tokenizer()), cfg)
