@@ -132,6 +132,23 @@ def test_one_completion_ends_while_its_siblings_go_on():
     serve(scripted(), client)
 
 
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("num_steps", [1, 3, 5])
+def test_a_completion_can_end_while_its_prompt_is_computed(index, num_steps):
+    """The others waited for a prompt that nobody computed any more."""
+    engine = scripted(max_prefill_tokens=64)
+    request = engine.submit([3] * 300, SamplingParams(max_tokens=5, n=3))
+    for _ in range(num_steps):
+        engine.step()
+    engine.end(request, index)
+    for _ in range(20):
+        engine.step()
+    reasons = [completion and completion.finish_reason for completion in request.completions]
+    assert reasons == ["stop" if each == index else "length" for each in range(3)]
+    engine.scheduler.check_invariants()
+    assert engine.scheduler.pool.num_free_blocks == engine.scheduler.pool.num_blocks
+
+
 def test_a_waiting_completion_can_end_too():
     """Preempted by a request of higher priority."""
 

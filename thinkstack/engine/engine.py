@@ -301,6 +301,9 @@ class Engine:
 
     def end(self, request: Request, index: int) -> None:
         """End one completion of `request` with finish_reason="stop", for example because a stop string occurred."""
+        leaders = [row for row in request.rows.values() if self.table.sibling_rows[row]]
+        for leader in leaders:  # others wait for its prompt, so all of them return to the queue
+            self.scheduler.preempt(leader)
         if (row := request.rows.get(index)) is not None:
             self._finish(row, "stop")
         elif request.completions[index] is None:

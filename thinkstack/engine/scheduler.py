@@ -188,7 +188,7 @@ class Scheduler:
                 count = (len(table.blocks[row]) + self.pool.num_free_blocks) * BLOCK_SIZE - start
         if count <= 0:
             if count < 0 or (pending > 0 and budget > 0):
-                self._preempt(row)
+                self.preempt(row)
             return 0
         table.append_blocks(row, self.pool.allocate(max(missing, 0)))
         self.cache_full_blocks(row, start + count)
@@ -271,7 +271,7 @@ class Scheduler:
         shared, rest = divmod(prompt, BLOCK_SIZE)
         for sibling in table.sibling_rows[row]:
             if rest and not self.pool.num_free_blocks:
-                self._preempt(sibling)
+                self.preempt(sibling)
                 continue
             own = self.pool.allocate(1) if rest else []
             self.pool.add_reference(table.blocks[row][:shared])
@@ -292,11 +292,11 @@ class Scheduler:
             if last == row:
                 return False
             if table.blocks[last]:
-                self._preempt(last)
+                self.preempt(last)
                 return True
         return False
 
-    def _preempt(self, row: int) -> None:
+    def preempt(self, row: int) -> None:
         """Requeue a row, and the siblings that wait for its prompt."""
         table = self.table
         request, index = table.request_at(row)
@@ -344,7 +344,7 @@ class Scheduler:
         """Requeue all running rows."""
         for row in reversed(list(self.running)):
             if self.table.requests[row] is not None and not self.table.awaits_prompt[row]:
-                self._preempt(row)  # and the siblings of the row
+                self.preempt(row)  # and the siblings of the row
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the blocks of all rows and the pool disagree."""

@@ -93,7 +93,8 @@ class Generation:
 
     def abort(self) -> None:
         """End the unfinished completions with finish_reason="abort"; their blocks are freed before the next step."""
-        self._service.post(lambda: self._service.abort_now(self))
+        if self._num_unread_ends:
+            self._service.post(lambda: self._service.abort_now(self))
 
     def end(self, index: int) -> None:
         """End one completion with finish_reason="stop", because a stop string occurred in its text."""
@@ -207,7 +208,7 @@ class EngineService:
             await drained.wait()
             await self.call(lambda: self._load(model, version, "keep"))  # nothing runs
         finally:
-            self.post(self._admit_again)
+            self.post(lambda: setattr(self._engine.scheduler, "is_draining", False))
 
     async def close(self, max_wait: float = 0.0) -> None:
         """Refuse new requests, finish the others within `max_wait` seconds, abort the rest, and end the thread."""
@@ -380,9 +381,6 @@ class EngineService:
         self._engine.load_weights(model, version, running)
         for generation in list(self._live.values()):
             self._publish_ends(generation)
-
-    def _admit_again(self) -> None:
-        self._engine.scheduler.is_draining = False
 
     def _stop(self) -> None:
         """Fail all requests and end the thread."""
