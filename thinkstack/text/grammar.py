@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any, Literal, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -36,6 +36,8 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 500_000,
 }
 """llguidance's limits on the work of compiling and of one token (LLParserLimits)."""
+MAX_PROCESSES = 2
+"""Number of schemas that are tried out at a time."""
 WORKER = Path(__file__).with_name("grammar_worker.py")
 ToolChoice = Literal["auto", "required"]
 
@@ -213,6 +215,7 @@ class GrammarCompiler:
         self._cache: OrderedDict[GrammarSource, CompiledGrammar | Refusal] = OrderedDict()
         """Compiled and refused grammars."""
         self._tokenizer: LLTokenizer | None = None
+        self._processes = BoundedSemaphore(MAX_PROCESSES)
 
     def compile(self, source: GrammarSource, timeout_seconds: float = 5.0) -> CompiledGrammar:
         """Compile a grammar, or return it from the cache. It takes milliseconds to seconds: call it outside the thread
@@ -226,7 +229,9 @@ class GrammarCompiler:
             if found is not None:
                 self._cache.move_to_end(source)
         if found is None:
-            found = _try_out(source.schemas, timeout_seconds) or self._compile(source)
+            with self._processes:
+                refusal = _try_out(source.schemas, timeout_seconds)
+            found = refusal or self._compile(source)
             with self._lock:
                 self._cache[source] = found
                 while len(self._cache) > self._max_cached:
