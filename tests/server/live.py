@@ -31,8 +31,8 @@ Answer = Callable[[str, int], str]
 class LiveServer:
     """A running server."""
 
-    def __init__(self, server: Server, url: str, key: str, engine: ScriptedEngine):
-        self.server, self.url, self.key, self.engine = server, url, key, engine
+    def __init__(self, server: Server, url: str, key: str, engine: ScriptedEngine, loop: asyncio.AbstractEventLoop):
+        self.server, self.url, self.key, self.engine, self.loop = server, url, key, engine, loop
         self.headers = {"Authorization": f"Bearer {key}"}
 
 
@@ -78,12 +78,13 @@ def live(
     server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings(), principal)
     listener = listen("127.0.0.1", 0)
     url, running = address_of(listener), ApiProcess(server)
-    thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=(running.serve([listener]),))
     thread.start()
     try:
         while not running.started:
             assert thread.is_alive(), "the server did not start"
-        yield LiveServer(server, url, key, served)
+        yield LiveServer(server, url, key, served, loop)
     finally:
         running.should_exit = True
         thread.join()

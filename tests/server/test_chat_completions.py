@@ -1,20 +1,26 @@
 """POST /chat/completions over real sockets: replies, streams, usage, refusals, overload, disconnects, shutdown."""
 
+import asyncio
 import concurrent.futures
+import contextlib
 import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.requests import ClientDisconnect
 
 from tests import HANG_SECONDS
 from tests.server.live import TOKENIZER, LiveServer, live
 from thinkstack.server.app import ServerSettings
+from thinkstack.server.deepseek import ChatReply
 from thinkstack.server.prices import Usage
+from thinkstack.server.schema import ChatRequest
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ENDLESS = "the sum " * 4000
@@ -208,6 +214,12 @@ def test_ignored_fields_are_named(server):
     assert response.status_code == 200 and response.headers["x-ignored-fields"] == "store, user"
 
 
+def test_sampling_fields_that_a_model_name_fixes_are_named(server):
+    response = post(server, model="deepseek-reasoner", temperature=0.1, seed=3, user="ada")
+    assert response.headers["x-ignored-fields"] == "temperature, user"
+    assert "x-ignored-fields" not in post(server, temperature=0.1).headers
+
+
 def test_both_spellings_of_thinking_are_taken_back(server):
     messages = [*QUESTION, {"role": "assistant", "content": "Paris", "reasoning": "I know", "audio": None}, *QUESTION]
     assert post(server, messages=messages).status_code == 200
@@ -260,6 +272,38 @@ def test_a_client_that_leaves_frees_its_blocks_and_is_charged_what_it_got(server
     until(lambda: is_idle(server))
     until(lambda: not server.server.turns)
     assert ledger(server).completion_tokens - before.completion_tokens < 6000
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_reply_that_nobody_begins_to_read_frees_and_settles_its_turn(server, is_stream):
+    """A client that leaves before the first chunk: no iterator has begun, so none has an end."""
+    api = server.server
+
+    class Gone:
+        """A request whose client has left."""
+
+        state = SimpleNamespace()
+
+        async def receive(self) -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+    async def client_leaves() -> None:
+        principal = api.accounts.authenticate(server.key)
+        turn = await api.make_turn(principal, ChatRequest(**ENDLESS_BODY).turn())
+        with contextlib.suppress(asyncio.CancelledError, OSError):
+            response = await api.answer(Gone(), ChatReply(turn, "deepseek-reasoner"), principal, is_stream)
+
+            async def send(message: object) -> None:
+                raise OSError("the client has left")
+
+            with contextlib.suppress(ClientDisconnect):
+                await response({"type": "http", "asgi": {"spec_version": "2.4"}}, Gone().receive, send)
+        assert turn.id not in api.turns and turn.status == "abort"
+
+    before = api.accounts.usage("user")[0].requests
+    asyncio.run_coroutine_threadsafe(client_leaves(), server.loop).result(HANG_SECONDS)
+    until(lambda: is_idle(server))
+    until(lambda: api.accounts.usage("user")[0].requests == before + 1)
 
 
 def test_a_client_that_stops_reading_does_not_stop_the_others(server):

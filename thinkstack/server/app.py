@@ -5,13 +5,14 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 import thinkstack
 from thinkstack.engine.interface import Overloaded
@@ -130,17 +131,20 @@ class Server:
         """Start the turn of a reply and send it. media_type: that of a stream."""
         turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
         request.state.turn, turn.is_stream = turn, is_stream
-        if ignored:
-            headers["X-Ignored-Fields"] = ", ".join(ignored)
+        if ignored := [*ignored, *turn.prepared.ignored]:
+            headers["X-Ignored-Fields"] = ", ".join(sorted(ignored))
         await turn.start(principal, self.settings.max_wait)
         self.turns[turn.id] = turn
         if is_stream:
-            return StreamingResponse(self._stream(reply), media_type=media_type, headers=headers)
+            return TurnResponse(self._stream(reply), lambda: self._close(turn), media_type=media_type, headers=headers)
         try:
             return JSONResponse(await _unless_disconnected(request, reply.whole()), headers=headers)
         finally:
-            turn.abort()
-            del self.turns[turn.id]
+            self._close(turn)
+
+    def _close(self, turn: Turn) -> None:
+        turn.close()
+        del self.turns[turn.id]
 
     async def _stream(self, reply: Reply) -> AsyncIterator[bytes]:
         """The chunks of a reply; an error after the start is the last one."""
@@ -154,7 +158,6 @@ class Server:
                 log.exception("a stream failed")
             yield reply.error(found)
         finally:
-            self.turns.pop(reply.turn.id, None)
             await chunks.aclose()
 
     async def _keep_alive(self) -> None:
@@ -164,6 +167,20 @@ class Server:
             await asyncio.sleep(settings.keep_alive_seconds / 4)
             for turn in list(self.turns.values()):
                 turn.keep_alive(settings.keep_alive_seconds, settings.max_step_seconds)
+
+
+class TurnResponse(StreamingResponse):
+    """A stream that ends its turn even if the client leaves before the first chunk, when no iterator has begun."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None], **options: Any):
+        super().__init__(chunks, **options)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:

@@ -78,7 +78,8 @@ class Billing:
     async def settle(self, charge: Charge, status: str) -> None:
         """Charge what was delivered; `settle_soon`, then wait until it is written."""
         self.settle_soon(charge, status)
-        await asyncio.wait([self._flusher] if self._flusher is not None else [], timeout=RETRY_SECONDS)
+        if self._flusher is not None:
+            await asyncio.wait([self._flusher], timeout=RETRY_SECONDS)
 
     def settle_soon(self, charge: Charge, status: str) -> None:
         """Charge what was delivered, once, in the background."""

@@ -1,7 +1,6 @@
 """Metrics for Prometheus: the state of each member, latencies of its tokens, and requests by route and status.
 
-The state is read when it is asked for. Latencies are observed once per update of a stream, in the event loop alone, in
-0.4 us.
+The state is read when it is asked for. Latencies are observed once per update of a stream, in the event loop alone.
 """
 
 from bisect import bisect_left

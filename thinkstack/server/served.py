@@ -71,13 +71,13 @@ class NameConfig:
     default_max_tokens: Count = 4096
     """max_tokens of a request that gives none."""
     efforts: Mapping[str, int] = field(default_factory=lambda: {"low": 1024, "high": 8192, "max": 32_768})
-    """Largest number of thinking tokens by reasoning effort; the last one applies without an effort."""
+    """Largest number of thinking tokens by reasoning effort; the largest one applies without an effort."""
     temperature: Annotated[float, Ge(0), Le(2)] = 1.0
     """Default of temperature."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Default of top_p."""
     fixed_sampling: bool = False
-    """Whether temperature, top_p and penalties of a request are ignored, as DeepSeek's reasoner does."""
+    """Whether all sampling fields of a request but seed and n are ignored, as DeepSeek's reasoner does."""
     price: str = ""
     """Name in the table of prices; empty: the name of the model."""
 

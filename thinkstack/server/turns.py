@@ -43,6 +43,8 @@ class PreparedTurn:
     """The start of the turn that the prompt contains, as pieces of text and control tokens."""
     grammar: GrammarFactory | None
     is_thinking: bool
+    ignored: tuple[str, ...]
+    """Sampling fields of the request that have no effect with this model name."""
 
 
 def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
@@ -67,9 +69,8 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
         )
     free = member.service.max_model_len - len(prompt)
     max_tokens = request.max_tokens or max(min(config.default_max_tokens, free), 1)
-    given = dict(request.sampling)
-    if config.fixed_sampling:
-        given = {name: value for name, value in given.items() if name in ("seed", "n")}
+    ignored = tuple(name for name in request.sampling if config.fixed_sampling and name not in ("seed", "n"))
+    given = {name: value for name, value in request.sampling.items() if name not in ignored}
     given.setdefault("seed", secrets.randbits(62))
     budget = _thinking_budget(model, request, wants_thinking)
     sampling = SamplingParams(
@@ -83,7 +84,7 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     )
     grammar = _grammar(member, request, tools)
     factory = None if grammar is None else grammar.factory(member.chat.tokenizer.encode_pieces(opening))
-    return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think)
+    return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think, ignored)
 
 
 def _render(
@@ -200,8 +201,9 @@ class Turn:
                 max_wait=max_wait,
             )
         except BaseException:
-            self._billing.settle_soon(self._charge, "refused")
+            self.close()
             raise
+        self.status = "abort"
 
     def keep_alive(self, silence: float, max_step: float) -> None:
         """Send KEEP_ALIVE after `silence` seconds without an event, or end the turn if the engine's current step takes
@@ -218,6 +220,12 @@ class Turn:
         if self._generation is not None:
             self._generation.abort()
 
+    def close(self) -> None:
+        """End the turn, if it runs, and charge what was delivered: for a `finally`, also if `events` never began."""
+        self.abort()
+        if self._charge is not None:
+            self._billing.settle_soon(self._charge, self.status)
+
     async def end_thinking(self) -> None:
         """Close the thinking now."""
         if self._generation is not None:
@@ -230,7 +238,7 @@ class Turn:
         Raises Overloaded if the request waited too long or the engine stopped.
         """
         assert self._generation is not None and self._charge is not None
-        self.status, running = "abort", set(range(len(self._streams)))
+        running = set(range(len(self._streams)))
         try:
             async for updates in self._generation:
                 if not updates:
@@ -259,9 +267,7 @@ class Turn:
                         self.status = reason
             await self._billing.settle(self._charge, self.status)
         finally:
-            if running:
-                self._generation.abort()
-            self._billing.settle_soon(self._charge, self.status)
+            self.close()
 
     def take_logprobs(self, index: int) -> dict[TokenKind, list[TokenLogprob]]:
         """The tokens of a choice since the last call, as far as it is known which part of the turn they belong to."""
