@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,12 +160,6 @@ def test_usage_adds_up_in_reply_stream_and_ledger(server):
         assert row["prompt_tokens_details"]["cached_tokens"] == row["prompt_cache_hit_tokens"]
 
 
-def test_a_seed_repeats_alone_and_in_a_crowd(server):
-    """The scripted engine is certain, so only the fields are compared here; tests/engine compares tokens."""
-    found = {post(server, seed=7, temperature=0.5).json()["choices"][0]["message"]["content"] for _ in range(2)}
-    assert len(found) == 1
-
-
 @pytest.mark.parametrize(
     ("body", "status", "param", "words"),
     [
@@ -257,10 +252,9 @@ def is_idle(server: LiveServer) -> bool:
 ENDLESS_BODY = {"model": "deepseek-reasoner", "messages": [{"role": "user", "content": "endless"}], "max_tokens": 6000}
 
 
-@pytest.mark.parametrize("is_stream", [True, False])
-@pytest.mark.parametrize("after", [0.0, 0.05])
-def test_a_client_that_leaves_frees_its_blocks_and_is_charged_what_it_got(server, is_stream, after):
-    before = ledger(server)
+@contextlib.contextmanager
+def endless_request(server: LiveServer, is_stream: bool) -> Iterator[None]:
+    """A running request on a connection that is never read from; at the end the client leaves."""
     body = json.dumps(ENDLESS_BODY | {"stream": is_stream}).encode()
     head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -268,6 +262,14 @@ def test_a_client_that_leaves_frees_its_blocks_and_is_charged_what_it_got(server
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
         until(lambda: not is_idle(server))
+        yield
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("after", [0.0, 0.05])
+def test_a_client_that_leaves_frees_its_blocks_and_is_charged_what_it_got(server, is_stream, after):
+    before = ledger(server)
+    with endless_request(server, is_stream=is_stream):
         time.sleep(after)
     until(lambda: is_idle(server))
     until(lambda: not server.server.turns)
@@ -307,13 +309,7 @@ def test_a_reply_that_nobody_begins_to_read_frees_and_settles_its_turn(server, i
 
 
 def test_a_client_that_stops_reading_does_not_stop_the_others(server):
-    body = json.dumps(ENDLESS_BODY | {"stream": True}).encode()
-    head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(head.encode() + body)
-        until(lambda: not is_idle(server))
+    with endless_request(server, is_stream=True):
         assert post(server).status_code == 200
     until(lambda: is_idle(server))
 
