@@ -40,7 +40,7 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
 
 
 class Extensible(BaseModel):
-    """Unknown fields are kept, so that `unknown_fields` can refuse them by name."""
+    """Unknown fields are kept, so that `ignored_fields` can refuse them by name."""
 
     model_config = ConfigDict(extra="allow")
 
