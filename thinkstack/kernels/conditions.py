@@ -82,6 +82,11 @@ def fits_small_m(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
+def fits_small_m_quantized(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> bool:
+    """`fits_small_m` of a quantized weight without bias."""
+    return bias is None and fits_small_m(x, weight.parts["qweight"])
+
+
 def fits_prepacked(x: Tensor) -> bool:
     """Inference in bf16, and not so many rows that the reorder of the matrix takes little of the time."""
     is_bf16 = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
@@ -95,9 +100,11 @@ def is_emulated(x: Tensor, *_: Any) -> bool:
     return choice.emulates_bf16()
 
 
-def fits_dequantize(kind: type[QuantScheme], scheme: QuantScheme, parts: Parts, out: Tensor) -> bool:
-    """Contiguous output, quantized by a scheme of this kind."""
-    return isinstance(scheme, kind) and out.is_contiguous() and on_cpu(out, "dequantize")
+def fits_dequantize(
+    kinds: type[QuantScheme] | tuple[type[QuantScheme], ...], scheme: QuantScheme, parts: Parts, out: Tensor
+) -> bool:
+    """Contiguous output, quantized by a scheme of these kinds."""
+    return isinstance(scheme, kinds) and out.is_contiguous() and on_cpu(out, "dequantize")
 
 
 def fits_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor) -> bool:

@@ -34,6 +34,7 @@ from thinkstack.kernels.conditions import (
     fits_rotate,
     fits_scaled_mm,
     fits_small_m,
+    fits_small_m_quantized,
     fits_swiglu,
     fp32_inference_on_cpu,
     is_emulated,
@@ -46,7 +47,7 @@ from thinkstack.kernels.cpu.prepacked import PrepackedMatrix, can_prepack_all
 from thinkstack.kernels.masks import PackedMask, document_block_mask
 from thinkstack.kernels.paging import KVLayout, Pages
 from thinkstack.kernels.sizes import ROW_TILE
-from thinkstack.quant.fp8 import BLOCK, FP8Blocks
+from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
 from thinkstack.quant.nf4 import NF4Blocks
 from thinkstack.quant.scheme import Parts, QuantizedTensor, QuantScheme
@@ -191,6 +192,20 @@ def sample(
     return _run("sample", logits, temperature, uniform, filters)
 
 
+def top_logprobs(
+    logits: Tensor, temperature: Tensor, filters: sampling.SamplingFilters | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """The most likely tokens under the sampling distribution: (ids, log-probabilities fp32), (B, count) each, sorted;
+    among equals the lower id first. The arguments are those of `sample`."""
+    return _run("top_logprobs", logits, temperature, filters, count)
+
+
+def penalize_(logits: Tensor, penalized: sampling.PenalizedTokens) -> None:
+    """Apply penalties to logits (B, V) fp32 in place, computed in fp64 and rounded once: the repetition penalty of
+    arXiv:1909.05858, then the presence and frequency penalties of the OpenAI API."""
+    _run("penalize_", logits, penalized)
+
+
 class RowSampler:
     """`sample` for rows of a table of sampling settings. The contents of the columns may change; the arrays must stay
     the same. The random number of a token depends on its seed and position only."""
@@ -294,25 +309,9 @@ def _upcast_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _run("matmul", x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def _quantized_small_m(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    return inference.small_m_linear(x, weight.parts["qweight"], weight.parts["scale"])
-
-
 def _quantized_on_triton(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     out = triton.quantized_linear(x, weight.parts["qweight"], weight.parts["scale"].float())
     return out if bias is None else out + bias
-
-
-def _dequantize_int8_(scheme: Int8, parts: Parts, out: Tensor) -> None:
-    rows.dequantize_block(parts["qweight"].contiguous(), parts["scale"].contiguous(), out, 1, out.shape[-1])
-
-
-def _dequantize_fp8_(scheme: FP8Blocks, parts: Parts, out: Tensor) -> None:
-    rows.dequantize_block(parts["qweight"].contiguous(), parts["scale"].float().contiguous(), out, BLOCK, BLOCK)
-
-
-def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.T @ x
 
 
 # Operation: implementations with their conditions, best first.
@@ -324,10 +323,7 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
     ),
     "quantized_linear": (
         (_quantized_on_triton, fits_quantized),
-        (
-            _quantized_small_m,
-            lambda x, w, b: b is None and fits_small_m(x, w.parts["qweight"]),
-        ),
+        (lambda x, w, b: inference.small_m_linear(x, w.parts["qweight"], w.parts["scale"]), fits_small_m_quantized),
         (_DequantizedLinear.apply, always),
     ),
     "matmul": (
@@ -342,13 +338,12 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
     "linear_grad_x": ((rows.linear_grad_x, lambda grad, w: fits_linear(grad, *w.shape)), (torch.matmul, always)),
     "linear_grad_weight": (
         (rows.linear_grad_weight, lambda grad, x: fits_linear(grad, grad.shape[1], x.shape[1])),
-        (_grad_weight, always),
+        (lambda grad, x: grad.T @ x, always),
     ),
     "scaled_matmul": ((scaled_mm.device_matmul, fits_scaled_mm), (scaled_mm.dequantized_matmul, always)),
     "dequantize_": (
-        (_dequantize_int8_, partial(fits_dequantize, Int8)),
-        (_dequantize_fp8_, partial(fits_dequantize, FP8Blocks)),
-        (lambda scheme, parts, out: rows.dequantize_nf4(**parts, out=out), partial(fits_dequantize, NF4Blocks)),
+        (lambda _, parts, out: rows.dequantize_block(**parts, out=out), partial(fits_dequantize, (Int8, FP8Blocks))),
+        (lambda _, parts, out: rows.dequantize_nf4(**parts, out=out), partial(fits_dequantize, NF4Blocks)),
         (lambda scheme, parts, out: scheme.dequantize_(parts, out), always),
     ),
     "rms_norm": ((autograd.rms_norm, fits_norm), (reference.rms_norm, always)),
@@ -390,6 +385,14 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
         (reference.logprobs_backward, always),
     ),
     "sample": ((inference.sample, lambda logits, *_: on_cpu(logits, "sample")), (sampling.sample, always)),
+    "top_logprobs": (
+        (inference.top_logprobs, lambda logits, _, filters, count: filters is None and on_cpu(logits, "sample")),
+        (sampling.top_logprobs, always),
+    ),
+    "penalize_": (
+        (inference.penalize_, lambda logits, _: on_cpu(logits, "sample")),
+        (sampling.penalize_, always),
+    ),
     "sample_rows": (
         (lambda s, *given: inference.sample_rows(s.addresses, *given), lambda s, logits, *_: on_cpu(logits, "sample")),
         (lambda s, *given: sampling.sample_rows(s.columns, *given), always),
