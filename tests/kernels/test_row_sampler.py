@@ -126,3 +126,19 @@ def test_the_most_likely_tokens_are_those_of_torch(vocabulary, count, dtype, on_
     tokens, own = sample(logits, greedy, torch.zeros(30, dtype=torch.float64))
     ids, logprobs = ops.top_logprobs(logits, greedy, None, 1)
     assert torch.equal(ids[:, 0], tokens) and torch.equal(logprobs[:, 0], own)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 32, 50, 640])
+def test_a_token_bitmask_bans_the_tokens_that_it_does_not_contain(vocabulary, on_torch):
+    random = numpy.random.default_rng(0)
+    bitmask = random.integers(-(2**31), 2**31, (5, -(-vocabulary // 32)), dtype=numpy.int32)
+    entries = random.permutation(8)[:5]
+    mine = random_tensor(8, vocabulary).float()
+    theirs, expected = mine.clone(), mine.clone()
+    for row, words in zip(entries.tolist(), bitmask.tolist(), strict=True):
+        for token in range(vocabulary):
+            if not words[token // 32] >> token % 32 & 1:
+                expected[row, token] = -torch.inf
+    ops.apply_token_bitmask_(mine, entries, bitmask)
+    on_torch(ops.apply_token_bitmask_, theirs, entries, bitmask)
+    assert torch.equal(mine, expected) and torch.equal(theirs, expected)

@@ -58,9 +58,3 @@ class GrammarState:
             self.grammar.fill_bitmask(bitmask, index + num_advanced)
         if num_advanced:
             self.grammar.rollback(num_advanced)
-
-
-def allowed_tokens(bitmask: numpy.ndarray, vocab_size: int) -> numpy.ndarray:
-    """A bitmask (B, ceil(V / 32)) as (B, V) bool."""
-    bits = numpy.unpackbits(bitmask.astype("<i4", copy=False).view(numpy.uint8), axis=1, bitorder="little")
-    return bits[:, :vocab_size].astype(bool)

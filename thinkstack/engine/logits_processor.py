@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.grammar import GrammarState, allowed_tokens
+from thinkstack.engine.grammar import GrammarState
 from thinkstack.kernels import ops
 from thinkstack.kernels.sampling import PenalizedTokens
 from thinkstack.types import RequestError, SamplingParams
@@ -224,16 +224,12 @@ class LogitsProcessor:
                 state.fill(bitmask, start, output, drafts)
             except RequestError as error:
                 errors[int(chosen[start])] = f"the grammar failed: {error}"
-        allowed = allowed_tokens(bitmask, self.vocab_size)
-        for place in numpy.flatnonzero(~allowed.any(1)).tolist():
+        if rest := self.vocab_size % 32:
+            bitmask[:, -1] &= (1 << rest) - 1
+        for place in numpy.flatnonzero(~bitmask.any(1)).tolist():
             num_sampled = self._num_tokens[rows[place]] - self._num_prompt_tokens[rows[place]] + offsets[place]
             errors[int(chosen[place])] = f"the grammar allows no token after {num_sampled} tokens"
-        banned = torch.from_numpy(~allowed).to(logits.device)
-        if len(chosen) == len(logits):
-            logits.masked_fill_(banned, -torch.inf)
-        else:
-            places = torch.from_numpy(chosen).to(logits.device)
-            logits[places] = logits[places].masked_fill_(banned, -torch.inf)
+        ops.apply_token_bitmask_(logits, chosen, bitmask)
         return errors
 
     def forced_tokens(self, rows: numpy.ndarray, offsets: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:

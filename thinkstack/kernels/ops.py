@@ -10,7 +10,7 @@ same result alone and in a batch. A matrix is a Tensor or a QuantizedTensor.
 # E experts, K inputs, key width or experts per token, M outputs, I intermediate size, V vocabulary size or value width,
 # W entry width.
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from thinkstack.kernels import reference, sampling, scaled_mm, triton
 from thinkstack.kernels.conditions import (
     always,
-    eager_on_cpu,
     fits_dequantize,
     fits_experts,
     fits_grouped,
@@ -37,11 +36,14 @@ from thinkstack.kernels.conditions import (
     fits_small_m_quantized,
     fits_swiglu,
     fp32_inference_on_cpu,
+    if_eager,
+    if_on_cpu,
     is_emulated,
     on_cpu,
     on_device,
     on_triton,
 )
+from thinkstack.kernels.conditions import never_synchronizes as never_synchronizes
 from thinkstack.kernels.cpu import autograd, inference, operators, rows
 from thinkstack.kernels.cpu.prepacked import PrepackedMatrix, can_prepack_all
 from thinkstack.kernels.masks import PackedMask, document_block_mask
@@ -206,6 +208,12 @@ def penalize_(logits: Tensor, penalized: sampling.PenalizedTokens) -> None:
     _run("penalize_", logits, penalized)
 
 
+def apply_token_bitmask_(logits: Tensor, entries: numpy.ndarray, bitmask: numpy.ndarray) -> None:
+    """Set tokens of logits (B, V) fp32 to -inf in place: in rows `entries` (n,) int64, tokens whose bit is 0 in bitmask
+    (n, ceil(V / 32)) int32, where bit i of word w is token 32 * w + i."""
+    _run("apply_token_bitmask_", logits, entries, bitmask)
+
+
 class RowSampler:
     """`sample` for rows of a table of sampling settings. The contents of the columns may change; the arrays must stay
     the same. The random number of a token depends on its seed and position only."""
@@ -235,12 +243,6 @@ def prepack(weights: Collection[Tensor]) -> list[PrepackedMatrix | None]:
 def row_padding(count: int, dtype: torch.dtype) -> int:
     """Number of padding rows for a pass over `count` rows, so that in fp32 `linear` is batch-invariant; bf16 is not."""
     return -count % ROW_TILE if dtype == torch.float32 else 0
-
-
-def never_synchronizes(like: Tensor, stacks: Iterable[tuple[Matrix, Matrix]]) -> bool:
-    """Whether `paged_attend` for tensors like `like` and `experts` of these stacks run without waiting for the device,
-    which a CUDA graph requires: a Triton kernel reads the cache, and experts need no token counts on the host."""
-    return on_triton(like) and all(fits_grouped(w_in, w_out) for w_in, w_out in stacks)
 
 
 def _run(operation: str, *arguments: Any) -> Any:
@@ -365,7 +367,7 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
         (reference.eager_attention, always),
     ),
     "paged_attend": (
-        (inference.paged_attention, lambda query, *_: on_cpu(query, "paged_attend")),
+        (inference.paged_attention, if_on_cpu("paged_attend")),
         (triton.paged_attention, on_triton),
         (reference.paged_attention, always),
     ),
@@ -379,19 +381,17 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
         (reference.grouped_experts, lambda x, weights, chosen, w_in, w_out: fits_grouped(w_in, w_out)),
         (reference.padded_experts, always),
     ),
-    "logprobs": ((rows.logprobs, lambda logits, *_: eager_on_cpu(logits, "logprobs")), (reference.logprobs, always)),
-    "logprobs_backward": (
-        (rows.logprobs_backward, lambda logits, *_: eager_on_cpu(logits, "logprobs")),
-        (reference.logprobs_backward, always),
-    ),
-    "sample": ((inference.sample, lambda logits, *_: on_cpu(logits, "sample")), (sampling.sample, always)),
+    "logprobs": ((rows.logprobs, if_eager("logprobs")), (reference.logprobs, always)),
+    "logprobs_backward": ((rows.logprobs_backward, if_eager("logprobs")), (reference.logprobs_backward, always)),
+    "sample": ((inference.sample, if_on_cpu("sample")), (sampling.sample, always)),
     "top_logprobs": (
         (inference.top_logprobs, lambda logits, _, filters, count: filters is None and on_cpu(logits, "sample")),
         (sampling.top_logprobs, always),
     ),
-    "penalize_": (
-        (inference.penalize_, lambda logits, _: on_cpu(logits, "sample")),
-        (sampling.penalize_, always),
+    "penalize_": ((inference.penalize_, if_on_cpu("sample")), (sampling.penalize_, always)),
+    "apply_token_bitmask_": (
+        (inference.apply_token_bitmask_, if_on_cpu("sample")),
+        (sampling.apply_token_bitmask_, always),
     ),
     "sample_rows": (
         (lambda s, *given: inference.sample_rows(s.addresses, *given), lambda s, logits, *_: on_cpu(logits, "sample")),

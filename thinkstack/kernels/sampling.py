@@ -140,6 +140,14 @@ def penalize_(logits: Tensor, penalized: PenalizedTokens) -> None:
     logits.view(-1).put_(place, values.float()[is_valid])
 
 
+def apply_token_bitmask_(logits: Tensor, entries: numpy.ndarray, bitmask: numpy.ndarray) -> None:
+    """As in ops.py."""
+    bits = numpy.unpackbits(bitmask.astype("<i4", copy=False).view(numpy.uint8), axis=1, bitorder="little")
+    is_banned = torch.from_numpy(bits[:, : logits.shape[1]] == 0).to(logits.device)
+    rows = torch.from_numpy(entries).to(logits.device)
+    logits[rows] = logits[rows].masked_fill_(is_banned, -torch.inf)
+
+
 def sample_rows(
     columns: dict[str, numpy.ndarray],
     logits: Tensor,

@@ -41,6 +41,14 @@ struct Penalties {
   int64_t n, W, V, threads;
 };
 
+// n rows of V logits, W = ceil(V / 32).
+struct TokenBitmask {
+  float* logits;            // changed in place: -infinity where the bit is 0
+  const int64_t* entries;   // (n,): a row's index in the logits
+  const uint32_t* bitmask;  // (n, W)
+  int64_t n, W, V;
+};
+
 namespace {
 
 constexpr int64_t CHUNK = 256;      // masses that are summed in float; sums over chunks are double
@@ -266,6 +274,16 @@ extern "C" void penalize(const Penalties* a) {
   }
 }
 
+extern "C" void apply_token_bitmask(const TokenBitmask* a) {
+  for (int64_t r = 0; r < a->n; r++)
+    for (int64_t w = 0; w < a->W; w++) {
+      const uint32_t allowed = a->bitmask[r * a->W + w];
+      float* logits = a->logits + a->entries[r] * a->V + w * 32;
+      for (int64_t i = 0; i < std::min<int64_t>(32, a->V - w * 32); i++)
+        if (!(allowed >> i & 1)) logits[i] = -INFINITY;
+    }
+}
+
 extern "C" void sample(const Sample* a, int64_t is_bf16) {
   for_each_row(*a, [&](int64_t b, Masses& masses) { is_bf16 ? sample_row<bf16>(*a, b, masses) : sample_row<float>(*a, b, masses); });
 }
@@ -285,3 +303,5 @@ LAYOUT(TopLogprobs, TopLogprobs,
 LAYOUT(Penalties, Penalties,
        FIELD(logits) FIELD(entries) FIELD(tokens) FIELD(num_outputs) FIELD(is_valid) FIELD(repetition) FIELD(presence)
        FIELD(frequency) FIELD(n) FIELD(W) FIELD(V) FIELD(threads))
+
+LAYOUT(TokenBitmask, TokenBitmask, FIELD(logits) FIELD(entries) FIELD(bitmask) FIELD(n) FIELD(W) FIELD(V))
