@@ -257,7 +257,8 @@ void penalize_row(const Penalties& a, int64_t r, std::vector<float>& penalized) 
   const double repetition = a.repetition[r], presence = a.presence[r], frequency = a.frequency[r];
   for (int64_t i = 0, at = r * a.W; i < a.W; i++, at++) {
     const double given = row[a.tokens[at]], penalty = frequency * a.num_outputs[at] + (a.num_outputs[at] > 0 ? presence : 0);
-    penalized[i] = float((given > 0 ? given / repetition : given * repetition) - penalty);
+    const double scaled = repetition == 1 ? given : given > 0 ? given / repetition : given * repetition;
+    penalized[i] = float(scaled - penalty);
   }
   for (int64_t i = 0, at = r * a.W; i < a.W; i++, at++)
     if (a.is_valid[at]) row[a.tokens[at]] = penalized[i];
@@ -266,7 +267,7 @@ void penalize_row(const Penalties& a, int64_t r, std::vector<float>& penalized) 
 }  // namespace
 
 extern "C" void penalize(const Penalties* a) {
-#pragma omp parallel num_threads(a->n * a->W < 65536 ? 1 : a->threads)
+#pragma omp parallel num_threads(a->n * a->W < 2048 ? 1 : a->threads)
   {
     std::vector<float> penalized(a->W);
 #pragma omp for
