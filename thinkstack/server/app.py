@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -29,7 +30,7 @@ from thinkstack.server.errors import (
     PermissionDenied,
     RateLimited,
 )
-from thinkstack.server.keys import Principal
+from thinkstack.server.keys import Principal, hash_key
 from thinkstack.server.metrics import Metrics
 from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
@@ -43,6 +44,9 @@ from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
+PRINCIPAL_SECONDS = 1.0
+"""How long a key counts after it was read from the database: a revoked one at most so much longer."""
+MAX_PRINCIPALS = 10_000
 
 
 class Reply(Protocol):
@@ -76,6 +80,8 @@ class Server:
         self.metrics = Metrics(models.members)
         self.started = int(time.time())
         self._principal, self.needs_keys = principal, principal is None
+        self._principals: dict[str, tuple[float, Principal]] = {}
+        """By hash of the key, with the time at which they were read."""
         self.turns: dict[str, Turn] = {}
         """Running requests by id."""
 
@@ -111,7 +117,15 @@ class Server:
         key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         if not key:
             raise AuthenticationError("the request has no API key; send the header 'Authorization: Bearer sk-...'")
-        return await self.billing.call(self.accounts.authenticate, key)
+        hashed, now = hash_key(key), time.monotonic()
+        read_at, found = self._principals.get(hashed, (-math.inf, None))
+        if found is None or now - read_at > PRINCIPAL_SECONDS:
+            self._principals.pop(hashed, None)
+            found = await self.billing.call(self.accounts.authenticate, key)
+            if len(self._principals) >= MAX_PRINCIPALS:
+                self._principals.clear()
+            self._principals[hashed] = now, found
+        return found
 
     async def make_turn(self, principal: Principal, wanted: TurnRequest, id_prefix: str = "chatcmpl-") -> Turn:
         """Prepare a request. Raises RequestError, PermissionDenied."""
@@ -185,19 +199,14 @@ class TurnResponse(StreamingResponse):
 
 async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
     """The result of `work`, which is cancelled if the client leaves."""
-    task = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
     listener = asyncio.ensure_future(_disconnected(request))
+    listener.add_done_callback(lambda listener: listener.cancelled() or task.cancel())
     try:
-        await asyncio.wait([task, listener], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise asyncio.CancelledError
-        return task.result()
+        return await work
     finally:
         listener.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
 
 async def _disconnected(request: Request) -> None:
