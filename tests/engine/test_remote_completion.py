@@ -58,6 +58,18 @@ def test_a_budget_that_is_used_up_closes_the_thinking_and_the_output_is_sent_aga
     assert found.close_thinking() == ()
 
 
+@pytest.mark.parametrize(("reason", "end"), [("length", None), ("stop", "stop"), ("abort", "abort")])
+def test_a_stream_that_the_budget_cuts_is_not_the_end(reason, end):
+    found = completion(thinking_budget=3)
+    next_body(found)
+    found.take([3, 3, 3])
+    assert found.finish_reason(reason) == end
+    found.close_thinking()
+    next_body(found)
+    found.take([3] * 5)
+    assert found.finish_reason(reason) == reason
+
+
 def test_a_tag_that_has_begun_is_completed():
     found = completion(thinking_budget=3)
     found.take([3, 3, CLOSE[0]])

@@ -9,7 +9,7 @@ from tests.server.fake_vllm import FakeVllm, answer, attach
 from tests.server.live import TOKENIZER, WORDS, live, scripted
 from tests.server.requests import QUESTION, get, post, until
 from thinkstack.engine.service import EngineService
-from thinkstack.server.served import Member, MemberConfig, NameConfig, ServedModels
+from thinkstack.server.served import Member, MemberConfig, NameConfig, ServedModels, read_config
 from thinkstack.server.settings import ServerSettings
 from thinkstack.text.chat import chat_format
 from thinkstack.text.grammar import GrammarCompiler
@@ -63,6 +63,12 @@ def test_the_start_needs_one_server_that_is_long_enough(pair):
     with pytest.raises(ConfigError, match="no vLLM server is available"):
         attach(pair[0])
     assert attach(*pair).service.status.failure is None
+
+
+def test_servers_are_a_list_in_the_file(tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text('[members.m]\nmodel = "m"\nservers = ["http://a:1", "http://b:1"]\n[models.x]\nmember = "m"\n')
+    assert read_config(path).members["m"].servers == ("http://a:1", "http://b:1")
 
 
 def test_options_of_the_servers_are_refused_in_the_member():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from thinkstack.engine.grammar import StructuredOutputs
 from thinkstack.engine.sequence_table import Request
 from thinkstack.engine.vllm import request_body, server_seed
-from thinkstack.types import LARGEST_BIAS, RequestError, SamplingParams
+from thinkstack.types import LARGEST_BIAS, FinishReason, RequestError, SamplingParams
 
 
 class RemoteCompletion:
@@ -23,7 +23,7 @@ class RemoteCompletion:
         self.token_ids: list[int] = []
         self.must_restart = False
         """Whether the output goes on in another stream."""
-        self._num_streams = 0
+        self._num_streams, self._max_tokens = 0, 0
         self._content: Literal["free", "grammar"] = "grammar" if grammar and grammar.trigger is None else "free"
         self._phase: Literal["start", "thinking", "free", "grammar"] = self._content
         if grammar is None:
@@ -43,6 +43,11 @@ class RemoteCompletion:
     def num_left(self) -> int:
         """Number of tokens that may still be sampled."""
         return self.request.sampling.max_tokens - len(self.token_ids)
+
+    def finish_reason(self, reason: FinishReason | None) -> FinishReason | None:
+        """Why the completion ends if its stream ends for this reason; None if it goes on in another stream."""
+        is_cut_by_budget = reason == "length" and len(self.token_ids) == self._max_tokens and self.num_left > 0
+        return None if self.must_restart or is_cut_by_budget else reason
 
     def close_thinking(self) -> tuple[int, ...]:
         """The tokens that close the thinking now, because its budget is used up; they belong to the output."""
@@ -84,6 +89,7 @@ class RemoteCompletion:
             body["sampling_params"]["structured_outputs"] = dict(self._grammar.params)
             body["reasoning_ended"] = True  # the grammar applies at once, whatever reasoning parser the server has
         self._num_streams += 1
+        self._max_tokens = len(self.token_ids) + max_tokens
         self.must_restart = False
         return body, sampling
 

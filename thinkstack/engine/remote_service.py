@@ -163,8 +163,10 @@ class RemoteService:
         self._is_closing, deadline = True, time.monotonic() + max_wait
         while self._live and time.monotonic() < deadline and self.status.failure is None:
             await asyncio.sleep(0.02)
+        tasks = [task for live in self._live.values() for task in live.tasks.values()]
         for live in list(self._live.values()):
             self._fail(live, self._stopped_error())
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._aborts, return_exceptions=True)
         await self._pool.close()
 
@@ -219,8 +221,7 @@ class RemoteService:
                     if is_first and part.num_cached_tokens is not None:
                         live.request.num_cached_tokens = min(part.num_cached_tokens, len(live.request.prompt_token_ids))
                     num_taken = completion.take(part.token_ids)
-                    if not completion.must_restart and not (part.finish_reason == "length" and completion.num_left):
-                        reason = part.finish_reason
+                    reason = completion.finish_reason(part.finish_reason)
                     taken = StreamPart(
                         part.token_ids[:num_taken], part.logprobs[:num_taken], part.top_logprobs[:num_taken]
                     )
@@ -330,6 +331,8 @@ class RemoteService:
             with suppress(ServerError):
                 await server.streams.abort(request_id)
 
+        if server.failure is not None:
+            return
         task = asyncio.create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)

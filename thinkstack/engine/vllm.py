@@ -28,7 +28,7 @@ CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0
 """Time after which an idle connection is not used again; vLLM closes it after 5 seconds."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-START_HINT = "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out (docs/engine.md)"
+START_HINT = "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out (docs/internals/engine.md)"
 
 
 class ServerError(RuntimeError):
