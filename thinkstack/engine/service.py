@@ -15,7 +15,7 @@ from typing import Any
 
 from thinkstack.engine.engine import Engine
 from thinkstack.engine.grammar import GrammarFactory
-from thinkstack.engine.interface import Overloaded, WhileRunning, check_request
+from thinkstack.engine.interface import AnyService, Overloaded, WhileRunning, check_request
 from thinkstack.engine.outputs import CompletionUpdate
 from thinkstack.engine.sequence_table import Request
 from thinkstack.models.transformer import Transformer
@@ -58,7 +58,7 @@ class Generation:
     Updates that nobody has read are kept, at most max_tokens per completion, so a slow reader delays nobody.
     """
 
-    def __init__(self, service: "EngineService", num_completions: int):
+    def __init__(self, service: AnyService, num_completions: int):
         self.request: Request | None = None
         """The engine's request, to be read only."""
         self.loop = asyncio.get_running_loop()

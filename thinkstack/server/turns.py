@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from thinkstack.engine.grammar import GrammarFactory
+from thinkstack.engine.grammar import StructuredOutputs
 from thinkstack.engine.outputs import CompletionUpdate, joined
 from thinkstack.engine.service import EngineStopped, Generation
 from thinkstack.server.billing import Billing, Charge
@@ -44,7 +44,7 @@ class PreparedTurn:
     sampling: SamplingParams
     opening: list[str]
     """The start of the turn that the prompt contains, as pieces of text and control tokens."""
-    grammar: GrammarFactory | None
+    grammar: StructuredOutputs | None
     is_thinking: bool
     ignored: tuple[str, ...]
     """Sampling fields of the request that have no effect with this model name."""
