@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import math
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -30,7 +29,7 @@ from thinkstack.server.errors import (
     PermissionDenied,
     RateLimited,
 )
-from thinkstack.server.keys import Principal, hash_key
+from thinkstack.server.keys import Principal
 from thinkstack.server.metrics import Metrics
 from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
@@ -44,9 +43,6 @@ from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
-PRINCIPAL_SECONDS = 1.0
-"""How long a key counts after it was read from the database: a revoked one at most so much longer."""
-MAX_PRINCIPALS = 10_000
 
 
 class Reply(Protocol):
@@ -80,8 +76,6 @@ class Server:
         self.metrics = Metrics(models.members)
         self.started = int(time.time())
         self._principal, self.needs_keys = principal, principal is None
-        self._principals: dict[str, tuple[float, Principal]] = {}
-        """By hash of the key, with the time at which they were read."""
         self.turns: dict[str, Turn] = {}
         """Running requests by id."""
 
@@ -117,15 +111,8 @@ class Server:
         key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         if not key:
             raise AuthenticationError("the request has no API key; send the header 'Authorization: Bearer sk-...'")
-        hashed, now = hash_key(key), time.monotonic()
-        read_at, found = self._principals.get(hashed, (-math.inf, None))
-        if found is None or now - read_at > PRINCIPAL_SECONDS:
-            self._principals.pop(hashed, None)
-            found = await self.billing.call(self.accounts.authenticate, key)
-            if len(self._principals) >= MAX_PRINCIPALS:
-                self._principals.clear()
-            self._principals[hashed] = now, found
-        return found
+        found = self.accounts.recent_principal(key)
+        return found if found is not None else await self.billing.call(self.accounts.authenticate, key)
 
     async def make_turn(self, principal: Principal, wanted: TurnRequest, id_prefix: str = "chatcmpl-") -> Turn:
         """Prepare a request. Raises RequestError, PermissionDenied."""
