@@ -218,6 +218,7 @@ def test_every_option_is_named_for_what_it_takes(monkeypatch, capsys):
             cli.main()
         shown = capsys.readouterr().out
         assert end.value.code == 0
+        assert "[{None}" not in shown, command
         assert not {"STR", "INT", "FLOAT", "PATH"} & set(shown.replace("|", " ").split()), command
         assert "Args:" not in shown, f"{command}: its arguments are not one a line"
 

@@ -153,7 +153,7 @@ def test_a_name_is_one_of_those_that_the_server_lists():
 def test_a_server_without_a_list_takes_any_name_but_needs_one():
     server = FakeServer(models=None)
     assert connect(server, "any").name == "any"
-    with pytest.raises(ConfigError, match="lists no models; give the name"):
+    with pytest.raises(ConfigError, match="/v1/models lists no models; check the address"):
         connect(server)
 
 

@@ -49,7 +49,10 @@ class RemoteModel:
         if name:
             self.change(name)
         elif not self.names:
-            raise ConfigError(f"{self.url} lists no models; give the name: thinkstack chat NAME --url {self.url}")
+            hint = (
+                "check the address, which ends in /v1 for most servers, or name a model: thinkstack chat NAME --url URL"
+            )
+            raise ConfigError(f"{self.url}/models lists no models; {hint}")
         else:
             self.name = self.names[0]
 
