@@ -28,7 +28,7 @@ class FakeModel:
     """Repeats the last question; "fail" and "stop" raise after the first word."""
 
     def __init__(self, thinking_modes: tuple[bool, ...] = (True, False)):
-        self.name, self.names, self.thinking_modes = "fake", ["fake", "other"], thinking_modes
+        self.name, self.thinking_modes = "fake", thinking_modes
         self.summary = TurnSummary()
         self.seen: list[tuple[int, bool | None]] = []
         """(number of messages, thinking) of each request."""
@@ -56,8 +56,11 @@ class FakeModel:
     def explain_empty(self):
         return "never"
 
+    def list_names(self):
+        return ["fake", "other"]
+
     def change(self, name):
-        if name not in self.names:
+        if name not in self.list_names():
             raise ConfigError(f"no model {name!r}")
         self.name = name
 

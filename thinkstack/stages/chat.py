@@ -60,9 +60,8 @@ class ChatModel(Protocol):
     def thinking_modes(self) -> Collection[bool]:
         """The values that `thinking` may have; empty if the model decides."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Names that `change` takes, if they can be listed."""
+    def list_names(self) -> Sequence[str]:
+        """Names that `change` takes; empty if they cannot be listed. Raises RequestError."""
 
     def change(self, name: str) -> None:
         """Change to another model. Raises ConfigError, and keeps the current model then."""
@@ -195,7 +194,7 @@ def run_command(session: ChatSession, command: Command) -> str:
         session.load(path)
         return f"read {len(session.messages)} messages from {path}"
     if not command.argument:
-        names = f"; known: {', '.join(session.model.names)}" if session.model.names else ""
-        return f"{session.model.name}{names}"
+        names = ", ".join(session.model.list_names())
+        return f"{session.model.name}; known: {names}" if names else session.model.name
     session.change_model(command.argument)
     return f"{session.model.name} answers from now on"

@@ -76,8 +76,7 @@ class LocalModel:
                 continue
         return found
 
-    @property
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Checkpoints are not listed."""
         return []
 

@@ -45,16 +45,13 @@ class RemoteModel:
         timeout = httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.Client(headers=headers, timeout=timeout, transport=transport)
-        self.name = name
-        if name:
-            self.change(name)
-        elif not self.names:
+        names = self.list_names()
+        if not (name or names):
             hint = (
                 "check the address, which ends in /v1 for most servers, or name a model: thinkstack chat NAME --url URL"
             )
             raise ConfigError(f"{self.url}/models lists no models; {hint}")
-        else:
-            self.name = self.names[0]
+        self.name = self._checked(name, names) if name else names[0]
 
     def stream(self, messages: Sequence[Message], thinking: bool | None) -> Generator[StreamEvent]:
         """Stream the next assistant turn; closing the iterator closes the connection, so that the server stops.
@@ -99,8 +96,7 @@ class RemoteModel:
         """Both: whether a name has a switch is known to the server alone."""
         return THINKING_MODES
 
-    @property
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """The models that the server lists now; empty if it lists none."""
         with self._as_request_error():
             reply = self._client.get(f"{self.url}/models", timeout=CONNECT_SECONDS)
@@ -111,10 +107,12 @@ class RemoteModel:
 
     def change(self, name: str) -> None:
         """Change to another name of the server."""
-        names = self.names
+        self.name = self._checked(name, self.list_names())
+
+    def _checked(self, name: str, names: Sequence[str]) -> str:
         if names and name not in names:
             raise ConfigError(f"{self.url} has no model {name!r}{did_you_mean(name, names)}")
-        self.name = name
+        return name
 
     def _raise_for_status(self, reply: httpx2.Response) -> None:
         status = reply.status_code
