@@ -47,6 +47,18 @@ def test_a_user_is_added_listed_changed_and_disabled(thinkstack, accounts):
     assert cells(thinkstack("accounts list"))[1][1] == "admin"
 
 
+def test_a_folder_without_accounts_is_named_and_not_made(monkeypatch, capsys, tmp_path):
+    """`usage --data FOLDER` made an empty database in a mistyped folder and showed an empty table."""
+    folder = tmp_path / "mistyped"
+    for words in ("usage", "accounts list", "accounts change ann", "keys new ann", "keys list", "keys revoke sk-1"):
+        monkeypatch.setattr("sys.argv", ["thinkstack", *words.split(), "--data", str(folder)])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        assert raised.value.code == 2
+        assert f"{folder} has no accounts; the first start of `thinkstack serve`" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_key_is_shown_once_listed_and_revoked(thinkstack, accounts):
     thinkstack("accounts add ann")
     key = thinkstack(
@@ -97,6 +109,8 @@ RUDE = {
 @pytest.mark.parametrize(("line", "message"), RUDE.items(), ids=RUDE)
 def test_a_mistake_ends_in_one_line_with_the_way_out(monkeypatch, capsys, tmp_path, line, message):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    (tmp_path / "thinkstack").mkdir()
+    Database(sqlite_url(tmp_path / "thinkstack")).close()
     monkeypatch.setattr("sys.argv", ["thinkstack", *line.split()])
     with pytest.raises(SystemExit) as ended:
         cli.main()

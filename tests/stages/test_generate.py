@@ -16,10 +16,10 @@ from thinkstack.config import build
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.parallel.inference import Ranks, local_config
 from thinkstack.parallel.load import load_shard
-from thinkstack.stages.chat import ChatSession
 from thinkstack.stages.console import NEW
 from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.stages.generate import Generator, read_prompts
+from thinkstack.stages.local_chat import LocalModel
 from thinkstack.types import ConfigError, Message, SamplingParams
 
 SIZES = {
@@ -137,7 +137,7 @@ def test_weights_are_quantized_as_configured_in_every_generator(folder: Path):
     how = [replace(sampling, stop_token_ids=quantized.chat.stop_token_ids)]
     engine = Engine(load_model(folder), EngineConfig(quantization="int8"))
     assert quantized.answers(["1+2?"]) == [quantized.chat.text_of(engine.generate([ids], how)[0][0].token_ids)]
-    assert ChatSession(str(folder), sampling, quantization="int8").engine.cfg.quantization == "int8"
+    assert LocalModel(str(folder), sampling, quantization="int8").engine.cfg.quantization == "int8"
     assert build(EvaluateConfig, {"start": "base", "quantization": "int8"}).quantization == "int8"
 
 

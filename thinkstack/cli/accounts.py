@@ -42,7 +42,7 @@ def add(
     """
     from thinkstack.server.prices import parse_amount
 
-    limits, amount, accounts = _parse_limits(limit), parse_amount(grant), _open(database, data)
+    limits, amount, accounts = _parse_limits(limit), parse_amount(grant), _open(database, data, is_new=True)
     user_id = accounts.add_user(name, admin)
     if limits:
         accounts.change_user(user_id, **limits)
@@ -190,14 +190,20 @@ ACCOUNTS: dict[str, Callable[..., None]] = {"add": add, "list": list_users, "cha
 KEYS: dict[str, Callable[..., None]] = {"new": new_key, "list": list_keys, "revoke": revoke}
 
 
-def _open(database: str, data: Path | None) -> "Accounts":
+def _open(database: str, data: Path | None, is_new: bool = False) -> "Accounts":
+    """Open the accounts. is_new: whether the SQLite file may be made; a wrong folder is an error otherwise."""
     from thinkstack.server.accounts import Accounts
-    from thinkstack.server.database import Database, data_folder, sqlite_url
+    from thinkstack.server.database import Database, data_folder, sqlite_file, sqlite_url
 
     if database and data is not None:
         raise ConfigError("--database and --data both name a database; leave one of them out")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return Accounts(Database(database or sqlite_url(data or data_folder())))
+    folder = data or data_folder()
+    if not (database or is_new or sqlite_file(folder).exists()):
+        raise ConfigError(
+            f"{folder} has no accounts; the first start of `thinkstack serve` makes them: give its --data or --database"
+        )
+    return Accounts(Database(database or sqlite_url(folder)))
 
 
 def _parse_limits(words: tuple[str, ...]) -> dict[str, int]:

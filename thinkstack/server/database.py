@@ -159,9 +159,14 @@ def data_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "thinkstack"
 
 
+def sqlite_file(folder: Path) -> Path:
+    """The SQLite database in a folder."""
+    return folder / "accounts.sqlite3"
+
+
 def sqlite_url(folder: Path) -> str:
     """URL of the SQLite database in a folder."""
-    return URL.create("sqlite", database=str(folder / "accounts.sqlite3")).render_as_string()
+    return URL.create("sqlite", database=str(sqlite_file(folder))).render_as_string()
 
 
 class Database:

@@ -108,7 +108,7 @@ class Generator:
                 continue
             messages.append(Message(role="user", content=question))
             try:
-                answer = write_answer((("", text) for text in self.answer(messages)), self.last.text, write)
+                answer = write_answer((("", text) for text in self.answer(messages)), self.last.explain_empty, write)
             except RequestError as error:
                 messages.clear()
                 write(f"{error}; starting a new conversation\n", "warning")

@@ -203,18 +203,20 @@ def stream_text(chat: ChatFormat, token_ids: Iterable[int], opening: str | None 
 
 
 class LastToken:
-    """Records the last token of a stream, to explain an empty answer."""
+    """Counts the tokens of a stream and records the last one, to explain an empty answer."""
 
     def __init__(self, chat: ChatFormat):
         self.chat = chat
         self.token: int | None = None
+        self.count = 0
 
     def track(self, ids: Iterator[int]) -> Iterator[int]:
-        """Yield the same ids and record the last one."""
-        self.token = None
+        """Yield the same ids, and record their number and the last one."""
+        self.token, self.count = None, 0
         for self.token in ids:
+            self.count += 1
             yield self.token
 
-    def text(self) -> str:
-        """Return the text of the last token."""
-        return "no token" if self.token is None else self.chat.tokenizer.decode([self.token])
+    def explain_empty(self) -> str:
+        """The reason for an answer without text: its only token."""
+        return f"the first token was {'none' if self.token is None else self.chat.tokenizer.decode([self.token])}"
