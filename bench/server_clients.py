@@ -47,7 +47,15 @@ def no_end(model: str) -> dict[str, float]:
 class ServerProcess:
     """`thinkstack serve` with one model under the name deepseek-chat, prices, and a key."""
 
-    def __init__(self, folder: Path, model: str, database: str = "", max_num_seqs: int = 64, max_waiting: int = 1024):
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        database: str = "",
+        max_num_seqs: int = 64,
+        max_waiting: int = 1024,
+        cores: Sequence[int] = (),
+    ):
         self.folder, self.database = folder, database
         (folder / "prices.toml").write_text(PRICES, encoding="utf-8")
         (folder / "server.toml").write_text(
@@ -56,9 +64,13 @@ class ServerProcess:
         )  # fmt: skip
         arguments = ["--config", str(folder / "server.toml"), "--prices", str(folder / "prices.toml"), "--port", "0"]
         arguments += ["--database", database] if database else ["--data", str(folder)]
+        pinned = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         with (folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, "serve", *arguments], stdout=subprocess.PIPE, stderr=log, text=True
+                [*pinned, sys.executable, "-c", MAIN, "serve", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         self.url, self.key = "", ""
         assert self.process.stdout is not None
