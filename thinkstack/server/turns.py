@@ -108,7 +108,7 @@ def _grammar(member: Member, request: TurnRequest, tools: Sequence[Tool]) -> Com
     if request.schema is not None:
         source = json_schema(request.schema) if request.schema else json_object()
     elif tools:
-        source = tool_calls(member.chat, tools, request.tool_choice.removeprefix("function:"))
+        source = tool_calls(member.chat, tools, request.tool_choice)
     return None if source is None else member.grammars.compile(source)
 
 
