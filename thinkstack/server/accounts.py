@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, bindparam, insert, or_, select, update
+from sqlalchemy import RowMapping, Select, bindparam, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from thinkstack.config import did_you_mean
@@ -79,9 +79,16 @@ class Accounts:
 
     def authenticate(self, key: str) -> Principal:
         """The user of a key. Raises AuthenticationError; the message never contains the key."""
+        return self._authenticate(_BY_HASH, {"hash": hash_key(key)})
+
+    def principal(self, key_id: int) -> Principal:
+        """The user of a key that is known by its id. Raises AuthenticationError."""
+        return self._authenticate(_BY_ID, {"id": key_id})
+
+    def _authenticate(self, statement: Select[Any], values: Mapping[str, Any]) -> Principal:
         now_ms = self._now_ms()
         with self.database.read() as connection:
-            row = connection.execute(_PRINCIPAL, {"hash": hash_key(key)}).mappings().one_or_none()
+            row = connection.execute(statement, values).mappings().one_or_none()
         if row is None:
             raise AuthenticationError("the API key is unknown; give a key as 'Authorization: Bearer sk-...'")
         if row["revoked_ms"] is not None:
@@ -321,5 +328,6 @@ _PRINCIPAL = (
         *(users.c[name].label(f"user_{name}") for name in LIMITS)
     )
     .join(users, users.c.id == keys.c.user_id)
-    .where(keys.c.hash == bindparam("hash"))
 )  # fmt: skip
+_BY_HASH = _PRINCIPAL.where(keys.c.hash == bindparam("hash"))
+_BY_ID = _PRINCIPAL.where(keys.c.id == bindparam("id"))

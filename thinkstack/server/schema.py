@@ -46,11 +46,12 @@ class Extensible(BaseModel):
 
 
 def ignored_fields(body: BaseModel, known: Collection[str], prefix: str = "") -> list[str]:
-    """The given fields that have no effect, with `prefix`; null and false are not given.
+    """The given fields that have no effect, with `prefix`; a field that is null is not given.
 
-    known: fields without an effect. Raises RequestError for others.
+    known: fields without an effect. Raises RequestError for others, unless they are false, as a switch that is off.
     """
-    given = {name for name, value in (body.model_extra or {}).items() if value not in (None, False)}
+    extra = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
+    given = {name for name, value in extra.items() if name in known or value is not False}
     for name in given.difference(known):
         field = f"{prefix}{name}" if name.isprintable() else None
         raise RequestError(f"the field {prefix + name!r} is not supported; leave it out", field)
