@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -39,10 +40,13 @@ from thinkstack.server.responses import responses_routes
 from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.settings import ServerSettings
+from thinkstack.server.sse import to_json
 from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers of replies that come in parts: caches do not store them, and proxies pass each part on at once."""
 
 
 class Reply(Protocol):
@@ -136,13 +140,23 @@ class Server:
         await turn.start(principal, self.settings.max_wait)
         self.turns[turn.id] = turn
         if is_stream:
-            return TurnResponse(self._stream(reply), lambda: self._close(turn), media_type=media_type, headers=headers)
+            close = functools.partial(self._close, turn)
+            return TurnResponse(self._stream(reply), close, media_type=media_type, headers=headers | UNBUFFERED)
+        whole, is_late = asyncio.ensure_future(reply.whole()), False
         try:
-            return JSONResponse(await _unless_disconnected(request, reply.whole()), headers=headers)
+            is_late = not await _is_done(request, whole, self.settings.keep_alive_seconds)
+            if not is_late:
+                return JSONResponse(whole.result(), headers=headers)
         finally:
-            self._close(turn)
+            if not is_late:
+                self._close(turn, whole)
+        close = functools.partial(self._close, turn, whole)
+        chunks = self._late(whole, request.url.path)
+        return TurnResponse(chunks, close, media_type="application/json", headers=headers | UNBUFFERED)
 
-    def _close(self, turn: Turn) -> None:
+    def _close(self, turn: Turn, whole: asyncio.Task[Any] | None = None) -> None:
+        if whole is not None:
+            whole.cancel()
         turn.close()
         del self.turns[turn.id]
 
@@ -153,12 +167,20 @@ class Server:
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            found = api_error(error)
-            if found.status == 500:
-                log.exception("a stream failed")
-            yield reply.error(found)
+            yield reply.error(_found_error(error, "a stream failed"))
         finally:
             await chunks.aclose()
+
+    async def _late(self, whole: asyncio.Task[dict[str, Any]], path: str) -> AsyncIterator[bytes]:
+        """A whole reply that takes long, after blank lines, which JSON permits. Its status is 200 by then, whatever
+        comes."""
+        try:
+            while not whole.done():
+                yield b"\n"
+                await asyncio.wait([whole], timeout=self.settings.keep_alive_seconds)
+            yield to_json(whole.result())
+        except Exception as error:
+            yield to_json(_found_error(error, "a late reply failed").body(path))
 
     async def _keep_alive(self) -> None:
         """Make silent streams send a comment."""
@@ -183,21 +205,16 @@ class TurnResponse(StreamingResponse):
             self._close()
 
 
-async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of `work`, which is cancelled if the client leaves."""
-    task = asyncio.ensure_future(work)
+async def _is_done(request: Request, work: asyncio.Task[Any], seconds: float) -> bool:
+    """Wait for `work`; whether it is done after `seconds`. Raises CancelledError if the client leaves."""
     listener = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait([task, listener], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise asyncio.CancelledError
-        return task.result()
+        done, _ = await asyncio.wait([work, listener], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
         listener.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+    if listener in done and work not in done:
+        raise asyncio.CancelledError
+    return work in done
 
 
 async def _disconnected(request: Request) -> None:
@@ -291,10 +308,16 @@ async def _error_reply(request: Request, error: Exception) -> Response:
         found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
         return JSONResponse(found.body(request.url.path), found.status, headers=error.headers)
     else:
-        found = api_error(error)
-        if found.status == 500:
-            log.error("a request failed", exc_info=error)
+        found = _found_error(error, "a request failed")
     return JSONResponse(found.body(request.url.path), found.status, headers=found.headers)
+
+
+def _found_error(error: Exception, words: str) -> ApiError:
+    """How the API reports an exception; an unexpected one is logged with `words`."""
+    found = api_error(error)
+    if found.status == 500:
+        log.error(words, exc_info=error)
+    return found
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
