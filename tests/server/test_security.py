@@ -1,6 +1,8 @@
 """What a stranger may try: control tokens in text, guessed keys, slow and huge requests, other names of this machine,
 and the prefixes of other tenants."""
 
+import contextlib
+import itertools
 import time
 
 import httpx
@@ -20,7 +22,7 @@ def answer(prompt, index):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    settings = ServerSettings(body_seconds=0.3)
+    settings = ServerSettings(body_seconds=0.3, header_seconds=0.5)
     with live(tmp_path_factory.mktemp("data"), answer, settings=settings) as running:
         yield running
 
@@ -180,6 +182,30 @@ def test_a_slow_body_is_a_408_and_the_end_of_the_connection(server):
     assert reply.startswith(b"HTTP/1.1 408 ") and b"within 0.3 seconds" in reply
     assert time.monotonic() - began >= 0.3
     assert post(server).status_code == 200
+
+
+@pytest.mark.parametrize("request_number", [1, 2])
+def test_slow_headers_are_the_end_of_the_connection(server, request_number):
+    """A byte at a time (slowloris), in the first request of a connection and in a later one."""
+    with connect(server) as connection:
+        if request_number == 2:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in connection.recv(65536)
+        began, others = time.monotonic(), 0
+        connection.settimeout(0.05)
+        with pytest.raises(ConnectionError):
+            for byte in itertools.cycle(b"GET /health HTTP/1.1\r\nX: " + b"y" * 1000):
+                connection.sendall(bytes([byte]))
+                others += post(server).status_code == 200
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(65536) == b"":
+                        raise ConnectionResetError
+        assert 0.3 < time.monotonic() - began < HANG_SECONDS and others > 1
+
+
+def test_a_connection_that_sends_nothing_is_closed(server):
+    with connect(server) as connection:
+        assert connection.recv(65536) == b""
 
 
 def test_huge_headers_are_refused(server):

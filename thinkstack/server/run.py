@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import datetime
 import errno
+import functools
 import logging
 import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import uvicorn
@@ -22,6 +24,7 @@ from thinkstack.server.limits import LIMITS
 from thinkstack.server.middleware import JsonFormatter, is_loopback
 from thinkstack.server.middleware import log as requests_log
 from thinkstack.server.prices import PriceTable
+from thinkstack.server.protocol import TimedProtocol
 from thinkstack.server.served import ServeConfig, ServedModels, load_member
 from thinkstack.types import ConfigError
 
@@ -78,7 +81,7 @@ class ApiProcess(uvicorn.Server):
                 create_app(api),
                 log_config=None,
                 access_log=False,
-                http="h11",  # it limits the size of headers
+                http=cast(Any, functools.partial(TimedProtocol, header_seconds=api.settings.header_seconds)),
                 lifespan="on",
                 timeout_graceful_shutdown=int(api.settings.drain_seconds) + UNWILLING_SECONDS,
             )

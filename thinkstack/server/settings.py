@@ -9,6 +9,8 @@ class ServerSettings:
 
     max_body_bytes: int = 16 * 2**20
     """Largest body of a request."""
+    header_seconds: float = 10.0
+    """Seconds in which the head of a request must arrive."""
     body_seconds: float = 30.0
     """Seconds in which a body must arrive."""
     max_wait: float = 60.0
