@@ -41,6 +41,7 @@ from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.settings import ServerSettings
 from thinkstack.server.sse import to_json
+from thinkstack.server.strict_tools import check_strict_tools
 from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
 
@@ -229,7 +230,7 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     for prefix in ("", "/v1", "/beta"):
-        app.include_router(chat_routes(server), prefix=prefix)
+        app.include_router(chat_routes(server, is_beta=prefix == "/beta"), prefix=prefix)
         app.include_router(completion_routes(server), prefix=prefix)
         app.include_router(responses_routes(server), prefix=prefix)
     app.include_router(anthropic_routes(server))
@@ -246,8 +247,8 @@ def create_app(server: Server) -> FastAPI:
     return app
 
 
-def chat_routes(server: Server) -> APIRouter:
-    """Chat, models and balance in DeepSeek's dialect."""
+def chat_routes(server: Server, is_beta: bool = False) -> APIRouter:
+    """Chat, models and balance in DeepSeek's dialect. is_beta: strict tools have DeepSeek's rules."""
     routes = APIRouter()
     caller = Annotated[Principal, Depends(server.principal)]
 
@@ -255,6 +256,8 @@ def chat_routes(server: Server) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored, wanted = body.ignored_fields(), body.turn()
+        if is_beta:
+            check_strict_tools(wanted.tools)
         turn = await server.make_turn(principal, wanted)
         options = body.stream_options
         reply = ChatReply(turn, body.model, include_usage=options is not None and options.include_usage)
