@@ -10,18 +10,17 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.keys import Principal
+from thinkstack.server.openapi import AnthropicError, AnthropicMessage, errors, reply
 from thinkstack.server.prices import Usage
 from thinkstack.server.schema import (
     ALIASES,
     MAX_STOP,
     MAX_TOOLS,
-    STREAMED,
     Extensible,
     JsonObject,
     MaxTokens,
     ToolName,
     TurnRequest,
-    ignored_fields,
 )
 from thinkstack.server.sse import parse_arguments, sse, to_json
 from thinkstack.server.turns import Turn
@@ -31,8 +30,6 @@ from thinkstack.types import Message, RequestError, Tool, ToolCall
 if TYPE_CHECKING:
     from thinkstack.server.app import Server
 
-IGNORED = frozenset(("container", "context_management", "inference_geo", "mcp_servers", "service_tier"))
-"""Fields that are accepted without effect, as DeepSeek does; a reply names them in a header."""
 DELTAS = {"thinking": ("thinking_delta", "thinking"), "text": ("text_delta", "text")}
 """By type of block: the type of its deltas, and the field of their text, which is that of the block too."""
 
@@ -155,6 +152,8 @@ class Metadata(BaseModel):
 class CountRequest(Extensible):
     """The body of POST /anthropic/v1/messages/count_tokens."""
 
+    IGNORED = frozenset(("container", "context_management", "inference_geo", "mcp_servers", "service_tier"))
+
     model: StrictStr
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     system: StrictStr | list[TextBlock] = ""
@@ -162,10 +161,6 @@ class CountRequest(Extensible):
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)
-
-    def ignored_fields(self) -> list[str]:
-        """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        return ignored_fields(self, IGNORED)
 
     def turn(self, **fields: Any) -> TurnRequest:
         """The meaning of the request. A last message of the assistant is continued. Raises RequestError."""
@@ -341,10 +336,10 @@ class MessagesReply:
 
 def anthropic_routes(server: "Server") -> APIRouter:
     """Messages, and the number of tokens that one would be billed for."""
-    routes = APIRouter(prefix="/anthropic/v1")
+    routes = APIRouter(prefix="/anthropic/v1", responses=errors(AnthropicError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/messages", responses=STREAMED)
+    @routes.post("/messages", responses=reply(AnthropicMessage))
     async def messages(body: MessagesRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored = body.ignored_fields()

@@ -34,10 +34,11 @@ from thinkstack.server.keys import Principal
 from thinkstack.server.metrics import Metrics
 from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
+from thinkstack.server.openapi import ChatCompletion, OpenAIError, errors, reply
 from thinkstack.server.operations import admin_routes, operation_routes
 from thinkstack.server.prices import format_amount
 from thinkstack.server.responses import responses_routes
-from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
+from thinkstack.server.schema import ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.settings import ServerSettings
 from thinkstack.server.sse import to_json
@@ -249,10 +250,10 @@ def create_app(server: Server) -> FastAPI:
 
 def chat_routes(server: Server, is_beta: bool = False) -> APIRouter:
     """Chat, models and balance in DeepSeek's dialect. is_beta: strict tools have DeepSeek's rules."""
-    routes = APIRouter()
+    routes = APIRouter(responses=errors(OpenAIError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/chat/completions", responses=STREAMED)
+    @routes.post("/chat/completions", responses=reply(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored, wanted = body.ignored_fields(), body.turn()

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.keys import Principal
+from thinkstack.server.openapi import OpenAIError, OpenAIResponse, errors, reply
 from thinkstack.server.prices import Usage
 from thinkstack.server.responses_schema import ResponsesRequest
-from thinkstack.server.schema import STREAMED
 from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse
 from thinkstack.server.turns import Turn
 from thinkstack.text.stream_parser import StreamEvent
@@ -185,10 +185,10 @@ class ResponsesReply:
 
 def responses_routes(server: "Server") -> APIRouter:
     """Responses that are not stored."""
-    routes = APIRouter()
+    routes = APIRouter(responses=errors(OpenAIError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/responses", responses=STREAMED)
+    @routes.post("/responses", responses=reply(OpenAIResponse))
     async def responses(body: ResponsesRequest, request: Request, principal: caller) -> Response:
         """Answer a text or a conversation."""
         ignored = body.ignored_fields()
