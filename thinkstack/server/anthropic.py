@@ -234,7 +234,8 @@ class MessagesReply:
         self._blocks: list[dict[str, Any]] = []
         self._texts: list[str] = []
         """Parts of the open block."""
-        self._is_open = False
+        self._is_open = self._is_cut = False
+        """Whether the last block goes on; whether it is a call without its end."""
         self._stop_reason: str | None = None
 
     async def whole(self) -> dict[str, Any]:
@@ -281,9 +282,12 @@ class MessagesReply:
             self._stop_reason = self._reason(event)
         elif event.kind == "tool_call_start":
             yield from self._close()
+            self._is_cut = True
             assert event.tool_call is not None
             call_id = f"toolu_{secrets.token_hex(12)}"
             yield self._open({"type": "tool_use", "id": call_id, "name": event.tool_call.name, "input": {}})
+        elif event.kind == "tool_call":
+            self._is_cut = False
         elif event.kind == "tool_call_delta":
             yield self._delta("input_json_delta", "partial_json", event.text)
         elif event.kind in ("reasoning", "content"):
@@ -326,7 +330,8 @@ class MessagesReply:
             return "max_tokens"
         if self.turn.stop_string(0) is not None:
             return "stop_sequence"
-        return "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"
+        has_calls = any(block["type"] == "tool_use" for block in self._blocks)
+        return "tool_use" if has_calls and not self._is_cut else "end_turn"
 
     @staticmethod
     def error(error: ApiError) -> bytes:
