@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from thinkstack.engine.sequence_table import completion_seed
-from thinkstack.kernels.ops import sample
-from thinkstack.kernels.sampling import SamplingFilters, distribution, uniforms
+from thinkstack.kernels.ops import logprobs as logprobs_of
+from thinkstack.kernels.ops import sample, top_logprobs
+from thinkstack.kernels.sampling import SamplingFilters, uniforms
 from thinkstack.types import SamplingParams
 
 
@@ -20,14 +21,14 @@ def adjust(logits: Tensor, sampling: SamplingParams, prompt: Sequence[int], outp
         logits[list(sampling.stop_token_ids)] = -torch.inf
     if sampling.allowed_token_ids:
         logits[[token for token in range(len(logits)) if token not in sampling.allowed_token_ids]] = -torch.inf
-    if sampling.repetition_penalty != 1:
-        for token in {*prompt, *output}:
-            factor = sampling.repetition_penalty
-            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        tokens, counts = (torch.from_numpy(part) for part in numpy.unique(list(output), return_counts=True))
-        if len(tokens):
-            logits[tokens.long()] -= sampling.presence_penalty + sampling.frequency_penalty * counts.float()
+    repetition, presence, frequency = (
+        float(numpy.float32(value))
+        for value in (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    )
+    for token in {*output, *(prompt if repetition != 1 else ())}:
+        value, count = float(logits[token]), list(output).count(token)
+        value = value / repetition if value > 0 else value * repetition
+        logits[token] = value - (frequency * count + (presence if count else 0))
 
 
 def filters_of(sampling: SamplingParams) -> SamplingFilters | None:
@@ -61,12 +62,16 @@ def sample_one(
     temperature, filters = torch.tensor([sampling.temperature]), filters_of(sampling)
     tokens, logprobs = sample(processed[None], temperature, uniform, filters)
     token, logprob = int(tokens), float(logprobs)
-    reported = distribution(processed[None], temperature, filters)[0]
+    given = processed, temperature, filters
     if sampling.raw_logprobs:
-        reported = torch.log_softmax(logits, -1)
-        logprob = float(reported[token])
+        given = logits, torch.ones(1), None
+        logprob = float(logprobs_of(logits[None].clone(), tokens, 1.0, None)[0])
     forced = forced_token(sampling, output)
     if forced is not None:
         token, logprob = forced, 0.0
-    likely = sorted(enumerate(reported.tolist()), key=lambda pair: -pair[1])[: sampling.top_logprobs]
+    likely: list[tuple[int, float]] = []
+    if sampling.top_logprobs:
+        values, *rest = given
+        ids, found = top_logprobs(values[None], *rest, min(sampling.top_logprobs, len(logits)))
+        likely = list(zip(ids[0].tolist(), found[0].tolist(), strict=True))
     return token, logprob, tuple(pair for pair in likely if pair[1] != -numpy.inf)

@@ -8,7 +8,7 @@ from tests.kernels.test_kernels import random_tensor
 from thinkstack.kernels import ops
 from thinkstack.kernels.cpu import calls, inference
 from thinkstack.kernels.ops import sample
-from thinkstack.kernels.sampling import uniforms
+from thinkstack.kernels.sampling import PenalizedTokens, uniforms
 
 pytestmark = pytest.mark.skipif(not calls.available(), reason="no C++ compiler")
 
@@ -84,3 +84,61 @@ def test_of_equally_likely_tokens_the_lower_ids_stay(on_torch):
     for filters in ((top_k, ones, 0 * ones), (0 * top_k, ones * 0.5, 0 * ones), (top_k, ones * 0.5, ones)):
         tokens, _ = sample(logits, ones, uniform, filters)
         assert torch.equal(tokens, on_torch(sample, logits, ones, uniform, filters)[0])
+
+
+def test_penalties_are_those_of_torch_bit_for_bit(on_torch):
+    """With tokens that occur twice, places that are not valid, and banned tokens."""
+    random = numpy.random.default_rng(0)
+    tokens = random.integers(0, 50, (30, 40))
+    factors = (random.uniform(low, high, 30).astype(numpy.float32) for low, high in ((0.5, 2), (-2, 2), (-2, 2)))
+    num_outputs = random.integers(0, 4, (30, 50)).astype(numpy.float32)
+    penalized = PenalizedTokens(
+        random.permutation(40)[:30],
+        tokens,
+        numpy.take_along_axis(num_outputs, tokens, 1),
+        random.random(tokens.shape) < 0.5,
+        *factors,
+    )
+    mine = random_tensor(40, 50).float()
+    mine[:, 7] = -torch.inf
+    theirs = mine.clone()
+    ops.penalize_(mine, penalized)
+    on_torch(ops.penalize_, theirs, penalized)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary, count", [(1, 1), (53, 5), (53, 53), (5000, 20)])
+def test_the_most_likely_tokens_are_those_of_torch(vocabulary, count, dtype, on_torch):
+    """In rows with banned tokens, at temperature 0, and with the numbers that `sample` gives the same tokens."""
+    logits = (random_tensor(30, vocabulary) * 3).to(dtype)
+    logits[::5, vocabulary // 2 :] = -torch.inf
+    logits[::5, 0] = 1.0
+    temperature = torch.linspace(0, 1.5, 30)
+    ids, logprobs = ops.top_logprobs(logits, temperature, None, count)
+    full = torch.log_softmax(logits.float() / temperature.clamp(min=1e-9).where(temperature > 0, 1.0)[:, None], -1)
+    expected, order = full.sort(dim=-1, descending=True, stable=True)  # among equals the lower id first
+    if dtype == torch.float32 or vocabulary < 100:
+        assert torch.equal(ids, order[:, :count])
+    torch.testing.assert_close(logprobs, expected[:, :count], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(on_torch(ops.top_logprobs, logits, temperature, None, count)[1], logprobs)
+    greedy = torch.zeros(30)
+    tokens, own = sample(logits, greedy, torch.zeros(30, dtype=torch.float64))
+    ids, logprobs = ops.top_logprobs(logits, greedy, None, 1)
+    assert torch.equal(ids[:, 0], tokens) and torch.equal(logprobs[:, 0], own)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 32, 50, 640])
+def test_a_token_bitmask_bans_the_tokens_that_it_does_not_contain(vocabulary, on_torch):
+    random = numpy.random.default_rng(0)
+    bitmask = random.integers(-(2**31), 2**31, (5, -(-vocabulary // 32)), dtype=numpy.int32)
+    entries = random.permutation(8)[:5]
+    mine = random_tensor(8, vocabulary).float()
+    theirs, expected = mine.clone(), mine.clone()
+    for row, words in zip(entries.tolist(), bitmask.tolist(), strict=True):
+        for token in range(vocabulary):
+            if not words[token // 32] >> token % 32 & 1:
+                expected[row, token] = -torch.inf
+    ops.apply_token_bitmask_(mine, entries, bitmask)
+    on_torch(ops.apply_token_bitmask_, theirs, entries, bitmask)
+    assert torch.equal(mine, expected) and torch.equal(theirs, expected)

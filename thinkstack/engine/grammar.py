@@ -8,9 +8,9 @@ xgrammar.
 
 # Shapes in this file: B entries to sample, V vocabulary size.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy
 
@@ -31,6 +31,30 @@ class Grammar(Protocol):
 
 GrammarFactory = Callable[[], Grammar]
 """Function that returns a grammar in its first state; called once per completion."""
+
+
+class StructuredOutputs(Protocol):
+    """A `GrammarFactory` whose grammar can also be sent to a vLLM server, which compiles it."""
+
+    def __call__(self) -> Grammar:
+        """A grammar in its first state."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """vLLM's sampling parameter structured_outputs."""
+
+    @property
+    def trigger(self) -> int | None:
+        """The grammar starts with this token, after free content; None: at the first token of the content."""
+
+    @property
+    def think_open(self) -> int | None:
+        """The token with which the model may begin thinking itself; None: it cannot."""
+
+    @property
+    def phase(self) -> Literal["start", "thinking", "gap", "free", "grammar"]:
+        """The part of the turn that the prompt ends with: nothing, thinking, the end of the thinking, free content, or
+        content that follows the grammar."""
 
 
 @dataclass
@@ -58,9 +82,3 @@ class GrammarState:
             self.grammar.fill_bitmask(bitmask, index + num_advanced)
         if num_advanced:
             self.grammar.rollback(num_advanced)
-
-
-def allowed_tokens(bitmask: numpy.ndarray, vocab_size: int) -> numpy.ndarray:
-    """A bitmask (B, ceil(V / 32)) as (B, V) bool."""
-    bits = numpy.unpackbits(bitmask.astype("<i4", copy=False).view(numpy.uint8), axis=1, bitorder="little")
-    return bits[:, :vocab_size].astype(bool)

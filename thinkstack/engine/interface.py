@@ -1,12 +1,17 @@
-"""The common interface of all engines (in this process, and a pool of servers), and the validation of requests."""
+"""The interfaces of engines and of services, each in this process or over a pool of servers; checks of requests."""
 
+import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import Completion, RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from thinkstack.engine.grammar import StructuredOutputs
+    from thinkstack.engine.service import Generation, ServiceStatus
 
 OnFinish = Callable[[int, list[Completion]], None]
 """Function that is called with the index of a prompt and the completions of that prompt."""
@@ -62,6 +67,49 @@ class AnyEngine(Protocol):
 
     def health(self) -> Health:
         """The state of the engine."""
+
+
+class AnyService(Protocol):
+    """The interface of `EngineService` and `RemoteService`; the API server works with either."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of prompt and completion together."""
+
+    @property
+    def status(self) -> "ServiceStatus":
+        """The state now."""
+
+    async def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
+        grammar: "StructuredOutputs | None" = None,
+        max_wait: float = math.inf,
+    ) -> "Generation":
+        """Queue a request. Raises RequestError, Overloaded."""
+
+    async def close(self, max_wait: float = 0.0) -> None:
+        """Refuse new requests, finish the others within `max_wait` seconds, and abort the rest."""
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Execute a command where requests are served; this and the methods below are for `Generation`."""
+
+    async def call(self, command: Callable[[], None]) -> None:
+        """`post`, then wait for the end of the command."""
+
+    def abort_now(self, generation: "Generation") -> None:
+        """Abort a generation; in a command."""
+
+    def end_now(self, generation: "Generation", index: int) -> None:
+        """End one completion of a generation; in a command."""
+
+    def end_thinking_now(self, generation: "Generation") -> None:
+        """Close the thinking of a generation; in a command."""
 
 
 def check_request(

@@ -14,7 +14,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinkstack.engine.grammar import GrammarState, allowed_tokens
+from thinkstack.engine.grammar import GrammarState
+from thinkstack.kernels import ops
+from thinkstack.kernels.sampling import PenalizedTokens
 from thinkstack.types import RequestError, SamplingParams
 
 
@@ -160,12 +162,10 @@ class LogitsProcessor:
         """Apply logit bias, the ban of stop tokens before min_tokens and of tokens outside allowed_token_ids, penalties
         and grammars to logits (B, V).
 
-        Returns (logits (B, V) fp32, errors of grammars by entry). The repetition penalty follows arXiv:1909.05858;
-        presence and frequency penalties follow the OpenAI API.
+        Returns (logits (B, V) fp32, errors of grammars by entry).
         """
-        flat = torch.empty(logits.numel() + 1, device=logits.device)  # the last place is written by padding
-        processed = flat[:-1].view(logits.shape)
-        processed.copy_(logits)
+        processed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        flat = processed.view(-1)
         if len(chosen := numpy.flatnonzero(self.has_bias[rows])):
             place = self._places(chosen, self.bias_token_ids.of(rows[chosen]), flat)
             flat.put_(place, flat.take(place) + torch.from_numpy(self.bias.of(rows[chosen])).to(flat.device))
@@ -180,7 +180,7 @@ class LogitsProcessor:
             processed[torch.from_numpy(chosen).to(flat.device)] = -torch.inf
             flat.put_(place, allowed)
         if len(chosen := numpy.flatnonzero(self.has_penalty[rows])):
-            self._apply_penalty(flat, chosen, rows[chosen], offsets[chosen])
+            self._apply_penalty(processed, chosen, rows[chosen], offsets[chosen])
         if len(chosen := numpy.flatnonzero(self.has_grammar[rows])):
             return processed, self._apply_grammars(processed, chosen, rows[chosen], offsets[chosen])
         return processed, {}
@@ -189,22 +189,16 @@ class LogitsProcessor:
         """Indices (n, W) of `tokens` (n, W) in flat logits (B * V)."""
         return torch.from_numpy(chosen[:, None] * self.vocab_size + tokens).to(flat.device)
 
-    def _apply_penalty(self, flat: Tensor, chosen: numpy.ndarray, rows: numpy.ndarray, offsets: numpy.ndarray) -> None:
+    def _apply_penalty(
+        self, logits: Tensor, chosen: numpy.ndarray, rows: numpy.ndarray, offsets: numpy.ndarray
+    ) -> None:
         """Apply the penalties of the entries `chosen`, which are of `rows` (n,) at `offsets` (n,)."""
         ahead = numpy.arange(offsets.max())
         drafts = self._ids[rows[:, None], self._num_tokens[rows, None] + ahead]
         tokens, num_outputs, is_valid = self.counts.of(rows, drafts, offsets[:, None] > ahead)
-        if not is_valid.any():
-            return
-        places = numpy.where(is_valid, chosen[:, None] * self.vocab_size + tokens, len(flat) - 1)
-        values = flat.take(index := torch.from_numpy(places).to(flat.device))
-        repetition = self.repetition[rows, None]
-        if (repetition != 1).any():
-            factor = torch.from_numpy(repetition).to(flat.device)
-            values = torch.where(values > 0, values / factor, values * factor)
-        penalty = self.frequency[rows, None] * num_outputs
-        penalty += self.presence[rows, None] * (num_outputs > 0)
-        flat.put_(index, values - torch.from_numpy(penalty).to(flat.device))
+        if tokens.shape[1]:
+            columns = (column[rows] for column in (self.repetition, self.presence, self.frequency))
+            ops.penalize_(logits, PenalizedTokens(chosen, tokens, num_outputs, is_valid, *columns))
 
     def _apply_grammars(
         self, logits: Tensor, chosen: numpy.ndarray, rows: numpy.ndarray, offsets: numpy.ndarray
@@ -230,16 +224,12 @@ class LogitsProcessor:
                 state.fill(bitmask, start, output, drafts)
             except RequestError as error:
                 errors[int(chosen[start])] = f"the grammar failed: {error}"
-        allowed = allowed_tokens(bitmask, self.vocab_size)
-        for place in numpy.flatnonzero(~allowed.any(1)).tolist():
+        if rest := self.vocab_size % 32:
+            bitmask[:, -1] &= (1 << rest) - 1
+        for place in numpy.flatnonzero(~bitmask.any(1)).tolist():
             num_sampled = self._num_tokens[rows[place]] - self._num_prompt_tokens[rows[place]] + offsets[place]
             errors[int(chosen[place])] = f"the grammar allows no token after {num_sampled} tokens"
-        banned = torch.from_numpy(~allowed).to(logits.device)
-        if len(chosen) == len(logits):
-            logits.masked_fill_(banned, -torch.inf)
-        else:
-            places = torch.from_numpy(chosen).to(logits.device)
-            logits[places] = logits[places].masked_fill_(banned, -torch.inf)
+        ops.apply_token_bitmask_(logits, chosen, bitmask)
         return errors
 
     def forced_tokens(self, rows: numpy.ndarray, offsets: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:

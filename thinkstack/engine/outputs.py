@@ -1,9 +1,7 @@
 """What a step of the engine changes: new tokens and finished completions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy
@@ -12,7 +10,7 @@ from thinkstack.engine.sequence_table import Request, TopLogprobs, pairs
 from thinkstack.types import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionUpdate:
     """The change of one completion in one step."""
 
@@ -26,6 +24,20 @@ class CompletionUpdate:
     """Most likely alternatives of each token as (id, log-probability), best first; empty if not requested."""
     finish_reason: FinishReason | None
     """None while the completion runs; otherwise request.completions[index] is set."""
+
+
+def joined(updates: Iterable[CompletionUpdate]) -> list[CompletionUpdate]:
+    """Updates of one request with those of each completion joined, in the order of their completions' first ones."""
+    found: dict[int, CompletionUpdate] = {}
+    for update in updates:
+        before = found.get(update.index)
+        if before is None:
+            found[update.index] = update
+        else:
+            tokens = before.token_ids + update.token_ids, before.logprobs + update.logprobs
+            likely, reason = before.top_logprobs + update.top_logprobs, update.finish_reason
+            found[update.index] = CompletionUpdate(update.request, update.index, *tokens, likely, reason)
+    return list(found.values())
 
 
 class StepOutput(NamedTuple):
@@ -45,11 +57,17 @@ class StepOutput(NamedTuple):
     def updates(self) -> Iterator[CompletionUpdate]:
         """The changes by completion."""
         reasons = dict(self.finished)
-        columns = zip(self.completions, self.token_ids.tolist(), self.logprobs.tolist(), count(), strict=False)
-        for (request, index), tokens in groupby(columns, key=itemgetter(0)):
-            _, token_ids, logprobs, numbers = zip(*tokens, strict=True)
-            likely = tuple(pairs(self.top_logprobs[number]) for number in numbers if number in self.top_logprobs)
-            yield CompletionUpdate(request, index, token_ids, logprobs, likely, reasons.pop((request, index), None))
+        token_ids, logprobs = self.token_ids.tolist(), self.logprobs.tolist()
+        start = 0
+        for number, completion in enumerate(self.completions, 1):
+            if number < len(self.completions) and self.completions[number] == completion:
+                continue
+            (request, index), own = completion, slice(start, number)
+            chosen = range(start, number) if self.top_logprobs else ()
+            likely = tuple(pairs(self.top_logprobs[place]) for place in chosen if place in self.top_logprobs)
+            reason = reasons.pop(completion, None) if reasons else None
+            yield CompletionUpdate(request, index, tuple(token_ids[own]), tuple(logprobs[own]), likely, reason)
+            start = number
         for (request, index), reason in reasons.items():
             yield CompletionUpdate(request, index, (), (), (), reason)
 

@@ -44,7 +44,7 @@ log-probabilities under the sampling distribution."""
 
 @dataclass(frozen=True, kw_only=True)
 class ServersConfig:
-    """vLLM servers that sample instead of this process; docs/engine.md describes how to start them."""
+    """vLLM servers that sample instead of this process; docs/internals/engine.md describes how to start them."""
 
     addresses: tuple[str, ...] = ()
     """Addresses as http://host:port; empty: sample in this process."""

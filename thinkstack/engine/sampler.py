@@ -13,7 +13,8 @@ from torch import Tensor
 
 from thinkstack.engine.scheduler import RowsToSample
 from thinkstack.engine.sequence_table import SequenceTable, TopLogprobs
-from thinkstack.kernels.sampling import SamplingFilters, distribution
+from thinkstack.kernels import ops
+from thinkstack.kernels.sampling import SamplingFilters
 
 NOT_FINITE = "the model's logits are not finite; check the weights"
 ALL_BANNED = "no token is left to sample: min_tokens, allowed_token_ids and the grammar exclude all of them"
@@ -52,15 +53,14 @@ def sample_rows(table: SequenceTable, to_sample: RowsToSample, logits: Tensor) -
     for place in forced.tolist():
         errors.pop(place, None)
     is_raw, num_top = options.raw_logprobs[rows], options.top_logprobs[rows]
-    chosen = numpy.flatnonzero(is_raw | (num_top > 0))
-    if not len(chosen):
-        return SampledTokens(tokens, logprobs, {}, errors)
-    reported = _reported_logprobs(table, rows, chosen, logits, processed)
-    is_raw[forced] = False
-    if is_raw.any():
-        own = reported.gather(1, torch.from_numpy(tokens[chosen, None]).to(reported.device))[:, 0].cpu().numpy()
-        logprobs[is_raw] = own[is_raw[chosen]]
-    return SampledTokens(tokens, logprobs, _top_logprobs(reported, chosen, num_top[chosen]), errors)
+    own = numpy.setdiff1d(numpy.flatnonzero(is_raw), forced)
+    if len(own):
+        targets = torch.from_numpy(tokens[own]).to(logits.device)
+        logprobs[own] = (
+            ops.logprobs(_rows_of(logits, own).to(torch.float32, copy=True), targets, 1.0, None)[0].cpu().numpy()
+        )
+    top_logprobs = _top_logprobs(table, rows, num_top, is_raw, logits, processed) if num_top.any() else {}
+    return SampledTokens(tokens, logprobs, top_logprobs, errors)
 
 
 def _errors(logprobs: numpy.ndarray, logits: Tensor) -> dict[int, str]:
@@ -69,35 +69,30 @@ def _errors(logprobs: numpy.ndarray, logits: Tensor) -> dict[int, str]:
     return {place: ALL_BANNED if logits[place].isfinite().all() else NOT_FINITE for place in failed}
 
 
-def _reported_logprobs(
-    table: SequenceTable, rows: numpy.ndarray, chosen: numpy.ndarray, logits: Tensor, processed: Tensor
-) -> Tensor:
-    """Log-probabilities (n, V) of the entries `chosen` (n,): of the model, or of the sampling distribution."""
-    is_raw, rows = table.options.raw_logprobs[rows[chosen]], rows[chosen]
-    if is_raw.all():
-        return torch.log_softmax(_rows_of(logits, chosen).float(), -1)
-    temperature, filters = _sampling_columns(table, rows, processed.device)
-    found = distribution(_rows_of(processed, chosen), temperature, filters)
-    if is_raw.any():
-        found[torch.from_numpy(is_raw)] = torch.log_softmax(_rows_of(logits, chosen[is_raw]).float(), -1)
-    return found
-
-
 def _rows_of(values: Tensor, chosen: numpy.ndarray) -> Tensor:
     return values if len(chosen) == len(values) else values[torch.from_numpy(chosen).to(values.device)]
 
 
-def _top_logprobs(reported: Tensor, chosen: numpy.ndarray, num_top: numpy.ndarray) -> dict[int, TopLogprobs]:
-    """The most likely tokens of log-probabilities (n, V), by index in the batch. num_top: their number, (n,)."""
+def _top_logprobs(
+    table: SequenceTable,
+    rows: numpy.ndarray,
+    num_top: numpy.ndarray,
+    is_raw: numpy.ndarray,
+    logits: Tensor,
+    processed: Tensor,
+) -> dict[int, TopLogprobs]:
+    """The num_top (B,) most likely tokens by index in the batch: of the model where is_raw (B,), else of the sampling
+    distribution. logits: of the model; processed: with the options of the rows; (B, V)."""
     found: dict[int, TopLogprobs] = {}
-    for count in set(num_top[num_top > 0].tolist()):  # one call for each, for topk cuts equal values anyhow
-        places = numpy.flatnonzero(num_top == count)
-        top = _rows_of(reported, places).topk(min(count, reported.shape[1]), -1)
-        values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
-        if (values[:, 1:] == values[:, :-1]).any():  # among equal values the lower id first
-            order = numpy.lexsort((ids, -values))
-            ids, values = (numpy.take_along_axis(part, order, 1) for part in (ids, values))
-        found |= zip(chosen[places].tolist(), zip(ids, values, strict=True), strict=True)
+    kinds = num_top * 4 + table.is_unfiltered[rows] * 2 + is_raw  # one call for each: equal in every batch
+    for kind in set(kinds[num_top > 0].tolist()):
+        chosen, count = numpy.flatnonzero(kinds == kind), min(kind // 4, logits.shape[1])
+        if kind & 1:
+            given, temperature, filters = logits, torch.ones(len(chosen), device=logits.device), None
+        else:
+            given, (temperature, filters) = processed, _sampling_columns(table, rows[chosen], logits.device)
+        ids, logprobs = ops.top_logprobs(_rows_of(given, chosen), temperature, filters, count)
+        found |= zip(chosen.tolist(), zip(ids.cpu().numpy(), logprobs.cpu().numpy(), strict=True), strict=True)
     return found
 
 

@@ -10,13 +10,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from thinkstack.engine.engine import Engine
 from thinkstack.engine.grammar import GrammarFactory
-from thinkstack.engine.interface import Overloaded, WhileRunning, check_request
+from thinkstack.engine.interface import AnyService, Overloaded, WhileRunning, check_request
 from thinkstack.engine.outputs import CompletionUpdate
 from thinkstack.engine.sequence_table import Request
 from thinkstack.models.transformer import Transformer
@@ -59,7 +58,7 @@ class Generation:
     Updates that nobody has read are kept, at most max_tokens per completion, so a slow reader delays nobody.
     """
 
-    def __init__(self, service: "EngineService", num_completions: int):
+    def __init__(self, service: AnyService, num_completions: int):
         self.request: Request | None = None
         """The engine's request, to be read only."""
         self.loop = asyncio.get_running_loop()
@@ -133,7 +132,8 @@ class EngineService:
         self._live: dict[Request, Generation] = {}
         self._start_deadlines: dict[Request, float] = {}
         """When requests that have not started are given up, on the clock of time.monotonic."""
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Generation, CompletionUpdate | Exception]]] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Any], None], Any]]] = {}
+        """Calls of a function with one argument, by the event loop in which they are made."""
         self._after_drain: list[Callable[[], None]] = []
         self._is_closing = self._is_stopped = False
         self._busy_since: float | None = None
@@ -227,24 +227,33 @@ class EngineService:
     async def call(self, command: Callable[[], None]) -> None:
         """`post`, then wait for the end of the command. Raises what the command raises, EngineStopped if the engine
         stopped."""
-        done: Future[None] = Future()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def end(error: Exception | None) -> None:
+            if done.done():
+                return  # the caller does not wait any more
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
 
         def run() -> None:
-            if not done.set_running_or_notify_cancel():
-                return  # the caller does not wait any more
+            found = None
+            if done.cancelled():
+                return
             try:
                 command()
             except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+                found = error
+            self._outbox.setdefault(loop, []).append((end, found))
 
         with self._wake:
             if self._is_stopped:
                 raise self._stopped_error()
             self._commands.append(run)
             self._wake.notify()
-        await asyncio.wrap_future(done)
+        await done
 
     # The methods below run on the engine's thread.
 
@@ -271,6 +280,7 @@ class EngineService:
                 for command in self._next_commands():
                     command()
                 self._give_up_waiting()
+                self._deliver()  # whoever waits for a command does not wait for the step
                 if self._has_work and not self._is_stopped:
                     self._step()
                 elif self._after_drain:
@@ -320,7 +330,7 @@ class EngineService:
             self._publish(self._live[update.request], update)
 
     def _publish(self, generation: Generation, update: CompletionUpdate) -> None:
-        self._outbox.setdefault(generation.loop, []).append((generation, update))
+        self._outbox.setdefault(generation.loop, []).append((generation.receive, update))
         if update.finish_reason is not None:
             generation.open.discard(update.index)
             if not generation.open:
@@ -354,17 +364,17 @@ class EngineService:
 
     def _fail(self, request: Request, error: Exception) -> None:
         generation = self._live[request]
-        self._outbox.setdefault(generation.loop, []).append((generation, error))
+        self._outbox.setdefault(generation.loop, []).append((generation.receive, error))
         self._forget(request)
 
     def _deliver(self) -> None:
-        """Hand the updates to the event loops."""
+        """Hand everything to the event loops."""
         outbox, self._outbox = self._outbox, {}
-        for loop, found in outbox.items():
+        for loop, calls in outbox.items():
             try:
-                loop.call_soon_threadsafe(_receive_all, found)
+                loop.call_soon_threadsafe(_call_all, calls)
             except RuntimeError:  # the loop is closed
-                for generation, _ in found:
+                for generation in [each for each in self._live.values() if each.loop is loop]:
                     self.abort_now(generation)
 
     def _drain(self, then: Callable[[], Any]) -> None:
@@ -393,6 +403,6 @@ class EngineService:
             command()
 
 
-def _receive_all(found: list[tuple[Generation, CompletionUpdate | Exception]]) -> None:
-    for generation, each in found:
-        generation.receive(each)
+def _call_all(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
+    for function, argument in calls:
+        function(argument)

@@ -5,6 +5,7 @@ A condition has the arguments of its operation. None depends on the number of ro
 
 # Shapes in this file: K inputs or experts per token, M outputs, D hidden size, I intermediate size, E experts.
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def on_cpu(x: Tensor, operation: str) -> bool:
 def eager_on_cpu(x: Tensor, operation: str) -> bool:
     """`on_cpu`, except within torch.compile, which fuses these operations itself."""
     return not torch.compiler.is_compiling() and on_cpu(x, operation)
+
+
+def if_on_cpu(operation: str) -> Callable[..., bool]:
+    """`on_cpu` of an operation's first argument."""
+    return lambda x, *_: on_cpu(x, operation)
+
+
+def if_eager(operation: str) -> Callable[..., bool]:
+    """`eager_on_cpu` of an operation's first argument."""
+    return lambda x, *_: eager_on_cpu(x, operation)
 
 
 def fp32_inference_on_cpu(x: Tensor, operation: str) -> bool:
@@ -82,6 +93,11 @@ def fits_small_m(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
+def fits_small_m_quantized(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> bool:
+    """`fits_small_m` of a quantized weight without bias."""
+    return bias is None and fits_small_m(x, weight.parts["qweight"])
+
+
 def fits_prepacked(x: Tensor) -> bool:
     """Inference in bf16, and not so many rows that the reorder of the matrix takes little of the time."""
     is_bf16 = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
@@ -95,9 +111,11 @@ def is_emulated(x: Tensor, *_: Any) -> bool:
     return choice.emulates_bf16()
 
 
-def fits_dequantize(kind: type[QuantScheme], scheme: QuantScheme, parts: Parts, out: Tensor) -> bool:
-    """Contiguous output, quantized by a scheme of this kind."""
-    return isinstance(scheme, kind) and out.is_contiguous() and on_cpu(out, "dequantize")
+def fits_dequantize(
+    kinds: type[QuantScheme] | tuple[type[QuantScheme], ...], scheme: QuantScheme, parts: Parts, out: Tensor
+) -> bool:
+    """Contiguous output, quantized by a scheme of these kinds."""
+    return isinstance(scheme, kinds) and out.is_contiguous() and on_cpu(out, "dequantize")
 
 
 def fits_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
@@ -138,3 +156,11 @@ def fits_scaled_mm(a: Scaled, b: Scaled, *_: Any) -> bool:
     if rows.dim() != 2 or not rows.is_cuda or torch.cuda.get_device_capability(rows.device) != (9, 0):
         return False
     return rows.shape[0] % 16 == 0 and columns.shape[0] % BLOCK == 0 and rows.shape[1] % BLOCK == 0
+
+
+def never_synchronizes(
+    like: Tensor, stacks: Iterable[tuple[Tensor | QuantizedTensor, Tensor | QuantizedTensor]]
+) -> bool:
+    """Whether `paged_attend` for tensors like `like` and `experts` of these stacks run without waiting for the device,
+    which a CUDA graph requires: a Triton kernel reads the cache, and experts need no token counts on the host."""
+    return on_triton(like) and all(fits_grouped(w_in, w_out) for w_in, w_out in stacks)

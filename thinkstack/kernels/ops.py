@@ -10,7 +10,7 @@ same result alone and in a batch. A matrix is a Tensor or a QuantizedTensor.
 # E experts, K inputs, key width or experts per token, M outputs, I intermediate size, V vocabulary size or value width,
 # W entry width.
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from thinkstack.kernels import reference, sampling, scaled_mm, triton
 from thinkstack.kernels.conditions import (
     always,
-    eager_on_cpu,
     fits_dequantize,
     fits_experts,
     fits_grouped,
@@ -34,19 +33,23 @@ from thinkstack.kernels.conditions import (
     fits_rotate,
     fits_scaled_mm,
     fits_small_m,
+    fits_small_m_quantized,
     fits_swiglu,
     fp32_inference_on_cpu,
+    if_eager,
+    if_on_cpu,
     is_emulated,
     on_cpu,
     on_device,
     on_triton,
 )
+from thinkstack.kernels.conditions import never_synchronizes as never_synchronizes
 from thinkstack.kernels.cpu import autograd, inference, operators, rows
 from thinkstack.kernels.cpu.prepacked import PrepackedMatrix, can_prepack_all
 from thinkstack.kernels.masks import PackedMask, document_block_mask
 from thinkstack.kernels.paging import KVLayout, Pages
 from thinkstack.kernels.sizes import ROW_TILE
-from thinkstack.quant.fp8 import BLOCK, FP8Blocks
+from thinkstack.quant.fp8 import FP8Blocks
 from thinkstack.quant.int8 import Int8
 from thinkstack.quant.nf4 import NF4Blocks
 from thinkstack.quant.scheme import Parts, QuantizedTensor, QuantScheme
@@ -191,6 +194,26 @@ def sample(
     return _run("sample", logits, temperature, uniform, filters)
 
 
+def top_logprobs(
+    logits: Tensor, temperature: Tensor, filters: sampling.SamplingFilters | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """The most likely tokens under the sampling distribution: (ids, log-probabilities fp32), (B, count) each, sorted;
+    among equals the lower id first. The arguments are those of `sample`."""
+    return _run("top_logprobs", logits, temperature, filters, count)
+
+
+def penalize_(logits: Tensor, penalized: sampling.PenalizedTokens) -> None:
+    """Apply penalties to logits (B, V) fp32 in place, computed in fp64 and rounded once: the repetition penalty of
+    arXiv:1909.05858, then the presence and frequency penalties of the OpenAI API."""
+    _run("penalize_", logits, penalized)
+
+
+def apply_token_bitmask_(logits: Tensor, entries: numpy.ndarray, bitmask: numpy.ndarray) -> None:
+    """Set tokens of logits (B, V) fp32 to -inf in place: in rows `entries` (n,) int64, tokens whose bit is 0 in bitmask
+    (n, ceil(V / 32)) int32, where bit i of word w is token 32 * w + i."""
+    _run("apply_token_bitmask_", logits, entries, bitmask)
+
+
 class RowSampler:
     """`sample` for rows of a table of sampling settings. The contents of the columns may change; the arrays must stay
     the same. The random number of a token depends on its seed and position only."""
@@ -220,12 +243,6 @@ def prepack(weights: Collection[Tensor]) -> list[PrepackedMatrix | None]:
 def row_padding(count: int, dtype: torch.dtype) -> int:
     """Number of padding rows for a pass over `count` rows, so that in fp32 `linear` is batch-invariant; bf16 is not."""
     return -count % ROW_TILE if dtype == torch.float32 else 0
-
-
-def never_synchronizes(like: Tensor, stacks: Iterable[tuple[Matrix, Matrix]]) -> bool:
-    """Whether `paged_attend` for tensors like `like` and `experts` of these stacks run without waiting for the device,
-    which a CUDA graph requires: a Triton kernel reads the cache, and experts need no token counts on the host."""
-    return on_triton(like) and all(fits_grouped(w_in, w_out) for w_in, w_out in stacks)
 
 
 def _run(operation: str, *arguments: Any) -> Any:
@@ -294,25 +311,9 @@ def _upcast_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _run("matmul", x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def _quantized_small_m(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    return inference.small_m_linear(x, weight.parts["qweight"], weight.parts["scale"])
-
-
 def _quantized_on_triton(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     out = triton.quantized_linear(x, weight.parts["qweight"], weight.parts["scale"].float())
     return out if bias is None else out + bias
-
-
-def _dequantize_int8_(scheme: Int8, parts: Parts, out: Tensor) -> None:
-    rows.dequantize_block(parts["qweight"].contiguous(), parts["scale"].contiguous(), out, 1, out.shape[-1])
-
-
-def _dequantize_fp8_(scheme: FP8Blocks, parts: Parts, out: Tensor) -> None:
-    rows.dequantize_block(parts["qweight"].contiguous(), parts["scale"].float().contiguous(), out, BLOCK, BLOCK)
-
-
-def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.T @ x
 
 
 # Operation: implementations with their conditions, best first.
@@ -324,10 +325,7 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
     ),
     "quantized_linear": (
         (_quantized_on_triton, fits_quantized),
-        (
-            _quantized_small_m,
-            lambda x, w, b: b is None and fits_small_m(x, w.parts["qweight"]),
-        ),
+        (lambda x, w, b: inference.small_m_linear(x, w.parts["qweight"], w.parts["scale"]), fits_small_m_quantized),
         (_DequantizedLinear.apply, always),
     ),
     "matmul": (
@@ -342,13 +340,12 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
     "linear_grad_x": ((rows.linear_grad_x, lambda grad, w: fits_linear(grad, *w.shape)), (torch.matmul, always)),
     "linear_grad_weight": (
         (rows.linear_grad_weight, lambda grad, x: fits_linear(grad, grad.shape[1], x.shape[1])),
-        (_grad_weight, always),
+        (lambda grad, x: grad.T @ x, always),
     ),
     "scaled_matmul": ((scaled_mm.device_matmul, fits_scaled_mm), (scaled_mm.dequantized_matmul, always)),
     "dequantize_": (
-        (_dequantize_int8_, partial(fits_dequantize, Int8)),
-        (_dequantize_fp8_, partial(fits_dequantize, FP8Blocks)),
-        (lambda scheme, parts, out: rows.dequantize_nf4(**parts, out=out), partial(fits_dequantize, NF4Blocks)),
+        (lambda _, parts, out: rows.dequantize_block(**parts, out=out), partial(fits_dequantize, (Int8, FP8Blocks))),
+        (lambda _, parts, out: rows.dequantize_nf4(**parts, out=out), partial(fits_dequantize, NF4Blocks)),
         (lambda scheme, parts, out: scheme.dequantize_(parts, out), always),
     ),
     "rms_norm": ((autograd.rms_norm, fits_norm), (reference.rms_norm, always)),
@@ -370,7 +367,7 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
         (reference.eager_attention, always),
     ),
     "paged_attend": (
-        (inference.paged_attention, lambda query, *_: on_cpu(query, "paged_attend")),
+        (inference.paged_attention, if_on_cpu("paged_attend")),
         (triton.paged_attention, on_triton),
         (reference.paged_attention, always),
     ),
@@ -384,12 +381,18 @@ TABLE: dict[str, tuple[tuple[Callable[..., Any], Callable[..., bool]], ...]] = {
         (reference.grouped_experts, lambda x, weights, chosen, w_in, w_out: fits_grouped(w_in, w_out)),
         (reference.padded_experts, always),
     ),
-    "logprobs": ((rows.logprobs, lambda logits, *_: eager_on_cpu(logits, "logprobs")), (reference.logprobs, always)),
-    "logprobs_backward": (
-        (rows.logprobs_backward, lambda logits, *_: eager_on_cpu(logits, "logprobs")),
-        (reference.logprobs_backward, always),
+    "logprobs": ((rows.logprobs, if_eager("logprobs")), (reference.logprobs, always)),
+    "logprobs_backward": ((rows.logprobs_backward, if_eager("logprobs")), (reference.logprobs_backward, always)),
+    "sample": ((inference.sample, if_on_cpu("sample")), (sampling.sample, always)),
+    "top_logprobs": (
+        (inference.top_logprobs, lambda logits, _, filters, count: filters is None and on_cpu(logits, "sample")),
+        (sampling.top_logprobs, always),
     ),
-    "sample": ((inference.sample, lambda logits, *_: on_cpu(logits, "sample")), (sampling.sample, always)),
+    "penalize_": ((inference.penalize_, if_on_cpu("sample")), (sampling.penalize_, always)),
+    "apply_token_bitmask_": (
+        (inference.apply_token_bitmask_, if_on_cpu("sample")),
+        (sampling.apply_token_bitmask_, always),
+    ),
     "sample_rows": (
         (lambda s, *given: inference.sample_rows(s.addresses, *given), lambda s, logits, *_: on_cpu(logits, "sample")),
         (lambda s, *given: sampling.sample_rows(s.columns, *given), always),

@@ -3,7 +3,9 @@
 The random number of a token depends only on the seed of the request and the position of the token, never on the batch.
 """
 
-# Shapes in this file: B rows, V vocabulary size.
+# Shapes in this file: B rows, V vocabulary size, n penalized rows, W width of their lists of tokens.
+
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -58,6 +60,14 @@ def distribution(logits: Tensor, temperature: Tensor, filters: SamplingFilters |
     return logprobs if filters is None else filter_logprobs(logprobs, *filters)
 
 
+def top_logprobs(
+    logits: Tensor, temperature: Tensor, filters: SamplingFilters | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """As in ops.py."""
+    logprobs, ids = largest(distribution(logits, temperature, filters), count)
+    return ids, logprobs
+
+
 def filter_logprobs(logprobs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Renormalized log-probabilities (B, V) after filtering, -inf for removed tokens. The filters are applied in this
     order: min-p (arXiv:2407.01082), top-k, top-p (the smallest set of the remaining tokens with mass >= top_p,
@@ -100,6 +110,42 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     found, index = found.gather(1, by_index), index.gather(1, by_index)
     found, order = found.sort(dim=-1, descending=True, stable=True)
     return found, index.gather(1, order)
+
+
+class PenalizedTokens(NamedTuple):
+    """The tokens that penalties apply to, and the penalties of their rows."""
+
+    entries: numpy.ndarray
+    """Index of each row in the logits, (n,) int64."""
+    tokens: numpy.ndarray
+    """(n, W) int64; a token that occurs twice in a row has the same count there."""
+    num_outputs: numpy.ndarray
+    """How often each token was sampled, (n, W) fp32."""
+    is_valid: numpy.ndarray
+    """Which of the tokens count, (n, W) bool."""
+    repetition: numpy.ndarray
+    """(n,) fp32, as the next two."""
+    presence: numpy.ndarray
+    frequency: numpy.ndarray
+
+
+def penalize_(logits: Tensor, penalized: PenalizedTokens) -> None:
+    """As in ops.py."""
+    entries, tokens, num_outputs, is_valid, *columns = (torch.from_numpy(x).to(logits.device) for x in penalized)
+    repetition, presence, frequency = (column.double().unsqueeze(1) for column in columns)
+    values = logits[entries].gather(1, tokens).double()
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= frequency * num_outputs + presence * (num_outputs > 0)
+    place = (entries.unsqueeze(1) * logits.shape[1] + tokens)[is_valid]
+    logits.view(-1).put_(place, values.float()[is_valid])
+
+
+def apply_token_bitmask_(logits: Tensor, entries: numpy.ndarray, bitmask: numpy.ndarray) -> None:
+    """As in ops.py."""
+    bits = numpy.unpackbits(bitmask.astype("<i4", copy=False).view(numpy.uint8), axis=1, bitorder="little")
+    is_banned = torch.from_numpy(bits[:, : logits.shape[1]] == 0).to(logits.device)
+    rows = torch.from_numpy(entries).to(logits.device)
+    logits[rows] = logits[rows].masked_fill_(is_banned, -torch.inf)
 
 
 def sample_rows(

@@ -8,7 +8,7 @@ import datetime
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from thinkstack.config import did_you_mean
 from thinkstack.server import ledger
 from thinkstack.server.database import Database, keys, settings, users
-from thinkstack.server.errors import AuthenticationError
+from thinkstack.server.errors import AuthenticationError, InsufficientBalance, RateLimited
 from thinkstack.server.keys import PREFIX_LENGTH, SCOPES, Principal, hash_key, make_key
 from thinkstack.server.ledger import Admission, Group, Settlement, UsageRow
 from thinkstack.server.limits import LIMITS, UNLIMITED, Limits, limits_of
@@ -31,6 +31,8 @@ BEAT_SECONDS = 1.0
 """Interval of heartbeats."""
 LAST_USED_SECONDS = 60.0
 """Interval in which the last use of a key is written."""
+REFUSALS = (InsufficientBalance, RateLimited, ConfigError, ValueError)
+"""Why a request is not admitted, though the database works."""
 NAME = re.compile(r"[A-Za-z0-9][\w.@+-]{0,63}", re.ASCII)
 
 
@@ -120,15 +122,33 @@ class Accounts:
         Returns its price, which is fixed now. Raises InsufficientBalance, RateLimited, DatabaseUnavailable, ConfigError
         for a model without a price, ValueError for an id that was used before.
         """
-        now_ms = self._now_ms()
+        (found,) = self.reserve_all([(principal, request)])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def reserve_all(self, wanted: Sequence[tuple[Principal, Admission]]) -> list[Price | Exception]:
+        """`reserve` for several requests: the price or the error of each. One transaction if none is refused.
+
+        Raises DatabaseUnavailable.
+        """
+        now_ms, found = self._now_ms(), dict[int, Price]()
         moment = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC)
-        price = FREE if self.prices is None else self.prices.price(request.model, moment)
-        with self.database.write() as connection:
-            ledger.reserve(connection, principal, request, price, self.process_id, now_ms)
-            if now_ms - self._last_beat_ms >= BEAT_SECONDS * 1000:
-                ledger.beat(connection, self.process_id, now_ms)
-                self._last_beat_ms = now_ms
-        return price
+        try:
+            with self.database.write() as connection:
+                for place in sorted(range(len(wanted)), key=lambda place: wanted[place][0].user_id):  # order of locks
+                    principal, request = wanted[place]
+                    price = FREE if self.prices is None else self.prices.price(request.model, moment)
+                    ledger.reserve(connection, principal, request, price, self.process_id, now_ms)
+                    found[place] = price
+                if now_ms - self._last_beat_ms >= BEAT_SECONDS * 1000:
+                    ledger.beat(connection, self.process_id, now_ms)
+        except REFUSALS as error:
+            if len(wanted) == 1:
+                return [error]
+            return [self.reserve_all([each])[0] for each in wanted]
+        self._last_beat_ms = max(self._last_beat_ms, now_ms)
+        return [found[place] for place in range(len(wanted))]
 
     def note(self, delivered: Mapping[str, Usage]) -> list[str]:
         """Record what running requests have delivered so far, and write the heartbeat; call it once a second.

@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -30,7 +32,7 @@ from thinkstack.server.errors import (
     PermissionDenied,
     RateLimited,
 )
-from thinkstack.server.keys import Principal
+from thinkstack.server.keys import Principal, hash_key
 from thinkstack.server.metrics import Metrics
 from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
@@ -49,6 +51,9 @@ from thinkstack.types import RequestError
 log = logging.getLogger(__name__)
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of replies that come in parts: caches do not store them, and proxies pass each part on at once."""
+PRINCIPAL_SECONDS = 1.0
+"""How long a key counts after it was read from the database: a revoked one at most so much longer."""
+MAX_PRINCIPALS = 10_000
 
 
 class Reply(Protocol):
@@ -82,6 +87,8 @@ class Server:
         self.metrics = Metrics(models.members)
         self.started = int(time.time())
         self._principal, self.needs_keys = principal, principal is None
+        self._principals: dict[str, tuple[float, Principal]] = {}
+        """By hash of the key, with the time at which they were read."""
         self.turns: dict[str, Turn] = {}
         """Running requests by id."""
 
@@ -117,7 +124,15 @@ class Server:
         key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         if not key:
             raise AuthenticationError("the request has no API key; send the header 'Authorization: Bearer sk-...'")
-        return await self.billing.call(self.accounts.authenticate, key)
+        hashed, now = hash_key(key), time.monotonic()
+        read_at, found = self._principals.get(hashed, (-math.inf, None))
+        if found is None or now - read_at > PRINCIPAL_SECONDS:
+            self._principals.pop(hashed, None)
+            found = await self.billing.call(self.accounts.authenticate, key)
+            if len(self._principals) >= MAX_PRINCIPALS:
+                self._principals.clear()
+            self._principals[hashed] = now, found
+        return found
 
     async def make_turn(self, principal: Principal, wanted: TurnRequest, id_prefix: str = "chatcmpl-") -> Turn:
         """Prepare a request. Raises RequestError, PermissionDenied."""
@@ -141,24 +156,12 @@ class Server:
             headers["X-Ignored-Fields"] = ", ".join(sorted(ignored))
         await turn.start(principal, self.settings.max_wait)
         self.turns[turn.id] = turn
+        close = functools.partial(self._close, turn)
         if is_stream:
-            close = functools.partial(self._close, turn)
             return TurnResponse(self._stream(reply), close, media_type=media_type, headers=headers | UNBUFFERED)
-        whole, is_late = asyncio.ensure_future(reply.whole()), False
-        try:
-            is_late = not await _is_done(request, whole, self.settings.keep_alive_seconds)
-            if not is_late:
-                return JSONResponse(whole.result(), headers=headers)
-        finally:
-            if not is_late:
-                self._close(turn, whole)
-        close = functools.partial(self._close, turn, whole)
-        chunks = self._late(whole, request.url.path)
-        return TurnResponse(chunks, close, media_type="application/json", headers=headers | UNBUFFERED)
+        return WholeResponse(request, reply, close, self.settings.keep_alive_seconds, headers)
 
-    def _close(self, turn: Turn, whole: asyncio.Task[Any] | None = None) -> None:
-        if whole is not None:
-            whole.cancel()
+    def _close(self, turn: Turn) -> None:
         turn.close()
         del self.turns[turn.id]
 
@@ -172,17 +175,6 @@ class Server:
             yield reply.error(_found_error(error, "a stream failed"))
         finally:
             await chunks.aclose()
-
-    async def _late(self, whole: asyncio.Task[dict[str, Any]], path: str) -> AsyncIterator[bytes]:
-        """A whole reply that takes long, after blank lines, which JSON permits. Its status is 200 by then, whatever
-        comes."""
-        try:
-            while not whole.done():
-                yield b"\n"
-                await asyncio.wait([whole], timeout=self.settings.keep_alive_seconds)
-            yield to_json(whole.result())
-        except Exception as error:
-            yield to_json(_found_error(error, "a late reply failed").body(path))
 
     async def _keep_alive(self) -> None:
         """Make silent streams send a comment."""
@@ -207,16 +199,65 @@ class TurnResponse(StreamingResponse):
             self._close()
 
 
-async def _is_done(request: Request, work: asyncio.Task[Any], seconds: float) -> bool:
-    """Wait for `work`; whether it is done after `seconds`. Raises CancelledError if the client leaves."""
+class WholeResponse(Response):
+    """A whole reply. If it takes long, blank lines come before it, which JSON permits; its status is 200 then, and a
+    later failure is a body with an error."""
+
+    def __init__(
+        self, request: Request, reply: Reply, close: Callable[[], None], seconds: float, headers: dict[str, str]
+    ):
+        """close: ends the turn. seconds: time from one blank line to the next."""
+        super().__init__()
+        self._request, self._reply, self._close = request, reply, close
+        self._seconds, self._sent_headers = seconds, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lines: list[asyncio.Task[None]] = []
+        loop, is_made = asyncio.get_running_loop(), asyncio.Event()
+
+        def start() -> None:
+            lines.append(loop.create_task(self._send_blank_lines(send, is_made)))
+
+        timer = loop.call_later(self._seconds, start)
+        try:
+            body = await _unless_disconnected(self._request, self._reply.whole())
+        except Exception as error:
+            if not lines:
+                raise
+            body = _found_error(error, "a late reply failed").body(scope["path"])
+        except BaseException:
+            for task in lines:
+                task.cancel()
+            raise
+        finally:
+            timer.cancel()
+            self._close()
+        if not lines:
+            await JSONResponse(body, headers=self._sent_headers)(scope, receive, send)
+            return
+        is_made.set()
+        await lines[0]
+        await send({"type": "http.response.body", "body": to_json(body)})
+
+    async def _send_blank_lines(self, send: Send, is_made: asyncio.Event) -> None:
+        headers = Headers(self._sent_headers | UNBUFFERED | {"Content-Type": "application/json"}).raw
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while not is_made.is_set():
+            await send({"type": "http.response.body", "body": b"\n", "more_body": True})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_made.wait(), self._seconds)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of `work`, which is cancelled if the client leaves."""
+    task = asyncio.current_task()
+    assert task is not None
     listener = asyncio.ensure_future(_disconnected(request))
+    listener.add_done_callback(lambda listener: listener.cancelled() or task.cancel())
     try:
-        done, _ = await asyncio.wait([work, listener], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return await work
     finally:
         listener.cancel()
-    if listener in done and work not in done:
-        raise asyncio.CancelledError
-    return work in done
 
 
 async def _disconnected(request: Request) -> None:

@@ -11,7 +11,7 @@ from thinkstack.server.accounts import Accounts
 from thinkstack.server.errors import DatabaseUnavailable
 from thinkstack.server.keys import Principal
 from thinkstack.server.ledger import Admission, Settlement
-from thinkstack.server.prices import Usage
+from thinkstack.server.prices import Price, Usage
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,12 +34,14 @@ class Charge:
 
 
 class Billing:
-    """Calls `Accounts` in threads. Settlements that arrive together are written in one transaction."""
+    """Calls `Accounts` in threads. Requests that arrive together are admitted in one transaction; ends likewise."""
 
     def __init__(self, accounts: Accounts):
         self.accounts = accounts
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="accounts")
         self._charges: dict[str, Charge] = {}
+        self._arrivals: list[tuple[Principal, Admission, asyncio.Future[Price]]] = []
+        self._admitter: asyncio.Task[None] | None = None
         self._ends: list[Settlement] = []
         self._flusher: asyncio.Task[None] | None = None
 
@@ -71,9 +73,35 @@ class Billing:
     ) -> Charge:
         """Reserve the largest cost of a request; the functions are those of `Charge`. Raises like
         `Accounts.reserve`."""
-        await self.call(self.accounts.reserve, principal, admission)
+        admitted = asyncio.get_running_loop().create_future()
+        self._arrivals.append((principal, admission, admitted))
+        if self._admitter is None:
+            self._admitter = asyncio.create_task(self._admit())
+        await admitted
         charge = self._charges[admission.request_id] = Charge(admission.request_id, usage, end)
         return charge
+
+    async def _admit(self) -> None:
+        """Reserve for all who wait, and for those who arrive meanwhile."""
+        try:
+            while self._arrivals:
+                arrivals, self._arrivals = self._arrivals, []
+                try:
+                    found = await self.call(self.accounts.reserve_all, [arrival[:2] for arrival in arrivals])
+                except Exception as error:
+                    found = [error] * len(arrivals)
+                    for _, admission, _ in arrivals:  # which may have been written if the end of the commit is unknown
+                        self._settle(Settlement(request_id=admission.request_id, usage=Usage(), status="abort"))
+                for (_, admission, admitted), price in zip(arrivals, found, strict=True):
+                    if isinstance(price, Exception):
+                        if not admitted.done():
+                            admitted.set_exception(price)
+                    elif admitted.done():  # the client has left
+                        self._settle(Settlement(request_id=admission.request_id, usage=Usage(), status="abort"))
+                    else:
+                        admitted.set_result(price)
+        finally:
+            self._admitter = None
 
     async def settle(self, charge: Charge, status: str) -> None:
         """Charge what was delivered; `settle_soon`, then wait until it is written."""
@@ -85,7 +113,10 @@ class Billing:
         """Charge what was delivered, once, in the background."""
         if self._charges.pop(charge.request_id, None) is None:
             return
-        self._ends.append(Settlement(request_id=charge.request_id, usage=charge.usage(), status=status))
+        self._settle(Settlement(request_id=charge.request_id, usage=charge.usage(), status=status))
+
+    def _settle(self, end: Settlement) -> None:
+        self._ends.append(end)
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush())
 

@@ -51,12 +51,13 @@ class Latencies:
     """Seconds between two tokens of one choice."""
 
 
-def kv_cache_usage(status: ServiceStatus) -> float:
-    """The part of the KV cache that running requests hold, 0 to 1; cached prefixes count as free."""
-    return 1 - status.free_blocks / status.num_blocks
+def kv_cache_usage(status: ServiceStatus) -> float | None:
+    """The part of the KV cache that running requests hold, 0 to 1; cached prefixes count as free. None: the cache is
+    on other servers."""
+    return 1 - status.free_blocks / status.num_blocks if status.num_blocks else None
 
 
-STATE: tuple[tuple[type[Metric], str, str, Callable[[ServiceStatus], float]], ...] = (
+STATE: tuple[tuple[type[Metric], str, str, Callable[[ServiceStatus], float | None]], ...] = (
     (GaugeMetricFamily, "num_requests_waiting", "Requests in the queue.", lambda status: status.waiting),
     (GaugeMetricFamily, "num_requests_running", "Sequences that run.", lambda status: status.running),
     (GaugeMetricFamily, "kv_cache_usage", "Part of the KV cache in use, 0 to 1.", kv_cache_usage),
@@ -94,7 +95,8 @@ class Metrics:
         for kind, name, meaning, value in STATE:
             family = kind(f"thinkstack_{name}", meaning, labels=["member"])  # type: ignore[call-arg, arg-type]
             for member, status in statuses.items():
-                family.add_metric([member], value(status))  # type: ignore[attr-defined]
+                if (found := value(status)) is not None:
+                    family.add_metric([member], found)  # type: ignore[attr-defined]
             yield family
         first = HistogramMetricFamily(
             "thinkstack_time_to_first_token_seconds", "Seconds to the first token.", labels=["member"]

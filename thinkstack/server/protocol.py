@@ -1,13 +1,15 @@
-"""HTTP/1.1 with a time limit on the head of a request; uvicorn has none."""
+"""HTTP/1.1 with limits on the head of a request; uvicorn has none."""
 
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 65_536
 
 
-class TimedProtocol(H11Protocol):
-    """A connection that is closed if it does not send the whole head of a request in time.
+class LimitedProtocol(HttpToolsProtocol):
+    """A connection that is closed if the head of a request is too large, or not complete in time.
 
     The time begins with the connection, and for later requests with their first byte; the silence between two requests
     has uvicorn's limit.
@@ -15,7 +17,7 @@ class TimedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, header_seconds: float, **named: Any):
         super().__init__(*arguments, **named)
-        self._seconds = header_seconds
+        self._seconds, self._num_bytes = header_seconds, 0
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -28,6 +30,10 @@ class TimedProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
+            return
+        self._num_bytes += len(data)
+        if self._num_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers are above {MAX_HEAD_BYTES} bytes.")
         elif self._timer is None:
             self._timer = self.loop.call_later(self._seconds, self.transport.close)
 
@@ -37,6 +43,7 @@ class TimedProtocol(H11Protocol):
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
+        self._num_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

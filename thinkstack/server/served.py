@@ -19,7 +19,9 @@ from thinkstack.checkpoint.model import load_chat, load_model, open_source
 from thinkstack.config import Count, CountOrZero, Tree, build, did_you_mean
 from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.engine.interface import Overloaded, WhileRunning
+from thinkstack.engine.interface import AnyService, Overloaded, WhileRunning
+from thinkstack.engine.remote import RETRY_SECONDS
+from thinkstack.engine.remote_service import RemoteService
 from thinkstack.engine.service import EngineService
 from thinkstack.files import read_text
 from thinkstack.kernels.precision import DTYPES, Precision, RequestedPrecision, resolve_precision
@@ -36,14 +38,18 @@ from thinkstack.text.tokenizer import THINK_CLOSE
 from thinkstack.types import ConfigError, Message, RequestError
 
 log = logging.getLogger(__name__)
+TOKENIZER_SAMPLE = "The tokens of this text, 12,345.6 + x_i != naïve 你好 🙂\n\n\tare compared."
+"""A text that different tokenizers split differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemberConfig:
-    """One model in memory. The memory of its cache is fixed at the start."""
+    """One model, in memory or on vLLM servers. The memory of its cache is fixed at the start."""
 
     model: str
     """A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:NAME."""
+    servers: tuple[str, ...] = ()
+    """vLLM servers that have the model, as http://host:port; only its tokenizer and chat template are read here."""
     dtype: RequestedPrecision = "auto"
     """Precision of weights and cache; "fp32" gives equal results in every batch."""
     quantization: Quantization = "none"
@@ -56,6 +62,14 @@ class MemberConfig:
     """Size of the KV cache in tokens; 0: enough for max_num_seqs sequences of the whole context."""
     max_waiting: CountOrZero = 256
     """Maximum number of waiting requests; more are refused."""
+
+    def __post_init__(self) -> None:
+        if self.servers:
+            for name in ("dtype", "quantization", "max_num_seqs", "cache_tokens"):
+                if getattr(self, name) != MemberConfig.__dataclass_fields__[name].default:
+                    raise ConfigError(f"{name} and servers are both set; {name} is an option of the servers, remove it")
+            if len(set(self.servers)) < len(self.servers):
+                raise ConfigError(f"servers={list(self.servers)} contains an address twice; list each address once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +116,10 @@ class ServeConfig:
 
 @dataclass(eq=False)
 class Member:
-    """A model in memory and the thread that runs it."""
+    """A model and what runs it: a thread of this process, or vLLM servers."""
 
     config: MemberConfig
-    service: EngineService
+    service: AnyService
     chat: ChatFormat
     grammars: GrammarCompiler
     model_config: ModelConfig | None = None
@@ -138,8 +152,14 @@ class Member:
         """Use the weights of another checkpoint with the same configuration and tokenizer. running: see WhileRunning.
 
         Both models are in memory for a moment. Raises RequestError with the field "model" for a checkpoint that does
-        not fit or cannot be read; the weights are unchanged then.
+        not fit or cannot be read; the weights are unchanged then. Raises RequestError for a member on vLLM servers.
         """
+        if not isinstance(self.service, EngineService):
+            raise RequestError(
+                f"the weights of this member are those of its vLLM servers, {', '.join(self.config.servers)}; change "
+                "them there",
+                "member",
+            )
         async with self._loading:
             try:
                 model = await asyncio.to_thread(self._read_weights, source)
@@ -231,11 +251,13 @@ def config_of_model(model: str, **settings: Any) -> ServeConfig:
 
 
 def load_member(name: str, config: MemberConfig) -> Member:
-    """Load a model and start its engine; logs the precision, the cache and how long it took. Raises ConfigError."""
+    """Load a model and start its engine, or attach to its servers; logs how long it took. Raises ConfigError."""
     began, dtype = time.monotonic(), resolve_precision(config.dtype, pick_device("auto"))
     chat = load_chat(config.model)
     if not chat.has_template:
         raise ConfigError(f"{config.model} has no chat template, so it cannot answer messages; serve a chat model")
+    if config.servers:
+        return attach_member(name, config, chat)
     model = _read_model(config.model, dtype)
     loaded = time.monotonic()
     engine = Engine(
@@ -256,9 +278,29 @@ def load_member(name: str, config: MemberConfig) -> Member:
         name, config.model, engine.runner.device, dtype, config.quantization, f"{engine.max_model_len:,}",
         f"{tokens:,}", cache.data.nbytes / 2**20, loaded - began, time.monotonic() - loaded,
     )  # fmt: skip
+    return Member(config, EngineService(engine), chat, _grammars(chat), model.cfg)
+
+
+def attach_member(name: str, config: MemberConfig, chat: ChatFormat, check_seconds: float = RETRY_SECONDS) -> Member:
+    """A member on vLLM servers. check_seconds: time between two checks of a server. Raises ConfigError."""
+    tokenizer = chat.tokenizer
+    control = sorted(tokenizer.control, key=tokenizer.control.__getitem__)
+    texts = {
+        TOKENIZER_SAMPLE: tokenizer.encode(TOKENIZER_SAMPLE),
+        "".join(control): [tokenizer.control[token] for token in control],
+    }
+    service = RemoteService(config.servers, tokenizer.vocab_size, texts, config.max_model_len, check_seconds)
+    log.info(
+        "%s: %s on %s, context %s, weights %s",
+        name, config.model, ", ".join(config.servers), f"{service.max_model_len:,}", ", ".join(service.status.weights),
+    )  # fmt: skip
+    return Member(config, service, chat, _grammars(chat))
+
+
+def _grammars(chat: ChatFormat) -> GrammarCompiler:
     grammars = GrammarCompiler(chat)
     threading.Thread(target=grammars.compile, args=(json_object(),), daemon=True).start()  # the first takes seconds
-    return Member(config, EngineService(engine), chat, grammars, model.cfg)
+    return grammars
 
 
 def _read_model(source: str, dtype: Precision) -> Transformer:

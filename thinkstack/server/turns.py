@@ -1,14 +1,15 @@
 """One assistant turn: from a request of any dialect to a stream of events, with its charge."""
 
 import asyncio
+import random
 import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from thinkstack.engine.grammar import GrammarFactory
-from thinkstack.engine.outputs import CompletionUpdate
+from thinkstack.engine.grammar import StructuredOutputs
+from thinkstack.engine.outputs import CompletionUpdate, joined
 from thinkstack.engine.service import EngineStopped, Generation
 from thinkstack.server.billing import Billing, Charge
 from thinkstack.server.keys import Principal
@@ -31,6 +32,8 @@ WHOLE_UPDATES = 32
 """Number of updates that are read together for a whole reply."""
 LONG_PROMPT = 20_000
 """Number of characters from which a prompt is tokenized in a thread."""
+_random = random.Random(secrets.randbits(256))
+"""Of ids and seeds, which are no secrets."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class PreparedTurn:
     sampling: SamplingParams
     opening: list[str]
     """The start of the turn that the prompt contains, as pieces of text and control tokens."""
-    grammar: GrammarFactory | None
+    grammar: StructuredOutputs | None
     is_thinking: bool
     ignored: tuple[str, ...]
     """Sampling fields of the request that have no effect with this model name."""
@@ -71,7 +74,7 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     max_tokens = request.max_tokens or max(min(config.default_max_tokens, free), 1)
     ignored = tuple(name for name in request.sampling if config.fixed_sampling and name not in ("seed", "n"))
     given = {name: value for name, value in request.sampling.items() if name not in ignored}
-    given.setdefault("seed", secrets.randbits(62))
+    given.setdefault("seed", _random.getrandbits(62))
     budget = _thinking_budget(model, request, wants_thinking)
     sampling = SamplingParams(
         **{"temperature": config.temperature, "top_p": config.top_p} | given,
@@ -247,7 +250,7 @@ class Turn:
                 self._observe(updates, len(running))
                 if not self.is_stream and not self.request.stop:
                     self._generation.min_updates = WHOLE_UPDATES
-                for update in updates:
+                for update in updates if self.request.stop else joined(updates):
                     if update.index not in running:
                         continue  # tokens after a stop string
                     stream, reason = self._streams[update.index], update.finish_reason
@@ -307,4 +310,4 @@ async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing, 
         prepared = prepare(model, request)
     else:
         prepared = await asyncio.to_thread(prepare, model, request)
-    return Turn(f"{id_prefix}{secrets.token_hex(12)}", model, prepared, request, billing)
+    return Turn(f"{id_prefix}{_random.getrandbits(96):024x}", model, prepared, request, billing)

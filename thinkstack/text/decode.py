@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from thinkstack.text.tokenizer import Tokenizer
 
@@ -31,6 +31,12 @@ class TextDecoder:
                 ready = [*ready, token]
             found += "".join(map(self._decode, ready))
         return found
+
+    def feed_plain(self, token_ids: Sequence[int]) -> str:
+        """`feed` for tokens none of which is a stop token."""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(b"".join(map(self._tokenizer.bytes_of, token_ids)))
+        return "".join(map(self._decode, token_ids))
 
     def feed_token(self, token: int) -> list[str]:
         """The text that is final after this token, in pieces; a control token is a piece of its own, a `Control`."""
@@ -68,6 +74,9 @@ class Markers:
         self._prefixes = frozenset(marker[:size] for marker in markers for size in range(1, len(marker)))
         self._longest = max(map(len, self._prefixes), default=0)
         self._first_characters = frozenset(marker[:1] for marker in markers)
+
+    def __bool__(self) -> bool:
+        return bool(self._first_characters)
 
     def find(self, text: str) -> re.Match[str] | None:
         """The first marker."""

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from thinkstack.text.chat import ChatFormat, DeepSeekFormat
 from thinkstack.text.tokenizer import CALL_BEGIN, CALL_END, CALL_SEP, CALLS_BEGIN, CALLS_END, Tokenizer
-from thinkstack.text.turn_grammar import TurnGrammar, TurnTokens
+from thinkstack.text.turn_grammar import Phase, TurnGrammar, TurnTokens
 from thinkstack.types import RequestError, Tool
 
 WHITESPACE = r" |\n {0,32}"
@@ -173,26 +173,56 @@ class CompiledGrammar:
 
     matcher: LLMatcher
     tokens: TurnTokens
-    trigger: int | None
+    source: GrammarSource
 
-    def factory(self, opening_ids: Sequence[int] = ()) -> Callable[[], TurnGrammar]:
-        """The function that `Engine.submit` takes as `grammar`. opening_ids: the tokens of the assistant's turn that
-        the prompt contains (`ChatFormat.opening_pieces`), such as an opening think tag or the start of the content.
+    def factory(self, opening_ids: Sequence[int] = ()) -> "TurnGrammarFactory":
+        """What `Engine.submit` takes as `grammar`. opening_ids: the tokens of the assistant's turn that the prompt
+        contains (`ChatFormat.opening_pieces`), such as an opening think tag or the start of the content.
 
         Raises RequestError if the grammar does not allow a content that starts in this way.
         """
-
-        def start() -> TurnGrammar:
-            grammar = TurnGrammar(self.matcher.deep_copy(), self.tokens, self.trigger)
-            grammar.begin(opening_ids)
-            return grammar
-
+        factory = TurnGrammarFactory(self, tuple(opening_ids))
         try:
-            start()
+            factory()
         except RequestError as error:
             message = f"the grammar does not allow the start of the last message ({error})"
             raise RequestError(message, "messages") from error
-        return start
+        return factory
+
+
+@dataclass(frozen=True)
+class TurnGrammarFactory:
+    """Makes the grammars of the completions of one request. It is a `StructuredOutputs` of engine/grammar.py."""
+
+    compiled: CompiledGrammar
+    opening_ids: tuple[int, ...]
+
+    def __call__(self) -> TurnGrammar:
+        compiled = self.compiled
+        grammar = TurnGrammar(compiled.matcher.deep_copy(), compiled.tokens, compiled.source.trigger)
+        grammar.begin(self.opening_ids)
+        return grammar
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """vLLM's structured_outputs: a JSON schema, or a grammar in llguidance's form of Lark."""
+        text = self.compiled.source.text
+        if not text.startswith("{"):
+            return {"grammar": text}
+        return {"json": json.loads(text)["grammars"][0]["json_schema"]}
+
+    @property
+    def trigger(self) -> int | None:
+        return self.compiled.source.trigger
+
+    @property
+    def think_open(self) -> int | None:
+        tokens = self.compiled.tokens
+        return tokens.think_open if tokens.may_think else None
+
+    @property
+    def phase(self) -> Phase:
+        return self().phase
 
 
 class Refusal(NamedTuple):
@@ -249,7 +279,7 @@ class GrammarCompiler:
             field = source.schemas[0][0] if len(source.schemas) == 1 else "tools"
             return _refusal(field, matcher.get_error().partition("\n<state>")[0])
         tokens = TurnTokens.of(self._chat, self._tokenizer.vocab_size)
-        return CompiledGrammar(matcher, tokens, source.trigger)
+        return CompiledGrammar(matcher, tokens, source)
 
 
 def _ll_tokenizer(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> LLTokenizer:

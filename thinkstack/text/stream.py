@@ -32,6 +32,7 @@ class TurnStream:
         opening = chat.prefill if opening is None else opening
         self._opening = chat.tokenizer.split_controls(opening) if isinstance(opening, str) else list(opening)
         self._decoder, self._stop_token_ids = TextDecoder(chat.tokenizer), frozenset(chat.stop_token_ids)
+        self._special_ids = self._stop_token_ids.union(chat.tokenizer.control_of_id)
         self._parse = partial(StreamParser, thinking_format, stop, chat.tokenizer.control)
         self._parser = self._parse()
         self._events: list[StreamEvent] = []
@@ -72,13 +73,19 @@ class TurnStream:
     def feed(self, token_ids: Iterable[int]) -> list[StreamEvent]:
         """The events that are final after these tokens."""
         events, self._events = self._events, []
+        plain: list[int] = []
         for token in token_ids:
+            if token not in self._special_ids and self._held_stop is None and self._parser.plain_kind is not None:
+                plain.append(token)
+                continue
+            events += self._take_plain(plain)
+            plain = []
             if self._held_stop is not None:
                 events += self._take(self._held_stop)
             self._held_stop = token if token in self._stop_token_ids else None
             if self._held_stop is None:
                 events += self._take(token)
-        return events
+        return events + self._take_plain(plain)
 
     def finish(self, reason: FinishReason) -> list[StreamEvent]:
         """The last events."""
@@ -86,6 +93,16 @@ class TurnStream:
         self._decide(events)
         self.token_kinds += ["markup"] * (self._held_stop is not None)
         return events
+
+    def _take_plain(self, token_ids: Sequence[int]) -> list[StreamEvent]:
+        """`_take` for a run of tokens of one kind."""
+        kind = self._parser.plain_kind
+        if not token_ids or kind is None:
+            return []
+        self.token_kinds += [kind] * len(token_ids)
+        if kind == "reasoning":
+            self.num_reasoning_tokens += len(token_ids)
+        return self._parser.feed_plain(self._decoder.feed_plain(token_ids))
 
     def _take(self, token: int) -> list[StreamEvent]:
         before, num_tags = self._parser.state, self._parser.num_tags

@@ -40,7 +40,7 @@ State = Literal["start", "thinking", "content", "calls", "name", "arguments", "a
 """A part of a turn; "plain": content after malformed calls."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StreamEvent:
     """A part of an assistant turn."""
 
@@ -134,6 +134,21 @@ class StreamParser:
         """Whether it is not known yet which part of the turn the last text belongs to."""
         is_call = self.state in ("calls", "name", "arguments", "after calls")
         return self.state == "start" or bool(self._content) or (is_call and bool(self._held))
+
+    @property
+    def plain_kind(self) -> Literal["reasoning", "content"] | None:
+        """The kind of all further text up to the next control token, where no spelled tag or stop string can end it."""
+        if self._markers.get(self.state, _NONE):
+            return None
+        if self.state == "thinking":
+            return "reasoning"
+        return "content" if self.state in ("content", "plain") and not self._stop else None
+
+    def feed_plain(self, text: str) -> list[StreamEvent]:
+        """`feed` for text while there is a `plain_kind`."""
+        self._take(text)
+        events, self._events = self._events, []
+        return events
 
     def feed(self, text: str) -> list[StreamEvent]:
         """The events that are final after this text, or after this control token (a `Control`)."""

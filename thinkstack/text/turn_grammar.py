@@ -65,6 +65,11 @@ class TurnGrammar:
         self._ids: list[int] = []
         self._bitmask = allocate_token_bitmask(1, tokens.vocab_size)
 
+    @property
+    def phase(self) -> Phase:
+        """The phase after the last token."""
+        return self._phases[-1]
+
     def begin(self, opening_ids: Sequence[int]) -> None:
         """Start after the part of the turn that the prompt contains. Raises RequestError like `advance`."""
         if self._tokens.think_close is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thinkstack.kernels.cpu.calls import address, array_address, call, run, structure
 from thinkstack.kernels.paging import KVLayout, Pages
+from thinkstack.kernels.sampling import PenalizedTokens
 
 _PagedAttention = structure(
     "PagedAttention",
@@ -22,6 +23,11 @@ _Sample = structure(
     "Sample",
     "logits rows temperature top_k top_p min_p uniform seed num_tokens num_prompt_tokens offsets tokens logprobs",
     "B V threads",
+)
+_TokenBitmask = structure("TokenBitmask", "logits entries bitmask", "n W V")
+_TopLogprobs = structure("TopLogprobs", "logits temperature ids logprobs", "B V count threads")
+_Penalties = structure(
+    "Penalties", "logits entries tokens num_outputs is_valid repetition presence frequency", "n W V threads"
 )
 
 
@@ -101,6 +107,27 @@ def sample_rows(
     arguments.tokens, arguments.logprobs = array_address(tokens), array_address(logprobs)
     _run_sample(arguments, logits)
     return tokens, logprobs
+
+
+def top_logprobs(logits: Tensor, temperature: Tensor, filters: None, count: int) -> tuple[Tensor, Tensor]:
+    """As `ops.top_logprobs`."""
+    (B, V), logits = logits.shape, logits.contiguous()
+    ids, logprobs = torch.empty(B, count, dtype=torch.int64), torch.empty(B, count)
+    arguments = _TopLogprobs(*map(address, (logits, temperature, ids, logprobs)), B, V, count, torch.get_num_threads())
+    run("top_logprobs", arguments, logits.dtype == torch.bfloat16)
+    return ids, logprobs
+
+
+def penalize_(logits: Tensor, penalized: PenalizedTokens) -> None:
+    """As `ops.penalize_`."""
+    sizes = *penalized.tokens.shape, logits.shape[1], torch.get_num_threads()
+    run("penalize", _Penalties(logits.data_ptr(), *map(array_address, penalized), *sizes))
+
+
+def apply_token_bitmask_(logits: Tensor, entries: numpy.ndarray, bitmask: numpy.ndarray) -> None:
+    """As `ops.apply_token_bitmask_`."""
+    pointers = logits.data_ptr(), *map(array_address, (entries, bitmask))
+    run("apply_token_bitmask", _TokenBitmask(*pointers, *bitmask.shape, logits.shape[1]))
 
 
 def _run_sample(arguments: ctypes.Structure, logits: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thinkstack.kernels.cpu.calls import call, call_for
+from thinkstack.quant.fp8 import BLOCK
 from thinkstack.quant.nf4 import LEVELS
 
 
@@ -53,12 +54,13 @@ def is_rotatable(x: Tensor) -> bool:
     return x.stride(-1) == 1 and is_rows(x[:, :, 0])
 
 
-def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor, rows: int, columns: int) -> None:
-    """Write qweight, e4m3 or int8, times the fp32 scale of each block into out (..., N, D). scale: (..., ceil(N /
-    rows), ceil(D / columns)). All tensors are contiguous."""
+def dequantize_block(qweight: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Write qweight (..., N, D) times the scale of each block into out, contiguous: int8 with scales (..., N, 1) of
+    rows, or e4m3 with scales (..., ceil(N / 128), ceil(D / 128)) of 128 x 128 blocks."""
     N, D = qweight.shape[-2:]
-    kind = "int8" if qweight.dtype == torch.int8 else "e4m3"
-    call_for(out.dtype, f"dequantize_{kind}", qweight, scale, out, qweight.shape[:-2].numel(), N, D, rows, columns)
+    kind, block = ("int8", (1, D)) if qweight.dtype == torch.int8 else ("e4m3", (BLOCK, BLOCK))
+    tensors = qweight.contiguous(), scale.float().contiguous(), out
+    call_for(out.dtype, f"dequantize_{kind}", *tensors, qweight.shape[:-2].numel(), N, D, *block)
 
 
 def dequantize_nf4(qweight: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -21,6 +21,34 @@ struct Sample {
   int64_t B, V, threads;
 };
 
+// The `count` most likely tokens of B rows, V tokens; sorted, among equals the lower first.
+struct TopLogprobs {
+  const void* logits;        // (B, V)
+  const float* temperature;  // (B,), as in Sample
+  int64_t* ids;              // (B, count)
+  float* logprobs;           // (B, count)
+  int64_t B, V, count, threads;
+};
+
+// n rows with W tokens each, V logits per row.
+struct Penalties {
+  float* logits;             // changed in place
+  const int64_t* entries;    // (n,): a row's index in the logits
+  const int64_t* tokens;     // (n, W)
+  const float* num_outputs;  // (n, W): how often each token was sampled
+  const uint8_t* is_valid;   // (n, W)
+  const float *repetition, *presence, *frequency;  // (n,)
+  int64_t n, W, V, threads;
+};
+
+// n rows of V logits, W = ceil(V / 32).
+struct TokenBitmask {
+  float* logits;            // changed in place: -infinity where the bit is 0
+  const int64_t* entries;   // (n,): a row's index in the logits
+  const uint32_t* bitmask;  // (n, W)
+  int64_t n, W, V;
+};
+
 namespace {
 
 constexpr int64_t CHUNK = 256;      // masses that are summed in float; sums over chunks are double
@@ -189,21 +217,92 @@ void sample_row(const Sample& a, int64_t b, Masses& masses) {
 }
 
 template <typename T>
-void run(const Sample& a) {
+void top_row(const TopLogprobs& a, int64_t b, Masses& masses) {
+  const T* row = static_cast<const T*>(a.logits) + b * a.V;
+  int64_t* ids = a.ids + b * a.count;
+  float* found = a.logprobs + b * a.count;  // the logits of `ids` so far
+  const int64_t last = a.count - 1;
+  int64_t size = 0;
+  for (int64_t c = 0; c < a.V; c += LANES) {
+    if (size > last && !any(load_some(row + c, a.V - c) > found[last])) continue;
+    for (int64_t i = c; i < std::min(c + LANES, a.V); i++) {
+      const float logit = to_float(row[i]);
+      if (size > last && !(logit > found[last])) continue;
+      int64_t place = size > last ? last : size++;
+      for (; place > 0 && found[place - 1] < logit; place--) found[place] = found[place - 1], ids[place] = ids[place - 1];
+      found[place] = logit, ids[place] = i;
+    }
+  }
+  const float top = found[0], inverse_temperature = a.temperature[b] == 0 ? 1 : 1 / a.temperature[b];
+  masses.take(row, top, inverse_temperature);
+  const float normalizer = float(std::log(masses.total()));
+  for (int64_t i = 0; i < a.count; i++) found[i] = (found[i] - top) * inverse_temperature - normalizer;
+}
+
+// each(b, masses) for all rows.
+template <typename Arguments, typename Each>
+void for_each_row(const Arguments& a, Each each) {
   const int64_t chunk = 1 + 4096 / a.V;  // rows of few tokens take less time than scheduling them
 #pragma omp parallel num_threads(a.threads)
   {
     Masses masses(a.V);
 #pragma omp for schedule(dynamic, chunk)
-    for (int64_t b = 0; b < a.B; b++) sample_row<T>(a, b, masses);
+    for (int64_t b = 0; b < a.B; b++) each(b, masses);
   }
+}
+
+// In double, where the products are exact, so that fused multiply-adds change nothing. A token may occur twice.
+void penalize_row(const Penalties& a, int64_t r, std::vector<float>& penalized) {
+  float* row = a.logits + a.entries[r] * a.V;
+  const double repetition = a.repetition[r], presence = a.presence[r], frequency = a.frequency[r];
+  for (int64_t i = 0, at = r * a.W; i < a.W; i++, at++) {
+    const double given = row[a.tokens[at]], penalty = frequency * a.num_outputs[at] + (a.num_outputs[at] > 0 ? presence : 0);
+    const double scaled = repetition == 1 ? given : given > 0 ? given / repetition : given * repetition;
+    penalized[i] = float(scaled - penalty);
+  }
+  for (int64_t i = 0, at = r * a.W; i < a.W; i++, at++)
+    if (a.is_valid[at]) row[a.tokens[at]] = penalized[i];
 }
 
 }  // namespace
 
-extern "C" void sample(const Sample* a, int64_t is_bf16) { is_bf16 ? run<bf16>(*a) : run<float>(*a); }
+extern "C" void penalize(const Penalties* a) {
+#pragma omp parallel num_threads(a->n * a->W < 2048 ? 1 : a->threads)
+  {
+    std::vector<float> penalized(a->W);
+#pragma omp for
+    for (int64_t r = 0; r < a->n; r++) penalize_row(*a, r, penalized);
+  }
+}
+
+extern "C" void apply_token_bitmask(const TokenBitmask* a) {
+  for (int64_t r = 0; r < a->n; r++)
+    for (int64_t w = 0; w < a->W; w++) {
+      const uint32_t allowed = a->bitmask[r * a->W + w];
+      float* logits = a->logits + a->entries[r] * a->V + w * 32;
+      for (int64_t i = 0; i < std::min<int64_t>(32, a->V - w * 32); i++)
+        if (!(allowed >> i & 1)) logits[i] = -INFINITY;
+    }
+}
+
+extern "C" void sample(const Sample* a, int64_t is_bf16) {
+  for_each_row(*a, [&](int64_t b, Masses& masses) { is_bf16 ? sample_row<bf16>(*a, b, masses) : sample_row<float>(*a, b, masses); });
+}
+
+extern "C" void top_logprobs(const TopLogprobs* a, int64_t is_bf16) {
+  for_each_row(*a, [&](int64_t b, Masses& masses) { is_bf16 ? top_row<bf16>(*a, b, masses) : top_row<float>(*a, b, masses); });
+}
 
 LAYOUT(Sample, Sample,
        FIELD(logits) FIELD(rows) FIELD(temperature) FIELD(top_k) FIELD(top_p) FIELD(min_p) FIELD(uniform) FIELD(seed)
        FIELD(num_tokens) FIELD(num_prompt_tokens) FIELD(offsets) FIELD(tokens) FIELD(logprobs) FIELD(B) FIELD(V)
        FIELD(threads))
+
+LAYOUT(TopLogprobs, TopLogprobs,
+       FIELD(logits) FIELD(temperature) FIELD(ids) FIELD(logprobs) FIELD(B) FIELD(V) FIELD(count) FIELD(threads))
+
+LAYOUT(Penalties, Penalties,
+       FIELD(logits) FIELD(entries) FIELD(tokens) FIELD(num_outputs) FIELD(is_valid) FIELD(repetition) FIELD(presence)
+       FIELD(frequency) FIELD(n) FIELD(W) FIELD(V) FIELD(threads))
+
+LAYOUT(TokenBitmask, TokenBitmask, FIELD(logits) FIELD(entries) FIELD(bitmask) FIELD(n) FIELD(W) FIELD(V))
