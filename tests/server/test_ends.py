@@ -22,6 +22,8 @@ def answer(prompt: str, index: int) -> str:
     text = prompt.rpartition("<｜User｜>")[2].partition("<｜Assistant｜>")[0]
     state, _, end = text.partition(" ")
     words = {"end token": "Paris ", "length": "the sum " * 200, "stop string": "the France " * 200}
+    if state not in OPENINGS:
+        return "It is 3."
     return OPENINGS[state] + words.get(end, "the sum " * 4000)
 
 
@@ -110,3 +112,16 @@ def test_a_thinking_budget_closes_the_thought_and_is_reported(server, monkeypatc
     usage, message = reply["usage"], reply["choices"][0]["message"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 7 + 1  # with the end of the thinking
     assert usage["completion_tokens"] == 60 and message["reasoning_content"] and message["content"]
+
+
+def test_nothing_is_injected_after_the_result_of_a_tool_when_thinking_is_off(server):
+    """</think> replaced the first token: the prompt of V3.1 ends in the result there, and a turn that had not begun to
+    think counted as one that had."""
+    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "a"},
+    ]
+    choice = post(server, model="deepseek-chat", messages=messages).json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "It is 3."}

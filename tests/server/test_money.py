@@ -106,8 +106,11 @@ def test_a_user_who_is_disabled_gets_401_on_an_open_connection(server):
         body = {"model": "deepseek-chat", "messages": QUESTION}
         assert client.post(f"{server.url}/chat/completions", json=body).status_code == 200
         server.server.accounts.change_user(user_id, disabled=True)
+        until(
+            lambda: client.post(f"{server.url}/chat/completions", json=body).status_code == 401
+        )  # keys are read again
         response = client.post(f"{server.url}/chat/completions", json=body)
-        assert response.status_code == 401 and "disabled" in response.json()["error"]["message"]
+        assert "disabled" in response.json()["error"]["message"]
         server.server.accounts.change_user(user_id, disabled=False)
         assert client.post(f"{server.url}/chat/completions", json=body).status_code == 200
 
