@@ -92,7 +92,7 @@ def test_an_answer_has_its_thinking_beside_it(client, model):
 def test_thinking_can_be_off_by_every_field(tmp_path, off):
     with live(tmp_path, lambda prompt, index: "Paris.") as plain:
         message = post(plain, **({"model": "deepseek-flash"} | off)).json()["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": "Paris."}
+    assert message == {"role": "assistant", "content": "Paris.", "reasoning_content": None, "reasoning": None}
 
 
 @pytest.mark.parametrize("question", ["France", "emoji"])
@@ -165,7 +165,7 @@ def test_usage_adds_up_in_reply_stream_and_ledger(server):
     [
         ({"model": "deepseek-chta"}, 400, "model", "did you mean deepseek-chat"),
         ({"messages": []}, 422, "messages", "at least 1"),
-        ({"messages": [{"role": "user", "content": "a " * 9000}]}, 400, "prompt", "8,192"),
+        ({"messages": [{"role": "user", "content": "a " * 9000}]}, 400, "messages", "8,192"),
         ({"max_tokens": 8193}, 400, "max_tokens", "8192"),
         ({"max_tokens": 8190}, 400, "max_tokens", "8,192"),
         ({"max_tokens": 0}, 422, "max_tokens", "greater than or equal to 1"),

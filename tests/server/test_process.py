@@ -156,6 +156,16 @@ def test_a_first_start_on_accounts_with_users_makes_no_key(tmp_path, capsys):
     assert principal is not None and principal.user_name == "admin" and capsys.readouterr().out == ""
 
 
+def test_starts_without_keys_share_one_row_until_it_is_revoked(tmp_path):
+    """Each start added a key that nobody knows."""
+    accounts = Accounts(Database(sqlite_url(tmp_path)))
+    first = first_key(accounts, no_keys=True)
+    assert first_key(accounts, no_keys=True) == first
+    accounts.revoke_key(first.key_prefix)
+    assert first_key(accounts, no_keys=True).key_id != first.key_id
+    assert [row["name"] for row in accounts.list_keys()] == ["no-keys", "no-keys"]
+
+
 def test_a_model_without_a_price_stops_the_start(tmp_path):
     accounts = Accounts(Database(sqlite_url(tmp_path)), PRICES)
     with pytest.raises(ConfigError, match="no price for the model"):

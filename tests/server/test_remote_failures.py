@@ -148,7 +148,7 @@ def test_what_servers_cannot_do_is_refused_by_field(tmp_path, pair):
         assert (status, field) == (400, "max_tokens") and "8,192" in message and "8,190" in message
         long = [{"role": "user", "content": "the sum " * 9000}]
         status, field, message = refusal(post(server, messages=long))
-        assert (status, field) == (400, "prompt") and "8,192" in message
+        assert (status, field) == (400, "messages") and "8,192" in message
         assert [fake.bodies for fake in pair] == [[], []]
 
 

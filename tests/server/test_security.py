@@ -1,6 +1,8 @@
 """What a stranger may try: control tokens in text, guessed keys, slow and huge requests, other names of this machine,
 and the prefixes of other tenants."""
 
+import contextlib
+import itertools
 import time
 
 import httpx
@@ -20,7 +22,7 @@ def answer(prompt, index):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    settings = ServerSettings(body_seconds=0.3)
+    settings = ServerSettings(body_seconds=0.3, header_seconds=0.5)
     with live(tmp_path_factory.mktemp("data"), answer, settings=settings) as running:
         yield running
 
@@ -182,19 +184,43 @@ def test_a_slow_body_is_a_408_and_the_end_of_the_connection(server):
     assert post(server).status_code == 200
 
 
-def test_huge_headers_are_refused(server):
+@pytest.mark.parametrize("request_number", [1, 2])
+def test_slow_headers_are_the_end_of_the_connection(server, request_number):
+    """A byte at a time (slowloris), in the first request of a connection and in a later one."""
     with connect(server) as connection:
+        if request_number == 2:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in connection.recv(65536)
+        began, others = time.monotonic(), 0
+        connection.settimeout(0.05)
+        with pytest.raises(ConnectionError):
+            for byte in itertools.cycle(b"GET /health HTTP/1.1\r\nX: " + b"y" * 1000):
+                connection.sendall(bytes([byte]))
+                others += post(server).status_code == 200
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(65536) == b"":
+                        raise ConnectionResetError
+        assert 0.3 < time.monotonic() - began < HANG_SECONDS and others > 1
+
+
+def test_a_connection_that_sends_nothing_is_closed(server):
+    with connect(server) as connection:
+        assert connection.recv(65536) == b""
+
+
+def test_huge_headers_are_refused(tmp_path):
+    settings = ServerSettings(header_seconds=HANG_SECONDS)  # it is the size that is refused
+    with live(tmp_path, answer, settings=settings) as server, connect(server) as connection:
+        connection.settimeout(60)
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         reply = b""
-        try:
+        with contextlib.suppress(ConnectionError):  # refused while we were still sending
             for number in range(400):
                 connection.sendall(f"X-{number}: {'x' * 1000}\r\n".encode())
             while piece := connection.recv(65536):
                 reply += piece
-        except ConnectionError:
-            pass  # refused while we were still sending
-    assert not reply or reply.startswith(b"HTTP/1.1 4")
-    assert httpx.get(f"{server.url}/health").status_code == 200
+        assert not reply or reply.startswith(b"HTTP/1.1 400 ")
+        assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_server_without_keys_answers_to_names_of_this_machine_alone(tmp_path):

@@ -247,10 +247,19 @@ def test_required_calls_are_calls_of_the_tools(name):
 
 @pytest.mark.parametrize("name", ["r1_0528", "v3_1"])
 def test_a_forced_function_is_called_once(name):
-    grammar = compiler(name).compile(tool_calls(chat(name), [ADD, ADDER], 'add"er'))
+    grammar = compiler(name).compile(tool_calls(chat(name), [ADD, ADDER], 'function:add"er'))
     for seed in range(5):
         ids = sample(grammar, chat(name).tokenizer, random.Random(seed))
         assert [call.name for call in parsed(name, ids)[1]] == ['add"er']
+
+
+@pytest.mark.parametrize("tool_name", ["auto", "required", "none"])
+def test_a_tool_with_the_name_of_a_choice_can_be_forced(tool_name):
+    """A tool called "auto" could not be forced: the choice "auto" was taken for that of no tool."""
+    tools = [ADDER, Tool(name=tool_name, description="", parameters={"type": "object"})]
+    grammar = compiler("v3_1").compile(tool_calls(chat("v3_1"), tools, f"function:{tool_name}"))
+    ids = sample(grammar, chat("v3_1").tokenizer, random.Random(0))
+    assert [call.name for call in parsed("v3_1", ids)[1]] == [tool_name]
 
 
 def test_strict_calls_may_follow_free_text():
@@ -270,7 +279,7 @@ def test_strict_calls_may_follow_free_text():
 
 def test_what_tool_choice_cannot_have_is_refused_by_name():
     with pytest.raises(RequestError, match=r"tool_choice='ad' is none of the tools; did you mean 'add'"):
-        tool_calls(chat("v3_1"), [ADD], "ad")
+        tool_calls(chat("v3_1"), [ADD], "function:ad")
     with pytest.raises(RequestError, match="tool_choice='required' needs tools; add tools"):
         tool_calls(chat("v3_1"), [], "required")
     with pytest.raises(RequestError, match="chat format 'r1_zero'"):

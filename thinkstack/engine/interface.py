@@ -11,7 +11,7 @@ from thinkstack.types import Completion, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from thinkstack.engine.grammar import StructuredOutputs
-    from thinkstack.engine.service import Generation, ServiceStatus
+    from thinkstack.engine.service import Generation
 
 OnFinish = Callable[[int, list[Completion]], None]
 """Function that is called with the index of a prompt and the completions of that prompt."""
@@ -69,6 +69,28 @@ class AnyEngine(Protocol):
         """The state of the engine."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServiceStatus:
+    """What a service does now. Numbers are consistent with each other only between steps."""
+
+    running: int
+    """Completions that have a row."""
+    waiting: int
+    """Queue entries: requests that wait for memory or a row, and preempted completions."""
+    free_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    num_steps: int
+    step_seconds: float
+    """Duration of all steps together."""
+    num_sampled: int
+    """Tokens sampled so far."""
+    seconds_since_heartbeat: float
+    """How long the thread has been in the same step or command; 0 while it sleeps."""
+    failure: str | None
+    """Why the service serves no requests any more."""
+
+
 class AnyService(Protocol):
     """The interface of `EngineService` and `RemoteService`; the API server works with either."""
 
@@ -77,7 +99,7 @@ class AnyService(Protocol):
         """Maximum number of tokens of prompt and completion together."""
 
     @property
-    def status(self) -> "ServiceStatus":
+    def status(self) -> ServiceStatus:
         """The state now."""
 
     async def submit(

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from thinkstack.engine.grammar import StructuredOutputs
-from thinkstack.engine.interface import Overloaded, check_request
+from thinkstack.engine.interface import Overloaded, ServiceStatus, check_request
 from thinkstack.engine.outputs import CompletionUpdate
 from thinkstack.engine.remote import KEY, RETRY_SECONDS
 from thinkstack.engine.remote_completion import RemoteCompletion
 from thinkstack.engine.remote_pool import AttachedServer, ServerPool
 from thinkstack.engine.sequence_table import Request
-from thinkstack.engine.service import EngineStopped, Generation, ServiceStatus
+from thinkstack.engine.service import EngineStopped, Generation
 from thinkstack.engine.vllm import ConnectionFailed, ServerError, StreamPart, check_sampling, new_id
 from thinkstack.types import ConfigError, FinishReason, RequestError, SamplingParams
 

@@ -10,12 +10,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from thinkstack.engine.engine import Engine
 from thinkstack.engine.grammar import GrammarFactory
-from thinkstack.engine.interface import AnyService, Overloaded, WhileRunning, check_request
+from thinkstack.engine.interface import AnyService, Overloaded, ServiceStatus, WhileRunning, check_request
 from thinkstack.engine.outputs import CompletionUpdate
 from thinkstack.engine.sequence_table import Request
 from thinkstack.models.transformer import Transformer
@@ -28,28 +27,6 @@ MAX_FAILED_STEPS = 3
 
 class EngineStopped(Overloaded):
     """The engine has failed or is shutting down; it serves no requests any more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServiceStatus:
-    """What a service does now. Numbers are consistent with each other only between steps."""
-
-    running: int
-    """Completions that have a row."""
-    waiting: int
-    """Queue entries: requests that wait for memory or a row, and preempted completions."""
-    free_blocks: int
-    num_blocks: int
-    num_preemptions: int
-    num_steps: int
-    step_seconds: float
-    """Duration of all steps together."""
-    num_sampled: int
-    """Tokens sampled so far."""
-    seconds_since_heartbeat: float
-    """How long the thread has been in the same step or command; 0 while it sleeps."""
-    failure: str | None
-    """Why the service serves no requests any more."""
 
 
 class Generation:

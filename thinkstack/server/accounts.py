@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, bindparam, insert, or_, select, update
+from sqlalchemy import RowMapping, Select, bindparam, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from thinkstack.config import did_you_mean
@@ -92,9 +92,21 @@ class Accounts:
 
     def authenticate(self, key: str) -> Principal:
         """The user of a key. Raises AuthenticationError; the message never contains the key."""
-        now_ms, read_at, hashed = self._now_ms(), time.monotonic(), hash_key(key)
+        read_at = time.monotonic()
+        found = self._authenticate(_BY_HASH, {"hash": (hashed := hash_key(key))})
+        if len(self._principals) >= MAX_PRINCIPALS:
+            self._principals.clear()
+        self._principals[hashed] = read_at, found
+        return found
+
+    def principal(self, key_id: int) -> Principal:
+        """The user of a key that is known by its id. Raises AuthenticationError."""
+        return self._authenticate(_BY_ID, {"id": key_id})
+
+    def _authenticate(self, statement: Select[Any], values: Mapping[str, Any]) -> Principal:
+        now_ms = self._now_ms()
         with self.database.read() as connection:
-            row = connection.execute(_PRINCIPAL, {"hash": hashed}).mappings().one_or_none()
+            row = connection.execute(statement, values).mappings().one_or_none()
         if row is None:
             raise AuthenticationError("the API key is unknown; give a key as 'Authorization: Bearer sk-...'")
         if row["revoked_ms"] is not None:
@@ -108,7 +120,7 @@ class Accounts:
             is_stale = or_(keys.c.last_used_ms.is_(None), keys.c.last_used_ms <= stale_ms)
             with self.database.write() as connection:
                 connection.execute(update(keys).where(keys.c.id == row["key_id"], is_stale).values(last_used_ms=now_ms))
-        found = Principal(
+        return Principal(
             user_id=row["user_id"],
             user_name=row["user_name"],
             is_admin=row["is_admin"],
@@ -119,10 +131,6 @@ class Accounts:
             scopes=_split(row["scopes"]),
             models=_split(row["models"]),
         )
-        if len(self._principals) >= MAX_PRINCIPALS:
-            self._principals.clear()
-        self._principals[hashed] = read_at, found
-        return found
 
     def reserve(self, principal: Principal, request: Admission) -> Price:
         """Admit a request: check the limits and set its largest cost aside, all or nothing.
@@ -358,5 +366,6 @@ _PRINCIPAL = (
         *(users.c[name].label(f"user_{name}") for name in LIMITS)
     )
     .join(users, users.c.id == keys.c.user_id)
-    .where(keys.c.hash == bindparam("hash"))
 )  # fmt: skip
+_BY_HASH = _PRINCIPAL.where(keys.c.hash == bindparam("hash"))
+_BY_ID = _PRINCIPAL.where(keys.c.id == bindparam("id"))

@@ -10,18 +10,17 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.keys import Principal
+from thinkstack.server.openapi import AnthropicError, AnthropicMessage, errors, reply
 from thinkstack.server.prices import Usage
 from thinkstack.server.schema import (
     ALIASES,
     MAX_STOP,
     MAX_TOOLS,
-    STREAMED,
     Extensible,
     JsonObject,
     MaxTokens,
     ToolName,
     TurnRequest,
-    ignored_fields,
 )
 from thinkstack.server.sse import parse_arguments, sse, to_json
 from thinkstack.server.turns import Turn
@@ -31,8 +30,6 @@ from thinkstack.types import Message, RequestError, Tool, ToolCall
 if TYPE_CHECKING:
     from thinkstack.server.app import Server
 
-IGNORED = frozenset(("container", "context_management", "inference_geo", "mcp_servers", "service_tier"))
-"""Fields that are accepted without effect, as DeepSeek does; a reply names them in a header."""
 DELTAS = {"thinking": ("thinking_delta", "thinking"), "text": ("text_delta", "text")}
 """By type of block: the type of its deltas, and the field of their text, which is that of the block too."""
 
@@ -155,6 +152,8 @@ class Metadata(BaseModel):
 class CountRequest(Extensible):
     """The body of POST /anthropic/v1/messages/count_tokens."""
 
+    IGNORED = frozenset(("container", "context_management", "inference_geo", "mcp_servers", "service_tier"))
+
     model: StrictStr
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     system: StrictStr | list[TextBlock] = ""
@@ -162,10 +161,6 @@ class CountRequest(Extensible):
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)
-
-    def ignored_fields(self) -> list[str]:
-        """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        return ignored_fields(self, IGNORED)
 
     def turn(self, **fields: Any) -> TurnRequest:
         """The meaning of the request. A last message of the assistant is continued. Raises RequestError."""
@@ -239,7 +234,8 @@ class MessagesReply:
         self._blocks: list[dict[str, Any]] = []
         self._texts: list[str] = []
         """Parts of the open block."""
-        self._is_open = False
+        self._is_open = self._is_cut = False
+        """Whether the last block goes on; whether it is a call without its end."""
         self._stop_reason: str | None = None
 
     async def whole(self) -> dict[str, Any]:
@@ -286,9 +282,12 @@ class MessagesReply:
             self._stop_reason = self._reason(event)
         elif event.kind == "tool_call_start":
             yield from self._close()
+            self._is_cut = True
             assert event.tool_call is not None
             call_id = f"toolu_{secrets.token_hex(12)}"
             yield self._open({"type": "tool_use", "id": call_id, "name": event.tool_call.name, "input": {}})
+        elif event.kind == "tool_call":
+            self._is_cut = False
         elif event.kind == "tool_call_delta":
             yield self._delta("input_json_delta", "partial_json", event.text)
         elif event.kind in ("reasoning", "content"):
@@ -331,7 +330,8 @@ class MessagesReply:
             return "max_tokens"
         if self.turn.stop_string(0) is not None:
             return "stop_sequence"
-        return "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"
+        has_calls = any(block["type"] == "tool_use" for block in self._blocks)
+        return "tool_use" if has_calls and not self._is_cut else "end_turn"
 
     @staticmethod
     def error(error: ApiError) -> bytes:
@@ -341,10 +341,10 @@ class MessagesReply:
 
 def anthropic_routes(server: "Server") -> APIRouter:
     """Messages, and the number of tokens that one would be billed for."""
-    routes = APIRouter(prefix="/anthropic/v1")
+    routes = APIRouter(prefix="/anthropic/v1", responses=errors(AnthropicError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/messages", responses=STREAMED)
+    @routes.post("/messages", responses=reply(AnthropicMessage))
     async def messages(body: MessagesRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored = body.ignored_fields()

@@ -1,7 +1,9 @@
 """Errors as HTTP: which status, type, field and wait each exception has; the dialects have their own shapes."""
 
+import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.errors import (
@@ -18,6 +20,35 @@ RETRY_SECONDS = 2
 
 ANTHROPIC_TYPES = {402: "billing_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error"}
 """Types of errors by status that Anthropic has and DeepSeek has not."""
+
+SCHEMA = "response_format.json_schema"
+ANTHROPIC_FIELDS = {
+    "prompt": "messages",
+    "function.parameters": "input_schema",
+    "reasoning_effort": "output_config.effort",
+    SCHEMA: "output_config.format.schema",
+}
+FIELDS: Mapping[str, Mapping[str, str]] = {
+    "/chat/completions": {"prompt": "messages"},
+    "/responses": {
+        "prompt": "input",
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "function.parameters": "parameters",
+        "reasoning_effort": "reasoning.effort",
+        SCHEMA: "text.format.schema",
+    },
+    "/messages": ANTHROPIC_FIELDS,
+    "/count_tokens": ANTHROPIC_FIELDS,
+    "/api/chat": {
+        "prompt": "messages",
+        "max_tokens": "options.num_predict",
+        "thinking": "think",
+        "reasoning_effort": "think",
+        SCHEMA: "format",
+    },
+}
+"""By the end of the path: the names that a dialect has for the fields of the engine and of the chat API."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +69,17 @@ class ApiError:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
     def body(self, path: str) -> dict[str, object]:
-        """The body in the shape of the dialect that a path belongs to."""
+        """The body in the shape of the dialect that a path belongs to, with its names of fields."""
+        found = self if self.param is None else self._with_fields_of(path)
         if path.startswith("/anthropic/"):
-            return self.anthropic()
-        return self.ollama() if path.startswith("/api/") else self.openai()
+            return found.anthropic()
+        return found.ollama() if path.startswith("/api/") else found.openai()
+
+    def _with_fields_of(self, path: str) -> "ApiError":
+        names = next((names for end, names in FIELDS.items() if path.endswith(end)), {})
+        identifiers = [name for name in names if "_" in name or "." in name]  # others are words of a message
+        message, param = _rename(self.message, names, identifiers), _rename(self.param or "", names, names)
+        return replace(self, message=message, param=param)
 
     def openai(self) -> dict[str, object]:
         """The body in OpenAI's and DeepSeek's shape."""
@@ -60,6 +98,11 @@ class ApiError:
     def code(self) -> str:
         """DeepSeek's code: one for all errors of the request."""
         return "invalid_request_error" if self.status < 500 else self.type
+
+
+def _rename(text: str, names: Mapping[str, str], which: Iterable[str]) -> str:
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in which)
+    return re.sub(pattern, lambda match: names[match[0]], text) if pattern else text
 
 
 def api_error(error: BaseException) -> ApiError:

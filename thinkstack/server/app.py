@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import time
@@ -11,7 +12,9 @@ from typing import Annotated, Any, Protocol
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 import thinkstack
@@ -33,16 +36,21 @@ from thinkstack.server.keys import Principal
 from thinkstack.server.metrics import Metrics
 from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
+from thinkstack.server.openapi import ChatCompletion, OpenAIError, errors, reply
 from thinkstack.server.operations import admin_routes, operation_routes
 from thinkstack.server.prices import format_amount
 from thinkstack.server.responses import responses_routes
-from thinkstack.server.schema import STREAMED, ChatRequest, TurnRequest
+from thinkstack.server.schema import ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.settings import ServerSettings
+from thinkstack.server.sse import to_json
+from thinkstack.server.strict_tools import check_strict_tools
 from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers of replies that come in parts: caches do not store them, and proxies pass each part on at once."""
 
 
 class Reply(Protocol):
@@ -136,12 +144,10 @@ class Server:
             headers["X-Ignored-Fields"] = ", ".join(sorted(ignored))
         await turn.start(principal, self.settings.max_wait)
         self.turns[turn.id] = turn
+        close = functools.partial(self._close, turn)
         if is_stream:
-            return TurnResponse(self._stream(reply), lambda: self._close(turn), media_type=media_type, headers=headers)
-        try:
-            return JSONResponse(await _unless_disconnected(request, reply.whole()), headers=headers)
-        finally:
-            self._close(turn)
+            return TurnResponse(self._stream(reply), close, media_type=media_type, headers=headers | UNBUFFERED)
+        return WholeResponse(request, reply, close, self.settings.keep_alive_seconds, headers)
 
     def _close(self, turn: Turn) -> None:
         turn.close()
@@ -154,10 +160,7 @@ class Server:
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            found = api_error(error)
-            if found.status == 500:
-                log.exception("a stream failed")
-            yield reply.error(found)
+            yield reply.error(_found_error(error, "a stream failed"))
         finally:
             await chunks.aclose()
 
@@ -184,14 +187,69 @@ class TurnResponse(StreamingResponse):
             self._close()
 
 
+class WholeResponse(Response):
+    """A whole reply. If it takes long, blank lines come before it, which JSON permits; its status is 200 then, and a
+    later failure is a body with an error."""
+
+    def __init__(
+        self, request: Request, reply: Reply, close: Callable[[], None], seconds: float, headers: dict[str, str]
+    ):
+        """close: ends the turn. seconds: time from one blank line to the next."""
+        super().__init__()
+        self._request, self._reply, self._close = request, reply, close
+        self._seconds, self._sent_headers = seconds, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lines: list[asyncio.Task[None]] = []
+        loop, is_made = asyncio.get_running_loop(), asyncio.Event()
+
+        def start() -> None:
+            lines.append(loop.create_task(self._send_blank_lines(send, is_made)))
+
+        timer = loop.call_later(self._seconds, start)
+        try:
+            body = await _unless_disconnected(self._request, self._reply.whole())
+        except (ClientDisconnect, asyncio.CancelledError) as error:
+            for task in lines:
+                task.cancel()
+            if isinstance(error, ClientDisconnect):
+                return
+            raise
+        except Exception as error:
+            if not lines:
+                raise
+            body = _found_error(error, "a late reply failed").body(scope["path"])
+        finally:
+            timer.cancel()
+            self._close()
+        if not lines:
+            await JSONResponse(body, headers=self._sent_headers)(scope, receive, send)
+            return
+        is_made.set()
+        await lines[0]
+        await send({"type": "http.response.body", "body": to_json(body)})
+
+    async def _send_blank_lines(self, send: Send, is_made: asyncio.Event) -> None:
+        headers = Headers(self._sent_headers | UNBUFFERED | {"Content-Type": "application/json"}).raw
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while not is_made.is_set():
+            await send({"type": "http.response.body", "body": b"\n", "more_body": True})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_made.wait(), self._seconds)
+
+
 async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of `work`, which is cancelled if the client leaves."""
+    """The result of `work`, which is cancelled if the client leaves. Raises ClientDisconnect then."""
     task = asyncio.current_task()
     assert task is not None
     listener = asyncio.ensure_future(_disconnected(request))
     listener.add_done_callback(lambda listener: listener.cancelled() or task.cancel())
     try:
         return await work
+    except asyncio.CancelledError:
+        if listener.done() and not task.uncancel():
+            raise ClientDisconnect from None
+        raise
     finally:
         listener.cancel()
 
@@ -208,7 +266,7 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     for prefix in ("", "/v1", "/beta"):
-        app.include_router(chat_routes(server), prefix=prefix)
+        app.include_router(chat_routes(server, is_beta=prefix == "/beta"), prefix=prefix)
         app.include_router(completion_routes(server), prefix=prefix)
         app.include_router(responses_routes(server), prefix=prefix)
     app.include_router(anthropic_routes(server))
@@ -225,15 +283,17 @@ def create_app(server: Server) -> FastAPI:
     return app
 
 
-def chat_routes(server: Server) -> APIRouter:
-    """Chat, models and balance in DeepSeek's dialect."""
-    routes = APIRouter()
+def chat_routes(server: Server, is_beta: bool = False) -> APIRouter:
+    """Chat, models and balance in DeepSeek's dialect. is_beta: strict tools have DeepSeek's rules."""
+    routes = APIRouter(responses=errors(OpenAIError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/chat/completions", responses=STREAMED)
+    @routes.post("/chat/completions", responses=reply(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored, wanted = body.ignored_fields(), body.turn()
+        if is_beta:
+            check_strict_tools(wanted.tools)
         turn = await server.make_turn(principal, wanted)
         options = body.stream_options
         reply = ChatReply(turn, body.model, include_usage=options is not None and options.include_usage)
@@ -287,10 +347,16 @@ async def _error_reply(request: Request, error: Exception) -> Response:
         found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
         return JSONResponse(found.body(request.url.path), found.status, headers=error.headers)
     else:
-        found = api_error(error)
-        if found.status == 500:
-            log.error("a request failed", exc_info=error)
+        found = _found_error(error, "a request failed")
     return JSONResponse(found.body(request.url.path), found.status, headers=found.headers)
+
+
+def _found_error(error: Exception, words: str) -> ApiError:
+    """How the API reports an exception; an unexpected one is logged with `words`."""
+    found = api_error(error)
+    if found.status == 500:
+        log.error(words, exc_info=error)
+    return found
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -10,7 +10,8 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.deepseek import FINGERPRINT, FINISH_REASONS, LEAST_LOGPROB, usage_fields
 from thinkstack.server.keys import Principal
-from thinkstack.server.schema import STREAMED, SamplingInput, TurnRequest
+from thinkstack.server.openapi import OpenAIError, TextCompletion, errors, reply
+from thinkstack.server.schema import SamplingInput, TurnRequest
 from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse
 from thinkstack.server.turns import Turn
 from thinkstack.text.decode import TextDecoder
@@ -118,10 +119,10 @@ class CompletionReply:
 
 def completion_routes(server: "Server") -> APIRouter:
     """Completions of plain text."""
-    routes = APIRouter()
+    routes = APIRouter(responses=errors(OpenAIError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/completions", responses=STREAMED)
+    @routes.post("/completions", responses=reply(TextCompletion))
     async def completions(body: CompletionRequest, request: Request, principal: caller) -> Response:
         """Continue a text, or fill in the text before a suffix."""
         ignored = body.ignored_fields()

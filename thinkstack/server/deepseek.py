@@ -50,12 +50,14 @@ class Choice:
     texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """By kind of event."""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    num_complete: int = 0
+    """Number of calls that have their end."""
     finish_reason: str | None = None
 
     def delta(self, event: StreamEvent) -> dict[str, Any] | None:
         """Add an event; returns it as the delta of a chunk, {} for the end, None if there is nothing new."""
         if event.kind == "finish":
-            has_calls = self.calls and event.finish_reason == "stop"
+            has_calls = self.calls and self.num_complete == len(self.calls) and event.finish_reason == "stop"
             self.finish_reason = "tool_calls" if has_calls else FINISH_REASONS[event.finish_reason or "error"]
             return {}
         if event.kind == "tool_call_start":
@@ -68,6 +70,7 @@ class Choice:
             self.calls[event.index]["function"]["arguments"] += event.text
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
         if event.kind == "tool_call":
+            self.num_complete += 1
             return None  # its parts were events before
         self.texts[event.kind].append(event.text)
         return _text_delta(event.kind, event.text)
@@ -75,9 +78,8 @@ class Choice:
     def message(self) -> dict[str, Any]:
         """The whole message."""
         reasoning, content = ("".join(self.texts[kind]) for kind in ("reasoning", "content"))
-        found: dict[str, Any] = {"role": "assistant", "content": content}
-        if reasoning:
-            found |= _text_delta("reasoning", reasoning)
+        found: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": reasoning or None}
+        found["reasoning"] = found["reasoning_content"]
         if self.calls:
             found["tool_calls"] = self.calls
         return found

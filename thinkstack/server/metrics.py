@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from thinkstack.engine.service import ServiceStatus
+from thinkstack.engine.interface import ServiceStatus
 
 if TYPE_CHECKING:
     from thinkstack.server.served import Member

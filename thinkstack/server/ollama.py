@@ -12,6 +12,7 @@ import thinkstack
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.keys import Principal
+from thinkstack.server.openapi import OllamaChat, OllamaError, errors, reply
 from thinkstack.server.schema import (
     MAX_STOP,
     MAX_TOOLS,
@@ -20,7 +21,6 @@ from thinkstack.server.schema import (
     Penalty,
     ToolInput,
     TurnRequest,
-    ignored_fields,
 )
 from thinkstack.server.sse import parse_arguments, to_json
 from thinkstack.server.turns import Turn
@@ -30,20 +30,7 @@ from thinkstack.types import Message, RequestError, Tool, ToolCall
 if TYPE_CHECKING:
     from thinkstack.server.app import Server
 
-IGNORED = frozenset(("keep_alive",))
-IGNORED_OPTIONS = frozenset(
-    (
-        "num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "main_gpu", "use_mmap", "use_mlock", "numa",
-        "low_vram", "repeat_last_n",
-    )
-)  # fmt: skip
-"""Options on how Ollama itself runs a model; a reply names them in a header."""
-NDJSON: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The reply; its parts one a line, unless stream=false.",
-        "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
-    }
-}
+NDJSON = "application/x-ndjson"
 
 
 class FunctionBody(BaseModel):
@@ -86,6 +73,14 @@ class OllamaMessage(BaseModel):
 class Options(Extensible):
     """How to sample."""
 
+    IGNORED = frozenset(
+        (
+            "num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "main_gpu", "use_mmap", "use_mlock", "numa",
+            "low_vram", "repeat_last_n",
+        )
+    )  # fmt: skip
+    """Options on how Ollama itself runs a model."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -109,6 +104,8 @@ class Options(Extensible):
 class OllamaRequest(Extensible):
     """The body of POST /api/chat."""
 
+    IGNORED = frozenset(("keep_alive",))
+
     model: StrictStr
     messages: Annotated[list[OllamaMessage], Field(min_length=1)]
     tools: Annotated[list[ToolInput], Field(max_length=MAX_TOOLS)] | None = None
@@ -117,10 +114,10 @@ class OllamaRequest(Extensible):
     options: Options | None = None
     stream: StrictBool = True
 
-    def ignored_fields(self) -> list[str]:
-        """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        options = ignored_fields(self.options or Options(), IGNORED_OPTIONS, "options.")
-        return ignored_fields(self, IGNORED) + options
+    def ignored_fields(self, prefix: str = "") -> list[str]:
+        """The given fields that have no effect, with those of the options. Raises RequestError for unknown ones."""
+        options = self.options or Options()
+        return super().ignored_fields(prefix) + options.ignored_fields("options.")
 
     def turn(self) -> TurnRequest:
         """The meaning of the request. Raises RequestError."""
@@ -222,16 +219,16 @@ class OllamaReply:
 
 def ollama_routes(server: "Server") -> APIRouter:
     """Chat and models for clients of Ollama."""
-    routes = APIRouter(prefix="/api")
+    routes = APIRouter(prefix="/api", responses=errors(OllamaError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/chat", responses=NDJSON)
+    @routes.post("/chat", responses=reply(OllamaChat, NDJSON))
     async def chat(body: OllamaRequest, request: Request, principal: caller) -> Response:
         """Answer a conversation."""
         ignored = body.ignored_fields()
         turn = await server.make_turn(principal, body.turn())
         reply = OllamaReply(turn, body.model)
-        return await server.answer(request, reply, principal, body.stream, ignored, "application/x-ndjson")
+        return await server.answer(request, reply, principal, body.stream, ignored, NDJSON)
 
     @routes.get("/tags")
     async def tags(principal: caller) -> dict[str, Any]:

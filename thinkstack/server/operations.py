@@ -13,25 +13,30 @@ from thinkstack.engine.interface import Overloaded, WhileRunning
 from thinkstack.server.keys import Principal
 from thinkstack.server.metrics import kv_cache_usage
 from thinkstack.server.middleware import has_local_host, is_loopback
+from thinkstack.server.openapi import Declared, HealthReply, OpenAIError, errors
 from thinkstack.server.served import Member
 from thinkstack.types import RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from thinkstack.server.app import Server
 
+HEALTH: Declared = {
+    200: {"model": HealthReply},
+    503: {"model": HealthReply, "description": "What failed, by member."},
+}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def operation_routes(server: "Server") -> APIRouter:
     """Health for load balancers, which needs no key, and metrics, which need none on this machine."""
-    routes = APIRouter()
+    routes = APIRouter(responses=errors(OpenAIError))
 
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """The process runs."""
         return {"status": "ok"}
 
-    @routes.get("/ready")
+    @routes.get("/ready", responses=HEALTH)
     async def ready() -> JSONResponse:
         """All engines are able to answer."""
         limit, failures = server.settings.max_step_seconds, {}
@@ -41,7 +46,7 @@ def operation_routes(server: "Server") -> APIRouter:
                 failures[name] = status.failure or "the engine does not respond"
         return _health(failures)
 
-    @routes.get("/health/generate")
+    @routes.get("/health/generate", responses=HEALTH)
     async def health_generate() -> JSONResponse:
         """Each engine samples a token in time."""
         members = server.models.members
@@ -102,7 +107,7 @@ class WeightsRequest(BaseModel):
 
 def admin_routes(server: "Server") -> APIRouter:
     """The state of the engines and new weights, for keys of the scope admin."""
-    routes = APIRouter(prefix="/admin")
+    routes = APIRouter(prefix="/admin", responses=errors(OpenAIError))
     admin = Annotated[Principal, Depends(server.admin)]
 
     @routes.get("/status")

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError
 from thinkstack.server.keys import Principal
+from thinkstack.server.openapi import OpenAIError, OpenAIResponse, errors, reply
 from thinkstack.server.prices import Usage
 from thinkstack.server.responses_schema import ResponsesRequest
-from thinkstack.server.schema import STREAMED
 from thinkstack.server.sse import KEEP_ALIVE_COMMENT, sse
 from thinkstack.server.turns import Turn
 from thinkstack.text.stream_parser import StreamEvent
@@ -51,7 +51,8 @@ class ResponsesReply:
         self._output: list[Fields] = []
         self._texts: list[str] = []
         """Parts of the open item."""
-        self._is_open = False
+        self._is_open = self._is_cut = False
+        """Whether the last item goes on; whether it is a call without its end."""
         self._status = "in_progress"
         self._num_events = 0
 
@@ -111,6 +112,9 @@ class ResponsesReply:
             call = {"call_id": f"call_{secrets.token_hex(12)}", "name": event.tool_call.name, "arguments": ""}
             yield from self._close()
             yield from self._open("function_call", "fc_", call)
+            self._is_cut = True
+        elif event.kind == "tool_call":
+            self._is_cut = False
         elif event.kind == "tool_call_delta":
             yield self._delta("function_call_arguments", event.text)
         elif event.kind == "reasoning":
@@ -156,7 +160,7 @@ class ResponsesReply:
         if not self._is_open:
             return
         self._is_open, text, item, place = False, "".join(self._texts), self._output[-1], self._place
-        item["status"] = status
+        item["status"] = "incomplete" if self._is_cut else status
         if item["type"] == "function_call":
             item["arguments"] = text
             yield {"type": "response.function_call_arguments.done", "name": item["name"], "arguments": text} | place
@@ -185,10 +189,10 @@ class ResponsesReply:
 
 def responses_routes(server: "Server") -> APIRouter:
     """Responses that are not stored."""
-    routes = APIRouter()
+    routes = APIRouter(responses=errors(OpenAIError))
     caller = Annotated[Principal, Depends(server.principal)]
 
-    @routes.post("/responses", responses=STREAMED)
+    @routes.post("/responses", responses=reply(OpenAIResponse))
     async def responses(body: ResponsesRequest, request: Request, principal: caller) -> Response:
         """Answer a text or a conversation."""
         ignored = body.ignored_fields()

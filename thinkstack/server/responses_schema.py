@@ -13,17 +13,8 @@ from thinkstack.server.schema import (
     MaxTokens,
     ToolName,
     TurnRequest,
-    ignored_fields,
 )
 from thinkstack.types import Message, RequestError, Role, Tool, ToolCall
-
-IGNORED = frozenset(
-    (
-        "client_metadata", "include", "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
-        "safety_identifier", "service_tier", "store", "stream_options", "truncation", "user",
-    )
-)  # fmt: skip
-"""Fields that are accepted without effect; a reply names them in a header. Nothing is ever stored."""
 
 
 class Part(BaseModel):
@@ -132,6 +123,15 @@ class Reasoning(BaseModel):
 class ResponsesRequest(Extensible):
     """The body of POST /v1/responses."""
 
+    IGNORED = frozenset(
+        (
+            "client_metadata", "include", "metadata", "parallel_tool_calls", "prompt_cache_key",
+            "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream_options", "truncation",
+            "user",
+        )
+    )  # fmt: skip
+    """Accepted without effect; nothing is ever stored."""
+
     model: StrictStr
     input: StrictStr | Annotated[list[Item], Field(min_length=1)]
     instructions: StrictStr | None = None
@@ -144,12 +144,12 @@ class ResponsesRequest(Extensible):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: StrictBool | None = None
 
-    def ignored_fields(self) -> list[str]:
-        """The given fields that have no effect. Raises RequestError for unsupported ones."""
+    def ignored_fields(self, prefix: str = "") -> list[str]:
+        """The given fields that have no effect. Raises RequestError for unknown ones."""
         for name in ("previous_response_id", "conversation"):
             if (self.model_extra or {}).get(name) is not None:
                 raise RequestError(f"{name} is not supported, because no response is stored; send all items", name)
-        return ignored_fields(self, IGNORED)
+        return super().ignored_fields(prefix)
 
     def turn(self) -> TurnRequest:
         """The meaning of the request. Raises RequestError for fields that contradict each other."""

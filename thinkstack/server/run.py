@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import datetime
 import errno
+import functools
 import gc
 import logging
 import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import uvicorn
@@ -23,12 +25,15 @@ from thinkstack.server.limits import LIMITS
 from thinkstack.server.middleware import JsonFormatter, is_loopback
 from thinkstack.server.middleware import log as requests_log
 from thinkstack.server.prices import PriceTable
+from thinkstack.server.protocol import LimitedProtocol
 from thinkstack.server.served import ServeConfig, ServedModels, load_member
 from thinkstack.types import ConfigError
 
 log = logging.getLogger(__name__)
 ADMIN = "admin"
 """The user that the first start creates, and who sends the requests of a server without keys."""
+NO_KEYS = "no-keys"
+"""Name of the administrator's key to which a server without keys books its requests; nobody knows it."""
 UNWILLING_SECONDS = 5
 """How much longer than drain_seconds a client that does not read is waited for."""
 
@@ -79,7 +84,7 @@ class ApiProcess(uvicorn.Server):
                 create_app(api),
                 log_config=None,
                 access_log=False,
-                http="httptools",
+                http=cast(Any, functools.partial(LimitedProtocol, header_seconds=api.settings.header_seconds)),
                 loop="uvloop",
                 lifespan="on",
                 timeout_graceful_shutdown=int(api.settings.drain_seconds) + UNWILLING_SECONDS,
@@ -159,8 +164,16 @@ def first_key(accounts: Accounts, no_keys: bool) -> Principal | None:
     if not names or (no_keys and ADMIN not in names):
         accounts.change_user(accounts.add_user(ADMIN, is_admin=True), **dict.fromkeys(LIMITS, 0))
     if no_keys:
-        return accounts.authenticate(accounts.add_key(accounts.user_id(ADMIN), "no-keys"))
+        if NO_KEYS not in _key_ids(accounts):
+            accounts.add_key(accounts.user_id(ADMIN), NO_KEYS)
+        return accounts.principal(_key_ids(accounts)[NO_KEYS])
     if not names:
         key = accounts.add_key(accounts.user_id(ADMIN), "first")
         print(f"the first API key, which is shown only now: {key}", flush=True)
     return None
+
+
+def _key_ids(accounts: Accounts) -> dict[str, int]:
+    """The ids of the administrator's keys that are not revoked, by name."""
+    rows = accounts.list_keys()
+    return {row["name"]: row["id"] for row in rows if row["user_name"] == ADMIN and row["revoked_ms"] is None}

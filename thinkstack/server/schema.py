@@ -3,27 +3,26 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+)
+from pydantic_core import CoreSchema
 
 from thinkstack.types import Message, RequestError, Role, Tool, ToolCall
 
-IGNORED = frozenset(
-    ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
-)
-"""Fields that are accepted without effect; a reply names them in a header."""
 MAX_TOOLS = 128
 MAX_STOP = 16
 ALIASES = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
 """Reasoning efforts with another name."""
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The reply; with stream=true its chunks.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    }
-}
-"""What OpenAPI says of a reply that may be a stream."""
 ToolName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -43,18 +42,28 @@ class Extensible(BaseModel):
     """Unknown fields are kept, so that `ignored_fields` can refuse them by name."""
 
     model_config = ConfigDict(extra="allow")
+    IGNORED: ClassVar[Collection[str]] = ()
+    """Fields that are accepted without effect; a reply names them in a header."""
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What OpenAPI says: unknown fields are refused."""
+        found = handler.resolve_ref_schema(handler(schema))
+        found["properties"] |= {name: {"description": "Accepted without effect."} for name in sorted(cls.IGNORED)}
+        found["additionalProperties"] = False
+        return found
 
-def ignored_fields(body: BaseModel, known: Collection[str], prefix: str = "") -> list[str]:
-    """The given fields that have no effect, with `prefix`; null and false are not given.
+    def ignored_fields(self, prefix: str = "") -> list[str]:
+        """The given fields that have no effect, with `prefix`; a field that is null is not given.
 
-    known: fields without an effect. Raises RequestError for others.
-    """
-    given = {name for name, value in (body.model_extra or {}).items() if value not in (None, False)}
-    for name in given.difference(known):
-        field = f"{prefix}{name}" if name.isprintable() else None
-        raise RequestError(f"the field {prefix + name!r} is not supported; leave it out", field)
-    return sorted(prefix + name for name in given)
+        Raises RequestError for unknown fields, unless they are false, as a switch that is off.
+        """
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        given = {name for name, value in extra.items() if name in self.IGNORED or value is not False}
+        for name in given.difference(self.IGNORED):
+            field = f"{prefix}{name}" if name.isprintable() else None
+            raise RequestError(f"the field {prefix + name!r} is not supported; leave it out", field)
+        return sorted(prefix + name for name in given)
 
 
 class TextPart(BaseModel):
@@ -174,6 +183,10 @@ MaxTokens = Annotated[StrictInt, Field(ge=1)]
 class SamplingInput(Extensible):
     """The fields that chat and completion requests share."""
 
+    IGNORED = frozenset(
+        ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
+    )
+
     model: StrictStr
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -187,10 +200,6 @@ class SamplingInput(Extensible):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user_id: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,512}$")] | None = None
-
-    def ignored_fields(self) -> list[str]:
-        """The given fields that have no effect. Raises RequestError for unsupported ones."""
-        return ignored_fields(self, IGNORED)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

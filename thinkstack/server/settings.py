@@ -9,12 +9,14 @@ class ServerSettings:
 
     max_body_bytes: int = 16 * 2**20
     """Largest body of a request."""
+    header_seconds: float = 10.0
+    """Seconds in which the head of a request must arrive."""
     body_seconds: float = 30.0
     """Seconds in which a body must arrive."""
     max_wait: float = 60.0
     """Seconds that a request may wait for its start."""
     keep_alive_seconds: float = 10.0
-    """Seconds of silence after which a stream sends a comment."""
+    """Seconds of silence after which a stream sends a comment, and a whole reply a blank line."""
     max_step_seconds: float = 120.0
     """Duration of a step after which the engine is taken for dead."""
     health_seconds: float = 10.0

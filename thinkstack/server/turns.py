@@ -65,7 +65,8 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     state = TurnStream(member.chat, opening, member.thinking_format).state
     is_tagged = member.thinking_format == "think_answer_tags"
     may_think = state == "thinking" or ((state == "start" or is_tagged) and member.can_start(True))
-    may_think = may_think and request.prompt is None
+    is_off = switch is False and state == "start"  # such as after the result of a tool: no tag opens, none has to close
+    may_think = may_think and not is_off and request.prompt is None
     if request.max_tokens is not None and request.max_tokens > config.max_tokens:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
@@ -111,7 +112,7 @@ def _grammar(member: Member, request: TurnRequest, tools: Sequence[Tool]) -> Com
     if request.schema is not None:
         source = json_schema(request.schema) if request.schema else json_object()
     elif tools:
-        source = tool_calls(member.chat, tools, request.tool_choice.removeprefix("function:"))
+        source = tool_calls(member.chat, tools, request.tool_choice)
     return None if source is None else member.grammars.compile(source)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -39,7 +39,6 @@ LIMITS: dict[str, Any] = {
 MAX_PROCESSES = 2
 """Number of schemas that are tried out at a time."""
 WORKER = Path(__file__).with_name("grammar_worker.py")
-ToolChoice = Literal["auto", "required"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ def json_schema(schema: Any, field: str = "response_format.json_schema") -> Gram
     return GrammarSource(grammar, ((field, grammar),))
 
 
-def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str = "auto") -> GrammarSource | None:
+def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: str = "auto") -> GrammarSource | None:
     """Tool calls in the format of `chat`. The arguments of strict tools follow their schemas, other arguments are any
     JSON object.
 
-    choice: "required": the content is one or more calls; the name of a tool: it is one call of this tool; "auto": the
+    choice: "required": the content is one or more calls; "function:NAME": it is one call of this tool; "auto": the
     model may call tools after free content, and then the calls follow the grammar; None if no tool is strict.
     Raises RequestError for an unknown name, for a schema as in `json_schema`, and for a format whose call syntax is
     unknown.
@@ -88,12 +87,13 @@ def tool_calls(chat: ChatFormat, tools: Sequence[Tool], choice: ToolChoice | str
     chat.check_tools(tools)
     if not tools:
         raise RequestError(f"tool_choice={choice!r} needs tools; add tools", "tools")
-    is_single = choice not in ("auto", "required")
-    chosen = [(index, tool) for index, tool in enumerate(tools) if not is_single or tool.name == choice]
+    name = choice.removeprefix("function:")
+    is_single = name != choice
+    chosen = [(index, tool) for index, tool in enumerate(tools) if not is_single or tool.name == name]
     if not chosen:
         names = [tool.name for tool in tools]
-        close = difflib.get_close_matches(choice, names, n=1) or names
-        raise RequestError(f"tool_choice={choice!r} is none of the tools; did you mean {close[0]!r}?", "tool_choice")
+        close = difflib.get_close_matches(name, names, n=1) or names
+        raise RequestError(f"tool_choice={name!r} is none of the tools; did you mean {close[0]!r}?", "tool_choice")
     calls_begin, call_begin, sep, call_end, calls_end = (
         f"<[{chat.tokenizer.control_id(token)}]>" for token in (CALLS_BEGIN, CALL_BEGIN, CALL_SEP, CALL_END, CALLS_END)
     )
