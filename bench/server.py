@@ -84,7 +84,7 @@ def overhead(given: argparse.Namespace, folder: Path, model: str) -> list[Row]:
     bias = {int(token): value for token, value in no_end(model).items()}
     sampling = SamplingParams(max_tokens=given.max_tokens, logit_bias=bias, temperature=1.0)
     tokens, found, chunks = given.requests * given.max_tokens, [], 0
-    with serving(folder, model, max_num_seqs=64) as server:
+    with serving(folder, model, max_num_seqs=64, stream_interval=given.stream_interval) as server:
         key = rich_key(accounts_of(server))
         body = body_of(model, given.max_tokens, stream=given.kind == "streamed")
         for number in range(given.rounds + 1):
@@ -112,6 +112,7 @@ def overhead(given: argparse.Namespace, folder: Path, model: str) -> list[Row]:
     ]
     if chunks:
         values.append(("server's CPU beyond the engine's", extra / chunks * 1e6, "us/chunk"))
+        values.append(("tokens in a chunk", tokens / chunks, ""))
     return rows_of(name, n, values)
 
 
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--parallel", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--stream-interval", type=float, default=0.02, help="seconds; 0: a chunk for each token")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5.0)

@@ -55,12 +55,14 @@ class ServerProcess:
         max_num_seqs: int = 64,
         max_waiting: int = 1024,
         cores: Sequence[int] = (),
+        stream_interval: float = 0.02,
     ):
         self.folder, self.database = folder, database
         (folder / "prices.toml").write_text(PRICES, encoding="utf-8")
         (folder / "server.toml").write_text(
             f'[members.default]\nmodel = "{model}"\ndtype = "fp32"\nmax_num_seqs = {max_num_seqs}\n'
-            f"max_waiting = {max_waiting}\n[models.deepseek-chat]\nthinking = false\n", encoding="utf-8",
+            f"max_waiting = {max_waiting}\n[models.deepseek-chat]\nthinking = false\n"
+            f"[server]\nstream_interval = {stream_interval}\n", encoding="utf-8",
         )  # fmt: skip
         arguments = ["--config", str(folder / "server.toml"), "--prices", str(folder / "prices.toml"), "--port", "0"]
         arguments += ["--database", database] if database else ["--data", str(folder)]

@@ -358,11 +358,41 @@ def test_random_commands_leave_no_block_behind():
     engine.scheduler.check_invariants()
 
 
-def test_a_reader_in_no_hurry_wakes_for_many_updates_and_for_the_end():
+def test_a_reader_in_no_hurry_wakes_for_the_first_token_and_for_the_end():
     async def client(service: EngineService) -> list[int]:
         generation = await service.submit([1], SamplingParams(max_tokens=100))
-        generation.min_updates = 32
+        generation.min_seconds = 100.0
         return [sum(len(update.token_ids) for update in updates) async for updates in generation]
 
     sizes = serve(scripted(), client)
-    assert sum(sizes) == 100 and len(sizes) <= 5
+    assert sum(sizes) == 100 and len(sizes) <= 2
+
+
+def test_the_engine_computes_with_the_threads_of_the_thread_that_starts_it():
+    """Loading a model leaves torch's default for new threads at 1."""
+    found = []
+
+    class Watching(ScriptedEngine):
+        def step(self):
+            found.append(torch.get_num_threads())
+            return super().step()
+
+    def set_to_one():
+        torch.set_num_threads(1)
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        other = threading.Thread(target=set_to_one)
+        other.start()
+        other.join()
+        engine = Watching(endless, vocab_size=12, end_id=END)
+
+        async def client(service: EngineService) -> None:
+            async for _ in await service.submit([1], SamplingParams(max_tokens=2)):
+                pass
+
+        serve(engine, client)
+    finally:
+        torch.set_num_threads(own)
+    assert set(found) == {3}

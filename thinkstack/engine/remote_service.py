@@ -292,7 +292,7 @@ class RemoteService:
         if reason is not None:
             generation.open.discard(index)
         generation.receive(
-            CompletionUpdate(live.request, index, part.token_ids, part.logprobs, part.top_logprobs, reason)
+            [CompletionUpdate(live.request, index, part.token_ids, part.logprobs, part.top_logprobs, reason)]
         )
         if not generation.open:
             self._forget(live)

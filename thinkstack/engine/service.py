@@ -1,7 +1,7 @@
 """A service: one thread that owns an engine, for event loops that submit requests and read their tokens.
 
 The thread runs steps while there is work and sleeps otherwise. Between steps it executes commands: submit, abort, end
-one completion, close thinking, load weights. New tokens are handed out once, in one call per step and event loop.
+one completion, close thinking, load weights. New tokens are handed out once.
 """
 
 import asyncio
@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from thinkstack.engine.engine import Engine
 from thinkstack.engine.grammar import GrammarFactory
 from thinkstack.engine.interface import AnyService, Overloaded, ServiceStatus, WhileRunning, check_request
 from thinkstack.engine.outputs import CompletionUpdate
 from thinkstack.engine.sequence_table import Request
+from thinkstack.kernels.threads import release_threads
 from thinkstack.models.transformer import Transformer
 from thinkstack.types import SamplingParams
 
@@ -41,8 +44,11 @@ class Generation:
         self.loop = asyncio.get_running_loop()
         self.open = set(range(num_completions))
         """Completions whose end is not published; used by the engine's thread."""
-        self.min_updates = 1
-        """Number of updates that wake the reader before a completion ends; more save a reader in no hurry much work."""
+        self.min_seconds = 0.0
+        """Shortest time between two lists before a completion ends: waking a reader costs as much as many tokens."""
+        self.unsent: list[CompletionUpdate] = []
+        """Updates for the next list; used by the engine's thread, as the next one."""
+        self.sent_at = -math.inf
         self._service = service
         self._num_unread_ends = num_completions
         self._updates: list[CompletionUpdate] = []
@@ -85,14 +91,13 @@ class Generation:
         self._is_ticked = True
         self._wake()
 
-    def receive(self, found: CompletionUpdate | Exception) -> None:
-        """Called in the event loop for each update."""
+    def receive(self, found: list[CompletionUpdate] | Exception) -> None:
+        """Called in the event loop for new updates, and for the error that ends all."""
         if isinstance(found, Exception):
             self._error = found
         else:
-            self._updates.append(found)
-        if self._error or len(self._updates) >= self.min_updates or self._updates[-1].finish_reason is not None:
-            self._wake()
+            self._updates += found
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -108,15 +113,16 @@ class EngineService:
         self._commands: list[Callable[[], None]] = []
         self._live: dict[Request, Generation] = {}
         self._start_deadlines: dict[Request, float] = {}
-        """When requests that have not started are given up, on the clock of time.monotonic."""
+        """When requests that have not started are given up, by time.monotonic."""
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Any], None], Any]]] = {}
-        """Calls of a function with one argument, by the event loop in which they are made."""
+        """Functions to call, with their argument, by event loop."""
         self._after_drain: list[Callable[[], None]] = []
         self._is_closing = self._is_stopped = False
         self._busy_since: float | None = None
         self._num_steps, self._step_seconds, self._num_sampled, self._num_failed_steps = 0, 0.0, 0, 0
         self.failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        release_threads()  # of the model's initialization
+        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
         self._thread.start()
 
     @property
@@ -208,12 +214,8 @@ class EngineService:
         done: asyncio.Future[None] = loop.create_future()
 
         def end(error: Exception | None) -> None:
-            if done.done():
-                return  # the caller does not wait any more
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
+            if not done.done():  # the caller still waits
+                done.set_result(None) if error is None else done.set_exception(error)
 
         def run() -> None:
             found = None
@@ -251,7 +253,8 @@ class EngineService:
         if generation.request in self._live:
             self._engine.end_thinking(generation.request)
 
-    def _run(self) -> None:
+    def _run(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # a new thread has what any other thread has set last
         try:
             while not self._is_stopped:
                 for command in self._next_commands():
@@ -307,8 +310,11 @@ class EngineService:
             self._publish(self._live[update.request], update)
 
     def _publish(self, generation: Generation, update: CompletionUpdate) -> None:
-        self._outbox.setdefault(generation.loop, []).append((generation.receive, update))
-        if update.finish_reason is not None:
+        generation.unsent.append(update)
+        is_end, now = update.finish_reason is not None, self._busy_since or 0.0
+        if is_end or now - generation.sent_at >= generation.min_seconds:
+            self._send(generation, now)
+        if is_end:
             generation.open.discard(update.index)
             if not generation.open:
                 self._forget(update.request)
@@ -341,11 +347,17 @@ class EngineService:
 
     def _fail(self, request: Request, error: Exception) -> None:
         generation = self._live[request]
-        self._outbox.setdefault(generation.loop, []).append((generation.receive, error))
+        self._send(generation, -math.inf)  # what was sampled before
+        self._outbox[generation.loop].append((generation.receive, error))
         self._forget(request)
 
+    def _send(self, generation: Generation, now: float) -> None:
+        """Put the updates of a generation into the outbox."""
+        self._outbox.setdefault(generation.loop, []).append((generation.receive, generation.unsent))
+        generation.unsent, generation.sent_at = [], now
+
     def _deliver(self) -> None:
-        """Hand everything to the event loops."""
+        """Hand the outbox to the event loops."""
         outbox, self._outbox = self._outbox, {}
         for loop, calls in outbox.items():
             try:

@@ -49,6 +49,8 @@ from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
+WHOLE_INTERVAL = 1.0
+"""Seconds between two readings of the tokens of a whole reply, which note what was delivered."""
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of replies that come in parts: caches do not store them, and proxies pass each part on at once."""
 
@@ -139,7 +141,9 @@ class Server:
     ) -> Response:
         """Start the turn of a reply and send it. media_type: that of a stream."""
         turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
-        request.state.turn, turn.is_stream = turn, is_stream
+        request.state.turn = turn
+        reads_often = is_stream or turn.request.stop  # tokens after a stop string are sampled in vain
+        turn.min_seconds = self.settings.stream_interval if reads_often else WHOLE_INTERVAL
         if ignored := [*ignored, *turn.prepared.ignored]:
             headers["X-Ignored-Fields"] = ", ".join(sorted(ignored))
         await turn.start(principal, self.settings.max_wait)

@@ -28,8 +28,6 @@ KEEP_ALIVE = (-1, StreamEvent("content"))
 """An event without content: the turn waits or thinks, and the engine is alive."""
 TokenLogprob = tuple[int, float, tuple[tuple[int, float], ...]]
 """Token id, log-probability, and the most likely alternatives."""
-WHOLE_UPDATES = 32
-"""Number of updates that are read together for a whole reply."""
 LONG_PROMPT = 20_000
 """Number of characters from which a prompt is tokenized in a thread."""
 _random = random.Random(secrets.randbits(256))
@@ -148,8 +146,8 @@ class Turn:
         self._billing = billing
         self._charge: Charge | None = None
         self._generation: Generation | None = None
-        self.is_stream = True
-        """Whether each token is wanted at once; of a whole reply only the first one is, for its latency."""
+        self.min_seconds = 0.0
+        """Shortest time between two readings of new tokens."""
         self.status = "refused"
         """How the turn ended: a finish reason, "refused", or "abort" while it runs."""
         self.first_token_seconds: float | None = None
@@ -207,6 +205,7 @@ class Turn:
         except BaseException:
             self.close()
             raise
+        self._generation.min_seconds = self.min_seconds
         self.status = "abort"
 
     def keep_alive(self, silence: float, max_step: float) -> None:
@@ -249,8 +248,6 @@ class Turn:
                     yield KEEP_ALIVE
                 self._last_event = time.monotonic()
                 self._observe(updates, len(running))
-                if not self.is_stream and not self.request.stop:
-                    self._generation.min_updates = WHOLE_UPDATES
                 for update in updates if self.request.stop else joined(updates):
                     if update.index not in running:
                         continue  # tokens after a stop string
