@@ -80,3 +80,16 @@ def test_bad_input_is_refused_in_the_shape_of_each_dialect(server, case, path):
     response = httpx.post(server.url + path, content=content.encode(), headers=headers)
     assert (response.status_code, words in message(path, response.json())) == (status, True), response.text
     assert post(server).status_code == 200
+
+
+def test_a_result_without_a_call_is_refused(server):
+    messages = [{"role": "user", "content": "What?"}, {"role": "tool", "content": "3", "tool_call_id": "a"}]
+    response = post(server, model="deepseek-chat", messages=messages)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+    assert "message 1 has the role 'tool'" in response.json()["error"]["message"]
+
+
+def test_an_unknown_route_is_named(server):
+    for method, path in (("POST", "/v1/embeddings"), ("GET", "/chat/completions")):
+        response = httpx.request(method, f"{server.url}{path}", headers=server.headers)
+        assert response.status_code in (404, 405) and f"{method} {path}" in response.json()["error"]["message"]

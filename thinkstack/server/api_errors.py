@@ -1,5 +1,6 @@
 """Errors as HTTP: which status, type, field and wait each exception has; the dialects have their own shapes."""
 
+import logging
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from thinkstack.server.errors import (
 )
 from thinkstack.types import RequestError
 
+log = logging.getLogger(__name__)
 RETRY_SECONDS = 2
 """When to try again after an overload."""
 
@@ -119,6 +121,11 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError(403, message, "permission_error")
         case RateLimited():
             return ApiError(429, message, "rate_limit_error", None, error.retry_after_seconds)
-        case Overloaded() | DatabaseUnavailable():
+        case DatabaseUnavailable():
+            log.warning("%s", error)
+            return ApiError(
+                503, "the accounts are out of reach; try again later", "overloaded_error", None, RETRY_SECONDS
+            )
+        case Overloaded():
             return ApiError(503, message, "overloaded_error", None, RETRY_SECONDS)
     return ApiError(500, "the server failed; its log says why", "server_error")

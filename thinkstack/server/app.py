@@ -348,7 +348,10 @@ async def _error_reply(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         found = _validation_error(error)
     elif isinstance(error, HTTPException):
-        found = ApiError(error.status_code, str(error.detail), "invalid_request_error")
+        words = str(error.detail)
+        if error.status_code in (404, 405) and words == HTTPException(error.status_code).detail:  # no route
+            words = f"there is no route {request.method} {request.url.path}; /openapi.json lists all routes"
+        found = ApiError(error.status_code, words, "invalid_request_error")
         return JSONResponse(found.body(request.url.path), found.status, headers=error.headers)
     else:
         found = _found_error(error, "a request failed")

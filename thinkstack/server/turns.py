@@ -22,7 +22,7 @@ from thinkstack.text.fim import fim_prompt
 from thinkstack.text.grammar import CompiledGrammar, json_object, json_schema, tool_calls
 from thinkstack.text.stream import TextStream, TokenKind, TurnStream
 from thinkstack.text.stream_parser import StreamEvent
-from thinkstack.types import RequestError, SamplingParams, Tool
+from thinkstack.types import Message, RequestError, SamplingParams, Tool
 
 KEEP_ALIVE = (-1, StreamEvent("content"))
 """An event without content: the turn waits or thinks, and the engine is alive."""
@@ -58,6 +58,7 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     switch = wants_thinking if member.can_start(wants_thinking) else None
     if switch is None and request.thinking:
         raise RequestError(f"{model.name} cannot think; leave thinking out", "thinking")
+    check_tool_results(request.messages)
     tools = request.tools if request.tool_choice != "none" else ()
     prompt, opening = _render(member.chat, request, tools, switch)
     state = TurnStream(member.chat, opening, member.thinking_format).state
@@ -87,6 +88,20 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
     grammar = _grammar(member, request, tools)
     factory = None if grammar is None else grammar.factory(member.chat.tokenizer.encode_pieces(opening))
     return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think, ignored)
+
+
+def check_tool_results(messages: Sequence[Message]) -> None:
+    """Raise RequestError for a result of a tool that does not follow its call."""
+    is_expected = False
+    for place, message in enumerate(messages):
+        if message.role != "tool":
+            is_expected = message.role == "assistant" and bool(message.tool_calls)
+        elif not is_expected:
+            raise RequestError(
+                f"message {place} has the role 'tool', but no assistant message with tool_calls comes before it; add "
+                "the message with the call",
+                "messages",
+            )
 
 
 def _render(
