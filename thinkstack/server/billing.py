@@ -42,7 +42,8 @@ class Billing:
         self._charges: dict[str, Charge] = {}
         self._arrivals: list[tuple[Principal, Admission, asyncio.Future[Price]]] = []
         self._admitter: asyncio.Task[None] | None = None
-        self._ends: list[Settlement] = []
+        self._ends: list[tuple[Settlement, asyncio.Future[None]]] = []
+        """Settlements to write, each with what is done when it is written."""
         self._flusher: asyncio.Task[None] | None = None
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -64,8 +65,8 @@ class Billing:
             await asyncio.gather(*tasks, return_exceptions=True)
             for charge in list(self._charges.values()):
                 self.settle_soon(charge, "abort")
-            while self._flusher is not None:
-                await self._flusher
+            while pending := [task for task in (self._admitter, self._flusher) if task is not None]:
+                await asyncio.gather(*pending)
             self._threads.shutdown()
 
     async def admit(
@@ -77,7 +78,12 @@ class Billing:
         self._arrivals.append((principal, admission, admitted))
         if self._admitter is None:
             self._admitter = asyncio.create_task(self._admit())
-        await admitted
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if not admitted.cancelled() and admitted.exception() is None:  # the client left after the admission
+                self._release(admission)
+            raise
         charge = self._charges[admission.request_id] = Charge(admission.request_id, usage, end)
         return charge
 
@@ -91,34 +97,40 @@ class Billing:
                 except Exception as error:
                     found = [error] * len(arrivals)
                     for _, admission, _ in arrivals:  # which may have been written if the end of the commit is unknown
-                        self._settle(Settlement(request_id=admission.request_id, usage=Usage(), status="abort"))
+                        self._release(admission)
                 for (_, admission, admitted), price in zip(arrivals, found, strict=True):
                     if isinstance(price, Exception):
                         if not admitted.done():
                             admitted.set_exception(price)
                     elif admitted.done():  # the client has left
-                        self._settle(Settlement(request_id=admission.request_id, usage=Usage(), status="abort"))
+                        self._release(admission)
                     else:
                         admitted.set_result(price)
         finally:
             self._admitter = None
 
     async def settle(self, charge: Charge, status: str) -> None:
-        """Charge what was delivered; `settle_soon`, then wait until it is written."""
-        self.settle_soon(charge, status)
-        if self._flusher is not None:
-            await asyncio.wait([self._flusher], timeout=RETRY_SECONDS)
+        """Charge what was delivered; `settle_soon`, then wait until it is written, or for RETRY_SECONDS."""
+        written = self.settle_soon(charge, status)
+        if written is not None:
+            await asyncio.wait([written], timeout=RETRY_SECONDS)
 
-    def settle_soon(self, charge: Charge, status: str) -> None:
-        """Charge what was delivered, once, in the background."""
+    def settle_soon(self, charge: Charge, status: str) -> "asyncio.Future[None] | None":
+        """Charge what was delivered, once, in the background; returns what is done when it is written."""
         if self._charges.pop(charge.request_id, None) is None:
-            return
-        self._settle(Settlement(request_id=charge.request_id, usage=charge.usage(), status=status))
+            return None
+        return self._settle(Settlement(request_id=charge.request_id, usage=charge.usage(), status=status))
 
-    def _settle(self, end: Settlement) -> None:
-        self._ends.append(end)
+    def _release(self, admission: Admission) -> None:
+        """Free the reservation of a request that has delivered nothing."""
+        self._settle(Settlement(request_id=admission.request_id, usage=Usage(), status="abort"))
+
+    def _settle(self, end: Settlement) -> "asyncio.Future[None]":
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ends.append((end, written))
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush())
+        return written
 
     async def _flush(self) -> None:
         """Write the settlements, again and again until the database takes them."""
@@ -126,12 +138,14 @@ class Billing:
             while self._ends:
                 ends = list(self._ends)
                 try:
-                    await self.call(self.accounts.settle, ends)
+                    await self.call(self.accounts.settle, [end for end, _ in ends])
                 except DatabaseUnavailable as error:
                     log.warning("%d settlements wait for the database: %s", len(ends), error)
                     await asyncio.sleep(RETRY_SECONDS)
                 else:
                     del self._ends[: len(ends)]
+                    for _, written in ends:
+                        written.set_result(None)
         finally:
             self._flusher = None
 
