@@ -52,27 +52,31 @@ def test_requests_that_arrive_together_are_admitted_as_far_as_the_balance_goes(t
 
 
 def test_a_client_that_leaves_during_its_admission_leaves_no_reservation(tmp_path):
-    """Before the transaction, while it is written, and in the moment after it."""
+    """While the transaction is written, and between its end and the request's."""
     accounts, customer = open_customer(tmp_path, 100)
 
-    async def main() -> None:
-        billing = Billing(accounts)
-        async with billing.running():
-            for number in range(40):
-                task = asyncio.create_task(admit(billing, customer, f"left {number}"))
-                while number % 4 and not billing._arrivals and not task.done():
-                    await asyncio.sleep(0)
-                until = time.monotonic() + number % 4 * 0.002
-                while time.monotonic() < until and not task.done():
-                    await asyncio.sleep(0)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-                if not task.cancelled():
-                    billing.settle_soon(task.result(), "abort")
+    class Leaving(Billing):
+        task: asyncio.Task
 
-    asyncio.run(main())
+        async def call(self, function, *arguments):
+            if function == accounts.reserve_all and self.at == "before":
+                self.task.cancel()
+            found = await super().call(function, *arguments)
+            if function == accounts.reserve_all and self.at == "after":
+                asyncio.get_running_loop().call_soon(self.task.cancel)
+            return found
+
+    async def main(at: str) -> None:
+        billing = Leaving(accounts)
+        billing.at = at
+        async with billing.running():
+            billing.task = asyncio.create_task(admit(billing, customer, at))
+            await asyncio.gather(billing.task, return_exceptions=True)
+            assert billing.task.cancelled()
+
+    asyncio.run(main("before"))
+    asyncio.run(main("after"))
     assert accounts.balance(customer.user_id).reserved_pico == 0
-    assert accounts.usage("user")[0].usage.completion_tokens == 0
 
 
 def test_a_settlement_waits_for_its_own_transaction_and_not_for_the_next_ones(tmp_path):
