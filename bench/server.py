@@ -23,12 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import thinkstack  # noqa: F401  # before torch: it says how threads wait
+
+# isort: split
 import torch
 from common import Row, machine, print_table, write_json
 from server_clients import ServerProcess, Stream, curl, make_tiny, no_end, percentiles, serving, stream
 from sqlalchemy import Connection, select
 
-import thinkstack  # noqa: F401  # before torch: it says how threads wait
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.machine import prepare_machine

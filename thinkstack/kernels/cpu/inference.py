@@ -24,7 +24,7 @@ _Sample = structure(
     "logits rows temperature top_k top_p min_p uniform seed num_tokens num_prompt_tokens offsets tokens logprobs",
     "B V threads",
 )
-_TokenBitmask = structure("TokenBitmask", "logits entries bitmask", "n W V")
+_TokenBitmask = structure("TokenBitmask", "logits entries bitmask", "n W V threads")
 _TopLogprobs = structure("TopLogprobs", "logits temperature ids logprobs", "B V count threads")
 _Penalties = structure(
     "Penalties", "logits entries tokens num_outputs is_valid repetition presence frequency", "n W V threads"
@@ -127,7 +127,7 @@ def penalize_(logits: Tensor, penalized: PenalizedTokens) -> None:
 def apply_token_bitmask_(logits: Tensor, entries: numpy.ndarray, bitmask: numpy.ndarray) -> None:
     """As `ops.apply_token_bitmask_`."""
     pointers = logits.data_ptr(), *map(array_address, (entries, bitmask))
-    run("apply_token_bitmask", _TokenBitmask(*pointers, *bitmask.shape, logits.shape[1]))
+    run("apply_token_bitmask", _TokenBitmask(*pointers, *bitmask.shape, logits.shape[1], torch.get_num_threads()))
 
 
 def _run_sample(arguments: ctypes.Structure, logits: Tensor) -> None:

@@ -46,7 +46,7 @@ struct TokenBitmask {
   float* logits;            // changed in place: -infinity where the bit is 0
   const int64_t* entries;   // (n,): a row's index in the logits
   const uint32_t* bitmask;  // (n, W)
-  int64_t n, W, V;
+  int64_t n, W, V, threads;
 };
 
 namespace {
@@ -276,12 +276,14 @@ extern "C" void penalize(const Penalties* a) {
 }
 
 extern "C" void apply_token_bitmask(const TokenBitmask* a) {
+#pragma omp parallel for num_threads(a->n * a->V < 65536 ? 1 : a->threads)
   for (int64_t r = 0; r < a->n; r++)
     for (int64_t w = 0; w < a->W; w++) {
       const uint32_t allowed = a->bitmask[r * a->W + w];
       float* logits = a->logits + a->entries[r] * a->V + w * 32;
-      for (int64_t i = 0; i < std::min<int64_t>(32, a->V - w * 32); i++)
-        if (!(allowed >> i & 1)) logits[i] = -INFINITY;
+      const int count = int(std::min<int64_t>(32, a->V - w * 32));
+#pragma omp simd
+      for (int i = 0; i < count; i++) logits[i] = allowed >> i & 1 ? logits[i] : -INFINITY;
     }
 }
 
@@ -305,4 +307,4 @@ LAYOUT(Penalties, Penalties,
        FIELD(logits) FIELD(entries) FIELD(tokens) FIELD(num_outputs) FIELD(is_valid) FIELD(repetition) FIELD(presence)
        FIELD(frequency) FIELD(n) FIELD(W) FIELD(V) FIELD(threads))
 
-LAYOUT(TokenBitmask, TokenBitmask, FIELD(logits) FIELD(entries) FIELD(bitmask) FIELD(n) FIELD(W) FIELD(V))
+LAYOUT(TokenBitmask, TokenBitmask, FIELD(logits) FIELD(entries) FIELD(bitmask) FIELD(n) FIELD(W) FIELD(V) FIELD(threads))
