@@ -28,11 +28,11 @@ class StreamingUser(HttpUser):
             "/chat/completions", data=os.environ["BODY"], headers=headers, stream=True, catch_response=True
         ) as reply:
             found["status"] = reply.status_code
-            for line in reply.iter_lines(decode_unicode=True):
+            for line in reply.iter_lines():  # of bytes: text would be split at U+2028 too
                 now = time.perf_counter()
-                if line.startswith("data: [DONE]"):
+                if line.startswith(b"data: [DONE]"):
                     found["is_done"] = True
-                elif line.startswith("data: {"):
+                elif line.startswith(b"data: {"):
                     chunk = json.loads(line[6:])
                     found["id"], found["usage"] = chunk.get("id", ""), chunk.get("usage") or found["usage"]
                     if last:

@@ -13,6 +13,8 @@ from thinkstack.server.app import ServerSettings
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TOOL = {"type": "function", "function": {"name": "get_sum", "description": "Add", "parameters": {"type": "object"}}}
+LINES = "one\x85two\u2028three\u2029four\x0bfive\x1csix"
+"""What `str.splitlines` splits, as the ollama client and others that use httpx do."""
 CALL = '<｜tool▁call▁begin｜>get_sum<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
 
 
@@ -22,6 +24,8 @@ def answer(prompt: str, index: int) -> str:
         return "the sum " * 4000
     if "says 3" in prompt:
         return "The sum is 3."
+    if "lines" in prompt:
+        return f"the\x85tool.</think>{LINES}"
     if "as JSON" in prompt:
         return 'the tool.</think>{"a":1}'
     thinking = "" if prompt.endswith("</think>") else "the tool.</think>"
@@ -72,6 +76,18 @@ def test_replies_are_streams_by_default(server):
     )
     assert response.headers["content-type"] == "application/x-ndjson"
     assert json.loads(response.text.splitlines()[-1])["done"]
+
+
+def test_characters_that_break_lines_break_no_line_of_a_stream(server, client):
+    asked = [{"role": "user", "content": "What lines?"}]
+    parts = list(client.chat(model="deepseek-r1:14b", messages=asked, think=True, stream=True))
+    assert "".join(part.message.content or "" for part in parts) == LINES
+    body = {"model": "deepseek-reasoner", "messages": asked, "stream": True}
+    with httpx.stream("POST", f"{server.url}/chat/completions", json=body, headers=server.headers) as reply:
+        chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == LINES
+    assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == "the\x85tool."
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
 from typing import Any
 
 from thinkstack.server.api_errors import ApiError
@@ -165,10 +164,12 @@ class ChatReply:
 
     def _text_chunk(self, index: int, event: StreamEvent) -> bytes:
         """`_chunk` of new text: one per token, so its constant parts are not encoded again."""
-        text = encode_basestring(event.text)
-        delta = f'"content":{text}' if event.kind == "content" else f'"reasoning_content":{text},"reasoning":{text}'
-        choice = f'{{"index":{index},"delta":{{{delta}}},"logprobs":null,"finish_reason":null}}'
-        return self._start + choice.encode() + self._end
+        text = to_json(event.text)
+        delta = b'"content":' + text
+        if event.kind == "reasoning":
+            delta = b'"reasoning_content":%b,"reasoning":%b' % (text, text)
+        choice = b'{"index":%d,"delta":{%b},"logprobs":null,"finish_reason":null}' % (index, delta)
+        return self._start + choice + self._end
 
     def _logprobs(self, index: int) -> dict[str, Any] | None:
         if not self.turn.request.logprobs:

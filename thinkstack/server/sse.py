@@ -8,11 +8,14 @@ from pydantic_core import from_json
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 """What clients skip."""
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_LINE_BREAKS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
+"""Characters at which clients break lines of text, such as httpx's `iter_lines`, though they end no event."""
 
 
 def to_json(body: Any) -> bytes:
-    """Compact JSON in UTF-8."""
-    return _encode(body).encode()
+    """Compact JSON in UTF-8, in one line by any definition."""
+    text = _encode(body)
+    return (text if text.isascii() else text.translate(_LINE_BREAKS)).encode()
 
 
 def sse(body: Any, event: str | None = None) -> bytes:

@@ -199,7 +199,6 @@ class Turn:
         Raises RequestError, RateLimited, InsufficientBalance, Overloaded.
         """
         self.principal, sampling = principal, self.prepared.sampling
-        self.model.member.check_queue()
         admission = Admission(
             request_id=self.id,
             model=self.model.price_name,
@@ -312,7 +311,9 @@ class Turn:
 
 
 async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing, id_prefix: str = "chatcmpl-") -> Turn:
-    """Prepare a request, in a thread if it may take long. id_prefix: start of its id. Raises RequestError."""
+    """Prepare a request, in a thread if it may take long. id_prefix: start of its id. Raises RequestError, and
+    Overloaded before anything else is done."""
+    model.member.check_queue()
     length = (
         sum(len(message.content) for message in request.messages)
         + len(request.prompt or "")
