@@ -5,17 +5,21 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from thinkstack.server.api_errors import ApiError
+from thinkstack.engine.interface import Overloaded
+from thinkstack.server.api_errors import ApiError, api_error
+from thinkstack.server.served import Member
 from thinkstack.server.turns import Turn
 
 log = logging.getLogger("thinkstack.requests")
+TURNS = ("/completions", "/responses", "/messages", "/api/chat")
+"""Ends of the paths that start a turn."""
 CLOSE = {"Connection": "close"}
 """The rest of the request is not read, so the connection cannot be used again."""
 
@@ -55,6 +59,22 @@ class LimitBody:
             return message
 
         await self.app(scope, limited, send)
+
+
+class RefuseOverload:
+    """Refuses turns before they are read while no model can take one: under an overload most requests end here."""
+
+    def __init__(self, app: ASGIApp, members: Mapping[str, Member]):
+        self.app, self.members = app, members
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_turn = scope["type"] == "http" and scope["path"].endswith(TURNS)
+        if is_turn and all(member.is_full for member in self.members.values()):
+            waiting = sum(member.service.status.waiting for member in self.members.values())
+            error = api_error(Overloaded(f"{waiting:,} requests are waiting; retry later"))
+            await JSONResponse(error.body(scope["path"]), error.status, error.headers | CLOSE)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
 
 class CheckHost:

@@ -142,11 +142,15 @@ class Member:
             return (tokenizer.control_id(THINK_CLOSE),)
         return tuple(tokenizer.encode(THINK_CLOSE))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the queue takes no request."""
+        return 0 < self.config.max_waiting <= self.service.status.waiting
+
     def check_queue(self) -> None:
         """Raise Overloaded if the queue is full, before a request costs anything; the engine checks again."""
-        waiting, limit = self.service.status.waiting, self.config.max_waiting
-        if limit and waiting >= limit:
-            raise Overloaded(f"{waiting:,} requests are waiting; retry later")
+        if self.is_full:
+            raise Overloaded(f"{self.service.status.waiting:,} requests are waiting; retry later")
 
     async def load_weights(self, source: str, running: WhileRunning = "drain") -> None:
         """Use the weights of another checkpoint with the same configuration and tokenizer. running: see WhileRunning.
