@@ -173,9 +173,12 @@ async def _overload(
 
 
 def overload(given: argparse.Namespace, folder: Path, model: str) -> list[Row]:
-    """Many more clients than rows: the time of a refusal, and the first token of those who are admitted."""
+    """Many more clients than rows, on one core, the server on the others: the time of a refusal, and the first token of
+    those who are admitted."""
     body, rows = body_of(model, given.max_tokens, stream=True), []
-    with serving(folder, model, max_num_seqs=16, max_waiting=4) as server:
+    first, *others = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {first})
+    with serving(folder, model, max_num_seqs=16, max_waiting=4, cores=others or [first]) as server:
         key = rich_key(accounts_of(server))
         asyncio.run(_overload(server, key, body, 16, 1.0))
         at_capacity = asyncio.run(_overload(server, key, body, 20, given.seconds))
