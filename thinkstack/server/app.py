@@ -244,10 +244,15 @@ class WholeResponse(Response):
 
 async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
     """The result of `work`, which is cancelled if the client leaves. Raises ClientDisconnect then."""
-    task = asyncio.current_task()
+    task, is_working = asyncio.current_task(), True
     assert task is not None
+
+    def leave(listener: "asyncio.Task[None]") -> None:
+        if is_working and not listener.cancelled():
+            task.cancel()
+
     listener = asyncio.ensure_future(_disconnected(request))
-    listener.add_done_callback(lambda listener: listener.cancelled() or task.cancel())
+    listener.add_done_callback(leave)
     try:
         return await work
     except asyncio.CancelledError:
@@ -255,6 +260,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
             raise ClientDisconnect from None
         raise
     finally:
+        is_working = False  # who leaves now does not cancel what comes after
         listener.cancel()
 
 
