@@ -18,12 +18,12 @@ from starlette.requests import ClientDisconnect
 
 from tests import HANG_SECONDS
 from tests.server.live import TOKENIZER, LiveServer, live
+from tests.server.requests import QUESTION, post, until
 from thinkstack.server.app import ServerSettings
 from thinkstack.server.deepseek import ChatReply
 from thinkstack.server.prices import Usage
 from thinkstack.server.schema import ChatRequest
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ENDLESS = "the sum " * 4000
 
 
@@ -47,12 +47,6 @@ def client(server):
     return openai.OpenAI(base_url=server.url, api_key=server.key, max_retries=0)
 
 
-def post(server: LiveServer, **body: Any) -> httpx.Response:
-    """POST with a key; the model and a question are filled in."""
-    body = {"model": "deepseek-chat", "messages": QUESTION} | body
-    return httpx.post(f"{server.url}/chat/completions", json=body, headers=server.headers, timeout=HANG_SECONDS)
-
-
 def events(response: httpx.Response) -> list[dict[str, Any]]:
     """The chunks of a stream, which must end in [DONE]."""
     lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
@@ -63,13 +57,6 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 def ledger(server: LiveServer) -> Usage:
     rows = server.server.accounts.usage("user")
     return rows[0].usage if rows else Usage()
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("model", ["deepseek-reasoner", "deepseek-flash", "scripted"])
@@ -93,6 +80,17 @@ def test_thinking_can_be_off_by_every_field(tmp_path, off):
     with live(tmp_path, lambda prompt, index: "Paris.") as plain:
         message = post(plain, **({"model": "deepseek-flash"} | off)).json()["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "Paris.", "reasoning_content": None, "reasoning": None}
+
+
+@pytest.mark.parametrize(("interval", "is_each_token_a_chunk"), [(0.0, True), (100.0, False)])
+def test_tokens_of_a_stream_come_together_within_its_interval(tmp_path, interval, is_each_token_a_chunk):
+    text = "the sum is 3, " * 40
+    settings = ServerSettings(stream_interval=interval)
+    with live(tmp_path, lambda prompt, index: text, settings=settings) as running:
+        chunks = events(post(running, stream=True))
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    texts = [delta["content"] for delta in deltas if delta.get("content")]
+    assert "".join(texts) == text and (len(texts) > 100 if is_each_token_a_chunk else len(texts) <= 2)
 
 
 @pytest.mark.parametrize("question", ["France", "emoji"])

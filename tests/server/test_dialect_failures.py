@@ -1,13 +1,13 @@
 """Failures after the start, in the shape of each dialect: an engine that dies, and replies that nobody waits for."""
 
 import json
-import time
 
 import httpx
 import pytest
 
 from tests import HANG_SECONDS
 from tests.server.live import live
+from tests.server.requests import until
 
 PROMPT = [{"role": "user", "content": "endless"}]
 DIALECTS = {
@@ -27,13 +27,6 @@ LAST = {
 
 def endless(prompt: str, index: int) -> str:
     return "the sum " * 4000
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("path", DIALECTS)
