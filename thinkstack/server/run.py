@@ -67,7 +67,7 @@ def run_server(
         members = {name: load_member(name, member) for name, member in config.members.items()}
         server = Server(ServedModels(members, config.models), accounts, config.server, principal)
         gc.collect()
-        gc.freeze()  # what is loaded stays: going through it again and again takes a third of a request's time
+        gc.freeze()  # what is loaded stays: going through it again and again takes a quarter of a request's time
         log.info("models: %s; ready after %.1f s", ", ".join(config.models), time.monotonic() - began)
         # uvicorn raises SIGTERM again at its end, which would be the end of this process without an exit status of 0
         signal.signal(signal.SIGTERM, lambda number, frame: None)

@@ -18,7 +18,8 @@ class ServerSettings:
     keep_alive_seconds: float = 10.0
     """Seconds of silence after which a stream sends a comment, and a whole reply a blank line."""
     stream_interval: float = 0.02
-    """Shortest time in seconds between two chunks of a stream; faster tokens come together. 0: a chunk for each."""
+    """Shortest time in seconds between two chunks of a stream; faster tokens come together, except those of vLLM.
+    0: a chunk for each."""
     max_step_seconds: float = 120.0
     """Duration of a step after which the engine is taken for dead."""
     health_seconds: float = 10.0
