@@ -242,7 +242,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_modes_of_thinking_are_those_of_the_chat_format(folders):
-    modes = {"v3_1": [False, True], "r1": [True], "v3": [False], "switched": [False, True], "plain": []}
+    modes = {"v3_1": {False, True}, "r1": {True}, "v3": {False}, "switched": {False, True}, "plain": set()}
     found = {name: LocalModel(str(folders[name]), SamplingParams()).thinking_modes for name in modes}
     assert found == modes
 

@@ -1,7 +1,6 @@
 """What a server serves: members, each a model with its engine, and the model names of the API."""
 
 import asyncio
-import contextlib
 import functools
 import logging
 import threading
@@ -31,11 +30,11 @@ from thinkstack.models.precision import Quantization
 from thinkstack.models.transformer import Transformer
 from thinkstack.server.metrics import Latencies
 from thinkstack.server.settings import ServerSettings
-from thinkstack.text.chat import ChatFormat
+from thinkstack.text.chat import ChatFormat, thinking_format, thinking_modes
 from thinkstack.text.grammar import GrammarCompiler, json_object
-from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
+from thinkstack.text.parse import ThinkingFormat
 from thinkstack.text.tokenizer import THINK_CLOSE
-from thinkstack.types import ConfigError, Message, RequestError
+from thinkstack.types import ConfigError, RequestError
 
 log = logging.getLogger(__name__)
 TOKENIZER_SAMPLE = "The tokens of this text, 12,345.6 + x_i != naïve 你好 🙂\n\n\tare compared."
@@ -192,18 +191,12 @@ class Member:
 
     @functools.cached_property
     def _starts(self) -> frozenset[bool]:
-        found, question = set(), [Message(role="user", content="?")]
-        for thinking in (False, True):
-            with contextlib.suppress(RequestError):
-                self.chat.prompt(question, (), thinking)
-                found.add(thinking)
-        return frozenset(found)
+        return thinking_modes(self.chat)
 
     @functools.cached_property
     def thinking_format(self) -> ThinkingFormat:
-        """The format of turns: with answer tags if the vocabulary has a token for them, as our tasks train them."""
-        has_answer_tags = len(self.chat.tokenizer.encode(ANSWER_OPEN)) == 1
-        return "think_answer_tags" if has_answer_tags else "think_then_answer"
+        """The format of turns."""
+        return thinking_format(self.chat)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.kernels.precision import DTYPES, RequestedPrecision
 from thinkstack.models.precision import Quantization
 from thinkstack.stages.chat import TurnSummary
-from thinkstack.text.chat import ChatFormat, ZeroFormat
-from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
+from thinkstack.text.chat import ChatFormat, ZeroFormat, thinking_format, thinking_modes
 from thinkstack.text.stream import LastToken, stream_turn
 from thinkstack.text.stream_parser import StreamEvent
 from thinkstack.types import ConfigError, Message, RequestError, SamplingParams
@@ -65,16 +64,9 @@ class LocalModel:
         return self._last.explain_empty()
 
     @property
-    def thinking_modes(self) -> list[bool]:
+    def thinking_modes(self) -> frozenset[bool]:
         """The values that `thinking` may have with this chat format; empty if it has no switch and does not tell."""
-        found = []
-        for thinking in (False, True):
-            try:
-                self.chat.prompt(_QUESTION, (), thinking)
-                found.append(thinking)
-            except RequestError:
-                continue
-        return found
+        return thinking_modes(self.chat)
 
     def list_names(self) -> list[str]:
         """Checkpoints are not listed."""
@@ -95,8 +87,7 @@ class LocalModel:
         size = EngineConfig(max_num_seqs=1, dtype=precision, quantization=self._quantization)
         self.engine = Engine(load_model(source, DTYPES[precision]), size)
         self.name, self.chat, self._last = source, chat, LastToken(chat)
-        has_answer_tags = len(chat.tokenizer.encode(ANSWER_OPEN)) == 1  # as our tasks train them
-        self._thinking_format: ThinkingFormat = "think_answer_tags" if has_answer_tags else "think_then_answer"
+        self._thinking_format = thinking_format(chat)
 
 
 def open_chat(source: str) -> ChatFormat:

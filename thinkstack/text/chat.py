@@ -4,14 +4,16 @@ Control tokens come only from the code of this folder or from a checkpoint's tem
 control token. Every prompt of our formats begins with exactly one BOS.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from thinkstack.text.deepseek import STYLES, DeepSeekFormat
 from thinkstack.text.formats import ZERO_PREAMBLE, PlainText, TokenizedExample, ZeroFormat
+from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
 from thinkstack.text.template import TemplateFormat
 from thinkstack.text.tokenizer import Tokenizer
-from thinkstack.types import ConfigError, Message, Tool
+from thinkstack.types import ConfigError, Message, RequestError, Tool
 
 __all__ = [
     "FORMATS",
@@ -115,3 +117,18 @@ def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
     if name.startswith("r1_zero"):
         return ZeroFormat(tokenizer) if name == "r1_zero" else ZeroFormat(tokenizer, preamble="")
     return DeepSeekFormat(tokenizer, name)
+
+
+def thinking_modes(chat: ChatFormat) -> frozenset[bool]:
+    """The values that `thinking` may have with this format; empty if it has no switch and does not tell."""
+    found = set()
+    for thinking in (False, True):
+        with contextlib.suppress(RequestError):
+            chat.prompt([Message(role="user", content="1")], (), thinking)
+            found.add(thinking)
+    return frozenset(found)
+
+
+def thinking_format(chat: ChatFormat) -> ThinkingFormat:
+    """The format of turns: with answer tags if the vocabulary has a token for them, as our tasks train them."""
+    return "think_answer_tags" if len(chat.tokenizer.encode(ANSWER_OPEN)) == 1 else "think_then_answer"
