@@ -133,7 +133,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             server.bodies.append(body)
-            self.stream(body)
+            try:
+                self.stream(body)
+            except ConnectionError:  # the client left while tokens were written
+                server.aborted.append(body["request_id"])
+                self.close_connection = True
 
     def choice(self, body: dict[str, Any], tokens: list[int], is_last: bool, reason: str = "length") -> dict[str, Any]:
         count = body["sampling_params"]["logprobs"]
