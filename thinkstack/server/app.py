@@ -34,7 +34,7 @@ from thinkstack.server.errors import (
 )
 from thinkstack.server.keys import Principal
 from thinkstack.server.metrics import Metrics
-from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests, RefuseOverload
+from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
 from thinkstack.server.openapi import ChatCompletion, OpenAIError, errors, reply
 from thinkstack.server.operations import admin_routes, operation_routes
@@ -286,7 +286,6 @@ def create_app(server: Server) -> FastAPI:
     for kind in ERRORS:
         app.add_exception_handler(kind, _error_reply)
     settings = server.settings
-    app.add_middleware(RefuseOverload, members=server.models.members)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     if not server.needs_keys:
         app.add_middleware(CheckHost)

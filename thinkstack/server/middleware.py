@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError, api_error
 from thinkstack.server.served import Member
+from thinkstack.server.sse import to_json
 from thinkstack.server.turns import Turn
 
 log = logging.getLogger("thinkstack.requests")
@@ -61,20 +63,25 @@ class LimitBody:
         await self.app(scope, limited, send)
 
 
-class RefuseOverload:
+class Overload:
     """Refuses turns before they are read while no model can take one: under an overload most requests end here."""
 
-    def __init__(self, app: ASGIApp, members: Mapping[str, Member]):
-        self.app, self.members = app, members
+    def __init__(self, members: Mapping[str, Member], count: Callable[[str, int], None]):
+        """count: function (route, status)."""
+        self.members, self.count = members, count
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_turn = scope["type"] == "http" and scope["path"].endswith(TURNS)
-        if is_turn and all(member.is_full for member in self.members.values()):
-            waiting = sum(member.service.status.waiting for member in self.members.values())
-            error = api_error(Overloaded(f"{waiting:,} requests are waiting; retry later"))
-            await JSONResponse(error.body(scope["path"]), error.status, error.headers | CLOSE)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+    def refusal(self, path: str) -> bytes | None:
+        """The whole reply to a request, or None if it goes on."""
+        if not path.endswith(TURNS) or not all(member.is_full for member in self.members.values()):
+            return None
+        waiting = sum(member.service.status.waiting for member in self.members.values())
+        error = api_error(Overloaded(f"{waiting:,} requests are waiting; retry later"))
+        self.count(path, error.status)
+        body = to_json(error.body(path))
+        headers = error.headers | CLOSE | {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 class CheckHost:

@@ -1,9 +1,10 @@
-"""HTTP/1.1 with limits on the head of a request; uvicorn has none."""
+"""HTTP/1.1 with limits on the head of a request, which uvicorn has not, and refusals at the cost of one write."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 65_536
 
@@ -15,8 +16,10 @@ class LimitedProtocol(HttpToolsProtocol):
     has uvicorn's limit.
     """
 
-    def __init__(self, *arguments: Any, header_seconds: float, **named: Any):
+    def __init__(self, *arguments: Any, header_seconds: float, refusal: Callable[[str], bytes | None], **named: Any):
+        """refusal: function path -> the reply to a request that goes no further, or None."""
         super().__init__(*arguments, **named)
+        self._refusal = refusal
         self._seconds, self._num_bytes = header_seconds, 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -36,6 +39,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self.send_400_response(f"The headers are above {MAX_HEAD_BYTES} bytes.")
         elif self._timer is None:
             self._timer = self.loop.call_later(self._seconds, self.transport.close)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        reply = self._refusal(cycle.scope["path"])
+        if reply is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        cycle.response_complete = True  # what follows of the request is skipped
+        self.transport.write(reply)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""

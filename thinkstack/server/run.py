@@ -22,7 +22,7 @@ from thinkstack.server.app import Server, create_app
 from thinkstack.server.database import Database, data_folder, sqlite_url
 from thinkstack.server.keys import Principal
 from thinkstack.server.limits import LIMITS
-from thinkstack.server.middleware import JsonFormatter, is_loopback
+from thinkstack.server.middleware import JsonFormatter, Overload, is_loopback
 from thinkstack.server.middleware import log as requests_log
 from thinkstack.server.prices import PriceTable
 from thinkstack.server.protocol import LimitedProtocol
@@ -79,12 +79,16 @@ class ApiProcess(uvicorn.Server):
 
     def __init__(self, api: Server):
         self.api = api
+        overload = Overload(api.models.members, api.metrics.count_request)
+        protocol = functools.partial(
+            LimitedProtocol, header_seconds=api.settings.header_seconds, refusal=overload.refusal
+        )
         super().__init__(
             uvicorn.Config(
                 create_app(api),
                 log_config=None,
                 access_log=False,
-                http=cast(Any, functools.partial(LimitedProtocol, header_seconds=api.settings.header_seconds)),
+                http=cast(Any, protocol),
                 loop="uvloop",
                 lifespan="on",
                 timeout_graceful_shutdown=int(api.settings.drain_seconds) + UNWILLING_SECONDS,
