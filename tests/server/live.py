@@ -82,7 +82,8 @@ def live(
     if member is None:
         member = Member(MemberConfig(model="scripted"), EngineService(served), chat, GrammarCompiler(chat))
     accounts = Accounts(Database(sqlite_url(folder), database_timeout), prices, limits=limits)
-    key = accounts.add_key(accounts.add_user("ada", is_admin=True), "test")
+    is_known = any(row["name"] == "ada" for row in accounts.list_users())  # to another server of this folder
+    key = accounts.add_key(accounts.user_id("ada") if is_known else accounts.add_user("ada", is_admin=True), "test")
     principal = accounts.authenticate(key) if no_keys else None
     server = Server(ServedModels({"default": member}, config.models), accounts, settings or ServerSettings(), principal)
     listener = listen("127.0.0.1", 0)

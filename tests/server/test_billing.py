@@ -8,7 +8,7 @@ from thinkstack.server.accounts import Accounts
 from thinkstack.server.billing import Billing, Charge
 from thinkstack.server.database import Database, sqlite_url
 from thinkstack.server.errors import InsufficientBalance
-from thinkstack.server.prices import Usage, format_amount
+from thinkstack.server.prices import FREE, Usage, format_amount
 
 
 def test_a_request_whose_reservation_is_lost_ends_without_a_settlement(tmp_path):
@@ -18,7 +18,7 @@ def test_a_request_whose_reservation_is_lost_ends_without_a_settlement(tmp_path)
     async def main() -> None:
         billing = Billing(accounts)
         async with billing.running():
-            await asyncio.wait_for(billing.settle(Charge("lost", Usage, lambda: None), "stop"), 5)
+            await asyncio.wait_for(billing.settle(Charge("lost", FREE, Usage, lambda: None), "stop"), 5)
 
     asyncio.run(main())
     assert accounts.usage("user") == []

@@ -16,6 +16,7 @@ from tests.server.billing import PRICES, add_customer, ask, end
 from thinkstack.server.accounts import Accounts
 from thinkstack.server.database import MIGRATIONS, Database, metadata, sqlite_url
 from thinkstack.server.errors import DatabaseUnavailable
+from thinkstack.server.page import tables  # noqa: F401, which adds them to metadata
 from thinkstack.types import ConfigError
 
 TIMEOUT_SECONDS = 0.5
@@ -45,7 +46,7 @@ def test_processes_that_start_together_migrate_once(url):
     _ = [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert len(opened) == 4
     with opened[0].read() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [("0001",)]
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [("0002",)]
     for database in opened:
         database.close()
 
@@ -53,7 +54,7 @@ def test_processes_that_start_together_migrate_once(url):
 def test_a_database_of_a_newer_version_is_refused(url, database):
     with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '0942'"))
-    with pytest.raises(ConfigError, match=r"has revision 0942, .* revisions up to 0001; update thinkstack"):
+    with pytest.raises(ConfigError, match=r"has revision 0942, .* revisions up to 0002; update thinkstack"):
         Database(url)
     with database.read() as connection:
         assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0942"

@@ -22,7 +22,7 @@ from thinkstack.server.database import Database, keys, settings, users
 from thinkstack.server.errors import AuthenticationError, InsufficientBalance, RateLimited
 from thinkstack.server.keys import PREFIX_LENGTH, SCOPES, Principal, hash_key, make_key
 from thinkstack.server.ledger import Admission, Group, Settlement, UsageRow
-from thinkstack.server.limits import LIMITS, UNLIMITED, Limits, limits_of
+from thinkstack.server.limits import DAY_MS, LIMITS, UNLIMITED, Limits, limits_of
 from thinkstack.server.prices import FREE, Price, PriceTable, Usage
 from thinkstack.types import ConfigError
 
@@ -37,6 +37,8 @@ REFUSALS = (InsufficientBalance, RateLimited, ConfigError, ValueError)
 PRINCIPAL_SECONDS = 1.0
 """How long a key counts after it was read: what another process changes has no effect for so long."""
 MAX_PRINCIPALS = 10_000
+PAGE_KEY = "page"
+"""Name of the key of each user to which the page's requests are booked."""
 NAME = re.compile(r"[A-Za-z0-9][\w.@+-]{0,63}", re.ASCII)
 
 
@@ -102,6 +104,17 @@ class Accounts:
     def principal(self, key_id: int) -> Principal:
         """The user of a key that is known by its id. Raises AuthenticationError."""
         return self._authenticate(_BY_ID, {"id": key_id})
+
+    def page_principal(self, user_id: int) -> Principal:
+        """The user of the page, whose requests are booked to a key that nobody knows. Raises AuthenticationError."""
+        mine = (keys.c.user_id == user_id) & (keys.c.name == PAGE_KEY) & keys.c.revoked_ms.is_(None)
+        statement = select(keys.c.id).where(mine).order_by(keys.c.id).limit(1)
+        with self.database.read() as connection:
+            key_id = connection.scalar(statement)
+        if key_id is None:
+            self.add_key(user_id, PAGE_KEY)
+            return self.page_principal(user_id)
+        return self.principal(key_id)
 
     def _authenticate(self, statement: Select[Any], values: Mapping[str, Any]) -> Principal:
         now_ms = self._now_ms()
@@ -211,6 +224,13 @@ class Accounts:
             row = connection.execute(select(*columns).where(users.c.id == user_id)).mappings().one()
         left = row["granted_pico"] + row["topped_up_pico"] - row["reserved_pico"]
         return Balance(currency=self.currency or "USD", is_available=self.prices is None or left > 0, **row)
+
+    def deep_think_used(self, user_id: int) -> int:
+        """Deep Think messages of a user in this UTC day."""
+        columns = (users.c.deep_think_day, users.c.deep_think_used)
+        with self.database.read() as connection:
+            day, used = connection.execute(select(*columns).where(users.c.id == user_id)).one()
+        return int(used) if day == self._now_ms() // DAY_MS else 0
 
     def deposit(self, user_id: int, amount_pico: int, kind: str = "topped_up") -> None:
         """Add money to a balance; kind: "granted" or "topped_up"."""

@@ -23,6 +23,12 @@ RETRY_SECONDS = 2
 ANTHROPIC_TYPES = {402: "billing_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error"}
 """Types of errors by status that Anthropic has and DeepSeek has not."""
 
+PAGE_CODES = {
+    401: "signed_out", 402: "balance", 403: "forbidden", 404: "not_found", 408: "too_slow", 413: "too_large",
+    429: "rate_limited", 500: "server_error", 503: "overloaded",
+}  # fmt: skip
+"""By status: the code by which the page finds its words; the others are "invalid"."""
+
 SCHEMA = "response_format.json_schema"
 ANTHROPIC_FIELDS = {
     "prompt": "messages",
@@ -75,6 +81,8 @@ class ApiError:
         found = self if self.param is None else self._with_fields_of(path)
         if path.startswith("/anthropic/"):
             return found.anthropic()
+        if path.startswith("/page/"):
+            return found.page()
         return found.ollama() if path.startswith("/api/") else found.openai()
 
     def _with_fields_of(self, path: str) -> "ApiError":
@@ -95,6 +103,11 @@ class ApiError:
     def ollama(self) -> dict[str, object]:
         """The body in Ollama's shape."""
         return {"error": self.message}
+
+    def page(self) -> dict[str, object]:
+        """The body in the shape of the chat page."""
+        found: dict[str, object] = {"code": PAGE_CODES.get(self.status, "invalid"), "message": self.message}
+        return {"error": found | ({} if self.retry_after is None else {"retry_after": self.retry_after})}
 
     @property
     def code(self) -> str:

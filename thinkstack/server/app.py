@@ -38,6 +38,9 @@ from thinkstack.server.middleware import CheckHost, LimitBody, ObserveRequests
 from thinkstack.server.ollama import ollama_routes
 from thinkstack.server.openapi import ChatCompletion, OpenAIError, errors, reply
 from thinkstack.server.operations import admin_routes, operation_routes
+from thinkstack.server.page.errors import PageError
+from thinkstack.server.page.page import Page
+from thinkstack.server.page.routes import add_page
 from thinkstack.server.prices import format_amount
 from thinkstack.server.responses import responses_routes
 from thinkstack.server.schema import ChatRequest, TurnRequest
@@ -85,12 +88,12 @@ class Server:
         self.billing = Billing(accounts)
         self.metrics = Metrics(models.members)
         self.started = int(time.time())
-        self._principal, self.needs_keys = principal, principal is None
+        self.local_principal, self.needs_keys = principal, principal is None
         self.turns: dict[str, Turn] = {}
         """Running requests by id."""
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """Run until SIGTERM; then finish running requests, settle them, and stop the engines."""
         async with self.billing.running():
             keeper = asyncio.create_task(self._keep_alive())
@@ -105,7 +108,7 @@ class Server:
 
     async def principal(self, request: Request) -> Principal:
         """Who sends a request. Raises AuthenticationError."""
-        found = self._principal or await self._principal_of_key(request)
+        found = self.local_principal or await self._principal_of_key(request)
         request.state.principal = found
         return found
 
@@ -271,9 +274,14 @@ async def _disconnected(request: Request) -> None:
 
 def create_app(server: Server) -> FastAPI:
     """The application with all routes."""
-    app = FastAPI(
-        title="thinkstack", version=thinkstack.__version__, lifespan=server.lifespan, docs_url=None, redoc_url=None
-    )
+    page = Page(server) if server.settings.page else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with server.running(), contextlib.nullcontext() if page is None else page.answers.running():
+            yield
+
+    app = FastAPI(title="thinkstack", version=thinkstack.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     for prefix in ("", "/v1", "/beta"):
         app.include_router(chat_routes(server, is_beta=prefix == "/beta"), prefix=prefix)
@@ -283,6 +291,8 @@ def create_app(server: Server) -> FastAPI:
     app.include_router(ollama_routes(server))
     app.include_router(operation_routes(server))
     app.include_router(admin_routes(server))
+    if page is not None:
+        add_page(app, page)
     for kind in ERRORS:
         app.add_exception_handler(kind, _error_reply)
     settings = server.settings
@@ -345,12 +355,14 @@ def chat_routes(server: Server, is_beta: bool = False) -> APIRouter:
 
 ERRORS = (
     RequestError, AuthenticationError, PermissionDenied, InsufficientBalance, RateLimited, DatabaseUnavailable,
-    Overloaded, RequestValidationError, HTTPException, Exception,
+    Overloaded, PageError, RequestValidationError, HTTPException, Exception,
 )  # fmt: skip
 """What becomes a reply in the dialect's shape."""
 
 
 async def _error_reply(request: Request, error: Exception) -> Response:
+    if isinstance(error, PageError):
+        return JSONResponse(error.body(), error.status)
     if isinstance(error, RequestValidationError):
         found = _validation_error(error)
     elif isinstance(error, HTTPException):

@@ -27,10 +27,10 @@ RETRY_SECONDS = 0.2
 class Charge:
     """The reservation of one running request."""
 
-    def __init__(self, request_id: str, usage: Callable[[], Usage], end: Callable[[], None]):
+    def __init__(self, request_id: str, price: Price, usage: Callable[[], Usage], end: Callable[[], None]):
         """usage: what was delivered so far. end: called if the reservation is lost, so that the request cannot be
         charged any more."""
-        self.request_id, self.usage, self.end = request_id, usage, end
+        self.request_id, self.price, self.usage, self.end = request_id, price, usage, end
 
 
 class Billing:
@@ -79,12 +79,12 @@ class Billing:
         if self._admitter is None:
             self._admitter = asyncio.create_task(self._admit())
         try:
-            await admitted
+            price = await admitted
         except asyncio.CancelledError:
             if not admitted.cancelled() and admitted.exception() is None:  # the client left after the admission
                 self._release(admission)
             raise
-        charge = self._charges[admission.request_id] = Charge(admission.request_id, usage, end)
+        charge = self._charges[admission.request_id] = Charge(admission.request_id, price, usage, end)
         return charge
 
     async def _admit(self) -> None:

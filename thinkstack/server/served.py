@@ -91,6 +91,8 @@ class NameConfig:
     """Default of top_p."""
     fixed_sampling: bool = False
     """Whether all sampling fields of a request but seed and n are ignored, as DeepSeek's reasoner does."""
+    on_page: bool = True
+    """Whether the chat page offers this name."""
     price: str = ""
     """Name in the table of prices; empty: the name of the model."""
 

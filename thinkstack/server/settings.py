@@ -1,6 +1,7 @@
 """Settings of the server process, apart from its models and accounts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +27,9 @@ class ServerSettings:
     """Seconds in which each engine must answer /health/generate."""
     drain_seconds: float = 30.0
     """Seconds that running requests may take after SIGTERM."""
+    page: bool = True
+    """Whether there is a chat page at /."""
+    sign_up: Literal["off", "invitation", "open"] = "invitation"
+    """Who may make an account on the page."""
+    unread_seconds: float = 60.0
+    """Time without a reader after which an answer of the page ends."""

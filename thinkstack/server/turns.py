@@ -14,7 +14,7 @@ from thinkstack.engine.service import EngineStopped, Generation
 from thinkstack.server.billing import Billing, Charge
 from thinkstack.server.keys import Principal
 from thinkstack.server.ledger import Admission
-from thinkstack.server.prices import Usage
+from thinkstack.server.prices import FREE, Usage
 from thinkstack.server.schema import TurnRequest
 from thinkstack.server.served import Member, ServedModel
 from thinkstack.text.chat import ChatFormat
@@ -186,6 +186,27 @@ class Turn:
             prompt_cache_miss_tokens=len(self.prepared.prompt_token_ids) - cached,
             completion_tokens=self._num_delivered,
             reasoning_tokens=sum(stream.num_reasoning_tokens for stream in self._streams),
+        )
+
+    @property
+    def cost_pico(self) -> int | None:
+        """What the usage costs, in pico units; None where requests cost nothing."""
+        return None if self._charge is None or self._charge.price is FREE else self._charge.price.cost_pico(self.usage)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens that were proposed."""
+        return (
+            0 if self._generation is None or not self._generation.request else self._generation.request.num_draft_tokens
+        )
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Draft tokens that the model accepted."""
+        return (
+            0
+            if self._generation is None or not self._generation.request
+            else self._generation.request.num_accepted_tokens
         )
 
     def stop_string(self, index: int) -> str | None:
