@@ -148,6 +148,19 @@ def test_the_history_of_a_branch_is_the_prompt(page):
     assert "Answer." in prompts[-1] and "two" in prompts[-1]
 
 
+def test_an_edited_question_keeps_its_files(page):
+    prompts = []
+    browser = Browser(page(lambda prompt, index: prompts.append(prompt) or "Read."), "ada")
+    first = browser.send("one", files=[{"name": "a.txt", "text": "inside"}], thinking=False)
+    browser.read(first["answers"][0]["id"])
+    edited = browser.send(
+        "two", conversation=first["conversation"]["id"], files_of=first["user"]["id"], thinking=False
+    )  # fmt: skip
+    assert edited["user"]["files"] == first["user"]["files"] == [{"name": "a.txt", "chars": 6}]
+    browser.read(edited["answers"][0]["id"])
+    assert "[file content begin]\ninside\n[file content end]\ntwo" in prompts[-1]
+
+
 def test_an_edited_thought_is_where_a_new_answer_begins(page):
     prompts = []
 

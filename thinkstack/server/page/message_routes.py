@@ -33,6 +33,8 @@ class Send(Body):
     parent: Id | None = None
     text: Text
     files: Annotated[tuple[FileInput, ...], Field(max_length=MAX_FILES)] = ()
+    files_of: Id | None = None
+    """A message whose files are sent again, as it is edited."""
     models: Annotated[list[Name], Field(min_length=1, max_length=MAX_COMPARED)]
     thinking: StrictBool
 
@@ -61,6 +63,8 @@ def message_routes(page: Page) -> APIRouter:
     async def send(body: Send, caller: signed_in) -> dict[str, Any]:
         """Send a message; one or two models answer it."""
         files = tuple(File(name=file.name, text=file.text) for file in body.files)
+        if body.files_of is not None:
+            files = (*(await call(store.message, caller.user_id, body.files_of)).files, *files)
         _check_message(body.text, files)
         history = [] if body.parent is None else await call(store.history, caller.user_id, body.parent)
         if body.conversation is not None:

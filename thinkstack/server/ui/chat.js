@@ -255,9 +255,10 @@ export class Chat {
     const files = view.message.files ?? [];
     return ask({
       title: t("edit"), ok: t("send"), field: { value: view.message.text, isLong: true },
-      text: files.length ? t("files_not_sent_again", { names: files.map((file) => file.name).join(", ") }) : "",
-      submit: (text) => this.#send({ text, files: [], models: this.composer.models, thinking: this.composer.thinking },
-        view.message.parent),
+      text: files.length ? t("files_sent_again", { names: files.map((file) => file.name).join(", ") }) : "",
+      submit: (text) => this.#send({
+        text, files: [], files_of: view.id, models: this.composer.models, thinking: this.composer.thinking,
+      }, view.message.parent),
     });
   }
 

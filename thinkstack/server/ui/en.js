@@ -24,7 +24,7 @@ export const strings = {
   export_markdown: "Export as Markdown", failed_sentence: "The answer failed. {error}",
   file_not_text: "{name} is not a text file (UTF-8) and was not attached.",
   file_too_large: "{name} is larger than 1 MB and was not attached.",
-  files_not_sent_again: "The files of this message are not sent again: {names}. Attach them again if needed.",
+  files_sent_again: "The files of this message are sent again: {names}.",
   general: "General", go_on_from_here: "Go on from here", go_on_with_this: "Go on with this one",
   greeting: "What shall we think about?", greeting_hint: "Switch Deep Think on to see the model's thinking.",
   have_account: "I have an account", import: "Import",

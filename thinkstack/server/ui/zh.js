@@ -17,7 +17,7 @@ export const strings = {
   expires_days: "有效期（天）", export_html: "导出为 HTML", export_json: "导出为 JSON",
   export_markdown: "导出为 Markdown", failed_sentence: "回答失败。{error}",
   file_not_text: "{name} 不是文本文件（UTF-8），未添加。", file_too_large: "{name} 超过 1 MB，未添加。",
-  files_not_sent_again: "此消息的附件不会重新发送：{names}。如有需要，请在新消息中添加。", general: "通用",
+  files_sent_again: "此消息的附件会一并重新发送：{names}。", general: "通用",
   go_on_from_here: "从这里继续", go_on_with_this: "采用此回答", greeting: "想思考些什么？",
   greeting_hint: "开启深度思考，查看模型的思考过程。", have_account: "已有账户", import: "导入",
   import_not_json: "{name} 不是 JSON；请选择导出的对话。", invitation: "邀请码",
