@@ -5,6 +5,7 @@ import pytest
 
 from tests.server.page.client import Browser, Pace
 from tests.server.page.conftest import CONTENT
+from tests.server.page.hostile import cases
 from thinkstack.server.limits import Limits
 from thinkstack.server.page import conversations as module
 from thinkstack.server.page.conversations import Conversations, StoredMessage, new_id, title_of
@@ -365,3 +366,16 @@ def test_a_database_that_is_locked_is_a_503_and_nothing_is_left(page):
         connection.rollback()
     assert browser.call("GET", "/page/conversations")["conversations"] == []
     assert browser.ask("?")["status"] == "stop"
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, kind, text in cases() if kind == "import"])
+def test_a_hostile_import_is_refused_or_harmless(ada, text):
+    _, browser = ada
+    headers = {"X-CSRF-Token": browser.csrf, "Content-Type": "application/json"}
+    reply = browser.http.post("/page/import", content=text.encode(errors="surrogatepass"), headers=headers)
+    assert reply.status_code in (200, 400, 422), reply.text
+    for row in browser.call("GET", "/page/conversations")["conversations"]:
+        browser.call("GET", f"/page/conversations/{row['id']}")
+        for format in ("json", "markdown", "html"):
+            found = browser.request("GET", f"/page/conversations/{row['id']}/export?format={format}")
+            assert found.status_code == 200 and "\n" not in found.headers["content-disposition"]
