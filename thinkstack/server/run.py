@@ -57,21 +57,33 @@ def run_server(
     log_requests(log_json)
     began = time.monotonic()
     with contextlib.closing(listen(host, port)) as listener:
-        prepare_machine()
-        log.info("%s, %s, %d threads", describe_machine(), instruction_set().name, torch.get_num_threads())
-        accounts = open_accounts(data, database, prices)
-        principal = first_key(accounts, no_keys)
-        opened = time.monotonic()
-        log.info("accounts: %s; opened in %.1f s", accounts.database.name, opened - began)
-        check_prices(accounts, config)
-        members = {name: load_member(name, member) for name, member in config.members.items()}
-        server = Server(ServedModels(members, config.models), accounts, config.server, principal)
+        server = build_server(config, data, database, prices, no_keys)
         gc.collect()
         gc.freeze()  # what is loaded stays: going through it again and again takes a quarter of a request's time
         log.info("models: %s; ready after %.1f s", ", ".join(config.models), time.monotonic() - began)
         # uvicorn raises SIGTERM again at its end, which would be the end of this process without an exit status of 0
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         ApiProcess(server).run(sockets=[listener])
+
+
+def build_server(
+    config: ServeConfig,
+    data: Path | None = None,
+    database: str = "",
+    prices: Path | None = None,
+    no_keys: bool = False,
+) -> Server:
+    """Open the accounts and load the models; `create_app` makes an ASGI application of the result, whose lifespan must
+    run. Prints the first key. no_keys=True answers everybody who reaches the application. Raises ConfigError."""
+    prepare_machine()
+    log.info("%s, %s, %d threads", describe_machine(), instruction_set().name, torch.get_num_threads())
+    began = time.monotonic()
+    accounts = open_accounts(data, database, prices)
+    principal = first_key(accounts, no_keys)
+    log.info("accounts: %s; opened in %.1f s", accounts.database.name, time.monotonic() - began)
+    check_prices(accounts, config)
+    members = {name: load_member(name, member) for name, member in config.members.items()}
+    return Server(ServedModels(members, config.models), accounts, config.server, principal)
 
 
 class ApiProcess(uvicorn.Server):

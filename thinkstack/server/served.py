@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le
 
@@ -67,6 +68,15 @@ class MemberConfig:
             for name in ("dtype", "quantization", "max_num_seqs", "cache_tokens"):
                 if getattr(self, name) != MemberConfig.__dataclass_fields__[name].default:
                     raise ConfigError(f"{name} and servers are both set; {name} is an option of the servers, remove it")
+            for address in self.servers:
+                parts = urlsplit(address)
+                if (
+                    parts.scheme not in ("http", "https")
+                    or not parts.hostname
+                    or parts.path.rstrip("/").endswith("/v1")
+                ):
+                    words = f"servers: {address!r} is not the address of a server"
+                    raise ConfigError(f"{words}; write it as http://host:port, without /v1")
             if len(set(self.servers)) < len(self.servers):
                 raise ConfigError(f"servers={list(self.servers)} contains an address twice; list each address once")
 
