@@ -185,6 +185,7 @@ class SamplingInput(Extensible):
 
     IGNORED = frozenset(
         ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
+        + ("skip_special_tokens", "include_reasoning", "separate_reasoning", "stream_reasoning")  # vllm-router adds them
     )
 
     model: StrictStr
