@@ -184,9 +184,9 @@ class SamplingInput(Extensible):
     """The fields that chat and completion requests share."""
 
     IGNORED = frozenset(
-        ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
-        + ("skip_special_tokens", "include_reasoning", "separate_reasoning", "stream_reasoning")  # vllm-router adds them
-    )
+        ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier",
+         "skip_special_tokens", "include_reasoning", "separate_reasoning", "stream_reasoning")  # vllm-router adds these
+    )  # fmt: skip
 
     model: StrictStr
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
