@@ -2,14 +2,14 @@
 
 import asyncio
 import contextlib
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import httpx
 
 from tests import HANG_SECONDS
+from tests.server.requests import chunks_of
 
 ROOT = Path(__file__).parents[2]
+ROUTER = ("--health-check-endpoint=/ready", "--health-check-interval-secs=1", "--cb-timeout-duration-secs=2")
+"""Options of vllm-router with which a dead server is left out after a second, and taken back when it is ready."""
 
 
 def free_port() -> int:
@@ -53,6 +56,13 @@ class ScriptedServer:
         assert self.process.stdout.readline().startswith("listening on"), "the server did not start"
         return self
 
+    def count_chats(self) -> int:
+        """Requests for completions that have ended or run."""
+        text = httpx.get(f"{self.url}/metrics").text
+        ended = re.findall(r'^thinkstack_requests_total\{route="/chat/completions".*\} (\S+)$', text, re.MULTILINE)
+        running = re.findall(r"^thinkstack_num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
+        return int(sum(map(float, ended + running)))
+
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait. Returns the exit status."""
         self.process.send_signal(number)
@@ -61,9 +71,9 @@ class ScriptedServer:
 
 @contextlib.contextmanager
 def running_router(program: str, servers: list[str], log: Path, *options: str) -> Iterator[str]:
-    """`vllm-router` over these servers, as the docs start it. Returns its address."""
+    """`vllm-router` over these servers, as docs/deployment.md starts it. Yields its address."""
     port, metrics = free_port(), free_port()
-    command = [program, "--host=127.0.0.1", f"--port={port}", f"--prometheus-port={metrics}", *options]
+    command = [program, "--host=127.0.0.1", f"--port={port}", f"--prometheus-port={metrics}", *ROUTER, *options]
     with log.open("ab") as output:
         process = subprocess.Popen([*command, "--worker-urls", *servers], stdout=output, stderr=output)
     try:
@@ -97,15 +107,17 @@ class Outcome:
         return self.status == 200 and not self.error and self.text.rstrip().endswith("data: [DONE]")
 
     @property
-    def tokens(self) -> int:
+    def id(self) -> str:
+        """The id of the request, or "" if nothing arrived."""
+        found = re.search(r'"id":"([^"]+)"', self.text)
+        return found[1] if found else ""
+
+    @property
+    def num_tokens(self) -> int:
         """Tokens in the log-probabilities that arrived."""
-        found = 0
-        for line in self.text.split("\n\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                if line.startswith("data: {"):
-                    for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-                        found += len((choice.get("logprobs") or {}).get("content") or ())
-        return found
+        chunks = chunks_of(self.text[: self.text.rfind("\n\n") + 2])
+        choices = [choice for chunk in chunks for choice in chunk.get("choices", ())]
+        return sum(len((choice.get("logprobs") or {}).get("content") or ()) for choice in choices)
 
 
 async def ask(client: httpx.AsyncClient, url: str, key: str, body: dict[str, Any]) -> Outcome:
@@ -124,15 +136,15 @@ async def ask(client: httpx.AsyncClient, url: str, key: str, body: dict[str, Any
     return found
 
 
-async def load(url: str, key: str, body: dict[str, Any], num_clients: int, until: asyncio.Event) -> list[Outcome]:
-    """Clients that ask one request after the other until the event is set."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_clients)
-    async with httpx.AsyncClient(timeout=HANG_SECONDS, limits=limits) as client:
+async def load(url: str, keys: Sequence[str], body: dict[str, Any], until: asyncio.Event) -> list[Outcome]:
+    """A client for each key, which asks one request after the other until the event is set."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=len(keys))
+    async with httpx.AsyncClient(timeout=HANG_SECONDS, limits=limits, verify=False) as client:
 
-        async def work() -> list[Outcome]:
+        async def work(key: str) -> list[Outcome]:
             found = []
             while not until.is_set():
                 found.append(await ask(client, url, key, body))
             return found
 
-        return [each for rows in await asyncio.gather(*(work() for _ in range(num_clients))) for each in rows]
+        return [each for rows in await asyncio.gather(*(work(key) for key in keys)) for each in rows]

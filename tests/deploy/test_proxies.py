@@ -67,17 +67,21 @@ def running(command, log, port, **options):
 
 
 @contextlib.contextmanager
-def nginx(folder, address):
-    """nginx over TLS; yields a client and the address."""
+def nginx(folder, *servers):
+    """nginx over TLS, in front of servers as host:port; yields a client and the address."""
     program, pem, key = find_tool("nginx"), folder / "cert.pem", folder / "cert.key"
     words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={NAME}"]
     run_tool("openssl", *words, "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", key, "-out", pem)
     secure, plain = free_port(), free_port()
+    lines = "".join(f"server {server} max_fails=1 fail_timeout=2s;" for server in servers)
     text = (DEPLOY / "nginx.conf").read_text()
     for old, new in {
-        "127.0.0.1:8000": address, "listen 443": f"listen 127.0.0.1:{secure}", "listen 80": f"listen 127.0.0.1:{plain}",
-        f"/etc/ssl/certs/{NAME}.pem": str(pem), f"/etc/ssl/private/{NAME}.key": str(key),
-    }.items():  # fmt: skip
+        "server 127.0.0.1:8000 max_fails=1 fail_timeout=2s;": lines,
+        "listen 443": f"listen 127.0.0.1:{secure}",
+        "listen 80": f"listen 127.0.0.1:{plain}",
+        f"/etc/ssl/certs/{NAME}.pem": str(pem),
+        f"/etc/ssl/private/{NAME}.key": str(key),
+    }.items():
         assert old in text
         text = text.replace(old, new)
     (folder / "site.conf").write_text(text)
@@ -96,11 +100,11 @@ def nginx(folder, address):
 
 
 @contextlib.contextmanager
-def caddy(folder, address):
-    """Caddy without TLS, which it would get from outside; yields a client and the address."""
+def caddy(folder, *servers, host=NAME):
+    """Caddy without TLS, whose certificate comes from outside; yields a client and the address."""
     port = free_port()
     environment = os.environ | {
-        "THINKSTACK_DOMAIN": f"http://{NAME}:{port}", "THINKSTACK_SERVERS": address, "HOME": str(folder),
+        "THINKSTACK_DOMAIN": f"http://{host}:{port}", "THINKSTACK_SERVERS": " ".join(servers), "HOME": str(folder),
         "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder),
     }  # fmt: skip
     path = folder / "Caddyfile"
