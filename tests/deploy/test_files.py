@@ -75,7 +75,7 @@ def test_proxies_refuse_bodies_where_the_server_does():
 def test_caddy_accepts_its_file():
     environment = os.environ | {
         "THINKSTACK_DOMAIN": "chat.example.org",
-        "THINKSTACK_SERVERS": "10.0.0.1:80 10.0.0.2:80",
+        "THINKSTACK_SERVER": "10.0.0.1:80",
     }
     words = ("validate", "--adapter", "caddyfile", "--config", DEPLOY / "Caddyfile")
     assert "Valid configuration" in run_tool("caddy", *words, env=environment)

@@ -1,4 +1,4 @@
-"""Two processes over one PostgreSQL, behind vllm-router, nginx or Caddy: one is killed, both are replaced, limits hold.
+"""Two processes over one PostgreSQL, behind vllm-router or nginx: one is killed, both are replaced, limits hold.
 
 The engine is scripted; processes, balancers, database, accounts and clients are real.
 """
@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import func, select
 
 from tests.deploy.processes import ScriptedServer, ask, free_port, load, running_router
-from tests.deploy.test_proxies import caddy, nginx
+from tests.deploy.test_proxies import nginx
 from tests.deploy.tools import find_tool
 from tests.server.billing import PRICES
 from thinkstack.server.accounts import Accounts
@@ -98,16 +98,7 @@ def nginx_balancer(folder, *servers):
         yield url
 
 
-@contextlib.contextmanager
-def caddy_balancer(folder, *servers):
-    """Caddy, which chooses by the key. Yields its address."""
-    with caddy(folder, *servers, host="127.0.0.1") as (_, url):
-        yield url
-
-
-BALANCERS = pytest.mark.parametrize(
-    "balancer", [vllm_router, nginx_balancer, caddy_balancer], ids=["vllm-router", "nginx", "caddy"]
-)
+BALANCERS = pytest.mark.parametrize("balancer", [vllm_router, nginx_balancer], ids=["vllm-router", "nginx"])
 
 
 async def loaded(url, keys, event):

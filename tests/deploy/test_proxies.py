@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests import HANG_SECONDS
-from tests.deploy.processes import free_port
+from tests.deploy.processes import free_port, running_router
 from tests.deploy.test_files import DEPLOY
 from tests.deploy.tools import find_tool, run_tool
 from tests.server.live import TOKENIZER, live, scripted
@@ -67,8 +67,11 @@ def running(command, log, port, **options):
 
 
 @contextlib.contextmanager
-def nginx(folder, *servers):
-    """nginx over TLS, in front of servers as host:port; yields a client and the address."""
+def nginx(folder, *servers, router=""):
+    """nginx over TLS, in front of servers as host:port; yields a client and the address.
+
+    router: host:port of vllm-router for the routes that docs/deployment.md gives it.
+    """
     program, pem, key = find_tool("nginx"), folder / "cert.pem", folder / "cert.key"
     words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={NAME}"]
     run_tool("openssl", *words, "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", key, "-out", pem)
@@ -84,6 +87,10 @@ def nginx(folder, *servers):
     }.items():
         assert old in text
         text = text.replace(old, new)
+    if router:
+        page = (DEPLOY.parent / "docs" / "deployment.md").read_text()
+        (line,) = re.findall(r"```nginx\n(.*)\n```", page)
+        text = text.replace("    location / {", f"    {line.replace('127.0.0.1:30000', router)}\n    location / {{")
     (folder / "site.conf").write_text(text)
     temporary = "".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -100,11 +107,11 @@ def nginx(folder, *servers):
 
 
 @contextlib.contextmanager
-def caddy(folder, *servers, host=NAME):
+def caddy(folder, server):
     """Caddy without TLS, whose certificate comes from outside; yields a client and the address."""
     port = free_port()
     environment = os.environ | {
-        "THINKSTACK_DOMAIN": f"http://{host}:{port}", "THINKSTACK_SERVERS": " ".join(servers), "HOME": str(folder),
+        "THINKSTACK_DOMAIN": f"http://{NAME}:{port}", "THINKSTACK_SERVER": server, "HOME": str(folder),
         "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder),
     }  # fmt: skip
     path = folder / "Caddyfile"
@@ -196,3 +203,23 @@ def test_the_server_learns_host_and_address_of_the_client(tmp_path, start):
         listing.shutdown()
     assert "x-forwarded-for: 127.0.0.1" in seen and "authorization: Bearer sk-1" in seen and "x-api-key: sk-2" in seen
     assert any(re.fullmatch(rf"host: {NAME}(:\d+)?", line) for line in seen)
+
+
+def test_chats_go_through_vllm_router_and_all_other_routes_do_not(tmp_path, server):
+    """The router drops the key on other routes, and everybody's metrics would be open through it."""
+    with (
+        running_router(find_tool("vllm-router"), [server.url], tmp_path / "router.log") as router,
+        nginx(tmp_path, server.url.removeprefix("http://"), router=router.removeprefix("http://")) as (client, address),
+    ):
+        options = {"headers": server.headers | {"Host": NAME}, "extensions": {"sni_hostname": NAME}}
+        reply = client.post(f"{address}/v1/chat/completions", json=BODY, **options)
+        assert reply.status_code == 200 and "skip_special_tokens" in reply.headers["X-Ignored-Fields"]
+        assert reply.json()["id"] != reply.headers["X-Request-Id"]  # the router's own
+        for path in ("/chat/completions", "/beta/chat/completions", "/api/chat"):
+            reply = client.post(address + path, json=BODY | {"stream": False}, **options)
+            assert reply.status_code == 200 and "X-Ignored-Fields" not in reply.headers
+        assert client.get(f"{address}/v1/user/balance", **options).status_code == 200
+        assert client.get(f"{address}/metrics", **options).status_code == 404
+        with httpx.Client() as bare:
+            assert bare.get(f"{router}/user/balance", headers=server.headers).status_code == 401
+            assert "thinkstack_" in bare.get(f"{router}/metrics").text
