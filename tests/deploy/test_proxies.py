@@ -158,10 +158,12 @@ def test_keys_pass_and_requests_without_one_are_refused(server, proxy):
 
 
 def test_a_body_that_is_too_big_is_refused(server, proxy):
+    """Caddy counts while it sends: if the server refuses first and closes the connection, the reply is a 502."""
     big = b'{"model": "' + b"x" * (17 * 2**20) + b'"}'
     headers = server.headers | {"Content-Type": "application/json"}
     with proxy("POST", "/chat/completions", headers, content=big) as reply:
-        assert reply.status_code == 413
+        assert reply.status_code in (413, 502)
+        assert reply.status_code == 413 or reply.headers["Server"] == "Caddy"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
