@@ -20,9 +20,14 @@ from tests.deploy.processes import ScriptedServer, ask, free_port, load, running
 from tests.deploy.test_proxies import nginx
 from tests.deploy.tools import find_tool
 from tests.server.billing import PRICES
+from tests.server.fake_vllm import FakeVllm, answer, checkpoint
+from tests.server.live import live
+from tests.server.requests import post
+from thinkstack.checkpoint.model import load_chat
 from thinkstack.server.accounts import Accounts
 from thinkstack.server.database import Database, ledger, reservations
 from thinkstack.server.limits import UNLIMITED, Limits
+from thinkstack.server.served import MemberConfig, attach_member
 
 NUM_TOKENS = 60
 BODY = {
@@ -228,3 +233,16 @@ def test_two_processes_give_half_again_as_many_requests_a_second_as_one(pool, tm
     with capsys.disabled():
         print(f"\n{rates[0]:.0f} requests/s with one process, {rates[1]:.0f} with two: {ratio:.2f}x on {cores} cores")
     assert cores < 4 or ratio >= 1.5
+
+
+def test_a_pool_of_vllm_behind_vllm_router_is_one_address(tmp_path):
+    """The router's /health is a sentence, which was not a reply of vLLM."""
+    program, model = find_tool("vllm-router"), str(checkpoint())
+    with FakeVllm(answer) as first, FakeVllm(answer) as second:
+        addresses = [first.address, second.address]
+        with running_router(program, addresses, tmp_path / "router.log", "--policy=round_robin") as url:
+            member = attach_member("default", MemberConfig(model=model, servers=(url,)), load_chat(model))
+            with live(tmp_path, lambda prompt, index: "", member=member) as server:
+                replies = [post(server).json() for _ in range(4)]
+        assert [reply["choices"][0]["message"]["content"] for reply in replies] == ["It is Paris."] * 4
+        assert (len(first.bodies), len(second.bodies)) == (2, 2)

@@ -152,7 +152,7 @@ class Server:
         with as_server_error():
             reply = self._client.request(method, path, **given)
             raise_for_status(self.address, reply)
-            return reply.json() if reply.content else None
+            return reply.json() if reply.content and path != "/health" else None  # vllm-router's is a sentence
 
 
 class StreamPart(NamedTuple):
