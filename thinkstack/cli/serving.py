@@ -1,7 +1,8 @@
 """The command `serve`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -20,6 +21,8 @@ def serve(
     database: Annotated[str, arg(metavar="URL")] = "",
     prices: Annotated[Path | None, arg(metavar="FILE")] = None,
     no_keys: bool = False,
+    page: bool = True,
+    sign_up: Literal["", "off", "invitation", "open"] = "",
     dtype: Precision = "auto",
     quantization: Quantization = "none",
     max_num_seqs: N = 64,
@@ -39,6 +42,8 @@ def serve(
         database: URL of the accounts' database instead, such as postgresql+psycopg://user@host/name.
         prices: TOML file with prices; without it requests cost nothing.
         no_keys: Answer without keys; only on the address of this machine.
+        page: Whether there is a chat page at /.
+        sign_up: Who may make an account on the page; default: who has an invitation.
         dtype: Precision of weights and cache; auto: bf16 where that is faster.
         quantization: Quantization of the matrices: none, int8, fp8 or nf4.
         max_num_seqs: Maximum number of sequences that run at once.
@@ -60,4 +65,8 @@ def serve(
             model, dtype=dtype, quantization=quantization, max_num_seqs=max_num_seqs, cache_tokens=cache_tokens,
             max_waiting=max_waiting, **({"servers": servers.split(",")} if servers else {}),
         )  # fmt: skip
+    settings = replace(serve_config.server, page=page and serve_config.server.page)
+    if sign_up:
+        settings = replace(settings, sign_up=sign_up)
+    serve_config = replace(serve_config, server=settings)
     run_server(serve_config, host, port, data, database, prices, no_keys, log_json)

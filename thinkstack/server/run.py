@@ -185,7 +185,7 @@ def first_key(accounts: Accounts, no_keys: bool) -> Principal | None:
         return accounts.principal(_key_ids(accounts)[NO_KEYS])
     if not names:
         key = accounts.add_key(accounts.user_id(ADMIN), "first")
-        print(f"the first API key, which is shown only now: {key}", flush=True)
+        print(f"the first API key, on the page the password of {ADMIN}, which is shown only now: {key}", flush=True)
     return None
 
 
