@@ -18,7 +18,6 @@ WORDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if "<<" not in line
 ]
-pytestmark = pytest.mark.deploy
 
 
 def commands(name):

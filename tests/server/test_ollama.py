@@ -148,7 +148,7 @@ def test_no_answer_without_a_key(server):
 
 def test_a_server_without_keys_answers_clients_as_they_are(tmp_path, monkeypatch):
     with live(tmp_path, answer) as server:
-        monkeypatch.setattr(server.server, "_principal", server.server.accounts.authenticate(server.key))
+        monkeypatch.setattr(server.server, "local_principal", server.server.accounts.authenticate(server.key))
         assert ask(ollama.Client(host=server.url)).message.content == "It is 你好 🙂 Paris."
 
 

@@ -68,8 +68,8 @@ def test_stop_ends_the_answer_at_the_engine_and_what_was_delivered_is_charged(pa
 
 
 def test_answer_now_closes_the_thinking(page):
-    text = "I think. " * 900 + "</think>Late."
-    server = page(answer=lambda prompt, index: "Paris." if prompt.endswith("</think>") else text)
+    text = "I think. " * 300 + "</think>Late."
+    server = page(answer=lambda prompt, index: text)
     Pace(server, 0.001)
     browser = Browser(server, "ada")
     id_ = browser.send("?")["answers"][0]["id"]

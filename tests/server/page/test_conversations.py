@@ -276,13 +276,16 @@ def test_an_import_of_nonsense_is_refused_and_nothing_is_left(ada, path, value):
 def test_the_51st_thinking_message_of_a_day_is_refused_and_the_draft_costs_nothing(page):
     server = page(limits=Limits())
     browser = Browser(server, "ada")
-    for _ in range(50):
+    today = int(server.server.accounts.clock()) // 86_400
+    with server.server.accounts.database.write() as connection:
+        connection.exec_driver_sql(f"UPDATE users SET deep_think_day = {today}, deep_think_used = 48")
+    for _ in range(2):
         browser.send("?")
     found = browser.call("GET", "/page/me")["deep_think"]
     assert (found["limit"], found["used"], found["resets_ms"] % 86_400_000) == (50, 50, 0)
     body = {"text": "?", "models": ["scripted"], "thinking": True}
     assert browser.error("POST", "/page/send", body)[:2] == (429, "rate_limited")
-    assert len(browser.call("GET", "/page/conversations?before=")["conversations"]) == 50
+    assert len(browser.call("GET", "/page/conversations?before=")["conversations"]) == 2
     browser.send("?", thinking=False)
 
 
