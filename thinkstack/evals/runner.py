@@ -15,7 +15,7 @@ from thinkstack.tasks.puzzles.generated import alternate
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.reward import Reward, score
 from thinkstack.tasks.table import generated_tasks, make_tasks
-from thinkstack.tasks.task import Task, TaskConfig, default_tasks, encode_prompt, final_answer
+from thinkstack.tasks.task import Task, TaskConfig, default_tasks, encode_prompt
 from thinkstack.tasks.verify.answers import normalize
 from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.chat import ChatFormat
@@ -142,7 +142,7 @@ def sampling_params_for(problem: Problem, task: Task, chat: ChatFormat, cfg: Eva
 def record_answer(task: Task, problem: Problem, response: Response, found: Score) -> AnswerRecord:
     """Return the record of one response. `correct` means accuracy 1, independent of the format."""
     assert response.completion is not None, "an evaluation samples its responses"
-    answer = final_answer(problem, response)
+    answer = task.read_answer(problem, response)
     return AnswerRecord(
         text=response.text,
         answer=None if answer is None else normalize(answer),

@@ -92,8 +92,9 @@ def make_mixture(
     Raises ConfigError for settings that `check_mixture` refuses, and for files that cannot be read.
     """
     check_mixture(tasks, phases, held_out_levels)
-    if not phases and not any(row.data for row in tasks.values()):
-        trained = [_without_levels(task, held_out_levels) for task in generated_tasks(make_tasks(tasks))]
+    made = make_tasks(tasks)
+    if not phases and len(generated_tasks(made)) == len(made):
+        trained = [_without_levels(task, held_out_levels) for task in generated_tasks(made)]
         return ProblemMixture([PhaseConfig(tasks={"all": 1.0})], [{"all": alternate(trained, "train", seed)}], seed=0)
     phases = phases or (PhaseConfig(tasks=dict.fromkeys(tasks, 1.0)),)
     streams = [

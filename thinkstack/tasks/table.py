@@ -5,8 +5,13 @@ from collections.abc import Mapping
 from thinkstack.config import did_you_mean
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
 from thinkstack.tasks.benchmarks.aime import Aime
+from thinkstack.tasks.benchmarks.choices import ChoiceTask, Gpqa, Mmlu, MmluPro, MmluRedux
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, Gsm8k, Math
+from thinkstack.tasks.benchmarks.ifeval import IFEval
+from thinkstack.tasks.benchmarks.infilling import Infilling
 from thinkstack.tasks.benchmarks.jsonl import JsonlTask
+from thinkstack.tasks.benchmarks.mathematics import Amc23, Cmath, Mgsm, Minerva
+from thinkstack.tasks.benchmarks.retrieval import MultiKeyRetrieval, NeedleRetrieval, RetrievalTask
 from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
 from thinkstack.tasks.puzzles.choice import Choice
 from thinkstack.tasks.puzzles.cups import Cups
@@ -38,8 +43,27 @@ PUZZLES: dict[str, PuzzleTask] = {
     "times": Times(),
 }
 
-BENCHMARKS: dict[str, type[DatasetTask]] = {"aime": Aime, "gsm8k": Gsm8k, "math": Math}
+BENCHMARKS: dict[str, type[DatasetTask]] = {
+    "aime": Aime,
+    "aime24": Aime,
+    "aime25": Aime,
+    "amc23": Amc23,
+    "cmath": Cmath,
+    "fim": Infilling,
+    "gpqa": Gpqa,
+    "gsm8k": Gsm8k,
+    "ifeval": IFEval,
+    "math": Math,
+    "mgsm": Mgsm,
+    "minerva": Minerva,
+    "mmlu": Mmlu,
+    "mmlu_pro": MmluPro,
+    "mmlu_redux": MmluRedux,
+}
 """Published benchmarks, read from local files."""
+
+RETRIEVAL: dict[str, type[RetrievalTask]] = {"needle": NeedleRetrieval, "multi_key": MultiKeyRetrieval}
+"""Generated tasks that need a long context."""
 
 
 def make_task(name: str, cfg: TaskConfig) -> Task:
@@ -48,11 +72,19 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
     A name outside the tables with cfg.data is a user's own task. Raises ConfigError for any other unknown name, for
     settings that do not apply to the task, and if the task needs a package that is not installed. No file is read.
     """
-    where, is_generated = f"tasks.{name}", name in PUZZLES or name.startswith(gym.PREFIX)
+    where, is_generated = f"tasks.{name}", name in PUZZLES or name in RETRIEVAL or name.startswith(gym.PREFIX)
     if is_generated and cfg.data:
         raise ConfigError(f"{where}.data={cfg.data!r}: {name} is generated and reads no files; leave it out")
     if cfg.verifier and (is_generated or name in BENCHMARKS):
         raise ConfigError(f"{where}.verifier={cfg.verifier!r} has no effect: {name} has a verifier; leave it out")
+    if cfg.prompt and is_generated:
+        raise ConfigError(
+            f"{where}.prompt has no effect: {name} is generated and has wordings of its own; leave it out"
+        )
+    if cfg.choice_seed is not None and (is_generated or not has_choices(name)):
+        raise ConfigError(f"{where}.choice_seed={cfg.choice_seed} has no effect: {name} has no choices; leave it out")
+    if name in RETRIEVAL:
+        return RETRIEVAL[name](name, cfg)
     if is_generated:
         return GeneratedTask(gym.puzzle_task(name) if name.startswith(gym.PREFIX) else PUZZLES[name], cfg)
     if cfg.unseen_wordings:
@@ -60,9 +92,14 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
     if not cfg.data and name in BENCHMARKS:
         raise ConfigError(f"the task {name} needs its data: set {where}.data=FOLDER, with {BENCHMARKS[name].SOURCE}")
     if not cfg.data:
-        hint = did_you_mean(name, [*PUZZLES, *BENCHMARKS])
+        hint = did_you_mean(name, [*PUZZLES, *RETRIEVAL, *BENCHMARKS])
         raise ConfigError(f"unknown task {name!r}{hint} (a task of your own needs {where}.data=FOLDER)")
     return BENCHMARKS.get(name, JsonlTask)(name, cfg)
+
+
+def has_choices(name: str) -> bool:
+    """Whether the questions of a task may have choices: of the benchmarks for multiple choice, and of your own."""
+    return issubclass(BENCHMARKS.get(name, JsonlTask), ChoiceTask | JsonlTask)
 
 
 def make_tasks(table: Mapping[str, TaskConfig]) -> dict[str, Task]:

@@ -38,6 +38,12 @@ class TaskConfig:
     verifier: VerifierName | None = None
     """How answers of your own task are compared with the reference: as "text" (the default), by the value of a
     "number", as "latex" formulas, or as the letter of a "choice"."""
+    prompt: str = ""
+    """Name of a published prompt of the task, such as "deepseek" or "simple-evals" (tasks/benchmarks/prompts.py), or a
+    text of your own with {question}, and {choices} for multiple choice; empty: the task's default."""
+    choice_seed: int | None = None
+    """Shuffle the choices of every question by this seed; None keeps the order of the file (GPQA, whose file has the
+    correct one first, is then shuffled by 0)."""
 
 
 def default_tasks() -> dict[str, TaskConfig]:
@@ -98,6 +104,15 @@ class Task(Protocol):
         """Return the messages and tools of the prompt."""
         return problem.messages, ()
 
+    def encode(self, problem: Problem, chat: ChatFormat) -> Sequence[int]:
+        """Return the prompt token ids."""
+        messages, tools = self.prompt(problem)
+        return chat.prompt(messages, tools)
+
+    def read_answer(self, problem: Problem, response: Response) -> str | None:
+        """Return the final answer, by which completions of one problem are compared; None if there is none."""
+        return final_answer(problem, response)
+
     def verify(self, problem: Problem, response: Response) -> Score:
         """Return a Score whose total is the accuracy, 0 to 1, or which is unscorable."""
 
@@ -126,5 +141,4 @@ def final_answer(problem: Problem, response: Response) -> str | None:
 
 def encode_prompt(chat: ChatFormat, task: Task, problem: Problem) -> tuple[int, ...]:
     """Return the prompt token ids of a problem. Training and evaluation use this function."""
-    messages, tools = task.prompt(problem)
-    return tuple(chat.prompt(messages, tools))
+    return tuple(task.encode(problem, chat))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
+from thinkstack.tasks.benchmarks.prompts import MATH_PROMPTS
 from thinkstack.tasks.verify import latex
 from thinkstack.tasks.verify.answers import parse_number, strip_answer
 from thinkstack.types import ConfigError, Problem
@@ -15,7 +16,8 @@ class Aime(DatasetTask):
     Fields: problem, answer; some copies write answers with leading zeros, as the answer sheets do.
     """
 
-    SOURCE = "test.jsonl, the 30 problems of a year (AIME I and II), fields problem and answer"
+    SOURCE = "test.jsonl, the 30 problems of a year (AIME I and II), fields problem and answer (copyright of the MAA)"
+    PROMPTS = MATH_PROMPTS
 
     def read(self, path: str | Path) -> list[Problem]:
         found = []

@@ -6,18 +6,27 @@ A file has one of the formats of files.read_rows; MATH may also be the published
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from thinkstack.files import Row, read_object, read_rows
+from thinkstack.tasks.benchmarks.prompts import (
+    MATH_PROMPTS,
+    QUESTION_PROMPTS,
+    asks_for_answer_line,
+    fill_prompt,
+    find_prompt,
+    last_answer_line,
+)
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.task import Problems, Task, TaskConfig, final_answer
 from thinkstack.tasks.verify import latex
 from thinkstack.tasks.verify.answers import parse_number, strip_answer
 from thinkstack.tasks.verify.quantities import parse_quantity
 from thinkstack.text.final_answer import last_boxed
-from thinkstack.types import ConfigError, Message, Problem, Response, Score
+from thinkstack.types import ConfigError, Message, Problem, Response, Score, Tool
 
 log = logging.getLogger(__name__)
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -32,16 +41,22 @@ class DatasetTask(Task):
     """What the folder contains and where it comes from; used in messages."""
     compares_formulas = False
     """Whether an answer with another spelling than the reference is compared by math-verify."""
+    PROMPTS: Mapping[str, str] = QUESTION_PROMPTS
+    """Prompts by name; the first is the default."""
 
     def __init__(self, name: str, cfg: TaskConfig):
         self.name, self.cfg = name, cfg
+        self.template = find_prompt(name, cfg.prompt, self.PROMPTS)
 
     @property
-    def chance(self) -> None:
+    def chance(self) -> float | None:
         return None
 
     def file(self, split: str) -> Path:
-        """Return the file of a split. Raises ConfigError if there is none."""
+        """Return the file of a split; `data` may be the file of the test split itself. Raises ConfigError if there is
+        none."""
+        if split == "test" and Path(self.cfg.data).is_file():
+            return Path(self.cfg.data)
         found = [path for end in FILE_SUFFIXES if (path := Path(self.cfg.data) / f"{split}{end}").is_file()]
         if not found:
             names = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
@@ -74,20 +89,33 @@ class DatasetTask(Task):
             )
         return Problems(Shuffled(found, seed).problem_at)
 
+    def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
+        """Return the messages, with the last question in the prompt's template."""
+        text = fill_prompt(self.template, problem)
+        return (*problem.messages[:-1], replace(problem.messages[-1], content=text)), ()
+
+    def read_answer(self, problem: Problem, response: Response) -> str | None:
+        """Return the final answer. If the prompt asks for a line "Answer: ..." and the text is longer than an answer,
+        return the last such line."""
+        answer = final_answer(problem, response)
+        if answer is None and response.answer and asks_for_answer_line(self.template):
+            return last_answer_line(response.answer)
+        return answer
+
     def is_correct(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is correct, without math-verify."""
         raise NotImplementedError
 
     def verify(self, problem: Problem, response: Response) -> Score:
         """Compare the answer by `is_correct`, and formulas of another spelling by math-verify."""
-        answer = final_answer(problem, response)
+        answer = self.read_answer(problem, response)
         if answer is not None and self.may_hang(problem, response):
             return latex.are_equivalent(problem.answer, answer)
         return Score(total=float(answer is not None and self.is_correct(problem, answer)))
 
     def may_hang(self, problem: Problem, response: Response) -> bool:
         """Whether math-verify decides; answers with the reference's spelling are compared in process."""
-        if not self.compares_formulas or (answer := final_answer(problem, response)) is None:
+        if not self.compares_formulas or (answer := self.read_answer(problem, response)) is None:
             return False
         return not self.is_correct(problem, answer) and latex.needs_math_verify(problem.answer, answer)
 
@@ -105,7 +133,8 @@ class Gsm8k(DatasetTask):
     the published solution.
     """
 
-    SOURCE = "train.jsonl and test.jsonl of github.com/openai/grade-school-math"
+    SOURCE = "train.jsonl and test.jsonl of github.com/openai/grade-school-math (MIT)"
+    PROMPTS = MATH_PROMPTS
 
     def read(self, path: str | Path) -> list[Problem]:
         return [self._problem(row, where) for where, row in load_rows(path, ("question", "answer"), self.SOURCE)]
@@ -136,7 +165,8 @@ class Math(DatasetTask):
     are compared by spelling, then by math-verify, if it is installed.
     """
 
-    SOURCE = "the folder or the JSON lines of github.com/hendrycks/math, or MATH-500"
+    SOURCE = "the folder or the JSON lines of github.com/hendrycks/math, or MATH-500 (MIT)"
+    PROMPTS = MATH_PROMPTS
     compares_formulas = True
 
     def read(self, path: str | Path) -> list[Problem]:

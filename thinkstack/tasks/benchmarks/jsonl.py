@@ -1,24 +1,33 @@
 """A user's own task: problems in JSON lines or parquet, with a choice of verifiers."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from thinkstack.files import Row, kind_of
+from thinkstack.tasks.benchmarks.choices import choice_problem, read_choices, read_correct, read_letter
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows
+from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, MATH_PROMPTS, fill_prompt
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.task import TaskConfig
 from thinkstack.tasks.verify import answers, latex
 from thinkstack.tasks.verify.quantities import parse_quantity
-from thinkstack.types import ConfigError, Message, Problem
+from thinkstack.types import ConfigError, Message, Problem, Response, Tool
 
 ROLES = ("system", "user", "assistant")
 
 
 class JsonlTask(DatasetTask):
     """Problems of a user's files. Fields: question or messages, answer; optional: level, language, and any others,
-    which become metadata."""
+    which become metadata.
 
+    With the verifier "choice", rows may have choices; the answer is then the letter of the correct one, its place from
+    0, or its text.
+    """
+
+    PROMPTS = MATH_PROMPTS | {f"choice-{name}": text for name, text in CHOICE_PROMPTS.items()}
     SOURCE = "train.jsonl and test.jsonl (or .jsonl.gz, .parquet) with the fields question or messages, and answer"
 
     def __init__(self, name: str, cfg: TaskConfig):
@@ -28,6 +37,18 @@ class JsonlTask(DatasetTask):
 
     def read(self, path: str | Path) -> list[Problem]:
         return [self._problem(dict(row), where) for where, row in load_rows(path, ("answer",), self.SOURCE)]
+
+    def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
+        """Questions with choices have a prompt for multiple choice unless the row names another."""
+        if self.verifier == "choice" and "choices" in problem.metadata and not self.cfg.prompt:
+            text = fill_prompt(CHOICE_PROMPTS["letter"], problem)
+            return (*problem.messages[:-1], replace(problem.messages[-1], content=text)), ()
+        return super().prompt(problem)
+
+    def read_answer(self, problem: Problem, response: Response) -> str | None:
+        if self.verifier == "choice" and "choices" in problem.metadata:
+            return read_letter(problem, response)
+        return super().read_answer(problem, response)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         """Compare by the verifier of the row; the answer may be in a box."""
@@ -46,7 +67,9 @@ class JsonlTask(DatasetTask):
         reference = row.pop("answer")
         if isinstance(reference, bool) or not isinstance(reference, str | int | float) or not str(reference).strip():
             raise ConfigError(f"{where}: answer is {kind_of(reference)}; it must be text or a number, not empty")
-        self._check_reference(str(reference), where)
+        choices = row.pop("choices", None) if self.verifier == "choice" else None
+        if choices is None:
+            self._check_reference(str(reference), where)
         language = row.pop("language", "en")
         if not isinstance(language, str):
             raise ConfigError(f"{where}: language is {kind_of(language)}; use text such as en or zh")
@@ -58,6 +81,11 @@ class JsonlTask(DatasetTask):
             except TypeError as error:
                 raise ConfigError(f"{where}: {name} is {kind_of(value)}, not a JSON value; leave it out") from error
         text = " ".join(" ".join(message.content.split()) for message in messages)
+        if choices is not None:
+            choices = read_choices(choices, "choices", where)
+            correct = read_correct(reference, choices, where)
+            made = choice_problem(self.name, text, choices, correct, self.cfg.choice_seed, row)
+            return replace(made, messages=messages, language=language)
         return Problem(
             messages=messages,
             answer=str(reference).strip(),
