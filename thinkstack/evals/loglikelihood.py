@@ -1,0 +1,218 @@
+"""Log-likelihoods of given text: of a continuation, of the choices of a question, and of a file in bits per byte.
+
+The conventions are those of lm-evaluation-harness, so that figures can be compared: one BOS, a context and its
+continuation tokenized together, and blanks at the end of the context moved to the continuation.
+
+Shapes in this file: B rows of a batch, T positions, D hidden size, N scored positions.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from thinkstack.files import read_text
+from thinkstack.models.transformer import Transformer
+from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, LETTERS, fill_prompt
+from thinkstack.text.tokenizer import Tokenizer
+from thinkstack.types import ConfigError, Problem, RequestError
+
+HEAD_ROWS = 512
+"""Positions whose logits are computed at once, which limits their memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loglikelihood:
+    """How likely a continuation is."""
+
+    logprob: float
+    """Natural log-probability of the continuation: the sum over its tokens."""
+    is_greedy: bool
+    """Whether every token is the most likely one, so that greedy decoding would produce the continuation."""
+    num_tokens: int
+    """Tokens of the continuation."""
+
+
+def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a context, with BOS, and of its continuation.
+
+    Both are tokenized together, so the continuation has the tokens it has in running text. Raises RequestError for an
+    empty continuation and for an empty context without BOS.
+    """
+    blanks = len(context) - len(context.rstrip())
+    if blanks:
+        context, continuation = context[:-blanks], context[-blanks:] + continuation
+    ids = tokenizer.encode(context)
+    following = tokenizer.encode(context + continuation)[len(ids) :]
+    if not following:
+        raise RequestError(f"the continuation {continuation!r:.40} has no tokens; give text")
+    if not ids and not tokenizer.begin_ids:
+        raise RequestError("the context is empty and this tokenizer has no BOS; give a context")
+    return [*tokenizer.begin_ids, *ids], following
+
+
+def loglikelihood(model: Transformer, tokenizer: Tokenizer, context: str, continuation: str) -> Loglikelihood:
+    """Return the log-likelihood of `continuation` after `context`. Raises RequestError like `split_pair`."""
+    return loglikelihoods(model, [split_pair(tokenizer, context, continuation)])[0]
+
+
+@torch.no_grad()
+def loglikelihoods(
+    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 32
+) -> list[Loglikelihood]:
+    """Return the log-likelihood of each pair (context ids, continuation ids), both not empty.
+
+    Pairs of similar lengths are computed together, padded on the right, where causal attention does not look. In fp32
+    the batch changes a result by rounding alone (below 1e-5). Raises RequestError for a pair that is longer than the
+    model's context.
+    """
+    for context, continuation in pairs:
+        length = len(context) + len(continuation) - 1
+        if length > model.cfg.max_positions:
+            raise RequestError(
+                f"context and continuation have {length:,} tokens without the last; this model takes "
+                f"{model.cfg.max_positions:,}; shorten the context"
+            )
+    order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
+    found: dict[int, Loglikelihood] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        found |= zip(places, _score_batch(model, [pairs[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(pairs))]
+
+
+def _score_batch(model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Loglikelihood]:
+    """Log-likelihoods of one batch, in order."""
+    device = next(model.parameters()).device
+    rows = [torch.tensor([*context, *continuation]) for context, continuation in pairs]
+    ids = pad_sequence([row[:-1] for row in rows], batch_first=True).to(device)  # (B, T)
+    hidden = model.trunk(ids).hidden  # (B, T, D)
+    starts = [len(context) - 1 for context, _ in pairs]
+    scored = torch.cat([hidden[place, start : len(rows[place]) - 1] for place, start in enumerate(starts)])  # (N, D)
+    targets = torch.cat([row[start + 1 :] for row, start in zip(rows, starts, strict=True)]).to(device)  # (N,)
+    logprobs, best = [], []
+    for at in range(0, len(targets), HEAD_ROWS):
+        logits = model.head(scored[at : at + HEAD_ROWS]).float()
+        part = targets[at : at + HEAD_ROWS]
+        logprobs.append(logits.log_softmax(-1).gather(-1, part[:, None]).squeeze(-1).double())
+        best.append(logits.argmax(-1) == part)
+    sizes = [len(continuation) for _, continuation in pairs]
+    return [
+        Loglikelihood(logprob=float(values.sum()), is_greedy=bool(hits.all()), num_tokens=len(values))
+        for values, hits in zip(torch.cat(logprobs).split(sizes), torch.cat(best).split(sizes), strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceResult:
+    """The choice of a model by log-likelihood."""
+
+    key: str
+    """Key of the problem."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each choice."""
+    is_correct: bool
+    """Whether the correct choice has the highest log-probability; the first one counts in a tie (acc)."""
+    is_correct_normalized: bool
+    """The same after division by the UTF-8 bytes of each choice (acc_norm). lm-eval divides by characters, which is the
+    same for ASCII."""
+
+
+def choose_by_loglikelihood(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    by_text: bool = False,
+    examples: Sequence[Problem] = (),
+    batch_size: int = 32,
+) -> list[ChoiceResult]:
+    """Answer problems with `choices` by the log-likelihood of each choice.
+
+    by_text: False: the prompt lists the choices and the continuations are their letters (MMLU in lm-eval); True: the
+    prompt has the question alone and the continuations are the texts (cloze). examples: solved problems before each
+    question, as in 5-shot evaluation. Raises ConfigError for a problem without choices.
+    """
+    for problem in (*problems, *examples):
+        if not problem.metadata.get("choices"):
+            raise ConfigError(f"{problem.task} has no choices; choose a task for multiple choice, such as mmlu")
+    shots = "".join(
+        f"{_choice_prompt(one, by_text)}{_continuations(one, by_text)[LETTERS.index(one.answer)]}\n\n"
+        for one in examples
+    )
+    pairs, sizes = [], []
+    for problem in problems:
+        texts = _continuations(problem, by_text)
+        pairs += [split_pair(tokenizer, shots + _choice_prompt(problem, by_text), text) for text in texts]
+        sizes.append(len(texts))
+    found = iter(loglikelihoods(model, pairs, batch_size))
+    return [
+        _choose(problem, [next(found).logprob for _ in range(size)], by_text)
+        for problem, size in zip(problems, sizes, strict=True)
+    ]
+
+
+def _choice_prompt(problem: Problem, by_text: bool) -> str:
+    return f"Question: {problem.question}\nAnswer:" if by_text else fill_prompt(CHOICE_PROMPTS["lm-eval"], problem)
+
+
+def _continuations(problem: Problem, by_text: bool) -> list[str]:
+    choices = problem.metadata["choices"]
+    return [f" {choice}" for choice in (choices if by_text else LETTERS[: len(choices)])]
+
+
+def _choose(problem: Problem, logprobs: Sequence[float], by_text: bool) -> ChoiceResult:
+    correct = LETTERS.index(problem.answer)
+    sizes = [max(len(text[1:].encode()), 1) for text in _continuations(problem, by_text)]
+    by_byte = [logprob / size for logprob, size in zip(logprobs, sizes, strict=True)]
+    return ChoiceResult(
+        key=problem.key,
+        logprobs=tuple(logprobs),
+        is_correct=max(range(len(logprobs)), key=lambda place: logprobs[place]) == correct,
+        is_correct_normalized=max(range(len(by_byte)), key=lambda place: by_byte[place]) == correct,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsPerByte:
+    """How well a model predicts a text."""
+
+    bits_per_byte: float
+    """Mean bits per UTF-8 byte of the text; comparable between tokenizers."""
+    num_tokens: int
+    num_bytes: int
+
+
+def bits_per_byte(
+    model: Transformer, tokenizer: Tokenizer, text: str, max_length: int = 0, batch_size: int = 4
+) -> BitsPerByte:
+    """Return the bits per byte of a text, in disjoint windows of `max_length` tokens, each after one known token.
+
+    max_length: 0 is the model's context. The first token follows BOS. Raises RequestError for an empty text and for a
+    tokenizer without BOS.
+    """
+    if not text:
+        raise RequestError("the text is empty; give a text of at least one character")
+    if not tokenizer.begin_ids:
+        raise RequestError(
+            "this tokenizer has no BOS, after which the first token could be scored; choose another model"
+        )
+    ids = [tokenizer.begin_ids[-1], *tokenizer.encode(text)]
+    length = min(max_length or model.cfg.max_positions, model.cfg.max_positions)
+    found = loglikelihoods(model, list(_windows(ids, length)), batch_size)
+    nats, num_bytes = -sum(one.logprob for one in found), len(text.encode())
+    return BitsPerByte(bits_per_byte=nats / math.log(2) / num_bytes, num_tokens=len(ids) - 1, num_bytes=num_bytes)
+
+
+def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    for start in range(0, len(ids) - 1, length):
+        yield ids[start : start + 1], ids[start + 1 : start + 1 + length]
+
+
+def bits_per_byte_of_file(
+    model: Transformer, tokenizer: Tokenizer, path: str | Path, max_length: int = 0
+) -> BitsPerByte:
+    """Return the bits per byte of a text file, which may be compressed by gzip. Raises ConfigError like read_text."""
+    return bits_per_byte(model, tokenizer, read_text(Path(path)), max_length)
