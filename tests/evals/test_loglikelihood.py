@@ -93,6 +93,8 @@ def test_bits_per_byte_do_not_depend_on_how_the_file_is_stored(tmp_path):
     found = bits_per_byte_of_file(MODEL, TOKENIZER, tmp_path / "a.txt", 64)
     assert found == bits_per_byte_of_file(MODEL, TOKENIZER, tmp_path / "a.txt.gz", 64)
     assert found.num_bytes == len(text.encode()) and found.num_tokens == len(TOKENIZER.encode(text))
+    other = bits_per_byte(MODEL, TOKENIZER, text, 64, first_token_id=5)
+    assert other.num_tokens == found.num_tokens and other.bits_per_byte != found.bits_per_byte
     ids, nats = [TOKENIZER.begin_ids[-1], *TOKENIZER.encode(text)], 0.0
     for start in range(0, len(ids) - 1, 64):
         part = torch.tensor([ids[start : start + 65]])

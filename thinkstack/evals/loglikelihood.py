@@ -186,20 +186,28 @@ class BitsPerByte:
 
 
 def bits_per_byte(
-    model: Transformer, tokenizer: Tokenizer, text: str, max_length: int = 0, batch_size: int = 4
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    max_length: int = 0,
+    first_token_id: int | None = None,
+    batch_size: int = 4,
 ) -> BitsPerByte:
     """Return the bits per byte of a text, in disjoint windows of `max_length` tokens, each after one known token.
 
-    max_length: 0 is the model's context. The first token follows BOS. Raises RequestError for an empty text and for a
-    tokenizer without BOS.
+    max_length: 0 is the model's context. first_token_id: the token before the text; None is BOS. Raises RequestError
+    for an empty text, and for a tokenizer without BOS if there is no first_token_id.
     """
     if not text:
         raise RequestError("the text is empty; give a text of at least one character")
-    if not tokenizer.begin_ids:
+    if first_token_id is None and not tokenizer.begin_ids:
         raise RequestError(
-            "this tokenizer has no BOS, after which the first token could be scored; choose another model"
+            "this tokenizer has no BOS, after which the first token is scored; give first_token_id, such as the token "
+            "that ends a document",
+            "first_token_id",
         )
-    ids = [tokenizer.begin_ids[-1], *tokenizer.encode(text)]
+    first = tokenizer.begin_ids[-1] if first_token_id is None else first_token_id
+    ids = [first, *tokenizer.encode(text)]
     length = min(max_length or model.cfg.max_positions, model.cfg.max_positions)
     found = loglikelihoods(model, list(_windows(ids, length)), batch_size)
     nats, num_bytes = -sum(one.logprob for one in found), len(text.encode())
@@ -212,7 +220,11 @@ def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], S
 
 
 def bits_per_byte_of_file(
-    model: Transformer, tokenizer: Tokenizer, path: str | Path, max_length: int = 0
+    model: Transformer,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    max_length: int = 0,
+    first_token_id: int | None = None,
 ) -> BitsPerByte:
     """Return the bits per byte of a text file, which may be compressed by gzip. Raises ConfigError like read_text."""
-    return bits_per_byte(model, tokenizer, read_text(Path(path)), max_length)
+    return bits_per_byte(model, tokenizer, read_text(Path(path)), max_length, first_token_id)

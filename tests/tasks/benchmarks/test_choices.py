@@ -86,6 +86,8 @@ def test_a_prompt_is_chosen_by_name_or_written_out(tmp_path, prompt, start, end)
         ("<think>Answer: B", False),
         ("\\boxed{B} and \\boxed{", False),
         ("A or B", False),
+        ("B. 4 or A. 3", False),
+        ("(B) four", True),
         ("Because", False),
         ("E", False),
         ("", False),

@@ -22,7 +22,7 @@ from thinkstack.text.final_answer import boxes, last_boxed
 from thinkstack.types import ConfigError, Problem, Response
 
 log = logging.getLogger(__name__)
-_LETTER_FIRST = re.compile(r"\(?([A-Z])(?:[).:]|\s*$)(?!\S)")
+_MARKED_LETTER = re.compile(r"(?<![\w.])\(?([A-Z])[).:](?!\S)")
 
 
 def choice_problem(
@@ -53,14 +53,16 @@ def read_letter(problem: Problem, response: Response) -> str | None:
 
 
 def _as_letter(answer: str | None, problem: Problem) -> str | None:
-    """The letter of "B", "(B)", "**B**", "B. text" and "B) text"."""
+    """The letter of "B", "(B)", "**B**", "B. text" and "B) text"; None for several letters with such marks."""
     if answer is None:
         return None
     letters = LETTERS[: len(problem.metadata["choices"])]
     text = strip_wrappers(answer)
     found = next((letter for letter in letters if same_choice(letter, text)), None)
-    match = _LETTER_FIRST.match(text)
-    return found or (match[1] if match and match[1] in letters else None)
+    marked = set(_MARKED_LETTER.findall(text))
+    if found is None and len(marked) == 1 and _MARKED_LETTER.match(text):
+        found = marked.pop()
+    return found if found is not None and found in letters else None
 
 
 def distinct(problems: Sequence[Problem]) -> list[Problem]:

@@ -1,10 +1,12 @@
 """Infilling of code: the missing line between a prefix and a suffix (single-line infilling of HumanEval)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from thinkstack.files import kind_of
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
+from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.text.chat import ChatFormat
 from thinkstack.text.fim import fim_prompt
 from thinkstack.text.tokenizer import THINK_OPEN
@@ -34,7 +36,7 @@ class Infilling(DatasetTask):
             metadata = {"suffix": row["suffix"], "subject": str(row.get("language", ""))}
             text = f"{row['prompt']}\n{row['suffix']}"
             problem = question_problem(self.name, text, row["canonical_solution"].strip(), metadata)
-            found.append(problem)
+            found.append(replace(problem, key=f"{digest(self.name, row['prompt'], row['suffix']):016x}"))
         return found
 
     def encode(self, problem: Problem, chat: ChatFormat) -> Sequence[int]:
