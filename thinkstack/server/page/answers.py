@@ -147,7 +147,8 @@ class Answers:
         status, error = "failed", ""
         try:
             async for index, event in turn.events():
-                live.num_tokens = turn.usage.completion_tokens
+                usage = turn.usage
+                live.num_tokens, live.num_reasoning_tokens = usage.completion_tokens, usage.reasoning_tokens
                 if index < 0:
                     continue
                 if event.kind == "reasoning":
@@ -255,7 +256,7 @@ async def _catch_up(live: LiveAnswer, message: StoredMessage) -> None:
         live.add_reasoning(message.reasoning[num_reasoning:])
     if len(message.content) > num_content:
         await live.add_content(message.content[num_content:])
-    live.num_tokens = message.stats.completion_tokens
+    live.num_tokens, live.num_reasoning_tokens = message.stats.completion_tokens, message.stats.reasoning_tokens
     if message.status != "running":
         await live.finish(message)
 

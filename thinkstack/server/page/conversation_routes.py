@@ -129,7 +129,7 @@ def transfer_routes(page: Page) -> APIRouter:
     async def import_(body: ConversationInput, caller: signed_in) -> dict[str, Any]:
         """A new conversation from an exported one."""
         conversation_id = new_id()
-        messages, leaf_id = import_json(body, conversation_id)
+        messages, leaf_id = await call(import_json, body, conversation_id)
         await call(store.import_messages, caller.user_id, conversation_id, body.title, messages, leaf_id)
         return {"id": conversation_id}
 
