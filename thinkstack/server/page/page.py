@@ -1,5 +1,6 @@
 """What the routes of the page share: the caller of a request, its protection, and the page's own files."""
 
+import asyncio
 import gzip
 import hashlib
 import hmac
@@ -75,7 +76,7 @@ class Page:
             token = request.cookies.get(COOKIE, "")
             if not token:
                 raise AuthenticationError("you are signed out; sign in again")
-            session = await self.server.billing.call(self.sessions.find, token)
+            session = await asyncio.to_thread(self.sessions.find, token)
             caller = Caller(principal=session.principal, session=session)
         if request.method not in SAFE:
             check_origin(request)
