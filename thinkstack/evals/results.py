@@ -54,6 +54,10 @@ class AnswerRecord:
     """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
     unscorable: str | None = None
     """Reason why there is no score; None if the completion is scored."""
+    grader: str = ""
+    """The grader that decided and, for code, the sandbox, as in "calls, bwrap"; empty if the task has one grader."""
+    detail: str = ""
+    """Why the answer is wrong, if the grader says so."""
     measures: dict[str, float] = field(default_factory=dict)
     """Measures that only some tasks have, by name: of puzzles `worked`, whether the thinking contains worked steps."""
 

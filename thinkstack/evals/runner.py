@@ -149,6 +149,8 @@ def record_answer(task: Task, problem: Problem, response: Response, found: Score
         rule=None if answer is None else response.rule,
         correct=None if found.unscorable is not None else found.parts["accuracy"] == 1.0,
         unscorable=found.unscorable,
+        grader=found.grader,
+        detail=found.detail,
         well_formed=response.is_well_formed,
         measures=dict(task.measures(problem, response)),
         truncated=response.is_truncated,
