@@ -16,6 +16,10 @@ def evaluate(
     task: Name = "gsm8k",
     data: Annotated[str, arg(metavar="FOLDER")] = "",
     verifier: Name = "",
+    since: Annotated[str, arg(metavar="DATE")] = "",
+    until: Annotated[str, arg(metavar="DATE")] = "",
+    time_limit: Annotated[float, arg(metavar="SECONDS")] = 0.0,
+    unsafe_code: bool = False,
     language: Name = "",
     limit: N = 200,
     samples: N = 1,
@@ -34,6 +38,10 @@ def evaluate(
         task: gsm8k, math, a generated task such as chain, sums or quadratic, or a name for your own task.
         data: Folder with the test file of the task; default data/TASK for gsm8k and math; not used for generated tasks.
         verifier: How answers of your own task are compared: text (the default), number, latex or choice.
+        since: First date of the problems, YYYY-MM-DD; only livecodebench has dates.
+        until: Last date of the problems, YYYY-MM-DD.
+        time_limit: Time limit of one test of code; default as published.
+        unsafe_code: Run code that the model wrote without a sandbox if the machine has neither bubblewrap nor sandlock.
         language: Language of generated questions, en or zh; default both.
         limit: Number of problems.
         samples: Completions sampled per problem.
@@ -53,7 +61,10 @@ def evaluate(
         "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
         "thinking_format": thinking_format, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
     }  # fmt: skip
-    row = {"data": data, "verifier": verifier or None, "languages": [language] if language else []}
+    row = {
+        "data": data, "verifier": verifier or None, "languages": [language] if language else [], "since": since,
+        "until": until, "time_limit_seconds": time_limit, "unsafe_code": unsafe_code,
+    }  # fmt: skip
     prepare()
     run_evaluation(model, task, row, values, out)
 

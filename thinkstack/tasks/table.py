@@ -5,8 +5,14 @@ from collections.abc import Mapping
 from thinkstack.config import did_you_mean
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
 from thinkstack.tasks.benchmarks.aime import Aime
+from thinkstack.tasks.benchmarks.codeforces import Codeforces
+from thinkstack.tasks.benchmarks.cruxeval import CruxEvalInput, CruxEvalOutput
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, Gsm8k, Math
+from thinkstack.tasks.benchmarks.evalplus import HumanEvalPlus, MbppPlus
+from thinkstack.tasks.benchmarks.humaneval import HumanEval
 from thinkstack.tasks.benchmarks.jsonl import JsonlTask
+from thinkstack.tasks.benchmarks.livecodebench import LiveCodeBench
+from thinkstack.tasks.benchmarks.mbpp import Mbpp
 from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
 from thinkstack.tasks.puzzles.choice import Choice
 from thinkstack.tasks.puzzles.cups import Cups
@@ -38,7 +44,19 @@ PUZZLES: dict[str, PuzzleTask] = {
     "times": Times(),
 }
 
-BENCHMARKS: dict[str, type[DatasetTask]] = {"aime": Aime, "gsm8k": Gsm8k, "math": Math}
+BENCHMARKS: dict[str, type[DatasetTask]] = {
+    "aime": Aime,
+    "gsm8k": Gsm8k,
+    "math": Math,
+    "humaneval": HumanEval,
+    "humaneval_plus": HumanEvalPlus,
+    "mbpp": Mbpp,
+    "mbpp_plus": MbppPlus,
+    "livecodebench": LiveCodeBench,
+    "cruxeval_input": CruxEvalInput,
+    "cruxeval_output": CruxEvalOutput,
+    "codeforces": Codeforces,
+}
 """Published benchmarks, read from local files."""
 
 
@@ -54,15 +72,26 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
     if cfg.verifier and (is_generated or name in BENCHMARKS):
         raise ConfigError(f"{where}.verifier={cfg.verifier!r} has no effect: {name} has a verifier; leave it out")
     if is_generated:
+        _check_code_settings(name, cfg)
         return GeneratedTask(gym.puzzle_task(name) if name.startswith(gym.PREFIX) else PUZZLES[name], cfg)
     if cfg.unseen_wordings:
         raise ConfigError(f"{where}.unseen_wordings=true has no effect: {name} is not generated; leave it out")
+    _check_code_settings(name, cfg)
     if not cfg.data and name in BENCHMARKS:
         raise ConfigError(f"the task {name} needs its data: set {where}.data=FOLDER, with {BENCHMARKS[name].SOURCE}")
     if not cfg.data:
         hint = did_you_mean(name, [*PUZZLES, *BENCHMARKS])
         raise ConfigError(f"unknown task {name!r}{hint} (a task of your own needs {where}.data=FOLDER)")
     return BENCHMARKS.get(name, JsonlTask)(name, cfg)
+
+
+def _check_code_settings(name: str, cfg: TaskConfig) -> None:
+    """Raise ConfigError for settings that only tasks of code have."""
+    allowed = BENCHMARKS[name].CODE_SETTINGS if name in BENCHMARKS else ()
+    for setting in ("since", "until", "time_limit_seconds", "unsafe_code"):
+        value = getattr(cfg, setting)
+        if value and setting not in allowed:
+            raise ConfigError(f"tasks.{name}.{setting}={value!r} has no effect on {name}; leave it out")
 
 
 def make_tasks(table: Mapping[str, TaskConfig]) -> dict[str, Task]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from thinkstack.config import CountOrZero, Input
+from thinkstack.config import CountOrZero, Input, SecondsOrZero
 from thinkstack.types import Message, Problem, Response, Score, Tool
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ class TaskConfig:
     """Use the wordings of generated questions that training never uses."""
     num_samples: CountOrZero = 0
     """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
+    since: str = ""
+    """First date of a problem, YYYY-MM-DD, for sets with dates (LiveCodeBench); empty: no limit."""
+    until: str = ""
+    """Last date of a problem, YYYY-MM-DD; empty: no limit."""
+    time_limit_seconds: SecondsOrZero = 0.0
+    """Time limit of one test of code; 0: as published, or as the problem says. It is part of the score."""
+    unsafe_code: bool = False
+    """Run code that a model wrote without a sandbox where the machine has none."""
     verifier: VerifierName | None = None
     """How answers of your own task are compared with the reference: as "text" (the default), by the value of a
     "number", as "latex" formulas, or as the letter of a "choice"."""
@@ -104,6 +112,10 @@ class Task(Protocol):
     def may_hang(self, problem: Problem, response: Response) -> bool:
         """Whether `verify` must run in a process that can be killed (verify/pool.py)."""
         return False
+
+    def verify_seconds(self, problem: Problem) -> float | None:
+        """Return the longest time of `verify` in such a process; None: the pool's."""
+        return None
 
     def prepare(self) -> None:
         """Import what `verify` needs; called in such a process before its time limit starts."""

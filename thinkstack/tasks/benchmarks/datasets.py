@@ -30,6 +30,10 @@ class DatasetTask(Task):
 
     SOURCE: str
     """What the folder contains and where it comes from; used in messages."""
+    FILE_NAMES: tuple[str, ...] = ()
+    """Names, without suffix, under which the set is published with all its splits in one file."""
+    CODE_SETTINGS: tuple[str, ...] = ()
+    """The settings of TaskConfig that only some tasks have, by name."""
     compares_formulas = False
     """Whether an answer with another spelling than the reference is compared by math-verify."""
 
@@ -42,10 +46,11 @@ class DatasetTask(Task):
 
     def file(self, split: str) -> Path:
         """Return the file of a split. Raises ConfigError if there is none."""
-        found = [path for end in FILE_SUFFIXES if (path := Path(self.cfg.data) / f"{split}{end}").is_file()]
+        names = [f"{name}{end}" for name in (split, *self.FILE_NAMES) for end in FILE_SUFFIXES]
+        found = [path for name in names if (path := Path(self.cfg.data) / name).is_file()]
         if not found:
-            names = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
-            raise ConfigError(f"{self.cfg.data} has no {names}; give the folder that contains {self.SOURCE}")
+            known = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
+            raise ConfigError(f"{self.cfg.data} has no {known}; give the folder that contains {self.SOURCE}")
         return found[0]
 
     def check_files(self, split: str) -> None:
@@ -60,11 +65,12 @@ class DatasetTask(Task):
 
     def problems(self, split: str, seed: int) -> Problems:
         """Return the problems of the allowed levels and languages, reshuffled every epoch."""
-        cfg = self.cfg
+        cfg, path = self.cfg, self.file(split)
         found = [
             problem
-            for problem in self.read(self.file(split))
-            if (not cfg.levels or problem.level in cfg.levels)
+            for problem in self.read(path)
+            if (path.name.startswith(f"{split}.") or self.is_in_split(problem, split))
+            and (not cfg.levels or problem.level in cfg.levels)
             and (not cfg.languages or problem.language in cfg.languages)
         ]
         if not found:
@@ -73,6 +79,10 @@ class DatasetTask(Task):
                 f"languages={list(cfg.languages)} (empty: all); correct them"
             )
         return Problems(Shuffled(found, seed).problem_at)
+
+    def is_in_split(self, problem: Problem, split: str) -> bool:
+        """Whether a problem of a file with all splits (FILE_NAMES) belongs to `split`; by default all are tests."""
+        return split == "test"
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is correct, without math-verify."""
