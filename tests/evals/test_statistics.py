@@ -88,7 +88,7 @@ def test_aime_with_64_samples_has_a_rerun_error_of_at_most_1_1_points():
 
 
 def simulated(generator, num_questions, cluster_size=1):
-    """(success probability of each question, its cluster) from Beta(0.6, 0.6); the mean of all such questions is 1/2."""
+    """(success probability of each question, its cluster) from Beta(0.6, 0.6), whose mean is 1/2."""
     shared = generator.beta(0.6, 0.6, num_questions // cluster_size).repeat(cluster_size)
     own = generator.beta(0.6, 0.6, num_questions)
     is_shared = generator.random(num_questions) < 0.5 if cluster_size > 1 else numpy.zeros(num_questions, bool)
@@ -112,8 +112,8 @@ def coverage(num_questions, cluster_size=1):
 def test_intervals_of_200_questions_cover_the_truth_in_95_percent_of_simulated_runs(cluster_size):
     over_questions, over_runs = coverage(200, cluster_size)
     few = coverage(30 if cluster_size == 1 else 32, cluster_size)
-    print(f"\nclusters of {cluster_size}: coverage at 200 questions {over_questions:.3f} over questions, {over_runs:.3f} "
-          f"over re-runs; at about 30: {few[0]:.3f}, {few[1]:.3f}")  # fmt: skip
+    print(f"\nclusters of {cluster_size}, coverage over questions and over re-runs:")
+    print(f"  200 questions {over_questions:.3f}, {over_runs:.3f}; about 30 {few[0]:.3f}, {few[1]:.3f}")
     assert 0.93 <= over_questions <= 0.97
     assert 0.93 <= over_runs <= 0.97
 

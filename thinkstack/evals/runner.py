@@ -107,6 +107,8 @@ def evaluate(
             wording=problem.wording,
             question=problem.question,
             reference=problem.answer,
+            cluster=str(problem.metadata.get("cluster", "")),
+            grader=task.grader,
             answers=tuple(record_answer(task, problem, response, next(scores)) for response in samples),
         )
         for task, problem, samples in zip(tasks, problems, responses, strict=True)

@@ -40,9 +40,9 @@ def question_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
 
     values: one number from 0 to 1 per question, such as the share of its correct samples. clusters: the source of each
     question; questions of one source (a passage, a template, a translated question) are not independent. None: all
-    questions are independent. The variance is G / (G - 1) * sum over G clusters of (sum of deviations)^2 / n^2, which is
-    s^2 / n without clusters; the interval is that of t with G - 1 degrees of freedom. If all values are 0 or all are 1,
-    the variance says nothing, and the open end of the interval is the exact binomial bound for G questions.
+    questions are independent. The variance is G / (G - 1) * sum over G clusters of (sum of deviations)^2 / n^2, which
+    is s^2 / n without clusters; the interval is that of t with G - 1 degrees of freedom. If all values are 0 or all are
+    1, the variance says nothing, and the open end of the interval is the exact binomial bound for G questions.
     None if there are fewer than two clusters. Source: Miller, arXiv:2411.00640, section 2.2, which has the normal
     distribution in place of t and no G / (G - 1): its intervals are too short for few clusters.
     """
@@ -170,8 +170,8 @@ def sign_flip_p(differences: Sequence[float], num_flips: int = 10_000, seed: int
         return 1.0
     observed = abs(values.sum()) * (1 - 1e-9)
     if len(values) <= MAX_EXACT_FLIPS:
-        codes = numpy.arange(2 ** len(values))
-        signs = 1 - 2 * ((codes[:, None] >> numpy.arange(len(values))) & 1)
+        patterns = numpy.arange(2 ** len(values))
+        signs = 1.0 - 2.0 * ((patterns[:, None] >> numpy.arange(len(values))) & 1)
         return float((abs(signs @ values) >= observed).mean())
     signs = 1.0 - 2.0 * numpy.random.default_rng(seed).integers(0, 2, (num_flips, len(values)), dtype=numpy.int8)
     return float(1 + (abs(signs @ values) >= observed).sum()) / (num_flips + 1)
@@ -223,7 +223,10 @@ def _bisect(is_below: Callable[[float], bool], low: float, high: float) -> float
 
 
 def t_cdf(value: float, degrees: float) -> float:
-    """Return the distribution function of Student's t: 1 - I(degrees / (degrees + t^2); degrees / 2, 1 / 2) / 2, t >= 0."""
+    """Return the distribution function of Student's t.
+
+    For t >= 0 it is 1 - I(degrees / (degrees + t^2); degrees / 2, 1 / 2) / 2.
+    """
     tail = incomplete_beta(degrees / (degrees + value * value), degrees / 2, 0.5) / 2
     return 1 - tail if value >= 0 else tail
 
@@ -237,9 +240,7 @@ def incomplete_beta(x: float, a: float, b: float) -> float:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly
         return 1 - incomplete_beta(1 - x, b, a)
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
     fraction = d
     for m in range(1, 10_000):

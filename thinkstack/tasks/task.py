@@ -91,6 +91,12 @@ class Task(Protocol):
         """Probability that a blind guess is correct; None if unknown."""
 
     @property
+    def grader(self) -> str:
+        """Name of the grader that compares answers with the reference (verify/graders.py); the task's name if it has
+        rules of its own."""
+        return self.name
+
+    @property
     def num_samples(self) -> int:
         """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
         return self.cfg.num_samples
