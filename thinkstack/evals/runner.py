@@ -59,6 +59,7 @@ class EvalConfig:
 UNREAD_ADVICE: dict[ThinkingFormat, str] = {
     "think_answer_tags": 'set thinking_format = "flexible_extract" for stock models, or "think_then_answer" for R1',
     "think_then_answer": 'set thinking_format = "flexible_extract" to read models that open no think block',
+    "last_number": "look at the completions in samples.jsonl: none contains a number after its thinking",
     "flexible_extract": "look at the completions in samples.jsonl: none contains a box, an answer phrase or a number",
 }
 """Advice if no answer could be read, by thinking_format."""

@@ -69,7 +69,7 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
     where, is_generated = f"tasks.{name}", name in PUZZLES or name.startswith(gym.PREFIX)
     if is_generated and cfg.data:
         raise ConfigError(f"{where}.data={cfg.data!r}: {name} is generated and reads no files; leave it out")
-    if cfg.verifier and (is_generated or name in BENCHMARKS):
+    if cfg.verifier and (is_generated or (name in BENCHMARKS and BENCHMARKS[name].default_grader is None)):
         raise ConfigError(f"{where}.verifier={cfg.verifier!r} has no effect: {name} has a verifier; leave it out")
     if is_generated:
         _check_code_settings(name, cfg)

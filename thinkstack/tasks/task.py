@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from thinkstack.config import CountOrZero, Input, SecondsOrZero
+from thinkstack.tasks.verify.graders import GraderName
 from thinkstack.types import Message, Problem, Response, Score, Tool
 
 if TYPE_CHECKING:
     from thinkstack.text.chat import ChatFormat
 
-VerifierName = Literal["text", "number", "latex", "choice"]
 DEFAULT_TASKS = ("chain", "nested", "cups", "kinship")
 """Tasks of the demo."""
 MAX_ANSWER_CHARACTERS = 64
@@ -43,9 +43,9 @@ class TaskConfig:
     """Time limit of one test of code; 0: as published, or as the problem says. It is part of the score."""
     unsafe_code: bool = False
     """Run code that a model wrote without a sandbox where the machine has none."""
-    verifier: VerifierName | None = None
-    """How answers of your own task are compared with the reference: as "text" (the default), by the value of a
-    "number", as "latex" formulas, or as the letter of a "choice"."""
+    verifier: GraderName | None = None
+    """The grader, which compares answers with the reference: "text" (the default of your own task), "number", "choice",
+    "strict", "latex" or "math-verify"; tasks/verify/graders.py explains them."""
 
 
 def default_tasks() -> dict[str, TaskConfig]:

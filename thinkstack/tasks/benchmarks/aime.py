@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
-from thinkstack.tasks.verify import latex
-from thinkstack.tasks.verify.answers import parse_number, strip_answer
 from thinkstack.types import ConfigError, Problem
 
 
@@ -16,6 +14,7 @@ class Aime(DatasetTask):
     """
 
     SOURCE = "test.jsonl, the 30 problems of a year (AIME I and II), fields problem and answer"
+    default_grader = "number"
 
     def read(self, path: str | Path) -> list[Problem]:
         found = []
@@ -25,8 +24,3 @@ class Aime(DatasetTask):
                 raise ConfigError(f"{where} has the answer {answer!r}; answers of AIME are integers from 0 to 999")
             found.append(question_problem(self.name, str(row["problem"]), str(int(answer)), {}))
         return found
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether the answer, which may be in a box, is the reference's number."""
-        inside = latex.unbox(strip_answer(answer))
-        return inside is not None and parse_number(inside) == parse_number(problem.answer)

@@ -7,8 +7,7 @@ from typing import Any
 from thinkstack.files import Row, kind_of
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.task import TaskConfig
-from thinkstack.tasks.verify import answers, latex
+from thinkstack.tasks.verify import answers
 from thinkstack.tasks.verify.quantities import parse_quantity
 from thinkstack.types import ConfigError, Message, Problem
 
@@ -20,26 +19,10 @@ class JsonlTask(DatasetTask):
     which become metadata."""
 
     SOURCE = "train.jsonl and test.jsonl (or .jsonl.gz, .parquet) with the fields question or messages, and answer"
-
-    def __init__(self, name: str, cfg: TaskConfig):
-        super().__init__(name, cfg)
-        self.verifier = cfg.verifier or "text"
-        self.compares_formulas = self.verifier == "latex"
+    default_grader = "text"
 
     def read(self, path: str | Path) -> list[Problem]:
         return [self._problem(dict(row), where) for where, row in load_rows(path, ("answer",), self.SOURCE)]
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Compare by the verifier of the row; the answer may be in a box."""
-        if self.verifier == "latex":
-            return latex.same_spelling(problem.answer, answer)
-        inside = latex.unbox(answer)
-        if inside is None:
-            return False
-        if self.verifier == "number":
-            return parse_quantity(inside) == parse_quantity(problem.answer)
-        compare = answers.same_choice if self.verifier == "choice" else answers.is_correct
-        return compare(problem.answer, inside)
 
     def _problem(self, row: Row, where: str) -> Problem:
         messages = _messages(row, where)
@@ -68,12 +51,12 @@ class JsonlTask(DatasetTask):
         )
 
     def _check_reference(self, reference: str, where: str) -> None:
-        """Raise ConfigError for a reference that the verifier cannot compare."""
-        if self.verifier == "number" and parse_quantity(reference) is None:
+        """Raise ConfigError for a reference that the grader cannot compare."""
+        if self.grader == "number" and parse_quantity(reference) is None:
             raise ConfigError(
                 f"{where}: answer is {reference!r}, not a number; correct it, or set tasks.{self.name}.verifier"
             )
-        if self.verifier == "choice" and not answers.same_choice(reference, reference):
+        if self.grader == "choice" and not answers.same_choice(reference, reference):
             raise ConfigError(
                 f"{where}: answer is {reference!r}, not a single letter; correct it, or set tasks.{self.name}.verifier"
             )
