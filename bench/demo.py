@@ -36,7 +36,7 @@ def row_of(name: str, folder: Path, stage: str, seconds: float | None) -> dict[s
     return {
         "model": name,
         "seconds": "" if seconds is None else round(seconds),
-        "pass@1": f"{found.pass_at_1:.3f} +- {found.stderr:.3f}",
+        "pass@1": f"{found.pass_at_1:.3f} +- {found.question_error:.3f}",
         "cons@16": found.cons_at_16,
         "greedy": greedy.pass_at_1,
         "unseen wordings": unseen.pass_at_1,

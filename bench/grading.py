@@ -20,6 +20,7 @@ from thinkstack.tasks.benchmarks.datasets import Math, question_problem
 from thinkstack.tasks.reward import verify
 from thinkstack.tasks.table import make_task
 from thinkstack.tasks.task import TaskConfig
+from thinkstack.tasks.verify.graders import GRADERS
 from thinkstack.tasks.verify.latex import has_math_verify, normalize_latex, same_spelling
 from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.parse import parse_turn
@@ -89,7 +90,7 @@ def report_references(data: Path) -> list[str]:
         name = file.partition("/")[0]
         task = make_task(name, TaskConfig(data=str(data / name)))
         problems = task.read(data / f"{file}.jsonl.gz")
-        equal = sum(task.is_correct(problem, problem.answer) for problem in problems)
+        equal = sum(GRADERS[task.grader_name].accepts(problem, problem.answer) for problem in problems)
         print(f"{file}: {equal} of {len(problems)} references equal themselves")
         found += [problem.answer for problem in problems if name == "math"]
     return sorted(set(found))

@@ -7,6 +7,7 @@ from thinkstack.tasks.puzzles.generated import alternate
 from thinkstack.tasks.reward import Reward, RewardConfig, score
 from thinkstack.tasks.table import PUZZLES, make_task, make_tasks
 from thinkstack.tasks.task import Task, TaskConfig
+from thinkstack.tasks.verify.graders import GRADERS
 from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.text.parse import parse_turn
 from thinkstack.types import Message, Problem, Response, Score
@@ -44,7 +45,7 @@ def verify(problem: Problem, answer: str | None) -> bool:
     """Whether the verifier of the problem's task accepts `answer`, without math-verify."""
     task = task_of(problem)
     if answer is not None and isinstance(task, DatasetTask):
-        return task.is_correct(problem, answer)
+        return GRADERS[task.grader_name].accepts(problem, answer)
     return task.verify(problem, Response(text="", answer=answer)).total == 1.0
 
 

@@ -92,6 +92,13 @@ RUDE = {
     "eval {model} --task chain --data {tmp}": "reads no files",
     "eval {model} --task chain --limit 0": "--limit 0",
     "eval {model} --task chain --thinking-format loose": "thinking_format='loose'",
+    "eval regrade {tmp}": "has no samples.jsonl",
+    "eval regrade {tmp} --grader strikt": "did you mean strict?",
+    "eval regrade {tmp} --grader ,": "choose from stored, text",
+    "eval regrade {one}": "give --thinking-format",
+    "eval regrade {one} --thinking-format loose": "unknown thinking format 'loose'",
+    "eval compare {one} {other}": "no question in common",
+    "eval compare {one}": "RUN",
     # what training left
     "rollouts {tmp} --step 3": "has no rollouts of step 3; logged steps: none",
     "replay {tmp} {model} --step 3": "has no rollouts of step 3",
@@ -106,6 +113,13 @@ RUDE = {
     "merge {model} {tmp} --out {tmp}/m": "adapter_config.json",
 }
 """Command lines and a part of what is said."""
+
+
+def sample(task: str) -> bytes:
+    """A samples.jsonl of one problem."""
+    answer = {"text": "3", "answer": 3, "correct": True, "well_formed": True, "truncated": False, "num_tokens": 1}
+    about = {"key": "00", "task": task, "level": 1, "language": "en", "wording": 0, "question": "?", "reference": "3"}
+    return json.dumps(about | {"answers": [answer]}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +143,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "own": ("own.toml", b'[stages.a]\nstage = "pretrain"\n'),
         "chats": ("chats.jsonl", json.dumps(chat).encode()),
         "robot": ("robot.jsonl", json.dumps(robot).encode()),
+        "one": ("one.jsonl", sample("gsm8k")),
+        "other": ("other.jsonl", sample("math")),
         "cut_gz": ("cut.jsonl.gz", gzip.compress(json.dumps(chat).encode() * 99)[:40]),
     }
     for name, content in files.values():
@@ -212,8 +228,8 @@ def test_an_empty_answer_says_what_ended_it(monkeypatch, capsys, places):
 
 
 def test_every_option_is_named_for_what_it_takes(monkeypatch, capsys):
-    for command in cli.COMMANDS:
-        monkeypatch.setattr("sys.argv", ["thinkstack", command, "--help"])
+    for command in (*cli.COMMANDS, *(f"eval {name}" for name in cli.EVALUATIONS)):
+        monkeypatch.setattr("sys.argv", ["thinkstack", *command.split(), "--help"])
         with pytest.raises(SystemExit) as end:
             cli.main()
         shown = capsys.readouterr().out

@@ -22,6 +22,8 @@ Count = Annotated[int, Ge(1), Le(10**9)]
 """A count of at least 1. `build` checks these types; each dataclass checks combinations of its own fields."""
 CountOrZero = Annotated[int, Ge(0), Le(10**9)]
 """A count that may be 0; the docstring of the field documents the meaning of 0."""
+SecondsOrZero = Annotated[float, Ge(0), Le(1e6)]
+"""A duration; the docstring of the field documents the meaning of 0."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """Seed of a random generator."""
 Share = Annotated[float, Ge(0), Le(1)]

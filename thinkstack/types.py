@@ -1,6 +1,4 @@
-"""Data types that several subpackages use, all frozen, and the error classes.
-
-torch is imported for annotations only, so that the command line starts without it."""
+"""Frozen data types that several subpackages use, and the error classes; torch is imported for annotations only."""
 
 from __future__ import annotations
 
@@ -270,6 +268,10 @@ class Score:
     """Values of the parts of the reward by name, before their weights; with `accuracy` and `format`."""
     unscorable: str | None = None
     """Reason why there is no score, such as a verifier that failed or timed out; None if the response is scored."""
+    grader: str = ""
+    """The grader that decided and, for code, the sandbox, as in "calls, bwrap"; empty if the task has one grader."""
+    detail: str = ""
+    """Why the answer is wrong, if the grader says so: "wrong result of call 2 of 7"."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +283,7 @@ class GivenTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """What the model wrote for one problem: sampled segments, and given segments between them; created by
-    rl/rollout.py."""
+    """What the model wrote for one problem: sampled segments, and given ones between them (rl/rollout.py)."""
 
     problem: Problem
     group_id: int
@@ -356,8 +357,7 @@ class Batch:
     weights: Tensor | None = None
     """fp32 weight of each target in the loss of the step, 0 where masked; set by train/loss.token_weights."""
     rollout_ids: Tensor | None = None
-    """int64 index of the rollout of each sampled token among the rollouts of the step, -1 elsewhere; set by
-    rl/batches.py."""
+    """int64 index of the rollout of each sampled token among those of the step, -1 elsewhere (rl/batches.py)."""
     advantages: Tensor | None = None
     """fp32 advantage of each trained token; set by rl/advantages.py."""
     rollout_logprobs: Tensor | None = None

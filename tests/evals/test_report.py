@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from thinkstack.evals.plots import health_panels, running_mean
-from thinkstack.evals.report import markdown, table_rows, write_report
+from thinkstack.evals.report import markdown, setting_line, table_rows, write_report
 from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarize
 from thinkstack.types import ConfigError
 
@@ -28,7 +28,7 @@ def record(correct, task="chain", level=2, language="en", text="x"):
         for right in correct
     )
     return ProblemRecord(
-        key="00",
+        key=task,
         task=task,
         level=level,
         language=language,
@@ -67,17 +67,38 @@ def test_the_table_contains_the_metrics_in_percent():
     # base: means 1/16 and 0; zero: 1 and 1/2
     assert rows["pass@1"] == ["3.1 \N{PLUS-MINUS SIGN} 3.1", "75.0 \N{PLUS-MINUS SIGN} 25.0"]
     assert rows["pass@16"] == ["50.0", "100.0"]
-    assert rows["cons@16"] == ["0.0", "100.0"]
+    assert rows["cons@16"] == ["0.0", "75.0"]  # 8 of 16 is a tie
     assert rows["greedy"] == ["-", "75.0 \N{PLUS-MINUS SIGN} 25.0"]
     assert rows["chain (chance 10.0)"] == ["6.2", "100.0"]
     assert rows["cups"] == ["0.0", "50.0"]
     assert rows["zh"] == ["0.0", "50.0"]
-    assert "not scored (number)" not in rows
+    # 16 samples with 1 and 0 correct: 1/16 * 15/16 / 15 over 2^2; 0 and 8 correct: 1/4 / 15 over 2^2
+    assert rows["re-run error"] == ["3.1", "6.5"]
+    assert rows["tokens per correct answer (number)"] == ["320.0", "13.3"]
+    assert not any(label.startswith(("not scored", "pass@1 of answers not truncated")) for label in rows)
+
+
+def test_the_table_names_the_bounds_of_unscorable_answers_and_the_accuracy_of_finished_ones():
+    part = record([True, False, False, False])
+    lost, cut = replace(part.answers[1], correct=None), replace(part.answers[2], truncated=True)
+    part = replace(part, answers=(part.answers[0], lost, cut, cut))
+    rows = dict(table_rows({"base": summarize([part], 1.0)}, {}))
+    assert rows["pass@1"] == ["25.0"]
+    assert rows["not scored, counted as wrong (number)"] == ["1"]
+    assert rows["pass@1 if these were correct"] == ["50.0"]
+    assert (rows["truncated"], rows["pass@1 of answers not truncated"]) == (["50.0"], ["50.0"])
+
+
+def test_the_setting_names_graders_and_different_sample_counts_and_warns_of_few_questions():
+    math = replace(record([True, False], "math"), grader="strict", key="01")
+    line = setting_line({"base": summarize([math, record([True])], 1.0)})
+    assert line.startswith("2 held-out problems, 1 to 2 answers each. math is graded by strict. Percent;")
+    assert "question error" in line and "2 questions are fewer than 100" in line
 
 
 def test_a_report_is_complete_and_leaves_no_temporary_file(tmp_path):
     folder = write_to(tmp_path / "report")
-    pictures = {"accuracy.png", "length.png", "worked.png", "tasks.png", "levels.png", "health.png"}
+    pictures = {"accuracy.png", "length.png", "worked.png", "tasks.png", "levels.png", "budgets.png", "health.png"}
     assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "report.json", *pictures}
     assert all((folder / name).read_bytes().startswith(PNG) for name in pictures)
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -92,7 +113,7 @@ def test_the_page_is_self_contained_and_escapes_model_output(tmp_path):
     assert "<title>A &amp; B</title>" in page
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     images = re.findall(r"base64,([A-Za-z0-9+/=]+)", page)
-    assert len(images) == 6
+    assert len(images) == 7
     assert all(base64.b64decode(image).startswith(PNG) for image in images)
 
 
@@ -119,11 +140,19 @@ def test_model_output_cannot_close_its_code_block_or_table_cell():
 
 def test_a_report_without_training_has_a_table_and_no_curves(tmp_path):
     folder = write_to(tmp_path, columns={"base": BASE}, greedy={}, curve=[], metrics=[])
-    assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "report.json", "levels.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "report.md",
+        "report.html",
+        "report.json",
+        "levels.png",
+        "budgets.png",
+    }
 
 
 def test_a_curve_with_missing_metrics_is_plotted(tmp_path):
-    incomplete = [dict(point) | {"worked_accuracy": None, "stderr": None, "cons_at_16": None} for point in CURVE]
+    incomplete = [
+        dict(point) | {"worked_accuracy": None, "question_error": None, "cons_at_16": None} for point in CURVE
+    ]
     assert (write_to(tmp_path, curve=incomplete) / "worked.png").exists()
 
 

@@ -74,7 +74,7 @@ def test_metrics_of_two_problems_by_hand():
     found = two_problems()
     assert (found.problems, found.samples, found.unscorable) == (2, 4, 0)
     assert found.pass_at_1 == pytest.approx((3 / 4 + 1 / 4) / 2)
-    assert found.stderr == pytest.approx(0.25)  # deviations +-1/4: sqrt(2/16 / 1 / 2)
+    assert found.question_error == pytest.approx(0.25)  # deviations +-1/4: sqrt(2/16 / 1 / 2)
     assert found.pass_at_k == pytest.approx({1: 0.5, 2: (1.0 + 0.5) / 2, 4: 1.0})
     assert found.cons_at_16 == 0.5  # chain votes 5, which is correct; cups votes 2, which is not
     assert found.worked_share == 2 / 8
@@ -89,7 +89,7 @@ def test_each_part_has_its_own_metrics():
     assert {level: part.pass_at_1 for level, part in found.by_level.items()} == {2: 0.75, 3: 0.25}
     assert {name: part.pass_at_1 for name, part in found.by_language.items()} == {"en": 0.75, "zh": 0.25}
     assert found.by_task_level["cups"][3].pass_at_1 == 0.25
-    assert found.by_task["chain"].stderr is None
+    assert found.by_task["chain"].question_error is None
     assert found.chance == {"chain": 0.1, "cups": 0.2}
 
 
@@ -99,7 +99,9 @@ def test_the_format_is_reported_separately_from_accuracy():
     assert (found.pass_at_1, found.format_rate) == (1.0, 0.0)
 
 
-def test_unscorable_answers_are_counted_and_excluded_from_means():
+def test_unscorable_answers_count_as_wrong_and_both_bounds_are_known():
+    """Regression: they left the denominator, so that one readable answer of eight gave an accuracy of 1."""
+
     class FailsOn4(type(TASKS["chain"])):
         def verify(self, problem, response):
             timed_out = Score(total=0.0, unscorable="time-out")
@@ -108,14 +110,31 @@ def test_unscorable_answers_are_counted_and_excluded_from_means():
     fails_on_4 = Reward(RewardConfig(), {"chain": FailsOn4(TASKS["chain"].puzzle, TaskConfig())})
     engine = scripted_engine((turn(4), turn(4), turn(4), turn(5)), (turn(4),) * 4)
     found = evaluate(engine, CharacterChat(), [problem(), problem(key="01")], CFG, fails_on_4, POOL)
-    assert (found.unscorable, found.problems) == (7, 1)
-    assert found.pass_at_1 == 1.0
-    assert found.cons_at_16 == 1.0
-    assert found.pass_at_k == {1: 1.0}
-    nothing = evaluate(
-        scripted_engine((turn(4),)), CharacterChat(), [problem()], replace(CFG, samples=1), fails_on_4, POOL
-    )
-    assert (nothing.pass_at_1, nothing.cons_at_16, nothing.problems) == (None, None, 0)
+    assert (found.unscorable, found.problems) == (7, 2)
+    assert (found.pass_at_1, found.pass_at_1_bound) == (1 / 8, 1.0)
+    assert found.cons_at_16 == 0.0
+    assert found.pass_at_k == {1: 1 / 8, 2: 0.25, 4: 0.5}
+
+
+def test_means_are_over_the_completions_that_are_present():
+    """Elsewhere 8 stored completions of 64 that were asked for give an eighth of the accuracy."""
+    engine = scripted_engine((turn(5),) * 4, (turn(5),))
+    found = evaluate(engine, CharacterChat(), [problem(), problem(key="01")], CFG, REWARD, POOL)
+    assert (found.pass_at_1, found.fewest_samples, found.samples) == (1.0, 1, 4)
+    assert found.pass_at_k == {1: 1.0, 2: 1.0, 4: 1.0}
+
+
+def test_wordings_of_one_problem_are_one_cluster():
+    engine = scripted_engine(*((turn(answer),) * 2 for answer in (5, 5, 4, 4)))
+    problems = [problem(key=key, language=language) for key in ("00", "01") for language in ("en", "zh")]
+    found = evaluate(engine, CharacterChat(), problems, CFG, REWARD, POOL)
+    assert (found.num_clusters, found.question_error) == (2, 0.5)
+
+
+def test_wrong_answers_of_one_value_vote_together():
+    answers = [turn("1/2"), turn("0.5"), turn(5)]
+    found = evaluate(scripted_engine(answers), CharacterChat(), [problem()], replace(CFG, samples=3), REWARD, POOL)
+    assert found.cons_at_16 == 0.0
 
 
 def test_truncation_comes_from_the_engine_and_tokens_include_the_end_token():
@@ -244,4 +263,4 @@ def test_a_curve_point_contains_what_the_plots_need():
     point = curve_point(20, found, held_out=found)
     assert point["step"] == 20
     assert point["by_task"] == {"chain": 0.75, "cups": 0.25}
-    assert point["held_out_level"] == {"pass_at_1": 0.5, "stderr": pytest.approx(0.25)}
+    assert point["held_out_level"] == {"pass_at_1": 0.5, "question_error": pytest.approx(0.25)}

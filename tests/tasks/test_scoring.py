@@ -56,7 +56,7 @@ def test_a_verifier_that_raises_or_returns_nonsense_makes_its_response_unscorabl
         None,
         "mine: returned None, not a finite score",
         "mine: returned 1.0, not a finite score",
-        "mine: returned Score(total=nan, parts={}, unscorable=None), not a finite score",
+        "mine: returned Score(total=nan, parts={}, unscorable=None, grader='', detail=''), not a finite score",
         None,
     ]
     assert [one.total for one in found] == [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]

@@ -29,7 +29,6 @@ def test_every_task_is_listed_under_its_own_name():
         ("gsm8k", {}, "the task gsm8k needs its data: set tasks.gsm8k.data=FOLDER, with train.jsonl"),
         ("chain", {"data": "files"}, "chain is generated and reads no files"),
         ("chain", {"verifier": "text"}, "tasks.chain.verifier='text' has no effect"),
-        ("math", {"data": "files", "verifier": "latex"}, "tasks.math.verifier='latex' has no effect"),
         ("math", {"data": "files", "unseen_wordings": True}, "math is not generated"),
         ("chain", {"levels": (1,)}, "chain has none of the levels"),
         ("kinship", {"languages": ("zh",)}, "kinship has none of the languages"),

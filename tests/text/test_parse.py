@@ -138,7 +138,9 @@ def test_in_think_then_answer_the_last_complete_box_is_the_answer(visible_text, 
     ("text", "answer", "rule"),
     [
         (f"{PROSE}\\boxed{{18}} #### 9", "18", "last_box"),
-        (f"{PROSE}The answer is \\boxed{{9}} or \\boxed{{18}}.", "18", "last_box"),
+        (f"{PROSE}The answer is \\boxed{{9}} or \\boxed{{18}}.", None, None),
+        (f"{PROSE}First \\boxed{{9}}, then twice that, \\boxed{{18}}.", "18", "last_box"),
+        (f"{PROSE}So \\boxed{{18}}, $\\boxed{{18}}$.", "18", "last_box"),
         (f"{PROSE}\n#### 18", "18", "hashes"),
         (f"{PROSE}\n#### $1,800.50\nThe answer is 7.", "$1,800.50", "hashes"),
         ("#### 2\n#### -3 dollars", "-3 dollars", "hashes"),
@@ -277,3 +279,17 @@ def test_a_response_has_the_tool_calls_of_its_turn():
     turn = f"<think>\nlook it up\n</think>\n\n{OPEN}{NEW}{SHUT}"
     assert parse_turn(turn, "think_then_answer").tool_calls == CALLS
     assert parse_turn(GOOD).tool_calls == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 72, in total, so 18 * 4 = 72 clips in 2 months are 72.", "72"),
+        ("<think>9</think>\\boxed{5}, which are 1,250 cents", "1,250"),
+        ("<think>it is 3, but", None),
+        ("None.", None),
+    ],
+)
+def test_in_last_number_the_last_number_after_the_thinking_is_the_answer(text, answer):
+    turn = parse_turn(text, "last_number")
+    assert (turn.answer, turn.rule) == (answer, None if answer is None else "last_number")

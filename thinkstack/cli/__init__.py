@@ -35,6 +35,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": models.merge,
     "usage": accounts.usage,
 }
+EVALUATIONS: dict[str, Callable[..., None]] = {"regrade": models.regrade, "compare": models.compare}
+"""Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "accounts": ("Users of a server: add, list, change, disable.", accounts.ACCOUNTS),
     "keys": ("API keys of a server: new, list, revoke.", accounts.KEYS),
@@ -72,6 +74,8 @@ def _parse(words: list[str]) -> Callable[[], None]:
             raise ConfigError(f"the argument {word.encode(errors='backslashreplace').decode()} is not UTF-8 text")
     if words == ["--version"]:
         return _print_version
+    if words[:1] == ["eval"] and words[1:2] and words[1] in EVALUATIONS:
+        return _parse_in("thinkstack eval", "Work on the stored completions of evaluations.", EVALUATIONS, words[1:])
     commands = COMMANDS | {name: _group(meaning) for name, (meaning, _) in GROUPS.items()}
     if words and words[0] in GROUPS:
         return _parse_in(f"thinkstack {words[0]}", *GROUPS[words[0]], words[1:])

@@ -1,8 +1,14 @@
-"""Metrics of repeated sampling as pure functions: pass@k, majority vote, mean with standard error."""
+"""Metrics of repeated sampling as pure functions: pass@k, majority vote, accuracy at token budgets, cost of a solution.
 
+The errors of these metrics are in statistics.py.
+"""
+
+import functools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -20,31 +26,88 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def cons_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
-    """Return 1 if the most frequent answer of the first k samples is correct, else 0.
+    """Return the probability that the majority answer of k of the samples is correct.
 
-    answers: one normalized answer per sample; None (no answer could be read) does not vote. correct: whether each
-    sample is correct; the flag of the first sample with the winning answer decides. Ties go to the answer that occurs
-    first; without votes the result is 0. If there are fewer than k samples, all vote. Source: majority voting,
-    arXiv:2203.11171; cons@k in the R1 paper, arXiv:2501.12948.
+    answers: the class of each sample's answer, equal for equivalent answers; None (no answer could be read) does not
+    vote. correct: whether each sample is correct. All correct samples are one class, for they equal the reference. A
+    tie counts as its expected value: 1/3 if the correct answer and two others have the most votes. With more than k
+    samples the result is the exact mean over all subsets of k; with fewer, all vote. Without votes it is 0.
+    Source: majority voting, arXiv:2203.11171; cons@k in the R1 paper, arXiv:2501.12948, which states neither ties nor
+    subsets.
     """
     assert len(answers) == len(correct), "one flag per answer"
-    votes = Counter(answer for answer in answers[:k] if answer is not None)
-    if not votes:
-        return 0.0
-    winner = max(votes, key=votes.__getitem__)  # a Counter keeps insertion order, and max returns the first maximum
-    return float(correct[list(answers).index(winner)])
+    num_correct = sum(map(bool, correct))
+    pairs = list(zip(answers, correct, strict=True))
+    wrong = Counter(answer for answer, is_correct in pairs if not is_correct and answer is not None)
+    num_silent = sum(answer is None and not is_correct for answer, is_correct in pairs)
+    return _majority_share(num_correct, tuple(sorted(wrong.values())), num_silent, min(k, len(answers)))
 
 
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean over problems and its standard error: sample standard deviation / sqrt(number of problems).
+@functools.lru_cache(maxsize=65536)
+def _majority_share(num_correct: int, wrong: tuple[int, ...], num_silent: int, k: int) -> float:
+    """The mean over all subsets of k samples. wrong: samples of each wrong answer; num_silent: samples without one."""
+    total = num_correct + sum(wrong) + num_silent
+    won = Fraction(0)
+    for votes in range(1, min(num_correct, k) + 1):
+        # (votes of the wrong answers so far, wrong answers with as many votes as the correct one) -> number of subsets
+        ways = {(0, 0): math.comb(num_correct, votes)}
+        for size in wrong:
+            grown: dict[tuple[int, int], int] = defaultdict(int)
+            for (others, ties), count in ways.items():
+                for more in range(min(size, votes, k - votes - others) + 1):
+                    grown[others + more, ties + (more == votes)] += count * math.comb(size, more)
+            ways = grown
+        for (others, ties), count in ways.items():
+            won += Fraction(count * math.comb(num_silent, k - votes - others), ties + 1)
+    return float(won / math.comb(total, k))
 
-    values: one number per problem (for pass@1, the mean over its samples), since problems are independent and the
-    samples of one problem are not. The error is None for a single problem. Raises ValueError without values.
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPoint:
+    """Accuracy if every completion had ended at a token budget."""
+
+    budget_tokens: int
+    pass_at_1: float
+    """Mean over problems; a completion that is longer than the budget is wrong."""
+    finished: float
+    """Share of completions that end within the budget."""
+
+
+Sampled = tuple[int, bool, bool]
+"""Tokens of a completion, whether it is correct, and whether it ended before max_tokens."""
+
+
+def accuracy_over_tokens(problems: Sequence[Sequence[Sampled]]) -> list[BudgetPoint]:
+    """Return the accuracy at budgets of 1, 2, 4 ... tokens, up to the longest completion, from one run.
+
+    problems: the completions of each problem. A cut completion counts as wrong: an answer that a model gives when its
+    thinking is closed by force is not in the samples of one run, so the curve is a lower bound of budget forcing.
     """
-    if not values:
-        raise ValueError("a mean needs at least one problem")
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    longest = max(tokens for samples in problems for tokens, _, _ in samples)
+    budgets = [1 << power for power in range((longest - 1).bit_length())] + [longest] if longest else []
+    points = []
+    for budget in budgets:
+        shares = [sum(right and size <= budget for size, right, _ in one) / len(one) for one in problems]
+        ends = [ended and size <= budget for samples in problems for size, _, ended in samples]
+        points.append(
+            BudgetPoint(budget_tokens=budget, pass_at_1=math.fsum(shares) / len(shares), finished=sum(ends) / len(ends))
+        )
+    return points
+
+
+def tokens_per_solution(problems: Sequence[Sequence[Sampled]]) -> float | None:
+    """Return the sampled tokens of all completions per correct completion; None if there is none.
+
+    Tokens of wrong completions count: this is what a solution costs if one samples until it is right.
+    """
+    num_correct = sum(right for samples in problems for _, right, _ in samples)
+    return sum(size for samples in problems for size, _, _ in samples) / num_correct if num_correct else None
+
+
+def cost_per_solution(
+    num_prompt_tokens: int, num_sampled_tokens: int, num_correct: int, prompt_price: float, sampled_price: float
+) -> float | None:
+    """Return the price of all tokens per correct completion; None if there is none. Prices: per million tokens."""
+    if not num_correct:
+        return None
+    return (num_prompt_tokens * prompt_price + num_sampled_tokens * sampled_price) / 1e6 / num_correct

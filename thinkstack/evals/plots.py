@@ -48,7 +48,7 @@ def plot_all(
     captions = {}
     if curve:
         plot_accuracy(folder / "accuracy.png", curve, chance)
-        captions["accuracy.png"] = "Accuracy on held-out problems; the band is one standard error over problems."
+        captions["accuracy.png"] = "Accuracy on held-out problems; the band is one question error."
         plot_length(folder / "length.png", curve)
         captions["length.png"] = "Length of answers, and the share truncated at max_tokens."
         if any(point.get("worked_share") is not None for point in curve):
@@ -60,7 +60,10 @@ def plot_all(
     pair = compared_columns(columns)
     if pair:
         plot_levels(folder / "levels.png", pair, chance)
-        captions["levels.png"] = "pass@1 by task and level, with standard errors; dotted lines mark a blind guess."
+        captions["levels.png"] = "pass@1 by task and level, with question errors; dotted lines mark a blind guess."
+    if any(len(evaluation.over_tokens) > 1 for evaluation in pair.values()):
+        plot_budgets(folder / "budgets.png", pair)
+        captions["budgets.png"] = "pass@1 if every answer had ended at a token budget; a cut answer is wrong."
     panels = health_panels(metrics)
     if panels:
         plot_health(folder / "health.png", metrics, panels)
@@ -75,14 +78,16 @@ def compared_columns(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]
 
 
 def plot_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
-    """Plot pass@1 with its standard error, the majority vote, and, if measured, a level excluded from training."""
+    """Plot pass@1 with its question error, the majority vote, and, if measured, a level excluded from training."""
     canvas, axes = _canvas(1, 1, "Accuracy over RL steps")
     panel = axes[0]
     _line(panel, curve, "cons_at_16", COLORS[1], "majority vote")
-    _line(panel, curve, "pass_at_1", COLORS[0], "pass@1", error="stderr")
+    _line(panel, curve, "pass_at_1", COLORS[0], "pass@1", error="question_error")
     held_out = [dict(point["held_out_level"]) | {"step": point["step"]} for point in curve if "held_out_level" in point]
     if held_out:
-        _line(panel, held_out, "pass_at_1", COLORS[2], "pass@1, level never trained", error="stderr", dashes="--")
+        _line(
+            panel, held_out, "pass_at_1", COLORS[2], "pass@1, level never trained", error="question_error", dashes="--"
+        )
     if chance:
         mean_chance = sum(chance.values()) / len(chance)
         panel.axhline(mean_chance, color=GREY, linewidth=1.2, linestyle=":", label="blind guess")
@@ -144,7 +149,7 @@ def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[s
                 [position + (index - (len(cells) - 1) / 2) * width for position, _ in shown],
                 [part.pass_at_1 or 0.0 for _, part in shown],
                 width * 0.94,
-                yerr=[part.stderr or 0.0 for _, part in shown],
+                yerr=[part.question_error or 0.0 for _, part in shown],
                 color=GREY if index == 0 else COLORS[index - 1],
                 error_kw={"elinewidth": 1, "ecolor": INK},
                 label=name,
@@ -160,6 +165,21 @@ def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[s
         panel.set_visible(False)
     _legend_on_top(canvas, axes[0])
     _finish(canvas, path, steps=False)
+
+
+def plot_budgets(path: Path, columns: Mapping[str, Evaluation]) -> None:
+    """Plot pass@1 over token budgets, one line per column, and the share of answers that end within the budget."""
+    canvas, axes = _canvas(1, 1, "Accuracy over token budgets")
+    for index, (name, evaluation) in enumerate(columns.items()):
+        budgets, color = [point.budget_tokens for point in evaluation.over_tokens], GREY if index == 0 else COLORS[0]
+        shares = [point.pass_at_1 for point in evaluation.over_tokens]
+        finished = [point.finished for point in evaluation.over_tokens]
+        axes[0].plot(budgets, shares, color=color, linewidth=2, marker="o", markersize=3.5, label=f"{name}: pass@1")
+        axes[0].plot(budgets, finished, "--", color=color, linewidth=1.2, label=f"{name}: finished")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xlabel("budget (tokens)", fontsize=9, color=INK)
+    _percent(axes[0])
+    _finish(canvas, path, axes[0], steps=False)
 
 
 def health_panels(metrics: Sequence[Point]) -> dict[str, str]:

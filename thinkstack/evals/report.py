@@ -8,6 +8,7 @@ from typing import Any
 from thinkstack.evals.page import render_page
 from thinkstack.evals.plots import compared_columns, plot_all
 from thinkstack.evals.results import CONS_SAMPLES, EvalMetrics, Evaluation, ShownAnswer
+from thinkstack.evals.statistics import few_questions
 from thinkstack.log import write_json, write_text
 from thinkstack.types import ConfigError
 
@@ -61,7 +62,9 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
     found = list(columns.values())
     num_votes = min(CONS_SAMPLES, max(part.samples for part in found))
     rows: Rows = [("pass@1", [accuracy(part) for part in found])]
+    rows.append(("95 % interval over questions", [interval(part) for part in found]))
     if num_votes > 1:
+        rows.append(("re-run error", [percent(part.rerun_error) for part in found]))
         rows.append((f"cons@{num_votes}", [percent(part.cons_at_16) for part in found]))
         rows.append((f"pass@{num_votes}", [percent(part.pass_at_k.get(num_votes)) for part in found]))
     if greedy:
@@ -70,7 +73,12 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
         ("answers read", [percent(part.answer_rate) for part in found]),
         ("well-formed", [percent(part.format_rate) for part in found]),
         ("truncated", [percent(part.truncation_rate) for part in found]),
-        ("tokens per answer (number)", [f"{part.mean_tokens:.1f}" for part in found]),
+    ]
+    if any(part.truncation_rate for part in found):
+        rows.append(("pass@1 of answers not truncated", [percent(part.pass_at_1_finished) for part in found]))
+    rows += [
+        ("tokens per answer (number)", [number(part.mean_tokens) for part in found]),
+        ("tokens per correct answer (number)", [number(part.tokens_per_solution) for part in found]),
     ]
     if any(part.worked_share is not None for part in found):
         rows += [
@@ -79,7 +87,8 @@ def table_rows(columns: Mapping[str, Evaluation], greedy: Mapping[str, Evaluatio
             ("pass@1 of direct answers", [percent(part.direct_accuracy) for part in found]),
         ]
     if any(part.unscorable for part in found):
-        rows.append(("not scored (number)", [str(part.unscorable) for part in found]))
+        rows.append(("not scored, counted as wrong (number)", [str(part.unscorable) for part in found]))
+        rows.append(("pass@1 if these were correct", [percent(part.pass_at_1_bound) for part in found]))
     chance = {name: value for part in reversed(found) for name, value in part.chance.items()}
     for task in sorted({task for part in found for task in part.by_task}):
         label = f"{task} (chance {percent(chance[task])})" if task in chance else task
@@ -95,30 +104,51 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}"
 
 
+def number(value: float | None) -> str:
+    """Format a number with one decimal."""
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def interval(part: EvalMetrics) -> str:
+    """Format the interval of pass@1 over questions, in percent."""
+    found = part.over_questions
+    if found is None or part.answer_rate == 0:
+        return MISSING
+    return f"{percent(max(found.low, 0.0))} to {percent(min(found.high, 1.0))}"  # t may pass the ends of the scale
+
+
 def accuracy(part: EvalMetrics | None) -> str:
-    """Format pass@1 with its standard error, in percent; NO_ANSWER_READ if no answer could be read."""
-    if part is None or part.pass_at_1 is None:
+    """Format pass@1 with its question error, in percent; NO_ANSWER_READ if no answer could be read."""
+    if part is None:
         return MISSING
     if part.answer_rate == 0:
         return NO_ANSWER_READ
-    error = "" if part.stderr is None else f" \N{PLUS-MINUS SIGN} {percent(part.stderr)}"
+    error = "" if part.question_error is None else f" \N{PLUS-MINUS SIGN} {percent(part.question_error)}"
     return percent(part.pass_at_1) + error
 
 
-def describe_samples(samples: int) -> str:
+def describe_samples(part: EvalMetrics) -> str:
     """Describe the number of answers per problem."""
-    return f"{samples} answer{'s' if samples > 1 else ''} each"
+    if part.fewest_samples != part.samples:
+        return f"{part.fewest_samples} to {part.samples} answers each"
+    return f"{part.samples} answer{'s' if part.samples > 1 else ''} each"
 
 
 def setting_line(columns: Mapping[str, Evaluation]) -> str:
-    """Describe the number of problems and samples, once per distinct setting."""
+    """Describe problems, samples and graders, once per distinct setting, and what the errors mean."""
     settings: dict[str, list[str]] = {}
     for name, part in columns.items():
-        settings.setdefault(f"{part.problems:,} held-out problems, {describe_samples(part.samples)}", []).append(name)
+        settings.setdefault(f"{part.problems:,} held-out problems, {describe_samples(part)}", []).append(name)
     text = "; ".join(
         setting if len(settings) == 1 else f"{', '.join(names)}: {setting}" for setting, names in settings.items()
     )
-    return f"{text}. Percent; \N{PLUS-MINUS SIGN} is one standard error over problems."
+    graders = {task: grader for part in columns.values() for task, grader in part.graders.items() if task != grader}
+    named = "".join(f" {task} is graded by {grader}." for task, grader in graders.items())
+    warning = few_questions(min(part.num_clusters for part in columns.values()))
+    return (
+        f"{text}.{named} Percent; \N{PLUS-MINUS SIGN} is the question error, one standard error over questions; the "
+        f"re-run error is that of sampling the same questions again.{f' {warning}.' if warning else ''}"
+    )
 
 
 def markdown(

@@ -3,7 +3,9 @@
 Records contain every completion, so `summarize` can recompute all metrics from samples.jsonl.
 """
 
+import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +13,28 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from thinkstack.evals.metrics import cons_at_k, mean_and_stderr, pass_at_k
+from thinkstack.evals.metrics import (
+    BudgetPoint,
+    Sampled,
+    accuracy_over_tokens,
+    cons_at_k,
+    pass_at_k,
+    tokens_per_solution,
+)
+from thinkstack.evals.statistics import ErrorEstimate, question_error, rerun_error
 from thinkstack.files import lines
 from thinkstack.log import write_text
+from thinkstack.tasks.verify.latex import normalize_latex
 from thinkstack.types import ConfigError
 
 CONS_SAMPLES = 16
-"""Number of samples that vote in cons@16; all samples if there are fewer."""
+"""Number of samples that vote in the majority vote of the learning curve; all samples if there are fewer."""
 SHOWN_ANSWERS = 3
 """Number of completions per task that an Evaluation stores as text."""
 CURVE = (
     "pass_at_1",
-    "stderr",
+    "question_error",
+    "rerun_error",
     "cons_at_16",
     "mean_tokens",
     "truncation_rate",
@@ -54,6 +66,10 @@ class AnswerRecord:
     """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
     unscorable: str | None = None
     """Reason why there is no score; None if the completion is scored."""
+    grader: str = ""
+    """The grader that decided and, for code, the sandbox, as in "calls, bwrap"; empty if the task has one grader."""
+    detail: str = ""
+    """Why the answer is wrong, if the grader says so."""
     measures: dict[str, float] = field(default_factory=dict)
     """Measures that only some tasks have, by name: of puzzles `worked`, whether the thinking contains worked steps."""
 
@@ -76,44 +92,65 @@ class ProblemRecord:
     reference: str
     """The reference answer."""
     answers: tuple[AnswerRecord, ...]
-
-    @property
-    def scored(self) -> tuple[AnswerRecord, ...]:
-        """The completions that could be scored."""
-        return tuple(answer for answer in self.answers if answer.correct is not None)
+    cluster: str = ""
+    """Source that the question shares with others, such as a passage or a template; empty: the key, which translations
+    and wordings of one problem share."""
+    grader: str = ""
+    """Name of the grader: tasks/verify/graders.py, or the task's name; empty in files that do not have it."""
 
     @property
     def num_correct(self) -> int:
+        """Correct completions; an unscorable completion counts as wrong."""
         return sum(bool(answer.correct) for answer in self.answers)
+
+    @property
+    def share_correct(self) -> float:
+        """Share of correct completions among the completions that are present."""
+        return self.num_correct / len(self.answers)
+
+    @property
+    def sampled(self) -> list[Sampled]:
+        return [(answer.num_tokens, bool(answer.correct), not answer.truncated) for answer in self.answers]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalMetrics:
-    """Metrics over a set of problems. A metric is None if it is undefined (no problem could be scored)."""
+    """Metrics over a set of problems. Means are over problems, and over the completions that a problem has."""
 
     problems: int
-    """Number of problems with at least one scored completion; means over problems use these problems."""
+    """Number of problems."""
     samples: int
-    """Number of sampled completions per problem."""
-    pass_at_1: float | None
-    """Mean over problems of the share of correct completions."""
-    stderr: float | None
-    """Standard error of pass_at_1 over problems; None for a single problem."""
+    """Largest number of completions per problem."""
+    fewest_samples: int
+    """Smallest number of completions per problem."""
+    pass_at_1: float
+    """Mean over problems of the share of correct completions; an unscorable completion counts as wrong."""
+    pass_at_1_bound: float
+    """pass_at_1 if every unscorable completion were correct; pass_at_1 is the other bound."""
+    over_questions: ErrorEstimate | None
+    """Error of pass_at_1 over questions, clustered by ProblemRecord.cluster; None with fewer than two clusters."""
+    over_reruns: ErrorEstimate | None
+    """Error of pass_at_1 over re-runs of the same questions; None if a problem has a single completion."""
     pass_at_k: dict[int, float]
-    """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k scored completions."""
-    cons_at_16: float | None
-    """Majority vote of the first 16 scored completions (of all, if fewer)."""
+    """Unbiased pass@k, k = 1, 2, 4, ... up to samples, over problems with at least k completions."""
+    cons_at_k: dict[int, float]
+    """Majority vote of k completions, k = 2, 4, ... up to samples, averaged over subsets of k; all completions of a
+    problem vote if it has fewer."""
+    pass_at_1_finished: float | None
+    """Share of correct completions among those that were not truncated; None if all were."""
+    truncation_rate: float
+    """Share of completions truncated at max_tokens."""
     answer_rate: float
     """Share of completions with an answer in the configured thinking_format; if it is 0, the accuracy is
     meaningless."""
     format_rate: float
     """Share of well-formed completions."""
-    truncation_rate: float
-    """Share of completions truncated at max_tokens."""
     mean_tokens: float
     """Mean tokens per completion, including the end token."""
+    tokens_per_solution: float | None
+    """Sampled tokens of all completions per correct completion; None if none is correct."""
     unscorable: int
-    """Number of completions that could not be scored; they are excluded from every metric of correctness."""
+    """Number of completions that could not be scored; they count as wrong."""
     worked_share: float | None
     """Share of completions whose thinking contains worked steps, among those of tasks with worked solutions; None if
     there are none."""
@@ -121,6 +158,27 @@ class EvalMetrics:
     """Share of correct completions among the completions with worked steps."""
     direct_accuracy: float | None
     """Share of correct completions among the completions without worked steps."""
+
+    @property
+    def question_error(self) -> float | None:
+        """Standard error of pass_at_1 over questions."""
+        return self.over_questions.standard_error if self.over_questions else None
+
+    @property
+    def rerun_error(self) -> float | None:
+        """Standard error of pass_at_1 over re-runs."""
+        return self.over_reruns.standard_error if self.over_reruns else None
+
+    @property
+    def num_clusters(self) -> int:
+        """Number of independent questions: clusters of them."""
+        return int(self.over_questions.degrees) + 1 if self.over_questions else 1
+
+    @property
+    def cons_at_16(self) -> float:
+        """Majority vote of CONS_SAMPLES completions, or of all if there are fewer; pass@1 for a single completion."""
+        votes = max((k for k in self.cons_at_k if k <= CONS_SAMPLES), default=1)
+        return self.cons_at_k.get(votes, self.pass_at_1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +201,10 @@ class Evaluation(EvalMetrics):
     by_language: dict[str, EvalMetrics]
     chance: dict[str, float] = field(default_factory=dict)
     """Probability that a blind guess is correct, by task."""
+    graders: dict[str, str] = field(default_factory=dict)
+    """Name of the grader, by task."""
+    over_tokens: tuple[BudgetPoint, ...] = ()
+    """Accuracy if every completion had ended at a token budget."""
     seconds: float
     """Wall time of sampling and scoring."""
     shown: dict[str, tuple[ShownAnswer, ...]]
@@ -184,6 +246,8 @@ def summarize(
         },
         by_language={name: compute_metrics(part) for name, part in _group_by(records, lambda r: r.language).items()},
         chance=dict(chance or {}),
+        graders={name: part[0].grader for name, part in tasks.items() if part[0].grader},
+        over_tokens=tuple(accuracy_over_tokens([record.sampled for record in records])),
         seconds=seconds,
         shown={name: _shown_answers(part) for name, part in tasks.items()},
         records=tuple(records),
@@ -193,40 +257,55 @@ def summarize(
 def compute_metrics(records: Sequence[ProblemRecord]) -> EvalMetrics:
     """Compute the metrics of one set of problems."""
     answers = [answer for record in records for answer in record.answers]
-    scored_records = [record for record in records if record.scored]
     samples = max(len(record.answers) for record in records)
-    mean, stderr = (
-        mean_and_stderr([r.num_correct / len(r.scored) for r in scored_records]) if scored_records else (None, None)
-    )
-    votes = [
-        cons_at_k([a.answer for a in r.scored], [bool(a.correct) for a in r.scored], CONS_SAMPLES)
-        for r in scored_records
-    ]
+    shares = [record.share_correct for record in records]
+    bounds = [sum(answer.correct is not False for answer in record.answers) / len(record.answers) for record in records]
     return EvalMetrics(
-        problems=len(scored_records),
+        problems=len(records),
         samples=samples,
-        pass_at_1=mean,
-        stderr=stderr,
-        pass_at_k=_pass_at_powers_of_two(scored_records, samples),
-        cons_at_16=_mean(votes),
+        fewest_samples=min(len(record.answers) for record in records),
+        pass_at_1=math.fsum(shares) / len(shares),
+        pass_at_1_bound=math.fsum(bounds) / len(bounds),
+        over_questions=question_error(shares, [(record.task, record.cluster or record.key) for record in records]),
+        over_reruns=rerun_error([(record.num_correct, len(record.answers)) for record in records]),
+        pass_at_k=_pass_at_powers_of_two(records, samples),
+        cons_at_k={k: math.fsum(_majority(record, k) for record in records) / len(records) for k in _powers(samples)},
+        pass_at_1_finished=_mean([bool(answer.correct) for answer in answers if not answer.truncated]),
+        truncation_rate=_mean([answer.truncated for answer in answers]) or 0.0,
         answer_rate=_mean([answer.answer is not None for answer in answers]) or 0.0,
         format_rate=_mean([answer.well_formed for answer in answers]) or 0.0,
-        truncation_rate=_mean([answer.truncated for answer in answers]) or 0.0,
         mean_tokens=_mean([answer.num_tokens for answer in answers]) or 0.0,
+        tokens_per_solution=tokens_per_solution([record.sampled for record in records]),
         unscorable=sum(answer.correct is None for answer in answers),
         worked_share=_mean([answer.worked for answer in answers if answer.worked is not None]),
-        worked_accuracy=_mean([a.correct for a in answers if a.correct is not None and a.worked]),
-        direct_accuracy=_mean([a.correct for a in answers if a.correct is not None and a.worked is False]),
+        worked_accuracy=_mean([bool(answer.correct) for answer in answers if answer.worked]),
+        direct_accuracy=_mean([bool(answer.correct) for answer in answers if answer.worked is False]),
     )
 
 
-def _pass_at_powers_of_two(scored_records: Sequence[ProblemRecord], samples: int) -> dict[int, float]:
-    """Return pass@k for k = 1, 2, 4, ... <= samples, as long as some problem has k scored completions."""
+def _powers(samples: int) -> list[int]:
+    """Return 2, 4, ... up to `samples`, and `samples` itself if there are several."""
+    found = [1 << power for power in range(1, samples.bit_length())]
+    return found if samples in (1, *found) else [*found, samples]
+
+
+def _majority(record: ProblemRecord, k: int) -> float:
+    classes = [None if answer.answer is None else answer_class(answer.answer) for answer in record.answers]
+    return cons_at_k(classes, [bool(answer.correct) for answer in record.answers], k)
+
+
+@functools.lru_cache(maxsize=65536)
+def answer_class(answer: str | int) -> str:
+    """Return the class of a wrong answer in a majority vote: its normalized LaTeX, so that 1/2 and 0.5 are one."""
+    return normalize_latex(str(answer))
+
+
+def _pass_at_powers_of_two(records: Sequence[ProblemRecord], samples: int) -> dict[int, float]:
+    """Return pass@k for k = 1, 2, 4, ... <= samples."""
     out, k = {}, 1
     while k <= samples:
-        values = [pass_at_k(len(r.scored), r.num_correct, k) for r in scored_records if len(r.scored) >= k]
-        if values:
-            out[k] = sum(values) / len(values)
+        values = [pass_at_k(len(r.answers), r.num_correct, k) for r in records if len(r.answers) >= k]
+        out[k] = sum(values) / len(values)
         k *= 2
     return out
 
@@ -274,5 +353,5 @@ def curve_point(step: int, evaluation: Evaluation, held_out: EvalMetrics | None 
     point: dict[str, Any] = {"step": step} | {name: getattr(evaluation, name) for name in CURVE}
     point["by_task"] = {name: part.pass_at_1 for name, part in evaluation.by_task.items()}
     if held_out is not None:
-        point["held_out_level"] = {"pass_at_1": held_out.pass_at_1, "stderr": held_out.stderr}
+        point["held_out_level"] = {"pass_at_1": held_out.pass_at_1, "question_error": held_out.question_error}
     return point

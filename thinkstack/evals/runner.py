@@ -59,6 +59,7 @@ class EvalConfig:
 UNREAD_ADVICE: dict[ThinkingFormat, str] = {
     "think_answer_tags": 'set thinking_format = "flexible_extract" for stock models, or "think_then_answer" for R1',
     "think_then_answer": 'set thinking_format = "flexible_extract" to read models that open no think block',
+    "last_number": "look at the completions in samples.jsonl: none contains a number after its thinking",
     "flexible_extract": "look at the completions in samples.jsonl: none contains a box, an answer phrase or a number",
 }
 """Advice if no answer could be read, by thinking_format."""
@@ -107,6 +108,8 @@ def evaluate(
             wording=problem.wording,
             question=problem.question,
             reference=problem.answer,
+            cluster=str(problem.metadata.get("cluster", "")),
+            grader=task.grader,
             answers=tuple(record_answer(task, problem, response, next(scores)) for response in samples),
         )
         for task, problem, samples in zip(tasks, problems, responses, strict=True)
@@ -149,6 +152,8 @@ def record_answer(task: Task, problem: Problem, response: Response, found: Score
         rule=None if answer is None else response.rule,
         correct=None if found.unscorable is not None else found.parts["accuracy"] == 1.0,
         unscorable=found.unscorable,
+        grader=found.grader,
+        detail=found.detail,
         well_formed=response.is_well_formed,
         measures=dict(task.measures(problem, response)),
         truncated=response.is_truncated,

@@ -32,9 +32,9 @@ from thinkstack.types import ConfigError, Interrupted
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Format version of run folders, written into the manifest. A folder with a different version cannot be resumed."""
-LAST_COMMITS = {1: "60e1456", 2: "46a34e5"}
+LAST_COMMITS = {1: "60e1456", 2: "46a34e5", 3: "cac19d0"}
 """The last commit of thinkstack that resumes each earlier format version; manifests of version 1 have no number."""
 PREVIOUS = "previous"
 """Folder in the run folder for the folders of stages that ran with other settings."""

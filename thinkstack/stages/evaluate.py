@@ -35,7 +35,7 @@ class EvaluateConfig(EvalConfig):
     """Checkpoint, or the stage that writes it, to evaluate."""
     thinking_format: ThinkingFormat = "think_answer_tags"
     """Format of thinking and final answer: "think_answer_tags" of R1-Zero, "think_then_answer" of R1, or
-    "flexible_extract" for models that were not trained on a format (text/parse.py)."""
+    "flexible_extract" for models that were not trained on a format, or "last_number" (text/parse.py)."""
     greedy: bool = True
     """Also evaluate greedy decoding, on the same problems and on generated problems in wordings excluded from
     training."""

@@ -60,7 +60,8 @@ def summary(columns: dict[str, Evaluation], greedy: dict[str, Evaluation]) -> di
     return {
         name: {
             "pass_at_1": result.pass_at_1,
-            "stderr": result.stderr,
+            "question_error": result.question_error,
+            "rerun_error": result.rerun_error,
             "cons_at_16": result.cons_at_16,
             "answer_rate": result.answer_rate,
             "n": result.samples,

@@ -24,7 +24,7 @@ def _describe(run: Run, kind: str) -> str:
     if kind == "evaluate" and (run.folder / SAMPLED).is_file():
         result = read_evaluation(run.folder, SAMPLED)
         figure = f"pass@1 {accuracy(result)} %" if result.answer_rate else accuracy(result)
-        return f"{figure} of {result.problems:,} problems, {describe_samples(result.samples)} ({run.folder})"
+        return f"{figure} of {result.problems:,} problems, {describe_samples(result)} ({run.folder})"
     model = run.folder / MODEL
     return "  ".join(filter(None, (str(model if model.is_dir() else run.folder), _progress(run))))
 

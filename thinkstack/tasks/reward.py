@@ -135,8 +135,9 @@ def verify(pairs: Pairs, tasks: Mapping[str, Task], pool: VerifierPool) -> list[
         else:
             scores[index] = found
     for name, indices in waiting.items():
-        calls = [_portable(pairs[index]) for index in indices]
-        scores |= zip(indices, pool.run(tasks[name].verify, calls, tasks[name].prepare), strict=True)
+        task, calls = tasks[name], [_portable(pairs[index]) for index in indices]
+        seconds = [task.verify_seconds(problem) for problem, _ in calls]
+        scores |= zip(indices, pool.run(task.verify, calls, task.prepare, seconds), strict=True)
     return [scores[index] for index in range(len(pairs))]
 
 
@@ -169,4 +170,4 @@ def _combine(
             values[name] = PARTS[name](problem, response, verdict.total)
     total = sum(weight * values[name] for name, weight in cfg.parts.items())
     values.pop("accuracy_if_formatted", None)  # the product of two parts that are listed
-    return Score(total=total, parts=values)
+    return Score(total=total, parts=values, grader=verdict.grader, detail=verdict.detail)

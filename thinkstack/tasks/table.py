@@ -6,11 +6,17 @@ from thinkstack.config import did_you_mean
 from thinkstack.tasks.benchmarks import reasoning_gym as gym
 from thinkstack.tasks.benchmarks.aime import Aime
 from thinkstack.tasks.benchmarks.choices import ChoiceTask, Gpqa, Mmlu, MmluPro, MmluRedux
+from thinkstack.tasks.benchmarks.codeforces import Codeforces
+from thinkstack.tasks.benchmarks.cruxeval import CruxEvalInput, CruxEvalOutput
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, Gsm8k, Math
+from thinkstack.tasks.benchmarks.evalplus import HumanEvalPlus, MbppPlus
+from thinkstack.tasks.benchmarks.humaneval import HumanEval
 from thinkstack.tasks.benchmarks.ifeval import IFEval
 from thinkstack.tasks.benchmarks.infilling import Infilling
 from thinkstack.tasks.benchmarks.jsonl import JsonlTask
+from thinkstack.tasks.benchmarks.livecodebench import LiveCodeBench
 from thinkstack.tasks.benchmarks.mathematics import Amc23, Cmath, Mgsm, Minerva
+from thinkstack.tasks.benchmarks.mbpp import Mbpp
 from thinkstack.tasks.benchmarks.retrieval import MultiKeyRetrieval, NeedleRetrieval, RetrievalTask
 from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
 from thinkstack.tasks.puzzles.choice import Choice
@@ -59,6 +65,14 @@ BENCHMARKS: dict[str, type[DatasetTask]] = {
     "mmlu": Mmlu,
     "mmlu_pro": MmluPro,
     "mmlu_redux": MmluRedux,
+    "humaneval": HumanEval,
+    "humaneval_plus": HumanEvalPlus,
+    "mbpp": Mbpp,
+    "mbpp_plus": MbppPlus,
+    "livecodebench": LiveCodeBench,
+    "cruxeval_input": CruxEvalInput,
+    "cruxeval_output": CruxEvalOutput,
+    "codeforces": Codeforces,
 }
 """Published benchmarks, read from local files."""
 
@@ -75,7 +89,7 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
     where, is_generated = f"tasks.{name}", name in PUZZLES or name in RETRIEVAL or name.startswith(gym.PREFIX)
     if is_generated and cfg.data:
         raise ConfigError(f"{where}.data={cfg.data!r}: {name} is generated and reads no files; leave it out")
-    if cfg.verifier and (is_generated or name in BENCHMARKS):
+    if cfg.verifier and (is_generated or (name in BENCHMARKS and BENCHMARKS[name].default_grader is None)):
         raise ConfigError(f"{where}.verifier={cfg.verifier!r} has no effect: {name} has a verifier; leave it out")
     if cfg.prompt and is_generated:
         raise ConfigError(
@@ -83,12 +97,15 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
         )
     if cfg.choice_seed is not None and (is_generated or not has_choices(name)):
         raise ConfigError(f"{where}.choice_seed={cfg.choice_seed} has no effect: {name} has no choices; leave it out")
+    if is_generated:
+        _check_code_settings(name, cfg)
     if name in RETRIEVAL:
         return RETRIEVAL[name](name, cfg)
     if is_generated:
         return GeneratedTask(gym.puzzle_task(name) if name.startswith(gym.PREFIX) else PUZZLES[name], cfg)
     if cfg.unseen_wordings:
         raise ConfigError(f"{where}.unseen_wordings=true has no effect: {name} is not generated; leave it out")
+    _check_code_settings(name, cfg)
     if not cfg.data and name in BENCHMARKS:
         raise ConfigError(f"the task {name} needs its data: set {where}.data=FOLDER, with {BENCHMARKS[name].SOURCE}")
     if not cfg.data:
@@ -100,6 +117,15 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
 def has_choices(name: str) -> bool:
     """Whether the questions of a task may have choices: of the benchmarks for multiple choice, and of your own."""
     return issubclass(BENCHMARKS.get(name, JsonlTask), ChoiceTask | JsonlTask)
+
+
+def _check_code_settings(name: str, cfg: TaskConfig) -> None:
+    """Raise ConfigError for settings that only tasks of code have."""
+    allowed = BENCHMARKS[name].CODE_SETTINGS if name in BENCHMARKS else ()
+    for setting in ("since", "until", "time_limit_seconds", "unsafe_code"):
+        value = getattr(cfg, setting)
+        if value and setting not in allowed:
+            raise ConfigError(f"tasks.{name}.{setting}={value!r} has no effect on {name}; leave it out")
 
 
 def make_tasks(table: Mapping[str, TaskConfig]) -> dict[str, Task]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from thinkstack.config import CountOrZero, Input
+from thinkstack.config import CountOrZero, Input, SecondsOrZero
+from thinkstack.tasks.verify.graders import GraderName
 from thinkstack.types import Message, Problem, Response, Score, Tool
 
 if TYPE_CHECKING:
     from thinkstack.text.chat import ChatFormat
 
-VerifierName = Literal["text", "number", "latex", "choice"]
 DEFAULT_TASKS = ("chain", "nested", "cups", "kinship")
 """Tasks of the demo."""
 MAX_ANSWER_CHARACTERS = 64
@@ -35,9 +35,17 @@ class TaskConfig:
     """Use the wordings of generated questions that training never uses."""
     num_samples: CountOrZero = 0
     """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
-    verifier: VerifierName | None = None
-    """How answers of your own task are compared with the reference: as "text" (the default), by the value of a
-    "number", as "latex" formulas, or as the letter of a "choice"."""
+    since: str = ""
+    """First date of a problem, YYYY-MM-DD, for sets with dates (LiveCodeBench); empty: no limit."""
+    until: str = ""
+    """Last date of a problem, YYYY-MM-DD; empty: no limit."""
+    time_limit_seconds: SecondsOrZero = 0.0
+    """Time limit of one test of code; 0: as published, or as the problem says. It is part of the score."""
+    unsafe_code: bool = False
+    """Run code that a model wrote without a sandbox where the machine has none."""
+    verifier: GraderName | None = None
+    """The grader, which compares answers with the reference: "text" (the default of your own task), "number", "choice",
+    "strict", "latex" or "math-verify"; tasks/verify/graders.py explains them."""
     prompt: str = ""
     """Name of a published prompt of the task, such as "deepseek" or "simple-evals" (tasks/benchmarks/prompts.py), or a
     text of your own with {question}, and {choices} for multiple choice; empty: the task's default."""
@@ -89,6 +97,12 @@ class Task(Protocol):
         """Probability that a blind guess is correct; None if unknown."""
 
     @property
+    def grader(self) -> str:
+        """Name of the grader that compares answers with the reference (verify/graders.py); the task's name if it has
+        rules of its own."""
+        return self.name
+
+    @property
     def num_samples(self) -> int:
         """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
         return self.cfg.num_samples
@@ -119,6 +133,10 @@ class Task(Protocol):
     def may_hang(self, problem: Problem, response: Response) -> bool:
         """Whether `verify` must run in a process that can be killed (verify/pool.py)."""
         return False
+
+    def verify_seconds(self, problem: Problem) -> float | None:
+        """Return the longest time of `verify` in such a process; None: the pool's."""
+        return None
 
     def prepare(self) -> None:
         """Import what `verify` needs; called in such a process before its time limit starts."""

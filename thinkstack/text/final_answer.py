@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<brace>\{)?")
 _BARE_BOX = re.compile(r"[^\s$.,{}]+(?:[.,][0-9]+)*")
+_JOINED = re.compile(r"(?:[\s$,;*/]|\\[()\[\],;: !]|\\(?:text|mbox|q?quad)(?![A-Za-z])|[{}]|\b(?:and|or)\b)*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _VALUE = r"(?:[-+\u2212]?\s?[\\$\u20ac\u00a3\u00a5]?\s?[-+\u2212]?\.?[0-9]|[\\$])"
 """Start of a value that is not a word: a number with sign and currency, or a formula."""
@@ -37,19 +38,24 @@ def closing_brace(text: str, start: int) -> int | None:
 
 def boxes(text: str) -> list[str | None]:
     """Return the content of each outermost \\boxed{} or \\fbox{} in order; None for an unfinished one."""
-    found: list[str | None] = []
+    return [content for content, _, _ in _box_spans(text)]
+
+
+def _box_spans(text: str) -> list[tuple[str | None, int, int]]:
+    """Return (content, start, end) of each box."""
+    found: list[tuple[str | None, int, int]] = []
     place = 0
     while match := _BOX.search(text, place):
         if match["brace"] is None:  # \boxed 5, as some solutions write
             word = _BARE_BOX.match(text, match.end())
-            found.append(word[0] if word else None)
             place = word.end() if word else match.end()
+            found.append((word[0] if word else None, match.start(), place))
             continue
         end = closing_brace(text, match.end())
         if end is None:
-            return [*found, None]
-        found.append(text[match.end() : end])
-        place = end
+            return [*found, (None, match.start(), len(text))]
+        place = end + 1
+        found.append((text[match.end() : end], match.start(), place))
     return found
 
 
@@ -57,6 +63,20 @@ def last_boxed(text: str) -> str | None:
     """Return the content of the last box; None if there is no box or if the last one is empty or unfinished."""
     found = boxes(text)
     return (found[-1] or "").strip() or None if found else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """Return the content of the last box of a model's answer, as `last_boxed`; None also if it is one of several.
+
+    Boxes with different contents that only "and", "or", signs or blanks separate are several answers:
+    \\boxed{3} or \\boxed{4} is none. A box in an earlier sentence is a step on the way.
+    """
+    spans = _box_spans(text)
+    if len(spans) > 1:
+        (before, _, end), (last, start, _) = spans[-2:]
+        if before and last and before.strip() != last.strip() and _JOINED.fullmatch(text, end, start):
+            return None
+    return last_boxed(text)
 
 
 def after_hashes(text: str) -> str | None:
@@ -88,7 +108,7 @@ def last_number(text: str) -> str | None:
 
 
 EXTRACTION_RULES: dict[str, Callable[[str], str | None]] = {
-    "last_box": last_boxed,
+    "last_box": boxed_answer,
     "hashes": after_hashes,
     "answer_is": after_answer_is,
     "last_number": last_number,
@@ -99,10 +119,11 @@ EXTRACTION_RULES: dict[str, Callable[[str], str | None]] = {
 def flexible_extract(text: str) -> tuple[str | None, str | None]:
     """Return (answer, name of the rule that found it); (None, None) if no rule finds one.
 
-    An unfinished or empty last box means that the answer was cut off: the result is (None, None).
+    An unfinished or empty last box means that the answer was cut off, and several boxes side by side are no single
+    answer: the result is (None, None).
     The name comes from a filter in lm-evaluation-harness, which extracts the last number.
     """
-    if boxes(text) and last_boxed(text) is None:
+    if boxes(text) and boxed_answer(text) is None:
         return None, None
     for name, rule in EXTRACTION_RULES.items():
         answer = rule(text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from thinkstack.text.final_answer import boxes, flexible_extract, last_boxed
+from thinkstack.text.final_answer import boxed_answer, boxes, flexible_extract, last_number
 from thinkstack.text.tokenizer import (
     CALL_BEGIN,
     CALL_END,
@@ -22,7 +23,7 @@ from thinkstack.types import Completion, Message, Response, ToolCall
 if TYPE_CHECKING:
     from thinkstack.text.chat import ChatFormat
 
-ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract"]
+ThinkingFormat = Literal["think_answer_tags", "think_then_answer", "flexible_extract", "last_number"]
 """The expected format of a turn and the position of its answer; see `parse_turn`."""
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
@@ -61,9 +62,11 @@ def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags")
 
     thinking_format: "think_answer_tags" (R1-Zero): one think block and one answer between tags, and nothing else;
     several answers count as none. "think_then_answer" (R1): one think block, then text of any length; the answer is the
-    content of the last box, or all of the text if there is no box, or None if the last box is unfinished.
+    content of the last box, or all of the text if there is no box, or None if the last box is unfinished or one of
+    several side by side.
     "flexible_extract": any format; the first rule of text/final_answer.py that matches finds the answer, and the turn
-    is well-formed if there is one.
+    is well-formed if there is one. "last_number": any format; the answer is the last number, as where a benchmark's
+    protocol says so.
     """
     response = _PARSERS[thinking_format](text)
     return replace(response, tool_calls=parse_tool_calls(text)[1]) if CALLS_BEGIN in text else response
@@ -92,11 +95,11 @@ def _parse_think_then_answer(text: str) -> Response:
     if not is_single:
         return Response(text=text, thinking=thinking.strip() if closed else rest.strip())
     visible_text, thinking = answer.strip(), thinking.strip()
-    final = last_boxed(visible_text) if boxes(visible_text) else visible_text or None
+    final = boxed_answer(visible_text) if boxes(visible_text) else visible_text or None
     return Response(text=text, thinking=thinking, answer=final, is_well_formed=bool(thinking and visible_text))
 
 
-def _parse_flexible(text: str) -> Response:
+def _parse_any(extract: Callable[[str], tuple[str | None, str | None]], text: str) -> Response:
     """Parse a turn of any format: the text before the last closing tag is thinking, the answer is searched after it.
 
     Without a closing tag, the complete text is both the thinking and the text that is searched.
@@ -104,15 +107,22 @@ def _parse_flexible(text: str) -> Response:
     before, closed, visible_text = text.rpartition(THINK_CLOSE)
     if THINK_OPEN in visible_text:
         return Response(text=text, thinking=visible_text.rpartition(THINK_OPEN)[2].strip())
-    answer, rule = flexible_extract(visible_text)
+    answer, rule = extract(visible_text)
     thinking = before.rpartition(THINK_OPEN)[2].strip() if closed else visible_text.strip()
     return Response(text=text, thinking=thinking, answer=answer, is_well_formed=answer is not None, rule=rule)
 
 
-_PARSERS = {
+def _extract_last_number(text: str) -> tuple[str | None, str | None]:
+    """Return (the last number, the name of the rule); (None, None) without a number."""
+    answer = last_number(text)
+    return answer, None if answer is None else "last_number"
+
+
+_PARSERS: dict[ThinkingFormat, Callable[[str], Response]] = {
     "think_answer_tags": _parse_think_answer_tags,
     "think_then_answer": _parse_think_then_answer,
-    "flexible_extract": _parse_flexible,
+    "flexible_extract": partial(_parse_any, flexible_extract),
+    "last_number": partial(_parse_any, _extract_last_number),
 }
 
 

@@ -7,6 +7,12 @@ from tests.server.page.hostile import cases
 from thinkstack.server.settings import ServerSettings
 
 pytestmark = pytest.mark.page
+ROW = "| " + " | ".join(["a wide cell"] * 12) + " |"
+WIDE = (
+    f"I think. {'x' * 200}</think>\n\n{ROW}\n|{'---|' * 12}\n{ROW}\n\n```\n{'long_line ' * 40}\n```\n\n> quoted\n\n"
+    f"\\[ x {'+ x_k ' * 60} \\]\n\n[a link](https://example.com) and `code`."
+)
+"""An answer whose parts are wider than the page."""
 
 
 @pytest.fixture
@@ -50,6 +56,51 @@ def test_every_view_is_accessible(start, browse, axe, scheme, width):
     for place in range(dialog.get_by_role("tab").count()):
         dialog.get_by_role("tab").nth(place).click()
         assert axe(tab) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 400])
+def test_every_dialog_and_the_shared_page_are_accessible(start, browse, axe, scheme, width):
+    tab = browse(start(answer=lambda prompt, index: WIDE, no_keys=True), color_scheme=scheme, bypass_csp=True)
+    tab.set_viewport_size({"width": width, "height": 800})
+    ask(tab, "a question " * 20)
+    wait_done(tab)
+    assert axe(tab) == []
+    dialog = tab.get_by_role("dialog")
+    for action in ("edit", "edit-thinking"):
+        tab.locator(f".message [data-action={action}]").first.click()
+        dialog.wait_for()
+        assert axe(tab) == [], action
+        tab.keyboard.press("Escape")
+        dialog.wait_for(state="detached")
+    for name in ("Rename", "Delete", "Share"):
+        tab.locator("#menu-open").click()
+        tab.locator(".menu").get_by_text(name, exact=True).click()
+        dialog.wait_for()
+        assert axe(tab) == [], name
+        if name != "Share":
+            tab.keyboard.press("Escape")
+            dialog.wait_for(state="detached")
+    tab.goto(tab.get_by_role("textbox", name="Link").input_value())
+    tab.locator("details summary").click()
+    assert axe(tab) == []
+    assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_running_answers_side_by_side_are_accessible(start, browse, axe, scheme):
+    server = start(no_keys=True)
+    server.server.models.get("deepseek-chat").config.__dict__["on_page"] = True
+    tab = browse(server, color_scheme=scheme, bypass_csp=True)
+    tab.locator("#compare").click()
+    tab.locator("#second-model").select_option("deepseek-chat")
+    server.pace.seconds = 0.02
+    ask(tab, "?")
+    wait_done(tab, "thinking")
+    assert axe(tab) == []
+    server.pace.seconds = 0.0
+    wait_done(tab)
+    assert axe(tab) == []
 
 
 def test_the_page_speaks_chinese(start, browse, chromium):

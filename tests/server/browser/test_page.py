@@ -37,6 +37,21 @@ def test_sign_up_think_and_answer(start, browse):
     assert tab.locator(".message.user").inner_text().strip().endswith("What is 1 + 2?")
 
 
+def test_the_thinking_is_counted_whole_when_the_answer_begins(start, browse):
+    """The label showed what had been thought at the last progress event, up to a second before the end."""
+    server = start(
+        answer=lambda prompt, index: f"{'I think. ' * 60}</think>{'Word. ' * 400}", no_keys=True, seconds=0.003
+    )
+    tab = browse(server)
+    ask(tab, "?")
+    wait_done(tab, "answering")
+    label = tab.locator(".thinking-label")
+    tokens = label.inner_text().rpartition(", ")[2]
+    server.pace.seconds = 0.0
+    wait_done(tab)
+    assert label.inner_text().rpartition(", ")[2] == tokens != "0 tokens"
+
+
 def test_the_thinking_is_in_the_document_only_while_open(start, browse):
     tab = browse(start(no_keys=True))
     ask(tab, "?")

@@ -30,6 +30,7 @@ BLOCK_ATTRIBUTES = {
 }
 PAGE_ATTRIBUTES = {
     **BLOCK_ATTRIBUTES,
+    "div": {"class", "tabindex"},
     "html": {"lang"},
     "meta": {"charset", "name", "content", "http-equiv"},
     "link": {"rel", "href"},
@@ -38,7 +39,7 @@ PAGE_ATTRIBUTES = {
     "h1": {"dir"},
     **{name: {"class"} for name in ("body", "article", "details")},
 }
-CLASSES = re.compile("block|formula|share|user|assistant|thinking|files|text|language-[A-Za-z0-9_+-]{1,20}")
+CLASSES = re.compile("block|formula|scrolls|share|user|assistant|thinking|files|text|language-[A-Za-z0-9_+-]{1,20}")
 VIEWER = MarkdownIt("commonmark", {"html": True}).enable("table")  # as a hostile reader of an exported file
 
 

@@ -8,7 +8,12 @@ from tests.problems import make_problem
 from thinkstack.tasks.benchmarks.jsonl import JsonlTask
 from thinkstack.tasks.table import make_task
 from thinkstack.tasks.task import TaskConfig
-from thinkstack.types import ConfigError, Message
+from thinkstack.types import ConfigError, Message, Response
+
+
+def verify_by(task, problem, answer):
+    return task.verify(problem, Response(text="", answer=answer)).total == 1.0
+
 
 ROW = {"question": "2+2?", "answer": 4}
 
@@ -54,7 +59,7 @@ def test_only_the_rows_of_the_allowed_levels_and_languages_are_used(tmp_path):
 def test_answers_are_compared_by_the_rows_verifier(verifier, reference, right, wrong):
     task = JsonlTask("mine", TaskConfig(data="files", verifier=verifier))
     problem = make_problem(answer=reference, task="mine")
-    assert task.is_correct(problem, right) and not task.is_correct(problem, wrong)
+    assert verify_by(task, problem, right) and not verify_by(task, problem, wrong)
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,9 @@ def account_routes(page: Page) -> APIRouter:
     async def sign_in(body: SignIn, request: Request) -> Response:
         """Start a session."""
         check_origin(request)
-        address, agent = request.client.host if request.client else "", request.headers.get("user-agent", "")
         old = request.cookies.get(COOKIE, "")
         try:
-            token = await asyncio.to_thread(sessions.sign_in, body.name, body.password, address, agent, old)
+            token = await asyncio.to_thread(sessions.sign_in, body.name, body.password, *_source(request), old)
         except AuthenticationError as error:
             raise WrongPassword("wrong user name or password") from error
         return _signed_in(request, token)
@@ -81,8 +80,7 @@ def account_routes(page: Page) -> APIRouter:
     async def sign_up(body: SignUp, request: Request) -> Response:
         """Make an account and start a session."""
         check_origin(request)
-        agent = request.headers.get("user-agent", "")
-        token = await asyncio.to_thread(sessions.sign_up, body.name, body.password, body.invitation, agent)
+        token = await asyncio.to_thread(sessions.sign_up, body.name, body.password, body.invitation, *_source(request))
         return _signed_in(request, token)
 
     return routes
@@ -91,14 +89,14 @@ def account_routes(page: Page) -> APIRouter:
 def session_routes(page: Page) -> APIRouter:
     """Sessions, passwords and invitations."""
     routes = APIRouter(prefix="/page", include_in_schema=False)
-    server, sessions = page.server, page.sessions
+    sessions = page.sessions
     signed_in = Annotated[Caller, Depends(page.caller)]
     in_session = Annotated[Session, Depends(page.session)]
 
     @routes.post("/sign-out")
     async def sign_out(session: in_session, request: Request) -> Response:
         """End the session."""
-        await server.billing.call(sessions.end, session.principal.user_id, session.id)
+        await asyncio.to_thread(sessions.end, session.principal.user_id, session.id)
         return _signed_in(request, "")
 
     @routes.post("/password")
@@ -113,13 +111,13 @@ def session_routes(page: Page) -> APIRouter:
     @routes.get("/sessions")
     async def list_sessions(session: in_session) -> dict[str, Any]:
         """All sessions of the user."""
-        rows = await server.billing.call(sessions.list_sessions, session.principal.user_id)
+        rows = await asyncio.to_thread(sessions.list_sessions, session.principal.user_id)
         return {"sessions": [row | {"is_this": row["id"] == session.id} for row in rows]}
 
     @routes.delete("/sessions/{session_id}")
     async def end_session(session_id: int, session: in_session) -> dict[str, Any]:
         """End a session of the user."""
-        await server.billing.call(sessions.end, session.principal.user_id, session_id)
+        await asyncio.to_thread(sessions.end, session.principal.user_id, session_id)
         return {}
 
     @routes.post("/invitations")
@@ -127,7 +125,7 @@ def session_routes(page: Page) -> APIRouter:
         """An invitation for a new user."""
         if not caller.principal.is_admin:
             raise Forbidden("invitations are for administrators")
-        return {"invitation": await server.billing.call(sessions.invite, caller.user_id)}
+        return {"invitation": await asyncio.to_thread(sessions.invite, caller.user_id)}
 
     return routes
 
@@ -135,7 +133,7 @@ def session_routes(page: Page) -> APIRouter:
 def key_routes(page: Page) -> APIRouter:
     """Keys and usage."""
     routes = APIRouter(prefix="/page", include_in_schema=False)
-    server, accounts = page.server, page.server.accounts
+    accounts = page.server.accounts
     signed_in = Annotated[Caller, Depends(page.caller)]
 
     @routes.get("/keys")
@@ -143,7 +141,7 @@ def key_routes(page: Page) -> APIRouter:
         """The keys of the user."""
         now_ms = int(accounts.clock() * 1000)
         names = ("id", "prefix", "name", "created_ms", "expires_ms", "last_used_ms")
-        rows = [row for row in await server.billing.call(accounts.list_keys) if _is_own(row, caller)]
+        rows = [row for row in await asyncio.to_thread(accounts.list_keys) if _is_own(row, caller)]
         return {
             "keys": [
                 {name: row[name] for name in names}
@@ -158,24 +156,24 @@ def key_routes(page: Page) -> APIRouter:
         if body.name == PAGE_KEY:
             raise RequestError(f"the name {PAGE_KEY!r} is taken; choose another one", "name")
         seconds = None if body.expires_days is None else body.expires_days * DAY_MS // 1000
-        key = await server.billing.call(accounts.add_key, caller.user_id, body.name, ("chat",), (), seconds)
+        key = await asyncio.to_thread(accounts.add_key, caller.user_id, body.name, ("chat",), (), seconds)
         return {"key": key}
 
     @routes.delete("/keys/{key_id}")
     async def revoke_key(key_id: int, caller: signed_in) -> dict[str, Any]:
         """Revoke a key of the user."""
-        rows = await server.billing.call(accounts.list_keys)
+        rows = await asyncio.to_thread(accounts.list_keys)
         found = next((row for row in rows if row["id"] == key_id and _is_own(row, caller)), None)
         if found is None:
             raise NotFound("there is no such key")
-        await server.billing.call(accounts.revoke_key, found["prefix"])
+        await asyncio.to_thread(accounts.revoke_key, found["prefix"])
         return {}
 
     @routes.get("/usage")
     async def usage(caller: signed_in) -> dict[str, Any]:
         """The usage of the last days."""
         since = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=USAGE_DAYS)
-        rows = await server.billing.call(accounts.usage, "day", caller.user_id, since)
+        rows = await asyncio.to_thread(accounts.usage, "day", caller.user_id, since)
         is_free = accounts.prices is None
         days = [
             {
@@ -190,6 +188,11 @@ def key_routes(page: Page) -> APIRouter:
         return {"currency": None if is_free else accounts.currency, "days": days}
 
     return routes
+
+
+def _source(request: Request) -> tuple[str, str]:
+    """Address and browser of a request."""
+    return request.client.host if request.client else "", request.headers.get("user-agent", "")
 
 
 def _signed_in(request: Request, token: str) -> Response:
@@ -207,12 +210,12 @@ async def _describe_caller(page: Page, caller: Caller) -> dict[str, Any]:
     accounts, limit = server.accounts, principal.limits.deep_think_per_day
     deep_think = None
     if limit:
-        used = await server.billing.call(accounts.deep_think_used, caller.user_id)
+        used = await asyncio.to_thread(accounts.deep_think_used, caller.user_id)
         resets_ms = (int(accounts.clock() * 1000) // DAY_MS + 1) * DAY_MS
         deep_think = {"limit": limit, "used": used, "resets_ms": resets_ms}
     balance = None
     if accounts.prices is not None:
-        balance = format_amount((await server.billing.call(accounts.balance, caller.user_id)).total_pico)
+        balance = format_amount((await asyncio.to_thread(accounts.balance, caller.user_id)).total_pico)
     return {
         "user": principal.user_name,
         "is_admin": principal.is_admin,

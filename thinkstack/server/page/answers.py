@@ -92,13 +92,15 @@ class Answers:
             raise
         return turns
 
-    def launch(self, message: StoredMessage, siblings: Sequence[str], turn: Turn) -> LiveAnswer:
+    async def open(self, message: StoredMessage, siblings: Sequence[str]) -> LiveAnswer:
+        """A message as a running answer; a long one is rendered in a thread."""
+        return await asyncio.to_thread(LiveAnswer, replace(message, status="running"), siblings, self.describe)
+
+    def launch(self, live: LiveAnswer, turn: Turn) -> None:
         """Read a turn that was started into its message, which is in the database."""
-        live = LiveAnswer(message, siblings, self.describe)
-        running = self._running[message.id] = RunningAnswer(live, turn, time.monotonic())
+        running = self._running[live.message.id] = RunningAnswer(live, turn, time.monotonic())
         self._server.turns[turn.id] = turn
         running.task = asyncio.create_task(self._run(running))
-        return live
 
     def describe(self, live: LiveAnswer) -> dict[str, Any]:
         """A running answer, or one that has just ended, as JSON."""
@@ -116,11 +118,13 @@ class Answers:
         live = live or self._mirrors.get(message_id)
         if live is None:
             siblings = await asyncio.to_thread(self._store.siblings, message)
-            live = LiveAnswer(replace(message, status="running"), siblings, self.describe)
-            if message.status == "running":
-                self._follow_soon(user_id, live)
-            else:
+            live = await self.open(message, siblings)
+            if message.status != "running":
                 await live.finish(message)
+            elif message_id in self._mirrors:  # another reader was faster
+                live = self._mirrors[message_id]
+            else:
+                self._follow_soon(user_id, live)
         return live.events(after)
 
     async def command(self, user_id: int, message_id: str, command: str) -> None:
@@ -147,7 +151,8 @@ class Answers:
         status, error = "failed", ""
         try:
             async for index, event in turn.events():
-                live.num_tokens = turn.usage.completion_tokens
+                usage = turn.usage
+                live.num_tokens, live.num_reasoning_tokens = usage.completion_tokens, usage.reasoning_tokens
                 if index < 0:
                     continue
                 if event.kind == "reasoning":
@@ -255,7 +260,7 @@ async def _catch_up(live: LiveAnswer, message: StoredMessage) -> None:
         live.add_reasoning(message.reasoning[num_reasoning:])
     if len(message.content) > num_content:
         await live.add_content(message.content[num_content:])
-    live.num_tokens = message.stats.completion_tokens
+    live.num_tokens, live.num_reasoning_tokens = message.stats.completion_tokens, message.stats.reasoning_tokens
     if message.status != "running":
         await live.finish(message)
 

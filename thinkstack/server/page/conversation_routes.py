@@ -1,5 +1,6 @@
 """Routes of the page for conversations: the list, one of them, its files and its link."""
 
+import asyncio
 import re
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -46,7 +47,7 @@ def conversation_json(page: Page, found: Conversation) -> dict[str, Any]:
 def conversation_routes(page: Page) -> APIRouter:
     """The list, and one conversation."""
     routes = APIRouter(prefix="/page", include_in_schema=False)
-    call, store = page.server.billing.call, page.conversations
+    call, store = asyncio.to_thread, page.conversations
     signed_in = Annotated[Caller, Depends(page.caller)]
 
     @routes.get("/conversations")
@@ -87,7 +88,7 @@ def conversation_routes(page: Page) -> APIRouter:
 def transfer_routes(page: Page) -> APIRouter:
     """Links, export and import."""
     routes = APIRouter(include_in_schema=False)
-    call, store = page.server.billing.call, page.conversations
+    call, store = asyncio.to_thread, page.conversations
     signed_in = Annotated[Caller, Depends(page.caller)]
 
     @routes.post("/page/conversations/{conversation_id}/share")
@@ -129,7 +130,7 @@ def transfer_routes(page: Page) -> APIRouter:
     async def import_(body: ConversationInput, caller: signed_in) -> dict[str, Any]:
         """A new conversation from an exported one."""
         conversation_id = new_id()
-        messages, leaf_id = import_json(body, conversation_id)
+        messages, leaf_id = await call(import_json, body, conversation_id)
         await call(store.import_messages, caller.user_id, conversation_id, body.title, messages, leaf_id)
         return {"id": conversation_id}
 

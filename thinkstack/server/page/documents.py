@@ -89,9 +89,16 @@ def _article(entry: Entry, labels: dict[str, str]) -> str:
     if entry.reasoning:
         thinking = f"<summary>{labels['thinking']}</summary>{_plain(entry.reasoning)}"
         parts.append(f'<details class="thinking">{thinking}</details>')
-    parts.append(_plain(entry.text) if entry.role == "user" else render(entry.text))
+    parts.append(_plain(entry.text) if entry.role == "user" else _scrollable(render(entry.text)))
     body = "\n".join(parts)
     return f'<article class="{entry.role}">\n{body}\n</article>'
+
+
+def _scrollable(html: str) -> str:
+    """Rendered Markdown in which wide tables and formulas scroll, by keyboard too, instead of the page. The tags are
+    those of the renderer: in text they are escaped."""
+    html = html.replace('<div class="formula">', '<div class="formula scrolls" tabindex="0">')
+    return html.replace("<table>", '<div class="scrolls" tabindex="0"><table>').replace("</table>", "</table></div>")
 
 
 def _plain(text: str) -> str:

@@ -137,6 +137,11 @@ def _serialize(element: Element, depth: int) -> str:
         # Browsers have only mathvariant="normal" (MathML Core): other alphabets are characters of their own.
         text = "".join(_styled(character, variant) for character in text)
         del attributes["mathvariant"]
+    if element.tag == "mo" and text in ("|", "\u2016") and "form" not in attributes:
+        attributes |= {
+            "lspace": "0em",
+            "rspace": "0em",
+        }  # as in TeX; browsers take a bar between two terms for a relation
     written = "".join(f' {name}="{escape(value)}"' for name, value in attributes.items())
     children = "".join(_serialize(child, depth + 1) for child in element)
     return f"<{element.tag}{written}>{escape(text, quote=False)}{children}</{element.tag}>"

@@ -61,7 +61,7 @@ class LiveAnswer:
         self.blocks = [render_block(source) for source in self.splitter.feed(message.content)]
         """HTML of the finished blocks."""
         self.state: State = "waiting"
-        self.num_tokens = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
         self.began = time.monotonic()
         self._thinking_began: float | None = None
         self.thinking_seconds: float | None = None
@@ -110,7 +110,10 @@ class LiveAnswer:
     def snapshot(self, message: StoredMessage | None = None) -> StoredMessage:
         """The message as far as it is."""
         found = replace(message or self.message, reasoning=str(self.reasoning), content=str(self.content))
-        return found if found.status == "running" else replace(found, html="".join(self.blocks))
+        if found.status != "running":
+            return replace(found, html="".join(self.blocks))
+        tokens = {"completion_tokens": self.num_tokens, "reasoning_tokens": self.num_reasoning_tokens}
+        return replace(found, stats=replace(found.stats, **tokens))
 
     async def events(self, after: Position) -> AsyncIterator[bytes]:
         """What comes after a position, as server-sent events."""
@@ -123,7 +126,7 @@ class LiveAnswer:
                 num_reasoning, num_content, num_blocks = *self.position, len(self.blocks)
             else:
                 num_blocks = len(BlockSplitter().feed(str(self.content)[:num_content]))
-            told_at = 0.0
+            told_at, told_state = 0.0, ""
             while True:
                 if num_reasoning < self.reasoning.length:
                     yield self._event("reasoning", {"text": self.reasoning.since(num_reasoning)}, num_content)
@@ -138,8 +141,8 @@ class LiveAnswer:
                 if self.is_ended:
                     yield self._event("end", {"message": self._describe(self), "blocks": self.blocks[num_blocks:]})
                     return
-                if time.monotonic() - told_at >= PROGRESS_SECONDS:
-                    told_at = time.monotonic()
+                if time.monotonic() - told_at >= PROGRESS_SECONDS or told_state != self.state:
+                    told_at, told_state = time.monotonic(), self.state
                     yield self._event("progress", self.progress(), num_content)
                 await _wait(news, PROGRESS_SECONDS)
         finally:
@@ -153,6 +156,7 @@ class LiveAnswer:
         return {
             "state": self.state,
             "tokens": self.num_tokens,
+            "thinking_tokens": self.num_reasoning_tokens,
             "seconds": round(time.monotonic() - self.began, 3),
             "thinking_seconds": None if thinking is None else round(thinking, 3),
         }

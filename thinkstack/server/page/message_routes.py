@@ -1,5 +1,6 @@
 """Routes of the page for messages: sending, regenerating, going on, and the stream of an answer."""
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,7 +57,7 @@ class Continue(Body):
 def message_routes(page: Page) -> APIRouter:
     """Messages."""
     routes = APIRouter(prefix="/page", include_in_schema=False)
-    call, store = page.server.billing.call, page.conversations
+    call, store = asyncio.to_thread, page.conversations
     signed_in = Annotated[Caller, Depends(page.caller)]
 
     @routes.post("/send")
@@ -114,7 +115,7 @@ def message_routes(page: Page) -> APIRouter:
 def answer_routes(page: Page) -> APIRouter:
     """The text of answers, their streams, and what ends them."""
     routes = APIRouter(prefix="/page", include_in_schema=False)
-    call, store, answers = page.server.billing.call, page.conversations, page.answers
+    call, store, answers = asyncio.to_thread, page.conversations, page.answers
     signed_in = Annotated[Caller, Depends(page.caller)]
 
     @routes.get("/messages/{message_id}/source")
@@ -166,15 +167,17 @@ async def _start(
     turns = await page.answers.start_turns(caller.principal, wanted)
     try:
         conversation_id = made[0].conversation_id
-        found = await page.server.billing.call(
+        found = await asyncio.to_thread(
             page.conversations.add, caller.user_id, conversation_id, [*before, *made], title
         )
+        siblings = found.siblings[made[0].parent_id]
+        lives = [await page.answers.open(message, siblings) for message in made]
     except BaseException:
         for turn in turns:
             turn.close()
         raise
-    siblings = found.siblings[made[0].parent_id]
-    lives = [page.answers.launch(message, siblings, turn) for message, turn in zip(made, turns, strict=True)]
+    for live, turn in zip(lives, turns, strict=True):
+        page.answers.launch(live, turn)
     answers = [page.answers.describe(live) for live in lives]
     user = message_json(before[0], found.siblings[before[0].parent_id]) if before else None
     return {"id": found.id, "title": found.title, "updated_ms": found.updated_ms, "user": user, "answers": answers}

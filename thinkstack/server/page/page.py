@@ -1,5 +1,7 @@
 """What the routes of the page share: the caller of a request, its protection, and the page's own files."""
 
+import asyncio
+import gzip
 import hashlib
 import hmac
 import mimetypes
@@ -74,7 +76,7 @@ class Page:
             token = request.cookies.get(COOKIE, "")
             if not token:
                 raise AuthenticationError("you are signed out; sign in again")
-            session = await self.server.billing.call(self.sessions.find, token)
+            session = await asyncio.to_thread(self.sessions.find, token)
             caller = Caller(principal=session.principal, session=session)
         if request.method not in SAFE:
             check_origin(request)
@@ -112,16 +114,21 @@ def file_routes() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     folder = resources.files("thinkstack.server").joinpath("ui")
     files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:20]}"' for name, data in files.items()}
+    small = {name: gzip.compress(data, mtime=0) for name, data in files.items()}
+    tags = {name: hashlib.sha256(data).hexdigest()[:20] for name, data in files.items()}
 
     def reply(request: Request, name: str) -> Response:
         if name not in files:
             raise NotFound(f"the page has no file {name!r}")
-        headers = HEADERS | {"Cache-Control": "no-cache", "ETag": tags[name]}
-        if request.headers.get("if-none-match") == tags[name]:
+        is_small = _accepts_gzip(request.headers.get("accept-encoding", ""))
+        tag = f'"{tags[name]}{"-gzip" if is_small else ""}"'
+        headers = HEADERS | {"Cache-Control": "no-cache", "ETag": tag, "Vary": "Accept-Encoding"}
+        if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
+        if is_small:
+            headers["Content-Encoding"] = "gzip"
         media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return Response(files[name], media_type=media_type, headers=headers)
+        return Response((small if is_small else files)[name], media_type=media_type, headers=headers)
 
     @routes.get("/")
     async def index(request: Request) -> Response:
@@ -134,3 +141,12 @@ def file_routes() -> APIRouter:
         return reply(request, name)
 
     return routes
+
+
+def _accepts_gzip(accepted: str) -> bool:
+    """Whether a header Accept-Encoding names gzip, without a q of 0."""
+    for each in accepted.lower().split(","):
+        coding, _, quality = each.replace(" ", "").partition(";q=")
+        if coding == "gzip":
+            return quality.strip("0.") != "" if quality else True
+    return False

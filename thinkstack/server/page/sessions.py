@@ -8,7 +8,6 @@ hash of the session's token, which the page reads once and sends with each chang
 import math
 import secrets
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +28,9 @@ INVITATION_MS = 7 * 86_400_000
 MIN_PASSWORD, MAX_PASSWORD = 8, 1024
 """Number of characters."""
 MAX_FAILURES, FAILURE_SECONDS = 10, 300.0
-"""Failed sign-ins of one name or one address that are allowed in this time."""
+"""Failed sign-ins of one name or one address, and new accounts of an address, that are allowed in this time."""
+MAX_SOURCES = 10_000
+"""Names and addresses that are remembered before old ones are removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class Sessions:
 
     def __init__(self, accounts: Accounts, mode: Literal["off", "invitation", "open"]):
         self.accounts, self.mode = accounts, mode
-        self._failures: dict[str, list[float]] = defaultdict(list)
-        """Times of failed sign-ins by name and by address."""
+        self._failures: dict[str, list[float]] = {}
+        """Times of failed sign-ins by name and by address, and of new accounts by address."""
 
     def sign_in(self, name: str, password: str, address: str, agent: str, old_token: str = "") -> str:
         """Start a session; returns its token. old_token: a session that ends with it.
@@ -57,18 +58,20 @@ class Sessions:
         Raises AuthenticationError for a wrong password, RateLimited after many of them.
         """
         for source in (f"name {name}", f"address {address}"):
-            self._check_failures(source)
+            self._check_count(source, "failed sign-ins")
         try:
             user_id = self._check(name, password)
         except AuthenticationError:
             for source in (f"name {name}", f"address {address}"):
-                self._failures[source].append(time.monotonic())
+                self._count(source)
             raise
         self._failures.pop(f"name {name}", None)
         return self._start(user_id, agent, old_token)
 
-    def sign_up(self, name: str, password: str, invitation: str, agent: str) -> str:
-        """Make a user and start a session; returns its token. Raises RequestError, PermissionDenied."""
+    def sign_up(self, name: str, password: str, invitation: str, address: str, agent: str) -> str:
+        """Make a user and start a session; returns its token. Raises RequestError, PermissionDenied, RateLimited."""
+        self._check_count(f"new accounts {address}", "new accounts")
+        self._count(f"new accounts {address}")
         if self.mode == "off":
             raise PermissionDenied("this server makes no accounts on the page; ask its administrator for one")
         check_new_password(password)
@@ -170,16 +173,20 @@ class Sessions:
         with self.accounts.database.write() as connection:
             return connection.execute(delete(invitations).where(invitations.c.token_hash == hashed)).rowcount == 1
 
-    def _check_failures(self, source: str) -> None:
-        now = time.monotonic()
-        recent = [moment for moment in self._failures.get(source, ()) if now - moment < FAILURE_SECONDS]
+    def _check_count(self, source: str, what: str) -> None:
+        recent = self._recent(source, time.monotonic())
         if len(recent) >= MAX_FAILURES:
-            wait = math.ceil(FAILURE_SECONDS - (now - recent[0]))
-            raise RateLimited(f"too many failed sign-ins; try again in {wait} seconds", "sign_in", MAX_FAILURES, wait)
-        if recent:
-            self._failures[source] = recent
-        else:
-            self._failures.pop(source, None)
+            wait = math.ceil(FAILURE_SECONDS - (time.monotonic() - recent[0]))
+            raise RateLimited(f"too many {what}; try again in {wait} seconds", "sign_in", MAX_FAILURES, wait)
+
+    def _count(self, source: str) -> None:
+        now = time.monotonic()
+        if len(self._failures) >= MAX_SOURCES:
+            self._failures = {each: recent for each in self._failures if (recent := self._recent(each, now))}
+        self._failures[source] = [*self._recent(source, now), now]
+
+    def _recent(self, source: str, now: float) -> list[float]:
+        return [moment for moment in self._failures.get(source, ()) if now - moment < FAILURE_SECONDS]
 
     def _now_ms(self) -> int:
         return int(self.accounts.clock() * 1000)

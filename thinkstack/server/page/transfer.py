@@ -14,6 +14,7 @@ from thinkstack.server.page.conversations import (
 )
 from thinkstack.server.page.documents import Entry
 from thinkstack.server.page.fields import Body, Name, Text
+from thinkstack.server.page.markdown import render
 from thinkstack.types import RequestError
 
 FORMAT, VERSION = "thinkstack-conversation", 1
@@ -135,6 +136,7 @@ def import_json(found: ConversationInput, conversation_id: str) -> tuple[list[St
                 group_id=group_id,
                 status=message.status,
                 error=message.error,
+                html=render(message.content) if message.role == "assistant" else "",
                 stats=Stats(**message.stats.model_dump()),
                 created_ms=message.created_ms,
             )

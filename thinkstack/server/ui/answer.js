@@ -48,7 +48,7 @@ export class Answer extends View {
     this.progress = { tokens: message.usage?.reasoning_tokens ?? 0, seconds: message.thinking_seconds };
     this.state = message.state;
     this.#insertBlocks(message.html);
-    this.tailBlocks.replace(message.tail);
+    this.#replaceTail(message.tail);
     $(".model-name", this.element).textContent = message.model;
     $(".thinking", this.element).hidden = !(message.thinking || message.reasoning_chars > 0);
     this.#showStatus();
@@ -71,6 +71,9 @@ export class Answer extends View {
       this.group.append(template.content.firstChild);
     }
   }
+
+  /** The line breaks before a block are no room of their own: the block would jump up when it is finished. */
+  #replaceTail(text) { this.tailBlocks.replace(text.replace(/^\n+/, "")); }
 
   #clearBody() {
     this.body.replaceChildren(this.tail);
@@ -217,8 +220,9 @@ export class Answer extends View {
     }
     this.#insertBlocks(pending.html);
     pending.html = "";
-    if (pending.tail?.isNew) this.tailBlocks.replace(pending.tail.text);
-    else if (pending.tail) this.tailBlocks.append(pending.tail.text);
+    const { tail } = pending;
+    if (tail && (tail.isNew || !this.tail.firstChild)) this.#replaceTail(tail.text);
+    else if (tail) this.tailBlocks.append(tail.text);
     pending.tail = null;
     if (pending.progress) this.#showProgress(pending.progress);
     pending.progress = null;
@@ -227,7 +231,8 @@ export class Answer extends View {
 
   #showProgress(progress) {
     this.state = progress.state;
-    if (progress.state !== "answering") this.progress = { tokens: progress.tokens, seconds: progress.seconds };
+    this.progress.tokens = progress.thinking_tokens;
+    if (progress.state !== "answering") this.progress.seconds = progress.seconds;
     else if (progress.thinking_seconds !== null) this.progress.seconds = progress.thinking_seconds;
     this.total = progress;
     this.#showThinkingLabel();
@@ -254,7 +259,7 @@ export class Answer extends View {
   #replaceBody(message) {
     this.#clearBody();
     this.#insertBlocks(message.html);
-    this.tailBlocks.replace(message.tail);
+    this.#replaceTail(message.tail);
   }
 
   #reset(message) {

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
 from thinkstack.tasks.benchmarks.prompts import MATH_PROMPTS
-from thinkstack.tasks.verify import latex
-from thinkstack.tasks.verify.answers import parse_number, strip_answer
 from thinkstack.types import ConfigError, Problem
 
 
@@ -18,6 +16,7 @@ class Aime(DatasetTask):
 
     SOURCE = "test.jsonl, the 30 problems of a year (AIME I and II), fields problem and answer (copyright of the MAA)"
     PROMPTS = MATH_PROMPTS
+    default_grader = "number"
 
     def read(self, path: str | Path) -> list[Problem]:
         found = []
@@ -27,8 +26,3 @@ class Aime(DatasetTask):
                 raise ConfigError(f"{where} has the answer {answer!r}; answers of AIME are integers from 0 to 999")
             found.append(question_problem(self.name, str(row["problem"]), str(int(answer)), {}))
         return found
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether the answer, which may be in a box, is the reference's number."""
-        inside = latex.unbox(strip_answer(answer))
-        return inside is not None and parse_number(inside) == parse_number(problem.answer)

@@ -79,6 +79,7 @@ class ChoiceTask(DatasetTask):
     """Questions with choices; the reference is the letter of the correct one."""
 
     PROMPTS = CHOICE_PROMPTS
+    default_grader = "choice"
     FIELDS: tuple[str, ...] = ("question", "choices", "answer")
 
     def read(self, path: str | Path) -> list[Problem]:
@@ -97,9 +98,6 @@ class ChoiceTask(DatasetTask):
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
         return read_letter(problem, response)
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        return same_choice(problem.answer, answer)
 
 
 def read_choices(value: Any, name: str, where: str) -> list[str]:

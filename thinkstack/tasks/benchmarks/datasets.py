@@ -22,9 +22,7 @@ from thinkstack.tasks.benchmarks.prompts import (
 )
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.task import Problems, Task, TaskConfig, final_answer
-from thinkstack.tasks.verify import latex
-from thinkstack.tasks.verify.answers import parse_number, strip_answer
-from thinkstack.tasks.verify.quantities import parse_quantity
+from thinkstack.tasks.verify.graders import GraderName, check_grader, grade, may_hang, prepare_math_verify
 from thinkstack.text.final_answer import last_boxed
 from thinkstack.types import ConfigError, Message, Problem, Response, Score, Tool
 
@@ -39,14 +37,31 @@ class DatasetTask(Task):
 
     SOURCE: str
     """What the folder contains and where it comes from; used in messages."""
-    compares_formulas = False
-    """Whether an answer with another spelling than the reference is compared by math-verify."""
     PROMPTS: Mapping[str, str] = QUESTION_PROMPTS
     """Prompts by name; the first is the default."""
+    FILE_NAMES: tuple[str, ...] = ()
+    """Names, without suffix, under which the set is published with all its splits in one file."""
+    CODE_SETTINGS: tuple[str, ...] = ()
+    """The settings of TaskConfig that only some tasks have, by name."""
+    default_grader: GraderName | None = None
+    """The grader where the row of the task names none; None: the task compares by rules of its own."""
 
     def __init__(self, name: str, cfg: TaskConfig):
         self.name, self.cfg = name, cfg
         self.template = find_prompt(name, cfg.prompt, self.PROMPTS)
+        if cfg.verifier:
+            check_grader(cfg.verifier)
+
+    @property
+    def grader_name(self) -> GraderName:
+        """The grader of this task."""
+        found = self.cfg.verifier or self.default_grader
+        assert found is not None, "a task with rules of its own replaces the methods that ask"
+        return found
+
+    @property
+    def grader(self) -> str:
+        return self.cfg.verifier or self.default_grader or self.name
 
     @property
     def chance(self) -> float | None:
@@ -57,10 +72,11 @@ class DatasetTask(Task):
         none."""
         if split == "test" and Path(self.cfg.data).is_file():
             return Path(self.cfg.data)
-        found = [path for end in FILE_SUFFIXES if (path := Path(self.cfg.data) / f"{split}{end}").is_file()]
+        names = [f"{name}{end}" for name in (split, *self.FILE_NAMES) for end in FILE_SUFFIXES]
+        found = [path for name in names if (path := Path(self.cfg.data) / name).is_file()]
         if not found:
-            names = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
-            raise ConfigError(f"{self.cfg.data} has no {names}; give the folder that contains {self.SOURCE}")
+            known = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
+            raise ConfigError(f"{self.cfg.data} has no {known}; give the folder that contains {self.SOURCE}")
         return found[0]
 
     def check_files(self, split: str) -> None:
@@ -75,11 +91,12 @@ class DatasetTask(Task):
 
     def problems(self, split: str, seed: int) -> Problems:
         """Return the problems of the allowed levels and languages, reshuffled every epoch."""
-        cfg = self.cfg
+        cfg, path = self.cfg, self.file(split)
         found = [
             problem
-            for problem in self.read(self.file(split))
-            if (not cfg.levels or problem.level in cfg.levels)
+            for problem in self.read(path)
+            if (path.name.startswith(f"{split}.") or self.is_in_split(problem, split))
+            and (not cfg.levels or problem.level in cfg.levels)
             and (not cfg.languages or problem.language in cfg.languages)
         ]
         if not found:
@@ -102,28 +119,21 @@ class DatasetTask(Task):
             return last_answer_line(response.answer)
         return answer
 
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` is correct, without math-verify."""
-        raise NotImplementedError
+    def is_in_split(self, problem: Problem, split: str) -> bool:
+        """Whether a problem of a file with all splits (FILE_NAMES) belongs to `split`; by default all are tests."""
+        return split == "test"
 
     def verify(self, problem: Problem, response: Response) -> Score:
-        """Compare the answer by `is_correct`, and formulas of another spelling by math-verify."""
-        answer = self.read_answer(problem, response)
-        if answer is not None and self.may_hang(problem, response):
-            return latex.are_equivalent(problem.answer, answer)
-        return Score(total=float(answer is not None and self.is_correct(problem, answer)))
+        """Compare the final answer by the grader."""
+        return grade(self.grader_name, problem, self.read_answer(problem, response))
 
     def may_hang(self, problem: Problem, response: Response) -> bool:
-        """Whether math-verify decides; answers with the reference's spelling are compared in process."""
-        if not self.compares_formulas or (answer := self.read_answer(problem, response)) is None:
-            return False
-        return not self.is_correct(problem, answer) and latex.needs_math_verify(problem.answer, answer)
+        """Whether math-verify decides; answers that the grader accepts without it are compared in process."""
+        return may_hang(self.grader_name, problem, self.read_answer(problem, response))
 
     def prepare(self) -> None:
-        if self.compares_formulas:
-            import math_verify  # noqa: F401
-
-            logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+        if self.grader in ("latex", "math-verify"):
+            prepare_math_verify()
 
 
 class Gsm8k(DatasetTask):
@@ -135,6 +145,7 @@ class Gsm8k(DatasetTask):
 
     SOURCE = "train.jsonl and test.jsonl of github.com/openai/grade-school-math (MIT)"
     PROMPTS = MATH_PROMPTS
+    default_grader = "number"
 
     def read(self, path: str | Path) -> list[Problem]:
         return [self._problem(row, where) for where, row in load_rows(path, ("question", "answer"), self.SOURCE)]
@@ -145,16 +156,6 @@ class Gsm8k(DatasetTask):
         if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
             raise ConfigError(f"{where} does not end in '#### number' as GSM8K does; use {self.SOURCE}")
         return question_problem(self.name, str(row["question"]), answer, {"level": solution.strip().count("\n") + 1})
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Compare values; tasks/verify/quantities.py lists the accepted spellings. The answer may be after #### or in
-        a box.
-
-        A percent sign counts as a unit if the question asks for percent.
-        """
-        inside = latex.unbox(strip_answer(answer).removeprefix("####"))
-        may_be_percent = "percent" in problem.question.casefold()
-        return inside is not None and parse_quantity(inside, may_be_percent) == parse_number(problem.answer)
 
 
 class Math(DatasetTask):
@@ -167,7 +168,7 @@ class Math(DatasetTask):
 
     SOURCE = "the folder or the JSON lines of github.com/hendrycks/math, or MATH-500 (MIT)"
     PROMPTS = MATH_PROMPTS
-    compares_formulas = True
+    default_grader = "latex"
 
     def read(self, path: str | Path) -> list[Problem]:
         """Return all problems; rows without an answer, which some circulating copies have, are skipped with a
@@ -188,10 +189,6 @@ class Math(DatasetTask):
         if unanswered:
             log.warning("skipped rows without an answer: %s", " ".join(unanswered))
         return found
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether both are the same number, or the same LaTeX up to spelling."""
-        return latex.same_spelling(problem.answer, answer)
 
 
 def question_problem(task: str, question: str, answer: str, metadata: dict[str, Any]) -> Problem:

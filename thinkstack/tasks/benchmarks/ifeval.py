@@ -54,6 +54,9 @@ class IFEval(DatasetTask):
     def verify(self, problem: Problem, response: Response) -> Score:
         return Score(total=self.measures(problem, response)["prompt_strict"])
 
+    def may_hang(self, problem: Problem, response: Response) -> bool:
+        return False
+
     def measures(self, problem: Problem, response: Response) -> Mapping[str, float]:
         """Verdicts by name; verify/ifeval.py explains them."""
         instructions = read_instructions(problem.metadata, f"problem {problem.key}")

@@ -11,8 +11,7 @@ from thinkstack.tasks.benchmarks.choices import choice_problem, read_choices, re
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows
 from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, MATH_PROMPTS, fill_prompt
 from thinkstack.tasks.puzzles.puzzle import digest
-from thinkstack.tasks.task import TaskConfig
-from thinkstack.tasks.verify import answers, latex
+from thinkstack.tasks.verify import answers
 from thinkstack.tasks.verify.quantities import parse_quantity
 from thinkstack.types import ConfigError, Message, Problem, Response, Tool
 
@@ -29,45 +28,29 @@ class JsonlTask(DatasetTask):
 
     PROMPTS = MATH_PROMPTS | {f"choice-{name}": text for name, text in CHOICE_PROMPTS.items()}
     SOURCE = "train.jsonl and test.jsonl (or .jsonl.gz, .parquet) with the fields question or messages, and answer"
-
-    def __init__(self, name: str, cfg: TaskConfig):
-        super().__init__(name, cfg)
-        self.verifier = cfg.verifier or "text"
-        self.compares_formulas = self.verifier == "latex"
+    default_grader = "text"
 
     def read(self, path: str | Path) -> list[Problem]:
         return [self._problem(dict(row), where) for where, row in load_rows(path, ("answer",), self.SOURCE)]
 
     def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
         """Questions with choices have a prompt for multiple choice unless the row names another."""
-        if self.verifier == "choice" and "choices" in problem.metadata and not self.cfg.prompt:
+        if self.grader == "choice" and "choices" in problem.metadata and not self.cfg.prompt:
             text = fill_prompt(CHOICE_PROMPTS["letter"], problem)
             return (*problem.messages[:-1], replace(problem.messages[-1], content=text)), ()
         return super().prompt(problem)
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
-        if self.verifier == "choice" and "choices" in problem.metadata:
+        if self.grader == "choice" and "choices" in problem.metadata:
             return read_letter(problem, response)
         return super().read_answer(problem, response)
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Compare by the verifier of the row; the answer may be in a box."""
-        if self.verifier == "latex":
-            return latex.same_spelling(problem.answer, answer)
-        inside = latex.unbox(answer)
-        if inside is None:
-            return False
-        if self.verifier == "number":
-            return parse_quantity(inside) == parse_quantity(problem.answer)
-        compare = answers.same_choice if self.verifier == "choice" else answers.is_correct
-        return compare(problem.answer, inside)
 
     def _problem(self, row: Row, where: str) -> Problem:
         messages = _messages(row, where)
         reference = row.pop("answer")
         if isinstance(reference, bool) or not isinstance(reference, str | int | float) or not str(reference).strip():
             raise ConfigError(f"{where}: answer is {kind_of(reference)}; it must be text or a number, not empty")
-        choices = row.pop("choices", None) if self.verifier == "choice" else None
+        choices = row.pop("choices", None) if self.grader == "choice" else None
         if choices is None:
             self._check_reference(str(reference), where)
         language = row.pop("language", "en")
@@ -96,12 +79,12 @@ class JsonlTask(DatasetTask):
         )
 
     def _check_reference(self, reference: str, where: str) -> None:
-        """Raise ConfigError for a reference that the verifier cannot compare."""
-        if self.verifier == "number" and parse_quantity(reference) is None:
+        """Raise ConfigError for a reference that the grader cannot compare."""
+        if self.grader == "number" and parse_quantity(reference) is None:
             raise ConfigError(
                 f"{where}: answer is {reference!r}, not a number; correct it, or set tasks.{self.name}.verifier"
             )
-        if self.verifier == "choice" and not answers.same_choice(reference, reference):
+        if self.grader == "choice" and not answers.same_choice(reference, reference):
             raise ConfigError(
                 f"{where}: answer is {reference!r}, not a single letter; correct it, or set tasks.{self.name}.verifier"
             )

@@ -11,10 +11,11 @@ from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, questio
 from thinkstack.tasks.benchmarks.prompts import MATH_PROMPTS, MGSM_PROMPTS
 from thinkstack.tasks.verify import latex
 from thinkstack.tasks.verify.answers import strip_answer
+from thinkstack.tasks.verify.graders import GraderName
 from thinkstack.tasks.verify.language_id import detect_language
 from thinkstack.tasks.verify.quantities import parse_quantity
 from thinkstack.text.final_answer import last_boxed
-from thinkstack.types import ConfigError, Problem
+from thinkstack.types import ConfigError, Problem, Response, Score
 
 _SCIENTIFIC = re.compile(
     r"(?P<digits>[+-]?[0-9]+(?:\.[0-9]+)?)\s*(?:[eE]|(?:\\times|\\cdot|×|\*)\s*10\s*\^)\s*\{?(?P<power>[+-]?[0-9]{1,3})\}?"
@@ -22,9 +23,10 @@ _SCIENTIFIC = re.compile(
 
 
 class NumberTask(DatasetTask):
-    """Problems whose answer is one number; percent signs, currencies and units are optional."""
+    """Problems whose answer is one number; currencies and units are optional."""
 
     PROMPTS = MATH_PROMPTS
+    default_grader: GraderName | None = "number"
     FIELDS: tuple[str, ...] = ("question", "answer")
     LANGUAGE = "en"
     """Language of all questions; empty: found from the text of each."""
@@ -56,14 +58,6 @@ class NumberTask(DatasetTask):
         """Return the metadata of a row."""
         return {}
 
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Compare the values; the answer may be in a box."""
-        inside = latex.unbox(strip_answer(answer))
-        if inside is None:
-            return False
-        value = parse_quantity(inside, may_be_percent=True)
-        return value is not None and value == parse_quantity(problem.answer, may_be_percent=True)
-
 
 class Amc23(NumberTask):
     """40 problems of AMC 12 of 2023 whose answers are numbers. Fields: problem, answer."""
@@ -73,10 +67,23 @@ class Amc23(NumberTask):
 
 
 class Cmath(NumberTask):
-    """Chinese elementary-school problems (arXiv:2306.16636). Fields: question, answer, grade, which is the level."""
+    """Chinese elementary-school problems (arXiv:2306.16636). Fields: question, answer, grade, which is the level.
+
+    Percent signs are optional.
+    """
 
     SOURCE = "test.jsonl with question, answer and grade, from weitianwen/cmath (CC BY 4.0)"
     LANGUAGE = "zh"
+    default_grader = None
+
+    def verify(self, problem: Problem, response: Response) -> Score:
+        answer = self.read_answer(problem, response)
+        inside = None if answer is None else latex.unbox(strip_answer(answer))
+        value = None if inside is None else parse_quantity(inside, may_be_percent=True)
+        return Score(total=float(value is not None and value == parse_quantity(problem.answer, may_be_percent=True)))
+
+    def may_hang(self, problem: Problem, response: Response) -> bool:
+        return False
 
     def facts(self, row: Row) -> dict[str, Any]:
         return {"level": int(row.get("grade", 1))}
@@ -111,7 +118,7 @@ class Minerva(DatasetTask):
 
     SOURCE = "test.jsonl with problem and solution, OCWCourses of arXiv:2206.14858, for example math-ai/minervamath"
     PROMPTS = MATH_PROMPTS
-    compares_formulas = True
+    default_grader = "latex"
 
     def read(self, path: str | Path) -> list[Problem]:
         found = []
@@ -122,12 +129,17 @@ class Minerva(DatasetTask):
             found.append(question_problem(self.name, str(row["problem"]), reference, {"subject": row.get("type", "")}))
         return found
 
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        """Whether both are the same number, also in scientific notation, or the same LaTeX up to spelling."""
-        wanted, inside = parse_scientific(problem.answer), latex.unbox(strip_answer(answer))
-        if wanted is not None and inside is not None and parse_scientific(inside) == wanted:
-            return True
-        return latex.same_spelling(problem.answer, answer)
+    def verify(self, problem: Problem, response: Response) -> Score:
+        return Score(total=1.0) if self._is_same_number(problem, response) else super().verify(problem, response)
+
+    def may_hang(self, problem: Problem, response: Response) -> bool:
+        return not self._is_same_number(problem, response) and super().may_hang(problem, response)
+
+    def _is_same_number(self, problem: Problem, response: Response) -> bool:
+        """Whether reference and answer are one number, of which one may be in scientific notation."""
+        wanted, answer = parse_scientific(problem.answer), self.read_answer(problem, response)
+        inside = None if answer is None else latex.unbox(strip_answer(answer))
+        return wanted is not None and inside is not None and parse_scientific(inside) == wanted
 
 
 def parse_scientific(text: str) -> Fraction | None:

@@ -28,6 +28,9 @@ WORD_MACROS = (
 )
 """Macros that change only the look of their argument."""
 _STYLE = re.compile(r"\\(?:display|text|script)style(?![A-Za-z])|\\(?:bf|rm|it)(?![A-Za-z])")
+_OUTER_BLANKS = re.compile(
+    r"^(?:\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\s)+|(?:(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\s)+$"
+)
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _WRAPPER = re.compile(rf"(?:\\(?:{WORD_MACROS}))?\s*\{{")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
@@ -42,10 +45,10 @@ def strip_answer(answer: str) -> str:
 
 def strip_wrappers(answer: str) -> str:
     """Return the answer without wrappers around the entire answer: math delimiters, bold, text macros, braces, style
-    declarations."""
+    declarations, TeX's blanks."""
     text, before = strip_answer(_BOLD.sub(r"\1", answer)), ""
     while text != before:
-        before, text = text, _STYLE.sub("", text).strip()
+        before, text = text, _OUTER_BLANKS.sub("", _STYLE.sub("", text))
         for left, right in DELIMITERS:
             inside = text[len(left) : -len(right)]
             is_whole = text == left + inside + right and inside.strip() and not inside.endswith("\\")

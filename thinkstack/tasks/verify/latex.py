@@ -47,13 +47,35 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"(\\\\)\s*\[[^\[\]]*(?:pt|em|ex|mm|cm)\]", r"\1"),  # the optional gap after a row break
     (r"\\\\\s*(?=\\end(?![a-z]))", ""),  # a row break after the last row
     (rf"(?<=[0-9]){SEPARATOR}(?=[0-9]{{3}}(?![0-9]))", ""),  # thousands
+    (r"(?<![A-Za-z}\]^_])\{(\\pi)\}", r"\1 "),
+    (r",?\s*(?:\\(?:text|mbox|textrm|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ", "),
+    (r"^(-?)\s*[({]\s*(?:\\text\s*\{)?([0-9A-Z.]+)\s*\}?[)}]?\s*_", r"\1\2_"),  # (52)_8
 )
 _BLANKS = re.compile(r"(\\\\)|(?:\\[!,;: ]|~|\\q?quad(?![a-z])|\s)+")
 _WORDS = re.compile(rf"\\(?:{WORD_MACROS})\s*\{{([^{{}}]*)\}}")
 _NAME = re.compile(r"([A-Za-z])\s*(?:=(?!.*=)|\\in(?![a-z]))\s*")
 _ARGUMENT = re.compile(r"\s*(?:(\{)|(\\[A-Za-z]+|[0-9A-Za-z]))")
 _BRACKETS = re.compile(r"(?P<open>[(\[]|\\\{)(?P<inside>.*)(?P<close>[)\]]|\\\})", re.DOTALL)
-_SEPARATORS = re.compile(r"(?<!\\),|\\cup(?![a-z])|\\[{}]|\\.|[()\[\]{}]")
+_SEPARATORS = re.compile(r"(?<!\\)[,;]|\\cup(?![a-z])|\\[{}]|\\.|[()\[\]{}]")
+_MATRIX = re.compile(
+    r"(?:\\begin\{(?P<name>[pb]matrix)\}|(?P<open>[(\[])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?)(?P<rows>.*)"
+    r"\\end\{(?(name)(?P=name)|(?:matrix|array))\}(?(open)\s*[)\]])",
+    re.DOTALL,
+)
+"""A matrix in round or square brackets; that in bars is a determinant."""
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+}
+_BASE_WORD = re.compile(rf"_\{{({'|'.join(_BASES)})\}}$")
 _ATOM = r"(?:[A-Za-z]|\\(?:pi|theta|alpha|beta|phi)(?![a-z])|\\sqrt\{[^{}]*\})"
 _SLASH = re.compile(
     rf"(?<![\w)}}\]^_.])(?P<top>[0-9]+{_ATOM}*|{_ATOM}+)/(?P<bottom>[0-9]+|{_ATOM})(?![\w({{\[^_.!])(?!\\(?!end)[A-Za-z])"
@@ -97,30 +119,47 @@ def normalize_latex(text: str) -> str:
 
 
 def _normalize_parts(text: str) -> str | None:
-    """Normalize each part of a list, tuple, set, interval or union; None if `text` is none of these."""
-    parts, bracketed = _parts(text), _BRACKETS.fullmatch(text.strip())
-    if len(parts) > 1:
-        return _join_parts(parts)
-    inner = _parts(bracketed["inside"]) if bracketed else []
-    return bracketed["open"] + _join_parts(inner) + bracketed["close"] if bracketed and len(inner) > 1 else None
+    """Normalize each part of a list, tuple, set, interval, union or matrix; None if `text` is none of these.
+
+    The parts of a union, of a set and of a list without brackets are sorted.
+    """
+    if matrix := _MATRIX.fullmatch(text.strip()):
+        rows = [[normalize_latex(cell) for cell in row.split("&")] for row in matrix["rows"].strip().split("\\\\")]
+        return rf"\matrix{{{'; '.join(', '.join(row) for row in rows)}}}"
+    for separator in (r"\cup", ","):
+        if len(parts := _split(text, separator)) > 1:
+            return separator.join(sorted(_normalize_each(parts)))
+    bracketed = _BRACKETS.fullmatch(text.strip())
+    parts = _split(bracketed["inside"], ",") if bracketed else []
+    if bracketed is None or len(parts) < 2:
+        return None
+    parts = _normalize_each(parts)
+    inside = ",".join(sorted(parts) if bracketed["open"] == r"\{" else parts)
+    return bracketed["open"] + inside + bracketed["close"]
 
 
-def _parts(text: str) -> list[str]:
-    """Split `text` at its outermost commas and unions, which become parts themselves."""
+def _split(text: str, separator: str) -> list[str]:
+    """Split `text` at its outermost separators; a semicolon counts as a comma."""
     parts, start, depth = [], 0, 0
     for found in _SEPARATORS.finditer(text):
         depth += (found[0][-1] in "([{") - (found[0][-1] in ")]}")
-        if depth == 0 and found[0] in (",", r"\cup"):
-            parts += [text[start : found.start()], found[0]]
+        if depth == 0 and found[0].replace(";", ",") == separator:
+            parts.append(text[start : found.start()])
             start = found.end()
     return [*parts, text[start:]]
 
 
-def _join_parts(parts: Sequence[str]) -> str:
-    """Join the normalized parts; digits stay unchanged, since the 000 of 1,000 is not 0."""
-    return "".join(
-        part.strip() if part.strip().isdigit() or part in (",", r"\cup") else normalize_latex(part) for part in parts
-    )
+def _normalize_each(parts: Sequence[str]) -> list[str]:
+    """Normalize the parts; digits stay unchanged, since the 000 of 1,000 is not 0.
+
+    The name of x=1, x=2 is dropped as that of x=1 is; x=1, y=2 keeps its names.
+    """
+    names = [found[1] if (found := _NAME.match(part.strip())) else "" for part in parts]
+    kept = names if len(set(names) - {""}) > 1 else [""] * len(names)
+    return [
+        (f"{name}=" if name else "") + (part.strip() if part.strip().isdigit() else normalize_latex(part))
+        for name, part in zip(kept, parts, strict=True)
+    ]
 
 
 def _normalize_formula(text: str) -> str:
@@ -130,6 +169,7 @@ def _normalize_formula(text: str) -> str:
     text = _brace_arguments(_brace_arguments(text, r"\frac", 2), r"\sqrt", 1)
     text = _BLANKS.sub(_required_blank, _PRODUCT.sub("", text))
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = _BASE_WORD.sub(lambda found: f"_{_BASES[found[1]]}", text)
     text = re.sub(r"(?<![\w)}\]])\+(?=[0-9A-Za-z\\.])", "", text)
     text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
     text = _SIGNED_FRACTION.sub(r"-\\frac{\1}", _SLASH.sub(r"\\frac{\g<top>}{\g<bottom>}", text))

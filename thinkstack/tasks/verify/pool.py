@@ -77,21 +77,24 @@ class VerifierPool:
         function: VerifierFunction,
         arguments: Sequence[tuple[Any, ...]],
         prepare: Callable[[], object] | None = None,
+        timeouts: Sequence[float | None] | None = None,
     ) -> list[Score]:
         """Return `function(*arguments[i])` for every i, in that order.
 
         A call that raises, crashes its process, times out or returns anything but a finite Score gives an unscorable
         Score with the reason; other calls are not affected. prepare: called before the time of a call starts, for
-        imports. Raises RuntimeError if a call cannot be started in MAX_STARTS processes.
+        imports. timeouts: longest run time of each call in seconds; None: the pool's. Raises RuntimeError if a call
+        cannot be started in MAX_STARTS processes.
         """
         calls = [(function, values, prepare) for values in arguments]
+        limits = [self.timeout_seconds if given is None else given for given in timeouts or [None] * len(calls)]
         scores: list[Score | None] = [None] * len(arguments)
         queue, starts = deque(range(len(arguments))), [0] * len(arguments)
         try:
             while queue or any(worker.call_index >= 0 for worker in self._workers):
                 self._assign_calls(calls, queue, starts)
                 for worker in self._wait_for_workers():
-                    self._handle_worker(worker, scores, queue, starts)
+                    self._handle_worker(worker, scores, queue, starts, limits)
         finally:
             for worker in [worker for worker in self._workers if worker.call_index >= 0]:
                 self._discard(worker)  # only after an exception: its result would be read as the result of a later call
@@ -123,7 +126,14 @@ class VerifierPool:
         now = time.monotonic()
         return [worker for worker in busy if worker.pipe in ready or now >= worker.deadline]
 
-    def _handle_worker(self, worker: _Worker, scores: list[Score | None], queue: deque[int], starts: list[int]) -> None:
+    def _handle_worker(
+        self,
+        worker: _Worker,
+        scores: list[Score | None],
+        queue: deque[int],
+        starts: list[int],
+        limits: Sequence[float],
+    ) -> None:
         """Process a worker's message; discard the worker if it died or timed out."""
         call_index = worker.call_index
         try:
@@ -131,14 +141,14 @@ class VerifierPool:
         except (EOFError, ConnectionResetError):
             kind, value = "died", None
         if kind == "started":
-            worker.has_started, worker.deadline = True, time.monotonic() + self.timeout_seconds
+            worker.has_started, worker.deadline = True, time.monotonic() + limits[call_index]
             return
         if kind == "done":
             scores[call_index], worker.call_index = value, -1
             return
         self._discard(worker)
         if worker.has_started:
-            reason = f"ran longer than {self.timeout_seconds:g} s" if kind == "timeout" else "its process died"
+            reason = f"ran longer than {limits[call_index]:g} s" if kind == "timeout" else "its process died"
             scores[call_index] = unscorable(reason)
         elif starts[call_index] < MAX_STARTS:
             queue.appendleft(call_index)

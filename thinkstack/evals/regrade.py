@@ -1,0 +1,186 @@
+"""Grade stored completions again, without a model: verdicts of several graders and where they disagree."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from thinkstack.config import did_you_mean
+from thinkstack.evals.metrics import cons_at_k
+from thinkstack.evals.results import ProblemRecord, answer_class, read_samples
+from thinkstack.evals.statistics import question_error
+from thinkstack.files import read_object
+from thinkstack.log import PROVENANCE
+from thinkstack.tasks.task import final_answer
+from thinkstack.tasks.verify.answers import normalize
+from thinkstack.tasks.verify.graders import GRADERS, GraderName, check_grader, grade_all
+from thinkstack.tasks.verify.pool import VerifierPool
+from thinkstack.text.parse import ThinkingFormat, parse_turn
+from thinkstack.types import ConfigError, Message, Problem
+
+STORED = "stored"
+"""Name of the verdicts in the samples, beside those of the graders."""
+SAMPLES = "samples.jsonl"
+Verdict = bool | None
+"""True: correct; False: wrong; None: the grader could not score the answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regraded:
+    """Verdicts of every grader on every stored completion."""
+
+    records: list[ProblemRecord]
+    answers: list[list[str | None]]
+    """Final answer of each completion of each problem; None if there is none."""
+    verdicts: dict[str, list[list[Verdict]]]
+    """Verdict on each completion of each problem, by grader."""
+
+
+def find_samples(run: Path) -> Path:
+    """Return the samples.jsonl of an evaluation: the file, its folder, or a folder with one evaluation.
+
+    Raises ConfigError if there is none, or several.
+    """
+    found = [run] if run.is_file() else sorted({*run.glob(SAMPLES), *run.glob(f"*/{SAMPLES}")})
+    if not found:
+        raise ConfigError(f"{run} has no {SAMPLES}; give the folder of an evaluation, such as runs/eval/NAME")
+    if len(found) > 1:
+        raise ConfigError(f"{run} has several evaluations; give one of {', '.join(str(path.parent) for path in found)}")
+    return found[0]
+
+
+def thinking_format_of(samples: Path, given: str) -> ThinkingFormat:
+    """Return the thinking format of an evaluation: the given one, or that in its provenance.
+
+    Raises ConfigError if there is neither, or for an unknown one.
+    """
+    path = samples.parent / PROVENANCE
+    found = given or (str(read_object(path).get("config", {}).get("thinking_format", "")) if path.exists() else "")
+    for name in get_args(ThinkingFormat):
+        if name == found:
+            return name  # type: ignore[no-any-return]
+    if found:
+        raise ConfigError(f"unknown thinking format {found!r}{did_you_mean(found, get_args(ThinkingFormat))}")
+    raise ConfigError(f"{samples} does not say how answers were read; give --thinking-format")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown grader, or one that cannot run here."""
+    if not names:
+        raise ConfigError(f"no grader is given; choose from {', '.join((STORED, *GRADERS))}")
+    for name in names:
+        if name != STORED and name not in GRADERS:
+            raise ConfigError(f"unknown grader {name!r}{did_you_mean(name, [STORED, *GRADERS])}")
+        if name in GRADERS:
+            check_grader(name)
+
+
+def regrade(
+    records: Sequence[ProblemRecord], names: Sequence[str], thinking_format: ThinkingFormat, pool: VerifierPool
+) -> Regraded:
+    """Return the verdicts of the graders `names` on stored completions.
+
+    The final answer is read again from the text, as in an evaluation: the stored one is normalized.
+    """
+    check_names(names)
+    problems = [_problem(record) for record in records]
+    answers = [
+        [final_answer(problem, parse_turn(answer.text, thinking_format)) for answer in record.answers]
+        for problem, record in zip(problems, records, strict=True)
+    ]
+    verdicts: dict[str, list[list[Verdict]]] = {}
+    for name in names:
+        if name == STORED:
+            verdicts[name] = [[answer.correct for answer in record.answers] for record in records]
+            continue
+        pairs = [(problem, answer) for problem, some in zip(problems, answers, strict=True) for answer in some]
+        scores = iter(grade_all(_grader(name), pairs, pool))
+        found = [[next(scores) for _ in some] for some in answers]
+        verdicts[name] = [[None if one.unscorable else one.total == 1.0 for one in some] for some in found]
+    return Regraded(records=list(records), answers=answers, verdicts=verdicts)
+
+
+def _grader(name: str) -> GraderName:
+    return next(each for each in GRADERS if each == name)
+
+
+def _problem(record: ProblemRecord) -> Problem:
+    return Problem(
+        messages=(Message(role="user", content=record.question),),
+        answer=record.reference,
+        task=record.task,
+        language=record.language,
+        key=record.key,
+    )
+
+
+def grader_rows(found: Regraded) -> list[tuple[str, list[str]]]:
+    """Return a row per grader with the cells of GRADER_HEAD; pass@1 with its question error, majority vote of all."""
+    silent = sum(answer is None for some in found.answers for answer in some)
+    rows = []
+    for name, verdicts in found.verdicts.items():
+        flat = [verdict for some in verdicts for verdict in some]
+        error = question_error(
+            [sum(map(bool, some)) / len(some) for some in verdicts],
+            [(record.task, record.cluster or record.key) for record in found.records],
+        )
+        mean = sum(sum(map(bool, some)) / len(some) for some in verdicts) / len(verdicts)
+        votes = [
+            cons_at_k(
+                [None if a is None else answer_class(normalize(a)) for a in some], list(map(bool, right)), len(some)
+            )
+            for some, right in zip(found.answers, verdicts, strict=True)
+        ]
+        spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {100 * error.standard_error:.1f}"
+        counts = [sum(verdict is value for verdict in flat) for value in (True, False, None)]
+        cells = [*map(str, counts), str(silent), f"{100 * mean:.1f}{spread}", f"{100 * sum(votes) / len(votes):.1f}"]
+        rows.append((name, cells))
+    return rows
+
+
+GRADER_HEAD = ("grader", "correct", "wrong", "not scored", "no answer", "pass@1", "majority")
+
+
+def pair_rows(found: Regraded) -> list[tuple[str, list[str]]]:
+    """Return a row per pair of graders: how often both accept, only one, neither. Not scored counts as wrong."""
+    rows = []
+    for first, second in itertools.combinations(found.verdicts, 2):
+        pairs = [
+            (bool(one), bool(other))
+            for some, others in zip(found.verdicts[first], found.verdicts[second], strict=True)
+            for one, other in zip(some, others, strict=True)
+        ]
+        cells = [str(pairs.count(pair)) for pair in ((True, True), (True, False), (False, True), (False, False))]
+        rows.append((f"{first}, {second}", cells))
+    return rows
+
+
+PAIR_HEAD = ("graders", "both", "only the first", "only the second", "neither")
+
+
+def disagreements(found: Regraded) -> list[dict[str, Any]]:
+    """Return a row for each completion on which the graders disagree."""
+    rows = []
+    for place, (record, answers) in enumerate(zip(found.records, found.answers, strict=True)):
+        for sample, answer in enumerate(answers):
+            verdicts = {name: some[place][sample] for name, some in found.verdicts.items()}
+            if len(set(verdicts.values())) > 1:
+                rows.append(
+                    {
+                        "key": record.key,
+                        "task": record.task,
+                        "sample": sample,
+                        "reference": record.reference,
+                        "answer": answer,
+                        "verdicts": verdicts,
+                        "question": record.question,
+                    }
+                )
+    return rows
+
+
+def load(run: Path, thinking_format: str) -> tuple[Path, list[ProblemRecord], ThinkingFormat]:
+    """Return the samples file of a run, its records, and the thinking format by which its answers are read."""
+    samples = find_samples(run)
+    return samples, read_samples(samples), thinking_format_of(samples, thinking_format)
