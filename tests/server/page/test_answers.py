@@ -29,6 +29,50 @@ def test_an_answer_is_streamed_written_down_and_charged_once(ada):
     assert browser.call("GET", "/page/me")["deep_think"] is None
 
 
+def test_what_an_answer_took_is_told_again_to_who_reads_it_later(ada):
+    _, browser = ada
+    id_ = browser.send("?")["answers"][0]["id"]
+    first = browser.read(id_).message
+    assert first["thinking_seconds"] is not None
+    for key in ("thinking_seconds", "seconds", "usage", "status", "html", "at"):
+        assert browser.read(id_).message[key] == first[key], key
+
+
+def test_a_process_that_joins_knows_how_long_an_answer_takes_already(page):
+    first = page(answer=lambda prompt, index: "I think on and on. " * 400)
+    Pace(first, 0.01)
+    second = page()
+    browser, other = Browser(first, "ada"), Browser(second, "ada")
+    id_ = browser.send("?")["answers"][0]["id"]
+    sent = time.monotonic()
+    until(lambda: other.call("GET", f"/page/messages/{id_}/source")["reasoning"] and time.monotonic() - sent > 0.3)
+    found = next(body for _, name, body in other.events(id_) if name == "progress")
+    assert found["state"] == "thinking" and found["seconds"] > 0.3 and found["thinking_seconds"] > 0.3
+    browser.call("POST", f"/page/answers/{id_}/stop")
+
+
+@pytest.mark.parametrize(("format", "modes"), [("v3", [False]), ("r1", [True]), ("v3_1_think", [False, True])])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_model_without_this_mode_of_thinking_answers_in_the_one_it_has(page, format, modes, thinking):
+    """A page with two models sends one switch for both; a model without a switch was refused."""
+    browser = Browser(page(format=format), "ada")
+    assert browser.call("GET", "/page/me")["models"][0]["modes"] == modes
+    message = browser.ask("?", thinking=thinking)
+    assert message["status"] == "stop"
+    assert message["thinking"] == (thinking if thinking in modes else modes[0])
+
+
+def test_a_model_that_does_not_tell_how_it_thinks_answers_directly(page, monkeypatch):
+    """The template of SmolLM2 has no switch and starts no thinking: the page offered Deep Think, and refused it."""
+    server = page(format="v3")
+    monkeypatch.setattr(type(server.server.models.members["default"]), "can_start", lambda self, thinking: False)
+    browser = Browser(server, "ada")
+    found = browser.call("GET", "/page/me")["models"][0]
+    assert (found["modes"], found["thinking"]) == ([False], False)
+    for thinking in (False, True):
+        assert browser.ask("?", thinking=thinking)["status"] == "stop"
+
+
 def test_a_reader_that_comes_back_loses_nothing_and_gets_nothing_twice(page):
     server = page()
     pace, browser = Pace(server, 0.002), Browser(server, "ada")

@@ -235,6 +235,6 @@ def _is_offered(model: ServedModel, caller: Caller) -> bool:
 
 
 def _describe_model(model: ServedModel) -> dict[str, Any]:
-    modes = [thinking for thinking in (False, True) if model.member.can_start(thinking)] or [model.config.thinking]
+    modes = [thinking for thinking in (False, True) if model.member.can_start(thinking)] or [False]
     thinking = model.config.thinking if model.config.thinking in modes else modes[0]
     return {"name": model.name, "thinking": thinking, "modes": modes}

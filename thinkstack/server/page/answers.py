@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import api_error
 from thinkstack.server.errors import DatabaseUnavailable
 from thinkstack.server.keys import Principal
@@ -21,6 +22,7 @@ from thinkstack.server.page.live import LiveAnswer, Position
 from thinkstack.server.page.shapes import message_json
 from thinkstack.server.schema import TurnRequest
 from thinkstack.server.turns import Turn
+from thinkstack.types import RequestError
 
 if TYPE_CHECKING:
     from thinkstack.server.app import Server
@@ -64,17 +66,17 @@ class Answers:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Write answers down while the server runs; at the end they end with the engines."""
-        keeper = asyncio.create_task(self._keep())
+        saver = asyncio.create_task(self._save_repeatedly())
         try:
             yield
         finally:
             await self._server.drain()
             tasks = [running.task for running in self._running.values() if running.task is not None]
             await asyncio.gather(*tasks, return_exceptions=True)
-            keeper.cancel()
+            saver.cancel()
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(keeper, *self._tasks, return_exceptions=True)
+            await asyncio.gather(saver, *self._tasks, return_exceptions=True)
             await self._save()
 
     async def start_turns(self, principal: Principal, wanted: Sequence[TurnRequest]) -> list[Turn]:
@@ -114,8 +116,7 @@ class Answers:
     async def events(self, user_id: int, message_id: str, after: Position) -> AsyncIterator[bytes]:
         """What comes after a position of an answer of a user. Raises NotFound."""
         message = await asyncio.to_thread(self._store.message, user_id, message_id)
-        live = self.find(message_id)
-        live = live or self._mirrors.get(message_id)
+        live = self.find(message_id) or self._mirrors.get(message_id)
         if live is None:
             siblings = await asyncio.to_thread(self._store.siblings, message)
             live = await self.open(message, siblings)
@@ -176,7 +177,7 @@ class Answers:
         await self._save()
         del self._running[message.id]
 
-    async def _keep(self) -> None:
+    async def _save_repeatedly(self) -> None:
         """Write running answers down, obey other processes, and end what nobody reads."""
         while True:
             await asyncio.sleep(SAVE_SECONDS)
@@ -269,7 +270,7 @@ async def _obey(running: RunningAnswer, command: str) -> None:
     if command == "stop":
         running.turn.abort()
     elif command == "answer_now" and running.live.state != "answering":
-        with contextlib.suppress(Exception):  # it has no thinking, or it ends now
+        with contextlib.suppress(RequestError, Overloaded):  # it has no thinking, or it ends now
             await running.turn.end_thinking()
 
 
@@ -285,7 +286,7 @@ def turn_stats(live: LiveAnswer, turn: Turn) -> Stats:
         draft_tokens=turn.num_draft_tokens,
         accepted_tokens=turn.num_accepted_tokens,
         seconds=round(time.monotonic() - live.began, 3),
-        thinking_seconds=live.progress()["thinking_seconds"],
+        thinking_seconds=live.thinking_seconds,
         first_token_seconds=turn.first_token_seconds,
         cost_pico=turn.cost_pico,
     )

@@ -60,11 +60,11 @@ class LiveAnswer:
         self.splitter = BlockSplitter()
         self.blocks = [render_block(source) for source in self.splitter.feed(message.content)]
         """HTML of the finished blocks."""
-        self.state: State = "waiting"
+        self.state: State = "answering" if message.content else "thinking" if message.reasoning else "waiting"
         self.num_tokens = self.num_reasoning_tokens = 0
-        self.began = time.monotonic()
-        self._thinking_began: float | None = None
-        self.thinking_seconds: float | None = None
+        self.began = time.monotonic() - max(time.time() - message.created_ms / 1000, 0.0)
+        self._thinking_began = self.began if self.state == "thinking" else None
+        self._thinking_ended: float | None = None
         self._readers: set[asyncio.Event] = set()
 
     @property
@@ -148,17 +148,21 @@ class LiveAnswer:
         finally:
             self._readers.discard(news)
 
+    @property
+    def thinking_seconds(self) -> float | None:
+        """Duration of the thinking so far; None if there was none."""
+        if self._thinking_began is None:
+            return None
+        return round((self._thinking_ended or time.monotonic()) - self._thinking_began, 3)
+
     def progress(self) -> dict[str, Any]:
         """Where the answer is."""
-        thinking = self.thinking_seconds
-        if thinking is None and self._thinking_began is not None:
-            thinking = time.monotonic() - self._thinking_began
         return {
             "state": self.state,
             "tokens": self.num_tokens,
             "thinking_tokens": self.num_reasoning_tokens,
             "seconds": round(time.monotonic() - self.began, 3),
-            "thinking_seconds": None if thinking is None else round(thinking, 3),
+            "thinking_seconds": self.thinking_seconds,
         }
 
     def _event(self, name: str, body: dict[str, Any], num_content: int | None = None) -> bytes:
@@ -167,8 +171,8 @@ class LiveAnswer:
         return f"id: {self.reasoning.length}.{place}\nevent: {name}\ndata: ".encode() + to_json(body) + b"\n\n"
 
     def _end_thinking(self) -> None:
-        if self._thinking_began is not None and self.thinking_seconds is None:
-            self.thinking_seconds = time.monotonic() - self._thinking_began
+        if self._thinking_began is not None and self._thinking_ended is None:
+            self._thinking_ended = time.monotonic()
 
     def _wake(self) -> None:
         for news in self._readers:

@@ -74,7 +74,7 @@ def message_routes(page: Page) -> APIRouter:
         _check_parent(history, body, conversation_id)
         question = _new_message(page, conversation_id, body.parent, role="user", content=body.text, files=files)
         prompt = prompt_of([*history, question])
-        wanted = [TurnRequest(model=model, messages=prompt, thinking=body.thinking) for model in body.models]
+        wanted = [_request(page, model, prompt, body.thinking) for model in body.models]
         group_id = new_id() if len(wanted) > 1 else None
         made = [_new_answer(page, question, request, group_id) for request in wanted]
         title = title_of(body.text, files) if body.conversation is None else None
@@ -88,7 +88,7 @@ def message_routes(page: Page) -> APIRouter:
         *history, old = await call(store.history, caller.user_id, message_id)
         if old.role != "assistant":
             raise Conflict("only answers are regenerated; edit your message instead")
-        wanted = TurnRequest(model=body.model, messages=prompt_of(history), thinking=body.thinking)
+        wanted = _request(page, body.model, prompt_of(history), body.thinking)
         found = await _start(page, caller, [], [_new_answer(page, history[-1], wanted)], [wanted])
         return {"answers": found["answers"]}
 
@@ -102,11 +102,9 @@ def message_routes(page: Page) -> APIRouter:
         if not reasoning.strip() and not content.strip():
             raise RequestError("there is nothing to go on from; regenerate the answer instead", "reasoning")
         begun = Message(role="assistant", content=content, reasoning=reasoning or None)
-        wanted = TurnRequest(
-            model=old.model, messages=(*prompt_of(history), begun), is_prefix=True, thinking=old.thinking or None
-        )
-        made = replace(_new_answer(page, history[-1], wanted), thinking=old.thinking)
-        made = replace(made, reasoning=reasoning, content=content)
+        prompt = (*prompt_of(history), begun)
+        wanted = TurnRequest(model=old.model, messages=prompt, is_prefix=True, thinking=old.thinking or None)
+        made = replace(_new_answer(page, history[-1], wanted), reasoning=reasoning, content=content)
         return {"answers": (await _start(page, caller, [], [made], [wanted]))["answers"]}
 
     return routes
@@ -165,6 +163,7 @@ async def _start(
 ) -> dict[str, Any]:
     """Start the turns of answers, write their messages, and read the turns into them. before: messages to add first."""
     turns = await page.answers.start_turns(caller.principal, wanted)
+    made = [replace(message, thinking=turn.prepared.is_thinking) for message, turn in zip(made, turns, strict=True)]
     try:
         conversation_id = made[0].conversation_id
         found = await asyncio.to_thread(
@@ -183,6 +182,12 @@ async def _start(
     return {"id": found.id, "title": found.title, "updated_ms": found.updated_ms, "user": user, "answers": answers}
 
 
+def _request(page: Page, model: str, messages: tuple[Message, ...], thinking: bool) -> TurnRequest:
+    """A request to a model; one that has not this mode of thinking uses the mode that it has. Raises RequestError."""
+    can_choose = page.server.models.get(model).member.can_start(thinking)
+    return TurnRequest(model=model, messages=messages, thinking=thinking if can_choose else None)
+
+
 def _new_message(page: Page, conversation_id: str, parent_id: str | None, **values: Any) -> StoredMessage:
     created_ms = int(page.server.accounts.clock() * 1000)
     return StoredMessage(
@@ -193,7 +198,7 @@ def _new_message(page: Page, conversation_id: str, parent_id: str | None, **valu
 def _new_answer(page: Page, question: StoredMessage, wanted: TurnRequest, group_id: str | None = None) -> StoredMessage:
     return _new_message(
         page, question.conversation_id, question.id, role="assistant", model=wanted.model, status="running",
-        thinking=bool(wanted.thinking), group_id=group_id, process_id=page.server.accounts.process_id,
+        group_id=group_id, process_id=page.server.accounts.process_id,
     )  # fmt: skip
 
 

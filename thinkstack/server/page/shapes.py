@@ -47,7 +47,7 @@ def _answer_json(message: StoredMessage, live: LiveAnswer | None) -> dict[str, A
         "state": state,
         "at": f"{num_reasoning}.{num_content}",
         "reasoning_chars": num_reasoning,
-        "thinking_seconds": stats.thinking_seconds if live is None else live.progress()["thinking_seconds"],
+        "thinking_seconds": stats.thinking_seconds if live is None or live.is_ended else live.thinking_seconds,
         "seconds": stats.seconds,
         "first_token_seconds": stats.first_token_seconds,
         "usage": {name: getattr(stats, name) for name in USAGE},

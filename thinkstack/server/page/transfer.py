@@ -19,7 +19,6 @@ from thinkstack.types import RequestError
 
 FORMAT, VERSION = "thinkstack-conversation", 1
 MAX_MESSAGES = 10_000
-ENDED = ("stop", "length", "stopped", "failed")
 
 
 class FileInput(Body):
