@@ -81,7 +81,7 @@ def regrade(
 ) -> Regraded:
     """Return the verdicts of the graders `names` on stored completions.
 
-    The final answer is read again from the text, as in an evaluation: the stored one is normalized.
+    The final answer is read again from the text by the general rule (`final_answer`): the stored one is normalized.
     """
     check_names(names)
     problems = [_problem(record) for record in records]

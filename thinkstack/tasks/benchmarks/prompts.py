@@ -1,4 +1,7 @@
-"""Published prompts of benchmarks, by the name of the program or paper that published them.
+"""Prompts of benchmarks in the wording of a program or paper, by its name.
+
+The wordings are not yet compared with the originals letter by letter: a result with them is not the published
+prompt's.
 
 A prompt alone can move a result by several points, so every evaluation names its prompt. Templates have {question},
 and for multiple choice {choices} (one line for each, by the style of the prompt), {letters} ("ABCD") and {subject}.
