@@ -53,7 +53,7 @@ class SamplerFacts:
     """What sampled the completions of an evaluation."""
 
     kind: Literal["engine", "servers", "endpoint", "answers"]
-    """The engine in this process, vLLM servers with our weights, an OpenAI-compatible endpoint, or a file of answers."""
+    """The engine of this process, vLLM servers with our weights, an OpenAI-compatible endpoint, a file of answers."""
     model: str
     """The checkpoint, or the name that the endpoint has for the model."""
     engine: str
