@@ -8,7 +8,7 @@ from thinkstack.tasks.benchmarks.aime import Aime
 from thinkstack.tasks.benchmarks.choices import ChoiceTask, Gpqa, Mmlu, MmluPro, MmluRedux
 from thinkstack.tasks.benchmarks.codeforces import Codeforces
 from thinkstack.tasks.benchmarks.cruxeval import CruxEvalInput, CruxEvalOutput
-from thinkstack.tasks.benchmarks.datasets import DatasetTask, Gsm8k, Math
+from thinkstack.tasks.benchmarks.datasets import DatasetTask, Gsm8k, Math, Math500
 from thinkstack.tasks.benchmarks.evalplus import HumanEvalPlus, MbppPlus
 from thinkstack.tasks.benchmarks.humaneval import HumanEval
 from thinkstack.tasks.benchmarks.ifeval import IFEval
@@ -60,6 +60,7 @@ BENCHMARKS: dict[str, type[DatasetTask]] = {
     "gsm8k": Gsm8k,
     "ifeval": IFEval,
     "math": Math,
+    "math500": Math500,
     "mgsm": Mgsm,
     "minerva": Minerva,
     "mmlu": Mmlu,

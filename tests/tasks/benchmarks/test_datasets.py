@@ -68,6 +68,16 @@ def test_math_500_and_the_published_folder_are_read_too(tmp_path):
     assert problem.question == "How far around?"
 
 
+def test_math500_takes_its_own_file_of_a_folder_that_has_all_of_maths_test_set_too(tmp_path):
+    rows = [CIRCLE | {"problem": f"{number}?"} for number in range(501)]
+    written(tmp_path / "test.jsonl", rows)
+    task = make_task("math500", TaskConfig(data=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"has 501 problems; MATH-500 has 500; give math500\.jsonl"):
+        task.problems("test", seed=0)
+    written(tmp_path / "math500.jsonl", rows[:500])
+    assert len({problem.key for problem in task.problems("test", seed=0).take(500)}) == 500
+
+
 def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path):
     try:
         import pyarrow

@@ -166,7 +166,7 @@ class Math(DatasetTask):
     are compared by spelling, then by math-verify, if it is installed.
     """
 
-    SOURCE = "the folder or the JSON lines of github.com/hendrycks/math, or MATH-500 (MIT)"
+    SOURCE = "the folder or the JSON lines of github.com/hendrycks/math (MIT)"
     PROMPTS = MATH_PROMPTS
     default_grader = "latex"
 
@@ -188,6 +188,26 @@ class Math(DatasetTask):
             )
         if unanswered:
             log.warning("skipped rows without an answer: %s", " ".join(unanswered))
+        return found
+
+
+class Math500(Math):
+    """The 500 test problems of MATH that OpenAI chose (arXiv:2305.20050). Fields: those of MATH."""
+
+    SOURCE = (
+        "math500.jsonl or test.jsonl, the 500 problems of HuggingFaceH4/MATH-500 or github.com/openai/prm800k (MIT)"
+    )
+    FILE_NAMES = ("math500", "MATH-500")
+
+    def file(self, split: str) -> Path:
+        """Return the file: math500 before test, since a folder may have all of MATH's test set too."""
+        named = [Path(self.cfg.data) / f"{name}{end}" for name in self.FILE_NAMES for end in FILE_SUFFIXES]
+        return next((path for path in named if path.is_file()), None) or super().file(split)
+
+    def read(self, path: str | Path) -> list[Problem]:
+        found = super().read(path)
+        if len(found) != 500:
+            raise ConfigError(f"{path} has {len(found):,} problems; MATH-500 has 500; give {self.SOURCE}")
         return found
 
 
