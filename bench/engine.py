@@ -41,7 +41,8 @@ from gguf_peer import gguf_peer
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.scripted import ScriptedEngine
-from thinkstack.evals.runner import EvalConfig, held_out_problems
+from thinkstack.evals.runner import held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.kernels.precision import Precision, resolve_precision
 from thinkstack.machine import prepare_machine
 from thinkstack.models.config import named

@@ -18,7 +18,8 @@ from common import arguments, machine, print_table
 from thinkstack.checkpoint.convert import convert
 from thinkstack.checkpoint.model import load_chat, load_model
 from thinkstack.engine.engine import Engine, EngineConfig
-from thinkstack.evals.runner import EvalConfig, held_out_problems
+from thinkstack.evals.runner import held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.machine import prepare_machine
 from thinkstack.types import SamplingParams
 

@@ -23,7 +23,8 @@ from thinkstack.engine.block_pool import BLOCK_SIZE
 from thinkstack.engine.engine import Engine, EngineConfig
 from thinkstack.engine.kv_cache import KVCache
 from thinkstack.evals.plots import COLORS
-from thinkstack.evals.runner import EvalConfig, held_out_problems
+from thinkstack.evals.runner import held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.machine import describe_machine, prepare_machine
 from thinkstack.models.config import named
 from thinkstack.models.counts import cache_bytes_per_token

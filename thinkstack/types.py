@@ -251,11 +251,8 @@ class Response:
     """The tool calls of the turn."""
     completion: Completion | None = None
     """The completion that was parsed; None for text that no engine sampled."""
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether the completion reached the length limit without a stop token."""
-        return self.completion is not None and self.completion.finish_reason == "length"
+    is_truncated: bool = False
+    """Whether the completion reached the length limit without a stop token."""
 
 
 @dataclass(frozen=True, kw_only=True)

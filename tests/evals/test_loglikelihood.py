@@ -76,7 +76,7 @@ def test_what_cannot_be_scored_is_refused():
 
 @pytest.mark.parametrize("by_text", [False, True])
 def test_the_most_likely_choice_is_chosen_and_bytes_normalize(by_text):
-    found = choose_by_loglikelihood(MODEL, TOKENIZER, QUESTIONS, by_text, QUESTIONS[:2])
+    found = choose_by_loglikelihood(MODEL, TOKENIZER, QUESTIONS, by_text, lambda problem: QUESTIONS[:2])
     for problem, result in zip(QUESTIONS, found, strict=True):
         choices = problem.metadata["choices"] if by_text else "ABCD"
         correct = "ABCD".index(problem.answer)

@@ -7,8 +7,8 @@ import pytest
 
 from tests.evals.test_report import record
 from thinkstack.evals.compare import compare_tasks, comparison_rows
+from thinkstack.evals.records import write_samples
 from thinkstack.evals.regrade import disagreements, grader_rows, pair_rows, regrade
-from thinkstack.evals.results import write_samples
 from thinkstack.stages.regrade import print_comparison, print_regraded
 from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.types import ConfigError

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from thinkstack.evals.plots import health_panels, running_mean
+from thinkstack.evals.records import AnswerRecord, ProblemRecord
 from thinkstack.evals.report import markdown, setting_line, table_rows, write_report
-from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, curve_point, summarize
+from thinkstack.evals.results import Evaluation, curve_point, summarize
 from thinkstack.types import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"

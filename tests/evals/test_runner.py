@@ -1,16 +1,18 @@
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
 from tests.problems import make_problem, rows
-from thinkstack.evals.results import compute_metrics, curve_point, read_samples, summarize, write_samples
+from thinkstack.evals.records import read_samples, write_samples
+from thinkstack.evals.results import compute_metrics, curve_point, summarize
 from thinkstack.evals.runner import (
-    EvalConfig,
     Evaluation,
     evaluate,
     held_out_problems,
     warn_if_no_answer_read,
 )
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.tasks.puzzles.generated import is_worked
 from thinkstack.tasks.puzzles.puzzle import split_of
 from thinkstack.tasks.reward import Reward, RewardConfig
@@ -33,6 +35,7 @@ class CharacterChat:
     name = "characters"
     prefill = ""
     stop_token_ids = (0,)
+    tokenizer = SimpleNamespace(begin_ids=[])
 
     def prompt(self, messages, tools=()):
         return [ord(letter) for letter in messages[-1].content]

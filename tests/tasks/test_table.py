@@ -6,7 +6,7 @@ import pytest
 
 from tests.problems import rows, sample_problems
 from thinkstack.config import build
-from thinkstack.evals.runner import EvalConfig
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.tasks.puzzles import puzzle as puzzles
 from thinkstack.tasks.puzzles.generated import alternate
 from thinkstack.tasks.table import BENCHMARKS, PUZZLES, make_task, make_tasks, puzzle_tasks

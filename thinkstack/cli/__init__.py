@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from thinkstack.cli import accounts, models, serving, training
+from thinkstack.cli import accounts, evaluation, models, serving, training
 from thinkstack.config import did_you_mean
 from thinkstack.server.errors import DatabaseUnavailable
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
@@ -23,7 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": training.demo,
     "run": training.run,
     "sft": training.sft,
-    "eval": models.evaluate,
+    "eval": evaluation.evaluate,
     "recipes": training.recipes,
     "chat": models.chat,
     "generate": models.generate,
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": models.merge,
     "usage": accounts.usage,
 }
-EVALUATIONS: dict[str, Callable[..., None]] = {"regrade": models.regrade, "compare": models.compare}
+EVALUATIONS: dict[str, Callable[..., None]] = {"regrade": evaluation.regrade, "compare": evaluation.compare}
 """Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "accounts": ("Users of a server: add, list, change, disable.", accounts.ACCOUNTS),

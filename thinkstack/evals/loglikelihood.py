@@ -7,7 +7,7 @@ Shapes in this file: B rows of a batch, T positions, D hidden size, N scored pos
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,11 +114,23 @@ class ChoiceResult:
     """Key of the problem."""
     logprobs: tuple[float, ...]
     """Log-probability of each choice."""
-    is_correct: bool
-    """Whether the correct choice has the highest log-probability; the first one counts in a tie (acc)."""
-    is_correct_normalized: bool
-    """The same after division by the UTF-8 bytes of each choice (acc_norm). lm-eval divides by characters, which is the
-    same for ASCII."""
+    correct: int
+    """Place of the correct choice, from 0."""
+    chosen: int
+    """Place of the choice with the highest log-probability; of several, the first."""
+    chosen_normalized: int
+    """The same after division by the UTF-8 bytes of each choice. lm-eval divides by characters, which is the same for
+    ASCII."""
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the choice is correct (acc)."""
+        return self.chosen == self.correct
+
+    @property
+    def is_correct_normalized(self) -> bool:
+        """Whether the choice after division is correct (acc_norm)."""
+        return self.chosen_normalized == self.correct
 
 
 def choose_by_loglikelihood(
@@ -126,26 +138,19 @@ def choose_by_loglikelihood(
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     by_text: bool = False,
-    examples: Sequence[Problem] = (),
+    shots: Callable[[Problem], Sequence[Problem]] = lambda problem: (),
     batch_size: int = 32,
 ) -> list[ChoiceResult]:
     """Answer problems with `choices` by the log-likelihood of each choice.
 
     by_text: False: the prompt lists the choices and the continuations are their letters (MMLU in lm-eval); True: the
-    prompt has the question alone and the continuations are the texts (cloze). examples: solved problems before each
+    prompt has the question alone and the continuations are the texts (cloze). shots: the solved problems before a
     question, as in 5-shot evaluation. Raises ConfigError for a problem without choices.
     """
-    for problem in (*problems, *examples):
-        if not problem.metadata.get("choices"):
-            raise ConfigError(f"{problem.task} has no choices; choose a task for multiple choice, such as mmlu")
-    shots = "".join(
-        f"{_choice_prompt(one, by_text)}{_continuations(one, by_text)[LETTERS.index(one.answer)]}\n\n"
-        for one in examples
-    )
     pairs, sizes = [], []
     for problem in problems:
-        texts = _continuations(problem, by_text)
-        pairs += [split_pair(tokenizer, shots + _choice_prompt(problem, by_text), text) for text in texts]
+        prompt, texts = choice_prompt(problem, by_text, shots(problem)), _continuations(problem, by_text)
+        pairs += [split_pair(tokenizer, prompt, text) for text in texts]
         sizes.append(len(texts))
     found = iter(loglikelihoods(model, pairs, batch_size))
     return [
@@ -154,7 +159,16 @@ def choose_by_loglikelihood(
     ]
 
 
-def _choice_prompt(problem: Problem, by_text: bool) -> str:
+def choice_prompt(problem: Problem, by_text: bool, shots: Sequence[Problem] = ()) -> str:
+    """Return the context of the choices: solved problems, then the question. Raises ConfigError without choices."""
+    for one in (problem, *shots):
+        if not one.metadata.get("choices"):
+            raise ConfigError(f"{one.task} has no choices; choose a task for multiple choice, such as mmlu")
+    solved = [_question(one, by_text) + _continuations(one, by_text)[LETTERS.index(one.answer)] for one in shots]
+    return "\n\n".join((*solved, _question(problem, by_text)))
+
+
+def _question(problem: Problem, by_text: bool) -> str:
     return f"Question: {problem.question}\nAnswer:" if by_text else fill_prompt(CHOICE_PROMPTS["lm-eval"], problem)
 
 
@@ -164,14 +178,14 @@ def _continuations(problem: Problem, by_text: bool) -> list[str]:
 
 
 def _choose(problem: Problem, logprobs: Sequence[float], by_text: bool) -> ChoiceResult:
-    correct = LETTERS.index(problem.answer)
     sizes = [max(len(text[1:].encode()), 1) for text in _continuations(problem, by_text)]
     by_byte = [logprob / size for logprob, size in zip(logprobs, sizes, strict=True)]
     return ChoiceResult(
         key=problem.key,
         logprobs=tuple(logprobs),
-        is_correct=max(range(len(logprobs)), key=lambda place: logprobs[place]) == correct,
-        is_correct_normalized=max(range(len(by_byte)), key=lambda place: by_byte[place]) == correct,
+        correct=LETTERS.index(problem.answer),
+        chosen=max(range(len(logprobs)), key=lambda place: logprobs[place]),
+        chosen_normalized=max(range(len(by_byte)), key=lambda place: by_byte[place]),
     )
 
 

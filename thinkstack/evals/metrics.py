@@ -73,6 +73,20 @@ class BudgetPoint:
     """Share of completions that end within the budget."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForcedPoint:
+    """Accuracy if thinking is closed by force after a budget, after which the model answers."""
+
+    budget_tokens: int
+    """Thinking tokens."""
+    pass_at_1: float
+    """Mean over problems."""
+    forced: float
+    """Share of completions whose thinking was closed by force."""
+    mean_tokens: float
+    """Tokens per completion, answer included."""
+
+
 Sampled = tuple[int, bool, bool]
 """Tokens of a completion, whether it is correct, and whether it ended before max_tokens."""
 

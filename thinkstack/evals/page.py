@@ -2,9 +2,31 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportTable:
+    """A table of a report."""
+
+    title: str
+    columns: Sequence[str]
+    """Headings of the columns after the labels of the rows."""
+    rows: Sequence[tuple[str, Sequence[str]]]
+    """Label and cells of each row."""
+    corner: str = ""
+    """Heading of the labels."""
+    note: str = ""
+    """Explanation below the table."""
+    is_first_bold: bool = False
+    """Whether the first row has the main figures."""
+
+
+WIDE_CELL = 36
+"""Cells with more characters are text: aligned to the left and wrapped."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -31,6 +53,7 @@ th:first-child { text-align: left; font-weight: 500; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 tr.first td { font-weight: 650; }
+td.text { text-align: left; white-space: normal; min-width: 18rem; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; border-radius: 6px; background: #fff; }
@@ -58,15 +81,18 @@ pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: v
 <body>
 <h1>{{ title }}</h1>
 <p class="note">{{ setting }}</p>
-<h2>Results</h2>
+{% for table in tables %}<h2>{{ table.title }}</h2>
 <div class="card scroll"><table>
-<thead><tr><th></th>{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>{{ table.corner }}</th>
+{%- for name in table.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for label, cells in rows %}<tr{% if loop.first %} class="first"{% endif %}><th scope="row">{{ label }}</th>
-{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for label, cells in table.rows %}<tr{% if loop.first and table.is_first_bold %} class="first"{% endif %}>
+{%- if label %}<th scope="row">{{ label }}</th>{% else %}<td></td>{% endif %}
+{%- for cell in cells %}<td{% if cell|length > wide %} class="text"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
-{% if plots %}<h2>Plots</h2>
+{% if table.note %}<p class="note">{{ table.note }}</p>
+{% endif %}{% endfor %}{% if plots %}<h2>Plots</h2>
 <div class="plots">
 {% for caption, image in plots %}<figure class="card"><img alt="{{ caption }}" src="data:image/png;base64,{{ image }}">
 <figcaption>{{ caption }}</figcaption></figure>
@@ -95,8 +121,7 @@ def render_page(
     folder: Path,
     title: str,
     setting: str,
-    columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[str]]],
+    tables: Sequence[ReportTable],
     plots: Mapping[str, str],
     answers: Mapping[str, Mapping[str, Sequence[object]]],
     facts: Mapping[str, str],
@@ -110,5 +135,5 @@ def render_page(
     ]
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     return template.render(
-        title=title, setting=setting, columns=columns, rows=rows, plots=images, answers=answers, facts=facts
+        title=title, setting=setting, tables=tables, plots=images, answers=answers, facts=facts, wide=WIDE_CELL
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -79,7 +80,7 @@ def compared_columns(columns: Mapping[str, Evaluation]) -> dict[str, Evaluation]
 
 def plot_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
     """Plot pass@1 with its question error, the majority vote, and, if measured, a level excluded from training."""
-    canvas, axes = _canvas(1, 1, "Accuracy over RL steps")
+    canvas, axes = new_canvas(1, 1, "Accuracy over RL steps")
     panel = axes[0]
     _line(panel, curve, "cons_at_16", COLORS[1], "majority vote")
     _line(panel, curve, "pass_at_1", COLORS[0], "pass@1", error="question_error")
@@ -92,12 +93,12 @@ def plot_accuracy(path: Path, curve: Sequence[Point], chance: Mapping[str, float
         mean_chance = sum(chance.values()) / len(chance)
         panel.axhline(mean_chance, color=GREY, linewidth=1.2, linestyle=":", label="blind guess")
     _percent(panel)
-    _finish(canvas, path, panel)
+    finish(canvas, path, panel)
 
 
 def plot_length(path: Path, curve: Sequence[Point]) -> None:
     """Plot tokens per answer and the truncation rate."""
-    canvas, axes = _canvas(1, 2, "Length of answers over RL steps")
+    canvas, axes = new_canvas(1, 2, "Length of answers over RL steps")
     _line(axes[0], curve, "mean_tokens", COLORS[0], "tokens per answer")
     axes[0].set_ylim(bottom=0)
     axes[0].set_title("Tokens per answer", loc="left", fontsize=10, color=INK)
@@ -106,22 +107,22 @@ def plot_length(path: Path, curve: Sequence[Point]) -> None:
     highest = max((point["truncation_rate"] for point in curve if point.get("truncation_rate") is not None), default=0)
     axes[1].set_ylim(0, max(highest * 1.15, 0.05))
     axes[1].set_title("Truncated answers", loc="left", fontsize=10, color=INK)
-    _finish(canvas, path)
+    finish(canvas, path)
 
 
 def plot_worked(path: Path, curve: Sequence[Point]) -> None:
     """Plot the share of worked answers and the accuracy of worked and direct answers."""
-    canvas, axes = _canvas(1, 1, "Worked and direct answers over RL steps")
+    canvas, axes = new_canvas(1, 1, "Worked and direct answers over RL steps")
     _line(axes[0], curve, "worked_share", GREY, "share of worked answers", dashes="--")
     _line(axes[0], curve, "worked_accuracy", COLORS[0], "accuracy of worked answers")
     _line(axes[0], curve, "direct_accuracy", COLORS[1], "accuracy of direct answers")
     _percent(axes[0])
-    _finish(canvas, path, axes[0])
+    finish(canvas, path, axes[0])
 
 
 def plot_tasks(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) -> None:
     """Plot pass@1 with one line per task."""
-    canvas, axes = _canvas(1, 1, "Accuracy by task over RL steps")
+    canvas, axes = new_canvas(1, 1, "Accuracy by task over RL steps")
     names = sorted({name for point in curve for name in point.get("by_task", {})})
     for index, name in enumerate(names):
         points = [{"step": p["step"], name: p.get("by_task", {}).get(name)} for p in curve]
@@ -130,14 +131,14 @@ def plot_tasks(path: Path, curve: Sequence[Point], chance: Mapping[str, float]) 
         if name in chance:
             axes[0].axhline(chance[name], color=color, linewidth=1, linestyle=":", alpha=0.6)
     _percent(axes[0])
-    _finish(canvas, path, axes[0])
+    finish(canvas, path, axes[0])
 
 
 def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[str, float]) -> None:
     """Plot bars of pass@1 per level: one panel per task, one color per column."""
     cells = {name: evaluation.by_task_level for name, evaluation in columns.items()}
     tasks = sorted({task for cell in cells.values() for task in cell})
-    canvas, axes = _canvas(-(-len(tasks) // 2), min(len(tasks), 2), "Accuracy by difficulty", height=2.5)
+    canvas, axes = new_canvas(-(-len(tasks) // 2), min(len(tasks), 2), "Accuracy by difficulty", height=2.5)
     width = 0.8 / len(columns)
     for panel, task in zip(axes, tasks, strict=False):
         levels = sorted({level for cell in cells.values() for level in cell.get(task, {})})
@@ -164,12 +165,12 @@ def plot_levels(path: Path, columns: Mapping[str, Evaluation], chance: Mapping[s
     for panel in axes[len(tasks) :]:
         panel.set_visible(False)
     _legend_on_top(canvas, axes[0])
-    _finish(canvas, path, steps=False)
+    finish(canvas, path, steps=False)
 
 
 def plot_budgets(path: Path, columns: Mapping[str, Evaluation]) -> None:
     """Plot pass@1 over token budgets, one line per column, and the share of answers that end within the budget."""
-    canvas, axes = _canvas(1, 1, "Accuracy over token budgets")
+    canvas, axes = new_canvas(1, 1, "Accuracy over token budgets")
     for index, (name, evaluation) in enumerate(columns.items()):
         budgets, color = [point.budget_tokens for point in evaluation.over_tokens], GREY if index == 0 else COLORS[0]
         shares = [point.pass_at_1 for point in evaluation.over_tokens]
@@ -179,7 +180,7 @@ def plot_budgets(path: Path, columns: Mapping[str, Evaluation]) -> None:
     axes[0].set_xscale("log", base=2)
     axes[0].set_xlabel("budget (tokens)", fontsize=9, color=INK)
     _percent(axes[0])
-    _finish(canvas, path, axes[0], steps=False)
+    finish(canvas, path, axes[0], steps=False)
 
 
 def health_panels(metrics: Sequence[Point]) -> dict[str, str]:
@@ -201,7 +202,7 @@ def health_panels(metrics: Sequence[Point]) -> dict[str, str]:
 def plot_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str]) -> None:
     """Plot one small panel per metric."""
     columns = min(3, len(panels))
-    canvas, axes = _canvas(-(-len(panels) // columns), columns, "Training health", height=2.1)
+    canvas, axes = new_canvas(-(-len(panels) // columns), columns, "Training health", height=2.1)
     for panel, (key, title) in zip(axes, panels.items(), strict=False):
         rows = [row for row in metrics if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
         steps, values = [row["step"] for row in rows], [float(row[key]) for row in rows]
@@ -211,7 +212,7 @@ def plot_health(path: Path, metrics: Sequence[Point], panels: Mapping[str, str])
         panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
-    _finish(canvas, path)
+    finish(canvas, path)
 
 
 def running_mean(values: Sequence[float], radius: int) -> list[float]:
@@ -220,7 +221,7 @@ def running_mean(values: Sequence[float], radius: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _canvas(rows: int, columns: int, title: str, height: float = 3.6) -> tuple[Canvas, list[Axes]]:
+def new_canvas(rows: int, columns: int, title: str, height: float = 3.6) -> tuple[Canvas, list[Axes]]:
     """Create an empty figure with a title; return it and its panels in reading order."""
     canvas = Canvas(figsize=(8.2, height * rows + 0.6), dpi=DPI, layout="constrained", facecolor="white")
     canvas.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
@@ -255,8 +256,13 @@ def _line(
         panel.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
 
 
+def percent_axis(axis: Axis) -> None:
+    """Label an axis of shares in percent."""
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
 def _percent(panel: Axes) -> None:
-    panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    percent_axis(panel.yaxis)
     panel.set_ylim(0, 1.02)
 
 
@@ -266,7 +272,7 @@ def _legend_on_top(canvas: Canvas, panel: Axes) -> None:
     canvas.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK)
 
 
-def _finish(canvas: Canvas, path: Path, panel: Axes | None = None, steps: bool = True) -> None:
+def finish(canvas: Canvas, path: Path, panel: Axes | None = None, steps: bool = True) -> None:
     """Label the step axes, add the panel's legend below, and write the file atomically."""
     if steps:
         for axes in canvas.axes:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["sampled", "letters", "cloze"]
-"""How a model answers: by sampled text, or by the log-likelihood of the letters or of the texts of the choices."""
+from thinkstack.tasks.task import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +66,9 @@ class SamplerFacts:
     """Processor or device of the engine; empty if unknown."""
     max_num_seqs: int = 0
     """Sequences that are computed together at most; 0: unknown."""
+    prompt_price: float = 0.0
+    """Price of a million tokens of prompts."""
+    completion_price: float = 0.0
+    """Price of a million sampled tokens."""
+    price_per_hour: float = 0.0
+    """Price of an hour of the machine that samples."""

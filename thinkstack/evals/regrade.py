@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from thinkstack.config import did_you_mean
 from thinkstack.evals.metrics import cons_at_k
-from thinkstack.evals.results import ProblemRecord, answer_class, read_samples
+from thinkstack.evals.records import ProblemRecord, read_samples
+from thinkstack.evals.results import answer_class
 from thinkstack.evals.statistics import question_error
 from thinkstack.files import read_object
 from thinkstack.log import PROVENANCE

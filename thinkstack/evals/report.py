@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkstack.evals.page import render_page
+from thinkstack.evals.page import ReportTable, render_page
 from thinkstack.evals.plots import compared_columns, plot_all
 from thinkstack.evals.results import CONS_SAMPLES, EvalMetrics, Evaluation, ShownAnswer
 from thinkstack.evals.statistics import few_questions
@@ -41,10 +41,11 @@ def write_report(
         raise ConfigError(f"greedy evaluations of {', '.join(sorted(unknown))} have no column in the report")
     folder.mkdir(parents=True, exist_ok=True)
     plots = plot_all(folder, columns, curve, metrics)
-    rows, setting = table_rows(columns, greedy), setting_line(columns)
+    table = ReportTable(title="Results", columns=list(columns), rows=table_rows(columns, greedy), is_first_bold=True)
+    setting = setting_line(columns)
     answers = {name: evaluation.shown for name, evaluation in compared_columns(columns).items()}
-    write_text(folder / "report.md", markdown(title, setting, list(columns), rows, plots, answers, facts))
-    write_text(folder / "report.html", render_page(folder, title, setting, list(columns), rows, plots, answers, facts))
+    write_text(folder / "report.md", markdown(title, setting, [table], plots, answers, facts))
+    write_text(folder / "report.html", render_page(folder, title, setting, [table], plots, answers, facts))
     write_json(
         folder / "report.json",
         {
@@ -154,14 +155,17 @@ def setting_line(columns: Mapping[str, Evaluation]) -> str:
 def markdown(
     title: str,
     setting: str,
-    columns: Sequence[str],
-    rows: Rows,
+    tables: Sequence[ReportTable],
     plots: Mapping[str, str],
     answers: Mapping[str, Mapping[str, Sequence[ShownAnswer]]],
     facts: Mapping[str, str],
 ) -> str:
     """Return the report as Markdown; the plots are in the same folder."""
-    lines = [f"# {title}", "", setting, "", *markdown_table(["", *columns], rows)]
+    lines = [f"# {title}", "", setting]
+    for table in tables:
+        heading = ["", f"## {table.title}"] if len(tables) > 1 else []
+        lines += [*heading, "", *markdown_table([table.corner, *table.columns], table.rows)]
+        lines += ["", table.note] if table.note else []
     for name, caption in plots.items():
         lines += ["", f"![{caption}]({name})"]
     for column, tasks in answers.items():
@@ -175,7 +179,7 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(head: Sequence[str], rows: Rows) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     """Return the lines of a table; all columns except the first are right-aligned."""
     aligned = ["---", *["---:"] * (len(head) - 1)]
     body = [[label, *cells] for label, cells in rows]

@@ -4,31 +4,31 @@ Records contain every completion, so `summarize` can recompute all metrics from 
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from thinkstack.evals.metrics import (
     BudgetPoint,
-    Sampled,
+    ForcedPoint,
     accuracy_over_tokens,
     cons_at_k,
     pass_at_k,
     tokens_per_solution,
 )
+from thinkstack.evals.protocol import SamplerFacts, TaskProtocol
+from thinkstack.evals.records import ProblemRecord
 from thinkstack.evals.statistics import ErrorEstimate, question_error, rerun_error
-from thinkstack.files import lines
-from thinkstack.log import write_text
 from thinkstack.tasks.verify.latex import normalize_latex
 from thinkstack.types import ConfigError
 
 CONS_SAMPLES = 16
 """Number of samples that vote in the majority vote of the learning curve; all samples if there are fewer."""
+PERCENTILES = (10, 50, 90, 100)
+"""Percentiles of the number of tokens."""
 SHOWN_ANSWERS = 3
 """Number of completions per task that an Evaluation stores as text."""
 CURVE = (
@@ -44,73 +44,6 @@ CURVE = (
     "direct_accuracy",
 )
 """Metrics of a point of the learning curve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerRecord:
-    """One sampled completion and its evaluation."""
-
-    text: str
-    """The complete turn: prefill and completion."""
-    answer: str | int | None
-    """The normalized answer; None if no answer could be read."""
-    correct: bool | None
-    """Whether the reward function found the answer correct; None if it is unscorable."""
-    well_formed: bool
-    """Whether the turn has the expected format (text/parse.py)."""
-    truncated: bool
-    """Whether the engine stopped the completion at max_tokens."""
-    num_tokens: int
-    """Sampled tokens, including the end token."""
-    rule: str | None = None
-    """The rule in text/final_answer.py that found the answer, with thinking_format="flexible_extract"."""
-    unscorable: str | None = None
-    """Reason why there is no score; None if the completion is scored."""
-    grader: str = ""
-    """The grader that decided and, for code, the sandbox, as in "calls, bwrap"; empty if the task has one grader."""
-    detail: str = ""
-    """Why the answer is wrong, if the grader says so."""
-    measures: dict[str, float] = field(default_factory=dict)
-    """Measures that only some tasks have, by name: of puzzles `worked`, whether the thinking contains worked steps."""
-
-    @property
-    def worked(self) -> bool | None:
-        """Whether the thinking contains worked steps; None if the task has no such measure."""
-        return bool(self.measures["worked"]) if "worked" in self.measures else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProblemRecord:
-    """One problem and its completions, in sampling order."""
-
-    key: str
-    task: str
-    level: int
-    language: str
-    wording: int
-    question: str
-    reference: str
-    """The reference answer."""
-    answers: tuple[AnswerRecord, ...]
-    cluster: str = ""
-    """Source that the question shares with others, such as a passage or a template; empty: the key, which translations
-    and wordings of one problem share."""
-    grader: str = ""
-    """Name of the grader: tasks/verify/graders.py, or the task's name; empty in files that do not have it."""
-
-    @property
-    def num_correct(self) -> int:
-        """Correct completions; an unscorable completion counts as wrong."""
-        return sum(bool(answer.correct) for answer in self.answers)
-
-    @property
-    def share_correct(self) -> float:
-        """Share of correct completions among the completions that are present."""
-        return self.num_correct / len(self.answers)
-
-    @property
-    def sampled(self) -> list[Sampled]:
-        return [(answer.num_tokens, bool(answer.correct), not answer.truncated) for answer in self.answers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +91,16 @@ class EvalMetrics:
     """Share of correct completions among the completions with worked steps."""
     direct_accuracy: float | None
     """Share of correct completions among the completions without worked steps."""
+    num_completions: int = 0
+    """Completions of all problems."""
+    num_correct: int = 0
+    """Correct completions."""
+    num_prompt_tokens: int = 0
+    """Tokens of the prompts, once for each completion; 0: unknown."""
+    tokens_at: dict[int, int] = field(default_factory=dict)
+    """Tokens of a completion at the percentiles 10, 50, 90 and 100."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Mean of each other measure of the completions that have it (evals/text_measures.py), by name."""
 
     @property
     def question_error(self) -> float | None:
@@ -205,6 +148,12 @@ class Evaluation(EvalMetrics):
     """Name of the grader, by task."""
     over_tokens: tuple[BudgetPoint, ...] = ()
     """Accuracy if every completion had ended at a token budget."""
+    protocols: dict[str, TaskProtocol] = field(default_factory=dict)
+    """How each task was evaluated; empty in evaluations during training."""
+    sampler: SamplerFacts | None = None
+    """What sampled the completions; None in evaluations during training."""
+    forced: dict[str, tuple[ForcedPoint, ...]] = field(default_factory=dict)
+    """Accuracy if thinking is closed by force at a budget (evals/budgets.py), by task."""
     seconds: float
     """Wall time of sampling and scoring."""
     shown: dict[str, tuple[ShownAnswer, ...]]
@@ -226,7 +175,6 @@ class Evaluation(EvalMetrics):
 
 
 _EVALUATION_ADAPTER = TypeAdapter(Evaluation)
-_RECORD_ADAPTER = TypeAdapter(ProblemRecord)
 
 
 def summarize(
@@ -280,7 +228,26 @@ def compute_metrics(records: Sequence[ProblemRecord]) -> EvalMetrics:
         worked_share=_mean([answer.worked for answer in answers if answer.worked is not None]),
         worked_accuracy=_mean([bool(answer.correct) for answer in answers if answer.worked]),
         direct_accuracy=_mean([bool(answer.correct) for answer in answers if answer.worked is False]),
+        num_completions=len(answers),
+        num_correct=sum(bool(answer.correct) for answer in answers),
+        num_prompt_tokens=sum(len(record.answers) * record.prompt.num_tokens for record in records if record.prompt),
+        tokens_at=_percentiles([answer.num_tokens for answer in answers]),
+        measures=_mean_measures(answer.measures for answer in answers),
     )
+
+
+def _percentiles(values: Sequence[int]) -> dict[int, int]:
+    """Return the smallest value that at least a share of the values does not exceed, by percentile."""
+    ordered = sorted(values)
+    return {share: ordered[max(math.ceil(share / 100 * len(ordered)) - 1, 0)] for share in PERCENTILES}
+
+
+def _mean_measures(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for measures in found:
+        for name, value in measures.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(values[name]) / len(values[name]) for name in sorted(values.keys() - {"worked"})}
 
 
 def _powers(samples: int) -> list[int]:
@@ -324,25 +291,6 @@ def _shown_answers(records: Sequence[ProblemRecord]) -> tuple[ShownAnswer, ...]:
         ShownAnswer(question=r.question, reference=r.reference, text=r.answers[0].text, correct=r.answers[0].correct)
         for r in records[:SHOWN_ANSWERS]
     )
-
-
-def write_samples(path: Path, records: Iterable[ProblemRecord]) -> None:
-    """Write one problem with all its completions per line, atomically."""
-    lines = (json.dumps(_RECORD_ADAPTER.dump_python(record, mode="json"), ensure_ascii=False) for record in records)
-    write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def read_samples(path: Path) -> list[ProblemRecord]:
-    """Read the records of a samples.jsonl. Raises ConfigError with the number of an invalid line."""
-    records = []
-    for number, line in enumerate(lines(path), start=1):
-        try:
-            records.append(_RECORD_ADAPTER.validate_json(line))
-        except ValidationError as error:
-            raise ConfigError(
-                f"{path} line {number} is not a problem in the format of samples.jsonl: {error}"
-            ) from error
-    return records
 
 
 def curve_point(step: int, evaluation: Evaluation, held_out: EvalMetrics | None = None) -> dict[str, Any]:

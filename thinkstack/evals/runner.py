@@ -6,55 +6,24 @@ of the rollouts, so training and evaluation differ only in the problems.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
-from thinkstack.config import Count, Seed, Share, Temperature
-from thinkstack.evals.results import AnswerRecord, Evaluation, ProblemRecord, summarize
+from thinkstack.evals.protocol import SamplerFacts
+from thinkstack.evals.records import AnswerRecord, ProblemRecord
+from thinkstack.evals.results import Evaluation, summarize
+from thinkstack.evals.sampling import EvalConfig, Generate, SampledProblem, sample_from_engine
+from thinkstack.evals.text_measures import text_measures
 from thinkstack.tasks.puzzles.generated import alternate
-from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.reward import Reward, score
 from thinkstack.tasks.table import generated_tasks, make_tasks
-from thinkstack.tasks.task import Task, TaskConfig, default_tasks, encode_prompt
+from thinkstack.tasks.task import Task
 from thinkstack.tasks.verify.answers import normalize
-from thinkstack.tasks.verify.pool import VerifierPool
+from thinkstack.tasks.verify.pool import VerifierPool, unscorable
 from thinkstack.text.chat import ChatFormat
-from thinkstack.text.parse import ThinkingFormat, parse_response
-from thinkstack.types import Completion, ConfigError, Problem, Response, SamplingParams, Score
+from thinkstack.text.parse import ThinkingFormat
+from thinkstack.types import ConfigError, Problem, Response, Score
 
 log = logging.getLogger(__name__)
-Generate = Callable[[Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[Completion]]]
-"""Interface of Engine.generate: (prompts, sampling parameters) -> n completions for each prompt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Problems and sampling parameters of an evaluation."""
-
-    tasks: dict[str, TaskConfig] = field(default_factory=default_tasks)
-    """Tasks to evaluate on, by name; the problems are those of the test split."""
-    num_problems: Count = 200
-    """Number of held-out problems: of the generated tasks together, and of each data set."""
-    samples: Count = 16
-    """Number of completions sampled per problem."""
-    temperature: Temperature = 1.0
-    """Sampling temperature; 0 is greedy decoding and requires samples=1."""
-    top_p: Share = 1.0
-    """Nucleus sampling: sample from the smallest set of tokens with at least this total probability; 1 is off."""
-    max_tokens: Count = 128
-    """Maximum number of tokens of a completion; completions that reach it count as truncated."""
-    seed: Seed = 0
-    """Seed of the problems and of sampling."""
-
-    def __post_init__(self) -> None:
-        make_tasks(self.tasks)
-        if self.num_problems < 1 or self.samples < 1:
-            raise ConfigError(f"num_problems={self.num_problems} and samples={self.samples} must be at least 1")
-        if self.temperature == 0 and self.samples > 1:
-            raise ConfigError(
-                f"samples={self.samples} with temperature=0 gives the same completion every time; use samples=1"
-            )
-
 
 UNREAD_ADVICE: dict[ThinkingFormat, str] = {
     "think_answer_tags": 'set thinking_format = "flexible_extract" for stock models, or "think_then_answer" for R1',
@@ -69,11 +38,22 @@ def held_out_problems(cfg: EvalConfig) -> list[Problem]:
     """Return the test problems of cfg, deterministically; the training split contains none of them."""
     tasks = make_tasks(cfg.tasks)
     generated = generated_tasks(tasks)
+    if generated and not cfg.num_problems:
+        raise ConfigError(f"num_problems=0 asks for all problems, but {generated[0].name} is endless; give a number")
     found = alternate(generated, "test", cfg.seed).take(cfg.num_problems) if generated else []
     for task in tasks.values():
         if task not in generated:
-            found += task.problems("test", cfg.seed).take(cfg.num_problems)
+            found += data_problems(task, cfg)
     return found
+
+
+def data_problems(task: Task, cfg: EvalConfig) -> list[Problem]:
+    """Return the test problems of a task that is not generated in turn with others: at most as many as there are."""
+    problems = task.problems("test", cfg.seed)
+    limit = task.cfg.num_problems or cfg.num_problems
+    if problems.size is None and not limit:
+        raise ConfigError(f"num_problems=0 asks for all problems, but {task.name} is endless; give a number")
+    return problems.take(min(limit or problems.size or 0, problems.size or limit))
 
 
 def evaluate(
@@ -84,38 +64,54 @@ def evaluate(
     reward: Reward,
     pool: VerifierPool,
 ) -> Evaluation:
-    """Sample completions for each problem and compute all metrics.
+    """Sample completions for each problem by an engine and compute all metrics.
 
     problems: from `held_out_problems`, or any other problems of the reward's tasks; cfg has the sampling parameters.
     reward: the reward function of training. pool: runs verifiers that may hang.
     """
     started = time.perf_counter()
-    tasks = [reward.tasks[problem.task] for problem in problems]
-    prompts = [encode_prompt(chat, task, problem) for task, problem in zip(tasks, problems, strict=True)]
-    sampling = [sampling_params_for(problem, task, chat, cfg) for task, problem in zip(tasks, problems, strict=True)]
-    responses = [
-        [parse_response(chat, completion, reward.cfg.thinking_format) for completion in completions]
-        for completions in engine_generate(prompts, sampling)
-    ]
-    pairs = [(problem, one) for problem, samples in zip(problems, responses, strict=True) for one in samples]
+    sampled = sample_from_engine(engine_generate, chat, problems, reward.tasks, cfg, reward.cfg.thinking_format)
+    records = grade_problems(sampled, reward, pool)
+    return summarize(records, time.perf_counter() - started, chances(reward.tasks))
+
+
+def chances(tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Return the probability that a blind guess is correct, of the tasks that know it."""
+    return {name: task.chance for name, task in tasks.items() if task.chance is not None}
+
+
+def grade_problems(
+    sampled: Sequence[SampledProblem], reward: Reward, pool: VerifierPool, facts: SamplerFacts | None = None
+) -> list[ProblemRecord]:
+    """Score all responses and return the records of the problems, in order.
+
+    facts: what sampled the responses. A problem that was not sampled is not scored.
+    """
+    pairs = [(one.problem, response) for one in sampled if not one.refused for response in one.responses]
     scores = iter(score(pairs, reward, pool))
-    records = [
-        ProblemRecord(
-            key=problem.key,
-            task=problem.task,
-            level=problem.level,
-            language=problem.language,
-            wording=problem.wording,
-            question=problem.question,
-            reference=problem.answer,
-            cluster=str(problem.metadata.get("cluster", "")),
-            grader=task.grader,
-            answers=tuple(record_answer(task, problem, response, next(scores)) for response in samples),
-        )
-        for task, problem, samples in zip(tasks, problems, responses, strict=True)
-    ]
-    chance = {name: task.chance for name, task in reward.tasks.items() if task.chance is not None}
-    return summarize(records, time.perf_counter() - started, chance)
+    return [_record(one, reward.tasks[one.problem.task], scores, facts) for one in sampled]
+
+
+def _record(one: SampledProblem, task: Task, scores: Iterator[Score], facts: SamplerFacts | None) -> ProblemRecord:
+    problem = one.problem
+    return ProblemRecord(
+        key=problem.key,
+        task=problem.task,
+        level=problem.level,
+        language=problem.language,
+        wording=problem.wording,
+        question=problem.question,
+        reference=problem.answer,
+        cluster=str(problem.metadata.get("cluster", "")),
+        grader=task.grader,
+        date=str(problem.metadata.get("date", "")),
+        prompt=one.prompt,
+        sampler=facts,
+        answers=tuple(
+            record_answer(task, problem, response, size, unscorable(one.refused) if one.refused else next(scores))
+            for response, size in zip(one.responses, one.num_tokens, strict=True)
+        ),
+    )
 
 
 def warn_if_no_answer_read(found: Evaluation, thinking_format: ThinkingFormat) -> None:
@@ -130,21 +126,8 @@ def warn_if_no_answer_read(found: Evaluation, thinking_format: ThinkingFormat) -
         )
 
 
-def sampling_params_for(problem: Problem, task: Task, chat: ChatFormat, cfg: EvalConfig) -> SamplingParams:
-    """Return the sampling parameters for `problem`; the seed depends on the problem, not on its list position."""
-    return SamplingParams(
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        max_tokens=cfg.max_tokens,
-        stop_token_ids=chat.stop_token_ids,
-        seed=digest("evaluation", cfg.seed, problem.key, problem.language, problem.wording),
-        n=cfg.samples if cfg.temperature == 0 else task.num_samples or cfg.samples,
-    )
-
-
-def record_answer(task: Task, problem: Problem, response: Response, found: Score) -> AnswerRecord:
+def record_answer(task: Task, problem: Problem, response: Response, num_tokens: int, found: Score) -> AnswerRecord:
     """Return the record of one response. `correct` means accuracy 1, independent of the format."""
-    assert response.completion is not None, "an evaluation samples its responses"
     answer = task.read_answer(problem, response)
     return AnswerRecord(
         text=response.text,
@@ -155,7 +138,8 @@ def record_answer(task: Task, problem: Problem, response: Response, found: Score
         grader=found.grader,
         detail=found.detail,
         well_formed=response.is_well_formed,
-        measures=dict(task.measures(problem, response)),
+        measures=text_measures(problem, response) | dict(task.measures(problem, response)),
         truncated=response.is_truncated,
-        num_tokens=len(response.completion.token_ids),
+        num_tokens=num_tokens,
+        token_ids=response.completion.token_ids if response.completion else (),
     )

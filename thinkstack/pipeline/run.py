@@ -4,29 +4,23 @@ A stage whose settings or inputs have changed since it wrote its folder runs aga
 `previous/NAME-FINGERPRINT`, and moves back if the old settings return.
 """
 
-import hashlib
-import json
 import logging
-import re
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
-from thinkstack.checkpoint.model import locate, open_source
-from thinkstack.config import Input, Tree, build, dump, map_inputs, override
-from thinkstack.evals.report import markdown_table, setting_line, table_rows
+from thinkstack.checkpoint.model import locate
+from thinkstack.config import Input, Tree, dump, map_inputs, override
 from thinkstack.files import matching_files, read_object
 from thinkstack.kernels import choice
 from thinkstack.log import PROVENANCE, RECORD, Run, clock, write_json
 from thinkstack.machine import describe_machine
 from thinkstack.pipeline.graph import STAGES, StageRun, ancestors, plan_stages
-from thinkstack.stages.evaluate import SAMPLED, read_evaluation
 from thinkstack.stages.summary import summarize
 from thinkstack.stopping import StopRequest, stopping_on_signals
-from thinkstack.tasks.table import BENCHMARKS, make_task
-from thinkstack.tasks.task import TaskConfig
+from thinkstack.tasks.table import make_task
 from thinkstack.types import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
@@ -38,8 +32,6 @@ LAST_COMMITS = {1: "60e1456", 2: "46a34e5", 3: "cac19d0"}
 """The last commit of thinkstack that resumes each earlier format version; manifests of version 1 have no number."""
 PREVIOUS = "previous"
 """Folder in the run folder for the folders of stages that ran with other settings."""
-MAX_TOKENS = 512
-"""Default maximum number of tokens of a completion in `thinkstack eval`."""
 
 
 def run_recipe(tree: Tree, out: Path, scale: str = "", until: str = "") -> None:
@@ -186,32 +178,3 @@ def run_single(kind: str, values: Tree, settings: Sequence[str], out: Path) -> N
     for setting in settings:
         tree = override(tree, f"stages.{kind}.{setting}")
     run_recipe(tree, out)
-
-
-def run_evaluation(model: str, task: str, row: Tree, values: Tree, out: Path | None) -> None:
-    """Evaluate a checkpoint on one task and print the results.
-
-    row: settings of the task (TaskConfig); without `data`, a benchmark's folder is data/TASK. out: None derives it from
-    checkpoint and settings."""
-    if task in BENCHMARKS and not row["data"]:
-        row = row | {"data": f"data/{task}"}
-    make_task(task, build(TaskConfig, row, f"tasks.{task}"))  # refuse its settings before the checkpoint is opened
-    if values["max_tokens"] is None:
-        values = values | {"max_tokens": min(MAX_TOKENS, open_source(model).cfg.max_positions // 2)}
-    values = {"start": model, "tasks": {task: row}} | values
-    if out is None:
-        name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name or model}-{task}")
-        path = locate(model)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        # file sizes and times: a new training run may write a checkpoint with the same name
-        versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        digest = hashlib.sha256(json.dumps([values, versions], sort_keys=True).encode()).hexdigest()[:8]
-        out = Path("runs") / "eval" / f"{name}-{digest}"
-    try:
-        run_single("evaluate", values, (), out)
-    except ConfigError as error:
-        hint = " with --data" if "give the folder that contains" in str(error) else ""
-        message = re.sub(r"^stages\.evaluate(: |\.)", "", str(error)).replace("num_problems=", "--limit ", 1)
-        raise ConfigError(message + hint) from error
-    results = {task: read_evaluation(out / "evaluate", SAMPLED)}
-    print("\n".join((setting_line(results), "", *markdown_table(["", task], table_rows(results, {})))))

@@ -17,7 +17,8 @@ from thinkstack.checkpoint.state import STATE, save_state
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.remote import open_engine
 from thinkstack.evals.results import Evaluation, curve_point
-from thinkstack.evals.runner import EvalConfig, evaluate, held_out_problems
+from thinkstack.evals.runner import evaluate, held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.log import CURVE, Run, timed
 from thinkstack.models.lora import adapters_off, merge_adapters
 from thinkstack.models.transformer import Transformer

@@ -31,10 +31,9 @@ from thinkstack.models.precision import Quantization
 from thinkstack.models.transformer import Transformer
 from thinkstack.server.metrics import Latencies
 from thinkstack.server.settings import ServerSettings
-from thinkstack.text.chat import ChatFormat, thinking_format, thinking_modes
+from thinkstack.text.chat import ChatFormat, think_end_token_ids, thinking_format, thinking_modes
 from thinkstack.text.grammar import GrammarCompiler, json_object
 from thinkstack.text.parse import ThinkingFormat
-from thinkstack.text.tokenizer import THINK_CLOSE
 from thinkstack.types import ConfigError, RequestError
 
 log = logging.getLogger(__name__)
@@ -148,10 +147,7 @@ class Member:
     @property
     def think_end_token_ids(self) -> tuple[int, ...]:
         """Tokens that close thinking."""
-        tokenizer = self.chat.tokenizer
-        if THINK_CLOSE in tokenizer.control:
-            return (tokenizer.control_id(THINK_CLOSE),)
-        return tuple(tokenizer.encode(THINK_CLOSE))
+        return think_end_token_ids(self.chat)
 
     @property
     def is_full(self) -> bool:

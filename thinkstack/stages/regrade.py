@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 from thinkstack.evals import compare, regrade
+from thinkstack.evals.records import read_samples
 from thinkstack.evals.report import markdown_table
-from thinkstack.evals.results import read_samples
 from thinkstack.log import write_text
 from thinkstack.tasks.table import BENCHMARKS
 from thinkstack.tasks.verify.pool import VerifierPool

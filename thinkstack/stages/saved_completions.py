@@ -29,6 +29,7 @@ class SavedCompletions:
         """Return sampling.n completions for each prompt. Raises Interrupted on a request to stop."""
         keys = [request_key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
         missing = [index for index, key in enumerate(keys) if key not in self.completions]
+        missing.sort(key=keys.__getitem__)  # by hash: tasks mix, so that the estimate of the time left holds for all
 
         def append(index: int, completions: list[Completion]) -> None:
             key = keys[missing[index]]

@@ -98,6 +98,10 @@ def make_task(name: str, cfg: TaskConfig) -> Task:
         )
     if cfg.choice_seed is not None and (is_generated or not has_choices(name)):
         raise ConfigError(f"{where}.choice_seed={cfg.choice_seed} has no effect: {name} has no choices; leave it out")
+    if cfg.method != "sampled" and (is_generated or not has_choices(name)):
+        raise ConfigError(f"{where}.method={cfg.method!r} has no effect: {name} has no choices; leave it out")
+    if cfg.num_shots and (is_generated or not BENCHMARKS.get(name, JsonlTask).SHOTS_SPLIT):
+        raise ConfigError(f"{where}.num_shots={cfg.num_shots} has no effect: {name} has no examples; leave it out")
     if is_generated:
         _check_code_settings(name, cfg)
     if name in RETRIEVAL:

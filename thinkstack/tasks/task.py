@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from thinkstack.config import CountOrZero, Input, SecondsOrZero
 from thinkstack.tasks.verify.graders import GraderName
@@ -13,6 +13,8 @@ from thinkstack.types import Message, Problem, Response, Score, Tool
 if TYPE_CHECKING:
     from thinkstack.text.chat import ChatFormat
 
+Method = Literal["sampled", "letters", "cloze"]
+"""How a model answers a question; see TaskConfig.method."""
 DEFAULT_TASKS = ("chain", "nested", "cups", "kinship")
 """Tasks of the demo."""
 MAX_ANSWER_CHARACTERS = 64
@@ -35,6 +37,14 @@ class TaskConfig:
     """Use the wordings of generated questions that training never uses."""
     num_samples: CountOrZero = 0
     """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
+    num_problems: CountOrZero = 0
+    """Maximum number of test problems in an evaluation; 0: as many as the evaluation says."""
+    method: Method = "sampled"
+    """How a model answers in an evaluation: "sampled" text, or, of multiple choice, the log-likelihood of the "letters"
+    of the choices or of their texts ("cloze")."""
+    num_shots: CountOrZero = 0
+    """Solved examples before each question: the first ones of the train file, of MMLU those of the subject in the dev
+    file."""
     since: str = ""
     """First date of a problem, YYYY-MM-DD, for sets with dates (LiveCodeBench); empty: no limit."""
     until: str = ""
@@ -62,8 +72,9 @@ def default_tasks() -> dict[str, TaskConfig]:
 class Problems:
     """An endless sequence of problems, read by index or as a stream whose only state is its position."""
 
-    def __init__(self, problem_at: Callable[[int], Problem]):
-        self.problem_at = problem_at
+    def __init__(self, problem_at: Callable[[int], Problem], size: int | None = None):
+        """size: number of different problems, after which they repeat; None: unlimited."""
+        self.problem_at, self.size = problem_at, size
         self.position = 0
         """Index of the next problem of the stream."""
 

@@ -12,7 +12,7 @@ from thinkstack.text.deepseek import STYLES, DeepSeekFormat
 from thinkstack.text.formats import ZERO_PREAMBLE, PlainText, TokenizedExample, ZeroFormat
 from thinkstack.text.parse import ANSWER_OPEN, ThinkingFormat
 from thinkstack.text.template import TemplateFormat
-from thinkstack.text.tokenizer import Tokenizer
+from thinkstack.text.tokenizer import THINK_CLOSE, Tokenizer
 from thinkstack.types import ConfigError, Message, RequestError, Tool
 
 __all__ = [
@@ -127,6 +127,14 @@ def thinking_modes(chat: ChatFormat) -> frozenset[bool]:
             chat.prompt([Message(role="user", content="1")], (), thinking)
             found.add(thinking)
     return frozenset(found)
+
+
+def think_end_token_ids(chat: ChatFormat) -> tuple[int, ...]:
+    """The tokens that close thinking."""
+    tokenizer = chat.tokenizer
+    if THINK_CLOSE in tokenizer.control:
+        return (tokenizer.control_id(THINK_CLOSE),)
+    return tuple(tokenizer.encode(THINK_CLOSE))
 
 
 def thinking_format(chat: ChatFormat) -> ThinkingFormat:

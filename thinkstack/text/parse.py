@@ -48,13 +48,16 @@ _CUT_OFF_CALL = re.compile(
 def parse_response(
     chat: ChatFormat, completion: Completion, thinking_format: ThinkingFormat = "think_answer_tags"
 ) -> Response:
-    """Parse a completion of a prompt of `chat`. Training and evaluation use this function.
+    """Parse a completion of a prompt of `chat`. Training and evaluation use this function."""
+    response = parse_sampled(chat.text_of(completion.token_ids), thinking_format, completion.finish_reason == "length")
+    return replace(response, completion=completion)
 
-    A truncated turn is not well-formed; with "think_answer_tags" the closing tag decides.
-    """
-    response = parse_turn(chat.text_of(completion.token_ids), thinking_format)
-    is_cut_off = completion.finish_reason == "length" and thinking_format != "think_answer_tags"
-    return replace(response, completion=completion, is_well_formed=response.is_well_formed and not is_cut_off)
+
+def parse_sampled(text: str, thinking_format: ThinkingFormat, is_truncated: bool) -> Response:
+    """Parse a sampled turn. A truncated turn is not well-formed; with "think_answer_tags" the closing tag decides."""
+    response = parse_turn(text, thinking_format)
+    is_cut_off = is_truncated and thinking_format != "think_answer_tags"
+    return replace(response, is_truncated=is_truncated, is_well_formed=response.is_well_formed and not is_cut_off)
 
 
 def parse_turn(text: str, thinking_format: ThinkingFormat = "think_answer_tags") -> Response:

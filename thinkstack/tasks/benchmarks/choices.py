@@ -128,6 +128,10 @@ class Mmlu(ChoiceTask):
     """57 subjects, four choices (arXiv:2009.03300). Fields: question, choices, answer, subject."""
 
     SOURCE = "test.jsonl with question, choices, answer and subject, from github.com/hendrycks/test or cais/mmlu (MIT)"
+    SHOTS_SPLIT = "dev"
+
+    def is_shot_for(self, example: Problem, problem: Problem) -> bool:
+        return bool(example.metadata["subject"] == problem.metadata["subject"])
 
     @property
     def chance(self) -> float:

@@ -20,6 +20,7 @@ class CodeTask(DatasetTask):
     """A task whose verifier runs the program of a response in a sandbox."""
 
     CODE_SETTINGS: tuple[str, ...] = ("time_limit_seconds", "unsafe_code")
+    SHOTS_SPLIT = ""
     TEST_SECONDS: float
     """Published time limit of one test, or of all tests of a problem together, where these are one program."""
 

@@ -43,11 +43,14 @@ class DatasetTask(Task):
     """Names, without suffix, under which the set is published with all its splits in one file."""
     CODE_SETTINGS: tuple[str, ...] = ()
     """The settings of TaskConfig that only some tasks have, by name."""
+    SHOTS_SPLIT: str = "train"
+    """The split of solved examples (num_shots); empty: the task has none."""
     default_grader: GraderName | None = None
     """The grader where the row of the task names none; None: the task compares by rules of its own."""
 
     def __init__(self, name: str, cfg: TaskConfig):
         self.name, self.cfg = name, cfg
+        self._shots: list[Problem] | None = None
         self.template = find_prompt(name, cfg.prompt, self.PROMPTS)
         if cfg.verifier:
             check_grader(cfg.verifier)
@@ -70,13 +73,16 @@ class DatasetTask(Task):
     def file(self, split: str) -> Path:
         """Return the file of a split; `data` may be the file of the test split itself. Raises ConfigError if there is
         none."""
-        if split == "test" and Path(self.cfg.data).is_file():
-            return Path(self.cfg.data)
+        data = Path(self.cfg.data)
+        if data.is_file():
+            if split == "test":
+                return data
+            data = data.parent
         names = [f"{name}{end}" for name in (split, *self.FILE_NAMES) for end in FILE_SUFFIXES]
-        found = [path for name in names if (path := Path(self.cfg.data) / name).is_file()]
+        found = [path for name in names if (path := data / name).is_file()]
         if not found:
             known = " or ".join(f"{split}{end}" for end in FILE_SUFFIXES)
-            raise ConfigError(f"{self.cfg.data} has no {known}; give the folder that contains {self.SOURCE}")
+            raise ConfigError(f"{data} has no {known}; give the folder that contains {self.SOURCE}")
         return found[0]
 
     def check_files(self, split: str) -> None:
@@ -104,12 +110,38 @@ class DatasetTask(Task):
                 f"tasks.{self.name} has no {split} problems of levels={list(cfg.levels)} and "
                 f"languages={list(cfg.languages)} (empty: all); correct them"
             )
-        return Problems(Shuffled(found, seed).problem_at)
+        return Problems(Shuffled(found, seed).problem_at, len(found))
+
+    def shots(self, problem: Problem) -> list[Problem]:
+        """Return the solved examples before a question. Raises ConfigError if there are fewer than num_shots."""
+        if not self.cfg.num_shots:
+            return []
+        if self._shots is None:
+            self._shots = self.read(self.file(self.SHOTS_SPLIT))
+        found = [one for one in self._shots if self.is_shot_for(one, problem) and one.key != problem.key]
+        if len(found) < self.cfg.num_shots:
+            raise ConfigError(
+                f"tasks.{self.name}.num_shots={self.cfg.num_shots}: the {self.SHOTS_SPLIT} file has {len(found)} "
+                "examples for this question; use as many or fewer"
+            )
+        return found[: self.cfg.num_shots]
+
+    def is_shot_for(self, example: Problem, problem: Problem) -> bool:
+        """Whether an example may stand before a question."""
+        return True
+
+    def solution(self, problem: Problem) -> str:
+        """Return the assistant's turn for a solved example."""
+        return str(problem.metadata.get("solution") or problem.answer)
 
     def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
-        """Return the messages, with the last question in the prompt's template."""
-        text = fill_prompt(self.template, problem)
-        return (*problem.messages[:-1], replace(problem.messages[-1], content=text)), ()
+        """Return the messages, with the last question in the prompt's template, after the solved examples as turns."""
+        turns: list[Message] = []
+        for shot in self.shots(problem):
+            turns.append(replace(shot.messages[-1], content=fill_prompt(self.template, shot)))
+            turns.append(Message(role="assistant", content=self.solution(shot)))
+        last = replace(problem.messages[-1], content=fill_prompt(self.template, problem))
+        return (*problem.messages[:-1], *turns, last), ()
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
         """Return the final answer. If the prompt asks for a line "Answer: ..." and the text is longer than an answer,
@@ -155,7 +187,8 @@ class Gsm8k(DatasetTask):
         answer = answer.strip().replace(",", "")
         if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
             raise ConfigError(f"{where} does not end in '#### number' as GSM8K does; use {self.SOURCE}")
-        return question_problem(self.name, str(row["question"]), answer, {"level": solution.strip().count("\n") + 1})
+        metadata = {"level": solution.strip().count("\n") + 1, "solution": str(row["answer"])}
+        return question_problem(self.name, str(row["question"]), answer, metadata)
 
 
 class Math(DatasetTask):
@@ -180,7 +213,7 @@ class Math(DatasetTask):
                 unanswered.append(where)
                 continue
             level = re.search(r"\d", str(row["level"]))
-            metadata = {"level": int(level[0]) if level else 0}
+            metadata = {"level": int(level[0]) if level else 0, "solution": str(row.get("solution") or "")}
             found.append(question_problem(self.name, str(row["problem"]), str(answer), metadata))
         if len(unanswered) > len(found) * MAX_UNANSWERED_SHARE:
             raise ConfigError(
