@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from thinkstack.evals.page import ReportTable
 from thinkstack.evals.plots import health_panels, running_mean
 from thinkstack.evals.records import AnswerRecord, ProblemRecord
 from thinkstack.evals.report import markdown, setting_line, table_rows, write_report
@@ -13,6 +14,7 @@ from thinkstack.types import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE_TEXT = "<script>alert(1)</script> ``` | 从左到右"
+TABLE = ReportTable(title="Results", columns=["base"], rows=[("a|b", ["1"])])
 
 
 def record(correct, task="chain", level=2, language="en", text="x"):
@@ -133,7 +135,7 @@ def test_evaluations_round_trip_through_the_json(tmp_path):
 
 
 def test_model_output_cannot_close_its_code_block_or_table_cell():
-    text = markdown("t", "s", ["base"], [("a|b", ["1"])], {}, {"base": BASE.shown}, {"k": HOSTILE_TEXT})
+    text = markdown("t", "s", [TABLE], {}, {"base": BASE.shown}, {"k": HOSTILE_TEXT})
     assert "````text" in text
     assert "| a\\|b | 1 |" in text
     assert "| k | <script>alert(1)</script> ``` \\| 从左到右 |" in text
