@@ -28,8 +28,8 @@ def plot_benchmarks(folder: Path, found: Evaluation, beside: Mapping[str, "Seque
     if shown := {task: rows for task, rows in percentages.items() if rows}:
         plot_published(folder / "published.png", found, shown)
         captions["published.png"] = (
-            "Published figures beside ours (line). Filled: every stated property of the protocol is ours; hollow: "
-            "another protocol, not comparable."
+            "Published figures beside ours (line). Filled: the same protocol; hollow: another one, or one that is "
+            "not stated, so that the figures cannot be compared."
         )
     sampled = {task: part for task, part in found.by_task.items() if part.tokens_at.get(100)}
     if any(points for points in found.forced.values()):

@@ -1,7 +1,7 @@
 """The report of an evaluation: results with their errors, protocol, published rows beside, measures of the texts.
 
 report.md, report.html, report.json and plots are written from the same values. A published figure stands beside ours as
-comparable only if every stated property of its protocol is ours; else its row says what differs.
+comparable only if its source states the whole protocol and it is ours; else its row says what differs.
 """
 
 import math
@@ -16,7 +16,7 @@ from thinkstack.evals.protocol import SamplerFacts, TaskProtocol
 from thinkstack.evals.published import PublishedRow, differences, not_stated, published_rows
 from thinkstack.evals.report import MISSING, accuracy, interval, markdown, number, percent, setting_line
 from thinkstack.evals.results import EvalMetrics, Evaluation
-from thinkstack.evals.statistics import LEVEL, few_questions, t_quantile
+from thinkstack.evals.statistics import few_questions
 from thinkstack.log import clock, write_json, write_text
 
 Rows = list[tuple[str, list[str]]]
@@ -161,19 +161,26 @@ class Beside:
     """A published row beside our figure."""
 
     def __init__(self, row: PublishedRow, part: EvalMetrics, protocol: TaskProtocol):
-        votes = int(row.metric.removeprefix("cons@")) if row.metric.startswith("cons@") else 0
-        metric = f"cons@{votes}" if votes in part.cons_at_k else "pass@1"
-        self.row = row
-        self.ours = part.cons_at_k.get(votes, part.pass_at_1)
+        found = {f"cons@{k}": value for k, value in part.cons_at_k.items()}
+        found |= {f"pass@{k}": value for k, value in part.pass_at_k.items()}
+        metric = row.metric if row.metric in found else "pass@1"
+        self.row, self.metric = row, metric
+        self.ours = found.get(metric, part.pass_at_1)
         self.unlike = differences(protocol, row, metric)
         self.unstated = not_stated(protocol, row, metric)
-        self.error = part.over_reruns.standard_error if part.over_reruns and metric == "pass@1" else None
-        self.degrees = part.over_reruns.degrees if part.over_reruns else 1.0
+        self.reruns = part.over_reruns if metric == "pass@1" else None
 
     @property
     def is_comparable(self) -> bool:
-        """Whether every property that the source states is ours."""
-        return not self.unlike
+        """Whether the source states the whole protocol, and it is ours."""
+        return not self.unlike and not self.unstated
+
+    @property
+    def verdict(self) -> str:
+        """The difference, or why there is none."""
+        if self.unlike:
+            return "not comparable"
+        return "protocol not stated" if self.unstated else self.difference
 
     @property
     def difference(self) -> str:
@@ -181,9 +188,9 @@ class Beside:
         if self.row.unit != "%":
             return MISSING
         text = f"{100 * self.ours - self.row.figure:+.1f}"
-        if self.error is None:
+        if self.reruns is None:
             return text
-        half = t_quantile(1 - LEVEL / 2, self.degrees) * math.sqrt(2) * self.error if self.error else 0.0
+        half = math.sqrt(2) * (self.reruns.high - self.reruns.mean)
         return f"{text} \N{PLUS-MINUS SIGN} {100 * half:.1f}"
 
 
@@ -199,6 +206,7 @@ def beside_published(found: Evaluation, task: str) -> list[Beside]:
 def published_table(task: str, rows: Sequence[Beside]) -> ReportTable:
     """Return the published rows of a task, with what differs."""
     cells: Rows = []
+    ours = ", ".join(dict.fromkeys(f"{one.metric} {percent(one.ours)} %" for one in rows))
     for one in rows:
         row = one.row
         mode = f" ({row.mode})" if row.mode else ""
@@ -211,7 +219,7 @@ def published_table(task: str, rows: Sequence[Beside]) -> ReportTable:
                 [
                     f"{row.figure:g}",
                     f"{row.metric}{f', k={row.k}' if row.k else ''}",
-                    one.difference if one.is_comparable else "not comparable",
+                    one.verdict,
                     ". ".join(text for text in (unlike, unstated, note) if text) or "same protocol",
                     f"{row.source} ({row.date})",
                 ],
@@ -222,8 +230,8 @@ def published_table(task: str, rows: Sequence[Beside]) -> ReportTable:
         corner="model",
         columns=("figure", "metric", "ours minus published", "what differs", "source"),
         rows=cells,
-        note=f"Ours: {percent(rows[0].ours)} %. A difference is given only where every stated property is the same; "
-        "its interval is of the re-run error of both, since the questions are the same.",
+        note=f"Ours: {ours}. A difference is given only where the source states the whole "
+        "protocol and it is ours; its interval is of the re-run error of both, since the questions are the same.",
     )
 
 
