@@ -72,12 +72,12 @@ def test_a_vote_is_compared_with_the_vote():
 
 def test_another_protocol_is_marked_and_gets_no_difference():
     found = evaluation(protocol=replace(R1_AIME24, samples=8, temperature=1.0), samples=8, right=6)
-    rows = beside_published(found, "aime24")
-    table = published_table("aime24", rows)
-    cells = dict(zip(("figure", "metric", "difference", "what", "source"), table.rows[0][1], strict=True))
+    table = published_table("aime24", beside_published(found, "aime24"))
     assert {row[1][2] for row in table.rows} == {"not comparable", "protocol not stated"}
-    assert "samples: 8 here, 64 published" in cells["what"] or "samples: 8 here, 16 published" in cells["what"]
-    assert "temperature: 1 here" in " ".join(row[1][3] for row in table.rows)
+    assert beside(found, "DeepSeek-R1").unlike == [
+        "samples: 8 here, 64 published",
+        "temperature: 1 here, 0.6 published",
+    ]
 
 
 def test_comparable_rows_come_first():
