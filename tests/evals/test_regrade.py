@@ -8,8 +8,11 @@ import pytest
 from tests.evals.test_report import record
 from thinkstack.evals.compare import compare_tasks, comparison_rows
 from thinkstack.evals.records import write_samples
-from thinkstack.evals.regrade import disagreements, grader_rows, pair_rows, regrade
+from thinkstack.evals.regrade import Source, disagreements, grader_rows, pair_rows, regrade
+from thinkstack.evals.runner import held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.stages.regrade import print_comparison, print_regraded
+from thinkstack.tasks.task import TaskConfig
 from thinkstack.tasks.verify.pool import VerifierPool
 from thinkstack.types import ConfigError
 
@@ -79,3 +82,28 @@ def test_two_evaluations_are_compared_by_task_on_their_common_questions():
     assert cells[:4] == ["11", "0.0", "90.9", "+90.9"] and cells[5:7] == ["0.0020", "0.0020"]
     with pytest.raises(ConfigError, match="no question in common"):
         compare_tasks(first, [record([True], "cups")])
+
+
+def test_answers_are_read_and_verified_as_by_the_task_of_the_run(tmp_path, capsys):
+    """Regression: "A) 2" is a letter with text for a task of choices and was no answer for the general rule."""
+    data = tmp_path / "test.jsonl"
+    row = {"question": "1+1?", "choices": ["2", "3"], "answer": "A"}
+    data.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    tasks = {"mine": {"data": str(data), "verifier": "choice"}}
+    cfg = EvalConfig(tasks={"mine": TaskConfig(data=str(data), verifier="choice")}, num_problems=1)
+    (problem,) = held_out_problems(cfg)
+    turns = ["Answer: A) 2", "Answer: B) 3", "I do not know"]
+    one = replace(stored("A", turns, [True, True, False]), task="mine", key=problem.key, wording=problem.wording)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_samples(folder / "samples.jsonl", [one])
+    config = {"thinking_format": "flexible_extract", "tasks": tasks, "num_problems": 1, "start": "elsewhere"}
+    (folder / "provenance.json").write_text(json.dumps({"config": config}))
+    source = Source.of(folder / "samples.jsonl")
+    found = regrade([one], ["task", "choice"], "flexible_extract", POOL, source)
+    assert found.answers == [["A", "B", None]]
+    assert found.verdicts == {"task": [[True, False, False]], "choice": [[True, False, False]]}
+    data.unlink()
+    assert Source.of(folder / "samples.jsonl") is None
+    with pytest.raises(ConfigError, match="needs the problems of the run"):
+        regrade([one], ["task"], "flexible_extract", POOL, None)

@@ -214,8 +214,8 @@ def regrade(
 
     Args:
         run: The folder of an evaluation, such as runs/eval/NAME, or its samples.jsonl.
-        grader: Graders, separated by commas: stored (the verdicts of the run), text, number, choice, strict, latex,
-            math-verify.
+        grader: Graders, separated by commas: stored (the verdicts of the run), task (the task's own, such as tests of
+            code), text, number, choice, strict, latex, math-verify.
         thinking_format: Format by which the answers are read; default that of the run.
         out: File of the disagreements, JSON lines; default disagreements.jsonl beside the samples.
     """

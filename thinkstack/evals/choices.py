@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from thinkstack.evals.loglikelihood import ChoiceResult, choice_prompt, choose_by_loglikelihood
 from thinkstack.evals.protocol import SamplerFacts
 from thinkstack.evals.records import AnswerRecord, ProblemRecord
+from thinkstack.evals.regrade import LOGLIKELIHOOD
 from thinkstack.evals.sampling import prompt_record
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.benchmarks.datasets import DatasetTask
@@ -50,7 +51,7 @@ def choice_record(
         wording=problem.wording,
         question=problem.question,
         reference=problem.answer,
-        grader=f"log-likelihood, {task.cfg.method}",
+        grader=f"{LOGLIKELIHOOD}, {task.cfg.method}",
         prompt=prompt_record(ids, chat, 0),
         sampler=facts,
         answers=(

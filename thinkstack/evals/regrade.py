@@ -1,28 +1,36 @@
 """Grade stored completions again, without a model: verdicts of several graders and where they disagree."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from thinkstack.config import did_you_mean
+from thinkstack.config import build, did_you_mean
 from thinkstack.evals.metrics import cons_at_k
 from thinkstack.evals.records import ProblemRecord, read_samples
 from thinkstack.evals.results import answer_class
+from thinkstack.evals.runner import held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.evals.statistics import question_error
 from thinkstack.files import read_object
 from thinkstack.log import PROVENANCE
-from thinkstack.tasks.task import final_answer
+from thinkstack.tasks.reward import verify
+from thinkstack.tasks.table import make_tasks
+from thinkstack.tasks.task import Task, final_answer
 from thinkstack.tasks.verify.answers import normalize
 from thinkstack.tasks.verify.graders import GRADERS, GraderName, check_grader, grade_all
 from thinkstack.tasks.verify.pool import VerifierPool
-from thinkstack.text.parse import ThinkingFormat, parse_turn
+from thinkstack.text.parse import ThinkingFormat, parse_sampled
 from thinkstack.types import ConfigError, Message, Problem
 
-STORED = "stored"
-"""Name of the verdicts in the samples, beside those of the graders."""
+STORED, OWN = "stored", "task"
+"""Names of the verdicts in the samples, and of those of the task's own verifier, beside those of the graders."""
 SAMPLES = "samples.jsonl"
+log = logging.getLogger(__name__)
+LOGLIKELIHOOD = "log-likelihood"
+"""Start of the grader of questions that are answered without text."""
 Verdict = bool | None
 """True: correct; False: wrong; None: the grader could not score the answer."""
 
@@ -69,34 +77,83 @@ def thinking_format_of(samples: Path, given: str) -> ThinkingFormat:
 def check_names(names: Sequence[str]) -> None:
     """Raise ConfigError for an unknown grader, or one that cannot run here."""
     if not names:
-        raise ConfigError(f"no grader is given; choose from {', '.join((STORED, *GRADERS))}")
+        raise ConfigError(f"no grader is given; choose from {', '.join((STORED, OWN, *GRADERS))}")
     for name in names:
-        if name != STORED and name not in GRADERS:
-            raise ConfigError(f"unknown grader {name!r}{did_you_mean(name, [STORED, *GRADERS])}")
+        if name not in (STORED, OWN, *GRADERS):
+            raise ConfigError(f"unknown grader {name!r}{did_you_mean(name, [STORED, OWN, *GRADERS])}")
         if name in GRADERS:
             check_grader(name)
 
 
+@dataclass(frozen=True)
+class Source:
+    """The tasks of an evaluation and its problems, by `address`."""
+
+    tasks: Mapping[str, Task]
+    problems: Mapping[tuple[str, str, str, int], Problem]
+
+    @staticmethod
+    def of(samples: Path) -> "Source | None":
+        """Return the tasks and problems of a run by its settings; None, with a warning, without settings or data."""
+        path = samples.parent / PROVENANCE
+        config = read_object(path).get("config", {}) if path.exists() else {}
+        if not config:
+            return None
+        known = {one.name for one in fields(EvalConfig)}
+        try:
+            cfg = build(EvalConfig, {name: value for name, value in config.items() if name in known})
+            return Source(make_tasks(cfg.tasks), {address(one): one for one in held_out_problems(cfg)})
+        except ConfigError as error:
+            log.warning("answers are read by the general rule, without the task: %s", error)
+            return None
+
+
+def address(one: Problem | ProblemRecord) -> tuple[str, str, str, int]:
+    """Return what identifies a problem of an evaluation."""
+    return one.task, one.key, one.language, one.wording
+
+
 def regrade(
-    records: Sequence[ProblemRecord], names: Sequence[str], thinking_format: ThinkingFormat, pool: VerifierPool
+    records: Sequence[ProblemRecord],
+    names: Sequence[str],
+    thinking_format: ThinkingFormat,
+    pool: VerifierPool,
+    source: Source | None = None,
 ) -> Regraded:
     """Return the verdicts of the graders `names` on stored completions.
 
-    The final answer is read again from the text by the general rule (`final_answer`): the stored one is normalized.
+    The final answer is read again from the text, as the task of `source` reads it; without one by the general rule
+    (`final_answer`). The stored answer is normalized. Raises ConfigError for the grader "task" without its data.
     """
     check_names(names)
-    problems = [_problem(record) for record in records]
+    known = source.problems if source else {}
+    if OWN in names and not all(address(record) in known for record in records):
+        raise ConfigError("the grader 'task' needs the problems of the run; put its data where they were")
+    problems = [known.get(address(record)) or _problem(record) for record in records]
+    responses = [
+        [parse_sampled(answer.text, thinking_format, answer.truncated) for answer in record.answers]
+        for record in records
+    ]
     answers = [
-        [final_answer(problem, parse_turn(answer.text, thinking_format)) for answer in record.answers]
-        for problem, record in zip(problems, records, strict=True)
+        [
+            source.tasks[problem.task].read_answer(problem, one)
+            if source and address(problem) in known
+            else final_answer(problem, one)
+            for one in some
+        ]
+        for problem, some in zip(problems, responses, strict=True)
     ]
     verdicts: dict[str, list[list[Verdict]]] = {}
     for name in names:
         if name == STORED:
             verdicts[name] = [[answer.correct for answer in record.answers] for record in records]
             continue
-        pairs = [(problem, answer) for problem, some in zip(problems, answers, strict=True) for answer in some]
-        scores = iter(grade_all(_grader(name), pairs, pool))
+        if name == OWN and source:
+            turns = [(problem, one) for problem, some in zip(problems, responses, strict=True) for one in some]
+            scores = iter(verify(turns, source.tasks, pool))
+        else:
+            pairs = [(problem, answer) for problem, some in zip(problems, answers, strict=True) for answer in some]
+            scores = iter(grade_all(_grader(name), pairs, pool))
         found = [[next(scores) for _ in some] for some in answers]
         verdicts[name] = [[None if one.unscorable else one.total == 1.0 for one in some] for some in found]
     return Regraded(records=list(records), answers=answers, verdicts=verdicts)
@@ -184,4 +241,10 @@ def disagreements(found: Regraded) -> list[dict[str, Any]]:
 def load(run: Path, thinking_format: str) -> tuple[Path, list[ProblemRecord], ThinkingFormat]:
     """Return the samples file of a run, its records, and the thinking format by which its answers are read."""
     samples = find_samples(run)
-    return samples, read_samples(samples), thinking_format_of(samples, thinking_format)
+    records = read_samples(samples)
+    sampled = [record for record in records if not record.grader.startswith(LOGLIKELIHOOD)]
+    if len(sampled) < len(records):
+        log.warning("%d questions were answered by log-likelihood; they are left out", len(records) - len(sampled))
+    if not sampled:
+        raise ConfigError(f"{samples} has no sampled text to grade")
+    return samples, sampled, thinking_format_of(samples, thinking_format)

@@ -8,14 +8,11 @@ from thinkstack.evals import compare, regrade
 from thinkstack.evals.records import read_samples
 from thinkstack.evals.report import markdown_table
 from thinkstack.log import write_text
-from thinkstack.tasks.table import BENCHMARKS
 from thinkstack.tasks.verify.pool import VerifierPool
 
 log = logging.getLogger(__name__)
 DISAGREEMENTS = "disagreements.jsonl"
 SHOWN_DISAGREEMENTS = 5
-READ_BY_OWN_RULES = {name for name, task in BENCHMARKS.items() if task.default_grader in (None, "choice")}
-"""Data sets whose answers are letters or whole texts."""
 
 
 def print_regraded(run: Path, graders: str, thinking_format: str, out: Path | None) -> None:
@@ -26,14 +23,8 @@ def print_regraded(run: Path, graders: str, thinking_format: str, out: Path | No
     names = list(dict.fromkeys(name.strip() for name in graders.split(",") if name.strip()))
     regrade.check_names(names)
     samples, records, format_name = regrade.load(run, thinking_format)
-    own = sorted({each.task for each in records if each.task in BENCHMARKS} & READ_BY_OWN_RULES)
-    if own:
-        log.warning(
-            "%s: answers are read by the general rule here, not by that of the task; only the grader 'stored' is the "
-            "task's own", ", ".join(own),
-        )  # fmt: skip
     with VerifierPool() as pool:
-        found = regrade.regrade(records, names, format_name, pool)
+        found = regrade.regrade(records, names, format_name, pool, regrade.Source.of(samples))
     print("\n".join(markdown_table(regrade.GRADER_HEAD, regrade.grader_rows(found))))
     if len(names) > 1:
         print("\n" + "\n".join(markdown_table(regrade.PAIR_HEAD, regrade.pair_rows(found))))
