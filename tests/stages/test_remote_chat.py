@@ -6,8 +6,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from thinkstack.endpoint.address import find_api_key
 from thinkstack.stages.chat import ChatSession
-from thinkstack.stages.remote_chat import RemoteModel, find_api_key
+from thinkstack.stages.remote_chat import RemoteModel
 from thinkstack.types import ConfigError, RequestError
 
 URL = "http://host:8000/v1"

@@ -6,8 +6,9 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from thinkstack.endpoint.requests import to_openai
 from thinkstack.files import read_object
 from thinkstack.log import write_json
 from thinkstack.stages import console
@@ -152,12 +153,6 @@ class ChatSession:
         """Go on with the conversation in a file of `save`. Raises ConfigError, and keeps the current one then."""
         messages = read_turns(read_object(path).get("messages"), str(path), set(), trains=False)
         self.messages, self._saved = messages, path.resolve()
-
-
-def to_openai(message: Message, with_reasoning: bool = True) -> dict[str, Any]:
-    """A message of a conversation as OpenAI's API has it."""
-    reasoning = {"reasoning_content": message.reasoning} if with_reasoning and message.reasoning is not None else {}
-    return {"role": message.role, **reasoning, "content": message.content}
 
 
 def converse(session: ChatSession) -> None:
