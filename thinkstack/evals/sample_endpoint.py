@@ -1,11 +1,10 @@
 """Sample the completions of an evaluation from an OpenAI-compatible endpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from thinkstack.endpoint import Endpoint, EndpointCompletion, EndpointRequest
+from thinkstack.endpoint.requests import EndpointCompletion, EndpointRequest
 from thinkstack.evals.sampling import EvalConfig, SampledProblem, message_record, num_samples, problem_seed
-from thinkstack.stopping import StopRequest
 from thinkstack.tasks.task import Task
 from thinkstack.text.parse import ThinkingFormat, parse_sampled
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
@@ -13,18 +12,17 @@ from thinkstack.types import ConfigError, Problem
 
 
 def sample_from_endpoint(
-    endpoint: Endpoint,
+    complete: Callable[[Sequence[EndpointRequest]], list[EndpointCompletion]],
     problems: Sequence[Problem],
     tasks: Mapping[str, Task],
     cfg: EvalConfig,
     thinking_format: ThinkingFormat,
-    stop: StopRequest,
 ) -> list[SampledProblem]:
-    """Sample completions for each problem, one request for each.
+    """Sample completions for each problem by `complete` (Endpoint.complete), one request for each.
 
     Sample i of a problem has its seed plus i. Requests are sent in the order of their seeds, so that tasks mix and the
     estimates of time and cost hold for all.
-    Raises ConfigError for a task whose prompt is no conversation, and what `Endpoint.complete` raises.
+    Raises ConfigError for a task whose prompt is no conversation.
     """
     if cfg.thinking_budget or cfg.max_prompt_tokens:
         raise ConfigError("thinking_budget and max_prompt_tokens need the tokens of a checkpoint; leave them out")
@@ -47,7 +45,7 @@ def sample_from_endpoint(
             )
             requests.append((place, request))
     order = sorted(range(len(requests)), key=lambda number: requests[number][1].seed or 0)
-    completions = endpoint.complete([requests[number][1] for number in order], stop=stop)
+    completions = complete([requests[number][1] for number in order])
     by_request = dict(zip(order, completions, strict=True))
     found: list[list[EndpointCompletion]] = [[] for _ in problems]
     for number, (place, _) in enumerate(requests):
@@ -68,9 +66,7 @@ def _sampled(
     record = message_record(task.prompt(problem)[0], problem_seed(problem, cfg))
     return SampledProblem(
         problem=problem,
-        responses=tuple(
-            parse_sampled(turn_text(one), thinking_format, one.finish_reason == "length") for one in completions
-        ),
+        responses=tuple(parse_sampled(turn_text(one), thinking_format, one.is_truncated) for one in completions),
         num_tokens=tuple(one.completion_tokens for one in completions),
         prompt=replace(record, num_tokens=completions[0].prompt_tokens),
     )
@@ -80,6 +76,6 @@ def turn_text(completion: EndpointCompletion) -> str:
     """Return the turn as the model wrote it: thinking in its tags, unclosed if the answer was cut off within it."""
     if not completion.reasoning:
         return completion.content
-    if not completion.content and completion.finish_reason == "length":
+    if not completion.content and completion.is_truncated:
         return f"{THINK_OPEN}\n{completion.reasoning}"
     return f"{THINK_OPEN}\n{completion.reasoning}\n{THINK_CLOSE}\n{completion.content}"

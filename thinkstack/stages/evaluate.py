@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from thinkstack.config import Count, Input, ModelInput, Weight
-from thinkstack.endpoint import EndpointConfig
+from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.evals.protocol import TaskProtocol
 from thinkstack.evals.records import ProblemRecord, write_samples

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import thinkstack
 from thinkstack.checkpoint.model import load_chat, load_model
-from thinkstack.endpoint import Endpoint, EndpointConfig
+from thinkstack.endpoint.config import EndpointConfig
+from thinkstack.endpoint.endpoint import Endpoint
+from thinkstack.endpoint.requests import EndpointCompletion, EndpointRequest
 from thinkstack.engine.engine import EngineConfig
 from thinkstack.engine.interface import AnyEngine
 from thinkstack.engine.remote import open_engine
@@ -224,7 +226,31 @@ class EndpointSampler(Sampler):
         )
 
     def sample(self, problems: Sequence[Problem], tasks: Mapping[str, Task], cfg: EvalConfig) -> list[SampledProblem]:
-        return sample_from_endpoint(self._endpoint, problems, tasks, cfg, self._thinking_format, self._run.stop)
+        fingerprints = set[str]()
+
+        def complete(requests: Sequence[EndpointRequest]) -> list[EndpointCompletion]:
+            with Progress("evaluation", len(requests)) as progress:
+                found = self._endpoint.complete(
+                    requests, lambda *_: progress.advance(note=self._note()), self._run.stop
+                )
+            fingerprints.update(one.system_fingerprint for one in found if one.system_fingerprint)
+            return found
+
+        sampled = sample_from_endpoint(complete, problems, tasks, cfg, self._thinking_format)
+        names = ", ".join((self._endpoint.cfg.url, *sorted(fingerprints)))
+        self.facts = replace(self.facts, engine=names)
+        return sampled
+
+    def _note(self) -> str:
+        """What is spent, and what the rest will cost."""
+        spent, left = self._endpoint.spent, self._endpoint.estimate()
+        if not spent.cost:
+            return f"{spent.total_tokens:,} tokens"
+        rest = f", {left.cost:,.2f} left" if left else ""
+        return f"{spent.total_tokens:,} tokens, cost {spent.cost:,.2f}{rest}"
+
+    def __exit__(self, *_: object) -> None:
+        self._endpoint.close()
 
 
 class AnswersSampler(Sampler):
