@@ -94,7 +94,7 @@ RUDE = {
     "eval {model} --task chain --thinking-format loose": "thinking_format='loose'",
     "eval regrade {tmp}": "has no samples.jsonl",
     "eval regrade {tmp} --grader strikt": "did you mean strict?",
-    "eval regrade {tmp} --grader ,": "choose from stored, text",
+    "eval regrade {tmp} --grader ,": "choose from stored, task, text",
     "eval regrade {one}": "give --thinking-format",
     "eval regrade {one} --thinking-format loose": "unknown thinking format 'loose'",
     "eval compare {one} {other}": "no question in common",

@@ -8,7 +8,7 @@ import pytest
 from tests.evals.test_report import record
 from thinkstack.evals.compare import compare_tasks, comparison_rows
 from thinkstack.evals.records import write_samples
-from thinkstack.evals.regrade import Source, disagreements, grader_rows, pair_rows, regrade
+from thinkstack.evals.regrade import RunTasks, disagreements, grader_rows, pair_rows, regrade
 from thinkstack.evals.runner import held_out_problems
 from thinkstack.evals.sampling import EvalConfig
 from thinkstack.stages.regrade import print_comparison, print_regraded
@@ -99,11 +99,11 @@ def test_answers_are_read_and_verified_as_by_the_task_of_the_run(tmp_path, capsy
     write_samples(folder / "samples.jsonl", [one])
     config = {"thinking_format": "flexible_extract", "tasks": tasks, "num_problems": 1, "start": "elsewhere"}
     (folder / "provenance.json").write_text(json.dumps({"config": config}))
-    source = Source.of(folder / "samples.jsonl")
+    source = RunTasks.of(folder / "samples.jsonl")
     found = regrade([one], ["task", "choice"], "flexible_extract", POOL, source)
     assert found.answers == [["A", "B", None]]
     assert found.verdicts == {"task": [[True, False, False]], "choice": [[True, False, False]]}
     data.unlink()
-    assert Source.of(folder / "samples.jsonl") is None
+    assert RunTasks.of(folder / "samples.jsonl") is None
     with pytest.raises(ConfigError, match="needs the problems of the run"):
         regrade([one], ["task"], "flexible_extract", POOL, None)

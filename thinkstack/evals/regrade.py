@@ -86,14 +86,14 @@ def check_names(names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class RunTasks:
     """The tasks of an evaluation and its problems, by `address`."""
 
     tasks: Mapping[str, Task]
     problems: Mapping[tuple[str, str, str, int], Problem]
 
     @staticmethod
-    def of(samples: Path) -> "Source | None":
+    def of(samples: Path) -> "RunTasks | None":
         """Return the tasks and problems of a run by its settings; None, with a warning, without settings or data."""
         path = samples.parent / PROVENANCE
         config = read_object(path).get("config", {}) if path.exists() else {}
@@ -102,7 +102,7 @@ class Source:
         known = {one.name for one in fields(EvalConfig)}
         try:
             cfg = build(EvalConfig, {name: value for name, value in config.items() if name in known})
-            return Source(make_tasks(cfg.tasks), {address(one): one for one in held_out_problems(cfg)})
+            return RunTasks(make_tasks(cfg.tasks), {address(one): one for one in held_out_problems(cfg)})
         except ConfigError as error:
             log.warning("answers are read by the general rule, without the task: %s", error)
             return None
@@ -118,7 +118,7 @@ def regrade(
     names: Sequence[str],
     thinking_format: ThinkingFormat,
     pool: VerifierPool,
-    source: Source | None = None,
+    source: RunTasks | None = None,
 ) -> Regraded:
     """Return the verdicts of the graders `names` on stored completions.
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,9 +95,8 @@ def show_plan(request: EvaluationRequest, with_ids: bool) -> None:
 
 def _for_command_line(message: str) -> str:
     """An error of the stage, in the words of the command line."""
-    hint = " with --data" if "give the folder that contains" in message else ""
     message = re.sub(r"^stages\.evaluate(: |\.)", "", message)
-    return message.replace("num_problems=", "--limit ", 1) + hint
+    return message.replace("num_problems=", "--limit ", 1)
 
 
 def results_table(found: Evaluation) -> str:
@@ -124,27 +123,39 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
     values = merge(values, given)
     for setting in request.settings:
         values = override(values, setting)
-    tasks, missing = {}, {}
-    for name, row in rows.items():
-        row = row | {key: value for key, value in request.row.items() if value not in (None, "", 0, False, [])}
-        if name in BENCHMARKS or (request.data and name not in BENCHMARKS and not _is_generated(name)):
-            row = row | {"data": find_data(request.data, name)}
-        task = make_task(name, build(TaskConfig, row, f"tasks.{name}"))  # refuses its settings first
-        tasks[name] = row
-        if isinstance(task, DatasetTask):
-            try:
-                task.file("test")
-            except ConfigError as error:
-                missing[name] = str(error)
+    tasks, missing = task_rows(request, rows)
     left_out = sorted(missing) if request.is_partial else []
     if len(left_out) == len(tasks) or (missing and not request.is_partial):
-        raise ConfigError("; ".join(missing.values()))
+        raise ConfigError(f"{'; '.join(missing.values())} with --data")
     values = values | {"tasks": {name: row for name, row in tasks.items() if name not in left_out}}
     if request.model:
         values = values | {"start": request.model}
         if "max_tokens" not in values:
             values["max_tokens"] = min(MAX_TOKENS, open_source(request.model).cfg.max_positions // 2)
     return {"max_tokens": MAX_TOKENS} | values, left_out
+
+
+def task_rows(request: EvaluationRequest, rows: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, str]]:
+    """Return the settings of each task, with its data, and why the data of a task are missing.
+
+    Raises ConfigError for an unknown task and for settings that do not apply to it.
+    """
+    found, missing = {}, {}
+    given = {name: value for name, value in request.row.items() if value not in (None, "", 0, False, [])}
+    generated = [name for name in rows if _is_generated(name)]
+    for name, row in rows.items():
+        if name not in generated and (name in BENCHMARKS or request.data):
+            row = row | {"data": find_data(request.data, name)}
+        elif len(generated) == len(rows) and request.data:
+            row = row | {"data": request.data}  # make_task refuses it
+        found[name] = row | given
+        task = make_task(name, build(TaskConfig, found[name], f"tasks.{name}"))
+        if isinstance(task, DatasetTask):
+            try:
+                task.file("test")
+            except ConfigError as error:
+                missing[name] = str(error)
+    return found, missing
 
 
 def _is_generated(name: str) -> bool:

@@ -230,9 +230,11 @@ class EndpointSampler(Sampler):
 
         def complete(requests: Sequence[EndpointRequest]) -> list[EndpointCompletion]:
             with Progress("evaluation", len(requests)) as progress:
-                found = self._endpoint.complete(
-                    requests, lambda *_: progress.advance(note=self._note()), self._run.stop
-                )
+
+                def advance(*_: object) -> None:
+                    progress.advance(note=self._note())
+
+                found = self._endpoint.complete(requests, advance, self._run.stop)
             fingerprints.update(one.system_fingerprint for one in found if one.system_fingerprint)
             return found
 

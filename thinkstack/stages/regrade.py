@@ -24,7 +24,7 @@ def print_regraded(run: Path, graders: str, thinking_format: str, out: Path | No
     regrade.check_names(names)
     samples, records, format_name = regrade.load(run, thinking_format)
     with VerifierPool() as pool:
-        found = regrade.regrade(records, names, format_name, pool, regrade.Source.of(samples))
+        found = regrade.regrade(records, names, format_name, pool, regrade.RunTasks.of(samples))
     print("\n".join(markdown_table(regrade.GRADER_HEAD, regrade.grader_rows(found))))
     if len(names) > 1:
         print("\n" + "\n".join(markdown_table(regrade.PAIR_HEAD, regrade.pair_rows(found))))
