@@ -35,7 +35,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": models.merge,
     "usage": accounts.usage,
 }
-EVALUATIONS: dict[str, Callable[..., None]] = {"regrade": evaluation.regrade, "compare": evaluation.compare}
+EVALUATIONS: dict[str, Callable[..., None]] = {
+    "regrade": evaluation.regrade,
+    "compare": evaluation.compare,
+    "sensitivity": evaluation.sensitivity,
+    "contamination": evaluation.contamination,
+    "bits-per-byte": evaluation.bits_per_byte,
+}
 """Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "accounts": ("Users of a server: add, list, change, disable.", accounts.ACCOUNTS),
@@ -75,7 +81,12 @@ def _parse(words: list[str]) -> Callable[[], None]:
     if words == ["--version"]:
         return _print_version
     if words[:1] == ["eval"] and words[1:2] and words[1] in EVALUATIONS:
-        return _parse_in("thinkstack eval", "Work on the stored completions of evaluations.", EVALUATIONS, words[1:])
+        return _parse_in(
+            "thinkstack eval",
+            "Work on stored completions, and further measurements of a model.",
+            EVALUATIONS,
+            words[1:],
+        )
     commands = COMMANDS | {name: _group(meaning) for name, (meaning, _) in GROUPS.items()}
     if words and words[0] in GROUPS:
         return _parse_in(f"thinkstack {words[0]}", *GROUPS[words[0]], words[1:])

