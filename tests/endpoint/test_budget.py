@@ -176,11 +176,11 @@ def test_time_and_cost_of_the_rest_are_estimated_within_a_fifth(concurrency, spr
     endpoint = connect(FakeServer(reply), concurrency=concurrency, completion_price=8.0)
     with endpoint:
         assert endpoint.estimate() is None
-        endpoint.complete(asks(320))
+        endpoint.complete(asks(160))
         total_seconds, total_cost = endpoint._loop.time(), endpoint.spent.cost
-    for count in (80, 160, 240):
+    for count in (40, 80, 120):
         at, cost, estimate = seen[count]
-        assert estimate.requests == 320 - count
+        assert estimate.requests == 160 - count
         assert estimate.seconds == pytest.approx(total_seconds - at, rel=0.2)
         assert estimate.cost == pytest.approx(total_cost - cost, rel=0.2)
 
