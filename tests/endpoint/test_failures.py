@@ -200,6 +200,27 @@ def test_a_request_that_always_fails_does_not_stop_the_others():
     assert endpoint.spent.failures == 1
 
 
+def test_a_request_that_always_fails_while_the_others_think_for_long_does_not_stop_them():
+    async def reply(body, times):
+        is_poison = body["messages"][-1]["content"] == "question 3"
+        await asyncio.sleep(0 if is_poison else 10_000)
+        return error(500, "it is poison") if is_poison else answer()
+
+    server, found = FakeServer(reply), []
+    with connect(server, retries=2) as endpoint, pytest.raises(RequestError, match=r"1 requests failed .*; 29 of 30"):
+        endpoint.complete(asks(30), on_finish=lambda place, completion: found.append(place))
+
+
+def test_a_server_whose_answers_all_break_off_ends_the_run_early():
+    async def reply(body, times):
+        await asyncio.sleep(1)
+        return broken(sse(delta(content="Par")), httpx2.ReadError("reset"))
+
+    server = FakeServer(reply)
+    message = message_of(server, asks(1000), retries=2, concurrency=4)
+    assert "no request was answered during 3 attempts; 0 of 1,000" in message and len(server.bodies) <= 3 * 8
+
+
 def test_an_attempt_that_takes_too_long_is_tried_again():
     server = FakeServer(lambda body, times: answer())
 

@@ -1,6 +1,7 @@
 """Processes on real sockets: killed ones resume, two share a cache, and our own server answers."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -129,5 +130,6 @@ def test_thinkstack_serve_with_a_model_answers_all_and_a_killed_server_ends_the_
             more = [ask(f"question {n}", seed=n, max_tokens=200) for n in range(100)]
             with pytest.raises(RequestError, match=r"cannot reach .* no request was answered during 3 attempts"):
                 endpoint.complete(more, on_finish)
+    cfg = replace(cfg, model=endpoint.model)
     with Endpoint(cfg, process.key) as endpoint, pytest.raises(RequestError, match=rf"{len(found)} of 100 requests"):
         endpoint.complete(more)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.estimates import Durations, seconds_left, work_left
-from thinkstack.endpoint.requests import Call, Reply
+from thinkstack.endpoint.requests import EndpointCall, EndpointReply
 from thinkstack.types import ConfigError, RequestError
 
 
@@ -85,17 +85,17 @@ class Budget:
         self._durations = Durations()
         """Of finished requests, those of earlier runs included, and how long each kept its place of `concurrency`."""
 
-    def check(self, call: Call) -> None:
+    def check(self, call: EndpointCall) -> None:
         """Raise ConfigError for a request whose worst case is unknown, if there is a budget of tokens or money."""
         if call.max_tokens is None and (self.cfg.max_tokens_total or self.cfg.max_cost):
             name = "max_tokens_total" if self.cfg.max_tokens_total else "max_cost"
             raise ConfigError(f"{name} needs max_tokens in each request, which bounds what it may cost; set it")
 
-    def worst_case(self, call: Call) -> Amount:
+    def worst_case(self, call: EndpointCall) -> Amount:
         """The most that one attempt may cost: the prompt at one token per byte, and max_tokens."""
         return self._amount(call.max_prompt_tokens, 0, call.max_tokens or 0)
 
-    async def reserve(self, call: Call) -> Amount:
+    async def reserve(self, call: EndpointCall) -> Amount:
         """Wait until the worst case of a request fits. Raises BudgetExceeded if nothing runs whose end could help."""
         need = self.worst_case(call)
         while reason := self.missing(need):
@@ -144,7 +144,7 @@ class Budget:
         self._started = self._time() if self._started is None else self._started
         return self._started + self.cfg.max_seconds - self._time() if self.cfg.max_seconds else math.inf
 
-    def add(self, reply: Reply, busy_seconds: float) -> None:
+    def add(self, reply: EndpointReply, busy_seconds: float) -> None:
         """Count a reply of the server. busy_seconds: the time since the first attempt."""
         amount = self._amount(reply.prompt_tokens, reply.cached_tokens or 0, reply.completion_tokens)
         with self._lock:
@@ -160,7 +160,7 @@ class Budget:
             )
             self._measure(amount, busy_seconds)
 
-    def add_from_cache(self, reply: Reply) -> None:
+    def add_from_cache(self, reply: EndpointReply) -> None:
         """Count a reply that was paid for before."""
         amount = self._amount(reply.prompt_tokens, reply.cached_tokens or 0, reply.completion_tokens)
         with self._lock:
