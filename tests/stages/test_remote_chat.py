@@ -140,6 +140,20 @@ def test_half_of_a_character_can_be_printed_and_sent_back():
     assert session.messages[1].content == "\ufffd!"
 
 
+def test_a_line_separator_in_an_answer_does_not_end_its_line():
+    """Lines were split at U+2028 too, so that the chunk was no JSON and the answer an error."""
+    chunks = [json.dumps(chunk, ensure_ascii=False) for chunk in (delta(content="a\u2028b"), END)]
+    data = "".join(f"data: {chunk}\n\n" for chunk in chunks)
+
+    def reply(request: httpx2.Request) -> httpx2.Response:
+        models = httpx2.Response(200, json={"data": [{"id": "small"}]})
+        return models if request.method == "GET" else httpx2.Response(200, content=data.encode())
+
+    session = ChatSession(RemoteModel(URL, transport=httpx2.MockTransport(reply)))
+    list(session.ask("hello"))
+    assert session.messages[-1].content == "a\u2028b"
+
+
 def test_a_name_is_one_of_those_that_the_server_lists():
     server = FakeServer()
     assert connect(server).name == "small" and connect(server, "large").name == "large"

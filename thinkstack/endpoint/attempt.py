@@ -10,7 +10,7 @@ import httpx2
 from thinkstack.endpoint.budget import Budget
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.reply import ReplyReader
-from thinkstack.endpoint.requests import Call, Reply, encode_body, make_reply
+from thinkstack.endpoint.requests import EndpointCall, EndpointReply, encode_body, make_reply
 from thinkstack.endpoint.server import CONNECT_SECONDS, AttemptFailed, OpenAIServer
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Attempts:
             await asyncio.sleep(2.0**attempt / 4)
         raise AssertionError("the last attempt returns or raises")
 
-    async def send(self, call: Call, attempt: int) -> Reply:
+    async def send(self, call: EndpointCall, attempt: int) -> EndpointReply:
         """The reply to a request, as a stream with usage if the server can. Raises AttemptFailed."""
         while True:
             mode = self._mode if call.can_stream else WHOLE
@@ -91,7 +91,7 @@ class Attempts:
     def _blames_stream(self, failure: AttemptFailed) -> bool:
         return "stream" in str(failure).replace(self._server.url, "").lower()
 
-    async def _send(self, call: Call, mode: int, attempt: int) -> Reply:
+    async def _send(self, call: EndpointCall, mode: int, attempt: int) -> EndpointReply:
         reader, started = ReplyReader(self._server), self._time()
         try:
             with self._server.as_failure():
@@ -111,7 +111,7 @@ class Attempts:
             reader.finish(is_broken=True)  # the connection broke after the last token: the answer is whole
         return make_reply(reader, call, self._time() - started, attempt)
 
-    async def _read(self, call: Call, mode: int, reader: ReplyReader) -> None:
+    async def _read(self, call: EndpointCall, mode: int, reader: ReplyReader) -> None:
         """Send a request and read its reply."""
         seconds = self._cfg.max_request_seconds
         try:
@@ -130,12 +130,12 @@ class Attempts:
             failure.is_timeout = True
             raise failure from error
 
-    def _stream(self, call: Call, mode: int) -> Any:
+    def _stream(self, call: EndpointCall, mode: int) -> Any:
         body = encode_body({**call.body, **MODES[mode]} if call.can_stream else call.body)
         headers = {"Content-Type": "application/json"}
         return self._client.stream("POST", self._server.url + call.path, content=body, headers=headers)
 
-    def _count_lost(self, call: Call, mode: int, reader: ReplyReader) -> None:
+    def _count_lost(self, call: EndpointCall, mode: int, reader: ReplyReader) -> None:
         """Count what the server may have charged for a reply that broke off: the prompt and the text that arrived, at
         one token per byte; without a stream, max_tokens."""
         if reader.has_begun:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from thinkstack.endpoint.config import EndpointConfig
-from thinkstack.endpoint.requests import Call, Reply
+from thinkstack.endpoint.estimates import Durations, seconds_left, work_left
+from thinkstack.endpoint.requests import EndpointCall, EndpointReply
 from thinkstack.types import ConfigError, RequestError
 
 
@@ -46,7 +47,7 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What the requests that are left will take, by the mean of those that are finished."""
+    """What the requests that are left will take, by what those before them took."""
 
     requests: int
     """Requests that are left."""
@@ -81,20 +82,20 @@ class Budget:
         self._before = Amount(tokens=0, cost=0.0)
         """Of completions that an earlier run paid for."""
         self._measured = Amount(tokens=0, cost=0.0)
-        self._num_measured, self._busy_seconds = 0, 0.0
-        """Finished requests, those of earlier runs included, and how long each kept its place of `concurrency`."""
+        self._durations = Durations()
+        """Of finished requests, those of earlier runs included, and how long each kept its place of `concurrency`."""
 
-    def check(self, call: Call) -> None:
+    def check(self, call: EndpointCall) -> None:
         """Raise ConfigError for a request whose worst case is unknown, if there is a budget of tokens or money."""
         if call.max_tokens is None and (self.cfg.max_tokens_total or self.cfg.max_cost):
             name = "max_tokens_total" if self.cfg.max_tokens_total else "max_cost"
             raise ConfigError(f"{name} needs max_tokens in each request, which bounds what it may cost; set it")
 
-    def worst_case(self, call: Call) -> Amount:
+    def worst_case(self, call: EndpointCall) -> Amount:
         """The most that one attempt may cost: the prompt at one token per byte, and max_tokens."""
         return self._amount(call.max_prompt_tokens, 0, call.max_tokens or 0)
 
-    async def reserve(self, call: Call) -> Amount:
+    async def reserve(self, call: EndpointCall) -> Amount:
         """Wait until the worst case of a request fits. Raises BudgetExceeded if nothing runs whose end could help."""
         need = self.worst_case(call)
         while reason := self.missing(need):
@@ -143,7 +144,7 @@ class Budget:
         self._started = self._time() if self._started is None else self._started
         return self._started + self.cfg.max_seconds - self._time() if self.cfg.max_seconds else math.inf
 
-    def add(self, reply: Reply, busy_seconds: float) -> None:
+    def add(self, reply: EndpointReply, busy_seconds: float) -> None:
         """Count a reply of the server. busy_seconds: the time since the first attempt."""
         amount = self._amount(reply.prompt_tokens, reply.cached_tokens or 0, reply.completion_tokens)
         with self._lock:
@@ -159,7 +160,7 @@ class Budget:
             )
             self._measure(amount, busy_seconds)
 
-    def add_from_cache(self, reply: Reply) -> None:
+    def add_from_cache(self, reply: EndpointReply) -> None:
         """Count a reply that was paid for before."""
         amount = self._amount(reply.prompt_tokens, reply.cached_tokens or 0, reply.completion_tokens)
         with self._lock:
@@ -184,15 +185,16 @@ class Budget:
         """What this many further requests take; None before any is finished.
 
         The time is that of `concurrency` requests side by side, or that of the limits per minute if it is longer.
-        running_seconds: how long those of them that run have been running.
+        running_seconds: how long those of them that run have been running. Tokens and cost go with the time.
         """
-        cfg, count = self.cfg, self._num_measured
-        if not count:
-            return None
-        tokens, cost = self._measured.tokens / count * requests, self._measured.cost / count * requests
-        mean = self._busy_seconds / count
-        left = mean * requests - sum(min(elapsed, mean) for elapsed in running_seconds)
-        seconds = left / max(min(cfg.concurrency, requests), 1)
+        cfg, durations = self.cfg, self._durations
+        if not durations.count or not requests:
+            return Estimate(requests=0, seconds=0.0, tokens=0, cost=0.0) if durations.count else None
+        law = durations.law(running_seconds)
+        rest = work_left(law, requests, running_seconds)
+        share = (rest + sum(running_seconds)) / durations.total_seconds if durations.total_seconds else 0.0
+        tokens, cost = self._measured.tokens * share, self._measured.cost * share
+        seconds = seconds_left(law, rest, min(cfg.concurrency, requests))
         if cfg.requests_per_minute:
             seconds = max(seconds, (requests - len(running_seconds)) * 60 / cfg.requests_per_minute)
         if cfg.tokens_per_minute:
@@ -200,8 +202,7 @@ class Budget:
         return Estimate(requests=requests, seconds=seconds, tokens=round(tokens), cost=cost)
 
     def _measure(self, amount: Amount, seconds: float) -> None:
-        self._num_measured += 1
-        self._busy_seconds += seconds
+        self._durations.add(seconds)
         old = self._measured
         self._measured = Amount(tokens=old.tokens + amount.tokens, cost=old.cost + amount.cost)
 

@@ -14,17 +14,17 @@ from typing import Any, Protocol, TypeVar
 import httpx2
 
 from thinkstack.endpoint.attempt import Attempts
-from thinkstack.endpoint.batch import Batch
 from thinkstack.endpoint.budget import Amount, Budget, BudgetExceeded, Estimate, Spent
 from thinkstack.endpoint.cache import CompletionCache
+from thinkstack.endpoint.call_group import CallGroup
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.pacing import Pacer, backoff_seconds
 from thinkstack.endpoint.requests import (
-    Call,
+    EndpointCall,
     EndpointCompletion,
+    EndpointReply,
     EndpointRequest,
     PromptLogprobs,
-    Reply,
     chat_call,
     echo_call,
     make_completion,
@@ -37,7 +37,7 @@ from thinkstack.types import ConfigError, Interrupted, RequestError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-Finished = queue.SimpleQueue[tuple[str, Reply, bool] | None]
+Finished = queue.SimpleQueue[tuple[str, EndpointReply, bool] | None]
 """Replies on their way to the caller: key, reply, whether it is from the cache; None is the end."""
 POLL_SECONDS = 0.05
 """Maximum time until a request to stop is seen."""
@@ -85,7 +85,7 @@ class Endpoint:
         """Keys of the replies that are in the budget."""
         self._running: dict[str, float] = {}
         """By key: when the first attempt at a running request started."""
-        self._num_left = self._num_answered = 0
+        self._num_left = self._num_sending = self._num_answered = self._num_failed_in_row = 0
         self._logged = float("-inf")
 
     def __enter__(self) -> "Endpoint":
@@ -153,7 +153,7 @@ class Endpoint:
         """
         calls = [chat_call(request, self.cfg, self.model) for request in requests]
 
-        def make(reply: Reply, call: Call, from_cache: bool) -> EndpointCompletion:
+        def make(reply: EndpointReply, call: EndpointCall, from_cache: bool) -> EndpointCompletion:
             return make_completion(reply, self.cfg.opens_thinking, from_cache)
 
         return self._run(calls, make, on_finish, stop)
@@ -179,7 +179,7 @@ class Endpoint:
 
     def _run(
         self,
-        calls: Sequence[Call],
+        calls: Sequence[EndpointCall],
         make: "Make[T]",
         on_finish: Callable[[int, T], None] | None,
         stop: StopRequest | None,
@@ -190,13 +190,13 @@ class Endpoint:
             places.setdefault(call.key(self._server.url), []).append(place)
         found: dict[int, T] = {}
 
-        def report(key: str, reply: Reply, from_cache: bool) -> None:
+        def report(key: str, reply: EndpointReply, from_cache: bool) -> None:
             for place in places[key]:
                 found[place] = make(reply, calls[place], from_cache)
                 if on_finish is not None:
                     on_finish(place, found[place])
 
-        waiting: dict[str, Call] = {}
+        waiting: dict[str, EndpointCall] = {}
         for key, copies in places.items():
             _raise_if_stopped(stop)
             if (reply := self._cached(key)) is None:
@@ -204,31 +204,33 @@ class Endpoint:
             else:
                 report(key, reply, True)
         if waiting:
-            self._ask(Batch(waiting, len(places), self.cfg.cache), report, stop)
+            self._ask(CallGroup(waiting, len(places), self.cfg.cache), report, stop)
         return [found[place] for place in range(len(calls))]
 
-    def _ask(self, batch: Batch, report: Callable[[str, Reply, bool], None], stop: StopRequest | None) -> None:
-        """Ask the server, and report replies as they come. Raises the error of the batch."""
+    def _ask(
+        self, group: CallGroup, report: Callable[[str, EndpointReply, bool], None], stop: StopRequest | None
+    ) -> None:
+        """Ask the server, and report replies as they come. Raises the error of the group."""
         if self._cache is not None:
             self._cache.open()
         finished: Finished = queue.SimpleQueue()
         self._start_thread()
-        future = asyncio.run_coroutine_threadsafe(self._work(batch, finished), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._work(group, finished), self._loop)
         try:
             for item in _items(finished, stop):
                 report(*item)
         except BaseException as error:
-            self._loop.call_soon_threadsafe(batch.cancel)
+            self._loop.call_soon_threadsafe(group.cancel)
             for item in iter(finished.get, None):  # what was paid for until the last request had ended
                 if isinstance(error, Interrupted | KeyboardInterrupt):
                     report(*item)
             raise
         future.result()
-        batch.raise_error()
+        group.raise_error()
 
-    def _cached(self, key: str) -> Reply | None:
+    def _cached(self, key: str) -> EndpointReply | None:
         """The reply in the cache, which the budget counts."""
-        if self._cache is None or (reply := Reply.from_row(self._cache.get(key))) is None:
+        if self._cache is None or (reply := EndpointReply.from_row(self._cache.get(key))) is None:
             return None
         if key not in self._counted:
             self._counted.add(key)
@@ -247,62 +249,71 @@ class Endpoint:
 
     # -- in the thread of the event loop
 
-    async def _work(self, batch: Batch, finished: Finished) -> None:
-        """Ask all requests of a batch; put replies, and None at the end."""
-        num_left = len(batch.calls)
+    async def _work(self, group: CallGroup, finished: Finished) -> None:
+        """Ask all requests of a group; put replies, and None at the end."""
+        num_left = len(group.calls)
         self._num_left += num_left
         try:
-            await batch.run(lambda: self._worker(batch, finished), min(self.cfg.concurrency, num_left))
+            await group.run(lambda: self._worker(group, finished), min(self.cfg.concurrency, num_left))
         finally:
-            self._num_left -= num_left - batch.num_answered
+            self._num_left -= num_left - group.num_answered
             finished.put(None)
 
-    async def _worker(self, batch: Batch, finished: Finished) -> None:
-        for key, call in batch.pending:
-            with batch.waiting():
+    async def _worker(self, group: CallGroup, finished: Finished) -> None:
+        for key, call in group.pending:
+            with group.waiting():
                 await self._slots.acquire()
             self._running[key] = self._loop.time()
             try:
                 from_cache, reply = True, self._cached(key)  # another process may have been faster
                 if reply is None:
-                    from_cache, reply = False, await self._answer(batch, key, call)
-                    self._store(batch, key, reply)
+                    from_cache, reply = False, await self._answer(group, key, call)
+                    self._store(group, key, reply)
                 finished.put((key, reply, from_cache))
-                batch.num_answered += 1
+                group.num_answered += 1
                 self._num_left -= 1
             except BudgetExceeded as error:
-                batch.stop(error)
+                group.stop(error)
             except AttemptFailed as failure:
                 self._budget.count(failures=1)
-                batch.fail(failure)
+                group.fail(failure)
             finally:
                 self._running.pop(key, None)
                 self._slots.release()
 
-    async def _answer(self, batch: Batch, key: str, call: Call) -> Reply:
+    async def _answer(self, group: CallGroup, key: str, call: EndpointCall) -> EndpointReply:
         """Attempt a request until it is answered. Raises AttemptFailed and BudgetExceeded."""
-        num_before, started = self._num_answered, self._loop.time()
+        num_before, started = 0, self._loop.time()
         for attempt in itertools.count(1):
-            with batch.waiting():
+            with group.waiting():
                 need = await self._admit(call)
             used = 0
             try:
-                reply = await self._attempts.send(call, attempt)
+                reply = await self._send(call, attempt)
                 used = reply.prompt_tokens + reply.completion_tokens
-                self._num_answered += 1
                 self._budget.add(reply, self._loop.time() - started)
                 return reply
             except AttemptFailed as failure:
+                num_before = self._num_answered if attempt == 1 else num_before
                 self._raise_if_last(failure, attempt, num_before)
                 seconds = self._backoff(failure, attempt, key)
             finally:
                 self._budget.release(need)
                 self._pacer.give_back(need.tokens - used)
-            with batch.waiting():
+            with group.waiting():
                 await asyncio.sleep(min(seconds, self._budget.seconds_left()))
         raise AssertionError("the loop ends by a return or an error")
 
-    async def _admit(self, call: Call) -> Amount:
+    async def _send(self, call: EndpointCall, attempt: int) -> EndpointReply:
+        self._num_sending += 1
+        try:
+            reply = await self._attempts.send(call, attempt)
+        finally:
+            self._num_sending -= 1
+        self._num_answered, self._num_failed_in_row = self._num_answered + 1, 0
+        return reply
+
+    async def _admit(self, call: EndpointCall) -> Amount:
         """Wait until the budget and the limits per minute allow a request. Returns its reservation."""
         need = await self._budget.reserve(call)
         left = self._budget.seconds_left()
@@ -318,7 +329,11 @@ class Endpoint:
         return need
 
     def _raise_if_last(self, failure: AttemptFailed, attempt: int, num_before: int) -> None:
-        """Raise the failure if there is no further attempt; with can_retry=False if other requests would fail too."""
+        """Raise the failure if there is no further attempt; with can_retry=False if other requests would fail too.
+
+        The server is dead if no request was answered since the first attempt failed (num_before: how many were then),
+        and none waits for an answer, or as many failed in a row as may run at once.
+        """
         if not failure.can_retry:
             raise failure
         if failure.retry_after_seconds > MAX_RETRY_AFTER_SECONDS:
@@ -327,7 +342,9 @@ class Endpoint:
         is_new = failure.is_unreachable and not self._num_answered
         if attempt <= (min(self.cfg.retries, FIRST_RETRIES) if is_new else self.cfg.retries):
             return
-        if self._num_answered == num_before:
+        self._num_failed_in_row += 1
+        is_silent = not self._num_sending or self._num_failed_in_row >= self.cfg.concurrency
+        if self._num_answered == num_before and is_silent:
             message = f"{failure}; no request was answered during {attempt} attempts"
             raise AttemptFailed(message, failure.status) from failure
         raise failure
@@ -342,23 +359,23 @@ class Endpoint:
             log.warning("%s; attempt %d of %d in %.1f s", failure, attempt + 1, self.cfg.retries + 1, seconds)
         return seconds
 
-    def _store(self, batch: Batch, key: str, reply: Reply) -> None:
+    def _store(self, group: CallGroup, key: str, reply: EndpointReply) -> None:
         """Write a reply to the cache. If that fails, it is reported nevertheless, and nothing else is asked."""
         self._counted.add(key)
         if self._cache is not None:
             try:
                 self._cache.put(key, reply.as_row())
             except ConfigError as error:
-                batch.stop(error)
+                group.stop(error)
 
 
 class Make(Protocol[T_co]):
     """Makes what a caller gets from a reply."""
 
-    def __call__(self, reply: Reply, call: Call, from_cache: bool) -> T_co: ...
+    def __call__(self, reply: EndpointReply, call: EndpointCall, from_cache: bool) -> T_co: ...
 
 
-def _items(finished: Finished, stop: StopRequest | None) -> Iterator[tuple[str, Reply, bool]]:
+def _items(finished: Finished, stop: StopRequest | None) -> Iterator[tuple[str, EndpointReply, bool]]:
     """What the event loop puts, up to its end. Raises Interrupted for `stop`."""
     while True:
         _raise_if_stopped(stop)

@@ -18,8 +18,8 @@ from thinkstack.types import ConfigError, Message, RequestError, Tool, ToolCall
 CHAT_PATH, COMPLETIONS_PATH = "/chat/completions", "/completions"
 BYTES_PER_TOKEN = 4
 """Bytes of a token where a server reports no usage."""
-TEMPLATE_TOKENS, MESSAGE_TOKENS = 256, 16
-"""Tokens that a chat template may add to a prompt and to each message: more than those of published templates."""
+TEMPLATE_TOKENS, MESSAGE_TOKENS = 1024, 16
+"""Tokens that a chat template may add to a prompt (a system message, instructions for tools) and to each message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class EndpointCall:
     """One request over the wire, without the fields of streams."""
 
     path: str
@@ -128,7 +128,7 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class EndpointReply:
     """The texts and counts of a reply, as the cache has them: thinking is read from the content when it is used."""
 
     reasoning: str
@@ -151,13 +151,13 @@ class Reply:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_row(cls, row: Any) -> "Reply | None":
+    def from_row(cls, row: Any) -> "EndpointReply | None":
         """From JSON; None for a row of another form."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**row) if isinstance(row, dict) and set(row) == names else None
 
 
-def chat_call(request: EndpointRequest, cfg: EndpointConfig, model: str) -> Call:
+def chat_call(request: EndpointRequest, cfg: EndpointConfig, model: str) -> EndpointCall:
     """The request for a chat completion. Raises RequestError for text that cannot be sent."""
     messages = [to_openai(message, with_reasoning=False) for message in request.messages]
     tools = [_tool(tool) for tool in request.tools]
@@ -171,7 +171,7 @@ def chat_call(request: EndpointRequest, cfg: EndpointConfig, model: str) -> Call
     }
     given = {name: value for name, value in fields.items() if value is not None}
     size = _num_bytes(messages) + 2 * _num_bytes(tools)  # templates indent the schemas of tools
-    return Call(
+    return EndpointCall(
         path=CHAT_PATH,
         body={"model": model, "messages": messages, **given, **thinking_fields(cfg.thinking), **cfg.extra_body},
         index=request.index,
@@ -181,14 +181,14 @@ def chat_call(request: EndpointRequest, cfg: EndpointConfig, model: str) -> Call
     )
 
 
-def echo_call(prompt: str | Sequence[int], model: str, max_tokens: int) -> Call:
+def echo_call(prompt: str | Sequence[int], model: str, max_tokens: int) -> EndpointCall:
     """The request for the log-probabilities of a prompt, as lm-eval's local-completions sends it."""
     given = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
     if not given:
         raise RequestError("a prompt without tokens has no log-probabilities; give text or token ids", "prompt")
     body = {"model": model, "prompt": given, "max_tokens": max_tokens, "temperature": 0, "echo": True, "logprobs": 1}
     size = _num_bytes(given) if isinstance(given, str) else len(given)
-    return Call(
+    return EndpointCall(
         path=COMPLETIONS_PATH,
         body=body,
         max_tokens=max_tokens,
@@ -233,7 +233,7 @@ def _num_bytes(value: Any) -> int:
     return len(encode_body({"": value})) - len('{"":}') if value else 0
 
 
-def make_reply(reader: ReplyReader, call: Call, seconds: float, attempts: int) -> Reply:
+def make_reply(reader: ReplyReader, call: EndpointCall, seconds: float, attempts: int) -> EndpointReply:
     """The reply that was read, with estimates where the server reports no usage."""
     counts = usage_counts(reader.usage)
     prompt, completion = counts["prompt_tokens"], counts["completion_tokens"]
@@ -242,7 +242,7 @@ def make_reply(reader: ReplyReader, call: Call, seconds: float, attempts: int) -
         prompt = math.ceil(call.max_prompt_tokens / BYTES_PER_TOKEN)
     if completion is None:
         completion = max(reader.num_deltas, math.ceil(reader.num_bytes / BYTES_PER_TOKEN))
-    return Reply(
+    return EndpointReply(
         reasoning=str(reader.texts["reasoning"]),
         content=str(reader.texts["content"]),
         tool_calls=[reader.tool_calls[place] for place in sorted(reader.tool_calls)],
@@ -260,7 +260,7 @@ def make_reply(reader: ReplyReader, call: Call, seconds: float, attempts: int) -
     )
 
 
-def make_completion(reply: Reply, opens_thinking: bool, from_cache: bool) -> EndpointCompletion:
+def make_completion(reply: EndpointReply, opens_thinking: bool, from_cache: bool) -> EndpointCompletion:
     """The completion of a reply: thinking is the field of the server, or the think block at the start of the content.
 
     opens_thinking: the content begins inside the think block, unless the server has a field for thinking.
@@ -292,7 +292,7 @@ def make_completion(reply: Reply, opens_thinking: bool, from_cache: bool) -> End
     )
 
 
-def make_prompt_logprobs(reply: Reply, call: Call, from_cache: bool) -> PromptLogprobs:
+def make_prompt_logprobs(reply: EndpointReply, call: EndpointCall, from_cache: bool) -> PromptLogprobs:
     """The log-probabilities of a prompt, without the token that was sampled after it.
 
     Raises ConfigError for a server that does not score prompts: some return the sampled token alone.

@@ -71,9 +71,9 @@ class OpenAIServer:
         status = reply.status_code
         try:
             body = reply.json()
-            message, codes = error_message(body), _codes(body)
+            message, error_codes = error_message(body), _error_codes(body)
         except (ValueError, RecursionError):
-            message, codes = reply.text, set()
+            message, error_codes = reply.text, set()
         hints = {
             401: f"; {self._key_hint}",
             402: "; add credit to the account",
@@ -82,10 +82,10 @@ class OpenAIServer:
         }
         if reply.is_redirect:
             hints[status] = "; give the address that it redirects to"
-        if codes & OUT_OF_CREDIT:
+        if error_codes & OUT_OF_CREDIT:
             hints[status] = hints[402]
         message = self.redact(message) or reply.reason_phrase
-        can_retry = (status in RETRIED or status >= 500) and not codes & OUT_OF_CREDIT
+        can_retry = (status in RETRIED or status >= 500) and not error_codes & OUT_OF_CREDIT
         text = f"{self.url}: {message} (status {status}){hints.get(status, '')}"
         return AttemptFailed(text, status, can_retry, retry_after(reply.headers) if can_retry else 0.0)
 
@@ -96,7 +96,7 @@ class OpenAIServer:
         status = int(code) if isinstance(code, int | str) and str(code).isdecimal() and len(str(code)) == 3 else 0
         can_retry = not 400 <= status < 500 or status in RETRIED
         message = f"the server ended the answer: {self.redact(error_message(dict(chunk)))}"
-        return AttemptFailed(message, status, can_retry and not _codes(chunk) & OUT_OF_CREDIT)
+        return AttemptFailed(message, status, can_retry and not _error_codes(chunk) & OUT_OF_CREDIT)
 
     @contextmanager
     def as_failure(self) -> Iterator[None]:
@@ -148,7 +148,7 @@ def error_message(body: Any) -> str:
     return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 
-def _codes(body: Any) -> set[str]:
+def _error_codes(body: Any) -> set[str]:
     """The code and type of an error."""
     error = body.get("error") if isinstance(body, dict) else None
     found = (error.get("code"), error.get("type")) if isinstance(error, dict) else ()

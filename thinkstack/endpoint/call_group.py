@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from thinkstack.endpoint.budget import BudgetExceeded
-from thinkstack.endpoint.requests import Call
+from thinkstack.endpoint.requests import EndpointCall
 from thinkstack.endpoint.server import AttemptFailed
 from thinkstack.types import RequestError
 
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 SHOWN_FAILURES = 3
 
 
-class Batch:
+class CallGroup:
     """Requests that run side by side. After an error none starts, and the running ones finish."""
 
-    def __init__(self, calls: Mapping[str, Call], num_requests: int, cache: str):
+    def __init__(self, calls: Mapping[str, EndpointCall], num_requests: int, cache: str):
         """num_requests: with those that were in the cache. cache: the folder of the cache, for messages."""
         self.calls = calls
         self.pending = self._pending()
@@ -30,7 +30,7 @@ class Batch:
         self._waiting: set[asyncio.Task[None]] = set()
         self._is_cancelled = False
 
-    def _pending(self) -> Iterator[tuple[str, Call]]:
+    def _pending(self) -> Iterator[tuple[str, EndpointCall]]:
         for item in self.calls.items():
             if self._error is not None:
                 return
@@ -85,7 +85,7 @@ class Batch:
             self.stop(error)
 
     def raise_error(self) -> None:
-        """Raise the error that ended the batch, if one did, with what is finished and how to go on."""
+        """Raise the error that ended the group, if one did, with what is finished and how to go on."""
         error, total = self._error, self._num_before + len(self.calls)
         kept = f" and kept in {self._cache}" if self._cache else ""
         done = f"{self._num_before + self.num_answered:,} of {total:,} requests are finished{kept}"
