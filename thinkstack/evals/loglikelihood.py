@@ -139,13 +139,13 @@ def choose_by_loglikelihood(
         if not problem.metadata.get("choices"):
             raise ConfigError(f"{problem.task} has no choices; choose a task for multiple choice, such as mmlu")
     shots = "".join(
-        f"{_choice_prompt(one, by_text)}{_continuations(one, by_text)[LETTERS.index(one.answer)]}\n\n"
-        for one in examples
+        f"{_choice_prompt(one, by_text, place == 0)}{_continuations(one, by_text)[LETTERS.index(one.answer)]}\n\n"
+        for place, one in enumerate(examples)
     )
     pairs, sizes = [], []
     for problem in problems:
         texts = _continuations(problem, by_text)
-        pairs += [split_pair(tokenizer, shots + _choice_prompt(problem, by_text), text) for text in texts]
+        pairs += [split_pair(tokenizer, shots + _choice_prompt(problem, by_text, not examples), text) for text in texts]
         sizes.append(len(texts))
     found = iter(loglikelihoods(model, pairs, batch_size))
     return [
@@ -154,8 +154,8 @@ def choose_by_loglikelihood(
     ]
 
 
-def _choice_prompt(problem: Problem, by_text: bool) -> str:
-    return f"Question: {problem.question}\nAnswer:" if by_text else fill_prompt(CHOICE_PROMPTS["lm-eval"], problem)
+def _choice_prompt(problem: Problem, by_text: bool, is_first: bool) -> str:
+    return fill_prompt(CHOICE_PROMPTS["lm-eval-cloze" if by_text else "lm-eval"], problem, with_description=is_first)
 
 
 def _continuations(problem: Problem, by_text: bool) -> list[str]:

@@ -13,8 +13,10 @@ from typing import Any
 
 from thinkstack.files import Row, read_object, read_rows
 from thinkstack.tasks.benchmarks.prompts import (
+    FORMULA_PROMPTS,
     MATH_PROMPTS,
     QUESTION_PROMPTS,
+    Prompt,
     asks_for_answer_line,
     fill_prompt,
     find_prompt,
@@ -37,7 +39,7 @@ class DatasetTask(Task):
 
     SOURCE: str
     """What the folder contains and where it comes from; used in messages."""
-    PROMPTS: Mapping[str, str] = QUESTION_PROMPTS
+    PROMPTS: Mapping[str, Prompt] = QUESTION_PROMPTS
     """Prompts by name; the first is the default."""
     FILE_NAMES: tuple[str, ...] = ()
     """Names, without suffix, under which the set is published with all its splits in one file."""
@@ -107,9 +109,10 @@ class DatasetTask(Task):
         return Problems(Shuffled(found, seed).problem_at)
 
     def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
-        """Return the messages, with the last question in the prompt's template."""
-        text = fill_prompt(self.template, problem)
-        return (*problem.messages[:-1], replace(problem.messages[-1], content=text)), ()
+        """Return the messages, with the last question in the prompt's text, after its system message."""
+        last = replace(problem.messages[-1], content=fill_prompt(self.template, problem))
+        system = (Message(role="system", content=self.template.system),) if self.template.system else ()
+        return (*system, *problem.messages[:-1], last), ()
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
         """Return the final answer. If the prompt asks for a line "Answer: ..." and the text is longer than an answer,
@@ -167,7 +170,7 @@ class Math(DatasetTask):
     """
 
     SOURCE = "the folder or the JSON lines of github.com/hendrycks/math (MIT)"
-    PROMPTS = MATH_PROMPTS
+    PROMPTS = FORMULA_PROMPTS
     default_grader = "latex"
 
     def read(self, path: str | Path) -> list[Problem]:
