@@ -220,6 +220,26 @@ def test_greedy_decoding_has_no_top_p():
     assert "top-p" in not_stated(replace(greedy, temperature=0.6), published)
 
 
+def test_log_likelihoods_are_compared_by_method_and_not_by_sampling():
+    cloze = replace(R1_AIME24, task="mmlu", method="cloze", prompt="smollm2", grader="log-likelihood per character")
+    card = row("mmlu", "SmolLM2-135M", "acc_norm")
+    assert differences(cloze, card, metric="acc_norm") == []
+    letters = replace(cloze, method="letters")
+    assert differences(letters, card, metric="acc_norm") == ["method: letters here, cloze published"]
+    base = row("mmlu", "DeepSeek-V3-Base", "accuracy")
+    five = replace(letters, num_shots=5)
+    assert differences(five, base) == differences(replace(cloze, num_shots=5), base) == []
+    sampled = replace(five, method="sampled")
+    assert differences(sampled, base) == ["method: sampled here, loglikelihood published"]
+
+
+def test_every_prompt_that_a_row_names_is_one_of_the_task():
+    """A name that is not of the task would make its rows unlike every evaluation."""
+    for one in all_published():
+        if one.benchmark in BENCHMARKS and one.prompt and " " not in one.prompt:
+            assert one.prompt in BENCHMARKS[one.benchmark].PROMPTS, one
+
+
 def test_the_files_are_package_data():
     assert all(path.suffix == ".toml" for path in FOLDER.iterdir())
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")

@@ -164,12 +164,14 @@ def choice_prompt(problem: Problem, by_text: bool, shots: Sequence[Problem] = ()
     for one in (problem, *shots):
         if not one.metadata.get("choices"):
             raise ConfigError(f"{one.task} has no choices; choose a task for multiple choice, such as mmlu")
-    solved = [_question(one, by_text) + _continuations(one, by_text)[LETTERS.index(one.answer)] for one in shots]
-    return "\n\n".join((*solved, _question(problem, by_text)))
+    questions = [_question(one, by_text, is_first=place == 0) for place, one in enumerate((*shots, problem))]
+    answers = [_continuations(one, by_text)[LETTERS.index(one.answer)] for one in shots]
+    return "\n\n".join(question + answer for question, answer in zip(questions, (*answers, ""), strict=True))
 
 
-def _question(problem: Problem, by_text: bool) -> str:
-    return f"Question: {problem.question}\nAnswer:" if by_text else fill_prompt(CHOICE_PROMPTS["lm-eval"], problem)
+def _question(problem: Problem, by_text: bool, is_first: bool) -> str:
+    prompt = CHOICE_PROMPTS["lm-eval-cloze" if by_text else "lm-eval"]
+    return fill_prompt(prompt, problem, with_description=is_first)
 
 
 def _continuations(problem: Problem, by_text: bool) -> list[str]:

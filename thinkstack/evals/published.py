@@ -311,7 +311,7 @@ DEFAULT_PROMPTS: Mapping[Method, str] = {"letters": "lm-eval", "cloze": "lm-eval
 
 def prompt_name(protocol: TaskProtocol) -> str:
     """Return the name of the prompt of an evaluation; "a text of its own" if it is written out."""
-    prompts: Mapping[str, str] = BENCHMARKS.get(protocol.task, DatasetTask).PROMPTS
+    prompts = BENCHMARKS.get(protocol.task, DatasetTask).PROMPTS
     if not protocol.prompt:
         return DEFAULT_PROMPTS.get(protocol.method) or next(iter(prompts))
     return protocol.prompt if protocol.prompt in prompts else "a text of its own"

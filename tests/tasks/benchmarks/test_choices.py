@@ -56,8 +56,12 @@ def test_an_mmlu_row_becomes_a_problem_with_the_letter_as_its_answer(tmp_path):
     ("prompt", "start", "end"),
     [
         ("simple-evals", "Answer the following multiple choice question. The last line", "A) 3\nB) 4\nC) 5\nD) 6"),
-        ("deepseek", "2+2?\n\nA. 3\nB. 4", "the letter alone, within \\boxed{}."),
-        ("lm-eval", "2+2?\nA. 3\nB. 4", "D. 6\nAnswer:"),
+        ("boxed", "2+2?\n\nA. 3\nB. 4", "the letter alone, within \\boxed{}."),
+        (
+            "lm-eval",
+            "The following are multiple choice questions (with answers) about elementary mathematics.",
+            "Answer:",
+        ),
         ("{subject}: {question} {letters} {x}\n{choices}", "elementary mathematics: 2+2? ABCD {x}\nA. 3", "D. 6"),
     ],
 )
@@ -97,6 +101,28 @@ def test_the_letter_is_read_from_a_box_a_last_line_or_alone(tmp_path, text, is_c
     task, problems = read("mmlu", written(tmp_path, MMLU_ROWS))
     answer = None if text.startswith("<think>Ans") else turn(text).answer
     assert task.verify(problems[0], Response(text=text, answer=answer)).total == is_correct
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "letter"),
+    [
+        ("zero-eval", '```json\n{"reasoning": "\\"answer\\": \\"A\\"", "answer": "B"}\n```', "B"),
+        ("zero-eval", 'So {"answer": "A"}, no: {"answer" : "(C)"}', "C"),
+        ("zero-eval", "Answer: D", "D"),
+        ("simple-evals", '{"reasoning": "", "answer": "B"}', None),
+        ("mmlu-pro", "Therefore the answer is (B), since it is two of 2.", "B"),
+        ("mmlu-pro", "First the answer is (A). No: **The answer is (C)**.", "C"),
+        ("mmlu-pro", "The answer is Bread.", None),
+        ("lm-eval", "so the answer is C.", "C"),
+        ("simple-evals", "Therefore the answer is (B), since it is two of 2.", None),
+        ("simple-evals", "long\nANSWER: C", "C"),
+    ],
+)
+def test_the_letter_is_read_where_the_prompt_asks_for_it(tmp_path, prompt, text, letter):
+    row = {"question": "2+2?", "options": list("3456"), "answer": "B", "category": "math"}
+    task, (problem,) = read("mmlu_pro", written(tmp_path, [row]), prompt=prompt)
+    assert task.read_answer(problem, turn(text)) == letter
+    assert task.read_answer(problem, Response(text=f"<think>{text}", answer=None)) is None
 
 
 def test_a_seed_shuffles_the_choices_and_keeps_the_key(tmp_path):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
-from thinkstack.tasks.benchmarks.prompts import MATH_PROMPTS
+from thinkstack.tasks.benchmarks.prompts import AIME_PROMPTS
 from thinkstack.types import ConfigError, Problem
 
 
@@ -15,7 +15,7 @@ class Aime(DatasetTask):
     """
 
     SOURCE = "test.jsonl, the 30 problems of a year (AIME I and II), fields problem and answer (copyright of the MAA)"
-    PROMPTS = MATH_PROMPTS
+    PROMPTS = AIME_PROMPTS
     default_grader = "number"
 
     def read(self, path: str | Path) -> list[Problem]:

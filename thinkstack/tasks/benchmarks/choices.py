@@ -13,7 +13,15 @@ from typing import Any
 
 from thinkstack.files import Row, kind_of, read_text
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
-from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, LETTERS, last_answer_line
+from thinkstack.tasks.benchmarks.prompts import (
+    CHOICE_PROMPTS,
+    GPQA_PROMPTS,
+    LETTERS,
+    MMLU_PRO_PROMPTS,
+    MMLU_PROMPTS,
+    Prompt,
+    stated_letter,
+)
 from thinkstack.tasks.puzzles.puzzle import digest
 from thinkstack.tasks.task import TaskConfig
 from thinkstack.tasks.verify.answers import same_choice, strip_wrappers
@@ -41,15 +49,16 @@ def choice_problem(
     return replace(found, key=key)
 
 
-def read_letter(problem: Problem, response: Response) -> str | None:
-    """Return the letter of an answer: in the last box, else after the last "Answer:", else the answer that is a letter.
+def read_letter(problem: Problem, response: Response, prompt: Prompt | None = None) -> str | None:
+    """Return the letter of an answer: in the last box, else where the prompt asks for it or after the last "Answer:",
+    else the answer that is a letter.
 
     Only the content counts, never the thinking; None without a letter of one of the choices.
     """
     content = visible_content(response.text) or response.answer or ""
     if boxes(content):
         return _as_letter(last_boxed(content), problem)
-    return _as_letter(last_answer_line(content), problem) or _as_letter(response.answer, problem)
+    return _as_letter(stated_letter(prompt, content), problem) or _as_letter(response.answer, problem)
 
 
 def _as_letter(answer: str | None, problem: Problem) -> str | None:
@@ -97,7 +106,7 @@ class ChoiceTask(DatasetTask):
         )
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
-        return read_letter(problem, response)
+        return read_letter(problem, response, self.template)
 
 
 def read_choices(value: Any, name: str, where: str) -> list[str]:
@@ -128,6 +137,7 @@ class Mmlu(ChoiceTask):
     """57 subjects, four choices (arXiv:2009.03300). Fields: question, choices, answer, subject."""
 
     SOURCE = "test.jsonl with question, choices, answer and subject, from github.com/hendrycks/test or cais/mmlu (MIT)"
+    PROMPTS = MMLU_PROMPTS
     SHOTS_SPLIT = "dev"
 
     def is_shot_for(self, example: Problem, problem: Problem) -> bool:
@@ -142,6 +152,7 @@ class MmluPro(ChoiceTask):
     """Up to ten choices (arXiv:2406.01574). Fields: question, options, answer, category."""
 
     SOURCE = "test.jsonl with question, options, answer and category, from TIGER-Lab/MMLU-Pro (MIT)"
+    PROMPTS = MMLU_PRO_PROMPTS
     FIELDS = ("question", "options", "answer")
 
 
@@ -187,6 +198,7 @@ class Gpqa(ChoiceTask):
         "test.csv or test.jsonl, your own copy of gpqa_diamond.csv with Question, Correct Answer and Incorrect Answer "
         "1 to 3, from github.com/idavidrein/gpqa (CC BY 4.0; do not republish it)"
     )
+    PROMPTS = GPQA_PROMPTS
     FIELDS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
     @property

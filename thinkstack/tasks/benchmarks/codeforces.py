@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.files import Row
+from thinkstack.tasks.benchmarks.code_prompts import CODEFORCES_PROMPTS
 from thinkstack.tasks.benchmarks.code_task import CodeTask, code_problem, text_of
 from thinkstack.tasks.benchmarks.datasets import load_rows
 from thinkstack.tasks.verify.code import Case, CodeVerdict, grade_scripts, same_tokens
 from thinkstack.tasks.verify.rungs import Rung
 from thinkstack.types import ConfigError, Problem
 
-PROMPT = (
+STATEMENT = (
     "{description}\n\n### Input\n{input_format}\n\n### Output\n{output_format}\n\n{examples}"
-    "Time limit: {time_limit:g} s. Write a Python program that reads standard input and writes standard output. Return "
-    "the complete program in one code block."
+    "Time limit: {time_limit:g} s."
 )
 DEFAULT_LIMITS = {"time_limit": 6.0, "memory_limit": 1024.0}
 """Limits of a problem that states none: seconds of a test, and megabytes."""
@@ -37,6 +37,7 @@ class Codeforces(CodeTask):
 
     SOURCE = "test.jsonl with your problems and tests, fields as in open-r1/codeforces"
     FIELDS = ("id", "description", "input_format", "output_format", "official_tests")
+    PROMPTS = CODEFORCES_PROMPTS
     TEST_SECONDS = DEFAULT_LIMITS["time_limit"]
 
     def read(self, path: str | Path) -> list[Problem]:
@@ -59,7 +60,7 @@ class Codeforces(CodeTask):
             f"### Example\nInput:\n```\n{case['input'].strip()}\n```\nOutput:\n```\n{case['output'].strip()}\n```\n\n"
             for case in examples
         )
-        question = PROMPT.format(**texts, examples=shown, time_limit=self.seconds_of(limits["time_limit"]))
+        question = STATEMENT.format(**texts, examples=shown, time_limit=self.seconds_of(limits["time_limit"]))
         known: Row = {key: row[key] for key in ("rating", "contest_id", "index") if key in row}
         return code_problem(self.name, question, "", str(row["id"]), known | limits | {"cases": cases})
 

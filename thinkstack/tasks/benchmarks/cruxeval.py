@@ -6,27 +6,19 @@ which runs in the sandbox, since inputs of a model may keep it busy for ever.
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thinkstack.tasks.benchmarks.code_prompts import CRUXEVAL_INPUT_PROMPTS, CRUXEVAL_OUTPUT_PROMPTS
 from thinkstack.tasks.benchmarks.code_task import CodeTask, code_problem, text_of
 from thinkstack.tasks.benchmarks.datasets import load_rows
+from thinkstack.tasks.benchmarks.prompts import Prompt
 from thinkstack.tasks.verify.code import Call, CodeVerdict, grade_calls
 from thinkstack.tasks.verify.code_blocks import last_code_block, visible_text
 from thinkstack.tasks.verify.rungs import Rung
 from thinkstack.types import ConfigError, Problem, Response
 
-OUTPUT_PROMPT = (
-    "You are given a Python function and an assertion containing an input to the function. Complete the assertion with "
-    "a literal (no unsimplified expressions, no function calls) containing the output when executing the provided code "
-    "on the given input, even if the function is incorrect or incomplete. Provide the full assertion with the correct "
-    "output in [ANSWER] and [/ANSWER] tags.\n\n[PYTHON]\n{code}\nassert f({input}) == ??\n[/PYTHON]"
-)
-INPUT_PROMPT = (
-    "You will be given a function f and an output in the form f(??) == output. Find any input such that executing f on "
-    "the input leads to the given output. There may be multiple answers, but you should only output one. Provide the "
-    "passing assertion in [ANSWER] and [/ANSWER] tags.\n\n[PYTHON]\n{code}\nassert f(??) == {output}\n[/PYTHON]"
-)
 _TAGGED = re.compile(r"\[ANSWER\](.*?)\[/ANSWER\]", re.DOTALL)
 
 
@@ -36,7 +28,7 @@ class CruxEvalOutput(CodeTask):
     SOURCE = "cruxeval.jsonl of github.com/facebookresearch/cruxeval (MIT), as test.jsonl"
     FILE_NAMES = ("cruxeval",)
     TEST_SECONDS = 3.0
-    PROMPT = OUTPUT_PROMPT
+    PROMPTS: Mapping[str, Prompt] = CRUXEVAL_OUTPUT_PROMPTS
 
     def read(self, path: str | Path) -> list[Problem]:
         found = []
@@ -45,14 +37,18 @@ class CruxEvalOutput(CodeTask):
             if literal(texts["output"]) is None or call_of(f"f({texts['input']})") is None:
                 raise ConfigError(f"{where}: input and output must be literals; give {self.SOURCE}")
             metadata = {name: texts[name] for name in ("code", "input", "output")}
-            found.append(code_problem(self.name, self.PROMPT.format(**metadata), "", texts["id"], metadata))
+            found.append(code_problem(self.name, texts["code"], "", texts["id"], metadata))
         return found
 
     def program(self, problem: Problem, response: Response) -> str | None:
-        """Return the last answer between tags, or the last code block; None if there is neither."""
+        """Return the last answer between tags, or the last code block, or what follows a prompt that opens the tag;
+        None if there is none of these."""
         text = visible_text(response)
         tagged = _TAGGED.findall(text)
-        return tagged[-1].strip() if tagged else last_code_block(text)
+        found = tagged[-1].strip() if tagged else last_code_block(text)
+        if found is None and self.template.text.endswith("[ANSWER]\n"):
+            found = text.partition("[/ANSWER]")[0].strip() or None
+        return found
 
     def grade(self, problem: Problem, program: str, rung: Rung) -> CodeVerdict:
         """Compare the literal after ==, or the only literal, with the output, by value as published."""
@@ -69,7 +65,7 @@ class CruxEvalOutput(CodeTask):
 class CruxEvalInput(CruxEvalOutput):
     """Input prediction (CRUXEval-I). Fields: code, input, output, id."""
 
-    PROMPT = INPUT_PROMPT
+    PROMPTS = CRUXEVAL_INPUT_PROMPTS
 
     def grade(self, problem: Problem, program: str, rung: Rung) -> CodeVerdict:
         """Call the published function with the literal arguments of the answer, f(...) or their list alone."""

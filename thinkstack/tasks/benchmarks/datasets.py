@@ -13,8 +13,10 @@ from typing import Any
 
 from thinkstack.files import Row, read_object, read_rows
 from thinkstack.tasks.benchmarks.prompts import (
+    FORMULA_PROMPTS,
     MATH_PROMPTS,
     QUESTION_PROMPTS,
+    Prompt,
     asks_for_answer_line,
     fill_prompt,
     find_prompt,
@@ -37,7 +39,7 @@ class DatasetTask(Task):
 
     SOURCE: str
     """What the folder contains and where it comes from; used in messages."""
-    PROMPTS: Mapping[str, str] = QUESTION_PROMPTS
+    PROMPTS: Mapping[str, Prompt] = QUESTION_PROMPTS
     """Prompts by name; the first is the default."""
     FILE_NAMES: tuple[str, ...] = ()
     """Names, without suffix, under which the set is published with all its splits in one file."""
@@ -135,13 +137,13 @@ class DatasetTask(Task):
         return str(problem.metadata.get("solution") or problem.answer)
 
     def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
-        """Return the messages, with the last question in the prompt's template, after the solved examples as turns."""
-        turns: list[Message] = []
+        """Return the messages: the system message of the prompt, solved examples as turns, the question in its text."""
+        turns = [Message(role="system", content=self.template.system)] if self.template.system else []
         for shot in self.shots(problem):
             turns.append(replace(shot.messages[-1], content=fill_prompt(self.template, shot)))
             turns.append(Message(role="assistant", content=self.solution(shot)))
         last = replace(problem.messages[-1], content=fill_prompt(self.template, problem))
-        return (*problem.messages[:-1], *turns, last), ()
+        return (*turns, *problem.messages[:-1], last), ()
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
         """Return the final answer. If the prompt asks for a line "Answer: ..." and the text is longer than an answer,
@@ -200,7 +202,7 @@ class Math(DatasetTask):
     """
 
     SOURCE = "the folder or the JSON lines of github.com/hendrycks/math (MIT)"
-    PROMPTS = MATH_PROMPTS
+    PROMPTS = FORMULA_PROMPTS
     default_grader = "latex"
 
     def read(self, path: str | Path) -> list[Problem]:

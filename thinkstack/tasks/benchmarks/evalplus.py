@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 
+from thinkstack.tasks.benchmarks.code_prompts import HUMANEVAL_PLUS_PROMPTS, MBPP_PLUS_PROMPTS
 from thinkstack.tasks.benchmarks.code_task import code_problem, parsed_statements, text_of
 from thinkstack.tasks.benchmarks.humaneval import HumanEval
 from thinkstack.tasks.verify.code import Call, CodeVerdict, grade_calls, results_of
@@ -41,11 +42,6 @@ LARGE_RESULTS = {"combinations_colors": 20}
 have up to 1,663,740 tuples of 77 words, more than may cross between processes."""
 NOT_NONE = ("check_str", "text_match_three", "text_starta_endb")
 """Functions of MBPP+ that may return a match or a truth value."""
-MBPP_PROMPT = (
-    "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
-    "```\n{prompt}\n```"
-)
-"""Instruction of EvalPlus."""
 
 
 class HumanEvalPlus(HumanEval):
@@ -62,6 +58,7 @@ class HumanEvalPlus(HumanEval):
         "atol",
     )
     FILE_NAMES: tuple[str, ...] = ("HumanEvalPlus",)
+    PROMPTS = HUMANEVAL_PLUS_PROMPTS
     TEST_SECONDS = 4.0
 
     def tests(self, row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -82,6 +79,7 @@ class MbppPlus(HumanEvalPlus):
     """
 
     SOURCE = "MbppPlus.jsonl.gz of the releases of github.com/evalplus/mbppplus_release (Apache-2.0)"
+    PROMPTS = MBPP_PLUS_PROMPTS
     FIELDS: tuple[str, ...] = (*HumanEvalPlus.FIELDS, "assertion")
     FILE_NAMES: tuple[str, ...] = ("MbppPlus", "MbppPlus-v0.1.0", "MbppPlus-v0.2.0")
 
@@ -89,7 +87,7 @@ class MbppPlus(HumanEvalPlus):
         texts = {name: text_of(row, name, where) for name in ("task_id", "prompt", "entry_point", "canonical_solution")}
         examples = calls_in(text_of(row, "assertion", where), texts["entry_point"], where)
         metadata = {"entry_point": texts["entry_point"], "examples": repr(examples), **inputs_of(row, where)}
-        question = MBPP_PROMPT.format(prompt=texts["prompt"].strip())
+        question = texts["prompt"].strip()
         return code_problem(self.name, question, texts["canonical_solution"], texts["task_id"], metadata)
 
     def program(self, problem: Problem, response: Response) -> str | None:

@@ -4,19 +4,13 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from thinkstack.tasks.benchmarks.code_prompts import HUMANEVAL_PROMPTS
 from thinkstack.tasks.benchmarks.code_task import CodeTask, code_problem, parsed_statements, text_of
 from thinkstack.tasks.benchmarks.datasets import load_rows
 from thinkstack.tasks.verify.code import CodeVerdict, grade_tests
 from thinkstack.tasks.verify.code_blocks import continuation, visible_text
 from thinkstack.tasks.verify.rungs import Rung
 from thinkstack.types import ConfigError, Problem, Response
-
-PROMPT = (
-    "Please continue to complete the function. You are not allowed to modify the given code and do the completion "
-    "only. Please return all completed function in a codeblock. Here is the given code to do completion:\n"
-    "```python\n{prompt}\n```"
-)
-"""Prompt of DeepSeek-Coder's evaluation of HumanEval."""
 
 
 class HumanEval(CodeTask):
@@ -29,6 +23,7 @@ class HumanEval(CodeTask):
     SOURCE = "HumanEval.jsonl.gz of github.com/openai/human-eval (MIT)"
     FIELDS: tuple[str, ...] = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
     FILE_NAMES: tuple[str, ...] = ("HumanEval",)
+    PROMPTS = HUMANEVAL_PROMPTS
     TEST_SECONDS = 3.0
 
     def read(self, path: str | Path) -> list[Problem]:
@@ -42,7 +37,7 @@ class HumanEval(CodeTask):
             raise ConfigError(f"{where}: prompt does not define entry_point={entry_point!r}; give {self.SOURCE}")
         return code_problem(
             self.name,
-            PROMPT.format(prompt=prompt.strip()),
+            prompt.strip(),
             prompt + texts["canonical_solution"],
             texts["task_id"],
             {"prompt": prompt, "entry_point": entry_point, **self.tests(row, where)},

@@ -42,7 +42,7 @@ class JsonlTask(DatasetTask):
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
         if self.grader == "choice" and "choices" in problem.metadata:
-            return read_letter(problem, response)
+            return read_letter(problem, response, self.template)
         return super().read_answer(problem, response)
 
     def _problem(self, row: Row, where: str) -> Problem:

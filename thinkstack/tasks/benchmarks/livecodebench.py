@@ -14,25 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.files import Row
+from thinkstack.tasks.benchmarks.code_prompts import LIVECODEBENCH_PROMPTS
 from thinkstack.tasks.benchmarks.code_task import CodeTask, code_problem, text_of
 from thinkstack.tasks.benchmarks.datasets import load_rows
 from thinkstack.tasks.verify.code import Call, Case, CodeVerdict, grade_calls, grade_scripts
 from thinkstack.tasks.verify.rungs import Rung
-from thinkstack.types import ConfigError, Message, Problem
+from thinkstack.types import ConfigError, Problem
 
-SYSTEM_PROMPT = (
-    "You are an expert Python programmer. You will be given a question (problem specification) and will generate a "
-    "correct Python program that matches the specification and passes all tests. You will NOT return anything except "
-    "for the program."
-)
-WITH_STARTER = (
-    "You will use the following starter code to write the solution to the problem and enclose your code within "
-    "delimiters."
-)
-WITHOUT_STARTER = (
-    "Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test on the sample "
-    "inputs). Enclose your code within delimiters as follows."
-)
 STAR_IMPORTS = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io"
 PREAMBLE = (
     "".join(f"from {name} import *\n" for name in f"{STAR_IMPORTS} sys json builtins typing".split())
@@ -52,6 +40,7 @@ class LiveCodeBench(CodeTask):
     SOURCE = "your copy of a release of LiveCodeBench (code_generation_lite), as test.jsonl"
     FILE_NAMES = ("test6", "test5", "test4", "test3", "test2")
     CODE_SETTINGS = (*CodeTask.CODE_SETTINGS, "since", "until")
+    PROMPTS = LIVECODEBENCH_PROMPTS
     TEST_SECONDS = 6.0
 
     def read(self, path: str | Path) -> list[Problem]:
@@ -69,18 +58,10 @@ class LiveCodeBench(CodeTask):
             raise ConfigError(f"{where}: has no test cases; give {self.SOURCE}")
         starter = text_of(row, "starter_code", where)
         name = _function_name(row, where) if cases[0]["testtype"] == "functional" else ""
-        code = f"{starter}\n" if starter else "# YOUR CODE HERE\n"
-        question = (
-            f"### Question:\n{text_of(row, 'question_content', where)}\n\n"
-            f"### Format: {WITH_STARTER if starter else WITHOUT_STARTER}\n```python\n{code}```\n\n"
-            "### Answer: (use the provided format with backticks)\n\n"
-        )
         known = {key: row[key] for key in ("platform", "difficulty") if key in row}
-        metadata: Row = known | {"date": str(date), "function": name, "cases": cases}
+        metadata: Row = known | {"date": str(date), "function": name, "cases": cases, "starter_code": starter}
+        question = text_of(row, "question_content", where)
         return code_problem(self.name, question, "", str(row["question_id"]), metadata)
-
-    def prompt(self, problem: Problem) -> tuple[tuple[Message, ...], tuple[()]]:
-        return (Message(role="system", content=SYSTEM_PROMPT), *problem.messages), ()
 
     def num_tests(self, problem: Problem) -> int:
         return len(problem.metadata["cases"])

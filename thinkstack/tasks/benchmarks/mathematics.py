@@ -8,7 +8,7 @@ from typing import Any
 
 from thinkstack.files import Row, kind_of
 from thinkstack.tasks.benchmarks.datasets import DatasetTask, load_rows, question_problem
-from thinkstack.tasks.benchmarks.prompts import MATH_PROMPTS, MGSM_PROMPTS
+from thinkstack.tasks.benchmarks.prompts import FORMULA_PROMPTS, MATH_PROMPTS, MGSM_PROMPTS
 from thinkstack.tasks.verify import latex
 from thinkstack.tasks.verify.answers import strip_answer
 from thinkstack.tasks.verify.graders import GraderName
@@ -117,7 +117,7 @@ class Minerva(DatasetTask):
     """
 
     SOURCE = "test.jsonl with problem and solution, OCWCourses of arXiv:2206.14858, for example math-ai/minervamath"
-    PROMPTS = MATH_PROMPTS
+    PROMPTS = FORMULA_PROMPTS
     default_grader = "latex"
 
     def read(self, path: str | Path) -> list[Problem]:

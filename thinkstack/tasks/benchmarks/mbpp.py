@@ -4,17 +4,14 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from thinkstack.tasks.benchmarks.code_prompts import MBPP_PROMPTS
 from thinkstack.tasks.benchmarks.code_task import CodeTask, code_problem, parsed_statements, text_of, texts_of
 from thinkstack.tasks.benchmarks.datasets import load_rows
 from thinkstack.tasks.verify.code import CodeVerdict, grade_tests
+from thinkstack.tasks.verify.code_blocks import visible_text
 from thinkstack.tasks.verify.rungs import Rung
-from thinkstack.types import ConfigError, Problem
+from thinkstack.types import ConfigError, Problem, Response
 
-PROMPT = (
-    "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
-    "{tests}\n\nReturn the complete program in one code block."
-)
-"""Prompt of the MBPP paper, with a request for a code block in place of its worked examples."""
 SPLITS = {"test": range(11, 511), "train": range(601, 975), "validation": range(511, 601), "prompt": range(1, 11)}
 """Numbers of the tasks of each split, as published."""
 
@@ -27,6 +24,7 @@ class Mbpp(CodeTask):
 
     SOURCE = "mbpp.jsonl or sanitized-mbpp.json of github.com/google-research/google-research (CC-BY-4.0)"
     FILE_NAMES = ("mbpp", "sanitized-mbpp")
+    PROMPTS = MBPP_PROMPTS
     TEST_SECONDS = 10.0
 
     def read(self, path: str | Path) -> list[Problem]:
@@ -47,9 +45,15 @@ class Mbpp(CodeTask):
         names = called_names(parsed_statements(code, where, "code"), parsed_statements(source, where, "test_list"))
         if not names:
             raise ConfigError(f"{where}: test_list uses no function that code defines; give {self.SOURCE}")
-        question = PROMPT.format(text=text_of(row, field, where), tests="\n".join(tests))
-        metadata = {"names": names, "imports": imports_of(code), "test": source}
-        return code_problem(self.name, question, code, str(row["task_id"]), metadata)
+        metadata = {"tests": "\n".join(tests), "names": names, "imports": imports_of(code), "test": source}
+        return code_problem(self.name, text_of(row, field, where), code, str(row["task_id"]), metadata)
+
+    def program(self, problem: Problem, response: Response) -> str | None:
+        """Return the last code block; of a response without any fence, as base models give, the text up to [DONE]."""
+        text = visible_text(response)
+        if "```" in text or "[BEGIN]" not in self.template.text:
+            return super().program(problem, response)
+        return text.partition("[DONE]")[0].strip() or None
 
     def grade(self, problem: Problem, program: str, rung: Rung) -> CodeVerdict:
         ours: dict[str, Any] = {}
