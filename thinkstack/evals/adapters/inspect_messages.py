@@ -7,7 +7,6 @@ from inspect_ai.model import (
     ChatMessage,
     ChatMessageAssistant,
     ChatMessageTool,
-    Content,
     ContentReasoning,
     ContentText,
 )
@@ -46,11 +45,11 @@ def to_inspect(
     reasoning: str, content: str, calls: Sequence[ToolCall], model: str, id_prefix: str
 ) -> ChatMessageAssistant:
     """The message of a turn, with its reasoning as a part of its own. id_prefix: start of the ids of its calls."""
-    parts: str | list[Content] = content
-    if reasoning:
-        parts = [ContentReasoning(reasoning=reasoning), ContentText(text=content)]
+    parts = [ContentReasoning(reasoning=reasoning), ContentText(text=content)]
     found = [_call(call, f"{id_prefix}_{index}") for index, call in enumerate(calls)]
-    return ChatMessageAssistant(content=parts, tool_calls=found or None, model=model, source="generate")
+    return ChatMessageAssistant(
+        content=[*parts] if reasoning else content, tool_calls=found or None, model=model, source="generate"
+    )
 
 
 def _call(call: ToolCall, id: str) -> InspectToolCall:
