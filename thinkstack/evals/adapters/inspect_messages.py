@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from inspect_ai.model import (
     ChatMessage,
@@ -45,10 +46,10 @@ def to_inspect(
     reasoning: str, content: str, calls: Sequence[ToolCall], model: str, id_prefix: str
 ) -> ChatMessageAssistant:
     """The message of a turn, with its reasoning as a part of its own. id_prefix: start of the ids of its calls."""
-    parts = [ContentReasoning(reasoning=reasoning), ContentText(text=content)]
+    parts: list[Any] = [ContentReasoning(reasoning=reasoning), ContentText(text=content)]
     found = [_call(call, f"{id_prefix}_{index}") for index, call in enumerate(calls)]
     return ChatMessageAssistant(
-        content=[*parts] if reasoning else content, tool_calls=found or None, model=model, source="generate"
+        content=parts if reasoning else content, tool_calls=found or None, model=model, source="generate"
     )
 
 
