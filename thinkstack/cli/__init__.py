@@ -35,7 +35,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": models.merge,
     "usage": accounts.usage,
 }
-EVALUATIONS: dict[str, Callable[..., None]] = {"regrade": evaluation.regrade, "compare": evaluation.compare}
+EVALUATIONS: dict[str, Callable[..., None]] = {
+    "regrade": evaluation.regrade,
+    "compare": evaluation.compare,
+    "export": evaluation.export,
+    "import": evaluation.import_log,
+}
 """Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "accounts": ("Users of a server: add, list, change, disable.", accounts.ACCOUNTS),

@@ -149,7 +149,8 @@ def test_a_prompt_that_fills_the_context_is_reported_as_such(folder):
     output = asyncio.run(model.generate([ChatMessageUser(content="sum " * 40)], [], "none", GenerateConfig()))
     assert output.stop_reason == "model_length" and "the context 16" in output.error
     whole = ThinkstackAPI(folder, dtype="fp32", max_model_len=32)
-    output = asyncio.run(whole.generate(ASK, [], "none", GenerateConfig(max_tokens=400, seed=3)))
+    endless = GenerateConfig(max_tokens=400, logit_bias=dict.fromkeys(CHAT.stop_token_ids, -100.0))
+    output = asyncio.run(whole.generate(ASK, [], "none", endless))
     assert output.stop_reason == "model_length" and output.usage.total_tokens == 32
 
 

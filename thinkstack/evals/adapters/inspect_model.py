@@ -7,7 +7,6 @@ scorers read the answer alone.
 import asyncio
 import hashlib
 import time
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -313,6 +312,5 @@ def _check(config: GenerateConfig) -> None:
 
 
 def _hash(token_ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as 64-bit integers, little-endian."""
-    values = array("q", token_ids)
-    return hashlib.sha256(values.tobytes()).hexdigest()
+    """SHA-256 of token ids as decimal numbers with commas, as in the records of our evaluations."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
