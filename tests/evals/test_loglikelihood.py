@@ -55,6 +55,19 @@ def test_a_batch_of_32_gives_what_each_pair_gives_alone():
         assert (first.is_greedy, first.num_tokens) == (second.is_greedy, second.num_tokens)
 
 
+def test_pairs_that_differ_in_the_last_token_are_one_row(monkeypatch):
+    context, letters = [1, 5, 9, 2], [[7], [3], [9]]
+    alone = [loglikelihoods(MODEL, [(context, letter)])[0] for letter in letters]
+    shapes, trunk = [], MODEL.trunk
+    monkeypatch.setattr(MODEL, "trunk", lambda ids: shapes.append(tuple(ids.shape)) or trunk(ids))
+    pairs = [*((context, letter) for letter in letters), (context[:2], [*context[2:], 4])]
+    *found, split_earlier = loglikelihoods(MODEL, pairs)
+    assert shapes == [(1, 4)]
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in alone], abs=1e-6)
+    assert split_earlier.num_tokens == 3
+    assert split_earlier.logprob == pytest.approx(loglikelihoods(MODEL, pairs[-1:])[0].logprob, abs=1e-6)
+
+
 def test_a_continuation_has_its_tokens_of_running_text_and_one_bos():
     for context, continuation in (("the ball", " is under"), ("the ball ", "is under"), ("", "the ball")):
         before, after = split_pair(TOKENIZER, context, continuation)

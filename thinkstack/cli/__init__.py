@@ -41,6 +41,8 @@ EVALUATIONS: dict[str, Callable[..., None]] = {
     "sensitivity": evaluation.sensitivity,
     "contamination": evaluation.contamination,
     "bits-per-byte": evaluation.bits_per_byte,
+    "export": evaluation.export,
+    "import": evaluation.import_log,
 }
 """Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {

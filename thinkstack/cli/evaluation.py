@@ -324,3 +324,45 @@ def compare(
     from thinkstack.stages.regrade import print_comparison
 
     print_comparison(first, second)
+
+
+def export(
+    run: Annotated[Path, Positional, arg(metavar="RUN")],
+    /,
+    out: Annotated[Path, arg(metavar="FILE.eval")],
+    task: Name = "",
+) -> None:
+    """Write an evaluation as a log of inspect, which `inspect view` opens; needs the extra `inspect`.
+
+    Args:
+        run: The folder of an evaluation, such as runs/eval/NAME, or its samples.jsonl.
+        out: The log to write.
+        task: The task to write; needed if the evaluation has several.
+    """
+    from thinkstack.stages.eval_logs import export_log
+
+    export_log(run, out, task)
+
+
+def import_log(
+    log: Annotated[Path, Positional, arg(metavar="FILE.eval")],
+    /,
+    out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    task: Name = "",
+    scorer: Name = "",
+    language: Name = "en",
+    thinking_format: Annotated[str, arg(metavar="FORMAT")] = "flexible_extract",
+) -> None:
+    """Turn a log of inspect into an evaluation for regrade and compare; needs the extra `inspect`.
+
+    Args:
+        log: A log with samples, of any task and model.
+        out: Output folder; default runs/eval/NAME of the log.
+        task: Name of the task; default that of the log. compare matches evaluations by task and key.
+        scorer: The scores to take as verdicts; default those of the first scorer.
+        language: Language of the questions, if the log does not say it.
+        thinking_format: Format by which regrade reads the answers.
+    """
+    from thinkstack.stages.eval_logs import import_log as convert
+
+    convert(log, out, task, scorer, language, thinking_format)

@@ -65,41 +65,55 @@ def loglikelihoods(
 ) -> list[Loglikelihood]:
     """Return the log-likelihood of each pair (context ids, continuation ids), both not empty.
 
-    Pairs of similar lengths are computed together, padded on the right, where causal attention does not look. In fp32
-    the batch changes a result by rounding alone (below 1e-5). Raises RequestError for a pair that is longer than the
-    model's context.
+    Pairs of similar lengths are computed together, padded on the right, where causal attention does not look; pairs
+    that differ in the last token alone, such as the letters of a question, are one row. In fp32 the batch changes a
+    result by rounding alone (below 1e-5). Raises RequestError for a pair that is longer than the model's context.
     """
-    for context, continuation in pairs:
-        length = len(context) + len(continuation) - 1
-        if length > model.cfg.max_positions:
+    places: dict[tuple[int, ...], list[int]] = {}
+    """Places in `pairs` by the tokens that the model reads."""
+    for place, (context, continuation) in enumerate(pairs):
+        row = (*context, *continuation[:-1])
+        if len(row) > model.cfg.max_positions:
             raise RequestError(
-                f"context and continuation have {length:,} tokens without the last; this model takes "
+                f"context and continuation have {len(row):,} tokens without the last; this model takes "
                 f"{model.cfg.max_positions:,}; shorten the context"
             )
-    order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
+        places.setdefault(row, []).append(place)
+    order = sorted(places, key=len, reverse=True)
     found: dict[int, Loglikelihood] = {}
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        found |= zip(places, _score_batch(model, [pairs[place] for place in places]), strict=True)
+        rows = order[start : start + batch_size]
+        continuations = [[pairs[place][1] for place in places[row]] for row in rows]
+        found |= zip(
+            (place for row in rows for place in places[row]), _score_batch(model, rows, continuations), strict=True
+        )
     return [found[place] for place in range(len(pairs))]
 
 
-def _score_batch(model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Loglikelihood]:
-    """Log-likelihoods of one batch, in order."""
+def _score_batch(
+    model: Transformer, rows: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+) -> list[Loglikelihood]:
+    """Log-likelihoods of one batch, in order. continuations: those of each row; all their tokens but the last are the
+    end of the row."""
     device = next(model.parameters()).device
-    rows = [torch.tensor([*context, *continuation]) for context, continuation in pairs]
-    ids = pad_sequence([row[:-1] for row in rows], batch_first=True).to(device)  # (B, T)
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)  # (B, T)
     hidden = model.trunk(ids).hidden  # (B, T, D)
-    starts = [len(context) - 1 for context, _ in pairs]
-    scored = torch.cat([hidden[place, start : len(rows[place]) - 1] for place, start in enumerate(starts)])  # (N, D)
-    targets = torch.cat([row[start + 1 :] for row, start in zip(rows, starts, strict=True)]).to(device)  # (N,)
+    scored = torch.cat(
+        [
+            hidden[place, len(row) - len(one) : len(row)]
+            for place, (row, some) in enumerate(zip(rows, continuations, strict=True))
+            for one in some
+        ]
+    )  # (N, D)
+    chosen = [one for some in continuations for one in some]
+    targets = torch.tensor([token for one in chosen for token in one]).to(device)  # (N,)
     logprobs, best = [], []
     for at in range(0, len(targets), HEAD_ROWS):
         logits = model.head(scored[at : at + HEAD_ROWS]).float()
         part = targets[at : at + HEAD_ROWS]
         logprobs.append(logits.log_softmax(-1).gather(-1, part[:, None]).squeeze(-1).double())
         best.append(logits.argmax(-1) == part)
-    sizes = [len(continuation) for _, continuation in pairs]
+    sizes = [len(one) for one in chosen]
     return [
         Loglikelihood(logprob=float(values.sum()), is_greedy=bool(hits.all()), num_tokens=len(values))
         for values, hits in zip(torch.cat(logprobs).split(sizes), torch.cat(best).split(sizes), strict=True)
