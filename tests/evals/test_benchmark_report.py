@@ -113,7 +113,7 @@ def test_the_report_is_written_with_plots_and_model_text_is_escaped(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)  # nothing from elsewhere
-    for part in ("## Protocol", "## Length and text", "## aime24: published figures", "Left out, without data: gpqa"):
+    for part in ("## Protocol", "## Length and text", " published figures, ", "Left out, without data: gpqa"):
         assert part in text
     for name in ("accuracy.png", "published.png", "forced.png", "budgets.png", "lengths.png"):
         assert f"({name})" in text and (tmp_path / name).stat().st_size > 5_000

@@ -40,11 +40,7 @@ def write_benchmark_report(
     setting = setting_line({"": found})
     if left_out:
         setting += f" Left out, without data: {', '.join(left_out)}."
-    tables = [
-        ReportTable(title="Results", corner="task", columns=head[1:], rows=rows, note=_result_note(found))
-        for head, rows in [result_rows(found)]
-    ]
-    tables += [protocol_table(found), length_table(found)]
+    tables = [*result_tables(found), protocol_table(found), length_table(found)]
     tables += [published_table(task, rows) for task, rows in beside.items() if rows]
     shown, provenance = {"": found.shown}, describe(found, facts)
     write_text(folder / "report.md", markdown(title, setting, tables, plots, shown, provenance))
@@ -57,6 +53,18 @@ def write_benchmark_report(
         folder / "report.json",
         {"title": title, "facts": dict(facts), "evaluation": found.to_dict(), "published": rows_as_json},
     )
+
+
+def result_tables(found: Evaluation) -> list[ReportTable]:
+    """Return the columns of `result_rows` as two tables: accuracies with their errors, and what they depend on."""
+    (_, *columns), rows = result_rows(found)
+    at = columns.index("answers read")
+    first = [(label, cells[:at]) for label, cells in rows]
+    second = [(label, cells[at:]) for label, cells in rows]
+    return [
+        ReportTable(title="Results", corner="task", columns=columns[:at], rows=first, note=_result_note(found)),
+        ReportTable(title="Truncation, bounds and cost", corner="task", columns=columns[at:], rows=second),
+    ]
 
 
 def result_rows(found: Evaluation) -> tuple[list[str], Rows]:
@@ -207,10 +215,11 @@ def published_table(task: str, rows: Sequence[Beside]) -> ReportTable:
     """Return the published rows of a task, with what differs."""
     cells: Rows = []
     ours = ", ".join(dict.fromkeys(f"{one.metric} {percent(one.ours)} %" for one in rows))
+    comparable = sum(one.is_comparable for one in rows)
     for one in rows:
         row = one.row
         mode = f" ({row.mode})" if row.mode else ""
-        unlike = "; ".join(one.unlike)
+        unlike = f"unlike: {'; '.join(one.unlike)}" if one.unlike else ""
         unstated = f"not stated: {', '.join(one.unstated)}" if one.unstated else ""
         note = f"note: {row.note}" if row.note else ""
         cells.append(
@@ -220,15 +229,15 @@ def published_table(task: str, rows: Sequence[Beside]) -> ReportTable:
                     f"{row.figure:g}",
                     f"{row.metric}{f', k={row.k}' if row.k else ''}",
                     one.verdict,
-                    ". ".join(text for text in (unlike, unstated, note) if text) or "same protocol",
-                    f"{row.source} ({row.date})",
+                    ". ".join(text for text in (unlike, unstated, note, f"{row.source}, {row.date}") if text),
                 ],
             )
         )
     return ReportTable(
-        title=f"{task}: published figures",
+        title=f"{task}: {len(rows)} published figures, {comparable} comparable",
+        is_folded=not comparable,
         corner="model",
-        columns=("figure", "metric", "ours minus published", "what differs", "source"),
+        columns=("figure", "metric", "ours minus published", "what differs, and the source"),
         rows=cells,
         note=f"Ours: {ours}. A difference is given only where the source states the whole "
         "protocol and it is ours; its interval is of the re-run error of both, since the questions are the same.",

@@ -110,12 +110,13 @@ def accuracy_over_tokens(problems: Sequence[Sequence[Sampled]]) -> list[BudgetPo
 
 
 def tokens_per_solution(problems: Sequence[Sequence[Sampled]]) -> float | None:
-    """Return the sampled tokens of all completions per correct completion; None if there is none.
+    """Return the sampled tokens of all completions per correct completion; None without a correct one or a token.
 
     Tokens of wrong completions count: this is what a solution costs if one samples until it is right.
     """
     num_correct = sum(right for samples in problems for _, right, _ in samples)
-    return sum(size for samples in problems for size, _, _ in samples) / num_correct if num_correct else None
+    num_tokens = sum(size for samples in problems for size, _, _ in samples)
+    return num_tokens / num_correct if num_correct and num_tokens else None
 
 
 def cost_per_solution(

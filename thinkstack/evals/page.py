@@ -23,6 +23,8 @@ class ReportTable:
     """Explanation below the table."""
     is_first_bold: bool = False
     """Whether the first row has the main figures."""
+    is_folded: bool = False
+    """Whether the table is shown after a click alone."""
 
 
 WIDE_CELL = 36
@@ -53,7 +55,8 @@ th:first-child { text-align: left; font-weight: 500; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 tr.first td { font-weight: 650; }
-td.text { text-align: left; white-space: normal; min-width: 18rem; }
+td.text { text-align: left; white-space: normal; min-width: 22rem; }
+thead th { white-space: normal; vertical-align: bottom; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; border-radius: 6px; background: #fff; }
@@ -81,8 +84,7 @@ pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: v
 <body>
 <h1>{{ title }}</h1>
 <p class="note">{{ setting }}</p>
-{% for table in tables %}<h2>{{ table.title }}</h2>
-<div class="card scroll"><table>
+{% macro render(table) %}<div class="card scroll"><table>
 <thead><tr><th>{{ table.corner }}</th>
 {%- for name in table.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
@@ -92,12 +94,16 @@ pre { margin: .5rem 0 0; padding: .75rem 1rem; border-radius: 8px; background: v
 {% endfor %}</tbody>
 </table></div>
 {% if table.note %}<p class="note">{{ table.note }}</p>
-{% endif %}{% endfor %}{% if plots %}<h2>Plots</h2>
+{% endif %}{% endmacro %}<h2>{{ tables[0].title }}</h2>
+{{ render(tables[0]) }}{% if plots %}<h2>Plots</h2>
 <div class="plots">
 {% for caption, image in plots %}<figure class="card"><img alt="{{ caption }}" src="data:image/png;base64,{{ image }}">
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>{% endif %}
-<h2>Answers</h2>
+{% for table in tables[1:] %}{% if table.is_folded %}<details><summary>{{ table.title }}</summary>
+{{ render(table) }}</details>
+{% else %}<h2>{{ table.title }}</h2>
+{{ render(table) }}{% endif %}{% endfor %}<h2>Answers</h2>
 <div class="card">
 {% for name, tasks in answers.items() %}<h3>{{ name }}</h3>
 {% for task, shown in tasks.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ task }}</summary>

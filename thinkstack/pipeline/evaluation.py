@@ -181,7 +181,7 @@ def find_data(root: str, name: str) -> str:
     """Return where the data of a task are below `root`: its file, or its folder; data/NAME without a root.
 
     For the task aime24 that is ROOT if it is a file, else ROOT/aime24, a file ROOT/aime24.jsonl (or with another
-    suffix), or a file of this name in any folder of ROOT; else ROOT itself.
+    suffix), a file of this name or of a published name of the set in any folder of ROOT; else ROOT itself.
     """
     if not root:
         return f"data/{name}"
@@ -190,7 +190,8 @@ def find_data(root: str, name: str) -> str:
         return root
     if (folder / name).is_dir():
         return str(folder / name)
-    names = [name + end for end in (*FILE_SUFFIXES, ".csv")]
+    published = BENCHMARKS[name].FILE_NAMES if name in BENCHMARKS else ()
+    names = [each + end for each in (name, *published) for end in (*FILE_SUFFIXES, ".csv")]
     found = [path for each in names for path in (*sorted(folder.glob(each)), *sorted(folder.glob(f"*/{each}")))]
     return str(found[0]) if found else root
 

@@ -26,6 +26,7 @@ class IFEval(DatasetTask):
         "Apache-2.0)"
     )
     FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
+    FILE_NAMES = ("input_data",)
     SHOTS_SPLIT = ""
 
     def read(self, path: str | Path) -> list[Problem]:

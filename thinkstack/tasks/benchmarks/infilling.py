@@ -24,6 +24,7 @@ class Infilling(DatasetTask):
         "test.parquet or test.jsonl with prompt, suffix and canonical_solution, from bigcode/santacoder-fim-task (MIT)"
     )
     FIELDS = ("prompt", "suffix", "canonical_solution")
+    FILE_NAMES = ("hm_fim",)
     SHOTS_SPLIT = ""
 
     def read(self, path: str | Path) -> list[Problem]:

@@ -95,6 +95,7 @@ class Mgsm(NumberTask):
     Fields: question, or messages whose first is the question; answer.
     """
 
+    FILE_NAMES = ("mgsm_zh", "mgsm_en")
     SOURCE = "test.jsonl with question (or messages) and answer, from juletxara/mgsm (CC BY-SA 4.0)"
     PROMPTS = MGSM_PROMPTS
     FIELDS = ("answer",)
@@ -116,6 +117,7 @@ class Minerva(DatasetTask):
     4.5 \\times 10^{33} are equal. The published tolerance for rounded numbers is not applied.
     """
 
+    FILE_NAMES = ("minerva_math",)
     SOURCE = "test.jsonl with problem and solution, OCWCourses of arXiv:2206.14858, for example math-ai/minervamath"
     PROMPTS = FORMULA_PROMPTS
     default_grader = "latex"
