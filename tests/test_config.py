@@ -1,10 +1,11 @@
 """Settings: layers, overrides, and errors that name the value and the way out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
-from thinkstack.config import build, dump, merge, override
+from thinkstack.config import Unhashed, build, dump, hashed_settings, merge, override
 from thinkstack.types import ConfigError
 
 
@@ -57,3 +58,24 @@ def test_overrides_reach_any_depth_and_read_values_as_toml():
     assert merge({"a": {"b": 1}}, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
     with pytest.raises(ConfigError, match=r"key\.key=value"):
         override({}, "nonsense")
+
+
+def test_settings_that_cannot_change_a_result_are_left_out_of_fingerprints():
+    """A raised budget must go on with what is paid for."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Budget:
+        price: float = 1.0
+        max_cost: Annotated[float, Unhashed()] = 0.0
+
+    @dataclass(frozen=True, kw_only=True)
+    class Stage:
+        levels: tuple[int, ...] = (1, 2)
+        budget: Budget = Budget()
+        budgets: dict[str, Budget] = field(default_factory=lambda: {"a": Budget(max_cost=3.0)})
+
+    found = hashed_settings(Stage(budget=Budget(max_cost=5.0)))
+    assert found == hashed_settings(Stage()) == {
+        "levels": [1, 2], "budget": {"price": 1.0}, "budgets": {"a": {"price": 1.0}}
+    }  # fmt: skip
+    assert found != hashed_settings(Stage(budget=Budget(price=2.0)))

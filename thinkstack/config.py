@@ -44,6 +44,12 @@ class Input:
     """The output that the name of a stage means: a file or folder in the folder of the stage, or "" for this folder."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Unhashed:
+    """Annotation of a setting that decides how fast, how far or where a stage works, and never what it finds: a stage
+    with another value goes on where it stopped."""
+
+
 ModelInput = Annotated[str, Input("model")]
 """A checkpoint, or the stage that writes it."""
 DataInput = Annotated[tuple[str, ...], Input("data.jsonl")]
@@ -202,3 +208,28 @@ def did_you_mean(name: str, known: typing.Iterable[str], where: str = "") -> str
 def dump(config: Any) -> Tree:
     """A dataclass as nested dicts for JSON."""
     return dataclasses.asdict(config)
+
+
+def hashed_settings(config: Any) -> Tree:
+    """`dump` without the settings that are Unhashed, at any depth: what the fingerprint of a stage is made of."""
+    hints, kept = typing.get_type_hints(type(config), include_extras=True), {}
+    for name in (field.name for field in dataclasses.fields(config)):
+        if any(isinstance(mark, Unhashed) for mark in getattr(hints[name], "__metadata__", ())):
+            continue
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            kept[name] = hashed_settings(value)
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            kept[name] = {key: hashed_settings(entry) for key, entry in value.items()}
+        else:
+            kept[name] = dump_value(value)
+    return kept
+
+
+def dump_value(value: Any) -> Any:
+    """A setting as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dump(value)
+    if isinstance(value, list | tuple):
+        return [dump_value(entry) for entry in value]
+    return value

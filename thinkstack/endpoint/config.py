@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from thinkstack.config import Count, CountOrZero, Positive, SecondsOrZero
+from thinkstack.config import Count, CountOrZero, Positive, SecondsOrZero, Unhashed
 from thinkstack.endpoint.address import check_url
 from thinkstack.types import ConfigError
 
@@ -29,23 +29,23 @@ class EndpointConfig:
     """Address of the server, such as https://api.deepseek.com/v1 or http://127.0.0.1:8000/v1."""
     model: str = ""
     """Name of the model on the server; empty: the first one that the server lists."""
-    api_key_env: str = ""
+    api_key_env: Annotated[str, Unhashed()] = ""
     """Environment variable with the key; empty: DEEPSEEK_API_KEY for deepseek.com, OPENAI_API_KEY for other hosts."""
-    concurrency: Count = 8
+    concurrency: Annotated[Count, Unhashed()] = 8
     """Maximum number of running requests."""
-    requests_per_minute: CountOrZero = 0
+    requests_per_minute: Annotated[CountOrZero, Unhashed()] = 0
     """Maximum number of requests that start per minute; 0: no limit."""
-    tokens_per_minute: CountOrZero = 0
+    tokens_per_minute: Annotated[CountOrZero, Unhashed()] = 0
     """Maximum number of tokens per minute; a request counts with its prompt and max_tokens when it starts, and with
     what it used when it ends; 0: no limit."""
-    timeout_seconds: Positive = 600.0
+    timeout_seconds: Annotated[Positive, Unhashed()] = 600.0
     """Maximum time without a byte of the reply; the longest pause of a stream, the whole reply of a server without
     streams."""
-    max_request_seconds: SecondsOrZero = 0.0
+    max_request_seconds: Annotated[SecondsOrZero, Unhashed()] = 0.0
     """Maximum time of one attempt at a request; 0: no limit."""
-    retries: CountOrZero = 10
+    retries: Annotated[CountOrZero, Unhashed()] = 10
     """Number of further attempts at a request that failed by a limit, an error of the server or a broken connection."""
-    max_backoff_seconds: Positive = 60.0
+    max_backoff_seconds: Annotated[Positive, Unhashed()] = 60.0
     """Maximum time between two attempts, which doubles from half a second; a longer Retry-After counts."""
     thinking: bool | None = None
     """Whether the model thinks; None: the server's default."""
@@ -63,13 +63,13 @@ class EndpointConfig:
     """Price of a million prompt tokens that the server had in its cache; None: prompt_price."""
     completion_price: Price = 0.0
     """Price of a million completion tokens, thinking included."""
-    max_tokens_total: ManyTokens = 0
+    max_tokens_total: Annotated[ManyTokens, Unhashed()] = 0
     """Budget of tokens, prompts included; 0: no limit."""
-    max_seconds: SecondsOrZero = 0.0
+    max_seconds: Annotated[SecondsOrZero, Unhashed()] = 0.0
     """Time from the first request after which none starts; 0: no limit."""
-    max_cost: Annotated[float, Ge(0), Le(1e9)] = 0.0
+    max_cost: Annotated[Annotated[float, Ge(0), Le(1e9)], Unhashed()] = 0.0
     """Budget of money, in the currency of the prices; 0: no limit."""
-    cache: str = ""
+    cache: Annotated[str, Unhashed()] = ""
     """Folder of the completions by content, which several runs may share; empty: none."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
-from thinkstack.config import Tree, build, merge, override
+from thinkstack.config import Tree, build, hashed_settings, merge, override
 from thinkstack.evals.benchmark_report import result_rows, write_benchmark_report
 from thinkstack.evals.report import markdown_table, setting_line
 from thinkstack.evals.results import Evaluation
@@ -27,6 +27,8 @@ from thinkstack.types import ConfigError, Problem
 
 MAX_TOKENS = 512
 """Default maximum number of tokens of a completion, if the context of the model has twice as many."""
+CACHE = "runs/eval/endpoint"
+"""Completions of endpoints by content, which all evaluations share."""
 DEFAULTS: Tree = {
     "num_problems": 200,
     "samples": 1,
@@ -67,8 +69,8 @@ class EvaluationRequest:
 def run_evaluation(request: EvaluationRequest, report: Path | None = None) -> None:
     """Evaluate and print the results. report: a folder for the report."""
     values, left_out = evaluation_values(request)
-    out = request.out or default_folder(request, values)
     try:
+        out = request.out or default_folder(request, values)
         run_single("evaluate", values, (), out)
     except ConfigError as error:
         raise ConfigError(_for_command_line(str(error))) from error
@@ -130,6 +132,8 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
     if len(left_out) == len(tasks) or (missing and not request.is_partial):
         raise ConfigError(f"{'; '.join(missing.values())} with --data")
     values = values | {"tasks": {name: row for name, row in tasks.items() if name not in left_out}}
+    if endpoint := values.get("endpoint"):
+        values = values | {"endpoint": {"cache": CACHE} | endpoint}
     if request.model:
         values = values | {"start": request.model}
         if "max_tokens" not in values:
@@ -207,5 +211,6 @@ def default_folder(request: EvaluationRequest, values: Tree) -> Path:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         # file sizes and times: a new training run may write a checkpoint with the same name
         versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(json.dumps([values, versions], sort_keys=True).encode()).hexdigest()[:8]
+    settings = hashed_settings(build(EvaluateConfig, values, "stages.evaluate"))
+    digest = hashlib.sha256(json.dumps([settings, versions], sort_keys=True).encode()).hexdigest()[:8]
     return Path("runs") / "eval" / f"{name}-{digest}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
-from thinkstack.config import Input, Tree, build, did_you_mean, dump, map_inputs, merge
+from thinkstack.config import Input, Tree, build, did_you_mean, hashed_settings, map_inputs, merge
 from thinkstack.log import Run
 from thinkstack.pipeline.recipe import read_recipe, scales_of
 from thinkstack.rl.config import PRESETS, RLConfig
@@ -135,7 +135,7 @@ class _Graph:
             return str(stage.folder / (output or wanted.output))
 
         config = map_inputs(config, to_path)
-        identified = dump(map_inputs(config, lambda address, value, wanted: identities[address]))
+        identified = hashed_settings(map_inputs(config, lambda address, value, wanted: identities[address]))
         text = json.dumps([kind, identified, reward_hashes(config)], sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         folder = self.out / full_name.rpartition("/")[2]

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from thinkstack.stages.evaluate import EvaluateConfig
 
 CACHE = "endpoint"
-"""Folder of an endpoint's completions, in the folder of the stage."""
+"""Folder of an endpoint's completions, beside the folder of the stage, which moves if settings change."""
 CHOICES = "choices.jsonl"
 """Log-likelihoods of the choices of finished questions; exists only while the stage runs."""
 
@@ -211,12 +211,11 @@ def _choice_result(row: Mapping[str, object]) -> ChoiceResult:
 
 
 class EndpointSampler(Sampler):
-    """Samples from an OpenAI-compatible endpoint; its cache, in the folder of the run by default, holds what is
-    paid for."""
+    """Samples from an OpenAI-compatible endpoint; its cache holds what is paid for."""
 
     def __init__(self, cfg: EndpointConfig, thinking_format: ThinkingFormat, run: Run):
         self._thinking_format, self._run = thinking_format, run
-        self._endpoint = Endpoint(replace(cfg, cache=cfg.cache or str(run.folder / CACHE)))
+        self._endpoint = Endpoint(replace(cfg, cache=cfg.cache or str(run.folder.parent / CACHE)))
         self.facts = SamplerFacts(
             kind="endpoint",
             model=self._endpoint.model,
