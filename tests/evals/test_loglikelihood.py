@@ -12,12 +12,14 @@ from thinkstack.checkpoint.model import save_model
 from thinkstack.evals.loglikelihood import (
     bits_per_byte,
     bits_per_byte_of_file,
+    choice_prompt,
     choose_by_loglikelihood,
     loglikelihood,
     loglikelihoods,
     split_pair,
 )
 from thinkstack.tasks.benchmarks.choices import choice_problem
+from thinkstack.tasks.benchmarks.prompts import MMLU_PROMPTS
 from thinkstack.types import ConfigError, RequestError
 
 TOKENIZER = tiny_tokenizer()
@@ -129,3 +131,15 @@ def test_log_likelihoods_equal_those_of_transformers(tmp_path):
         assert found.logprob == pytest.approx(
             sum(float(row[id]) for row, id in zip(rows, continuation, strict=True)), abs=1e-4
         )
+
+
+def test_a_description_stands_once_before_the_examples_and_a_prompt_may_be_named():
+    first, second = (
+        choice_problem("mmlu", f"Which {place}?", ["a", "b"], 1, None, {"subject": "us_law"}) for place in (1, 2)
+    )
+    letters = choice_prompt(second, by_text=False, shots=[first])
+    about = "The following are multiple choice questions (with answers) about us law.\n\n"
+    assert letters == f"{about}Which 1?\nA. a\nB. b\nAnswer: B\n\nWhich 2?\nA. a\nB. b\nAnswer:"
+    cloze = choice_prompt(second, by_text=True, shots=[first], prompt=MMLU_PROMPTS["smollm2"])
+    about = "The following are questions about us law.\n"
+    assert cloze == f"{about}Question: Which 1?\nAnswer: b\n\nQuestion: Which 2?\nAnswer:"

@@ -9,7 +9,7 @@ from thinkstack.evals.regrade import LOGLIKELIHOOD
 from thinkstack.evals.sampling import prompt_record
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.benchmarks.datasets import DatasetTask
-from thinkstack.tasks.benchmarks.prompts import LETTERS
+from thinkstack.tasks.benchmarks.prompts import LETTERS, Prompt
 from thinkstack.text.chat import ChatFormat
 from thinkstack.types import Problem
 
@@ -28,7 +28,13 @@ def choose(
     for start in range(0, len(problems), CHUNK):
         part = problems[start : start + CHUNK]
         is_cloze = task.cfg.method == "cloze"
-        on_finish(choose_by_loglikelihood(model, chat.tokenizer, part, is_cloze, task.shots))
+        prompt = _prompt(task)
+        on_finish(choose_by_loglikelihood(model, chat.tokenizer, part, is_cloze, task.shots, prompt=prompt))
+
+
+def _prompt(task: DatasetTask) -> Prompt | None:
+    """The prompt that the row of the task names; None: the default of the method."""
+    return task.template if task.cfg.prompt else None
 
 
 def choice_record(
@@ -40,7 +46,7 @@ def choice_record(
     log-probability per byte; the measures `acc` and `acc_norm` have both.
     """
     is_cloze = task.cfg.method == "cloze"
-    context = choice_prompt(problem, is_cloze, task.shots(problem))
+    context = choice_prompt(problem, is_cloze, task.shots(problem), _prompt(task))
     ids = [*chat.tokenizer.begin_ids, *chat.tokenizer.encode(context)]
     letter = LETTERS[found.chosen_normalized if is_cloze else found.chosen]
     return ProblemRecord(

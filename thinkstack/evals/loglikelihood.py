@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from thinkstack.files import read_text
 from thinkstack.models.transformer import Transformer
-from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, LETTERS, fill_prompt
+from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, LETTERS, Prompt, fill_prompt
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError, Problem, RequestError
 
@@ -154,17 +154,19 @@ def choose_by_loglikelihood(
     by_text: bool = False,
     shots: Callable[[Problem], Sequence[Problem]] = lambda problem: (),
     batch_size: int = 32,
+    prompt: Prompt | None = None,
 ) -> list[ChoiceResult]:
     """Answer problems with `choices` by the log-likelihood of each choice.
 
     by_text: False: the prompt lists the choices and the continuations are their letters (MMLU in lm-eval); True: the
     prompt has the question alone and the continuations are the texts (cloze). shots: the solved problems before a
-    question, as in 5-shot evaluation. Raises ConfigError for a problem without choices.
+    question, as in 5-shot evaluation. prompt: None is lm-eval's for the method. Raises ConfigError for a problem
+    without choices.
     """
     pairs, sizes = [], []
     for problem in problems:
-        prompt, texts = choice_prompt(problem, by_text, shots(problem)), _continuations(problem, by_text)
-        pairs += [split_pair(tokenizer, prompt, text) for text in texts]
+        context, texts = choice_prompt(problem, by_text, shots(problem), prompt), _continuations(problem, by_text)
+        pairs += [split_pair(tokenizer, context, text) for text in texts]
         sizes.append(len(texts))
     found = iter(loglikelihoods(model, pairs, batch_size))
     return [
@@ -173,19 +175,18 @@ def choose_by_loglikelihood(
     ]
 
 
-def choice_prompt(problem: Problem, by_text: bool, shots: Sequence[Problem] = ()) -> str:
-    """Return the context of the choices: solved problems, then the question. Raises ConfigError without choices."""
+def choice_prompt(problem: Problem, by_text: bool, shots: Sequence[Problem] = (), prompt: Prompt | None = None) -> str:
+    """Return the context of the choices: solved problems, then the question. prompt: None is lm-eval's for the method.
+
+    Raises ConfigError without choices.
+    """
     for one in (problem, *shots):
         if not one.metadata.get("choices"):
             raise ConfigError(f"{one.task} has no choices; choose a task for multiple choice, such as mmlu")
-    questions = [_question(one, by_text, is_first=place == 0) for place, one in enumerate((*shots, problem))]
+    prompt = prompt or CHOICE_PROMPTS["lm-eval-cloze" if by_text else "lm-eval"]
+    questions = [fill_prompt(prompt, one, with_description=not place) for place, one in enumerate((*shots, problem))]
     answers = [_continuations(one, by_text)[LETTERS.index(one.answer)] for one in shots]
     return "\n\n".join(question + answer for question, answer in zip(questions, (*answers, ""), strict=True))
-
-
-def _question(problem: Problem, by_text: bool, is_first: bool) -> str:
-    prompt = CHOICE_PROMPTS["lm-eval-cloze" if by_text else "lm-eval"]
-    return fill_prompt(prompt, problem, with_description=is_first)
 
 
 def _continuations(problem: Problem, by_text: bool) -> list[str]:

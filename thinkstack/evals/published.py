@@ -109,7 +109,7 @@ class PublishedRow:
     grader: str = ""
     """How the source says that answers are graded."""
     same_graders: tuple[str, ...] = ()
-    """Graders of ours that give the same verdicts on answers in the form that the prompt asks for."""
+    """Graders of ours, up to their first comma, that give the same verdicts on answers in the form of the prompt."""
     prompt: str = ""
     """Name of a prompt of the task (tasks/benchmarks/prompts.py), or a description of one that we do not have."""
     shots: int | None = None
@@ -263,10 +263,13 @@ def aspects(protocol: TaskProtocol, row: PublishedRow, metric: str = "pass@1") -
     ]
     if is_sampled:
         compared += [_samples, _temperature, _top_p, _max_tokens, _thinking_budget]
-    return [one for one in (_metric(metric, row), *(compare(protocol, row) for compare in compared)) if one]
+    return [one for one in (_metric(protocol, row, metric), *(compare(protocol, row) for compare in compared)) if one]
 
 
-def _metric(metric: str, row: PublishedRow) -> Aspect:
+def _metric(protocol: TaskProtocol, row: PublishedRow, metric: str) -> Aspect:
+    """By log-likelihood, pass@1 is that of the choice of the method: of texts, normalized by their lengths."""
+    if metric == "pass@1" and protocol.method != "sampled":
+        metric = "acc_norm" if protocol.method == "cloze" else "accuracy"
     both = METRICS.get(metric), METRICS[row.metric]
     is_like = metric == row.metric or all(one is not None and one.is_accuracy for one in both)
     return Aspect(name="metric", ours=metric, published=row.metric, is_like=is_like)
@@ -325,7 +328,8 @@ def _shots(protocol: TaskProtocol, row: PublishedRow) -> Aspect:
 
 
 def _grader(protocol: TaskProtocol, row: PublishedRow) -> Aspect:
-    is_like = protocol.grader in (row.grader, *row.same_graders)
+    kind = protocol.grader.partition(", ")[0]  # without the sandbox, or the method of a log-likelihood
+    is_like = protocol.grader == row.grader or kind in row.same_graders
     return Aspect(name="grader", ours=protocol.grader, published=row.grader, is_like=is_like)
 
 

@@ -72,6 +72,16 @@ def test_a_prompt_is_chosen_by_name_or_written_out(tmp_path, prompt, start, end)
     assert problems[0].question == "2+2?"
 
 
+def test_solved_examples_are_turns_and_the_description_stands_once(tmp_path):
+    written(tmp_path, MMLU_ROWS)
+    (tmp_path / "dev.jsonl").write_text(json.dumps(MMLU_ROWS[0] | {"question": "1+1?"}) + "\n", encoding="utf-8")
+    task, problems = read("mmlu", str(tmp_path), prompt="lm-eval", num_shots=1)
+    example, solution, question = task.prompt(problems[0])[0]
+    assert example.content.startswith("The following are multiple choice questions") and "1+1?" in example.content
+    assert (solution.role, solution.content) == ("assistant", "B")
+    assert question.content == "2+2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:"
+
+
 @pytest.mark.parametrize(
     ("text", "is_correct"),
     [

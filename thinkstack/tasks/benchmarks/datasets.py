@@ -139,10 +139,12 @@ class DatasetTask(Task):
     def prompt(self, problem: Problem) -> tuple[Sequence[Message], Sequence[Tool]]:
         """Return the messages: the system message of the prompt, solved examples as turns, the question in its text."""
         turns = [Message(role="system", content=self.template.system)] if self.template.system else []
-        for shot in self.shots(problem):
-            turns.append(replace(shot.messages[-1], content=fill_prompt(self.template, shot)))
+        for place, shot in enumerate(shots := self.shots(problem)):
+            text = fill_prompt(self.template, shot, with_description=not place)
+            turns.append(replace(shot.messages[-1], content=text))
             turns.append(Message(role="assistant", content=self.solution(shot)))
-        last = replace(problem.messages[-1], content=fill_prompt(self.template, problem))
+        text = fill_prompt(self.template, problem, with_description=not shots)
+        last = replace(problem.messages[-1], content=text)
         return (*turns, *problem.messages[:-1], last), ()
 
     def read_answer(self, problem: Problem, response: Response) -> str | None:
