@@ -7,18 +7,19 @@ import httpx2
 import pytest
 
 from tests.endpoint.fake import FakeServer, answer, ask, asks, broken, connect, delta, end, error, sse, streamed
+from tests.stopping import StopWhen
 from thinkstack.endpoint.budget import BudgetExceeded
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.requests import chat_call
-from thinkstack.types import ConfigError
+from thinkstack.types import ConfigError, Interrupted
 
 
 def billed(seed, seconds=1.0, most=100):
-    """A server that bills random counts within what a request allows, and its bill (prompt, cached, completion)."""
+    """A server that bills random counts up to the worst case, and its bill: (prompt, cached, completion)."""
     seeded, bill = random.Random(seed), []
 
     def reply(body, times):
-        prompt = seeded.randint(1, len(body["messages"][-1]["content"]))
+        prompt = seeded.randint(1, WORST - 100)
         bill.append((prompt, seeded.randint(0, prompt), seeded.randint(1, min(body["max_tokens"], most))))
         cached = {"prompt_tokens_details": {"cached_tokens": bill[-1][1]}}
         return answer(prompt_tokens=prompt, completion_tokens=bill[-1][2], **cached)
@@ -32,35 +33,36 @@ def cost_of(bill):
 
 
 PRICES = {"prompt_price": 2.0, "cached_prompt_price": 0.5, "completion_price": 8.0}
+CALL = chat_call(ask("question 0"), EndpointConfig(), "small")
 WORST = chat_call(ask("question 10", max_tokens=100), EndpointConfig(), "small").max_prompt_tokens + 100
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_bill_never_exceeds_a_budget_of_tokens_and_uses_it_up_to_one_request(seed):
     server, bill = billed(seed)
-    with connect(server, max_tokens_total=6000, concurrency=16) as endpoint:
+    with connect(server, max_tokens_total=60_000, concurrency=16) as endpoint:
         found = []
         with pytest.raises(BudgetExceeded) as raised:
             endpoint.complete(asks(300, max_tokens=100), on_finish=lambda place, completion: found.append(place))
         total = sum(prompt + completion for prompt, _, completion in bill)
-        assert 6000 - WORST < total <= 6000
+        assert 60_000 - WORST < total <= 60_000
         assert endpoint.spent.total_tokens == total and endpoint.spent.requests == len(found) == len(bill)
-    assert f"max_tokens_total=6,000 is reached: {total:,} tokens are spent" in str(raised.value)
+    assert f"max_tokens_total=60,000 is reached: {total:,} tokens are spent" in str(raised.value)
     assert f"{len(bill)} of 300 requests are finished; raise the budget and run again to go on" in str(raised.value)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_bill_never_exceeds_a_budget_of_money(seed):
     server, bill = billed(seed)
-    budget = 0.01
+    budget = 0.05
     with (
         connect(server, max_cost=budget, concurrency=16, **PRICES) as endpoint,
         pytest.raises(BudgetExceeded) as raised,
     ):
         endpoint.complete(asks(300, max_tokens=100))
-    assert budget - WORST * 8 / 1e6 < cost_of(bill) <= budget
+    assert budget - (WORST * 2 + 100 * 6) / 1e6 < cost_of(bill) <= budget
     assert endpoint.spent.cost == pytest.approx(cost_of(bill), rel=1e-12)
-    assert "max_cost=0.01 is reached" in str(raised.value)
+    assert "max_cost=0.05 is reached" in str(raised.value)
 
 
 def test_a_budget_that_is_just_enough_is_enough():
@@ -137,7 +139,7 @@ def test_time_that_ends_in_a_wait_ends_the_run_then(settings):
 
 def test_completions_of_an_earlier_run_count_towards_the_budget_but_not_as_spent(tmp_path):
     server, bill = billed(3)
-    settings = {"max_tokens_total": 6000, "cache": str(tmp_path)}
+    settings = {"max_tokens_total": 30_000, "cache": str(tmp_path)}
     with connect(server, **settings) as endpoint, pytest.raises(BudgetExceeded):
         endpoint.complete(asks(300, max_tokens=100))
     before = len(bill)
@@ -145,12 +147,38 @@ def test_completions_of_an_earlier_run_count_towards_the_budget_but_not_as_spent
         with pytest.raises(BudgetExceeded, match=f"{before} of 300 requests are finished and kept in"):
             endpoint.complete(asks(300, max_tokens=100))
         assert endpoint.spent.total_tokens == 0 and endpoint.spent.from_cache == before
-        with pytest.raises(BudgetExceeded):
-            endpoint.complete(asks(300, max_tokens=100))  # again: what is in the cache counts once
     assert len(bill) == before
-    with connect(server, **settings | {"max_tokens_total": 12000}) as endpoint, pytest.raises(BudgetExceeded):
+    with connect(server, **settings | {"max_tokens_total": 60_000}) as endpoint, pytest.raises(BudgetExceeded):
         endpoint.complete(asks(300, max_tokens=100))
-    assert 12000 - WORST < sum(prompt + completion for prompt, _, completion in bill) <= 12000
+    assert 60_000 - WORST < sum(prompt + completion for prompt, _, completion in bill) <= 60_000
+
+
+def test_a_completion_that_is_used_again_counts_once(tmp_path):
+    with connect(FakeServer(), cache=str(tmp_path), max_tokens_total=10 * 15 + WORST) as endpoint:
+        for _ in range(9):
+            endpoint.complete(asks(9, max_tokens=20))
+    with connect(FakeServer(), cache=str(tmp_path), max_tokens_total=10 * 15 + WORST) as endpoint:
+        for count in (9, 9, 9, 9, 10):
+            endpoint.complete(asks(count, max_tokens=20))
+        assert endpoint.spent.requests == 1
+
+
+def test_a_stop_frees_what_was_reserved_and_counts_what_was_cut_off():
+    async def reply(body, times):
+        async def parts():
+            yield sse(delta(content="x" * 15))
+            await asyncio.Event().wait()
+
+        return answer() if times else httpx2.Response(200, content=parts())
+
+    server = FakeServer(reply)
+    with connect(server, max_tokens_total=6 * WORST, concurrency=4, requests_per_minute=60) as endpoint:
+        with pytest.raises(Interrupted):
+            endpoint.complete(asks(2), stop=StopWhen(lambda: len(server.bodies) == 2))
+        assert endpoint.spent.lost_tokens == 2 * (endpoint._budget.worst_case(CALL).tokens - 20 + 15)
+        with pytest.raises(Interrupted):  # while two wait for their turn
+            endpoint.complete(asks(4), stop=StopWhen(lambda: len(server.bodies) == 4))
+        endpoint.complete(asks(2))
 
 
 def test_a_cached_price_that_is_not_given_is_that_of_the_prompt():

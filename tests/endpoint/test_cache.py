@@ -107,6 +107,21 @@ def test_what_another_process_finished_in_the_meantime_is_not_asked(tmp_path, mo
     assert len(server.bodies) == 5
 
 
+def test_what_another_process_finishes_while_a_request_waits_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("thinkstack.endpoint.cache.REFRESH_SECONDS", 0.0)
+    others = FakeServer()
+
+    def reply(body, times):
+        with connect(others, cache=str(tmp_path)) as other:
+            other.complete(asks(3)[1:])
+        return answer()
+
+    server = FakeServer(reply)
+    with connect(server, cache=str(tmp_path), concurrency=1) as endpoint:
+        assert [completion.from_cache for completion in endpoint.complete(asks(3))] == [False, True, True]
+    assert len(server.bodies) == 1 and len(others.bodies) == 2
+
+
 def test_of_two_rows_of_a_key_the_first_one_counts_in_each_process(tmp_path):
     one, other = CompletionCache(tmp_path), CompletionCache(tmp_path)
     one.put(KEYS[0], {"by": "one"})

@@ -4,13 +4,14 @@ import asyncio
 import os
 import signal
 import threading
+import time
 
 import pytest
 
 from tests.endpoint.fake import FakeServer, answer, answered, ask, asks, connect, error
 from tests.stopping import StopWhen
 from thinkstack.stopping import stopping_on_signals
-from thinkstack.types import Interrupted
+from thinkstack.types import Interrupted, RequestError
 
 
 def test_as_many_requests_run_as_are_allowed():
@@ -86,6 +87,25 @@ def test_complete_may_be_called_while_an_event_loop_runs():
     assert asyncio.run(main()) == ["Paris"]
 
 
+def test_nothing_starts_before_the_time_that_the_server_asked_for():
+    async def reply(body, times):
+        if body["messages"][-1]["content"] == "question 0" and not times:
+            return error(429, headers={"Retry-After": "30"})
+        await asyncio.sleep(5)
+        return answer()
+
+    server = FakeServer(reply)
+    assert answered(connect(server, concurrency=2), asks(6)) == ["Paris"] * 6
+    assert sorted(at for at in server.times if at > 0)[0] == pytest.approx(30, abs=0.1) and len(server.times) == 7
+
+
+def test_an_error_ends_the_waits_of_other_requests():
+    server = FakeServer(lambda body, times: error(400))
+    with connect(server, concurrency=3, requests_per_minute=1) as endpoint, pytest.raises(RequestError):
+        endpoint.complete(asks(9))
+    assert endpoint._loop.time() == 0 and len(server.bodies) == 1
+
+
 def blocking_server():
     """Answers the first five requests, and no other one."""
 
@@ -108,6 +128,20 @@ def test_a_stop_cancels_what_runs_and_keeps_what_finished(tmp_path):
     server.reply = lambda body, times: answer()
     assert answered(connect(server, cache=str(tmp_path)), asks(50)) == ["Paris"] * 50
     assert [server.asked[f"question {place}"] for place in found] == [1] * 5
+
+
+def test_what_finished_before_a_stop_is_reported_although_it_was_not_read_yet():
+    server, found = blocking_server(), []
+
+    def has_begun():
+        """After the first answer, waits until the last one is there."""
+        while 0 < len(server.bodies) <= 5:
+            time.sleep(0.001)
+        return len(server.bodies) > 5
+
+    with connect(server, concurrency=1) as endpoint, pytest.raises(Interrupted):
+        endpoint.complete(asks(50), lambda place, completion: found.append(place), StopWhen(has_begun))
+    assert found == [0, 1, 2, 3, 4]
 
 
 def test_a_stop_before_the_start_asks_nothing():
