@@ -157,6 +157,8 @@ class SamplingParams:
     """Tokens that end thinking; injected tokens count like sampled tokens and have log-probability 0."""
     top_logprobs: int = 0
     """Number of most likely alternatives reported per token, under the distribution that the token was sampled from."""
+    prompt_logprobs: int | None = None
+    """Alternatives reported per prompt token, with its log-probability at temperature 1; None: no prompt is scored."""
     raw_logprobs: bool = False
     """Report log-probabilities of the model at temperature 1 instead of the sampling distribution."""
     seed: int = 0
@@ -168,7 +170,7 @@ class SamplingParams:
         for name, (low, high, meaning) in SAMPLING_RANGES.items():
             value = getattr(self, name)
             kind = numbers.Integral if isinstance(low, int) else numbers.Real
-            if value is None and name == "thinking_budget":
+            if value is None and name in ("thinking_budget", "prompt_logprobs"):
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 noun = "an integer" if kind is numbers.Integral else "a number"
@@ -198,6 +200,7 @@ SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
     "repetition_penalty": (0.01, 100.0, "1 is off"),
     "top_k": (0, _MAX_INT, "0 considers all tokens"),
     "top_logprobs": (0, _MAX_INT, "0 is off"),
+    "prompt_logprobs": (0, _MAX_INT, "None is off"),
     "min_tokens": (0, _MAX_INT, "0 is off"),
     "max_tokens": (1, _MAX_INT, "a completion has at least one token"),
     "thinking_budget": (0, _MAX_INT, "None means no limit"),

@@ -17,6 +17,7 @@ from thinkstack.engine.block_pool import BLOCK_SIZE, BlockPool
 from thinkstack.engine.grammar import GrammarFactory, GrammarState
 from thinkstack.engine.interface import Health, OnFinish, WhileRunning, check_request
 from thinkstack.engine.outputs import NO_OUTPUT, StepOutput
+from thinkstack.engine.prompt_logprobs import PromptLogprobs, score_prompts
 from thinkstack.engine.runner import Runner
 from thinkstack.engine.sampler import NO_TOKENS, SampledTokens, append_sampled, sample_rows
 from thinkstack.engine.scheduler import RowsToSample, Scheduler
@@ -185,6 +186,9 @@ class Engine:
             grammars=tuple(GrammarState(grammar()) for _ in range(sampling.n)) if grammar is not None else (),
             weights_version=self.version,
         )
+        if sampling.prompt_logprobs is not None:
+            num_top = min(sampling.prompt_logprobs, self.vocab_size)
+            request.prompt_logprobs = PromptLogprobs(len(prompt_token_ids), num_top)
         self.scheduler.add(request)
         self.next_id += 1
         return request
@@ -198,6 +202,8 @@ class Engine:
             if not len(scheduled.rows):
                 return NO_OUTPUT
             hidden = self.runner.run(scheduled, self.table)
+            if self.table.scores_prompt.any():
+                score_prompts(self.table, scheduled, hidden, self.runner.logits)
             sampled = self._sample(scheduled.sampled, hidden)
             output = self._settle(scheduled.sampled, sampled)
             if self.speculator is not None:

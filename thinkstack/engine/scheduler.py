@@ -195,10 +195,12 @@ class Scheduler:
         return count
 
     def _take_cached_blocks(self, row: int) -> None:
-        """Reference cached blocks that contain the next tokens of a row; the last token is always computed."""
+        """Reference cached blocks that contain the next tokens of a row; the last token is always computed, and so is a
+        prompt that is scored."""
         table = self.table
         while (
-            table.num_computed_tokens[row] == len(table.blocks[row]) * BLOCK_SIZE
+            not table.scores_prompt[row]
+            and table.num_computed_tokens[row] == len(table.blocks[row]) * BLOCK_SIZE
             and table.num_tokens[row] - table.num_computed_tokens[row] > 1
         ):
             start = int(table.num_computed_tokens[row])

@@ -13,6 +13,7 @@ from torch import Tensor
 from thinkstack.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from thinkstack.engine.grammar import GrammarState
 from thinkstack.engine.logits_processor import LogitsProcessor
+from thinkstack.engine.prompt_logprobs import PromptLogprobs
 from thinkstack.kernels import ops
 from thinkstack.kernels.sampling import splitmix64
 from thinkstack.types import Completion, FinishReason, SamplingParams
@@ -63,6 +64,9 @@ class Request:
     """Number of prompt tokens found in the prefix cache when the request was first admitted, in full blocks."""
     error: str | None = None
     """Error message for completions with finish_reason="error"."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Log-probabilities of the prompt's tokens, complete before the first token is sampled; None without
+    SamplingParams.prompt_logprobs."""
     rows: dict[int, int] = field(default_factory=dict)
     """Row of each running completion, by index of the completion."""
     queue_entries: list["QueueEntry"] = field(default_factory=list)
@@ -138,6 +142,8 @@ class SequenceTable:
         """Per row: number of draft tokens, stored in `ids` after the first num_tokens."""
         self.awaits_prompt = numpy.zeros(num_rows + 1, dtype=bool)
         """Whether the row waits for a sibling row to compute the common prompt."""
+        self.scores_prompt = numpy.zeros(num_rows + 1, dtype=bool)
+        """Whether log-probabilities of the row's prompt are still to be computed, so that it takes no cached blocks."""
         self.seed = numpy.zeros(num_rows, dtype=numpy.uint64)
         self.temperature, self.top_p, self.min_p = numpy.zeros((3, num_rows), dtype=numpy.float32)
         self.top_k = numpy.zeros(num_rows, dtype=numpy.int64)
@@ -170,6 +176,7 @@ class SequenceTable:
         self.temperature[row], self.top_p[row] = sampling.temperature, sampling.top_p
         self.top_k[row], self.min_p[row] = sampling.top_k, sampling.min_p
         self.is_unfiltered[row] = not sampling.top_k and sampling.top_p == 1 and not sampling.min_p
+        self.scores_prompt[row] = request.prompt_logprobs is not None and not request.prompt_logprobs.is_complete
         self.assign_options(row)
         self.top_logprobs[row] = list(output.top_logprobs)
         self.stop_token_ids[:, row] = -1
@@ -239,6 +246,7 @@ class SequenceTable:
         self.block_tables[row] = NULL_BLOCK
         self.awaits_prompt[row] = False
         self.num_draft_tokens[row] = 0
+        self.scores_prompt[row] = False
         heapq.heappush(self.free_rows, row)
 
 

@@ -328,6 +328,11 @@ def check_sampling(sampling: SamplingParams) -> None:
             "this process (no servers.addresses)",
             "thinking_budget",
         )
+    if sampling.prompt_logprobs is not None:
+        raise RequestError(
+            "prompt_logprobs are not read from vLLM servers; ask a vLLM server itself, or sample in this process",
+            "prompt_logprobs",
+        )
     if 0 < sampling.temperature < MIN_TEMPERATURE:
         raise RequestError(
             f"temperature={sampling.temperature} would be raised to {MIN_TEMPERATURE} by vLLM; use 0 or at least "

@@ -14,14 +14,12 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from thinkstack.engine.prompt_logprobs import token_logprobs
 from thinkstack.files import read_text
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.benchmarks.prompts import CHOICE_PROMPTS, LETTERS, Prompt, fill_prompt
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError, Problem, RequestError
-
-HEAD_ROWS = 512
-"""Positions whose logits are computed at once, which limits their memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +105,12 @@ def _score_batch(
     )  # (N, D)
     chosen = [one for some in continuations for one in some]
     targets = torch.tensor([token for one in chosen for token in one]).to(device)  # (N,)
-    logprobs, best = [], []
-    for at in range(0, len(targets), HEAD_ROWS):
-        logits = model.head(scored[at : at + HEAD_ROWS]).float()
-        part = targets[at : at + HEAD_ROWS]
-        logprobs.append(logits.log_softmax(-1).gather(-1, part[:, None]).squeeze(-1).double())
-        best.append(logits.argmax(-1) == part)
+    found = token_logprobs(model.head, scored, targets, num_top=1)
+    hits = found.top_token_ids.squeeze(-1) == targets
     sizes = [len(one) for one in chosen]
     return [
-        Loglikelihood(logprob=float(values.sum()), is_greedy=bool(hits.all()), num_tokens=len(values))
-        for values, hits in zip(torch.cat(logprobs).split(sizes), torch.cat(best).split(sizes), strict=True)
+        Loglikelihood(logprob=float(values.sum()), is_greedy=bool(best.all()), num_tokens=len(values))
+        for values, best in zip(found.logprobs.double().split(sizes), hits.split(sizes), strict=True)
     ]
 
 

@@ -142,3 +142,11 @@ def api_error(error: BaseException) -> ApiError:
         case Overloaded():
             return ApiError(503, message, "overloaded_error", None, RETRY_SECONDS)
     return ApiError(500, "the server failed; its log says why", "server_error")
+
+
+def found_error(error: Exception, words: str) -> ApiError:
+    """How the API reports an exception; an unexpected one is logged with `words`."""
+    found = api_error(error)
+    if found.status == 500:
+        log.error(words, exc_info=error)
+    return found

@@ -6,22 +6,19 @@ import functools
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Any, Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.datastructures import Headers
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 import thinkstack
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.accounts import Accounts
 from thinkstack.server.anthropic import anthropic_routes
-from thinkstack.server.api_errors import ApiError, api_error
+from thinkstack.server.api_errors import ApiError, found_error
 from thinkstack.server.billing import Billing
 from thinkstack.server.completions import completion_routes
 from thinkstack.server.deepseek import ChatReply
@@ -42,11 +39,11 @@ from thinkstack.server.page.errors import PageError
 from thinkstack.server.page.page import Page
 from thinkstack.server.page.routes import add_page
 from thinkstack.server.prices import format_amount
+from thinkstack.server.replies import UNBUFFERED, Reply, TurnResponse, WholeResponse
 from thinkstack.server.responses import responses_routes
 from thinkstack.server.schema import ChatRequest, TurnRequest
 from thinkstack.server.served import ServedModels
 from thinkstack.server.settings import ServerSettings
-from thinkstack.server.sse import to_json
 from thinkstack.server.strict_tools import check_strict_tools
 from thinkstack.server.turns import Turn, make_turn
 from thinkstack.types import RequestError
@@ -54,23 +51,6 @@ from thinkstack.types import RequestError
 log = logging.getLogger(__name__)
 WHOLE_INTERVAL = 1.0
 """Seconds between two readings of the tokens of a whole reply, which note what was delivered."""
-UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Headers of replies that come in parts: caches do not store them, and proxies pass each part on at once."""
-
-
-class Reply(Protocol):
-    """The reply to a turn in one dialect."""
-
-    turn: Turn
-
-    async def whole(self) -> dict[str, Any]:
-        """The whole reply."""
-
-    def chunks(self) -> AsyncGenerator[bytes]:
-        """The reply as a stream."""
-
-    def error(self, error: ApiError) -> bytes:
-        """An error after the start of a stream."""
 
 
 class Server:
@@ -141,24 +121,43 @@ class Server:
         is_stream: bool,
         ignored: Sequence[str] = (),
         media_type: str = "text/event-stream",
+        turns: Sequence[Turn] = (),
     ) -> Response:
-        """Start the turn of a reply and send it. media_type: that of a stream."""
-        turn, headers = reply.turn, {"X-Request-Id": reply.turn.id}
-        request.state.turn = turn
-        reads_often = is_stream or turn.request.stop  # tokens after a stop string are sampled in vain
-        turn.min_seconds = self.settings.stream_interval if reads_often else WHOLE_INTERVAL
-        if ignored := [*ignored, *turn.prepared.ignored]:
+        """Start the turn of a reply and send it. media_type: that of a stream. turns: those of a reply with several, of
+        which all start or none."""
+        turns, headers = turns or (reply.turn,), {"X-Request-Id": reply.turn.id}
+        request.state.turns = turns
+        reads_often = is_stream or reply.turn.request.stop  # tokens after a stop string are sampled in vain
+        for turn in turns:
+            turn.min_seconds = self.settings.stream_interval if reads_often else WHOLE_INTERVAL
+        if ignored := [*ignored, *reply.turn.prepared.ignored]:
             headers["X-Ignored-Fields"] = ", ".join(sorted(ignored))
-        await turn.start(principal, self.settings.max_wait)
-        self.turns[turn.id] = turn
-        close = functools.partial(self._close, turn)
+        await self._start(turns, principal)
+        self.turns |= {turn.id: turn for turn in turns}
+        close = functools.partial(self._close, turns)
         if is_stream:
             return TurnResponse(self._stream(reply), close, media_type=media_type, headers=headers | UNBUFFERED)
         return WholeResponse(request, reply, close, self.settings.keep_alive_seconds, headers)
 
-    def _close(self, turn: Turn) -> None:
-        turn.close()
-        del self.turns[turn.id]
+    async def _start(self, turns: Sequence[Turn], principal: Principal) -> None:
+        """Start all turns, or none."""
+        if len(turns) == 1:
+            await turns[0].start(principal, self.settings.max_wait)
+            return
+        starts = (turn.start(principal, self.settings.max_wait) for turn in turns)
+        try:
+            for error in await asyncio.gather(*starts, return_exceptions=True):
+                if error is not None:
+                    raise error
+        except BaseException:
+            for turn in turns:
+                turn.close()
+            raise
+
+    def _close(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            turn.close()
+            del self.turns[turn.id]
 
     async def _stream(self, reply: Reply) -> AsyncIterator[bytes]:
         """The chunks of a reply; an error after the start is the last one."""
@@ -167,7 +166,7 @@ class Server:
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            yield reply.error(_found_error(error, "a stream failed"))
+            yield reply.error(found_error(error, "a stream failed"))
         finally:
             await chunks.aclose()
 
@@ -178,98 +177,6 @@ class Server:
             await asyncio.sleep(settings.keep_alive_seconds / 4)
             for turn in list(self.turns.values()):
                 turn.keep_alive(settings.keep_alive_seconds, settings.max_step_seconds)
-
-
-class TurnResponse(StreamingResponse):
-    """A stream that ends its turn even if the client leaves before the first chunk, when no iterator has begun."""
-
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None], **options: Any):
-        super().__init__(chunks, **options)
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
-
-
-class WholeResponse(Response):
-    """A whole reply. If it takes long, blank lines come before it, which JSON permits; its status is 200 then, and a
-    later failure is a body with an error."""
-
-    def __init__(
-        self, request: Request, reply: Reply, close: Callable[[], None], seconds: float, headers: dict[str, str]
-    ):
-        """close: ends the turn. seconds: time from one blank line to the next."""
-        super().__init__()
-        self._request, self._reply, self._close = request, reply, close
-        self._seconds, self._sent_headers = seconds, headers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        lines: list[asyncio.Task[None]] = []
-        loop, is_made = asyncio.get_running_loop(), asyncio.Event()
-
-        def start() -> None:
-            lines.append(loop.create_task(self._send_blank_lines(send, is_made)))
-
-        timer = loop.call_later(self._seconds, start)
-        try:
-            body = await _unless_disconnected(self._request, self._reply.whole())
-        except (ClientDisconnect, asyncio.CancelledError) as error:
-            for task in lines:
-                task.cancel()
-            if isinstance(error, ClientDisconnect):
-                return
-            raise
-        except Exception as error:
-            if not lines:
-                raise
-            body = _found_error(error, "a late reply failed").body(scope["path"])
-        finally:
-            timer.cancel()
-            self._close()
-        if not lines:
-            await JSONResponse(body, headers=self._sent_headers)(scope, receive, send)
-            return
-        is_made.set()
-        await lines[0]
-        await send({"type": "http.response.body", "body": to_json(body)})
-
-    async def _send_blank_lines(self, send: Send, is_made: asyncio.Event) -> None:
-        headers = Headers(self._sent_headers | UNBUFFERED | {"Content-Type": "application/json"}).raw
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        while not is_made.is_set():
-            await send({"type": "http.response.body", "body": b"\n", "more_body": True})
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(is_made.wait(), self._seconds)
-
-
-async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of `work`, which is cancelled if the client leaves. Raises ClientDisconnect then."""
-    task, is_working = asyncio.current_task(), True
-    assert task is not None
-
-    def leave(listener: "asyncio.Task[None]") -> None:
-        if is_working and not listener.cancelled():
-            task.cancel()
-
-    listener = asyncio.ensure_future(_disconnected(request))
-    listener.add_done_callback(leave)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if listener.done() and not task.uncancel():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        is_working = False  # who leaves now does not cancel what comes after
-        listener.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def create_app(server: Server) -> FastAPI:
@@ -372,16 +279,8 @@ async def _error_reply(request: Request, error: Exception) -> Response:
         found = ApiError(error.status_code, words, "invalid_request_error")
         return JSONResponse(found.body(request.url.path), found.status, headers=error.headers)
     else:
-        found = _found_error(error, "a request failed")
+        found = found_error(error, "a request failed")
     return JSONResponse(found.body(request.url.path), found.status, headers=found.headers)
-
-
-def _found_error(error: Exception, words: str) -> ApiError:
-    """How the API reports an exception; an unexpected one is logged with `words`."""
-    found = api_error(error)
-    if found.status == 500:
-        log.error(words, exc_info=error)
-    return found
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from thinkstack.engine.interface import Overloaded
 from thinkstack.server.api_errors import ApiError, api_error
+from thinkstack.server.prices import Usage
 from thinkstack.server.served import Member
 from thinkstack.server.sse import to_json
-from thinkstack.server.turns import Turn
 
 log = logging.getLogger("thinkstack.requests")
 TURNS = ("/completions", "/responses", "/messages", "/api/chat")
@@ -153,14 +153,15 @@ class ObserveRequests:
 
 
 def request_fields(state: dict[str, Any]) -> dict[str, Any]:
-    """What the log says about a request, as far as it got. state: `principal` and `turn` of the request."""
-    principal, turn = state.get("principal"), state.get("turn")
+    """What the log says about a request, as far as it got. state: `principal` and `turns` of the request."""
+    principal, turns = state.get("principal"), state.get("turns")
     fields: dict[str, Any] = {}
     if principal is not None:
         fields |= {"user": principal.user_name, "key": principal.key_prefix}
-    if isinstance(turn, Turn):
-        fields |= {"id": turn.id, "model": turn.model.name, "finish": turn.status, **vars(turn.usage)}
-        fields["first_token_seconds"] = turn.first_token_seconds
+    if turns:
+        first, usage = turns[0], Usage.sum(turn.usage for turn in turns)
+        fields |= {"id": first.id, "model": first.model.name, "finish": first.status, **vars(usage)}
+        fields["first_token_seconds"] = first.first_token_seconds
     return fields
 
 

@@ -6,7 +6,8 @@ rounded; a price that would need rounding is refused.
 """
 
 import datetime
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -39,6 +40,12 @@ class Usage:
 
     def __post_init__(self) -> None:
         assert min(vars(self).values()) >= 0 and self.reasoning_tokens <= self.completion_tokens, self
+
+    @staticmethod
+    def sum(usages: "Iterable[Usage]") -> "Usage":
+        """The usage of several requests together."""
+        rows = [vars(usage) for usage in usages]
+        return Usage(**{field.name: sum(row[field.name] for row in rows) for field in fields(Usage)})
 
 
 @dataclass(frozen=True, kw_only=True)

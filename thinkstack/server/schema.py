@@ -302,6 +302,8 @@ class TurnRequest:
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     """Text to complete, instead of a conversation."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """The prompt as token ids, instead of its text; BOS is not added."""
     suffix: str | None = None
     """With `prompt`: the text after the completion."""
     is_prefix: bool = False
@@ -316,11 +318,14 @@ class TurnRequest:
     effort: str | None = None
     """"none", "low", "high" or "max"."""
     max_tokens: int | None = None
+    """0: nothing but the prompt is answered, with `prompt_logprobs`."""
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Fields of SamplingParams."""
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+    """Number of alternatives to each token of the prompt; None: the prompt is not scored."""
     user_id: str = ""
     """Separates the prefix caches of the users of one account."""
 

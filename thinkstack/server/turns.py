@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from thinkstack.engine.grammar import StructuredOutputs
 from thinkstack.engine.outputs import CompletionUpdate, joined
-from thinkstack.engine.service import EngineStopped, Generation
+from thinkstack.engine.service import EngineService, EngineStopped, Generation
 from thinkstack.server.billing import Billing, Charge
 from thinkstack.server.keys import Principal
 from thinkstack.server.ledger import Admission
@@ -28,6 +28,8 @@ KEEP_ALIVE = (-1, StreamEvent("content"))
 """An event without content: the turn waits or thinks, and the engine is alive."""
 TokenLogprob = tuple[int, float, tuple[tuple[int, float], ...]]
 """Token id, log-probability, and the most likely alternatives."""
+PromptToken = tuple[int, float | None, tuple[tuple[int, float], ...]]
+"""The same for a token of the prompt; None for the first token."""
 LONG_PROMPT = 20_000
 """Number of characters from which a prompt is tokenized in a thread."""
 _random = random.Random(secrets.randbits(256))
@@ -44,6 +46,8 @@ class PreparedTurn:
     """The start of the turn that the prompt contains, as pieces of text and control tokens."""
     grammar: StructuredOutputs | None
     is_thinking: bool
+    is_prompt_only: bool
+    """Whether no token is delivered; the engine samples one."""
     ignored: tuple[str, ...]
     """Sampling fields of the request that have no effect with this model name."""
 
@@ -70,24 +74,28 @@ def prepare(model: ServedModel, request: TurnRequest) -> PreparedTurn:
         raise RequestError(
             f"max_tokens={request.max_tokens} is above {config.max_tokens}, the most of {model.name}", "max_tokens"
         )
+    if request.prompt_logprobs is not None and not isinstance(member.service, EngineService):
+        raise RequestError("logprobs of the prompt are not read from vLLM servers; leave out echo or logprobs", "echo")
     free = member.service.max_model_len - len(prompt)
-    max_tokens = request.max_tokens or max(min(config.default_max_tokens, free), 1)
+    max_tokens = request.max_tokens if request.max_tokens is not None else min(config.default_max_tokens, free)
     ignored = tuple(name for name in request.sampling if config.fixed_sampling and name not in ("seed", "n"))
     given = {name: value for name, value in request.sampling.items() if name not in ignored}
     given.setdefault("seed", _random.getrandbits(62))
     budget = _thinking_budget(model, request, wants_thinking)
     sampling = SamplingParams(
         **{"temperature": config.temperature, "top_p": config.top_p} | given,
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens, 1),
         stop_token_ids=member.chat.stop_token_ids,
         top_logprobs=request.top_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
         raw_logprobs=request.logprobs,
         think_end_token_ids=member.think_end_token_ids if may_think else (),
         thinking_budget=budget if may_think and budget < max_tokens else None,
     )
     grammar = _grammar(member, request, tools)
     factory = None if grammar is None else grammar.factory(member.chat.tokenizer.encode_pieces(opening))
-    return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think, ignored)
+    is_prompt_only = request.max_tokens == 0
+    return PreparedTurn(prompt, sampling, opening, factory, wants_thinking and may_think, is_prompt_only, ignored)
 
 
 def check_tool_results(messages: Sequence[Message]) -> None:
@@ -109,6 +117,8 @@ def _render(
 ) -> tuple[tuple[int, ...], list[str]]:
     """Prompt token ids, and the start of the turn that they contain."""
     try:
+        if request.prompt_token_ids is not None:
+            return request.prompt_token_ids, []
         if request.prompt is not None:
             return tuple(fim_prompt(chat.tokenizer, request.prompt, request.suffix)), []
         if request.is_prefix:
@@ -173,12 +183,14 @@ class Turn:
         """Sampled tokens of each choice whose log-probabilities were not taken."""
         self._num_delivered = 0
         """Tokens of all choices."""
+        self._is_delivering = False
+        """Whether the engine has computed the prompt, so that it is charged."""
         self._num_taken = [0] * len(self._streams)
 
     @property
     def usage(self) -> Usage:
         """What was delivered so far."""
-        if not self._num_delivered or self._generation is None or self._generation.request is None:
+        if not self._is_delivering or self._generation is None or self._generation.request is None:
             return Usage()
         cached = self._generation.request.num_cached_tokens
         return Usage(
@@ -224,7 +236,7 @@ class Turn:
             request_id=self.id,
             model=self.model.price_name,
             prompt_tokens=len(self.prepared.prompt_token_ids),
-            max_completion_tokens=sampling.max_tokens * sampling.n,
+            max_completion_tokens=0 if self.prepared.is_prompt_only else sampling.max_tokens * sampling.n,
             deep_think=self.prepared.is_thinking,
         )
         self._charge = await self._billing.admit(principal, admission, lambda: self.usage, self.abort)
@@ -286,6 +298,9 @@ class Turn:
                 for update in updates if self.request.stop else joined(updates):
                     if update.index not in running:
                         continue  # tokens after a stop string
+                    self._is_delivering |= bool(update.token_ids)
+                    if self.prepared.is_prompt_only:
+                        update = _without_tokens(update)
                     stream, reason = self._streams[update.index], update.finish_reason
                     if self.request.logprobs:
                         likely = update.top_logprobs or ((),) * len(update.token_ids)
@@ -304,6 +319,18 @@ class Turn:
             await self._billing.settle(self._charge, self.status)
         finally:
             self.close()
+
+    def prompt_logprobs(self) -> list[PromptToken]:
+        """The tokens of the prompt, as soon as there is an event of a choice. The first has no log-probability."""
+        found = None if self._generation is None or not self._generation.request else self._generation.request
+        scored = None if found is None else found.prompt_logprobs
+        assert found is not None and scored is not None and scored.is_complete, "the request asks for them"
+        values = scored.logprobs.tolist()
+        rows = [
+            (token, value, scored.pairs(place))
+            for place, (token, value) in enumerate(zip(found.prompt_token_ids, values, strict=True))
+        ]
+        return [(rows[0][0], None, ()), *rows[1:]]
 
     def take_logprobs(self, index: int) -> dict[TokenKind, list[TokenLogprob]]:
         """The tokens of a choice since the last call, as far as it is known which part of the turn they belong to."""
@@ -329,6 +356,12 @@ class Turn:
         else:
             latencies.between_tokens.observe((now - self._last_update) * num_running / num_tokens, num_tokens)
         self._last_update = now
+
+
+def _without_tokens(update: CompletionUpdate) -> CompletionUpdate:
+    """The update of a completion that delivers no token: it ends at its length."""
+    reason = "length" if update.finish_reason == "stop" else update.finish_reason
+    return CompletionUpdate(update.request, update.index, (), (), (), reason)
 
 
 async def make_turn(model: ServedModel, request: TurnRequest, billing: Billing, id_prefix: str = "chatcmpl-") -> Turn:
