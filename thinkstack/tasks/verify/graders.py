@@ -1,6 +1,6 @@
 """Graders: the rules by which a final answer is compared with the reference, by name.
 
-A result names its grader, since graders disagree: docs/guides/evaluation.md lists where. Which text is the final answer
+A result names its grader, since graders disagree: docs/evaluation.md lists where. Which text is the final answer
 is decided before (text/parse.py). An answer that states several candidates is wrong under every grader.
 """
 
