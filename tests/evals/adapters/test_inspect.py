@@ -12,6 +12,7 @@ from tests.server.live import TOKENIZER, scripted
 from tests.tiny import GQA_TINY, tiny_model
 from thinkstack.checkpoint.model import save_model
 from thinkstack.engine.engine import Engine
+from thinkstack.evals.loglikelihood import loglikelihoods
 from thinkstack.text.chat import chat_format
 from thinkstack.types import ConfigError, Message, RequestError, SamplingParams
 
@@ -131,6 +132,19 @@ def test_log_probabilities_choices_and_seeds_are_those_of_the_engine(folder):
         assert [len(each.top_logprobs) for each in choice.logprobs.content] == [3] * 6
     assert second.metadata["seed"] != seed and second.choices[0].logprobs != first.choices[0].logprobs
     assert second.metadata["prompt_sha256"] == first.metadata["prompt_sha256"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_tokens_of_a_prompt_are_scored(folder, count):
+    model = ThinkstackAPI(folder, dtype="fp32")
+    config = GenerateConfig(max_tokens=1, prompt_logprobs=count, num_choices=2)
+    output = asyncio.run(model.generate(ASK, [], "none", config))
+    ids = CHAT.prompt([Message(role="user", content="What is the sum?")])
+    (expected,) = loglikelihoods(MODEL, [(ids[:1], ids[1:])])
+    first, second = (choice.prompt_logprobs.content for choice in output.choices)
+    assert first == second and [bytes(each.bytes) for each in first] == list(map(TOKENIZER.bytes_of, ids[1:]))
+    assert sum(each.logprob for each in first) == pytest.approx(expected.logprob, abs=1e-4)
+    assert all(len(each.top_logprobs or ()) == (count if count > 1 else 0) for each in first)
 
 
 def test_json_follows_a_schema(folder):

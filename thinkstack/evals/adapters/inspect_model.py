@@ -28,6 +28,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 import thinkstack
 from thinkstack.engine.outputs import CompletionUpdate
+from thinkstack.engine.sequence_table import Request
 from thinkstack.engine.service import EngineService, Generation
 from thinkstack.evals.adapters.inspect_messages import from_inspect, to_inspect, tools_from_inspect
 from thinkstack.evals.adapters.local import LoadedCheckpoint
@@ -43,8 +44,8 @@ DEFAULT_MAX_TOKENS = 4096
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias")
 """Fields of GenerateConfig that are fields of SamplingParams."""
 REFUSED_FIELDS = (
-    "best_of", "fallback_models", "verbosity", "effort", "reasoning_mode", "reasoning_summary", "prompt_logprobs",
-    "extra_body", "modalities",
+    "best_of", "fallback_models", "verbosity", "effort", "reasoning_mode", "reasoning_summary", "extra_body",
+    "modalities",
 )  # fmt: skip
 """Fields of GenerateConfig that would change a completion and are not supported."""
 
@@ -186,7 +187,9 @@ class ThinkstackAPI(ModelAPI):  # type: ignore[misc]
             total_tokens=len(call.prompt_token_ids) + num_sampled,
             reasoning_tokens=sum(turn.stream.num_reasoning_tokens for turn in turns),
         )
+        scored = None if request.prompt_logprobs is None else self._prompt_logprobs(request)
         choices = [self._choice(turn, call, config, place) for place, turn in enumerate(turns)]
+        choices = [choice.model_copy(update={"prompt_logprobs": scored}) for choice in choices]
         facts = {"prompt_sha256": _hash(call.prompt_token_ids), "seed": call.sampling.seed} | self._facts
         seconds = time.monotonic() - started
         return ModelOutput(model=self.model_name, choices=choices, usage=usage, time=seconds, metadata=facts)
@@ -237,6 +240,7 @@ class ThinkstackAPI(ModelAPI):  # type: ignore[misc]
             think_end_token_ids=think_end_token_ids(self.chat),
             top_logprobs=config.top_logprobs or 0,
             raw_logprobs=bool(config.logprobs),
+            prompt_logprobs=config.prompt_logprobs,
             n=config.num_choices or 1,
             seed=self._seed(prompt, config),
         )
@@ -289,6 +293,19 @@ class ThinkstackAPI(ModelAPI):  # type: ignore[misc]
     def _logprob(self, token: int, logprob: float, likely: Sequence[tuple[int, float]]) -> Logprob:
         found = [TopLogprob(**self._token(each), logprob=value) for each, value in likely]
         return Logprob(**self._token(token), logprob=logprob, top_logprobs=found or None)
+
+    def _prompt_logprobs(self, request: Request) -> Logprobs:
+        """Log-probabilities of the prompt's tokens but the first, which has none; alternatives if there are several."""
+        found = request.prompt_logprobs
+        assert found is not None and found.is_complete, "the prompt was computed"
+        has_top = found.num_top > 1
+        return Logprobs(
+            content=[
+                self._logprob(token, float(found.logprobs[place]), found.pairs(place) if has_top else ())
+                for place, token in enumerate(request.prompt_token_ids)
+                if place
+            ]
+        )
 
     def _token(self, token: int) -> dict[str, Any]:
         tokenizer = self.chat.tokenizer
