@@ -173,8 +173,9 @@ def commit_of(folder: Path) -> str:
 class Progress:
     """Progress with the remaining time: a live line on a terminal, otherwise a line every PLAIN_SECONDS."""
 
-    def __init__(self, title: str, total: int, done: int = 0):
-        self.title, self.total, self.done, self.first = title, total, done, done
+    def __init__(self, title: str, total: int, done: int = 0, in_flight: int = 0):
+        """in_flight: items that are worked on at the same time, each of which counts as half done."""
+        self.title, self.total, self.done, self.first, self.in_flight = title, total, done, done, in_flight
         self.started = self.printed = time.monotonic()
         self.note = ""
         self.bar: Any = None
@@ -189,13 +190,12 @@ class Progress:
                 progress.BarColumn(bar_width=28),
                 progress.MofNCompleteColumn(),
                 progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[left]} left"),
                 progress.TextColumn("{task.fields[note]}"),
             )
             self.bar = progress.Progress(*columns, console=Console(stderr=True))
             self.bar.start()
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, left="-:--", note="")
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -203,7 +203,7 @@ class Progress:
         self.done += count
         self.note = note or self.note
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=self.note)
+            self.bar.update(self.task, completed=self.done, left=clock(self.seconds_left()), note=self.note)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS or (self.done == self.total and self._is_long()):
             self.printed = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
@@ -213,9 +213,15 @@ class Progress:
 
     def line(self) -> str:
         """Progress as plain text."""
-        elapsed = time.monotonic() - self.started
-        left = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
-        return f"{self.title}: {self.done}/{self.total}, {clock(elapsed)} elapsed, {clock(left)} left  {self.note}"
+        elapsed = clock(time.monotonic() - self.started)
+        left = clock(self.seconds_left())
+        return f"{self.title}: {self.done}/{self.total}, {elapsed} elapsed, {left} left  {self.note}"
+
+    def seconds_left(self) -> float:
+        """The time that the rest takes at the mean speed so far."""
+        begun = min(self.in_flight, self.total - self.done) / 2
+        done = max(self.done - self.first + begun, 1)
+        return (time.monotonic() - self.started) / done * (self.total - self.done - begun)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

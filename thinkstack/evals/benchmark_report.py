@@ -41,6 +41,7 @@ def write_benchmark_report(
     if left_out:
         setting += f" Left out, without data: {', '.join(left_out)}."
     tables = [*result_tables(found), protocol_table(found), length_table(found)]
+    tables += task_measures(found)
     tables += [published_table(task, rows) for task, rows in beside.items() if rows]
     shown, provenance = {"": found.shown}, describe(found, facts)
     write_text(folder / "report.md", markdown(title, setting, tables, plots, shown, provenance))
@@ -163,6 +164,17 @@ def length_table(found: Evaluation) -> ReportTable:
     ]
     columns = ["mean tokens", *labels, *(f"{MEASURES[name]} (%)" for name in names)]
     return ReportTable(title="Length and text", corner="task", columns=columns, rows=rows)
+
+
+def task_measures(found: Evaluation) -> list[ReportTable]:
+    """Return the measures that only some tasks have, such as the four figures of IFEval; no table without any."""
+    rows = [
+        (f"{task}: {name}", [percent(value)])
+        for task, part in found.by_task.items()
+        for name, value in part.measures.items()
+        if name not in MEASURES
+    ]
+    return [ReportTable(title="Measures of tasks", corner="measure", columns=("mean (%)",), rows=rows)] if rows else []
 
 
 class Beside:

@@ -90,7 +90,8 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     configs = variants(cfg)
     tasks = make_tasks(cfg.tasks)
     problems = {file: held_out_problems(config) for file, config in configs.items()}
-    with make_sampler(cfg, run, list(problems.values())) as sampler, VerifierPool() as pool:
+    parts = [(config, problems[file]) for file, config in configs.items()]
+    with make_sampler(cfg, run, parts) as sampler, VerifierPool() as pool:
         for file, config in configs.items():
             reward = Reward(RewardConfig(thinking_format=cfg.thinking_format), make_tasks(config.tasks))
             likely = [one for one in problems[file] if tasks[one.task].cfg.method != "sampled"]
@@ -128,13 +129,13 @@ def variants(cfg: EvaluateConfig) -> dict[str, EvaluateConfig]:
     return configs
 
 
-def make_sampler(cfg: EvaluateConfig, run: Run, problems: Sequence[Sequence[Problem]]) -> Sampler:
-    """Return the source of completions that cfg names. problems: those of each evaluation of the stage."""
+def make_sampler(cfg: EvaluateConfig, run: Run, parts: Sequence[tuple[EvalConfig, Sequence[Problem]]]) -> Sampler:
+    """Return the source of completions that cfg names. parts: settings and problems of each evaluation of the stage."""
     if cfg.answers:
         return AnswersSampler(cfg.answers, cfg.thinking_format)
     if cfg.endpoint.url:
         return EndpointSampler(cfg.endpoint, cfg.thinking_format, run)
-    return EngineSampler(cfg, run, problems)
+    return EngineSampler(cfg, run, parts)
 
 
 def protocols(

@@ -32,6 +32,7 @@ from thinkstack.evals.sample_endpoint import sample_from_endpoint
 from thinkstack.evals.sampling import (
     EvalConfig,
     SampledProblem,
+    num_samples,
     read_answers,
     sample_from_engine,
     sampling_params_for,
@@ -94,16 +95,19 @@ class Sampler:
 class EngineSampler(Sampler):
     """Samples from a checkpoint, in this process or on vLLM servers with its weights."""
 
-    def __init__(self, cfg: EvaluateConfig, run: Run, problems: Sequence[Sequence[Problem]]):
-        """problems: those of each evaluation of the stage, which decide the context length of the engine."""
+    def __init__(self, cfg: EvaluateConfig, run: Run, parts: Sequence[tuple[EvalConfig, Sequence[Problem]]]):
+        """parts: the settings and problems of each evaluation of the stage; their prompts decide the context length."""
         self.cfg, self.run, self._progress = cfg, run, ExitStack()
         self.chat = load_chat(cfg.start)
         tasks = make_tasks(cfg.tasks)
-        sampled = [one for part in problems for one in part if tasks[one.task].cfg.method == "sampled"]
-        self._prompt_sizes = [len(encode_prompt(self.chat, tasks[one.task], one)) for one in sampled]
-        if cfg.max_prompt_tokens:
-            self._prompt_sizes = [size for size in self._prompt_sizes if size <= cfg.max_prompt_tokens]
-        self.max_model_len = max(self._prompt_sizes, default=0) + cfg.max_tokens
+        sizes, self._num_completions = [0], 0
+        for config, problems in parts:
+            for one in problems:
+                size = len(encode_prompt(self.chat, tasks[one.task], one))
+                if tasks[one.task].cfg.method == "sampled" and size <= (cfg.max_prompt_tokens or size):
+                    sizes.append(size)
+                    self._num_completions += num_samples(tasks[one.task], config)
+        self.max_model_len = max(sizes) + cfg.max_tokens
         if cfg.thinking_budgets:
             self.max_model_len += cfg.answer_tokens + 8  # the tokens that close thinking
         self.facts = SamplerFacts(
@@ -129,7 +133,7 @@ class EngineSampler(Sampler):
 
     @functools.cached_property
     def _saved(self) -> SavedCompletions:
-        saved = SavedCompletions(self._engine, self.run, len(self._prompt_sizes))
+        saved = SavedCompletions(self._engine, self.run, self._num_completions, self.cfg.max_num_seqs)
         self._progress.enter_context(saved.progress)
         return saved
 

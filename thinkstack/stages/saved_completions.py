@@ -16,18 +16,21 @@ class SavedCompletions:
     """Engine.generate with a file of results: prompts in the file are not sampled again; new completions are
     appended."""
 
-    def __init__(self, engine: AnyEngine, run: Run, total: int):
-        """total: number of prompts of the evaluation, for the progress line."""
+    def __init__(self, engine: AnyEngine, run: Run, total: int, max_num_seqs: int):
+        """total: number of completions of the evaluation, for the progress line. max_num_seqs: those that run at
+        once."""
         self.engine, self.run = engine, run
         rows = run.rows(FILE)
         self.completions = {row["key"]: list(map(completion_from_dict, row["completions"])) for row in rows}
         if rows:  # rewrite the file: the next row must not be appended to a truncated last one
             write_text(run.folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
-        self.progress = Progress("evaluation", total, len(self.completions))
+        self.progress = Progress("evaluation", total, sum(map(len, self.completions.values())), max_num_seqs)
 
     def generate(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> list[list[Completion]]:
         """Return sampling.n completions for each prompt. Raises Interrupted on a request to stop."""
         keys = [request_key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        ahead = sum(sampling.n for key, sampling in zip(keys, samplings, strict=True) if key not in self.completions)
+        self.progress.total = max(self.progress.total, self.progress.done + ahead)
         missing = [index for index, key in enumerate(keys) if key not in self.completions]
         missing.sort(key=keys.__getitem__)  # by hash: tasks mix, so that the estimate of the time left holds for all
 
@@ -35,7 +38,7 @@ class SavedCompletions:
             key = keys[missing[index]]
             self.completions[key] = completions
             self.run.append(FILE, {"key": key, "completions": list(map(completion_to_dict, completions))})
-            self.progress.advance()
+            self.progress.advance(len(completions))
 
         with self.run.stop.may_interrupt():
             self.engine.generate([prompts[i] for i in missing], [samplings[i] for i in missing], on_finish=append)
