@@ -75,7 +75,7 @@ def test_provenance_says_where_a_run_comes_from(tmp_path: Path, caplog: pytest.L
 
 
 def test_progress_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch):
-    now = iter([100.0, 130.0])
+    now = iter([100.0, 130.0, 130.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     progress = Progress("training", total=40, done=10)  # resumed: ten were done before
     progress.done = 20
