@@ -153,9 +153,9 @@ def test_a_seed_shuffles_the_choices_and_keeps_the_key(tmp_path):
     assert len(set(orders[0])) == 4
 
 
-@pytest.mark.parametrize("name", ["test.csv", "test.jsonl"])
+@pytest.mark.parametrize("name", ["test.csv", "gpqa_diamond.csv", "test.jsonl"])
 def test_three_invented_rows_of_gpqa_are_shuffled_by_a_seed(tmp_path, name):
-    if name == "test.csv":
+    if name.endswith(".csv"):
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, GPQA_ROWS[0])
             writer.writeheader()
@@ -192,7 +192,7 @@ def test_mmlu_pro_has_up_to_ten_options(tmp_path):
         ("mmlu", [MMLU_ROWS[0] | {"choices": ["3"]}], r"choices has 1 entries; use 2 to 26"),
         ("mmlu", [MMLU_ROWS[0], MMLU_ROWS[0] | {"answer": "E"}], r"line 2: answer is 'E'; it must be a letter up to D"),
         ("mmlu", [{"question": "?"}], r"line 1 has no choices, answer .*hendrycks/test"),
-        ("gpqa", [GPQA_ROWS[0] | {"Correct Answer": ""}], r"line 1: Correct Answer is text, or empty; give test\.csv"),
+        ("gpqa", [GPQA_ROWS[0] | {"Correct Answer": ""}], r"line 1: Correct Answer is text, or empty; give your own"),
     ],
 )
 def test_a_row_of_another_shape_is_refused_with_its_line_and_field(tmp_path, name, rows, message):

@@ -330,7 +330,7 @@ def test_rows_of_the_wrong_shape_are_refused_with_line_and_field(tmp_path, name,
         ("gsm8k", {"unsafe_code": True}, "tasks.gsm8k.unsafe_code=True has no effect on gsm8k"),
         ("chain", {"time_limit_seconds": 1.0}, "time_limit_seconds=1.0 has no effect"),
         ("humaneval", {"since": "2024-01-01"}, "since='2024-01-01' has no effect on humaneval"),
-        ("livecodebench", {}, "set tasks.livecodebench.data=FOLDER, with your copy of a release of LiveCodeBench"),
+        ("livecodebench", {}, "set tasks.livecodebench.data=FOLDER, with your copy of a release of livecodebench"),
     ],
 )
 def test_settings_without_effect_are_refused(name, settings, message):

@@ -78,6 +78,13 @@ def test_math500_takes_its_own_file_of_a_folder_that_has_all_of_maths_test_set_t
     assert len({problem.key for problem in task.problems("test", seed=0).take(500)}) == 500
 
 
+def test_ifeval_is_read_under_its_published_name(tmp_path):
+    row = {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    written(tmp_path / "input_data.jsonl.gz", [row])
+    (problem,) = make_task("ifeval", TaskConfig(data=str(tmp_path))).problems("test", seed=0).take(1)
+    assert problem.question == "No commas."
+
+
 def test_parquet_is_read_where_pyarrow_is_and_named_where_it_is_not(tmp_path):
     try:
         import pyarrow

@@ -68,7 +68,7 @@ def test_a_compared_text_does_not_change_unnoticed():
     assert found == PINS
 
 
-@pytest.mark.parametrize(("task", "name"), PROMPTS, ids=" ".join)
+@pytest.mark.parametrize(("task", "name"), PROMPTS)
 def test_each_prompt_says_where_it_was_published_and_is_in_the_guide(task, name):
     prompt = PROMPTS[task, name]
     assert re.search(r" at [0-9a-f]{7}|arXiv:[0-9.]+v[0-9]|alone$", prompt.source) or not is_published(prompt)

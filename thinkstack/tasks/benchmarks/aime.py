@@ -14,7 +14,10 @@ class Aime(DatasetTask):
     Fields: problem, answer; some copies write answers with leading zeros, as the answer sheets do.
     """
 
-    SOURCE = "test.jsonl, the 30 problems of a year (AIME I and II), fields problem and answer (copyright of the MAA)"
+    SOURCE = (
+        "test.jsonl, the 30 problems of a year (AIME I and II) with problem and answer, for example "
+        "HuggingFaceH4/aime_2024 or yentinglin/aime_2025 (problems copyright of the MAA)"
+    )
     PROMPTS = AIME_PROMPTS
     default_grader = "number"
 

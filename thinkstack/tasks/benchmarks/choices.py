@@ -164,7 +164,8 @@ class MmluRedux(ChoiceTask):
     """
 
     SOURCE = (
-        "test.jsonl with question, choices, answer, error_type and correct_answer, from edinburgh-dawg/mmlu-redux-2.0"
+        "test.jsonl with question, choices, answer, error_type and correct_answer, from edinburgh-dawg/mmlu-redux-2.0 "
+        "(CC BY 4.0)"
     )
     FIELDS = ("question", "choices", "answer", "error_type")
 
@@ -195,8 +196,8 @@ class Gpqa(ChoiceTask):
     """
 
     SOURCE = (
-        "test.csv or test.jsonl, your own copy of gpqa_diamond.csv with Question, Correct Answer and Incorrect Answer "
-        "1 to 3, from github.com/idavidrein/gpqa (CC BY 4.0; do not republish it)"
+        "your own copy of gpqa_diamond.csv (or test.csv, test.jsonl) with Question, Correct Answer and Incorrect "
+        "Answer 1 to 3, from github.com/idavidrein/gpqa (CC BY 4.0; do not republish it)"
     )
     PROMPTS = GPQA_PROMPTS
     FIELDS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -209,8 +210,9 @@ class Gpqa(ChoiceTask):
         super().__init__(name, replace(cfg, choice_seed=cfg.choice_seed or 0))
 
     def file(self, split: str) -> Path:
-        path = Path(self.cfg.data) / f"{split}.csv"
-        return path if path.is_file() else super().file(split)
+        names = [f"{split}.csv", *(["gpqa_diamond.csv"] if split == "test" else [])]
+        found = [path for name in names if (path := Path(self.cfg.data) / name).is_file()]
+        return found[0] if found else super().file(split)
 
     def read(self, path: str | Path) -> list[Problem]:
         rows = _read_csv(Path(path)) if Path(path).suffix == ".csv" else load_rows(path, self.FIELDS, self.SOURCE)

@@ -35,7 +35,7 @@ class Codeforces(CodeTask):
     which is not run: leave them out.
     """
 
-    SOURCE = "test.jsonl with your problems and tests, fields as in open-r1/codeforces"
+    SOURCE = "test.jsonl with your problems and tests, fields as in open-r1/codeforces (copyright of Codeforces)"
     FIELDS = ("id", "description", "input_format", "output_format", "official_tests")
     PROMPTS = CODEFORCES_PROMPTS
     TEST_SECONDS = DEFAULT_LIMITS["time_limit"]

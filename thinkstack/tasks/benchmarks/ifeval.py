@@ -21,10 +21,7 @@ class IFEval(DatasetTask):
     belong to their instruction are ignored. Only the content is checked, without thinking.
     """
 
-    SOURCE = (
-        "test.jsonl, the input_data.jsonl of github.com/google-research/google-research (instruction_following_eval, "
-        "Apache-2.0)"
-    )
+    SOURCE = "input_data.jsonl of github.com/google-research/google-research (instruction_following_eval, Apache-2.0)"
     FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
     FILE_NAMES = ("input_data",)
     SHOTS_SPLIT = ""

@@ -21,7 +21,8 @@ class Infilling(DatasetTask):
     """
 
     SOURCE = (
-        "test.parquet or test.jsonl with prompt, suffix and canonical_solution, from bigcode/santacoder-fim-task (MIT)"
+        "test.parquet or test.jsonl with prompt, suffix and canonical_solution, from bigcode/santacoder-fim-task "
+        "(OpenRAIL)"
     )
     FIELDS = ("prompt", "suffix", "canonical_solution")
     FILE_NAMES = ("hm_fim",)

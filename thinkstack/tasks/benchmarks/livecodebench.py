@@ -37,7 +37,10 @@ class LiveCodeBench(CodeTask):
     """Fields: question_content, question_id, contest_date, starter_code, public_test_cases, private_test_cases,
     metadata; optional: platform, difficulty. `since` and `until` select problems by contest_date."""
 
-    SOURCE = "your copy of a release of LiveCodeBench (code_generation_lite), as test.jsonl"
+    SOURCE = (
+        "your copy of a release of livecodebench/code_generation_lite, as test.jsonl (CC; problems copyright of "
+        "LeetCode, AtCoder and Codeforces)"
+    )
     FILE_NAMES = ("test6", "test5", "test4", "test3", "test2")
     CODE_SETTINGS = (*CodeTask.CODE_SETTINGS, "since", "until")
     PROMPTS = LIVECODEBENCH_PROMPTS

@@ -118,7 +118,10 @@ class Minerva(DatasetTask):
     """
 
     FILE_NAMES = ("minerva_math",)
-    SOURCE = "test.jsonl with problem and solution, OCWCourses of arXiv:2206.14858, for example math-ai/minervamath"
+    SOURCE = (
+        "test.jsonl with problem and solution, OCWCourses of arXiv:2206.14858, for example math-ai/minervamath (no "
+        "licence stated; the courses of MIT OpenCourseWare are CC BY-NC-SA 4.0)"
+    )
     PROMPTS = FORMULA_PROMPTS
     default_grader = "latex"
 
