@@ -50,7 +50,7 @@ def held_out_problems(cfg: EvalConfig) -> list[Problem]:
 def data_problems(task: Task, cfg: EvalConfig) -> list[Problem]:
     """Return the test problems of a task that is not generated in turn with others: at most as many as there are."""
     problems = task.problems("test", cfg.seed)
-    limit = task.cfg.num_problems or cfg.num_problems
+    limit = min((number for number in (task.cfg.num_problems, cfg.num_problems) if number), default=0)
     if problems.size is None and not limit:
         raise ConfigError(f"num_problems=0 asks for all problems, but {task.name} is endless; give a number")
     return problems.take(min(limit or problems.size or 0, problems.size or limit))

@@ -33,7 +33,7 @@ def print_plan(cfg: EvaluateConfig, with_ids: bool) -> None:
             encoded = [encode_prompt(chat, task, problem) for problem in own]
             bos = {prompt_record(ids, chat, 0).num_bos for ids in encoded}
             prompts[name] = encoded[0]
-            sizes, shown = [len(ids) for ids in encoded], ", ".join(map(str, sorted(bos, key=str)))
+            sizes, shown = [len(ids) for ids in encoded], ", ".join("none" if one is None else str(one) for one in sorted(bos, key=str))
         else:
             texts = ["".join(message.content for message in task.prompt(problem)[0]) for problem in own]
             sizes, shown = [math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts], "unknown"

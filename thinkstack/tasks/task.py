@@ -38,7 +38,7 @@ class TaskConfig:
     num_samples: CountOrZero = 0
     """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
     num_problems: CountOrZero = 0
-    """Maximum number of test problems in an evaluation; 0: as many as the evaluation says."""
+    """Maximum number of test problems in an evaluation, which may say less; 0: as many as the evaluation says."""
     method: Method = "sampled"
     """How a model answers in an evaluation: "sampled" text, or, of multiple choice, the log-likelihood of the "letters"
     of the choices or of their texts ("cloze")."""
