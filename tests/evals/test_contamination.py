@@ -198,4 +198,4 @@ def test_accuracy_before_and_after_a_date():
     assert found.p_value == pytest.approx(0.0006, abs=0.0002)
     assert found.low < found.difference < found.high < 0
     with pytest.raises(ConfigError, match="10 problems are from before 2024-09-02 and 0 from after"):
-        compare_dates(old + [], "2024-09-02")
+        compare_dates(old, "2024-09-02")

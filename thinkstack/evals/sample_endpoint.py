@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from thinkstack.endpoint.requests import EndpointCompletion, EndpointRequest
-from thinkstack.evals.sampling import EvalConfig, SampledProblem, message_record, num_samples, problem_seed
+from thinkstack.evals.sampling import (
+    EvalConfig,
+    SampledProblem,
+    max_tokens_of,
+    message_record,
+    num_samples,
+    problem_seed,
+    temperature_of,
+)
 from thinkstack.tasks.task import Task
 from thinkstack.text.parse import ThinkingFormat, parse_sampled
 from thinkstack.text.tokenizer import THINK_CLOSE, THINK_OPEN
@@ -37,9 +45,9 @@ def sample_from_endpoint(
             request = EndpointRequest(
                 messages=tuple(messages),
                 tools=tuple(tools),
-                temperature=cfg.temperature,
+                temperature=temperature_of(task, cfg),
                 top_p=cfg.top_p,
-                max_tokens=cfg.max_tokens,
+                max_tokens=max_tokens_of(task, cfg),
                 seed=(seed + index) % 2**63,
                 index=index,
             )

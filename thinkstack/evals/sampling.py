@@ -121,11 +121,12 @@ def _refused(problem: Problem, samples: int, prompt: PromptRecord, limit: int) -
 
 def sampling_params_for(problem: Problem, task: Task, chat: ChatFormat, cfg: EvalConfig) -> SamplingParams:
     """Return the sampling parameters for `problem`; the seed depends on the problem, not on its list position."""
-    has_budget = 0 < cfg.thinking_budget < cfg.max_tokens
+    max_tokens = max_tokens_of(task, cfg)
+    has_budget = 0 < cfg.thinking_budget < max_tokens
     return SamplingParams(
-        temperature=cfg.temperature,
+        temperature=temperature_of(task, cfg),
         top_p=cfg.top_p,
-        max_tokens=cfg.max_tokens,
+        max_tokens=max_tokens,
         stop_token_ids=chat.stop_token_ids,
         thinking_budget=cfg.thinking_budget if has_budget else None,
         think_end_token_ids=think_end_token_ids(chat) if has_budget else (),
@@ -140,8 +141,20 @@ def problem_seed(problem: Problem, cfg: EvalConfig) -> int:
 
 
 def num_samples(task: Task, cfg: EvalConfig) -> int:
-    """Return the number of completions per problem: of the evaluation if it is greedy, else of the task's row."""
-    return cfg.samples if cfg.temperature == 0 else task.num_samples or cfg.samples
+    """Return the number of completions per problem: 1 if the task is greedy, else that of its row or of the
+    evaluation."""
+    return 1 if temperature_of(task, cfg) == 0 else task.num_samples or cfg.samples
+
+
+def temperature_of(task: Task, cfg: EvalConfig) -> float:
+    """Return the temperature of a task: that of its row, unless the whole evaluation is greedy."""
+    row = task.cfg.temperature
+    return cfg.temperature if row is None or cfg.temperature == 0 else row
+
+
+def max_tokens_of(task: Task, cfg: EvalConfig) -> int:
+    """Return the maximum tokens of a completion of a task: that of its row, or less."""
+    return min(task.cfg.max_tokens or cfg.max_tokens, cfg.max_tokens)
 
 
 def prompt_record(token_ids: Sequence[int], chat: ChatFormat, seed: int) -> PromptRecord:

@@ -130,7 +130,8 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
     tasks, missing = task_rows(request, rows)
     left_out = sorted(missing) if request.is_partial else []
     if len(left_out) == len(tasks) or (missing and not request.is_partial):
-        raise ConfigError(f"{'; '.join(missing.values())} with --data")
+        way_out = ", or leave them out with --available" if len(missing) < len(tasks) else ""
+        raise ConfigError(f"{'; '.join(missing.values())} with --data{way_out}")
     values = values | {"tasks": {name: row for name, row in tasks.items() if name not in left_out}}
     if endpoint := values.get("endpoint"):
         values = values | {"endpoint": {"cache": CACHE} | endpoint}
@@ -160,7 +161,7 @@ def task_rows(request: EvaluationRequest, rows: Mapping[str, Tree]) -> tuple[dic
             try:
                 task.file("test")
             except ConfigError as error:
-                missing[name] = str(error)
+                missing[name] = f"{name}: {error}"
     return found, missing
 
 

@@ -14,7 +14,7 @@ from thinkstack.evals.protocol import TaskProtocol
 from thinkstack.evals.records import ProblemRecord, write_samples
 from thinkstack.evals.results import Evaluation, summarize
 from thinkstack.evals.runner import chances, grade_problems, held_out_problems, warn_if_no_answer_read
-from thinkstack.evals.sampling import EvalConfig, num_samples
+from thinkstack.evals.sampling import EvalConfig, max_tokens_of, num_samples, temperature_of
 from thinkstack.files import read_object
 from thinkstack.kernels.precision import RequestedPrecision
 from thinkstack.log import Run, write_json
@@ -152,9 +152,9 @@ def protocols(
             num_problems=len(own),
             num_available=task.problems("test", cfg.seed).size or 0,
             samples=num_samples(task, cfg) if is_sampled else 1,
-            temperature=cfg.temperature if is_sampled else 0.0,
+            temperature=temperature_of(task, cfg) if is_sampled else 0.0,
             top_p=cfg.top_p if is_sampled else 1.0,
-            max_tokens=cfg.max_tokens if is_sampled else 0,
+            max_tokens=max_tokens_of(task, cfg) if is_sampled else 0,
             thinking_budget=cfg.thinking_budget or None,
             max_model_len=max_model_len,
             prompt=task.cfg.prompt,

@@ -5,7 +5,7 @@ import math
 from thinkstack.checkpoint.model import load_chat
 from thinkstack.evals.report import markdown_table
 from thinkstack.evals.runner import held_out_problems
-from thinkstack.evals.sampling import num_samples, prompt_record
+from thinkstack.evals.sampling import max_tokens_of, num_samples, prompt_record
 from thinkstack.stages.evaluate import EvaluateConfig
 from thinkstack.tasks.table import make_tasks
 from thinkstack.tasks.task import encode_prompt
@@ -33,12 +33,13 @@ def print_plan(cfg: EvaluateConfig, with_ids: bool) -> None:
             encoded = [encode_prompt(chat, task, problem) for problem in own]
             bos = {prompt_record(ids, chat, 0).num_bos for ids in encoded}
             prompts[name] = encoded[0]
-            sizes, shown = [len(ids) for ids in encoded], ", ".join("none" if one is None else str(one) for one in sorted(bos, key=str))
+            sizes = [len(ids) for ids in encoded]
+            shown = ", ".join("none" if one is None else str(one) for one in sorted(bos, key=str))
         else:
             texts = ["".join(message.content for message in task.prompt(problem)[0]) for problem in own]
             sizes, shown = [math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts], "unknown"
         samples = num_samples(task, cfg) if task.cfg.method == "sampled" else 0
-        sampled = len(own) * samples * cfg.max_tokens
+        sampled = len(own) * samples * max_tokens_of(task, cfg)
         most += sampled
         if cfg.endpoint.url:
             prompt_tokens = sum(sizes) * samples

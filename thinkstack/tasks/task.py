@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from thinkstack.config import CountOrZero, Input, SecondsOrZero
+from thinkstack.config import CountOrZero, Input, SecondsOrZero, Temperature
 from thinkstack.tasks.verify.graders import GraderName
 from thinkstack.types import Message, Problem, Response, Score, Tool
 
@@ -37,6 +37,10 @@ class TaskConfig:
     """Use the wordings of generated questions that training never uses."""
     num_samples: CountOrZero = 0
     """Completions sampled per problem in an evaluation; 0: as many as the evaluation says."""
+    temperature: Temperature | None = None
+    """Sampling temperature in an evaluation; None: that of the evaluation."""
+    max_tokens: CountOrZero = 0
+    """Maximum tokens of a completion in an evaluation, which may say less; 0: as many as the evaluation says."""
     num_problems: CountOrZero = 0
     """Maximum number of test problems in an evaluation, which may say less; 0: as many as the evaluation says."""
     method: Method = "sampled"
