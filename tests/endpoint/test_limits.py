@@ -121,7 +121,7 @@ def blocking_server():
 def test_a_stop_cancels_what_runs_and_keeps_what_finished(tmp_path):
     server, found = blocking_server(), []
     with connect(server, concurrency=4, cache=str(tmp_path)) as endpoint:
-        stop = StopWhen(lambda: len(found) == 5)
+        stop = StopWhen(lambda: len(found) == 5 and server.running == 4)
         with pytest.raises(Interrupted):
             endpoint.complete(asks(50), lambda place, completion: found.append(place), stop)
         assert server.cancelled == 4 and server.running == 0 and len(server.bodies) == 9
