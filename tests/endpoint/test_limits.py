@@ -100,10 +100,10 @@ def test_nothing_starts_before_the_time_that_the_server_asked_for():
 
 
 def test_an_error_ends_the_waits_of_other_requests():
-    server = FakeServer(lambda body, times: error(400))
+    server = FakeServer(lambda body, times: error(400), seconds=1.0)
     with connect(server, concurrency=3, requests_per_minute=1) as endpoint, pytest.raises(RequestError):
         endpoint.complete(asks(9))
-    assert endpoint._loop.time() == 0 and len(server.bodies) == 1
+    assert endpoint._loop.time() == 1 and len(server.bodies) == 1
 
 
 def blocking_server():
