@@ -106,6 +106,17 @@ def test_an_error_ends_the_waits_of_other_requests():
     assert endpoint._loop.time() == 1 and len(server.bodies) == 1
 
 
+def test_a_running_request_that_fails_after_an_error_of_another_one_is_not_tried_again():
+    async def reply(body, times):
+        is_first = body["messages"][-1]["content"] == "question 0"
+        await asyncio.sleep(1 if is_first else 5)
+        return error(400 if is_first else 500)
+
+    with connect(server := FakeServer(reply), concurrency=2) as endpoint, pytest.raises(RequestError, match="400"):
+        endpoint.complete(asks(9))
+    assert len(server.bodies) == 2
+
+
 def blocking_server():
     """Answers the first five requests, and no other one."""
 
