@@ -137,10 +137,12 @@ class FakeServer:
         return reply
 
 
-def connect(server: FakeServer, api_key: str = KEY, **settings: Any) -> Endpoint:
-    """An endpoint of the server on a virtual clock. settings: fields of EndpointConfig."""
+def connect(
+    server: FakeServer, api_key: str = KEY, loop: asyncio.AbstractEventLoop | None = None, **settings: Any
+) -> Endpoint:
+    """An endpoint of the server. loop: default one with a virtual clock. settings: fields of EndpointConfig."""
     cfg = EndpointConfig(**{"url": URL, "model": "small"} | settings)
-    return Endpoint(cfg, api_key, httpx2.MockTransport(server), VirtualLoop())
+    return Endpoint(cfg, api_key, httpx2.MockTransport(server), loop or VirtualLoop())
 
 
 def ask(text: str = "question", **fields: Any) -> EndpointRequest:

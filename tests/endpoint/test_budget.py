@@ -8,7 +8,7 @@ import pytest
 
 from tests.endpoint.fake import FakeServer, answer, ask, asks, broken, connect, delta, end, error, sse, streamed
 from tests.stopping import StopWhen
-from thinkstack.endpoint.budget import BudgetExceeded
+from thinkstack.endpoint.budget import Amount, BudgetExceeded
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.requests import chat_call
 from thinkstack.types import ConfigError, Interrupted
@@ -164,21 +164,28 @@ def test_a_completion_that_is_used_again_counts_once(tmp_path):
 
 
 def test_a_stop_frees_what_was_reserved_and_counts_what_was_cut_off():
-    async def reply(body, times):
-        async def parts():
-            yield sse(delta(content="x" * 15))
-            await asyncio.Event().wait()
+    async def parts():
+        yield sse(delta(content="x" * 15))
+        read.append(1)
+        await asyncio.Event().wait()
 
-        return answer() if times else httpx2.Response(200, content=parts())
-
-    server = FakeServer(reply)
-    with connect(server, max_tokens_total=6 * WORST, concurrency=4, requests_per_minute=60) as endpoint:
+    read = []
+    server, budget = FakeServer(lambda body, times: httpx2.Response(200, content=parts())), 6 * WORST
+    with connect(server, max_tokens_total=budget, concurrency=4) as endpoint:
         with pytest.raises(Interrupted):
-            endpoint.complete(asks(2), stop=StopWhen(lambda: len(server.bodies) == 2))
-        assert endpoint.spent.lost_tokens == 2 * (endpoint._budget.worst_case(CALL).tokens - 20 + 15)
-        with pytest.raises(Interrupted):  # while two wait for their turn
-            endpoint.complete(asks(4), stop=StopWhen(lambda: len(server.bodies) == 4))
-        endpoint.complete(asks(2))
+            endpoint.complete(asks(2), stop=StopWhen(lambda: len(read) == 2))
+        lost = 2 * (endpoint._budget.worst_case(CALL).tokens - 20 + 15)
+        assert endpoint.spent.lost_tokens == lost
+        assert endpoint._budget.missing(Amount(tokens=budget - lost, cost=0.0)) == ""
+
+
+def test_a_stop_frees_what_was_reserved_by_requests_that_wait_for_their_turn():
+    server = FakeServer(lambda body, times: asyncio.Event().wait())
+    settings = {"max_tokens_total": 6 * WORST, "concurrency": 4, "requests_per_minute": 1}
+    with connect(server, loop=asyncio.new_event_loop(), **settings) as endpoint:  # whose minutes do not pass
+        with pytest.raises(Interrupted):
+            endpoint.complete(asks(4), stop=StopWhen(lambda: len(server.bodies) == 1))
+        assert endpoint._budget.missing(Amount(tokens=6 * WORST, cost=0.0)) == ""
 
 
 def test_a_cached_price_that_is_not_given_is_that_of_the_prompt():

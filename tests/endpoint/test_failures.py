@@ -24,6 +24,8 @@ from tests.endpoint.fake import (
     sse,
     streamed,
 )
+from thinkstack.config import build
+from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.pacing import backoff_seconds
 from thinkstack.types import ConfigError, RequestError
 
@@ -267,6 +269,13 @@ def test_an_error_of_the_callback_ends_the_running_requests():
 def test_a_wrong_setting_has_an_error_with_a_way_out(settings, words):
     with pytest.raises(ConfigError, match=words):
         connect(FakeServer(), api_key="", **settings)
+
+
+def test_settings_come_from_a_table():
+    cfg = build(EndpointConfig, {"url": "http://host/v1", "extra_body": {"top_k": 5}, "thinking": True}, "endpoint")
+    assert cfg == EndpointConfig(url="http://host/v1", extra_body={"top_k": 5}, thinking=True)
+    with pytest.raises(ConfigError, match=r"unknown key endpoint.concurency; did you mean endpoint.concurrency\?"):
+        build(EndpointConfig, {"concurency": 3}, "endpoint")
 
 
 @pytest.mark.parametrize(

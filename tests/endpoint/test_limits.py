@@ -100,10 +100,21 @@ def test_nothing_starts_before_the_time_that_the_server_asked_for():
 
 
 def test_an_error_ends_the_waits_of_other_requests():
-    server = FakeServer(lambda body, times: error(400))
+    server = FakeServer(lambda body, times: error(400), seconds=1.0)
     with connect(server, concurrency=3, requests_per_minute=1) as endpoint, pytest.raises(RequestError):
         endpoint.complete(asks(9))
-    assert endpoint._loop.time() == 0 and len(server.bodies) == 1
+    assert endpoint._loop.time() == 1 and len(server.bodies) == 1
+
+
+def test_a_running_request_that_fails_after_an_error_of_another_one_is_not_tried_again():
+    async def reply(body, times):
+        is_first = body["messages"][-1]["content"] == "question 0"
+        await asyncio.sleep(1 if is_first else 5)
+        return error(400 if is_first else 500)
+
+    with connect(server := FakeServer(reply), concurrency=2) as endpoint, pytest.raises(RequestError, match="400"):
+        endpoint.complete(asks(9))
+    assert len(server.bodies) == 2
 
 
 def blocking_server():
@@ -121,7 +132,7 @@ def blocking_server():
 def test_a_stop_cancels_what_runs_and_keeps_what_finished(tmp_path):
     server, found = blocking_server(), []
     with connect(server, concurrency=4, cache=str(tmp_path)) as endpoint:
-        stop = StopWhen(lambda: len(found) == 5)
+        stop = StopWhen(lambda: len(found) == 5 and server.running == 4)
         with pytest.raises(Interrupted):
             endpoint.complete(asks(50), lambda place, completion: found.append(place), stop)
         assert server.cancelled == 4 and server.running == 0 and len(server.bodies) == 9

@@ -58,6 +58,8 @@ def test_a_content_that_begins_inside_thinking_is_thinking_up_to_the_tag_and_all
     assert (found.reasoning, found.content) == ("so so", "Paris")
     cut_off = one(streamed(delta(content="so the answer is 3"), end("length")), opens_thinking=True)
     assert (cut_off.reasoning, cut_off.content, cut_off.is_truncated) == ("so the answer is 3", "", True)
+    parsed = one(streamed(delta(reasoning="so so"), delta(content="Paris"), end()), opens_thinking=True)
+    assert (parsed.reasoning, parsed.content) == ("so so", "Paris")  # the server has a parser after all
 
 
 def test_usage_has_the_cached_and_the_thinking_tokens():

@@ -39,6 +39,8 @@ class CallGroup:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Within this block nothing is asked: an error of another request ends the worker."""
+        if self._error is not None:
+            raise asyncio.CancelledError
         task = asyncio.current_task()
         assert task is not None, "workers are tasks"
         self._waiting.add(task)
