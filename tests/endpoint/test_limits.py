@@ -161,7 +161,15 @@ def test_a_stop_before_the_start_asks_nothing():
     assert server.bodies == []
 
 
-def test_ctrl_c_stops_a_run_with_and_without_a_stop_request():
+@pytest.fixture
+def python_handles_ctrl_c():
+    """A shell lets programs behind "&" ignore SIGINT, and Python then installs no handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_a_run_with_and_without_a_stop_request(python_handles_ctrl_c):
     server, found = blocking_server(), []
 
     def on_finish(place, completion):
