@@ -268,5 +268,6 @@ def describe(found: Evaluation, facts: Mapping[str, Any]) -> dict[str, str]:
         price = sampler.price_per_hour * found.seconds / 3600
         lines |= {"cost": f"{price:.4g}, {price / found.num_correct:.4g} per correct answer"}
     lines |= {"time": clock(found.seconds), "seed": str(facts.get("seed", "")), "commit": str(facts.get("commit", ""))}
-    command = " ".join(map(str, facts.get("command", ())))
+    program, *arguments = facts.get("command", ()) or ("",)
+    command = " ".join((Path(program).name, *map(str, arguments)))
     return lines | {"date": str(facts.get("date", "")), "command": command}
