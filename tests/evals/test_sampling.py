@@ -81,10 +81,24 @@ def test_a_prompt_above_the_limit_is_not_sampled_and_counts_as_wrong_and_not_sco
     records = grade_problems(sampled, REWARD, VerifierPool())
     assert len(asked) == 1
     assert [answer.correct for answer in records[0].answers] == [True, False]
-    assert {answer.unscorable for answer in records[1].answers} == {
-        "the prompt has 51 tokens, above max_prompt_tokens=20"
-    }
+    assert {answer.unscorable for answer in records[1].answers} == {"the prompt has 51 tokens, above the limit of 20"}
     assert records[1].share_correct == 0.0
+
+
+def test_the_context_limits_a_completion_and_refuses_a_prompt_that_fills_it():
+    asked = []
+
+    def generate(prompts, samplings):
+        asked.extend(samplings)
+        return answer_twice(prompts, samplings)
+
+    prompt = len(WithBos().prompt(PROBLEMS[0].messages))
+    cfg = replace(CFG, max_tokens=50, max_model_len=prompt + 30)
+    sample_from_engine(generate, WithBos(), PROBLEMS[:1], TASKS, cfg, "think_answer_tags")
+    assert asked[0].max_tokens == 30
+    cfg = replace(cfg, max_model_len=prompt)
+    (one,) = sample_from_engine(lambda *_: [], WithBos(), PROBLEMS[:1], TASKS, cfg, "think_answer_tags")
+    assert "above the limit of" in one.refused
 
 
 def write(path, *lines):

@@ -68,6 +68,8 @@ class SamplingOptions:
     """Maximum tokens per completion; default 512, or half of the context length if that is less."""
     max_prompt_tokens: N = 0
     """Problems with longer prompts are not sampled and count as wrong; default no limit."""
+    max_model_len: N = 0
+    """Tokens of prompt and completion together, at which a completion is truncated; default that of the model."""
     thinking_budget: N = 0
     """Thinking tokens after which thinking is closed by force; default no limit."""
     thinking_budgets: Annotated[str, arg(metavar="NUMBERS")] = ""

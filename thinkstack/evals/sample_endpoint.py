@@ -32,8 +32,9 @@ def sample_from_endpoint(
     estimates of time and cost hold for all.
     Raises ConfigError for a task whose prompt is no conversation.
     """
-    if cfg.thinking_budget or cfg.max_prompt_tokens:
-        raise ConfigError("thinking_budget and max_prompt_tokens need the tokens of a checkpoint; leave them out")
+    for name in ("thinking_budget", "max_prompt_tokens", "max_model_len"):
+        if getattr(cfg, name):
+            raise ConfigError(f"{name} needs the tokens of a checkpoint; leave it out")
     requests: list[tuple[int, EndpointRequest]] = []
     for place, problem in enumerate(problems):
         task = tasks[problem.task]

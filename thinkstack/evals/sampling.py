@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ class EvalConfig:
     """Maximum number of tokens of a completion; completions that reach it count as truncated."""
     max_prompt_tokens: CountOrZero = 0
     """Maximum number of tokens of a prompt; a problem with a longer one is not sampled and counts as wrong and not
-    scored. 0: as many as the context leaves."""
+    scored. 0: no limit but the context."""
+    max_model_len: CountOrZero = 0
+    """Maximum tokens of prompt and completion together: a completion that reaches it is truncated, and a prompt of this
+    length or more is too long. 0: every prompt has room for max_tokens."""
     thinking_budget: CountOrZero = 0
     """Thinking tokens of a completion after which thinking is closed by force; 0: no limit but max_tokens."""
     seed: Seed = 0
@@ -84,14 +87,28 @@ def sample_from_engine(
     prompts = [encode_prompt(chat, tasks[problem.task], problem) for problem in problems]
     samplings = [sampling_params_for(problem, tasks[problem.task], chat, cfg) for problem in problems]
     records = [prompt_record(prompt, chat, sampling.seed) for prompt, sampling in zip(prompts, samplings, strict=True)]
-    fits = [not cfg.max_prompt_tokens or len(prompt) <= cfg.max_prompt_tokens for prompt in prompts]
+    samplings = [_within_context(*pair, cfg) for pair in zip(prompts, samplings, strict=True)]
+    limit = longest_prompt(cfg)
+    fits = [not limit or len(prompt) <= limit for prompt in prompts]
     completions = iter(generate(list(compress(prompts, fits)), list(compress(samplings, fits))))
     return [
         _parsed(problem, next(completions), record, chat, thinking_format)
         if fit
-        else _refused(problem, sampling.n, record, cfg.max_prompt_tokens)
+        else _refused(problem, sampling.n, record, limit)
         for problem, sampling, record, fit in zip(problems, samplings, records, fits, strict=True)
     ]
+
+
+def longest_prompt(cfg: EvalConfig) -> int:
+    """Return the maximum tokens of a prompt by max_prompt_tokens and max_model_len; 0: no limit."""
+    limits = [cfg.max_prompt_tokens] if cfg.max_prompt_tokens else []
+    return min([*limits, cfg.max_model_len - 1] if cfg.max_model_len else limits, default=0)
+
+
+def _within_context(prompt: Sequence[int], sampling: SamplingParams, cfg: EvalConfig) -> SamplingParams:
+    """The parameters with max_tokens within max_model_len, for a prompt that is not too long."""
+    room = cfg.max_model_len - len(prompt) if cfg.max_model_len else sampling.max_tokens
+    return sampling if room >= sampling.max_tokens else replace(sampling, max_tokens=max(room, 1))
 
 
 def _parsed(
@@ -115,7 +132,7 @@ def _refused(problem: Problem, samples: int, prompt: PromptRecord, limit: int) -
         responses=(Response(text=""),) * samples,
         num_tokens=(0,) * samples,
         prompt=prompt,
-        refused=f"the prompt has {len(prompt.token_ids):,} tokens, above max_prompt_tokens={limit:,}",
+        refused=f"the prompt has {len(prompt.token_ids):,} tokens, above the limit of {limit:,}",
     )
 
 

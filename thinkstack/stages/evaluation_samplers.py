@@ -32,6 +32,7 @@ from thinkstack.evals.sample_endpoint import sample_from_endpoint
 from thinkstack.evals.sampling import (
     EvalConfig,
     SampledProblem,
+    longest_prompt,
     num_samples,
     read_answers,
     sample_from_engine,
@@ -104,10 +105,10 @@ class EngineSampler(Sampler):
         for config, problems in parts:
             for one in problems:
                 size = len(encode_prompt(self.chat, tasks[one.task], one))
-                if tasks[one.task].cfg.method == "sampled" and size <= (cfg.max_prompt_tokens or size):
+                if tasks[one.task].cfg.method == "sampled" and size <= (longest_prompt(cfg) or size):
                     sizes.append(size)
                     self._num_completions += num_samples(tasks[one.task], config)
-        self.max_model_len = max(sizes) + cfg.max_tokens
+        self.max_model_len = min(cfg.max_model_len or max(sizes) + cfg.max_tokens, max(sizes) + cfg.max_tokens)
         if cfg.thinking_budgets:
             self.max_model_len += cfg.answer_tokens + 8  # the tokens that close thinking
         self.facts = SamplerFacts(
