@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 from thinkstack.evals.loglikelihood import ChoiceResult, choice_prompt, choose_by_loglikelihood
 from thinkstack.evals.protocol import SamplerFacts
-from thinkstack.evals.records import AnswerRecord, ProblemRecord
-from thinkstack.evals.regrade import LOGLIKELIHOOD
+from thinkstack.evals.records import LOGLIKELIHOOD, AnswerRecord, ProblemRecord
 from thinkstack.evals.sampling import prompt_record
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.benchmarks.datasets import DatasetTask

@@ -13,6 +13,9 @@ from thinkstack.files import lines
 from thinkstack.log import write_text
 from thinkstack.types import ConfigError
 
+LOGLIKELIHOOD = "log-likelihood"
+"""Start of the grader of questions that are answered without text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRecord:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from thinkstack.config import build, did_you_mean
 from thinkstack.evals.metrics import cons_at_k
-from thinkstack.evals.records import ProblemRecord, read_samples
+from thinkstack.evals.records import LOGLIKELIHOOD, ProblemRecord, read_samples
 from thinkstack.evals.results import answer_class
 from thinkstack.evals.runner import held_out_problems
 from thinkstack.evals.sampling import EvalConfig
@@ -29,8 +29,6 @@ STORED, OWN = "stored", "task"
 """Names of the verdicts in the samples, and of those of the task's own verifier, beside those of the graders."""
 SAMPLES = "samples.jsonl"
 log = logging.getLogger(__name__)
-LOGLIKELIHOOD = "log-likelihood"
-"""Start of the grader of questions that are answered without text."""
 Verdict = bool | None
 """True: correct; False: wrong; None: the grader could not score the answer."""
 
