@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
-import sys
+import os, sys
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.endpoint.endpoint import Endpoint
 from thinkstack.endpoint.requests import EndpointRequest
@@ -25,8 +25,11 @@ requests = [
     EndpointRequest(messages=(Message(role="user", content=f"question {number}"),), max_tokens=20)
     for number in range(count)
 ]
+def report(place, completion):
+    os.write(1, f"{place} {completion.content}\\n".encode())  # all or nothing, also when the process is killed
+
 with Endpoint(EndpointConfig(url=url, model="small", cache=cache)) as endpoint:
-    endpoint.complete(requests, on_finish=lambda place, completion: print(place, completion.content, flush=True))
+    endpoint.complete(requests, on_finish=report)
 """
 """Asks `count` questions and prints the number and the answer of each as it is reported."""
 
@@ -40,10 +43,22 @@ class CountingServer(ThreadingHTTPServer):
     def __init__(self, seconds: float):
         super().__init__(("127.0.0.1", 0), Handler)
         self.seconds, self.asked, self.lock = seconds, Counter[str](), threading.Lock()
+        self.connections = 0
+        """Of clients that live, or whose requests are not all counted yet."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.lock:
+            self.connections += 1
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self.lock:
+            self.connections -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that are killed are no errors."""

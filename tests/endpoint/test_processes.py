@@ -39,7 +39,9 @@ def run_with_kills(folder, kills, count, seconds, seed):
                 if len(reported) >= goal:
                     break
             process.kill()
-            note(process.communicate(timeout=HANG_SECONDS)[0].splitlines(), reported)
+            note(process.stdout, reported)  # not `communicate`, which leaves out what was read ahead
+            process.wait()
+            until(lambda: server.connections == 0)
         last = start(server, folder, count)
         note(last.communicate(timeout=HANG_SECONDS)[0].splitlines(), reported)
         assert last.returncode == 0
