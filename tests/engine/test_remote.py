@@ -266,6 +266,7 @@ def test_logits_that_are_not_finite_fail_the_request():
     ("changes", "part"),
     [
         ({"thinking_budget": 2, "think_end_token_ids": (3,)}, "thinking_budget=2"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs are not read from vLLM servers"),
         ({"temperature": 0.001}, r"temperature=0\.001"),
         ({"max_tokens": 96}, "shorten"),
         ({"stop_token_ids": (48,)}, "stop_token_ids contains token id 48"),
