@@ -29,6 +29,8 @@ CONS_SAMPLES = 16
 """Number of samples that vote in the majority vote of the learning curve; all samples if there are fewer."""
 PERCENTILES = (10, 50, 90, 100)
 """Percentiles of the number of tokens."""
+LONGEST_FORMULA = 256
+"""Characters of the longest answer that may be a formula."""
 SHOWN_ANSWERS = 3
 """Number of completions per task that an Evaluation stores as text."""
 CURVE = (
@@ -261,10 +263,18 @@ def _majority(record: ProblemRecord, k: int) -> float:
     return cons_at_k(classes, [bool(answer.correct) for answer in record.answers], k)
 
 
-@functools.lru_cache(maxsize=65536)
 def answer_class(answer: str | int) -> str:
-    """Return the class of a wrong answer in a majority vote: its normalized LaTeX, so that 1/2 and 0.5 are one."""
-    return normalize_latex(str(answer))
+    """Return the class of a wrong answer in a majority vote: its normalized LaTeX, so that 1/2 and 0.5 are one.
+
+    A program or another long text is its own class: it is no formula, and would take milliseconds.
+    """
+    text = str(answer)
+    return _normalized(text) if len(text) <= LONGEST_FORMULA else text
+
+
+@functools.lru_cache(maxsize=65536)
+def _normalized(answer: str) -> str:
+    return normalize_latex(answer)
 
 
 def _pass_at_powers_of_two(records: Sequence[ProblemRecord], samples: int) -> dict[int, float]:

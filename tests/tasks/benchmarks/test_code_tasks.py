@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 
+from thinkstack.evals.results import answer_class
 from thinkstack.tasks.benchmarks import codeforces
 from thinkstack.tasks.benchmarks.codeforces import Standing
 from thinkstack.tasks.benchmarks.evalplus import is_right, typed
@@ -214,6 +215,15 @@ LCB = [
     lcb_row(2, CALLS, STARTER, "add", packed=True),
     lcb_row(3, STDIN, packed=True, date="2025-01-31"),
 ]
+
+
+def test_the_answer_of_code_is_the_program(tmp_path):
+    """The general rule takes the last number of the text: a program without one counted as no answer."""
+    task = task_with(tmp_path, "humaneval", HUMANEVAL)
+    problem, response = problems_of(task)[0], fenced("def twice(x): return x + x")
+    assert task.read_answer(problem, response) == "def twice(x): return x + x\n"
+    assert task.read_answer(problem, Response(text="<think>\n```python\nx = 1\n```")) is None
+    assert answer_class("1/2") == answer_class(r"\frac12") and answer_class("x = 1/2\n" * 99) == "x = 1/2\n" * 99
 
 
 @needs_sandbox

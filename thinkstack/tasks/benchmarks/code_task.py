@@ -42,6 +42,10 @@ class CodeTask(DatasetTask):
         """Return the program of a response: its last complete code block outside thinking; None if there is none."""
         return last_code_block(visible_text(response))
 
+    def read_answer(self, problem: Problem, response: Response) -> str | None:
+        """Return the program, by which completions of one problem are compared."""
+        return self.program(problem, response)
+
     def num_tests(self, problem: Problem) -> int:
         """How many tests have a time limit of their own."""
         return 1
