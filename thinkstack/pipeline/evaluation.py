@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
 from thinkstack.config import Tree, build, hashed_settings, merge, override
 from thinkstack.evals.benchmark_report import result_rows, write_benchmark_report
+from thinkstack.evals.records import ProblemRecord, read_samples
 from thinkstack.evals.report import markdown_table, setting_line
 from thinkstack.evals.results import Evaluation
 from thinkstack.evals.runner import held_out_problems
@@ -18,7 +20,7 @@ from thinkstack.evals.sampling import EvalConfig
 from thinkstack.evals.suites import load_suite
 from thinkstack.log import Run
 from thinkstack.pipeline.run import run_single
-from thinkstack.stages.evaluate import SAMPLED, EvaluateConfig, read_evaluation
+from thinkstack.stages.evaluate import SAMPLED, SAMPLES, EvaluateConfig, read_evaluation
 from thinkstack.stages.evaluation_plan import print_plan
 from thinkstack.tasks.benchmarks.datasets import FILE_SUFFIXES, DatasetTask
 from thinkstack.tasks.table import BENCHMARKS, make_task
@@ -27,6 +29,8 @@ from thinkstack.types import ConfigError, Problem
 
 MAX_TOKENS = 512
 """Default maximum number of tokens of a completion, if the context of the model has twice as many."""
+SHOWN_REASONS = 3
+"""Reasons that are printed for completions without a score."""
 CACHE = "runs/eval/endpoint"
 """Completions of endpoints by content, which all evaluations share."""
 DEFAULTS: Tree = {
@@ -74,16 +78,27 @@ def run_evaluation(request: EvaluationRequest, report: Path | None = None) -> No
         run_single("evaluate", values, (), out)
     except ConfigError as error:
         raise ConfigError(_for_command_line(str(error))) from error
-    found = read_evaluation(out / "evaluate", SAMPLED)
+    print_results(out / "evaluate", report, request.suite, left_out)
+
+
+def print_results(folder: Path, report: Path | None, suite: str = "", left_out: Sequence[str] = ()) -> None:
+    """Print the results of an evaluation. folder: of its stage. report: a folder for the report. left_out: tasks."""
+    found = read_evaluation(folder, SAMPLED)
     print(f"{setting_line({'': found})}\n\n{results_table(found)}")
+    if found.unscorable:
+        print(f"not scored: {reasons(read_samples(folder / SAMPLES))}")
     if left_out:
         print(f"left out, without data: {', '.join(left_out)}")
     if report is not None:
-        facts = Run(out / "evaluate").provenance()
-        model = found.sampler.model if found.sampler else request.model
-        title = f"{model} on {request.suite or ', '.join(found.by_task)}"
-        write_benchmark_report(report, title, found, facts, left_out)
+        title = f"{found.sampler.model if found.sampler else folder} on {suite or ', '.join(found.by_task)}"
+        write_benchmark_report(report, title, found, Run(folder).provenance(), left_out)
         print(f"report: {report / 'report.html'}")
+
+
+def reasons(records: Sequence[ProblemRecord]) -> str:
+    """Return why completions were not scored, each reason with their number, the most frequent first."""
+    found = Counter(answer.unscorable for record in records for answer in record.answers if answer.unscorable)
+    return "; ".join(f"{count} of {reason}" for reason, count in found.most_common(SHOWN_REASONS))
 
 
 def show_plan(request: EvaluationRequest, with_ids: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from thinkstack.config import Count, Input, ModelInput, Weight
 from thinkstack.endpoint.config import EndpointConfig
@@ -113,6 +113,18 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
                 write_samples(run.folder / SAMPLES, records)
             write_json(run.folder / file, result.to_dict())
         sampler.delete_saved()
+
+
+def replace_records(folder: Path, records: Sequence[ProblemRecord], **changes: Any) -> None:
+    """Write the results of a finished evaluation again, from records with other verdicts and the same completions.
+
+    changes: fields of Evaluation.
+    """
+    old = read_evaluation(folder, SAMPLED)
+    kept = {name: getattr(old, name) for name in ("protocols", "sampler", "forced")}
+    result = replace(summarize(records, old.seconds, old.chance), **kept | changes)
+    write_samples(folder / SAMPLES, records)
+    write_json(folder / SAMPLED, result.to_dict())
 
 
 def variants(cfg: EvaluateConfig) -> dict[str, EvaluateConfig]:
