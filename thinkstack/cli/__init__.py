@@ -44,6 +44,7 @@ EVALUATIONS: dict[str, Callable[..., None]] = {
     "export": evaluation.export,
     "import": evaluation.import_log,
     "swe-bench": judged.swe_bench,
+    "codeforces": judged.codeforces,
 }
 """Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {

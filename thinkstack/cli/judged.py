@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from thinkstack.cli.arguments import Name
+from thinkstack.cli.arguments import N, Name
 from thinkstack.types import ConfigError
 
 
@@ -41,3 +41,24 @@ def swe_bench(
         write_predictions(run, predictions, name, task)
         return
     print_results(apply_reports(run, reports, logs, task), report)
+
+
+def codeforces(
+    run: Annotated[Path, Positional, arg(metavar="RUN")],
+    /,
+    standings: Annotated[Path, arg(metavar="FILE")],
+    seed: N = 0,
+    report: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+) -> None:
+    """Rate an evaluation of codeforces by the standings of its contests; the protocol is ours.
+
+    Args:
+        run: The folder of an evaluation, such as runs/eval/NAME, or its samples.jsonl.
+        standings: A row for each participant with contest_id, rating, points, and optionally penalty.
+        seed: Seed of the re-run error.
+        report: Folder for report.html, report.md, report.json and plots.
+    """
+    from thinkstack.pipeline.evaluation import print_results
+    from thinkstack.stages.contests import rate_run
+
+    print_results(rate_run(run, standings, seed), report)

@@ -89,6 +89,8 @@ class ProblemRecord:
     """Name of the grader: tasks/verify/graders.py, or the task's name; empty in files that do not have it."""
     date: str = ""
     """Date of the problem, YYYY-MM-DD; empty if the set has none."""
+    metadata: dict[str, str | int | float] = field(default_factory=dict)
+    """Facts of the problem that a figure needs (RECORDED), by name."""
     prompt: PromptRecord | None = None
     """None in files that do not have it."""
     sampler: SamplerFacts | None = None
@@ -109,6 +111,8 @@ class ProblemRecord:
         return [(answer.num_tokens, bool(answer.correct), not answer.truncated) for answer in self.answers]
 
 
+RECORDED = ("contest_id", "points")
+"""Names in the metadata of a problem that its record keeps."""
 RECORD_ADAPTER = TypeAdapter(ProblemRecord)
 
 

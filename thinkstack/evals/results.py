@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from thinkstack.evals.contests import ContestRating
 from thinkstack.evals.metrics import (
     BudgetPoint,
     ForcedPoint,
@@ -156,6 +157,8 @@ class Evaluation(EvalMetrics):
     """What sampled the completions; None in evaluations during training."""
     forced: dict[str, tuple[ForcedPoint, ...]] = field(default_factory=dict)
     """Accuracy if thinking is closed by force at a budget (evals/budgets.py), by task."""
+    contests: ContestRating | None = None
+    """Rating of `codeforces` by the standings of its contests (evals/contests.py), if they were given."""
     seconds: float
     """Wall time of sampling and scoring."""
     shown: dict[str, tuple[ShownAnswer, ...]]

@@ -11,7 +11,8 @@ from pathlib import Path
 from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
 from thinkstack.config import Tree, build, hashed_settings, merge, override
-from thinkstack.evals.benchmark_report import result_rows, write_benchmark_report
+from thinkstack.evals.benchmark_report import contest_table, result_rows, write_benchmark_report
+from thinkstack.evals.contests import RATED, read_standings
 from thinkstack.evals.records import ProblemRecord, read_samples
 from thinkstack.evals.report import markdown_table, setting_line
 from thinkstack.evals.results import Evaluation
@@ -20,6 +21,7 @@ from thinkstack.evals.sampling import EvalConfig
 from thinkstack.evals.suites import load_suite
 from thinkstack.log import Run
 from thinkstack.pipeline.run import run_single
+from thinkstack.stages.contests import rate_run
 from thinkstack.stages.evaluate import SAMPLED, SAMPLES, EvaluateConfig, read_evaluation
 from thinkstack.stages.evaluation_plan import print_plan
 from thinkstack.tasks.benchmarks.datasets import FILE_SUFFIXES, DatasetTask
@@ -70,14 +72,20 @@ class EvaluationRequest:
     """Folder of the run; None: derived from model and settings."""
 
 
-def run_evaluation(request: EvaluationRequest, report: Path | None = None) -> None:
-    """Evaluate and print the results. report: a folder for the report."""
+def run_evaluation(request: EvaluationRequest, report: Path | None = None, standings: Path | None = None) -> None:
+    """Evaluate and print the results. report: a folder for the report. standings: a file, for a rating."""
     values, left_out = evaluation_values(request)
+    if standings is not None:
+        read_standings(standings)  # before anything is sampled
+        if RATED not in values["tasks"]:
+            raise ConfigError(f"--standings {standings} has no effect without the task {RATED}; leave it out")
     try:
         out = request.out or default_folder(request, values)
         run_single("evaluate", values, (), out)
     except ConfigError as error:
         raise ConfigError(_for_command_line(str(error))) from error
+    if standings is not None:
+        rate_run(out, standings, values.get("seed", 0))
     print_results(out / "evaluate", report, request.suite, left_out)
 
 
@@ -85,6 +93,9 @@ def print_results(folder: Path, report: Path | None, suite: str = "", left_out: 
     """Print the results of an evaluation. folder: of its stage. report: a folder for the report. left_out: tasks."""
     found = read_evaluation(folder, SAMPLED)
     print(f"{setting_line({'': found})}\n\n{results_table(found)}")
+    if found.contests:
+        table = contest_table(found.contests)
+        print("\n".join(["", *markdown_table((table.corner, *table.columns), table.rows), "", table.note]))
     if found.unscorable:
         print(f"not scored: {reasons(read_samples(folder / SAMPLES))}")
     if left_out:

@@ -121,7 +121,7 @@ def replace_records(folder: Path, records: Sequence[ProblemRecord], **changes: A
     changes: fields of Evaluation.
     """
     old = read_evaluation(folder, SAMPLED)
-    kept = {name: getattr(old, name) for name in ("protocols", "sampler", "forced")}
+    kept = {name: getattr(old, name) for name in ("protocols", "sampler", "forced", "contests")}
     result = replace(summarize(records, old.seconds, old.chance), **kept | changes)
     write_samples(folder / SAMPLES, records)
     write_json(folder / SAMPLED, result.to_dict())
