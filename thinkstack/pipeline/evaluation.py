@@ -10,7 +10,7 @@ from pathlib import Path
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
-from thinkstack.config import Tree, build, hashed_settings, merge, override
+from thinkstack.config import Tree, build, did_you_mean, hashed_settings, merge, override
 from thinkstack.evals.benchmark_report import contest_table, result_rows, write_benchmark_report
 from thinkstack.evals.contests import RATED, read_standings
 from thinkstack.evals.records import ProblemRecord, read_samples
@@ -150,10 +150,12 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
         rows = {name: row for name, row in suite.tasks.items() if not request.tasks or name in request.tasks}
         values = merge(values, suite.settings)
     given = {name: value for name, value in request.values.items() if value is not None}
-    values = merge(values, given)
+    row = {name: value for name, value in request.row.items() if value not in (None, "", 0, False, [])}
+    values = merge(values, given) | {"tasks": {name: own | row for name, own in rows.items()}}
     for setting in request.settings:
         values = override(values, setting)
-    tasks, missing = task_rows(request, rows)
+        _check_task_rows(values["tasks"], rows, setting)
+    tasks, missing = task_rows(request, values["tasks"])
     left_out = sorted(missing) if request.is_partial else []
     if len(left_out) == len(tasks) or (missing and not request.is_partial):
         way_out = ", or leave them out with --available" if len(missing) < len(tasks) else ""
@@ -168,21 +170,28 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
     return {"max_tokens": MAX_TOKENS} | values, left_out
 
 
+def _check_task_rows(changed: object, rows: Mapping[str, Tree], setting: str) -> None:
+    """Raise ConfigError for a setting after which the rows of tasks are not those of the evaluation."""
+    if not isinstance(changed, dict) or not all(isinstance(row, dict) for row in changed.values()):
+        raise ConfigError(f"--set {setting}: write it as tasks.TASK.SETTING=VALUE")
+    if unknown := sorted(changed.keys() - rows):
+        raise ConfigError(f"--set {setting}: the evaluation has no task {unknown[0]!r}{did_you_mean(unknown[0], rows)}")
+
+
 def task_rows(request: EvaluationRequest, rows: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, str]]:
     """Return the settings of each task, with its data, and why the data of a task are missing.
 
     Raises ConfigError for an unknown task and for settings that do not apply to it.
     """
     found, missing = {}, {}
-    given = {name: value for name, value in request.row.items() if value not in (None, "", 0, False, [])}
     generated = [name for name in rows if _is_generated(name)]
     for name, row in rows.items():
         if name not in generated and (name in BENCHMARKS or request.data):
-            row = row | {"data": find_data(request.data, name)}
+            row = {"data": find_data(request.data, name)} | row
         elif len(generated) == len(rows) and request.data:
-            row = row | {"data": request.data}  # make_task refuses it
-        found[name] = row | given
-        task = make_task(name, build(TaskConfig, found[name], f"tasks.{name}"))
+            row = {"data": request.data} | row  # make_task refuses it
+        found[name] = row
+        task = make_task(name, build(TaskConfig, row, f"tasks.{name}"))
         if isinstance(task, DatasetTask):
             try:
                 task.file("test")
