@@ -5,6 +5,7 @@ import decimal
 import gzip
 import json
 import random
+import sys
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from thinkstack.rl.rollout_log import read_lines
 from thinkstack.stages.conversations import read_conversations
 from thinkstack.stages.generate import read_prompts
 from thinkstack.tasks.benchmarks.datasets import Gsm8k
+from thinkstack.tasks.table import make_task
 from thinkstack.tasks.task import TaskConfig
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
@@ -256,6 +258,16 @@ def test_a_parquet_file_that_is_cut_or_none_is_named_before_pyarrow_is_imported(
     ):
         with pytest.raises(ConfigError, match=rf"x\.parquet.*({message})"):
             read_conversations([str(made(tmp_path, raw, "x.parquet"))])
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "hm_fim.parquet").write_bytes(b"PAR1\x15\x04PAR1")
+    task = make_task("fim", TaskConfig(data=str(tmp_path)))
+    with pytest.raises(
+        ConfigError, match=r"hm_fim\.parquet needs pyarrow: pip install 'thinkstack\[parquet\]', or give"
+    ):
+        task.problems("test", 0)
 
 
 def test_damaged_parquet_is_one_line_and_nulls_within_a_column_are_no_keys(tmp_path):
