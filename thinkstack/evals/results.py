@@ -21,7 +21,7 @@ from thinkstack.evals.metrics import (
     tokens_per_solution,
 )
 from thinkstack.evals.protocol import SamplerFacts, TaskProtocol
-from thinkstack.evals.records import ProblemRecord
+from thinkstack.evals.records import ProblemRecord, grader_of
 from thinkstack.evals.statistics import ErrorEstimate, question_error, rerun_error
 from thinkstack.tasks.verify.latex import normalize_latex
 from thinkstack.types import ConfigError
@@ -199,7 +199,7 @@ def summarize(
         },
         by_language={name: compute_metrics(part) for name, part in _group_by(records, lambda r: r.language).items()},
         chance=dict(chance or {}),
-        graders={name: part[0].grader for name, part in tasks.items() if part[0].grader},
+        graders={name: grader_of(part) for name, part in tasks.items() if part[0].grader},
         over_tokens=tuple(accuracy_over_tokens([record.sampled for record in records])),
         seconds=seconds,
         shown={name: _shown_answers(part) for name, part in tasks.items()},

@@ -271,6 +271,6 @@ def _judged(answer: AnswerRecord, verdict: Verdict) -> AnswerRecord:
         answer,
         correct=verdict.correct,
         unscorable=None if has_verdict else verdict.reason,
-        grader=f"{GRADER}, schema {SCHEMA}",
+        grader=GRADER,
         detail=verdict.reason if has_verdict else "",
     )

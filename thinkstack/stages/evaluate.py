@@ -11,7 +11,7 @@ from thinkstack.config import Count, Input, ModelInput, Weight
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.evals.protocol import TaskProtocol
-from thinkstack.evals.records import ProblemRecord, write_samples
+from thinkstack.evals.records import ProblemRecord, grader_of, write_samples
 from thinkstack.evals.results import Evaluation, summarize
 from thinkstack.evals.runner import chances, grade_problems, held_out_problems, warn_if_no_answer_read
 from thinkstack.evals.sampling import EvalConfig, max_tokens_of, num_samples, temperature_of
@@ -172,7 +172,7 @@ def protocols(
             prompt=task.cfg.prompt,
             num_shots=task.cfg.num_shots,
             thinking_format=cfg.thinking_format,
-            grader=own[0].grader,
+            grader=grader_of(own),
             since=task.cfg.since,
             until=task.cfg.until,
             seed=cfg.seed,
