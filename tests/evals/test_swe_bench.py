@@ -8,7 +8,7 @@ import pytest
 from tests.tasks.benchmarks.test_swe_bench import DIFF, row, write
 from thinkstack.evals.compare import compare_tasks
 from thinkstack.evals.records import read_samples
-from thinkstack.evals.swe_bench import predictions_of
+from thinkstack.evals.swe_bench import Predictions, predictions_of
 from thinkstack.pipeline.evaluation import EvaluationRequest, run_evaluation
 from thinkstack.stages.evaluate import read_evaluation
 from thinkstack.stages.swe_bench import apply_reports, write_predictions
@@ -179,9 +179,30 @@ def test_each_completion_has_a_file_and_a_report_of_its_own(run, tmp_path):
         apply_reports(second, [reports[0], reports[0]], None, "")
 
 
+def test_completions_with_equal_patches_have_names_of_their_own():
+    """Else the harness would take the results of the first for the second, and a report could be of either."""
+    first, second = (Predictions(sample=sample, patches={"a__b-1": DIFF}) for sample in (0, 1))
+    assert first.digest != second.digest and first.model_name("m") != second.model_name("m")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {
+                "empty_patch_ids": INSTANCES[2:4],
+                "empty_patch_instances": 2,
+                "completed_ids": INSTANCES[:2],
+                "completed_instances": 2,
+                "unresolved_ids": INSTANCES[1:2],
+                "unresolved_instances": 1,
+            },
+            "owner__repo-3 has a patch in this run and none in the report",
+        ),
+        (
+            {"empty_patch_ids": [], "empty_patch_instances": 0, "completed_ids": INSTANCES, "completed_instances": 6},
+            "owner__repo-2 has no patch in this run and one in the report",
+        ),
         ({"submitted_ids": INSTANCES[:5], "submitted_instances": 5}, "is not in submitted_ids"),
         ({"submitted_ids": [*INSTANCES, "x"], "submitted_instances": 7}, r"0 of the run .* and 1 are unknown \(x\)"),
         ({"empty_patch_ids": [], "empty_patch_instances": 0, "error_ids": [INSTANCES[2]], "error_instances": 1}, None),
