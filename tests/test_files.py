@@ -296,7 +296,7 @@ def test_values_that_only_parquet_has_are_refused_by_their_type(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     day = datetime.date(2025, 1, 20)
     for turns, more, error_text in (
-        ([{"role": b"user", "content": "q"}], {}, "role .* is not known"),
+        ([{"role": b"user", "content": "q"}], {}, "role .* is not supported"),
         ([{"role": "user", "content": b"q"}], {}, "content or value is of type bytes, not text"),
         ([{"role": "user", "content": day}], {}, "content or value is of type date, not text"),
         ([{"role": "assistant", "content": "a", "weight": decimal.Decimal("0.5")}], {}, "weight=.* is not supported"),
