@@ -99,6 +99,10 @@ RUDE = {
     "eval regrade {one} --thinking-format loose": "unknown thinking format 'loose'",
     "eval compare {one} {other}": "no question in common",
     "eval compare {one}": "RUN",
+    "eval swe-bench {one}": "give one of --predictions",
+    "eval swe-bench {one} --predictions {out}/p.jsonl": "has no task of SWE-bench",
+    "eval swe-bench {one} --reports {one} --predictions p.jsonl": "give one of --predictions",
+    "eval swe-bench {tmp} --reports {one}": "has no samples.jsonl",
     # what training left
     "rollouts {tmp} --step 3": "has no rollouts of step 3; logged steps: none",
     "replay {tmp} {model} --step 3": "has no rollouts of step 3",

@@ -55,6 +55,7 @@ def test_a_wrong_setting_is_named_with_the_way_out(values: dict, message: str):
 def test_overrides_reach_any_depth_and_read_values_as_toml():
     tree = override({"a": {"b": 1, "c": 2}}, "a.b=[1, 2]")
     assert override(tree, "a.d=text") == {"a": {"b": [1, 2], "c": 2, "d": "text"}}
+    assert override({}, "since= 2024-08-01 ") == {"since": "2024-08-01"}, "no setting is a date of TOML"
     assert merge({"a": {"b": 1}}, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
     with pytest.raises(ConfigError, match=r"key\.key=value"):
         override({}, "nonsense")

@@ -5,6 +5,7 @@ import decimal
 import gzip
 import json
 import random
+import sys
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from thinkstack.rl.rollout_log import read_lines
 from thinkstack.stages.conversations import read_conversations
 from thinkstack.stages.generate import read_prompts
 from thinkstack.tasks.benchmarks.datasets import Gsm8k
+from thinkstack.tasks.table import make_task
 from thinkstack.tasks.task import TaskConfig
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError
@@ -258,6 +260,16 @@ def test_a_parquet_file_that_is_cut_or_none_is_named_before_pyarrow_is_imported(
             read_conversations([str(made(tmp_path, raw, "x.parquet"))])
 
 
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "hm_fim.parquet").write_bytes(b"PAR1\x15\x04PAR1")
+    task = make_task("fim", TaskConfig(data=str(tmp_path)))
+    with pytest.raises(
+        ConfigError, match=r"hm_fim\.parquet needs pyarrow: pip install 'thinkstack\[parquet\]', or give"
+    ):
+        task.problems("test", 0)
+
+
 def test_damaged_parquet_is_one_line_and_nulls_within_a_column_are_no_keys(tmp_path):
     """Arrow gives every object of a column the keys of all: a call of one tool had the arguments of the other, null."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -284,7 +296,7 @@ def test_values_that_only_parquet_has_are_refused_by_their_type(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     day = datetime.date(2025, 1, 20)
     for turns, more, error_text in (
-        ([{"role": b"user", "content": "q"}], {}, "role .* is not known"),
+        ([{"role": b"user", "content": "q"}], {}, "role .* is not supported"),
         ([{"role": "user", "content": b"q"}], {}, "content or value is of type bytes, not text"),
         ([{"role": "user", "content": day}], {}, "content or value is of type date, not text"),
         ([{"role": "assistant", "content": "a", "weight": decimal.Decimal("0.5")}], {}, "weight=.* is not supported"),

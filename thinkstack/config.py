@@ -1,6 +1,7 @@
 """Build frozen dataclasses from TOML: merged layers, dotted overrides, strict keys, resolved dump."""
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import math
@@ -75,8 +76,8 @@ def merge(base: Tree, overlay: Tree) -> Tree:
 
 
 def override(tree: Tree, assignment: str) -> Tree:
-    """`tree` with one dotted assignment such as stages.zero.steps=20. The value is parsed as TOML; if that fails, it is
-    a string."""
+    """`tree` with one dotted assignment such as stages.zero.steps=20. The value is parsed as TOML; a date, and what is
+    not TOML, is a string."""
     path, separator, text = assignment.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"cannot read the override {assignment!r}; write it as key.key=value")
@@ -84,6 +85,8 @@ def override(tree: Tree, assignment: str) -> Tree:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if isinstance(value, datetime.date | datetime.time):
+        value = text.strip()
     overlay: Tree = functools.reduce(lambda inner, key: {key: inner}, reversed(path.strip().split(".")), value)
     return merge(tree, overlay)
 

@@ -206,7 +206,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ConfigError(f"{path} needs pyarrow; pip install pyarrow, or give JSON lines") from error
+        raise ConfigError(f"{path} needs pyarrow: pip install 'thinkstack[parquet]', or give JSON lines") from error
     try:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:

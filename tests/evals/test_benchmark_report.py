@@ -13,6 +13,7 @@ from thinkstack.evals.benchmark_report import (
     result_rows,
     write_benchmark_report,
 )
+from thinkstack.evals.contests import Contest, Standing, rate
 from thinkstack.evals.metrics import ForcedPoint
 from thinkstack.evals.protocol import SamplerFacts
 from thinkstack.evals.records import AnswerRecord, ProblemRecord, PromptRecord
@@ -124,3 +125,22 @@ def test_an_evaluation_of_a_task_without_published_rows_has_a_report(tmp_path):
     found = evaluation(task="chain", protocol=replace(R1_AIME24, task="chain", num_available=0))
     write_benchmark_report(tmp_path, "t", found, {})
     assert "published figures" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_rating_stands_beside_published_ones_and_is_never_compared(tmp_path):
+    """Published problems, tests and standings of Codeforces are unknown, so the protocol cannot be the same."""
+    protocol = replace(R1_AIME24, task="codeforces", samples=16, grader="tests by experts")
+    found = evaluation("codeforces", protocol, problems=2, right=3, samples=16)
+    records = [replace(one, metadata={"contest_id": 7}) for one in found.records]
+    standings = [Standing(rating=1500.0, points=points) for points in (1, 2, 3)]
+    found = replace(found, contests=rate(records, {"7": Contest(standings)}))
+    rows = {one.row.metric: one for one in beside_published(found, "codeforces") if one.row.model == "DeepSeek-R1"}
+    assert {"rating", "percentile"} <= rows.keys()
+    for one in rows.values():
+        assert not one.is_comparable and one.verdict == "not comparable"
+        assert one.unlike[-1] == "problems, tests and standings: your own here, not published"
+    assert published_table("codeforces", list(rows.values())).note.startswith("Ours: rating 1600, percentile 64.0 %. ")
+    write_benchmark_report(tmp_path, "a model", found, {"seed": 0})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| 7 | 2 of 2 | 2 | 0 | 2 of 3 | 1600 |" in text and "The protocol is thinkstack's: the 16" in text
+    assert Evaluation.from_dict(found.to_dict()).contests == found.contests

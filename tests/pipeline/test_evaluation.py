@@ -123,6 +123,23 @@ def test_options_change_a_suite(data):
     assert (values["temperature"], values["max_num_seqs"], values["num_problems"]) == (0.5, 3, 0)
 
 
+def test_a_setting_changes_the_row_of_one_task(data):
+    """It was overwritten by the rows of the tasks, without a word."""
+    request = EvaluationRequest(
+        tasks=("gsm8k", "mmlu"), data=data, row={"num_shots": 1}, values={"answers": "a.jsonl"},
+        settings=("tasks.mmlu.num_shots=0", "tasks.gsm8k.max_tokens=9"),
+    )  # fmt: skip
+    values, _ = evaluation_values(request)
+    assert [row["num_shots"] for row in values["tasks"].values()] == [1, 0]
+    assert values["tasks"]["gsm8k"]["max_tokens"] == 9 and values["tasks"]["mmlu"]["data"] == f"{data}/mmlu"
+    for setting, message in (
+        ("tasks.mlu.num_shots=0", "no task 'mlu'; did you mean mmlu"),
+        ("tasks=3", "TASK.SETTING"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluation_values(EvaluationRequest(**vars(request) | {"settings": (setting,)}))
+
+
 def test_questions_are_answered_by_log_likelihood_and_a_killed_run_computes_only_the_rest(
     data, model, tmp_path, monkeypatch
 ):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from thinkstack.cli import accounts, evaluation, models, serving, training
+from thinkstack.cli import accounts, evaluation, judged, models, serving, training
 from thinkstack.config import did_you_mean
 from thinkstack.server.errors import DatabaseUnavailable
 from thinkstack.types import ConfigError, Interrupted, RequestError, TrainingError
@@ -43,6 +43,8 @@ EVALUATIONS: dict[str, Callable[..., None]] = {
     "bits-per-byte": evaluation.bits_per_byte,
     "export": evaluation.export,
     "import": evaluation.import_log,
+    "swe-bench": judged.swe_bench,
+    "codeforces": judged.codeforces,
 }
 """Commands that begin with `eval`, which is also a command by itself; a model of such a name is given as ./NAME."""
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {

@@ -120,6 +120,7 @@ def evaluate(
     settings: Annotated[Settings, arg(name="set")] = (),
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     report: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    standings: Annotated[Path | None, arg(metavar="FILE")] = None,
     dry_run: bool = False,
     show_ids: bool = False,
 ) -> None:
@@ -135,6 +136,7 @@ def evaluate(
         out: Output folder; default a folder below runs/eval named by model, task and settings. The same command goes on
             with an interrupted evaluation.
         report: Folder for report.html, report.md, report.json and plots, beside the published figures.
+        standings: File with the standings of the contests of codeforces, for a rating.
         dry_run: Print problems, prompts, the most tokens and the cost, and sample nothing.
         show_ids: With --dry-run: also print the first prompt of each task, token by token.
     """
@@ -147,7 +149,7 @@ def evaluate(
         return
     if request.model:
         prepare()
-    run_evaluation(request, report)
+    run_evaluation(request, report, standings)
 
 
 def sensitivity(

@@ -24,7 +24,10 @@ def plot_benchmarks(folder: Path, found: Evaluation, beside: Mapping[str, "Seque
         "pass@1 of each task. Wide bar: 95 % interval over questions; narrow bar: 95 % interval over re-runs of the "
         "same questions; tick: a blind guess."
     )
-    percentages = {task: [one for one in rows if one.row.unit == "%"] for task, rows in beside.items()}
+    percentages = {
+        task: [one for one in rows if one.row.unit == "%" and one.row.metric != "percentile"]
+        for task, rows in beside.items()
+    }
     if shown := {task: rows for task, rows in percentages.items() if rows}:
         plot_published(folder / "published.png", found, shown)
         captions["published.png"] = (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkstack.evals.benchmark_plots import plot_benchmarks
+from thinkstack.evals.contests import RATED, ContestRating, contest_summary
 from thinkstack.evals.metrics import cost_per_solution
 from thinkstack.evals.page import ReportTable, render_page
 from thinkstack.evals.protocol import SamplerFacts, TaskProtocol
@@ -42,6 +43,7 @@ def write_benchmark_report(
         setting += f" Left out, without data: {', '.join(left_out)}."
     tables = [*result_tables(found), protocol_table(found), length_table(found)]
     tables += task_measures(found)
+    tables += [contest_table(found.contests)] if found.contests else []
     tables += [published_table(task, rows) for task, rows in beside.items() if rows]
     shown, provenance = {"": found.shown}, describe(found, facts)
     write_text(folder / "report.md", markdown(title, setting, tables, plots, shown, provenance))
@@ -177,16 +179,40 @@ def task_measures(found: Evaluation) -> list[ReportTable]:
     return [ReportTable(title="Measures of tasks", corner="measure", columns=("mean (%)",), rows=rows)] if rows else []
 
 
-class Beside:
-    """A published row beside our figure."""
+def contest_table(found: ContestRating) -> ReportTable:
+    """Return the result in each contest and the rating."""
+    columns = ("solved", "points", "penalty", "place", "rating")
+    rows = [
+        (
+            one.contest,
+            [
+                f"{one.num_solved} of {one.num_problems}",
+                f"{one.points:g}",
+                f"{one.penalty:g}",
+                f"{one.rank:,} of {one.num_participants:,}",
+                f"{one.rating:.0f}",
+            ],
+        )
+        for one in found.results
+    ]
+    return ReportTable(title="Contests", corner="contest", columns=columns, rows=rows, note=contest_summary(found))
 
-    def __init__(self, row: PublishedRow, part: EvalMetrics, protocol: TaskProtocol):
+
+class Beside:
+    """A published row beside our figure. contests: of the task, if it has a rating."""
+
+    def __init__(
+        self, row: PublishedRow, part: EvalMetrics, protocol: TaskProtocol, contests: ContestRating | None = None
+    ):
         found = {f"cons@{k}": value for k, value in part.cons_at_k.items()}
         found |= {f"pass@{k}": value for k, value in part.pass_at_k.items()}
+        found |= {"rating": contests.rating, "percentile": contests.percentile} if contests else {}
         metric = row.metric if row.metric in found else "pass@1"
         self.row, self.metric = row, metric
         self.ours = found.get(metric, part.pass_at_1)
         self.unlike = differences(protocol, row, metric)
+        if metric in ("rating", "percentile"):
+            self.unlike.append("problems, tests and standings: your own here, not published")
         self.unstated = not_stated(protocol, row, metric)
         self.reruns = part.over_reruns if metric == "pass@1" else None
 
@@ -201,6 +227,11 @@ class Beside:
         if self.unlike:
             return "not comparable"
         return "protocol not stated" if self.unstated else self.difference
+
+    @property
+    def shown(self) -> str:
+        """Our figure with its metric."""
+        return f"{self.metric} " + (f"{self.ours:.0f}" if self.metric == "rating" else f"{percent(self.ours)} %")
 
     @property
     def difference(self) -> str:
@@ -219,14 +250,15 @@ def beside_published(found: Evaluation, task: str) -> list[Beside]:
     protocol = found.protocols.get(task)
     if protocol is None:
         return []
-    rows = [Beside(row, found.by_task[task], protocol) for row in published_rows(benchmark=task)]
+    contests = found.contests if task == RATED else None
+    rows = [Beside(row, found.by_task[task], protocol, contests) for row in published_rows(benchmark=task)]
     return sorted(rows, key=lambda one: (not one.is_comparable, -one.row.figure))
 
 
 def published_table(task: str, rows: Sequence[Beside]) -> ReportTable:
     """Return the published rows of a task, with what differs."""
     cells: Rows = []
-    ours = ", ".join(dict.fromkeys(f"{one.metric} {percent(one.ours)} %" for one in rows))
+    ours = ", ".join(dict.fromkeys(one.shown for one in rows))
     comparable = sum(one.is_comparable for one in rows)
     for one in rows:
         row = one.row

@@ -47,8 +47,6 @@ OTHER_BENCHMARKS = (
     "piqa",
     "simpleqa",
     "simpleqa_with_search",
-    "swe_bench_multilingual",
-    "swe_bench_verified",
     "terminal_bench",
 )
 """Benchmarks with published rows that are no tasks of ours (tasks/table.py)."""
@@ -77,7 +75,7 @@ METRICS = {
     "pass@64": Metric(unit="%", highest=100),
     "LC win rate": Metric(unit="%", highest=100),
     "win rate": Metric(unit="%", highest=100),
-    "% resolved": Metric(unit="%", highest=100),
+    "% resolved": Metric(unit="%", highest=100, is_accuracy=True),
     "percentile": Metric(unit="%", highest=100),
     "rating": Metric(unit="points", highest=4000),
 }

@@ -1,7 +1,8 @@
 """Records of an evaluation: one problem with its prompt, its completions and their verdicts, as in samples.jsonl."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from thinkstack.evals.metrics import Sampled
 from thinkstack.evals.protocol import SamplerFacts
 from thinkstack.files import lines
 from thinkstack.log import write_text
+from thinkstack.tasks.benchmarks.code_task import NOT_RUN
 from thinkstack.types import ConfigError
 
 LOGLIKELIHOOD = "log-likelihood"
@@ -89,6 +91,8 @@ class ProblemRecord:
     """Name of the grader: tasks/verify/graders.py, or the task's name; empty in files that do not have it."""
     date: str = ""
     """Date of the problem, YYYY-MM-DD; empty if the set has none."""
+    metadata: dict[str, str | int | float] = field(default_factory=dict)
+    """Facts of the problem that a figure needs (RECORDED), by name."""
     prompt: PromptRecord | None = None
     """None in files that do not have it."""
     sampler: SamplerFacts | None = None
@@ -109,7 +113,15 @@ class ProblemRecord:
         return [(answer.num_tokens, bool(answer.correct), not answer.truncated) for answer in self.answers]
 
 
+RECORDED = ("contest_id", "points")
+"""Names in the metadata of a problem that its record keeps."""
 RECORD_ADAPTER = TypeAdapter(ProblemRecord)
+
+
+def grader_of(records: Sequence[ProblemRecord]) -> str:
+    """Return the grader of a task: of code with the sandbox, as most completions that have a program were graded."""
+    found = Counter(one.grader for record in records for one in record.answers if one.grader not in ("", NOT_RUN))
+    return found.most_common(1)[0][0] if found else records[0].grader
 
 
 def write_samples(path: Path, records: Iterable[ProblemRecord]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from thinkstack.evals.contests import ContestRating
 from thinkstack.evals.metrics import (
     BudgetPoint,
     ForcedPoint,
@@ -20,7 +21,7 @@ from thinkstack.evals.metrics import (
     tokens_per_solution,
 )
 from thinkstack.evals.protocol import SamplerFacts, TaskProtocol
-from thinkstack.evals.records import ProblemRecord
+from thinkstack.evals.records import ProblemRecord, grader_of
 from thinkstack.evals.statistics import ErrorEstimate, question_error, rerun_error
 from thinkstack.tasks.verify.latex import normalize_latex
 from thinkstack.types import ConfigError
@@ -29,6 +30,8 @@ CONS_SAMPLES = 16
 """Number of samples that vote in the majority vote of the learning curve; all samples if there are fewer."""
 PERCENTILES = (10, 50, 90, 100)
 """Percentiles of the number of tokens."""
+LONGEST_FORMULA = 256
+"""Characters of the longest answer that may be a formula."""
 SHOWN_ANSWERS = 3
 """Number of completions per task that an Evaluation stores as text."""
 CURVE = (
@@ -154,6 +157,8 @@ class Evaluation(EvalMetrics):
     """What sampled the completions; None in evaluations during training."""
     forced: dict[str, tuple[ForcedPoint, ...]] = field(default_factory=dict)
     """Accuracy if thinking is closed by force at a budget (evals/budgets.py), by task."""
+    contests: ContestRating | None = None
+    """Rating of `codeforces` by the standings of its contests (evals/contests.py), if they were given."""
     seconds: float
     """Wall time of sampling and scoring."""
     shown: dict[str, tuple[ShownAnswer, ...]]
@@ -194,7 +199,7 @@ def summarize(
         },
         by_language={name: compute_metrics(part) for name, part in _group_by(records, lambda r: r.language).items()},
         chance=dict(chance or {}),
-        graders={name: part[0].grader for name, part in tasks.items() if part[0].grader},
+        graders={name: grader_of(part) for name, part in tasks.items() if part[0].grader},
         over_tokens=tuple(accuracy_over_tokens([record.sampled for record in records])),
         seconds=seconds,
         shown={name: _shown_answers(part) for name, part in tasks.items()},
@@ -261,10 +266,18 @@ def _majority(record: ProblemRecord, k: int) -> float:
     return cons_at_k(classes, [bool(answer.correct) for answer in record.answers], k)
 
 
-@functools.lru_cache(maxsize=65536)
 def answer_class(answer: str | int) -> str:
-    """Return the class of a wrong answer in a majority vote: its normalized LaTeX, so that 1/2 and 0.5 are one."""
-    return normalize_latex(str(answer))
+    """Return the class of a wrong answer in a majority vote: its normalized LaTeX, so that 1/2 and 0.5 are one.
+
+    A program or another long text is its own class: it is no formula, and would take milliseconds.
+    """
+    text = str(answer)
+    return _normalized(text) if len(text) <= LONGEST_FORMULA else text
+
+
+@functools.lru_cache(maxsize=65536)
+def _normalized(answer: str) -> str:
+    return normalize_latex(answer)
 
 
 def _pass_at_powers_of_two(records: Sequence[ProblemRecord], samples: int) -> dict[int, float]:

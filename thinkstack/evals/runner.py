@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from thinkstack.evals.protocol import SamplerFacts
-from thinkstack.evals.records import AnswerRecord, ProblemRecord
+from thinkstack.evals.records import RECORDED, AnswerRecord, ProblemRecord
 from thinkstack.evals.results import Evaluation, summarize
 from thinkstack.evals.sampling import EvalConfig, Generate, SampledProblem, sample_from_engine
 from thinkstack.evals.text_measures import text_measures
@@ -105,6 +105,7 @@ def _record(one: SampledProblem, task: Task, scores: Iterator[Score], facts: Sam
         cluster=str(problem.metadata.get("cluster", "")),
         grader=task.grader,
         date=str(problem.metadata.get("date", "")),
+        metadata={name: problem.metadata[name] for name in RECORDED if name in problem.metadata},
         prompt=one.prompt,
         sampler=facts,
         answers=tuple(

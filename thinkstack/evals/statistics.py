@@ -9,7 +9,7 @@ only the re-run error applies. Sources: Miller, arXiv:2411.00640; "A Sober Look"
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -46,23 +46,21 @@ def question_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
     None if there are fewer than two clusters. Source: Miller, arXiv:2411.00640, section 2.2, which has the normal
     distribution in place of t and no G / (G - 1): its intervals are too short for few clusters.
     """
+    found = mean_error(values, clusters)
+    if found is not None and found.standard_error == 0 and found.mean in (0, 1):
+        bound = 1 - (LEVEL / 2) ** (1 / (found.degrees + 1))
+        return replace(found, low=1 - bound if found.mean else 0.0, high=1.0 if found.mean else bound)
+    return found
+
+
+def mean_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> ErrorEstimate | None:
+    """Return the mean of values on any scale and its error, as `question_error`; None for fewer than two clusters."""
     sums = _cluster_sums(values, clusters)
     count = len(sums)
     if count < 2:
         return None
-    mean = math.fsum(values) / len(values)
     error = math.sqrt(count / (count - 1) * math.fsum(total**2 for total in sums)) / len(values)
-    found = _interval(mean, error, count - 1)
-    if error == 0 and mean in (0, 1):
-        bound = 1 - (LEVEL / 2) ** (1 / count)
-        found = ErrorEstimate(
-            mean=mean,
-            standard_error=0.0,
-            low=1 - bound if mean else 0.0,
-            high=1.0 if mean else bound,
-            degrees=count - 1,
-        )
-    return found
+    return _interval(math.fsum(values) / len(values), error, count - 1)
 
 
 def _cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:

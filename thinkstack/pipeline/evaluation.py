@@ -3,14 +3,17 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from thinkstack.checkpoint.hf.hub import is_hub_name
 from thinkstack.checkpoint.model import locate, open_source
-from thinkstack.config import Tree, build, hashed_settings, merge, override
-from thinkstack.evals.benchmark_report import result_rows, write_benchmark_report
+from thinkstack.config import Tree, build, did_you_mean, hashed_settings, merge, override
+from thinkstack.evals.benchmark_report import contest_table, result_rows, write_benchmark_report
+from thinkstack.evals.contests import RATED, read_standings
+from thinkstack.evals.records import ProblemRecord, read_samples
 from thinkstack.evals.report import markdown_table, setting_line
 from thinkstack.evals.results import Evaluation
 from thinkstack.evals.runner import held_out_problems
@@ -18,7 +21,8 @@ from thinkstack.evals.sampling import EvalConfig
 from thinkstack.evals.suites import load_suite
 from thinkstack.log import Run
 from thinkstack.pipeline.run import run_single
-from thinkstack.stages.evaluate import SAMPLED, EvaluateConfig, read_evaluation
+from thinkstack.stages.contests import rate_run
+from thinkstack.stages.evaluate import SAMPLED, SAMPLES, EvaluateConfig, read_evaluation
 from thinkstack.stages.evaluation_plan import print_plan
 from thinkstack.tasks.benchmarks.datasets import FILE_SUFFIXES, DatasetTask
 from thinkstack.tasks.table import BENCHMARKS, make_task
@@ -27,6 +31,8 @@ from thinkstack.types import ConfigError, Problem
 
 MAX_TOKENS = 512
 """Default maximum number of tokens of a completion, if the context of the model has twice as many."""
+SHOWN_REASONS = 3
+"""Reasons that are printed for completions without a score."""
 CACHE = "runs/eval/endpoint"
 """Completions of endpoints by content, which all evaluations share."""
 DEFAULTS: Tree = {
@@ -66,24 +72,44 @@ class EvaluationRequest:
     """Folder of the run; None: derived from model and settings."""
 
 
-def run_evaluation(request: EvaluationRequest, report: Path | None = None) -> None:
-    """Evaluate and print the results. report: a folder for the report."""
+def run_evaluation(request: EvaluationRequest, report: Path | None = None, standings: Path | None = None) -> None:
+    """Evaluate and print the results. report: a folder for the report. standings: a file, for a rating."""
     values, left_out = evaluation_values(request)
+    if standings is not None:
+        read_standings(standings)  # before anything is sampled
+        if RATED not in values["tasks"]:
+            raise ConfigError(f"--standings {standings} has no effect without the task {RATED}; leave it out")
     try:
         out = request.out or default_folder(request, values)
         run_single("evaluate", values, (), out)
     except ConfigError as error:
         raise ConfigError(_for_command_line(str(error))) from error
-    found = read_evaluation(out / "evaluate", SAMPLED)
+    if standings is not None:
+        rate_run(out, standings, values.get("seed", 0))
+    print_results(out / "evaluate", report, request.suite, left_out)
+
+
+def print_results(folder: Path, report: Path | None, suite: str = "", left_out: Sequence[str] = ()) -> None:
+    """Print the results of an evaluation. folder: of its stage. report: a folder for the report. left_out: tasks."""
+    found = read_evaluation(folder, SAMPLED)
     print(f"{setting_line({'': found})}\n\n{results_table(found)}")
+    if found.contests:
+        table = contest_table(found.contests)
+        print("\n".join(["", *markdown_table((table.corner, *table.columns), table.rows), "", table.note]))
+    if found.unscorable:
+        print(f"not scored: {reasons(read_samples(folder / SAMPLES))}")
     if left_out:
         print(f"left out, without data: {', '.join(left_out)}")
     if report is not None:
-        facts = Run(out / "evaluate").provenance()
-        model = found.sampler.model if found.sampler else request.model
-        title = f"{model} on {request.suite or ', '.join(found.by_task)}"
-        write_benchmark_report(report, title, found, facts, left_out)
+        title = f"{found.sampler.model if found.sampler else folder} on {suite or ', '.join(found.by_task)}"
+        write_benchmark_report(report, title, found, Run(folder).provenance(), left_out)
         print(f"report: {report / 'report.html'}")
+
+
+def reasons(records: Sequence[ProblemRecord]) -> str:
+    """Return why completions were not scored, each reason with their number, the most frequent first."""
+    found = Counter(answer.unscorable for record in records for answer in record.answers if answer.unscorable)
+    return "; ".join(f"{count} of {reason}" for reason, count in found.most_common(SHOWN_REASONS))
 
 
 def show_plan(request: EvaluationRequest, with_ids: bool) -> None:
@@ -124,10 +150,12 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
         rows = {name: row for name, row in suite.tasks.items() if not request.tasks or name in request.tasks}
         values = merge(values, suite.settings)
     given = {name: value for name, value in request.values.items() if value is not None}
-    values = merge(values, given)
+    row = {name: value for name, value in request.row.items() if value not in (None, "", 0, False, [])}
+    values = merge(values, given) | {"tasks": {name: own | row for name, own in rows.items()}}
     for setting in request.settings:
         values = override(values, setting)
-    tasks, missing = task_rows(request, rows)
+        _check_task_rows(values["tasks"], rows, setting)
+    tasks, missing = task_rows(request, values["tasks"])
     left_out = sorted(missing) if request.is_partial else []
     if len(left_out) == len(tasks) or (missing and not request.is_partial):
         way_out = ", or leave them out with --available" if len(missing) < len(tasks) else ""
@@ -142,21 +170,28 @@ def evaluation_values(request: EvaluationRequest) -> tuple[Tree, list[str]]:
     return {"max_tokens": MAX_TOKENS} | values, left_out
 
 
+def _check_task_rows(changed: object, rows: Mapping[str, Tree], setting: str) -> None:
+    """Raise ConfigError for a setting after which the rows of tasks are not those of the evaluation."""
+    if not isinstance(changed, dict) or not all(isinstance(row, dict) for row in changed.values()):
+        raise ConfigError(f"--set {setting}: write it as tasks.TASK.SETTING=VALUE")
+    if unknown := sorted(changed.keys() - rows):
+        raise ConfigError(f"--set {setting}: the evaluation has no task {unknown[0]!r}{did_you_mean(unknown[0], rows)}")
+
+
 def task_rows(request: EvaluationRequest, rows: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, str]]:
     """Return the settings of each task, with its data, and why the data of a task are missing.
 
     Raises ConfigError for an unknown task and for settings that do not apply to it.
     """
     found, missing = {}, {}
-    given = {name: value for name, value in request.row.items() if value not in (None, "", 0, False, [])}
     generated = [name for name in rows if _is_generated(name)]
     for name, row in rows.items():
         if name not in generated and (name in BENCHMARKS or request.data):
-            row = row | {"data": find_data(request.data, name)}
+            row = {"data": find_data(request.data, name)} | row
         elif len(generated) == len(rows) and request.data:
-            row = row | {"data": request.data}  # make_task refuses it
-        found[name] = row | given
-        task = make_task(name, build(TaskConfig, found[name], f"tasks.{name}"))
+            row = {"data": request.data} | row  # make_task refuses it
+        found[name] = row
+        task = make_task(name, build(TaskConfig, row, f"tasks.{name}"))
         if isinstance(task, DatasetTask):
             try:
                 task.file("test")

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from thinkstack.config import Count, Input, ModelInput, Weight
 from thinkstack.endpoint.config import EndpointConfig
 from thinkstack.engine.remote import ServersConfig
 from thinkstack.evals.protocol import TaskProtocol
-from thinkstack.evals.records import ProblemRecord, write_samples
+from thinkstack.evals.records import ProblemRecord, grader_of, write_samples
 from thinkstack.evals.results import Evaluation, summarize
 from thinkstack.evals.runner import chances, grade_problems, held_out_problems, warn_if_no_answer_read
 from thinkstack.evals.sampling import EvalConfig, max_tokens_of, num_samples, temperature_of
@@ -115,6 +115,18 @@ def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
         sampler.delete_saved()
 
 
+def replace_records(folder: Path, records: Sequence[ProblemRecord], **changes: Any) -> None:
+    """Write the results of a finished evaluation again, from records with other verdicts and the same completions.
+
+    changes: fields of Evaluation.
+    """
+    old = read_evaluation(folder, SAMPLED)
+    kept = {name: getattr(old, name) for name in ("protocols", "sampler", "forced", "contests")}
+    result = replace(summarize(records, old.seconds, old.chance), **kept | changes)
+    write_samples(folder / SAMPLES, records)
+    write_json(folder / SAMPLED, result.to_dict())
+
+
 def variants(cfg: EvaluateConfig) -> dict[str, EvaluateConfig]:
     """Return the settings of each evaluation of the stage, by the file of its results."""
     configs = {SAMPLED: cfg}
@@ -160,7 +172,7 @@ def protocols(
             prompt=task.cfg.prompt,
             num_shots=task.cfg.num_shots,
             thinking_format=cfg.thinking_format,
-            grader=own[0].grader,
+            grader=grader_of(own),
             since=task.cfg.since,
             until=task.cfg.until,
             seed=cfg.seed,

@@ -18,6 +18,7 @@ from thinkstack.tasks.benchmarks.livecodebench import LiveCodeBench
 from thinkstack.tasks.benchmarks.mathematics import Amc23, Cmath, Mgsm, Minerva
 from thinkstack.tasks.benchmarks.mbpp import Mbpp
 from thinkstack.tasks.benchmarks.retrieval import MultiKeyRetrieval, NeedleRetrieval, RetrievalTask
+from thinkstack.tasks.benchmarks.swe_bench import SweBench
 from thinkstack.tasks.puzzles.arithmetic import Chain, Nested
 from thinkstack.tasks.puzzles.choice import Choice
 from thinkstack.tasks.puzzles.cups import Cups
@@ -74,6 +75,9 @@ BENCHMARKS: dict[str, type[DatasetTask]] = {
     "cruxeval_input": CruxEvalInput,
     "cruxeval_output": CruxEvalOutput,
     "codeforces": Codeforces,
+    "swe_bench": SweBench,
+    "swe_bench_verified": SweBench,
+    "swe_bench_multilingual": SweBench,
 }
 """Published benchmarks, read from local files."""
 

@@ -6,8 +6,7 @@ import zlib
 
 import pytest
 
-from thinkstack.tasks.benchmarks import codeforces
-from thinkstack.tasks.benchmarks.codeforces import Standing
+from thinkstack.evals.results import answer_class
 from thinkstack.tasks.benchmarks.evalplus import is_right, typed
 from thinkstack.tasks.reward import Reward, RewardConfig, score
 from thinkstack.tasks.table import make_task
@@ -216,6 +215,15 @@ LCB = [
 ]
 
 
+def test_the_answer_of_code_is_the_program(tmp_path):
+    """The general rule takes the last number of the text: a program without one counted as no answer."""
+    task = task_with(tmp_path, "humaneval", HUMANEVAL)
+    problem, response = problems_of(task)[0], fenced("def twice(x): return x + x")
+    assert task.read_answer(problem, response) == "def twice(x): return x + x\n"
+    assert task.read_answer(problem, Response(text="<think>\n```python\nx = 1\n```")) is None
+    assert answer_class("1/2") == answer_class(r"\frac12") and answer_class("x = 1/2\n" * 99) == "x = 1/2\n" * 99
+
+
 @needs_sandbox
 def test_livecodebench_on_three_rows(tmp_path):
     task = task_with(tmp_path, "livecodebench", LCB)
@@ -278,21 +286,6 @@ def test_codeforces_on_three_rows(tmp_path):
     assert "Time limit: 1 s" in problems_of(task)[0].question
 
 
-def test_a_rating_follows_from_standings(tmp_path):
-    """Against one participant of 1500, rank 1 and 2 lie at the ends; in the middle of equals the rating is theirs."""
-    equals = [Standing(rating=1500.0, points=float(points)) for points in (1, 3)]
-    assert codeforces.rank_of(2.0, 0.0, equals) == 2
-    assert codeforces.rank_of(3.0, 5.0, [*equals, Standing(rating=1.0, points=3.0, penalty=4.0)]) == 3
-    assert codeforces.performance(2, equals) == pytest.approx(1500.0)
-    assert codeforces.performance(1, equals) == pytest.approx(codeforces.HIGHEST_RATING)
-    rows = [{"contest_id": 7, "rating": 1500, "points": points} for points in (1, 3)]
-    (tmp_path / "standings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    contests = codeforces.read_standings(tmp_path / "standings.jsonl")
-    assert codeforces.rating({"7": (2.0, 0.0)}, contests) == pytest.approx(1500.0)
-    with pytest.raises(ConfigError, match="no standings of the contests 8"):
-        codeforces.rating({"8": (1.0, 0.0)}, contests)
-
-
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
@@ -315,6 +308,8 @@ def test_a_rating_follows_from_standings(tmp_path):
         ("codeforces", cf_row("1/A", []), "official_tests is empty"),
         ("codeforces", cf_row("1/A", [{"input": "1", "output": "1"}], time_limit="1 s"), "time_limit is '1 s'"),
         ("codeforces", cf_row("1/A", [{"input": "1", "output": "1"}], generated_checker="x"), "checkers are not run"),
+        ("codeforces", cf_row("1/A", [{"input": "1", "output": "1"}], points=-5), "points is -5; use a positive"),
+        ("codeforces", cf_row("1/A", [{"input": "1", "output": "1"}], contest_id=[1]), r"contest_id is \[1\]; use a"),
     ],
 )
 def test_rows_of_the_wrong_shape_are_refused_with_line_and_field(tmp_path, name, row, message):

@@ -49,6 +49,9 @@ PINS = {
     "bcf05eb6": "cruxeval_input cruxeval-cot",
     "9d7679ab": "cruxeval_output cruxeval",
     "207261d2": "cruxeval_output cruxeval-cot",
+    "35a37da6": "swe_bench published",
+    "4aee98d0": "swe_bench style-3",
+    "9c17113d": "swe_bench style-2",
 }
 """First digits of the SHA-256 of each text that was compared with its original, and the first task that has it."""
 GUIDE = (Path(__file__).parents[3] / "docs" / "guides" / "tasks.md").read_text(encoding="utf-8")

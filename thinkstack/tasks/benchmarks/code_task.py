@@ -12,6 +12,8 @@ from thinkstack.tasks.verify.rungs import Rung
 from thinkstack.tasks.verify.sandbox import choose_rung
 from thinkstack.types import ConfigError, Message, Problem, Response, Score
 
+NOT_RUN = "code, not run"
+"""Grader of a completion without a program."""
 MARGIN_SECONDS = 60.0
 """Time of a verifier beside the limits of its tests: start of the sandbox, reading of results, a slow machine."""
 
@@ -42,6 +44,10 @@ class CodeTask(DatasetTask):
         """Return the program of a response: its last complete code block outside thinking; None if there is none."""
         return last_code_block(visible_text(response))
 
+    def read_answer(self, problem: Problem, response: Response) -> str | None:
+        """Return the program, by which completions of one problem are compared."""
+        return self.program(problem, response)
+
     def num_tests(self, problem: Problem) -> int:
         """How many tests have a time limit of their own."""
         return 1
@@ -50,7 +56,7 @@ class CodeTask(DatasetTask):
         """Run the tests of the problem on the program of the response."""
         program = self.program(problem, response)
         if program is None:
-            return Score(total=0.0, grader="code, not run", detail="no complete code block outside thinking")
+            return Score(total=0.0, grader=NOT_RUN, detail="no complete code block outside thinking")
         return self.grade(problem, program, choose_rung(self.cfg.unsafe_code)).score()
 
     def may_hang(self, problem: Problem, response: Response) -> bool:

@@ -174,7 +174,7 @@ _ANSWER_LINE = re.compile(r"^[\W_]*(?:answer|答案)\**\s*[:：]\**[ \t]*(\S[^\n
 _ANSWER_FIELD = re.compile(r'"answer"\s*:\s*"([^"]*)"', re.IGNORECASE)
 _ANSWER_IS = re.compile(r"answer is:?\s*\**\(?([A-Z])\)?(?!\w)")
 _FIELD = re.compile(
-    r"\{(question|stripped_question|choices|letters|subject|prompt|tests|code|input|output|starter_code)\}"
+    r"\{(question|stripped_question|choices|letters|subject|prompt|tests|code|input|output|starter_code|text)\}"
 )
 
 
