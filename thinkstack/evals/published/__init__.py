@@ -21,7 +21,7 @@ from thinkstack.tasks.benchmarks.datasets import DatasetTask
 from thinkstack.tasks.table import BENCHMARKS
 from thinkstack.types import ConfigError
 
-FOLDER = Path(__file__).parent / "published"
+FOLDER = Path(__file__).parent
 OTHER_BENCHMARKS = (
     "aider_edit",
     "aider_polyglot",
