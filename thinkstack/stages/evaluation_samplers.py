@@ -113,7 +113,7 @@ class EngineSampler(Sampler):
             self.max_model_len += cfg.answer_tokens + 8  # the tokens that close thinking
         self.facts = SamplerFacts(
             kind="servers" if cfg.servers.addresses else "engine",
-            model=cfg.start,
+            model="/".join(Path(cfg.start).parts[-2:]),  # without the place of the run: its results are comparable
             engine=f"thinkstack {thinkstack.__version__} ({commit_of(Path(thinkstack.__file__).parent)})",
             template=self.chat.name,
             dtype=self._precision,
