@@ -202,6 +202,41 @@ def test_a_request_that_always_fails_does_not_stop_the_others():
     assert endpoint.spent.failures == 1
 
 
+def refuses(*numbers):
+    """A server that refuses these questions as too long."""
+    poison = {f"question {number}" for number in numbers}
+
+    def reply(body, times):
+        return error(400, "too long") if body["messages"][-1]["content"] in poison else answer()
+
+    return FakeServer(reply)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_refused_request_is_left_out_where_the_caller_accepts_it(concurrency, tmp_path):
+    """Regression: one prompt that was too long ended each run of an evaluation, and each resumed one."""
+    server = refuses(0, 7)
+    with connect(server, concurrency=concurrency, cache=str(tmp_path)) as endpoint:
+        found = endpoint.complete(asks(20), accept_refusals=True)
+    assert [place for place, one in enumerate(found) if one.finish_reason == "refused"] == [0, 7]
+    assert found[0].content == "http://host:8000/v1: too long (status 400)" and found[0].completion_tokens == 0
+    assert found[0].reasoning is None
+    with connect(server, cache=str(tmp_path), opens_thinking=True) as endpoint:
+        again = endpoint.complete(asks(20), accept_refusals=True)
+    assert [one.finish_reason for one in again] == [one.finish_reason for one in found]
+    assert again[0].content == found[0].content
+    assert (len(server.bodies), server.asked["question 0"]) == (22, 2)  # refusals are not kept
+
+
+def test_a_server_that_refuses_everything_ends_the_run():
+    server = refuses(*range(40))
+    with connect(server, concurrency=1) as endpoint, pytest.raises(RequestError, match=r"too long .*0 of 40 requests"):
+        endpoint.complete(asks(40), accept_refusals=True)
+    assert len(server.bodies) == 8
+    with connect(refuses(0), concurrency=1) as endpoint, pytest.raises(RequestError, match="0 of 1 requests"):
+        endpoint.complete(asks(1), accept_refusals=True)
+
+
 def test_a_request_that_always_fails_while_the_others_think_for_long_does_not_stop_them():
     async def reply(body, times):
         is_poison = body["messages"][-1]["content"] == "question 3"

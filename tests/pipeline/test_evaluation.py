@@ -26,6 +26,7 @@ MMLU = [
      "subject": "counting"}
     for number in range(6)
 ]  # fmt: skip
+LONG = "a question that the server refuses"
 GSM8K = [{"question": f"{number} and 2 is?", "answer": f"so\n#### {number + 2}"} for number in range(5)]
 
 
@@ -57,9 +58,13 @@ def endpoint():
 
     class Handler(BaseHTTPRequestHandler):
         asked: list[dict] = []  # noqa: RUF012
+        too_long = LONG
 
         def do_POST(self):
             self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if self.asked[-1]["messages"][-1]["content"] == self.too_long:
+                self.send_error(413)
+                return
             message = {"role": "assistant", "reasoning_content": "5 and 2", "content": "The answer is 4."}
             reply = {
                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "model": "m",
@@ -197,6 +202,19 @@ def test_an_endpoint_is_evaluated_with_thinking_cost_and_nothing_paid_twice(data
     run_evaluation(EvaluationRequest(**vars(request) | {"out": tmp_path / "two"}))
     assert len(asked) == 10
     assert evaluation(tmp_path / "two").pass_at_1 == found.pass_at_1
+
+
+def test_a_question_that_the_endpoint_refuses_counts_as_wrong_and_not_scored(data, endpoint, tmp_path):
+    url, _ = endpoint
+    write(Path(data) / "other" / "gsm8k.jsonl", [*GSM8K, GSM8K[0] | {"question": LONG}])
+    values = {"endpoint": {"url": url, "model": "m"}}
+    run_evaluation(EvaluationRequest(tasks=("gsm8k",), data=data, values=values, out=tmp_path / "out"))
+    found = evaluation(tmp_path / "out")
+    assert (found.problems, found.unscorable) == (6, 1)
+    assert (found.pass_at_1, found.pass_at_1_bound) == pytest.approx((1 / 6, 2 / 6))
+    records = read_samples(tmp_path / "out" / "evaluate" / "samples.jsonl")
+    (reason,) = {answer.unscorable for one in records for answer in one.answers if answer.unscorable}
+    assert "status 413" in reason
 
 
 def test_a_raised_budget_goes_on_in_the_same_folder(data, endpoint):

@@ -12,13 +12,17 @@ from thinkstack.types import RequestError
 
 log = logging.getLogger(__name__)
 SHOWN_FAILURES = 3
+REFUSALS = {400, 413, 422}
+"""Statuses of a request whose content the server does not take."""
+MOST_REFUSALS = 8
 
 
 class CallGroup:
     """Requests that run side by side. After an error none starts, and the running ones finish."""
 
-    def __init__(self, calls: Mapping[str, EndpointCall], num_requests: int, cache: str):
-        """num_requests: with those that were in the cache. cache: the folder of the cache, for messages."""
+    def __init__(self, calls: Mapping[str, EndpointCall], num_requests: int, cache: str, accept_refusals: bool = False):
+        """num_requests: with those that were in the cache. cache: the folder of the cache, for messages.
+        accept_refusals: whether a request whose content the server refuses counts as answered."""
         self.calls = calls
         self.pending = self._pending()
         """Requests that no worker has taken; ends early after an error."""
@@ -26,9 +30,10 @@ class CallGroup:
         self._num_before, self._cache = num_requests - len(calls), cache
         self._error: Exception | None = None
         self._failures: list[AttemptFailed] = []
+        self._refusals: dict[str, AttemptFailed] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: set[asyncio.Task[None]] = set()
-        self._is_cancelled = False
+        self._is_cancelled, self._accept_refusals = False, accept_refusals
 
     def _pending(self) -> Iterator[tuple[str, EndpointCall]]:
         for item in self.calls.items():
@@ -60,13 +65,31 @@ class CallGroup:
         for task in self._waiting:
             task.cancel()
 
-    def fail(self, failure: AttemptFailed) -> None:
-        """Count a request that failed for good; one that would fail again stops all."""
+    def fail(self, key: str, failure: AttemptFailed) -> None:
+        """Count a request that failed for good; one that would fail again stops all.
+
+        Accepted refusals stop all if no request was answered before MOST_REFUSALS of them: then the settings are wrong.
+        """
         if failure.can_retry:
             log.warning("a request failed for good: %s", failure)
             self._failures.append(failure)
-        else:
-            self.stop(failure)
+            return
+        if self._accept_refusals and failure.status in REFUSALS:
+            self._refusals[key] = failure
+            if self._has_answers or len(self._refusals) < MOST_REFUSALS:
+                return
+        self.stop(failure)
+
+    @property
+    def _has_answers(self) -> bool:
+        """Whether a request of the group was answered, by the server or from the cache."""
+        return bool(self.num_answered or self._num_before)
+
+    def accepted_refusals(self) -> dict[str, AttemptFailed]:
+        """The refused requests of a group that has run, by key; if all were refused, the first refusal is its error."""
+        if self._refusals and not self._has_answers:
+            self.stop(next(iter(self._refusals.values())))
+        return {} if self._error else self._refusals
 
     def cancel(self) -> None:
         """End the running requests at once."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -29,6 +29,7 @@ from thinkstack.endpoint.requests import (
     echo_call,
     make_completion,
     make_prompt_logprobs,
+    refused_reply,
 )
 from thinkstack.endpoint.server import AttemptFailed, OpenAIServer
 from thinkstack.stopping import StopRequest
@@ -36,7 +37,6 @@ from thinkstack.types import ConfigError, Interrupted, RequestError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 Finished = queue.SimpleQueue[tuple[str, EndpointReply, bool] | None]
 """Replies on their way to the caller: key, reply, whether it is from the cache; None is the end."""
 POLL_SECONDS = 0.05
@@ -143,11 +143,14 @@ class Endpoint:
         requests: Sequence[EndpointRequest],
         on_finish: Callable[[int, EndpointCompletion], None] | None = None,
         stop: StopRequest | None = None,
+        accept_refusals: bool = False,
     ) -> list[EndpointCompletion]:
         """The completions of requests, in their order. Requests that are equal, index included, are asked once.
 
         on_finish: called with the position of a request and its completion as soon as it is in the cache. stop: ends
-        the running requests as soon as it is requested.
+        the running requests as soon as it is requested. accept_refusals: a request that the server refuses for its
+        content (400, 413, 422), such as a prompt that is too long, while it answers others, has a completion with the
+        finish_reason "refused", the reason as its content and no tokens; it is asked again by a later call.
         Raises RequestError if a request failed for good, BudgetExceeded if the budget does not allow another one, both
         after the running ones have finished; Interrupted for `stop`, at once. All that finished was reported.
         """
@@ -156,7 +159,7 @@ class Endpoint:
         def make(reply: EndpointReply, call: EndpointCall, from_cache: bool) -> EndpointCompletion:
             return make_completion(reply, self.cfg.opens_thinking, from_cache)
 
-        return self._run(calls, make, on_finish, stop)
+        return self._run(calls, make, on_finish, stop, accept_refusals)
 
     def prompt_logprobs(
         self,
@@ -180,9 +183,10 @@ class Endpoint:
     def _run(
         self,
         calls: Sequence[EndpointCall],
-        make: "Make[T]",
+        make: Callable[[EndpointReply, EndpointCall, bool], T],
         on_finish: Callable[[int, T], None] | None,
         stop: StopRequest | None,
+        accept_refusals: bool = False,
     ) -> list[T]:
         places: dict[str, list[int]] = {}
         for place, call in enumerate(calls):
@@ -204,7 +208,7 @@ class Endpoint:
             else:
                 report(key, reply, True)
         if waiting:
-            self._ask(CallGroup(waiting, len(places), self.cfg.cache), report, stop)
+            self._ask(CallGroup(waiting, len(places), self.cfg.cache, accept_refusals), report, stop)
         return [found[place] for place in range(len(calls))]
 
     def _ask(
@@ -255,6 +259,8 @@ class Endpoint:
         self._num_left += num_left
         try:
             await group.run(lambda: self._worker(group, finished), min(self.cfg.concurrency, num_left))
+            for key, failure in group.accepted_refusals().items():
+                finished.put((key, refused_reply(str(failure)), False))
         finally:
             self._num_left -= num_left - group.num_answered
             finished.put(None)
@@ -276,7 +282,7 @@ class Endpoint:
                 group.stop(error)
             except AttemptFailed as failure:
                 self._budget.count(failures=1)
-                group.fail(failure)
+                group.fail(key, failure)
             finally:
                 self._running.pop(key, None)
                 self._slots.release()
@@ -367,12 +373,6 @@ class Endpoint:
                 self._cache.put(key, reply.as_row())
             except ConfigError as error:
                 group.stop(error)
-
-
-class Make(Protocol[T_co]):
-    """Makes what a caller gets from a reply."""
-
-    def __call__(self, reply: EndpointReply, call: EndpointCall, from_cache: bool) -> T_co: ...
 
 
 def _items(finished: Finished, stop: StopRequest | None) -> Iterator[tuple[str, EndpointReply, bool]]:

@@ -18,6 +18,8 @@ from thinkstack.types import ConfigError, Message, RequestError, Tool, ToolCall
 CHAT_PATH, COMPLETIONS_PATH = "/chat/completions", "/completions"
 BYTES_PER_TOKEN = 4
 """Bytes of a token where a server reports no usage."""
+REFUSED = "refused"
+"""finish_reason of a request that the server refuses while it answers others."""
 TEMPLATE_TOKENS, MESSAGE_TOKENS = 1024, 16
 """Tokens that a chat template may add to a prompt (a system message, instructions for tools) and to each message."""
 
@@ -157,6 +159,15 @@ class EndpointReply:
         return cls(**row) if isinstance(row, dict) and set(row) == names else None
 
 
+def refused_reply(reason: str) -> EndpointReply:
+    """The reply for a request that the server refuses: REFUSED, the reason, and no tokens."""
+    return EndpointReply(
+        reasoning="", content=reason, tool_calls=[], finish_reason=REFUSED, prompt_tokens=0, cached_tokens=None,
+        completion_tokens=0, reasoning_tokens=None, is_estimated=False, model="", system_fingerprint="", logprobs=None,
+        seconds=0.0, attempts=1,
+    )  # fmt: skip
+
+
 def chat_call(request: EndpointRequest, cfg: EndpointConfig, model: str) -> EndpointCall:
     """The request for a chat completion. Raises RequestError for text that cannot be sent."""
     messages = [to_openai(message, with_reasoning=False) for message in request.messages]
@@ -266,7 +277,7 @@ def make_completion(reply: EndpointReply, opens_thinking: bool, from_cache: bool
     opens_thinking: the content begins inside the think block, unless the server has a field for thinking.
     """
     parser = StreamParser()
-    if opens_thinking and not reply.reasoning:
+    if opens_thinking and not reply.reasoning and reply.finish_reason != REFUSED:
         parser.skip([THINK_OPEN])
     events = parser.feed(reply.content) + parser.finish("length" if reply.finish_reason == "length" else "stop")
     texts = {kind: "".join(event.text for event in events if event.kind == kind) for kind in ("reasoning", "content")}

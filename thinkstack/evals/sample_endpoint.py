@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from thinkstack.endpoint.requests import EndpointCompletion, EndpointRequest
+from thinkstack.endpoint.requests import REFUSED, EndpointCompletion, EndpointRequest
 from thinkstack.evals.sampling import (
     EvalConfig,
     SampledProblem,
@@ -28,8 +28,8 @@ def sample_from_endpoint(
 ) -> list[SampledProblem]:
     """Sample completions for each problem by `complete` (Endpoint.complete), one request for each.
 
-    Sample i of a problem has its seed plus i. Requests are sent in the order of their seeds, so that tasks mix and the
-    estimates of time and cost hold for all.
+    Sample i of a problem has its seed plus i; a problem whose prompt the endpoint refuses is not sampled. Requests are
+    sent in the order of their seeds, so that tasks mix and the estimates of time and cost hold for all.
     Raises ConfigError for a task whose prompt is no conversation.
     """
     for name in ("thinking_budget", "max_prompt_tokens", "max_model_len"):
@@ -73,6 +73,9 @@ def _sampled(
     thinking_format: ThinkingFormat,
 ) -> SampledProblem:
     record = message_record(task.prompt(problem)[0], problem_seed(problem, cfg))
+    refusals = [one.content for one in completions if one.finish_reason == REFUSED]
+    if refusals:
+        return SampledProblem.not_sampled(problem, len(completions), record, refusals[0])
     return SampledProblem(
         problem=problem,
         responses=tuple(parse_sampled(turn_text(one), thinking_format, one.is_truncated) for one in completions),

@@ -74,6 +74,17 @@ class SampledProblem:
     refused: str = ""
     """Why the problem was not sampled; its responses are empty."""
 
+    @staticmethod
+    def not_sampled(problem: Problem, samples: int, prompt: PromptRecord, reason: str) -> "SampledProblem":
+        """Return a problem with as many empty responses as it would have samples."""
+        return SampledProblem(
+            problem=problem,
+            responses=(Response(text=""),) * samples,
+            num_tokens=(0,) * samples,
+            prompt=prompt,
+            refused=reason,
+        )
+
 
 def sample_from_engine(
     generate: Generate,
@@ -94,7 +105,12 @@ def sample_from_engine(
     return [
         _parsed(problem, next(completions), record, chat, thinking_format)
         if fit
-        else _refused(problem, sampling.n, record, limit)
+        else SampledProblem.not_sampled(
+            problem,
+            sampling.n,
+            record,
+            f"the prompt has {len(record.token_ids):,} tokens, above the limit of {limit:,}",
+        )
         for problem, sampling, record, fit in zip(problems, samplings, records, fits, strict=True)
     ]
 
@@ -123,16 +139,6 @@ def _parsed(
         responses=tuple(parse_response(chat, completion, thinking_format) for completion in completions),
         num_tokens=tuple(len(completion.token_ids) for completion in completions),
         prompt=prompt,
-    )
-
-
-def _refused(problem: Problem, samples: int, prompt: PromptRecord, limit: int) -> SampledProblem:
-    return SampledProblem(
-        problem=problem,
-        responses=(Response(text=""),) * samples,
-        num_tokens=(0,) * samples,
-        prompt=prompt,
-        refused=f"the prompt has {len(prompt.token_ids):,} tokens, above the limit of {limit:,}",
     )
 
 

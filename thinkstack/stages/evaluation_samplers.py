@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,12 +102,13 @@ class EngineSampler(Sampler):
         tasks = make_tasks(cfg.tasks)
         sizes, self._num_completions = [0], 0
         for config, problems in parts:
-            for one in problems:
-                size = len(encode_prompt(self.chat, tasks[one.task], one))
-                if tasks[one.task].cfg.method == "sampled" and size <= (longest_prompt(cfg) or size):
+            for task, one in ((tasks[one.task], one) for one in problems):
+                size = len(encode_prompt(self.chat, task, one)) if task.cfg.method == "sampled" else 0
+                if size and size <= (longest_prompt(cfg) or size):
                     sizes.append(size)
-                    self._num_completions += num_samples(tasks[one.task], config)
-        self.max_model_len = min(cfg.max_model_len or max(sizes) + cfg.max_tokens, max(sizes) + cfg.max_tokens)
+                    self._num_completions += num_samples(task, config)
+        whole = max(sizes) + cfg.max_tokens
+        self.max_model_len = min(cfg.max_model_len or whole, whole)
         if cfg.thinking_budgets:
             self.max_model_len += cfg.answer_tokens + 8  # the tokens that close thinking
         self.facts = SamplerFacts(
@@ -162,7 +162,7 @@ class EngineSampler(Sampler):
         with Progress("log-likelihoods", len(problems), len(problems) - len(missing)) as progress:
             for name in dict.fromkeys(one.task for one in missing):
 
-                def keep(results: Sequence[ChoiceResult], task: str = name) -> None:
+                def save(results: Sequence[ChoiceResult], task: str = name) -> None:
                     for result in results:
                         found[task, result.key] = result
                         self.run.append(CHOICES, {"task": task} | vars(result))
@@ -170,7 +170,7 @@ class EngineSampler(Sampler):
                     if self.run.stop.is_requested:
                         raise Interrupted
 
-                choose(model, self.chat, [one for one in missing if one.task == name], _dataset(tasks[name]), keep)
+                choose(model, self.chat, [one for one in missing if one.task == name], _dataset(tasks[name]), save)
         return [
             choice_record(one, found[one.task, one.key], _dataset(tasks[one.task]), self.chat, self.facts)
             for one in problems
@@ -238,7 +238,7 @@ class EndpointSampler(Sampler):
                 def advance(*_: object) -> None:
                     progress.advance(note=self._note())
 
-                found = self._endpoint.complete(requests, advance, self._run.stop)
+                found = self._endpoint.complete(requests, advance, self._run.stop, accept_refusals=True)
             fingerprints.update(one.system_fingerprint for one in found if one.system_fingerprint)
             return found
 
@@ -263,8 +263,8 @@ class AnswersSampler(Sampler):
     """Reads completions that were sampled elsewhere."""
 
     def __init__(self, path: str, thinking_format: ThinkingFormat):
-        self.sample_from = partial(read_answers, path, thinking_format=thinking_format)
+        self._path, self._thinking_format = path, thinking_format
         self.facts = SamplerFacts(kind="answers", model=path, engine="unknown")
 
     def sample(self, problems: Sequence[Problem], tasks: Mapping[str, Task], cfg: EvalConfig) -> list[SampledProblem]:
-        return self.sample_from(problems=problems, tasks=tasks, cfg=cfg)
+        return read_answers(self._path, problems, tasks, cfg, self._thinking_format)
