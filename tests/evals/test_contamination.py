@@ -194,8 +194,12 @@ def test_accuracy_before_and_after_a_date():
     found = compare_dates([*old, *new, dated("", [True] * 4, "x")], "2024-07-01")
     assert (found.num_before, found.num_after) == (10, 10)
     assert (found.before.mean, found.after.mean) == (0.9, 0.2)
-    # Welch: standard errors 0.1 and 0.4 / 3, t = 0.7 / (1 / 6) = 4.2
-    assert found.p_value == pytest.approx(0.0006, abs=0.0002)
-    assert found.low < found.difference < found.high < 0
+    # Welch: standard errors 0.1 and 0.4 / 3, their root sum of squares 1 / 6, t of 16.7 degrees 2.113
+    assert (found.low, found.high) == pytest.approx((-0.7 - 2.113 / 6, -0.7 + 2.113 / 6), abs=1e-3)
+    # 11 of 20 are right; 9 or more of them on one side: 2 (C(11, 9) C(9, 1) + C(11, 10)) / C(20, 10) = 0.0055
+    assert found.p_value == pytest.approx(0.0055, abs=0.002)
+    few = compare_dates([*old[:2], *new[-2:]], "2024-07-01")  # 2 of 2, then 0 of 2
+    assert few.difference == -1.0 and few.high == pytest.approx(0.68, abs=0.01)  # 1 - 0.025 ** (1 / 2) = 0.84 each
+    assert few.p_value == pytest.approx(1 / 3, abs=0.02)
     with pytest.raises(ConfigError, match="10 problems are from before 2024-09-02 and 0 from after"):
         compare_dates(old, "2024-09-02")

@@ -1,12 +1,14 @@
 """Whether a model has seen the questions of a test: overlap with training text, completed half questions, dates."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy
 
 from thinkstack.evals.records import ProblemRecord
 from thinkstack.evals.sampling import Generate
-from thinkstack.evals.statistics import LEVEL, ErrorEstimate, question_error, t_cdf, t_quantile
+from thinkstack.evals.statistics import LEVEL, ErrorEstimate, question_error, t_quantile
 from thinkstack.tasks.overlap import Overlap, OverlapIndex, split_words
 from thinkstack.text.tokenizer import Tokenizer
 from thinkstack.types import ConfigError, Problem, SamplingParams
@@ -15,6 +17,8 @@ CONTAMINATED_SHARE = 0.5
 """Share of a question's runs of words above which it counts as contained in a document."""
 EXACT_WORDS = 5
 """Words after the first half of a question that count as recited if the model writes them."""
+PERMUTATIONS = 10_000
+"""Permutations of the comparison of dates."""
 LONGEST_HALF_TOKENS = 256
 """Tokens of a second half that are compared."""
 
@@ -132,7 +136,10 @@ def rouge_l(expected: Sequence[str], found: Sequence[str]) -> float:
 
 
 def memorization(found: Sequence[Recited]) -> ErrorEstimate | None:
-    """Return the mean of similarity minus chance with its error over questions; near 0 for unseen questions."""
+    """Return the mean of similarity minus chance with its error over questions.
+
+    Names and numbers of the first half alone raise it above 0: compare models, or questions of two dates.
+    """
     return question_error([one.similarity - one.chance for one in found])
 
 
@@ -149,13 +156,13 @@ class DateComparison:
     low: float
     high: float
     p_value: float
-    """Of Welch's t test."""
+    """Of a permutation test: how often problems that are dealt to the two sides at random differ as much."""
 
 
-def compare_dates(records: Sequence[ProblemRecord], cutoff: str) -> DateComparison:
+def compare_dates(records: Sequence[ProblemRecord], cutoff: str, seed: int = 0) -> DateComparison:
     """Compare problems dated before `cutoff` (YYYY-MM-DD), which a model may have seen, with the later ones.
 
-    Raises ConfigError if there are fewer than two problems with a date on either side.
+    seed: of the permutations. Raises ConfigError if there are fewer than two problems with a date on either side.
     """
     shares = {
         is_after: [one.share_correct for one in records if one.date and (one.date >= cutoff) == is_after]
@@ -167,37 +174,34 @@ def compare_dates(records: Sequence[ProblemRecord], cutoff: str) -> DateComparis
             f"{len(shares[False])} problems are from before {cutoff} and {len(shares[True])} from after it; both need "
             "two; choose another date, or a set with dates such as livecodebench"
         )
-    variances = [before.standard_error**2, after.standard_error**2]
-    difference = after.mean - before.mean
-    error = math.sqrt(sum(variances))
-    if not error:
-        return _without_error(before, after, shares, difference)
-    weights = variances[0] ** 2 / (len(shares[False]) - 1) + variances[1] ** 2 / (len(shares[True]) - 1)
-    degrees = sum(variances) ** 2 / weights
-    half = error * t_quantile(1 - LEVEL / 2, degrees)
+    low, high = _interval(before, after)
     return DateComparison(
         before=before,
         after=after,
         num_before=len(shares[False]),
         num_after=len(shares[True]),
-        difference=difference,
-        low=difference - half,
-        high=difference + half,
-        p_value=2 * (1 - t_cdf(abs(difference) / error, degrees)),
+        difference=after.mean - before.mean,
+        low=low,
+        high=high,
+        p_value=_permutation_p(shares[False], shares[True], seed),
     )
 
 
-def _without_error(
-    before: ErrorEstimate, after: ErrorEstimate, shares: Mapping[bool, Sequence[float]], difference: float
-) -> DateComparison:
-    """All problems of each side have one accuracy: a difference is certain, or there is none."""
-    return DateComparison(
-        before=before,
-        after=after,
-        num_before=len(shares[False]),
-        num_after=len(shares[True]),
-        difference=difference,
-        low=difference,
-        high=difference,
-        p_value=float(difference == 0),
-    )
+def _interval(before: ErrorEstimate, after: ErrorEstimate) -> tuple[float, float]:
+    """The interval of the difference, by Welch. If neither side varies, that of the ends of both intervals."""
+    variances = [one.standard_error**2 for one in (before, after)]
+    if not any(variances):
+        return after.low - before.high, after.high - before.low
+    degrees = sum(variances) ** 2 / (variances[0] ** 2 / before.degrees + variances[1] ** 2 / after.degrees)
+    half = math.sqrt(sum(variances)) * t_quantile(1 - LEVEL / 2, degrees)
+    return after.mean - before.mean - half, after.mean - before.mean + half
+
+
+def _permutation_p(before: Sequence[float], after: Sequence[float], seed: int) -> float:
+    """The share of PERMUTATIONS of all problems over the two sides that differ as much; the observed one is among
+    them."""
+    values = numpy.array([*before, *after])
+    shuffled = numpy.random.default_rng(seed).permuted(numpy.tile(values, (PERMUTATIONS, 1)), axis=1)
+    found = shuffled[:, len(before) :].mean(axis=1) - shuffled[:, : len(before)].mean(axis=1)
+    observed = abs(sum(after) / len(after) - sum(before) / len(before))
+    return float(1 + (abs(found) >= observed - 1e-12).sum()) / (PERMUTATIONS + 1)
