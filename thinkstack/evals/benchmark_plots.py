@@ -53,17 +53,23 @@ def plot_tasks(path: Path, found: Evaluation) -> None:
     """Plot pass@1 of each task with both intervals."""
     parts = list(found.by_task.items())[::-1]
     canvas, (panel, *_) = new_canvas(1, 1, "Accuracy", height=0.42 * len(parts) + 0.7)
-    for place, (task, part) in enumerate(parts):
+    plot_accuracies(panel, dict(parts))
+    for place, (task, _) in enumerate(parts):
+        if task in found.chance:
+            panel.plot(found.chance[task], place, "|", color=INK, markersize=11)
+    panel.set_xlim(0, 1.01)
+    finish(canvas, path, steps=False)
+
+
+def plot_accuracies(panel: Axes, parts: Mapping[str, EvalMetrics]) -> None:
+    """Plot pass@1 with both intervals, a row for each name from below."""
+    for place, part in enumerate(parts.values()):
         for error, width, color in ((part.over_questions, 7, FRAME), (part.over_reruns, 3, COLORS[5])):
             if error is not None:
                 panel.hlines(place, max(error.low, 0), min(error.high, 1), color=color, linewidth=width)
         panel.plot(part.pass_at_1, place, "o", color=COLORS[0], markersize=6)
-        if task in found.chance:
-            panel.plot(found.chance[task], place, "|", color=INK, markersize=11)
-    _label_rows(panel, [task for task, _ in parts])
+    _label_rows(panel, list(parts))
     percent_axis(panel.xaxis)
-    panel.set_xlim(0, 1.01)
-    finish(canvas, path, steps=False)
 
 
 def plot_published(path: Path, found: Evaluation, beside: Mapping[str, "Sequence[Beside]"]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from thinkstack.evals.loglikelihood import ChoiceResult, choice_prompt, choose_by_loglikelihood
 from thinkstack.evals.protocol import SamplerFacts
-from thinkstack.evals.records import LOGLIKELIHOOD, AnswerRecord, ProblemRecord
+from thinkstack.evals.records import LOGLIKELIHOOD, AnswerRecord, ProblemRecord, record_problem
 from thinkstack.evals.sampling import prompt_record
 from thinkstack.models.transformer import Transformer
 from thinkstack.tasks.benchmarks.datasets import DatasetTask
@@ -48,26 +48,13 @@ def choice_record(
     context = choice_prompt(problem, is_cloze, task.shots(problem), _prompt(task))
     ids = [*chat.tokenizer.begin_ids, *chat.tokenizer.encode(context)]
     letter = LETTERS[found.chosen_normalized if is_cloze else found.chosen]
-    return ProblemRecord(
-        key=problem.key,
-        task=problem.task,
-        level=problem.level,
-        language=problem.language,
-        wording=problem.wording,
-        question=problem.question,
-        reference=problem.answer,
-        grader=f"{LOGLIKELIHOOD}, {task.cfg.method}",
-        prompt=prompt_record(ids, chat, 0),
-        sampler=facts,
-        answers=(
-            AnswerRecord(
-                text=problem.metadata["choices"][LETTERS.index(letter)],
-                answer=letter,
-                correct=letter == problem.answer,
-                well_formed=True,
-                truncated=False,
-                num_tokens=0,
-                measures={"acc": float(found.is_correct), "acc_norm": float(found.is_correct_normalized)},
-            ),
-        ),
+    answer = AnswerRecord(
+        text=problem.metadata["choices"][LETTERS.index(letter)],
+        answer=letter,
+        correct=letter == problem.answer,
+        well_formed=True,
+        truncated=False,
+        num_tokens=0,
+        measures={"acc": float(found.is_correct), "acc_norm": float(found.is_correct_normalized)},
     )
+    return record_problem(problem, [answer], f"{LOGLIKELIHOOD}, {task.cfg.method}", prompt_record(ids, chat, 0), facts)

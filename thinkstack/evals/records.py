@@ -13,7 +13,7 @@ from thinkstack.evals.protocol import SamplerFacts
 from thinkstack.files import lines
 from thinkstack.log import write_text
 from thinkstack.tasks.benchmarks.code_task import NOT_RUN
-from thinkstack.types import ConfigError
+from thinkstack.types import ConfigError, Problem
 
 LOGLIKELIHOOD = "log-likelihood"
 """Start of the grader of questions that are answered without text."""
@@ -116,6 +116,32 @@ class ProblemRecord:
 RECORDED = ("contest_id", "points")
 """Names in the metadata of a problem that its record keeps."""
 RECORD_ADAPTER = TypeAdapter(ProblemRecord)
+
+
+def record_problem(
+    problem: Problem,
+    answers: Sequence[AnswerRecord],
+    grader: str,
+    prompt: PromptRecord | None = None,
+    sampler: SamplerFacts | None = None,
+) -> ProblemRecord:
+    """Return the record of a problem and its answers."""
+    return ProblemRecord(
+        key=problem.key,
+        task=problem.task,
+        level=problem.level,
+        language=problem.language,
+        wording=problem.wording,
+        question=problem.question,
+        reference=problem.answer,
+        cluster=str(problem.metadata.get("cluster", "")),
+        grader=grader,
+        date=str(problem.metadata.get("date", "")),
+        metadata={name: problem.metadata[name] for name in RECORDED if name in problem.metadata},
+        prompt=prompt,
+        sampler=sampler,
+        answers=tuple(answers),
+    )
 
 
 def grader_of(records: Sequence[ProblemRecord]) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from thinkstack.evals.protocol import SamplerFacts
-from thinkstack.evals.records import RECORDED, AnswerRecord, ProblemRecord
+from thinkstack.evals.records import AnswerRecord, ProblemRecord, record_problem
 from thinkstack.evals.results import Evaluation, summarize
 from thinkstack.evals.sampling import EvalConfig, Generate, SampledProblem, sample_from_engine
 from thinkstack.evals.text_measures import text_measures
@@ -94,25 +94,11 @@ def grade_problems(
 
 def _record(one: SampledProblem, task: Task, scores: Iterator[Score], facts: SamplerFacts | None) -> ProblemRecord:
     problem = one.problem
-    return ProblemRecord(
-        key=problem.key,
-        task=problem.task,
-        level=problem.level,
-        language=problem.language,
-        wording=problem.wording,
-        question=problem.question,
-        reference=problem.answer,
-        cluster=str(problem.metadata.get("cluster", "")),
-        grader=task.grader,
-        date=str(problem.metadata.get("date", "")),
-        metadata={name: problem.metadata[name] for name in RECORDED if name in problem.metadata},
-        prompt=one.prompt,
-        sampler=facts,
-        answers=tuple(
-            record_answer(task, problem, response, size, unscorable(one.refused) if one.refused else next(scores))
-            for response, size in zip(one.responses, one.num_tokens, strict=True)
-        ),
-    )
+    answers = [
+        record_answer(task, problem, response, size, unscorable(one.refused) if one.refused else next(scores))
+        for response, size in zip(one.responses, one.num_tokens, strict=True)
+    ]
+    return record_problem(problem, answers, task.grader, one.prompt, facts)
 
 
 def warn_if_no_answer_read(found: Evaluation, thinking_format: ThinkingFormat) -> None:

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from thinkstack.evals.plots import COLORS, FRAME, INK, finish, new_canvas, percent_axis
+from thinkstack.evals.benchmark_plots import plot_accuracies
+from thinkstack.evals.plots import INK, finish, new_canvas
 from thinkstack.evals.results import EvalMetrics
 
 
@@ -24,13 +25,6 @@ def plot_sensitivity(path: Path, task: str, found: Mapping[str, EvalMetrics]) ->
     """Plot pass@1 of each variant with both intervals."""
     rows = list(found.items())[::-1]
     canvas, (panel, *_) = new_canvas(1, 1, f"{task}: accuracy by prompt", height=0.42 * len(rows) + 0.7)
-    for place, (_, part) in enumerate(rows):
-        for error, width, color in ((part.over_questions, 7, FRAME), (part.over_reruns, 3, COLORS[5])):
-            if error is not None:
-                panel.hlines(place, max(error.low, 0), min(error.high, 1), color=color, linewidth=width)
-        panel.plot(part.pass_at_1, place, "o", color=COLORS[0], markersize=6)
-    panel.set_yticks(range(len(rows)), [name if len(name) <= 30 else f"{name[:27]}..." for name, _ in rows], fontsize=9)
-    panel.set_ylim(-0.7, len(rows) - 0.3)
+    plot_accuracies(panel, {name if len(name) <= 30 else f"{name[:27]}...": part for name, part in rows})
     panel.set_xlabel("wide: 95 % over questions; narrow: over re-runs", fontsize=9, color=INK)
-    percent_axis(panel.xaxis)
     finish(canvas, path, steps=False)

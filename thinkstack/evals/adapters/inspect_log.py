@@ -239,7 +239,8 @@ def read_eval_log(path: Path, task: str = "", scorer: str = "", language: str = 
     if not log.samples:
         raise ConfigError(f"{path} has no samples (status {log.status}); give the log of an evaluation that finished")
     name, facts = scorer or _first_scorer(log), log.eval.model_args
-    sampler = SamplerFacts(**facts) if facts.keys() >= {"kind", "model", "engine"} else None
+    is_ours = {"kind", "model", "engine"} <= facts.keys() <= {each.name for each in fields(SamplerFacts)}
+    sampler = SamplerFacts(**facts) if is_ours else None
     groups: dict[str, list[logs.EvalSample]] = {str(each): [] for each in log.eval.dataset.sample_ids or ()}
     for sample in log.samples:
         if scorer and sample.scores and scorer not in sample.scores:
