@@ -54,7 +54,7 @@ class SamplerFacts:
     kind: Literal["engine", "servers", "endpoint", "answers"]
     """The engine of this process, vLLM servers with our weights, an OpenAI-compatible endpoint, a file of answers."""
     model: str
-    """The checkpoint, or the name that the endpoint has for the model."""
+    """The end of the path of the checkpoint or of the answers, or the name that the endpoint has for the model."""
     engine: str
     """Name and version of the program, such as "thinkstack 0.1.0"; of an endpoint its system_fingerprint."""
     template: str = ""

@@ -113,7 +113,7 @@ class EngineSampler(Sampler):
             self.max_model_len += cfg.answer_tokens + 8  # the tokens that close thinking
         self.facts = SamplerFacts(
             kind="servers" if cfg.servers.addresses else "engine",
-            model="/".join(Path(cfg.start).parts[-2:]),  # without the place of the run: its results are comparable
+            model=_end_of(cfg.start),
             engine=f"thinkstack {thinkstack.__version__} ({commit_of(Path(thinkstack.__file__).parent)})",
             template=self.chat.name,
             dtype=self._precision,
@@ -205,6 +205,11 @@ class EngineSampler(Sampler):
         (self.run.folder / CHOICES).unlink(missing_ok=True)
 
 
+def _end_of(path: str) -> str:
+    """The last two parts of a path: results do not depend on the place of the run."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def _dataset(task: Task) -> DatasetTask:
     assert isinstance(task, DatasetTask), "make_task refuses other tasks with log-likelihoods"
     return task
@@ -264,7 +269,7 @@ class AnswersSampler(Sampler):
 
     def __init__(self, path: str, thinking_format: ThinkingFormat):
         self._path, self._thinking_format = path, thinking_format
-        self.facts = SamplerFacts(kind="answers", model=path, engine="unknown")
+        self.facts = SamplerFacts(kind="answers", model=_end_of(path), engine="unknown")
 
     def sample(self, problems: Sequence[Problem], tasks: Mapping[str, Task], cfg: EvalConfig) -> list[SampledProblem]:
         return read_answers(self._path, problems, tasks, cfg, self._thinking_format)
