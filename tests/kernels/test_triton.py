@@ -86,7 +86,7 @@ def exact(query, pages, last, heads, scale):
     return reference.paged_attention(query.double(), wide, last, heads, scale)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "parts", "new"), readings())
+@pytest.mark.parametrize(("shape", "dtype", "parts", "new"), list(readings()))
 def test_paged_attention_equals_torchs(shape, dtype, parts, new):
     """Contexts within a block, at its edge, over several; parts without keys."""
     query, pages, last, heads = case(shape, [5, 150, 64, 130], new, dtype)
