@@ -86,7 +86,7 @@ class EvaluateConfig(EvalConfig):
 
 def evaluate_checkpoint(cfg: EvaluateConfig, run: Run) -> None:
     """Evaluate cfg.start, cfg.endpoint or cfg.answers and write the results into run.folder."""
-    started = time.perf_counter()
+    started = time.perf_counter() - Run.record_of(run.folder).get("seconds", 0.0)  # with what was stopped before
     configs = variants(cfg)
     tasks = make_tasks(cfg.tasks)
     problems = {file: held_out_problems(config) for file, config in configs.items()}
