@@ -9,8 +9,10 @@ from tests.evals.test_published import R1_AIME24
 from thinkstack.evals.benchmark_report import (
     beside_published,
     cost_of,
+    length_table,
     published_table,
     result_rows,
+    task_measures,
     write_benchmark_report,
 )
 from thinkstack.evals.contests import Contest, Standing, rate
@@ -109,16 +111,38 @@ def test_the_report_is_written_with_plots_and_model_text_is_escaped(tmp_path):
         for budget in (0, 8, 64)
     )
     found = replace(evaluation(), forced={"aime24": points})
-    write_benchmark_report(tmp_path, "a model on r1", found, {"commit": "abc", "seed": 3}, ["gpqa"])
+    write_benchmark_report(
+        tmp_path, "a model on r1", found, {"commit": "abc", "seed": 3, "command": ["/a/b/thinkstack", "eval"]}, ["gpqa"]
+    )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)  # nothing from elsewhere
+    assert "/a/b" not in text + page + (tmp_path / "report.json").read_text(encoding="utf-8")
     for part in ("## Protocol", "## Length and text", " published figures, ", "Left out, without data: gpqa"):
         assert part in text
     for name in ("accuracy.png", "published.png", "forced.png", "budgets.png", "lengths.png"):
         assert f"({name})" in text and (tmp_path / name).stat().st_size > 5_000
     assert Evaluation.from_dict(found.to_dict()) == replace(found, records=())
+
+
+def test_counts_of_instructions_are_shown_as_accuracies_and_log_likelihoods_have_no_length():
+    """Regression: 1.48 instructions a prompt were 148 %, and a cloze was right at every token budget."""
+    measures = {"num_instructions": 2.0, "instructions_strict": 1.0, "instructions_loose": 1.5, "prompt_strict": 0.25}
+    ifeval = replace(evaluation("ifeval").records[0], answers=(replace(answer(True), measures=measures),))
+    cloze = replace(
+        ifeval, key="c", task="mmlu", grader="log-likelihood, cloze",
+        answers=(replace(answer(True), num_tokens=0, measures={"acc": 1.0}),),
+    )  # fmt: skip
+    found = summarize([ifeval, cloze], 1.0)
+    (table,) = task_measures(found)
+    assert dict(table.rows) == {
+        "ifeval: instructions_loose": ["75.0"], "ifeval: instructions_strict": ["50.0"],
+        "ifeval: prompt_strict": ["25.0"], "mmlu: acc": ["100.0"],
+    }  # fmt: skip
+    assert [label for label, _ in length_table(found).rows] == ["ifeval"]
+    assert found.over_tokens[0].pass_at_1 == 0.0  # 100 tokens are cut at 1
+    assert summarize([cloze], 1.0).over_tokens == ()
 
 
 def test_an_evaluation_of_a_task_without_published_rows_has_a_report(tmp_path):

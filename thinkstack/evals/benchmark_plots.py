@@ -57,7 +57,7 @@ def plot_tasks(path: Path, found: Evaluation) -> None:
     for place, (task, _) in enumerate(parts):
         if task in found.chance:
             panel.plot(found.chance[task], place, "|", color=INK, markersize=11)
-    panel.set_xlim(0, 1.01)
+    panel.set_xlim(-0.02, 1.02)
     finish(canvas, path, steps=False)
 
 
@@ -92,7 +92,7 @@ def plot_published(path: Path, found: Evaluation, beside: Mapping[str, "Sequence
         _label_rows(panel, [f"{name}, {one.row.metric}" for name, one in zip(names, rows, strict=True)], 7.5)
         panel.set_title(task, loc="left", fontsize=10, color=INK)
         percent_axis(panel.xaxis)
-        panel.set_xlim(0, 1.01)
+        panel.set_xlim(-0.02, 1.02)  # room for markers at the ends
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     finish(canvas, path, steps=False)

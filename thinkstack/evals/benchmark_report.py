@@ -19,6 +19,7 @@ from thinkstack.evals.report import MISSING, accuracy, interval, markdown, numbe
 from thinkstack.evals.results import EvalMetrics, Evaluation
 from thinkstack.evals.statistics import few_questions
 from thinkstack.log import clock, write_json, write_text
+from thinkstack.tasks.verify.ifeval import instruction_accuracy
 
 Rows = list[tuple[str, list[str]]]
 RESULT_COLUMNS = ("pass@1", "95 % interval over questions", "re-run error", "problems", "samples")
@@ -45,6 +46,8 @@ def write_benchmark_report(
     tables += task_measures(found)
     tables += [contest_table(found.contests)] if found.contests else []
     tables += [published_table(task, rows) for task, rows in beside.items() if rows]
+    program, *arguments = facts.get("command", ()) or ("",)
+    facts = dict(facts) | {"command": [Path(program).name, *arguments]}  # without the place of the installation
     shown, provenance = {"": found.shown}, describe(found, facts)
     write_text(folder / "report.md", markdown(title, setting, tables, plots, shown, provenance))
     write_text(folder / "report.html", render_page(folder, title, setting, tables, plots, shown, provenance))
@@ -54,7 +57,7 @@ def write_benchmark_report(
     }
     write_json(
         folder / "report.json",
-        {"title": title, "facts": dict(facts), "evaluation": found.to_dict(), "published": rows_as_json},
+        {"title": title, "facts": facts, "evaluation": found.to_dict(), "published": rows_as_json},
     )
 
 
@@ -128,7 +131,7 @@ def _result_note(found: Evaluation) -> str:
 def protocol_table(found: Evaluation) -> ReportTable:
     """Return how each task was evaluated."""
     columns = ("method", "prompt", "examples", "T", "top-p", "maximum tokens", "answer read by", "grader", "window")
-    rows = [(task, _protocol_cells(one)) for task, one in found.protocols.items()]
+    rows = [(task, _protocol_cells(found.protocols[task])) for task in found.by_task if task in found.protocols]
     return ReportTable(title="Protocol", corner="task", columns=columns, rows=rows)
 
 
@@ -163,6 +166,7 @@ def length_table(found: Evaluation) -> ReportTable:
             ],
         )
         for task, part in found.by_task.items()
+        if part.mean_tokens
     ]
     columns = ["mean tokens", *labels, *(f"{MEASURES[name]} (%)" for name in names)]
     return ReportTable(title="Length and text", corner="task", columns=columns, rows=rows)
@@ -173,10 +177,18 @@ def task_measures(found: Evaluation) -> list[ReportTable]:
     rows = [
         (f"{task}: {name}", [percent(value)])
         for task, part in found.by_task.items()
-        for name, value in part.measures.items()
-        if name not in MEASURES
+        for name, value in _shares(part.measures).items()
     ]
-    return [ReportTable(title="Measures of tasks", corner="measure", columns=("mean (%)",), rows=rows)] if rows else []
+    return [ReportTable(title="Measures of tasks", corner="measure", columns=("%",), rows=rows)] if rows else []
+
+
+def _shares(measures: Mapping[str, float]) -> dict[str, float]:
+    """The measures of a task as shares; counts of IFEval's instructions become their accuracies."""
+    found = {name: value for name, value in measures.items() if name not in MEASURES}
+    if "num_instructions" in found:
+        found |= {f"instructions_{kind}": instruction_accuracy([found], kind) for kind in ("strict", "loose")}
+        del found["num_instructions"]
+    return found
 
 
 def contest_table(found: ContestRating) -> ReportTable:
@@ -300,6 +312,5 @@ def describe(found: Evaluation, facts: Mapping[str, Any]) -> dict[str, str]:
         price = sampler.price_per_hour * found.seconds / 3600
         lines |= {"cost": f"{price:.4g}, {price / found.num_correct:.4g} per correct answer"}
     lines |= {"time": clock(found.seconds), "seed": str(facts.get("seed", "")), "commit": str(facts.get("commit", ""))}
-    program, *arguments = facts.get("command", ()) or ("",)
-    command = " ".join((Path(program).name, *map(str, arguments)))
+    command = " ".join(map(str, facts.get("command", ())))
     return lines | {"date": str(facts.get("date", "")), "command": command}

@@ -21,7 +21,7 @@ from thinkstack.evals.metrics import (
     tokens_per_solution,
 )
 from thinkstack.evals.protocol import SamplerFacts, TaskProtocol
-from thinkstack.evals.records import ProblemRecord, grader_of
+from thinkstack.evals.records import LOGLIKELIHOOD, ProblemRecord, grader_of
 from thinkstack.evals.statistics import ErrorEstimate, question_error, rerun_error
 from thinkstack.tasks.verify.latex import normalize_latex
 from thinkstack.types import ConfigError
@@ -189,6 +189,7 @@ def summarize(
     if not records:
         raise ConfigError("there are no completions to evaluate; give at least one problem")
     tasks = _group_by(records, lambda record: record.task)
+    sampled = [record.sampled for record in records if not record.grader.startswith(LOGLIKELIHOOD)]
     return Evaluation(
         **vars(compute_metrics(records)),
         by_task={name: compute_metrics(part) for name, part in tasks.items()},
@@ -200,7 +201,7 @@ def summarize(
         by_language={name: compute_metrics(part) for name, part in _group_by(records, lambda r: r.language).items()},
         chance=dict(chance or {}),
         graders={name: grader_of(part) for name, part in tasks.items() if part[0].grader},
-        over_tokens=tuple(accuracy_over_tokens([record.sampled for record in records])),
+        over_tokens=tuple(accuracy_over_tokens(sampled)) if sampled else (),
         seconds=seconds,
         shown={name: _shown_answers(part) for name, part in tasks.items()},
         records=tuple(records),
