@@ -145,6 +145,13 @@ def test_counts_of_instructions_are_shown_as_accuracies_and_log_likelihoods_have
     assert summarize([cloze], 1.0).over_tokens == ()
 
 
+def test_no_question_of_gpqa_is_quoted(tmp_path):
+    """Its authors ask that the questions are never published."""
+    write_benchmark_report(tmp_path, "t", evaluation("gpqa", replace(R1_AIME24, task="gpqa")), {})
+    for name in ("report.md", "report.html", "report.json"):
+        assert "alert(1)" not in (tmp_path / name).read_text(encoding="utf-8")
+
+
 def test_an_evaluation_of_a_task_without_published_rows_has_a_report(tmp_path):
     found = evaluation(task="chain", protocol=replace(R1_AIME24, task="chain", num_available=0))
     write_benchmark_report(tmp_path, "t", found, {})

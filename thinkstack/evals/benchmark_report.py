@@ -19,6 +19,7 @@ from thinkstack.evals.report import MISSING, accuracy, interval, markdown, numbe
 from thinkstack.evals.results import EvalMetrics, Evaluation
 from thinkstack.evals.statistics import few_questions
 from thinkstack.log import clock, write_json, write_text
+from thinkstack.tasks.table import BENCHMARKS
 from thinkstack.tasks.verify.ifeval import instruction_accuracy
 
 Rows = list[tuple[str, list[str]]]
@@ -48,7 +49,10 @@ def write_benchmark_report(
     tables += [published_table(task, rows) for task, rows in beside.items() if rows]
     program, *arguments = facts.get("command", ()) or ("",)
     facts = dict(facts) | {"command": [Path(program).name, *arguments]}  # without the place of the installation
-    shown, provenance = {"": found.shown}, describe(found, facts)
+    quoted = {
+        task: rows for task, rows in found.shown.items() if task not in BENCHMARKS or BENCHMARKS[task].MAY_BE_SHOWN
+    }
+    shown, provenance = {"": quoted}, describe(found, facts)
     write_text(folder / "report.md", markdown(title, setting, tables, plots, shown, provenance))
     write_text(folder / "report.html", render_page(folder, title, setting, tables, plots, shown, provenance))
     rows_as_json = {
@@ -57,7 +61,7 @@ def write_benchmark_report(
     }
     write_json(
         folder / "report.json",
-        {"title": title, "facts": facts, "evaluation": found.to_dict(), "published": rows_as_json},
+        {"title": title, "facts": facts, "evaluation": found.to_dict() | {"shown": {}}, "published": rows_as_json},
     )
 
 

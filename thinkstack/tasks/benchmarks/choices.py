@@ -200,6 +200,7 @@ class Gpqa(ChoiceTask):
         "Answer 1 to 3, from github.com/idavidrein/gpqa (CC BY 4.0; do not republish it)"
     )
     PROMPTS = GPQA_PROMPTS
+    MAY_BE_SHOWN = False
     FIELDS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
     @property

@@ -43,6 +43,8 @@ class DatasetTask(Task):
     """Prompts by name; the first is the default."""
     FILE_NAMES: tuple[str, ...] = ()
     """Names, without suffix, under which the set is published with all its splits in one file."""
+    MAY_BE_SHOWN: bool = True
+    """Whether reports may quote questions; False if the authors ask that none is published."""
     CODE_SETTINGS: tuple[str, ...] = ()
     """The settings of TaskConfig that only some tasks have, by name."""
     SHOTS_SPLIT: str = "train"
