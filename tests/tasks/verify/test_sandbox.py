@@ -190,6 +190,17 @@ def test_unsafe_code_is_the_last_rung_and_is_supervised_too(no_sandbox):
     assert run_script("x = b'x' * (400 << 20)\nwhile True: pass", b"", "unsafe", limits).reason == "memory"
 
 
+@needs("bwrap")
+def test_an_interpreter_below_tmp_starts():
+    """Regression: an empty /tmp hid it, so a checkout there had no sandbox, and its tests were skipped."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        program = "from thinkstack.tasks.verify.sandbox import probe; print(probe('bwrap'))"
+        command = [f"{folder}/bin/python", "-c", program]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
+
+
 def test_unsafe_code_changes_nothing_where_a_sandbox_holds():
     if probe("bwrap") is not None:
         pytest.skip(f"bwrap: {probe('bwrap')}")

@@ -173,7 +173,8 @@ def _namespaces(interpreter: Interpreter) -> list[str]:
     """Return bubblewrap's options: namespaces of its own, and the interpreter's files, which nobody can write."""
     options = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     options += ["--die-with-parent", "--new-session"]
-    parents = {str(parent) for folder in interpreter.folders for parent in Path(folder).parents} - {"/"}
+    options += ["--size", str(TMP_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]  # the interpreter may be below
+    parents = {str(parent) for folder in interpreter.folders for parent in Path(folder).parents} - {"/", "/tmp"}
     for parent in sorted(parents):
         options += ["--perms", "0755", "--dir", parent]
     for folder in SYSTEM_FOLDERS:
@@ -194,7 +195,7 @@ def _namespaces(interpreter: Interpreter) -> list[str]:
         "--remount-ro",
         "/dev",
     ]
-    return [*options, "--size", str(TMP_BYTES), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    return [*options, "--chdir", "/tmp"]
 
 
 def _sandlock_settings(interpreter: Interpreter, command: list[str], max_processes: int, uid: int) -> str:
